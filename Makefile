@@ -1,0 +1,44 @@
+# make train   a trained ranker and its metrics, from a fresh clone
+# make test    the tests        make lint   ruff and mypy
+
+PYTHON  ?= $(shell command -v python3.12 || command -v python3)
+VENV    ?= .venv
+DATA    ?= data/complete_journey
+RUN     ?= runs/complete_journey
+SPLIT   ?= test
+BIN     := $(VENV)/bin
+INSTALL  = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: train test lint clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.demo
+	test -f $(DATA)/tokenrec.json || $(BIN)/python -m tokenrec prepare complete_journey --out $(DATA)
+	$(BIN)/python -m tokenrec train --config=configs/complete_journey.py --data $(DATA) --workdir $(RUN)
+	$(BIN)/python -m tokenrec evaluate --workdir $(RUN) --split $(SPLIT) --baselines --samples 3000 --json $(RUN)/eval.json
+
+# A worker per core; each one runs XLA on eight virtual devices, so more than eight workers gain nothing.
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n logical --maxprocesses 8
+
+lint: $(VENV)/.dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "tokenrec needs Python 3.12 or later: none found; set PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(PYTHON) -c "import sys; v = sys.version.split()[0]; sys.version_info >= (3, 12) or sys.exit('tokenrec needs Python 3.12 or later, $(PYTHON) is ' + v + '; set PYTHON=/path/to/python3.12')"
+	$(PYTHON) -m venv $(VENV)
+
+# The interpreter is order-only: its time changes with the system's Python, not with what is installed here.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[demo,dev]"
+	touch $@ $(VENV)/.demo

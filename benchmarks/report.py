@@ -1,0 +1,96 @@
+"""How every benchmark writes its result: JSON for machines, Markdown for readers, both with command and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("tokenrec", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy", "pyarrow")
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """What a result depends on besides the code: package versions (None: not installed), Python, processor, cores.
+
+    `cores` are those that this process may use. A benchmark with peers names their packages too.
+    """
+    found: dict[str, Any] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return found | {"python": platform.python_version(), "cpu": _cpu_model(), "cores": cores}
+
+
+def write_result(
+    path_stem: str | Path,
+    rows: Sequence[Mapping[str, Any]],
+    params: Mapping[str, Any],
+    command: str,
+    *,
+    title: str = "",
+    packages: Sequence[str] = PACKAGES,
+) -> None:
+    """Writes `path_stem.json` and `path_stem.md`.
+
+    `rows` make the table, columns in order of appearance; `params` are the settings that all rows share; `command` is
+    what reproduces the result, from the repository root; `title` heads the page (default: the file's name).
+    """
+    stem = Path(path_stem)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    machine = versions(packages)
+    value = {"command": command, "params": dict(params), "versions": machine, "rows": [dict(row) for row in rows]}
+    stem.with_name(stem.name + ".json").write_text(json.dumps(value, indent=1, default=_plain) + "\n")
+    software = ", ".join(f"{name} {machine[name]}" for name in (*packages, "python") if machine[name])
+    page = [f"# {title or stem.name}", "", f"`{command}`", "", markdown_table(rows), ""]
+    if params:
+        page += ["Settings: " + ", ".join(f"{name} = {_cell(value)}" for name, value in params.items()) + ".", ""]
+    page += [f"Measured on {machine['cores']} cores of {machine['cpu']}, with {software}."]
+    stem.with_name(stem.name + ".md").write_text("\n".join(page) + "\n")
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table; columns in order of appearance, numbers to four significant digits, None as "-"."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(names) + " |"]
+    text = [any(isinstance(row.get(name), str) for row in rows) for name in names]
+    lines.append("|" + "|".join("---" if left else "---:" for left in text) + "|")
+    lines += ["| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if not isinstance(value, (str, bool, int)) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value).replace("|", "\\|")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy and JAX numbers and arrays, and paths, as JSON values."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+def _cpu_model() -> str:
+    """The processor's name; the platform module alone names only the architecture on Linux."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

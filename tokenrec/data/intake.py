@@ -1,0 +1,105 @@
+"""The first pass of `prepare`: rows are checked, encoded with provisional ids, and grouped by user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from tokenrec.data import encode, records
+from tokenrec.data.chunks import TRAIN
+from tokenrec.data.entities import Entities
+from tokenrec.data.log import EVENT, SCORED
+from tokenrec.data.schema import Schema, columns
+from tokenrec.data.source import SPLITS, Source
+from tokenrec.data.spill import Partitions
+from tokenrec.data.vocabulary import TableValues, value_tables
+from tokenrec.errors import InputError
+
+BLOCK_ROWS = 65_536
+PARTITION_ROWS = 131_072
+
+
+class Intake:
+    """What the first pass gathers.
+
+    Attributes:
+      tables: values of each embedding table.
+      users, items: ids and features, provisional until `to_final`.
+      partitions: rows with the fields `user`, `split`, and `row`, which counts items as `items` does.
+    """
+
+    def __init__(self, schema: Schema, work: Path) -> None:
+        self.schema = schema
+        self.tables: dict[str, TableValues] = value_tables(schema.features)
+        self.users = Entities("user_id", schema.group("user"), self.tables)
+        self.items = Entities("item_id", schema.group("catalogue"), self.tables)
+        self._dtype = np.dtype([("user", "<i4"), ("split", "u1"), ("row", records.row_dtype(schema))])
+        self.partitions = Partitions(work, self._dtype, PARTITION_ROWS)
+
+    def read(self, source: Source) -> None:
+        """Streams the source once.
+
+        Raises:
+          InputError: a column or a value is wrong, or there is no training row.
+        """
+        self.users.read(source.users(), "users()", BLOCK_ROWS)
+        self.items.read(source.items(), "items()", BLOCK_ROWS)
+        first = 0
+        for batch in _blocks(source.rows()):
+            self.partitions.add(self._encode(batch, first))
+            first += batch.num_rows
+        if not first:
+            raise InputError("rows() is empty; a data set needs at least one row")
+        if not self.users.in_training().any():
+            raise InputError("rows(): no row has split 0 (train), where vocabularies come from; move the split")
+        for entities in (self.users, self.items):
+            entities.complete()
+
+    def _encode(self, batch: pa.RecordBatch, first: int) -> np.ndarray:
+        """A block of raw rows as structured rows with provisional ids; marks what training rows use."""
+        features = {"row": self.schema.group("row"), "action": self.schema.group("action")}
+        names = ["user_id", "item_id", "time_ms", "split", "event", "scored", "request"]
+        names += [f"label_{t.name}" for t in self.schema.tasks]
+        names += [f.name for group in features.values() for f in group]
+        encode.check_columns(batch.schema.names, list(dict.fromkeys(names)), "rows()")
+
+        out = np.zeros(batch.num_rows, self._dtype)
+        row = out["row"]
+        out["user"] = self.users.codes(batch.column("user_id"), "rows()", first)
+        row["item"] = self.items.codes(batch.column("item_id"), "rows()", first)
+        row["time"] = encode.integers(batch, "time_ms", first)
+        out["split"] = encode.integers(batch, "split", first, 0, len(SPLITS) - 1)
+        row["request"] = encode.integers(batch, "request", first, -1)
+        event, scored = encode.flags(batch, "event", first), encode.flags(batch, "scored", first)
+        row["flags"] = event * np.uint8(EVENT) | scored * np.uint8(SCORED)
+        for i, task in enumerate(self.schema.tasks):
+            row["labels"][:, i] = encode.labels(batch, f"label_{task.name}", first)
+        train = out["split"] == TRAIN
+        for group, members in features.items():
+            ids, dense = encode.encode_features(batch, members, self.tables, "rows()", first)
+            row[f"{group}_ids"], row[f"{group}_dense"] = ids, dense
+            for name, place in columns(members).ids.items():
+                table = self.tables.get(self.schema.feature(name).table_name)
+                if table is not None:  # a semantic id has no values to gather
+                    table.mark(ids[train, slice(*place)])
+        self.users.trained.add(out["user"][train])
+        self.items.trained.add(row["item"][train])
+        return out
+
+
+def _blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of about `BLOCK_ROWS`."""
+    waiting: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in batches:
+        for first in range(0, batch.num_rows, BLOCK_ROWS):
+            waiting.append(batch.slice(first, BLOCK_ROWS))
+            rows += waiting[-1].num_rows
+            if rows >= BLOCK_ROWS:
+                yield encode.join(waiting, "rows()")
+                waiting, rows = [], 0
+    if waiting:
+        yield encode.join(waiting, "rows()")

@@ -1,0 +1,251 @@
+"""What a data set holds: features, the entity each one describes, and binary tasks.
+
+A feature's values live in one of four groups, by how often they change:
+
+| group | entity and flag | stored once per |
+|---|---|---|
+| `user` | user | chunk of a user's rows |
+| `catalogue` | item | item |
+| `row` | context, and item with `per_row` | row of the log |
+| `action` | action | row of the log |
+
+Integer values (`categorical`, `multi_valued`, `semantic_id`) fill columns of an `ids` matrix, the others columns of a
+`dense` matrix. Id 0 is a missing value, id 1 a value that the training split does not hold, known values start at 2.
+A missing dense value is NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tokenrec.errors import InputError, suggest
+
+MISSING, UNKNOWN, FIRST_KNOWN = 0, 1, 2
+SCHEMA_FILE = "tokenrec.json"
+FORMAT_VERSION = 1
+
+Kind = Literal["categorical", "multi_valued", "dense", "embedding", "semantic_id"]
+Entity = Literal["user", "context", "item", "action"]
+Group = Literal["user", "catalogue", "row", "action"]
+Transform = Literal["identity", "log1p"]
+INTEGER_KINDS = ("categorical", "multi_valued", "semantic_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One signal.
+
+    Attributes:
+      name: column name, unique in the schema.
+      kind: how its value becomes a vector (methods.md section 2).
+      entity: whom it describes; all features of one entity enter one maker.
+      table: name of the embedding table of an integer kind; features may share one. Empty: the feature's own name.
+      length: values kept of a multi-valued feature, numbers of an embedding, levels of a semantic id; otherwise 1.
+      codes: code-book size of each level of a semantic id.
+      transform: of a dense feature, before normalisation; `log1p` is signed, `sign(x) log(1 + |x|)`.
+      per_row: an item feature that changes from row to row (a display place), so that no catalogue can hold it.
+      mean, deviation: of the transformed dense value over the training split; filled in by `prepare`.
+    """
+
+    name: str
+    kind: Kind
+    entity: Entity
+    table: str = ""
+    length: int = 1
+    codes: int = 0
+    transform: Transform = "identity"
+    per_row: bool = False
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    @property
+    def is_integer(self) -> bool:
+        return self.kind in INTEGER_KINDS
+
+    @property
+    def table_name(self) -> str:
+        return self.table or self.name
+
+    @property
+    def group(self) -> Group:
+        if self.entity == "user":
+            return "user"
+        if self.entity == "action":
+            return "action"
+        return "row" if self.entity == "context" or self.per_row else "catalogue"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A binary label of a row: 1, 0, or -1 where it is unknown."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where each feature of a list lies in the `ids` and `dense` matrices: name -> (start, stop)."""
+
+    ids: dict[str, tuple[int, int]]
+    dense: dict[str, tuple[int, int]]
+
+    @property
+    def ids_width(self) -> int:
+        return max((stop for _, stop in self.ids.values()), default=0)
+
+    @property
+    def dense_width(self) -> int:
+        return max((stop for _, stop in self.dense.values()), default=0)
+
+
+def columns(features: Iterable[Feature]) -> Columns:
+    """Lays features side by side in the order given.
+
+    >>> columns([Feature("tab", "categorical", "context"), Feature("age", "dense", "user")]).dense
+    {'age': (0, 1)}
+    """
+    ids: dict[str, tuple[int, int]] = {}
+    dense: dict[str, tuple[int, int]] = {}
+    widths = {True: 0, False: 0}
+    for feature in features:
+        start = widths[feature.is_integer]
+        widths[feature.is_integer] = start + feature.length
+        (ids if feature.is_integer else dense)[feature.name] = (start, start + feature.length)
+    return Columns(ids, dense)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """Features, tasks and embedding-table sizes of a data set.
+
+    `tables` maps a table name to its number of rows, the two reserved ids included; `prepare` fills it in.
+    """
+
+    features: tuple[Feature, ...]
+    tasks: tuple[Task, ...]
+    tables: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = list(_problems(self))
+        if problems:
+            raise InputError("schema: " + "; ".join(problems))
+
+    def group(self, group: Group) -> tuple[Feature, ...]:
+        return tuple(f for f in self.features if f.group == group)
+
+    @property
+    def state(self) -> tuple[Feature, ...]:
+        """Features of an event's state token: the item and its context, catalogue columns first."""
+        return self.group("catalogue") + self.group("row")
+
+    def feature(self, name: str) -> Feature:
+        for feature in self.features:
+            if feature.name == name:
+                return feature
+        raise InputError(f"feature '{name}' is not in the schema{suggest(name, (f.name for f in self.features))}")
+
+    def without(self, names: Iterable[str]) -> Schema:
+        """The schema less the named features, and less the tables that only they used."""
+        dropped = {self.feature(name).name for name in names}
+        kept = tuple(f for f in self.features if f.name not in dropped)
+        used = {f.table_name for f in kept if f.is_integer}
+        return Schema(kept, self.tasks, {name: rows for name, rows in self.tables.items() if name in used})
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Schema:
+        """Inverse of `to_json`; an unknown key is an InputError that names the near one."""
+        features = tuple(_from_dict(Feature, f) for f in value.get("features", ()))
+        tasks = tuple(_from_dict(Task, t) for t in value.get("tasks", ()))
+        return Schema(features, tasks, dict(value.get("tables", {})))
+
+
+def _from_dict[T](kind: type[T], value: dict[str, Any]) -> T:
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in value:
+        if key not in known:
+            raise InputError(f"schema: {kind.__name__} has no field '{key}'{suggest(key, known)}")
+    try:
+        return kind(**value)
+    except TypeError as error:
+        raise InputError(f"schema: {kind.__name__} {value}: {error}") from error
+
+
+def _problems(schema: Schema) -> Iterable[str]:
+    names = [f.name for f in schema.features]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        yield f"feature '{name}' is declared more than once; give each its own name"
+    tasks = [t.name for t in schema.tasks]
+    for name in sorted({n for n in tasks if tasks.count(n) > 1}):
+        yield f"task '{name}' is declared more than once"
+    for f in schema.features:
+        for field, kind in (("kind", Kind), ("entity", Entity), ("transform", Transform)):
+            value = getattr(f, field)
+            if value not in get_args(kind):
+                yield f"feature '{f.name}': {field}={value!r}{suggest(str(value), get_args(kind))}"
+        if f.length < 1:
+            yield f"feature '{f.name}': length={f.length} must be at least 1"
+        if f.kind in ("categorical", "dense") and f.length != 1:
+            yield f"feature '{f.name}': length={f.length}, but a {f.kind} feature has one value; use multi_valued or embedding"
+        if f.kind == "semantic_id" and f.codes < 1:
+            yield f"feature '{f.name}': codes={f.codes}; a semantic id needs its code-book size"
+        if f.per_row and f.entity != "item":
+            yield f"feature '{f.name}': per_row is for item features; {f.entity} features need no flag"
+        if f.table and not f.is_integer:
+            yield f"feature '{f.name}': table='{f.table}', but a {f.kind} feature has no table"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """Everything beside the shards: the schema and where the data came from.
+
+    Attributes:
+      schema: features, tasks, table sizes.
+      source: name of the source, e.g. "kuairand".
+      licence, citation: of the data.
+      checksums: source file name -> SHA-256.
+      counts: what `prepare` counted: rows and scored rows per split, exact repeats dropped, users, items.
+      options: the options of `prepare` that change its output (chunk_events, overlap, split days).
+      key_types: "int64" or "string" for "user_id" and "item_id".
+    """
+
+    schema: Schema
+    source: str
+    licence: str
+    citation: str
+    checksums: dict[str, str]
+    counts: dict[str, int]
+    options: dict[str, Any]
+    key_types: dict[str, str]
+
+    def save(self, directory: Path) -> None:
+        value = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        (directory / SCHEMA_FILE).write_text(json.dumps(value, indent=1) + "\n")
+
+    @staticmethod
+    def load(directory: Path) -> Metadata:
+        """Reads `tokenrec.json` of a prepared data set.
+
+        Raises:
+          InputError: the folder is not a prepared data set, or was written in another format version.
+        """
+        path = Path(directory) / SCHEMA_FILE
+        if not path.is_file():
+            raise InputError(
+                f"data '{directory}' is not a prepared data set (no {SCHEMA_FILE}); run `tokenrec prepare`"
+            )
+        value = json.loads(path.read_text())
+        version = value.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise InputError(
+                f"data '{directory}' has format version {version}, this tokenrec reads {FORMAT_VERSION}; prepare it again"
+            )
+        value["schema"] = Schema.from_json(value["schema"])
+        return _from_dict(Metadata, value)

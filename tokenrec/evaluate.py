@@ -1,0 +1,118 @@
+"""Streaming evaluation over a pipeline: scores of a split, and exact metrics of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tokenrec.baselines import baselines as baseline_probabilities
+from tokenrec.config import Config
+from tokenrec.data.batch import Batch
+from tokenrec.data.dataset import Dataset
+from tokenrec.data.log import SCORED
+from tokenrec.data.pipeline import eval_batches
+from tokenrec.metrics import ScoreStore, group_codes
+from tokenrec.run import load_run_config, open_run
+from tokenrec.sharding import RULES, make_mesh
+from tokenrec.state import Model, TrainState
+from tokenrec.step import eval_step
+
+
+class Scores(NamedTuple):
+    """Scored rows of one batch. n rows, K tasks.
+
+    `row: [n] int64` in the split, `user_id, item_id: [n]` original ids, `time: [n] int64` ms, `labels: [n, K] int8`,
+    `probabilities: [n, K] float32`.
+    """
+
+    row: np.ndarray
+    user_id: np.ndarray
+    item_id: np.ndarray
+    time: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
+
+
+def to_devices(batch: Batch, mesh: Mesh) -> Batch:
+    """The global batch from this process's part of it, split over the devices that share the batch."""
+
+    def place(leaf: np.ndarray) -> jax.Array:
+        sharding = jax.NamedSharding(mesh, RULES("batch", *[None] * (leaf.ndim - 1)))
+        return jax.make_array_from_process_local_data(sharding, leaf)
+
+    return jax.tree.map(place, batch)
+
+
+def compiled_eval_step(model: Model) -> Callable[[TrainState, Batch], jax.Array]:
+    return jax.jit(functools.partial(eval_step, model))
+
+
+def score_split(
+    step: Callable[[TrainState, Batch], jax.Array],
+    state: TrainState,
+    config: Config,
+    dataset: Dataset,
+    split: str,
+    mesh: Mesh,
+    *,
+    limit: int = 0,
+) -> Iterator[Scores]:
+    """Scores of every impression of a split, or of `limit` samples spread evenly over it, batch by batch."""
+    for host, who in eval_batches(dataset, config.data, split, limit=limit):
+        read = host.rows >= 0
+        probabilities = np.asarray(jax.device_get(step(state, to_devices(host.batch, mesh))))
+        yield Scores(host.rows[read], who.user_id, who.item_id, who.time, host.batch.labels[read], probabilities[read])
+
+
+def evaluate(scores: Iterator[Scores], tasks: tuple[str, ...]) -> dict[str, Any]:
+    """Metrics of scored rows: `{"macro_auc", "macro_gauc", "tasks": {task: {...}}}` (see `metrics.summarize`)."""
+    store = ScoreStore(tasks)
+    for part in scores:
+        store.append(part.labels, part.probabilities, group_codes(part.user_id))
+    return store.summarize()
+
+
+def evaluate_run(
+    workdir: Path, split: str, checkpoint: str, data: Path | None, *, baselines: bool = False, limit: int = 0
+) -> dict[str, Any]:
+    """`tokenrec evaluate`: the run's metrics on a split, with those of the baselines on the same rows if asked."""
+    config = load_run_config(workdir, data)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        run = open_run(workdir, checkpoint, data)
+        rows: list[np.ndarray] = []
+
+        def noted() -> Iterator[Scores]:
+            step = compiled_eval_step(run.model)
+            for part in score_split(step, run.state, config, run.dataset, split, mesh, limit=limit):
+                rows.append(part.row)
+                yield part
+
+        found = evaluate(noted(), run.model.tasks)
+    report = {"split": split, "step": run.step, "checkpoint": checkpoint} | found
+    if baselines:
+        report["baselines"] = evaluate_baselines(run.dataset, split, run.model.tasks, np.concatenate(rows))
+    return report
+
+
+def evaluate_baselines(dataset: Dataset, split: str, tasks: tuple[str, ...], rows: np.ndarray) -> dict[str, Any]:
+    """Metrics of the data set's baselines on the given rows of a split, by name."""
+    names = [task.name for task in dataset.schema.tasks]
+    columns = [names.index(task) for task in tasks]
+    log = dataset.load(split)
+    scored = np.flatnonzero(log.flags & SCORED)
+    at = np.searchsorted(scored, np.sort(rows))
+    users = np.repeat(group_codes(log.user_id), np.diff(log.start))[scored[at]]
+    labels = log.labels[scored[at]][:, columns]
+    found = {}
+    for name, probabilities in baseline_probabilities(dataset.load("train"), log, columns).items():
+        store = ScoreStore(tasks)
+        store.append(labels, probabilities[at].astype(np.float32), users)
+        found[name] = store.summarize()
+    return found

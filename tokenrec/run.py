@@ -1,0 +1,106 @@
+"""A run on disk: its config and the schema it was trained on, beside its checkpoints; opened again for use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenrec.checkpoint import Checkpoints
+from tokenrec.config import Config, data_directory, from_json, to_json, validate
+from tokenrec.data.dataset import Dataset, open_dataset
+from tokenrec.data.pipeline import task_names
+from tokenrec.data.schema import Schema
+from tokenrec.errors import InputError
+from tokenrec.state import Model, TrainState, abstract_state, build_model
+
+CONFIG_FILE = "config.json"
+SCHEMA_FILE = "schema.json"
+
+# Sections and fields that a resumed run may change: they do not touch what is learned from the steps already made.
+FREE_TO_CHANGE = ("train", "mesh", "data.path", "data.name", "data.eval_batch_size")
+
+
+class Run(NamedTuple):
+    """A trained run, opened to be used: step and state of the chosen checkpoint, and the data set it reads."""
+
+    model: Model
+    dataset: Dataset
+    step: int
+    state: TrainState
+
+
+def start_run(config: Config, schema: Schema, workdir: Path) -> None:
+    """Writes the files of a new run, or checks that an earlier run there is the same one.
+
+    Raises:
+      InputError: the folder holds a run with another config (the differences are listed) or data set.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / CONFIG_FILE
+    if path.is_file():
+        before, now = _flat(json.loads(path.read_text())), _flat(json.loads(to_json(config)))
+        changed = [
+            f"{field}: {before.get(field)!r} -> {now.get(field)!r}"
+            for field in sorted(before.keys() | now.keys())
+            if before.get(field) != now.get(field) and not _may_change(field)
+        ]
+        if changed:
+            raise InputError(
+                f"workdir '{workdir}' holds a run with another config; use another --workdir, or undo\n  "
+                + "\n  ".join(changed)
+            )
+        check_schema(schema, workdir)
+    (workdir / SCHEMA_FILE).write_text(_schema_text(schema))
+    path.write_text(to_json(config))
+
+
+def _may_change(field: str) -> bool:
+    return any(field == free or field.startswith(free + ".") for free in FREE_TO_CHANGE)
+
+
+def _flat(value: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+    return flat
+
+
+def check_schema(schema: Schema, workdir: Path) -> None:
+    """Raises InputError if the data set is not the one that the run was trained on."""
+    path = workdir / SCHEMA_FILE
+    if path.read_text() != _schema_text(schema):
+        raise InputError(
+            f"the data set has another schema, vocabulary size or normalisation than the one this run was trained on "
+            f"('{path}'); give --data the folder it was trained on"
+        )
+
+
+def _schema_text(schema: Schema) -> str:
+    return json.dumps(schema.to_json(), indent=1) + "\n"
+
+
+def open_run(workdir: Path, checkpoint: str, data: Path | None) -> Run:
+    """Opens the run in `workdir` at a checkpoint; call under `jax.set_mesh`.
+
+    Raises:
+      InputError: no run or checkpoint there, or the data set does not fit the run.
+    """
+    config = load_run_config(workdir, data)
+    dataset = open_dataset(data_directory(config), config.data.exclude)
+    check_schema(dataset.schema, workdir)
+    model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
+    with Checkpoints(workdir, keep=config.train.keep) as checkpoints:
+        step, state = checkpoints.load_state(checkpoint, abstract_state(model))
+    return Run(model, dataset, step, state)
+
+
+def load_run_config(workdir: Path, data: Path | None) -> Config:
+    """The config that a run was trained with, reading its data from `data` if given."""
+    path = Path(workdir) / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"workdir '{workdir}' holds no run (no {CONFIG_FILE}); train first, or check --workdir")
+    config = from_json(path.read_text())
+    if data is not None:
+        config.data.path = str(data)
+    return validate(config)

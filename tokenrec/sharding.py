@@ -1,0 +1,76 @@
+"""The whole of parallelism: a mesh of three axes, and rules from logical axes to mesh axes.
+
+`data` splits the batch; `fsdp` splits the batch and the weights, which are gathered where they are used; `tensor`
+splits attention heads and the FFN. Model code names logical axes only, through `Rules`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from tokenrec.config import MeshConfig
+from tokenrec.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Logical axis -> mesh axes. A misspelt logical axis is an AttributeError.
+
+    >>> Rules()("batch", None, "heads")
+    PartitionSpec(('data', 'fsdp'), None, 'tensor')
+    """
+
+    batch: tuple[str, ...] | str | None = ("data", "fsdp")
+    embed: tuple[str, ...] | str | None = "fsdp"
+    heads: tuple[str, ...] | str | None = "tensor"
+    ffn: tuple[str, ...] | str | None = "tensor"
+
+    def __call__(self, *axes: str | None) -> PartitionSpec:
+        """The partition of an array whose dimensions carry these logical axes (None: not split).
+
+        Raises:
+          AttributeError: an axis that is not a field of this class.
+          ValueError: two dimensions that would lie on one mesh axis.
+        """
+        parts = [None if axis is None else getattr(self, axis) for axis in axes]
+        flat = [name for part in parts if part for name in ((part,) if isinstance(part, str) else part)]
+        if len(flat) != len(set(flat)):
+            raise ValueError(f"axes {axes} put two dimensions on one mesh axis: {parts}; leave one of them out")
+        return PartitionSpec(*parts)
+
+
+RULES = Rules()
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Explicit mesh `(data, fsdp, tensor)` over all devices, or over those given.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    fixed = config.fsdp * config.tensor
+    data = count // fixed if config.data == -1 else config.data
+    if data * fixed != count:
+        divisors = [n for n in range(1, count + 1) if count % n == 0]
+        wrong = f"mesh.data={config.data} mesh.fsdp={config.fsdp} mesh.tensor={config.tensor}"
+        raise InputError(f"{wrong} do not multiply to {count} devices; use sizes from {divisors}, or mesh.data=-1")
+    shape = (data, config.fsdp, config.tensor)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def gathered(weight: jax.Array, *axes: str | None) -> jax.Array:
+    """The weight with its `embed` dimension whole: an all-gather over `fsdp`; its transpose is a reduce-scatter."""
+    return jax.sharding.reshard(weight, RULES(*(None if axis == "embed" else axis for axis in axes)))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts the batch is split into; batch sizes must be multiples of it."""
+    return int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))

@@ -1,0 +1,95 @@
+"""The train state and the one description of it; the only place that splits and merges modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tokenrec.config import Config
+from tokenrec.data.schema import Schema
+from tokenrec.models.recommender import Recommender
+from tokenrec.ops.layers import draw
+from tokenrec.ops.lookup import RowsState
+from tokenrec.optim import dense_optimizer
+from tokenrec.sharding import RULES
+from tokenrec.tokens.embed import Embedder
+
+TABLE_DEVIATION = 0.05  # of the numbers that table rows start from
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes.
+
+    Attributes:
+      step: `[] int32`, updates made.
+      params: dense weights by name ("backbone/blocks/0/gate/bias").
+      tables: stacks of embedding tables, `[rows, width]`.
+      opt_state: `{"dense": optax state, "rows": {stack: RowsState}}`.
+    """
+
+    step: jax.Array
+    params: dict[str, jax.Array]
+    tables: dict[str, jax.Array]
+    opt_state: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """The static half of a run: what does not change from step to step."""
+
+    config: Config
+    schema: Schema
+    tasks: tuple[str, ...]
+    embedder: Embedder
+
+
+def build_model(config: Config, schema: Schema, tasks: tuple[str, ...]) -> Model:
+    """The model of a config on a data set; `schema` is without the excluded features."""
+    return Model(config, schema, tasks, Embedder.build(schema, config.tokens))
+
+
+def _module(model: Model, key: jax.Array) -> Recommender:
+    return Recommender(model.config, model.schema, len(model.tasks), rngs=nnx.Rngs(params=key))
+
+
+@functools.lru_cache(maxsize=16)
+def _structure(model: Model) -> tuple[Any, tuple[tuple[Any, ...], ...]]:
+    """The graph of the model's modules and the path of each weight in it."""
+    graph, weights = nnx.split(nnx.eval_shape(lambda: _module(model, jax.random.key(0))))
+    return graph, tuple(path for path, _ in nnx.to_flat_state(weights))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
+
+
+def merge(model: Model, params: dict[str, jax.Array]) -> Recommender:
+    """The module with these weights. Cheap and pure: call it inside a traced function."""
+    graph, paths = _structure(model)
+    return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(params[_name(path)])) for path in paths]))
+
+
+def init_state(model: Model, seed: int) -> TrainState:
+    """A fresh state, under the mesh in use: every array is made where it will lie."""
+    weights_key, tables_key = jax.random.split(jax.random.key(seed))
+    _, weights = nnx.split(_module(model, weights_key))
+    params = {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(weights)}
+    tables, rows = {}, {}
+    for number, (name, stack) in enumerate(sorted(model.embedder.stacks.items())):
+        key = jax.random.fold_in(tables_key, number)
+        tables[name] = draw(key, (stack.rows, stack.width), TABLE_DEVIATION, RULES(None, None))
+        rows[name] = RowsState(jnp.zeros((stack.rows,), out_sharding=RULES(None)))
+    opt_state = {"dense": dense_optimizer(model.config.optim).init(params), "rows": rows}
+    return TrainState(jnp.zeros((), jnp.int32, out_sharding=RULES()), params, tables, opt_state)
+
+
+def abstract_state(model: Model) -> TrainState:
+    """Shapes, dtypes and shardings of the state, under the mesh in use: the source for restore and compile."""
+    return jax.eval_shape(lambda: init_state(model, 0))

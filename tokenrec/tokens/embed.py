@@ -1,0 +1,119 @@
+"""From the packed columns of a batch to named feature values: which stack, which row, which columns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenrec.config import TokensConfig
+from tokenrec.data.batch import Batch, Signals
+from tokenrec.data.schema import Feature, Schema, columns
+from tokenrec.ops.lookup import Stack, Unique, build_stacks, gather_rows, spread_rows, unique_ids
+from tokenrec.sharding import RULES
+from tokenrec.tokens.makers import Values
+from tokenrec.tokens.transforms import prefix_ids, table_widths
+
+
+class Entity(NamedTuple):
+    """Feature values and raw ids of one part of a batch, by feature name."""
+
+    values: Values
+    ids: Values
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedder:
+    """Static plan of all look-ups of a schema: one gather per stack and step.
+
+    A batch part is "user", "state", "action" or "target"; target shares the features of state.
+    """
+
+    parts: dict[str, tuple[Feature, ...]]
+    tables: dict[str, int]
+    stacks: dict[str, Stack]
+    hashed: bool
+
+    @staticmethod
+    def build(schema: Schema, config: TokensConfig) -> Embedder:
+        parts = {"user": schema.group("user"), "state": schema.state, "action": schema.group("action")}
+        stacks = build_stacks(schema.tables, table_widths(schema.features, config))
+        return Embedder(parts | {"target": schema.state}, schema.tables, stacks, config.semantic_id == "prefix")
+
+    def _columns(self, part: str, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
+        """Columns of `ids` of a part that lie in a stack, and the stack row of id 0 for each."""
+        place = columns(self.parts[part]).ids
+        chosen = [f for f in self.parts[part] if f.is_integer and f.table_name in stack.offsets]
+        at = [np.arange(*place[f.name]) for f in chosen]
+        offsets = [np.full(f.length, stack.offsets[f.table_name]) for f in chosen]
+        return np.concatenate([*at, np.zeros(0, int)]), np.concatenate([*offsets, np.zeros(0, int)])
+
+    def _table_ids(self, part: str, ids: jax.Array) -> jax.Array:
+        if not self.hashed:
+            return ids
+        for f in self.parts[part]:
+            if f.kind == "semantic_id":
+                start, stop = columns(self.parts[part]).ids[f.name]
+                ids = ids.at[..., start:stop].set(prefix_ids(ids[..., start:stop], self.tables[f.table_name]))
+        return ids
+
+    def unique(self, batch: Batch) -> dict[str, Unique]:
+        """Distinct rows of every stack that the batch reads; the inverse runs over its parts in order."""
+        found = {}
+        for name, stack in self.stacks.items():
+            flat = []
+            for part, signals in _signals(batch):
+                at, offsets = self._columns(part, stack)
+                rows = self._table_ids(part, signals.ids)[..., at] + jnp.asarray(offsets, jnp.int32)
+                flat.append(jax.sharding.reshard(rows, RULES()).reshape(-1))
+            found[name] = unique_ids(jnp.concatenate(flat), stack.rows)
+        return found
+
+    def gather(self, tables: dict[str, jax.Array], unique: dict[str, Unique]) -> dict[str, jax.Array]:
+        """`[u, width]` rows of every stack."""
+        return {name: gather_rows(tables[name], unique[name].ids) for name in self.stacks}
+
+    def inverses(self, batch: Batch, unique: dict[str, Unique]) -> dict[str, dict[str, jax.Array]]:
+        """The inverse of `unique` cut by stack and part: `[B, ..., columns of the stack]`."""
+        cut: dict[str, dict[str, jax.Array]] = {}
+        for name, stack in self.stacks.items():
+            start, cut[name] = 0, {}
+            for part, signals in _signals(batch):
+                at, _ = self._columns(part, stack)
+                shape = (*signals.ids.shape[:-1], len(at))
+                size = int(np.prod(shape))
+                flat = unique[name].inverse[start : start + size].reshape(shape)
+                cut[name][part] = jax.sharding.reshard(flat, RULES("batch", *[None] * (len(shape) - 1)))
+                start += size
+        return cut
+
+    def entities(
+        self, rows: dict[str, jax.Array], inverses: dict[str, dict[str, jax.Array]], batch: Batch
+    ) -> dict[str, Entity]:
+        """Values of every part of the batch from the unique rows `[u, width]` of each stack."""
+        entities = {}
+        for part, signals in _signals(batch):
+            place = columns(self.parts[part])
+            values: Values = {n: signals.dense[..., slice(*at)] for n, at in place.dense.items()}
+            ids: Values = {n: signals.ids[..., slice(*at)] for n, at in place.ids.items()}
+            for name, stack in self.stacks.items():
+                at, _ = self._columns(part, stack)
+                if not len(at):
+                    continue
+                inverse = inverses[name][part]
+                spread = spread_rows(rows[name], inverse)
+                start = 0
+                for f in self.parts[part]:
+                    if f.is_integer and f.table_name in stack.offsets:
+                        values[f.name] = spread[..., start : start + f.length, :]
+                        start += f.length
+            entities[part] = Entity(values, ids)
+        return entities
+
+
+def _signals(batch: Batch) -> list[tuple[str, Signals]]:
+    named = [("user", batch.user), ("state", batch.state), ("action", batch.action), ("target", batch.target)]
+    return [(name, signals) for name, signals in named if signals is not None]

@@ -1,0 +1,165 @@
+"""The loop."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+from tokenrec.checkpoint import Checkpoints, Progress
+from tokenrec.config import Config, data_directory, validate
+from tokenrec.data.dataset import open_dataset
+from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
+from tokenrec.errors import InputError, NonFiniteError
+from tokenrec.evaluate import compiled_eval_step, evaluate, score_split, to_devices
+from tokenrec.logbook import Logbook, Throughput
+from tokenrec.run import start_run
+from tokenrec.sharding import batch_shards, make_mesh
+from tokenrec.state import abstract_state, build_model, init_state
+from tokenrec.step import Metrics, train_step
+
+
+def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, Any]:
+    """Trains, or resumes, the run in `workdir`.
+
+    Returns:
+      `{"step", "best_step", "best", "examples_per_second", "evaluation"}`; `evaluation` is the last one, or None.
+
+    Raises:
+      InputError: the config, the data set or the run in `workdir` do not go together.
+      NonFiniteError: a loss or gradient was not finite; the state before that step is the latest saved or older.
+    """
+    config = validate(config)
+    dataset = open_dataset(data_directory(config), config.data.exclude)
+    model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
+    stop_at = config.train.stop_at or config.optim.steps
+    evaluates = config.train.eval_split in dataset.splits
+    mesh = make_mesh(config.mesh)
+    for field, size in (("data.batch_size", config.data.batch_size // config.optim.accumulate),):
+        if size % batch_shards(mesh):
+            raise InputError(
+                f"{field} / optim.accumulate = {size} is not a multiple of the {batch_shards(mesh)} batch shards"
+            )
+    start_run(config, dataset.schema, workdir)
+    # One compilation per stream length, and no other: a batch of another shape or layout would compile again in silence.
+    guarded = chex.assert_max_traces(train_step, n=len(stream_lengths(config.data)))
+    step_fn = functools.partial(jax.jit(guarded, static_argnums=0, donate_argnums=1), model)
+    eval_fn = compiled_eval_step(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.train.keep))
+        data = train_batches(dataset, config.data, steps=config.optim.steps, seed=config.seed)
+        stack.callback(data.close)
+        restored = checkpoints.restore(abstract_state(model), data)
+        step, state, reached = restored or (0, init_state(model, config.seed), Progress())
+        logbook = stack.enter_context(Logbook(workdir, progress=progress, total_steps=stop_at, start_step=step))
+        throughput, pending = Throughput(), _Pending()
+        report: dict[str, Any] | None = None
+        while True:
+            last, value, best, stop = step >= stop_at, None, False, False
+            if (
+                evaluates
+                and step
+                and (last or _due(step, config.train.eval_every))
+                and not (restored and step == restored[0])
+            ):
+                with throughput.excluded():
+                    pending.check(step)
+                    scores = score_split(
+                        eval_fn, state, config, dataset, config.train.eval_split, mesh, limit=config.train.eval_samples
+                    )
+                    report = evaluate(scores, model.tasks)
+                    logbook.log(step, _flat_report(report), config.train.eval_split)
+                    value = _value(report, config)
+                    best = value is not None and (reached.best is None or value > reached.best)
+                    reached = _advance(reached, step, value, best)
+                    stop = bool(config.train.patience) and reached.waited >= config.train.patience
+            if step and (last or best or stop or _due(step, config.train.save_every)):
+                with throughput.excluded():
+                    pending.check(step)
+                    checkpoints.save(step, state, data, reached, value)
+            if last or stop:
+                break
+            first = pending.total == 0
+            host = next(data)
+            if first:
+                with throughput.excluded():  # compiles
+                    state, metrics = jax.block_until_ready(step_fn(state, to_devices(host.batch, mesh)))
+            else:
+                state, metrics = step_fn(state, to_devices(host.batch, mesh))
+                throughput.add(int(host.batch.weight.sum()))
+            pending.add(metrics, host.rows)
+            step += 1
+            if step % config.train.log_every == 0 or step == stop_at:
+                values = pending.check(step)
+                logbook.log(step, values | {"examples_per_second": throughput.rate()})
+        return {
+            "step": step,
+            "best_step": reached.best_step,
+            "best": reached.best,
+            "examples_per_second": throughput.average(),
+            "evaluation": report,
+        }
+
+
+class _Pending:
+    """Metrics of the steps since the host last waited for the device, and the rows that each of them read."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._waiting: deque[tuple[Metrics, np.ndarray]] = deque()
+
+    def add(self, metrics: Metrics, rows: np.ndarray) -> None:
+        self.total += 1
+        self._waiting.append((metrics, rows))
+
+    def check(self, step: int) -> dict[str, float]:
+        """Means since the last call; `step` updates are made.
+
+        Raises:
+          NonFiniteError: names the first bad step and the rows of its batch.
+        """
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        fetched = jax.device_get([metrics for metrics, _ in waiting])
+        for number, (metrics, (_, rows)) in enumerate(zip(fetched, waiting, strict=True)):
+            if not metrics.finite:
+                read = np.unique(rows[rows >= 0])
+                shown = ", ".join(map(str, read[:8]))
+                raise NonFiniteError(
+                    f"step {step - len(waiting) + number}: loss={metrics.loss}, gradient norm={metrics.grad_norm}; the "
+                    f"update was not made. Its batch read {len(read)} rows of train: {shown}, ...; lower "
+                    "optim.learning_rate or optim.clip_norm, or look for extreme values in these rows"
+                )
+        if not fetched:
+            return {}
+        return {name: float(np.mean([getattr(m, name) for m in fetched])) for name in ("loss", "grad_norm")}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _value(report: dict[str, Any], config: Config) -> float | None:
+    """What decides the best checkpoint, higher is better; None if the metric is undefined."""
+    if config.train.best_metric != "loss":
+        return report[config.train.best_metric]
+    losses = [task["log_loss"] for task in report["tasks"].values() if task["log_loss"] is not None]
+    return -float(np.mean(losses)) if losses else None
+
+
+def _advance(reached: Progress, step: int, value: float | None, best: bool) -> Progress:
+    return Progress(value, step, 0) if best else Progress(reached.best, reached.best_step, reached.waited + 1)
+
+
+def _flat_report(report: dict[str, Any]) -> dict[str, float | None]:
+    flat = {name: value for name, value in report.items() if name != "tasks"}
+    for task, values in report["tasks"].items():
+        flat |= {f"{task}/{name}": value for name, value in values.items()}
+    return flat
