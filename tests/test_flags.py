@@ -75,6 +75,28 @@ def test_one_key_of_a_mapping_can_be_set(tmp_path: Path) -> None:
     assert config.data.tasks == {"is_click": 1.0, "like": 0.25}
 
 
+def test_key_of_a_mapping_may_be_any_name(plain: str) -> None:
+    overrides = ["tokens.embedding_dims.items=8", "tokens.embedding_dims.item-id=4"]  # a method of dict; no identifier
+    assert load_config(plain, overrides).tokens.embedding_dims == {"items": 8, "item-id": 4}
+
+
+def test_whole_mapping_replaces_the_keys_before_it(plain: str) -> None:
+    config = load_config(plain, ["data.tasks.like=1", "data.tasks={'is_click':1.0}", "data.tasks.follow=2"])
+    assert config.data.tasks == {"is_click": 1.0, "follow": 2.0}
+
+
+def test_value_of_a_file_that_cannot_be_overridden_is_named(tmp_path: Path) -> None:
+    body = "def get_config():\n    c = Config()\n    c.model.width = 64.0\n    return c\n"
+    with pytest.raises(InputError, match=r"model\.width.*float"):
+        load_config(write(tmp_path / "float.py", body), ["model.width=128"])
+
+
+def test_names_of_one_file_do_not_reach_the_next(plain: str, tmp_path: Path) -> None:
+    load_config(plain)
+    with pytest.raises(InputError, match=r"defines no get_config\(\)"):
+        load_config(write(tmp_path / "empty.py", ""))
+
+
 def test_overrides_of_one_load_do_not_reach_the_next(plain: str) -> None:
     load_config(plain, ["data.tasks.like=1", "model.width=32"])
     assert load_config(plain) == Config()
@@ -91,7 +113,7 @@ def test_overrides_of_one_load_do_not_reach_the_next(plain: str) -> None:
         ("model.width=wide", ["model.width", "'wide'", "whole number"]),
         ("model.width=1.5", ["model.width", "'1.5'", "whole number"]),
         ("optim.learning_rate=fast", ["optim.learning_rate", "'fast'", "number"]),
-        ("optim.learning_rate=nan", ["optim.learning_rate", "'nan'", "finite"]),
+        ("optim.learning_rate=nan", ["optim.learning_rate=nan", "finite number"]),
         ("model.gate=maybe", ["model.gate", "'maybe'", "true or false"]),
         ("model.windows=(32,x)", ["model.windows", "'x'", "whole number"]),
         ("data.tasks=is_click", ["data.tasks", "'is_click'", "mapping"]),

@@ -10,6 +10,7 @@ import dataclasses
 import runpy
 import traceback
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -29,13 +30,11 @@ def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> Config:
       InputError: no such file or field, a file that does not return a Config, a value of the wrong type, or anything
         that `tokenrec.config.validate` refuses.
     """
-    settings: dict[str, str] = {}
+    config = _parse_flag(Config(), f"--config={_find(path_or_name)}")
     for override in overrides:
         field, _, text = override.partition("=")
-        # The last one wins: over itself, and a whole mapping over its keys.
-        settings = {name: t for name, t in settings.items() if not f"{name}.".startswith(f"{field}.")}
-        settings[field] = _unquote(text)
-    return validate(_parse(_find(path_or_name), settings))
+        config = _override(config, field, text)
+    return validate(config)
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -77,40 +76,33 @@ def _find(path_or_name: str) -> Path:
     raise InputError(f"--config={path_or_name} is neither a file nor a shipped config{suggest(path.stem, shipped)}")
 
 
-def _parse(path: Path, settings: dict[str, str]) -> Config:
-    """Lets ml_collections read `path` and set each field, except single keys of mappings, which it cannot add."""
-    fields = dict(_fields(Config, ""))
-    keys = {f: text for f, text in settings.items() if get_origin(fields.get(f.rpartition(".")[0])) is dict}
-    flag_fields = {f"--config.{f}={text}": f for f, text in settings.items() if f not in keys}
-    for field in flag_fields.values():
-        if field not in fields:
-            raise InputError(f"config field '{field}' does not exist{_near(field, fields)}")
-    arguments = [f"--config={path}", *flag_fields]
+def _parse_flag(config: Config, argument: str) -> Config:
+    """Returns a copy of `config` after `--config=FILE` or `--config.x.y=v`."""
     values = flags.FlagValues()
-    # Not DEFINE_config_file (1.1.0): it runs every file in one module, so a second file sees the names of the first.
-    config_flags.DEFINE_config_dataclass("config", Config(), parse_fn=_run, flag_values=values, sys_argv=arguments)
     try:
-        values(["tokenrec", *arguments])
-    except flags.IllegalFlagValueError as error:
-        cause = error.__context__  # absl keeps the parser's error here, and puts only its text in its own
-        if isinstance(cause, InputError):
-            raise cause from cause.__cause__
-        for argument, field in flag_fields.items():
-            if str(error).startswith(f"flag {argument}: "):
-                raise InputError(f"config field '{field}': {_refusal(fields[field], settings[field], cause)}") from None
-        raise InputError(f"config file {path}: {error}") from error
-    for field, text in keys.items():
-        owner, _, key = field.rpartition(".")
-        section, _, name = owner.rpartition(".")
-        try:
-            getattr(getattr(values.config, section), name)[key] = _scalar(get_args(fields[owner])[1], text)
-        except ValueError as error:
-            raise InputError(f"config field '{field}': {error}") from None
+        # Not DEFINE_config_file (1.1.0): it runs all files in one module, so a second file sees the names of the first.
+        config_flags.DEFINE_config_dataclass("config", config, "", values, sys_argv=[argument], parse_fn=_run_file)
+        values(["tokenrec", argument])
+    except flags.IllegalFlagValueError as error:  # absl's message wraps that of the parser, which says more
+        raise error.__context__ or error from None
     return values.config
 
 
-def _refusal(kind: Any, text: str, cause: BaseException | None) -> str:
-    return f"{text!r} is not {_SCALARS[kind][1]}" if kind in _SCALARS else str(cause)
+def _override(config: Config, field: str, text: str) -> Config:
+    fields = dict(_fields(Config, ""))
+    target, value = field, _unquote(text)
+    owner, _, key = field.rpartition(".")
+    try:
+        if get_origin(fields.get(owner)) is dict:  # data.tasks.is_click=0.5; ml_collections adds no key to a mapping
+            target, value = owner, str({**attrgetter(owner)(config), key: value})
+        if target in fields:
+            return _parse_flag(config, f"--config.{target}={value}")
+    except TypeError as error:  # what the config file holds
+        raise InputError(f"config field '{field}': {error}") from error
+    except ValueError as error:
+        reason = f"{text!r} is not {_EXPECTED[fields[target]]}" if fields[target] in _EXPECTED else error
+        raise InputError(f"config field '{field}': {reason}") from None
+    raise InputError(f"config field '{field}' does not exist{_near(field, fields)}")
 
 
 def _fields(kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -121,7 +113,7 @@ def _fields(kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield prefix + field.name, field.type
 
 
-def _run(path: str) -> Config:
+def _run_file(path: str) -> Config:
     try:
         make = runpy.run_path(path).get("get_config")
         if not callable(make):
@@ -161,21 +153,37 @@ def _near(field: str, fields: dict[str, Any]) -> str:
     return suggest(field, section or fields)
 
 
-_SCALARS: dict[Any, tuple[flags.ArgumentParser, str]] = {
-    int: (flags.IntegerParser(), "a whole number"),
-    float: (flags.FloatParser(), "a finite number"),
-    bool: (flags.BooleanParser(), "true or false"),
-}
+class _ElementsParser(flags.ArgumentParser):
+    """Reads a tuple or a mapping of typed elements; names need no quotes.
+
+    >>> _ElementsParser(tuple[int, ...]).parse("(32, 16)"), _ElementsParser(dict[str, float]).parse("click:1, like:.5")
+    ((32, 16), {'click': 1.0, 'like': 0.5})
+    """
+
+    def __init__(self, kind: Any) -> None:
+        self.origin, self.kinds = get_origin(kind), get_args(kind)
+
+    def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str):  # what the config file holds; `validate` checks it
+            return argument
+        text = argument.strip()
+        if text[:1] + text[-1:] in (["{}"] if self.origin is dict else ["()", "[]"]):
+            text = text[1:-1]
+        parts = [part for part in text.split(",") if part.strip()]
+        if self.origin is tuple:
+            return tuple(_element(self.kinds[0], part) for part in parts)
+        pairs = [part.partition(":") for part in parts]
+        if not all(colon for _, colon, _ in pairs):
+            raise ValueError(f"{argument!r} is not a mapping; write {{name: value, ...}}")
+        return {_element(self.kinds[0], key): _element(self.kinds[1], value) for key, _, value in pairs}
 
 
-def _scalar(kind: type, text: str) -> Any:
-    if kind not in _SCALARS:
-        return _unquote(text)
-    parser, expected = _SCALARS[kind]
+def _element(kind: type, text: str) -> Any:
+    text = _unquote(text)
     try:
-        return parser.parse(text)
+        return kind(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not {expected}") from None
+        raise ValueError(f"{text!r} is not {_EXPECTED[kind]}") from None
 
 
 def _unquote(text: str) -> str:
@@ -183,33 +191,9 @@ def _unquote(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
-class _ElementsParser(flags.ArgumentParser):
-    """Reads a tuple or a mapping whose elements have a type, and names may lack quotes.
+_EXPECTED = {int: "a whole number", float: "a finite number", bool: "true or false"}
 
-    >>> _ElementsParser(tuple[int, ...]).parse("(32, 16)"), _ElementsParser(dict[str, float]).parse("click:1, like:.5")
-    ((32, 16), {'click': 1.0, 'like': 0.5})
-    """
-
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind
-
-    def parse(self, argument: Any) -> Any:
-        if not isinstance(argument, str):  # the value in the config file, which `validate` checks
-            return argument
-        origin, args = get_origin(self.kind), get_args(self.kind)
-        for bracket in ("{}",) if origin is dict else ("()", "[]"):
-            if argument[:1] + argument[-1:] == bracket:
-                argument = argument[1:-1]
-        parts = [part.strip() for part in argument.split(",") if part.strip()]
-        if origin is tuple:
-            return tuple(_scalar(args[0], part) for part in parts)
-        pairs = [part.partition(":") for part in parts]
-        if not all(colon for _, colon, _ in pairs):
-            raise ValueError(f"{argument!r} is not a mapping; write {{name: value, ...}}")
-        return {_scalar(args[0], key): _scalar(args[1], value.strip()) for key, _, value in pairs}
-
-
-# ml_collections has no parser for mappings and choices, and its tuples hold anything, so it is given these.
+# ml_collections reads no mappings and no choices, and does not look into its tuples.
 config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())  # `validate` knows the choices
 for _kind in dict(_fields(Config, "")).values():
     if get_origin(_kind) in (tuple, dict):
