@@ -7,6 +7,6 @@ _FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimizatio
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from absl import flags
+from absl import flags  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which nobody parses under pytest.

@@ -78,4 +78,6 @@ def mesh_of(data: int, fsdp: int, tensor: int):
 
 
 def place(batch: Batch, mesh) -> Batch:
-    return jax.tree.map(lambda x: jax.device_put(x, jax.NamedSharding(mesh, RULES("batch", *[None] * (x.ndim - 1)))), batch)
+    return jax.tree.map(
+        lambda x: jax.device_put(x, jax.NamedSharding(mesh, RULES("batch", *[None] * (x.ndim - 1)))), batch
+    )

@@ -92,4 +92,10 @@ def init_state(model: Model, seed: int) -> TrainState:
 
 def abstract_state(model: Model) -> TrainState:
     """Shapes, dtypes and shardings of the state, under the mesh in use: the source for restore and compile."""
-    return jax.eval_shape(lambda: init_state(model, 0))
+    mesh = jax.sharding.get_mesh()
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = RULES() if leaf.sharding is None else leaf.sharding.spec  # a scalar carries none
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, jax.eval_shape(lambda: init_state(model, 0)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tokenrec.evaluate import compiled_eval_step, evaluate, score_split, to_devi
 from tokenrec.logbook import Logbook, Throughput
 from tokenrec.run import start_run
 from tokenrec.sharding import batch_shards, make_mesh
-from tokenrec.state import abstract_state, build_model, init_state
+from tokenrec.state import TrainState, abstract_state, build_model, init_state
 from tokenrec.step import Metrics, train_step
 
 
@@ -33,24 +32,27 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
 
     Raises:
       InputError: the config, the data set or the run in `workdir` do not go together.
-      NonFiniteError: a loss or gradient was not finite; the state before that step is the latest saved or older.
+      NonFiniteError: a loss or gradient was not finite; nothing was saved since the step before it.
     """
     config = validate(config)
     dataset = open_dataset(data_directory(config), config.data.exclude)
     model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
+    mesh = make_mesh(config.mesh)
+    _check_batch_sizes(config, mesh)
+    start_run(config, dataset.schema, workdir)
     stop_at = config.train.stop_at or config.optim.steps
     evaluates = config.train.eval_split in dataset.splits
-    mesh = make_mesh(config.mesh)
-    for field, size in (("data.batch_size", config.data.batch_size // config.optim.accumulate),):
-        if size % batch_shards(mesh):
-            raise InputError(
-                f"{field} / optim.accumulate = {size} is not a multiple of the {batch_shards(mesh)} batch shards"
-            )
-    start_run(config, dataset.schema, workdir)
-    # One compilation per stream length, and no other: a batch of another shape or layout would compile again in silence.
+    # One compilation per stream length and no other: a batch of another shape would compile again in silence.
     guarded = chex.assert_max_traces(train_step, n=len(stream_lengths(config.data)))
-    step_fn = functools.partial(jax.jit(guarded, static_argnums=0, donate_argnums=1), model)
+    step_fn = jax.jit(guarded, static_argnums=0, donate_argnums=1)
     eval_fn = compiled_eval_step(model)
+
+    def assess(state: TrainState) -> dict[str, Any]:
+        options = {"limit": config.train.eval_samples}
+        return evaluate(
+            score_split(eval_fn, state, config, dataset, config.train.eval_split, mesh, **options), model.tasks
+        )
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.train.keep))
@@ -59,46 +61,39 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
         restored = checkpoints.restore(abstract_state(model), data)
         step, state, reached = restored or (0, init_state(model, config.seed), Progress())
         logbook = stack.enter_context(Logbook(workdir, progress=progress, total_steps=stop_at, start_step=step))
-        throughput, pending = Throughput(), _Pending()
-        report: dict[str, Any] | None = None
+        throughput, pending, compiled, report = Throughput(), _Pending(), set(), None
+        fresh = restored is None  # a restored step was evaluated before it was saved
         while True:
-            last, value, best, stop = step >= stop_at, None, False, False
-            if (
-                evaluates
-                and step
-                and (last or _due(step, config.train.eval_every))
-                and not (restored and step == restored[0])
-            ):
+            last, value = step >= stop_at, None
+            best = stop = False
+            if evaluates and step and fresh and (last or _due(step, config.train.eval_every)):
                 with throughput.excluded():
                     pending.check(step)
-                    scores = score_split(
-                        eval_fn, state, config, dataset, config.train.eval_split, mesh, limit=config.train.eval_samples
-                    )
-                    report = evaluate(scores, model.tasks)
-                    logbook.log(step, _flat_report(report), config.train.eval_split)
-                    value = _value(report, config)
-                    best = value is not None and (reached.best is None or value > reached.best)
-                    reached = _advance(reached, step, value, best)
-                    stop = bool(config.train.patience) and reached.waited >= config.train.patience
-            if step and (last or best or stop or _due(step, config.train.save_every)):
+                    report = assess(state)
+                logbook.log(step, _flat_report(report), config.train.eval_split)
+                value = _value(report, config)
+                reached, best = _advance(reached, step, value)
+                stop = 0 < config.train.patience <= reached.waited
+            if step and fresh and (last or best or stop or _due(step, config.train.save_every)):
                 with throughput.excluded():
                     pending.check(step)
                     checkpoints.save(step, state, data, reached, value)
             if last or stop:
                 break
-            first = pending.total == 0
             host = next(data)
-            if first:
-                with throughput.excluded():  # compiles
-                    state, metrics = jax.block_until_ready(step_fn(state, to_devices(host.batch, mesh)))
-            else:
-                state, metrics = step_fn(state, to_devices(host.batch, mesh))
+            batch = to_devices(host.batch, mesh)
+            if batch.valid.shape in compiled:
+                state, metrics = step_fn(model, state, batch)
                 throughput.add(int(host.batch.weight.sum()))
+            else:
+                with throughput.excluded():
+                    state, metrics = jax.block_until_ready(step_fn(model, state, batch))
+                compiled.add(batch.valid.shape)
             pending.add(metrics, host.rows)
-            step += 1
+            step, fresh = step + 1, True
             if step % config.train.log_every == 0 or step == stop_at:
-                values = pending.check(step)
-                logbook.log(step, values | {"examples_per_second": throughput.rate()})
+                means = pending.check(step)  # the only host synchronisation
+                logbook.log(step, means | {"examples_per_second": throughput.rate()})
         return {
             "step": step,
             "best_step": reached.best_step,
@@ -108,15 +103,26 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
         }
 
 
+def _check_batch_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
+    shards = batch_shards(mesh)
+    micro = config.data.batch_size // config.optim.accumulate
+    for field, size in (
+        ("data.batch_size / optim.accumulate", micro),
+        ("data.eval_batch_size", config.data.eval_batch_size),
+    ):
+        if size % shards:
+            raise InputError(
+                f"{field} = {size} is not a multiple of the {shards} devices that share a batch; make it one"
+            )
+
+
 class _Pending:
     """Metrics of the steps since the host last waited for the device, and the rows that each of them read."""
 
     def __init__(self) -> None:
-        self.total = 0
         self._waiting: deque[tuple[Metrics, np.ndarray]] = deque()
 
     def add(self, metrics: Metrics, rows: np.ndarray) -> None:
-        self.total += 1
         self._waiting.append((metrics, rows))
 
     def check(self, step: int) -> dict[str, float]:
@@ -154,8 +160,11 @@ def _value(report: dict[str, Any], config: Config) -> float | None:
     return -float(np.mean(losses)) if losses else None
 
 
-def _advance(reached: Progress, step: int, value: float | None, best: bool) -> Progress:
-    return Progress(value, step, 0) if best else Progress(reached.best, reached.best_step, reached.waited + 1)
+def _advance(reached: Progress, step: int, value: float | None) -> tuple[Progress, bool]:
+    """Progress after an evaluation, and whether it is the best so far."""
+    if value is not None and (reached.best is None or value > reached.best):
+        return Progress(value, step, 0), True
+    return Progress(reached.best, reached.best_step, reached.waited + 1), False
 
 
 def _flat_report(report: dict[str, Any]) -> dict[str, float | None]:

@@ -36,7 +36,9 @@ def mesh():
 def noisy(params, scale=0.3):
     """Weights off their starting values, so that a zero gate or a unit norm hides nothing."""
     key = jax.random.key(1)
-    return {n: w + scale * jax.random.normal(jax.random.fold_in(key, i), w.shape) for i, (n, w) in enumerate(params.items())}
+    return {
+        n: w + scale * jax.random.normal(jax.random.fold_in(key, i), w.shape) for i, (n, w) in enumerate(params.items())
+    }
 
 
 def build(config, seed=0):
@@ -79,7 +81,11 @@ def influence(model, params, batch):
     """`[R, S] bool`: does the token in row j move the logits read at row R_r? Measured by gradient, for one stream."""
     layout = stream_layout(model.config, SCHEMA, model.config.data.events)
     width = model.config.model.width
-    candidates = None if batch.target is None else jnp.ones((1, model.config.data.candidates), bool, out_sharding=RULES("batch", None))
+    candidates = (
+        None
+        if batch.target is None
+        else jnp.ones((1, model.config.data.candidates), bool, out_sharding=RULES("batch", None))
+    )
     module = merge(model, params)
 
     def read(x):

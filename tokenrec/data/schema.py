@@ -193,7 +193,7 @@ def _problems(schema: Schema) -> Iterable[str]:
         if f.length < 1:
             yield f"feature '{f.name}': length={f.length} must be at least 1"
         if f.kind in ("categorical", "dense") and f.length != 1:
-            yield f"feature '{f.name}': length={f.length}, but a {f.kind} feature has one value; use multi_valued or embedding"
+            yield f"feature '{f.name}': length={f.length}, but a {f.kind} feature has one value (see multi_valued, embedding)"
         if f.kind == "semantic_id" and f.codes < 1:
             yield f"feature '{f.name}': codes={f.codes}; a semantic id needs its code-book size"
         if f.per_row and f.entity != "item":
@@ -244,8 +244,6 @@ class Metadata:
         value = json.loads(path.read_text())
         version = value.pop("format_version", None)
         if version != FORMAT_VERSION:
-            raise InputError(
-                f"data '{directory}' has format version {version}, this tokenrec reads {FORMAT_VERSION}; prepare it again"
-            )
+            raise InputError(f"data '{directory}' has format version {version}, not {FORMAT_VERSION}; prepare it again")
         value["schema"] = Schema.from_json(value["schema"])
         return _from_dict(Metadata, value)

@@ -27,8 +27,9 @@ class Attention(nnx.Module):
         d, heads = config.width, config.heads
         h = d // heads
         self.window, self.qk_norm = window, config.qk_norm
-        for name in ("query", "key", "value"):
-            setattr(self, name, weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d))
+        self.query = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
+        self.key = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
+        self.value = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
         self.output = weight(rngs, (heads, h, d), "heads", None, "embed", inputs=d)
 
     def __call__(

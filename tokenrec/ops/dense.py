@@ -13,7 +13,7 @@ MASKED = -1e30
 def dense_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, visible: np.ndarray, diagonal: np.ndarray, valid: jax.Array | None
 ) -> jax.Array:
-    """`softmax(q k^T / sqrt(h) + mask) v`: `q [B, Q, H, h]`, `k, v [B, K, H, h]`, `visible, diagonal [Q, K]`, `valid [B, K]`."""
+    """`softmax(q k^T / sqrt(h) + mask) v`; shapes as in `attention`, and `visible, diagonal: [Q, K] bool`."""
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32)
     if valid is None:

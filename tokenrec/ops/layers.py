@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from tokenrec.sharding import RULES
 
+
 def weight(rngs: nnx.Rngs, shape: Sequence[int], *axes: str | None, inputs: int) -> nnx.Param:
     """Float32, uniform with variance 1 / inputs, laid out over the mesh by its logical axes."""
     return nnx.Param(draw(rngs.params(), tuple(shape), inputs**-0.5, RULES(*axes)))

@@ -55,7 +55,7 @@ class Layout:
         return Pattern(query_rows, key_rows, self.index, self.static, self.candidate)
 
     def valid(self, events: jax.Array, candidates: jax.Array | None) -> jax.Array:
-        """`[B, S] bool` from `events: [B, T]` and `candidates: [B, C]` (None in UC); user and separator rows are valid."""
+        """`[B, S] bool` from `events: [B, T]` and `candidates: [B, C]` (None in UC); other rows are always valid."""
         parts = [jnp.ones_like(events[:, :1]), events]
         if candidates is not None:
             parts.append(candidates)
@@ -75,7 +75,8 @@ class Layout:
 
 def build_layout(*, user_tokens: int, events: int, fused: bool, candidates: int, target_tokens: int) -> Layout:
     """The stream `[F.., sep_1, events.., sep_2, targets..]`; `candidates=0` is UC, without sep_2 and targets."""
-    roles: list[Role] = ["user"] * user_tokens + ["sep_1"]
+    roles: list[Role] = ["user" for _ in range(user_tokens)]
+    roles.append("sep_1")
     event = [-1] * len(roles)
     for t in range(events):
         of_event: list[Role] = ["event"] if fused else ["state", "action"]
@@ -85,7 +86,8 @@ def build_layout(*, user_tokens: int, events: int, fused: bool, candidates: int,
     candidate = [-1] * len(roles)
     if candidates:
         first = len(roles) + 1
-        roles += ["sep_2"] + ["target"] * (candidates * target_tokens)
+        roles.append("sep_2")
+        roles.extend("target" for _ in range(candidates * target_tokens))
         event += [-1] * (1 + candidates * target_tokens)
         index += [first - 1] + [first + k for _ in range(candidates) for k in range(target_tokens)]
         candidate += [-1] + [c for c in range(candidates) for _ in range(target_tokens)]

@@ -1,4 +1,4 @@
-"""Makers: the features of an entity become soft tokens, `E = concat_i t_i(f_i)`, `Z = G(E)` (Token Factory, section 2)."""
+"""Makers: features of an entity to soft tokens, `E = concat_i t_i(f_i)`, `Z = G(E)` (Token Factory; methods.md 2)."""
 
 from __future__ import annotations
 

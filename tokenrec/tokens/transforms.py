@@ -78,7 +78,7 @@ class Transform(nnx.Module):
 
 
 def normalize_dense(values: jax.Array, feature: Feature) -> jax.Array:
-    """`[..., 2]`: `clip((g(x) - mu) / sigma, -5, 5)` (0 where missing) and the missing flag, from `[..., 1]` with NaN."""
+    """`[..., 1]` with NaN -> `[..., 2]`: `clip((g(x) - mu) / sigma, -5, 5)`, 0 where missing, and the missing flag."""
     missing = jnp.isnan(values)
     x = jnp.where(missing, feature.mean, values)
     if feature.transform == "log1p":

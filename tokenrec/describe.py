@@ -1,0 +1,116 @@
+"""What a config makes of a data set: parameters, token layout, windows, needed rows, FLOPs. Nothing is trained."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import jax
+import numpy as np
+
+from tokenrec.config import Config, validate
+from tokenrec.data.batch import Batch
+from tokenrec.data.pipeline import batch_shapes, task_names
+from tokenrec.data.schema import Schema
+from tokenrec.models.backbone import layer_rows, layer_windows
+from tokenrec.models.recommender import stream_layout
+from tokenrec.sharding import RULES, batch_shards, make_mesh
+from tokenrec.state import abstract_state, build_model
+from tokenrec.step import eval_step
+from tokenrec.tokens.layout import ROLES, Layout
+
+
+def describe(config: Config, schema: Schema) -> dict[str, Any]:
+    """Figures of a config on a data set with this schema.
+
+    Returns:
+      `{"parameters": {"dense", "tables", "by_part", "by_table"}, "tokens", "layout", "layers": [{"layer", "window",
+      "queries", "keys"}], "flops_per_example"}`; FLOPs are those of a forward pass over one sample at the longest
+      stream length, counted by XLA before it optimises.
+    """
+    config = validate(config)
+    schema = schema.without(config.data.exclude)
+    model = build_model(config, schema, task_names(schema, config.data))
+    layout = stream_layout(config, schema, config.data.events)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        state = abstract_state(model)
+        samples = 8 * batch_shards(mesh)
+        shapes = batch_shapes(schema, config.data, batch_size=samples)[config.data.events]
+        lowered = jax.jit(eval_step, static_argnums=0).lower(model, state, _laid_out(shapes, mesh))
+    cost = lowered.cost_analysis()
+    widths = {table: stack.width for stack in model.embedder.stacks.values() for table in stack.offsets}
+    rows = layer_rows(config.model, layout)
+    return {
+        "parameters": {
+            "dense": sum(leaf.size for leaf in state.params.values()),
+            "tables": sum(leaf.size for leaf in state.tables.values()),
+            "by_part": _by_part(state.params),
+            "by_table": {t: schema.tables[t] * widths[t] for t in sorted(schema.tables)},
+        },
+        "paradigm": config.data.paradigm,
+        "tasks": list(model.tasks),
+        "tokens": layout.rows,
+        "layout": _runs(layout),
+        "layers": [
+            {"layer": number, "window": window, "queries": len(rows[number + 1]), "keys": len(rows[number])}
+            for number, window in enumerate(layer_windows(config.model))
+        ],
+        "flops_per_example": float((cost or {})["flops"]) / samples,
+    }
+
+
+def to_text(description: dict[str, Any]) -> str:
+    """`describe`, for a person."""
+    parameters = description["parameters"]
+    drawn = " ".join(
+        name if count == 1 else f"{name} x {count}"
+        for name, count in ((run["tokens"], run["repeats"]) for run in description["layout"])
+    )
+    lines = [
+        f"{description['paradigm'].upper()}, tasks {', '.join(description['tasks'])}",
+        "",
+        f"parameters  {parameters['dense']:>14,} dense   {parameters['tables']:>14,} in tables",
+        *(f"  {name:<22}{size:>12,}" for name, size in parameters["by_part"].items()),
+        "tables",
+        *(f"  {name:<22}{size:>12,}" for name, size in parameters["by_table"].items()),
+        "",
+        f"stream      {description['tokens']} tokens",
+        f"  {drawn}",
+        "",
+        "layer  sees                     rows computed  rows seen",
+    ]
+    for layer in description["layers"]:
+        sees = "everything before" if layer["window"] is None else f"{layer['window']} rows, itself included"
+        lines.append(f"{layer['layer']:>5}  {sees:<23}{layer['queries']:>15}{layer['keys']:>11}")
+    lines += ["", f"forward     {description['flops_per_example'] / 1e6:,.2f} MFLOP per sample"]
+    return "\n".join(lines)
+
+
+def _laid_out(shapes: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = RULES("batch", *[None] * (len(leaf.shape) - 1))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, shapes)
+
+
+def _by_part(params: dict[str, Any]) -> dict[str, int]:
+    """Sizes by maker, layer and head."""
+    sizes: dict[str, int] = {}
+    for name, leaf in params.items():
+        parts = name.split("/")
+        part = "/".join(parts[: 3 if parts[:2] == ["backbone", "blocks"] else 1])
+        sizes[part] = sizes.get(part, 0) + int(np.prod(leaf.shape))
+    return dict(sorted(sizes.items()))
+
+
+def _runs(layout: Layout) -> list[dict[str, Any]]:
+    """The stream as runs of repeated token groups: interleaved events are one group `state action`."""
+    names = [ROLES[role] for role in layout.roles]
+    groups, at = [], 0
+    while at < len(names):
+        step = 2 if names[at] == "state" else 1
+        groups.append(" ".join(names[at : at + step]))
+        at += step
+    return [{"tokens": name, "repeats": len(list(run))} for name, run in groupby(groups)]
