@@ -29,7 +29,7 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of a run; the latest `keep` and the best stay. A context manager: leaving it ends the last save."""
+    """The checkpoints of a run; the latest `keep` and the best stay. A context manager: leaving it ends a save."""
 
     def __init__(self, workdir: Path, *, keep: int) -> None:
         policies = ocp.training.preservation_policies

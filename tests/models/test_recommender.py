@@ -88,11 +88,12 @@ def influence(model, params, batch):
     )
     module = merge(model, params)
 
-    def read(x):
-        return jnp.sum(module.backbone(x, layout, batch.valid, candidates, None), axis=-1)[0]
+    def read(x, events, candidates):
+        return jnp.sum(module.backbone(x, layout, events, candidates, None), axis=-1)[0]
 
     x = jax.random.normal(jax.random.key(2), (1, layout.rows, width), out_sharding=RULES("batch", None, None))
-    return np.abs(jax.jit(jax.jacobian(read))(x)[:, 0]).sum(-1) > 0, layout
+    gradient = jax.jit(jax.jacobian(read))(x, batch.valid, candidates)
+    return np.abs(gradient[:, 0]).sum(-1) > 0, layout
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -9,7 +9,7 @@ Leaf = Any
 
 
 class Signals(NamedTuple):
-    """Features of one entity: `ids: [..., I] int32`, `dense: [..., D] float32` (NaN is missing), by `schema.columns`."""
+    """Features of an entity: `ids: [..., I] int32`, `dense: [..., D] float32` (NaN is missing), by `schema.columns`."""
 
     ids: Leaf
     dense: Leaf

@@ -193,7 +193,7 @@ def _problems(schema: Schema) -> Iterable[str]:
         if f.length < 1:
             yield f"feature '{f.name}': length={f.length} must be at least 1"
         if f.kind in ("categorical", "dense") and f.length != 1:
-            yield f"feature '{f.name}': length={f.length}, but a {f.kind} feature has one value (see multi_valued, embedding)"
+            yield f"feature '{f.name}': length={f.length}, but a {f.kind} feature has one value"
         if f.kind == "semantic_id" and f.codes < 1:
             yield f"feature '{f.name}': codes={f.codes}; a semantic id needs its code-book size"
         if f.per_row and f.entity != "item":

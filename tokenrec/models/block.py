@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from tokenrec.config import ModelConfig
 from tokenrec.ops.attention import attention
+from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, rms_normalize, split_key, weight
 from tokenrec.ops.rotary import Rotation, rotate
 from tokenrec.sharding import RULES, gathered
@@ -36,7 +36,8 @@ class Attention(nnx.Module):
         self, x: jax.Array, queries: np.ndarray, keys: np.ndarray, layout: Layout, valid: jax.Array, turn: Rotation
     ) -> jax.Array:
         def project(rows: jax.Array, kernel: nnx.Param) -> jax.Array:
-            return jnp.einsum("bsd,dhk->bshk", rows, gathered(kernel[...], "embed", "heads", None).astype(x.dtype))
+            whole = gathered(kernel[...], "embed", "heads", None)
+            return contract("bsd,dhk->bshk", rows, whole, RULES("batch", None, "heads", None))
 
         every = np.arange(layout.rows)
         of_queries = Rotation(*(take_rows(part, queries, every) for part in turn))
@@ -54,8 +55,8 @@ class Attention(nnx.Module):
             pattern=pattern,
             valid=take_rows(valid, keys, every),
         )
-        output = gathered(self.output[...], "heads", None, "embed").astype(x.dtype)
-        return jnp.einsum("bqhk,hkd->bqd", seen, output, out_sharding=RULES("batch", None, None))
+        whole = gathered(self.output[...], "heads", None, "embed")
+        return contract("bqhk,hkd->bqd", seen, whole, RULES("batch", None, None))
 
 
 class SwiGLU(nnx.Module):
@@ -67,10 +68,11 @@ class SwiGLU(nnx.Module):
         self.down = weight(rngs, (inner, width), "ffn", "embed", inputs=inner)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate = jnp.einsum("bsd,df->bsf", x, gathered(self.gate[...], "embed", "ffn").astype(x.dtype))
-        up = jnp.einsum("bsd,df->bsf", x, gathered(self.up[...], "embed", "ffn").astype(x.dtype))
-        down = gathered(self.down[...], "ffn", "embed").astype(x.dtype)
-        return jnp.einsum("bsf,fd->bsd", jax.nn.silu(gate) * up, down, out_sharding=RULES("batch", None, None))
+        inner = RULES("batch", None, "ffn")
+        gate = contract("bsd,df->bsf", x, gathered(self.gate[...], "embed", "ffn"), inner)
+        up = contract("bsd,df->bsf", x, gathered(self.up[...], "embed", "ffn"), inner)
+        down = gathered(self.down[...], "ffn", "embed")
+        return contract("bsf,fd->bsd", jax.nn.silu(gate) * up, down, RULES("batch", None, None))
 
 
 class Gate(nnx.Module):
@@ -81,8 +83,10 @@ class Gate(nnx.Module):
         self.bias = constant(bias, (width,), None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = gathered(self.kernel[...], None, "embed").astype(x.dtype)
-        return jax.nn.sigmoid(jnp.einsum("bsd,de->bse", x, kernel) + self.bias[...].astype(x.dtype))
+        kernel = gathered(self.kernel[...], None, "embed")
+        return jax.nn.sigmoid(
+            contract("bsd,de->bse", x, kernel, RULES("batch", None, None)) + self.bias[...].astype(x.dtype)
+        )
 
 
 class Block(nnx.Module):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from tokenrec.ops.contract import contract
 from tokenrec.sharding import RULES
 
 
@@ -41,7 +42,8 @@ class Linear(nnx.Module):
         self.bias = constant(0.0, (outputs,), None) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.einsum("...i,io->...o", x, self.kernel[...].astype(x.dtype))
+        lead = "bst"[: x.ndim - 1]
+        y = contract(f"{lead}i,io->{lead}o", x, self.kernel[...], PartitionSpec(*spec_of(x)[:-1], None))
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -104,4 +104,6 @@ def update_rows(
         touched = (squared > 0)[:, None]
         step += jnp.where(touched, decay * gather_rows(stack, ids), 0)
     stack = stack.at[ids].add(-rate * step, mode="drop", unique_indices=True)
-    return stack, RowsState(state.sum.at[ids].add(jnp.where(apply, squared, 0), mode="drop", unique_indices=True))
+    # Set, not add: what is written then needs what was read, so that XLA cannot order the write first and keep the old
+    # memory in a copy (tried with add: two copies of it a step).
+    return stack, RowsState(state.sum.at[ids].set(total, mode="drop", unique_indices=True))

@@ -56,7 +56,7 @@ class Layout:
 
     def valid(self, events: jax.Array, candidates: jax.Array | None) -> jax.Array:
         """`[B, S] bool` from `events: [B, T]` and `candidates: [B, C]` (None in UC); other rows are always valid."""
-        parts = [jnp.ones_like(events[:, :1]), events]
+        parts = [events[:, :1] | True, events]  # keeps the layout over the mesh
         if candidates is not None:
             parts.append(candidates)
         source = np.where(

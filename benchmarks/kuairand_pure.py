@@ -1,0 +1,114 @@
+"""KuaiRand-Pure, UC and NIO, over seeds: mean and deviation of the final checkpoint's metrics on 3 and 4 May.
+
+    python -m benchmarks.kuairand_pure --root DIR [--configs uc nio] [--seeds 0 1 2]
+
+`--root` holds the official files. Every seed is a run under `--runs`; a run that was stopped goes on where it was, a
+finished one is only read. Nothing is chosen on the split that is reported: the last checkpoint is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import write_result
+from tokenrec.data.kuairand import KuaiRandSource
+from tokenrec.data.prepare import prepare
+from tokenrec.data.schema import SCHEMA_FILE
+from tokenrec.evaluate import evaluate_run
+from tokenrec.flags import load_config
+from tokenrec.train import train
+
+METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run_seed(config_name: str, seed: int, data: Path, runs: Path) -> dict[str, Any]:
+    """Trains one seed, unless it is done, and returns its record, kept in the run's `result.json`."""
+    workdir = runs / f"{config_name}_seed{seed}"
+    kept = workdir / "result.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    began = cpu_seconds()
+    config = load_config(f"kuairand_pure_{config_name}", [f"seed={seed}"])
+    config.data.path = str(data)
+    summary = train(config, workdir)
+    trained = cpu_seconds()
+    report = evaluate_run(workdir, "valid", "latest", data)
+    record = {
+        "config": config_name,
+        "seed": seed,
+        "step": report["step"],
+        "tasks": report["tasks"],
+        "macro_auc": report["macro_auc"],
+        "examples_per_second": summary["examples_per_second"],
+        "train_cpu_seconds": trained - began,
+        "evaluate_cpu_seconds": cpu_seconds() - trained,
+    }
+    kept.write_text(json.dumps(record, indent=1))
+    return record
+
+
+def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per config and task: mean and sample deviation over seeds."""
+    rows = []
+    for name in dict.fromkeys(record["config"] for record in records):
+        of_config = [record for record in records if record["config"] == name]
+        for task in of_config[0]["tasks"]:
+            row: dict[str, Any] = {"config": name, "task": task, "seeds": len(of_config)}
+            for metric in METRICS:
+                values = np.array([record["tasks"][task][metric] for record in of_config])
+                deviation = values.std(ddof=1) if len(values) > 1 else 0.0
+                row[metric] = f"{values.mean():.4f} ± {deviation:.4f}"
+            row["positives"] = of_config[0]["tasks"][task]["positives"]
+            row["examples"] = of_config[0]["tasks"][task]["examples"]
+            rows.append(row)
+    return rows
+
+
+def seed_row(record: dict[str, Any]) -> dict[str, Any]:
+    flat = {f"{task} {metric}": record["tasks"][task][metric] for task in record["tasks"] for metric in ("auc", "gauc")}
+    costs = ("examples_per_second", "train_cpu_seconds", "evaluate_cpu_seconds")
+    return (
+        {"config": record["config"], "seed": record["seed"], "step": record["step"]}
+        | flat
+        | {name: record[name] for name in costs}
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("data/kuairand_pure"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/kuairand_pure"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kuairand_pure"))
+    parser.add_argument("--configs", nargs="+", default=["uc", "nio"], choices=["uc", "nio"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    arguments = parser.parse_args()
+    if not (arguments.data / SCHEMA_FILE).is_file():
+        prepare(KuaiRandSource(arguments.root, "2022-05-03", "2022-05-05"), arguments.data)
+    records = []
+    for config_name in arguments.configs:
+        for seed in arguments.seeds:
+            records.append(run_seed(config_name, seed, arguments.data, arguments.runs))
+            print(json.dumps(records[-1]), file=sys.stderr, flush=True)
+    command = "python -m benchmarks.kuairand_pure --root DIR"
+    settings = {"train": "25 April to 2 May 2022", "valid": "3 and 4 May", "checkpoint": "the last"}
+    title = "KuaiRand-Pure, 3 and 4 May"
+    write_result(arguments.out, table_rows(records), settings, command, title=f"{title}: mean ± deviation over seeds")
+    seeds = arguments.out.with_name(arguments.out.name + "_seeds")
+    write_result(seeds, [seed_row(record) for record in records], settings, command, title=f"{title}: every seed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Time of the compiled train and eval steps on generated batches.
+
+python -m benchmarks.step --tables     # the same step over tables of 10 thousand to 10 million rows
+python -m benchmarks.step              # samples a second of streams like KuaiRand's
+
+All variants take turns within one run, so that load on the machine falls on each alike and their ratios hold. Every
+turn trains on another batch: the rows of a batch seen before would wait in the processor's caches. Ids are uniform over
+their table, which is harder on the caches than any log. `--tables` needs 5 GB of memory. Two or three minutes each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.report import write_result
+from tokenrec.config import Config, DataConfig, MeshConfig, ModelConfig, TokensConfig, validate
+from tokenrec.data.batch import Batch, Signals
+from tokenrec.data.schema import Feature, Schema, Task, columns
+from tokenrec.evaluate import compiled_eval_step, to_devices
+from tokenrec.ops.lookup import RowsState, gather_rows, spread_rows, unique_ids, update_rows
+from tokenrec.sharding import make_mesh
+from tokenrec.state import build_model, init_state
+from tokenrec.step import train_step
+
+TABLE_ROWS = (10_000, 100_000, 1_000_000, 10_000_000)
+TABLE_WIDTH = 16
+POOL = 8  # batches or lists of ids that a variant goes through
+WARM = 3
+
+Run = Callable[[], Any]  # one step; what it returns is waited for
+
+
+def take_turns(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every run, `repeats` of each after a warm-up.
+
+    Each turn has an order of its own, as a run is slower after one that emptied the caches or returned much memory.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    random = np.random.default_rng(0)
+    for turn in range(WARM + repeats):
+        for name in random.permutation(list(runs)):
+            begin = time.perf_counter()
+            jax.block_until_ready(runs[name]())
+            if turn >= WARM:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def random_signals(
+    features: Sequence[Feature], tables: dict[str, int], lead: tuple[int, ...], random: np.random.Generator
+) -> Signals:
+    """Uniform ids and normal dense values, in the columns that the features have."""
+    place = columns(features)
+    ids = np.zeros((*lead, place.ids_width), np.int32)
+    for feature in features:
+        if feature.is_integer:
+            at = slice(*place.ids[feature.name])
+            ids[..., at] = random.integers(0, tables[feature.table_name], (*lead, feature.length))
+    return Signals(ids, random.normal(size=(*lead, place.dense_width)).astype(np.float32))
+
+
+def random_batch(config: Config, schema: Schema, random: np.random.Generator) -> Batch:
+    """Full histories; every label is known."""
+    size, events = config.data.batch_size, config.data.events
+    read = events if config.data.paradigm == "uc" else config.data.candidates
+    draw = functools.partial(random_signals, tables=schema.tables, random=random)
+    return Batch(
+        user=draw(schema.group("user"), lead=(size,)),
+        state=draw(schema.state, lead=(size, events)),
+        action=draw(schema.group("action"), lead=(size, events)),
+        valid=np.ones((size, events), bool),
+        target=None if config.data.paradigm == "uc" else draw(schema.state, lead=(size, read)),
+        labels=random.integers(0, 2, (size, read, len(schema.tasks))).astype(np.int8),
+        weight=np.ones((size, read), np.float32),
+    )
+
+
+def step_runs(config: Config, schema: Schema) -> tuple[Run, Run]:
+    """A train step and an eval step, compiled as `train` compiles them; both own one state, which training changes."""
+    model = build_model(validate(config), schema, tuple(task.name for task in schema.tasks))
+    train_fn = jax.jit(train_step, static_argnums=0, donate_argnums=1)
+    eval_fn = compiled_eval_step(model)
+    random = np.random.default_rng(0)
+    mesh = jax.sharding.get_mesh()
+    batches = itertools.cycle([to_devices(random_batch(config, schema, random), mesh) for _ in range(POOL)])
+    state = init_state(model, 0)
+
+    def train_run() -> Any:
+        nonlocal state
+        state, metrics = train_fn(model, state, next(batches))
+        return state, metrics
+
+    return train_run, lambda: eval_fn(state, next(batches))
+
+
+def table_case(rows: int) -> tuple[Config, Schema]:
+    """A small model that looks up 20,736 items a step in a table of so many rows."""
+    features = (Feature("item", "categorical", "item"), Feature("watched", "dense", "action"))
+    config = Config(
+        data=DataConfig(path="-", events=80, batch_size=256),
+        tokens=TokensConfig(embedding_dim=TABLE_WIDTH, fused=True),
+        model=ModelConfig(width=32, heads=2, layers=2, windows=(16, 8)),
+    )
+    return config, Schema(features, (Task("click"),), {"item": rows})
+
+
+def lookup_runs(rows: int, ids: int, *, dense: bool) -> Run:
+    """The part of a step that touches the table: look up `ids` uniform ids, differentiate, update.
+
+    Row-wise AdaGrad of the rows looked up, or (`dense`) the same equation on the gradient of the whole table.
+    """
+
+    def loss(values: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.sum(values * target)
+
+    def by_row(table: jax.Array, total: jax.Array, wanted: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        unique = unique_ids(wanted, rows)
+        gradient = jax.grad(lambda some: loss(spread_rows(some, unique.inverse), target))
+        options = {"rate": jnp.float32(0.05), "decay": 0.0, "apply": jnp.bool_(True)}
+        found = gradient(gather_rows(table, unique.ids))
+        table, state = update_rows(table, RowsState(total), unique.ids, found, **options)
+        return table, state.sum
+
+    def whole(table: jax.Array, total: jax.Array, wanted: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+        gradient = jax.grad(lambda every: loss(spread_rows(every, wanted), target))(table)
+        total = total + jnp.mean(jnp.square(gradient), axis=-1)
+        return table - 0.05 * gradient / (jnp.sqrt(total)[:, None] + 1e-8), total
+
+    step = jax.jit(whole if dense else by_row, donate_argnums=(0, 1))
+    random = np.random.default_rng(0)
+    wanted = itertools.cycle([jnp.asarray(random.integers(0, rows, ids, dtype=np.int32)) for _ in range(POOL)])
+    target = jnp.asarray(random.normal(size=(ids, TABLE_WIDTH)).astype(np.float32))
+    held = jax.random.normal(jax.random.key(0), (rows, TABLE_WIDTH)), jnp.zeros((rows,))
+
+    def run() -> Any:
+        nonlocal held
+        held = step(*held, next(wanted), target)
+        return held
+
+    return run
+
+
+def bench_tables(repeats: int) -> Iterator[dict[str, Any]]:
+    """Whole step and its table part by rows of the table, and the dense gradient at most rows."""
+    config, _ = table_case(TABLE_ROWS[0])
+    ids = config.data.batch_size * (config.data.events + config.data.candidates)
+    runs: dict[str, Run] = {}
+    for rows in TABLE_ROWS:
+        runs[f"step {rows}"] = step_runs(*table_case(rows))[0]
+        runs[f"rows {rows}"] = lookup_runs(rows, ids, dense=False)
+    runs["dense"] = lookup_runs(TABLE_ROWS[-1], ids, dense=True)
+    seconds = take_turns(runs, repeats)
+    for rows in TABLE_ROWS:
+        step, part = seconds[f"step {rows}"], seconds[f"rows {rows}"]
+        dense = seconds["dense"] if rows == TABLE_ROWS[-1] else None
+        yield {
+            "rows": rows,
+            "ids a step": ids,
+            "step, ms": 1e3 * statistics.median(step),
+            "least, ms": 1e3 * min(step),
+            "step / step of 100k": paired_ratio(step, seconds["step 100000"]),
+            "table part, ms": 1e3 * statistics.median(part),
+            "its least, ms": 1e3 * min(part),
+            "dense gradient, ms": dense and 1e3 * statistics.median(dense),
+            "dense / table part": dense and paired_ratio(dense, part),
+        }
+
+
+def paired_ratio(seconds: list[float], base: list[float]) -> float:
+    """Median over the turns of the ratio inside a turn: what slows a whole turn cancels."""
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def stream_schema() -> Schema:
+    """26 user fields, 10 of item and context and 3 of the action, all categorical, with tables as KuaiRand-Pure's."""
+    sizes = {"item_0": 7_583, "item_1": 6_500, "item_2": 4_000}  # video, author, music; the others are small
+    named = [
+        (f"{entity}_{i}", entity)
+        for entity, n in (("user", 26), ("item", 8), ("context", 2), ("action", 3))
+        for i in range(n)
+    ]
+    features = tuple(Feature(name, "categorical", entity) for name, entity in named)  # type: ignore[arg-type]
+    return Schema(features, (Task("click"), Task("long_view")), {name: sizes.get(name, 50) for name, _ in named})
+
+
+def stream_cases() -> dict[str, Config]:
+    """NIO and UC at the sizes of the peers' benchmark: 2 full and 2 sliding layers of width 64."""
+    nio = Config(
+        data=DataConfig(path="-", events=50, batch_size=256),
+        tokens=TokensConfig(fused=True),
+        model=ModelConfig(width=64, layers=4, windows=(32, 16)),
+    )
+    uc = Config(
+        data=DataConfig(path="-", paradigm="uc", events=64, overlap=32, batch_size=64),
+        tokens=TokensConfig(user_tokens=4),
+        model=nio.model,
+    )
+
+    def variant(config: Config, **model: Any) -> Config:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+    return {
+        "NIO, 2 full + 2 sliding": nio,
+        "NIO, 2 full + 2 sliding, every row": variant(nio, needed_rows=False),
+        "NIO, 4 full": variant(nio, windows=()),
+        "NIO, 4 full, every row": variant(nio, windows=(), needed_rows=False),
+        "UC, 2 full + 2 sliding": uc,
+        "UC, 4 full": variant(uc, windows=()),
+    }
+
+
+def bench_streams(repeats: int) -> Iterator[dict[str, Any]]:
+    """Rows with a label that a second of training and of evaluation takes in; in NIO that is samples."""
+    cases, schema = stream_cases(), stream_schema()
+    runs: dict[str, Run] = {}
+    for name, config in cases.items():
+        runs[f"train {name}"], runs[f"eval {name}"] = step_runs(config, schema)
+    seconds = take_turns(runs, repeats)
+    base = next(iter(cases))
+    for name, config in cases.items():
+        labelled = config.data.events if config.data.paradigm == "uc" else config.data.candidates
+        count = config.data.batch_size * labelled
+        same = count / cases[base].data.batch_size
+        row: dict[str, Any] = {"stream": name, "B": config.data.batch_size, "T": config.data.events}
+        for kind in ("train", "eval"):
+            mine, first = seconds[f"{kind} {name}"], seconds[f"{kind} {base}"]
+            row[f"{kind}, labelled rows/s"] = count / statistics.median(mine)
+            row[f"{kind}, best"] = count / min(mine)
+            row[f"{kind} / first line"] = same * paired_ratio(first, mine)
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="time over tables of growing length")
+    parser.add_argument("--repeats", type=int, default=20, help="turns of each variant")
+    parser.add_argument("--out", type=Path, help="stem of the result files (default: benchmarks/results/step[_tables])")
+    flags = parser.parse_args()
+    name = "step_tables" if flags.tables else "step"
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        rows = list((bench_tables if flags.tables else bench_streams)(flags.repeats))
+    params = {"turns": flags.repeats, "statistic": "median", "device": jax.devices()[0].device_kind}
+    if flags.tables:
+        params |= {"table width": TABLE_WIDTH, "model": "width 32, 2 layers, 80 fused events"}
+        title = "Train step by rows of the embedding table"
+    else:
+        params |= {"model": "width 64, 4 layers, windows 32 and 16", "user tokens": "26 in NIO, 4 in UC"}
+        title = "Train and eval steps"
+    command = f"python -m benchmarks.step{' --tables' if flags.tables else ''} --repeats {flags.repeats}"
+    stem = flags.out or Path(__file__).parent / "results" / name
+    write_result(stem, rows, params, command, title=title)
+    print(stem.with_name(stem.name + ".md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The loop on real files: resume, best checkpoint, early stop, bad steps, and that it learns."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tokenrec.checkpoint import Checkpoints
+from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.data.prepare import prepare
+from tokenrec.data.synthetic import SyntheticSource
+from tokenrec.errors import InputError, NonFiniteError
+from tokenrec.evaluate import evaluate_run
+from tokenrec.run import load_run_config, open_run
+from tokenrec.sharding import make_mesh
+from tokenrec.train import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "synthetic"
+    prepare(SyntheticSource(6_000, users=60, items=40), out)
+    return out
+
+
+def small(data, **changes) -> Config:
+    config = Config(
+        data=DataConfig(path=str(data), paradigm="uc", events=16, overlap=4, batch_size=8, eval_batch_size=16),
+        tokens=TokensConfig(embedding_dim=4),
+        model=ModelConfig(width=8, heads=1, layers=2, windows=(4,), dropout=0.1),
+        optim=OptimConfig(steps=8, warmup_steps=2),
+        train=TrainConfig(log_every=4),
+    )
+    for name, value in changes.items():
+        section, field = name.split("__")
+        setattr(getattr(config, section), field, value)
+    return config
+
+
+def leaves(workdir):
+    config = load_run_config(workdir, None)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        return [np.asarray(x) for x in jax.tree.leaves(open_run(workdir, "latest", None).state)]
+
+
+def steps_logged(workdir, prefix="train/loss"):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if prefix in line]
+
+
+def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(data, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(small(data), whole, progress=False)
+    train(small(data, train__stop_at=4), parts, progress=False)
+    train(small(data), parts, progress=False)
+    for a, b in zip(leaves(whole), leaves(parts), strict=True):
+        assert np.array_equal(a, b)
+    assert steps_logged(parts) == steps_logged(whole) == [4, 8]
+
+
+def test_a_finished_run_is_left_as_it_is(data, tmp_path):
+    config = small(data, optim__steps=4, optim__warmup_steps=1)
+    train(config, tmp_path, progress=False)
+    before = leaves(tmp_path)
+    assert train(config, tmp_path, progress=False)["step"] == 4
+    assert all(np.array_equal(a, b) for a, b in zip(before, leaves(tmp_path), strict=True))
+
+
+def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(data, tmp_path):
+    config = small(data, optim__steps=8, train__eval_every=2, train__save_every=2, train__keep=1)
+    summary = train(config, tmp_path, progress=False)
+    values = {}
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "valid/macro_auc" in record:
+            values[record["step"]] = record["valid/macro_auc"]
+    best = max(values, key=lambda step: values[step])
+    assert summary["best_step"] == best
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert set(checkpoints.steps) == {best, 8}
+    report = evaluate_run(tmp_path, "valid", "best", None)
+    assert report["step"] == best
+    assert report["macro_auc"] == pytest.approx(values[best], abs=1e-6)
+
+
+def test_patience_stops_the_run(data, tmp_path):
+    config = small(data, optim__steps=50, train__eval_every=1, train__patience=2, optim__learning_rate=1e-12)
+    config.optim.table_learning_rate = 1e-12
+    summary = train(config, tmp_path, progress=False)
+    assert summary["step"] < 50
+
+
+def test_a_bad_step_stops_the_run_and_names_step_and_rows(data, tmp_path):
+    config = small(data, optim__learning_rate=1e30, optim__clip_norm=0.0, train__save_every=1)
+    config.optim.warmup_steps = 0
+    with pytest.raises(NonFiniteError, match=r"step \d+: .* rows of train: \d+"):
+        train(config, tmp_path, progress=False)
+    assert all(np.isfinite(x).all() for x in leaves(tmp_path))
+
+
+def test_another_config_in_the_same_folder_is_refused_with_the_difference(data, tmp_path):
+    train(small(data, optim__steps=2, optim__warmup_steps=1), tmp_path, progress=False)
+    other = small(data, optim__steps=2, optim__warmup_steps=1, model__width=16)
+    with pytest.raises(InputError, match=r"model\.width: 8 -> 16"):
+        train(other, tmp_path, progress=False)
+
+
+def test_another_data_set_is_refused(data, tmp_path):
+    train(small(data, optim__steps=2, optim__warmup_steps=1), tmp_path / "run", progress=False)
+    other = tmp_path / "other"
+    prepare(SyntheticSource(2_000, users=30, items=20), other)
+    with pytest.raises(InputError, match="--data"):
+        evaluate_run(tmp_path / "run", "valid", "latest", other)
+
+
+def test_batch_sizes_that_the_devices_cannot_share_are_refused(data, tmp_path):
+    with pytest.raises(InputError, match="8 devices"):
+        train(small(data, data__batch_size=12), tmp_path, progress=False)
+
+
+def test_training_learns_most_of_what_can_be_known(tmp_path):
+    source = SyntheticSource(40_000, users=200, items=100)
+    prepare(source, tmp_path / "data")
+    config = small(tmp_path / "data", optim__steps=150, data__events=32, data__buckets=(), data__overlap=8)
+    config = dataclasses.replace(config, model=ModelConfig(width=16, heads=2, layers=2, windows=(8,)))
+    config.data.batch_size, config.optim.learning_rate = 32, 1e-2
+    report = train(config, tmp_path / "run", progress=False)["evaluation"]
+    best = source.best_auc("click", "valid")
+    # Nothing beats the true probabilities by more than sampling noise; an untrained model has .5.
+    assert best - 0.06 < report["tasks"]["click"]["auc"] < best + 0.01
