@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ import numpy as np
 from tests.worlds import one_device
 from tokenrec.config import Config, DataConfig, ModelConfig, TokensConfig, validate
 from tokenrec.data.batch import Batch
-from tokenrec.data.dataset import Dataset
+from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names
+from tokenrec.data.prepare import prepare
+from tokenrec.data.source import Source
 from tokenrec.evaluate import compiled_eval_step, score_split, to_devices
 from tokenrec.state import TrainState, build_model, init_state
 
@@ -61,3 +64,8 @@ def _shaken(state: TrainState) -> TrainState:
 def changed(before: Scored, after: Scored) -> set[Key]:
     """Impressions of both whose scores differ, by as little as a bit."""
     return {key for key in before.keys() & after.keys() if not np.array_equal(before[key], after[key])}
+
+
+def prepared(source: Source, folder: Path) -> Dataset:
+    prepare(source, folder)
+    return open_dataset(folder)
