@@ -43,6 +43,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
     stop_at = config.train.stop_at or config.optim.steps
     evaluates = config.train.eval_split in dataset.splits
     # One compilation per stream length and no other: a batch of another shape would compile again in silence.
+    chex.clear_trace_counter()  # it counts by function, over all runs of a process
     guarded = chex.assert_max_traces(train_step, n=len(stream_lengths(config.data)))
     step_fn = jax.jit(guarded, static_argnums=0, donate_argnums=1)
     eval_fn = compiled_eval_step(model)

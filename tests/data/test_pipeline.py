@@ -142,6 +142,22 @@ def test_a_history_lies_in_the_smallest_bucket_that_holds_it(config: DataConfig)
         assert (lengths <= host.batch.valid.shape[1]).all()
 
 
+def test_a_limit_takes_whole_requests() -> None:
+    data = memory_data()
+    config = replaced(NIO, candidates=2)
+    log = data.logs["valid"]
+    limited = read_rows(list(evaluated(data, config, "valid", limit=30)))
+
+    def request(row: int) -> tuple[int, ...]:
+        chunk = int(np.searchsorted(log.start, row, side="right"))
+        return (chunk, log.time[row], log.request[row]) if log.request[row] >= 0 else (-1, row, row)
+
+    taken = {request(row) for row in limited}
+    assert len(taken) == 30
+    assert sorted(row for row in scored(log) if request(row) in taken) == sorted(limited)
+    assert len(limited) > 30
+
+
 @CONFIGS
 @pytest.mark.parametrize("window_rows", [10_000, 150])
 def test_evaluation_yields_every_scored_row_once(config: DataConfig, window_rows: int) -> None:

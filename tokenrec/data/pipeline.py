@@ -138,26 +138,27 @@ def eval_batches(
     The last batch of a bucket is filled up with samples of weight 0 and rows -1. `ReadRows` are those of this process.
 
     Args:
-      limit: above 0, only so many samples, evenly spread over the split.
+      limit: above 0, only so many requests, whole ones (NIO), or streams (UC), evenly spread over the split.
 
     Raises:
       InputError: a split or task that is not there, shorter chunk heads than the config's history.
     """
     own = _process_part(config.eval_batch_size, "data.eval_batch_size", process_index, process_count)
     windows = _Windows(dataset, config, split, train=False)
-    total = sum(span.samples for span in windows.spans)
+    total = sum(span.requests for span in windows.spans)
     wanted = np.arange(limit) * total // limit if 0 < limit < total else np.arange(total)
     return _eval_batches(windows, wanted, config.eval_batch_size, own)
 
 
 def _eval_batches(windows: _Windows, wanted: np.ndarray, size: int, own: slice) -> Iterator[tuple[HostBatch, ReadRows]]:
-    ends = np.cumsum([span.samples for span in windows.spans])
+    ends = np.cumsum([span.requests for span in windows.spans])
     for number, end in enumerate(ends):
-        begin = end - windows.spans[number].samples
-        chosen = wanted[slice(*np.searchsorted(wanted, (begin, end)))] - begin
-        if not chosen.size:
+        begin = end - windows.spans[number].requests
+        requests = wanted[slice(*np.searchsorted(wanted, (begin, end)))] - begin
+        if not requests.size:
             continue
         window = windows.load(number)
+        chosen = np.flatnonzero(np.isin(np.cumsum(window.samples.opens) - 1, requests))
         for bucket, length in enumerate(windows.lengths):
             members = chosen[window.bucket[chosen] == bucket]
             for start in range(0, len(members), size):
@@ -183,6 +184,7 @@ class _Span:
     stop: int
     first_row: int
     samples: int
+    requests: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +269,8 @@ class _Windows:
         spans = []
         for start, stop in itertools.pairwise(edges):
             first_row = int(ends[start - 1]) if start else 0
-            spans.append(_Span(start, stop, first_row, len(self._held.get((start, stop)).samples.length)))
+            samples = self._held.get((start, stop)).samples
+            spans.append(_Span(start, stop, first_row, len(samples.length), int(samples.opens.sum())))
         return spans
 
 

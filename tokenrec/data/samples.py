@@ -26,6 +26,7 @@ class Requests:
       length: `[N] int32`, events in the history.
       first: `[N + 1] int64`, sample n has the candidates `rows[first[n] : first[n + 1]]`.
       rows: `[M] int64`, scored rows, sample after sample.
+      opens: `[N] bool`, the sample is the first of its request.
     """
 
     event_rows: np.ndarray
@@ -34,6 +35,7 @@ class Requests:
     length: np.ndarray
     first: np.ndarray
     rows: np.ndarray
+    opens: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Streams:
     first_read: np.ndarray
     sibling: np.ndarray
     readable: np.ndarray
+
+    @property
+    def opens(self) -> np.ndarray:
+        """`[N] bool`: every stream stands alone."""
+        return np.ones(len(self.length), bool)
 
 
 type Samples = Requests | Streams
@@ -103,7 +110,7 @@ def _cut_requests(log: Log, scored: np.ndarray, events: int, candidates: int) ->
     chunk = _chunks(log)[rows[first]]
     stop = before[groups[first]]
     length = np.minimum(events, stop - before[log.start[chunk]]).astype(np.int32)
-    return Requests(event_rows, chunk, stop, length, np.append(first, len(rows)), rows)
+    return Requests(event_rows, chunk, stop, length, np.append(first, len(rows)), rows, rank[first] == 0)
 
 
 def _cut_streams(log: Log, read: np.ndarray, events: int, overlap: int, *, siblings: bool) -> Streams:
@@ -149,7 +156,8 @@ def _cut_greedily(
     found: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int64),) * 4]
     while active.size:
         read, last = positions[pointer[active]], positions[limit[active] - 1]
-        start = np.maximum(begin[active], np.minimum(read - overlap, last + 1 - events))
+        # Not further back where fewer rows follow: how much history a row gets must not tell how much is to come.
+        start = np.maximum(begin[active], read - overlap)
         stop = np.minimum(start + events, last + 1)
         found.append((active, stop, stop - start, read))
         pointer[active] = np.searchsorted(positions, stop)
