@@ -102,7 +102,9 @@ def test_abstract_state_says_what_a_state_is():
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_every_mesh_makes_the_same_update(shape):
-    config = tiny(model={"ffn_width": 32, "dropout": 0.1}, optim={"accumulate": 2, "learning_rate": 1e-3}, batch_size=16)
+    config = tiny(
+        model={"ffn_width": 32, "dropout": 0.1}, optim={"accumulate": 2, "learning_rate": 1e-3}, batch_size=16
+    )
     batch = random_batch(config, 16)
     states = []
     for mesh in (one_device(), mesh_of(*shape)):

@@ -23,7 +23,7 @@ class Rules:
     """Logical axis -> mesh axes. A misspelt logical axis is an AttributeError.
 
     >>> Rules()("batch", None, "heads")
-    PartitionSpec(('data', 'fsdp'), None, 'tensor')
+    P(('data', 'fsdp'), None, 'tensor')
     """
 
     batch: tuple[str, ...] | str | None = ("data", "fsdp")

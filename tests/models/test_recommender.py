@@ -89,7 +89,8 @@ def influence(model, params, batch):
     module = merge(model, params)
 
     def read(x, events, candidates):
-        return jnp.sum(module.backbone(x, layout, events, candidates, None), axis=-1)[0]
+        read_out = jnp.sum(module.backbone(x, layout, events, candidates, None), axis=-1)
+        return jax.sharding.reshard(read_out, RULES(None, None))[0]  # jacobian knows no split outputs
 
     x = jax.random.normal(jax.random.key(2), (1, layout.rows, width), out_sharding=RULES("batch", None, None))
     gradient = jax.jit(jax.jacobian(read))(x, batch.valid, candidates)

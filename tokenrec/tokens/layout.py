@@ -56,13 +56,13 @@ class Layout:
 
     def valid(self, events: jax.Array, candidates: jax.Array | None) -> jax.Array:
         """`[B, S] bool` from `events: [B, T]` and `candidates: [B, C]` (None in UC); other rows are always valid."""
-        parts = [events[:, :1] | True, events]  # keeps the layout over the mesh
+        known = jnp.pad(events, ((0, 0), (1, 0)), constant_values=True)  # column 0 stands for the other rows
         if candidates is not None:
-            parts.append(candidates)
+            known = jnp.concatenate([known, candidates], axis=1)
         source = np.where(
             self.event >= 0, 1 + self.event, np.where(self.candidate >= 0, 1 + self.events + self.candidate, 0)
         )
-        return jnp.concatenate(parts, axis=1)[:, source]
+        return known[:, source]
 
     def positions(self, events: jax.Array) -> jax.Array:
         """`[B, S] int32` for RoPE: 0 for static rows, t for the t-th valid event, n + 1 for sep_2 and targets."""
