@@ -1,53 +1,68 @@
-"""Attention: the one entry. Implementations share its signature; `dense` is the reference."""
+"""Attention: the one entry. It picks an implementation for the platform and owns the only `shard_map` of attention."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from tokenrec.errors import InputError, suggest
-from tokenrec.ops.dense import dense_attention
+from tokenrec.ops import dense
+from tokenrec.ops.pattern import Pattern, causal_pattern
+from tokenrec.sharding import RULES
 
-IMPLEMENTATIONS = {"dense": dense_attention}
+__all__ = ["IMPLEMENTATIONS", "PREFERRED", "Choice", "Implementation", "Pattern", "attention", "choose"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pattern:
-    """Which rows may see which, less padding: static NumPy arrays over the query rows and the key rows.
+class Implementation(NamedTuple):
+    """`attend(q, k, v, pattern, window, valid)`, and `refusal(q, k, pattern, window)`: why it cannot serve, or ""."""
 
-    Attributes:
-      query_rows: `[Q]`, row number of each query in the stream; `key_rows: [K]` likewise.
-      index: `[S]`, order of every row of the stream: a row sees rows of no higher index, and windows count indices.
-      static: `[S] bool`, rows that sliding layers hide from all but each other.
-      candidate: `[S]`, candidate that a row belongs to, -1 for none; candidates do not see each other.
+    attend: Callable[..., jax.Array]
+    refusal: Callable[..., str]
+
+
+IMPLEMENTATIONS = {"dense": Implementation(dense.dense_attention, dense.refusal)}
+
+# In order, by platform; the first that does not refuse serves.
+PREFERRED = {"cpu": ("dense",), "gpu": ("dense",), "tpu": ("dense",)}
+
+
+class Choice(NamedTuple):
+    """The implementation that serves, and why each one that the platform prefers to it does not."""
+
+    name: str
+    refused: dict[str, str]
+
+
+def platform() -> str:
+    """"cpu", "gpu" or "tpu": of the mesh in use, which may be a described pod, or else of this process."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def choose(
+    q: jax.Array, k: jax.Array, *, window: int | None, pattern: Pattern, implementation: str | None = None
+) -> Choice:
+    """Which implementation serves these shapes on the platform of the mesh in use.
+
+    Raises:
+      InputError: `implementation` is not known, or was asked for and cannot serve.
     """
-
-    query_rows: np.ndarray
-    key_rows: np.ndarray
-    index: np.ndarray
-    static: np.ndarray
-    candidate: np.ndarray
-
-    def visible(self, window: int | None) -> np.ndarray:
-        """`[Q, K] bool`: the equation `see` of methods.md section 3, without `valid_j` and the diagonal."""
-        i, j = self.query_rows[:, None], self.key_rows[None, :]
-        distance = self.index[i] - self.index[j]
-        seen = (distance >= 0) & ((self.candidate[j] == -1) | (self.candidate[j] == self.candidate[i]))
-        if window is not None:
-            seen &= (distance < window) & (self.static[i] | ~self.static[j])
-        return seen
-
-    def diagonal(self) -> np.ndarray:
-        """`[Q, K] bool`: a row sees itself even when it is padding, so that no softmax is empty."""
-        return self.query_rows[:, None] == self.key_rows[None, :]
-
-
-def causal_pattern(queries: int, keys: int) -> Pattern:
-    """Plain causal order over `keys` rows; the queries are the last of them."""
-    rows = np.arange(keys)
-    return Pattern(rows[keys - queries :], rows, rows, np.zeros(keys, bool), np.full(keys, -1))
+    if implementation is not None:
+        if implementation not in IMPLEMENTATIONS:
+            raise InputError(f"implementation={implementation!r} is not known{suggest(implementation, IMPLEMENTATIONS)}")
+        if reason := IMPLEMENTATIONS[implementation].refusal(q, k, pattern, window):
+            raise InputError(f"implementation={implementation!r} cannot serve: {reason}; leave it out to fall through")
+        return Choice(implementation, {})
+    refused: dict[str, str] = {}
+    for name in PREFERRED.get(platform(), PREFERRED["cpu"]):
+        reason = IMPLEMENTATIONS[name].refusal(q, k, pattern, window)
+        if not reason:
+            return Choice(name, refused)
+        refused[name] = reason
+    raise AssertionError("dense refuses nothing")
 
 
 def attention(
@@ -65,18 +80,17 @@ def attention(
     Args:
       q: `[B, Q, H, h]`; `k, v: [B, K, H, h]`, with Q <= K where only some rows are needed.
       window: keys that a query sees, itself included; None sees every earlier one.
-      implementation: one of `IMPLEMENTATIONS`; None chooses.
+      implementation: one of `IMPLEMENTATIONS`; None takes the platform's first that can serve.
       pattern: order, static rows and candidates; None is plain causal order, queries last.
-      valid: `[B, K] bool`, keys that are not padding; None: all. A row always sees itself.
+      valid: `[B, K] bool`, keys that are not padding; None: all. Rows of padding come out finite, and are not the same
+        for all implementations.
 
     Returns:
       `[B, Q, H, h]` in the dtype of `q`; the softmax is float32.
 
     Raises:
-      InputError: an unknown implementation, a window below 1, or shapes that do not agree.
+      InputError: an unknown implementation or one that cannot serve, a window below 1, or shapes that do not agree.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise InputError(f"implementation={implementation!r} is not known{suggest(implementation, IMPLEMENTATIONS)}")
     if window is not None and window < 1:
         raise InputError(f"window={window}: a window counts the row itself, so it is at least 1")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] > k.shape[1]:
@@ -86,4 +100,17 @@ def attention(
         raise InputError(
             f"pattern is for {len(pattern.query_rows)} x {len(pattern.key_rows)} rows, q {q.shape} k {k.shape}"
         )
-    return IMPLEMENTATIONS[implementation or "dense"](q, k, v, pattern.visible(window), pattern.diagonal(), valid)
+    name = choose(q, k, window=window, pattern=pattern, implementation=implementation).name
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, *valid: jax.Array) -> jax.Array:
+        return IMPLEMENTATIONS[name].attend(q, k, v, pattern, window, valid[0] if valid else None)
+
+    inputs = (q, k, v) if valid is None else (q, k, v, valid)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(*inputs)
+    heads, rows = RULES("batch", None, "heads", None), RULES("batch", None)
+    specs = (heads, heads, heads, rows)[: len(inputs)]
+    # Inside, a device has whole streams and whole heads, so nothing is exchanged and replication need not be tracked.
+    inputs = tuple(jax.sharding.reshard(x, spec) for x, spec in zip(inputs, specs, strict=True))
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(*inputs)

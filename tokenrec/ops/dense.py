@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from tokenrec.ops.pattern import Pattern
 
 # Finite, so that a masked logit never makes `inf - inf`; far below any logit.
 MASKED = -1e30
 
 
+def refusal(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
+    """Why this implementation cannot serve; it always can."""
+    return ""
+
+
 def dense_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: np.ndarray, diagonal: np.ndarray, valid: jax.Array | None
+    q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, window: int | None, valid: jax.Array | None
 ) -> jax.Array:
-    """`softmax(q k^T / sqrt(h) + mask) v`; shapes as in `attention`, and `visible, diagonal: [Q, K] bool`."""
+    """`softmax(q k^T / sqrt(h) + mask) v`; arguments as in `attention`."""
+    visible, diagonal = pattern.visible(window), pattern.diagonal()
     scale = q.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32)
     if valid is None:

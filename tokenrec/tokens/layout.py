@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenrec.ops.attention import Pattern
+from tokenrec.ops.pattern import Pattern
 
 Role = Literal["user", "sep_1", "state", "action", "event", "sep_2", "target"]
 ROLES: tuple[Role, ...] = ("user", "sep_1", "state", "action", "event", "sep_2", "target")

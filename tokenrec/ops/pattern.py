@@ -1,0 +1,75 @@
+"""Which rows of a stream may see which: the equation `see` of methods.md section 3, for every implementation alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Rows(NamedTuple):
+    """What `sees` needs to know of some rows; NumPy or JAX arrays of one shape.
+
+    Attributes:
+      row: number in the stream.
+      index: order; windows count it.
+      reach: highest index that the row may see.
+      static: rows that sliding layers hide from all but each other.
+      candidate: candidate that the row belongs to, -1 for none.
+    """
+
+    row: Any
+    index: Any
+    reach: Any
+    static: Any
+    candidate: Any
+
+
+def sees(query: Rows, key: Rows, window: int | None) -> Any:
+    """`see` without `valid_j` and without the diagonal, elementwise over arrays that broadcast."""
+    seen = (key.index <= query.reach) & ((key.candidate == -1) | (key.candidate == query.candidate))
+    if window is not None:
+        seen &= (query.index - key.index < window) & (query.static | ~key.static)
+    return seen
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pattern:
+    """Which rows may see which, less padding: static NumPy arrays over the query rows and the key rows.
+
+    Attributes:
+      query_rows: `[Q]`, row number of each query in the stream, ascending; `key_rows: [K]` likewise.
+      index: `[S]`, order of every row of the stream: a row sees rows of no higher index, and windows count indices.
+      static: `[S] bool`, rows that sliding layers hide from all but each other.
+      candidate: `[S]`, candidate that a row belongs to, -1 for none; candidates do not see each other.
+      prefix: rows with an index below this see each other both ways in full layers (methods.md section 2, "Prompt").
+    """
+
+    query_rows: np.ndarray
+    key_rows: np.ndarray
+    index: np.ndarray
+    static: np.ndarray
+    candidate: np.ndarray
+    prefix: int = 0
+
+    def rows(self, rows: np.ndarray, window: int | None) -> Rows:
+        """The attributes of some rows of the stream."""
+        index = self.index[rows]
+        reach = index if window is not None else np.where(index < self.prefix, self.prefix - 1, index)
+        return Rows(rows, index, reach, self.static[rows], self.candidate[rows])
+
+    def visible(self, window: int | None) -> np.ndarray:
+        """`[Q, K] bool`: `see` without `valid_j` and the diagonal."""
+        query, key = self.rows(self.query_rows, window), self.rows(self.key_rows, window)
+        return sees(Rows(*(part[:, None] for part in query)), Rows(*(part[None, :] for part in key)), window)
+
+    def diagonal(self) -> np.ndarray:
+        """`[Q, K] bool`: a row sees itself even when it is padding, so that no softmax is empty."""
+        return self.query_rows[:, None] == self.key_rows[None, :]
+
+
+def causal_pattern(queries: int, keys: int) -> Pattern:
+    """Plain causal order over `keys` rows; the queries are the last of them."""
+    rows = np.arange(keys)
+    return Pattern(rows[keys - queries :], rows, rows, np.zeros(keys, bool), np.full(keys, -1))
