@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 
 def platform() -> str:
-    """"cpu", "gpu" or "tpu": of the mesh in use, which may be a described pod, or else of this process."""
+    """ "cpu", "gpu" or "tpu": of the mesh in use, which may be a described pod, or else of this process."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name
@@ -52,7 +52,9 @@ def choose(
     """
     if implementation is not None:
         if implementation not in IMPLEMENTATIONS:
-            raise InputError(f"implementation={implementation!r} is not known{suggest(implementation, IMPLEMENTATIONS)}")
+            raise InputError(
+                f"implementation={implementation!r} is not known{suggest(implementation, IMPLEMENTATIONS)}"
+            )
         if reason := IMPLEMENTATIONS[implementation].refusal(q, k, pattern, window):
             raise InputError(f"implementation={implementation!r} cannot serve: {reason}; leave it out to fall through")
         return Choice(implementation, {})
