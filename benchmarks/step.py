@@ -15,8 +15,7 @@ import dataclasses
 import functools
 import itertools
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import write_result
+from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec.config import Config, DataConfig, MeshConfig, ModelConfig, TokensConfig, validate
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.data.schema import Feature, Schema, Task, columns
@@ -37,25 +37,6 @@ from tokenrec.step import train_step
 TABLE_ROWS = (10_000, 100_000, 1_000_000, 10_000_000)
 TABLE_WIDTH = 16
 POOL = 8  # batches or lists of ids that a variant goes through
-WARM = 3
-
-Run = Callable[[], Any]  # one step; what it returns is waited for
-
-
-def take_turns(runs: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every run, `repeats` of each after a warm-up.
-
-    Each turn has an order of its own, as a run is slower after one that emptied the caches or returned much memory.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    random = np.random.default_rng(0)
-    for turn in range(WARM + repeats):
-        for name in random.permutation(list(runs)):
-            begin = time.perf_counter()
-            jax.block_until_ready(runs[name]())
-            if turn >= WARM:
-                seconds[name].append(time.perf_counter() - begin)
-    return seconds
 
 
 def random_signals(
@@ -177,11 +158,6 @@ def bench_tables(repeats: int) -> Iterator[dict[str, Any]]:
             "dense gradient, ms": dense and 1e3 * statistics.median(dense),
             "dense / table part": dense and paired_ratio(dense, part),
         }
-
-
-def paired_ratio(seconds: list[float], base: list[float]) -> float:
-    """Median over the turns of the ratio inside a turn: what slows a whole turn cancels."""
-    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
 
 
 def stream_schema() -> Schema:

@@ -17,6 +17,8 @@ from tokenrec.errors import InputError, suggest
 Paradigm = Literal["nio", "uc"]
 MakerKind = Literal["mlp", "linear", "transformer"]
 DType = Literal["float32", "bfloat16"]
+AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn"]
+Remat = Literal["none", "dots", "full"]
 
 
 @dataclasses.dataclass
@@ -96,6 +98,9 @@ class ModelConfig:
       dropout: rate on the attention branch, the FFN branch and the tokens.
       dtype: of the matrix products; softmax, norms, logits and losses are float32 always.
       needed_rows: skip rows that no read-out can see. Exact; turn it off only to test that.
+      attention: an implementation of `ops/attention.py`; "auto" takes the first of the platform that can serve.
+      remat: what the backward pass computes again: "none", all but products with weights and attention ("dots"), or
+        each block from its input ("full").
     """
 
     width: int = 64
@@ -110,6 +115,8 @@ class ModelConfig:
     dropout: float = 0.0
     dtype: DType = "float32"
     needed_rows: bool = True
+    attention: AttentionKind = "auto"
+    remat: Remat = "none"
 
 
 @dataclasses.dataclass

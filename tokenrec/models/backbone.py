@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from flax import nnx
 
-from tokenrec.config import ModelConfig
+from tokenrec.config import ModelConfig, Remat
 from tokenrec.models.block import Block
+from tokenrec.ops.attention import ATTENTION_RESULT
 from tokenrec.ops.layers import RMSNorm, split_key
 from tokenrec.ops.rotary import rotation
 from tokenrec.tokens.layout import Layout, needed_rows, take_rows
@@ -29,6 +33,17 @@ def layer_rows(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:
     return (np.arange(layout.rows),) * (config.layers + 1)
 
 
+def remember(compute: Callable[[jax.Array], jax.Array], remat: Remat) -> Callable[[jax.Array], jax.Array]:
+    """A block as a function of its input, of which the backward pass finds kept what `model.remat` says."""
+    if remat == "none":
+        return compute
+    keep = jax.checkpoint_policies
+    dots = keep.save_from_both_policies(
+        keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names(ATTENTION_RESULT)
+    )
+    return jax.checkpoint(compute, policy=dots if remat == "dots" else keep.nothing_saveable)
+
+
 class Backbone(nnx.Module):
     """`[B, S, d]` tokens -> `[B, R, d]` normalised read-outs."""
 
@@ -47,5 +62,8 @@ class Backbone(nnx.Module):
         x = take_rows(x, rows[0], np.arange(layout.rows))
         keys = split_key(key, len(self.blocks))
         for block, inputs, outputs, layer_key in zip(self.blocks, rows, rows[1:], keys, strict=False):
-            x = block(x, outputs, inputs, layout, valid, turn, layer_key)
+            compute = functools.partial(
+                block, queries=outputs, keys=inputs, layout=layout, valid=valid, turn=turn, key=layer_key
+            )
+            x = remember(compute, self.config.remat)(x)
         return self.norm(take_rows(x, layout.readout, rows[-1]))

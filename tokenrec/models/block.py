@@ -27,6 +27,7 @@ class Attention(nnx.Module):
         d, heads = config.width, config.heads
         h = d // heads
         self.window, self.qk_norm = window, config.qk_norm
+        self.implementation = None if config.attention == "auto" else config.attention
         self.query = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
         self.key = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
         self.value = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
@@ -52,6 +53,7 @@ class Attention(nnx.Module):
             rotate(k, of_keys),
             v,
             window=self.window,
+            implementation=self.implementation,
             pattern=pattern,
             valid=take_rows(valid, keys, every),
         )

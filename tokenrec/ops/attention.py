@@ -8,24 +8,49 @@ from typing import NamedTuple
 import jax
 
 from tokenrec.errors import InputError, suggest
-from tokenrec.ops import dense
-from tokenrec.ops.pattern import Pattern, causal_pattern
+from tokenrec.ops import blocked, cudnn, dense, splash
+from tokenrec.ops.pattern import ATTENTION_RESULT, Pattern, causal_pattern
 from tokenrec.sharding import RULES
 
-__all__ = ["IMPLEMENTATIONS", "PREFERRED", "Choice", "Implementation", "Pattern", "attention", "choose"]
+__all__ = [
+    "ATTENTION_RESULT",
+    "IMPLEMENTATIONS",
+    "PREFERRED",
+    "Choice",
+    "Implementation",
+    "Pattern",
+    "attention",
+    "choose",
+]
+
+
+def _never(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
+    return ""
 
 
 class Implementation(NamedTuple):
-    """`attend(q, k, v, pattern, window, valid)`, and `refusal(q, k, pattern, window)`: why it cannot serve, or ""."""
+    """A way to compute attention on local arrays.
+
+    Attributes:
+      attend: `(q, k, v, pattern, window, valid) -> out`.
+      refusal: `(q, k, pattern, window) -> str`, why it cannot serve, or "".
+      unprofitable: likewise, why the next one in line is the better choice; it serves all the same when asked for.
+    """
 
     attend: Callable[..., jax.Array]
     refusal: Callable[..., str]
+    unprofitable: Callable[..., str] = _never
 
 
-IMPLEMENTATIONS = {"dense": Implementation(dense.dense_attention, dense.refusal)}
+IMPLEMENTATIONS = {
+    "dense": Implementation(dense.dense_attention, _never),
+    "blocked": Implementation(blocked.blocked_attention, _never, blocked.unprofitable),
+    "cudnn": Implementation(cudnn.cudnn_attention, cudnn.refusal),
+    "splash": Implementation(splash.splash_attention, splash.refusal, splash.unprofitable),
+}
 
-# In order, by platform; the first that does not refuse serves.
-PREFERRED = {"cpu": ("dense",), "gpu": ("dense",), "tpu": ("dense",)}
+# In order, by platform; the first that neither refuses nor is unprofitable serves.
+PREFERRED = {"cpu": ("blocked", "dense"), "gpu": ("cudnn", "blocked", "dense"), "tpu": ("splash", "blocked", "dense")}
 
 
 class Choice(NamedTuple):
@@ -55,12 +80,17 @@ def choose(
             raise InputError(
                 f"implementation={implementation!r} is not known{suggest(implementation, IMPLEMENTATIONS)}"
             )
+        here = platform()
+        if implementation not in PREFERRED.get(here, PREFERRED["cpu"]):
+            others = ", ".join(PREFERRED.get(here, PREFERRED["cpu"]))
+            raise InputError(f"implementation={implementation!r} does not run on {here}; use one of: {others}")
         if reason := IMPLEMENTATIONS[implementation].refusal(q, k, pattern, window):
             raise InputError(f"implementation={implementation!r} cannot serve: {reason}; leave it out to fall through")
         return Choice(implementation, {})
     refused: dict[str, str] = {}
     for name in PREFERRED.get(platform(), PREFERRED["cpu"]):
-        reason = IMPLEMENTATIONS[name].refusal(q, k, pattern, window)
+        way = IMPLEMENTATIONS[name]
+        reason = way.refusal(q, k, pattern, window) or way.unprofitable(q, k, pattern, window)
         if not reason:
             return Choice(name, refused)
         refused[name] = reason

@@ -11,11 +11,6 @@ from tokenrec.ops.pattern import Pattern
 MASKED = -1e30
 
 
-def refusal(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
-    """Why this implementation cannot serve; it always can."""
-    return ""
-
-
 def dense_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, window: int | None, valid: jax.Array | None
 ) -> jax.Array:

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# Name (`jax.ad_checkpoint.checkpoint_name`) of what a backward pass of attention needs besides q, k and v.
+ATTENTION_RESULT = "attention"
+
 
 class Rows(NamedTuple):
     """What `sees` needs to know of some rows; NumPy or JAX arrays of one shape.
@@ -32,6 +35,21 @@ def sees(query: Rows, key: Rows, window: int | None) -> Any:
     if window is not None:
         seen &= (query.index - key.index < window) & (query.static | ~key.static)
     return seen
+
+
+# Rows that fill up a tile: they see nothing, and nothing sees them.
+NO_QUERY = Rows(row=-1, index=-1, reach=-1, static=False, candidate=-2)
+NO_KEY = Rows(row=-2, index=np.iinfo(np.int32).max, reach=-1, static=False, candidate=-1)
+
+
+def take_or(rows: Rows, at: np.ndarray, otherwise: Rows) -> Rows:
+    """`rows[at]`, and `otherwise` where `at` points outside of them; integers become int32."""
+    count = len(rows.row)
+    inside = (at >= 0) & (at < count)
+    taken = [
+        np.where(inside, part[np.clip(at, 0, count - 1)], other) for part, other in zip(rows, otherwise, strict=True)
+    ]
+    return Rows(*(part if part.dtype == bool else part.astype(np.int32) for part in taken))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,0 +1,1 @@
+"""Benchmarks beside other libraries, which are optional extras."""

@@ -1,0 +1,44 @@
+"""How benchmarks take time: variants in turns, so that load on the machine falls on each alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+WARM = 3  # turns before those that count
+
+Run = Callable[[], Any]  # what it returns is waited for
+
+
+def take_turns[K: Hashable](runs: Mapping[K, Run], repeats: int, *, pause: float = 0.0) -> dict[K, list[float]]:
+    """Seconds of every run, `repeats` of each after a warm-up.
+
+    Each turn has an order of its own, as a run is slower after one that emptied the caches or returned much memory.
+
+    Args:
+      runs: name -> run.
+      repeats: turns that count.
+      pause: seconds of sleep before each run, for threads of another library that spin for a while after their work.
+    """
+    seconds: dict[K, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    random = np.random.default_rng(0)
+    for turn in range(WARM + repeats):
+        for at in random.permutation(len(names)):
+            if pause:
+                time.sleep(pause)
+            begin = time.perf_counter()
+            jax.block_until_ready(runs[names[at]]())
+            if turn >= WARM:
+                seconds[names[at]].append(time.perf_counter() - begin)
+    return seconds
+
+
+def paired_ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the turns of the ratio inside a turn: what slows a whole turn cancels."""
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))

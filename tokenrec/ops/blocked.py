@@ -1,0 +1,81 @@
+"""Attention that computes the tiles a pattern shows and skips the others, in XLA alone, on any platform.
+
+A sliding layer is a band: every tile of queries meets one span of keys, and spans advance by a fixed stride
+(`bands.py`). Anything else is a list of key tiles for each query tile (`tiles.py`). Both keep only the output and the
+logarithm of the softmax's denominator, and compute the weights again in the backward pass (FlashAttention, Dao et al.
+2022), so that memory is linear in the length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from tokenrec.ops.bands import Band, band_backward, band_forward, find_band
+from tokenrec.ops.pattern import ATTENTION_RESULT, Pattern
+from tokenrec.ops.tiles import Tiles, find_tiles, tile_backward, tile_forward
+
+# Up to this many logits a head, one masked product is faster than any order of smaller ones.
+DENSE_LOGITS = 128 * 128
+# Share of the dense logits above which skipping does not pay for its bookkeeping.
+WORTH = 0.75
+
+
+def _plan(pattern: Pattern, window: int | None) -> Band | Tiles:
+    """The band of a sliding layer, or tiles where there is none or it would be mostly empty."""
+    tiles = find_tiles(pattern, window)
+    band = None if window is None else find_band(pattern, window)
+    return tiles if band is None or band.logits > 2 * tiles.logits else band
+
+
+def unprofitable(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
+    """Why the dense implementation serves these shapes better, or ""; no pattern is beyond this one."""
+    dense = q.shape[1] * k.shape[1]
+    if dense <= DENSE_LOGITS:
+        return f"{q.shape[1]} x {k.shape[1]} rows are no more than one tile"
+    tiled = _plan(pattern, window).logits
+    if tiled > WORTH * dense:
+        return f"its tiles hold {tiled} logits a head, of {dense} in all: too few to skip"
+    return ""
+
+
+def _fold(x: jax.Array) -> jax.Array:
+    """`[B, S, H, h]` -> `[B x H, S, h]`: streams and heads are one batch of matrix products."""
+    return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _unfold(x: jax.Array, like: jax.Array) -> jax.Array:
+    batch, _, heads, width = like.shape
+    return jnp.moveaxis(x.reshape(batch, heads, -1, width), 1, 2).astype(like.dtype)
+
+
+def blocked_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, window: int | None, valid: jax.Array | None
+) -> jax.Array:
+    """Attention in tiles; arguments as in `attention`."""
+    plan = _plan(pattern, window)
+    scale = q.shape[-1] ** -0.5
+    known = jnp.ones((q.shape[0], k.shape[1]), bool) if valid is None else valid
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, known: jax.Array) -> tuple[jax.Array, Any]:
+        folded = _fold(q * scale), _fold(k), _fold(v), known
+        out, log_sum = band_forward(plan, *folded) if isinstance(plan, Band) else tile_forward(plan, *folded)
+        out, log_sum = (checkpoint_name(x, ATTENTION_RESULT) for x in (_unfold(out, q), log_sum))
+        return out, (q, k, v, known, out, log_sum)
+
+    def backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+        q, k, v, known, out, log_sum = kept
+        inner = jnp.sum(_fold(out).astype(jnp.float32) * _fold(gradient).astype(jnp.float32), axis=-1)
+        given = _fold(q * scale), _fold(k), _fold(v), known, log_sum, inner, _fold(gradient)
+        by_q, by_k, by_v = band_backward(plan, *given) if isinstance(plan, Band) else tile_backward(plan, *given)
+        return _unfold(by_q * scale, q), _unfold(by_k, k), _unfold(by_v, v), None
+
+    @jax.custom_vjp
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, known: jax.Array) -> jax.Array:
+        return forward(q, k, v, known)[0]
+
+    attend.defvjp(forward, backward)
+    return attend(q, k, v, known)
