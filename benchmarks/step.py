@@ -2,6 +2,7 @@
 
 python -m benchmarks.step --tables     # the same step over tables of 10 thousand to 10 million rows
 python -m benchmarks.step              # samples a second of streams like KuaiRand's
+python -m benchmarks.step --long       # streams of 500 events: attention in tiles against dense masks
 
 All variants take turns within one run, so that load on the machine falls on each alike and their ratios hold. Every
 turn trains on another batch: the rows of a batch seen before would wait in the processor's caches. Ids are uniform over
@@ -172,6 +173,10 @@ def stream_schema() -> Schema:
     return Schema(features, (Task("click"), Task("long_view")), {name: sizes.get(name, 50) for name, _ in named})
 
 
+def variant(config: Config, **model: Any) -> Config:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+
 def stream_cases() -> dict[str, Config]:
     """NIO and UC at the sizes of the peers' benchmark: 2 full and 2 sliding layers of width 64."""
     nio = Config(
@@ -185,9 +190,6 @@ def stream_cases() -> dict[str, Config]:
         model=nio.model,
     )
 
-    def variant(config: Config, **model: Any) -> Config:
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
-
     return {
         "NIO, 2 full + 2 sliding": nio,
         "NIO, 2 full + 2 sliding, every row": variant(nio, needed_rows=False),
@@ -198,9 +200,28 @@ def stream_cases() -> dict[str, Config]:
     }
 
 
-def bench_streams(repeats: int) -> Iterator[dict[str, Any]]:
+def long_cases() -> dict[str, Config]:
+    """30 user tokens, 500 events of two tokens each, 2 full and 2 sliding layers of width 64."""
+    nio = Config(
+        data=DataConfig(path="-", events=500, batch_size=8),
+        tokens=TokensConfig(user_tokens=30),
+        model=ModelConfig(width=64, layers=4, windows=(32, 16)),
+    )
+    uc = dataclasses.replace(nio, data=DataConfig(path="-", paradigm="uc", events=500, overlap=250, batch_size=8))
+    return {
+        "NIO, dense masks, every row": variant(nio, attention="dense", needed_rows=False),
+        "NIO, dense masks, needed rows": variant(nio, attention="dense"),
+        "NIO, tiles, every row": variant(nio, needed_rows=False),
+        "NIO, tiles, needed rows": nio,
+        "NIO, tiles, needed rows, 4 full": variant(nio, windows=()),
+        "UC, dense masks, every row": variant(uc, attention="dense", needed_rows=False),
+        "UC, tiles, needed rows": uc,
+    }
+
+
+def bench_streams(cases: dict[str, Config], repeats: int) -> Iterator[dict[str, Any]]:
     """Rows with a label that a second of training and of evaluation takes in; in NIO that is samples."""
-    cases, schema = stream_cases(), stream_schema()
+    schema = stream_schema()
     runs: dict[str, Run] = {}
     for name, config in cases.items():
         runs[f"train {name}"], runs[f"eval {name}"] = step_runs(config, schema)
@@ -222,21 +243,30 @@ def bench_streams(repeats: int) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true", help="time over tables of growing length")
+    parser.add_argument("--long", action="store_true", help="streams of 500 events")
     parser.add_argument("--repeats", type=int, default=20, help="turns of each variant")
     parser.add_argument("--out", type=Path, help="stem of the result files (default: benchmarks/results/step[_tables])")
     flags = parser.parse_args()
-    name = "step_tables" if flags.tables else "step"
+    if flags.tables and flags.long:
+        parser.error("--tables and --long are two benchmarks; run one at a time")
+    kind = "tables" if flags.tables else "long" if flags.long else ""
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        rows = list((bench_tables if flags.tables else bench_streams)(flags.repeats))
+        if flags.tables:
+            rows = list(bench_tables(flags.repeats))
+        else:
+            rows = list(bench_streams(long_cases() if flags.long else stream_cases(), flags.repeats))
     params = {"turns": flags.repeats, "statistic": "median", "device": jax.devices()[0].device_kind}
     if flags.tables:
         params |= {"table width": TABLE_WIDTH, "model": "width 32, 2 layers, 80 fused events"}
         title = "Train step by rows of the embedding table"
+    elif flags.long:
+        params |= {"model": "width 64, 4 layers, windows 32 and 16", "user tokens": 30, "tokens of an event": 2}
+        title = "Train and eval steps of long streams"
     else:
         params |= {"model": "width 64, 4 layers, windows 32 and 16", "user tokens": "26 in NIO, 4 in UC"}
         title = "Train and eval steps"
-    command = f"python -m benchmarks.step{' --tables' if flags.tables else ''} --repeats {flags.repeats}"
-    stem = flags.out or Path(__file__).parent / "results" / name
+    command = f"python -m benchmarks.step{kind and f' --{kind}'} --repeats {flags.repeats}"
+    stem = flags.out or Path(__file__).parent / "results" / (f"step_{kind}" if kind else "step")
     write_result(stem, rows, params, command, title=title)
     print(stem.with_name(stem.name + ".md").read_text())
 

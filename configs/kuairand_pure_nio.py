@@ -10,12 +10,21 @@ The inputs are those of `kuairand_pure_uc`, and both are scored on the same impr
 
 from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
 
+# What a user did lately is in the stream already, and the rates of long views do not know the history file, which most
+# of a user's events are from.
+USER_RATES = tuple(
+    f"{figure}_{key}{label}"
+    for key in ("user", "user_author", "user_tag")
+    for figure, label in (("rate", "_is_click"), ("rate", "_long_view"), ("count", ""))
+)
+EXCLUDE = ("user_id", *USER_RATES, "count_tab", "count_tag")
+
 
 def get_config() -> Config:
     return Config(
         data=DataConfig(
             name="kuairand_pure",
-            exclude=("user_id",),
+            exclude=EXCLUDE,
             tasks={"is_click": 1.0, "long_view": 1.0},
             paradigm="nio",
             events=50,

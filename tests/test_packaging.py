@@ -47,7 +47,7 @@ def test_constraints_are_plain_pins_of_every_dependency() -> None:
     pinned = {line.partition("==")[0] for line in lines}
     project = PROJECT["project"]
     extras = project["optional-dependencies"]
-    needed = {re.split(r"[><=\[ ]", spec)[0] for spec in project["dependencies"] + extras["demo"] + extras["dev"]}
+    needed = {re.split(r"[><=;\[ ]", spec)[0] for spec in project["dependencies"] + extras["demo"] + extras["dev"]}
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in needed} <= pinned
 
 

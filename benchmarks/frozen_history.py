@@ -1,0 +1,70 @@
+r"""KuaiRand-Pure with the history frozen at midnight before the evaluated days: what the newest labels do to AUC, GAUC.
+
+    python -m benchmarks.frozen_history --data DIR --runs DIR [--seeds 0 1 2]
+
+`--runs` holds finished NIO runs of `benchmarks/kuairand_pure.py`. Each is evaluated twice: as it is, and with every
+impression of the evaluated split taken out of the histories. Nothing is trained again. A user has 2.6 impressions in
+the split, so a score that follows the user's labels of the same days is against the label inside the user: the others
+hold fewer of it. GAUC asks about just that order, AUC about the order of users too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from benchmarks.report import write_result
+from tokenrec.data.dataset import Dataset
+from tokenrec.data.log import EVENT, SCORED, Log
+from tokenrec.evaluate import evaluate_run
+
+METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
+
+
+def without_scored_events(load: Any) -> Any:
+    """`Dataset.load`, but rows that are scored enter no history."""
+
+    def frozen(self: Dataset, split: str, start: int = 0, stop: int | None = None) -> Log:
+        log = load(self, split, start, stop)
+        flags = np.where((log.flags & SCORED) != 0, log.flags & ~np.uint8(EVENT), log.flags)
+        return dataclasses.replace(log, flags=flags)
+
+    return frozen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("data/kuairand_pure"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/kuairand_pure"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/frozen_history"))
+    arguments = parser.parse_args()
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for seed in arguments.seeds:
+        workdir = arguments.runs / f"nio_seed{seed}"
+        for history in ("up to the impression", "frozen at midnight of 3 May"):
+            load = Dataset.load if history.startswith("up") else without_scored_events(Dataset.load)
+            with mock.patch.object(Dataset, "load", load):
+                report = evaluate_run(workdir, "valid", "latest", arguments.data)
+            for task, metrics in report["tasks"].items():
+                found.setdefault((task, history), []).append(metrics)
+    rows = []
+    for (task, history), records in sorted(found.items()):
+        row: dict[str, Any] = {"task": task, "history": history, "seeds": len(records)}
+        for metric in METRICS:
+            values = np.array([record[metric] for record in records])
+            row[metric] = f"{values.mean():.4f} ± {values.std(ddof=1) if len(values) > 1 else 0.0:.4f}"
+        rows.append(row)
+    settings = {"config": "kuairand_pure_nio", "split": "3 and 4 May", "checkpoint": "the last"}
+    title = "KuaiRand-Pure, NIO: the history of the evaluated days, seen and not seen"
+    write_result(arguments.out, rows, settings, "python -m benchmarks.frozen_history", title=title)
+    print(arguments.out.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()
