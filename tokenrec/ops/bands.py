@@ -14,7 +14,7 @@ from tokenrec.ops.dense import MASKED
 from tokenrec.ops.pattern import NO_KEY, NO_QUERY, Pattern, Rows, sees, take_or
 
 TILE = 64  # query rows; wider ones hold more logits outside the window, narrower ones make matrix products small
-GROUP_LOGITS = 1 << 21  # logits of the tiles that are computed together; the rest of the stream waits
+GROUP_LOGITS = 1 << 19  # logits of the tiles that are computed together, so that they stay in the cache
 
 
 class Band(NamedTuple):
