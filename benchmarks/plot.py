@@ -13,7 +13,9 @@ from tokenrec.errors import InputError
 def require_matplotlib() -> None:
     """Raises InputError where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("a picture needs matplotlib, which is not installed; pip install 'tokenrec[bench]', or pass --no-png")
+        raise InputError(
+            "a picture needs matplotlib, which is not installed; pip install 'tokenrec[bench]', or pass --no-png"
+        )
 
 
 def plot_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -8,16 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tokenrec.compile import (
-    TOPOLOGIES,
-    Work,
-    attention_work,
-    compile_train_step,
-    described_mesh,
-    product_flops,
-    report,
-    step_work,
-)
+from tokenrec.compile import TOPOLOGIES, compile_train_step, described_mesh, report
 from tokenrec.config import MeshConfig, validate
 from tokenrec.data.pipeline import batch_shapes
 from tokenrec.errors import InputError
@@ -26,6 +17,7 @@ from tokenrec.ops import splash
 from tokenrec.ops.pattern import causal_pattern
 from tokenrec.sharding import RULES
 from tokenrec.state import abstract_state, build_model
+from tokenrec.work import Work, attention_work, product_flops, step_work
 
 from .worlds import SCHEMA, TASKS, mesh_of
 

@@ -9,15 +9,13 @@ import jax
 import numpy as np
 
 from tokenrec.config import Config, validate
-from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
-from tokenrec.models.backbone import layer_rows, layer_windows
 from tokenrec.models.recommender import stream_layout
-from tokenrec.sharding import RULES, batch_shards, make_mesh
+from tokenrec.sharding import make_mesh
 from tokenrec.state import abstract_state, build_model
-from tokenrec.step import eval_step
 from tokenrec.tokens.layout import ROLES, Layout
+from tokenrec.work import STEP_OVER_FORWARD, step_work
 
 
 def describe(config: Config, schema: Schema) -> dict[str, Any]:
@@ -25,8 +23,10 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
 
     Returns:
       `{"parameters": {"dense", "tables", "by_part", "by_table"}, "tokens", "layout", "layers": [{"layer", "window",
-      "queries", "keys"}], "flops_per_example"}`; FLOPs are those of a forward pass over one sample at the longest
-      stream length, counted by XLA before it optimises.
+      "queries", "keys", "implementation", "refused"}], "flops_per_example"}`. `implementation` is what attention
+      runs on this machine at the config's batch size, and `refused` why it is none that the platform prefers. FLOPs are
+      those of the matrix products of a forward pass over one sample at the longest stream length, attention over the
+      pairs that see each other alone.
     """
     config = validate(config)
     schema = schema.without(config.data.exclude)
@@ -35,12 +35,10 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         state = abstract_state(model)
-        samples = 8 * batch_shards(mesh)
-        shapes = batch_shapes(schema, config.data, batch_size=samples)[config.data.events]
-        lowered = jax.jit(eval_step, static_argnums=0).lower(model, state, _laid_out(shapes, mesh))
-    cost = lowered.cost_analysis()
+    samples = config.data.batch_size
+    shapes = batch_shapes(schema, config.data, batch_size=samples)[config.data.events]
+    work, layers = step_work(model, mesh, shapes)
     widths = {table: stack.width for stack in model.embedder.stacks.values() for table in stack.offsets}
-    rows = layer_rows(config.model, layout)
     return {
         "parameters": {
             "dense": sum(leaf.size for leaf in state.params.values()),
@@ -52,11 +50,8 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
         "tasks": list(model.tasks),
         "tokens": layout.rows,
         "layout": _runs(layout),
-        "layers": [
-            {"layer": number, "window": window, "queries": len(rows[number + 1]), "keys": len(rows[number])}
-            for number, window in enumerate(layer_windows(config.model))
-        ],
-        "flops_per_example": float((cost or {})["flops"]) / samples,
+        "layers": [{"layer": number} | layer for number, layer in enumerate(layers)],
+        "flops_per_example": work.model_flops / STEP_OVER_FORWARD / samples,
     }
 
 
@@ -78,21 +73,16 @@ def to_text(description: dict[str, Any]) -> str:
         f"stream      {description['tokens']} tokens",
         f"  {drawn}",
         "",
-        "layer  sees                     rows computed  rows seen",
+        "layer  sees                     rows computed  rows seen  attention",
     ]
     for layer in description["layers"]:
         sees = "everything before" if layer["window"] is None else f"{layer['window']} rows, itself included"
-        lines.append(f"{layer['layer']:>5}  {sees:<23}{layer['queries']:>15}{layer['keys']:>11}")
+        rows = f"{layer['queries']:>15}{layer['keys']:>11}"
+        lines.append(f"{layer['layer']:>5}  {sees:<23}{rows}  {layer['implementation']}")
+    refused = [f"  not {name}: {why}" for layer in description["layers"] for name, why in layer["refused"].items()]
+    lines += dict.fromkeys(refused)
     lines += ["", f"forward     {description['flops_per_example'] / 1e6:,.2f} MFLOP per sample"]
     return "\n".join(lines)
-
-
-def _laid_out(shapes: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = RULES("batch", *[None] * (len(leaf.shape) - 1))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, shapes)
 
 
 def _by_part(params: dict[str, Any]) -> dict[str, int]:

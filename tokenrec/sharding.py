@@ -71,6 +71,16 @@ def gathered(weight: jax.Array, *axes: str | None) -> jax.Array:
     return jax.sharding.reshard(weight, RULES(*(None if axis == "embed" else axis for axis in axes)))
 
 
+def laid_out[T](shapes: T, mesh: Mesh) -> T:
+    """A tree of abstract arrays whose first dimension is the batch, as it lies on the mesh."""
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = RULES("batch", *[None] * (len(leaf.shape) - 1))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, shapes)
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts the batch is split into; batch sizes must be multiples of it."""
     return int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))

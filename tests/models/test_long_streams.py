@@ -10,7 +10,7 @@ import pytest
 from tests.models.test_recommender import build, value_and_gradients
 from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
 from tokenrec.data.pipeline import batch_shapes
-from tokenrec.describe import _laid_out
+from tokenrec.sharding import laid_out
 from tokenrec.state import abstract_state, build_model
 from tokenrec.step import train_step
 
@@ -50,7 +50,7 @@ def temporary_bytes(events, remat, attention="auto"):
     with jax.set_mesh(one_device()):
         mesh = jax.sharding.get_mesh()
         model = build_model(config, SCHEMA, TASKS)
-        batch = _laid_out(batch_shapes(SCHEMA, config.data, batch_size=2)[events], mesh)
+        batch = laid_out(batch_shapes(SCHEMA, config.data, batch_size=2)[events], mesh)
         step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
         return step.lower(model, abstract_state(model), batch).compile().memory_analysis().temp_size_in_bytes
 
@@ -71,7 +71,7 @@ def test_the_train_step_lowers_for_cuda():
     with jax.set_mesh(one_device()):
         mesh = jax.sharding.get_mesh()
         model = build_model(config, SCHEMA, TASKS)
-        batch = _laid_out(batch_shapes(SCHEMA, config.data, batch_size=8)[160], mesh)
+        batch = laid_out(batch_shapes(SCHEMA, config.data, batch_size=8)[160], mesh)
         traced = jax.jit(train_step, static_argnums=0, donate_argnums=1).trace(model, abstract_state(model), batch)
         lowered = traced.lower(lowering_platforms=("cuda",))
     assert "bf16" in lowered.as_text()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from tokenrec.ops.dense import MASKED
 from tokenrec.ops.pattern import NO_KEY, NO_QUERY, Pattern, Rows, sees, take_or
 
 TILE = 64  # query rows; wider ones hold more logits outside the window, narrower ones make matrix products small
-GROUP_LOGITS = 1 << 19  # logits of the tiles that are computed together, so that they stay in the cache
 
 
 class Band(NamedTuple):
@@ -43,7 +41,13 @@ class Band(NamedTuple):
 
     @property
     def logits(self) -> int:
+        """Of one stream and head, all of them at a time."""
         return self.tiles * self.tile * self.width
+
+    @property
+    def held(self) -> int:
+        """Logits of one stream and head that are in memory together."""
+        return self.logits
 
 
 def _reach(query: Rows, key: Rows, window: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -81,158 +85,93 @@ def find_band(pattern: Pattern, window: int) -> Band | None:
     return Band(tile, tiles, stride, steps, window, offset, queries, keys)
 
 
-def _groups(band: Band, streams: int) -> tuple[int, int]:
-    """Groups of tiles, and tiles of a group."""
-    group = max(1, GROUP_LOGITS // (streams * band.tile * band.width))
-    groups = -(-band.tiles // group)
-    return groups, -(-band.tiles // groups)
+def _tiles(x: jax.Array, band: Band) -> jax.Array:
+    """Query rows `[G, Q, ...]` -> `[G, n, tile, ...]`, zeros behind the last."""
+    x = jnp.pad(x, ((0, 0), (0, band.tiles * band.tile - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
+    return x.reshape(x.shape[0], band.tiles, band.tile, *x.shape[2:])
 
 
-def _by_group(rows: Rows, none: Rows, groups: int, group: int) -> Rows:
-    """`[n, width]` -> `[groups, group, width]`."""
-
-    def cut(part: np.ndarray, other: int | bool) -> np.ndarray:
-        fill = np.full((groups * group - len(part), part.shape[1]), other, part.dtype)
-        return np.concatenate([part, fill]).reshape(groups, group, -1)
-
-    return Rows(*(cut(part, other) for part, other in zip(rows, none, strict=True)))
+def _untiles(x: jax.Array, rows: int) -> jax.Array:
+    """The transpose of `_tiles`."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :rows]
 
 
-def _cut(x: jax.Array, band: Band, groups: int, group: int) -> jax.Array:
-    """Query rows `[G, Q, ...]` -> `[groups, G, group, tile, ...]`, zeros behind the last."""
-    x = jnp.pad(x, ((0, 0), (0, groups * group * band.tile - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
-    return jnp.moveaxis(x.reshape(x.shape[0], groups, group, band.tile, *x.shape[2:]), 1, 0)
-
-
-def _join(x: jax.Array, rows: int) -> jax.Array:
-    """The transpose of `_cut`: `[groups, G, group, tile, ...]` -> `[G, rows, ...]`."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[4:])[:, :rows]
-
-
-def _strides(x: jax.Array, band: Band, count: int) -> jax.Array:
-    """Key rows `[G, K, ...]` -> `[G, count, stride, ...]` from `offset` on, zeros where there is no key."""
-    rows, before = count * band.stride, max(0, -band.offset)
+def _spans(x: jax.Array, band: Band) -> jax.Array:
+    """Key rows `[G, K, ...]` -> the span of each tile `[G, n, width, ...]`, zeros where there is no key."""
+    rows, before = (band.tiles + band.steps - 1) * band.stride, max(0, -band.offset)
     x = x[:, max(0, band.offset) :][:, : rows - before]
     x = jnp.pad(x, ((0, 0), (before, rows - before - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
-    return x.reshape(x.shape[0], count, band.stride, *x.shape[2:])
+    strides = x.reshape(x.shape[0], -1, band.stride, *x.shape[2:])
+    return jnp.concatenate([strides[:, a : a + band.tiles] for a in range(band.steps)], axis=2)
 
 
-def _unstrides(x: jax.Array, band: Band, keys: int) -> jax.Array:
-    """The transpose of `_strides`: `[G, count, stride, ...]` -> `[G, K, ...]`."""
-    before = max(0, band.offset)
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, max(0, -band.offset) :][:, : keys - before]
-    return jnp.pad(x, ((0, 0), (before, keys - before - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
-
-
-def _spans(x: jax.Array, steps: int) -> jax.Array:
-    """`[G, group + steps - 1, stride, ...]` -> the span of each tile, `[G, group, steps * stride, ...]`."""
-    group = x.shape[1] - steps + 1
-    return jnp.concatenate([x[:, a : a + group] for a in range(steps)], axis=2)
-
-
-def _unspans(x: jax.Array, steps: int) -> jax.Array:
+def _unspans(x: jax.Array, band: Band, keys: int) -> jax.Array:
     """The transpose of `_spans`: spans overlap, and what they say of one key is added up."""
     rest = [(0, 0)] * (x.ndim - 2)
-    parts = enumerate(jnp.split(x, steps, axis=2))
-    return functools.reduce(jnp.add, (jnp.pad(part, ((0, 0), (a, steps - 1 - a), *rest)) for a, part in parts))
+    parts = enumerate(jnp.split(x, band.steps, axis=2))
+    strides = (jnp.pad(part, ((0, 0), (a, band.steps - 1 - a), *rest)) for a, part in parts)
+    x = functools.reduce(jnp.add, strides)
+    before = max(0, band.offset)
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, max(0, -band.offset) :][:, : keys - before]
+    return jnp.pad(x, ((0, 0), (before, keys - before - x.shape[1]), *rest[1:]))
 
 
-def _logits(band: Band, q: jax.Array, k: jax.Array, valid: jax.Array, query: Rows, key: Rows) -> jax.Array:
-    """Masked logits `[G, group, tile, width] float32`; `valid: [B, group, width]`, G = B x heads."""
+def band_mask(band: Band) -> jax.Array:
+    """`[n, tile, width] bool`: what each tile sees of its span, less padding."""
+    # The barriers keep XLA from folding a mask of the stream's length into the program, and from comparing rows again
+    # for every stream and head.
+    query, key = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, (band.query, band.key)))
     column, row = Rows(*(part[:, :, None] for part in query)), Rows(*(part[:, None, :] for part in key))
-    see = (sees(column, row, band.window) & valid[:, :, None, :]) | (column.row == row.row)
-    # Without the barrier XLA would compare the rows again for every head.
-    see = jax.lax.optimization_barrier(see)[:, None]
+    return jax.lax.optimization_barrier(sees(column, row, band.window))
+
+
+def _logits(band: Band, seen: jax.Array, q: jax.Array, k: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """Masked logits `[G, n, tile, width] float32` of tiles `q` and spans `k`, for `valid: [G, K]`.
+
+    A row that sees nothing, which only padding does, has equal logits and is not NaN.
+    """
     logits = jnp.einsum("gnqd,gnkd->gnqk", q, k, preferred_element_type=jnp.float32)
-    by_stream = logits.reshape(valid.shape[0], -1, *logits.shape[1:])
-    return jnp.where(see, by_stream, MASKED).reshape(logits.shape)
+    if valid is not None:
+        seen = seen & _spans(valid, band)[:, :, None, :]
+    return jnp.where(seen, logits, MASKED)
 
 
-def _each_group(body: Callable[..., Any], carry: Any, parts: Any, groups: int) -> tuple[Any, Any]:
-    """`lax.scan`, without a loop around a single group."""
-    if groups > 1:
-        return jax.lax.scan(body, carry, parts)
-    carry, made = body(carry, jax.tree.map(lambda x: x[0], parts))
-    return carry, jax.tree.map(lambda x: x[None], made)
-
-
-def band_forward(band: Band, q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+def band_forward(
+    band: Band, seen: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """Output `[G, Q, h]` and log of the softmax's denominator `[G, Q] float32`.
 
-    `q: [G, Q, h]`, scaled; `k, v: [G, K, h]`; `valid: [B, K] bool`; G = B x heads, streams first.
+    `seen`: of `band_mask`; `q: [G, Q, h]`, scaled; `k, v: [G, K, h]`; `valid: [G, K] bool`; G streams and heads.
     """
-    groups, group = _groups(band, q.shape[0])
-    count = groups * group + band.steps - 1
-    keys, values, known = (_strides(x, band, count) for x in (k, v, valid))
-
-    def compute(_: None, part: Any) -> tuple[None, Any]:
-        number, queries, query, key = part
-        slab = [
-            jax.lax.dynamic_slice_in_dim(x, number * group, group + band.steps - 1, 1) for x in (keys, values, known)
-        ]
-        k_span, v_span, known_span = (_spans(x, band.steps) for x in slab)
-        logits = _logits(band, queries, k_span, known_span, query, key)
-        most = jnp.max(logits, axis=-1, keepdims=True)
-        weights = jnp.exp(logits - most)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = jnp.einsum("gnqk,gnkd->gnqd", weights.astype(v.dtype), v_span, preferred_element_type=jnp.float32)
-        return None, ((out / total).astype(q.dtype), (most + jnp.log(total))[..., 0])
-
-    parts = (
-        jnp.arange(groups),
-        _cut(q, band, groups, group),
-        _by_group(band.query, NO_QUERY, groups, group),
-        _by_group(band.key, NO_KEY, groups, group),
-    )
-    _, (out, log_sum) = _each_group(compute, None, parts, groups)
-    return _join(out, q.shape[1]), _join(log_sum, q.shape[1])
+    logits = _logits(band, seen, _tiles(q, band), _spans(k, band), valid)
+    most = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - most)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    spans = _spans(v, band)
+    out = jnp.einsum("gnqk,gnkd->gnqd", weights.astype(v.dtype), spans, preferred_element_type=jnp.float32) / total
+    log_sum = (most + jnp.log(total))[..., 0]
+    return _untiles(out.astype(q.dtype), q.shape[1]), _untiles(log_sum, q.shape[1])
 
 
 def band_backward(
     band: Band,
+    seen: jax.Array,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    valid: jax.Array,
+    valid: jax.Array | None,
     log_sum: jax.Array,
     inner: jax.Array,
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, given that of the output; `inner: [G, Q]` is the sum of output x gradient."""
-    groups, group = _groups(band, q.shape[0])
-    count = groups * group + band.steps - 1
-    keys, values, known = (_strides(x, band, count) for x in (k, v, valid))
-
-    def compute(sums: Any, part: Any) -> tuple[Any, jax.Array]:
-        number, queries, pull, log_total, along, query, key = part
-        place = number * group, group + band.steps - 1, 1
-        slab = [jax.lax.dynamic_slice_in_dim(x, *place) for x in (keys, values, known)]
-        k_span, v_span, known_span = (_spans(x, band.steps) for x in slab)
-        logits = _logits(band, queries, k_span, known_span, query, key)
-        weights = jnp.exp(logits - log_total[..., None])
-        by_weight = jnp.einsum("gnqd,gnkd->gnqk", pull, v_span, preferred_element_type=jnp.float32)
-        by_logit = (weights * (by_weight - along[..., None])).astype(q.dtype)
-        by_v = jnp.einsum("gnqk,gnqd->gnkd", weights.astype(q.dtype), pull, preferred_element_type=jnp.float32)
-        by_k = jnp.einsum("gnqk,gnqd->gnkd", by_logit, queries, preferred_element_type=jnp.float32)
-        by_q = jnp.einsum("gnqk,gnkd->gnqd", by_logit, k_span, preferred_element_type=jnp.float32)
-        sums = tuple(
-            _add_slab(total, _unspans(x, band.steps), place) for total, x in zip(sums, (by_k, by_v), strict=True)
-        )
-        return sums, by_q
-
-    parts = (
-        jnp.arange(groups),
-        *(_cut(x, band, groups, group) for x in (q, gradient, log_sum, inner)),
-        _by_group(band.query, NO_QUERY, groups, group),
-        _by_group(band.key, NO_KEY, groups, group),
-    )
-    zeros = jnp.zeros(keys.shape, jnp.float32)
-    (by_k, by_v), by_q = _each_group(compute, (zeros, zeros), parts, groups)
-    return _join(by_q, q.shape[1]), _unstrides(by_k, band, k.shape[1]), _unstrides(by_v, band, k.shape[1])
-
-
-def _add_slab(total: jax.Array, slab: jax.Array, place: tuple[jax.Array, int, int]) -> jax.Array:
-    start, length, axis = place
-    held = jax.lax.dynamic_slice_in_dim(total, start, length, axis)
-    return jax.lax.dynamic_update_slice_in_dim(total, held + slab, start, axis)
+    """Gradients of q, k and v, float32, given that of the output; `inner: [G, Q]` is the sum of output x gradient."""
+    queries, pull, log_total, along = (_tiles(x, band) for x in (q, gradient, log_sum, inner))
+    k_spans, v_spans = _spans(k, band), _spans(v, band)
+    weights = jnp.exp(_logits(band, seen, queries, k_spans, valid) - log_total[..., None])
+    by_weight = jnp.einsum("gnqd,gnkd->gnqk", pull, v_spans, preferred_element_type=jnp.float32)
+    by_logit = (weights * (by_weight - along[..., None])).astype(q.dtype)
+    by_v = jnp.einsum("gnqk,gnqd->gnkd", weights.astype(q.dtype), pull, preferred_element_type=jnp.float32)
+    by_k = jnp.einsum("gnqk,gnqd->gnkd", by_logit, queries, preferred_element_type=jnp.float32)
+    by_q = jnp.einsum("gnqk,gnkd->gnqd", by_logit, k_spans, preferred_element_type=jnp.float32)
+    keys = k.shape[1]
+    return _untiles(by_q, q.shape[1]), _unspans(by_k, band, keys), _unspans(by_v, band, keys)

@@ -8,13 +8,15 @@ logarithm of the softmax's denominator, and compute the weights again in the bac
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from tokenrec.ops.bands import Band, band_backward, band_forward, find_band
+from tokenrec.ops.bands import Band, band_backward, band_forward, band_mask, find_band
 from tokenrec.ops.pattern import ATTENTION_RESULT, Pattern
 from tokenrec.ops.tiles import Tiles, find_tiles, tile_backward, tile_forward
 
@@ -22,6 +24,7 @@ from tokenrec.ops.tiles import Tiles, find_tiles, tile_backward, tile_forward
 DENSE_LOGITS = 128 * 128
 # Share of the dense logits above which skipping does not pay for its bookkeeping.
 WORTH = 0.75
+GROUP_LOGITS = 1 << 20  # logits that are in memory at a time; one stream and head may hold more
 
 
 def _plan(pattern: Pattern, window: int | None) -> Band | Tiles:
@@ -43,7 +46,7 @@ def unprofitable(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | Non
 
 
 def _fold(x: jax.Array) -> jax.Array:
-    """`[B, S, H, h]` -> `[B x H, S, h]`: streams and heads are one batch of matrix products."""
+    """`[B, S, H, h]` -> `[G, S, h]`, G = B x H."""
     return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
 
 
@@ -52,30 +55,49 @@ def _unfold(x: jax.Array, like: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(batch, heads, -1, width), 1, 2).astype(like.dtype)
 
 
+def _in_groups(compute: Callable[..., Any], held: int, arrays: tuple[jax.Array | None, ...]) -> Any:
+    """`compute(*arrays)` for some streams and heads after others; a stream and head holds so many logits at a time."""
+    streams = jax.tree.leaves(arrays)[0].shape[0]
+    group = max(n for n in range(1, streams + 1) if streams % n == 0 and (n == 1 or n * held <= GROUP_LOGITS))
+    if group == streams:
+        return compute(*arrays)
+    cut = jax.tree.map(lambda x: x.reshape(streams // group, group, *x.shape[1:]), arrays)
+    made = jax.lax.map(lambda part: compute(*part), cut)
+    return jax.tree.map(lambda x: x.reshape(streams, *x.shape[2:]), made)
+
+
 def blocked_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, window: int | None, valid: jax.Array | None
 ) -> jax.Array:
     """Attention in tiles; arguments as in `attention`."""
     plan = _plan(pattern, window)
-    scale = q.shape[-1] ** -0.5
-    known = jnp.ones((q.shape[0], k.shape[1]), bool) if valid is None else valid
+    scale, heads = q.shape[-1] ** -0.5, q.shape[2]
 
-    def forward(q: jax.Array, k: jax.Array, v: jax.Array, known: jax.Array) -> tuple[jax.Array, Any]:
-        folded = _fold(q * scale), _fold(k), _fold(v), known
-        out, log_sum = band_forward(plan, *folded) if isinstance(plan, Band) else tile_forward(plan, *folded)
+    def fold(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> tuple[jax.Array | None, ...]:
+        return _fold(q * scale), _fold(k), _fold(v), None if valid is None else jnp.repeat(valid, heads, axis=0)
+
+    def forward(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> tuple[jax.Array, Any]:
+        if isinstance(plan, Band):
+            compute = functools.partial(band_forward, plan, band_mask(plan))
+        else:
+            compute = functools.partial(tile_forward, plan)
+        out, log_sum = _in_groups(compute, plan.held, fold(q, k, v, valid))
         out, log_sum = (checkpoint_name(x, ATTENTION_RESULT) for x in (_unfold(out, q), log_sum))
-        return out, (q, k, v, known, out, log_sum)
+        return out, (q, k, v, valid, out, log_sum)
 
     def backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-        q, k, v, known, out, log_sum = kept
+        q, k, v, valid, out, log_sum = kept
+        if isinstance(plan, Band):
+            compute = functools.partial(band_backward, plan, band_mask(plan))
+        else:
+            compute = functools.partial(tile_backward, plan)
         inner = jnp.sum(_fold(out).astype(jnp.float32) * _fold(gradient).astype(jnp.float32), axis=-1)
-        given = _fold(q * scale), _fold(k), _fold(v), known, log_sum, inner, _fold(gradient)
-        by_q, by_k, by_v = band_backward(plan, *given) if isinstance(plan, Band) else tile_backward(plan, *given)
+        by_q, by_k, by_v = _in_groups(compute, plan.held, (*fold(q, k, v, valid), log_sum, inner, _fold(gradient)))
         return _unfold(by_q * scale, q), _unfold(by_k, k), _unfold(by_v, v), None
 
     @jax.custom_vjp
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, known: jax.Array) -> jax.Array:
-        return forward(q, k, v, known)[0]
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None) -> jax.Array:
+        return forward(q, k, v, valid)[0]
 
     attend.defvjp(forward, backward)
-    return attend(q, k, v, known)
+    return attend(q, k, v, valid)

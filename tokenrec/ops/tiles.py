@@ -37,7 +37,13 @@ class Tiles(NamedTuple):
 
     @property
     def logits(self) -> int:
+        """Of one stream and head."""
         return int(self.counts.sum()) * self.tile**2
+
+    @property
+    def held(self) -> int:
+        """Logits of one stream and head that are in memory together."""
+        return self.tile**2
 
 
 def _tile_rows(rows: int) -> int:
@@ -97,22 +103,25 @@ def _join(x: jax.Array, rows: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :rows]
 
 
-def _logits(plan: Tiles, q: jax.Array, k: jax.Array, valid: jax.Array, query: Rows, key: Rows) -> jax.Array:
-    """Masked logits of a tile, `[G, tile, tile] float32`; `valid: [B, tile]`, G = B x heads."""
+def _logits(plan: Tiles, q: jax.Array, k: jax.Array, valid: jax.Array | None, query: Rows, key: Rows) -> jax.Array:
+    """Masked logits of a tile, `[G, tile, tile] float32`; `valid: [G, tile]`.
+
+    A row that sees nothing, which only padding does, has equal logits and is not NaN.
+    """
     column, row = Rows(*(part[:, None] for part in query)), Rows(*(part[None, :] for part in key))
-    see = (sees(column, row, plan.window) & valid[:, None, :]) | (column.row == row.row)
+    # Without the barrier XLA would compare the rows again for every stream and head.
+    seen = jax.lax.optimization_barrier(sees(column, row, plan.window))
     logits = jnp.einsum("gqd,gkd->gqk", q, k, preferred_element_type=jnp.float32)
-    by_stream = logits.reshape(valid.shape[0], -1, *logits.shape[1:])
-    # Without the barrier XLA would compare the rows again for every head.
-    return jnp.where(jax.lax.optimization_barrier(see)[:, None], by_stream, MASKED).reshape(logits.shape)
+    return jnp.where(seen if valid is None else seen & valid[:, None, :], logits, MASKED)
 
 
 def tile_forward(
-    plan: Tiles, q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array
+    plan: Tiles, q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Output `[G, Q, h]` and log of the softmax's denominator `[G, Q] float32`; arguments as in `band_forward`."""
     n, m = len(plan.counts), len(plan.key.row)
-    keys, values, known = (_cut(x, plan.tile, m) for x in (k, v, valid))
+    keys, values = _cut(k, plan.tile, m), _cut(v, plan.tile, m)
+    known = None if valid is None else _cut(valid, plan.tile, m)
     of_key = jax.tree.map(jnp.asarray, plan.key)
 
     def query_tile(_: None, part: Any) -> tuple[None, Any]:
@@ -121,7 +130,9 @@ def tile_forward(
         def key_tile(a: jax.Array, held: Any) -> Any:
             most, total, out = held
             j = chosen[a]
-            logits = _logits(plan, queries, keys[j], known[j], query, jax.tree.map(lambda x: x[j], of_key))
+            logits = _logits(
+                plan, queries, keys[j], None if known is None else known[j], query, jax.tree.map(lambda x: x[j], of_key)
+            )
             new = jnp.maximum(most, jnp.max(logits, axis=-1))
             weights, fade = jnp.exp(logits - new[..., None]), jnp.exp(most - new)
             part = jnp.einsum("gqk,gkd->gqd", weights.astype(v.dtype), values[j], preferred_element_type=jnp.float32)
@@ -142,14 +153,15 @@ def tile_backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    valid: jax.Array,
+    valid: jax.Array | None,
     log_sum: jax.Array,
     inner: jax.Array,
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v; arguments as in `band_backward`."""
     n, m = len(plan.counts), len(plan.key.row)
-    keys, values, known = (_cut(x, plan.tile, m) for x in (k, v, valid))
+    keys, values = _cut(k, plan.tile, m), _cut(v, plan.tile, m)
+    known = None if valid is None else _cut(valid, plan.tile, m)
     of_key = jax.tree.map(jnp.asarray, plan.key)
 
     def query_tile(sums: Any, part: Any) -> tuple[Any, jax.Array]:
@@ -158,7 +170,9 @@ def tile_backward(
         def key_tile(a: jax.Array, held: Any) -> Any:
             by_q, by_k, by_v = held
             j = chosen[a]
-            logits = _logits(plan, queries, keys[j], known[j], query, jax.tree.map(lambda x: x[j], of_key))
+            logits = _logits(
+                plan, queries, keys[j], None if known is None else known[j], query, jax.tree.map(lambda x: x[j], of_key)
+            )
             weights = jnp.exp(logits - log_total[..., None])
             by_weight = jnp.einsum("gqd,gkd->gqk", pull, values[j], preferred_element_type=jnp.float32)
             by_logit = (weights * (by_weight - along[..., None])).astype(q.dtype)
