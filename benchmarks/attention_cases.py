@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -124,9 +125,14 @@ def refusal(case: Case, sizes: Sizes, mesh: jax.sharding.Mesh) -> str:
     return ""
 
 
-def compile_case(case: Case, sizes: Sizes, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
-    """`(q, k, v) -> out`, or `(q, k, v, gradient of out) -> (out, gradients of q, k and v)`, through the one entry."""
-    attend = functools.partial(attention, window=case.window, implementation=case.implementation)
+def compile_case(
+    case: Case, sizes: Sizes, mesh: jax.sharding.Mesh, *, attend: Callable[..., jax.Array] | None = None
+) -> jax.stages.Compiled:
+    """`(q, k, v) -> out`, or `(q, k, v, gradient of out) -> (out, gradients of q, k and v)`.
+
+    `attend(q, k, v)`: instead of the one entry with the case's implementation.
+    """
+    attend = attend or functools.partial(attention, window=case.window, implementation=case.implementation)
 
     def forward_backward(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
         out, pull = jax.vjp(attend, q, k, v)

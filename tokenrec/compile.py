@@ -22,7 +22,7 @@ from tokenrec.config import MeshConfig
 from tokenrec.data.batch import Batch
 from tokenrec.errors import InputError, suggest
 from tokenrec.roofline import Roofline, chip, network_seconds, read_program
-from tokenrec.sharding import AXES, laid_out, make_mesh
+from tokenrec.sharding import AXES, compiler_options, laid_out, make_mesh
 from tokenrec.state import Model, abstract_state
 from tokenrec.step import train_step
 from tokenrec.work import Work
@@ -35,10 +35,6 @@ _SIZES = {
     3: ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
 }
 TOPOLOGIES = tuple(f"{kind}:{size}" for kind, dimensions in DIMENSIONS.items() for size in _SIZES[dimensions])
-
-# libtpu 0.0.50 aborts the process ("Color count is less than local dma pipe shard count") when it writes the small
-# all-reduces of a data-parallel step over 16 chips or more with this emitter, on v5e, v6e and v5p alike.
-TPU_OPTIONS = {"xla_tpu_enable_pincer_short_emitter": False}
 
 
 def described_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
@@ -100,7 +96,7 @@ def _hybrid_mesh(mesh: MeshConfig, devices: list[jax.Device], slices: int) -> Me
 
 
 def compile_train_step(model: Model, mesh: Mesh, shapes: Batch) -> Compiled:
-    """The train step as `train` compiles it, but for `TPU_OPTIONS`; `shapes` are of `data.pipeline.batch_shapes`.
+    """The train step as `train` compiles it; `shapes` are of `data.pipeline.batch_shapes`.
 
     Raises:
       jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, with XLA's account of it, where the step does not fit.
@@ -108,7 +104,7 @@ def compile_train_step(model: Model, mesh: Mesh, shapes: Batch) -> Compiled:
     with jax.set_mesh(mesh):
         step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
         lowered = step.lower(model, abstract_state(model), laid_out(shapes, mesh))
-        return lowered.compile(TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None)
+        return lowered.compile(compiler_options(mesh))
 
 
 def report(compiled: Compiled, mesh: Mesh, work: Work) -> dict[str, Any]:

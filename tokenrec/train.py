@@ -19,7 +19,7 @@ from tokenrec.errors import InputError, NonFiniteError
 from tokenrec.evaluate import compiled_eval_step, evaluate, score_split, to_devices
 from tokenrec.logbook import Logbook, Throughput
 from tokenrec.run import start_run
-from tokenrec.sharding import batch_shards, make_mesh
+from tokenrec.sharding import batch_shards, compiler_options, make_mesh
 from tokenrec.state import TrainState, abstract_state, build_model, init_state
 from tokenrec.step import Metrics, train_step
 
@@ -45,7 +45,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
     # One compilation per stream length and no other: a batch of another shape would compile again in silence.
     chex.clear_trace_counter()  # it counts by function, over all runs of a process
     guarded = chex.assert_max_traces(train_step, n=len(stream_lengths(config.data)))
-    step_fn = jax.jit(guarded, static_argnums=0, donate_argnums=1)
+    step_fn = jax.jit(guarded, static_argnums=0, donate_argnums=1, compiler_options=compiler_options(mesh))
     eval_fn = compiled_eval_step(model)
 
     def assess(state: TrainState) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 pip install -c constraints.txt ".[peers]"     # PyTorch; torch.compile needs g++ or clang++ as well
 python -m benchmarks.peers.attention
 
-PyTorch runs scaled_dot_product_attention (SDPA) causal and with a banded mask, SDPA on blocks cut by hand, and compiled
+`jax.nn.dot_product_attention` takes turns too, where its square of logits fits. PyTorch runs scaled_dot_product_attention (SDPA) causal and with a banded mask, SDPA on blocks cut by hand, and compiled
 flex_attention with a block mask. Each library gets the layout that it prefers, the same numbers and the same number of
 threads, and all take turns. Before the clock runs, every output and gradient is compared with ours: `max_difference`.
 A peer that cannot serve keeps its row, with the reason as a note. `this / ours` is the median of the ratios inside a
@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.attention_cases import PASSES, Case, Sizes, compile_case, local_mesh, random_inputs, refusal
+from benchmarks.attention_cases import PASSES, Case, Sizes, compile_case, local_mesh, logits_gib, random_inputs, refusal
 from benchmarks.report import PACKAGES, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec.errors import EXIT_INPUT, InputError, suggest
@@ -81,6 +81,13 @@ def torch_runs(
         yield name, None, None, reason
 
 
+def masked_by_jax(case: Case, sizes: Sizes, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+    """`jax.nn`'s attention, which on a CPU masks its window."""
+    window = None if case.window is None else (case.window - 1, 0)
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=window)
+    return compile_case(case, sizes, mesh, attend=attend)
+
+
 def bench(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row per length, window, pass and contender."""
     sizes = Sizes(flags.batch, flags.heads, flags.head_dim)
@@ -98,6 +105,10 @@ def bench(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 expected = arrays((mine(),) if pass_ == "forward" else mine(), by_head=False)
                 runs[seq_len, window, "tokenrec", pass_] = mine
                 found[seq_len, window, "tokenrec", pass_] = None, ""
+                if logits_gib(case, sizes) <= flags.mask_gib:
+                    theirs = functools.partial(masked_by_jax(case, sizes, mesh), *inputs[: len(mine.args)])
+                    runs[seq_len, window, "jax.nn", pass_] = theirs
+                    found[seq_len, window, "jax.nn", pass_] = None, ""
                 for name, run, difference, note in torch_runs(case, inputs, expected, flags.mask_gib):
                     found[seq_len, window, name, pass_] = difference, note
                     if run is not None:
