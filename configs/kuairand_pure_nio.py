@@ -3,7 +3,7 @@
     tokenrec prepare kuairand --root DIR --out data/kuairand_pure --valid-from 2022-05-03 --test-from 2022-05-05
     tokenrec train --config=configs/kuairand_pure_nio.py --workdir=runs/kuairand_pure_nio
 
-Hardware: a CPU with 2 cores. It has not been run to the end yet: benchmarks/results/kuairand_pure.md has UC only.
+Hardware and time: a CPU with 2 cores, about 5 minutes. Expected figures: benchmarks/results/kuairand_pure.md.
 
 The inputs are those of `kuairand_pure_uc`, and both are scored on the same impressions.
 """

@@ -1,13 +1,14 @@
-"""Attention on a CPU beside PyTorch's, float32, forward and backward, in one process and one run.
+"""Attention on a CPU beside that of JAX and PyTorch, float32, forward and backward, in one process and one run.
 
 pip install -c constraints.txt ".[peers]"     # PyTorch; torch.compile needs g++ or clang++ as well
 python -m benchmarks.peers.attention
 
-`jax.nn.dot_product_attention` takes turns too, where its square of logits fits. PyTorch runs scaled_dot_product_attention (SDPA) causal and with a banded mask, SDPA on blocks cut by hand, and compiled
-flex_attention with a block mask. Each library gets the layout that it prefers, the same numbers and the same number of
-threads, and all take turns. Before the clock runs, every output and gradient is compared with ours: `max_difference`.
-A peer that cannot serve keeps its row, with the reason as a note. `this / ours` is the median of the ratios inside a
-turn; above 1, ours is faster. Between turns the run sleeps a moment, as PyTorch's threads spin on after their work.
+`jax.nn.dot_product_attention`, where its square of logits fits, and PyTorch: scaled_dot_product_attention (SDPA) causal
+and with a banded mask, SDPA on blocks cut by hand, and compiled flex_attention with a block mask. Each library gets the
+layout that it prefers, the same numbers and the same number of threads, and all take turns. Before the clock runs,
+every output and gradient of PyTorch is compared with ours: `max_difference`. A peer that cannot serve keeps its row,
+with the reason as a note. `this / ours` is the median of the ratios inside a turn; above 1, ours is faster. Between
+turns the run sleeps a moment, as PyTorch's threads spin on after their work.
 """
 
 from __future__ import annotations

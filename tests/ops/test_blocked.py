@@ -112,7 +112,7 @@ def test_short_streams_are_left_to_dense_with_a_reason():
     q = jnp.zeros((1, 60, 1, 4))
     choice = choose(q, q, window=8, pattern=pattern)
     assert choice.name == "dense"
-    assert "one tile" in choice.refused["blocked"]
+    assert "60 x 60 rows" in choice.refused["blocked"]
     assert choose(q, q, window=8, pattern=pattern, implementation="blocked").name == "blocked"
 
 

@@ -35,10 +35,10 @@ def test_plain_causal_order_equals_dense(window):
 
 @pytest.mark.parametrize("kind", [{"candidates": 1, "fused": True}, {"candidates": 0}], ids=["NIO", "UC"])
 def test_padded_streams_equal_dense_where_it_serves(kind):
-    layout, valid = stream(**kind)
-    for pattern, window in layers(layout):
-        if window is None or not pattern.static[pattern.key_rows].any():
-            assert_equals_dense(pattern, window, valid[:, pattern.key_rows])
+    layout, valid = stream(**kind, events=20)
+    for pattern, window in layers(layout)[1:3]:
+        assert window is None or not pattern.static[pattern.key_rows].any()
+        assert_equals_dense(pattern, window, valid[:, pattern.key_rows])
 
 
 def words(pattern, window):

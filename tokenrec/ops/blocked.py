@@ -20,10 +20,11 @@ from tokenrec.ops.bands import Band, band_backward, band_forward, band_mask, fin
 from tokenrec.ops.pattern import ATTENTION_RESULT, Pattern
 from tokenrec.ops.tiles import Tiles, find_tiles, tile_backward, tile_forward
 
-# Up to this many logits a head, one masked product is faster than any order of smaller ones.
-DENSE_LOGITS = 128 * 128
-# Share of the dense logits above which skipping does not pay for its bookkeeping.
-WORTH = 0.75
+# Up to this many logits a head, one masked product is as fast as any order of smaller ones, and simpler: with a window
+# 128 x 128, and without one, where skipping saves half at most, 512 x 512 (benchmarks/results/attention.md).
+DENSE_SLIDING = 128 * 128
+DENSE_FULL = 512 * 512
+WORTH = 0.6  # share of the dense logits above which skipping does not pay
 GROUP_LOGITS = 1 << 20  # logits that are in memory at a time; one stream and head may hold more
 
 
@@ -37,8 +38,9 @@ def _plan(pattern: Pattern, window: int | None) -> Band | Tiles:
 def unprofitable(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
     """Why the dense implementation serves these shapes better, or ""; no pattern is beyond this one."""
     dense = q.shape[1] * k.shape[1]
-    if dense <= DENSE_LOGITS:
-        return f"{q.shape[1]} x {k.shape[1]} rows are no more than one tile"
+    least = DENSE_FULL if window is None else DENSE_SLIDING
+    if dense <= least:
+        return f"{q.shape[1]} x {k.shape[1]} rows are {dense} logits a head, and up to {least} dense is as fast"
     tiled = _plan(pattern, window).logits
     if tiled > WORTH * dense:
         return f"its tiles hold {tiled} logits a head, of {dense} in all: too few to skip"
