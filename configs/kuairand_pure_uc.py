@@ -5,8 +5,8 @@ r"""KuaiRand-Pure, user-centric: one stream of a user's impressions, a predictio
 
 Hardware and time: a CPU with 2 cores, about 4 minutes. Expected figures: benchmarks/results/kuairand_pure.md.
 
-One epoch: in single runs a second one gained nothing, with a user embedding or without. Earlier events whose long view is
-known carry loss too.
+One epoch: in single runs a second one gained nothing, with a user embedding or without. Earlier events whose long view
+is known carry loss too.
 """
 
 from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig

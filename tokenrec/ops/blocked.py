@@ -24,7 +24,9 @@ from tokenrec.ops.tiles import Tiles, find_tiles, tile_backward, tile_forward
 # 128 x 128, and without one, where skipping saves half at most, 512 x 512 (benchmarks/results/attention.md).
 DENSE_SLIDING = 128 * 128
 DENSE_FULL = 512 * 512
-WORTH = 0.6  # share of the dense logits above which skipping does not pay
+# Shares of the dense logits above which skipping does not pay.
+WORTH_SLIDING = 0.6
+WORTH_FULL = 0.75
 GROUP_LOGITS = 1 << 20  # logits that are in memory at a time; one stream and head may hold more
 
 
@@ -38,11 +40,11 @@ def _plan(pattern: Pattern, window: int | None) -> Band | Tiles:
 def unprofitable(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
     """Why the dense implementation serves these shapes better, or ""; no pattern is beyond this one."""
     dense = q.shape[1] * k.shape[1]
-    least = DENSE_FULL if window is None else DENSE_SLIDING
+    least, worth = (DENSE_FULL, WORTH_FULL) if window is None else (DENSE_SLIDING, WORTH_SLIDING)
     if dense <= least:
         return f"{q.shape[1]} x {k.shape[1]} rows are {dense} logits a head, and up to {least} dense is as fast"
     tiled = _plan(pattern, window).logits
-    if tiled > WORTH * dense:
+    if tiled > worth * dense:
         return f"its tiles hold {tiled} logits a head, of {dense} in all: too few to skip"
     return ""
 

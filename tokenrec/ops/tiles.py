@@ -14,9 +14,6 @@ import numpy as np
 from tokenrec.ops.dense import MASKED
 from tokenrec.ops.pattern import NO_KEY, NO_QUERY, Pattern, Rows, sees, take_or
 
-LARGEST = 256  # rows of a tile
-FEWEST = 8  # tiles along a long stream: with fewer, the half-empty ones on the diagonal are a large share
-
 
 class Tiles(NamedTuple):
     """A plan: which key tiles each query tile computes.
@@ -47,10 +44,8 @@ class Tiles(NamedTuple):
 
 
 def _tile_rows(rows: int) -> int:
-    tile = LARGEST
-    while tile > 64 and tile * FEWEST > rows:
-        tile //= 2
-    return tile
+    """Wide tiles make wide matrix products; along a short stream, half-empty ones on the diagonal are a large share."""
+    return 256 if rows >= 4096 else 128 if rows >= 1024 else 64
 
 
 def find_tiles(pattern: Pattern, window: int | None) -> Tiles:
