@@ -12,7 +12,7 @@ from tokenrec.config import Config, validate
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
 from tokenrec.models.recommender import stream_layout
-from tokenrec.sharding import make_mesh
+from tokenrec.sharding import batch_shards, make_mesh
 from tokenrec.state import abstract_state, build_model
 from tokenrec.tokens.layout import ROLES, Layout
 from tokenrec.work import STEP_OVER_FORWARD, step_work
@@ -35,7 +35,8 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         state = abstract_state(model)
-    samples = config.data.batch_size
+    shards = batch_shards(mesh)
+    samples = max(config.data.batch_size // shards, 1) * shards
     shapes = batch_shapes(schema, config.data, batch_size=samples)[config.data.events]
     work, layers = step_work(model, mesh, shapes)
     widths = {table: stack.width for stack in model.embedder.stacks.values() for table in stack.offsets}
