@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 
 from tokenrec.errors import InputError
+from tokenrec.hlo import Collective, read_program, ring_bytes
 from tokenrec.ops.pattern import Pattern, causal_pattern
 from tokenrec.roofline import (
     CHIPS,
     Chip,
-    Collective,
     Roofline,
     attention_bytes,
     attention_flops,
     chip,
     network_seconds,
-    read_program,
-    ring_bytes,
     visible_pairs,
     visible_tiles,
 )

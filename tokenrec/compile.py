@@ -21,7 +21,8 @@ from jax.stages import Compiled
 from tokenrec.config import MeshConfig
 from tokenrec.data.batch import Batch
 from tokenrec.errors import InputError, suggest
-from tokenrec.roofline import Roofline, chip, network_seconds, read_program
+from tokenrec.hlo import read_program
+from tokenrec.roofline import Roofline, chip, network_seconds
 from tokenrec.sharding import AXES, compiler_options, laid_out, make_mesh
 from tokenrec.state import Model, abstract_state
 from tokenrec.step import train_step
