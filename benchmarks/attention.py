@@ -21,7 +21,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,9 @@ from benchmarks.attention_cases import (
     useful_flops,
 )
 from benchmarks.plot import plot_throughput, require_matplotlib
-from benchmarks.report import markdown_table, write_result
+from benchmarks.report import markdown_table, run_script, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
-from tokenrec.errors import EXIT_INPUT, InputError, suggest
+from tokenrec.errors import InputError, suggest
 from tokenrec.ops.attention import IMPLEMENTATIONS
 
 RESULTS = Path(__file__).parent / "results"
@@ -296,8 +295,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_INPUT)
+    run_script(main)

@@ -26,10 +26,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.report import write_result
+from benchmarks.report import run_script, write_result
 from tokenrec.compile import described_mesh, report
 from tokenrec.config import MeshConfig
-from tokenrec.errors import EXIT_INPUT, InputError
+from tokenrec.errors import InputError
 from tokenrec.ops.attention import IMPLEMENTATIONS, attention
 from tokenrec.ops.pattern import causal_pattern
 from tokenrec.roofline import (
@@ -226,8 +226,4 @@ def _command(flags: argparse.Namespace) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_INPUT)
+    run_script(main)

@@ -30,13 +30,12 @@ from typing import Any
 
 import jax
 
-from benchmarks.report import write_result
+from benchmarks.report import run_script, write_result
 from benchmarks.step import stream_schema
 from tokenrec.compile import compile_train_step, described_mesh, report
 from tokenrec.config import Config, validate
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import SCHEMA_FILE, Feature, Metadata, Schema, Task
-from tokenrec.errors import EXIT_INPUT, InputError
 from tokenrec.flags import load_config, shipped_configs
 from tokenrec.state import build_model
 from tokenrec.work import step_work
@@ -139,8 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_INPUT)
+    run_script(main)

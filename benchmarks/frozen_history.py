@@ -18,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.report import write_result
+from benchmarks.report import run_script, write_result
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.log import EVENT, SCORED, Log
 from tokenrec.evaluate import evaluate_run
@@ -67,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import write_result
+from benchmarks.report import run_script, write_result
 from tokenrec.data.kuairand import KuaiRandSource
 from tokenrec.data.prepare import prepare
 from tokenrec.data.schema import SCHEMA_FILE
@@ -111,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.report import write_result
+from benchmarks.report import run_script, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec.config import Config, validate
 from tokenrec.data.batch import HostBatch
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

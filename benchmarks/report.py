@@ -6,9 +6,12 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tokenrec.errors import EXIT_INPUT, InputError
 
 PACKAGES = ("tokenrec", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy", "pyarrow")
 
@@ -94,3 +97,12 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Calls `main`; wrong input ends in one message and the exit code of the command line."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_INPUT)

@@ -18,7 +18,6 @@ import functools
 import importlib.util
 import os
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ import jax
 import numpy as np
 
 from benchmarks.attention_cases import PASSES, Case, Sizes, compile_case, local_mesh, logits_gib, random_inputs, refusal
-from benchmarks.report import PACKAGES, write_result
+from benchmarks.report import PACKAGES, run_script, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
-from tokenrec.errors import EXIT_INPUT, InputError, suggest
+from tokenrec.errors import InputError, suggest
 from tokenrec.ops.attention import IMPLEMENTATIONS
 
 TOLERANCE = 1e-4  # of outputs and gradients of order 1; measured: a few 1e-6
@@ -171,8 +170,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_INPUT)
+    run_script(main)

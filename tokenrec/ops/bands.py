@@ -11,6 +11,7 @@ import numpy as np
 
 from tokenrec.ops.dense import MASKED
 from tokenrec.ops.pattern import NO_KEY, NO_QUERY, Pattern, Rows, sees, take_or
+from tokenrec.ops.softmax import pull_back
 
 TILE = 64  # query rows; wider ones hold more logits outside the window, narrower ones make matrix products small
 
@@ -167,11 +168,7 @@ def band_backward(
     """Gradients of q, k and v, float32, given that of the output; `inner: [G, Q]` is the sum of output x gradient."""
     queries, pull, log_total, along = (_tiles(x, band) for x in (q, gradient, log_sum, inner))
     k_spans, v_spans = _spans(k, band), _spans(v, band)
-    weights = jnp.exp(_logits(band, seen, queries, k_spans, valid) - log_total[..., None])
-    by_weight = jnp.einsum("gnqd,gnkd->gnqk", pull, v_spans, preferred_element_type=jnp.float32)
-    by_logit = (weights * (by_weight - along[..., None])).astype(q.dtype)
-    by_v = jnp.einsum("gnqk,gnqd->gnkd", weights.astype(q.dtype), pull, preferred_element_type=jnp.float32)
-    by_k = jnp.einsum("gnqk,gnqd->gnkd", by_logit, queries, preferred_element_type=jnp.float32)
-    by_q = jnp.einsum("gnqk,gnkd->gnqd", by_logit, k_spans, preferred_element_type=jnp.float32)
+    logits = _logits(band, seen, queries, k_spans, valid)
+    by_q, by_k, by_v = pull_back(logits, log_total, along, queries, k_spans, v_spans, pull)
     keys = k.shape[1]
     return _untiles(by_q, q.shape[1]), _unspans(by_k, band, keys), _unspans(by_v, band, keys)

@@ -13,6 +13,7 @@ import numpy as np
 
 from tokenrec.ops.dense import MASKED
 from tokenrec.ops.pattern import NO_KEY, NO_QUERY, Pattern, Rows, sees, take_or
+from tokenrec.ops.softmax import pull_back
 
 
 class Tiles(NamedTuple):
@@ -168,12 +169,8 @@ def tile_backward(
             logits = _logits(
                 plan, queries, keys[j], None if known is None else known[j], query, jax.tree.map(lambda x: x[j], of_key)
             )
-            weights = jnp.exp(logits - log_total[..., None])
-            by_weight = jnp.einsum("gqd,gkd->gqk", pull, values[j], preferred_element_type=jnp.float32)
-            by_logit = (weights * (by_weight - along[..., None])).astype(q.dtype)
-            more_v = jnp.einsum("gqk,gqd->gkd", weights.astype(q.dtype), pull, preferred_element_type=jnp.float32)
-            more_k = jnp.einsum("gqk,gqd->gkd", by_logit, queries, preferred_element_type=jnp.float32)
-            more_q = jnp.einsum("gqk,gkd->gqd", by_logit, keys[j], preferred_element_type=jnp.float32)
+            tile = logits, log_total, along, queries, keys[j], values[j], pull
+            more_q, more_k, more_v = pull_back(*tile)
             return by_q + more_q, by_k.at[j].add(more_k), by_v.at[j].add(more_v)
 
         by_q, *sums = jax.lax.fori_loop(0, count, key_tile, (jnp.zeros(queries.shape, jnp.float32), *sums))
