@@ -33,11 +33,12 @@ import jax
 from benchmarks.report import run_script, write_result
 from benchmarks.step import stream_schema
 from tokenrec.compile import compile_train_step, described_mesh, report
-from tokenrec.config import Config, validate
+from tokenrec.config import Config
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import SCHEMA_FILE, Feature, Metadata, Schema, Task
 from tokenrec.flags import load_config, shipped_configs
 from tokenrec.state import build_model
+from tokenrec.validation import validate
 from tokenrec.work import step_work
 
 TARGETS = (("v5e:4x4", 1), ("v5p:4x4x4", 1), ("v6e:4x4", 1), ("v5e:4x4", 2))

@@ -20,15 +20,15 @@ import numpy as np
 
 from benchmarks.report import run_script, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
-from tokenrec.config import Config, validate
+from tokenrec.config import Config
 from tokenrec.data.batch import HostBatch
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names, train_batches
-from tokenrec.evaluate import to_devices
 from tokenrec.flags import load_config
-from tokenrec.sharding import make_mesh
+from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import build_model, init_state
 from tokenrec.step import train_step
+from tokenrec.validation import validate
 
 
 def bucket_settings(config: Config) -> list[tuple[int, ...]]:

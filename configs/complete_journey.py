@@ -22,6 +22,7 @@ def get_config() -> Config:
             candidates=20,
             batch_size=64,
             eval_batch_size=128,
+            exclude=("title",),  # text of fields that the model reads as ids
         ),
         tokens=TokensConfig(embedding_dim=16, fused=True, user_tokens=1),
         model=ModelConfig(width=64, heads=2, layers=4, windows=(32, 16), dropout=0.1),

@@ -14,9 +14,9 @@ from benchmarks import attention, step, timing
 from benchmarks.attention_cases import Case, Sizes, compile_case, local_mesh, random_inputs, useful_flops
 from benchmarks.peers import attention as peers
 from benchmarks.plot import plot_throughput
-from tokenrec.config import validate
 from tokenrec.errors import InputError
 from tokenrec.ops.pattern import causal_pattern
+from tokenrec.validation import validate
 
 TINY = ("--seq-lens", "64", "--batch", "2", "--heads", "2", "--head-dim", "8", "--matmul", "64", "--repeats", "1")
 KEY = ["mesh", "seq_len", "window", "implementation", "dtype", "pass"]

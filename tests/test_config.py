@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tokenrec.config import Config, data_directory, from_json, to_json, validate
+from tokenrec.config import Config, data_directory, from_json, to_json
 from tokenrec.errors import InputError
+from tokenrec.validation import validate
 
 
 def edited(**fields: Any) -> Config:

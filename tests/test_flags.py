@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tokenrec.config import Config, validate
+from tokenrec.config import Config
 from tokenrec.errors import InputError
 from tokenrec.flags import load_config, shipped_configs, split_overrides
+from tokenrec.validation import validate
 
 CLONE = Path(__file__).parents[1]
 

@@ -21,6 +21,7 @@ FEATURES = (
     Feature("watched", "dense", "action", transform="log1p"),
 )
 TABLES = {"gender": 5, "video": 40, "tags": 9, "code": 14, "tab": 6, "clicked": 4}
+TEXT_ROWS = 20  # of the table of a text feature, which a test may add
 SCHEMA = Schema(FEATURES, (Task("click"), Task("like", 0.5)), TABLES)
 TASKS = ("click", "like")
 
@@ -42,13 +43,14 @@ def signals(features, lead: tuple[int, ...], random: np.random.Generator) -> Sig
     ids = np.zeros((*lead, place.ids_width), np.int32)
     for f in features:
         if f.is_integer:
-            ids[..., slice(*place.ids[f.name])] = random.integers(0, TABLES[f.table_name], (*lead, f.length))
+            rows = TABLES.get(f.table_name, TEXT_ROWS)
+            ids[..., slice(*place.ids[f.name])] = random.integers(0, rows, (*lead, f.length))
     dense = random.normal(size=(*lead, place.dense_width)).astype(np.float32)
     dense[random.random(dense.shape) < 0.1] = np.nan
     return Signals(ids, dense)
 
 
-def random_batch(config: Config, batch: int = 8, seed: int = 0, lengths=None) -> Batch:
+def random_batch(config: Config, batch: int = 8, seed: int = 0, lengths=None, schema: Schema = SCHEMA) -> Batch:
     """Right-aligned histories of random length, empty ones included, unless `lengths: [batch]` says otherwise."""
     random = np.random.default_rng(seed)
     events, uc = config.data.events, config.data.paradigm == "uc"
@@ -56,11 +58,11 @@ def random_batch(config: Config, batch: int = 8, seed: int = 0, lengths=None) ->
     valid = np.arange(events)[None] >= events - lengths[:, None]
     read = events if uc else config.data.candidates
     return Batch(
-        user=signals(SCHEMA.group("user"), (batch,), random),
-        state=signals(SCHEMA.state, (batch, events), random),
-        action=signals(SCHEMA.group("action"), (batch, events), random),
+        user=signals(schema.group("user"), (batch,), random),
+        state=signals(schema.state, (batch, events), random),
+        action=signals(schema.group("action"), (batch, events), random),
         valid=valid,
-        target=None if uc else signals(SCHEMA.state, (batch, read), random),
+        target=None if uc else signals(schema.state, (batch, read), random),
         labels=random.integers(-1, 2, (batch, read, 2)).astype(np.int8),
         weight=(valid if uc else np.ones((batch, read))).astype(np.float32),
     )

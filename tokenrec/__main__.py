@@ -1,4 +1,4 @@
-"""The command line: `tokenrec prepare | train | evaluate | predict | describe`, each verb a thin call."""
+"""The command line: `tokenrec VERB`, each verb a thin call."""
 
 from __future__ import annotations
 
@@ -133,6 +133,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     predict = add("predict", _predict, "scores of a prepared split to Parquet")
     _add_run(predict)
     predict.add_argument("--out", type=Path, required=True, help="Parquet file to write")
+    _add_semantic_ids(add("semantic-ids", _semantic_ids, "semantic ids of a data set's items"))
     describe = add("describe", _describe, "parameters, token layout, windows, needed rows, FLOPs of a config")
     _add_config(describe)
     describe.add_argument("--json", type=Path, help="file for the figures")
@@ -160,6 +161,9 @@ def _add_prepare(prepare: argparse.ArgumentParser) -> dict[str, _Parser]:
     kuairand.add_argument("--test-from", type=_day, required=True, help="first day of the test split, YYYY-MM-DD")
     journey = add("complete_journey", _complete_journey, "84.51 Complete Journey (extra `demo`)")
     journey.add_argument("--root", type=Path, help="folder of its parquet files; default: the installed package")
+    amazon = add("amazon", _amazon, "Amazon review sequences, leave-one-out, the files of S3-Rec")
+    amazon.add_argument("--root", type=Path, required=True, help="folder of NAME.txt and NAME_item2attributes.json")
+    amazon.add_argument("--name", required=True, help="of the data set, such as Beauty")
     synthetic = add("synthetic", _synthetic, "a deterministic log with a known best AUC")
     synthetic.add_argument("--rows", type=_natural, required=True)
     delimited = add("delimited", _delimited, "your own log as CSV or Parquet (docs/data.md)")
@@ -172,6 +176,27 @@ def _add_prepare(prepare: argparse.ArgumentParser) -> dict[str, _Parser]:
     delimited.add_argument("--valid-from", required=True, help="ISO date or time (UTC), or milliseconds")
     delimited.add_argument("--test-from", help="likewise; without it there is no test split")
     return parsers
+
+
+def _add_semantic_ids(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="folder of the prepared data set")
+    parser.add_argument("--out", type=Path, required=True, help="folder for semantic_ids.parquet and report.json")
+    parser.add_argument(
+        "--levels", type=_natural, default=4, help="quantised levels; one more splits equals; default 4"
+    )
+    parser.add_argument("--codes", type=_natural, default=256, help="codes of each level; default 256")
+    parser.add_argument(
+        "--method", choices=("rq_kmeans", "rq_vae"), default="rq_kmeans", help="of quantisation; default rq_kmeans"
+    )
+    parser.add_argument(
+        "--vectors",
+        choices=("cooccurrence", "text", "both"),
+        default="cooccurrence",
+        help="of items: cooccurrence (default) in the train split works for every data set, text needs item features "
+        "with strings as values and the extra `text`",
+    )
+    parser.add_argument("--seed", type=_natural, default=0, help="of all draws; default 0")
+    parser.add_argument("--overwrite", action="store_true", help="replace the semantic ids at --out")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +269,12 @@ def _complete_journey(args: argparse.Namespace) -> Source:
     return CompleteJourneySource(args.root)
 
 
+def _amazon(args: argparse.Namespace) -> Source:
+    from tokenrec.data.amazon import AmazonSource
+
+    return AmazonSource(args.root, args.name)
+
+
 def _synthetic(args: argparse.Namespace) -> Source:
     from tokenrec.data.synthetic import SyntheticSource
 
@@ -285,6 +316,24 @@ def _predict(args: argparse.Namespace) -> None:
 
     rows = predict_run(args.workdir, args.split, args.checkpoint, args.data, args.out)
     print(f"{args.out}: {rows:,} rows")
+
+
+def _semantic_ids(args: argparse.Namespace) -> None:
+    from tokenrec.semantic_ids.build import build_semantic_ids
+
+    report = build_semantic_ids(
+        args.data,
+        args.out,
+        method=args.method,
+        vectors=args.vectors,
+        levels=args.levels,
+        codes=args.codes,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    sizes = " x ".join(map(str, report["codes_per_level"]))
+    alike = report["collisions"]["items"]
+    print(f"{args.out}: {report['items']:,} items, codes {sizes}; {alike:,} items needed the last level")
 
 
 def _describe(args: argparse.Namespace) -> None:

@@ -1,22 +1,22 @@
-"""The whole of a run as typed dataclasses, and `validate`, which reports all problems in one message."""
+"""The whole of a run as typed dataclasses, and its JSON. `validation.py` says what may not stand in it."""
 
 # Annotations are not postponed here: ml_collections reads a field's type as it stands.
 
 import dataclasses
 import json
-import math
 import os
-import types
 import typing
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from tokenrec.errors import InputError, suggest
 
 Paradigm = Literal["nio", "uc"]
 MakerKind = Literal["mlp", "linear", "transformer"]
 DType = Literal["float32", "bfloat16"]
+Objective = Literal["ranking", "retrieval"]
+Retrieval = Literal["next_item", "semantic_id"]
+Compression = Literal["none", "mlp", "attention"]
 AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn"]
 Remat = Literal["none", "dots", "full"]
 
@@ -30,11 +30,16 @@ class DataConfig:
       path: folder of the prepared data set.
       exclude: features that the model must not see.
       tasks: task name -> weight of its loss. Empty: every task of the data set with its own weight.
+      semantic_ids: `semantic_ids.parquet` of `tokenrec semantic-ids`, or its folder. Adds the item feature
+        `semantic_id`, which may be excluded, and gives the codes that the head "semantic_id" learns.
+      objective: "ranking", the labels of an impression, or "retrieval", its item among the whole catalogue.
+      positive: retrieval: the task whose positives are to be retrieved; empty: every scored row.
       paradigm: "nio", one stream per request, or "uc", one stream per run of a user's events (methods.md section 3).
       events: T, the newest events that a sample sees.
       overlap: UC: events at the head of a continued stream that are history only. At least the least history that a
         scored row is promised.
-      candidates: C, candidates that share one stream; NIO with C = 1 is one impression a stream.
+      candidates: C, candidates that share one stream; NIO with C = 1 is one impression a stream. Retrieval: the most
+        items that one history is to retrieve.
       buckets: stream lengths below `events` that shorter histories are padded to. Each is one more compilation.
       batch_size, eval_batch_size: samples of a step, over all devices.
       window_rows: rows of the log that are held in memory and shuffled together.
@@ -43,7 +48,10 @@ class DataConfig:
     name: str = ""
     path: str = ""
     exclude: tuple[str, ...] = ()
+    semantic_ids: str = ""
     tasks: dict[str, float] = dataclasses.field(default_factory=dict)
+    objective: Objective = "ranking"
+    positive: str = ""
     paradigm: Paradigm = "nio"
     events: int = 50
     overlap: int = 0
@@ -59,11 +67,20 @@ class TokensConfig:
     """Features to soft tokens (methods.md sections 2 and 3).
 
     Attributes:
+      prompt: segments of the stream in order (tokens/prompt.py). Empty: that of TokenFormer,
+        `("user", "sep", "history", "sep", "||", "candidate")`, or its counterpart for retrieval.
+      text: entity ("user", "history", "query", "candidate") -> features that are written as discrete tokens instead of
+        soft ones; an entity that is not named is soft, with all of its features.
+      history_cap: most tokens of the history, cut from the left; 0 cuts nothing.
+      compression: of the events before the newest `recent` ones: "mlp" over time makes `compressed` tokens of them,
+        "attention" pooling one token per `group` of events.
+      random_tokens: tokens of makers stay as they are made at the start and nothing in them is trained: the control
+        that tells what the signals in them are worth.
       embedding_dim: width of the rows of every table not named in `embedding_dims`.
       embedding_dims: table name -> width.
       user_tokens: N tokens of one maker over all user features; 0 makes one token per static field.
       target_tokens: K tokens per candidate; the last one is read out.
-      fused: one token per event instead of a state and an action token. NIO only.
+      fused: one token per event instead of a state and an action token. Not for ranking in UC.
       maker: "mlp" (linear, GELU, linear), "linear", or "transformer".
       hidden: width inside an "mlp" maker; 0 is twice the model's width.
       output_scale: makers return `s * RMSNorm(z)` with a learned s instead of z.
@@ -71,6 +88,14 @@ class TokensConfig:
       semantic_id: "concat", "sum", or "prefix" (hashed n-grams of the code prefix).
     """
 
+    prompt: tuple[str, ...] = ()
+    text: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    history_cap: int = 0
+    compression: Compression = "none"
+    recent: int = 0
+    group: int = 10
+    compressed: int = 10
+    random_tokens: bool = False
     embedding_dim: int = 16
     embedding_dims: dict[str, int] = dataclasses.field(default_factory=dict)
     user_tokens: int = 0
@@ -90,6 +115,7 @@ class ModelConfig:
     Attributes:
       width, heads, layers: d, H and the number of blocks.
       windows: w of each sliding layer, the last ones of the stack; layers before them see everything causally.
+      prefix: "bidirectional": in full layers the rows left of `||` see each other both ways. NIO only.
       gate: NLIR, the one-sided gate on the attention branch.
       gate_bias: b_g at the start.
       ffn_width: inner width of SwiGLU; 0 is 8/3 of the width, rounded up to a multiple of 8.
@@ -107,6 +133,7 @@ class ModelConfig:
     heads: int = 2
     layers: int = 4
     windows: tuple[int, ...] = (32, 16)
+    prefix: Literal["causal", "bidirectional"] = "causal"
     gate: bool = True
     gate_bias: float = 1.0
     ffn_width: int = 0
@@ -117,6 +144,33 @@ class ModelConfig:
     needed_rows: bool = True
     attention: AttentionKind = "auto"
     remat: Remat = "none"
+
+
+@dataclasses.dataclass
+class HeadConfig:
+    """What retrieval asks of a read-out (methods.md section 2, "Tasks"). Ranking has one linear head for its tasks.
+
+    Attributes:
+      retrieval: "next_item", a score `h . e / temperature` of every item; or "semantic_id", the codes of the item,
+        level after level.
+      negatives: next_item: items drawn per step for a sampled softmax, the item table lying among the row-wise
+        tables; 0 is the full softmax, the item table being a dense weight.
+      tied: an event's token gets the output vector of its item added; next_item.
+      cosine: next_item: both sides of the score are brought to length 1 first.
+      temperature: of the score.
+      beams: width of the beam search over semantic ids.
+      top_k: items that `predict` writes per request, and that evaluation of semantic ids looks at.
+      drop_seen: leave out the items of the request's own history when ranking the catalogue.
+    """
+
+    retrieval: Retrieval = "next_item"
+    negatives: int = 0
+    tied: bool = True
+    cosine: bool = False
+    temperature: float = 1.0
+    beams: int = 20
+    top_k: int = 10
+    drop_seen: bool = False
 
 
 @dataclasses.dataclass
@@ -167,7 +221,8 @@ class TrainConfig:
       save_every: steps between checkpoints; 0 saves at the end only.
       keep: latest checkpoints kept, besides the best.
       log_every: steps between log lines; the only host synchronisation.
-      best_metric: "macro_auc", "macro_gauc", or "loss" (lower is better): decides the best checkpoint.
+      best_metric: decides the best checkpoint: "macro_auc", "macro_gauc" or "loss" (lower is better) of ranking,
+        "recall@10" or "ndcg@10" of retrieval. "auto" is the macro AUC, or NDCG@10.
       patience: evaluations without a better value before the run stops; 0 never stops early.
     """
 
@@ -178,7 +233,7 @@ class TrainConfig:
     save_every: int = 0
     keep: int = 2
     log_every: int = 20
-    best_metric: Literal["macro_auc", "macro_gauc", "loss"] = "macro_auc"
+    best_metric: Literal["auto", "macro_auc", "macro_gauc", "loss", "recall@10", "ndcg@10"] = "auto"
     patience: int = 0
 
 
@@ -190,6 +245,7 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tokens: TokensConfig = dataclasses.field(default_factory=TokensConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -202,153 +258,6 @@ def data_directory(config: Config) -> Path:
     if config.data.name:
         return Path(os.environ.get("TOKENREC_DATA", "data")) / config.data.name
     raise InputError("data.path is empty and so is data.name; give --data DIR or --config.data.path=DIR")
-
-
-def validate(config: Config) -> Config:
-    """Returns `config` if nothing is wrong with it on its own; the data set is checked against it when opened.
-
-    Raises:
-      InputError: every problem, a line each, with field, value, reason and remedy.
-    """
-    problems = list(_type_problems(config, "")) or list(_problems(config))
-    if problems:
-        raise InputError("the config has problems:\n  " + "\n  ".join(problems))
-    return config
-
-
-def _problems(c: Config) -> Iterator[str]:
-    positive = {
-        "data.events": c.data.events,
-        "data.candidates": c.data.candidates,
-        "data.batch_size": c.data.batch_size,
-        "data.eval_batch_size": c.data.eval_batch_size,
-        "data.window_rows": c.data.window_rows,
-        "tokens.embedding_dim": c.tokens.embedding_dim,
-        "tokens.target_tokens": c.tokens.target_tokens,
-        "model.width": c.model.width,
-        "model.heads": c.model.heads,
-        "model.layers": c.model.layers,
-        "optim.steps": c.optim.steps,
-        "optim.accumulate": c.optim.accumulate,
-        "train.log_every": c.train.log_every,
-        "train.keep": c.train.keep,
-    }
-    positive |= {f"tokens.embedding_dims['{name}']": width for name, width in c.tokens.embedding_dims.items()}
-    for field, value in positive.items():
-        if value < 1:
-            yield f"{field}={value} must be at least 1"
-    for field, value in {
-        "seed": c.seed,
-        "tokens.user_tokens": c.tokens.user_tokens,
-        "tokens.hidden": c.tokens.hidden,
-        "model.ffn_width": c.model.ffn_width,
-        "train.eval_every": c.train.eval_every,
-        "train.eval_samples": c.train.eval_samples,
-        "train.save_every": c.train.save_every,
-        "train.patience": c.train.patience,
-    }.items():
-        if value < 0:
-            yield f"{field}={value} must not be negative; 0 is the default"
-    if any(value < 1 for value in positive.values()):
-        return
-    if c.model.width % c.model.heads:
-        yield f"model.heads={c.model.heads} does not divide model.width={c.model.width}"
-    elif (c.model.width // c.model.heads) % 2:
-        yield f"model.width / model.heads = {c.model.width // c.model.heads} is odd; rotary positions need an even head"
-    if len(c.model.windows) > c.model.layers:
-        yield f"model.windows has {len(c.model.windows)} entries for model.layers={c.model.layers}; drop some"
-    if any(w < 1 for w in c.model.windows):
-        yield f"model.windows={c.model.windows}: a window counts the row itself, so it is at least 1"
-    if any(b > a for a, b in zip(c.model.windows, c.model.windows[1:], strict=False)):
-        yield f"model.windows={c.model.windows} grow; BFTS windows shrink from bottom to top"
-    if not 0 <= c.model.dropout < 1:
-        yield f"model.dropout={c.model.dropout} must be in [0, 1)"
-    if c.data.paradigm == "nio" and c.model.windows and c.model.windows[-1] <= c.tokens.target_tokens + 1:
-        yield (
-            f"model.windows[-1]={c.model.windows[-1]} holds no event: it must exceed tokens.target_tokens + 1 = "
-            f"{c.tokens.target_tokens + 1}"
-        )
-    if c.data.paradigm == "uc":
-        if c.tokens.fused:
-            yield "tokens.fused=True with data.paradigm='uc': a fused token holds the label it must predict; use False"
-        if c.data.candidates != 1:
-            yield f"data.candidates={c.data.candidates} with data.paradigm='uc': a user stream has no candidates; use 1"
-        if c.tokens.target_tokens != 1:
-            tokens = c.tokens.target_tokens
-            yield f"tokens.target_tokens={tokens} with data.paradigm='uc': the state token is the target; use 1"
-        if not 0 <= c.data.overlap < c.data.events:
-            yield f"data.overlap={c.data.overlap} must be at least 0 and below data.events={c.data.events}"
-    elif c.data.overlap:
-        yield f"data.overlap={c.data.overlap} is for data.paradigm='uc'; a sample of 'nio' has its own history, use 0"
-    for bucket in c.data.buckets:
-        if not 0 < bucket < c.data.events:
-            yield f"data.buckets: {bucket} must lie between 1 and data.events - 1 = {c.data.events - 1}"
-    if c.data.batch_size % c.optim.accumulate:
-        yield f"optim.accumulate={c.optim.accumulate} does not divide data.batch_size={c.data.batch_size}"
-    if not 0 <= c.optim.warmup_steps <= c.optim.steps:
-        yield f"optim.warmup_steps={c.optim.warmup_steps} must lie between 0 and optim.steps={c.optim.steps}"
-    if not 0 <= c.train.stop_at <= c.optim.steps:
-        yield f"train.stop_at={c.train.stop_at} must lie between 0 (the end) and optim.steps={c.optim.steps}"
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(c.optim, name) < 1:
-            yield f"optim.{name}={getattr(c.optim, name)} must be in [0, 1)"
-    if not c.model.rope_base > 1:
-        yield f"model.rope_base={c.model.rope_base} must be above 1"
-    for name in ("learning_rate", "table_learning_rate", "epsilon"):
-        if not getattr(c.optim, name) > 0:
-            yield f"optim.{name}={getattr(c.optim, name)} must be above 0"
-    for name in ("weight_decay", "table_weight_decay", "clip_norm", "final_fraction"):
-        if not getattr(c.optim, name) >= 0:
-            yield f"optim.{name}={getattr(c.optim, name)} must not be negative"
-    for axis in ("fsdp", "tensor"):
-        if getattr(c.mesh, axis) < 1:
-            yield f"mesh.{axis}={getattr(c.mesh, axis)} must be at least 1"
-    if c.mesh.data < 1 and c.mesh.data != -1:
-        yield f"mesh.data={c.mesh.data} must be at least 1, or -1 for all that is left"
-    for name, weight in c.data.tasks.items():
-        if not weight > 0:
-            yield f"data.tasks['{name}']={weight} must be above 0; leave a task out instead"
-
-
-def _type_problems(value: Any, prefix: str) -> Iterator[str]:
-    """Values that an override or a config file set to the wrong type."""
-    hints = typing.get_type_hints(type(value))
-    for field in dataclasses.fields(value):
-        name, got, hint = prefix + field.name, getattr(value, field.name), hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(got, hint):  # type: ignore[arg-type]
-                yield f"{name}={got!r} must be a {hint.__name__}"  # type: ignore[union-attr]
-            else:
-                yield from _type_problems(got, name + ".")
-        elif not _has_type(got, hint):
-            choices = get_args(hint) if typing.get_origin(hint) is Literal else ()
-            reason = suggest(str(got), choices) if choices else f", which is not {_hint_name(hint)}"
-            yield f"{name}={got!r}{reason}"
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        return isinstance(value, (tuple, list)) and all(_has_type(v, args[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            _has_type(k, args[0]) and _has_type(v, args[1]) for k, v in value.items()
-        )
-    if origin is types.UnionType:
-        return any(_has_type(value, a) for a in args)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _hint_name(hint: Any) -> str:
-    if hint is float:
-        return "a finite number"
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
 
 
 def to_json(config: Config) -> str:
@@ -378,5 +287,7 @@ def _build[T](kind: type[T], value: Any, prefix: str) -> T:
             item = _build(typing.cast(type, hint), item, f"{prefix}{key}.")
         elif typing.get_origin(hint) is tuple and isinstance(item, list):
             item = tuple(item)
+        elif hint == dict[str, tuple[str, ...]] and isinstance(item, dict):
+            item = {name: tuple(values) if isinstance(values, list) else values for name, values in item.items()}
         built[key] = item
     return kind(**built)

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from tokenrec.config import Config, validate
+from tokenrec.config import Config
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
-from tokenrec.models.recommender import stream_layout
 from tokenrec.sharding import batch_shards, make_mesh
 from tokenrec.state import abstract_state, build_model
+from tokenrec.tokens.history import compression_plan
 from tokenrec.tokens.layout import ROLES, Layout
+from tokenrec.validation import validate
 from tokenrec.work import STEP_OVER_FORWARD, step_work
 
 
@@ -22,7 +23,8 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
     """Figures of a config on a data set with this schema.
 
     Returns:
-      `{"parameters": {"dense", "tables", "by_part", "by_table"}, "tokens", "layout", "layers": [{"layer", "window",
+      `{"parameters": {"dense", "tables", "by_part", "by_table"}, "tokens", "layout", "history": {"events", "tokens",
+      "how"}, "layers": [{"layer", "window",
       "queries", "keys", "implementation", "refused"}], "flops_per_example"}`. `implementation` is what attention
       runs on this machine at the config's batch size, and `refused` why it is none that the platform prefers. FLOPs are
       those of the matrix products of a forward pass over one sample at the longest stream length, attention over the
@@ -31,7 +33,7 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
     config = validate(config)
     schema = schema.without(config.data.exclude)
     model = build_model(config, schema, task_names(schema, config.data))
-    layout = stream_layout(config, schema, config.data.events)
+    layout = model.layout(config.data.events)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         state = abstract_state(model)
@@ -47,10 +49,12 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
             "by_part": _by_part(state.params),
             "by_table": {t: schema.tables[t] * widths[t] for t in sorted(schema.tables)},
         },
+        "objective": config.data.objective,
         "paradigm": config.data.paradigm,
         "tasks": list(model.tasks),
         "tokens": layout.rows,
         "layout": _runs(layout),
+        "history": _history(config, model.schema, layout),
         "layers": [{"layer": number} | layer for number, layer in enumerate(layers)],
         "flops_per_example": work.model_flops / STEP_OVER_FORWARD / samples,
     }
@@ -64,7 +68,8 @@ def to_text(description: dict[str, Any]) -> str:
         for name, count in ((run["tokens"], run["repeats"]) for run in description["layout"])
     )
     lines = [
-        f"{description['paradigm'].upper()}, tasks {', '.join(description['tasks'])}",
+        f"{description['paradigm'].upper()}, {description['objective']}"
+        + (f", tasks {', '.join(description['tasks'])}" if description["tasks"] else ""),
         "",
         f"parameters  {parameters['dense']:>14,} dense   {parameters['tables']:>14,} in tables",
         *(f"  {name:<22}{size:>12,}" for name, size in parameters["by_part"].items()),
@@ -73,6 +78,7 @@ def to_text(description: dict[str, Any]) -> str:
         "",
         f"stream      {description['tokens']} tokens",
         f"  {drawn}",
+        "history     {events} events in, {tokens} tokens out: {how}".format(**description["history"]),
         "",
         "layer  sees                     rows computed  rows seen  attention",
     ]
@@ -84,6 +90,23 @@ def to_text(description: dict[str, Any]) -> str:
     lines += dict.fromkeys(refused)
     lines += ["", f"forward     {description['flops_per_example'] / 1e6:,.2f} MFLOP per sample"]
     return "\n".join(lines)
+
+
+def _history(config: Config, schema: Schema, layout: Layout) -> dict[str, Any]:
+    """Events in, tokens out, and how the ones become the others."""
+    rows = len(layout.rows_of("state", "action", "event"))
+    if "history" in config.tokens.text:
+        whole = config.data.events * layout.stride
+        how = f"text, {layout.stride} tokens an event" + (f", cut from {whole}" if rows < whole else "")
+    elif config.tokens.compression == "none":
+        how = "one token an event" if config.tokens.fused else "a state and an action token an event"
+        if rows < config.data.events:
+            how += f", cut from {config.data.events}"
+    else:
+        plan = compression_plan(config)
+        by = "an MLP over time" if plan.kind == "mlp" else f"attention pooling in groups of {plan.group}"
+        how = f"{plan.older} older events into {rows - plan.recent} by {by}, the newest {plan.recent} kept"
+    return {"events": config.data.events, "tokens": rows, "how": how}
 
 
 def _by_part(params: dict[str, Any]) -> dict[str, int]:

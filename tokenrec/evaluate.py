@@ -17,9 +17,13 @@ from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.log import SCORED
 from tokenrec.data.pipeline import eval_batches
+from tokenrec.decode import build_trie
+from tokenrec.errors import InputError
+from tokenrec.generate import compiled_generate_step
 from tokenrec.metrics import ScoreStore, group_codes
+from tokenrec.retrieval import Found, find_split, find_step, summarize
 from tokenrec.run import load_run_config, open_run
-from tokenrec.sharding import RULES, make_mesh
+from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import Model, TrainState
 from tokenrec.step import eval_step
 
@@ -39,18 +43,30 @@ class Scores(NamedTuple):
     probabilities: np.ndarray
 
 
-def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """The global batch from this process's part of it, split over the devices that share the batch."""
-
-    def place(leaf: np.ndarray) -> jax.Array:
-        sharding = jax.NamedSharding(mesh, RULES("batch", *[None] * (leaf.ndim - 1)))
-        return jax.make_array_from_process_local_data(sharding, leaf)
-
-    return jax.tree.map(place, batch)
-
-
 def compiled_eval_step(model: Model) -> Callable[[TrainState, Batch], jax.Array]:
     return jax.jit(functools.partial(eval_step, model))
+
+
+def finder(model: Model, dataset: Dataset) -> Callable[[TrainState, Batch], Found]:
+    """The compiled step that answers a retrieval batch; make it under the mesh that it runs on."""
+    if model.config.head.retrieval == "next_item":
+        return jax.jit(functools.partial(find_step, model))
+    assert dataset.catalogue.codes is not None
+    return compiled_generate_step(model, build_trie(dataset.catalogue.codes))
+
+
+def assessor(model: Model, dataset: Dataset, mesh: Mesh) -> Callable[..., dict[str, Any]]:
+    """`assess(state, split, limit=0) -> report`, of ranking or of retrieval; compiled once. Call it under the mesh."""
+    config = model.config
+    if config.data.objective == "retrieval":
+        find = finder(model, dataset)
+        return lambda state, split, limit=0: summarize(
+            find_split(find, state, config, dataset, split, mesh, limit=limit), model.schema.items
+        )
+    step = compiled_eval_step(model)
+    return lambda state, split, limit=0: evaluate(
+        score_split(step, state, config, dataset, split, mesh, limit=limit), model.tasks
+    )
 
 
 def score_split(
@@ -86,6 +102,11 @@ def evaluate_run(
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
+        if config.data.objective == "retrieval":
+            if baselines:
+                raise InputError("--baselines are those of ranking, and the run retrieves; leave it out")
+            found = assessor(run.model, run.dataset, mesh)(run.state, split, limit)
+            return {"split": split, "step": run.step, "checkpoint": checkpoint} | found
         rows: list[np.ndarray] = []
 
         def noted() -> Iterator[Scores]:

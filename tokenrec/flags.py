@@ -17,8 +17,9 @@ from typing import Any, Literal, get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from tokenrec.config import Config, validate
+from tokenrec.config import Config
 from tokenrec.errors import InputError, suggest
+from tokenrec.validation import validate
 
 PREFIX = "--config."
 

@@ -199,10 +199,14 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def result_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `format_table`, one per model and task.
+    """Rows of `format_table`, one per model and task, or per model of retrieval.
 
-    `results`: model name -> summary in the form of `metrics.summarize`; a report may lack metrics.
+    `results`: model name -> summary in the form of `metrics.summarize` or `retrieval.summarize`; a report may lack
+    metrics.
     """
+    found = [(model, summary["retrieval"]) for model, summary in results.items() if "retrieval" in summary]
+    if found:
+        return [{"model": model} | report for model, report in found]
     columns = {
         "AUC": "auc",
         "GAUC": "gauc",

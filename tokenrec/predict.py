@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jax.sharding import Mesh
 
-from tokenrec.evaluate import Scores, compiled_eval_step, score_split
-from tokenrec.run import load_run_config, open_run
+from tokenrec.config import Config
+from tokenrec.evaluate import Scores, compiled_eval_step, finder, score_split
+from tokenrec.retrieval import Answers, find_split
+from tokenrec.run import Run, load_run_config, open_run
 from tokenrec.sharding import make_mesh
 
 
 def predict_run(workdir: Path, split: str, checkpoint: str, data: Path | None, out: Path) -> int:
-    """Writes a row per impression of the split and returns how many.
+    """Writes the scores of a split and returns how many rows.
 
-    Columns `user_id, item_id, time_ms`, and per task `label_TASK` (int8, null where unknown) and `score_TASK`
-    (float32 probability). The file appears whole or not at all.
+    Ranking: a row per impression; columns `user_id, item_id, time_ms`, and per task `label_TASK` (int8, null where
+    unknown) and `score_TASK` (float32 probability). Retrieval: `head.top_k` rows per request; columns `user_id, rank`
+    (from 1), `item_id, score, time_ms` (of the request). The file appears whole or not at all.
     """
     config = load_run_config(workdir, data)
     mesh = make_mesh(config.mesh)
@@ -28,11 +33,9 @@ def predict_run(workdir: Path, split: str, checkpoint: str, data: Path | None, o
     out.parent.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
-        step = compiled_eval_step(run.model)
         writer = None
         try:
-            for scores in score_split(step, run.state, config, run.dataset, split, mesh):
-                table = _table(scores, run.model.tasks)
+            for table in _tables(run, config, split, mesh):
                 writer = pq.ParquetWriter(partial, table.schema) if writer is None else writer
                 writer.write_table(table)
                 rows += table.num_rows
@@ -44,6 +47,36 @@ def predict_run(workdir: Path, split: str, checkpoint: str, data: Path | None, o
                 writer.close()
             partial.unlink(missing_ok=True)
     return rows
+
+
+def _tables(run: Run, config: Config, split: str, mesh: Mesh) -> Iterator[pa.Table]:
+    if config.data.objective == "retrieval":
+        find = finder(run.model, run.dataset)
+        before: set[tuple[object, int]] = set()
+        for answers in find_split(find, run.state, config, run.dataset, split, mesh):
+            # A request with many goals takes several streams, whose answers are the same.
+            asked = list(zip(answers.user_id.tolist(), answers.time.tolist(), strict=True))
+            new = [n for n, request in enumerate(asked) if request not in before and request not in asked[:n]]
+            before.update(asked)
+            if new:
+                yield _top_table(Answers(*(part[new] for part in answers)))
+        return
+    step = compiled_eval_step(run.model)
+    for scores in score_split(step, run.state, config, run.dataset, split, mesh):
+        yield _table(scores, run.model.tasks)
+
+
+def _top_table(answers: Answers) -> pa.Table:
+    row, place = np.nonzero(answers.exists)
+    return pa.table(
+        {
+            "user_id": pa.array(answers.user_id[row]),
+            "rank": pa.array((place + 1).astype(np.int32)),
+            "item_id": pa.array(answers.items[row, place]),
+            "score": pa.array(answers.scores[row, place].astype(np.float32)),
+            "time_ms": pa.array(answers.time[row]),
+        }
+    )
 
 
 def _table(scores: Scores, tasks: tuple[str, ...]) -> pa.Table:

@@ -91,6 +91,16 @@ def laid_out[T](shapes: T, mesh: Mesh) -> T:
     return jax.tree.map(place, shapes)
 
 
+def to_devices[T](batch: T, mesh: Mesh) -> T:
+    """The global batch from this process's part of it, split over the devices that share the batch."""
+
+    def place(leaf: np.ndarray) -> jax.Array:
+        sharding = jax.NamedSharding(mesh, RULES("batch", *[None] * (leaf.ndim - 1)))
+        return jax.make_array_from_process_local_data(sharding, leaf)
+
+    return jax.tree.map(place, batch)
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts the batch is split into; batch sizes must be multiples of it."""
     return int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))

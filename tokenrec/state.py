@@ -10,14 +10,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokenrec.config import Config
+from tokenrec.config import Config, data_directory
 from tokenrec.data.schema import Schema
-from tokenrec.models.recommender import Recommender
+from tokenrec.data.tokenizer import encode_text, load_tokenizer
+from tokenrec.models.recommender import Literals, Recommender, stream_layout
 from tokenrec.ops.layers import draw
 from tokenrec.ops.lookup import RowsState
 from tokenrec.optim import dense_optimizer
 from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Embedder
+from tokenrec.tokens.layout import Layout
+from tokenrec.tokens.prompt import parse_prompt
 
 TABLE_DEVIATION = 0.05  # of the numbers that table rows start from
 
@@ -48,15 +51,37 @@ class Model:
     schema: Schema
     tasks: tuple[str, ...]
     embedder: Embedder
+    literals: Literals = ()
+
+    def layout(
+        self, events: int, *, serving: bool = False, candidates: int | None = None, codes: int | None = None
+    ) -> Layout:
+        """`stream_layout` of this model."""
+        return stream_layout(
+            self.config, self.schema, events, self.literals, serving=serving, candidates=candidates, codes=codes
+        )
 
 
 def build_model(config: Config, schema: Schema, tasks: tuple[str, ...]) -> Model:
-    """The model of a config on a data set; `schema` is without the excluded features."""
-    return Model(config, schema, tasks, Embedder.build(schema, config.tokens))
+    """The model of a config on a data set; `schema` is without the excluded features.
+
+    Raises:
+      InputError: the prompt has literal text, and the data set no tokenizer.
+    """
+    return Model(config, schema, tasks, Embedder.build(schema, config), prompt_literals(config))
+
+
+def prompt_literals(config: Config) -> Literals:
+    """Token ids of the literal texts of the prompt, by the tokenizer of the data set."""
+    texts = [segment.text for segment in parse_prompt(config) if segment.kind == "text"]
+    if not texts:
+        return ()
+    tokenizer = load_tokenizer(data_directory(config))
+    return tuple(tuple(encode_text(tokenizer, text).tolist()) for text in texts)
 
 
 def _module(model: Model, key: jax.Array) -> Recommender:
-    return Recommender(model.config, model.schema, len(model.tasks), rngs=nnx.Rngs(params=key))
+    return Recommender(model.config, model.schema, len(model.tasks), model.literals, rngs=nnx.Rngs(params=key))
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from tokenrec.data.batch import Batch
+from tokenrec.models.heads import CodeHead, ItemHead
+from tokenrec.models.recommender import Recommender
 from tokenrec.ops.lookup import update_rows
 from tokenrec.optim import clip_scale, dense_optimizer, global_norm, schedule
 from tokenrec.sharding import RULES
 from tokenrec.state import Model, TrainState, merge
+from tokenrec.tokens.embed import ITEM_ROWS, Entity, samples_items
 
 Inverses = dict[str, dict[str, jax.Array]]
 
@@ -27,8 +30,16 @@ class Metrics(NamedTuple):
 
 
 def known_labels(batch: Batch) -> jax.Array:
-    """`[B, N, K] float32`: 1 where a row is read and its label is known."""
+    """What carries loss. `[B, N, K] float32`: 1 where a row is read and its label is known; `[B, R, P]`: the goals."""
+    if batch.labels is None:
+        return (batch.goals >= 0).astype(jnp.float32)
     return batch.weight[..., None] * (batch.labels >= 0)
+
+
+def label_counts(batch: Batch) -> jax.Array:
+    """`[K]` known labels of each task, or `[1]` goals: what the sums of a step's loss are divided by."""
+    known = known_labels(batch)
+    return jnp.sum(known, axis=(0, 1)) if batch.labels is not None else jnp.sum(known)[None]
 
 
 def forward(
@@ -39,15 +50,9 @@ def forward(
     batch: Batch,
     key: jax.Array | None,
 ) -> jax.Array:
-    """Logits `[B, N, K] float32`; `rows` are the unique table rows of the batch."""
-    entities = model.embedder.entities(rows, inverses, batch)
-    candidates = None if batch.target is None else candidate_mask(batch)
-    return merge(model, params)(entities, batch.valid, candidates, key)
-
-
-def candidate_mask(batch: Batch) -> jax.Array:
-    """`[B, C] bool`: real candidates. Others are padding, which no row sees."""
-    return batch.weight > 0
+    """Logits `[B, N, K] float32` of ranking; `rows` are the unique table rows of the batch."""
+    module = merge(model, params)
+    return module.head(module(model.embedder.entities(rows, inverses, batch), batch, key))
 
 
 def loss_fn(
@@ -59,10 +64,43 @@ def loss_fn(
     counts: jax.Array,
     key: jax.Array | None,
 ) -> jax.Array:
-    """Sum over tasks of weight x (summed BCE / known labels of the whole step), `counts: [K]` being the latter."""
-    logits = forward(model, params, rows, inverses, batch, key)
-    losses = optax.sigmoid_binary_cross_entropy(logits, jnp.maximum(batch.labels, 0).astype(jnp.float32))
+    """Summed loss over counts of the whole step, `counts` being `label_counts` of it.
+
+    Ranking: sum over tasks of weight x (summed BCE / known labels). Retrieval: cross-entropy, all levels of a semantic
+    id together.
+    """
+    module = merge(model, params)
+    entities = model.embedder.entities(rows, inverses, batch)
+    read = module(entities, batch, key)
+    if batch.labels is None:
+        return retrieval_loss(module, read, entities, batch) / jnp.maximum(counts[0], 1)
+    losses = optax.sigmoid_binary_cross_entropy(module.head(read), jnp.maximum(batch.labels, 0).astype(jnp.float32))
     return jnp.sum(task_weights(model) * jnp.sum(losses * known_labels(batch), axis=(0, 1)) / jnp.maximum(counts, 1))
+
+
+def retrieval_loss(module: Recommender, read: jax.Array, entities: dict[str, Entity], batch: Batch) -> jax.Array:
+    """Summed cross-entropy of the goals of a batch."""
+    head = module.head
+    if isinstance(head, CodeHead):
+        return head.loss(read, batch.codes)
+    assert isinstance(head, ItemHead)
+    if batch.negatives is None:
+        return head.full_loss(read, batch.goals)
+    of_goals = entities["goals"].values[ITEM_ROWS.name][..., 0, :]
+    drawn = entities["negatives"].values[ITEM_ROWS.name]
+    of_negatives = jax.sharding.reshard(drawn, RULES(*[None] * drawn.ndim)).reshape(-1, drawn.shape[-1])
+    negatives = jax.sharding.reshard(batch.negatives, RULES(None, None)).reshape(-1)
+    return head.sampled_loss(read, batch.goals, of_goals, negatives, of_negatives)
+
+
+def with_negatives(model: Model, batch: Batch, key: jax.Array) -> Batch:
+    """The batch with the items of a sampled softmax, drawn uniformly; unchanged where the softmax is full."""
+    if not samples_items(model.config):
+        return batch
+    size = batch.valid.shape[0]
+    shape = (size, model.config.head.negatives // size)
+    drawn = jax.random.randint(key, shape, 0, model.schema.items, jnp.int32, out_sharding=RULES("batch", None))
+    return batch._replace(negatives=drawn)
 
 
 def task_weights(model: Model) -> jax.Array:
@@ -84,11 +122,12 @@ def _micro_batches(tree: Any, count: int) -> Any:
 def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One update. A step whose loss or gradient is not finite changes nothing but the step number."""
     optim = model.config.optim
+    key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
+    batch = with_negatives(model, batch, jax.random.fold_in(key, optim.accumulate))
     unique = model.embedder.unique(batch)
     rows = model.embedder.gather(state.tables, unique)
     inverses = model.embedder.inverses(batch, unique)
-    counts = jnp.sum(known_labels(batch), axis=(0, 1))
-    key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
+    counts = label_counts(batch)
     gradient = jax.value_and_grad(loss_fn, argnums=(0, 1))
     if optim.accumulate == 1:
         loss, (dense, by_row) = gradient(state.params, rows, model, inverses, batch, counts, key)

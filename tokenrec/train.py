@@ -12,16 +12,17 @@ import jax
 import numpy as np
 
 from tokenrec.checkpoint import Checkpoints, Progress
-from tokenrec.config import Config, data_directory, validate
+from tokenrec.config import Config, data_directory
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
 from tokenrec.errors import InputError, NonFiniteError
-from tokenrec.evaluate import compiled_eval_step, evaluate, score_split, to_devices
+from tokenrec.evaluate import assessor
 from tokenrec.logbook import Logbook, Throughput
 from tokenrec.run import start_run
-from tokenrec.sharding import batch_shards, compiler_options, make_mesh
-from tokenrec.state import TrainState, abstract_state, build_model, init_state
+from tokenrec.sharding import batch_shards, compiler_options, make_mesh, to_devices
+from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import Metrics, train_step
+from tokenrec.validation import validate
 
 
 def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
       NonFiniteError: a loss or gradient was not finite; nothing was saved since the step before it.
     """
     config = validate(config)
-    dataset = open_dataset(data_directory(config), config.data.exclude)
+    dataset = open_dataset(data_directory(config), config.data.exclude, config.data.semantic_ids)
     model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
     mesh = make_mesh(config.mesh)
     _check_batch_sizes(config, mesh)
@@ -46,16 +47,10 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
     chex.clear_trace_counter()  # it counts by function, over all runs of a process
     guarded = chex.assert_max_traces(train_step, n=len(stream_lengths(config.data)))
     step_fn = jax.jit(guarded, static_argnums=0, donate_argnums=1, compiler_options=compiler_options(mesh))
-    eval_fn = compiled_eval_step(model)
-
-    def assess(state: TrainState) -> dict[str, Any]:
-        options = {"limit": config.train.eval_samples}
-        return evaluate(
-            score_split(eval_fn, state, config, dataset, config.train.eval_split, mesh, **options), model.tasks
-        )
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        assess = assessor(model, dataset, mesh)
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.train.keep))
         data = train_batches(dataset, config.data, steps=config.optim.steps, seed=config.seed)
         stack.callback(data.close)
@@ -70,7 +65,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
             if evaluates and step and fresh and (last or _due(step, config.train.eval_every)):
                 with throughput.excluded():
                     pending.check(step)
-                    report = assess(state)
+                    report = assess(state, config.train.eval_split, config.train.eval_samples)
                 logbook.log(step, _flat_report(report), config.train.eval_split)
                 value = _value(report, config)
                 reached, best = _advance(reached, step, value)
@@ -155,8 +150,11 @@ def _due(step: int, every: int) -> bool:
 
 def _value(report: dict[str, Any], config: Config) -> float | None:
     """What decides the best checkpoint, higher is better; None if the metric is undefined."""
-    if config.train.best_metric != "loss":
-        return report[config.train.best_metric]
+    metric = config.train.best_metric
+    if config.data.objective == "retrieval":
+        return report["retrieval"]["ndcg@10" if metric == "auto" else metric]
+    if metric != "loss":
+        return report["macro_auc" if metric == "auto" else metric]
     losses = [task["log_loss"] for task in report["tasks"].values() if task["log_loss"] is not None]
     return -float(np.mean(losses)) if losses else None
 
@@ -169,6 +167,8 @@ def _advance(reached: Progress, step: int, value: float | None) -> tuple[Progres
 
 
 def _flat_report(report: dict[str, Any]) -> dict[str, float | None]:
+    if "retrieval" in report:
+        return dict(report["retrieval"])
     flat = {name: value for name, value in report.items() if name != "tasks"}
     for task, values in report["tasks"].items():
         flat |= {f"{task}/{name}": value for name, value in values.items()}

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from tokenrec.data.batch import Batch
 from tokenrec.models.backbone import layer_rows, layer_windows
-from tokenrec.models.recommender import stream_layout
 from tokenrec.ops import splash
 from tokenrec.ops.attention import Choice, choose
 from tokenrec.ops.pattern import Pattern
@@ -82,7 +81,7 @@ def step_work(model: Model, mesh: Mesh, shapes: Batch) -> tuple[Work, list[dict[
     """
     config = model.config
     batch, events = shapes.valid.shape
-    layout = stream_layout(config, model.schema, events)
+    layout = model.layout(events)
     rows, dtype = layer_rows(config.model, layout), jnp.dtype(config.model.dtype)
     heads, head_dim = config.model.heads, config.model.width // config.model.heads
     with jax.set_mesh(mesh):

@@ -234,6 +234,17 @@ def test_users_and_items_without_a_description_have_nulls(tmp_path: Path) -> Non
     items = {row["item_id"]: row for row in source.items().to_pylist()}
     assert (users[1]["age"], users[4]["age"], users[4]["household_id"]) == ("y", None, 4)
     assert (items[10]["brand"], items[77]["brand"], items[77]["product_id"]) == ("x", None, 77)
+    assert (items[10]["title"], items[77]["title"]) == ("x x x x", None)
+
+
+def test_title_joins_what_the_catalogue_says_in_words(tmp_path: Path) -> None:
+    root = write(tmp_path, [purchase(1, 10), purchase(1, 11), purchase(1, 12)], [promotion(10)])
+    words = {"product_type": ["TEA BAGS", None, None], "product_category": ["TEA", "TEA", None]}
+    words |= {"brand": ["National", "Private", None], "package_size": ["50 CT", None, None], "department": ["x"] * 3}
+    products = pa.table({"product_id": [10, 11, 12], "manufacturer_id": [2] * 3} | words)
+    pq.write_table(products, root / "products.parquet")
+    titles = {row["item_id"]: row["title"] for row in CompleteJourneySource(root).items().to_pylist()}
+    assert titles == {10: "TEA BAGS TEA National 50 CT", 11: "TEA Private", 12: ""}
 
 
 def test_prepared_data_set_holds_the_impressions_and_the_history(tmp_path: Path) -> None:

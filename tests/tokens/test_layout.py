@@ -11,19 +11,19 @@ def names(layout):
 
 def test_nio_stream_is_static_events_target_in_that_order():
     layout = build_layout(user_tokens=2, events=2, fused=False, candidates=1, target_tokens=1)
-    assert names(layout) == ["user", "user", "sep_1", "state", "action", "state", "action", "sep_2", "target"]
+    assert names(layout) == ["user", "user", "sep", "state", "action", "state", "action", "sep", "target"]
     assert layout.readout.tolist() == [8]
 
 
 def test_uc_stream_reads_every_state_and_has_no_target():
     layout = build_layout(user_tokens=1, events=3, fused=False, candidates=0, target_tokens=1)
-    assert names(layout) == ["user", "sep_1", "state", "action", "state", "action", "state", "action"]
+    assert names(layout) == ["user", "sep", "state", "action", "state", "action", "state", "action"]
     assert layout.readout.tolist() == [2, 4, 6]
 
 
 def test_candidates_repeat_the_index_of_the_first_and_are_read_at_their_last_token():
     layout = build_layout(user_tokens=0, events=1, fused=True, candidates=3, target_tokens=2)
-    assert names(layout) == ["sep_1", "event", "sep_2"] + ["target"] * 6
+    assert names(layout) == ["sep", "event", "sep"] + ["target"] * 6
     assert layout.index.tolist() == [0, 1, 2, 3, 4, 3, 4, 3, 4]
     assert layout.readout.tolist() == [4, 6, 8]
 

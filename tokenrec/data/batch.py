@@ -1,4 +1,7 @@
-"""The batch: what the pipeline hands to the step. B samples, T events, C candidates, K tasks."""
+"""The batch: what the pipeline hands to the step. B samples, T events, C candidates, K tasks.
+
+Retrieval: R read-outs of a sample, P goals of a read-out, L levels of a semantic id.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,16 @@ class Batch(NamedTuple):
       state: `[B, T, .]`, item and context of each event (`Schema.state` columns).
       action: `[B, T, .]`.
       valid: `[B, T] bool`.
-      target: `[B, C, .]`, the same columns as `state`; None in UC.
-      labels: `[B, C or T, K] int8`, -1 where unknown or not to be read.
+      target: `[B, C, .]`, the same columns as `state`; None in UC. Retrieval: `[B, 1, .]`, the context of the request,
+        all that is known of an item being missing.
+      labels: `[B, C or T, K] int8`, -1 where unknown or not to be read; None in retrieval.
       weight: `[B, C or T] float32`, 1 for a row that carries loss (training) or a score (evaluation), otherwise 0.
+        Retrieval: `[B, R]`.
+      items: retrieval: `[B, T] int32`, row of the catalogue of each event, -1 where there is none.
+      goals: retrieval: `[B, R, P] int32`, rows of the catalogue that follow a read-out, -1 fills. R is 1, the end of
+        the history, or in UC T, each event.
+      codes: retrieval with semantic ids: `[B, R, P, L] int32`, codes of the goals, -1 fills.
+      negatives: drawn in the step for a sampled softmax: `[B, n] int32`, rows of the catalogue.
     """
 
     user: Signals
@@ -39,10 +49,17 @@ class Batch(NamedTuple):
     target: Signals | None
     labels: Leaf
     weight: Leaf
+    items: Leaf = None
+    goals: Leaf = None
+    codes: Leaf = None
+    negatives: Leaf = None
 
 
 class HostBatch(NamedTuple):
-    """A batch and, on the host only, which rows it read out: `rows: [B, C or T] int64`, -1 where weight is 0."""
+    """A batch and, on the host only, which rows of the log it reads: `rows: [B, C or T] int64`, -1 where weight is 0.
+
+    Retrieval: `[B, R, P]`, the rows of the goals.
+    """
 
     batch: Batch
     rows: Leaf

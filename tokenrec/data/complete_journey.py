@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tokenrec.data.past import PastCounts
 from tokenrec.data.promotions import PRODUCT, Promotions, check_packs, draw_negatives, read_promotions
@@ -41,6 +42,7 @@ _HIERARCHY = dict.fromkeys(("department", "brand", "product_category", "product_
     "manufacturer_id": pa.int64(),
     "package_size": pa.string(),
 }
+_TITLE = ("product_type", "product_category", "brand", "package_size")  # the only text there is, by weight
 _TRANSACTIONS = (
     dict.fromkeys(("household_id", "store_id", "basket_id", "product_id", "week"), pa.int64())
     | dict.fromkeys(("quantity", "sales_value", "retail_disc", "coupon_match_disc"), pa.float64())
@@ -58,6 +60,7 @@ SCHEMA = Schema(
         Feature("weekday", "categorical", "context"),
         Feature("product_id", "categorical", "item"),
         *(Feature(name, "categorical", "item") for name in _HIERARCHY),
+        Feature("title", "text", "item", length=12, codes=2048),
         Feature("display_location", "categorical", "item", per_row=True),
         Feature("mailer_location", "categorical", "item", per_row=True),
         Feature("household_purchases", "dense", "item", transform="log1p", per_row=True),
@@ -114,8 +117,13 @@ class CompleteJourneySource:
         return table.add_column(0, "user_id", table["household_id"])
 
     def items(self) -> pa.Table:
-        """The catalogue, and the few products that are sold but not in it."""
+        """The catalogue, and the few products that are sold but not in it, which have no title either."""
         table = read_table(self._path["products"], {"product_id": pa.int64()} | _HIERARCHY)
+        parts = [table[name].combine_chunks() for name in _TITLE]
+        # The join of Arrow 26 loses a row that is null in every part, so one part never is.
+        parts.insert(0, pa.array(np.full(table.num_rows, ""), pa.string()))
+        title = pc.utf8_trim_whitespace(pc.binary_join_element_wise(*parts, " ", null_handling="skip"))
+        table = table.append_column("title", title)
         table = _add_keys(table, "product_id", self._purchases.product)
         return table.add_column(0, "item_id", table["product_id"])
 

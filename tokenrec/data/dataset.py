@@ -10,8 +10,10 @@ import numpy as np
 from tokenrec.data import records
 from tokenrec.data.log import Catalogue, Log
 from tokenrec.data.schema import Columns, Feature, Group, Metadata, Schema, columns
+from tokenrec.data.semantic import SEMANTIC_ID, semantic_columns, with_semantic_id
 from tokenrec.data.source import SPLITS
 from tokenrec.errors import InputError, suggest
+from tokenrec.semantic_ids.codes import align, load_semantic_ids
 
 ITEMS = "items"
 
@@ -26,10 +28,15 @@ class Dataset:
       splits: names of the splits that hold a chunk.
     """
 
-    def __init__(self, directory: Path, exclude: Sequence[str]) -> None:
+    def __init__(self, directory: Path, exclude: Sequence[str], semantic_ids: str = "") -> None:
         self.directory = Path(directory)
         self.metadata = Metadata.load(self.directory)
-        self.schema: Schema = self.metadata.schema.without(exclude)
+        known = self.metadata.schema
+        self._codes = None
+        if semantic_ids:
+            self._codes = align(load_semantic_ids(Path(semantic_ids)), self._items("item_id"))
+            known = with_semantic_id(known, self._codes)
+        self.schema: Schema = known.without(exclude)
         self._shards = records.shard_lengths(self.directory)
         self.splits: tuple[str, ...] = tuple(s for s in SPLITS if sum(self._shards.get(s, ())))
         self.catalogue = self._load_catalogue()
@@ -104,26 +111,35 @@ class Dataset:
         return self._shards[split]
 
     def _load_catalogue(self) -> Catalogue:
-        folder = self.directory / ITEMS
-        item_id, ids, dense = (_load_array(folder / f"{name}.npy") for name in ("item_id", "ids", "dense"))
-        kept_ids, kept_dense = _kept(self.metadata.schema.group("catalogue"), self.schema.group("catalogue"))
+        item_id, ids, dense = (self._items(name) for name in ("item_id", "ids", "dense"))
+        stored = [f for f in self.schema.group("catalogue") if f.name != SEMANTIC_ID or self._codes is None]
+        kept_ids, kept_dense = _kept(self.metadata.schema.group("catalogue"), stored)
         if len(kept_ids) < ids.shape[1]:
             ids = ids[:, kept_ids]
         if len(kept_dense) < dense.shape[1]:
             dense = dense[:, kept_dense]
-        return Catalogue(item_id, ids, dense)
+        if self._codes is not None and any(f.name == SEMANTIC_ID for f in self.schema.features):
+            ids = np.concatenate([ids, semantic_columns(self._codes)], axis=1)
+        return Catalogue(item_id, ids, dense, self._codes)
+
+    def _items(self, name: str) -> np.ndarray:
+        return _load_array(self.directory / ITEMS / f"{name}.npy")
 
 
 _GROUPS: tuple[Group, ...] = ("user", "row", "action")
 
 
-def open_dataset(directory: Path, exclude: Sequence[str] = ()) -> Dataset:
+def open_dataset(directory: Path, exclude: Sequence[str] = (), semantic_ids: str = "") -> Dataset:
     """Opens a prepared data set; columns of the features in `exclude` are dropped everywhere.
 
+    `semantic_ids`, a file or folder that `tokenrec semantic-ids` wrote, adds the item feature `semantic_id` and the
+    codes of the catalogue.
+
     Raises:
-      InputError: the folder is not a prepared data set, a file of it is missing or damaged, or a feature is unknown.
+      InputError: the folder is not a prepared data set, a file of it is missing or damaged, a feature is unknown, or
+        the semantic ids are not those of its items.
     """
-    return Dataset(directory, exclude)
+    return Dataset(directory, exclude, semantic_ids)
 
 
 def _kept(features: Sequence[Feature], kept: Sequence[Feature]) -> tuple[np.ndarray, np.ndarray]:

@@ -47,7 +47,8 @@ def encode_features(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Columns of `features` as matrices: `[n, I] int32` of provisional ids (vocabulary.py), `[n, D] float32`.
 
-    `first` is the number of the batch's first row, for messages.
+    `first` is the number of the batch's first row, for messages. Ids of a text stay 0: its tokenizer is trained when
+    the whole log has been seen (`Entities.encode_texts`).
 
     Raises:
       InputError: a value does not fit its feature; names column, value and row.
@@ -58,7 +59,7 @@ def encode_features(
     dense = np.full((n, layout.dense_width), np.nan, np.float32)
     for f in features:
         values, place = batch.column(f.name), f"{where}: column '{f.name}'"
-        if pa.types.is_null(values.type):
+        if pa.types.is_null(values.type) or f.kind == "text":
             continue
         out = ids[:, slice(*layout.ids[f.name])] if f.is_integer else dense[:, slice(*layout.dense[f.name])]
         if f.kind == "categorical":
@@ -117,6 +118,20 @@ def labels(batch: pa.RecordBatch, name: str, first: int) -> np.ndarray:
         at = int(wrong.argmax())
         raise InputError(f"{where} is {out[at]} in row {first + at}; a label is 1, 0, or -1 or null where unknown")
     return out.astype(np.int8)
+
+
+def strings(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
+    """A text column of a source's table, null where missing: `[n]` strings.
+
+    Raises:
+      InputError: it holds something else; names the column.
+    """
+    values = table[name]
+    kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    if not (is_text or pa.types.is_null(kind)):
+        raise InputError(f"{where}: column '{name}' has the type {values.type}, but a text is a string; cast it")
+    return values.cast(pa.large_string())
 
 
 def _column(batch: pa.RecordBatch, name: str, first: int) -> tuple[pa.Array, str]:

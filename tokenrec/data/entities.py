@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.data.encode import as_batch, check_columns, encode_features
+from tokenrec.data.encode import as_batch, check_columns, encode_features, strings
 from tokenrec.data.schema import Feature, columns
+from tokenrec.data.tokenizer import encode_texts
 from tokenrec.data.vocabulary import Marks, TableValues, ValueIndex
 from tokenrec.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TEXTS_AT_ONCE = 65_536
 
 
 class Entities:
@@ -27,6 +34,7 @@ class Entities:
         self._layout = columns(features)
         self.ids = np.zeros((0, self._layout.ids_width), np.int32)
         self.dense = np.zeros((0, self._layout.dense_width), np.float32)
+        self._texts: dict[str, pa.ChunkedArray] = {}
 
     def read(self, table: pa.Table, where: str, block_rows: int) -> None:
         """Takes in the source's table, `where` in messages, some rows at a time.
@@ -38,6 +46,7 @@ class Entities:
         check_columns(table.column_names, expected, where)
         self.ids = np.zeros((table.num_rows, self._layout.ids_width), np.int32)
         self.dense = np.full((table.num_rows, self._layout.dense_width), np.nan, np.float32)
+        self._texts = {f.name: strings(table, f.name, where) for f in self.features if f.kind == "text"}
         for first in range(0, table.num_rows, block_rows):
             batch = as_batch(table.slice(first, block_rows))
             codes = self.codes(batch.column(self.key), where, first)
@@ -70,8 +79,24 @@ class Entities:
                 self.ids[known:, place] = self._tables[f.table_name].provisional(new, f"feature '{f.name}'")
         trained = self.in_training()
         for f in self.features:
-            if f.is_integer and f.kind != "semantic_id":
+            if f.has_vocabulary:
                 self._tables[f.table_name].mark(self.ids[trained, slice(*self._layout.ids[f.name])])
+
+    def training_texts(self) -> Iterator[str]:
+        """Texts of the entities that occur in training rows, feature after feature."""
+        trained = self.in_training()
+        for texts in self._texts.values():
+            for part in texts.filter(pa.array(trained[: len(texts)])).iterchunks():
+                yield from (text for text in part.to_pylist() if text is not None)
+
+    def encode_texts(self, tokenizer: Tokenizer) -> None:
+        """Fills the ids of the text features, and lets go of the strings."""
+        for f in self.features:
+            texts = self._texts.pop(f.name, None)
+            for first in range(0, 0 if texts is None else len(texts), TEXTS_AT_ONCE):
+                some = texts.slice(first, TEXTS_AT_ONCE).to_pylist()
+                place = slice(*self._layout.ids[f.name])
+                self.ids[first : first + len(some), place] = encode_texts(tokenizer, some, f.length)
 
     def in_training(self) -> np.ndarray:
         """`[size] bool`."""
@@ -82,6 +107,6 @@ def to_final(ids: np.ndarray, features: Sequence[Feature], finals: dict[str, np.
     """Turns the provisional ids of a matrix into ids of the vocabularies, in place."""
     layout = columns(features)
     for f in features:
-        if f.is_integer and f.kind != "semantic_id":
+        if f.has_vocabulary:
             part = ids[:, slice(*layout.ids[f.name])]
             part[...] = finals[f.table_name][part]

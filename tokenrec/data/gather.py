@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from tokenrec.data.batch import Batch, HostBatch, Signals
 from tokenrec.data.log import Catalogue, Log
 from tokenrec.data.samples import Requests, Samples, Streams
+
+
+class ContextColumns(NamedTuple):
+    """Columns of `Schema.state` that a request shows before its item is known. `ids: [I] bool`, `dense: [D] bool`."""
+
+    ids: np.ndarray
+    dense: np.ndarray
 
 
 def gather(
@@ -18,6 +27,7 @@ def gather(
     length: int,
     candidates: int,
     first_row: int,
+    context: ContextColumns | None = None,
 ) -> HostBatch:
     """Gathers the chosen samples into one batch.
 
@@ -28,10 +38,14 @@ def gather(
       length: T; at least the length of every chosen sample.
       candidates: C of NIO.
       first_row: number in the split of the log's first row; added to `HostBatch.rows`.
+      context: retrieval, where the rows that samples read are goals: what may be known of their request.
     """
     present = chosen >= 0
     picked = np.where(present, chosen, 0)
     lengths = np.where(present, samples.length[picked], 0)
+    if context is not None:
+        made, rows = _gather_goals(log, catalogue, samples, picked, present, lengths, length, candidates, context)
+        return HostBatch(made, np.where(rows >= 0, rows + first_row, -1))
     if isinstance(samples, Requests):
         rows, valid = _right_aligned(samples.event_rows, samples.stop[picked], lengths, length)
         reads, read = _candidates(samples, picked, present, candidates)
@@ -49,6 +63,48 @@ def gather(
         weight=read.astype(np.float32),
     )
     return HostBatch(batch, np.where(read, reads + first_row, -1))
+
+
+def _gather_goals(
+    log: Log,
+    catalogue: Catalogue,
+    samples: Samples,
+    picked: np.ndarray,
+    present: np.ndarray,
+    lengths: np.ndarray,
+    length: int,
+    candidates: int,
+    context: ContextColumns,
+) -> tuple[Batch, np.ndarray]:
+    """A retrieval batch, and rows `[B, R, P]` of the log of its goals, -1 fills."""
+    if isinstance(samples, Requests):
+        rows, valid = _right_aligned(samples.event_rows, samples.stop[picked], lengths, length)
+        goal_rows, is_goal = (part[:, None] for part in _candidates(samples, picked, present, candidates))
+        target = _state(log, catalogue, goal_rows[:, 0, :1], is_goal[:, 0, :1])
+        target = Signals(np.where(context.ids, target.ids, 0), np.where(context.dense, target.dense, np.nan))
+    else:
+        # A stream holds one event more than the model reads; what an event is to find is the event after it.
+        rows, valid, read = _stream(samples, picked, lengths, present, length + 1)
+        goal_rows, is_goal = rows[:, 1:, None], (read[:, 1:] & valid[:, :-1])[..., None]
+        rows, valid, target = rows[:, :-1], valid[:, :-1], None
+    items = np.take(log.item, rows, mode="clip")
+    goals = np.where(is_goal, np.take(log.item, goal_rows, mode="clip"), -1).astype(np.int32)
+    codes = None
+    if catalogue.codes is not None:
+        codes = np.where(is_goal[..., None], catalogue.codes[goals], np.int32(-1))
+    batch = Batch(
+        user=_signals(log.user_ids, log.user_dense, samples.chunk[picked], present),
+        state=_state(log, catalogue, rows, valid),
+        action=_signals(log.action_ids, log.action_dense, rows, valid),
+        valid=valid,
+        target=target,
+        labels=None,
+        weight=is_goal.any(axis=-1).astype(np.float32),
+        items=np.where(valid, items, -1).astype(np.int32),
+        goals=goals,
+        codes=codes,
+    )
+    return batch, np.where(is_goal, goal_rows, -1)
 
 
 def _candidates(

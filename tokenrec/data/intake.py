@@ -83,7 +83,7 @@ class Intake:
             row[f"{group}_ids"], row[f"{group}_dense"] = ids, dense
             for name, place in columns(members).ids.items():
                 table = self.tables.get(self.schema.feature(name).table_name)
-                if table is not None:  # a semantic id has no values to gather
+                if table is not None:  # semantic ids have no values to gather
                     table.mark(ids[train, slice(*place)])
         self.users.trained.add(out["user"][train])
         self.items.trained.add(row["item"][train])

@@ -14,11 +14,15 @@ LEARNED = 4  # the row's known labels may be learned from: scored rows of train,
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
-    """Features that belong to an item. `item_id: [N]` original ids, `ids: [N, I] int32`, `dense: [N, D] float32`."""
+    """Features that belong to an item. `item_id: [N]` original ids, `ids: [N, I] int32`, `dense: [N, D] float32`.
+
+    `codes: [N, L] int32` are its semantic ids, if the config names some.
+    """
 
     item_id: np.ndarray
     ids: np.ndarray
     dense: np.ndarray
+    codes: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,9 @@ import numpy as np
 
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import Batch, HostBatch, ReadRows, Signals
-from tokenrec.data.gather import gather
+from tokenrec.data.gather import ContextColumns, gather
 from tokenrec.data.log import Catalogue, Log
-from tokenrec.data.samples import Samples, cut_samples
+from tokenrec.data.samples import Samples, Streams, cut_samples
 from tokenrec.data.schema import Feature, Metadata, Schema, columns
 from tokenrec.errors import InputError, suggest
 
@@ -53,10 +53,22 @@ class LogReader(Protocol):
 def task_names(schema: Schema, config: DataConfig) -> tuple[str, ...]:
     """Tasks in the order of the label columns of a batch: `config.tasks`, or all of the schema's if it is empty.
 
+    Retrieval: the task of `config.positive`, or none.
+
     Raises:
-      InputError: the data set has no such task.
+      InputError: the data set has no such task, or none at all to rank by.
     """
     known = tuple(task.name for task in schema.tasks)
+    if config.objective == "retrieval":
+        if config.positive and config.positive not in known:
+            raise InputError(
+                f"data.positive: the data set has no task '{config.positive}'{suggest(config.positive, known)}"
+            )
+        return (config.positive,) if config.positive else ()
+    if not known:
+        raise InputError(
+            "data.objective='ranking', but the data set has no task, only events; use data.objective='retrieval'"
+        )
     for name in config.tasks:
         if name not in known:
             raise InputError(f"data.tasks: the data set has no task '{name}'{suggest(name, known)}")
@@ -66,6 +78,7 @@ def task_names(schema: Schema, config: DataConfig) -> tuple[str, ...]:
 def batch_shapes(schema: Schema, config: DataConfig, *, batch_size: int) -> dict[int, Batch]:
     """Stream length -> `Batch` of `jax.ShapeDtypeStruct`, for every length that a pipeline yields."""
     tasks = len(task_names(schema, config))
+    retrieval = config.objective == "retrieval"
 
     def signals(features: Sequence[Feature], *axes: int) -> Signals:
         widths = columns(features)
@@ -77,14 +90,20 @@ def batch_shapes(schema: Schema, config: DataConfig, *, batch_size: int) -> dict
     def batch(length: int) -> Batch:
         nio = config.paradigm == "nio"
         read = config.candidates if nio else length
+        goals = (batch_size, 1, config.candidates) if nio else (batch_size, length, 1)
+        if retrieval:
+            read = 1 if nio else length
         return Batch(
             user=signals(schema.group("user"), batch_size),
             state=signals(schema.state, batch_size, length),
             action=signals(schema.group("action"), batch_size, length),
             valid=jax.ShapeDtypeStruct((batch_size, length), np.bool_),
             target=signals(schema.state, batch_size, read) if nio else None,
-            labels=jax.ShapeDtypeStruct((batch_size, read, tasks), np.int8),
+            labels=None if retrieval else jax.ShapeDtypeStruct((batch_size, read, tasks), np.int8),
             weight=jax.ShapeDtypeStruct((batch_size, read), np.float32),
+            items=jax.ShapeDtypeStruct((batch_size, length), np.int32) if retrieval else None,
+            goals=jax.ShapeDtypeStruct(goals, np.int32) if retrieval else None,
+            codes=jax.ShapeDtypeStruct((*goals, len(schema.levels)), np.int32) if retrieval and schema.levels else None,
         )
 
     return {length: batch(length) for length in stream_lengths(config)}
@@ -227,6 +246,7 @@ class _Windows:
         self.config, self.lengths, self.split = config, stream_lengths(config), split
         self._dataset, self._train = dataset, train
         self._catalogue = _contiguous(dataset.catalogue)
+        self._context = _context_columns(dataset.schema) if config.objective == "retrieval" else None
         names = [task.name for task in dataset.schema.tasks]
         self._tasks = [names.index(name) for name in task_names(dataset.schema, config)]
         self._held = _NewestTwo(self._read)
@@ -245,6 +265,7 @@ class _Windows:
             length=length,
             candidates=self.config.candidates,
             first_row=self.spans[number].first_row,
+            context=self._context,
         )
 
     def identify(self, number: int, rows: np.ndarray) -> ReadRows:
@@ -258,7 +279,8 @@ class _Windows:
         log = self._dataset.load(self.split, *chunks)
         log = _contiguous(dataclasses.replace(log, labels=log.labels[:, self._tasks]))
         samples = cut_samples(log, self.config, train=self._train)
-        return _Window(log, samples, np.searchsorted(self.lengths, samples.length).astype(np.int8))
+        longest = samples.length - isinstance(samples, Streams) * (self.config.objective == "retrieval")
+        return _Window(log, samples, np.searchsorted(self.lengths, longest).astype(np.int8))
 
     def _plan(self) -> list[_Span]:
         """Cuts the split into windows of about equal size, and reads each once to count its samples."""
@@ -276,7 +298,17 @@ class _Windows:
 
 def _contiguous[T: (Log, Catalogue)](arrays: T) -> T:
     """The arrays in C order, as `gather` needs them: leaving columns out, for one, gives another order."""
-    return dataclasses.replace(arrays, **{name: np.ascontiguousarray(array) for name, array in vars(arrays).items()})
+    held = {name: np.ascontiguousarray(array) for name, array in vars(arrays).items() if array is not None}
+    return dataclasses.replace(arrays, **held)
+
+
+def _context_columns(schema: Schema) -> ContextColumns:
+    place = columns(schema.state)
+    known = [f for f in schema.state if f.entity == "context"]
+    ids, dense = np.zeros(place.ids_width, bool), np.zeros(place.dense_width, bool)
+    for f in known:
+        (ids if f.is_integer else dense)[slice(*(place.ids if f.is_integer else place.dense)[f.name])] = True
+    return ContextColumns(ids, dense)
 
 
 def _check_heads(metadata: Metadata, config: DataConfig) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import shutil
 from collections import Counter
@@ -23,9 +24,10 @@ from tokenrec.data.entities import to_final
 from tokenrec.data.intake import Intake
 from tokenrec.data.log import EVENT, LEARNED, SCORED
 from tokenrec.data.moments import Moments
-from tokenrec.data.schema import Feature, Metadata
+from tokenrec.data.schema import TEXT_TABLE, Feature, Metadata
 from tokenrec.data.source import SPLITS, Provenance, Source
 from tokenrec.data.staging import scratch_folder, staged
+from tokenrec.data.tokenizer import save_tokenizer, table_rows, tokenizers_library, train_tokenizer
 from tokenrec.data.vocabulary import save_vocabulary, semantic_rows
 from tokenrec.errors import InputError
 
@@ -50,11 +52,14 @@ def prepare(
       scratch: folder for temporary files, about as large as the data set; default: beside `out`.
 
     Raises:
-      InputError: `out` exists, an option or a value of the source is wrong, or the disk is full. `out` is unchanged.
+      InputError: `out` exists, an option or a value of the source is wrong, the disk is full, or the schema has a text
+        and the library `tokenizers` is missing. `out` is unchanged.
     """
     for name, value, least in (("chunk_events", chunk_events, 1), ("overlap", overlap, 0)):
         if value < least:
             raise InputError(f"{name}={value} must be at least {least}")
+    if any(f.kind == "text" for f in source.schema.features):
+        tokenizers_library()  # missing, it is to end the run now and not after the log
     with staged(Path(out), overwrite) as folder:
         checksums = _checksums(source.provenance)
         work = folder / "scratch" if scratch is None else scratch_folder(Path(scratch), Path(out))
@@ -83,16 +88,17 @@ class _Output:
         self.moments = [Moments(self.schema.group(group)) for group in ("user", "catalogue", "row", "action")]
 
     def write_entities(self) -> None:
-        """Vocabularies and the catalogue; from here on ids are final."""
+        """Vocabularies, the tokenizer and the catalogue; from here on ids are final."""
         for entities, moments in ((self.intake.users, self.moments[0]), (self.intake.items, self.moments[1])):
             moments.add(entities.dense[entities.in_training()])
         for f in self.schema.features:
             if f.kind == "semantic_id":
                 self.table_rows[f.table_name] = semantic_rows(f)
-            elif f.is_integer and f.table_name not in self.finals:
+            elif f.has_vocabulary and f.table_name not in self.finals:
                 known, self.finals[f.table_name] = self.intake.tables[f.table_name].finish()
                 self.table_rows[f.table_name] = len(known) + 2
                 save_vocabulary(self.folder, f.table_name, known)
+        self._write_tokenizer()
         for entities in (self.intake.users, self.intake.items):
             to_final(entities.ids, entities.features, self.finals)
         values = self.intake.items.index.values()
@@ -109,6 +115,18 @@ class _Output:
         self.user_rows = np.zeros(self.intake.users.index.size, records.user_dtype(self.schema))
         self.user_rows["user_ids"], self.user_rows["user_dense"] = self.intake.users.ids, self.intake.users.dense
         self.intake.items.ids, self.intake.items.dense = self.intake.items.ids[:0], self.intake.items.dense[:0]
+
+    def _write_tokenizer(self) -> None:
+        """Trains on the texts of training entities, if the schema has any, and gives every text its ids."""
+        codes = [f.codes for f in self.schema.features if f.kind == "text"]
+        if not codes:
+            return
+        both = (self.intake.users, self.intake.items)
+        tokenizer = train_tokenizer(itertools.chain(*(entities.training_texts() for entities in both)), codes[0])
+        for entities in both:
+            entities.encode_texts(tokenizer)
+        self.table_rows[TEXT_TABLE] = table_rows(tokenizer)
+        save_tokenizer(tokenizer, self.folder)
 
     def write_chunks(self, chunk_events: int, overlap: int) -> None:
         """Second pass."""
@@ -185,12 +203,14 @@ class _Output:
         features = tuple(normalised.get(f.name, f) for f in self.schema.features)
         key_types = {e.key: e.index.type for e in (self.intake.users, self.intake.items)}
         metadata = Metadata(
-            schema=dataclasses.replace(self.schema, features=features, tables=self.table_rows),
+            schema=dataclasses.replace(
+                self.schema, features=features, tables=self.table_rows, items=self.counts["items"]
+            ),
             source=provenance.name,
             licence=provenance.licence,
             citation=provenance.citation,
             checksums=checksums,
-            counts=dict(sorted(self.counts.items())),
+            counts=dict(sorted({**self.counts, **provenance.counts}.items())),
             options=dict(options),
             key_types=key_types,
         )

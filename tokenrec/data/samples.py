@@ -73,12 +73,17 @@ def cut_samples(log: Log, config: DataConfig, *, train: bool) -> Samples:
 
     Args:
       log: whole chunks; `log.labels: [R, K]` holds the configured tasks only.
-      config: paradigm, events, overlap, candidates.
+      config: objective, paradigm, events, overlap, candidates.
       train: leave out rows without a known label, and (UC) later rows of a group of equal time.
+
+    Retrieval reads positives: rows whose only label is 1, or every scored row where `log.labels` has no column. In
+    evaluation it is NIO whatever the paradigm: one question per request.
 
     Raises:
       InputError: UC, and a scored row is not an event.
     """
+    if config.objective == "retrieval":
+        return _cut_goals(log, config, train=train)
     known = (log.labels >= 0).any(axis=1)
     if config.paradigm == "nio":
         scored = (log.flags & SCORED) != 0
@@ -94,6 +99,19 @@ def cut_samples(log: Log, config: DataConfig, *, train: bool) -> Samples:
     if train:
         read &= known
     return _cut_streams(log, read, config.events, config.overlap, siblings=not train)
+
+
+def _cut_goals(log: Log, config: DataConfig, *, train: bool) -> Samples:
+    goal = (log.flags & SCORED) != 0
+    if log.labels.shape[1]:
+        goal &= log.labels[:, 0] == 1
+    if config.paradigm == "nio" or not train:
+        return _cut_requests(log, goal, config.events, config.candidates)
+    _, before = _events(log)
+    goal &= (log.flags & EVENT) != 0
+    goal &= before[:-1] > before[log.start[:-1]][_chunks(log)]  # an event must come before it to be read
+    # One event more than the model reads: the last one of a stream is a goal only.
+    return _cut_streams(log, goal, config.events + 1, config.overlap, siblings=False)
 
 
 def _cut_requests(log: Log, scored: np.ndarray, events: int, candidates: int) -> Requests:

@@ -9,9 +9,10 @@ A feature's values live in one of four groups, by how often they change:
 | `row` | context, and item with `per_row` | row of the log |
 | `action` | action | row of the log |
 
-Integer values (`categorical`, `multi_valued`, `semantic_id`) fill columns of an `ids` matrix, the others columns of a
-`dense` matrix. Id 0 is a missing value, id 1 a value that the training split does not hold, known values start at 2.
-A missing dense value is NaN.
+Integer values (`categorical`, `multi_valued`, `semantic_id`, `text`) fill columns of an `ids` matrix, the others
+columns of a `dense` matrix. Id 0 is a missing value, id 1 a value that the training split does not hold, known values
+start at 2. A missing dense value is NaN. A text is tokens, cut at the right end and filled up with id 0; any string
+can be written in them, so that id 1 does not occur there (tokenizer.py).
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from typing import Any, Literal, get_args
 from tokenrec.errors import InputError, suggest
 
 MISSING, UNKNOWN, FIRST_KNOWN = 0, 1, 2
+TEXT_TABLE = "text"
+BYTES = 256  # the least vocabulary of a byte-level tokenizer
 SCHEMA_FILE = "tokenrec.json"
 FORMAT_VERSION = 1
 
-Kind = Literal["categorical", "multi_valued", "dense", "embedding", "semantic_id"]
+Kind = Literal["categorical", "multi_valued", "dense", "embedding", "semantic_id", "text"]
 Entity = Literal["user", "context", "item", "action"]
 Group = Literal["user", "catalogue", "row", "action"]
 Transform = Literal["identity", "log1p"]
-INTEGER_KINDS = ("categorical", "multi_valued", "semantic_id")
+INTEGER_KINDS = ("categorical", "multi_valued", "semantic_id", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +46,12 @@ class Feature:
       name: column name, unique in the schema.
       kind: how its value becomes a vector (methods.md section 2).
       entity: whom it describes; all features of one entity enter one maker.
-      table: name of the embedding table of an integer kind; features may share one. Empty: the feature's own name.
-      length: values kept of a multi-valued feature, numbers of an embedding, levels of a semantic id; otherwise 1.
-      codes: code-book size of each level of a semantic id.
+      table: name of the embedding table of an integer kind; features may share one. Empty: the feature's own name. All
+        text features share the table "text".
+      length: values kept of a multi-valued feature, numbers of an embedding, levels of a semantic id, tokens kept of a
+        text; otherwise 1.
+      codes: code-book size of each level of a semantic id; most tokens in the vocabulary of a text, equal for all text
+        features.
       transform: of a dense feature, before normalisation; `log1p` is signed, `sign(x) log(1 + |x|)`.
       per_row: an item feature that changes from row to row (a display place), so that no catalogue can hold it.
       mean, deviation: of the transformed dense value over the training split; filled in by `prepare`.
@@ -67,8 +73,13 @@ class Feature:
         return self.kind in INTEGER_KINDS
 
     @property
+    def has_vocabulary(self) -> bool:
+        """Whether its ids stand for the distinct values of the training split."""
+        return self.kind in ("categorical", "multi_valued")
+
+    @property
     def table_name(self) -> str:
-        return self.table or self.name
+        return TEXT_TABLE if self.kind == "text" else self.table or self.name
 
     @property
     def group(self) -> Group:
@@ -123,12 +134,16 @@ def columns(features: Iterable[Feature]) -> Columns:
 class Schema:
     """Features, tasks and embedding-table sizes of a data set.
 
-    `tables` maps a table name to its number of rows, the two reserved ids included; `prepare` fills it in.
+    `tables` maps a table name to its number of rows, the two reserved ids included; `prepare` fills it in. A data set,
+    when opened, fills in `items`, the rows of its catalogue, and `levels`, the code-book size of each level of the
+    semantic ids that the config names.
     """
 
     features: tuple[Feature, ...]
     tasks: tuple[Task, ...]
     tables: dict[str, int] = dataclasses.field(default_factory=dict)
+    items: int = 0
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -154,7 +169,8 @@ class Schema:
         dropped = {self.feature(name).name for name in names}
         kept = tuple(f for f in self.features if f.name not in dropped)
         used = {f.table_name for f in kept if f.is_integer}
-        return Schema(kept, self.tasks, {name: rows for name, rows in self.tables.items() if name in used})
+        tables = {name: rows for name, rows in self.tables.items() if name in used}
+        return dataclasses.replace(self, features=kept, tables=tables)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -164,7 +180,8 @@ class Schema:
         """Inverse of `to_json`; an unknown key is an InputError that names the near one."""
         features = tuple(_from_dict(Feature, f) for f in value.get("features", ()))
         tasks = tuple(_from_dict(Task, t) for t in value.get("tasks", ()))
-        return Schema(features, tasks, dict(value.get("tables", {})))
+        levels = tuple(value.get("levels", ()))
+        return Schema(features, tasks, dict(value.get("tables", {})), value.get("items", 0), levels)
 
 
 def _from_dict[T](kind: type[T], value: dict[str, Any]) -> T:
@@ -200,6 +217,27 @@ def _problems(schema: Schema) -> Iterable[str]:
             yield f"feature '{f.name}': per_row is for item features; {f.entity} features need no flag"
         if f.table and not f.is_integer:
             yield f"feature '{f.name}': table='{f.table}', but a {f.kind} feature has no table"
+    yield from _text_problems(schema.features)
+
+
+def _text_problems(features: tuple[Feature, ...]) -> Iterable[str]:
+    texts = [f for f in features if f.kind == "text"]
+    for f in texts:
+        if f.group not in ("user", "catalogue"):
+            where = "is an item feature with per_row" if f.per_row else f"has the entity {f.entity}"
+            yield f"feature '{f.name}': {where}, but a text belongs to a user or to an item of the catalogue"
+        if f.codes < BYTES:
+            yield f"feature '{f.name}': codes={f.codes}; a text needs its vocabulary size, at least {BYTES}"
+        if f.codes != texts[0].codes:
+            yield (
+                f"feature '{f.name}': codes={f.codes}, but '{texts[0].name}' has codes={texts[0].codes}, and all texts "
+                f"share a vocabulary; make them equal"
+            )
+        if f.table not in ("", TEXT_TABLE):
+            yield f"feature '{f.name}': table='{f.table}', but all texts share the table '{TEXT_TABLE}'; leave it out"
+    for f in features if texts else ():
+        if f.is_integer and f.kind != "text" and f.table_name == TEXT_TABLE:
+            yield f"feature '{f.name}': table '{TEXT_TABLE}' is that of the texts; give this {f.kind} feature another"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +249,8 @@ class Metadata:
       source: name of the source, e.g. "kuairand".
       licence, citation: of the data.
       checksums: source file name -> SHA-256.
-      counts: what `prepare` counted: rows and scored rows per split, exact repeats dropped, users, items.
+      counts: what `prepare` counted: rows and scored rows per split, exact repeats dropped, users, items; and what
+        the source counted itself.
       options: the options of `prepare` that change its output (chunk_events, overlap, split days).
       key_types: "int64" or "string" for "user_id" and "item_id".
     """
@@ -245,5 +284,5 @@ class Metadata:
         version = value.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise InputError(f"data '{directory}' has format version {version}, not {FORMAT_VERSION}; prepare it again")
-        value["schema"] = Schema.from_json(value["schema"])
+        value["schema"] = Schema.from_json(value["schema"] | {"items": value["counts"]["items"]})
         return _from_dict(Metadata, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,12 +16,16 @@ SPLITS = ("train", "valid", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where the data comes from: `files` are checksummed into the metadata of the prepared data set."""
+    """Where the data comes from: `files` are checksummed into the metadata of the prepared data set.
+
+    `counts` is what the source itself left out or changed on reading; it joins the counts that `prepare` makes.
+    """
 
     name: str
     licence: str
     citation: str
     files: tuple[Path, ...]
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Source(Protocol):

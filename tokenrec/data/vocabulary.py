@@ -147,7 +147,7 @@ def value_tables(features: Iterable[Feature]) -> dict[str, TableValues]:
     """
     shapes: dict[str, tuple[str, tuple[int, int] | None]] = {}
     for f in features:
-        if f.is_integer:
+        if f.has_vocabulary or f.kind == "semantic_id":
             shape = (f.length, f.codes) if f.kind == "semantic_id" else None
             name, known = shapes.setdefault(f.table_name, (f.name, shape))
             if known != shape:

@@ -1,16 +1,22 @@
-"""The stack of blocks: full layers below, shrinking windows above (BFTS), only the rows that a read-out can see."""
+"""The stack of blocks: full layers below, shrinking windows above (BFTS), only the rows that a read-out can see.
+
+A stream is `[prefix | candidates]`. Rows of the prefix see no candidate, so what they show to the candidates is
+computed once (`prefill`) and any number of candidates is scored against it (`extend`); methods.md section 2, "Prompt".
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
 from tokenrec.config import ModelConfig, Remat
-from tokenrec.models.block import Block
+from tokenrec.errors import InputError
+from tokenrec.models.block import Block, KeysValues, Stream
 from tokenrec.ops.attention import ATTENTION_RESULT
 from tokenrec.ops.layers import RMSNorm, split_key
 from tokenrec.ops.rotary import rotation
@@ -33,6 +39,54 @@ def layer_rows(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:
     return (np.arange(layout.rows),) * (config.layers + 1)
 
 
+def prefix_length(layout: Layout) -> int:
+    """P: the first rows, which belong to no candidate.
+
+    Raises:
+      InputError: a candidate continues a row other than the last of them.
+    """
+    count = int(np.sum(layout.candidate < 0))
+    last, first = layout.index[:count].max(initial=-1), layout.index[count:].min(initial=layout.rows)
+    if first <= last:
+        raise InputError(
+            f"layout.index: a candidate begins at {first} and the prefix ends at {last}; a prefix cache serves "
+            "candidates that continue the whole prefix, so cut the prefix where they begin"
+        )
+    return count
+
+
+def shown_rows(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:
+    """Prefix rows whose keys and values each layer keeps: those that any row behind the prefix may see.
+
+    A function of the prefix alone, however many candidates and rows follow: the first row behind it reaches back
+    furthest, over w - 1 indices in a sliding layer of window w, and over everything in a full one. The last row of the
+    prefix is always among them, even if hidden, so that no layer has an empty array.
+    """
+    count = prefix_length(layout)
+    if not config.needed_rows:
+        return (np.arange(count),) * config.layers
+    back = layout.index[:count].max() + 1 - layout.index[:count]
+    seen = ~layout.static[:count]
+    return tuple(
+        np.arange(count) if window is None else np.flatnonzero((back == 1) | (seen & (back < window)))
+        for window in layer_windows(config)
+    )
+
+
+def prefix_rows(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:
+    """Prefix rows at the input of each layer, then those read: what is shown, what is needed above, what they see."""
+    every = np.arange(prefix_length(layout))
+    read = np.sort(layout.readout[layout.readout < len(every)])
+    if not config.needed_rows:
+        return (every,) * config.layers + (read,)
+    needed = [read]
+    for window, shown in zip(reversed(layer_windows(config)), reversed(shown_rows(config, layout)), strict=True):
+        pattern = layout.pattern(needed[0], every)
+        seen = np.flatnonzero((pattern.visible(window) | pattern.diagonal()).any(axis=0))
+        needed.insert(0, np.union1d(seen, shown))
+    return tuple(needed)
+
+
 def remember(compute: Callable[[jax.Array], jax.Array], remat: Remat) -> Callable[[jax.Array], jax.Array]:
     """A block as a function of its input, of which the backward pass finds kept what `model.remat` says."""
     if remat == "none":
@@ -42,6 +96,12 @@ def remember(compute: Callable[[jax.Array], jax.Array], remat: Remat) -> Callabl
         keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names(ATTENTION_RESULT)
     )
     return jax.checkpoint(compute, policy=dots if remat == "dots" else keep.nothing_saveable)
+
+
+class PrefixCache(NamedTuple):
+    """What the prefix of a request shows to the rows behind it, layer by layer; the rows are those of `shown_rows`."""
+
+    layers: tuple[KeysValues, ...]
 
 
 class Backbone(nnx.Module):
@@ -56,14 +116,80 @@ class Backbone(nnx.Module):
         self, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None, key: jax.Array | None
     ) -> jax.Array:
         """`events: [B, T] bool`, `candidates: [B, C] bool` or None: which are real; `key` of dropout."""
-        valid = layout.valid(events, candidates)
-        turn = rotation(layout.positions(events), self.config.width // self.config.heads, self.config.rope_base)
+        every = np.arange(layout.rows)
+        stream = self._stream(layout, every, events, candidates)
         rows = layer_rows(self.config, layout)
-        x = take_rows(x, rows[0], np.arange(layout.rows))
+        x = take_rows(x, rows[0], every)
         keys = split_key(key, len(self.blocks))
         for block, inputs, outputs, layer_key in zip(self.blocks, rows, rows[1:], keys, strict=False):
-            compute = functools.partial(
-                block, queries=outputs, keys=inputs, layout=layout, valid=valid, turn=turn, key=layer_key
-            )
+            compute = functools.partial(block, queries=outputs, keys=inputs, stream=stream, key=layer_key)
             x = remember(compute, self.config.remat)(x)
         return self.norm(take_rows(x, layout.readout, rows[-1]))
+
+    def prefill(self, x: jax.Array, layout: Layout, events: jax.Array) -> tuple[PrefixCache, jax.Array]:
+        """What the prefix shows to any candidates, and its own read-outs.
+
+        Args:
+          x: `[B, P, d]`, the rows of `layout` that belong to no candidate.
+          layout: of a stream with this prefix; its candidates do not matter.
+          events: `[B, T] bool`, real events.
+
+        Returns:
+          The cache, and `[B, R_p, d]`, the R_p read-outs that lie in the prefix (often none).
+
+        Raises:
+          InputError: `x` has another number of rows.
+        """
+        every = np.arange(prefix_length(layout))
+        if x.shape[1] != len(every):
+            raise InputError(f"x {x.shape}: the prefix of the layout has {len(every)} rows; pass those alone")
+        stream = self._stream(layout, every, events, None)
+        rows, shown = prefix_rows(self.config, layout), shown_rows(self.config, layout)
+        x = take_rows(x, rows[0], every)
+        layers = []
+        for block, inputs, outputs, kept in zip(self.blocks, rows, rows[1:], shown, strict=False):
+            x, made = block.advance(x, outputs, inputs, stream)
+            layers.append(KeysValues(*(take_rows(part, kept, inputs) for part in made)))
+        readout = layout.readout[layout.readout < len(every)]
+        return PrefixCache(tuple(layers)), self.norm(take_rows(x, readout, rows[-1]))
+
+    def extend(
+        self, cache: PrefixCache, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array
+    ) -> jax.Array:
+        """Read-outs of candidates whose prefix is cached: what `__call__` returns for the whole stream.
+
+        Number and length of the candidates may differ from those of the layout that was prefilled.
+
+        Args:
+          cache: of `prefill`, for a layout with the same prefix.
+          x: `[B, S - P, d]`, the rows of the candidates.
+          layout: of the whole stream, S rows.
+          events: `[B, T] bool` and candidates: `[B, C] bool`, which are real.
+
+        Returns:
+          `[B, R, d]`, the read-outs that lie behind the prefix.
+
+        Raises:
+          InputError: `x` or the cache has another number of rows.
+        """
+        count = prefix_length(layout)
+        behind = np.arange(count, layout.rows)
+        if x.shape[1] != len(behind):
+            raise InputError(f"x {x.shape}: {len(behind)} rows of the layout lie behind its prefix; pass those alone")
+        shown = shown_rows(self.config, layout)
+        held, expected = [past.keys.shape[1] for past in cache.layers], [len(kept) for kept in shown]
+        if held != expected:
+            raise InputError(f"cache holds {held} rows by layer and the prefix shows {expected}; prefill it again")
+        stream = self._stream(layout, behind, events, candidates)
+        rows = [needed[np.searchsorted(needed, count) :] for needed in layer_rows(self.config, layout)]
+        x = take_rows(x, rows[0], behind)
+        for block, inputs, outputs, past, past_rows in zip(
+            self.blocks, rows, rows[1:], cache.layers, shown, strict=False
+        ):
+            x, _ = block.advance(x, outputs, np.concatenate([past_rows, inputs]), stream, past=past)
+        return self.norm(take_rows(x, layout.readout[layout.readout >= count], rows[-1]))
+
+    def _stream(self, layout: Layout, rows: np.ndarray, events: jax.Array, candidates: jax.Array | None) -> Stream:
+        positions = take_rows(layout.positions(events), rows, np.arange(layout.rows))
+        turn = rotation(positions, self.config.width // self.config.heads, self.config.rope_base)
+        return Stream(layout, rows, turn, layout.valid(events, candidates))

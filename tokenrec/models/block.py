@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -20,8 +23,39 @@ def ffn_width(config: ModelConfig) -> int:
     return config.ffn_width or -(-8 * config.width // 3 // 8) * 8
 
 
+class KeysValues(NamedTuple):
+    """Keys, after qk-norm and RoPE, and values of some rows: `[B, K, H, h]` each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+    def then(self, later: KeysValues) -> KeysValues:
+        """These rows and behind them `later`."""
+        return KeysValues(*(jnp.concatenate(parts, axis=1) for parts in zip(self, later, strict=True)))
+
+
+class Stream(NamedTuple):
+    """What the blocks of one pass share.
+
+    Attributes:
+      layout: of the whole stream.
+      rows: `[n]`, rows that pass through the blocks: all, the prefix, or what follows it.
+      turn: RoPE of `rows`.
+      valid: `[B, S] bool`, rows of the stream that are not padding.
+    """
+
+    layout: Layout
+    rows: np.ndarray
+    turn: Rotation
+    valid: jax.Array
+
+    def rotate(self, x: jax.Array, rows: np.ndarray) -> jax.Array:
+        """RoPE of `x: [B, rows, H, h]`."""
+        return rotate(x, Rotation(*(take_rows(part, rows, self.rows) for part in self.turn)))
+
+
 class Attention(nnx.Module):
-    """RoPE attention of the rows `queries` over the rows `keys`: `X_n -> A` of the block equation."""
+    """RoPE attention of some rows over others: `X_n -> A` of the block equation."""
 
     def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
         d, heads = config.width, config.heads
@@ -33,32 +67,30 @@ class Attention(nnx.Module):
         self.value = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
         self.output = weight(rngs, (heads, h, d), "heads", None, "embed", inputs=d)
 
-    def __call__(
-        self, x: jax.Array, queries: np.ndarray, keys: np.ndarray, layout: Layout, valid: jax.Array, turn: Rotation
-    ) -> jax.Array:
-        def project(rows: jax.Array, kernel: nnx.Param) -> jax.Array:
-            whole = gathered(kernel[...], "embed", "heads", None)
-            return contract("bsd,dhk->bshk", rows, whole, RULES("batch", None, "heads", None))
+    def keys_values(self, x: jax.Array, rows: np.ndarray, stream: Stream) -> KeysValues:
+        """What `x: [B, rows, d]` shows to the queries."""
+        k, v = self._project(x, self.key), self._project(x, self.value)
+        return KeysValues(stream.rotate(rms_normalize(k) if self.qk_norm else k, rows), v)
 
-        every = np.arange(layout.rows)
-        of_queries = Rotation(*(take_rows(part, queries, every) for part in turn))
-        of_keys = Rotation(*(take_rows(part, keys, every) for part in turn))
-        q = project(take_rows(x, queries, keys), self.query)
-        k, v = project(x, self.key), project(x, self.value)
-        if self.qk_norm:
-            q, k = rms_normalize(q), rms_normalize(k)
-        pattern = layout.pattern(queries, keys)
+    def __call__(
+        self, x: jax.Array, queries: np.ndarray, shown: KeysValues, keys: np.ndarray, stream: Stream
+    ) -> jax.Array:
+        """`x: [B, queries, d]` -> `[B, queries, d]`, looking at what the rows `keys` show."""
+        q = self._project(x, self.query)
         seen = attention(
-            rotate(q, of_queries),
-            rotate(k, of_keys),
-            v,
+            stream.rotate(rms_normalize(q) if self.qk_norm else q, queries),
+            *shown,
             window=self.window,
             implementation=self.implementation,
-            pattern=pattern,
-            valid=take_rows(valid, keys, every),
+            pattern=stream.layout.pattern(queries, keys),
+            valid=take_rows(stream.valid, keys, np.arange(stream.layout.rows)),
         )
         whole = gathered(self.output[...], "heads", None, "embed")
         return contract("bqhk,hkd->bqd", seen, whole, RULES("batch", None, None))
+
+    def _project(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
+        whole = gathered(kernel[...], "embed", "heads", None)
+        return contract("bsd,dhk->bshk", x, whole, RULES("batch", None, "heads", None))
 
 
 class SwiGLU(nnx.Module):
@@ -92,10 +124,7 @@ class Gate(nnx.Module):
 
 
 class Block(nnx.Module):
-    """`I = X + gate(X) * A(RMSNorm(X))`, `X' = I + SwiGLU(RMSNorm(I))`.
-
-    Takes the rows `keys` of the stream and returns the rows `queries`, which are among them.
-    """
+    """`I = X + gate(X) * A(RMSNorm(X))`, `X' = I + SwiGLU(RMSNorm(I))`."""
 
     def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
         self.rate = config.dropout
@@ -106,20 +135,34 @@ class Block(nnx.Module):
         self.ffn = SwiGLU(config.width, ffn_width(config), rngs=rngs)
 
     def __call__(
+        self, x: jax.Array, queries: np.ndarray, keys: np.ndarray, stream: Stream, key: jax.Array | None
+    ) -> jax.Array:
+        """`x: [B, keys, d]` -> `[B, queries, d]`, rows that are among them; `key` of dropout, None in evaluation."""
+        return self.advance(x, queries, keys, stream, key)[0]
+
+    def advance(
         self,
         x: jax.Array,
         queries: np.ndarray,
         keys: np.ndarray,
-        layout: Layout,
-        valid: jax.Array,
-        turn: Rotation,
-        key: jax.Array | None,
-    ) -> jax.Array:
-        """`x: [B, keys, d]` -> `[B, queries, d]`; `valid: [B, S]`; `key` of dropout, None in evaluation."""
+        stream: Stream,
+        key: jax.Array | None = None,
+        past: KeysValues | None = None,
+    ) -> tuple[jax.Array, KeysValues]:
+        """As `__call__`, and what the rows of `x` show to queries.
+
+        `x` holds the last rows of `keys`, among which are the queries; `past` is what the rows before them show.
+        """
         key_attention, key_ffn = split_key(key, 2)
-        branch = self.attention(self.attention_norm(x), queries, keys, layout, valid, turn)
-        x = take_rows(x, queries, keys)
+        own = keys[len(keys) - x.shape[1] :]
+        normed = self.attention_norm(x)
+        made = self.attention.keys_values(normed, own, stream)
+        if not len(queries):  # the top of a prefix from which nothing is read
+            return x[:, :0], made
+        shown = made if past is None else past.then(made)
+        branch = self.attention(take_rows(normed, queries, own), queries, shown, keys, stream)
+        x = take_rows(x, queries, own)
         if self.gate is not None:
             branch = self.gate(x) * branch
         x = x + dropout(branch, self.rate, key_attention)
-        return x + dropout(self.ffn(self.ffn_norm(x)), self.rate, key_ffn)
+        return x + dropout(self.ffn(self.ffn_norm(x)), self.rate, key_ffn), made

@@ -4,110 +4,275 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tokenrec.config import Config
+from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Feature, Schema
-from tokenrec.errors import InputError
 from tokenrec.models.backbone import Backbone
-from tokenrec.ops.layers import Linear, dropout, split_key, weight
+from tokenrec.models.heads import CodeHead, ItemHead
+from tokenrec.ops.layers import Linear, as_rows, dropout, split_key, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Entity
-from tokenrec.tokens.layout import Layout, build_layout
+from tokenrec.tokens.history import History, history_rows, merged, text_features
+from tokenrec.tokens.layout import Layout, Part, lay_out
 from tokenrec.tokens.makers import FieldMakers, Maker
+from tokenrec.tokens.prompt import Segment, parse_prompt
+from tokenrec.tokens.textual import TextMaker, token_count
+
+# Token ids of each literal text of the prompt, in order.
+Literals = tuple[tuple[int, ...], ...]
 
 
 def user_token_count(config: Config, schema: Schema) -> int:
-    """M: tokens in front of the history, one per static field unless `tokens.user_tokens` says how many."""
+    """M: tokens of the user, one per static field unless `tokens.user_tokens` says how many."""
+    if "user" in config.tokens.text:
+        return token_count(text_features(config, "user", schema.group("user")))
     fields = len(schema.group("user"))
     return (config.tokens.user_tokens or fields) if fields else 0
 
 
-def stream_layout(config: Config, schema: Schema, events: int) -> Layout:
-    """The stream of a batch whose histories are `events` long."""
-    return build_layout(
-        user_tokens=user_token_count(config, schema),
-        events=events,
-        fused=config.tokens.fused,
-        candidates=config.data.candidates if config.data.paradigm == "nio" else 0,
-        target_tokens=config.tokens.target_tokens,
+def query_features(schema: Schema) -> tuple[Feature, ...]:
+    """What a request shows before its candidates."""
+    return tuple(f for f in schema.state if f.entity == "context")
+
+
+def candidate_features(schema: Schema, segments: tuple[Segment, ...]) -> tuple[Feature, ...]:
+    """Features of the candidate's tokens: item and context, less what other segments of the prompt say."""
+    said = {segment.kind for segment in segments}
+    return tuple(
+        f
+        for f in schema.state
+        if not ("query" in said and f.entity == "context") and not ("title" in said and f.kind == "text")
     )
 
 
-def _user_maker(features: tuple[Feature, ...], config: Config, rngs: nnx.Rngs) -> Maker | FieldMakers:
-    if config.tokens.user_tokens:
-        return Maker(features, config.tokens.user_tokens, config.model.width, config.tokens, rngs=rngs)
-    return FieldMakers(features, config.model.width, config.tokens, rngs=rngs)
+def title_features(schema: Schema) -> tuple[Feature, ...]:
+    return tuple(f for f in schema.group("catalogue") if f.kind == "text")
+
+
+def stream_layout(
+    config: Config,
+    schema: Schema,
+    events: int,
+    literals: Literals = (),
+    *,
+    serving: bool = False,
+    candidates: int | None = None,
+    codes: int | None = None,
+) -> Layout:
+    """The stream of a batch whose histories are `events` long.
+
+    Args:
+      literals: token ids of the literal texts of the prompt.
+      serving: retrieval is asked at the end of the history only, whatever it learns from.
+      candidates: instead of the config's; beams, where codes are generated.
+      codes: rows of codes per candidate; by default all that training reads.
+    """
+    segments = parse_prompt(config)
+    words = iter(literals)
+
+    def part(segment: Segment) -> Part:
+        if segment.kind == "history":
+            return history_rows(config, schema, events)
+        if segment.kind == "text":
+            return Part.of("text", len(next(words)), ordered=True)
+        if segment.kind == "user":
+            return Part.of("user", user_token_count(config, schema))
+        if segment.kind == "title":
+            return Part.of("title", token_count(title_features(schema)), ordered=True)
+        if segment.kind == "query":
+            return Part.of("query", _query_tokens(config, schema))
+        if segment.kind == "candidate":
+            return Part.of("target", _target_tokens(config, schema, segments))
+        return Part.of("sep", 1)
+
+    parts = [(segment.own, part(segment)) for segment in segments]
+    shared, own = ([made for is_own, made in parts if is_own == wanted] for wanted in (False, True))
+    prefix = config.model.prefix == "bidirectional"
+    if config.data.objective == "ranking":
+        if config.data.paradigm == "uc":
+            return lay_out(shared, own, events=events, candidates=0, read="states")
+        count = config.data.candidates if candidates is None else candidates
+        return lay_out(shared, own, events=events, candidates=count, read="own", prefix=prefix)
+    every = config.data.paradigm == "uc" and not serving
+    if candidates is None:
+        candidates = events if every else config.data.candidates
+    if config.head.retrieval == "semantic_id":
+        own.append(Part.of("code", len(schema.levels) - 1 if codes is None else codes))
+    return lay_out(
+        shared,
+        own,
+        events=events,
+        candidates=candidates if own else 0,
+        read="events" if every else "last",
+        prefix=prefix,
+    )
+
+
+def _query_tokens(config: Config, schema: Schema) -> int:
+    features = query_features(schema)
+    if "query" in config.tokens.text:
+        return token_count(text_features(config, "query", features))
+    return int(bool(features))
+
+
+def _target_tokens(config: Config, schema: Schema, segments: tuple[Segment, ...]) -> int:
+    if "candidate" in config.tokens.text:
+        return token_count(text_features(config, "candidate", candidate_features(schema, segments)))
+    return config.tokens.target_tokens
 
 
 class Recommender(nnx.Module):
-    """Streams of soft tokens to one logit per task at every read-out.
+    """Streams of soft tokens to what the heads read, and the heads.
 
     In interleaved streams with one target token the target is made by the state maker, so that a target and an event
     are told apart by their place alone; fused events and longer targets have makers of their own.
     """
 
-    def __init__(self, config: Config, schema: Schema, tasks: int, *, rngs: nnx.Rngs):
-        self.config, self.schema = config, schema
+    def __init__(self, config: Config, schema: Schema, tasks: int, literals: Literals = (), *, rngs: nnx.Rngs):
+        self.config, self.schema, self.literals = config, schema, literals
+        self.segments = parse_prompt(config)
         tokens, width = config.tokens, config.model.width
-        user, state, action = schema.group("user"), schema.state, schema.group("action")
-        if not action:
-            raise InputError(
-                "the schema has no action features: an event needs at least one; drop some of data.exclude"
-            )
-        self.user = None if not user else _user_maker(user, config, rngs)
-        if tokens.fused:
-            self.event = Maker(state + action, 1, width, tokens, rngs=rngs)
-        else:
-            self.state = Maker(state, 1, width, tokens, rngs=rngs)
-            self.action = Maker(action, 1, width, tokens, rngs=rngs)
-        own_target = config.data.paradigm == "nio" and (tokens.fused or tokens.target_tokens > 1)
-        self.target = Maker(state, tokens.target_tokens, width, tokens, rngs=rngs) if own_target else None
-        separators = 2 if config.data.paradigm == "nio" else 1
-        self.separators = weight(rngs, (separators, width), None, None, inputs=width)
+        kinds = [segment.kind for segment in self.segments]
+        self.user = self._maker("user", schema.group("user"), user_token_count(config, schema), rngs)
+        self.history = History(config, schema, rngs=rngs)
+        self.query = self._maker("query", query_features(schema), 1, rngs) if "query" in kinds else None
+        features = candidate_features(schema, self.segments)
+        own_target = tokens.fused or tokens.target_tokens > 1 or "candidate" in tokens.text or features != schema.state
+        has_own = "candidate" in kinds and own_target
+        self.target = self._maker("candidate", features, tokens.target_tokens, rngs) if has_own else None
+        self.title = TextMaker(title_features(schema), width, tokens, rngs=rngs) if "title" in kinds else None
+        seps = kinds.count("sep")
+        self.separators = weight(rngs, (seps, width), None, None, inputs=width) if seps else None
+        ids = sorted({word for text in literals for word in text})
+        self.vocabulary = tuple(ids)
+        self.words = weight(rngs, (len(ids), width), None, None, inputs=width) if ids else None
         self.backbone = Backbone(config.model, rngs=rngs)
-        self.head = Linear(width, tasks, rngs=rngs)
+        self.head: Linear | ItemHead | CodeHead
+        if config.data.objective == "ranking":
+            self.head = Linear(width, tasks, rngs=rngs)
+        elif config.head.retrieval == "next_item":
+            self.head = ItemHead(config.head, width, schema.items, rngs=rngs)
+        else:
+            self.head = CodeHead(schema.levels, width, tied=config.head.tied, rngs=rngs)
 
-    def __call__(
-        self, entities: dict[str, Entity], events: jax.Array, candidates: jax.Array | None, key: jax.Array | None
-    ) -> jax.Array:
-        """Logits `[B, R, K] float32`; R = C candidates (NIO) or T events (UC).
+    def _maker(
+        self, entity: str, features: tuple[Feature, ...], count: int, rngs: nnx.Rngs
+    ) -> Maker | FieldMakers | TextMaker | None:
+        tokens, width = self.config.tokens, self.config.model.width
+        if entity in tokens.text:
+            return TextMaker(text_features(self.config, entity, features), width, tokens, rngs=rngs)
+        if not features and entity in ("user", "query"):
+            return None
+        if entity == "user" and not tokens.user_tokens:
+            return FieldMakers(features, width, tokens, rngs=rngs)
+        return Maker(features, count, width, tokens, rngs=rngs)
+
+    def __call__(self, entities: dict[str, Entity], batch: Batch, key: jax.Array | None) -> jax.Array:
+        """What the head reads, `[B, R', d] float32`: rows of `Layout.readout`.
 
         Args:
-          entities: values of "user", "state", "action" and, in NIO, "target".
-          events: `[B, T] bool`, real events; candidates: `[B, C] bool` or None.
+          entities: values of "user", "state", "action" and, where there are candidates or a query, "target".
           key: of dropout; None in evaluation.
         """
         token_key, backbone_key = split_key(key, 2)
-        layout = stream_layout(self.config, self.schema, events.shape[1])
-        x = dropout(self.tokens(entities, events), self.config.model.dropout, token_key)
-        read = self.backbone(x, layout, events, candidates, backbone_key)
-        return self.head(read.astype(jnp.float32))
+        serving = batch.goals is not None and batch.goals.shape[1] == 1
+        layout = stream_layout(
+            self.config, self.schema, batch.valid.shape[1], self.literals, serving=serving, candidates=_count(batch)
+        )
+        parts = [self.shared_tokens(entities, batch), *self.own_tokens(entities, batch)]
+        x = jnp.concatenate(parts, axis=1)
+        if self.config.tokens.random_tokens:
+            x = jax.lax.stop_gradient(x)
+        x = dropout(x, self.config.model.dropout, token_key)
+        return self.backbone(x, layout, batch.valid, candidate_mask(batch), backbone_key).astype(jnp.float32)
 
-    def tokens(self, entities: dict[str, Entity], events: jax.Array) -> jax.Array:
-        """The stream `[B, S, d]` in the order of `stream_layout`."""
-        dtype = jnp.dtype(self.config.model.dtype)
-        batch, length = events.shape
-        width = self.config.model.width
-
-        def make(maker: Maker | FieldMakers, *names: str) -> jax.Array:
-            values = {k: v for name in names for k, v in entities[name].values.items()}
-            ids = {k: v for name in names for k, v in entities[name].ids.items()}
-            made = maker(values, ids, dtype)
-            rows = made.size // (batch * width)
-            return made.reshape(batch, rows, width)
-
-        def separator(number: int) -> jax.Array:
-            one = self.separators[...][number].astype(dtype)
-            return jnp.broadcast_to(one, (batch, 1, width), out_sharding=RULES("batch", None, None))
-
-        parts = [] if self.user is None else [make(self.user, "user")]
-        parts.append(separator(0))
-        if self.config.tokens.fused:
-            parts.append(make(self.event, "state", "action"))
-        else:
-            pairs = jnp.stack([make(self.state, "state"), make(self.action, "action")], axis=2)
-            parts.append(pairs.reshape(batch, 2 * length, width))
-        if self.config.data.paradigm == "nio":
-            parts += [separator(1), make(self.state if self.target is None else self.target, "target")]
+    def shared_tokens(self, entities: dict[str, Entity], batch: Batch) -> jax.Array:
+        """The rows left of `||`, `[B, P, d]`, in the order of `stream_layout`."""
+        literals, seps, parts = iter(self.literals), 0, []
+        for segment in self.segments:
+            if segment.own:
+                break
+            if segment.kind == "sep":
+                assert self.separators is not None
+                parts.append(self._repeated(self.separators[...][seps : seps + 1], batch))
+                seps += 1
+            elif segment.kind == "text":
+                parts.append(self._literal(next(literals), batch))
+            elif segment.kind == "history":
+                parts.append(self.history(entities, batch.valid, self._dtype, self._item_vectors(entities, batch)))
+            elif segment.kind == "user" and self.user is not None:
+                parts.append(as_rows(self.user(*merged(entities["user"]), self._dtype)))
+            elif segment.kind == "query" and self.query is not None:
+                values, ids = merged(entities["target"])
+                first = {name: value[:, :1] for name, value in values.items()}, {n: v[:, :1] for n, v in ids.items()}
+                parts.append(as_rows(self.query(*first, self._dtype)))
         return jnp.concatenate(parts, axis=1)
+
+    def own_tokens(self, entities: dict[str, Entity], batch: Batch) -> list[jax.Array]:
+        """The rows right of `||` of every candidate, `[B, C K, d]`, or of the codes of every goal; none in UC."""
+        if isinstance(self.head, CodeHead):
+            assert batch.codes is not None
+            read = batch.codes[..., :-1]  # the last level is only said
+            return [self.code_tokens(as_rows(read))]
+        shared = sum(segment.kind == "text" and not segment.own for segment in self.segments)
+        literals, parts = iter(self.literals[shared:]), []
+        for segment in self.segments:
+            if not segment.own:
+                continue
+            values, ids = merged(entities["target"])
+            if segment.kind == "text":
+                words = self._literal(next(literals), batch)[:, None]
+                shape = (words.shape[0], batch.weight.shape[1], *words.shape[2:])
+                parts.append(jnp.broadcast_to(words, shape, out_sharding=RULES("batch", None, None, None)))
+            elif segment.kind == "title":
+                assert self.title is not None
+                parts.append(self.title(values, ids, self._dtype))
+            else:
+                maker = self.history.state if self.target is None else self.target
+                assert maker is not None
+                parts.append(maker(values, ids, self._dtype))
+        return [as_rows(jnp.concatenate(parts, axis=2))] if parts else []
+
+    def code_tokens(self, codes: jax.Array) -> jax.Array:
+        """`[B, n, l] int32` codes of n goals or beams -> `[B, n l, d]`."""
+        assert isinstance(self.head, CodeHead)
+        return as_rows(self.head.tokens(codes).astype(self._dtype))
+
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.model.dtype)
+
+    def _repeated(self, rows: jax.Array, batch: Batch) -> jax.Array:
+        shape = (batch.valid.shape[0], *rows.shape)
+        # `broadcast_to` would forget its `out_sharding` where the batch is of one.
+        return jax.sharding.reshard(jnp.broadcast_to(rows.astype(self._dtype), shape), RULES("batch", None, None))
+
+    def _literal(self, words: tuple[int, ...], batch: Batch) -> jax.Array:
+        assert self.words is not None
+        return self._repeated(self.words[...][np.searchsorted(self.vocabulary, words)], batch)
+
+    def _item_vectors(self, entities: dict[str, Entity], batch: Batch) -> jax.Array | None:
+        """`[B, T, d]`: what a tied head adds to the tokens of the events."""
+        if not isinstance(self.head, ItemHead) or not self.config.head.tied or "history" in self.config.tokens.text:
+            return None
+        assert batch.items is not None
+        if self.head.items is not None:
+            return self.head.rows(batch.items)
+        return jnp.where((batch.items >= 0)[..., None], entities["items"].values["catalogue_item"][..., 0, :], 0)
+
+
+def candidate_mask(batch: Batch) -> jax.Array | None:
+    """`[B, C] bool`: real candidates, or goals; others are padding, which no row sees. None where there are none."""
+    if batch.codes is not None:
+        return as_rows(batch.codes[..., :1])[..., 0] >= 0
+    return batch.weight > 0 if batch.target is not None and batch.goals is None else None
+
+
+def _count(batch: Batch) -> int | None:
+    """Candidates of a stream, as `candidate_mask` counts them."""
+    if batch.codes is not None:
+        return batch.codes.shape[1] * batch.codes.shape[2]
+    return batch.weight.shape[1] if batch.target is not None and batch.goals is None else None

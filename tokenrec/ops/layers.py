@@ -75,6 +75,12 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(bits >= dropped, x * (256 / (256 - dropped)), 0).astype(x.dtype)
 
 
+def as_rows(x: jax.Array) -> jax.Array:
+    """`[B, ..., d]` -> `[B, rows, d]`. Says where the result lies: JAX cannot tell the batch of a batch of one."""
+    shape = (x.shape[0], x.size // (x.shape[0] * x.shape[-1]), x.shape[-1])
+    return jnp.reshape(x, shape, out_sharding=RULES("batch", None, None))
+
+
 def spec_of(x: jax.Array) -> PartitionSpec:
     return jax.typeof(x).sharding.spec
 

@@ -9,13 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenrec.config import TokensConfig
+from tokenrec.config import Config
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.data.schema import Feature, Schema, columns
 from tokenrec.ops.lookup import Stack, Unique, build_stacks, gather_rows, spread_rows, unique_ids
 from tokenrec.sharding import RULES
 from tokenrec.tokens.makers import Values
 from tokenrec.tokens.transforms import prefix_ids, table_widths
+
+# The table of a sampled softmax: a row per item of the catalogue, and no reserved ids.
+ITEM_ROWS = Feature("catalogue_item", "categorical", "item")
+CATALOGUE_PARTS = ("items", "goals", "negatives")
+
+
+def samples_items(config: Config) -> bool:
+    """The item vectors are rows of a table, of which a step reads some."""
+    return config.data.objective == "retrieval" and config.head.retrieval == "next_item" and config.head.negatives > 0
 
 
 class Entity(NamedTuple):
@@ -29,7 +38,8 @@ class Entity(NamedTuple):
 class Embedder:
     """Static plan of all look-ups of a schema: one gather per stack and step.
 
-    A batch part is "user", "state", "action" or "target"; target shares the features of state.
+    A batch part is "user", "state", "action" or "target"; target shares the features of state. A sampled softmax has
+    its item vectors among the tables, and looks up "items", "goals" and "negatives", rows of the catalogue, there.
     """
 
     parts: dict[str, tuple[Feature, ...]]
@@ -38,10 +48,14 @@ class Embedder:
     hashed: bool
 
     @staticmethod
-    def build(schema: Schema, config: TokensConfig) -> Embedder:
+    def build(schema: Schema, config: Config) -> Embedder:
         parts = {"user": schema.group("user"), "state": schema.state, "action": schema.group("action")}
-        stacks = build_stacks(schema.tables, table_widths(schema.features, config))
-        return Embedder(parts | {"target": schema.state}, schema.tables, stacks, config.semantic_id == "prefix")
+        tables, widths = schema.tables, table_widths(schema.features, config.tokens)
+        if samples_items(config):
+            parts |= dict.fromkeys(CATALOGUE_PARTS, (ITEM_ROWS,))
+            tables, widths = tables | {ITEM_ROWS.name: schema.items}, widths | {ITEM_ROWS.name: config.model.width}
+        stacks = build_stacks(tables, widths)
+        return Embedder(parts | {"target": schema.state}, tables, stacks, config.tokens.semantic_id == "prefix")
 
     def _columns(self, part: str, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
         """Columns of `ids` of a part that lie in a stack, and the stack row of id 0 for each."""
@@ -65,7 +79,7 @@ class Embedder:
         found = {}
         for name, stack in self.stacks.items():
             flat = []
-            for part, signals in _signals(batch):
+            for part, signals in self._signals(batch):
                 at, offsets = self._columns(part, stack)
                 rows = self._table_ids(part, signals.ids)[..., at] + jnp.asarray(offsets, jnp.int32)
                 flat.append(jax.sharding.reshard(rows, RULES()).reshape(-1))
@@ -81,7 +95,7 @@ class Embedder:
         cut: dict[str, dict[str, jax.Array]] = {}
         for name, stack in self.stacks.items():
             start, cut[name] = 0, {}
-            for part, signals in _signals(batch):
+            for part, signals in self._signals(batch):
                 at, _ = self._columns(part, stack)
                 shape = (*signals.ids.shape[:-1], len(at))
                 size = int(np.prod(shape))
@@ -95,7 +109,7 @@ class Embedder:
     ) -> dict[str, Entity]:
         """Values of every part of the batch from the unique rows `[u, width]` of each stack."""
         entities = {}
-        for part, signals in _signals(batch):
+        for part, signals in self._signals(batch):
             place = columns(self.parts[part])
             values: Values = {n: signals.dense[..., slice(*at)] for n, at in place.dense.items()}
             ids: Values = {n: signals.ids[..., slice(*at)] for n, at in place.ids.items()}
@@ -113,7 +127,14 @@ class Embedder:
             entities[part] = Entity(values, ids)
         return entities
 
+    def _signals(self, batch: Batch) -> list[tuple[str, Signals]]:
+        named = [("user", batch.user), ("state", batch.state), ("action", batch.action), ("target", batch.target)]
+        if CATALOGUE_PARTS[0] in self.parts:
+            catalogue = zip(CATALOGUE_PARTS, (batch.items, batch.goals, batch.negatives), strict=True)
+            named += [(name, _catalogue_rows(rows)) for name, rows in catalogue if rows is not None]
+        return [(name, signals) for name, signals in named if signals is not None]
 
-def _signals(batch: Batch) -> list[tuple[str, Signals]]:
-    named = [("user", batch.user), ("state", batch.state), ("action", batch.action), ("target", batch.target)]
-    return [(name, signals) for name, signals in named if signals is not None]
+
+def _catalogue_rows(rows: jax.Array) -> Signals:
+    """Rows of the catalogue as the ids of a feature; -1 reads some row, for the reader to drop."""
+    return Signals(jnp.maximum(rows, 0)[..., None], jnp.zeros((*rows.shape, 0)))

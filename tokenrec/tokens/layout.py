@@ -6,7 +6,8 @@ Everything here but `valid` and `positions` is static NumPy: it shapes the compi
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,89 +15,192 @@ import numpy as np
 
 from tokenrec.ops.pattern import Pattern
 
-Role = Literal["user", "sep_1", "state", "action", "event", "sep_2", "target"]
-ROLES: tuple[Role, ...] = ("user", "sep_1", "state", "action", "event", "sep_2", "target")
+Role = Literal["text", "user", "sep", "state", "action", "event", "query", "title", "target", "code"]
+ROLES: tuple[Role, ...] = (
+    "text",
+    "user",
+    "sep",
+    "state",
+    "action",
+    "event",
+    "query",
+    "title",
+    "target",
+    "code",
+)
+
+
+class Part(NamedTuple):
+    """A run of rows. `event: [n]`, the newest event that each stands for, of the rows of a history; None elsewhere.
+
+    `ordered` rows have positions one after another, as words do; `stride` is how many of them an event has.
+    """
+
+    roles: tuple[Role, ...]
+    event: np.ndarray | None = None
+    ordered: bool = False
+    stride: int = 1
+
+    @staticmethod
+    def of(role: Role, rows: int, *, ordered: bool = False) -> Part:
+        return Part((role,) * rows, ordered=ordered)
+
+    @staticmethod
+    def history(role: Role, event: np.ndarray, stride: int = 1) -> Part:
+        return Part((role,) * len(event), event, stride=stride)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """A stream of S rows (methods.md section 3).
+    """A stream of S rows (methods.md section 3): what a request shares, then the rows of each candidate.
 
     Attributes:
       roles: `[S]`, index into `ROLES`.
       index: `[S]`, row number, except that each candidate repeats the indices of candidate 0.
-      candidate: `[S]`, candidate of a target row, otherwise -1.
-      event: `[S]`, number of the event that a state, action or event row belongs to, otherwise -1.
-      readout: `[R]`, rows that the heads read: every state row (UC), or the last row of every candidate (NIO).
+      candidate: `[S]`, candidate that a row belongs to, otherwise -1; such rows come last.
+      event: `[S]`, newest event that a row stands for, otherwise -1.
+      offset: `[S]`, added to the position of a row.
+      static: `[S] bool`, rows before the history.
+      readout: `[R]`, rows that the heads read.
       events, candidates: T and C.
+      stride: positions that an event takes.
+      prefix: rows of lower index see each other both ways in full layers.
     """
 
     roles: np.ndarray
     index: np.ndarray
     candidate: np.ndarray
     event: np.ndarray
+    offset: np.ndarray
+    static: np.ndarray
     readout: np.ndarray
     events: int
     candidates: int
+    stride: int = 1
+    prefix: int = 0
 
     @property
     def rows(self) -> int:
         return len(self.roles)
 
     @property
-    def static(self) -> np.ndarray:
-        """`[S] bool`: user rows and sep_1."""
-        return self.roles <= ROLES.index("sep_1")
+    def shared(self) -> int:
+        """Rows that depend on the request alone: the first ones."""
+        return int(np.sum(self.candidate < 0))
 
     def rows_of(self, *roles: Role) -> np.ndarray:
         return np.flatnonzero(np.isin(self.roles, [ROLES.index(role) for role in roles]))
 
     def pattern(self, query_rows: np.ndarray, key_rows: np.ndarray) -> Pattern:
-        return Pattern(query_rows, key_rows, self.index, self.static, self.candidate)
+        return Pattern(query_rows, key_rows, self.index, self.static, self.candidate, self.prefix)
 
     def valid(self, events: jax.Array, candidates: jax.Array | None) -> jax.Array:
-        """`[B, S] bool` from `events: [B, T]` and `candidates: [B, C]` (None in UC); other rows are always valid."""
+        """`[B, S] bool` from `events: [B, T]` and `candidates: [B, C]` (or None); other rows are always valid."""
         known = jnp.pad(events, ((0, 0), (1, 0)), constant_values=True)  # column 0 stands for the other rows
+        own = np.zeros_like(self.candidate)
         if candidates is not None:
             known = jnp.concatenate([known, candidates], axis=1)
-        source = np.where(
-            self.event >= 0, 1 + self.event, np.where(self.candidate >= 0, 1 + self.events + self.candidate, 0)
-        )
+            own = np.where(self.candidate >= 0, 1 + self.events + self.candidate, 0)
+        source = np.where(self.event >= 0, 1 + self.event, own)
         return known[:, source]
 
     def positions(self, events: jax.Array) -> jax.Array:
-        """`[B, S] int32` for RoPE: 0 for static rows, t for the t-th valid event, n + 1 for sep_2 and targets."""
+        """`[B, S] int32` for RoPE: 0 for static rows, t for the t-th valid event, n + 1 for what follows the history.
+
+        Words, and codes after the row that they continue, count on from there.
+        """
         count = jnp.sum(events, axis=1, keepdims=True, dtype=jnp.int32)
         # Histories are right-aligned: event row e of T is the (e - (T - n) + 1)-th valid one.
-        of_event = self.event[None, :] - self.events + 1 + count
-        positions = jnp.where(self.event[None, :] >= 0, of_event, jnp.where(self.static[None, :], 0, count + 1))
-        return jnp.maximum(positions, 0)
+        before = jnp.maximum(self.event[None, :] - self.events + count, -1)
+        base = jnp.where(self.event[None, :] >= 0, before, count) * self.stride + 1
+        base = jnp.where(self.static[None, :], 0, jnp.maximum(base, 0))
+        return base + self.offset[None, :]
+
+
+def lay_out(
+    shared: Sequence[Part],
+    own: Sequence[Part],
+    *,
+    events: int,
+    candidates: int,
+    read: Literal["own", "states", "last", "events"],
+    prefix: bool = False,
+) -> Layout:
+    """The rows of `shared`, then those of `own` for each candidate.
+
+    Args:
+      events: T; candidates: C, repeats of `own`.
+      read: what the heads read: the last row of each candidate ("own"); all state rows ("states"); or the last shared
+        row ("last") or all event rows ("events"), and all rows of candidates, which continue that row: the c-th
+        candidate the c-th of them where there are several.
+      prefix: shared rows see each other both ways in full layers.
+    """
+    roles = [ROLES.index(role) for part in shared for role in part.roles]
+    event = np.concatenate([np.full(len(p.roles), -1) if p.event is None else p.event for p in shared])
+    past = np.flatnonzero(event >= 0)
+    static = np.arange(len(roles)) < (past[0] if len(past) else len(roles))
+    stride = max(part.stride for part in shared)
+    offset = np.concatenate([_counted(part) for part in shared])
+    index = np.arange(len(roles))
+    candidate = np.full(len(roles), -1)
+
+    anchors = np.flatnonzero(np.array(roles) == ROLES.index("event")) if read == "events" else [len(roles) - 1]
+    of_candidate = np.asarray(anchors)[np.arange(candidates) % len(anchors)]
+    own_roles = np.array([ROLES.index(role) for part in own for role in part.roles], int)
+    continues = read in ("last", "events")
+    own_offset = np.cumsum([continues, *([part.ordered for part in own for _ in part.roles])])[: len(own_roles)]
+    count = len(own_roles)
+
+    def repeated(first: np.ndarray, step: np.ndarray) -> np.ndarray:
+        return (first[:, None] + step[None, :]).ravel()
+
+    none = np.zeros(count, int)
+    own_event = event[of_candidate] if continues else np.full(candidates, -1)
+    rows = len(roles) + np.arange(candidates * count)
+    readout = {
+        "own": rows[count - 1 :: count] if count else rows,
+        "states": np.flatnonzero(np.array(roles) == ROLES.index("state")),
+    }.get(read, np.concatenate([np.asarray(anchors), rows]))
+    return Layout(
+        roles=np.concatenate([roles, np.tile(own_roles, candidates)]).astype(int),
+        index=np.concatenate([index, repeated(index[of_candidate] + 1, np.arange(count))]),
+        candidate=np.concatenate([candidate, repeated(np.arange(candidates), none)]),
+        event=np.concatenate([event, repeated(own_event, none)]),
+        offset=np.concatenate([offset, repeated(offset[of_candidate] * continues, own_offset)]),
+        static=np.concatenate([static, np.zeros(candidates * count, bool)]),
+        readout=readout,
+        events=events,
+        candidates=candidates,
+        stride=stride,
+        prefix=len(roles) if prefix else 0,
+    )
+
+
+def _counted(part: Part) -> np.ndarray:
+    """Offsets within a part."""
+    rows = np.arange(len(part.roles))
+    if part.event is not None:
+        # A history that was cut from the left may begin inside an event.
+        return (rows - len(rows)) % part.stride
+    return rows if part.ordered else np.zeros_like(rows)
+
+
+def history_part(*, events: int, fused: bool) -> Part:
+    """Events as one row each, or as a state and an action."""
+    if fused:
+        return Part.history("event", np.arange(events))
+    pair: tuple[Role, ...] = ("state", "action")
+    return Part(pair * events, np.repeat(np.arange(events), 2))
 
 
 def build_layout(*, user_tokens: int, events: int, fused: bool, candidates: int, target_tokens: int) -> Layout:
-    """The stream `[F.., sep_1, events.., sep_2, targets..]`; `candidates=0` is UC, without sep_2 and targets."""
-    roles: list[Role] = ["user" for _ in range(user_tokens)]
-    roles.append("sep_1")
-    event = [-1] * len(roles)
-    for t in range(events):
-        of_event: list[Role] = ["event"] if fused else ["state", "action"]
-        roles += of_event
-        event += [t] * len(of_event)
-    index = list(range(len(roles)))
-    candidate = [-1] * len(roles)
-    if candidates:
-        first = len(roles) + 1
-        roles.append("sep_2")
-        roles.extend("target" for _ in range(candidates * target_tokens))
-        event += [-1] * (1 + candidates * target_tokens)
-        index += [first - 1] + [first + k for _ in range(candidates) for k in range(target_tokens)]
-        candidate += [-1] + [c for c in range(candidates) for _ in range(target_tokens)]
-    codes = np.array([ROLES.index(role) for role in roles])
-    if candidates:
-        readout = np.arange(candidates) * target_tokens + len(roles) - candidates * target_tokens + target_tokens - 1
-    else:
-        readout = np.flatnonzero(codes == ROLES.index("state"))
-    return Layout(codes, np.array(index), np.array(candidate), np.array(event), readout, events, candidates)
+    """TokenFormer's stream `[F.., sep, events.., sep, targets..]`; `candidates=0` is UC, which ends with the events."""
+    shared = [Part.of("user", user_tokens), Part.of("sep", 1), history_part(events=events, fused=fused)]
+    if not candidates:
+        return lay_out(shared, [], events=events, candidates=0, read="states")
+    shared.append(Part.of("sep", 1))
+    own = [Part.of("target", target_tokens)]
+    return lay_out(shared, own, events=events, candidates=candidates, read="own")
 
 
 def needed_rows(layout: Layout, windows: tuple[int | None, ...]) -> tuple[np.ndarray, ...]:

@@ -57,7 +57,7 @@ class Transform(nnx.Module):
     def __call__(self, values: jax.Array, ids: jax.Array | None) -> jax.Array:
         """`[..., width]` from `values`: rows `[..., length, w]` of an integer kind, otherwise numbers `[..., length]`.
 
-        `ids: [..., length]` says which rows of a multi-valued feature are missing.
+        `ids: [..., length]` says which rows of a multi-valued feature or a text are missing.
         """
         kind = self.feature.kind
         if kind == "dense":
@@ -67,7 +67,7 @@ class Transform(nnx.Module):
             return self.project(rms_normalize(jnp.where(missing, 0.0, values)))
         if kind == "categorical":
             return values[..., 0, :]
-        if kind == "multi_valued":
+        if kind in ("multi_valued", "text"):
             assert ids is not None
             present = (ids != MISSING)[..., None]
             total = jnp.sum(jnp.where(present, values, 0), axis=-2)

@@ -1,0 +1,154 @@
+"""Item vectors: pairs counted once and from train alone, items of one kind near each other, text and its absence."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.semantic_ids.shops import COLD, ITEMS, item_aisle, prepare_shop
+from tokenrec.data.dataset import Dataset, open_dataset
+from tokenrec.errors import InputError
+from tokenrec.semantic_ids import vectors
+from tokenrec.semantic_ids.vectors import (
+    ItemVectors,
+    Pairs,
+    TrainEvents,
+    cooccurrence_vectors,
+    count_pairs,
+    item_texts,
+    item_vectors,
+    nearest_rows,
+    text_vectors,
+    train_events,
+)
+
+needs_text = pytest.mark.skipif(importlib.util.find_spec("wordllama") is None, reason="needs wordllama (extra text)")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return open_dataset(prepare_shop(tmp_path_factory.mktemp("shop") / "set"))
+
+
+def events_of(users: list[list[int]], times: list[list[int]] | None = None) -> TrainEvents:
+    times = times or [list(range(len(items))) for items in users]
+    user = np.repeat(np.arange(len(users)), [len(items) for items in users])
+    return TrainEvents(user, np.array([i for u in users for i in u], np.int32), np.array([t for u in times for t in u]))
+
+
+def dense(pairs: Pairs, items: int) -> np.ndarray:
+    out = np.zeros((items, items))
+    out[pairs.row, pairs.column] = pairs.value
+    return out
+
+
+def neighbours_agree(values: ItemVectors, aisle: np.ndarray, rows: np.ndarray) -> float:
+    """Share of the three nearest of each row that are of its aisle."""
+    near = nearest_rows(values.values[rows], values.values, 4)
+    return float(np.mean([aisle[n[n != r][:3]] == aisle[r] for r, n in zip(rows, near, strict=True)]))
+
+
+def test_a_pair_counts_by_its_distance_within_one_user() -> None:
+    counts = dense(count_pairs(events_of([[0, 1, 0, 2], [1, 2]]), 4, seed=0), 4)
+    expected = np.zeros((4, 4))
+    expected[0, 1] = 1 + 1
+    expected[0, 2] = 1 / 3 + 1
+    expected[1, 2] = 1 / 2 + 1
+    np.testing.assert_allclose(counts, expected + expected.T)
+
+
+def test_a_pair_of_one_time_counts_one_wherever_it_lies() -> None:
+    basket = events_of([[0, 1, 2, 3]], [[5, 5, 5, 5]])
+    np.testing.assert_array_equal(dense(count_pairs(basket, 4, seed=0), 4), 1 - np.eye(4))
+
+
+def test_pairs_end_at_the_window() -> None:
+    counts = dense(count_pairs(events_of([list(range(9))]), 9, seed=0), 9)
+    distance = np.abs(np.arange(9)[:, None] - np.arange(9))
+    np.testing.assert_array_equal(counts > 0, (distance > 0) & (distance <= vectors.WINDOW))
+
+
+def test_events_are_those_of_train(shop: Dataset) -> None:
+    events = train_events(shop)
+    assert len(events.item) == shop.metadata.counts["events_train"] == 60 * 12
+    np.testing.assert_array_equal(np.bincount(events.user), np.full(60, 12))
+    aisles = item_aisle(shop.catalogue.item_id[events.item]).reshape(60, 12)
+    assert (aisles == aisles[:, :1]).all()  # what follows in valid is of another aisle
+
+
+@pytest.mark.parametrize("load_rows", [1, 40, 1 << 21])
+def test_events_that_chunks_repeat_count_once(
+    tmp_path: Path, shop: Dataset, load_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vectors, "LOAD_ROWS", load_rows)
+    cut = open_dataset(prepare_shop(tmp_path / "cut", chunk_events=5))
+    assert cut.chunks("train") == 3 * shop.chunks("train")
+    for one, other in zip(train_events(cut), train_events(shop), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_items_bought_together_are_near_and_cold_items_have_no_vector(shop: Dataset) -> None:
+    items = len(shop.catalogue.item_id)
+    found = cooccurrence_vectors(train_events(shop), items, seed=0)
+    cold = np.arange(items) >= items - COLD
+    np.testing.assert_array_equal(found.known, ~cold)
+    np.testing.assert_array_equal(found.values[cold], 0)
+    np.testing.assert_allclose(np.linalg.norm(found.values[~cold], axis=1), 1, atol=1e-6)  # measured 1e-7
+    assert neighbours_agree(found, item_aisle(shop.catalogue.item_id), np.flatnonzero(~cold)) == 1
+
+
+def test_the_factors_are_those_of_the_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "SPARSE_BLOCK", 64)
+    random = np.random.default_rng(0)
+    events = events_of(random.integers(0, 40, (30, 15)).tolist())
+    graph = vectors.normalized_counts(count_pairs(events, 40, seed=0), 40)
+    found = vectors._factorize(graph, 40, 40, seed=0)
+    values, rotation = np.linalg.eigh(dense(graph, 40))
+    expected = (rotation * np.maximum(values, 0)) @ rotation.T
+    np.testing.assert_allclose(found @ found.T, expected, atol=1e-6)  # measured 2e-8
+
+
+def test_lone_events_are_refused_with_the_remedy() -> None:
+    with pytest.raises(InputError, match=r"no two items .* use --vectors text"):
+        cooccurrence_vectors(events_of([[0], [1], [2, 2]]), 3, seed=0)
+
+
+@needs_text
+def test_items_of_like_words_are_near(shop: Dataset) -> None:
+    found = text_vectors(shop)
+    assert found.known.all()
+    assert neighbours_agree(found, item_aisle(shop.catalogue.item_id), np.arange(len(found.known))) > 0.9  # measured 1
+
+
+@needs_text
+def test_cold_items_take_the_place_of_their_neighbours_by_text(shop: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "NEIGHBOURS", 5)  # fewer than an aisle has warm items
+    found = item_vectors(shop, train_events(shop), "both", seed=0)
+    items = len(found.known)
+    assert found.known.all()
+    aisle = item_aisle(shop.catalogue.item_id)
+    assert neighbours_agree(found, aisle, np.arange(items - COLD, items)) == 1
+    warm = np.arange(items - COLD)
+    halves = np.square(found.values[warm, : -text_vectors(shop).values.shape[1]]).sum(axis=1)
+    np.testing.assert_allclose(halves, 0.5, atol=1e-6)  # measured 1e-7
+
+
+def test_texts_are_the_strings_of_an_item(shop: Dataset) -> None:
+    texts = item_texts(shop, np.array([0, ITEMS + 1]))
+    assert texts == ["fish | salmon | 0 oz", "paint | varnish | 1 oz"]
+
+
+def test_a_data_set_without_strings_has_no_text(tmp_path: Path) -> None:
+    plain = open_dataset(prepare_shop(tmp_path / "plain", text=False))
+    assert item_texts(plain, np.array([0])) == [""]
+    with pytest.raises(InputError, match=r"no item feature .* has strings .* use --vectors cooccurrence"):
+        text_vectors(plain)
+
+
+def test_text_without_wordllama_names_the_extra(shop: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"wordllama.* is not installed; run `pip install 'tokenrec\[text\]'`"):
+        text_vectors(shop)

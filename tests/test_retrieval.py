@@ -1,0 +1,380 @@
+"""Retrieval on real files: goals, ranks, losses, generation, and that it learns where the next item is known."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.walks import ITEMS, STEPS, USERS, prepare_walks, save_codes, walk, walking
+from tests.worlds import mesh_of, one_device
+from tokenrec.__main__ import main
+from tokenrec.data.dataset import open_dataset
+from tokenrec.data.pipeline import batch_shapes, eval_batches, train_batches
+from tokenrec.decode import build_trie
+from tokenrec.errors import InputError
+from tokenrec.evaluate import evaluate_run, finder
+from tokenrec.generate import generate
+from tokenrec.models.heads import ItemHead
+from tokenrec.predict import predict_run
+from tokenrec.ranking_metrics import ranks_of
+from tokenrec.retrieval import Answers, summarize
+from tokenrec.sharding import to_devices
+from tokenrec.state import build_model, init_state, merge
+from tokenrec.step import loss_fn, train_step
+from tokenrec.train import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepare_walks(tmp_path_factory.mktemp("data") / "walks")
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory):
+    return save_codes(tmp_path_factory.mktemp("codes") / "semantic_ids.parquet")
+
+
+def opened(config):
+    dataset = open_dataset(config.data.path, config.data.exclude, config.data.semantic_ids)
+    return dataset, build_model(config, dataset.schema, ())
+
+
+def first_batch(dataset, config):
+    batches = train_batches(dataset, config.data, steps=1, seed=0)
+    try:
+        return next(batches)
+    finally:
+        batches.close()
+
+
+def read_outs(model, state, batch):
+    """What the head reads, outside of a step."""
+    unique = model.embedder.unique(batch)
+    rows = model.embedder.gather(state.tables, unique)
+    entities = model.embedder.entities(rows, model.embedder.inverses(batch, unique), batch)
+    return merge(model, state.params)(entities, batch, None)
+
+
+def test_the_goal_of_an_event_is_the_item_of_the_next_one(data):
+    config = walking(data)
+    dataset, _ = opened(config)
+    batch = first_batch(dataset, config).batch
+    asked = batch.goals[:, :-1, 0] >= 0
+    assert np.array_equal(batch.goals[:, :-1, 0][asked], batch.items[:, 1:][asked])
+    last, before = dataset.catalogue.item_id[batch.goals[:, -1, 0]], dataset.catalogue.item_id[batch.items[:, -1]]
+    assert set(((last - before) % ITEMS).tolist()) <= {1, 2}
+    assert np.array_equal(batch.weight > 0, batch.goals[..., 0] >= 0)
+    assert asked.any()
+
+
+def test_every_paradigm_asks_evaluation_for_the_same_items_after_the_same_history(data):
+    found = []
+    for options in ({}, {"paradigm": "nio", "overlap": 0}):
+        config = walking(data, data_options=options)
+        dataset, _ = opened(config)
+        asked = {}
+        for host, who in eval_batches(dataset, config.data, "test"):
+            real = host.rows[:, 0, 0] >= 0
+            for user, history, goal in zip(
+                who.user_id, host.batch.items[real], host.batch.goals[real, 0, 0], strict=True
+            ):
+                asked[int(user)] = (history.tolist(), int(goal))
+        found.append(asked)
+    assert found[0] == found[1]
+    assert len(found[0]) == USERS
+
+
+def test_batches_have_the_shapes_that_are_compiled_ahead(data, codes):
+    for options in ({}, {"paradigm": "nio", "overlap": 0, "candidates": 3}, {"semantic_ids": str(codes)}):
+        config = walking(data, data_options=options)
+        dataset, _ = opened(config)
+        batch = first_batch(dataset, config).batch
+        expected = batch_shapes(dataset.schema, config.data, batch_size=16)[8]
+        assert jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), batch) == jax.tree.map(
+            lambda x: (x.shape, np.dtype(x.dtype)), expected
+        )
+
+
+def test_a_query_shows_the_context_and_nothing_of_the_item(data):
+    config = walking(data, data_options={"paradigm": "nio", "overlap": 0})
+    dataset, _ = opened(config)
+    batch = first_batch(dataset, config).batch
+    item, hour = batch.target.ids[..., 0], batch.target.ids[..., 1]
+    assert (item == 0).all()
+    assert (hour > 0).all()
+
+
+def test_what_an_event_reads_is_what_serving_reads_after_it(data):
+    """Every event of a training stream against the same history on its own: nothing later moves it."""
+    config = walking(data)
+    dataset, model = opened(config)
+    mesh = one_device()
+    batch = first_batch(dataset, config).batch
+    with jax.set_mesh(mesh):
+        state = init_state(model, 0)
+        packed = np.asarray(jax.jit(read_outs, static_argnums=0)(model, state, to_devices(batch, mesh)))
+        for cut in (1, 3):  # the newest events away
+            moved = {name: getattr(batch, name) for name in ("valid", "items")}
+            shifted = jax.tree.map(lambda x, by=cut: np.roll(x, by, axis=1), (batch.state, batch.action, moved))
+            shifted[2]["valid"][:, :cut] = False
+            shifted[2]["items"][:, :cut] = -1
+            lone = batch._replace(
+                state=shifted[0], action=shifted[1], goals=batch.goals[:, :1], weight=batch.weight[:, :1], **shifted[2]
+            )
+            served = np.asarray(jax.jit(read_outs, static_argnums=0)(model, state, to_devices(lone, mesh)))
+            # float32 in another order: measured 1.2e-6.
+            np.testing.assert_allclose(served[:, 0], packed[:, -1 - cut], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+def test_a_sampled_softmax_that_draws_every_item_once_is_the_full_one(cosine):
+    from flax import nnx
+
+    from tokenrec.config import HeadConfig
+
+    with jax.set_mesh(one_device()):
+        head = ItemHead(HeadConfig(cosine=cosine, temperature=0.7), 8, 20, rngs=nnx.Rngs(0))
+        h = jax.random.normal(jax.random.key(1), (3, 4, 8))
+        goals = jax.random.randint(jax.random.key(2), (3, 4, 2), -1, 20)
+        every = jnp.arange(20)
+
+        def sampled(h):
+            return head.sampled_loss(h, goals, head.rows(goals), every, head.vectors())
+
+        full = jax.value_and_grad(lambda h: head.full_loss(h, goals))(h)
+        drawn = jax.value_and_grad(sampled)(h)
+        # Another order of sums: measured 2e-6 relative.
+        for a, b in zip(drawn, full, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sampled_softmax_estimates_the_partition_of_the_full_one():
+    """The mean of exp(loss) over draws: own + corrected others is the full sum in expectation."""
+    from flax import nnx
+
+    from tokenrec.config import HeadConfig
+
+    with jax.set_mesh(one_device()):
+        head = ItemHead(HeadConfig(), 8, 50, rngs=nnx.Rngs(0))
+        h = jax.random.normal(jax.random.key(1), (1, 1, 8))
+        goals = jnp.array([[[7]]])
+
+        def loss(key):
+            drawn = jax.random.randint(key, (10,), 0, 50)
+            return head.sampled_loss(h, goals, head.rows(goals), drawn, head.vectors()[drawn])
+
+        losses = jax.vmap(loss)(jax.random.split(jax.random.key(3), 4000))
+        estimate, full = float(jnp.mean(jnp.exp(losses))), float(jnp.exp(head.full_loss(h, goals)))
+    # The standard error of 4,000 draws of 10 items is .4 % of the sum.
+    assert abs(estimate / full - 1) < 0.02
+
+
+@pytest.mark.parametrize("head", [{}, {"negatives": 16}, {"cosine": True, "temperature": 0.1}])
+def test_ranks_are_those_of_all_scores(data, head):
+    config = walking(data, head=head | {"top_k": ITEMS})
+    dataset, model = opened(config)
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        state = init_state(model, 0)
+        find = finder(model, dataset)
+        host, _ = next(eval_batches(dataset, config.data, "valid"))
+        found = jax.device_get(find(state, to_devices(host.batch, mesh)))
+    assert (np.diff(found.scores, axis=1) <= 0).all()
+    assert (np.sort(found.items, axis=1) == np.arange(ITEMS)).all()
+    scores = np.empty_like(found.scores)
+    np.put_along_axis(scores, found.items, found.scores, axis=1)
+    assert np.array_equal(found.ranks, ranks_of(scores, host.batch.goals[:, 0]))
+
+
+def test_seen_items_are_left_out_if_asked(data):
+    config = walking(data, head={"drop_seen": True, "top_k": ITEMS})
+    dataset, model = opened(config)
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        host, _ = next(eval_batches(dataset, config.data, "valid"))
+        found = jax.device_get(finder(model, dataset)(init_state(model, 0), to_devices(host.batch, mesh)))
+    for items, scores, history in zip(found.items, found.scores, host.batch.items, strict=True):
+        seen = set(history[history >= 0].tolist())
+        assert {int(item) for item, score in zip(items, scores, strict=True) if score == -np.inf} == seen
+
+
+def test_goals_of_one_request_in_several_streams_count_once():
+    def answers(user, time, ranks):
+        nothing = np.zeros((len(user), 1))
+        return Answers(np.array(user), np.array(time), nothing, nothing > 0, nothing, np.array(ranks, float))
+
+    parts = [answers([5, 5], [1, 1], [[1, 20], [12, 0]]), answers([5, 9], [2, 1], [[3, 0], [np.inf, 0]])]
+    found = summarize(iter(parts), 100)["retrieval"]
+    assert (found["users"], found["requests"], found["catalogue"]) == (2, 3, 100)
+    assert found["recall@10"] == pytest.approx((1 / 3 + 1 + 0) / 3)
+    assert found["mrr"] == pytest.approx((1 + 1 / 3 + 0) / 3)
+
+
+def code_config(data, codes, **options):
+    return walking(
+        data,
+        head={"retrieval": "semantic_id", "beams": ITEMS, "top_k": 10},
+        data_options={"semantic_ids": str(codes)} | options,
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"paradigm": "nio", "overlap": 0}])
+def test_the_score_of_a_generated_item_is_its_probability_in_training(data, codes, options):
+    """Teacher forcing over the whole stream against the cached prefix and beams, item by item."""
+    config = code_config(data, codes, **options)
+    dataset, model = opened(config)
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        state = init_state(model, 0)
+        host, _ = next(eval_batches(dataset, config.data, "valid"))
+        batch = to_devices(host.batch, mesh)
+        trie = build_trie(dataset.catalogue.codes)
+        beams = jax.device_get(jax.jit(generate, static_argnums=0)(model, state, batch, trie))
+        assert (np.sort(beams.items, axis=1) == np.arange(ITEMS)).all()  # all exist, each once
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def loss(model, state, lone):
+            unique = model.embedder.unique(lone)
+            rows = model.embedder.gather(state.tables, unique)
+            return loss_fn(state.params, rows, model, model.embedder.inverses(lone, unique), lone, jnp.ones(1), None)
+
+        def loss_of(item):
+            one = np.full_like(host.batch.goals, item)
+            asked = host.batch._replace(goals=one, codes=dataset.catalogue.codes[one])
+            per_stream = []
+            for number in (0, 5):
+                lone = jax.tree.map(lambda x, n=number: x[n : n + 1], asked)
+                lone = to_devices(lone, mesh)
+                per_stream.append(float(loss(model, state, lone)))
+            return per_stream
+
+        for item in (0, 7):
+            scores = [beams.scores[n][beams.items[n] == item].item() for n in (0, 5)]
+            # float32 in another order: measured 1.4e-6.
+            np.testing.assert_allclose(scores, [-x for x in loss_of(item)], rtol=0, atol=1e-5)
+
+
+def test_codes_of_one_goal_move_no_other_read_out(data, codes):
+    config = code_config(data, codes)
+    dataset, model = opened(config)
+    mesh = one_device()
+    batch = first_batch(dataset, config).batch
+    other = batch.codes.copy()
+    other[:, 4] = (other[:, 4] + 1) % 2
+    with jax.set_mesh(mesh):
+        state = init_state(model, 0)
+        read = jax.jit(read_outs, static_argnums=0)
+        a, b = (np.asarray(read(model, state, to_devices(batch._replace(codes=c), mesh))) for c in (batch.codes, other))
+    layout = model.layout(8)
+    moved = np.abs(a - b).max(axis=(0, 2)) > 0
+    assert moved.any()
+    assert (layout.candidate[layout.readout][moved] == 4).all()
+
+
+@pytest.mark.parametrize("kind", ["full", "sampled", "codes"])
+def test_a_step_and_its_answers_agree_on_a_mesh(data, codes, kind):
+    if kind == "codes":
+        config = code_config(data, codes)
+    else:
+        config = walking(data, head={"negatives": 16 if kind == "sampled" else 0, "drop_seen": True})
+    dataset, model = opened(config)
+    host, batch = next(eval_batches(dataset, config.data, "valid"))[0].batch, first_batch(dataset, config).batch
+    results = []
+    for mesh in (one_device(), mesh_of(2, 2, 2)):
+        with jax.set_mesh(mesh):
+            state = init_state(model, 0)
+            state, metrics = jax.jit(train_step, static_argnums=0)(model, state, to_devices(batch, mesh))
+            found = finder(model, dataset)(state, to_devices(host, mesh))
+            results.append(jax.device_get((metrics.loss, metrics.grad_norm, found.scores)))
+    # AdamW's first step magnifies rounding: measured 4e-6 in the scores.
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A run with the full softmax."""
+    workdir = tmp_path_factory.mktemp("run")
+    train(walking(data), workdir, progress=False)
+    return workdir
+
+
+def test_the_next_item_of_a_walk_is_learned(trained):
+    found = evaluate_run(trained, "test", "best", None)["retrieval"]
+    assert (found["users"], found["catalogue"]) == (USERS, ITEMS)
+    assert found["recall@1"] > 0.8  # chance is 1 in 12
+
+
+@pytest.mark.parametrize("kind", ["sampled", "nio", "codes"])
+def test_a_walk_around_the_circle_is_learned(data, codes, kind, tmp_path):
+    config = {
+        "sampled": lambda: walking(data, head={"negatives": 16}, steps=150),
+        "nio": lambda: walking(data, data_options={"paradigm": "nio", "overlap": 0}, steps=150),
+        "codes": lambda: code_config(data, codes),
+    }[kind]()
+    if kind == "sampled":
+        config.optim.table_learning_rate = 0.3
+    train(config, tmp_path, progress=False)
+    found = evaluate_run(tmp_path, "test", "best", None)["retrieval"]
+    assert found["users"] == USERS
+    assert found["catalogue"] == ITEMS
+    assert found["recall@1"] > 0.8  # chance is 1 in 12
+    assert found["recall@10"] >= found["recall@1"]
+
+
+def test_predict_writes_the_best_items_by_their_own_ids(trained, tmp_path):
+    out = tmp_path / "top.parquet"
+    assert predict_run(trained, "test", "best", None, out) == USERS * 5
+    table = pq.read_table(out)
+    assert table.column_names[:4] == ["user_id", "rank", "item_id", "score"]
+    rows = table.to_pylist()
+    assert [row["rank"] for row in rows[:5]] == [1, 2, 3, 4, 5]
+    assert {row["user_id"] for row in rows} == set(range(USERS))
+    assert all(100 <= row["item_id"] < 100 + ITEMS for row in rows)
+    right = 100 + walk(np.arange(USERS), np.full(USERS, STEPS - 1))
+    hits = [row["rank"] for row in rows if row["item_id"] == right[row["user_id"]]]
+    found = evaluate_run(trained, "test", "best", None)["retrieval"]
+    assert hits.count(1) / USERS == pytest.approx(found["recall@1"])
+
+
+def test_the_command_line_writes_the_metrics(trained, tmp_path, capsys):
+    arguments = ["evaluate", f"--workdir={trained}", "--split=valid", f"--json={tmp_path / 'eval.json'}"]
+    assert main(arguments) == 0
+    report = json.loads((tmp_path / "eval.json").read_text())["retrieval"]
+    assert {"recall@10", "ndcg@10", "users", "catalogue"} <= report.keys()
+    assert "recall@10" in capsys.readouterr().out
+    assert main([*arguments, "--baselines"]) == 2
+    assert "--baselines" in capsys.readouterr().err
+
+
+def test_semantic_ids_that_lack_an_item_are_refused(data, codes, tmp_path):
+    table = pq.read_table(codes)
+    pq.write_table(table.slice(1), tmp_path / "semantic_ids.parquet")
+    with pytest.raises(InputError, match="item_id=100"):
+        open_dataset(data, (), str(tmp_path))
+
+
+def test_semantic_ids_may_be_goals_without_being_features(data, codes):
+    config = code_config(data, codes, exclude=("semantic_id",))
+    dataset, _ = opened(config)
+    assert [f.name for f in dataset.schema.features] == ["item", "hour"]
+    assert dataset.schema.levels == (3, 2, 2)
+    assert first_batch(dataset, config).batch.codes.shape == (16, 8, 1, 3)
+    with_feature = open_dataset(data, (), str(codes))
+    feature = with_feature.schema.feature("semantic_id")
+    assert with_feature.catalogue.ids.shape[1] == 1 + feature.length
+    assert with_feature.catalogue.ids[:, 1:].max() < with_feature.schema.tables["semantic_id"]
+    assert dataclasses.replace(with_feature.schema, features=()) != dataset.schema
+
+
+def test_a_data_set_without_tasks_cannot_be_ranked(data, tmp_path):
+    config = walking(data)
+    config.data.objective = "ranking"
+    config.tokens.fused = False
+    with pytest.raises(InputError, match="no task"):
+        train(config, tmp_path, progress=False)

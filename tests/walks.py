@@ -1,0 +1,63 @@
+"""Users who walk around a circle of items: what comes next is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from tests.data.memory_source import MemorySource
+from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.data.prepare import prepare
+from tokenrec.data.schema import Feature, Schema
+from tokenrec.semantic_ids.codes import SemanticIds, save_semantic_ids
+
+ITEMS, USERS, STEPS = 12, 96, 14
+SCHEMA = Schema((Feature("item", "categorical", "item"), Feature("hour", "categorical", "context")), ())
+
+
+def prepare_walks(out: Path) -> Path:
+    """Steps of 1, or of 2 for every third user, from anywhere. The last two items are valid and test.
+
+    Item ids begin at 100, so that they are not rows of the catalogue.
+    """
+    user, step = np.divmod(np.arange(USERS * STEPS), STEPS)
+    item = 100 + walk(user, step)
+    split = np.maximum(step - (STEPS - 3), 0)
+    rows = {
+        "user_id": pa.array(user),
+        "item_id": pa.array(item),
+        "time_ms": pa.array(step * 1000),
+        "split": pa.array(split.astype(np.int8)),
+        "hour": pa.array((user * 7 + step * 5) % 24),
+    }
+    items = 100 + np.arange(ITEMS)
+    prepare(MemorySource(rows, {}, {"item_id": pa.array(items), "item": pa.array(items)}, schema=SCHEMA), out)
+    return out
+
+
+def walk(user: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Where a user is after so many steps, from 0."""
+    start = np.random.default_rng(0).integers(0, ITEMS, USERS)
+    return (start[user] + step * (1 + (user % 3 == 0))) % ITEMS
+
+
+def save_codes(out: Path) -> Path:
+    """Two levels, and a third that tells two of the items apart."""
+    row = np.arange(ITEMS)
+    codes = np.stack([row % 3, row // 3 % 2, row // 6], axis=1).astype(np.int32)
+    save_semantic_ids(SemanticIds(100 + row, codes), out)
+    return out
+
+
+def walking(data: Path, *, steps: int = 60, head: dict | None = None, data_options: dict | None = None) -> Config:
+    given = {"paradigm": "uc", "overlap": 7} | (data_options or {})
+    return Config(
+        data=DataConfig(path=str(data), objective="retrieval", events=8, batch_size=16, eval_batch_size=16, **given),
+        tokens=TokensConfig(embedding_dim=8, fused=True),
+        model=ModelConfig(width=16, heads=2, layers=2, windows=()),
+        head=HeadConfig(**{"top_k": 5, "beams": 6} | (head or {})),
+        optim=OptimConfig(steps=steps, warmup_steps=5, learning_rate=1e-2),
+        train=TrainConfig(log_every=20),
+    )

@@ -1,0 +1,168 @@
+"""Retrieval from the whole catalogue: the best items of every request, the ranks of its goals, and their metrics.
+
+The full catalogue is ranked, never a sample of it (Krichene and Rendle, KDD 2020, show what samples do to metrics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tokenrec.config import Config
+from tokenrec.data.batch import Batch
+from tokenrec.data.dataset import Dataset
+from tokenrec.data.pipeline import eval_batches
+from tokenrec.metrics import group_codes
+from tokenrec.models.heads import ItemHead
+from tokenrec.ranking_metrics import mrr, ndcg_at, recall_at
+from tokenrec.sharding import RULES, to_devices
+from tokenrec.state import Model, TrainState, merge
+from tokenrec.tokens.embed import ITEM_ROWS
+
+CUTOFFS = (1, 5, 10, 50)
+
+
+class Found(NamedTuple):
+    """Answers of a batch. `items: [B, k] int32`, rows of the catalogue, best first, -1 where there are fewer;
+    `scores: [B, k]`; `ranks: [B, P] float32` of the goals, 1 the best, `inf` outside of the list, 0 fills.
+    """
+
+    items: jax.Array
+    scores: jax.Array
+    ranks: jax.Array
+
+
+class Answers(NamedTuple):
+    """Answers on the host, n requests. `user_id: [n]`, `time: [n] int64` ms, `items: [n, k]`, original ids and
+    `exists: [n, k]` which of them are there; `scores: [n, k]`, `ranks: [n, P]`.
+    """
+
+    user_id: np.ndarray
+    time: np.ndarray
+    items: np.ndarray
+    exists: np.ndarray
+    scores: np.ndarray
+    ranks: np.ndarray
+
+
+def find_step(model: Model, state: TrainState, batch: Batch) -> Found:
+    """Every item of the catalogue scored, for a head "next_item"."""
+    config = model.config.head
+    unique = model.embedder.unique(batch)
+    rows = model.embedder.gather(state.tables, unique)
+    entities = model.embedder.entities(rows, model.embedder.inverses(batch, unique), batch)
+    module = merge(model, state.params)
+    assert isinstance(module.head, ItemHead)
+    h = module(entities, batch, None)
+    scores = module.head.scores(h, _vectors(model, module.head, state))[:, 0]
+    if config.drop_seen:
+        scores = _without_seen(scores, batch.items)
+    count = min(config.top_k, model.schema.items)
+    values, items = jax.lax.top_k(scores, count)
+    return Found(items.astype(jnp.int32), values, _ranks(scores, batch.goals[:, 0]))
+
+
+def _vectors(model: Model, head: ItemHead, state: TrainState) -> jax.Array:
+    """`[V, d]` of all items."""
+    if head.items is not None:
+        return head.vectors()
+    for name, stack in model.embedder.stacks.items():
+        if ITEM_ROWS.name in stack.offsets:
+            first = stack.offsets[ITEM_ROWS.name]
+            return state.tables[name][first : first + model.schema.items]
+    raise AssertionError("a sampled softmax has a table of items")
+
+
+def _without_seen(scores: jax.Array, items: jax.Array) -> jax.Array:
+    """`[B, V]` with the items of the history, `[B, T]`, at the bottom."""
+
+    def local(scores: jax.Array, items: jax.Array) -> jax.Array:
+        row = jnp.arange(scores.shape[0])[:, None]
+        # -1, no event, would count from the end.
+        return scores.at[row, jnp.where(items < 0, scores.shape[1], items)].set(-jnp.inf, mode="drop")
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(scores, items)
+    spec = RULES("batch", None)
+    return jax.shard_map(local, in_specs=(spec, spec), out_specs=spec)(scores, items)
+
+
+def _ranks(scores: jax.Array, goals: jax.Array) -> jax.Array:
+    """Ranks `[B, P]` of `goals: [B, P]` among `scores: [B, V]`; equal scores share the mean of their ranks."""
+    ranks = []
+    for p in range(goals.shape[1]):  # one at a time: [B, P, V] need not fit in memory
+        goal = goals[:, p : p + 1]
+        # A comparison instead of a gather, which explicit sharding would make an exchange.
+        own = jnp.sum(jnp.where(jnp.arange(scores.shape[1]) == goal, scores, 0), axis=1, keepdims=True)
+        higher = jnp.sum(scores > own, axis=1)
+        rank = higher + (jnp.sum(scores == own, axis=1) + 1) / 2
+        ranks.append(jnp.where(goal[:, 0] < 0, 0.0, rank))
+    return jnp.stack(ranks, axis=1)
+
+
+def find_split(
+    step: Callable[[TrainState, Batch], Found],
+    state: TrainState,
+    config: Config,
+    dataset: Dataset,
+    split: str,
+    mesh: Mesh,
+    *,
+    limit: int = 0,
+) -> Iterator[Answers]:
+    """Answers to every request of a split, or to `limit` requests spread evenly over it, batch by batch."""
+    for host, who in eval_batches(dataset, config.data, split, limit=limit):
+        found = jax.device_get(step(state, to_devices(host.batch, mesh)))
+        rows = host.rows[:, 0]
+        asked = rows[:, 0] >= 0  # goals fill from the left
+        # `who` names every goal; a request has the user and time of its first.
+        first = np.cumsum((rows >= 0).sum(axis=1)[asked]) - (rows >= 0).sum(axis=1)[asked]
+        items = found.items[asked]
+        yield Answers(
+            who.user_id[first],
+            who.time[first],
+            dataset.catalogue.item_id[np.maximum(items, 0)],
+            items >= 0,
+            found.scores[asked],
+            found.ranks[asked],
+        )
+
+
+def summarize(answers: Iterator[Answers], catalogue: int) -> dict[str, Any]:
+    """`{"retrieval": {"recall@k", "ndcg@k", "mrr", "users", "requests", "catalogue"}}`, k in 1, 5, 10, 50.
+
+    Goals of one user at one time are one request, however many streams they took. Metrics that no request has are None.
+    """
+    parts = [(a.user_id, a.time, a.ranks) for a in answers]
+    if not parts:
+        nothing = {f"{name}@{k}": None for k in CUTOFFS for name in ("recall", "ndcg")}
+        return {"retrieval": nothing | {"mrr": None, "users": 0, "requests": 0, "catalogue": catalogue}}
+    user, time, ranks = (np.concatenate(part) for part in zip(*parts, strict=True))
+    codes = group_codes(user)
+    ranks = _by_request(codes, time, ranks)
+    metrics: dict[str, Any] = {}
+    for k in CUTOFFS:
+        metrics |= {f"recall@{k}": recall_at(ranks, k), f"ndcg@{k}": ndcg_at(ranks, k)}
+    counts = {"users": len(np.unique(codes)), "requests": len(ranks), "catalogue": catalogue}
+    return {"retrieval": metrics | {"mrr": mrr(ranks)} | counts}
+
+
+def _by_request(user: np.ndarray, time: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """`[n, P]` ranks of streams -> `[requests, most goals]`, 0 fills."""
+    order = np.lexsort((time, user))
+    user, time, ranks = user[order], time[order], ranks[order]
+    opens = np.ones(len(user), bool)
+    opens[1:] = (user[1:] != user[:-1]) | (time[1:] != time[:-1])
+    request = np.cumsum(opens) - 1
+    row, column = np.nonzero(ranks)
+    of = request[row]
+    place = np.arange(len(of)) - np.searchsorted(of, of)
+    out = np.zeros((int(opens.sum()), int(place.max(initial=0)) + 1), np.float64)
+    out[of, place] = ranks[row, column]
+    return out
