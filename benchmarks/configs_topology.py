@@ -53,7 +53,7 @@ def schema_of(config: Config, data: Path) -> tuple[Schema, str]:
     dropped = tuple(Feature(name, "categorical", "user") for name in config.data.exclude)
     tasks = tuple(Task(name) for name in config.data.tasks) or stand_in.tasks
     tables = stand_in.tables | {feature.name: 30_000 for feature in dropped}
-    return Schema(stand_in.features + dropped, tasks, tables), "stand-in"
+    return Schema(stand_in.features + dropped, tasks, tables, items=10_000, levels=(256,) * 4), "stand-in"
 
 
 def compile_row(name: str, topology: str, slices: int, data: Path) -> dict[str, Any]:

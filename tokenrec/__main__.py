@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from tokenrec.config import Config, data_directory
+from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.data.source import SPLITS
 from tokenrec.errors import (
     EXIT_BAD_STEPS,
@@ -338,9 +338,9 @@ def _semantic_ids(args: argparse.Namespace) -> None:
 
 def _describe(args: argparse.Namespace) -> None:
     config = _config(args)
-    from tokenrec.data.schema import Metadata
+    from tokenrec.data.dataset import open_dataset
 
-    schema = Metadata.load(data_directory(config)).schema
+    schema = open_dataset(data_directory(config), semantic_ids=semantic_ids_path(config)).schema
     from tokenrec.describe import describe, to_text
 
     description = describe(config, schema)

@@ -30,8 +30,9 @@ class DataConfig:
       path: folder of the prepared data set.
       exclude: features that the model must not see.
       tasks: task name -> weight of its loss. Empty: every task of the data set with its own weight.
-      semantic_ids: `semantic_ids.parquet` of `tokenrec semantic-ids`, or its folder. Adds the item feature
-        `semantic_id`, which may be excluded, and gives the codes that the head "semantic_id" learns.
+      semantic_ids: `semantic_ids.parquet` of `tokenrec semantic-ids`, or its folder, as a path or under
+        `TOKENREC_DATA` (default `data/`). Adds the item feature `semantic_id`, which may be excluded, and gives the
+        codes that the head "semantic_id" learns.
       objective: "ranking", the labels of an impression, or "retrieval", its item among the whole catalogue.
       positive: retrieval: the task whose positives are to be retrieved; empty: every scored row.
       paradigm: "nio", one stream per request, or "uc", one stream per run of a user's events (methods.md section 3).
@@ -258,6 +259,15 @@ def data_directory(config: Config) -> Path:
     if config.data.name:
         return Path(os.environ.get("TOKENREC_DATA", "data")) / config.data.name
     raise InputError("data.path is empty and so is data.name; give --data DIR or --config.data.path=DIR")
+
+
+def semantic_ids_path(config: Config) -> str:
+    """`data.semantic_ids` as it stands, or under `TOKENREC_DATA` or `data/` if nothing stands there; "" for none."""
+    given = config.data.semantic_ids
+    if not given or Path(given).exists():
+        return given
+    beside = Path(os.environ.get("TOKENREC_DATA", "data")) / given
+    return str(beside if beside.exists() else given)
 
 
 def to_json(config: Config) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenrec.checkpoint import Checkpoints
-from tokenrec.config import Config, data_directory, from_json, to_json
+from tokenrec.config import Config, data_directory, from_json, semantic_ids_path, to_json
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import Schema
@@ -88,7 +88,7 @@ def open_run(workdir: Path, checkpoint: str, data: Path | None) -> Run:
       InputError: no run or checkpoint there, or the data set does not fit the run.
     """
     config = load_run_config(workdir, data)
-    dataset = open_dataset(data_directory(config), config.data.exclude, config.data.semantic_ids)
+    dataset = open_dataset(data_directory(config), config.data.exclude, semantic_ids_path(config))
     check_schema(dataset.schema, workdir)
     model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
     with Checkpoints(workdir, keep=config.train.keep) as checkpoints:

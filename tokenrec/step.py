@@ -167,6 +167,15 @@ def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainStat
     return new, Metrics(loss, norm, jnp.sum(batch.weight), finite)
 
 
+def step_loss(model: Model, state: TrainState, batch: Batch) -> jax.Array:
+    """The forward pass of a train step, without dropout: what `work` counts the products of."""
+    batch = with_negatives(model, batch, jax.random.key(0))
+    unique = model.embedder.unique(batch)
+    rows = model.embedder.gather(state.tables, unique)
+    inverses = model.embedder.inverses(batch, unique)
+    return loss_fn(state.params, rows, model, inverses, batch, label_counts(batch), None)
+
+
 def eval_step(model: Model, state: TrainState, batch: Batch) -> jax.Array:
     """Probabilities `[B, N, K] float32` of every row; the caller drops those of weight 0."""
     unique = model.embedder.unique(batch)

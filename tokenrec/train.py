@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from tokenrec.checkpoint import Checkpoints, Progress
-from tokenrec.config import Config, data_directory
+from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
 from tokenrec.errors import InputError, NonFiniteError
@@ -36,7 +36,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
       NonFiniteError: a loss or gradient was not finite; nothing was saved since the step before it.
     """
     config = validate(config)
-    dataset = open_dataset(data_directory(config), config.data.exclude, config.data.semantic_ids)
+    dataset = open_dataset(data_directory(config), config.data.exclude, semantic_ids_path(config))
     model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
     mesh = make_mesh(config.mesh)
     _check_batch_sizes(config, mesh)

@@ -26,7 +26,7 @@ from tokenrec.roofline import (
 )
 from tokenrec.sharding import laid_out
 from tokenrec.state import Model, abstract_state
-from tokenrec.step import eval_step
+from tokenrec.step import step_loss
 
 # Splash makes the gradients of q, and of k and v, in two kernels, each of which makes the logits and their gradient.
 SPLASH_BACKWARD_PRODUCTS = 7
@@ -85,7 +85,7 @@ def step_work(model: Model, mesh: Mesh, shapes: Batch) -> tuple[Work, list[dict[
     rows, dtype = layer_rows(config.model, layout), jnp.dtype(config.model.dtype)
     heads, head_dim = config.model.heads, config.model.width // config.model.heads
     with jax.set_mesh(mesh):
-        forward = jax.make_jaxpr(eval_step, static_argnums=0)(model, abstract_state(model), laid_out(shapes, mesh))
+        forward = jax.make_jaxpr(step_loss, static_argnums=0)(model, abstract_state(model), laid_out(shapes, mesh))
         layers, works = [], [Work(STEP_OVER_FORWARD * product_flops(forward.jaxpr), 0.0, 0.0)]
         for keys, queries, window in zip(rows, rows[1:], layer_windows(config.model), strict=False):
             q, k = ((batch, len(some), heads, head_dim) for some in (queries, keys))

@@ -6,7 +6,7 @@ import numpy as np
 
 from tokenrec.ops.attention import attention
 from tokenrec.ops.pattern import Pattern, causal_pattern
-from tokenrec.tokens.layout import Layout, build_layout, needed_rows
+from tokenrec.tokens.layout import Layout, Part, build_layout, history_part, lay_out, needed_rows
 
 WINDOWS = (None, None, 32, 16)
 
@@ -22,6 +22,14 @@ def stream(*, candidates: int, fused: bool = False, events: int = 70) -> tuple[L
     known = np.ones((2, candidates), bool)
     known[1, 1:] = False
     return layout, layout.valid(jnp.asarray(real), jnp.asarray(known) if candidates else None)
+
+
+def continued(*, events: int) -> tuple[Layout, jax.Array]:
+    """A stream whose every event is continued by three rows of its own, at the end: rows are not in order of index."""
+    shared = [Part.of("user", 3), Part.of("sep", 1), history_part(events=events, fused=True)]
+    layout = lay_out(shared, [Part.of("code", 3)], events=events, candidates=events, read="events")
+    real = np.arange(events)[None] >= np.array([[events // 3], [events - 3]])
+    return layout, layout.valid(jnp.asarray(real), None)
 
 
 def layers(layout: Layout, *, every_row: bool = False) -> list[tuple[Pattern, int | None]]:

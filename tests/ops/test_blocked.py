@@ -1,15 +1,18 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.ops.cases import apart, layers, plain, stream
+from tests.ops.cases import apart, continued, layers, plain, stream
 from tokenrec.ops import bands, blocked
 from tokenrec.ops.attention import attention, choose
 from tokenrec.ops.bands import Band, find_band
 from tokenrec.ops.blocked import blocked_attention
 from tokenrec.ops.pattern import Pattern, causal_pattern
 from tokenrec.ops.tiles import find_tiles
+from tokenrec.tokens.layout import needed_rows
 
 # Largest differences measured over all cases below, float32: values 5.4e-7, gradients 3.4e-6.
 VALUES, GRADIENTS = 2e-6, 1e-5
@@ -53,6 +56,13 @@ def test_a_bidirectional_prefix_equals_dense():
     pattern = Pattern(rows, rows, rows, np.zeros(200, bool), np.full(200, -1), prefix=90)
     assert pattern.visible(None)[3, 80]
     assert_equals_dense(pattern, None)
+
+
+def test_codes_that_continue_every_event_equal_dense():
+    layout, valid = continued(events=70)
+    rows = [np.arange(layout.rows), *needed_rows(layout, (None, 20))[1:]]
+    for (keys, queries), window in zip(itertools.pairwise(rows), (None, 20), strict=True):
+        assert_equals_dense(layout.pattern(queries, keys), window, valid[:, keys])
 
 
 def test_streams_in_groups_equal_one_group(monkeypatch):

@@ -1,0 +1,31 @@
+"""Amazon Beauty, generated: the semantic id of a user's next item, code after code.
+
+    tokenrec prepare amazon --root DIR --name Beauty --out data/amazon_beauty
+    tokenrec semantic-ids --data data/amazon_beauty --out data/amazon_beauty_ids
+    tokenrec train --config=configs/amazon_beauty_generative.py --workdir=runs/amazon_beauty_generative
+
+Hardware and time: a CPU with 2 cores. The ids come from co-occurrence in the training split.
+"""
+
+from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(
+            name="amazon_beauty",
+            semantic_ids="amazon_beauty_ids",
+            objective="retrieval",
+            paradigm="uc",
+            events=50,
+            overlap=25,
+            buckets=(2, 4, 8, 16),
+            batch_size=256,
+            eval_batch_size=256,
+        ),
+        tokens=TokensConfig(embedding_dim=32, fused=True),
+        model=ModelConfig(width=64, heads=2, layers=4, windows=(), dropout=0.2),
+        head=HeadConfig(retrieval="semantic_id", tied=False, beams=30),
+        optim=OptimConfig(steps=4_000, warmup_steps=200, learning_rate=2e-3),
+        train=TrainConfig(eval_every=500, eval_samples=4_000, save_every=500, log_every=50),
+    )
