@@ -1,0 +1,114 @@
+"""Amazon Beauty, leave-one-out, over seeds: Recall@10 and NDCG@10 of the last items, the whole catalogue ranked.
+
+    python -m benchmarks.amazon_beauty --root DIR [--configs next_item generative] [--seeds 0 1 2]
+
+`--root` holds `Beauty.txt` and its attributes. Every seed is a run under `--runs`; a run that was stopped goes on where
+it was, a finished one is only read. The checkpoint is the one with the best NDCG@10 on valid, the items before the last.
+The semantic ids of `generative` are RQ-KMeans of co-occurrence in train. Leave-one-out is not a split by time: it
+serves to compare with published tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import run_script, write_result
+from tokenrec.data.amazon import AmazonSource
+from tokenrec.data.prepare import prepare
+from tokenrec.data.schema import SCHEMA_FILE
+from tokenrec.evaluate import evaluate_run
+from tokenrec.flags import load_config
+from tokenrec.semantic_ids.build import build_semantic_ids
+from tokenrec.semantic_ids.codes import SEMANTIC_IDS
+from tokenrec.train import train
+
+CONFIGS = {"next_item": "amazon_beauty", "generative": "amazon_beauty_generative"}
+METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
+# Full ranking, leave-one-out, as their papers print them; not run by us.
+PUBLISHED = (
+    {"config": "eSASRec (published)", "recall@10": ".0928", "ndcg@10": ".0523"},
+    {"config": "ActionPiece (published)", "recall@10": ".0775", "ndcg@10": ".0424"},
+    {"config": "TIGER, ids of text (published)", "recall@10": ".0648", "ndcg@10": ".0384"},
+)
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[str, Any]:
+    """Trains one seed, unless it is done, and returns its record, kept in the run's `result.json`."""
+    workdir = runs / f"{name}_seed{seed}"
+    kept = workdir / "result.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    began = cpu_seconds()
+    config = load_config(CONFIGS[name], [f"seed={seed}"])
+    config.data.path = str(data)
+    if config.data.semantic_ids:
+        config.data.semantic_ids = str(ids)
+    summary = train(config, workdir)
+    trained = cpu_seconds()
+    record = {"config": name, "seed": seed, "step": summary["step"], "best_step": summary["best_step"]}
+    for split in ("valid", "test"):
+        record |= {f"{split} {metric}": value for metric, value in _retrieval(workdir, split, data).items()}
+    record |= {"goals_per_second": summary["examples_per_second"], "train_cpu_seconds": trained - began}
+    kept.write_text(json.dumps(record, indent=1))
+    return record
+
+
+def _retrieval(workdir: Path, split: str, data: Path) -> dict[str, float]:
+    found = evaluate_run(workdir, split, "best", data)["retrieval"]
+    return {metric: found[metric] for metric in METRICS}
+
+
+def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per config: mean and sample deviation over seeds, of the test items; then what was published."""
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys(record["config"] for record in records):
+        of_config = [record for record in records if record["config"] == name]
+        row: dict[str, Any] = {"config": name, "seeds": len(of_config)}
+        for metric in METRICS:
+            values = np.array([record[f"test {metric}"] for record in of_config])
+            row[metric] = f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else "")
+        rows.append(row)
+    return [*rows, *({"seeds": "", **row} for row in PUBLISHED)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("data/amazon_beauty"))
+    parser.add_argument("--ids", type=Path, default=Path("data/amazon_beauty_ids"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/amazon_beauty"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/amazon_beauty"))
+    parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    arguments = parser.parse_args()
+    if not (arguments.data / SCHEMA_FILE).is_file():
+        prepare(AmazonSource(arguments.root, "Beauty"), arguments.data)
+    if "generative" in arguments.configs and not (arguments.ids / SEMANTIC_IDS).is_file():
+        build_semantic_ids(arguments.data, arguments.ids)
+    records = []
+    for name in arguments.configs:
+        for seed in arguments.seeds:
+            records.append(run_seed(name, seed, arguments.data, arguments.ids, arguments.runs))
+            print(json.dumps(records[-1]), file=sys.stderr, flush=True)
+    command = "python -m benchmarks.amazon_beauty --root DIR"
+    settings = {"split": "leave-one-out", "ranked": "the whole catalogue", "checkpoint": "best NDCG@10 on valid"}
+    title = "Amazon Beauty, the last item of every user"
+    write_result(arguments.out, table_rows(records), settings, command, title=f"{title}: mean ± deviation over seeds")
+    seeds = arguments.out.with_name(arguments.out.name + "_seeds")
+    write_result(seeds, records, settings, command, title=f"{title}: every seed")
+
+
+if __name__ == "__main__":
+    run_script(main)
