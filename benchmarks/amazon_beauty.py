@@ -50,7 +50,7 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
     kept = workdir / "result.json"
     if kept.is_file():
         return json.loads(kept.read_text())
-    began = cpu_seconds()
+    began, fresh = cpu_seconds(), not workdir.exists()
     config = load_config(CONFIGS[name], [f"seed={seed}"])
     config.data.path = str(data)
     if config.data.semantic_ids:
@@ -60,7 +60,9 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
     record = {"config": name, "seed": seed, "step": summary["step"], "best_step": summary["best_step"]}
     for split in ("valid", "test"):
         record |= {f"{split} {metric}": value for metric, value in _retrieval(workdir, split, data).items()}
-    record |= {"goals_per_second": summary["examples_per_second"], "train_cpu_seconds": trained - began}
+    # What a run cost before it was stopped is not known.
+    costs = {"goals_per_second": summary["examples_per_second"], "train_cpu_seconds": trained - began}
+    record |= costs if fresh else dict.fromkeys(costs)
     kept.write_text(json.dumps(record, indent=1))
     return record
 
