@@ -3,7 +3,7 @@
     python -m benchmarks.amazon_beauty --root DIR [--configs next_item generative] [--seeds 0 1 2]
 
 `--root` holds `Beauty.txt` and its attributes. Every seed is a run under `--runs`; a run that was stopped goes on where
-it was, a finished one is only read. The checkpoint is the one with the best NDCG@10 on valid, the items before the last.
+it was, a finished one is only read. The checkpoint is the one with the best NDCG@10 on valid, the items before last.
 The semantic ids of `generative` are RQ-KMeans of co-occurrence in train. Leave-one-out is not a split by time: it
 serves to compare with published tables.
 """
@@ -104,7 +104,8 @@ def main() -> None:
         for seed in arguments.seeds:
             records.append(run_seed(name, seed, arguments.data, arguments.ids, arguments.runs))
             print(json.dumps(records[-1]), file=sys.stderr, flush=True)
-    command = "python -m benchmarks.amazon_beauty --root DIR"
+    chosen = f"--configs {' '.join(arguments.configs)} --seeds {' '.join(map(str, arguments.seeds))}"
+    command = f"python -m benchmarks.amazon_beauty --root DIR {chosen}"
     settings = {"split": "leave-one-out", "ranked": "the whole catalogue", "checkpoint": "best NDCG@10 on valid"}
     title = "Amazon Beauty, the last item of every user"
     write_result(arguments.out, table_rows(records), settings, command, title=f"{title}: mean ± deviation over seeds")
