@@ -71,7 +71,8 @@ class TokensConfig:
       prompt: segments of the stream in order (tokens/prompt.py). Empty: that of TokenFormer,
         `("user", "sep", "history", "sep", "||", "candidate")`, or its counterpart for retrieval.
       text: entity ("user", "history", "query", "candidate") -> features that are written as discrete tokens instead of
-        soft ones; an entity that is not named is soft, with all of its features.
+        soft ones; an entity that is not named is soft.
+      soft: entity -> features that its soft tokens are made of; an entity that is not named has all of its features.
       history_cap: most tokens of the history, cut from the left; 0 cuts nothing.
       compression: of the events before the newest `recent` ones: "mlp" over time makes `compressed` tokens of them,
         "attention" pooling one token per `group` of events.
@@ -91,6 +92,7 @@ class TokensConfig:
 
     prompt: tuple[str, ...] = ()
     text: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    soft: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     history_cap: int = 0
     compression: Compression = "none"
     recent: int = 0

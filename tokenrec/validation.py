@@ -155,11 +155,16 @@ def _of_prompt(c: Config) -> Iterator[str]:
     except InputError as error:
         yield str(error)
         return
-    for entity in c.tokens.text:
-        if entity not in ENTITIES:
-            yield f"tokens.text names '{entity}'{suggest(entity, ENTITIES)}"
-        elif not c.tokens.text[entity]:
-            yield f"tokens.text['{entity}'] is empty; name features, or leave the entity out to keep it soft"
+    for field, named in (("text", c.tokens.text), ("soft", c.tokens.soft)):
+        for entity, features in named.items():
+            if entity not in ENTITIES:
+                yield f"tokens.{field} names '{entity}'{suggest(entity, ENTITIES)}"
+            elif not features:
+                yield f"tokens.{field}['{entity}'] is empty; name features, or leave the entity out, which is soft"
+    for entity in c.tokens.text.keys() & c.tokens.soft.keys():
+        yield f"tokens.soft['{entity}'] and tokens.text['{entity}'] contradict each other; keep one of them"
+    if "history" in c.tokens.soft and not c.tokens.fused:
+        yield "tokens.soft['history'] with tokens.fused=False: a state and an action have makers of their own; use True"
     if "history" in c.tokens.text and not c.tokens.fused:
         yield "tokens.text['history'] with tokens.fused=False: an event in text is one group of tokens; use fused=True"
     if c.tokens.history_cap and not c.tokens.fused:

@@ -15,7 +15,7 @@ from tokenrec.models.heads import CodeHead, ItemHead
 from tokenrec.ops.layers import Linear, as_rows, dropout, split_key, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Entity
-from tokenrec.tokens.history import History, history_rows, merged, text_features
+from tokenrec.tokens.history import History, history_rows, merged, soft_features, text_features
 from tokenrec.tokens.layout import Layout, Part, lay_out
 from tokenrec.tokens.makers import FieldMakers, Maker
 from tokenrec.tokens.prompt import Segment, parse_prompt
@@ -29,7 +29,7 @@ def user_token_count(config: Config, schema: Schema) -> int:
     """M: tokens of the user, one per static field unless `tokens.user_tokens` says how many."""
     if "user" in config.tokens.text:
         return token_count(text_features(config, "user", schema.group("user")))
-    fields = len(schema.group("user"))
+    fields = len(soft_features(config, "user", schema.group("user")))
     return (config.tokens.user_tokens or fields) if fields else 0
 
 
@@ -140,7 +140,8 @@ class Recommender(nnx.Module):
         self.history = History(config, schema, rngs=rngs)
         self.query = self._maker("query", query_features(schema), 1, rngs) if "query" in kinds else None
         features = candidate_features(schema, self.segments)
-        own_target = tokens.fused or tokens.target_tokens > 1 or "candidate" in tokens.text or features != schema.state
+        named = "candidate" in tokens.text or "candidate" in tokens.soft
+        own_target = tokens.fused or tokens.target_tokens > 1 or named or features != schema.state
         has_own = "candidate" in kinds and own_target
         self.target = self._maker("candidate", features, tokens.target_tokens, rngs) if has_own else None
         self.title = TextMaker(title_features(schema), width, tokens, rngs=rngs) if "title" in kinds else None
@@ -164,6 +165,7 @@ class Recommender(nnx.Module):
         tokens, width = self.config.tokens, self.config.model.width
         if entity in tokens.text:
             return TextMaker(text_features(self.config, entity, features), width, tokens, rngs=rngs)
+        features = soft_features(self.config, entity, features)
         if not features and entity in ("user", "query"):
             return None
         if entity == "user" and not tokens.user_tokens:
@@ -178,16 +180,17 @@ class Recommender(nnx.Module):
           key: of dropout; None in evaluation.
         """
         token_key, backbone_key = split_key(key, 2)
-        serving = batch.goals is not None and batch.goals.shape[1] == 1
-        layout = stream_layout(
-            self.config, self.schema, batch.valid.shape[1], self.literals, serving=serving, candidates=_count(batch)
-        )
+        x, layout = self.stream(entities, batch)
+        x = dropout(x, self.config.model.dropout, token_key)
+        return self.backbone(x, layout, batch.valid, candidate_mask(batch), backbone_key).astype(jnp.float32)
+
+    def stream(self, entities: dict[str, Entity], batch: Batch) -> tuple[jax.Array, Layout]:
+        """Tokens of the whole stream, `[B, S, d]`, and their order."""
         parts = [self.shared_tokens(entities, batch), *self.own_tokens(entities, batch)]
         x = jnp.concatenate(parts, axis=1)
         if self.config.tokens.random_tokens:
             x = jax.lax.stop_gradient(x)
-        x = dropout(x, self.config.model.dropout, token_key)
-        return self.backbone(x, layout, batch.valid, candidate_mask(batch), backbone_key).astype(jnp.float32)
+        return x, batch_layout(self.config, self.schema, self.literals, batch)
 
     def shared_tokens(self, entities: dict[str, Entity], batch: Batch) -> jax.Array:
         """The rows left of `||`, `[B, P, d]`, in the order of `stream_layout`."""
@@ -262,6 +265,12 @@ class Recommender(nnx.Module):
         if self.head.items is not None:
             return self.head.rows(batch.items)
         return jnp.where((batch.items >= 0)[..., None], entities["items"].values["catalogue_item"][..., 0, :], 0)
+
+
+def batch_layout(config: Config, schema: Schema, literals: Literals, batch: Batch) -> Layout:
+    """The streams of a batch."""
+    serving = batch.goals is not None and batch.goals.shape[1] == 1
+    return stream_layout(config, schema, batch.valid.shape[1], literals, serving=serving, candidates=_count(batch))
 
 
 def candidate_mask(batch: Batch) -> jax.Array | None:

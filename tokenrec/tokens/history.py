@@ -24,11 +24,26 @@ def text_features(config: Config, entity: str, features: tuple[Feature, ...]) ->
     Raises:
       InputError: the entity has no such feature.
     """
+    return _chosen(f"tokens.text['{entity}']", config.tokens.text[entity], features)
+
+
+def soft_features(config: Config, entity: str, features: tuple[Feature, ...]) -> tuple[Feature, ...]:
+    """The features of `tokens.soft[entity]`, in its order, or all where it does not name the entity.
+
+    Raises:
+      InputError: the entity has no such feature.
+    """
+    if entity not in config.tokens.soft:
+        return features
+    return _chosen(f"tokens.soft['{entity}']", config.tokens.soft[entity], features)
+
+
+def _chosen(field: str, names: tuple[str, ...], features: tuple[Feature, ...]) -> tuple[Feature, ...]:
     known = {f.name: f for f in features}
-    for name in config.tokens.text[entity]:
+    for name in names:
         if name not in known:
-            raise InputError(f"tokens.text['{entity}'] names the feature '{name}'{suggest(name, known)}")
-    return tuple(known[name] for name in config.tokens.text[entity])
+            raise InputError(f"{field} names the feature '{name}'{suggest(name, known)}")
+    return tuple(known[name] for name in names)
 
 
 def compression_plan(config: Config) -> CompressionPlan:
@@ -82,7 +97,8 @@ class History(nnx.Module):
         if "history" in tokens.text:
             self.event = TextMaker(text_features(config, "history", state + action), width, tokens, rngs=rngs)
         else:
-            self.event = Maker(state + action, 1, width, tokens, rngs=rngs) if tokens.fused else None
+            made_of = soft_features(config, "history", state + action)
+            self.event = Maker(made_of, 1, width, tokens, rngs=rngs) if tokens.fused else None
         self.state = None if self.event else Maker(state, 1, width, tokens, rngs=rngs)
         self.action = None if self.event else Maker(action, 1, width, tokens, rngs=rngs)
         plan = compression_plan(config)

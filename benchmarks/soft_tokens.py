@@ -1,0 +1,306 @@
+"""Soft tokens against text: tokens, FLOPs, time, memory and quality of equal runs that differ in the prompt alone.
+
+    tokenrec semantic-ids --data DIR --out IDS --levels 7 --codes 64
+    python -m benchmarks.soft_tokens --task complete_journey --data DIR --semantic-ids IDS --work DIR
+    python -m benchmarks.soft_tokens --task complete_journey_retrieval --data DIR --work DIR
+    python -m benchmarks.soft_tokens --task kuairand_pure --data DIR --semantic-ids IDS --work DIR
+
+Each arm (benchmarks/soft_tokens_arms.py) and seed is a process of its own, one after another, and a folder under
+`--work`. A run that was stopped goes on where it was, a finished one is only read. Nothing is chosen on the split that
+is reported: the last checkpoint is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.report import markdown_table, run_script, write_result
+from benchmarks.soft_tokens_arms import ARMS, BATCH, EVALUATED, TASKS, plan_arms, task_arms
+from tokenrec.config import Config, from_json, to_json
+from tokenrec.data.dataset import open_dataset
+from tokenrec.data.pipeline import batch_shapes, task_names
+from tokenrec.describe import describe
+from tokenrec.errors import InputError
+from tokenrec.evaluate import evaluate_run
+from tokenrec.logbook import METRICS_FILE
+from tokenrec.sharding import compiler_options, laid_out, make_mesh
+from tokenrec.state import abstract_state, build_model
+from tokenrec.step import train_step
+from tokenrec.train import train
+from tokenrec.work import STEP_OVER_FORWARD
+
+RESULTS = Path(__file__).parent / "results"
+RECORD = "result.json"
+# The longest default history with which a task takes about 40 minutes on a calm two-core machine.
+EVENTS = {"complete_journey": 32, "complete_journey_retrieval": 32, "kuairand_pure": 32}
+MIB = 2**20
+TITLES = {
+    "complete_journey": "Complete Journey, ranking",
+    "complete_journey_retrieval": "Complete Journey, next product",
+    "kuairand_pure": "KuaiRand-Pure, ranking",
+}
+# Columns of the record of a run that are costs, in the order of the table.
+COSTS = (
+    "prompt tokens",
+    "MFLOP a request",
+    "requests seen",
+    "TFLOP in all",
+    "step, ms",
+    "requests / s",
+    "peak, MiB",
+    "step's temporaries, MiB",
+)
+
+
+def run_arm(config_text: str, workdir: Path) -> dict[str, Any]:
+    """Trains an arm, or goes on with it, measures it, and writes its record into `workdir`. For a fresh process."""
+    config = from_json(config_text)
+    summary = train(config, workdir)
+    data = Path(config.data.path)
+    # A run that was stopped after its last checkpoint has been evaluated, but the report went with the process.
+    report = summary["evaluation"] or evaluate_run(workdir, "valid", "latest", data, limit=config.train.eval_samples)
+    peak = peak_bytes()
+    description = describe(config, open_dataset(data, (), config.data.semantic_ids).schema)
+    flops = STEP_OVER_FORWARD * description["flops_per_example"]
+    seconds, temporaries = step_seconds(workdir), step_bytes(config)
+    record = {
+        "config": json.loads(config_text),
+        "prompt tokens": prompt_tokens(config),
+        "MFLOP a request": flops / 1e6,
+        "requests seen": config.optim.steps * config.data.batch_size,
+        "TFLOP in all": config.optim.steps * config.data.batch_size * flops / 1e12,
+        "step, ms": None if seconds is None else 1e3 * seconds,
+        "requests / s": None if seconds is None else config.data.batch_size / seconds,
+        "peak, MiB": peak / MIB,
+        "step's temporaries, MiB": None if temporaries is None else temporaries / MIB,
+        "metrics": quality(report),
+        "report": report,
+    }
+    partial = workdir / f"{RECORD}.partial"
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(workdir / RECORD)
+    return record
+
+
+def prompt_tokens(config: Config) -> int:
+    """Rows of the stream of a request with one candidate."""
+    dataset = open_dataset(Path(config.data.path), config.data.exclude, config.data.semantic_ids)
+    model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
+    return model.layout(config.data.events, candidates=1 if config.data.objective == "ranking" else None).rows
+
+
+def step_bytes(config: Config) -> int | None:
+    """Temporary memory of the compiled train step: activations, gradients and scratch, without state and batch.
+
+    None where the platform does not say.
+    """
+    dataset = open_dataset(Path(config.data.path), config.data.exclude, config.data.semantic_ids)
+    model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
+    mesh = make_mesh(config.mesh)
+    shapes = batch_shapes(dataset.schema, config.data, batch_size=config.data.batch_size)[config.data.events]
+    step = jax.jit(train_step, static_argnums=0, donate_argnums=1, compiler_options=compiler_options(mesh))
+    with jax.set_mesh(mesh):
+        compiled = step.lower(model, abstract_state(model), laid_out(shapes, mesh)).compile()
+    memory = compiled.memory_analysis()
+    return None if memory is None else memory.temp_size_in_bytes
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held at once.
+
+    Linux hands a new process the `ru_maxrss` of the one that started it, so that `VmHWM` is read where there is one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def step_seconds(workdir: Path) -> float | None:
+    """Median seconds of a step, from the times of the run's log; None if it has no two lines after the first steps.
+
+    The first interval begins after the first line, which waited for the compiler. Intervals with a checkpoint or a stop
+    in them are few, and the median passes over them.
+    """
+    lines = [json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()]
+    logged = [(line["step"], line["time"]) for line in lines if "train/loss" in line]
+    each = [(t - s) / (b - a) for (a, s), (b, t) in itertools.pairwise(logged)]
+    return statistics.median(each) if each else None
+
+
+def quality(report: dict[str, Any]) -> dict[str, float | None]:
+    """The metrics of the table."""
+    if "retrieval" in report:
+        found = report["retrieval"]
+        return {"Recall@10": found["recall@10"], "NDCG@10": found["ndcg@10"], "Recall@50": found["recall@50"]}
+    return {"AUC": report["macro_auc"], "GAUC": report["macro_gauc"]}
+
+
+def measured(config: Config, workdir: Path) -> dict[str, Any]:
+    """The record of an arm, made in a process of its own unless it is there.
+
+    Raises:
+      InputError: the record there is of another config.
+    """
+    text, kept = to_json(config), workdir / RECORD
+    if kept.is_file():
+        record = json.loads(kept.read_text())
+        if record["config"] != json.loads(text):
+            raise InputError(f"work: '{kept}' was measured with other settings; give another --work, or move it away")
+        return record
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(run_arm, text, workdir).result()
+
+
+def table_rows(records: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row per arm: costs are means over seeds, metrics mean and sample deviation."""
+    rows = []
+    for arm, of_arm in records.items():
+        row: dict[str, Any] = {"arm": arm, "seeds": len(of_arm)}
+        row |= {name: _mean([record[name] for record in of_arm]) for name in COSTS}
+        for metric in of_arm[0]["metrics"]:
+            row[metric] = _spread([record["metrics"][metric] for record in of_arm])
+        rows.append(row)
+    return rows
+
+
+def ratio_rows(records: dict[str, list[dict[str, Any]]], to: str = "soft") -> list[dict[str, Any]]:
+    """A row per arm: costs as multiples of those of the arm `to`, metrics as differences seed by seed."""
+    if to not in records:
+        return []
+    rows = []
+    for arm, of_arm in records.items():
+        if arm == to:
+            continue
+        row: dict[str, Any] = {"arm": f"{arm} / {to}"}
+        for name in COSTS:
+            mine, other = (_mean([record[name] for record in some]) for some in (of_arm, records[to]))
+            row[name] = None if mine is None or not other else mine / other
+        for metric in of_arm[0]["metrics"]:
+            pairs = [(a["metrics"][metric], b["metrics"][metric]) for a, b in zip(of_arm, records[to], strict=True)]
+            row[f"{metric}, difference"] = _spread([None if None in pair else pair[0] - pair[1] for pair in pairs], "+")
+        rows.append(row)
+    return rows
+
+
+def _mean(values: Sequence[float | None]) -> float | int | None:
+    if any(value is None for value in values):
+        return None
+    mean = float(np.mean(np.array(values, float)))
+    return int(mean) if mean.is_integer() else mean
+
+
+def _spread(values: Sequence[float | None], sign: str = "") -> str:
+    """Mean and sample deviation; "-" where the metric is undefined."""
+    if any(value is None for value in values):
+        return "-"
+    array = np.array(values, float)
+    return f"{array.mean():{sign}.4f}" + (f" ± {array.std(ddof=1):.4f}" if len(array) > 1 else "")
+
+
+def write_page(stem: Path, flags: argparse.Namespace, records: dict[str, list[dict[str, Any]]]) -> None:
+    """The table, the ratios to soft tokens, and what the arms are."""
+    params = {
+        "events": flags.events,
+        "requests": flags.requests,
+        "batch": BATCH,
+        "model": "width 64, 4 layers, all full, 2 heads",
+        "evaluated": f"{EVALUATED:,} requests of valid",
+        "checkpoint": "the last",
+    }
+    words = ["python -m benchmarks.soft_tokens", f"--task {flags.task}", "--data DIR"]
+    words += ["--semantic-ids IDS"] if flags.semantic_ids else []
+    words += [f"--work DIR --seeds {' '.join(map(str, flags.seeds))}", f"--arms {' '.join(flags.arms)}"]
+    words += [f"--requests {flags.requests} --events {flags.events}"]
+    write_result(
+        stem, table_rows(records), params, " ".join(words), title=f"{TITLES[flags.task]}: soft tokens and text"
+    )
+    ratios = ratio_rows(records)
+    page = ["", "## Against soft", "", markdown_table(ratios)] if ratios else []
+    page += ["", "## The arms", "", *(f"- `{arm}`: {ARMS[arm].what}." for arm in records), "", *notes(flags.task)]
+    with stem.with_name(stem.name + ".md").open("a") as file:
+        file.writelines(f"{line}\n" for line in page)
+
+
+def notes(task: str) -> list[str]:
+    """How to read the tables."""
+    written = "; ".join(f"{entity}: {', '.join(names)}" for entity, names in TASKS[task].text.items())
+    ablations = [
+        "- The paper does not define WH_SID, NO_FEAT, NO_FEAT_STRICT and WH_SID_NO_FEAT in what we read of it; the "
+        "list above is our reading."
+    ]
+    return [
+        f"- What text writes, {written}. User and query are written whole.",
+        "- Prompt tokens are those of a request with one candidate. FLOPs are of training, three times the matrix "
+        "products of a forward pass at the full length, attention over visible pairs, with all candidates of a stream. "
+        "An arm reads no feature that it does not use.",
+        "- The time of a step is the median over the run's log. Peak memory is that of the arm's process with its "
+        "data; temporaries are those of the compiled step alone.",
+        *([] if TASKS[task].positive else ablations),
+    ]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+      InputError: a number below one, or a seed twice.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", required=True, choices=list(TASKS))
+    parser.add_argument("--data", required=True, type=Path, help="prepared data set")
+    parser.add_argument("--semantic-ids", type=Path, help="output of `tokenrec semantic-ids`; retrieval needs none")
+    parser.add_argument("--work", required=True, type=Path, help="folder of the runs")
+    parser.add_argument("--arms", nargs="+", help="default: all of the task")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--events", type=int, help="longest history")
+    parser.add_argument("--out", type=Path, help="stem of the result files (default: in benchmarks/results)")
+    flags = parser.parse_args(argv)
+    flags.arms = list(dict.fromkeys(flags.arms or task_arms(flags.task)))
+    flags.events = EVENTS[flags.task] if flags.events is None else flags.events
+    flags.seeds = list(dict.fromkeys(flags.seeds))
+    if flags.events < 2:
+        raise InputError(f"--events {flags.events}: a history needs at least 2, an older and a newer half")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parse(argv)
+    records: dict[str, list[dict[str, Any]]] = {arm: [] for arm in flags.arms}
+    for seed in flags.seeds:
+        planned = plan_arms(
+            flags.task,
+            flags.arms,
+            flags.data,
+            flags.semantic_ids,
+            requests=flags.requests,
+            events=flags.events,
+            seed=seed,
+        )
+        for arm, config in planned.items():
+            print(f"{flags.task} {arm} seed {seed}: {config.optim.steps:,} steps", file=sys.stderr, flush=True)
+            records[arm].append(measured(config, flags.work / flags.task / f"{arm}_seed{seed}"))
+    stem = flags.out or RESULTS / f"soft_tokens_{flags.task}"
+    write_page(stem, flags, records)
+    print(stem.with_name(stem.name + ".md").read_text())
+
+
+if __name__ == "__main__":
+    run_script(main)
