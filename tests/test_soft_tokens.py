@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import soft_tokens
+from benchmarks import attention_maps, signal_probe, soft_tokens
 from benchmarks.soft_tokens_arms import ARMS, BATCH, TASKS, Task, plan_arms, request_flops, task_arms
 from tests.worlds import SCHEMA, one_device, place, random_batch, tiny
 from tests.worlds import TASKS as LABELS
@@ -192,27 +192,59 @@ def test_soft_features_need_one_token_per_event_and_must_exist():
         init_state(build_model(tiny(fused=True, tokens={"soft": {"candidate": ("codes",)}}), SCHEMA, LABELS), 0)
 
 
-def test_an_arm_runs_is_written_and_is_not_run_twice(data, ids, tmp_path, monkeypatch):
-    # The process of the arm needs one device, and quick compilation.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    flags = ["--task", "ranking", "--data", str(data), "--semantic-ids", str(ids), "--work", str(tmp_path / "work")]
-    flags += ["--arms", "text_budget", "--out", str(tmp_path / "page")]
-    soft_tokens.main([*flags, "--requests", str(2 * BATCH)])
-    row = json.loads((tmp_path / "page.json").read_text())["rows"][0]
-    assert row["arm"] == "text_budget"
+@pytest.fixture(scope="module")
+def compared(data, ids, tmp_path_factory):
+    """Flags and folder of a comparison of one arm, two steps long."""
+    out = tmp_path_factory.mktemp("compared")
+    flags = ["--task", "ranking", "--data", str(data), "--semantic-ids", str(ids), "--work", str(out / "work")]
+    flags += ["--arms", "soft", "--events", str(EVENTS), "--out", str(out / "page")]
+    with pytest.MonkeyPatch.context() as patch:
+        # The process of the arm needs one device, and quick compilation.
+        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        patch.setitem(TASKS, "ranking", RANKING)
+        patch.setitem(soft_tokens.TITLES, "ranking", "Synthetic")
+        patch.setitem(soft_tokens.EVENTS, "ranking", EVENTS)
+        soft_tokens.main([*flags, "--requests", str(2 * BATCH)])
+    return flags, out
+
+
+def test_an_arm_runs_is_written_and_is_not_run_twice(compared, monkeypatch):
+    flags, out = compared
+    row = json.loads((out / "page.json").read_text())["rows"][0]
+    assert row["arm"] == "soft"
     assert row["requests seen"] == 2 * BATCH
     assert row["TFLOP in all"] == pytest.approx(row["MFLOP a request"] * row["requests seen"] / 1e6)
     assert row["requests / s"] == pytest.approx(BATCH / row["step, ms"] * 1e3)
     assert row["peak, MiB"] > row["step's temporaries, MiB"] > 0
     assert 0 <= float(row["AUC"]) <= 1
-    page = (tmp_path / "page.md").read_text()
-    assert ARMS["text_budget"].what in page
+    page = (out / "page.md").read_text()
+    assert ARMS["soft"].what in page
 
     monkeypatch.setattr(ProcessPoolExecutor, "submit", None)  # a second start must not come so far
     soft_tokens.main([*flags, "--requests", str(2 * BATCH)])
-    assert (tmp_path / "page.md").read_text() == page
+    assert (out / "page.md").read_text() == page
     with pytest.raises(InputError, match="other settings"):
         soft_tokens.main([*flags, "--requests", str(3 * BATCH)])
+
+
+def test_the_run_of_an_arm_shows_its_attention_and_its_events(compared, data):
+    workdir = compared[1] / "work" / "ranking" / "soft_seed0"
+    maps = attention_maps.run_maps(workdir, data, "valid", 8)
+    rows = 1 + EVENTS + 1 + RANKING.candidates
+    assert [weights.shape for weights in maps.weights] == [(8, 2, rows, rows)] * 4
+    shown, roles = attention_maps.one_request(maps, int(np.argmax(maps.valid.sum(axis=1))))
+    assert roles == ["user", *["event"] * EVENTS, "query", "target"]
+    np.testing.assert_allclose([weights.sum(axis=1) for weights in shown], 1, atol=1e-5)
+    assert {row["reader"] for row in attention_maps.mass_rows("soft", maps)} == {"event", "target"}
+
+    events = signal_probe.read_events(workdir, data, "valid", 64)
+    count = len(events.tokens)
+    assert 32 < count <= 64
+    assert events.tokens.shape == events.fresh.shape == (count, 1, 64)
+    assert not np.allclose(events.tokens, events.fresh)
+    assert {"item", "semantic_id[0]", "price", "hour", "clicked", "seconds"} <= set(events.signals)
+    values = np.array([np.nan_to_num(signal.values, nan=-1.0) for signal in events.signals.values()])
+    assert len(np.unique(values, axis=1).T) > 0.9 * count
 
 
 def record(costs, auc, gauc=0.5):
