@@ -164,6 +164,12 @@ def _add_prepare(prepare: argparse.ArgumentParser) -> dict[str, _Parser]:
     amazon = add("amazon", _amazon, "Amazon review sequences, leave-one-out, the files of S3-Rec")
     amazon.add_argument("--root", type=Path, required=True, help="folder of NAME.txt and NAME_item2attributes.json")
     amazon.add_argument("--name", required=True, help="of the data set, such as Beauty")
+    amazon.add_argument(
+        "--held-out",
+        type=int,
+        default=2,
+        help="last items of a user that are not train: 2 (default), valid and test, or 1, test alone",
+    )
     synthetic = add("synthetic", _synthetic, "a deterministic log with a known best AUC")
     synthetic.add_argument("--rows", type=_natural, required=True)
     delimited = add("delimited", _delimited, "your own log as CSV or Parquet (docs/data.md)")
@@ -272,7 +278,7 @@ def _complete_journey(args: argparse.Namespace) -> Source:
 def _amazon(args: argparse.Namespace) -> Source:
     from tokenrec.data.amazon import AmazonSource
 
-    return AmazonSource(args.root, args.name)
+    return AmazonSource(args.root, args.name, held_out=args.held_out)
 
 
 def _synthetic(args: argparse.Namespace) -> Source:

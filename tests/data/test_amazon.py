@@ -48,6 +48,17 @@ def test_last_item_is_test_and_the_one_before_it_valid(tmp_path: Path) -> None:
     ]
 
 
+def test_the_last_item_alone_can_be_held_out(tmp_path: Path) -> None:
+    """What chooses no settings needs no valid split: its rows are train, and the test rows stay the same."""
+    source = AmazonSource(write(tmp_path), "Toys", held_out=1)
+    assert [row["split"] for row in rows(source)] == [*(0, 0, 0, 2), *(0, 0, 0, 0, 2), *(0, 2)]
+    assert source.provenance.counts["short_users"] == 0
+    prepare(source, tmp_path / "set")
+    assert open_dataset(tmp_path / "set").splits == ("train", "test")
+    with pytest.raises(InputError, match="held_out=3 must be 2, valid and test, or 1"):
+        AmazonSource(tmp_path, "Toys", held_out=3)
+
+
 def test_batches_that_cut_a_sequence_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = AmazonSource(write(tmp_path), "Toys")
     whole = rows(source)

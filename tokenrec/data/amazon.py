@@ -1,7 +1,8 @@
 """Amazon reviews (2014), 5-core, as the sequences that S3-Rec was published with: the next item, leave-one-out.
 
 `NAME.txt` has a line per user, `user item item ...` in the order of time; `NAME_item2attributes.json` maps an item to
-attribute ids (category, brand). A user's last item is test, the one before it valid, all others train.
+attribute ids (category, brand). A user's last item is test, the one before it valid, all others train; or, for the last
+run of a config whose settings are chosen, the one before it is train too.
 
 The files hold no times. The n-th item of a user stands n days after a start that all users share: the order within a
 user is real, hours, gaps and the order between users are not.
@@ -25,7 +26,6 @@ from tokenrec.errors import InputError
 
 START_MS = 1_388_534_400_000  # 2014-01-01 UTC, arbitrary
 DAY_MS = 86_400_000
-HELD_OUT = 2  # items of a user that are valid and test
 ROWS_PER_BATCH = 250_000
 LARGEST_ID = np.iinfo(np.int64).max
 
@@ -34,10 +34,10 @@ class AmazonSource:
     """Review sequences as rows (data/source.py): each is an event and scored, and there is no task.
 
     Every item of a sequence is a row of the catalogue. One that occurs in valid or test alone has the `item_id` that
-    means unknown: it is cold. A user with fewer than three items is train throughout, since nothing would be left to
-    learn from. Items that repeat within a sequence stay.
+    means unknown: it is cold. A user with no more than `held_out` items is train throughout, since nothing would be
+    left to learn from. Items that repeat within a sequence stay.
 
-    `provenance.counts` has `short_users`, those with fewer than three items, and `attributes_cut`, values beyond
+    `provenance.counts` has `short_users`, those from whom nothing is held out, and `attributes_cut`, values beyond
     `attributes`.
 
     Args:
@@ -46,15 +46,18 @@ class AmazonSource:
         `attributes`; its length is the largest number of different attributes of an item.
       attributes: the most that are kept of an item, in the order of the file. Eight keep all of Beauty, where an item
         has at most 6, and all but 31 values of 50,876 of Toys and Games (16).
+      held_out: last items of a user that are not train: 2, valid and test, or 1, test alone.
 
     Raises:
       InputError: a file is missing or does not hold what it should; names file and line.
     """
 
-    def __init__(self, root: Path, name: str, attributes: int = 8) -> None:
+    def __init__(self, root: Path, name: str, attributes: int = 8, held_out: int = 2) -> None:
         if attributes < 1:
             raise InputError(f"attributes={attributes} must be at least 1; remove the file of attributes to have none")
-        root = Path(root)
+        if held_out not in (1, 2):
+            raise InputError(f"held_out={held_out} must be 2, valid and test, or 1, test alone")
+        root, self._held_out = Path(root), held_out
         self._path = root / f"{name}.txt"
         if not self._path.is_file():
             there = ", ".join(sorted(path.stem for path in root.glob("*.txt"))) or "none"
@@ -64,7 +67,7 @@ class AmazonSource:
             )
         described = root / f"{name}_item2attributes.json"
         files = (self._path, described) if described.is_file() else (self._path,)
-        counts = {"short_users": int((np.diff(self._sequences.start) <= HELD_OUT).sum())}
+        counts = {"short_users": int((np.diff(self._sequences.start) <= held_out).sum())}
         features = [Feature("item_id", "categorical", "item")]
         self._attributes: dict[int, list[int]] = {}
         if described in files:
@@ -103,14 +106,16 @@ class AmazonSource:
             row = np.arange(first, min(first + ROWS_PER_BATCH, len(item)))
             owner = np.searchsorted(start, row, side="right") - 1
             position, remaining = row - start[owner], start[owner + 1] - row
-            held_out = np.maximum(1 + HELD_OUT - remaining, 0) * (length[owner] > HELD_OUT)
+            # The last item is test, however many are held out.
+            held_out = np.where(remaining <= self._held_out, len(SPLITS) - remaining, SPLITS.index("train"))
+            held_out *= length[owner] > self._held_out
             yes = np.ones(len(row), bool)
             yield pa.RecordBatch.from_pydict(
                 {
                     "user_id": user[owner],
                     "item_id": item[row],
                     "time_ms": START_MS + DAY_MS * position,
-                    "split": (SPLITS.index("train") + held_out).astype(np.int8),
+                    "split": held_out.astype(np.int8),
                     "event": yes,
                     "scored": yes,
                     "request": np.full(len(row), -1),
