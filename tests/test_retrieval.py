@@ -13,16 +13,17 @@ import pytest
 from tests.walks import ITEMS, STEPS, USERS, prepare_walks, save_codes, walk, walking
 from tests.worlds import mesh_of, one_device
 from tokenrec.__main__ import main
+from tokenrec.baselines import goal_counts
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import batch_shapes, eval_batches, train_batches
 from tokenrec.decode import build_trie
 from tokenrec.errors import InputError
-from tokenrec.evaluate import evaluate_run, finder
+from tokenrec.evaluate import evaluate_run, finder, retrieval_baselines
 from tokenrec.generate import generate
 from tokenrec.models.heads import ItemHead
 from tokenrec.predict import predict_run
 from tokenrec.ranking_metrics import ranks_of
-from tokenrec.retrieval import Answers, summarize
+from tokenrec.retrieval import Answers, find_by_counts, summarize
 from tokenrec.sharding import to_devices
 from tokenrec.state import build_model, init_state, merge
 from tokenrec.step import loss_fn, train_step
@@ -203,6 +204,33 @@ def test_seen_items_are_left_out_if_asked(data):
         assert {int(item) for item, score in zip(items, scores, strict=True) if score == -np.inf} == seen
 
 
+def test_baselines_are_the_popular_items_and_the_users_own(data):
+    config = walking(data, head={"top_k": ITEMS})
+    dataset = open_dataset(data)
+    mesh = one_device()
+    learned = goal_counts(dataset.load("train"), ITEMS, None)
+    assert learned.sum() == USERS * (STEPS - 2)
+    with jax.set_mesh(mesh):
+        host, _ = next(eval_batches(dataset, config.data, "valid"))
+        popular, own = (
+            jax.device_get(find_by_counts(config.head, repeat, jnp.asarray(learned), to_devices(host.batch, mesh)))
+            for repeat in (False, True)
+        )
+        reports = retrieval_baselines(config, dataset, "valid", mesh)
+    order = learned[popular.items]
+    assert (np.diff(order, axis=1) <= 0).all()
+    for items, history in zip(own.items, host.batch.items, strict=True):
+        seen = np.bincount(history[history >= 0], minlength=ITEMS)
+        assert (np.diff(seen[items]) <= 0).all()
+        assert (np.diff(learned[items])[np.diff(seen[items]) == 0] <= 0).all()
+    goals = host.batch.goals[:, 0]
+    scores = np.broadcast_to(learned, (len(goals), ITEMS))
+    assert np.array_equal(popular.ranks, ranks_of(scores, goals))
+    # Eight steps of one or two around twelve items, so that many users have not met the item that comes next.
+    assert reports["popularity"]["retrieval"]["users"] == reports["repeat"]["retrieval"]["users"] == USERS
+    assert reports["repeat"]["retrieval"]["mrr"] != reports["popularity"]["retrieval"]["mrr"]
+
+
 def test_goals_of_one_request_in_several_streams_count_once():
     def answers(user, time, ranks):
         nothing = np.zeros((len(user), 1))
@@ -348,8 +376,9 @@ def test_the_command_line_writes_the_metrics(trained, tmp_path, capsys):
     report = json.loads((tmp_path / "eval.json").read_text())["retrieval"]
     assert {"recall@10", "ndcg@10", "users", "catalogue"} <= report.keys()
     assert "recall@10" in capsys.readouterr().out
-    assert main([*arguments, "--baselines"]) == 2
-    assert "--baselines" in capsys.readouterr().err
+    assert main([*arguments, "--baselines"]) == 0
+    assert {"popularity", "repeat"} == json.loads((tmp_path / "eval.json").read_text())["baselines"].keys()
+    assert "popularity" in capsys.readouterr().out
 
 
 def test_semantic_ids_that_lack_an_item_are_refused(data, codes, tmp_path):

@@ -104,6 +104,12 @@ def baselines(train: Log, log: Log, tasks: Sequence[int]) -> dict[str, np.ndarra
     return result
 
 
+def goal_counts(train: Log, items: int, task: int | None) -> np.ndarray:
+    """How often each item is what a retrieval run learns to say, a positive of `task` if there is one: `[items]`."""
+    learned = (train.flags & LEARNED > 0) if task is None else _learned(train, task) & (train.labels[:, task] > 0)
+    return np.bincount(train.item[learned], minlength=items).astype(np.float32)
+
+
 def _learned(log: Log, task: int) -> np.ndarray:
     return (log.flags & LEARNED > 0) & (log.labels[:, task] >= 0)
 

@@ -12,18 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec.baselines import baselines as baseline_probabilities
+from tokenrec.baselines import goal_counts
 from tokenrec.config import Config
 from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.log import SCORED
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.decode import build_trie
-from tokenrec.errors import InputError
 from tokenrec.generate import compiled_generate_step
 from tokenrec.metrics import ScoreStore, group_codes
-from tokenrec.retrieval import Found, find_split, find_step, summarize
+from tokenrec.retrieval import Found, find_by_counts, find_split, find_step, summarize
 from tokenrec.run import load_run_config, open_run
-from tokenrec.sharding import make_mesh, to_devices
+from tokenrec.sharding import RULES, make_mesh, to_devices
 from tokenrec.state import Model, TrainState
 from tokenrec.step import eval_step
 
@@ -61,7 +61,7 @@ def assessor(model: Model, dataset: Dataset, mesh: Mesh) -> Callable[..., dict[s
     if config.data.objective == "retrieval":
         find = finder(model, dataset)
         return lambda state, split, limit=0: summarize(
-            find_split(find, state, config, dataset, split, mesh, limit=limit), model.schema.items
+            find_split(functools.partial(find, state), config, dataset, split, mesh, limit=limit), model.schema.items
         )
     step = compiled_eval_step(model)
     return lambda state, split, limit=0: evaluate(
@@ -103,9 +103,9 @@ def evaluate_run(
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
         if config.data.objective == "retrieval":
-            if baselines:
-                raise InputError("--baselines are those of ranking, and the run retrieves; leave it out")
             found = assessor(run.model, run.dataset, mesh)(run.state, split, limit)
+            if baselines:
+                found["baselines"] = retrieval_baselines(run.model.config, run.dataset, split, mesh, limit=limit)
             return {"split": split, "step": run.step, "checkpoint": checkpoint} | found
         rows: list[np.ndarray] = []
 
@@ -136,4 +136,22 @@ def evaluate_baselines(dataset: Dataset, split: str, tasks: tuple[str, ...], row
         store = ScoreStore(tasks)
         store.append(labels, probabilities[at].astype(np.float32), users)
         found[name] = store.summarize()
+    return found
+
+
+def retrieval_baselines(
+    config: Config, dataset: Dataset, split: str, mesh: Mesh, *, limit: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Metrics of "popularity", and of "repeat", the user's own items before the popular ones, on the requests of a
+    split. Call it under the mesh.
+    """
+    known = [task.name for task in dataset.schema.tasks]
+    task = known.index(config.data.positive) if config.data.positive else None
+    counts = goal_counts(dataset.load("train"), dataset.schema.items, task)
+    learned = jax.device_put(counts, jax.NamedSharding(mesh, RULES(None)))
+    found = {}
+    for name, repeat in (("popularity", False), ("repeat", True)):
+        find = functools.partial(jax.jit(functools.partial(find_by_counts, config.head, repeat)), learned)
+        answers = find_split(find, config, dataset, split, mesh, limit=limit)
+        found[name] = summarize(answers, dataset.schema.items)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,9 +52,9 @@ def predict_run(workdir: Path, split: str, checkpoint: str, data: Path | None, o
 
 def _tables(run: Run, config: Config, split: str, mesh: Mesh) -> Iterator[pa.Table]:
     if config.data.objective == "retrieval":
-        find = finder(run.model, run.dataset)
+        find = functools.partial(finder(run.model, run.dataset), run.state)
         before: set[tuple[object, int]] = set()
-        for answers in find_split(find, run.state, config, run.dataset, split, mesh):
+        for answers in find_split(find, config, run.dataset, split, mesh):
             # A request with many goals takes several streams, whose answers are the same.
             asked = list(zip(answers.user_id.tolist(), answers.time.tolist(), strict=True))
             new = [n for n, request in enumerate(asked) if request not in before and request not in asked[:n]]

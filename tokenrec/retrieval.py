@@ -6,14 +6,14 @@ The full catalogue is ranked, never a sample of it (Krichene and Rendle, KDD 202
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tokenrec.config import Config
+from tokenrec.config import Config, HeadConfig
 from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
@@ -52,18 +52,31 @@ class Answers(NamedTuple):
 
 def find_step(model: Model, state: TrainState, batch: Batch) -> Found:
     """Every item of the catalogue scored, for a head "next_item"."""
-    config = model.config.head
     unique = model.embedder.unique(batch)
     rows = model.embedder.gather(state.tables, unique)
     entities = model.embedder.entities(rows, model.embedder.inverses(batch, unique), batch)
     module = merge(model, state.params)
     assert isinstance(module.head, ItemHead)
     h = module(entities, batch, None)
-    scores = module.head.scores(h, _vectors(model, module.head, state))[:, 0]
-    if config.drop_seen:
-        scores = _without_seen(scores, batch.items)
-    count = min(config.top_k, model.schema.items)
-    values, items = jax.lax.top_k(scores, count)
+    return _best(module.head.scores(h, _vectors(model, module.head, state))[:, 0], batch, model.config.head)
+
+
+def find_by_counts(head: HeadConfig, repeat: bool, learned: jax.Array, batch: Batch) -> Found:
+    """What a model has to beat: the items that most goals of train are, `learned: [V] float32`, for everyone; with
+    `repeat`, those that are most often in the user's own history first.
+
+    Needs no model: `head` says how many items are returned, and whether seen ones are left out.
+    """
+    shares = learned / (jnp.max(learned) + 1)  # below one event of the user's own
+    spec = RULES("batch", None)
+    scores = jnp.broadcast_to(shares, (batch.items.shape[0], *shares.shape), out_sharding=spec)
+    return _best(_at_items(scores, batch.items, "add", 1.0) if repeat else scores, batch, head)
+
+
+def _best(scores: jax.Array, batch: Batch, head: HeadConfig) -> Found:
+    if head.drop_seen:
+        scores = _at_items(scores, batch.items, "set", -jnp.inf)
+    values, items = jax.lax.top_k(scores, min(head.top_k, scores.shape[1]))
     return Found(items.astype(jnp.int32), values, _ranks(scores, batch.goals[:, 0]))
 
 
@@ -78,13 +91,13 @@ def _vectors(model: Model, head: ItemHead, state: TrainState) -> jax.Array:
     raise AssertionError("a sampled softmax has a table of items")
 
 
-def _without_seen(scores: jax.Array, items: jax.Array) -> jax.Array:
-    """`[B, V]` with the items of the history, `[B, T]`, at the bottom."""
+def _at_items(scores: jax.Array, items: jax.Array, how: Literal["set", "add"], value: float) -> jax.Array:
+    """`[B, V]` with `value` set or added, once per event, at the items of the history, `[B, T]`."""
 
     def local(scores: jax.Array, items: jax.Array) -> jax.Array:
         row = jnp.arange(scores.shape[0])[:, None]
         # -1, no event, would count from the end.
-        return scores.at[row, jnp.where(items < 0, scores.shape[1], items)].set(-jnp.inf, mode="drop")
+        return getattr(scores.at[row, jnp.where(items < 0, scores.shape[1], items)], how)(value, mode="drop")
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -107,8 +120,7 @@ def _ranks(scores: jax.Array, goals: jax.Array) -> jax.Array:
 
 
 def find_split(
-    step: Callable[[TrainState, Batch], Found],
-    state: TrainState,
+    step: Callable[[Batch], Found],
     config: Config,
     dataset: Dataset,
     split: str,
@@ -118,7 +130,7 @@ def find_split(
 ) -> Iterator[Answers]:
     """Answers to every request of a split, or to `limit` requests spread evenly over it, batch by batch."""
     for host, who in eval_batches(dataset, config.data, split, limit=limit):
-        found = jax.device_get(step(state, to_devices(host.batch, mesh)))
+        found = jax.device_get(step(to_devices(host.batch, mesh)))
         rows = host.rows[:, 0]
         asked = rows[:, 0] >= 0  # goals fill from the left
         # `who` names every goal; a request has the user and time of its first.
