@@ -89,10 +89,24 @@ def run_arm(config_text: str, workdir: Path) -> dict[str, Any]:
         "metrics": quality(report),
         "report": report,
     }
-    partial = workdir / f"{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(workdir / RECORD)
+    write_whole(workdir / RECORD, record)
     return record
+
+
+def write_whole(path: Path, value: Any) -> None:
+    """Writes JSON that is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)
+
+
+def baseline_metrics(workdir: Path) -> dict[str, dict[str, float | None]]:
+    """The metrics of what needs no model, by name, on the requests that the run in `workdir` was evaluated on."""
+    kept = workdir / "baselines.json"
+    if not kept.is_file():
+        report = evaluate_run(workdir, "valid", "latest", None, baselines=True, limit=EVALUATED)
+        write_whole(kept, {name: quality(found) for name, found in report["baselines"].items()})
+    return json.loads(kept.read_text())
 
 
 def prompt_tokens(config: Config) -> int:
@@ -168,8 +182,10 @@ def measured(config: Config, workdir: Path) -> dict[str, Any]:
         return pool.submit(run_arm, text, workdir).result()
 
 
-def table_rows(records: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row per arm: costs are means over seeds, metrics mean and sample deviation."""
+def table_rows(
+    records: dict[str, list[dict[str, Any]]], baselines: dict[str, dict[str, float | None]]
+) -> list[dict[str, Any]]:
+    """A row per arm: costs are means over seeds, metrics mean and sample deviation. Then a row per baseline."""
     rows = []
     for arm, of_arm in records.items():
         row: dict[str, Any] = {"arm": arm, "seeds": len(of_arm)}
@@ -177,6 +193,8 @@ def table_rows(records: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]
         for metric in of_arm[0]["metrics"]:
             row[metric] = _spread([record["metrics"][metric] for record in of_arm])
         rows.append(row)
+    for name, metrics in baselines.items():
+        rows.append({"arm": f"({name})"} | {metric: _spread([value]) for metric, value in metrics.items()})
     return rows
 
 
@@ -214,7 +232,12 @@ def _spread(values: Sequence[float | None], sign: str = "") -> str:
     return f"{array.mean():{sign}.4f}" + (f" ± {array.std(ddof=1):.4f}" if len(array) > 1 else "")
 
 
-def write_page(stem: Path, flags: argparse.Namespace, records: dict[str, list[dict[str, Any]]]) -> None:
+def write_page(
+    stem: Path,
+    flags: argparse.Namespace,
+    records: dict[str, list[dict[str, Any]]],
+    baselines: dict[str, dict[str, float | None]],
+) -> None:
     """The table, the ratios to soft tokens, and what the arms are."""
     params = {
         "events": flags.events,
@@ -228,9 +251,8 @@ def write_page(stem: Path, flags: argparse.Namespace, records: dict[str, list[di
     words += ["--semantic-ids IDS"] if flags.semantic_ids else []
     words += [f"--work DIR --seeds {' '.join(map(str, flags.seeds))}", f"--arms {' '.join(flags.arms)}"]
     words += [f"--requests {flags.requests} --events {flags.events}"]
-    write_result(
-        stem, table_rows(records), params, " ".join(words), title=f"{TITLES[flags.task]}: soft tokens and text"
-    )
+    title = f"{TITLES[flags.task]}: soft tokens and text"
+    write_result(stem, table_rows(records, baselines), params, " ".join(words), title=title)
     ratios = ratio_rows(records)
     page = ["", "## Against soft", "", markdown_table(ratios)] if ratios else []
     page += ["", "## The arms", "", *(f"- `{arm}`: {ARMS[arm].what}." for arm in records), "", *notes(flags.task)]
@@ -252,6 +274,7 @@ def notes(task: str) -> list[str]:
         "An arm reads no feature that it does not use.",
         "- The time of a step is the median over the run's log. Peak memory is that of the arm's process with its "
         "data; temporaries are those of the compiled step alone.",
+        "- In brackets, what needs no model and counts the whole training split (`tokenrec evaluate --baselines`).",
         *([] if TASKS[task].positive else ablations),
     ]
 
@@ -298,7 +321,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{flags.task} {arm} seed {seed}: {config.optim.steps:,} steps", file=sys.stderr, flush=True)
             records[arm].append(measured(config, flags.work / flags.task / f"{arm}_seed{seed}"))
     stem = flags.out or RESULTS / f"soft_tokens_{flags.task}"
-    write_page(stem, flags, records)
+    first = flags.work / flags.task / f"{flags.arms[0]}_seed{flags.seeds[0]}"
+    write_page(stem, flags, records, baseline_metrics(first))
     print(stem.with_name(stem.name + ".md").read_text())
 
 
