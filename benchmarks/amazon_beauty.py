@@ -23,12 +23,14 @@ import jax
 import numpy as np
 
 from benchmarks.report import run_script, write_result
+from tokenrec.config import to_json
 from tokenrec.data.amazon import AmazonSource
 from tokenrec.data.prepare import prepare
 from tokenrec.data.schema import SCHEMA_FILE
+from tokenrec.errors import InputError
 from tokenrec.evaluate import assessor
 from tokenrec.flags import load_config
-from tokenrec.run import load_run_config, open_run
+from tokenrec.run import CONFIG_FILE, load_run_config, open_run
 from tokenrec.semantic_ids.build import build_semantic_ids
 from tokenrec.semantic_ids.codes import SEMANTIC_IDS
 from tokenrec.sharding import make_mesh
@@ -59,9 +61,6 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
     """Trains one seed on the data set `data`, unless it is done; returns its record, kept in `result.json`."""
     workdir = runs / f"{name}_seed{seed}"
     kept = workdir / "result.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
-    began, fresh = cpu_seconds(), not workdir.exists()
     file, held_out = CONFIGS[name]
     config = load_config(file, [f"seed={seed}"])
     config.data.path = str(data)
@@ -70,6 +69,11 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
     if held_out == 1:
         # Test is looked at once, after the last step.
         config.train = dataclasses.replace(config.train, eval_split="test", eval_every=0, eval_samples=0)
+    if kept.is_file():
+        if json.loads((workdir / CONFIG_FILE).read_text()) != json.loads(to_json(config)):
+            raise InputError(f"runs: '{workdir}' was trained with other settings; give another --runs, or move it away")
+        return json.loads(kept.read_text())
+    began, fresh = cpu_seconds(), not workdir.exists()
     summary = train(config, workdir)
     trained = cpu_seconds()
     record = {"config": name, "seed": seed, "step": summary["step"], "best_step": summary["best_step"]}

@@ -55,11 +55,15 @@ def run_maps(workdir: Path, data: Path | None, split: str, requests: int) -> Map
     with jax.set_mesh(mesh):
         run = open_run(workdir, "latest", data)
         asked = dataclasses.replace(config.data, eval_batch_size=requests, buckets=())
-        host = next(iter(eval_batches(run.dataset, asked, split, limit=requests)))[0]
         attend = jax.jit(functools.partial(batch_attention, run.model))
-        weights, valid = jax.device_get(attend(run.state, to_devices(host.batch, mesh)))
-        layout = batch_layout(run.model.config, run.model.schema, run.model.literals, host.batch)
-    return Maps(weights, layout, valid, host.rows[:, 0], run.step)
+        found = []
+        for host, _ in eval_batches(run.dataset, asked, split, limit=requests):
+            weights, valid = jax.device_get(attend(run.state, to_devices(host.batch, mesh)))
+            asks = host.rows[:, 0] >= 0
+            found.append((*(of_layer[asks] for of_layer in weights), valid[asks], host.rows[asks, 0]))
+            layout = batch_layout(run.model.config, run.model.schema, run.model.literals, host.batch)
+    *weights, valid, rows = (np.concatenate(part) for part in zip(*found, strict=True))
+    return Maps(tuple(weights), layout, valid, rows, run.step)
 
 
 def mass_rows(name: str, maps: Maps) -> list[dict[str, Any]]:

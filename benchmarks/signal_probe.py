@@ -68,6 +68,8 @@ def read_events(workdir: Path, data: Path | None, split: str, requests: int) -> 
     config = load_run_config(workdir, data)
     if not config.tokens.fused or "history" in config.tokens.text:
         raise InputError(f"workdir '{workdir}': its events are not one soft token each; give a run with fused events")
+    if config.data.objective == "retrieval" and config.head.retrieval == "next_item" and config.head.tied:
+        raise InputError(f"workdir '{workdir}': item vectors are added to its events (head.tied); give one without")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = open_run(workdir, "latest", data)

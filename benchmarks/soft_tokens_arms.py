@@ -119,7 +119,11 @@ AS_TEXT: dict[str, Choice] = {"user": "all", "history": "text", "query": "all", 
 ARMS = {
     "soft": Arm("one soft token per user, event, query and candidate, each made of all of its features"),
     "text": Arm("user, history, query and candidate written as discrete tokens, not cut", AS_TEXT),
-    "text_budget": Arm("text, its history cut from the left to as many tokens as soft has", AS_TEXT, capped=True),
+    "text_budget": Arm(
+        "text, its history cut from the left to as many tokens as that of soft; the rest is written whole",
+        AS_TEXT,
+        capped=True,
+    ),
     "text_flops": Arm("text that ends when it has spent the FLOPs of soft", AS_TEXT, horizon="flops of soft"),
     "soft_flops": Arm("soft that goes on until it has spent the FLOPs of text", horizon="flops of text"),
     "soft_same_features": Arm(

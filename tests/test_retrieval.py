@@ -201,7 +201,8 @@ def test_seen_items_are_left_out_if_asked(data):
         found = jax.device_get(finder(model, dataset)(init_state(model, 0), to_devices(host.batch, mesh)))
     for items, scores, history in zip(found.items, found.scores, host.batch.items, strict=True):
         seen = set(history[history >= 0].tolist())
-        assert {int(item) for item, score in zip(items, scores, strict=True) if score == -np.inf} == seen
+        assert set(items[scores > -np.inf].tolist()) == set(range(ITEMS)) - seen
+        assert (items[scores == -np.inf] == -1).all()
 
 
 def test_baselines_are_the_popular_items_and_the_users_own(data):
@@ -232,15 +233,27 @@ def test_baselines_are_the_popular_items_and_the_users_own(data):
 
 
 def test_goals_of_one_request_in_several_streams_count_once():
-    def answers(user, time, ranks):
+    def answers(user, time, ranks, goals):
         nothing = np.zeros((len(user), 1))
-        return Answers(np.array(user), np.array(time), nothing, nothing > 0, nothing, np.array(ranks, float))
+        ranks = np.array(ranks, float)
+        return Answers(np.array(user), np.array(time), nothing, nothing > 0, nothing, ranks, np.array(goals))
 
-    parts = [answers([5, 5], [1, 1], [[1, 20], [12, 0]]), answers([5, 9], [2, 1], [[3, 0], [np.inf, 0]])]
+    parts = [
+        # Item 4 stands in the request twice, as in two lines of a basket.
+        answers([5, 5], [1, 1], [[1, 20], [12, 1]], [[4, 7], [8, 4]]),
+        answers([5, 9], [2, 1], [[3, 0], [np.inf, 0]], [[4, -1], [6, -1]]),
+    ]
     found = summarize(iter(parts), 100)["retrieval"]
     assert (found["users"], found["requests"], found["catalogue"]) == (2, 3, 100)
     assert found["recall@10"] == pytest.approx((1 / 3 + 1 + 0) / 3)
     assert found["mrr"] == pytest.approx((1 + 1 / 3 + 0) / 3)
+
+
+def test_metrics_that_look_further_than_the_answers_are_not_given():
+    one = np.array([[3.0]])
+    answer = Answers(np.array([5]), np.array([1]), one, one > 0, one, one, np.array([[4]]))
+    found = summarize(iter([answer]), 100, listed=20)["retrieval"]
+    assert (found["recall@10"], found["recall@50"], found["ndcg@50"]) == (1.0, None, None)
 
 
 def code_config(data, codes, **options):
@@ -302,6 +315,34 @@ def test_codes_of_one_goal_move_no_other_read_out(data, codes):
     moved = np.abs(a - b).max(axis=(0, 2)) > 0
     assert moved.any()
     assert (layout.candidate[layout.readout][moved] == 4).all()
+
+
+@pytest.mark.parametrize("kind", ["full", "sampled", "codes"])
+def test_no_read_out_sees_what_comes_after_its_event(data, codes, kind):
+    """The next event is the goal, so that codes beside an event must not see it either."""
+    config = (
+        code_config(data, codes) if kind == "codes" else walking(data, head={"negatives": 16 * (kind == "sampled")})
+    )
+    dataset, model = opened(config)
+    mesh, later = one_device(), np.arange(8) >= 5
+    batch = first_batch(dataset, config).batch
+    assert batch.valid[:, 4:6].all(axis=1).any()
+
+    def changed(signals):
+        return signals._replace(ids=np.where(later[:, None], np.roll(signals.ids, 1, axis=0), signals.ids))
+
+    other = batch._replace(
+        state=changed(batch.state),
+        action=changed(batch.action),
+        items=np.where(later, np.roll(batch.items, 1, axis=0), batch.items),
+    )
+    with jax.set_mesh(mesh):
+        state = init_state(model, 0)
+        read = jax.jit(read_outs, static_argnums=0)
+        a, b = (np.asarray(read(model, state, to_devices(x, mesh))) for x in (batch, other))
+    layout = model.layout(8)
+    moved = np.abs(a - b).max(axis=(0, 2)) > 0
+    assert np.array_equal(moved, layout.event[layout.readout] >= 5)
 
 
 @pytest.mark.parametrize("kind", ["full", "sampled", "codes"])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.ops.cases import continued
 from tokenrec.errors import InputError
 from tokenrec.hlo import Collective, read_program, ring_bytes
 from tokenrec.ops.pattern import Pattern, causal_pattern
@@ -35,6 +36,7 @@ def layouts():
     yield build_layout(user_tokens=3, events=10, fused=False, candidates=1, target_tokens=1)
     yield build_layout(user_tokens=2, events=9, fused=True, candidates=4, target_tokens=2)
     yield build_layout(user_tokens=0, events=12, fused=False, candidates=0, target_tokens=1)
+    yield continued(events=11)[0]
 
 
 def patterns():

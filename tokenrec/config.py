@@ -76,8 +76,8 @@ class TokensConfig:
       history_cap: most tokens of the history, cut from the left; 0 cuts nothing.
       compression: of the events before the newest `recent` ones: "mlp" over time makes `compressed` tokens of them,
         "attention" pooling one token per `group` of events.
-      random_tokens: tokens of makers stay as they are made at the start and nothing in them is trained: the control
-        that tells what the signals in them are worth.
+      random_tokens: tokens of makers stay as they are made at the start, and nothing before the backbone is trained:
+        the control that tells what the signals in them are worth.
       embedding_dim: width of the rows of every table not named in `embedding_dims`.
       embedding_dims: table name -> width.
       user_tokens: N tokens of one maker over all user features; 0 makes one token per static field.
@@ -158,11 +158,12 @@ class HeadConfig:
         level after level.
       negatives: next_item: items drawn per step for a sampled softmax, the item table lying among the row-wise
         tables; 0 is the full softmax, the item table being a dense weight.
-      tied: an event's token gets the output vector of its item added; next_item.
+      tied: next_item: an event's token gets the output vector of its item added; semantic_id: codes are read in with
+        the vectors that they are scored against.
       cosine: next_item: both sides of the score are brought to length 1 first.
       temperature: of the score.
-      beams: width of the beam search over semantic ids.
-      top_k: items that `predict` writes per request, and that evaluation of semantic ids looks at.
+      beams: width of the beam search over semantic ids; metrics that look at more items are not given.
+      top_k: items that `predict` writes per request.
       drop_seen: leave out the items of the request's own history when ranking the catalogue.
     """
 

@@ -60,8 +60,11 @@ def assessor(model: Model, dataset: Dataset, mesh: Mesh) -> Callable[..., dict[s
     config = model.config
     if config.data.objective == "retrieval":
         find = finder(model, dataset)
+        listed = config.head.beams if config.head.retrieval == "semantic_id" else None
         return lambda state, split, limit=0: summarize(
-            find_split(functools.partial(find, state), config, dataset, split, mesh, limit=limit), model.schema.items
+            find_split(functools.partial(find, state), config, dataset, split, mesh, limit=limit),
+            model.schema.items,
+            listed=listed,
         )
     step = compiled_eval_step(model)
     return lambda state, split, limit=0: evaluate(

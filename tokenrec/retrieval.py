@@ -39,7 +39,8 @@ class Found(NamedTuple):
 
 class Answers(NamedTuple):
     """Answers on the host, n requests. `user_id: [n]`, `time: [n] int64` ms, `items: [n, k]`, original ids and
-    `exists: [n, k]` which of them are there; `scores: [n, k]`, `ranks: [n, P]`.
+    `exists: [n, k]` which of them are there; `scores: [n, k]`; `ranks: [n, P]` of the goals, `goals: [n, P]`, which
+    are rows of the catalogue.
     """
 
     user_id: np.ndarray
@@ -48,6 +49,7 @@ class Answers(NamedTuple):
     exists: np.ndarray
     scores: np.ndarray
     ranks: np.ndarray
+    goals: np.ndarray
 
 
 def find_step(model: Model, state: TrainState, batch: Batch) -> Found:
@@ -77,6 +79,7 @@ def _best(scores: jax.Array, batch: Batch, head: HeadConfig) -> Found:
     if head.drop_seen:
         scores = _at_items(scores, batch.items, "set", -jnp.inf)
     values, items = jax.lax.top_k(scores, min(head.top_k, scores.shape[1]))
+    items = jnp.where(values > -jnp.inf, items, -1)
     return Found(items.astype(jnp.int32), values, _ranks(scores, batch.goals[:, 0]))
 
 
@@ -107,7 +110,9 @@ def _at_items(scores: jax.Array, items: jax.Array, how: Literal["set", "add"], v
 
 
 def _ranks(scores: jax.Array, goals: jax.Array) -> jax.Array:
-    """Ranks `[B, P]` of `goals: [B, P]` among `scores: [B, V]`; equal scores share the mean of their ranks."""
+    """Ranks `[B, P]` of `goals: [B, P]` among `scores: [B, V]`; equal scores share the mean of their ranks, and what
+    is left out (-inf) has none.
+    """
     ranks = []
     for p in range(goals.shape[1]):  # one at a time: [B, P, V] need not fit in memory
         goal = goals[:, p : p + 1]
@@ -115,6 +120,7 @@ def _ranks(scores: jax.Array, goals: jax.Array) -> jax.Array:
         own = jnp.sum(jnp.where(jnp.arange(scores.shape[1]) == goal, scores, 0), axis=1, keepdims=True)
         higher = jnp.sum(scores > own, axis=1)
         rank = higher + (jnp.sum(scores == own, axis=1) + 1) / 2
+        rank = jnp.where(own[:, 0] > -jnp.inf, rank, jnp.inf)
         ranks.append(jnp.where(goal[:, 0] < 0, 0.0, rank))
     return jnp.stack(ranks, axis=1)
 
@@ -143,37 +149,44 @@ def find_split(
             items >= 0,
             found.scores[asked],
             found.ranks[asked],
+            np.asarray(host.batch.goals)[asked, 0],
         )
 
 
-def summarize(answers: Iterator[Answers], catalogue: int) -> dict[str, Any]:
+def summarize(answers: Iterator[Answers], catalogue: int, *, listed: int | None = None) -> dict[str, Any]:
     """`{"retrieval": {"recall@k", "ndcg@k", "mrr", "users", "requests", "catalogue"}}`, k in 1, 5, 10, 50.
 
-    Goals of one user at one time are one request, however many streams they took. Metrics that no request has are None.
+    Goals of one user at one time are one request, however many streams they took, and an item counts once. None:
+    metrics that no request has, or that look further than the `listed` items of an answer (None: the whole catalogue);
+    the mean reciprocal rank takes what is not listed for 0.
     """
-    parts = [(a.user_id, a.time, a.ranks) for a in answers]
+    parts = [(a.user_id, a.time, a.ranks, a.goals) for a in answers]
     if not parts:
         nothing = {f"{name}@{k}": None for k in CUTOFFS for name in ("recall", "ndcg")}
         return {"retrieval": nothing | {"mrr": None, "users": 0, "requests": 0, "catalogue": catalogue}}
-    user, time, ranks = (np.concatenate(part) for part in zip(*parts, strict=True))
+    user, time, ranks, goals = (np.concatenate(part) for part in zip(*parts, strict=True))
     codes = group_codes(user)
-    ranks = _by_request(codes, time, ranks)
+    ranks = _by_request(codes, time, ranks, goals)
     metrics: dict[str, Any] = {}
     for k in CUTOFFS:
-        metrics |= {f"recall@{k}": recall_at(ranks, k), f"ndcg@{k}": ndcg_at(ranks, k)}
+        known = listed is None or k <= listed
+        metrics[f"recall@{k}"] = recall_at(ranks, k) if known else None
+        metrics[f"ndcg@{k}"] = ndcg_at(ranks, k) if known else None
     counts = {"users": len(np.unique(codes)), "requests": len(ranks), "catalogue": catalogue}
     return {"retrieval": metrics | {"mrr": mrr(ranks)} | counts}
 
 
-def _by_request(user: np.ndarray, time: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """`[n, P]` ranks of streams -> `[requests, most goals]`, 0 fills."""
+def _by_request(user: np.ndarray, time: np.ndarray, ranks: np.ndarray, goals: np.ndarray) -> np.ndarray:
+    """`[n, P]` ranks of the goals of streams -> `[requests, most distinct goals]`, 0 fills."""
     order = np.lexsort((time, user))
-    user, time, ranks = user[order], time[order], ranks[order]
+    user, time, ranks, goals = user[order], time[order], ranks[order], goals[order]
     opens = np.ones(len(user), bool)
     opens[1:] = (user[1:] != user[:-1]) | (time[1:] != time[:-1])
     request = np.cumsum(opens) - 1
     row, column = np.nonzero(ranks)
-    of = request[row]
+    # An item that two lines of a basket name is one goal.
+    of, first = np.unique(np.stack([request[row], goals[row, column]]), axis=1, return_index=True)
+    of, row, column = of[0], row[first], column[first]
     place = np.arange(len(of)) - np.searchsorted(of, of)
     out = np.zeros((int(opens.sum()), int(place.max(initial=0)) + 1), np.float64)
     out[of, place] = ranks[row, column]

@@ -90,8 +90,9 @@ def visible_pairs(pattern: Pattern, window: int | None) -> int:
             place = np.sort(key.index[some] + (key.candidate[some] * span if own else 0))
             by = seeing & (query.candidate >= 0) if own else seeing
             start = query.candidate[by] * span if own else 0
-            high = np.searchsorted(place, start + query.reach[by], side="right")
-            total += int((high - np.searchsorted(place, start + low[by], side="right")).sum())
+            last = (query.index if own else query.reach)[by]
+            high = np.searchsorted(place, start + last, side="right")
+            total += int((high - np.searchsorted(place, start + np.minimum(low[by], last), side="right")).sum())
     return total
 
 

@@ -75,8 +75,8 @@ def check_schema(schema: Schema, workdir: Path) -> None:
     path = workdir / SCHEMA_FILE
     if path.read_text() != _schema_text(schema):
         raise InputError(
-            f"the data set has another schema, vocabulary size or normalisation than the one this run was trained on "
-            f"('{path}'); give --data the folder it was trained on"
+            f"the data set has another schema, vocabulary size, normalisation or semantic ids than the one this run "
+            f"was trained on ('{path}'); give --data the folder it was trained on, and data.semantic_ids its file"
         )
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tokenrec.config import Config, data_directory
 from tokenrec.data.schema import Schema
 from tokenrec.data.tokenizer import encode_text, load_tokenizer
+from tokenrec.errors import InputError
 from tokenrec.models.recommender import Literals, Recommender, stream_layout
 from tokenrec.ops.layers import draw
 from tokenrec.ops.lookup import RowsState
@@ -66,9 +68,24 @@ def build_model(config: Config, schema: Schema, tasks: tuple[str, ...]) -> Model
     """The model of a config on a data set; `schema` is without the excluded features.
 
     Raises:
-      InputError: the prompt has literal text, and the data set no tokenizer.
+      InputError: the prompt has literal text, and the data set no tokenizer; or the last window holds no event.
     """
-    return Model(config, schema, tasks, Embedder.build(schema, config), prompt_literals(config))
+    model = Model(config, schema, tasks, Embedder.build(schema, config), prompt_literals(config))
+    _check_window(model)
+    return model
+
+
+def _check_window(model: Model) -> None:
+    """How many rows a candidate has, a title's words among them, is known once the data set is."""
+    config = model.config
+    if config.data.objective != "ranking" or config.data.paradigm != "nio" or not config.model.windows:
+        return
+    own = int(np.sum(model.layout(config.data.events, candidates=1).candidate == 0))
+    if config.model.windows[-1] <= own + 1:
+        raise InputError(
+            f"model.windows[-1]={config.model.windows[-1]} holds no event: a candidate of this prompt has {own} "
+            f"tokens; use at least {own + 2}, or drop the window"
+        )
 
 
 def prompt_literals(config: Config) -> Literals:

@@ -18,6 +18,7 @@ from tokenrec.state import Model, TrainState, merge
 from tokenrec.tokens.embed import ITEM_ROWS, Entity, samples_items
 
 Inverses = dict[str, dict[str, jax.Array]]
+TRAINED = ("backbone/", "head/")  # weights that random tokens leave to be trained
 
 
 class Metrics(NamedTuple):
@@ -149,6 +150,9 @@ def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainStat
     dense, by_row = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), (dense, by_row))
 
     updates, dense_state = dense_optimizer(optim).update(dense, state.opt_state["dense"], state.params)
+    if model.config.tokens.random_tokens:
+        # Weight decay would move what has no gradient.
+        updates = {name: u if name.startswith(TRAINED) else jnp.zeros_like(u) for name, u in updates.items()}
     params = jax.tree.map(lambda w, u: jnp.where(finite, w + u, w), state.params, updates)
     dense_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), dense_state, state.opt_state["dense"])
     rate = schedule(optim, optim.table_learning_rate)(state.step)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from tokenrec.config import Config
 from tokenrec.errors import InputError, suggest
-from tokenrec.tokens.prompt import ENTITIES, parse_prompt
+from tokenrec.tokens.prompt import ENTITIES, default_prompt, parse_prompt
 
 
 def validate(config: Config) -> Config:
@@ -147,6 +147,13 @@ def _of_uc(c: Config) -> Iterator[str]:
         yield f"model.prefix='{c.model.prefix}' with data.paradigm='uc' shows later events; use 'causal'"
     if c.tokens.history_cap:
         yield f"tokens.history_cap={c.tokens.history_cap} is for data.paradigm='nio'; lower data.events instead"
+    if "query" in c.tokens.prompt:
+        yield "tokens.prompt holds 'query' with data.paradigm='uc': a user stream has no one request; leave it out"
+    if not ranking and "history" in c.tokens.text:
+        yield (
+            "tokens.text['history'] with data.paradigm='uc': every event is read out at its one token; leave it soft, "
+            "or use data.paradigm='nio'"
+        )
 
 
 def _of_prompt(c: Config) -> Iterator[str]:
@@ -155,10 +162,16 @@ def _of_prompt(c: Config) -> Iterator[str]:
     except InputError as error:
         yield str(error)
         return
+    kinds = {segment.kind for segment in segments}
     for field, named in (("text", c.tokens.text), ("soft", c.tokens.soft)):
         for entity, features in named.items():
             if entity not in ENTITIES:
                 yield f"tokens.{field} names '{entity}'{suggest(entity, ENTITIES)}"
+            elif entity not in kinds:
+                yield (
+                    f"tokens.{field} names '{entity}', and tokens.prompt={c.tokens.prompt or default_prompt(c)} holds "
+                    "none; leave it out, or add the segment"
+                )
             elif not features:
                 yield f"tokens.{field}['{entity}'] is empty; name features, or leave the entity out, which is soft"
     for entity in c.tokens.text.keys() & c.tokens.soft.keys():
@@ -179,8 +192,10 @@ def _of_prompt(c: Config) -> Iterator[str]:
             yield f"tokens.compressed={c.tokens.compressed} is more than the {older} older events; lower it"
         if c.tokens.history_cap:
             yield "tokens.history_cap cuts the same events that tokens.compression keeps; use one of them"
-    if c.model.prefix == "bidirectional" and not any(segment.kind == "history" for segment in segments):
-        yield "model.prefix='bidirectional' without a history in tokens.prompt"
+    if c.model.prefix == "bidirectional" and len(c.model.windows) == c.model.layers:
+        yield "model.prefix='bidirectional' is of full layers, and every layer has a window; drop some of model.windows"
+    if c.tokens.random_tokens and c.data.objective == "retrieval" and c.head.retrieval == "next_item" and c.head.tied:
+        yield "tokens.random_tokens with head.tied=True: trained item vectors would be added to events; use tied=False"
 
 
 def _of_retrieval(c: Config) -> Iterator[str]:

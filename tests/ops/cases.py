@@ -29,7 +29,7 @@ def continued(*, events: int) -> tuple[Layout, jax.Array]:
     shared = [Part.of("user", 3), Part.of("sep", 1), history_part(events=events, fused=True)]
     layout = lay_out(shared, [Part.of("code", 3)], events=events, candidates=events, read="events")
     real = np.arange(events)[None] >= np.array([[events // 3], [events - 3]])
-    return layout, layout.valid(jnp.asarray(real), None)
+    return layout, layout.valid(jnp.asarray(real), jnp.asarray(real))
 
 
 def layers(layout: Layout, *, every_row: bool = False) -> list[tuple[Pattern, int | None]]:

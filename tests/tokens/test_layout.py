@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenrec.tokens.layout import ROLES, build_layout, needed_rows, take_rows
+from tokenrec.tokens.layout import ROLES, Part, build_layout, history_part, lay_out, needed_rows, take_rows
 
 
 def names(layout):
@@ -34,6 +34,24 @@ def test_positions_count_valid_events_and_put_the_target_after_them():
     positions = np.asarray(layout.positions(valid))
     assert positions[0].tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
     assert positions[1, -2:].tolist() == [1, 1]
+
+
+def test_codes_continue_their_event_and_see_none_after_it():
+    shared = [Part.of("user", 1), history_part(events=3, fused=True)]
+    layout = lay_out(shared, [Part.of("code", 2, ordered=True)], events=3, candidates=3, read="events")
+    every = np.arange(layout.rows)
+    seen = layout.pattern(every, every).visible(None)
+    user, events, codes = 0, np.array([1, 2, 3]), np.arange(4, 10).reshape(3, 2)
+    for number, (first, second) in enumerate(codes):
+        assert np.flatnonzero(seen[first]).tolist() == [user, *events[: number + 1], first]
+        assert np.flatnonzero(seen[second]).tolist() == [user, *events[: number + 1], first, second]
+    # One real event: it has position 1, the codes behind it 2 and 3.
+    real = jnp.array([[False, False, True], [False, False, False]])
+    assert layout.positions(real)[0, [3, 8, 9]].tolist() == [1, 2, 3]
+    # A request without history: codes beside no event are valid as their goal is.
+    assert layout.valid(real, jnp.array([[True] * 3, [False, False, True]]))[1].tolist() == [
+        *(True, False, False, False, False, False, False, False, True, True)
+    ]
 
 
 def test_needed_rows_of_2f2s_are_the_published_short_cut():

@@ -314,7 +314,9 @@ def _context_columns(schema: Schema) -> ContextColumns:
 def _check_heads(metadata: Metadata, config: DataConfig) -> None:
     """A chunk repeats the events before it; fewer of them than the history would cut histories short in silence."""
     head = metadata.options.get("overlap")
-    field, needed = ("events", config.events) if config.paradigm == "nio" else ("overlap", config.overlap)
+    # Retrieval is evaluated request by request, each with its own history, whatever it learns from.
+    streams = config.paradigm == "uc" and config.objective == "ranking"
+    field, needed = ("overlap", config.overlap) if streams else ("events", config.events)
     if head is not None and needed > head:
         raise InputError(
             f"data.{field}={needed} exceeds the {head} earlier events that the data set keeps at the head of a chunk; "

@@ -135,8 +135,8 @@ class Schema:
     """Features, tasks and embedding-table sizes of a data set.
 
     `tables` maps a table name to its number of rows, the two reserved ids included; `prepare` fills it in. A data set,
-    when opened, fills in `items`, the rows of its catalogue, and `levels`, the code-book size of each level of the
-    semantic ids that the config names.
+    when opened, fills in `items`, the rows of its catalogue, and, of the semantic ids that the config names, `levels`,
+    the code-book size of each level, and `codes_digest`, which tells them from others of the same sizes.
     """
 
     features: tuple[Feature, ...]
@@ -144,6 +144,7 @@ class Schema:
     tables: dict[str, int] = dataclasses.field(default_factory=dict)
     items: int = 0
     levels: tuple[int, ...] = ()
+    codes_digest: str = ""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -173,7 +174,10 @@ class Schema:
         return dataclasses.replace(self, features=kept, tables=tables)
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        value = dataclasses.asdict(self)
+        if not self.codes_digest:
+            del value["codes_digest"]  # nothing to tell apart; runs from before there was one stay as they are
+        return value
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Schema:
@@ -181,7 +185,8 @@ class Schema:
         features = tuple(_from_dict(Feature, f) for f in value.get("features", ()))
         tasks = tuple(_from_dict(Task, t) for t in value.get("tasks", ()))
         levels = tuple(value.get("levels", ()))
-        return Schema(features, tasks, dict(value.get("tables", {})), value.get("items", 0), levels)
+        sizes = dict(value.get("tables", {})), value.get("items", 0), levels
+        return Schema(features, tasks, *sizes, value.get("codes_digest", ""))
 
 
 def _from_dict[T](kind: type[T], value: dict[str, Any]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import numpy as np
 
@@ -14,7 +15,7 @@ SEMANTIC_ID = "semantic_id"
 
 
 def with_semantic_id(schema: Schema, codes: np.ndarray) -> Schema:
-    """The schema with the feature `semantic_id`, last in the catalogue, and the sizes of its levels.
+    """The schema with the feature `semantic_id`, last in the catalogue, the sizes of its levels and their digest.
 
     `codes: [N, L]` of the catalogue, from 0.
 
@@ -27,9 +28,9 @@ def with_semantic_id(schema: Schema, codes: np.ndarray) -> Schema:
     feature = Feature(SEMANTIC_ID, "semantic_id", "item", length=len(levels), codes=max(levels))
     # Columns of a group lie in the order of its features: last in the catalogue is last in the catalogue's columns.
     features = (*schema.features, feature)
-    return dataclasses.replace(
-        schema, features=features, tables=schema.tables | {SEMANTIC_ID: semantic_rows(feature)}, levels=levels
-    )
+    tables = schema.tables | {SEMANTIC_ID: semantic_rows(feature)}
+    digest = hashlib.sha256(np.ascontiguousarray(codes, "<i4")).hexdigest()
+    return dataclasses.replace(schema, features=features, tables=tables, levels=levels, codes_digest=digest)
 
 
 def semantic_columns(codes: np.ndarray) -> np.ndarray:

@@ -100,7 +100,7 @@ def stream_layout(
     if candidates is None:
         candidates = events if every else config.data.candidates
     if config.head.retrieval == "semantic_id":
-        own.append(Part.of("code", len(schema.levels) - 1 if codes is None else codes))
+        own.append(Part.of("code", len(schema.levels) - 1 if codes is None else codes, ordered=True))
     return lay_out(
         shared,
         own,
@@ -186,11 +186,12 @@ class Recommender(nnx.Module):
 
     def stream(self, entities: dict[str, Entity], batch: Batch) -> tuple[jax.Array, Layout]:
         """Tokens of the whole stream, `[B, S, d]`, and their order."""
-        parts = [self.shared_tokens(entities, batch), *self.own_tokens(entities, batch)]
-        x = jnp.concatenate(parts, axis=1)
+        shared, own = self.shared_tokens(entities, batch), self.own_tokens(entities, batch)
         if self.config.tokens.random_tokens:
-            x = jax.lax.stop_gradient(x)
-        return x, batch_layout(self.config, self.schema, self.literals, batch)
+            shared = jax.lax.stop_gradient(shared)
+            # Codes are no makers' tokens but the head's.
+            own = own if isinstance(self.head, CodeHead) else jax.lax.stop_gradient(own)
+        return jnp.concatenate([shared, *own], axis=1), batch_layout(self.config, self.schema, self.literals, batch)
 
     def shared_tokens(self, entities: dict[str, Entity], batch: Batch) -> jax.Array:
         """The rows left of `||`, `[B, P, d]`, in the order of `stream_layout`."""

@@ -16,8 +16,8 @@ class Rows(NamedTuple):
 
     Attributes:
       row: number in the stream.
-      index: order; windows count it.
-      reach: highest index that the row may see.
+      index: order; windows count it. The highest that the row may see of its own candidate.
+      reach: highest index that the row may see of rows without candidate.
       static: rows that sliding layers hide from all but each other.
       candidate: candidate that the row belongs to, -1 for none.
     """
@@ -31,7 +31,8 @@ class Rows(NamedTuple):
 
 def sees(query: Rows, key: Rows, window: int | None) -> Any:
     """`see` without `valid_j` and without the diagonal, elementwise over arrays that broadcast."""
-    seen = (key.index <= query.reach) & ((key.candidate == -1) | (key.candidate == query.candidate))
+    own = (key.candidate == query.candidate) & (key.index <= query.index)
+    seen = ((key.candidate == -1) & (key.index <= query.reach)) | own
     if window is not None:
         seen &= (query.index - key.index < window) & (query.static | ~key.static)
     return seen
@@ -62,6 +63,8 @@ class Pattern:
       static: `[S] bool`, rows that sliding layers hide from all but each other.
       candidate: `[S]`, candidate that a row belongs to, -1 for none; candidates do not see each other.
       prefix: rows with an index below this see each other both ways in full layers (methods.md section 2, "Prompt").
+      reach: `[S]`, highest index that a row sees of rows without candidate, where that is not its own index: a
+        candidate may continue a row in the middle of the stream, and the rows after that are its future.
     """
 
     query_rows: np.ndarray
@@ -70,11 +73,14 @@ class Pattern:
     static: np.ndarray
     candidate: np.ndarray
     prefix: int = 0
+    reach: np.ndarray | None = None
 
     def rows(self, rows: np.ndarray, window: int | None) -> Rows:
         """The attributes of some rows of the stream."""
         index = self.index[rows]
-        reach = index if window is not None else np.where(index < self.prefix, self.prefix - 1, index)
+        reach = index if self.reach is None else self.reach[rows]
+        if window is None:
+            reach = np.where(index < self.prefix, self.prefix - 1, reach)
         return Rows(rows, index, reach, self.static[rows], self.candidate[rows])
 
     def visible(self, window: int | None) -> np.ndarray:

@@ -75,7 +75,7 @@ def visible_spans(pattern: Pattern, window: int | None) -> Spans | str:
         run_of[key.candidate[border:]] = own_run
         run = run_of[np.maximum(query.candidate, 0)]
     own_start = border + np.searchsorted(own, run * width + lowest)
-    own_stop = border + np.searchsorted(own, run * width + query.reach, side="right")
+    own_stop = border + np.searchsorted(own, run * width + query.index, side="right")
     none = (query.candidate < 0) | (own_stop <= own_start)
     own_start, own_stop = np.where(none, border, own_start), np.where(none, border, own_stop)
     unseen = stop <= start

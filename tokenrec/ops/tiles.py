@@ -75,7 +75,9 @@ def _may_see(query: Rows, key: Rows, window: int | None) -> np.ndarray:
     def most(x: np.ndarray, real: np.ndarray) -> np.ndarray:
         return np.where(real, x, -1).max(axis=1)
 
-    may = least(key.index, real_k)[None, :] <= most(query.reach, real_q)[:, None]
+    # Shared keys up to the reach, a candidate's own up to the index.
+    furthest = np.maximum(query.reach, query.index)
+    may = least(key.index, real_k)[None, :] <= most(furthest, real_q)[:, None]
     shared = (key.candidate == -1).any(axis=1)
     meet = (least(key.candidate, real_k)[None] <= most(query.candidate, real_q)[:, None]) & (
         most(key.candidate, real_k)[None] >= least(query.candidate, real_q)[:, None]

@@ -57,6 +57,8 @@ class Layout:
     Attributes:
       roles: `[S]`, index into `ROLES`.
       index: `[S]`, row number, except that each candidate repeats the indices of candidate 0.
+      reach: `[S]`, highest index that a row sees of rows without candidate: its own, or that of the row in the middle
+        of the history that its candidate continues.
       candidate: `[S]`, candidate that a row belongs to, otherwise -1; such rows come last.
       event: `[S]`, newest event that a row stands for, otherwise -1.
       offset: `[S]`, added to the position of a row.
@@ -69,6 +71,7 @@ class Layout:
 
     roles: np.ndarray
     index: np.ndarray
+    reach: np.ndarray
     candidate: np.ndarray
     event: np.ndarray
     offset: np.ndarray
@@ -92,17 +95,18 @@ class Layout:
         return np.flatnonzero(np.isin(self.roles, [ROLES.index(role) for role in roles]))
 
     def pattern(self, query_rows: np.ndarray, key_rows: np.ndarray) -> Pattern:
-        return Pattern(query_rows, key_rows, self.index, self.static, self.candidate, self.prefix)
+        return Pattern(query_rows, key_rows, self.index, self.static, self.candidate, self.prefix, self.reach)
 
     def valid(self, events: jax.Array, candidates: jax.Array | None) -> jax.Array:
         """`[B, S] bool` from `events: [B, T]` and `candidates: [B, C]` (or None); other rows are always valid."""
         known = jnp.pad(events, ((0, 0), (1, 0)), constant_values=True)  # column 0 stands for the other rows
+        source = np.where(self.event >= 0, 1 + self.event, 0)
         own = np.zeros_like(self.candidate)
         if candidates is not None:
             known = jnp.concatenate([known, candidates], axis=1)
-            own = np.where(self.candidate >= 0, 1 + self.events + self.candidate, 0)
-        source = np.where(self.event >= 0, 1 + self.event, own)
-        return known[:, source]
+            own = 1 + self.events + self.candidate
+        # The codes of a request without history stand at no event, and are valid all the same.
+        return known[:, np.where(self.candidate >= 0, own, source)]
 
     def positions(self, events: jax.Array) -> jax.Array:
         """`[B, S] int32` for RoPE: 0 for static rows, t for the t-th valid event, n + 1 for what follows the history.
@@ -161,9 +165,13 @@ def lay_out(
         "own": rows[count - 1 :: count] if count else rows,
         "states": np.flatnonzero(np.array(roles) == ROLES.index("state")),
     }.get(read, np.concatenate([np.asarray(anchors), rows]))
+    own_index = repeated(index[of_candidate] + 1, np.arange(count))
+    # In the middle of a history, the next event is what the codes beside it have to say.
+    own_reach = repeated(index[of_candidate], none) if read == "events" else own_index
     return Layout(
         roles=np.concatenate([roles, np.tile(own_roles, candidates)]).astype(int),
-        index=np.concatenate([index, repeated(index[of_candidate] + 1, np.arange(count))]),
+        index=np.concatenate([index, own_index]),
+        reach=np.concatenate([index, own_reach]),
         candidate=np.concatenate([candidate, repeated(np.arange(candidates), none)]),
         event=np.concatenate([event, repeated(own_event, none)]),
         offset=np.concatenate([offset, repeated(offset[of_candidate] * continues, own_offset)]),
