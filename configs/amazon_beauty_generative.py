@@ -21,12 +21,13 @@ def get_config() -> Config:
             events=50,
             overlap=25,
             buckets=(2, 4, 8, 16),
-            batch_size=256,
+            batch_size=64,
             eval_batch_size=256,
         ),
         tokens=TokensConfig(embedding_dim=32, fused=True),
-        model=ModelConfig(width=64, heads=2, layers=4, windows=(), dropout=0.2),
-        head=HeadConfig(retrieval="semantic_id", tied=False, beams=30),
-        optim=OptimConfig(steps=4_000, warmup_steps=200, learning_rate=2e-3),
-        train=TrainConfig(eval_every=500, eval_samples=4_000, save_every=500, log_every=50),
+        model=ModelConfig(width=64, heads=2, layers=4, windows=(), dropout=0.3),
+        # No one reviews an item twice here.
+        head=HeadConfig(retrieval="semantic_id", tied=False, beams=30, drop_seen=True),
+        optim=OptimConfig(steps=3_500, warmup_steps=200, learning_rate=2e-3, table_learning_rate=0.3),
+        train=TrainConfig(eval_every=1_750, eval_samples=1_000, save_every=1_750, log_every=50),
     )

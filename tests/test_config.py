@@ -30,6 +30,7 @@ def test_default_config_is_valid() -> None:
     assert validate(Config()) == Config()
 
 
+RETRIEVAL = {"data__objective": "retrieval", "tokens__fused": True}
 WRONG = [
     ({"seed": -1}, "seed=-1"),
     ({"data__events": 0}, "data.events=0"),
@@ -72,6 +73,11 @@ WRONG = [
     ({"model__dtype": "float23"}, "did you mean 'float32'"),
     ({"train__best_metric": "auc"}, "macro_auc"),
     ({"optim": None}, "OptimConfig"),
+    ({"data__paradigm": "uc", "tokens__prompt": ("query", "history")}, "no one request"),
+    ({"model__prefix": "bidirectional", "model__layers": 2}, "every layer has a window"),
+    ({"tokens__text": {"query": ("hour",)}}, "holds none"),
+    (RETRIEVAL | {"tokens__random_tokens": True}, "use tied=False"),
+    (RETRIEVAL | {"data__paradigm": "uc", "data__overlap": 1, "tokens__text": {"history": ("a",)}}, "leave it soft"),
 ]
 
 

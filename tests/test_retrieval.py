@@ -24,6 +24,8 @@ from tokenrec.models.heads import ItemHead
 from tokenrec.predict import predict_run
 from tokenrec.ranking_metrics import ranks_of
 from tokenrec.retrieval import Answers, find_by_counts, summarize
+from tokenrec.run import check_schema, start_run
+from tokenrec.semantic_ids.codes import SemanticIds, load_semantic_ids, save_semantic_ids
 from tokenrec.sharding import to_devices
 from tokenrec.state import build_model, init_state, merge
 from tokenrec.step import loss_fn, train_step
@@ -427,6 +429,20 @@ def test_semantic_ids_that_lack_an_item_are_refused(data, codes, tmp_path):
     pq.write_table(table.slice(1), tmp_path / "semantic_ids.parquet")
     with pytest.raises(InputError, match="item_id=100"):
         open_dataset(data, (), str(tmp_path))
+
+
+def test_other_semantic_ids_of_the_same_sizes_are_refused(data, codes, tmp_path):
+    """The codes of a run are its vocabulary: items that changed places would be found under each other's names."""
+    swapped = load_semantic_ids(codes)
+    save_semantic_ids(SemanticIds(swapped.item_id, np.roll(swapped.codes, 1, axis=0)), tmp_path / "ids.parquet")
+    mine, others = (
+        open_dataset(data, ("semantic_id",), str(path)).schema for path in (codes, tmp_path / "ids.parquet")
+    )
+    assert mine.levels == others.levels
+    start_run(code_config(data, codes), mine, tmp_path / "run")
+    check_schema(mine, tmp_path / "run")
+    with pytest.raises(InputError, match="semantic ids"):
+        check_schema(others, tmp_path / "run")
 
 
 def test_semantic_ids_may_be_goals_without_being_features(data, codes):

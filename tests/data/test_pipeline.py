@@ -398,3 +398,6 @@ def test_a_batch_that_processes_cannot_share_and_a_missing_split_are_errors() ->
     uc = replaced(UC, overlap=7)
     with pytest.raises(InputError, match=r"data\.overlap=7 exceeds the 4 earlier events"):
         eval_batches(memory_data(overlap=4), uc, "valid")
+    # What retrieves is evaluated request by request, each with a whole history.
+    with pytest.raises(InputError, match=r"data\.events=8 exceeds the 4 earlier events"):
+        eval_batches(memory_data(overlap=4), replaced(UC, objective="retrieval"), "valid")

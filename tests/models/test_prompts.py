@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from tests.worlds import FEATURES, SCHEMA, TABLES, TASKS, TEXT_ROWS, mesh_of, one_device, place, random_batch, tiny
+from tokenrec.config import OptimConfig
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.describe import describe, to_text
 from tokenrec.errors import InputError
 from tokenrec.sharding import RULES
 from tokenrec.state import Model, build_model, init_state, merge
-from tokenrec.step import loss_fn
+from tokenrec.step import loss_fn, train_step
 from tokenrec.tokens.layout import ROLES
 from tokenrec.tokens.prompt import parse_prompt
 from tokenrec.validation import validate
@@ -40,7 +41,7 @@ CONFIGS = {
     "cut": lambda: lrm(tokens={"text": AS_TEXT, "prompt": (), "history_cap": 17}),
     "attention": lambda: lrm(tokens={"compression": "attention", "group": 4, "recent": 3}),
     "mlp": lambda: lrm(tokens={"compression": "mlp", "compressed": 2, "recent": 5}),
-    "sliding": lambda: lrm(candidates=2, model={"windows": (6, 5)}),
+    "sliding": lambda: lrm(candidates=2, model={"windows": (9, 8)}),
     "linear": lambda: lrm(tokens={"maker": "linear", "output_scale": True, "user_tokens": 2}),
     "transformer": lambda: lrm(tokens={"maker": "transformer", "target_tokens": 2}, candidates=2),
 }
@@ -163,6 +164,23 @@ def test_random_tokens_train_nothing_before_the_backbone(mesh):
     trained = {name.split("/")[0] for name, norm in norms.items() if norm > 0}
     assert trained == {"backbone", "head"}
     assert all(norm == 0 for norm in jax.device_get(_norms(rows)).values())
+
+
+def test_random_tokens_stay_as_they_are_made_under_weight_decay(mesh):
+    config = lrm(tokens={"random_tokens": True, "prompt": ()})
+    config.optim = OptimConfig(steps=10, warmup_steps=0, learning_rate=0.01, weight_decay=0.5)
+    model = model_of(config, SCHEMA)
+    before = init_state(model, 0)
+    after, _ = jax.jit(train_step, static_argnums=0)(model, before, place(random_batch(config), mesh))
+    moved = {name for name, weight in before.params.items() if not np.array_equal(weight, after.params[name])}
+    assert {name.split("/")[0] for name in moved} == {"backbone", "head"}
+    assert all(np.array_equal(table, after.tables[name]) for name, table in before.tables.items())
+
+
+def test_a_window_that_a_long_candidate_fills_is_refused(mesh):
+    config = lrm(tokens={"prompt": ("history", "||", "title", "candidate")}, model={"windows": (5,)})
+    with pytest.raises(InputError, match="holds no event: a candidate of this prompt has 4 tokens; use at least 6"):
+        build_model(config, TITLED, TASKS)
 
 
 @pytest.mark.parametrize("name", ["paper", "text", "attention"])
