@@ -30,6 +30,7 @@ from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.tokens.layout import ROLES, Layout
 
 FAINTEST = 1e-3  # of the colours, which are logarithmic
+NARROWEST = 0.05  # of a map's side, between two labels
 
 
 class Maps(NamedTuple):
@@ -85,6 +86,22 @@ def one_request(maps: Maps, request: int) -> tuple[list[np.ndarray], list[str]]:
     return [weights[request].mean(axis=0)[np.ix_(shown, shown)] for weights in maps.weights], names
 
 
+def part_labels(names: Sequence[str], edges: Sequence[int]) -> tuple[list[float], list[str]]:
+    """Places and names of the parts of a stream; parts too narrow for two lines of print share one.
+
+    >>> part_labels(["user"] * 30 + ["event"] * 60 + ["query", "target"], [30, 90, 91])
+    ([14.5, 59.5, 90.5], ['user', 'event', 'query, target'])
+    """
+    runs: list[list[int]] = []
+    for first, last in zip([0, *edges], [*edges, len(names)], strict=True):
+        if runs and (last - runs[-1][0]) / 2 < NARROWEST * len(names):
+            runs[-1][1] = last
+        else:
+            runs.append([first, last])
+    labels = [", ".join(dict.fromkeys(names[first:last])) for first, last in runs]
+    return [(first + last - 1) / 2 for first, last in runs], labels
+
+
 def plot_maps(maps: Mapping[str, Sequence[np.ndarray]], roles: Mapping[str, Sequence[str]], path: Path) -> None:
     """Writes a picture: a row per run, a column per layer, lines between the parts of the stream."""
     require_matplotlib()
@@ -97,14 +114,13 @@ def plot_maps(maps: Mapping[str, Sequence[np.ndarray]], roles: Mapping[str, Sequ
     for line, (name, of_run) in zip(axes, maps.items(), strict=True):
         names = list(roles[name])
         edges = [at for at in range(1, len(names)) if names[at] != names[at - 1]]
-        middles = [(a + b - 1) / 2 for a, b in zip([0, *edges], [*edges, len(names)], strict=True)]
+        middles, parts = part_labels(names, edges)
         for layer, (ax, weights) in enumerate(zip(line, of_run, strict=False)):
             colours = LogNorm(FAINTEST, 1)
             image = ax.imshow(np.maximum(weights, FAINTEST), norm=colours, interpolation="nearest", cmap="magma")
             for at in edges:
                 ax.axhline(at - 0.5, color="w", linewidth=0.4)
                 ax.axvline(at - 0.5, color="w", linewidth=0.4)
-            parts = [names[at] for at in [0, *edges]]
             ax.set_xticks(middles, labels=parts, rotation=90, fontsize="x-small")
             ax.set_yticks(middles, labels=parts if layer == 0 else [""] * len(parts), fontsize="x-small")
             ax.set_title(f"{name}, layer {layer}, {len(names)} tokens", fontsize="small")
