@@ -127,7 +127,7 @@ def plot_maps(maps: Mapping[str, Sequence[np.ndarray]], roles: Mapping[str, Sequ
         for ax in line[len(of_run) :]:
             ax.remove()
     figure.colorbar(image, ax=axes, shrink=0.6, label="attention, mean over heads")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -263,6 +263,7 @@ def write_page(
 def notes(task: str) -> list[str]:
     """How to read the tables."""
     written = "; ".join(f"{entity}: {', '.join(names)}" for entity, names in TASKS[task].text.items())
+    lone = "- Few users of the sample have both labels, so that GAUC says little here; read the AUC."
     ablations = [
         "- The paper does not define WH_SID, NO_FEAT, NO_FEAT_STRICT and WH_SID_NO_FEAT in what we read of it; the "
         "list above is our reading."
@@ -275,6 +276,7 @@ def notes(task: str) -> list[str]:
         "- The time of a step is the median over the run's log. Peak memory is that of the arm's process with its "
         "data; temporaries are those of the compiled step alone.",
         "- In brackets, what needs no model and counts the whole training split (`tokenrec evaluate --baselines`).",
+        *([lone] if TASKS[task].candidates == 1 else []),
         *([] if TASKS[task].positive else ablations),
     ]
 
