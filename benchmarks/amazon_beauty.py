@@ -87,13 +87,16 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
 
 
 def _retrieval(workdir: Path, split: str, data: Path) -> dict[str, float]:
-    """Metrics of the best checkpoint; also with the items of the own history among the ranked ones, if they are not."""
+    """Metrics of the best checkpoint; also with the items of the own history among the ranked ones, if they are not and
+    no beam search has to be run again for it.
+    """
     config = load_run_config(workdir, data)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = open_run(workdir, "best", data)
         metrics = {}
-        for suffix in ("", SEEN_TOO) if config.head.drop_seen else ("",):
+        again = config.head.drop_seen and config.head.retrieval == "next_item"
+        for suffix in ("", SEEN_TOO) if again else ("",):
             asked = dataclasses.replace(config, head=dataclasses.replace(config.head, drop_seen=not suffix))
             assess = assessor(dataclasses.replace(run.model, config=asked), run.dataset, mesh)
             found = assess(run.state, split)["retrieval"]
