@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from benchmarks.report import run_script, write_result
+from benchmarks.report import run_script, spread, write_result
 from tokenrec.config import to_json
 from tokenrec.data.amazon import AmazonSource
 from tokenrec.data.prepare import prepare
@@ -30,6 +29,7 @@ from tokenrec.data.schema import SCHEMA_FILE
 from tokenrec.errors import InputError
 from tokenrec.evaluate import assessor
 from tokenrec.flags import load_config
+from tokenrec.json_file import write_json
 from tokenrec.run import CONFIG_FILE, load_run_config, open_run
 from tokenrec.semantic_ids.build import build_semantic_ids
 from tokenrec.semantic_ids.codes import SEMANTIC_IDS
@@ -82,7 +82,7 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
     # What a run cost before it was stopped is not known.
     costs = {"goals_per_second": summary["examples_per_second"], "train_cpu_seconds": trained - began}
     record |= costs if fresh else dict.fromkeys(costs)
-    kept.write_text(json.dumps(record, indent=1))
+    write_json(kept, record)
     return record
 
 
@@ -115,8 +115,7 @@ def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for suffix in ("", SEEN_TOO) if f"test {METRICS[0]}{SEEN_TOO}" in of_config[0] else ("",):
             row: dict[str, Any] = {"config": f"{name}{suffix}", "seeds": len(of_config)}
             for metric in METRICS:
-                values = np.array([record[f"test {metric}{suffix}"] for record in of_config])
-                row[metric] = f"{values.mean():.4f}" + (f" ± {values.std(ddof=1):.4f}" if len(values) > 1 else "")
+                row[metric] = spread([record[f"test {metric}{suffix}"] for record in of_config])
             rows.append(row)
     return [*rows, *({"seeds": "", **row} for row in PUBLISHED)]
 

@@ -18,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.report import run_script, write_result
+from benchmarks.report import run_script, spread, write_result
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.log import EVENT, SCORED, Log
 from tokenrec.evaluate import evaluate_run
@@ -57,8 +57,7 @@ def main() -> None:
     for (task, history), records in sorted(found.items()):
         row: dict[str, Any] = {"task": task, "history": history, "seeds": len(records)}
         for metric in METRICS:
-            values = np.array([record[metric] for record in records])
-            row[metric] = f"{values.mean():.4f} ± {values.std(ddof=1) if len(values) > 1 else 0.0:.4f}"
+            row[metric] = spread([record[metric] for record in records])
         rows.append(row)
     settings = {"config": "kuairand_pure_nio", "split": "3 and 4 May", "checkpoint": "the last"}
     title = "KuaiRand-Pure, NIO: the history of the evaluated days, seen and not seen"

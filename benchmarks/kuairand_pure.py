@@ -15,14 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.report import run_script, write_result
+from benchmarks.report import run_script, spread, write_result
 from tokenrec.data.kuairand import KuaiRandSource
 from tokenrec.data.prepare import prepare
 from tokenrec.data.schema import SCHEMA_FILE
 from tokenrec.evaluate import evaluate_run
 from tokenrec.flags import load_config
+from tokenrec.json_file import write_json
 from tokenrec.train import train
 
 METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
@@ -55,7 +54,7 @@ def run_seed(config_name: str, seed: int, data: Path, runs: Path) -> dict[str, A
         "train_cpu_seconds": trained - began,
         "evaluate_cpu_seconds": cpu_seconds() - trained,
     }
-    kept.write_text(json.dumps(record, indent=1))
+    write_json(kept, record)
     return record
 
 
@@ -67,9 +66,7 @@ def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for task in of_config[0]["tasks"]:
             row: dict[str, Any] = {"config": name, "task": task, "seeds": len(of_config)}
             for metric in METRICS:
-                values = np.array([record["tasks"][task][metric] for record in of_config])
-                deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-                row[metric] = f"{values.mean():.4f} ± {deviation:.4f}"
+                row[metric] = spread([record["tasks"][task][metric] for record in of_config])
             row["positives"] = of_config[0]["tasks"][task]["positives"]
             row["examples"] = of_config[0]["tasks"][task]["examples"]
             rows.append(row)

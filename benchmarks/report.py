@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,19 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
             found[package] = None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return found | {"python": platform.python_version(), "cpu": _cpu_model(), "cores": cores}
+
+
+def spread(values: Sequence[float | None], sign: str = "") -> str:
+    """Mean and, of more than one, sample deviation; "-" if a value is undefined.
+
+    >>> spread([0.5, 0.7]), spread([0.5]), spread([0.25], "+"), spread([0.5, None])
+    ('0.6000 ± 0.1414', '0.5000', '+0.2500', '-')
+    """
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return "-"
+    mean = f"{statistics.mean(known):{sign}.4f}"
+    return f"{mean} ± {statistics.stdev(known):.4f}" if len(known) > 1 else mean
 
 
 def write_result(

@@ -24,21 +24,21 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from benchmarks.report import markdown_table, run_script, write_result
+from benchmarks.report import markdown_table, run_script, spread, write_result
 from benchmarks.soft_tokens_arms import ARMS, BATCH, EVALUATED, TASKS, plan_arms, task_arms
+from tokenrec.compile import compile_train_step
 from tokenrec.config import Config, from_json, to_json
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.describe import describe
 from tokenrec.errors import InputError
 from tokenrec.evaluate import evaluate_run
+from tokenrec.json_file import write_json
 from tokenrec.logbook import METRICS_FILE
-from tokenrec.sharding import compiler_options, laid_out, make_mesh
-from tokenrec.state import abstract_state, build_model
-from tokenrec.step import train_step
+from tokenrec.sharding import make_mesh
+from tokenrec.state import Model, build_model
 from tokenrec.train import train
 from tokenrec.work import STEP_OVER_FORWARD
 
@@ -89,15 +89,8 @@ def run_arm(config_text: str, workdir: Path) -> dict[str, Any]:
         "metrics": quality(report),
         "report": report,
     }
-    write_whole(workdir / RECORD, record)
+    write_json(workdir / RECORD, record)
     return record
-
-
-def write_whole(path: Path, value: Any) -> None:
-    """Writes JSON that is there whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
 
 
 def baseline_metrics(workdir: Path) -> dict[str, dict[str, float | None]]:
@@ -105,15 +98,14 @@ def baseline_metrics(workdir: Path) -> dict[str, dict[str, float | None]]:
     kept = workdir / "baselines.json"
     if not kept.is_file():
         report = evaluate_run(workdir, "valid", "latest", None, baselines=True, limit=EVALUATED)
-        write_whole(kept, {name: quality(found) for name, found in report["baselines"].items()})
+        write_json(kept, {name: quality(found) for name, found in report["baselines"].items()})
     return json.loads(kept.read_text())
 
 
 def prompt_tokens(config: Config) -> int:
     """Rows of the stream of a request with one candidate."""
-    dataset = open_dataset(Path(config.data.path), config.data.exclude, config.data.semantic_ids)
-    model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
-    return model.layout(config.data.events, candidates=1 if config.data.objective == "ranking" else None).rows
+    candidates = 1 if config.data.objective == "ranking" else None
+    return _model(config).layout(config.data.events, candidates=candidates).rows
 
 
 def step_bytes(config: Config) -> int | None:
@@ -121,15 +113,15 @@ def step_bytes(config: Config) -> int | None:
 
     None where the platform does not say.
     """
-    dataset = open_dataset(Path(config.data.path), config.data.exclude, config.data.semantic_ids)
-    model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
-    mesh = make_mesh(config.mesh)
-    shapes = batch_shapes(dataset.schema, config.data, batch_size=config.data.batch_size)[config.data.events]
-    step = jax.jit(train_step, static_argnums=0, donate_argnums=1, compiler_options=compiler_options(mesh))
-    with jax.set_mesh(mesh):
-        compiled = step.lower(model, abstract_state(model), laid_out(shapes, mesh)).compile()
-    memory = compiled.memory_analysis()
+    model = _model(config)
+    shapes = batch_shapes(model.schema, config.data, batch_size=config.data.batch_size)[config.data.events]
+    memory = compile_train_step(model, make_mesh(config.mesh), shapes).memory_analysis()
     return None if memory is None else memory.temp_size_in_bytes
+
+
+def _model(config: Config) -> Model:
+    schema = open_dataset(Path(config.data.path), config.data.exclude, config.data.semantic_ids).schema
+    return build_model(config, schema, task_names(schema, config.data))
 
 
 def peak_bytes() -> int:
@@ -191,10 +183,10 @@ def table_rows(
         row: dict[str, Any] = {"arm": arm, "seeds": len(of_arm)}
         row |= {name: _mean([record[name] for record in of_arm]) for name in COSTS}
         for metric in of_arm[0]["metrics"]:
-            row[metric] = _spread([record["metrics"][metric] for record in of_arm])
+            row[metric] = spread([record["metrics"][metric] for record in of_arm])
         rows.append(row)
     for name, metrics in baselines.items():
-        rows.append({"arm": f"({name})"} | {metric: _spread([value]) for metric, value in metrics.items()})
+        rows.append({"arm": f"({name})"} | {metric: spread([value]) for metric, value in metrics.items()})
     return rows
 
 
@@ -212,7 +204,7 @@ def ratio_rows(records: dict[str, list[dict[str, Any]]], to: str = "soft") -> li
             row[name] = None if mine is None or not other else mine / other
         for metric in of_arm[0]["metrics"]:
             pairs = [(a["metrics"][metric], b["metrics"][metric]) for a, b in zip(of_arm, records[to], strict=True)]
-            row[f"{metric}, difference"] = _spread([None if None in pair else pair[0] - pair[1] for pair in pairs], "+")
+            row[f"{metric}, difference"] = spread([None if None in pair else pair[0] - pair[1] for pair in pairs], "+")
         rows.append(row)
     return rows
 
@@ -222,14 +214,6 @@ def _mean(values: Sequence[float | None]) -> float | int | None:
         return None
     mean = float(np.mean(np.array(values, float)))
     return int(mean) if mean.is_integer() else mean
-
-
-def _spread(values: Sequence[float | None], sign: str = "") -> str:
-    """Mean and sample deviation; "-" where the metric is undefined."""
-    if any(value is None for value in values):
-        return "-"
-    array = np.array(values, float)
-    return f"{array.mean():{sign}.4f}" + (f" ± {array.std(ddof=1):.4f}" if len(array) > 1 else "")
 
 
 def write_page(

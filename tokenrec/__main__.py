@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
@@ -27,6 +25,7 @@ from tokenrec.errors import (
     suggest,
 )
 from tokenrec.flags import load_config, shipped_configs, split_overrides
+from tokenrec.json_file import write_json
 
 if TYPE_CHECKING:
     from tokenrec.data.source import Source
@@ -312,7 +311,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.workdir, args.split, args.checkpoint, args.data, baselines=args.baselines, limit=args.samples
     )
     if args.json:
-        _write_json(args.json, result)
+        write_json(args.json, result)
     print(f"{args.workdir}: {result['split']} at step {result['step']} ({result['checkpoint']})")
     print(format_table(result_rows({"this run": result, **result.get("baselines", {})})))
 
@@ -351,19 +350,8 @@ def _describe(args: argparse.Namespace) -> None:
 
     description = describe(config, schema)
     if args.json:
-        _write_json(args.json, description)
+        write_json(args.json, description)
     print(to_text(description))
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +10,7 @@ import numpy as np
 
 from tokenrec.data.dataset import open_dataset
 from tokenrec.errors import InputError, suggest
+from tokenrec.json_file import write_json
 from tokenrec.semantic_ids import report
 from tokenrec.semantic_ids.codes import SEMANTIC_IDS, SemanticIds, disambiguate, save_semantic_ids
 from tokenrec.semantic_ids.rq_kmeans import Quantized, fit_rq_kmeans
@@ -96,7 +95,7 @@ def build_semantic_ids(
         "neighbours": neighbours,
     }
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / REPORT, result)
+    write_json(out / REPORT, result)
     save_semantic_ids(SemanticIds(dataset.catalogue.item_id, full), out / SEMANTIC_IDS)
     return result
 
@@ -137,12 +136,3 @@ def _check_out(out: Path, overwrite: bool) -> None:
     for name in (SEMANTIC_IDS, REPORT):
         if (out / name).exists() and not overwrite:
             raise InputError(f"out='{out}' holds {name}; give another folder, or replace it with --overwrite")
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.incomplete-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
