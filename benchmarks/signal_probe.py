@@ -49,9 +49,7 @@ def newest_tokens(model: Model, state: TrainState, batch: Batch) -> tuple[jax.Ar
     newest = batch._replace(
         state=jax.tree.map(lambda x: x[:, -1:], batch.state), action=jax.tree.map(lambda x: x[:, -1:], batch.action)
     )
-    unique = model.embedder.unique(newest)
-    rows = model.embedder.gather(state.tables, unique)
-    entities = model.embedder.entities(rows, model.embedder.inverses(newest, unique), newest)
+    entities = model.embedder.look_up(state.tables, newest)
     maker = merge(model, state.params).history.event
     assert isinstance(maker, Maker)
     values, ids = merged(entities["state"], entities["action"])

@@ -21,9 +21,7 @@ def generate(model: Model, state: TrainState, batch: Batch, trie: Trie) -> Beams
 
     The prompt is computed once; a level computes the codes of the beams alone.
     """
-    unique = model.embedder.unique(batch)
-    rows = model.embedder.gather(state.tables, unique)
-    entities = model.embedder.entities(rows, model.embedder.inverses(batch, unique), batch)
+    entities = model.embedder.look_up(state.tables, batch)
     module = merge(model, state.params)
     head = module.head
     assert isinstance(head, CodeHead)

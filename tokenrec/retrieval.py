@@ -54,9 +54,7 @@ class Answers(NamedTuple):
 
 def find_step(model: Model, state: TrainState, batch: Batch) -> Found:
     """Every item of the catalogue scored, for a head "next_item"."""
-    unique = model.embedder.unique(batch)
-    rows = model.embedder.gather(state.tables, unique)
-    entities = model.embedder.entities(rows, model.embedder.inverses(batch, unique), batch)
+    entities = model.embedder.look_up(state.tables, batch)
     module = merge(model, state.params)
     assert isinstance(module.head, ItemHead)
     h = module(entities, batch, None)

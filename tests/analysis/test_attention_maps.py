@@ -29,10 +29,8 @@ def world(config, mesh):
 
 
 def tokens(model, state, batch):
-    unique = model.embedder.unique(batch)
-    rows = model.embedder.gather(state.tables, unique)
     module = merge(model, state.params)
-    return module, module.stream(model.embedder.entities(rows, model.embedder.inverses(batch, unique), batch), batch)[0]
+    return module, module.stream(model.embedder.look_up(state.tables, batch), batch)[0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -37,9 +37,7 @@ def batch_attention(model: Model, state: TrainState, batch: Batch) -> tuple[tupl
 
     Rows are those of `recommender.batch_layout`. Jit it, under the mesh of the state.
     """
-    unique = model.embedder.unique(batch)
-    rows = model.embedder.gather(state.tables, unique)
-    entities = model.embedder.entities(rows, model.embedder.inverses(batch, unique), batch)
+    entities = model.embedder.look_up(state.tables, batch)
     module = merge(model, state.params)
     x, layout = module.stream(entities, batch)
     candidates = candidate_mask(batch)

@@ -127,6 +127,11 @@ class Embedder:
             entities[part] = Entity(values, ids)
         return entities
 
+    def look_up(self, tables: dict[str, jax.Array], batch: Batch) -> dict[str, Entity]:
+        """Values of every part of the batch, for a pass that takes no gradient of the rows."""
+        unique = self.unique(batch)
+        return self.entities(self.gather(tables, unique), self.inverses(batch, unique), batch)
+
     def _signals(self, batch: Batch) -> list[tuple[str, Signals]]:
         named = [("user", batch.user), ("state", batch.state), ("action", batch.action), ("target", batch.target)]
         if CATALOGUE_PARTS[0] in self.parts:
