@@ -1,7 +1,5 @@
 """Retrieval on real files: goals, ranks, losses, generation, and that it learns where the next item is known."""
 
-import dataclasses
-import functools
 import json
 
 import jax
@@ -10,25 +8,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.walks import ITEMS, STEPS, USERS, prepare_walks, save_codes, walk, walking
+from tests.walks import ITEMS, STEPS, USERS, code_config, first_batch, opened, prepare_walks, save_codes, walk, walking
 from tests.worlds import mesh_of, one_device
 from tokenrec.__main__ import main
 from tokenrec.baselines import goal_counts
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.pipeline import batch_shapes, eval_batches, train_batches
-from tokenrec.decode import build_trie
+from tokenrec.data.pipeline import batch_shapes, eval_batches
 from tokenrec.errors import InputError
 from tokenrec.evaluate import evaluate_run, finder, retrieval_baselines
-from tokenrec.generate import generate
 from tokenrec.models.heads import ItemHead
 from tokenrec.predict import predict_run
 from tokenrec.ranking_metrics import ranks_of
 from tokenrec.retrieval import Answers, find_by_counts, summarize
-from tokenrec.run import check_schema, start_run
-from tokenrec.semantic_ids.codes import SemanticIds, load_semantic_ids, save_semantic_ids
 from tokenrec.sharding import to_devices
-from tokenrec.state import build_model, init_state, merge
-from tokenrec.step import loss_fn, train_step
+from tokenrec.state import init_state
+from tokenrec.step import train_step
 from tokenrec.train import train
 
 
@@ -40,27 +34,6 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory):
     return save_codes(tmp_path_factory.mktemp("codes") / "semantic_ids.parquet")
-
-
-def opened(config):
-    dataset = open_dataset(config.data.path, config.data.exclude, config.data.semantic_ids)
-    return dataset, build_model(config, dataset.schema, ())
-
-
-def first_batch(dataset, config):
-    batches = train_batches(dataset, config.data, steps=1, seed=0)
-    try:
-        return next(batches)
-    finally:
-        batches.close()
-
-
-def read_outs(model, state, batch):
-    """What the head reads, outside of a step."""
-    unique = model.embedder.unique(batch)
-    rows = model.embedder.gather(state.tables, unique)
-    entities = model.embedder.entities(rows, model.embedder.inverses(batch, unique), batch)
-    return merge(model, state.params)(entities, batch, None)
 
 
 def test_the_goal_of_an_event_is_the_item_of_the_next_one(data):
@@ -110,28 +83,6 @@ def test_a_query_shows_the_context_and_nothing_of_the_item(data):
     item, hour = batch.target.ids[..., 0], batch.target.ids[..., 1]
     assert (item == 0).all()
     assert (hour > 0).all()
-
-
-def test_what_an_event_reads_is_what_serving_reads_after_it(data):
-    """Every event of a training stream against the same history on its own: nothing later moves it."""
-    config = walking(data)
-    dataset, model = opened(config)
-    mesh = one_device()
-    batch = first_batch(dataset, config).batch
-    with jax.set_mesh(mesh):
-        state = init_state(model, 0)
-        packed = np.asarray(jax.jit(read_outs, static_argnums=0)(model, state, to_devices(batch, mesh)))
-        for cut in (1, 3):  # the newest events away
-            moved = {name: getattr(batch, name) for name in ("valid", "items")}
-            shifted = jax.tree.map(lambda x, by=cut: np.roll(x, by, axis=1), (batch.state, batch.action, moved))
-            shifted[2]["valid"][:, :cut] = False
-            shifted[2]["items"][:, :cut] = -1
-            lone = batch._replace(
-                state=shifted[0], action=shifted[1], goals=batch.goals[:, :1], weight=batch.weight[:, :1], **shifted[2]
-            )
-            served = np.asarray(jax.jit(read_outs, static_argnums=0)(model, state, to_devices(lone, mesh)))
-            # float32 in another order: measured 1.2e-6.
-            np.testing.assert_allclose(served[:, 0], packed[:, -1 - cut], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("cosine", [False, True])
@@ -258,95 +209,6 @@ def test_metrics_that_look_further_than_the_answers_are_not_given():
     assert (found["recall@10"], found["recall@50"], found["ndcg@50"]) == (1.0, None, None)
 
 
-def code_config(data, codes, **options):
-    return walking(
-        data,
-        head={"retrieval": "semantic_id", "beams": ITEMS, "top_k": 10},
-        data_options={"semantic_ids": str(codes)} | options,
-    )
-
-
-@pytest.mark.parametrize("options", [{}, {"paradigm": "nio", "overlap": 0}])
-def test_the_score_of_a_generated_item_is_its_probability_in_training(data, codes, options):
-    """Teacher forcing over the whole stream against the cached prefix and beams, item by item."""
-    config = code_config(data, codes, **options)
-    dataset, model = opened(config)
-    mesh = one_device()
-    with jax.set_mesh(mesh):
-        state = init_state(model, 0)
-        host, _ = next(eval_batches(dataset, config.data, "valid"))
-        batch = to_devices(host.batch, mesh)
-        trie = build_trie(dataset.catalogue.codes)
-        beams = jax.device_get(jax.jit(generate, static_argnums=0)(model, state, batch, trie))
-        assert (np.sort(beams.items, axis=1) == np.arange(ITEMS)).all()  # all exist, each once
-
-        @functools.partial(jax.jit, static_argnums=0)
-        def loss(model, state, lone):
-            unique = model.embedder.unique(lone)
-            rows = model.embedder.gather(state.tables, unique)
-            return loss_fn(state.params, rows, model, model.embedder.inverses(lone, unique), lone, jnp.ones(1), None)
-
-        def loss_of(item):
-            one = np.full_like(host.batch.goals, item)
-            asked = host.batch._replace(goals=one, codes=dataset.catalogue.codes[one])
-            per_stream = []
-            for number in (0, 5):
-                lone = jax.tree.map(lambda x, n=number: x[n : n + 1], asked)
-                lone = to_devices(lone, mesh)
-                per_stream.append(float(loss(model, state, lone)))
-            return per_stream
-
-        for item in (0, 7):
-            scores = [beams.scores[n][beams.items[n] == item].item() for n in (0, 5)]
-            # float32 in another order: measured 1.4e-6.
-            np.testing.assert_allclose(scores, [-x for x in loss_of(item)], rtol=0, atol=1e-5)
-
-
-def test_codes_of_one_goal_move_no_other_read_out(data, codes):
-    config = code_config(data, codes)
-    dataset, model = opened(config)
-    mesh = one_device()
-    batch = first_batch(dataset, config).batch
-    other = batch.codes.copy()
-    other[:, 4] = (other[:, 4] + 1) % 2
-    with jax.set_mesh(mesh):
-        state = init_state(model, 0)
-        read = jax.jit(read_outs, static_argnums=0)
-        a, b = (np.asarray(read(model, state, to_devices(batch._replace(codes=c), mesh))) for c in (batch.codes, other))
-    layout = model.layout(8)
-    moved = np.abs(a - b).max(axis=(0, 2)) > 0
-    assert moved.any()
-    assert (layout.candidate[layout.readout][moved] == 4).all()
-
-
-@pytest.mark.parametrize("kind", ["full", "sampled", "codes"])
-def test_no_read_out_sees_what_comes_after_its_event(data, codes, kind):
-    """The next event is the goal, so that codes beside an event must not see it either."""
-    config = (
-        code_config(data, codes) if kind == "codes" else walking(data, head={"negatives": 16 * (kind == "sampled")})
-    )
-    dataset, model = opened(config)
-    mesh, later = one_device(), np.arange(8) >= 5
-    batch = first_batch(dataset, config).batch
-    assert batch.valid[:, 4:6].all(axis=1).any()
-
-    def changed(signals):
-        return signals._replace(ids=np.where(later[:, None], np.roll(signals.ids, 1, axis=0), signals.ids))
-
-    other = batch._replace(
-        state=changed(batch.state),
-        action=changed(batch.action),
-        items=np.where(later, np.roll(batch.items, 1, axis=0), batch.items),
-    )
-    with jax.set_mesh(mesh):
-        state = init_state(model, 0)
-        read = jax.jit(read_outs, static_argnums=0)
-        a, b = (np.asarray(read(model, state, to_devices(x, mesh))) for x in (batch, other))
-    layout = model.layout(8)
-    moved = np.abs(a - b).max(axis=(0, 2)) > 0
-    assert np.array_equal(moved, layout.event[layout.readout] >= 5)
-
-
 @pytest.mark.parametrize("kind", ["full", "sampled", "codes"])
 def test_a_step_and_its_answers_agree_on_a_mesh(data, codes, kind):
     if kind == "codes":
@@ -422,40 +284,6 @@ def test_the_command_line_writes_the_metrics(trained, tmp_path, capsys):
     assert main([*arguments, "--baselines"]) == 0
     assert {"popularity", "repeat"} == json.loads((tmp_path / "eval.json").read_text())["baselines"].keys()
     assert "popularity" in capsys.readouterr().out
-
-
-def test_semantic_ids_that_lack_an_item_are_refused(data, codes, tmp_path):
-    table = pq.read_table(codes)
-    pq.write_table(table.slice(1), tmp_path / "semantic_ids.parquet")
-    with pytest.raises(InputError, match="item_id=100"):
-        open_dataset(data, (), str(tmp_path))
-
-
-def test_other_semantic_ids_of_the_same_sizes_are_refused(data, codes, tmp_path):
-    """The codes of a run are its vocabulary: items that changed places would be found under each other's names."""
-    swapped = load_semantic_ids(codes)
-    save_semantic_ids(SemanticIds(swapped.item_id, np.roll(swapped.codes, 1, axis=0)), tmp_path / "ids.parquet")
-    mine, others = (
-        open_dataset(data, ("semantic_id",), str(path)).schema for path in (codes, tmp_path / "ids.parquet")
-    )
-    assert mine.levels == others.levels
-    start_run(code_config(data, codes), mine, tmp_path / "run")
-    check_schema(mine, tmp_path / "run")
-    with pytest.raises(InputError, match="semantic ids"):
-        check_schema(others, tmp_path / "run")
-
-
-def test_semantic_ids_may_be_goals_without_being_features(data, codes):
-    config = code_config(data, codes, exclude=("semantic_id",))
-    dataset, _ = opened(config)
-    assert [f.name for f in dataset.schema.features] == ["item", "hour"]
-    assert dataset.schema.levels == (3, 2, 2)
-    assert first_batch(dataset, config).batch.codes.shape == (16, 8, 1, 3)
-    with_feature = open_dataset(data, (), str(codes))
-    feature = with_feature.schema.feature("semantic_id")
-    assert with_feature.catalogue.ids.shape[1] == 1 + feature.length
-    assert with_feature.catalogue.ids[:, 1:].max() < with_feature.schema.tables["semantic_id"]
-    assert dataclasses.replace(with_feature.schema, features=()) != dataset.schema
 
 
 def test_a_data_set_without_tasks_cannot_be_ranked(data, tmp_path):

@@ -9,9 +9,12 @@ import pyarrow as pa
 
 from tests.data.memory_source import MemorySource
 from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.data.dataset import open_dataset
+from tokenrec.data.pipeline import train_batches
 from tokenrec.data.prepare import prepare
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.semantic_ids.codes import SemanticIds, save_semantic_ids
+from tokenrec.state import build_model, merge
 
 ITEMS, USERS, STEPS = 12, 96, 14
 SCHEMA = Schema((Feature("item", "categorical", "item"), Feature("hour", "categorical", "context")), ())
@@ -60,4 +63,31 @@ def walking(data: Path, *, steps: int = 60, head: dict | None = None, data_optio
         head=HeadConfig(**{"top_k": 5, "beams": 6} | (head or {})),
         optim=OptimConfig(steps=steps, warmup_steps=5, learning_rate=1e-2),
         train=TrainConfig(log_every=20),
+    )
+
+
+def opened(config):
+    dataset = open_dataset(config.data.path, config.data.exclude, config.data.semantic_ids)
+    return dataset, build_model(config, dataset.schema, ())
+
+
+def first_batch(dataset, config):
+    batches = train_batches(dataset, config.data, steps=1, seed=0)
+    try:
+        return next(batches)
+    finally:
+        batches.close()
+
+
+def read_outs(model, state, batch):
+    """What the head reads, outside of a step."""
+    entities = model.embedder.look_up(state.tables, batch)
+    return merge(model, state.params)(entities, batch, None)
+
+
+def code_config(data, codes, **options):
+    return walking(
+        data,
+        head={"retrieval": "semantic_id", "beams": ITEMS, "top_k": 10},
+        data_options={"semantic_ids": str(codes)} | options,
     )
