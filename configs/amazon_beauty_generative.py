@@ -4,8 +4,8 @@
     tokenrec semantic-ids --data data/amazon_beauty --out data/amazon_beauty_ids
     tokenrec train --config=configs/amazon_beauty_generative.py --workdir=runs/amazon_beauty_generative
 
-Hardware and time: a CPU core; 1.5 million goals at 1,900 a second when nothing else runs, by the log of the run. Figures:
-benchmarks/results/amazon_beauty_generative.md. The ids come from co-occurrence in the training split.
+Hardware and time: a CPU core; 1.5 million goals at 1,900 a second when nothing else runs, by the log of the run.
+Figures: benchmarks/results/amazon_beauty_generative.md. The ids come from co-occurrence in the training split.
 """
 
 from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
