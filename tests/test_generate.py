@@ -30,6 +30,7 @@ from tokenrec.semantic_ids.codes import SemanticIds, load_semantic_ids, save_sem
 from tokenrec.sharding import to_devices
 from tokenrec.state import init_state
 from tokenrec.step import loss_fn
+from tokenrec.tokens.embed import inverses
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +59,9 @@ def test_the_score_of_a_generated_item_is_its_probability_in_training(data, code
 
         @functools.partial(jax.jit, static_argnums=0)
         def loss(model, state, lone):
-            unique = model.embedder.unique(lone)
-            rows = model.embedder.gather(state.tables, unique)
-            return loss_fn(state.params, rows, model, model.embedder.inverses(lone, unique), lone, jnp.ones(1), None)
+            found = model.embedder.find(lone)
+            rows = model.embedder.gather(state.tables, found)
+            return loss_fn(state.params, rows, model, inverses(found), lone, jnp.ones(1), None)
 
         def loss_of(item):
             one = np.full_like(host.batch.goals, item)

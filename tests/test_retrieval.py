@@ -209,12 +209,13 @@ def test_metrics_that_look_further_than_the_answers_are_not_given():
     assert (found["recall@10"], found["recall@50"], found["ndcg@50"]) == (1.0, None, None)
 
 
-@pytest.mark.parametrize("kind", ["full", "sampled", "codes"])
+@pytest.mark.parametrize("kind", ["full", "sampled", "spread", "codes"])
 def test_a_step_and_its_answers_agree_on_a_mesh(data, codes, kind):
     if kind == "codes":
         config = code_config(data, codes)
     else:
-        config = walking(data, head={"negatives": 16 if kind == "sampled" else 0, "drop_seen": True})
+        config = walking(data, head={"negatives": 0 if kind == "full" else 16, "drop_seen": True})
+        config.tokens.replicate_rows = 5 if kind == "spread" else 1000
     dataset, model = opened(config)
     host, batch = next(eval_batches(dataset, config.data, "valid"))[0].batch, first_batch(dataset, config).batch
     results = []

@@ -1,11 +1,16 @@
-"""The train step on random batches: accumulation, refusal of bad steps, the joint clip norm, the mesh."""
+"""The train step on random batches: accumulation, refusal of bad steps, the joint clip norm, meshes, placements."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
+from tests.worlds import SCHEMA, TABLES, TASKS, mesh_of, one_device, place, random_batch, tiny
+from tokenrec.ops.exchange import Collected, places_of
+from tokenrec.ops.tables import stored
 from tokenrec.optim import clip_scale, decays, global_norm
 from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import train_step
@@ -78,7 +83,9 @@ def test_dropout_depends_on_the_step_and_on_nothing_else(mesh):
 
 
 def test_clip_norm_counts_dense_weights_and_unique_rows_together():
-    norm = global_norm({"w": jnp.array([3.0])}, {"rows": jnp.array([[0.0, 4.0]])})
+    norm = global_norm(
+        {"w": jnp.array([3.0])}, {"t": Collected(jnp.array([5]), jnp.array([[0.0, 4.0]]), jnp.float32(0))}
+    )
     assert float(norm) == pytest.approx(5.0)
     assert float(clip_scale(norm, 1.0)) == pytest.approx(0.2)
     assert float(clip_scale(norm, 0.0)) == 1.0
@@ -100,18 +107,79 @@ def test_abstract_state_says_what_a_state_is():
         assert (a.shape, a.dtype, a.sharding.spec) == (b.shape, b.dtype, b.sharding.spec)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_every_mesh_makes_the_same_update(shape):
+@functools.cache
+def mesh_case():
     config = tiny(
-        model={"ffn_width": 32, "dropout": 0.1}, optim={"accumulate": 2, "learning_rate": 1e-3}, batch_size=16
+        tokens={"replicate_rows": 8},  # video, tags and code are spread, the others are not
+        model={"ffn_width": 32, "dropout": 0.1, "heads": 4, "layers": 2, "windows": (6,)},
+        optim={"accumulate": 2, "learning_rate": 1e-3},
+        batch_size=16,
     )
-    batch = random_batch(config, 16)
-    states = []
-    for mesh in (one_device(), mesh_of(*shape)):
-        with jax.set_mesh(mesh):
-            model = build_model(config, SCHEMA, TASKS)
-            state, metrics = STEP(model, init_state(model, 0), place(batch, mesh))
-            states.append(leaves((state.params, state.tables, metrics.loss)))
+    return build_model(config, SCHEMA, TASKS), random_batch(config, 16)
+
+
+@functools.cache
+def stepped(sizes):
+    """State and metrics after a step from sums of 1, which keep AdaGrad from magnifying rounding of tiny gradients."""
+    (model, batch), mesh = mesh_case(), mesh_of(*sizes)
+    with jax.set_mesh(mesh):
+        state = init_state(model, 0)
+        rows = jax.tree.map(lambda leaf: leaf + 1, state.opt_state["rows"])
+        state = dataclasses.replace(state, opt_state=state.opt_state | {"rows": rows})
+        return jax.device_get(STEP(model, state, place(batch, mesh)))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)])
+def test_every_mesh_makes_the_same_loss_gradient_and_update(shape):
+    (state, metrics), (expected, of_one) = stepped(shape), stepped((1, 1, 1))
+    np.testing.assert_allclose(metrics.loss, of_one.loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics.grad_norm, of_one.grad_norm, rtol=1e-6)
+    assert (metrics.rounds, of_one.rounds) == (1, 1)
+    # AdamW's first moment is a tenth of the gradient, whose largest entries are near .1.
+    for a, b in zip(
+        leaves((state.opt_state, state.tables)), leaves((expected.opt_state, expected.tables)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-7)
     # AdamW's first step magnifies rounding of tiny gradients up to the rate itself; measured 4e-5 of weights near 0.1.
-    for a, b in zip(*states, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-3 if a.ndim else 1e-5)
+    for a, b in zip(leaves(state.params), leaves(expected.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_spread_and_replicated_tables_learn_the_same(mesh):
+    batch = random_batch(tiny())
+    found = {}
+    for replicate in (8, 100):
+        model = build_model(tiny(tokens={"replicate_rows": replicate}), SCHEMA, TASKS)
+        state = init_state(model, 0)
+        rows = {}
+        for stack in model.embedder.stacks.values():
+            for table, first in stack.offsets.items():
+                numbers = first + np.arange(TABLES[table])
+                at = places_of(numbers, stored(stack)[0][0]) if stack.spread else numbers
+                rows[table] = (stack.name, at)
+        tables = {name: np.array(leaf) for name, leaf in state.tables.items()}
+        random = np.random.default_rng(0)
+        for _, (name, at) in sorted(rows.items()):
+            tables[name][at] = random.normal(size=(len(at), 8)) * 0.1
+        placed = {name: jax.device_put(leaf, state.tables[name].sharding) for name, leaf in tables.items()}
+        state = dataclasses.replace(state, tables=placed)
+        new, metrics = STEP(model, state, place(batch, mesh))
+        found[replicate] = [np.asarray(new.tables[name])[at] for _, (name, at) in sorted(rows.items())]
+        found[replicate] += [metrics.loss, metrics.grad_norm, *leaves(new.params)]
+        assert any(stack.spread for stack in model.embedder.stacks.values()) == (replicate == 8)
+    for a, b in zip(found[8], found[100], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_bad_step_leaves_spread_tables_as_they_were():
+    model, batch = mesh_case()
+    dense = batch.target.dense.copy()
+    dense[0, 0, 0] = np.inf
+    batch = batch._replace(target=batch.target._replace(dense=dense))
+    mesh = mesh_of(2, 2, 2)
+    with jax.set_mesh(mesh):
+        state = init_state(model, 0)
+        new, metrics = STEP(model, state, place(batch, mesh))
+    assert not metrics.finite
+    for a, b in zip(leaves((state.tables, state.opt_state)), leaves((new.tables, new.opt_state)), strict=True):
+        assert np.array_equal(a, b)

@@ -7,23 +7,28 @@ import re
 import jax
 import pytest
 
-from tests.worlds import SCHEMA, TABLES, TASKS, one_device, place, random_batch, tiny
+from tests.worlds import SCHEMA, TABLES, TASKS, mesh_of, place, random_batch, tiny
+from tokenrec.ops.exchange import stored_rows
 from tokenrec.state import abstract_state, build_model
 from tokenrec.step import train_step
 
 ROWS = 104_729  # prime, so that no shape of the model's own has it; a batch of `tiny` has 104 ids of this table
 WIDTH = 16  # of this table alone, so that it is a stack of its own
+DEVICES = 8
+STORED = stored_rows(ROWS)
+OWN = STORED // DEVICES  # 13,824: a shape that nothing else has
 
 # A line of HLO: `[ROOT] %name = type opcode(operands)...`. A type is `f32[2,3]{1,0}` or a tuple of such in brackets.
 LINE = re.compile(r"^\s*(?:ROOT )?%?(?P<name>\S+) = (?P<type>\([^()]*\)|\S+) (?P<opcode>[\w-]+)\(")
 
 
 @functools.cache
-def compiled_step(decay: float, accumulate: int) -> str:
+def compiled_step(decay: float, accumulate: int, sizes=(1, 1, 1), replicate_rows: int = ROWS) -> str:
     """HLO text of the train step with a large table `video`, its state donated as in `train`."""
     optim = {"table_weight_decay": decay, "accumulate": accumulate}
-    config = tiny(tokens={"embedding_dims": {"video": WIDTH}}, model={"layers": 1, "windows": ()}, optim=optim)
-    mesh = one_device()
+    tokens = {"embedding_dims": {"video": WIDTH}, "replicate_rows": replicate_rows}
+    config = tiny(tokens=tokens, model={"layers": 1, "windows": ()}, optim=optim)
+    mesh = mesh_of(*sizes)
     with jax.set_mesh(mesh):
         schema = dataclasses.replace(SCHEMA, tables=TABLES | {"video": ROWS})
         model = build_model(config, schema, TASKS)
@@ -72,3 +77,26 @@ def test_the_new_table_takes_the_memory_of_the_old_one():
     tables = re.findall(rf"= f32\[{ROWS}[^\n]* parameter\((\d+)\)", entry)
     assert len(tables) == 2
     assert {int(number) for number in tables} <= aliased
+
+
+def opcodes(text: str, rows: int) -> set[str]:
+    """Of all operations, those in loops and fusions included, that make a buffer with a dimension of so many rows."""
+    sized = re.compile(rf"\[(?:\d+,)*{rows}(?:,\d+)*\]")
+    found = [LINE.match(line) for line in text.splitlines()]
+    return {match["opcode"] for match in found if match and sized.search(match["type"])}
+
+
+def test_a_spread_table_never_leaves_the_devices_that_own_it():
+    """Of the whole table nothing is made on any device, of the own rows nothing but themselves, written in place."""
+    text = compiled_step(0.1, 1, (2, 2, 2), replicate_rows=100)
+    assert not opcodes(text, STORED) | opcodes(text, ROWS)
+    in_place = {"parameter", "scatter", "fusion", "tuple", "get-tuple-element", "while", "conditional"}
+    assert {"parameter", "scatter"} <= opcodes(text, OWN) <= in_place
+    exchanged = re.findall(r"= \(?(\S+?)\{[^=]*? (all-to-all|all-gather|all-reduce|reduce-scatter)\(", text)
+    assert any(kind == "all-to-all" for _, kind in exchanged)
+
+
+def test_on_one_device_a_spread_table_needs_no_exchange():
+    text = compiled_step(0.0, 1, replicate_rows=100)
+    assert "all-to-all" not in text
+    assert opcodes(text, STORED) <= {"parameter", "scatter", "fusion", "tuple"}

@@ -80,6 +80,8 @@ class TokensConfig:
         the control that tells what the signals in them are worth.
       embedding_dim: width of the rows of every table not named in `embedding_dims`.
       embedding_dims: table name -> width.
+      replicate_rows: tables of at most so many rows lie whole on every device; the rows of longer ones are spread over
+        all devices (ops/exchange.py). Where a row is stored does not depend on the mesh.
       user_tokens: N tokens of one maker over all user features; 0 makes one token per static field.
       target_tokens: K tokens per candidate; the last one is read out.
       fused: one token per event instead of a state and an action token. Not for ranking in UC.
@@ -101,6 +103,7 @@ class TokensConfig:
     random_tokens: bool = False
     embedding_dim: int = 16
     embedding_dims: dict[str, int] = dataclasses.field(default_factory=dict)
+    replicate_rows: int = 100_000
     user_tokens: int = 0
     target_tokens: int = 1
     fused: bool = False

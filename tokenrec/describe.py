@@ -23,9 +23,9 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
     """Figures of a config on a data set with this schema.
 
     Returns:
-      `{"parameters": {"dense", "tables", "by_part", "by_table"}, "tokens", "layout", "history": {"events", "tokens",
-      "how"}, "layers": [{"layer", "window",
-      "queries", "keys", "implementation", "refused"}], "flops_per_example"}`. `implementation` is what attention
+      `{"parameters": {"dense", "tables", "by_part", "by_table", "spread"}, "tokens", "layout", "history": {"events",
+      "tokens", "how"}, "layers": [{"layer", "window", "queries", "keys", "implementation", "refused"}],
+      "flops_per_example"}`. `implementation` is what attention
       runs on this machine at the config's batch size, and `refused` why it is none that the platform prefers. FLOPs are
       those of the matrix products of a forward pass over one sample at the longest stream length, attention over the
       pairs that see each other alone.
@@ -45,9 +45,10 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
     return {
         "parameters": {
             "dense": sum(leaf.size for leaf in state.params.values()),
-            "tables": sum(leaf.size for leaf in state.tables.values()),
+            "tables": sum(stack.rows * stack.width for stack in model.embedder.stacks.values()),
             "by_part": _by_part(state.params),
             "by_table": {t: schema.tables[t] * widths[t] for t in sorted(schema.tables)},
+            "spread": sorted(t for stack in model.embedder.stacks.values() if stack.spread for t in stack.offsets),
         },
         "objective": config.data.objective,
         "paradigm": config.data.paradigm,
@@ -74,7 +75,10 @@ def to_text(description: dict[str, Any]) -> str:
         f"parameters  {parameters['dense']:>14,} dense   {parameters['tables']:>14,} in tables",
         *(f"  {name:<22}{size:>12,}" for name, size in parameters["by_part"].items()),
         "tables",
-        *(f"  {name:<22}{size:>12,}" for name, size in parameters["by_table"].items()),
+        *(
+            f"  {name:<22}{size:>12,}" + "   spread over all devices" * (name in parameters["spread"])
+            for name, size in parameters["by_table"].items()
+        ),
         "",
         f"stream      {description['tokens']} tokens",
         f"  {drawn}",

@@ -21,8 +21,9 @@ from tokenrec.data.pipeline import eval_batches
 from tokenrec.decode import build_trie
 from tokenrec.generate import compiled_generate_step
 from tokenrec.metrics import ScoreStore, group_codes
-from tokenrec.retrieval import Found, find_by_counts, find_split, find_step, summarize
+from tokenrec.retrieval import find_by_counts, find_split, find_step, summarize
 from tokenrec.run import load_run_config, open_run
+from tokenrec.search import Found
 from tokenrec.sharding import RULES, make_mesh, to_devices
 from tokenrec.state import Model, TrainState
 from tokenrec.step import eval_step

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tokenrec.data.batch import Batch
 from tokenrec.decode import Beams, Trie, beam_search
 from tokenrec.models.heads import CodeHead
-from tokenrec.retrieval import Found
+from tokenrec.search import Found
 from tokenrec.sharding import RULES
 from tokenrec.state import Model, TrainState, merge
 

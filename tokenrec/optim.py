@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from tokenrec.config import OptimConfig
+from tokenrec.ops.exchange import Collected
 
 # Last part of the name of weights that decay would only bias.
 UNDECAYED = ("bias", "scale", "separators")
@@ -47,10 +48,11 @@ def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     )
 
 
-def global_norm(gradients: dict[str, jax.Array], rows: dict[str, jax.Array]) -> jax.Array:
-    """Euclidean norm of the dense gradients and of the gradient of each unique row, together."""
-    leaves = [*gradients.values(), *rows.values()]
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves))
+def global_norm(gradients: dict[str, jax.Array], rows: dict[str, Collected]) -> jax.Array:
+    """Euclidean norm of the dense gradients and of the gradient of each row, together."""
+    leaves = [*gradients.values(), *(some.gradients for some in rows.values())]
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves]
+    return jnp.sqrt(sum(squares) + sum(some.squares for some in rows.values()))
 
 
 def clip_scale(norm: jax.Array, limit: float) -> jax.Array:

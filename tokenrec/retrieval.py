@@ -19,22 +19,14 @@ from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.metrics import group_codes
 from tokenrec.models.heads import ItemHead
+from tokenrec.ops.lookup import Stack
 from tokenrec.ranking_metrics import mrr, ndcg_at, recall_at
+from tokenrec.search import Found, search_spread
 from tokenrec.sharding import RULES, to_devices
 from tokenrec.state import Model, TrainState, merge
 from tokenrec.tokens.embed import ITEM_ROWS
 
 CUTOFFS = (1, 5, 10, 50)
-
-
-class Found(NamedTuple):
-    """Answers of a batch. `items: [B, k] int32`, rows of the catalogue, best first, -1 where there are fewer;
-    `scores: [B, k]`; `ranks: [B, P] float32` of the goals, 1 the best, `inf` outside of the list, 0 fills.
-    """
-
-    items: jax.Array
-    scores: jax.Array
-    ranks: jax.Array
 
 
 class Answers(NamedTuple):
@@ -58,7 +50,19 @@ def find_step(model: Model, state: TrainState, batch: Batch) -> Found:
     module = merge(model, state.params)
     assert isinstance(module.head, ItemHead)
     h = module(entities, batch, None)
-    return _best(module.head.scores(h, _vectors(model, module.head, state))[:, 0], batch, model.config.head)
+    settings, stack = model.config.head, _item_stack(model)
+    if stack is not None and stack.spread:
+        return search_spread(
+            module.head.query(h)[:, 0],
+            state.tables[stack.name],
+            batch.goals[:, 0],
+            batch.items if settings.drop_seen else None,
+            first=stack.offsets[ITEM_ROWS.name],
+            items=model.schema.items,
+            count=settings.top_k,
+            key=module.head.key,
+        )
+    return _best(module.head.scores(h, _vectors(model, module.head, state, stack))[:, 0], batch, settings)
 
 
 def find_by_counts(head: HeadConfig, repeat: bool, learned: jax.Array, batch: Batch) -> Found:
@@ -81,15 +85,17 @@ def _best(scores: jax.Array, batch: Batch, head: HeadConfig) -> Found:
     return Found(items.astype(jnp.int32), values, _ranks(scores, batch.goals[:, 0]))
 
 
-def _vectors(model: Model, head: ItemHead, state: TrainState) -> jax.Array:
+def _item_stack(model: Model) -> Stack | None:
+    """Where the item vectors of a sampled softmax lie."""
+    return next((stack for stack in model.embedder.stacks.values() if ITEM_ROWS.name in stack.offsets), None)
+
+
+def _vectors(model: Model, head: ItemHead, state: TrainState, stack: Stack | None) -> jax.Array:
     """`[V, d]` of all items."""
-    if head.items is not None:
+    if stack is None:
         return head.vectors()
-    for name, stack in model.embedder.stacks.items():
-        if ITEM_ROWS.name in stack.offsets:
-            first = stack.offsets[ITEM_ROWS.name]
-            return state.tables[name][first : first + model.schema.items]
-    raise AssertionError("a sampled softmax has a table of items")
+    first = stack.offsets[ITEM_ROWS.name]
+    return state.tables[stack.name][first : first + model.schema.items]
 
 
 def _at_items(scores: jax.Array, items: jax.Array, how: Literal["set", "add"], value: float) -> jax.Array:

@@ -30,6 +30,7 @@ class Rules:
     embed: tuple[str, ...] | str | None = "fsdp"
     heads: tuple[str, ...] | str | None = "tensor"
     ffn: tuple[str, ...] | str | None = "tensor"
+    rows: tuple[str, ...] | str | None = AXES  # of tables that no device holds whole
 
     def __call__(self, *axes: str | None) -> PartitionSpec:
         """The partition of an array whose dimensions carry these logical axes (None: not split).

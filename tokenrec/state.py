@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from tokenrec.config import Config, data_directory
 from tokenrec.data.schema import Schema
@@ -18,6 +19,7 @@ from tokenrec.errors import InputError
 from tokenrec.models.recommender import Literals, Recommender, stream_layout
 from tokenrec.ops.layers import draw
 from tokenrec.ops.lookup import RowsState
+from tokenrec.ops.tables import stored
 from tokenrec.optim import dense_optimizer
 from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Embedder
@@ -35,7 +37,7 @@ class TrainState:
     Attributes:
       step: `[] int32`, updates made.
       params: dense weights by name ("backbone/blocks/0/gate/bias").
-      tables: stacks of embedding tables, `[rows, width]`.
+      tables: stacks of embedding tables, `[rows, width]`, as they are stored (ops/tables.py).
       opt_state: `{"dense": optax state, "rows": {stack: RowsState}}`.
     """
 
@@ -126,8 +128,9 @@ def init_state(model: Model, seed: int) -> TrainState:
     tables, rows = {}, {}
     for number, (name, stack) in enumerate(sorted(model.embedder.stacks.items())):
         key = jax.random.fold_in(tables_key, number)
-        tables[name] = draw(key, (stack.rows, stack.width), TABLE_DEVIATION, RULES(None, None))
-        rows[name] = RowsState(jnp.zeros((stack.rows,), out_sharding=RULES(None)))
+        shape, spec = stored(stack)
+        tables[name] = draw(key, shape, TABLE_DEVIATION, spec)
+        rows[name] = RowsState(jnp.zeros(shape[:1], out_sharding=PartitionSpec(spec[0])))
     opt_state = {"dense": dense_optimizer(model.config.optim).init(params), "rows": rows}
     return TrainState(jnp.zeros((), jnp.int32, out_sharding=RULES()), params, tables, opt_state)
 

@@ -11,23 +11,26 @@ import optax
 from tokenrec.data.batch import Batch
 from tokenrec.models.heads import CodeHead, ItemHead
 from tokenrec.models.recommender import Recommender
-from tokenrec.ops.lookup import update_rows
+from tokenrec.ops.tables import collect, update
 from tokenrec.optim import clip_scale, dense_optimizer, global_norm, schedule
 from tokenrec.sharding import RULES
 from tokenrec.state import Model, TrainState, merge
-from tokenrec.tokens.embed import ITEM_ROWS, Entity, samples_items
+from tokenrec.tokens.embed import ITEM_ROWS, Entity, inverses, samples_items
 
 Inverses = dict[str, dict[str, jax.Array]]
 TRAINED = ("backbone/", "head/")  # weights that random tokens leave to be trained
 
 
 class Metrics(NamedTuple):
-    """Scalars of a step, on the device until the loop logs. `finite` False: the update was not made."""
+    """Scalars of a step, on the device until the loop logs. `finite` False: the update was not made. `rounds`: how
+    often rows of spread tables were exchanged, 1 unless the ids fell on few devices, 0 without such tables.
+    """
 
     loss: jax.Array
     grad_norm: jax.Array
     examples: jax.Array
     finite: jax.Array
+    rounds: jax.Array
 
 
 def known_labels(batch: Batch) -> jax.Array:
@@ -47,20 +50,20 @@ def forward(
     model: Model,
     params: dict[str, jax.Array],
     rows: dict[str, jax.Array],
-    inverses: Inverses,
+    reads: Inverses,
     batch: Batch,
     key: jax.Array | None,
 ) -> jax.Array:
     """Logits `[B, N, K] float32` of ranking; `rows` are the unique table rows of the batch."""
     module = merge(model, params)
-    return module.head(module(model.embedder.entities(rows, inverses, batch), batch, key))
+    return module.head(module(model.embedder.entities(rows, reads, batch), batch, key))
 
 
 def loss_fn(
     params: dict[str, jax.Array],
     rows: dict[str, jax.Array],
     model: Model,
-    inverses: Inverses,
+    reads: Inverses,
     batch: Batch,
     counts: jax.Array,
     key: jax.Array | None,
@@ -71,7 +74,7 @@ def loss_fn(
     id together.
     """
     module = merge(model, params)
-    entities = model.embedder.entities(rows, inverses, batch)
+    entities = model.embedder.entities(rows, reads, batch)
     read = module(entities, batch, key)
     if batch.labels is None:
         return retrieval_loss(module, read, entities, batch) / jnp.maximum(counts[0], 1)
@@ -125,13 +128,13 @@ def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainStat
     optim = model.config.optim
     key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
     batch = with_negatives(model, batch, jax.random.fold_in(key, optim.accumulate))
-    unique = model.embedder.unique(batch)
-    rows = model.embedder.gather(state.tables, unique)
-    inverses = model.embedder.inverses(batch, unique)
+    found = model.embedder.find(batch)
+    rows = model.embedder.gather(state.tables, found)
+    reads = inverses(found)
     counts = label_counts(batch)
     gradient = jax.value_and_grad(loss_fn, argnums=(0, 1))
     if optim.accumulate == 1:
-        loss, (dense, by_row) = gradient(state.params, rows, model, inverses, batch, counts, key)
+        loss, (dense, by_row) = gradient(state.params, rows, model, reads, batch, counts, key)
     else:
 
         def add(total: Any, piece: tuple[Batch, Inverses, jax.Array]) -> tuple[Any, None]:
@@ -140,14 +143,16 @@ def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainStat
             return jax.tree.map(jnp.add, total, made), None
 
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (state.params, rows)))
-        pieces = _micro_batches((batch, inverses), optim.accumulate)
+        pieces = _micro_batches((batch, reads), optim.accumulate)
         (loss, (dense, by_row)), _ = jax.lax.scan(add, zero, (*pieces, jnp.arange(optim.accumulate)))
 
-    norm = global_norm(dense, by_row)
+    summed = {name: collect(state.tables[name], found[name], by_row[name]) for name in found}
+    norm = global_norm(dense, summed)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     scale = jnp.where(finite, clip_scale(norm, optim.clip_norm), 0.0)
     # 0 x inf is NaN, so gradients of a bad step are replaced, not scaled; they are small beside a table.
-    dense, by_row = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), (dense, by_row))
+    scaled = {name: some.gradients for name, some in summed.items()}
+    dense, by_row, scaled = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), (dense, by_row, scaled))
 
     updates, dense_state = dense_optimizer(optim).update(dense, state.opt_state["dense"], state.params)
     if model.config.tokens.random_tokens:
@@ -157,32 +162,33 @@ def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainStat
     dense_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), dense_state, state.opt_state["dense"])
     rate = schedule(optim, optim.table_learning_rate)(state.step)
     tables, rows_state = dict(state.tables), dict(state.opt_state["rows"])
-    for name in model.embedder.stacks:
-        tables[name], rows_state[name] = update_rows(
+    for name in found:
+        tables[name], rows_state[name] = update(
             tables[name],
             rows_state[name],
-            unique[name].ids,
+            found[name],
             by_row[name],
+            summed[name]._replace(gradients=scaled[name]),
             rate=rate,
             decay=optim.table_weight_decay,
             apply=finite,
         )
+    rounds = jnp.max(jnp.stack([of.rounds for of in found.values()])) if found else jnp.int32(0)
     new = TrainState(state.step + 1, params, tables, {"dense": dense_state, "rows": rows_state})
-    return new, Metrics(loss, norm, jnp.sum(batch.weight), finite)
+    return new, Metrics(loss, norm, jnp.sum(batch.weight), finite, rounds)
 
 
 def step_loss(model: Model, state: TrainState, batch: Batch) -> jax.Array:
     """The forward pass of a train step, without dropout: what `work` counts the products of."""
     batch = with_negatives(model, batch, jax.random.key(0))
-    unique = model.embedder.unique(batch)
-    rows = model.embedder.gather(state.tables, unique)
-    inverses = model.embedder.inverses(batch, unique)
-    return loss_fn(state.params, rows, model, inverses, batch, label_counts(batch), None)
+    found = model.embedder.find(batch)
+    rows = model.embedder.gather(state.tables, found)
+    return loss_fn(state.params, rows, model, inverses(found), batch, label_counts(batch), None)
 
 
 def eval_step(model: Model, state: TrainState, batch: Batch) -> jax.Array:
     """Probabilities `[B, N, K] float32` of every row; the caller drops those of weight 0."""
-    unique = model.embedder.unique(batch)
-    rows = model.embedder.gather(state.tables, unique)
-    logits = forward(model, state.params, rows, model.embedder.inverses(batch, unique), batch, None)
+    found = model.embedder.find(batch)
+    rows = model.embedder.gather(state.tables, found)
+    logits = forward(model, state.params, rows, inverses(found), batch, None)
     return jax.nn.sigmoid(logits)

@@ -122,7 +122,7 @@ class _Pending:
         self._waiting.append((metrics, rows))
 
     def check(self, step: int) -> dict[str, float]:
-        """Means since the last call; `step` updates are made.
+        """Means since the last call, and the most rounds that spread tables took; `step` updates are made.
 
         Raises:
           NonFiniteError: names the first bad step and the rows of its batch.
@@ -141,7 +141,9 @@ class _Pending:
                 )
         if not fetched:
             return {}
-        return {name: float(np.mean([getattr(m, name) for m in fetched])) for name in ("loss", "grad_norm")}
+        means = {name: float(np.mean([getattr(m, name) for m in fetched])) for name in ("loss", "grad_norm")}
+        rounds = max(int(m.rounds) for m in fetched)
+        return means | ({"exchange_rounds": rounds} if rounds else {})
 
 
 def _due(step: int, every: int) -> bool:

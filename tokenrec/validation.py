@@ -58,6 +58,7 @@ def _problems(c: Config) -> Iterator[str]:
         "tokens.history_cap": c.tokens.history_cap,
         "tokens.recent": c.tokens.recent,
         "head.negatives": c.head.negatives,
+        "tokens.replicate_rows": c.tokens.replicate_rows,
         "model.ffn_width": c.model.ffn_width,
         "train.eval_every": c.train.eval_every,
         "train.eval_samples": c.train.eval_samples,

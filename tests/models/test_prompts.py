@@ -16,6 +16,7 @@ from tokenrec.errors import InputError
 from tokenrec.sharding import RULES
 from tokenrec.state import Model, build_model, init_state, merge
 from tokenrec.step import loss_fn, train_step
+from tokenrec.tokens.embed import inverses
 from tokenrec.tokens.layout import ROLES
 from tokenrec.tokens.prompt import parse_prompt
 from tokenrec.validation import validate
@@ -77,10 +78,10 @@ def _norms(tree):
 def value_and_gradients(model, params, tables, batch):
     @jax.jit
     def compute(params, tables, batch):
-        unique = model.embedder.unique(batch)
-        rows = model.embedder.gather(tables, unique)
-        inverses = model.embedder.inverses(batch, unique)
-        return jax.value_and_grad(loss_fn, argnums=(0, 1))(params, rows, model, inverses, batch, jnp.ones(2), None)
+        found = model.embedder.find(batch)
+        rows = model.embedder.gather(tables, found)
+        reads = inverses(found)
+        return jax.value_and_grad(loss_fn, argnums=(0, 1))(params, rows, model, reads, batch, jnp.ones(2), None)
 
     return compute(params, tables, batch)
 

@@ -14,6 +14,7 @@ from tokenrec.models.recommender import stream_layout
 from tokenrec.sharding import RULES
 from tokenrec.state import build_model, init_state, merge
 from tokenrec.step import eval_step, forward, loss_fn
+from tokenrec.tokens.embed import inverses
 from tokenrec.tokens.layout import ROLES
 
 SHAPES = {
@@ -49,18 +50,18 @@ def build(config, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def logits(model, params, tables, batch):
-    unique = model.embedder.unique(batch)
-    rows = model.embedder.gather(tables, unique)
-    return forward(model, params, rows, model.embedder.inverses(batch, unique), batch, None)
+    found = model.embedder.find(batch)
+    rows = model.embedder.gather(tables, found)
+    return forward(model, params, rows, inverses(found), batch, None)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(model, params, tables, batch):
-    unique = model.embedder.unique(batch)
-    rows = model.embedder.gather(tables, unique)
-    inverses = model.embedder.inverses(batch, unique)
+    found = model.embedder.find(batch)
+    rows = model.embedder.gather(tables, found)
+    reads = inverses(found)
     counts = jnp.ones(2)
-    return jax.value_and_grad(loss_fn, argnums=(0, 1))(params, rows, model, inverses, batch, counts, None)
+    return jax.value_and_grad(loss_fn, argnums=(0, 1))(params, rows, model, reads, batch, counts, None)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -71,7 +71,7 @@ def test_every_id_finds_its_row_again():
 
 
 def test_tables_of_one_width_share_a_stack():
-    stacks = build_stacks({"a": 3, "b": 4, "c": 5}, {"a": 8, "b": 16, "c": 8})
+    stacks = build_stacks({"a": 3, "b": 4, "c": 5}, {"a": 8, "b": 16, "c": 8}, 10)
     assert {name: (s.rows, s.width, s.offsets) for name, s in stacks.items()} == {
         "width_8": (8, 8, {"a": 0, "c": 3}),
         "width_16": (4, 16, {"b": 0}),

@@ -37,7 +37,7 @@ class ItemHead(nnx.Module):
 
     def scores(self, h: jax.Array, vectors: jax.Array) -> jax.Array:
         """`[B, R, V] float32` from read-outs `[B, R, d]` and `[V, d]`."""
-        return contract("brd,vd->brv", self._query(h), self._key(vectors), RULES("batch", None, None))
+        return contract("brd,vd->brv", self.query(h), self.key(vectors), RULES("batch", None, None))
 
     def full_loss(self, h: jax.Array, goals: jax.Array) -> jax.Array:
         """Summed cross-entropy of the goals `[B, R, P]`, -1 fills, each against the whole catalogue."""
@@ -64,13 +64,15 @@ class ItemHead(nnx.Module):
         return jnp.sum(jnp.where(goals >= 0, jnp.logaddexp(own, others) - own, 0))
 
     def _own_scores(self, h: jax.Array, of_goals: jax.Array) -> jax.Array:
-        return jnp.einsum("brd,brpd->brp", self._query(h), self._key(of_goals))
+        return jnp.einsum("brd,brpd->brp", self.query(h), self.key(of_goals))
 
-    def _query(self, h: jax.Array) -> jax.Array:
+    def query(self, h: jax.Array) -> jax.Array:
+        """Read-outs as they are scored, temperature included."""
         h = h.astype(jnp.float32)
         return (_unit(h) if self.config.cosine else h) / self.config.temperature
 
-    def _key(self, vectors: jax.Array) -> jax.Array:
+    def key(self, vectors: jax.Array) -> jax.Array:
+        """Item vectors as they are scored."""
         return _unit(vectors) if self.config.cosine else vectors
 
 

@@ -1,7 +1,8 @@
 """Embedding tables outside the modules: gather rows once per unique id, update only those rows.
 
 Tables of one width are stacked into one array, so that a step makes one gather and one update per width. A *stack* is
-that array; a table is a run of its rows. Every stack is replicated over the mesh.
+that array; a table is a run of its rows. Short tables are replicated over the mesh, and what is here serves those; the
+rows of long ones are spread over it (exchange.py), and stack apart.
 """
 
 from __future__ import annotations
@@ -16,27 +17,31 @@ from jax.sharding import PartitionSpec
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Tables of one width, one after another: `offsets` maps a table to its first row."""
+    """Tables of one width, one after another: `offsets` maps a table to its first row. `spread`: over all devices."""
 
     name: str
     width: int
     rows: int
     offsets: dict[str, int]
+    spread: bool = False
 
 
-def build_stacks(tables: dict[str, int], widths: dict[str, int]) -> dict[str, Stack]:
-    """Stacks the tables (name -> rows) by width (name -> width).
+def build_stacks(tables: dict[str, int], widths: dict[str, int], replicate_rows: int) -> dict[str, Stack]:
+    """Stacks the tables (name -> rows) by width (name -> width); those of more than `replicate_rows` rows are spread.
 
-    >>> build_stacks({"tab": 5, "video": 100}, {"tab": 16, "video": 16})["width_16"].offsets
-    {'tab': 0, 'video': 5}
+    >>> stacks = build_stacks({"tab": 5, "day": 7, "video": 100}, {"tab": 16, "day": 16, "video": 16}, 50)
+    >>> stacks["width_16"].offsets, stacks["width_16_spread"].offsets
+    ({'day': 0, 'tab': 7}, {'video': 0})
     """
     stacks: dict[str, Stack] = {}
-    for width in sorted({widths[name] for name in tables}):
+    for width, spread in sorted({(widths[name], rows > replicate_rows) for name, rows in tables.items()}):
         offsets, rows = {}, 0
-        for name in sorted(name for name in tables if widths[name] == width):
-            offsets[name] = rows
-            rows += tables[name]
-        stacks[f"width_{width}"] = Stack(f"width_{width}", width, rows, offsets)
+        for name in sorted(tables):
+            if (widths[name], tables[name] > replicate_rows) == (width, spread):
+                offsets[name] = rows
+                rows += tables[name]
+        name = f"width_{width}" + "_spread" * spread
+        stacks[name] = Stack(name, width, rows, offsets, spread)
     return stacks
 
 

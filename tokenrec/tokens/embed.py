@@ -12,8 +12,8 @@ import numpy as np
 from tokenrec.config import Config
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.data.schema import Feature, Schema, columns
-from tokenrec.ops.lookup import Stack, Unique, build_stacks, gather_rows, spread_rows, unique_ids
-from tokenrec.sharding import RULES
+from tokenrec.ops.lookup import Stack, build_stacks
+from tokenrec.ops.tables import Found, find, gather, spread
 from tokenrec.tokens.makers import Values
 from tokenrec.tokens.transforms import prefix_ids, table_widths
 
@@ -54,7 +54,7 @@ class Embedder:
         if samples_items(config):
             parts |= dict.fromkeys(CATALOGUE_PARTS, (ITEM_ROWS,))
             tables, widths = tables | {ITEM_ROWS.name: schema.items}, widths | {ITEM_ROWS.name: config.model.width}
-        stacks = build_stacks(tables, widths)
+        stacks = build_stacks(tables, widths, config.tokens.replicate_rows)
         return Embedder(parts | {"target": schema.state}, tables, stacks, config.tokens.semantic_id == "prefix")
 
     def _columns(self, part: str, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
@@ -74,40 +74,25 @@ class Embedder:
                 ids = ids.at[..., start:stop].set(prefix_ids(ids[..., start:stop], self.tables[f.table_name]))
         return ids
 
-    def unique(self, batch: Batch) -> dict[str, Unique]:
-        """Distinct rows of every stack that the batch reads; the inverse runs over its parts in order."""
+    def find(self, batch: Batch) -> dict[str, Found]:
+        """Distinct rows of every stack that the batch reads; its inverses are by part."""
         found = {}
         for name, stack in self.stacks.items():
-            flat = []
+            rows = {}
             for part, signals in self._signals(batch):
                 at, offsets = self._columns(part, stack)
-                rows = self._table_ids(part, signals.ids)[..., at] + jnp.asarray(offsets, jnp.int32)
-                flat.append(jax.sharding.reshard(rows, RULES()).reshape(-1))
-            found[name] = unique_ids(jnp.concatenate(flat), stack.rows)
+                rows[part] = self._table_ids(part, signals.ids)[..., at] + jnp.asarray(offsets, jnp.int32)
+            found[name] = find(stack, rows)
         return found
 
-    def gather(self, tables: dict[str, jax.Array], unique: dict[str, Unique]) -> dict[str, jax.Array]:
-        """`[u, width]` rows of every stack."""
-        return {name: gather_rows(tables[name], unique[name].ids) for name in self.stacks}
-
-    def inverses(self, batch: Batch, unique: dict[str, Unique]) -> dict[str, dict[str, jax.Array]]:
-        """The inverse of `unique` cut by stack and part: `[B, ..., columns of the stack]`."""
-        cut: dict[str, dict[str, jax.Array]] = {}
-        for name, stack in self.stacks.items():
-            start, cut[name] = 0, {}
-            for part, signals in self._signals(batch):
-                at, _ = self._columns(part, stack)
-                shape = (*signals.ids.shape[:-1], len(at))
-                size = int(np.prod(shape))
-                flat = unique[name].inverse[start : start + size].reshape(shape)
-                cut[name][part] = jax.sharding.reshard(flat, RULES("batch", *[None] * (len(shape) - 1)))
-                start += size
-        return cut
+    def gather(self, stored: dict[str, jax.Array], found: dict[str, Found]) -> dict[str, jax.Array]:
+        """The rows that were found in every stack."""
+        return {name: gather(stored[name], found[name]) for name in self.stacks}
 
     def entities(
         self, rows: dict[str, jax.Array], inverses: dict[str, dict[str, jax.Array]], batch: Batch
     ) -> dict[str, Entity]:
-        """Values of every part of the batch from the unique rows `[u, width]` of each stack."""
+        """Values of every part of the batch from the rows that `gather` returned, and the inverses of `find`."""
         entities = {}
         for part, signals in self._signals(batch):
             place = columns(self.parts[part])
@@ -118,19 +103,19 @@ class Embedder:
                 if not len(at):
                     continue
                 inverse = inverses[name][part]
-                spread = spread_rows(rows[name], inverse)
+                read = spread(stack, rows[name], inverse)
                 start = 0
                 for f in self.parts[part]:
                     if f.is_integer and f.table_name in stack.offsets:
-                        values[f.name] = spread[..., start : start + f.length, :]
+                        values[f.name] = read[..., start : start + f.length, :]
                         start += f.length
             entities[part] = Entity(values, ids)
         return entities
 
-    def look_up(self, tables: dict[str, jax.Array], batch: Batch) -> dict[str, Entity]:
+    def look_up(self, stored: dict[str, jax.Array], batch: Batch) -> dict[str, Entity]:
         """Values of every part of the batch, for a pass that takes no gradient of the rows."""
-        unique = self.unique(batch)
-        return self.entities(self.gather(tables, unique), self.inverses(batch, unique), batch)
+        found = self.find(batch)
+        return self.entities(self.gather(stored, found), inverses(found), batch)
 
     def _signals(self, batch: Batch) -> list[tuple[str, Signals]]:
         named = [("user", batch.user), ("state", batch.state), ("action", batch.action), ("target", batch.target)]
@@ -138,6 +123,11 @@ class Embedder:
             catalogue = zip(CATALOGUE_PARTS, (batch.items, batch.goals, batch.negatives), strict=True)
             named += [(name, _catalogue_rows(rows)) for name, rows in catalogue if rows is not None]
         return [(name, signals) for name, signals in named if signals is not None]
+
+
+def inverses(found: dict[str, Found]) -> dict[str, dict[str, jax.Array]]:
+    """By stack and part, `[B, ..., columns of the stack]`: which of the rows found each id is."""
+    return {name: of.inverses for name, of in found.items()}
 
 
 def _catalogue_rows(rows: jax.Array) -> Signals:
