@@ -18,6 +18,9 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\
 _CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
+# Name of the scope of loops that a step enters only where a buffer of fixed size overflows: they count as not run.
+OVERFLOW_SCOPE = "on_overflow"
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -67,7 +70,7 @@ def read_program(hlo: str, devices: int, slices: int = 1) -> Program:
     """Reads `compiled.as_text()` of a program for `devices` devices, all slices together.
 
     Loop bodies count as often as they run: by XLA's `known_trip_count`, or else (TPU text has none) by the bound that
-    the condition compares the counter with. A loop of unknown length counts once.
+    the condition compares the counter with. A loop of unknown length counts once, one under `OVERFLOW_SCOPE` not.
     """
     computations, entry = _computations(hlo)
     collectives: list[Collective] = []
@@ -88,6 +91,8 @@ def read_program(hlo: str, devices: int, slices: int = 1) -> Program:
                 # XLA writes some a reduce-scatter as an all-reduce with a slice, fused; the fusion's name tells.
                 scatter = name.startswith("all-reduce-scatter")
                 collectives.append(_collective(shape, opcode, rest, trips, devices // slices, scatter=scatter))
+            if opcode == "while" and f"/{OVERFLOW_SCOPE}/" in rest:
+                continue
             inner = trips
             if opcode == "while":
                 count = _trip_count(rest, computations)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tokenrec.errors import InputError
+from tokenrec.hlo import OVERFLOW_SCOPE
 from tokenrec.ops.lookup import RowsState, update_rows
 from tokenrec.sharding import AXES, RULES
 
@@ -178,13 +179,21 @@ def fetch(plan: Exchange, table: jax.Array, at: Route) -> jax.Array:
         if plan.alone:
             return table.at[at.places].get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
         rows = _answers(plan, table, at, jnp.int32(0), jnp.zeros((at.places.shape[0], table.shape[1]), table.dtype))
-
-        def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return carry[0] + 1, _answers(plan, table, at, *carry)
-
-        return jax.lax.while_loop(lambda carry: carry[0] < at.rounds, again, (jnp.int32(1), rows))[1]
+        return _further_rounds(at, lambda number, rows: _answers(plan, table, at, number, rows), rows)
 
     return _manual(local, (_owned(2), _ROUTE), _batch(2))(table, at)
+
+
+def _further_rounds[T](at: Route, again: Callable[[jax.Array, T], T], first: T) -> T:
+    """`again(number, value)` for every round after the first. The scope tells readers of the program that these loops
+    run on overflow only.
+    """
+    with jax.named_scope(OVERFLOW_SCOPE):
+        return jax.lax.while_loop(
+            lambda carry: carry[0] < at.rounds,
+            lambda carry: (carry[0] + 1, again(*carry)),
+            (jnp.int32(1), first),
+        )[1]
 
 
 def _answers(plan: Exchange, table: jax.Array, at: Route, number: jax.Array, rows: jax.Array) -> jax.Array:
@@ -243,12 +252,10 @@ def collect(plan: Exchange, at: Route, gradients: jax.Array) -> Collected:
             return Collected(at.places, gradients, jnp.float32(0))
         rows, sums = _summed(plan, at, gradients, jnp.int32(0))
 
-        def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return carry[0] + 1, carry[1] + jnp.sum(jnp.square(_summed(plan, at, gradients, carry[0])[1]))
+        def add(number: jax.Array, squares: jax.Array) -> jax.Array:
+            return squares + jnp.sum(jnp.square(_summed(plan, at, gradients, number)[1]))
 
-        one = (jnp.int32(1), jnp.float32(0))
-        squares = jax.lax.while_loop(lambda carry: carry[0] < at.rounds, again, one)[1]
-        return Collected(rows, sums, jax.lax.psum(squares, AXES))
+        return Collected(rows, sums, jax.lax.psum(_further_rounds(at, add, jnp.float32(0)), AXES))
 
     return _manual(local, (_ROUTE, _batch(2)), _COLLECTED)(at, gradients)
 
@@ -296,12 +303,10 @@ def update_spread(
         if plan.alone:
             return changed
 
-        def again(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-            number, (table, state) = carry
-            rows, sums = _summed(plan, at, gradients, number)
-            return number + 1, change(table, state, rows, sums)
+        def again(number: jax.Array, changed: tuple[jax.Array, RowsState]) -> tuple[jax.Array, RowsState]:
+            return change(*changed, *_summed(plan, at, gradients, number))
 
-        return jax.lax.while_loop(lambda carry: carry[0] < at.rounds, again, (jnp.int32(1), changed))[1]
+        return _further_rounds(at, again, changed)
 
     given = (_owned(2), _owned(1), _ROUTE, _batch(2), _COLLECTED, PartitionSpec(), PartitionSpec())
     made = (_owned(2), _owned(1))
