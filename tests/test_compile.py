@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tokenrec.compile import TOPOLOGIES, compile_train_step, described_mesh, report
+from tokenrec.compile import compile_train_step, report
 from tokenrec.config import MeshConfig
 from tokenrec.data.pipeline import batch_shapes
 from tokenrec.errors import InputError
@@ -17,6 +17,7 @@ from tokenrec.ops import splash
 from tokenrec.ops.pattern import causal_pattern
 from tokenrec.sharding import RULES
 from tokenrec.state import abstract_state, build_model
+from tokenrec.topology import TOPOLOGIES, described_mesh
 from tokenrec.validation import validate
 from tokenrec.work import Work, attention_work, product_flops, step_work
 
