@@ -45,6 +45,9 @@ def described_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
     # other process, as on a machine with a TPU it should.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Without these it complains of a machine that is no TPU; what is compiled for does not depend on them.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         options = {"num_slices": slices} if slices > 1 else {}
         devices = list(topologies.get_topology_desc(topology, "tpu", **options).devices)
