@@ -125,8 +125,8 @@ def compile_config(
     if not fits and not result.get("largest"):
         with jax.set_mesh(over):
             traced = jax.make_jaxpr(train_step, static_argnums=0)(model, state, laid_out(shapes, over))
-        result["largest"] = [buffer._asdict() for buffer in traced_buffers(traced.jaxpr)]
-        result["largest_by"] = "as traced, before XLA fuses or drops any"
+        result["largest"] = [buffer._asdict() for buffer in traced_buffers(traced.jaxpr, state)]
+        result["largest_by"] = "of the state and as traced, before XLA fuses or drops any"
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax.stages import Compiled
 from tokenrec.state import TrainState
 
 STATE_PARTS = ("weights", "tables", "optimizer")
+_ROOT = Path(__file__).parents[1]
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _USED = re.compile(
     r"Used ([\d.]+)([KMGT]?)B? of [\d.]+[KMGT]?B? hbm|memory required for HLO temporaries \(([\d.]+)([KMGT]?)B?\)"
@@ -106,13 +108,23 @@ def listed_buffers(message: str) -> list[Buffer]:
     return buffers
 
 
-def traced_buffers(jaxpr: Jaxpr, count: int = 8) -> list[Buffer]:
-    """The largest arrays of a traced program by their part on one device, before XLA fuses or drops any.
+def traced_buffers(jaxpr: Jaxpr, state: TrainState, count: int = 8) -> list[Buffer]:
+    """The largest arrays of the state and of a traced step by their part on one device, before XLA drops any.
 
     Equal shapes of one operation and line count once.
     """
-    found = dict.fromkeys(_outputs(jaxpr))
+    held = [_held(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+    found = dict.fromkeys([*held, *_outputs(jaxpr)])
     return sorted(found, key=lambda buffer: -buffer.bytes)[:count]
+
+
+def _held(name: str, leaf: Any) -> Buffer:
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    return Buffer(_shard_bytes(leaf), _shape_text(leaf.dtype, shape), f"state{name}", "")
+
+
+def _shape_text(dtype: Any, shape: tuple[int, ...]) -> str:
+    return f"{dtype.name}[{','.join(map(str, shape))}]"
 
 
 def _outputs(jaxpr: Jaxpr) -> Iterator[Buffer]:
@@ -126,9 +138,10 @@ def _outputs(jaxpr: Jaxpr) -> Iterator[Buffer]:
             aval: Any = variable.aval
             if hasattr(aval, "sharding") and hasattr(aval.dtype, "itemsize"):
                 shape = _local_shape(aval)
-                name = f"{aval.dtype.name}[{','.join(map(str, shape))}]"
                 source = source_info_util.summarize(equation.source_info).partition(" (")[0]
-                yield Buffer(math.prod(shape) * aval.dtype.itemsize, name, equation.primitive.name, source)
+                source = source.removeprefix(f"{_ROOT}/")
+                text = _shape_text(aval.dtype, shape)
+                yield Buffer(math.prod(shape) * aval.dtype.itemsize, text, equation.primitive.name, source)
 
 
 def _local_shape(aval: Any) -> tuple[int, ...]:

@@ -22,8 +22,7 @@ def to_text(result: dict[str, Any]) -> str:
         "",
         "per device    MiB",
         *(f"  {name:<12}{_mib(size):>12}" for name, size in held.items()),
-        f"  {'memory':<12}{_mib(memory):>12}"
-        + ("" if result["headroom"] is None else f"  {result['headroom']:.1%} left over"),
+        f"  {'memory':<12}{_mib(memory):>12}" + _headroom(result["headroom"]),
     ]
     if "problem" in result:
         lines += ["", *_largest(result), "", result["problem"]]
@@ -85,6 +84,12 @@ def mesh_text(mesh: dict[str, int]) -> str:
 def _pod(result: dict[str, Any]) -> str:
     slices = f"{result['slices']} slices of " if result["slices"] > 1 else ""
     return f"{slices}{result['topology']}: {result['devices']} x {result['device_kind']}"
+
+
+def _headroom(share: float | None) -> str:
+    if share is None:
+        return ""
+    return f"  {share:.1%} left over" if share >= 0 else f"  {-share:.1%} too little"
 
 
 def _largest(result: dict[str, Any]) -> list[str]:
