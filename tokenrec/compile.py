@@ -35,7 +35,7 @@ from tokenrec.state import Model, abstract_state, build_model
 from tokenrec.step import train_step
 from tokenrec.topology import described_mesh
 from tokenrec.validation import validate
-from tokenrec.work import Work, step_work
+from tokenrec.work import Work, step_flops, step_work
 
 
 def compile_config(
@@ -63,7 +63,8 @@ def compile_config(
         layout, which `padding_per_device` tells apart; activations are all that XLA makes on the way, gradients and
         gathered weights among them; inputs are the batch and what aligns the arguments. `memory_per_device`,
         `headroom` (share left over);
-      - `flops_per_device`, `model_flops_per_device` (without what is computed again);
+      - `flops_per_device`, `model_flops_per_device` (without what is computed again), `bytes_moved_per_device` (from
+        and to memory, by `traffic.py`);
       - `collective_bytes` and `collectives` (times) by kind, `collective_bytes_by_axis` {mesh axes: {kind: bytes}};
       - `roofline_seconds` of the slowest of `compute_seconds`, `memory_seconds` and `network_seconds`, `bound` (its
         name), `mfu_bound`, and `mfu_if_serial`, if the three do not overlap;
@@ -114,7 +115,8 @@ def compile_config(
             raise
         found = _refused(str(error), state_bytes(state))
     else:
-        found = _measured(compiled, over, work, state_bytes(state), padded_state_bytes(state, compiled))
+        flops = step_flops(model, over, shapes, work)
+        found = _measured(report(compiled, over, work, flops), state_bytes(state), padded_state_bytes(state, compiled))
         found |= _speed(found["roofline_seconds"], result)
     total = found["bytes_per_device"]["total"]
     fits = "problem" not in found and total <= of.hbm_bytes
@@ -136,10 +138,7 @@ def _examples(config: Config, shapes: Batch) -> int:
     return streams * (read - config.data.overlap)
 
 
-def _measured(
-    compiled: Compiled, mesh: Mesh, work: Work, plain: dict[str, int], padded: dict[str, int]
-) -> dict[str, Any]:
-    found = report(compiled, mesh, work)
+def _measured(found: dict[str, Any], plain: dict[str, int], padded: dict[str, int]) -> dict[str, Any]:
     parts, roofline = found["bytes"], found["roofline"]
     held = padded | {"inputs": parts["arguments"] - sum(padded.values()), "activations": parts["temporaries"]}
     held |= {"program": parts["total"] - sum(held.values()), "total": parts["total"]}
@@ -147,6 +146,7 @@ def _measured(
         "bytes_per_device": held,
         "padding_per_device": {name: padded[name] - size for name, size in plain.items()},
         "flops_per_device": found["flops"],
+        "bytes_moved_per_device": found["bytes_accessed"],
         "collective_bytes": found["collective_bytes"],
         "collective_bytes_by_axis": found["collective_bytes_by_axis"],
         "collectives": found["collectives"],
@@ -162,7 +162,14 @@ def _measured(
 
 
 _UNKNOWN = (
-    *("flops_per_device", "collective_bytes", "collective_bytes_by_axis", "collectives", "custom_calls"),
+    *(
+        "flops_per_device",
+        "bytes_moved_per_device",
+        "collective_bytes",
+        "collective_bytes_by_axis",
+        "collectives",
+        "custom_calls",
+    ),
     *("compute_seconds", "memory_seconds", "network_seconds", "roofline_seconds", "bound"),
     *("mfu_bound", "mfu_if_serial", "examples_per_second", "tokens_per_second", "padding_per_device"),
 )
@@ -196,8 +203,12 @@ def compile_train_step(model: Model, mesh: Mesh, shapes: Batch) -> Compiled:
         return lowered.compile(compiler_options(mesh))
 
 
-def report(compiled: Compiled, mesh: Mesh, work: Work) -> dict[str, Any]:
+def report(compiled: Compiled, mesh: Mesh, work: Work, flops: float | None = None) -> dict[str, Any]:
     """Memory, FLOPs, collectives and roofline of a compiled program, per device.
+
+    Args:
+      flops: of a device; by default XLA's count, which has a loop body once and nothing inside a custom call, and
+        `work`'s for the latter.
 
     Returns:
       `{"devices", "device_kind", "bytes": {"arguments", "outputs", "aliased", "temporaries", "code", "total"},
@@ -206,15 +217,12 @@ def report(compiled: Compiled, mesh: Mesh, work: Work) -> dict[str, Any]:
       "collectives": {kind: times}, "custom_calls", "loops", "roofline":
       Roofline, "mfu_bound"}`.
 
-      `flops` and `bytes_accessed` are XLA's, which counts a loop body once and nothing inside a custom call, plus
-      `work`'s for the latter. `bytes_accessed` counts what stays on the chip between operations too, so that the
-      memory time of a small program is too long.
+      `bytes_accessed` are by `traffic.py`, and by `work` of what runs in custom calls.
     """
     devices = list(mesh.devices.flat)
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     of = chip(devices[0].device_kind)
     memory: Any = compiled.memory_analysis()
-    cost = compiled.cost_analysis() or {}
     program = read_program(compiled.as_text() or "", len(devices), slices)
     moved: Counter[str] = Counter()
     times: Counter[str] = Counter()
@@ -232,8 +240,9 @@ def report(compiled: Compiled, mesh: Mesh, work: Work) -> dict[str, Any]:
         "code": memory.generated_code_size_in_bytes,
     }
     total = sum(parts.values()) - 2 * parts["aliased"]  # outputs that lie in donated arguments are not there twice
-    flops = cost.get("flops", 0.0) + work.kernel_flops / len(devices)
-    accessed = cost.get("bytes accessed", 0.0) + work.kernel_bytes / len(devices)
+    if flops is None:
+        flops = (compiled.cost_analysis() or {}).get("flops", 0.0) + work.kernel_flops / len(devices)
+    accessed = program.memory_bytes + work.kernel_bytes / len(devices)
     network = network_seconds(program.collectives, devices, of)
     roofline = Roofline(flops / of.flops, accessed / of.hbm_bandwidth, network)
     return {

@@ -32,7 +32,7 @@ def to_text(result: dict[str, Any]) -> str:
         "",
         f"compute       {_ms(result['compute_seconds'])}  {result['flops_per_device'] / 1e12:.3f} TFLOP, "
         f"of which the model's {result['model_flops_per_device'] / 1e12:.3f}",
-        f"memory        {_ms(result['memory_seconds'])}",
+        f"memory        {_ms(result['memory_seconds'])}  {_mib(result['bytes_moved_per_device'])} MiB",
         f"network       {_ms(result['network_seconds'])}  {_mib(sum(result['collective_bytes'].values()))} MiB",
         *(
             f"  {axes:<20}" + ", ".join(f"{kind} {_mib(size)} MiB" for kind, size in kinds.items())
