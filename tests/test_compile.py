@@ -36,11 +36,16 @@ def tpu_compiler(function):
 
 
 def two_layers(name):
-    """A shipped config with one full and one sliding layer, on streams just above the 128 rows where splash begins."""
+    """A shipped config with one full and one sliding layer, if it has any, narrow where it is wide, on streams just
+    above the 128 rows where splash begins.
+    """
     config = load_config(str(shipped_configs()[name]))
     events = 132 if config.tokens.fused else 68
     data = dataclasses.replace(config.data, events=events, buckets=(), batch_size=8, exclude=(), tasks={})
-    model = dataclasses.replace(config.model, layers=2, windows=config.model.windows[-1:], dtype="bfloat16")
+    wide = config.model.width > 256
+    narrow = {"width": 256, "heads": 2, "ffn_width": 0} if wide else {}
+    windows = config.model.windows[-1:]
+    model = dataclasses.replace(config.model, layers=2, windows=windows, dtype="bfloat16", **narrow)
     return validate(dataclasses.replace(config, data=data, model=model))
 
 

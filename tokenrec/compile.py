@@ -101,7 +101,7 @@ def compile_config(
         "schema": origin,
         "parameters": {
             "dense": sum(leaf.size for leaf in state.params.values()),
-            "tables": sum(leaf.size for leaf in state.tables.values()),
+            "tables": sum(stack.rows * stack.width for stack in model.embedder.stacks.values()),
         },
         "attention": layers,
         "memory_per_device": int(of.hbm_bytes),
