@@ -36,16 +36,11 @@ def tpu_compiler(function):
 
 
 def two_layers(name):
-    """A shipped config with one full and one sliding layer, if it has any, narrow where it is wide, on streams just
-    above the 128 rows where splash begins.
-    """
+    """A shipped config with one full and one sliding layer, on streams just above the 128 rows where splash begins."""
     config = load_config(str(shipped_configs()[name]))
     events = 132 if config.tokens.fused else 68
     data = dataclasses.replace(config.data, events=events, buckets=(), batch_size=8, exclude=(), tasks={})
-    wide = config.model.width > 256
-    narrow = {"width": 256, "heads": 2, "ffn_width": 0} if wide else {}
-    windows = config.model.windows[-1:]
-    model = dataclasses.replace(config.model, layers=2, windows=windows, dtype="bfloat16", **narrow)
+    model = dataclasses.replace(config.model, layers=2, windows=config.model.windows[-1:], dtype="bfloat16")
     return validate(dataclasses.replace(config, data=data, model=model))
 
 
@@ -55,7 +50,11 @@ def model_and_shapes(config):
     return model, batch_shapes(schema, config.data, batch_size=config.data.batch_size)[config.data.events]
 
 
-@pytest.mark.parametrize("name", sorted(shipped_configs()))
+# Not those for pods, which benchmarks/pods.py compiles whole: their streams are of the kind of kuairand_pure_uc.
+SMALL = sorted(shipped_configs().keys() - {"kuairand_27k", "lrm_1b"})
+
+
+@pytest.mark.parametrize("name", SMALL)
 @tpu_compiler
 def test_every_config_compiles_for_a_tpu_with_splash(name):
     model, shapes = model_and_shapes(two_layers(name))
