@@ -1,4 +1,4 @@
-"""The whole train step of every shipped config, compiled for pods that need not be there.
+"""The whole train step of every shipped config with no mesh of its own, compiled for pods that need not be there.
 
 python -m benchmarks.configs_topology [--data FOLDER]
 
@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.report import run_script, write_result
 from benchmarks.step import stream_schema
 from tokenrec.compile import compile_config
-from tokenrec.config import Config
+from tokenrec.config import Config, MeshConfig
 from tokenrec.data.schema import SCHEMA_FILE, Feature, Metadata, Schema, Task
 from tokenrec.flags import load_config, shipped_configs
 from tokenrec.topology import described_mesh
@@ -102,7 +102,8 @@ def _shortened(names: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of prepared data sets")
-    parser.add_argument("--configs", nargs="+", default=sorted(shipped_configs()), choices=sorted(shipped_configs()))
+    small = [name for name, file in shipped_configs().items() if load_config(str(file)).mesh == MeshConfig()]
+    parser.add_argument("--configs", nargs="+", default=small, choices=small)
     parser.add_argument("--out", type=Path, help="stem of the result files (default: in benchmarks/results)")
     flags = parser.parse_args()
     stem = flags.out or Path(__file__).parent / "results" / "configs_topology"
