@@ -23,7 +23,7 @@ def state_of(mesh, rows=8):
     def leaf(shape, *axes):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, RULES(*axes)))
 
-    weights = {"shared": leaf((16, 16), "embed", "ffn"), "small": leaf((10,), None)}
+    weights = {"both": leaf((16, 16), "embed", "ffn"), "one": leaf((6, 16), None, "embed"), "whole": leaf((10,), None)}
     return TrainState(leaf(()), weights, {"t": leaf((rows, 4), None, None)}, {})
 
 
@@ -53,11 +53,11 @@ def test_traffic_by_hand():
         (one.kind, one.groups[0]): (one.size, one.trips)
         for one in expected_collectives(config, state_of(mesh), 64, mesh)
     }
-    half = 16 * 16 * 4 // 2  # of the weight that fsdp and tensor share, what a tensor shard has whole
+    both, one, whole = 16 * 16 * 4, 6 * 16 * 4, 10 * 4
     assert found == {
-        ("all-gather", (0, 2)): (half, 2),
-        ("reduce-scatter", (0, 2)): (half, 1),
-        ("all-reduce", (0, 4)): (half // 2 + 40, 1),
+        ("all-gather", (0, 2)): (both // 2 + one, 2),
+        ("reduce-scatter", (0, 2)): (both // 2 + one, 1),
+        ("all-reduce", (0, 4)): (both // 4 + one // 2 + whole, 1),
         ("all-reduce", (0, 1)): (64 // 4 * 16 * 4, 4 * 3),
     }
     again = expected_collectives(tiny(model={"remat": "full"}), state_of(mesh), 64, mesh)
