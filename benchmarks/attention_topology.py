@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.report import run_script, write_result
-from tokenrec.compile import described_mesh, report
+from tokenrec.compile import report
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.ops.attention import IMPLEMENTATIONS, attention
@@ -42,6 +42,7 @@ from tokenrec.roofline import (
     visible_pairs,
 )
 from tokenrec.sharding import RULES, batch_shards
+from tokenrec.topology import described_mesh
 from tokenrec.work import Work, attention_work, implementation_of
 
 TOKENS_PER_CHIP = 32_768

@@ -1,4 +1,4 @@
-"""The whole train step of every shipped config, compiled for pods that need not be there.
+"""The whole train step of every shipped config with no mesh of its own, compiled for pods that need not be there.
 
 python -m benchmarks.configs_topology [--data FOLDER]
 
@@ -11,8 +11,9 @@ libtpu compiles each step as the pod would run it; nothing is run. What differs 
   stand-in with tables as KuaiRand-Pure's ("stand-in").
 
 Times are lower bounds, and rates and `mfu_bound` upper bounds, as in tokenrec/roofline.py. An example is a row that
-carries loss. A finished row is kept in the JSON file at once, and skipped when the command is given again; delete the
-file to start over. About half a minute a row on two cores.
+carries loss; streams are full, and continued ones do not score their overlap again. A finished row is kept in the
+JSON file at once, and skipped when the command is given again; delete the file to start over. About half a minute a
+row on two cores.
 """
 
 from __future__ import annotations
@@ -21,25 +22,18 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from benchmarks.report import run_script, write_result
 from benchmarks.step import stream_schema
-from tokenrec.compile import compile_train_step, described_mesh, report
-from tokenrec.config import Config
-from tokenrec.data.pipeline import batch_shapes, task_names
+from tokenrec.compile import compile_config
+from tokenrec.config import Config, MeshConfig
 from tokenrec.data.schema import SCHEMA_FILE, Feature, Metadata, Schema, Task
 from tokenrec.flags import load_config, shipped_configs
-from tokenrec.state import build_model
-from tokenrec.validation import validate
-from tokenrec.work import step_work
+from tokenrec.topology import described_mesh
 
 TARGETS = (("v5e:4x4", 1), ("v5p:4x4x4", 1), ("v6e:4x4", 1), ("v5e:4x4", 2))
 
@@ -59,52 +53,45 @@ def schema_of(config: Config, data: Path) -> tuple[Schema, str]:
 def compile_row(name: str, topology: str, slices: int, data: Path) -> dict[str, Any]:
     """One row; a step that does not fit has XLA's words in `problem`."""
     config = load_config(str(shipped_configs()[name]))
-    mesh = described_mesh(topology, config.mesh, slices)
+    schema, origin = schema_of(config, data)
+    chips = described_mesh(topology, config.mesh, slices).size
+    batch = {"batch_size": config.data.batch_size * chips, "eval_batch_size": config.data.eval_batch_size * chips}
     config = dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, batch_size=config.data.batch_size * mesh.size),
+        data=dataclasses.replace(config.data, **batch),
         model=dataclasses.replace(config.model, dtype="bfloat16"),
     )
-    config = validate(config)
-    schema, origin = schema_of(config, data)
-    schema = schema.without(config.data.exclude)
-    model = build_model(config, schema, task_names(schema, config.data))
-    shapes = batch_shapes(schema, config.data, batch_size=config.data.batch_size)[config.data.events]
+    found = compile_config(config, topology, slices, schema=schema)
     row: dict[str, Any] = {
         "config": name,
         "topology": topology,
         "slices": slices,
-        "mesh": "x".join(str(size) for size in mesh.shape.values()),
-        "batch": config.data.batch_size,
+        "mesh": "x".join(str(size) for size in found["mesh"].values()),
+        "batch": found["batch"],
         "schema": origin,
+        "attention": _shortened(
+            f"{layer['implementation']} {layer['queries']}x{layer['keys']}" for layer in found["attention"]
+        ),
+        "compile_seconds": round(found["compile_seconds"], 1),
+        "bytes_per_device": found["bytes_per_device"]["total"],
     }
-    work, layers = step_work(model, mesh, shapes)
-    row["attention"] = _shortened(f"{layer['implementation']} {layer['queries']}x{layer['keys']}" for layer in layers)
-    begin = time.perf_counter()
-    try:
-        compiled = compile_train_step(model, mesh, shapes)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return row | {"problem": str(error).partition("\n")[0]}
-    row["compile_seconds"] = round(time.perf_counter() - begin, 1)
-    found = report(compiled, mesh, work)
-    roofline = found["roofline"]
+    if "problem" in found:
+        return row | {"problem": found["problem"].partition("\n")[0]}
+    moved = found["collective_bytes"]
     return row | {
-        "bytes_per_device": found["bytes"]["total"],
-        "temporaries": found["bytes"]["temporaries"],
+        "temporaries": found["bytes_per_device"]["activations"],
         "headroom": found["headroom"],
-        "flops_per_device": found["flops"],
-        "model_flops_per_device": found["model_flops"],
+        "flops_per_device": found["flops_per_device"],
+        "model_flops_per_device": found["model_flops_per_device"],
         "collectives": ", ".join(f"{count} {kind}" for kind, count in found["collectives"].items()) or "none",
-        "collective_bytes": sum(found["collective_bytes"].values()),
-        "bytes_across_slices": sum(n for kind, n in found["collective_bytes"].items() if kind.endswith("slices")),
-        "compute_ms": 1e3 * roofline.compute_seconds,
-        "memory_ms": 1e3 * roofline.memory_seconds,
-        "network_ms": 1e3 * roofline.network_seconds,
-        "limit": roofline.limit,
+        "collective_bytes": sum(moved.values()),
+        "bytes_across_slices": sum(n for kind, n in moved.items() if kind.endswith("slices")),
+        "compute_ms": 1e3 * found["compute_seconds"],
+        "memory_ms": 1e3 * found["memory_seconds"],
+        "network_ms": 1e3 * found["network_seconds"],
+        "limit": found["bound"],
         "mfu_bound": found["mfu_bound"],
-        "examples_per_second": math.prod(shapes.weight.shape) / roofline.bound,
+        "examples_per_second": found["examples_per_second"],
     }
 
 
@@ -115,7 +102,8 @@ def _shortened(names: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of prepared data sets")
-    parser.add_argument("--configs", nargs="+", default=sorted(shipped_configs()), choices=sorted(shipped_configs()))
+    small = [name for name, file in shipped_configs().items() if load_config(str(file)).mesh == MeshConfig()]
+    parser.add_argument("--configs", nargs="+", default=small, choices=small)
     parser.add_argument("--out", type=Path, help="stem of the result files (default: in benchmarks/results)")
     flags = parser.parse_args()
     stem = flags.out or Path(__file__).parent / "results" / "configs_topology"

@@ -183,7 +183,9 @@ def test_a_missing_data_set_names_the_folder_and_the_remedy(tmp_path: Path, caps
     assert "tokenrec prepare" in error
 
 
-@pytest.mark.parametrize("verb", ["", "prepare", "prepare kuairand", "train", "evaluate", "predict", "describe"])
+@pytest.mark.parametrize(
+    "verb", ["", "prepare", "prepare kuairand", "train", "evaluate", "predict", "describe", "compile"]
+)
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*verb.split(), "--help"])

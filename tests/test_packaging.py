@@ -91,6 +91,7 @@ def test_wheel_holds_the_configs_and_works_from_another_folder(tmp_path: Path) -
         "import tokenrec, tokenrec.flags as flags\n"
         "configs = [flags.load_config(name) for name in flags.shipped_configs()]\n"
         "assert flags.load_config('configs/synthetic.py') in configs\n"
+        "assert (flags.shipped_folder() / 'schemas' / flags.load_config('lrm_1b').data.schema).is_file()\n"
         "print(tokenrec.__file__, *flags.shipped_configs())"
     )
     file, *names = run_python(code, elsewhere, target).split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from tokenrec.config import Config, data_directory, semantic_ids_path
+from tokenrec.config import Config, MeshConfig
 from tokenrec.data.source import SPLITS
 from tokenrec.errors import (
     EXIT_BAD_STEPS,
@@ -136,6 +137,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     describe = add("describe", _describe, "parameters, token layout, windows, needed rows, FLOPs of a config")
     _add_config(describe)
     describe.add_argument("--json", type=Path, help="file for the figures")
+    _add_compile(add("compile", _compile, "the train step compiled for a pod that need not be there: memory, roofline"))
     return parser, parsers
 
 
@@ -204,6 +206,16 @@ def _add_semantic_ids(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the semantic ids at --out")
 
 
+def _add_compile(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--topology", required=True, help="of each slice, such as v5e:16x16 or v5p:8x8x8")
+    parser.add_argument("--slices", type=_natural, default=1, help="so many, joined by the data-centre network")
+    shapes = parser.add_mutually_exclusive_group()
+    shapes.add_argument("--mesh", type=_mesh, help="data=..,fsdp=..,tensor=.. instead of the config's mesh")
+    shapes.add_argument("--sweep", action="store_true", help="rank all meshes by formula and compile the best five")
+    parser.add_argument("--json", type=Path, help="file for the figures; a list with --sweep")
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     shipped = ", ".join(shipped_configs())
     parser.add_argument(
@@ -223,6 +235,16 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 0 or more")
     return int(text)
+
+
+def _mesh(text: str) -> MeshConfig:
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in ("data", "fsdp", "tensor") or axis in sizes or not re.fullmatch(r"-?\d+", size):
+            raise argparse.ArgumentTypeError(f"'{part}' is not AXIS=SIZE; write data=4,fsdp=8,tensor=1")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
 
 
 def _day(text: str) -> str:
@@ -343,15 +365,32 @@ def _semantic_ids(args: argparse.Namespace) -> None:
 
 def _describe(args: argparse.Namespace) -> None:
     config = _config(args)
-    from tokenrec.data.dataset import open_dataset
-
-    schema = open_dataset(data_directory(config), semantic_ids=semantic_ids_path(config)).schema
     from tokenrec.describe import describe, to_text
+    from tokenrec.planned import known_schema
 
+    schema, origin = known_schema(config)
     description = describe(config, schema)
     if args.json:
         write_json(args.json, description)
+    print(origin)
     print(to_text(description))
+
+
+def _compile(args: argparse.Namespace) -> None:
+    config = _config(args)
+    from tokenrec.compile import compile_config
+    from tokenrec.pod_report import sweep_text, to_text
+    from tokenrec.sweep import compile_best
+
+    if args.sweep:
+        found = compile_best(config, args.topology, args.slices, say=lambda line: print(line, file=sys.stderr))
+    else:
+        found = [compile_config(config, args.topology, args.slices, args.mesh)]
+    if args.json:
+        write_json(args.json, found if args.sweep else found[0])
+    print(sweep_text(found) if args.sweep else to_text(found[0]))
+    if not any(result["fits"] for result in found):
+        raise MemoryError(f"the step does not fit {found[0]['device_kind']}; see the largest arrays above")
 
 
 if __name__ == "__main__":

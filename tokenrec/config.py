@@ -28,6 +28,8 @@ class DataConfig:
     Attributes:
       name: folder of the data set under `TOKENREC_DATA` (default `data/`), unless `path` is given.
       path: folder of the prepared data set.
+      schema: JSON file of a planned schema (planned.py), or one shipped with tokenrec: what `compile` and `describe`
+        read while there is no data set at `name`.
       exclude: features that the model must not see.
       tasks: task name -> weight of its loss. Empty: every task of the data set with its own weight.
       semantic_ids: `semantic_ids.parquet` of `tokenrec semantic-ids`, or its folder, as a path or under
@@ -48,6 +50,7 @@ class DataConfig:
 
     name: str = ""
     path: str = ""
+    schema: str = ""
     exclude: tuple[str, ...] = ()
     semantic_ids: str = ""
     tasks: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from tokenrec.config import Config
+from tokenrec.config import Config, MeshConfig
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
 from tokenrec.sharding import batch_shards, make_mesh
@@ -34,7 +36,7 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
     schema = schema.without(config.data.exclude)
     model = build_model(config, schema, task_names(schema, config.data))
     layout = model.layout(config.data.events)
-    mesh = make_mesh(config.mesh)
+    mesh = _mesh(config.mesh)
     with jax.set_mesh(mesh):
         state = abstract_state(model)
     shards = batch_shards(mesh)
@@ -59,6 +61,13 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
         "layers": [{"layer": number} | layer for number, layer in enumerate(layers)],
         "flops_per_example": work.model_flops / STEP_OVER_FORWARD / samples,
     }
+
+
+def _mesh(config: MeshConfig) -> Mesh:
+    """The config's mesh, or one device where it is made for more than there are: no figure depends on it."""
+    devices = jax.devices()
+    fits = math.prod(max(size, 1) for size in (config.data, config.fsdp, config.tensor)) <= len(devices)
+    return make_mesh(config) if fits else make_mesh(MeshConfig(), devices[:1])
 
 
 def to_text(description: dict[str, Any]) -> str:

@@ -62,10 +62,14 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def shipped_configs() -> dict[str, Path]:
     """Name -> file of the configs that come with tokenrec, installed or in a clone."""
+    return {file.stem: file for file in sorted(shipped_folder().glob("*.py")) if file.stem != "__init__"}
+
+
+def shipped_folder() -> Path:
+    """Folder of the shipped configs and planned schemas."""
     here = Path(__file__).parent
     # A wheel holds the clone's `configs/` as `tokenrec/configs/`; a clone and an editable install keep it beside us.
-    folder = next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), here / "configs")
-    return {file.stem: file for file in sorted(folder.glob("*.py")) if file.stem != "__init__"}
+    return next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), here / "configs")
 
 
 def _find(path_or_name: str) -> Path:

@@ -10,9 +10,8 @@ from collections import Counter
 import numpy as np
 
 from tokenrec.errors import InputError
+from tokenrec.traffic import Computations, Instruction, array_bytes, moved_bytes
 
-_ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
-_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 _CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.-]+)")
@@ -59,11 +58,16 @@ def ring_bytes(kind: str, size: float, group: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What HLO text tells: collectives, custom calls by name (times run), and trips of every loop (None: unknown)."""
+    """What HLO text tells: collectives, custom calls by name (times run), and trips of every loop (None: unknown).
+
+    `memory_bytes` is what the program reads from and writes to the device's memory, by `traffic.py`; nothing inside a
+    custom call.
+    """
 
     collectives: tuple[Collective, ...]
     custom_calls: dict[str, int]
     loops: tuple[int | None, ...]
+    memory_bytes: float = 0.0
 
 
 def read_program(hlo: str, devices: int, slices: int = 1) -> Program:
@@ -76,11 +80,16 @@ def read_program(hlo: str, devices: int, slices: int = 1) -> Program:
     collectives: list[Collective] = []
     calls: Counter[str] = Counter()
     loops: list[int | None] = []
+    memory = 0.0
 
-    def walk(name: str, trips: int) -> None:
+    def walk(name: str, trips: int, *, fused: bool = False) -> None:
+        nonlocal memory
         lines = computations.get(name, [])
+        shapes = {line.name: line.shape for line in lines}
         starts = any('"AsyncCollectiveStart"' in rest for *_, rest in lines)
-        for label, shape, opcode, rest in lines:
+        for line in lines:
+            label, shape, opcode, rest = line
+            memory += 0.0 if fused else trips * moved_bytes(line, shapes, computations)
             if "chain_id=" in rest and not starts:
                 continue  # an asynchronous one that started elsewhere: every fusion on its way repeats it
             if opcode == "custom-call":
@@ -100,18 +109,17 @@ def read_program(hlo: str, devices: int, slices: int = 1) -> Program:
                 inner *= count or 1
             branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
             called = _CALLED.findall(rest) + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
+            # What a fusion, a reduction or a sort calls works on what it has read already.
+            inside = fused or opcode not in ("while", "conditional", "call")
             for other in called:
-                walk(other, inner)
+                walk(other, inner, fused=inside)
 
     walk(entry, 1)
-    return Program(tuple(collectives), dict(sorted(calls.items())), tuple(loops))
+    return Program(tuple(collectives), dict(sorted(calls.items())), tuple(loops), memory)
 
 
-_Instructions = list[tuple[str, str, str, str]]  # name, shape, opcode, what follows its parenthesis
-
-
-def _computations(hlo: str) -> tuple[dict[str, _Instructions], str]:
-    found: dict[str, _Instructions] = {}
+def _computations(hlo: str) -> tuple[Computations, str]:
+    found: Computations = {}
     entry = name = ""
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
@@ -119,7 +127,7 @@ def _computations(hlo: str) -> tuple[dict[str, _Instructions], str]:
             found[name] = []
             entry = name if header[1] else entry
         elif name and (instruction := _INSTRUCTION.match(line)):
-            found[name].append((instruction[1], instruction[2], instruction[3], instruction[4]))
+            found[name].append(Instruction(*instruction.groups()))
     if not entry:
         raise InputError("the text is not HLO: it has no ENTRY computation; pass what compiled.as_text() returns")
     return found, entry
@@ -132,7 +140,7 @@ def _custom_name(label: str, rest: str) -> str:
     return re.sub(r"(\.\d+|\.clone)+$", "", label) if target == "tpu_custom_call" else target
 
 
-def _trip_count(rest: str, computations: dict[str, _Instructions]) -> int | None:
+def _trip_count(rest: str, computations: Computations) -> int | None:
     if known := re.search(r"known_trip_count\W+n\W+(\d+)", rest):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", rest)
@@ -146,19 +154,10 @@ def _trip_count(rest: str, computations: dict[str, _Instructions]) -> int | None
     return None
 
 
-def _parts(shape: str) -> list[float]:
-    """Bytes of the arrays of a shape."""
-    sizes = []
-    for kind, dims in _SHAPE.findall(shape):
-        bits = _ITEM_BITS[kind] if kind in _ITEM_BITS else int(re.findall(r"\d+", kind)[0])
-        sizes.append(bits / 8 * math.prod(int(n) for n in dims.split(",") if n))
-    return sizes
-
-
 def _collective(shape: str, opcode: str, rest: str, trips: int, devices: int, *, scatter: bool) -> Collective:
     kind = opcode.removesuffix("-start")
     groups = _pairs(rest) if kind == "collective-permute" else _groups(rest, devices)
-    parts = _parts(shape)
+    parts = array_bytes(shape)
     size, group = sum(parts), len(groups[0])
     if opcode == "all-gather-start":  # operand and result, and the operand is 1 / g of the result
         size *= group / (group + 1)
@@ -173,7 +172,7 @@ def _between_slices(shape: str, rest: str, trips: int, slices: int) -> Collectiv
     """The compiler splits a collective over several slices into parts inside each and a transfer between them."""
     found = re.search(r'_xla_megascale_transfer_type="([A-Z_]+)"', rest)
     kind = found[1].lower().replace("_", "-") if found else ""
-    size = _parts(shape)[0] * (slices if kind == "all-gather" else 1)
+    size = array_bytes(shape)[0] * (slices if kind == "all-gather" else 1)
     return Collective(kind if kind in _KINDS else "collective-permute", size, ((0,),), trips, slices)
 
 

@@ -20,7 +20,7 @@ SCHEMA_FILE = "schema.json"
 
 # Sections and fields that a resumed run may change: they do not touch what is learned from the steps already made.
 FREE_TO_CHANGE = (
-    *("train", "mesh", "data.path", "data.name", "data.eval_batch_size"),
+    *("train", "mesh", "data.path", "data.name", "data.schema", "data.eval_batch_size"),
     *("head.beams", "head.top_k", "head.drop_seen"),
 )
 

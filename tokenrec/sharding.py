@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from tokenrec.config import MeshConfig
+from tokenrec.config import Config, MeshConfig
 from tokenrec.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -105,3 +105,17 @@ def to_devices[T](batch: T, mesh: Mesh) -> T:
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts the batch is split into; batch sizes must be multiples of it."""
     return int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))
+
+
+def check_batch_sizes(config: Config, mesh: Mesh) -> None:
+    """Raises InputError where the batches of a config do not split evenly over the mesh."""
+    shards = batch_shards(mesh)
+    micro = config.data.batch_size // config.optim.accumulate
+    for field, size in (
+        ("data.batch_size / optim.accumulate", micro),
+        ("data.eval_batch_size", config.data.eval_batch_size),
+    ):
+        if size % shards:
+            raise InputError(
+                f"{field} = {size} is not a multiple of the {shards} devices that share a batch; make it one"
+            )

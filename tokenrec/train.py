@@ -15,11 +15,11 @@ from tokenrec.checkpoint import Checkpoints, Progress
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
-from tokenrec.errors import InputError, NonFiniteError
+from tokenrec.errors import NonFiniteError
 from tokenrec.evaluate import assessor
 from tokenrec.logbook import Logbook, Throughput
 from tokenrec.run import start_run
-from tokenrec.sharding import batch_shards, compiler_options, make_mesh, to_devices
+from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, to_devices
 from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import Metrics, train_step
 from tokenrec.validation import validate
@@ -39,7 +39,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
     dataset = open_dataset(data_directory(config), config.data.exclude, semantic_ids_path(config))
     model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
     mesh = make_mesh(config.mesh)
-    _check_batch_sizes(config, mesh)
+    check_batch_sizes(config, mesh)
     start_run(config, dataset.schema, workdir)
     stop_at = config.train.stop_at or config.optim.steps
     evaluates = config.train.eval_split in dataset.splits
@@ -97,19 +97,6 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
             "examples_per_second": throughput.average(),
             "evaluation": report,
         }
-
-
-def _check_batch_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
-    shards = batch_shards(mesh)
-    micro = config.data.batch_size // config.optim.accumulate
-    for field, size in (
-        ("data.batch_size / optim.accumulate", micro),
-        ("data.eval_batch_size", config.data.eval_batch_size),
-    ):
-        if size % shards:
-            raise InputError(
-                f"{field} = {size} is not a multiple of the {shards} devices that share a batch; make it one"
-            )
 
 
 class _Pending:

@@ -26,7 +26,7 @@ from tokenrec.roofline import (
 )
 from tokenrec.sharding import laid_out
 from tokenrec.state import Model, abstract_state
-from tokenrec.step import step_loss
+from tokenrec.step import step_loss, train_step
 
 # Splash makes the gradients of q, and of k and v, in two kernels, each of which makes the logits and their gradient.
 SPLASH_BACKWARD_PRODUCTS = 7
@@ -122,6 +122,38 @@ def product_flops(jaxpr: Jaxpr) -> float:
             trips = equation.params["length"] if equation.primitive.name == "scan" else 1
             total += trips * sum(product_flops(inner) for inner in _inner_jaxprs(equation.params.values()))
     return total
+
+
+def step_flops(model: Model, mesh: Mesh, shapes: Batch, work: Work) -> float:
+    """FLOPs of a device in a train step: matrix products as traced, those computed again too, and those of kernels.
+
+    XLA's own count has the body of a loop once, and nothing inside a kernel.
+    """
+    with jax.set_mesh(mesh):
+        step = jax.make_jaxpr(train_step, static_argnums=0)(model, abstract_state(model), laid_out(shapes, mesh))
+    return device_flops(step.jaxpr) + work.kernel_flops / mesh.size
+
+
+def device_flops(jaxpr: Jaxpr) -> float:
+    """FLOPs of one device in the matrix products of a traced program with explicit shardings; none inside a kernel."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left: Any = equation.invars[0].aval
+            made: Any = equation.outvars[0].aval
+            local = left.sharding.shard_shape(left.shape) if _is_global(left) else left.shape
+            size = math.prod(made.sharding.shard_shape(made.shape) if _is_global(made) else made.shape)
+            total += 2.0 * math.prod(local[axis] for axis in contracted) * size
+        elif equation.primitive.name != "pallas_call":
+            trips = equation.params["length"] if equation.primitive.name == "scan" else 1
+            total += trips * sum(device_flops(inner) for inner in _inner_jaxprs(equation.params.values()))
+    return total
+
+
+def _is_global(aval: Any) -> bool:
+    """Inside a `shard_map` shapes are those of one device."""
+    return not (aval.sharding.mesh.empty or aval.sharding.mesh.are_all_axes_manual)
 
 
 def _shape_of(variable: Any) -> tuple[int, ...]:

@@ -104,8 +104,7 @@ class KuaiRandSource:
         if len(variants) > 1:
             raise InputError(f"folder '{folder}' mixes {sorted(variants)}, whose ids differ; keep one variant a folder")
         self._rates = rates
-        past = PastRates(RATE_KEYS, RATE_TASKS).features() if rates else ()
-        self.schema = Schema(_features() + past, tuple(Task(name) for name in TASKS))
+        self.schema = Schema(features(rates=rates), tuple(Task(name) for name in TASKS))
         self.provenance = Provenance("kuairand", LICENCE, CITATION, files)
 
     def users(self) -> pa.Table:
@@ -236,7 +235,9 @@ class KuaiRandSource:
         return pa.table(columns).combine_chunks().to_batches()[0]
 
 
-def _features() -> tuple[Feature, ...]:
+def features(*, rates: bool) -> tuple[Feature, ...]:
+    """The features that a prepared KuaiRand has, with or without past rates."""
+    past = PastRates(RATE_KEYS, RATE_TASKS).features() if rates else ()
     return (
         Feature("user_id", "categorical", "user"),
         *(Feature(name, "categorical", "user") for name in _USER_CATEGORIES),
@@ -254,6 +255,7 @@ def _features() -> tuple[Feature, ...]:
         *(Feature(name, "categorical", "action") for name in TASKS),
         Feature("play_time_ms", "dense", "action", transform="log1p"),
         Feature("played_share", "categorical", "action"),
+        *past,
     )
 
 

@@ -1,0 +1,167 @@
+"""What pods would make of three configs, and of more and more chips, by the compiler: nothing is run.
+
+python -m benchmarks.pods [--configs NAME ...]     three configs on three pods
+python -m benchmarks.pods --weak-scaling           lrm_1b on 16 to 512 chips of v5p
+
+Each row is `tokenrec compile` of the config with the streams of a chip, the mesh and the `remat` that `PLANS` has for
+the kind of chip, in bfloat16. Table sizes are those of the prepared data set under `TOKENREC_DATA`, or else of the
+planned schema configs/schemas/kuairand_27k.json ("planned"). Times are lower bounds and rates upper bounds, as in
+tokenrec/roofline.py. In weak scaling the streams of a chip stay the same, `fsdp` grows to 64 chips and `data` after
+that; `per_chip` is the rate of a chip over that of the fewest chips, by the bound ("overlapped") and if compute, memory
+and network do not overlap ("serial").
+
+A finished row is kept in the JSON file at once, and skipped when the command is given again; delete the file to start
+over. Some minutes a row on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.report import run_script, write_result
+from tokenrec.compile import compile_config
+from tokenrec.config import Config, MeshConfig
+from tokenrec.flags import load_config, shipped_configs
+from tokenrec.pod_report import mesh_text
+
+PODS = (("v5e:16x16", 1), ("v5p:8x8x8", 1), ("v5p:4x4x8", 2))
+SCALE = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8")
+SCALED = "lrm_1b"
+LONGEST_FSDP = 64
+
+
+class Plan(NamedTuple):
+    """How a kind of chip runs a config: streams of a chip, most chips that share a copy of the weights, `remat`."""
+
+    streams: int
+    fsdp: int
+    remat: str
+
+
+PLANS = {
+    ("lrm_1b", "v5p"): Plan(4, LONGEST_FSDP, "dots"),
+    ("lrm_1b", "v5e"): Plan(4, LONGEST_FSDP, "full"),
+    ("kuairand_27k", "v5p"): Plan(2, 1, "dots"),
+    ("kuairand_27k", "v5e"): Plan(2, 1, "full"),
+    ("kuairand_pure_uc", "v5p"): Plan(64, 1, "none"),
+    ("kuairand_pure_uc", "v5e"): Plan(64, 1, "none"),
+}
+
+
+def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
+    """One row of the table."""
+    kind, _, size = topology.partition(":")
+    plan = PLANS[name, kind]
+    chips = slices * math.prod(map(int, size.split("x")))
+    config = load_config(str(shipped_configs()[name]))
+    fsdp = min(plan.fsdp, chips // slices)
+    config = planned(config, plan, chips, MeshConfig(data=chips // fsdp, fsdp=fsdp))
+    found = compile_config(config, topology, slices)
+    held = found["bytes_per_device"]
+    row = {
+        "config": name,
+        "topology": topology,
+        "slices": slices,
+        "chips": found["devices"],
+        "mesh": mesh_text(found["mesh"]),
+        "streams": plan.streams,
+        "remat": plan.remat,
+        "schema": found["schema"].split()[0],
+        "compile_seconds": round(found["compile_seconds"], 1),
+        "fits": found["fits"],
+        "memory_share": held["total"] and held["total"] / found["memory_per_device"],
+        **{f"{part}_mib": size and size / 2**20 for part, size in held.items() if part not in ("inputs", "program")},
+    }
+    if "problem" in found:
+        return row | {"problem": found["problem"].partition("\n")[0]}
+    return row | {
+        "tflop": found["flops_per_device"] / 1e12,
+        "model_tflop": found["model_flops_per_device"] / 1e12,
+        "collective_mib": sum(found["collective_bytes"].values()) / 2**20,
+        "by_axis": ", ".join(
+            f"{axes} {sum(kinds.values()) / 2**20:,.0f}" for axes, kinds in found["collective_bytes_by_axis"].items()
+        ),
+        "compute_ms": 1e3 * found["compute_seconds"],
+        "memory_ms": 1e3 * found["memory_seconds"],
+        "network_ms": 1e3 * found["network_seconds"],
+        "bound": found["bound"],
+        "mfu_bound": found["mfu_bound"],
+        "mfu_if_serial": found["mfu_if_serial"],
+        "examples_per_second": found["examples_per_second"],
+    }
+
+
+def planned(config: Config, plan: Plan, chips: int, mesh: MeshConfig) -> Config:
+    """The config with a plan's streams on every chip. A data set that only a clone's owner has is planned as 27K."""
+    streams = plan.streams * chips
+    data = dataclasses.replace(config.data, batch_size=streams, eval_batch_size=streams, schema="kuairand_27k.json")
+    model = dataclasses.replace(config.model, dtype="bfloat16", remat=plan.remat)
+    return dataclasses.replace(config, data=data, model=model, mesh=mesh)
+
+
+def with_efficiency(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by chips, with the rate of a chip over that of a chip of the first row."""
+    rows = sorted(rows, key=lambda row: row["chips"])
+    scaled = []
+    for row in rows:
+        overlapped, serial = _per_chip(row), _per_chip(row, serial=True)
+        first = rows[0]
+        scaled.append(
+            row
+            | {
+                "examples_per_chip_second": overlapped,
+                "per_chip_overlapped": overlapped / _per_chip(first),
+                "per_chip_serial": serial / _per_chip(first, serial=True),
+            }
+        )
+    return scaled
+
+
+def _per_chip(row: dict[str, Any], *, serial: bool = False) -> float:
+    rate = row["examples_per_second"] / row["chips"]
+    return rate * row["mfu_if_serial"] / row["mfu_bound"] if serial else rate
+
+
+def _missing(rows: list[dict[str, Any]], wanted: Iterable[tuple[str, str, int]]) -> Iterator[tuple[str, str, int]]:
+    done = {(row["config"], row["topology"], row["slices"]) for row in rows}
+    yield from (one for one in wanted if one not in done)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = sorted({name for name, _ in PLANS})
+    parser.add_argument("--configs", nargs="+", default=names, choices=names)
+    parser.add_argument("--weak-scaling", action="store_true")
+    parser.add_argument("--out", type=Path, help="stem of the result files (default: in benchmarks/results)")
+    flags = parser.parse_args()
+    if flags.weak_scaling:
+        stem, title, wanted = "pods_weak_scaling", f"{SCALED} on more and more chips", [(SCALED, t, 1) for t in SCALE]
+    else:
+        stem, title = "pods", "Three configs on three pods"
+        wanted = [(name, topology, slices) for name in flags.configs for topology, slices in PODS]
+    out = flags.out or Path(__file__).parent / "results" / stem
+    kept = out.with_name(out.name + ".json")
+    rows = json.loads(kept.read_text())["rows"] if kept.is_file() else []
+    for one in _missing(rows, wanted):
+        rows.append(pod_row(*one))
+        print(rows[-1], file=sys.stderr)
+        write_result(
+            out,
+            with_efficiency(rows) if flags.weak_scaling else rows,
+            {"dtype": "bfloat16", "batch": "streams x chips", "streams": "the longest"},
+            "python -m benchmarks.pods" + (" --weak-scaling" if flags.weak_scaling else ""),
+            title=f"{title}, compiled: bounds, nothing was run",
+            packages=("tokenrec", "jax", "jaxlib", "libtpu", "flax", "optax"),
+        )
+    print(out.with_name(out.name + ".md").read_text())
+
+
+if __name__ == "__main__":
+    run_script(main)

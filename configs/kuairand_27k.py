@@ -1,0 +1,47 @@
+r"""KuaiRand-27K, user-centric: 32 million videos, 27 thousand users, streams of 2,048 events, for a pod.
+
+    tokenrec compile --config=configs/kuairand_27k.py --topology v5p:8x8x8
+    tokenrec prepare kuairand --root DIR --download 27k --out data/kuairand_27k --valid-from 2022-05-03 \
+        --test-from 2022-05-05
+    tokenrec train --config=configs/kuairand_27k.py --workdir=runs/kuairand_27k
+
+Hardware: 512 TPU v5p chips. Nobody has trained it: benchmarks/results/pods.md has what the compiler says of it, and
+`steps` is a plan. Before the data is prepared, `compile` and `describe` read the sizes of its tables from
+configs/schemas/kuairand_27k.json, where some are assumptions.
+
+A user has some 11,800 rows, so that nearly every stream continues another: 256 events are history only, and 1,792
+carry loss. Two full layers below, windows that shrink above (BFTS), and the gate.
+"""
+
+from tokenrec.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+
+CHIPS = 512
+STREAMS = 2  # of a chip
+
+
+def get_config() -> Config:
+    return Config(
+        data=DataConfig(
+            name="kuairand_27k",
+            schema="kuairand_27k.json",
+            exclude=("user_id",),
+            tasks={"is_click": 1.0, "long_view": 1.0},
+            paradigm="uc",
+            events=2048,
+            overlap=256,
+            batch_size=STREAMS * CHIPS,
+            eval_batch_size=STREAMS * CHIPS,
+        ),
+        tokens=TokensConfig(embedding_dim=16, user_tokens=7),
+        model=ModelConfig(
+            width=512,
+            heads=4,
+            layers=8,
+            windows=(1024, 512, 512, 256, 256, 128),
+            dtype="bfloat16",
+            remat="dots",
+        ),
+        optim=OptimConfig(steps=10_000, warmup_steps=500, learning_rate=1e-3, table_learning_rate=0.05),
+        mesh=MeshConfig(data=512),
+        train=TrainConfig(eval_every=1000, save_every=1000),
+    )
