@@ -136,6 +136,8 @@ class ModelConfig:
       attention: an implementation of `ops/attention.py`; "auto" takes the first of the platform that can serve.
       remat: what the backward pass computes again: "none", all but products with weights and attention ("dots"), or
         each block from its input ("full").
+      scan: from so many layers of one window in a row, all but the top one of the row are a loop over stacked weights,
+        so that compiling takes no longer the more they are; 0 never. Values do not depend on it, names of weights do.
     """
 
     width: int = 64
@@ -153,6 +155,7 @@ class ModelConfig:
     needed_rows: bool = True
     attention: AttentionKind = "auto"
     remat: Remat = "none"
+    scan: int = 8
 
 
 @dataclasses.dataclass

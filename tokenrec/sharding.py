@@ -67,11 +67,6 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
 
 
-def gathered(weight: jax.Array, *axes: str | None) -> jax.Array:
-    """The weight with its `embed` dimension whole: an all-gather over `fsdp`; its transpose is a reduce-scatter."""
-    return jax.sharding.reshard(weight, RULES(*(None if axis == "embed" else axis for axis in axes)))
-
-
 # libtpu 0.0.50 aborts the process ("Color count is less than local dma pipe shard count") when it writes the small
 # all-reduces of a data-parallel step over 16 chips or more with this emitter, on v5e, v6e and v5p alike.
 _TPU_OPTIONS: dict[str, bool | str] = {"xla_tpu_enable_pincer_short_emitter": False}

@@ -75,6 +75,8 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"model.width / model.heads = {c.model.width // c.model.heads} is odd; rotary positions need an even head"
     if len(c.model.windows) > c.model.layers:
         yield f"model.windows has {len(c.model.windows)} entries for model.layers={c.model.layers}; drop some"
+    if c.model.scan < 0 or c.model.scan in (1, 2):
+        yield f"model.scan={c.model.scan}: a loop of 2 layers below a single one takes 3; use 3 or more, or 0 for none"
     if any(w < 1 for w in c.model.windows):
         yield f"model.windows={c.model.windows}: a window counts the row itself, so it is at least 1"
     if any(b > a for a, b in zip(c.model.windows, c.model.windows[1:], strict=False)):

@@ -22,7 +22,7 @@ from tokenrec.ops.contract import contract
 from tokenrec.ops.dense import MASKED
 from tokenrec.ops.layers import rms_normalize
 from tokenrec.ops.rotary import rotation
-from tokenrec.sharding import RULES, gathered
+from tokenrec.sharding import RULES
 from tokenrec.state import Model, TrainState, merge
 from tokenrec.tokens.layout import ROLES, Layout
 
@@ -57,7 +57,7 @@ def stack_attention(
     turn = rotation(layout.positions(events), config.width // config.heads, config.rope_base)
     stream = Stream(layout, every, turn, layout.valid(events, candidates))
     found = []
-    for block in backbone.blocks:
+    for block in backbone.layers():
         found.append(block_attention(block, x, stream))
         x = block(x, every, every, stream, None)
     return tuple(found)
@@ -67,8 +67,7 @@ def block_attention(block: Block, x: jax.Array, stream: Stream) -> jax.Array:
     """Attention weights `[B, H, S, S] float32` of one block, whose input is `x: [B, S, d]`, the rows of `stream`."""
     attention, rows = block.attention, stream.rows
     normed = block.attention_norm(x)
-    kernel = gathered(attention.query[...], "embed", "heads", None)
-    q = contract("bsd,dhk->bshk", normed, kernel, RULES("batch", None, "heads", None))
+    q = contract("bsd,dhk->bshk", normed, attention.query[...], RULES("batch", None, "heads", None))
     q = stream.rotate(rms_normalize(q) if attention.qk_norm else q, rows)
     k = attention.keys_values(normed, rows, stream).keys
     logits = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)

@@ -7,10 +7,12 @@ computed once (`prefill`) and any number of candidates is scored against it (`ex
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -30,6 +32,20 @@ def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
     (None, None, 32, 16)
     """
     return (None,) * (config.layers - len(config.windows)) + tuple(config.windows)
+
+
+def stack_sizes(config: ModelConfig) -> tuple[int, ...]:
+    """Layers in each entry of `Backbone.blocks`; above 1, their weights are stacked and a loop runs them.
+
+    The top layer of a run of equal windows stands alone: the layers above may need fewer rows of it, and a loop needs
+    as many rows out as in.
+
+    >>> stack_sizes(ModelConfig(layers=14, windows=(32, 16), scan=8))
+    (11, 1, 1, 1)
+    """
+    runs = [len(list(run)) for _, run in groupby(layer_windows(config))]
+    sizes = [(run - 1, 1) if 0 < config.scan <= run else (1,) * run for run in runs]
+    return tuple(size for run in sizes for size in run)
 
 
 def layer_rows(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:
@@ -87,15 +103,34 @@ def prefix_rows(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:
     return tuple(needed)
 
 
-def remember(compute: Callable[[jax.Array], jax.Array], remat: Remat) -> Callable[[jax.Array], jax.Array]:
-    """A block as a function of its input, of which the backward pass finds kept what `model.remat` says."""
+def remember[**P](compute: Callable[P, jax.Array], remat: Remat, *, loop: bool = False) -> Callable[P, jax.Array]:
+    """A block as a function of its input, of which the backward pass finds kept what `model.remat` says.
+
+    `loop`: it is the body of one, where XLA cannot merge the second computation with the first anyhow.
+    """
     if remat == "none":
         return compute
     keep = jax.checkpoint_policies
     dots = keep.save_from_both_policies(
         keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names(ATTENTION_RESULT)
     )
-    return jax.checkpoint(compute, policy=dots if remat == "dots" else keep.nothing_saveable)
+    policy = dots if remat == "dots" else keep.nothing_saveable
+    return jax.checkpoint(compute, policy=policy, prevent_cse=not loop)
+
+
+def stacked(blocks: Sequence[Block]) -> Block:
+    """Blocks of one shape as one, each weight `[layers, ...]`."""
+    graph, _ = nnx.split(blocks[0])
+    weights = [nnx.split(block)[1] for block in blocks]
+    return nnx.merge(graph, jax.tree.map(lambda *layers: jnp.stack(layers), *weights))
+
+
+def unstacked(block: Block, count: int) -> list[Block]:
+    """Inverse of `stacked`. The gradient is one concatenation, not a sum of `count` padded slices."""
+    graph, weights = nnx.split(block)
+    leaves, tree = jax.tree.flatten(weights)
+    parts = [[part[0] for part in jax.lax.split(leaf, (1,) * count)] for leaf in leaves]
+    return [nnx.merge(graph, jax.tree.unflatten(tree, layer)) for layer in zip(*parts, strict=True)]
 
 
 class PrefixCache(NamedTuple):
@@ -109,8 +144,17 @@ class Backbone(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.blocks = nnx.List([Block(config, window, rngs=rngs) for window in layer_windows(config)])
+        windows, blocks = iter(layer_windows(config)), []
+        for size in stack_sizes(config):
+            layers = [Block(config, next(windows), rngs=rngs) for _ in range(size)]
+            blocks.append(stacked(layers) if size > 1 else layers[0])
+        self.blocks = nnx.List(blocks)
         self.norm = RMSNorm(config.width)
+
+    def layers(self) -> list[Block]:
+        """The blocks one by one, from the bottom."""
+        entries = zip(self.blocks, stack_sizes(self.config), strict=True)
+        return [layer for block, size in entries for layer in (unstacked(block, size) if size > 1 else [block])]
 
     def __call__(
         self, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None, key: jax.Array | None
@@ -120,11 +164,32 @@ class Backbone(nnx.Module):
         stream = self._stream(layout, every, events, candidates)
         rows = layer_rows(self.config, layout)
         x = take_rows(x, rows[0], every)
-        keys = split_key(key, len(self.blocks))
-        for block, inputs, outputs, layer_key in zip(self.blocks, rows, rows[1:], keys, strict=False):
-            compute = functools.partial(block, queries=outputs, keys=inputs, stream=stream, key=layer_key)
-            x = remember(compute, self.config.remat)(x)
+        keys = split_key(key, self.config.layers)
+        first = 0
+        for block, size in zip(self.blocks, stack_sizes(self.config), strict=True):
+            of_layers, of_keys = rows[first : first + size + 1], keys[first : first + size]
+            if size > 1 and all(len(some) == len(of_layers[0]) for some in of_layers):
+                x = self._loop(block, x, of_layers[0], stream, of_keys)
+            else:
+                layers = unstacked(block, size) if size > 1 else [block]
+                for layer, inputs, outputs, one in zip(layers, of_layers, of_layers[1:], of_keys, strict=False):
+                    compute = functools.partial(layer, queries=outputs, keys=inputs, stream=stream, key=one)
+                    x = remember(compute, self.config.remat)(x)
+            first += size
         return self.norm(take_rows(x, layout.readout, rows[-1]))
+
+    def _loop(
+        self, block: Block, x: jax.Array, rows: np.ndarray, stream: Stream, keys: Sequence[jax.Array | None]
+    ) -> jax.Array:
+        """Layers with stacked weights, all over the same rows: one body in the program, however many there are."""
+        graph, weights = nnx.split(block)
+
+        def layer(x: jax.Array, weights: nnx.State, key: jax.Array | None) -> jax.Array:
+            return nnx.merge(graph, weights)(x, rows, rows, stream, key)
+
+        compute = remember(layer, self.config.remat, loop=True)
+        each = None if keys[0] is None else jnp.stack(keys)
+        return jax.lax.scan(lambda x, of_layer: (compute(x, *of_layer), None), x, (weights, each))[0]
 
     def prefill(self, x: jax.Array, layout: Layout, events: jax.Array) -> tuple[PrefixCache, jax.Array]:
         """What the prefix shows to any candidates, and its own read-outs.
@@ -147,7 +212,7 @@ class Backbone(nnx.Module):
         rows, shown = prefix_rows(self.config, layout), shown_rows(self.config, layout)
         x = take_rows(x, rows[0], every)
         layers = []
-        for block, inputs, outputs, kept in zip(self.blocks, rows, rows[1:], shown, strict=False):
+        for block, inputs, outputs, kept in zip(self.layers(), rows, rows[1:], shown, strict=False):
             x, made = block.advance(x, outputs, inputs, stream)
             layers.append(KeysValues(*(take_rows(part, kept, inputs) for part in made)))
         readout = layout.readout[layout.readout < len(every)]
@@ -184,7 +249,7 @@ class Backbone(nnx.Module):
         rows = [needed[np.searchsorted(needed, count) :] for needed in layer_rows(self.config, layout)]
         x = take_rows(x, rows[0], behind)
         for block, inputs, outputs, past, past_rows in zip(
-            self.blocks, rows, rows[1:], cache.layers, shown, strict=False
+            self.layers(), rows, rows[1:], cache.layers, shown, strict=False
         ):
             x, _ = block.advance(x, outputs, np.concatenate([past_rows, inputs]), stream, past=past)
         return self.norm(take_rows(x, layout.readout[layout.readout >= count], rows[-1]))

@@ -14,7 +14,7 @@ from tokenrec.ops.attention import attention
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, rms_normalize, split_key, weight
 from tokenrec.ops.rotary import Rotation, rotate
-from tokenrec.sharding import RULES, gathered
+from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import Layout, take_rows
 
 
@@ -85,12 +85,10 @@ class Attention(nnx.Module):
             pattern=stream.layout.pattern(queries, keys),
             valid=take_rows(stream.valid, keys, np.arange(stream.layout.rows)),
         )
-        whole = gathered(self.output[...], "heads", None, "embed")
-        return contract("bqhk,hkd->bqd", seen, whole, RULES("batch", None, None))
+        return contract("bqhk,hkd->bqd", seen, self.output[...], RULES("batch", None, None))
 
     def _project(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
-        whole = gathered(kernel[...], "embed", "heads", None)
-        return contract("bsd,dhk->bshk", x, whole, RULES("batch", None, "heads", None))
+        return contract("bsd,dhk->bshk", x, kernel[...], RULES("batch", None, "heads", None))
 
 
 class SwiGLU(nnx.Module):
@@ -103,10 +101,9 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         inner = RULES("batch", None, "ffn")
-        gate = contract("bsd,df->bsf", x, gathered(self.gate[...], "embed", "ffn"), inner)
-        up = contract("bsd,df->bsf", x, gathered(self.up[...], "embed", "ffn"), inner)
-        down = gathered(self.down[...], "ffn", "embed")
-        return contract("bsf,fd->bsd", jax.nn.silu(gate) * up, down, RULES("batch", None, None))
+        gate = contract("bsd,df->bsf", x, self.gate[...], inner)
+        up = contract("bsd,df->bsf", x, self.up[...], inner)
+        return contract("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...], RULES("batch", None, None))
 
 
 class Gate(nnx.Module):
@@ -117,10 +114,8 @@ class Gate(nnx.Module):
         self.bias = constant(bias, (width,), None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = gathered(self.kernel[...], None, "embed")
-        return jax.nn.sigmoid(
-            contract("bsd,de->bse", x, kernel, RULES("batch", None, None)) + self.bias[...].astype(x.dtype)
-        )
+        made = contract("bsd,de->bse", x, self.kernel[...], RULES("batch", None, None))
+        return jax.nn.sigmoid(made + self.bias[...].astype(x.dtype))
 
 
 class Block(nnx.Module):

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokenrec.config import HeadConfig
-from tokenrec.ops.contract import contract
+from tokenrec.ops.contract import contract, gathered
 from tokenrec.ops.layers import as_rows, weight
 from tokenrec.ops.lookup import spread_rows
-from tokenrec.sharding import RULES, gathered
+from tokenrec.sharding import RULES
 
 
 class ItemHead(nnx.Module):
@@ -28,7 +28,7 @@ class ItemHead(nnx.Module):
     def vectors(self) -> jax.Array:
         """`[V, d]`, of the full softmax."""
         assert self.items is not None
-        return gathered(self.items[...], None, "embed")
+        return gathered(self.items[...])
 
     def rows(self, items: jax.Array) -> jax.Array:
         """`[..., d]`, the vectors of `items: [...]`, zeros where -1."""
@@ -89,12 +89,12 @@ class CodeHead(nnx.Module):
         """Codes of the first l levels, `[..., l] int32`, -1 fills -> `[..., l, d]`."""
         table = self.outputs if self.inputs is None else self.inputs
         rows = jnp.arange(codes.shape[-1]) * max(self.levels) + jnp.maximum(codes, 0)
-        return spread_rows(gathered(table[...], None, "embed"), rows)
+        return spread_rows(gathered(table[...]), rows)
 
     def log_probs(self, h: jax.Array, level: int) -> jax.Array:
         """`[B, n, d]` -> `[B, n, C_level] float32`."""
         first = level * max(self.levels)
-        table = gathered(self.outputs[...], None, "embed")[first : first + self.levels[level]]
+        table = gathered(self.outputs[...])[first : first + self.levels[level]]
         logits = contract("bnd,cd->bnc", h.astype(jnp.float32), table, RULES("batch", None, None))
         return jax.nn.log_softmax(logits, axis=-1)
 

@@ -35,10 +35,10 @@ def draw(key: jax.Array, shape: tuple[int, ...], deviation: float, spec: Partiti
 
 
 class Linear(nnx.Module):
-    """`y = x W + b`, `[..., i] -> [..., o]`; small, so every device holds all of it."""
+    """`y = x W + b`, `[..., i] -> [..., o]`; every device holds all of W, unless `axis` names the logical axis of o."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs):
-        self.kernel = weight(rngs, (inputs, outputs), None, None, inputs=inputs)
+    def __init__(self, inputs: int, outputs: int, *, axis: str | None = None, bias: bool = True, rngs: nnx.Rngs):
+        self.kernel = weight(rngs, (inputs, outputs), None, axis, inputs=inputs)
         self.bias = constant(0.0, (outputs,), None) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

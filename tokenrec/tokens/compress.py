@@ -18,7 +18,7 @@ from tokenrec.errors import InputError, suggest
 from tokenrec.ops.contract import contract
 from tokenrec.ops.dense import MASKED
 from tokenrec.ops.layers import RMSNorm, constant, rms_normalize, spec_of, weight
-from tokenrec.sharding import RULES, gathered
+from tokenrec.sharding import RULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,17 +195,17 @@ class AttentionPool(nnx.Module):
         rows, of_heads = RULES("batch", None, None, None), RULES("batch", None, None, "heads", None)
 
         def project(kernel: nnx.Param) -> jax.Array:
-            return contract("bgkd,dhe->bgkhe", normed, gathered(kernel[...], "embed", "heads", None), of_heads)
+            return contract("bgkd,dhe->bgkhe", normed, kernel[...], of_heads)
 
         normed = self.attention_norm(x) + self.place[...].astype(x.dtype)
         q, k, v = project(self.query), project(self.key), project(self.value)
         logits = jnp.einsum("bgqhe,bgkhe->bghqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(valid[:, :, None, None, :], logits, MASKED), axis=-1)
         seen = jnp.einsum("bghqk,bgkhe->bgqhe", weights.astype(v.dtype), v)
-        x = x + contract("bgqhe,hed->bgqd", seen, gathered(self.output[...], "heads", None, "embed"), rows)
+        x = x + contract("bgqhe,hed->bgqd", seen, self.output[...], rows)
         wide = RULES("batch", None, None, "ffn")
-        inner = contract("bgkd,df->bgkf", self.ffn_norm(x), gathered(self.inner[...], "embed", "ffn"), wide)
-        return x + contract("bgkf,fd->bgkd", jax.nn.gelu(inner), gathered(self.outer[...], "ffn", "embed"), rows)
+        inner = contract("bgkd,df->bgkf", self.ffn_norm(x), self.inner[...], wide)
+        return x + contract("bgkf,fd->bgkd", jax.nn.gelu(inner), self.outer[...], rows)
 
     def _read(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """The learned queries, on `x: [B, G, k, d] -> [B, G, d]`."""

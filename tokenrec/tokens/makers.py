@@ -47,10 +47,11 @@ class Maker(nnx.Module):
         inputs = sum(self.transforms.widths)
         hidden = config.hidden or 2 * width
         if self.kind == "linear":
-            self.output = Linear(inputs, tokens * width, rngs=rngs)
+            self.output = Linear(inputs, tokens * width, axis="embed", rngs=rngs)
         elif self.kind == "mlp":
-            self.inner = Linear(inputs, hidden, rngs=rngs)
-            self.output = Linear(hidden, tokens * width, rngs=rngs)
+            # A width that is given need not be a multiple of `fsdp`, as the model's is.
+            self.inner = Linear(inputs, hidden, axis=None if hidden % width else "embed", rngs=rngs)
+            self.output = Linear(hidden, tokens * width, axis="embed", rngs=rngs)
         else:
             self.pool = FeatureTransformer(self.transforms.widths, tokens, width, rngs=rngs)
         self.scale = constant(1.0, ()) if config.output_scale else None
@@ -95,11 +96,11 @@ class FeatureTransformer(nnx.Module):
         self.inputs = nnx.List([Linear(w, width, rngs=rngs) for w in widths])
         self.norm = RMSNorm(width)
         self.queries = weight(rngs, (tokens, width), None, None, inputs=1)
-        self.keys = Linear(width, width, bias=False, rngs=rngs)
-        self.values = Linear(width, width, bias=False, rngs=rngs)
+        self.keys = Linear(width, width, axis="embed", bias=False, rngs=rngs)
+        self.values = Linear(width, width, axis="embed", bias=False, rngs=rngs)
         self.inner_norm = RMSNorm(width)
-        self.inner = Linear(width, 2 * width, rngs=rngs)
-        self.output = Linear(2 * width, width, rngs=rngs)
+        self.inner = Linear(width, 2 * width, axis="embed", rngs=rngs)
+        self.output = Linear(2 * width, width, axis="embed", rngs=rngs)
 
     def __call__(self, parts: list[jax.Array]) -> jax.Array:
         fields = jnp.stack([project(part) for project, part in zip(self.inputs, parts, strict=True)], axis=-2)
