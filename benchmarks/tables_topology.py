@@ -29,13 +29,13 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.report import run_script, write_result
-from tokenrec.compile import described_mesh
 from tokenrec.config import MeshConfig
 from tokenrec.hlo import read_program
 from tokenrec.ops import exchange
 from tokenrec.ops.lookup import RowsState
 from tokenrec.roofline import chip, network_seconds
 from tokenrec.sharding import AXES, compiler_options
+from tokenrec.topology import described_mesh
 
 WIDTH, IDS = 64, 16_384
 RATE = 0.05
