@@ -52,5 +52,5 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@ $(VENV)/.demo
 
 $(BEAM)/.beam: pyproject.toml constraints-beam.txt | $(BEAM)/bin/python
-	$(BEAM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-beam.txt -e ".[beam]" pytest tokenizers
+	$(BEAM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints-beam.txt -e ".[beam]" pytest tokenizers
 	touch $@

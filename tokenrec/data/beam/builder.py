@@ -7,12 +7,18 @@ records by number, partition after partition, into shards.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from tokenrec.data import records
 from tokenrec.data.beam.engine import beam_library
@@ -65,7 +71,8 @@ def build(
     builder = Tokenrec(source, job, splits, user_id_type)
     config = tfds.download.DownloadConfig(beam_options=options)
     try:
-        builder.download_and_prepare(download_config=config, file_format="array_record")
+        with contextlib.redirect_stdout(io.StringIO()):  # it names a folder that is soon gone
+            builder.download_and_prepare(download_config=config, file_format="array_record")
     except Exception:  # a split may be empty because of the problem, which says more
         raise_problem(job.work)
         raise
@@ -114,8 +121,23 @@ class Tokenrec(tfds.core.GeneratorBasedBuilder):
         save_first_problem((table.problems, made.problems), job.work)
         return {name: made[name] for name in self._splits}
 
+    def _example_writer(self) -> tfds.core.writer.ExampleWriter:
+        return _ShardWriter(self.info.file_format)
+
     def _generate_examples(self) -> None:
         raise NotImplementedError("the splits come from one PCollection each, see _split_generators")
+
+
+class _ShardWriter(tfds.core.writer.ExampleWriter):
+    """Writes records with the bytes of `records.encode` (the builder puts their fields in any order), and anywhere:
+    ArrayRecord opens local files only, so that a shard is made in one and copied."""
+
+    def write(self, path: Any, examples: Iterable[tuple[int, bytes]]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder, "shard")
+            super().write(local, ((key, records.encode(records.decode(example))) for key, example in examples))
+            with local.open("rb") as made, epath.Path(path).open("wb") as file:
+                shutil.copyfileobj(made, file)
 
 
 def _encode_rows(numbered: tuple[int, Part], job: Job) -> Iterator[tuple[int, LogBlock]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def prepare_with_beam(
     options = pipeline_options(arguments)
     with staged(Path(out), overwrite) as folder:
         checksums = checksums_of(source.provenance)
-        place = epath.Path(folder / "work" if work is None else f"{work}/{folder.name}")
+        # A name of its own for each run: a process keeps open what it has mapped (exchange.load_values).
+        place = epath.Path(folder if work is None else work) / f"{Path(out).name}.work-{uuid.uuid4().hex}"
         place.mkdir(parents=True)
         try:
             metadata = _prepare(

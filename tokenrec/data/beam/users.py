@@ -14,7 +14,7 @@ from tokenrec.data.entities import Entities
 from tokenrec.data.intake import BLOCK_ROWS, blocks
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import Part
-from tokenrec.data.vocabulary import TableValues, value_tables
+from tokenrec.data.vocabulary import TableValues, canonical, value_tables
 from tokenrec.errors import InputError
 
 Place = tuple[int, int]  # number of the part, and of the block's first row in it: the order of the local path
@@ -70,8 +70,9 @@ def spread_log(block: LogBlock, partitions: int) -> Iterator[tuple[int, LogBlock
 
 def partition_of(user_id: pa.Array, partitions: int) -> np.ndarray:
     """`[n] int64` in [0, partitions): a hash of the id, the same on every machine."""
-    if pa.types.is_integer(user_id.type):
-        hashed = _mix(user_id.cast(pa.int64()).to_numpy().view(np.uint64))
+    user_id = canonical(user_id, "column 'user_id'")
+    if pa.types.is_int64(user_id.type):
+        hashed = _mix(user_id.to_numpy().view(np.uint64))
     else:
         encoded = user_id.dictionary_encode()
         distinct = [zlib.crc32(value.encode()) for value in encoded.dictionary.to_pylist()]
