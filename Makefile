@@ -1,8 +1,10 @@
 # make train   a trained ranker and its metrics, from a fresh clone
 # make test    the tests        make lint   ruff and mypy
+# make test-beam   the tests of `prepare --beam`, in an environment of its own: Beam refuses the newest NumPy and Arrow
 
 PYTHON  ?= $(shell command -v python3.12 || command -v python3)
 VENV    ?= .venv
+BEAM    ?= .venv-beam
 DATA    ?= data/complete_journey
 RUN     ?= runs/complete_journey
 SPLIT   ?= test
@@ -12,7 +14,7 @@ INSTALL  = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # XLA on a CPU takes fresh memory for the temporaries of every step; huge pages make a step about 15 % shorter.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test lint clean
+.PHONY: train test test-beam lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.demo
@@ -24,18 +26,21 @@ train: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 8
 
+test-beam: $(BEAM)/.beam
+	$(BEAM)/bin/python -m pytest tests/test_beam.py
+
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BEAM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-$(BIN)/python:
+$(BIN)/python $(BEAM)/bin/python: %/bin/python:
 	@test -n "$(PYTHON)" || { echo "tokenrec needs Python 3.12 or later: none found; set PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -c "import sys; v = sys.version.split()[0]; sys.version_info >= (3, 12) or sys.exit('tokenrec needs Python 3.12 or later, $(PYTHON) is ' + v + '; set PYTHON=/path/to/python3.12')"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 
 # The interpreter is order-only: its time changes with the system's Python, not with what is installed here.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
@@ -45,3 +50,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[demo,dev]"
 	touch $@ $(VENV)/.demo
+
+$(BEAM)/.beam: pyproject.toml constraints-beam.txt | $(BEAM)/bin/python
+	$(BEAM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints-beam.txt -e ".[beam]" pytest tokenizers
+	touch $@

@@ -217,6 +217,18 @@ def test_kuairand_prepares_the_folder_that_download_returns(replace: Replace, tm
     ]
 
 
+def test_beam_is_asked_for_by_flag_and_needs_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    command = ["prepare", "synthetic", "--rows", "9", "--out", str(tmp_path / "set")]
+    assert main([*command, "--beam"]) == 2
+    assert "--beam needs Apache Beam, which is not installed" in capsys.readouterr().err
+    assert main([*command, "--beam-work", "shared"]) == 2
+    assert "--beam-work=shared is for Apache Beam; add --beam" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_verbs_work_together_from_log_to_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, workdir, metrics, scores = (str(tmp_path / name) for name in ("set", "run", "eval.json", "scores.parquet"))
     small = ["--config.model.width=4", "--config.model.layers=1", "--config.model.windows=()", "--config.data.events=4"]

@@ -41,13 +41,16 @@ def test_importing_the_command_line_loads_no_heavy_package(tmp_path: Path) -> No
     assert run_python(code, tmp_path, CLONE) == "[]"
 
 
-def test_constraints_are_plain_pins_of_every_dependency() -> None:
-    lines = (CLONE / "constraints.txt").read_text().splitlines()
+@pytest.mark.parametrize(
+    ("file", "extras"), [("constraints.txt", ("demo", "dev")), ("constraints-beam.txt", ("beam",))]
+)
+def test_constraints_are_plain_pins_of_every_dependency(file: str, extras: tuple[str, ...]) -> None:
+    lines = (CLONE / file).read_text().splitlines()
     assert all(re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.]+", line) for line in lines), "name==version lines only"
     pinned = {line.partition("==")[0] for line in lines}
     project = PROJECT["project"]
-    extras = project["optional-dependencies"]
-    needed = {re.split(r"[><=;\[ ]", spec)[0] for spec in project["dependencies"] + extras["demo"] + extras["dev"]}
+    specs = [*project["dependencies"], *(s for extra in extras for s in project["optional-dependencies"][extra])]
+    needed = {re.split(r"[><=;\[ ]", spec)[0] for spec in specs}
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in needed} <= pinned
 
 

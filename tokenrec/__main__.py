@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
@@ -152,6 +153,9 @@ def _add_prepare(prepare: argparse.ArgumentParser) -> dict[str, _Parser]:
         parser.add_argument("--chunk-events", type=_natural, help="rows of a user that are stored together")
         parser.add_argument("--overlap", type=_natural, help="history rows that a continued chunk repeats")
         parser.add_argument("--overwrite", action="store_true", help="replace the data set at --out")
+        parser.add_argument("--beam", action="store_true", help="run on Apache Beam (extra `beam`; docs/beam.md)")
+        parser.add_argument("--beam-options", help="options of Beam in one word: --beam-options='--runner=FlinkRunner'")
+        parser.add_argument("--beam-work", help="folder or bucket for temporary files that all workers of Beam see")
         parsers[f"prepare {name}"] = parser
         return parser
 
@@ -275,11 +279,20 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from tokenrec.data.prepare import prepare
-
     options = {"chunk_events": args.chunk_events, "overlap": args.overlap}
     given = {name: value for name, value in options.items() if value is not None}
-    prepared = prepare(args.make_source(args), args.out, overwrite=args.overwrite, **given)
+    if args.beam:
+        from tokenrec.data.beam.prepare import prepare_with_beam
+
+        beam = {"work": args.beam_work, "arguments": shlex.split(args.beam_options or "")}
+        prepared = prepare_with_beam(args.make_source(args), args.out, overwrite=args.overwrite, **given, **beam)
+    else:
+        from tokenrec.data.prepare import prepare
+
+        for flag, value in (("--beam-options", args.beam_options), ("--beam-work", args.beam_work)):
+            if value is not None:
+                raise InputError(f"{flag}={value} is for Apache Beam; add --beam, or leave it out")
+        prepared = prepare(args.make_source(args), args.out, overwrite=args.overwrite, **given)
     print(f"{args.out}: " + ", ".join(f"{name} {count:,}" for name, count in prepared.counts.items()))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokenrec.data.schema import Feature, Schema
-from tokenrec.data.source import Provenance
+from tokenrec.data.source import Part, Provenance
 from tokenrec.data.tabular import read_batches
 from tokenrec.errors import InputError, suggest
 
@@ -92,31 +93,30 @@ class DelimitedSource:
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Rows in the order of the files. Ends with an InputError if train or valid is empty."""
-        outputs = [_Output(name, self._column(name), self._type(name)) for name in _KEYS]
-        outputs += [_Output(name, self._columns[name], t) for name, t in _OPTIONAL.items() if name in self._columns]
-        outputs += [_Output(f"label_{t.name}", self._column(t.name), pa.int8()) for t in self.schema.tasks]
-        outputs += [self._feature_output(f) for f in (*self.schema.group("row"), *self.schema.group("action"))]
         earliest, latest = None, None
         for path in self._log:
-            for batch in _read(path, outputs):
+            for batch in self._read_log(path):
                 time = batch.column("time_ms").to_numpy()
                 earliest = int(time.min() if earliest is None else min(earliest, time.min()))
                 latest = int(time.max() if latest is None else max(latest, time.max()))
-                yield self._complete(batch, time)
-        self._check_times(earliest, latest)
-
-    def _complete(self, batch: pa.RecordBatch, time: np.ndarray) -> pa.RecordBatch:
-        for name, default in _DEFAULTS.items():
-            if name not in batch.schema.names:
-                batch = batch.append_column(name, pa.array(np.full(batch.num_rows, default)))
-        split = (time >= self._valid_from).astype(np.int8)
-        if self._test_from is not None:
-            split += time >= self._test_from
-        return batch.append_column("split", pa.array(split))
-
-    def _check_times(self, earliest: int | None, latest: int | None) -> None:
+                yield batch
         if earliest is None or latest is None:
             raise InputError(f"{', '.join(map(str, self._log))}: no rows; a log needs at least a header and rows")
+        self.check_times(earliest, latest)
+
+    def row_parts(self) -> list[Part]:
+        """A part for each file of the log."""
+        return [Part(str(path), functools.partial(self._read_log, path)) for path in self._log]
+
+    def user_parts(self) -> list[Part]:
+        """The file of users, if there is one."""
+        if self._users is None:
+            return []
+        outputs = self._entity_outputs("user_id", self.schema.group("user"))
+        return [Part(str(self._users), functools.partial(_read, Path(self._users), outputs))]
+
+    def check_times(self, earliest: int, latest: int) -> None:
+        """Raises an InputError if train or valid has no time between these two."""
         empty = "train" if earliest >= self._valid_from else "valid" if latest < self._valid_from else ""
         if empty:
             raise InputError(
@@ -125,15 +125,36 @@ class DelimitedSource:
                 "or correct the times"
             )
 
+    def _read_log(self, path: Path) -> Iterator[pa.RecordBatch]:
+        outputs = [_Output(name, self._column(name), self._type(name)) for name in _KEYS]
+        outputs += [_Output(name, self._columns[name], t) for name, t in _OPTIONAL.items() if name in self._columns]
+        outputs += [_Output(f"label_{t.name}", self._column(t.name), pa.int8()) for t in self.schema.tasks]
+        outputs += [self._feature_output(f) for f in (*self.schema.group("row"), *self.schema.group("action"))]
+        for batch in _read(path, outputs):
+            yield self._complete(batch)
+
+    def _complete(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        for name, default in _DEFAULTS.items():
+            if name not in batch.schema.names:
+                batch = batch.append_column(name, pa.array(np.full(batch.num_rows, default)))
+        time = batch.column("time_ms").to_numpy()
+        split = (time >= self._valid_from).astype(np.int8)
+        if self._test_from is not None:
+            split += time >= self._test_from
+        return batch.append_column("split", pa.array(split))
+
     def _entities(self, key: str, path: Path | None, features: Sequence[Feature]) -> pa.Table:
-        outputs = [_Output(key, self._column(key), self._type(key))]
-        outputs += [self._feature_output(f) for f in features if f.name != key]
+        outputs = self._entity_outputs(key, features)
         schema = pa.schema([(o.name, o.type) for o in outputs])
         if path is not None:
             table = pa.Table.from_batches(list(_read(Path(path), outputs)), schema=schema)
             _refuse_repeats(Path(path), outputs[0].column, table.column(key))
             return table
         return schema.empty_table()
+
+    def _entity_outputs(self, key: str, features: Sequence[Feature]) -> list[_Output]:
+        outputs = [_Output(key, self._column(key), self._type(key))]
+        return outputs + [self._feature_output(f) for f in features if f.name != key]
 
     def _column(self, name: str) -> str:
         return self._columns.get(name, name)

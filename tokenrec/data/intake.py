@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.data import encode, records
+from tokenrec.data import encode
 from tokenrec.data.chunks import TRAIN
 from tokenrec.data.entities import Entities
 from tokenrec.data.log import EVENT, SCORED
+from tokenrec.data.partition import part_dtype
 from tokenrec.data.schema import Schema, columns
 from tokenrec.data.source import SPLITS, Source
 from tokenrec.data.spill import Partitions
@@ -22,51 +23,34 @@ BLOCK_ROWS = 65_536
 PARTITION_ROWS = 131_072
 
 
-class Intake:
-    """What the first pass gathers.
+class RowEncoder:
+    """Raw rows to structured rows, and what it gathers on the way.
 
     Attributes:
       tables: values of each embedding table.
       users, items: ids and features, provisional until `to_final`.
-      partitions: rows with the fields `user`, `split`, and `row`, which counts items as `items` does.
     """
 
-    def __init__(self, schema: Schema, work: Path) -> None:
-        self.schema = schema
+    def __init__(self, schema: Schema) -> None:
+        self.schema, self.dtype = schema, part_dtype(schema)
         self.tables: dict[str, TableValues] = value_tables(schema.features)
         self.users = Entities("user_id", schema.group("user"), self.tables)
         self.items = Entities("item_id", schema.group("catalogue"), self.tables)
-        self._dtype = np.dtype([("user", "<i4"), ("split", "u1"), ("row", records.row_dtype(schema))])
-        self.partitions = Partitions(work, self._dtype, PARTITION_ROWS)
 
-    def read(self, source: Source) -> None:
-        """Streams the source once.
+    def encode(self, batch: pa.RecordBatch, first: int) -> np.ndarray:
+        """A block of raw rows as `[n]` of `part_dtype` with provisional ids, which counts users and items as `users`
+        and `items` do; marks what training rows use. `first` is the number of the block's first row, for messages.
 
         Raises:
-          InputError: a column or a value is wrong, or there is no training row.
+          InputError: a column or a value is wrong; names it.
         """
-        self.users.read(source.users(), "users()", BLOCK_ROWS)
-        self.items.read(source.items(), "items()", BLOCK_ROWS)
-        first = 0
-        for batch in _blocks(source.rows()):
-            self.partitions.add(self._encode(batch, first))
-            first += batch.num_rows
-        if not first:
-            raise InputError("rows() is empty; a data set needs at least one row")
-        if not self.users.in_training().any():
-            raise InputError("rows(): no row has split 0 (train), where vocabularies come from; move the split")
-        for entities in (self.users, self.items):
-            entities.complete()
-
-    def _encode(self, batch: pa.RecordBatch, first: int) -> np.ndarray:
-        """A block of raw rows as structured rows with provisional ids; marks what training rows use."""
         features = {"row": self.schema.group("row"), "action": self.schema.group("action")}
         names = ["user_id", "item_id", "time_ms", "split", "event", "scored", "request"]
         names += [f"label_{t.name}" for t in self.schema.tasks]
         names += [f.name for group in features.values() for f in group]
         encode.check_columns(batch.schema.names, list(dict.fromkeys(names)), "rows()")
 
-        out = np.zeros(batch.num_rows, self._dtype)
+        out = np.zeros(batch.num_rows, self.dtype)
         row = out["row"]
         out["user"] = self.users.codes(batch.column("user_id"), "rows()", first)
         row["item"] = self.items.codes(batch.column("item_id"), "rows()", first)
@@ -90,7 +74,40 @@ class Intake:
         return out
 
 
-def _blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+class Intake:
+    """What the first pass gathers: values, users and items in `encoder`, and rows in `partitions`."""
+
+    def __init__(self, schema: Schema, work: Path) -> None:
+        self.schema, self.encoder = schema, RowEncoder(schema)
+        self.partitions = Partitions(work, self.encoder.dtype, PARTITION_ROWS)
+
+    def read(self, source: Source) -> None:
+        """Streams the source once.
+
+        Raises:
+          InputError: a column or a value is wrong, or there is no training row.
+        """
+        users, items = self.encoder.users, self.encoder.items
+        users.read(source.users(), "users()", BLOCK_ROWS)
+        items.read(source.items(), "items()", BLOCK_ROWS)
+        first = 0
+        for batch in blocks(source.rows()):
+            self.partitions.add(self.encoder.encode(batch, first))
+            first += batch.num_rows
+        check_rows(first, bool(users.in_training().any()))
+        for entities in (users, items):
+            entities.complete()
+
+
+def check_rows(rows: int, any_training: bool) -> None:
+    """Raises an InputError unless there are rows, and training rows among them."""
+    if not rows:
+        raise InputError("rows() is empty; a data set needs at least one row")
+    if not any_training:
+        raise InputError("rows(): no row has split 0 (train), where vocabularies come from; move the split")
+
+
+def blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """The same rows in batches of about `BLOCK_ROWS`."""
     waiting: list[pa.RecordBatch] = []
     rows = 0

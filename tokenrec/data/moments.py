@@ -32,11 +32,23 @@ class Moments:
                 continue
             if f.transform == "log1p":
                 values = np.sign(values) * np.log1p(np.abs(values))
-            mean, total = values.mean(), self._count[i] + len(values)
-            shift = mean - self._mean[i]
-            self._squares[i] += np.square(values - mean).sum() + shift**2 * self._count[i] * len(values) / total
-            self._mean[i] += shift * len(values) / total
-            self._count[i] = total
+            mean = values.mean()
+            self._add(i, len(values), mean, np.square(values - mean).sum())
+
+    def merge(self, other: Moments) -> None:
+        """Adds the rows that `other`, of the same features, has seen."""
+        for i in range(len(self._columns)):
+            if not self._count[i]:  # as it is: the update below would round
+                self._count[i], self._mean[i], self._squares[i] = other._count[i], other._mean[i], other._squares[i]
+            elif other._count[i]:
+                self._add(i, other._count[i], other._mean[i], other._squares[i])
+
+    def _add(self, i: int, count: float, mean: float, squares: float) -> None:
+        total = self._count[i] + count
+        shift = mean - self._mean[i]
+        self._squares[i] += squares + shift**2 * self._count[i] * count / total
+        self._mean[i] += shift * count / total
+        self._count[i] = total
 
     def features(self) -> dict[str, Feature]:
         """The dense features with `mean` and `deviation`; a constant one has deviation 1, an absent one mean 0 too."""

@@ -68,6 +68,13 @@ class Chunk(NamedTuple):
     rows: bytes
 
 
+class Shards(NamedTuple):
+    """What a split takes up: the number of records in each of its shards, and their bytes."""
+
+    lengths: list[int]
+    num_bytes: int
+
+
 class SplitWriter:
     """Writes the records of one split to shards of about `SHARD_BYTES`, one at a time."""
 
@@ -138,26 +145,33 @@ def _example_type() -> Any:
     return tf_example_pb2.Example
 
 
-def write_metadata(directory: Path, writers: dict[str, SplitWriter], metadata: Metadata) -> None:
+def record_features(schema: Schema, user_id_type: str) -> Any:
+    """The features of a record as tensorflow-datasets names them. `user_id_type`: "int64" or "string"."""
+    import tensorflow_datasets as tfds
+
+    user, rows = user_dtype(schema), row_dtype(schema)
+    return tfds.features.FeaturesDict(
+        {
+            "user_id": tfds.features.Scalar(np.object_ if user_id_type == "string" else np.int64),
+            "user": tfds.features.Scalar(np.object_, doc=f"np.frombuffer(user, {user.descr})"),
+            "rows": tfds.features.Scalar(np.object_, doc=f"np.frombuffer(rows, {rows.descr})"),
+        }
+    )
+
+
+def write_metadata(directory: Path, shards: dict[str, Shards], metadata: Metadata) -> None:
     """Writes `dataset_info.json` and `features.json`, so that `tfds.builder_from_directory(directory)` opens it."""
     import tensorflow_datasets as tfds
 
-    user, rows = user_dtype(metadata.schema), row_dtype(metadata.schema)
     template = tfds.core.ShardedFileTemplate(data_dir=directory, dataset_name=NAME, filetype_suffix="array_record")
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
-        features=tfds.features.FeaturesDict(
-            {
-                "user_id": tfds.features.Scalar(np.object_ if metadata.key_types["user_id"] == "string" else np.int64),
-                "user": tfds.features.Scalar(np.object_, doc=f"np.frombuffer(user, {user.descr})"),
-                "rows": tfds.features.Scalar(np.object_, doc=f"np.frombuffer(rows, {rows.descr})"),
-            }
-        ),
+        features=record_features(metadata.schema, metadata.key_types["user_id"]),
         split_infos=[
             tfds.core.SplitInfo(
-                name=split, shard_lengths=writer.shard_lengths, num_bytes=writer.num_bytes, filename_template=template
+                name=split, shard_lengths=written.lengths, num_bytes=written.num_bytes, filename_template=template
             )
-            for split, writer in writers.items()
+            for split, written in shards.items()
         ],
         version=VERSION,
         check_data=False,

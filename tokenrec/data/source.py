@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -59,3 +59,30 @@ class Source(Protocol):
         ...
 
     def rows(self) -> Iterator[pa.RecordBatch]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A run of a source's rows that can be read apart from the others, on any machine: it pickles.
+
+    `name` says in messages where the rows are.
+    """
+
+    name: str
+    read: Callable[[], Iterator[pa.RecordBatch]]
+
+
+class PartedSource(Source, Protocol):
+    """A raw log that many machines can read at once, and whose users need not fit into one."""
+
+    def row_parts(self) -> Sequence[Part]:
+        """Parts whose batches, part after part, are those of `rows`."""
+        ...
+
+    def user_parts(self) -> Sequence[Part]:
+        """Parts whose batches, part after part, are `users`."""
+        ...
+
+    def check_times(self, earliest: int, latest: int) -> None:
+        """Raises the InputError with which `rows` would end, given the least and the greatest time of its rows."""
+        ...

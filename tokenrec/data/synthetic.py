@@ -6,6 +6,7 @@ earlier event and the `reaction` to it (the history). Each of the four is worth 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.schema import Feature, Schema, Task
-from tokenrec.data.source import SPLITS, Provenance
+from tokenrec.data.source import SPLITS, Part, Provenance
 from tokenrec.errors import InputError, suggest
 from tokenrec.metrics import auc
 
@@ -21,6 +22,7 @@ START_MS = 1_640_995_200_000  # 2022-01-01 UTC
 HOUR_MS = 3_600_000
 SEGMENTS = GENRES = 4
 PLACES, VECTOR, LEVELS, CODES, INTERESTS = 3, 4, 2, 8, 3
+PART_BATCHES = 4
 
 # Per task: constant, weight of segment x genre, weight of latest genre x reaction x genre, share of known labels.
 _TASKS = {"click": (-0.2, 1.2, 1.2, 0.97), "buy": (-1.5, 0.5, 1.5, 0.8)}
@@ -127,8 +129,27 @@ class SyntheticSource:
         )
 
     def rows(self) -> Iterator[pa.RecordBatch]:
-        for first in range(0, self._rows, self._batch_rows):
-            yield self._batch(np.arange(first, min(first + self._batch_rows, self._rows)))
+        return self._read(0, self._rows)
+
+    def row_parts(self) -> list[Part]:
+        size = PART_BATCHES * self._batch_rows
+        return [
+            Part(f"rows from {first:,}", functools.partial(self._read, first, min(first + size, self._rows)))
+            for first in range(0, self._rows, size)
+        ]
+
+    def user_parts(self) -> list[Part]:
+        return [Part("users", self._user_batches)]
+
+    def check_times(self, earliest: int, latest: int) -> None:
+        """Nothing: every span of times will do."""
+
+    def _user_batches(self) -> Iterator[pa.RecordBatch]:
+        return iter(self.users().to_batches())
+
+    def _read(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
+        for first in range(start, stop, self._batch_rows):
+            yield self._batch(np.arange(first, min(first + self._batch_rows, stop)))
 
     def probabilities(self, index: np.ndarray) -> np.ndarray:
         """True probability of each task's label: `index: [n]` row numbers -> `[n, tasks] float64`."""

@@ -64,7 +64,7 @@ class ValueIndex:
         Raises:
           InputError: the values are neither integers nor strings, or not of the type seen before; names `where`.
         """
-        values = _canonical(values, where)
+        values = canonical(values, where)
         if pa.types.is_null(values.type):
             return np.full(len(values), -1, np.int32)
         kind = "int64" if pa.types.is_int64(values.type) else "string"
@@ -186,7 +186,7 @@ def load_vocabulary(directory: Path, table: str) -> np.ndarray:
     return pq.read_table(path)["value"].to_numpy()
 
 
-def _canonical(values: pa.Array, where: str) -> pa.Array:
+def canonical(values: pa.Array, where: str) -> pa.Array:
     """Integers (and bools) as int64, strings as `string`, nulls as they are."""
     kind = values.type
     if pa.types.is_dictionary(kind):

@@ -188,7 +188,7 @@ class Backbone(nnx.Module):
             return nnx.merge(graph, weights)(x, rows, rows, stream, key)
 
         compute = remember(layer, self.config.remat, loop=True)
-        each = None if keys[0] is None else jnp.stack(keys)
+        each = None if keys[0] is None else jnp.stack([key for key in keys if key is not None])
         return jax.lax.scan(lambda x, of_layer: (compute(x, *of_layer), None), x, (weights, each))[0]
 
     def prefill(self, x: jax.Array, layout: Layout, events: jax.Array) -> tuple[PrefixCache, jax.Array]:
