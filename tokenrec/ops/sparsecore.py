@@ -126,8 +126,8 @@ def plan_cores(rows: int, places: int, width: int, cores: int, limit: int | None
     Args:
       rows: stored; a multiple of 8 times the sparse cores of the mesh.
       limit: places of one core that one owner can be asked for; by default those that distinct places reach by chance,
-        their mean and six deviations. The compiler refuses (RESOURCE_EXHAUSTED) what does not fit a core's memory:
-        about `limit x (width + 9)` words of 131,000, tried for v5p and v6e.
+        their mean and six deviations. Ids that come often need more, and are better made distinct. The compiler refuses
+        what a core's memory does not hold; at width 16, 5,240 compiled for v5p and v6e, 10,000 for v5p alone.
 
     Raises:
       InputError: a width or number of rows that sparse cores cannot store.
@@ -333,4 +333,4 @@ def _all(dimensions: int) -> PartitionSpec:
     return PartitionSpec(AXES, *[None] * (dimensions - 1))
 
 
-_PARTITION: Any = Partition(*[_all(1)] * 4, dropped=PartitionSpec())  # type: ignore[arg-type]
+_PARTITION: Any = Partition(_all(1), _all(1), _all(1), _all(1), PartitionSpec())  # type: ignore[arg-type]
