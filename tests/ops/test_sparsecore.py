@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from benchmarks.sparsecore_topology import PROGRAMS, topology_row
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
-from tokenrec.ops import sparsecore
+from tokenrec.ops import exchange, sparsecore
 from tokenrec.ops.lookup import RowsState, update_rows
 from tokenrec.sharding import AXES, RULES, make_mesh
 
 WIDTH, PLACES = 8, 42
+RULES_ROWS = RULES("rows", None), RULES("rows")
 ROWS = 768  # 8 rows for each of 8 x 4 cores, three times
 MESHES = [(MeshConfig(), 4), (MeshConfig(fsdp=2, tensor=2), 2), (MeshConfig(tensor=8), 4)]
 
@@ -113,7 +113,33 @@ def test_rows_and_updates_are_those_of_a_plain_table(mesh, cores):
     np.testing.assert_array_equal(same[1].sum, sums)
 
 
-RULES_ROWS = PartitionSpec(AXES, None), PartitionSpec(AXES)
+@pytest.mark.usefixtures("plain_sums")
+def test_the_places_and_the_table_of_the_exchange_serve_sparse_cores_too():
+    rng, rows = np.random.default_rng(3), exchange.stored_rows(1)
+    table, sums = rng.normal(size=(rows, WIDTH)).astype(np.float32), np.zeros(rows, np.float32)
+    ids = rng.integers(0, rows, (16, 9)).astype(np.int32)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2))):
+        plan = exchange.plan_exchange(rows, ids.size)
+        cores = sparsecore.plan_cores(rows, ids.size // plan.shards, WIDTH, cores=2)
+        options = {"rate": jnp.float32(0.1), "decay": 0.01, "apply": True}
+
+        @jax.jit
+        def step(table, state, ids):
+            route, _ = exchange.route(plan, [ids])
+            rows = exchange.fetch(plan, table, route)
+            gradients = jnp.sin(rows)
+            collected = exchange.collect(plan, route, gradients)
+            wanted = rows, exchange.update_spread(plan, table, state, route, gradients, collected, **options)
+            at = sparsecore.partition(cores, route.places)
+            summed = sparsecore.collect(cores, at, gradients)
+            made = sparsecore.update(cores, table, state, at, summed, **options)
+            return wanted, (sparsecore.fetch(cores, table, at), made)
+
+        given = placed(table, RULES_ROWS[0]), RowsState(placed(sums, RULES_ROWS[1])), placed(ids, RULES("batch", None))
+        wanted, made = step(*given)
+    np.testing.assert_array_equal(made[0], wanted[0])
+    np.testing.assert_allclose(made[1][0], wanted[1][0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(made[1][1].sum, wanted[1][1].sum, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.usefixtures("plain_sums")

@@ -9,7 +9,8 @@ AdaGrad needs. Here the gradients of each row are summed into a table of zeros, 
 the row; each works out the same step, and sends its share of it. So the state is that of `lookup.update_rows`.
 
 S batch shards, each with u places; D devices of c cores; `owners` = D c; w the width, a multiple of 8. Every core owns
-a run of places. What a core reads, its *lane*, is every (shares c)-th place of its batch shard: lanes are alike.
+a run of places (exchange.py). What a core reads, its *lane*, is every (shares c)-th place of its batch shard, so that
+lanes are alike.
 The partition of `[S u, ...]` is that of the batch; what starts with D is laid over all devices.
 
 Compiled for described TPUs; no sparse core has run it. On a CPU the tests put plain sums in the place of both
@@ -31,6 +32,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, PartitionSpec
 
 from tokenrec.errors import InputError
+from tokenrec.ops.exchange import BATCH_AXES, SHARE_AXIS
 from tokenrec.ops.lookup import RowsState
 from tokenrec.sharding import AXES, RULES
 
@@ -38,7 +40,6 @@ from tokenrec.sharding import AXES, RULES
 CORES = {"TPU v5": 4, "TPU v5p": 4, "TPU v6 lite": 2, "TPU v6e": 2, "TPU7x": 2}
 GRANULE = 8  # Words that a sparse core moves at once; buffers, lanes and rows of a core are multiples of it.
 PADDING = np.iinfo(np.int32).max
-BATCH_AXES, SHARE_AXIS = ("data", "fsdp"), "tensor"
 
 
 @dataclasses.dataclass(frozen=True)
