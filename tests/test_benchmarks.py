@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import attention, step, timing
+from benchmarks import attention, sparsecore_topology, step, timing
 from benchmarks.attention_cases import Case, Sizes, compile_case, local_mesh, random_inputs, useful_flops
 from benchmarks.peers import attention as peers
 from benchmarks.plot import plot_throughput
@@ -194,3 +194,26 @@ def test_the_step_benchmark_still_makes_its_cases_and_table_runs():
     with jax.set_mesh(local_mesh("1x1x1", Sizes(1, 1, 1))):
         runs = {f"dense={dense}": step.lookup_runs(100, 8, dense=dense) for dense in (False, True)}
         assert {len(took) for took in timing.take_turns(runs, 1).values()} == {1}
+
+
+def test_the_sparse_core_benchmark_compiles_three_programs_for_each_topology(tmp_path, monkeypatch):
+    def row(topology, program, layout, **settings):
+        return {"topology": topology, "program": program, "layout": layout}
+
+    monkeypatch.setattr(sparsecore_topology, "topology_row", row)
+    sparsecore_topology.main(["--topology", "v6e:2x2", "v5p:2x2x1", "--rows", "9", "--out", str(tmp_path / "new")])
+    found = json.loads((tmp_path / "new.json").read_text())
+    each = [("look-up", "rows"), ("update", "rows"), ("update", "default")]
+    made = [(one["topology"], one["program"], one["layout"]) for one in found["rows"]]
+    assert made == [(topology, *one) for topology in ("v6e:2x2", "v5p:2x2x1") for one in each]
+    assert found["command"].endswith(
+        "--topology v6e:2x2 v5p:2x2x1 --rows 9 --width 16 --places-per-chip 65536 --tensor 1"
+    )
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_the_sparse_core_benchmark_refuses_chips_without_them(tmp_path):
+    with pytest.raises(InputError, match="'TPU v5 lite' has no sparse cores"):
+        sparsecore_topology.main(["--topology", "v5e:2x2", "--out", str(tmp_path / "new")])
+    assert not list(tmp_path.iterdir())

@@ -38,6 +38,7 @@ WRONG = [
     ({"data__window_rows": 0}, "data.window_rows=0"),
     ({"data__buckets": (50,)}, "data.buckets: 50"),
     ({"data__overlap": 8}, "data.overlap=8"),
+    ({"tokens__tables_backend": "sparsecore"}, "tokens.tables_backend='sparsecore'"),
     ({"data__tasks": {"click": 0.0}}, "data.tasks['click']=0.0"),
     ({"data__paradigm": "uc", "data__overlap": 50}, "data.overlap=50"),
     ({"data__paradigm": "uc", "tokens__fused": True}, "tokens.fused=True"),

@@ -19,6 +19,7 @@ Retrieval = Literal["next_item", "semantic_id"]
 Compression = Literal["none", "mlp", "attention"]
 AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn"]
 Remat = Literal["none", "dots", "full"]
+TablesBackend = Literal["exchange", "sparsecore"]
 
 
 @dataclasses.dataclass
@@ -85,6 +86,8 @@ class TokensConfig:
       embedding_dims: table name -> width.
       replicate_rows: tables of at most so many rows lie whole on every device; the rows of longer ones are spread over
         all devices (ops/exchange.py). Where a row is stored does not depend on the mesh.
+      tables_backend: what moves the rows of tables that no device holds whole: "exchange", collectives of XLA, or
+        "sparsecore", which no train step can use yet.
       user_tokens: N tokens of one maker over all user features; 0 makes one token per static field.
       target_tokens: K tokens per candidate; the last one is read out.
       fused: one token per event instead of a state and an action token. Not for ranking in UC.
@@ -107,6 +110,7 @@ class TokensConfig:
     embedding_dim: int = 16
     embedding_dims: dict[str, int] = dataclasses.field(default_factory=dict)
     replicate_rows: int = 100_000
+    tables_backend: TablesBackend = "exchange"
     user_tokens: int = 0
     target_tokens: int = 1
     fused: bool = False

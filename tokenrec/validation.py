@@ -98,6 +98,11 @@ def _problems(c: Config) -> Iterator[str]:
     for bucket in c.data.buckets:
         if not 0 < bucket < c.data.events:
             yield f"data.buckets: {bucket} must lie between 1 and data.events - 1 = {c.data.events - 1}"
+    if c.tokens.tables_backend == "sparsecore":
+        yield (
+            "tokens.tables_backend='sparsecore': no train step or checkpoint stores tables in the format of sparse "
+            "cores yet, only tokenrec/ops/sparsecore.py alone; use 'exchange'"
+        )
     if c.data.batch_size % c.optim.accumulate:
         yield f"optim.accumulate={c.optim.accumulate} does not divide data.batch_size={c.data.batch_size}"
     if not 0 <= c.optim.warmup_steps <= c.optim.steps:
