@@ -54,7 +54,7 @@ def join() -> None:
     except (ValueError, RuntimeError) as error:
         known = ", ".join(f"{name}={value!r}" for name, value in zip(_VARIABLES, given, strict=True) if value)
         raise InputError(
-            f"--distributed: cannot join the other processes ({known or 'no variable set'}): {error}. Set "
+            f"--distributed: cannot join the other processes ({known or 'no variable set'}): {str(error).rstrip(chr(46))}; set "
             f"{', '.join(_VARIABLES)} in each of them, or start them on a TPU pod or under Slurm"
         ) from error
 
@@ -109,7 +109,7 @@ def agree(values: Mapping[str, object]) -> None:
     differing = [name for name in sorted(own.keys() | first.keys()) if own.get(name) != first.get(name)]
     with all_or_none():
         if differing:
-            listed = "".join(f"\n  {name}: {first.get(name)} in process 0, {own.get(name)} here" for name in differing)
+            listed = "".join(f"\n  {name}: {first.get(name)} in process 0, {own.get(name)} in process {jax.process_index()}" for name in differing)
             raise InputError(f"the processes were not started alike; make these equal:{listed}")
 
 
