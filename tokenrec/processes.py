@@ -27,7 +27,7 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def join() -> None:
-    """Joins the other processes; call it before anything else of JAX. It waits up to 300 seconds for them.
+    """Joins the other processes, once; call it before anything else of JAX. It waits up to 300 seconds for them.
 
     The variables `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` decide if
     all three are set; otherwise JAX asks the TPU pod, Slurm, Open MPI or Kubernetes.
@@ -35,6 +35,8 @@ def join() -> None:
     Raises:
       InputError: they do not say who the processes are, or the others cannot be reached.
     """
+    if jax.distributed.is_initialized():
+        return
     given = [os.environ.get(name) for name in _VARIABLES]
     # SIGTERM is to end a process, as it does without the others; JAX's service would catch it.
     jax.config.update("jax_enable_preemption_service", False)
@@ -54,8 +56,8 @@ def join() -> None:
     except (ValueError, RuntimeError) as error:
         known = ", ".join(f"{name}={value!r}" for name, value in zip(_VARIABLES, given, strict=True) if value)
         raise InputError(
-            f"--distributed: cannot join the other processes ({known or 'no variable set'}): {str(error).rstrip(chr(46))}; set "
-            f"{', '.join(_VARIABLES)} in each of them, or start them on a TPU pod or under Slurm"
+            f"--distributed: cannot join the other processes ({known or 'no variable set'}); set "
+            f"{', '.join(_VARIABLES)} in each of them, or start them on a TPU pod or under Slurm. JAX says: {error}"
         ) from error
 
 
@@ -109,7 +111,10 @@ def agree(values: Mapping[str, object]) -> None:
     differing = [name for name in sorted(own.keys() | first.keys()) if own.get(name) != first.get(name)]
     with all_or_none():
         if differing:
-            listed = "".join(f"\n  {name}: {first.get(name)} in process 0, {own.get(name)} in process {jax.process_index()}" for name in differing)
+            listed = "".join(
+                f"\n  {name}: {first.get(name)} in process 0, {own.get(name)} in process {jax.process_index()}"
+                for name in differing
+            )
             raise InputError(f"the processes were not started alike; make these equal:{listed}")
 
 
