@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from importlib import metadata
@@ -32,6 +34,7 @@ from tokenrec.json_file import write_json
 if TYPE_CHECKING:
     from tokenrec.data.source import Source
 
+EXIT_FAULT = 1  # an unexpected exception, as Python has it
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 
 # Faults of the user's disk or paths, not of tokenrec.
@@ -69,25 +72,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code of `tokenrec.errors`; an unexpected exception keeps its traceback."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
-    except InputError as error:
-        return _fail(str(error), EXIT_INPUT)
-    except NonFiniteError as error:
-        return _fail(str(error), EXIT_BAD_STEPS)
-    except MemoryError as error:
-        return _fail(f"out of memory: {error}", EXIT_MEMORY)
-    except OSError as error:
-        if error.errno not in _PLACE_ERRORS:
+    except BaseException as error:
+        code = _explain(error)
+        if code is None:
             raise
-        return _fail(str(error), EXIT_INPUT)
-    except RuntimeError as error:  # jax.errors.JaxRuntimeError, which the verbs without JAX need not import
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _fail(f"out of device memory: {error}", EXIT_MEMORY)
-    except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+        return code
 
 
-def _fail(message: str, code: int) -> int:
+def _explain(error: BaseException) -> int | None:
+    """Says what a user can act on, and returns the exit code; None, in silence, for anything else."""
+    match error:
+        case InputError():
+            message, code = str(error), EXIT_INPUT
+        case NonFiniteError():
+            message, code = str(error), EXIT_BAD_STEPS
+        case MemoryError():
+            message, code = f"out of memory: {error}", EXIT_MEMORY
+        case OSError() if error.errno in _PLACE_ERRORS:
+            message, code = str(error), EXIT_INPUT
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
+            # jax.errors.JaxRuntimeError, which the verbs without JAX need not import.
+            message, code = f"out of device memory: {error}", EXIT_MEMORY
+        case KeyboardInterrupt():
+            message, code = "interrupted", EXIT_INTERRUPTED
+        case _:
+            return None
     print(f"tokenrec: {message}", file=sys.stderr)
     return code
 
@@ -105,8 +114,24 @@ def _run(argv: list[str]) -> int:
     args.overrides = overrides
     if not absl_flags.FLAGS.is_parsed():
         absl_flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which argparse leaves alone.
-    args.run(args)
+    if "distributed" in args and args.distributed:
+        _run_with_others(args)
+    else:
+        args.run(args)
     return EXIT_DONE
+
+
+def _run_with_others(args: argparse.Namespace) -> None:
+    from tokenrec import processes
+
+    processes.join()
+    try:
+        args.run(args)
+    except BaseException as error:  # noqa: BLE001 - the process ends
+        code = _explain(error)
+        if code is None:
+            traceback.print_exception(error)
+        processes.abandon(EXIT_FAULT if code is None else code)
 
 
 def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
@@ -126,6 +151,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     _add_config(train)
     train.add_argument("--workdir", type=Path, required=True, help="folder of the run: config, checkpoints, logs")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_distributed(train)
     evaluate = add("evaluate", _evaluate, "metrics of a run on a prepared split")
     _add_run(evaluate)
     evaluate.add_argument("--json", type=Path, help="file for the metrics")
@@ -234,6 +260,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=_checkpoint, default="best", help="best, latest or a step; default best")
     parser.add_argument("--data", type=Path, help="folder of the prepared data set; default: that of the run")
 
+    _add_distributed(parser)
+
+
+def _add_distributed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other processes of a pod or cluster, each started with this same command",
+    )
+
 
 def _natural(text: str) -> int:
     if not text.isdecimal():
@@ -327,12 +363,24 @@ def _delimited(args: argparse.Namespace) -> Source:
     return DelimitedSource(args.schema, args.log, args.users, args.items, args.valid_from, args.test_from)
 
 
+def _in_all_processes(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    if not args.distributed:
+        return contextlib.nullcontext()
+    from tokenrec.processes import all_or_none
+
+    return all_or_none()
+
+
 def _train(args: argparse.Namespace) -> None:
-    config = _config(args)
+    with _in_all_processes(args):
+        config = _config(args)
     from tokenrec.logbook import format_table, result_rows
+    from tokenrec.processes import is_first
     from tokenrec.train import train
 
     summary = train(config, args.workdir, progress=not args.quiet)
+    if not is_first():
+        return
     print(f"{args.workdir}: step {summary['step']}, best step {summary['best_step']}")
     if summary["evaluation"]:
         print(format_table(result_rows({config.train.eval_split: summary["evaluation"]})))
@@ -341,10 +389,13 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from tokenrec.evaluate import evaluate_run
     from tokenrec.logbook import format_table, result_rows
+    from tokenrec.processes import is_first
 
     result = evaluate_run(
         args.workdir, args.split, args.checkpoint, args.data, baselines=args.baselines, limit=args.samples
     )
+    if not is_first():
+        return
     if args.json:
         write_json(args.json, result)
     print(f"{args.workdir}: {result['split']} at step {result['step']} ({result['checkpoint']})")
@@ -353,9 +404,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     from tokenrec.predict import predict_run
+    from tokenrec.processes import is_first
 
     rows = predict_run(args.workdir, args.split, args.checkpoint, args.data, args.out)
-    print(f"{args.out}: {rows:,} rows")
+    if is_first():
+        print(f"{args.out}: {rows:,} rows")
 
 
 def _semantic_ids(args: argparse.Namespace) -> None:

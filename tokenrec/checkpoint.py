@@ -1,7 +1,7 @@
 """Saving and restoring a run: the only file that knows Orbax.
 
-A checkpoint is (state, position of the next batch, progress); `progress` is what the loop knows besides: the best value
-and how long ago it was.
+A checkpoint is (step, state, progress); `progress` is what the loop knows besides: the best value and how long ago it
+was. The step is the position in the data too, so that any number of processes may go on. All processes take part.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
+from tokenrec import processes
 from tokenrec.errors import InputError
 from tokenrec.state import TrainState
 
@@ -57,27 +58,27 @@ class Checkpoints:
         evaluated = [(_value(c.metrics), -c.step) for c in self._orbax.checkpoints if c.metrics]
         return -max(evaluated)[1] if evaluated else None
 
-    def save(self, step: int, state: TrainState, data: Any, progress: Progress, value: float | None) -> None:
+    def save(self, step: int, state: TrainState, progress: Progress, value: float | None) -> None:
         """Starts to save in the background; `value` is the evaluation of this step, if it had one."""
         if step in self.steps:
             return
         metrics = None if value is None else {"value": value}
         self._orbax.save_checkpointables_async(
             step,
-            {"state": state, "data": data},
+            {"state": state},
             force=True,
             metrics=metrics,
             custom_metadata=dataclasses.asdict(progress),
         )
 
-    def restore(self, abstract: TrainState, data: Any) -> tuple[int, TrainState, Progress] | None:
-        """The latest checkpoint, laid out as `abstract`, with `data` moved to its position; None if there is none."""
-        latest = self._orbax.latest
-        if latest is None:
+    def restore(self, abstract: TrainState) -> tuple[int, TrainState, Progress] | None:
+        """The latest checkpoint, laid out as `abstract`; None if there is none."""
+        step = processes.of_first(self.steps[-1] if self.steps else -1)
+        if step < 0:
             return None
-        loaded = self._orbax.load_checkpointables(latest.step, {"state": abstract, "data": data})
-        kept = self._orbax.checkpointables_metadata(latest.step).custom_metadata
-        return latest.step, loaded["state"], Progress(**kept)
+        loaded = self._orbax.load_checkpointables(step, {"state": abstract})
+        kept = self._orbax.checkpointables_metadata(step).custom_metadata
+        return step, loaded["state"], Progress(**kept)
 
     def load_state(self, which: str, abstract: TrainState) -> tuple[int, TrainState]:
         """The state of checkpoint "best", "latest" or a step number; "best" is the latest if none was evaluated.
@@ -85,7 +86,9 @@ class Checkpoints:
         Raises:
           InputError: no such checkpoint.
         """
-        step = self._choose(which)
+        with processes.all_or_none():
+            step = self._choose(which)
+        step = processes.of_first(step)  # a run that goes on may save in between
         return step, self._orbax.load_checkpointables(step, {"state": abstract})["state"]
 
     def _choose(self, which: str) -> int:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from tokenrec import processes
 from tokenrec.baselines import baselines as baseline_probabilities
 from tokenrec.baselines import goal_counts
 from tokenrec.config import Config
@@ -24,7 +25,7 @@ from tokenrec.metrics import ScoreStore, group_codes
 from tokenrec.retrieval import find_by_counts, find_split, find_step, summarize
 from tokenrec.run import load_run_config, open_run
 from tokenrec.search import Found
-from tokenrec.sharding import RULES, make_mesh, to_devices
+from tokenrec.sharding import RULES, make_mesh, own_rows, to_devices, to_host
 from tokenrec.state import Model, TrainState
 from tokenrec.step import eval_step
 
@@ -83,11 +84,15 @@ def score_split(
     *,
     limit: int = 0,
 ) -> Iterator[Scores]:
-    """Scores of every impression of a split, or of `limit` samples spread evenly over it, batch by batch."""
-    for host, who in eval_batches(dataset, config.data, split, limit=limit):
-        read = host.rows >= 0
-        probabilities = np.asarray(jax.device_get(step(state, to_devices(host.batch, mesh))))
-        yield Scores(host.rows[read], who.user_id, who.item_id, who.time, host.batch.labels[read], probabilities[read])
+    """Scores of every impression of a split, or of `limit` samples spread evenly over it, batch by batch.
+
+    A process gathers and computes its own samples of a batch; all of them get the scores of all.
+    """
+    own = own_rows(mesh, config.data.eval_batch_size, "data.eval_batch_size")
+    for host, who in eval_batches(dataset, config.data, split, limit=limit, own=own):
+        read = who.rows >= 0
+        probabilities = to_host(step(state, to_devices(host.batch, mesh)))
+        yield Scores(who.rows[read], who.user_id, who.item_id, who.time, who.labels, probabilities[read])
 
 
 def evaluate(scores: Iterator[Scores], tasks: tuple[str, ...]) -> dict[str, Any]:
@@ -102,8 +107,10 @@ def evaluate_run(
     workdir: Path, split: str, checkpoint: str, data: Path | None, *, baselines: bool = False, limit: int = 0
 ) -> dict[str, Any]:
     """`tokenrec evaluate`: the run's metrics on a split, with those of the baselines on the same rows if asked."""
-    config = load_run_config(workdir, data)
-    mesh = make_mesh(config.mesh)
+    with processes.all_or_none():
+        config = load_run_config(workdir, data)
+        mesh = make_mesh(config.mesh)
+    processes.agree({"--split": split, "--baselines": baselines, "--samples": limit})
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
         if config.data.objective == "retrieval":

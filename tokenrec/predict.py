@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
+from tokenrec import processes
 from tokenrec.config import Config
 from tokenrec.evaluate import Scores, compiled_eval_step, finder, score_split
 from tokenrec.retrieval import Answers, find_split
@@ -25,28 +26,37 @@ def predict_run(workdir: Path, split: str, checkpoint: str, data: Path | None, o
 
     Ranking: a row per impression; columns `user_id, item_id, time_ms`, and per task `label_TASK` (int8, null where
     unknown) and `score_TASK` (float32 probability). Retrieval: `head.top_k` rows per request; columns `user_id, rank`
-    (from 1), `item_id, score, time_ms` (of the request). The file appears whole or not at all.
+    (from 1), `item_id, score, time_ms` (of the request). The file appears whole or not at all; the first process
+    writes it.
     """
-    config = load_run_config(workdir, data)
-    mesh = make_mesh(config.mesh)
+    with processes.all_or_none():
+        config = load_run_config(workdir, data)
+        mesh = make_mesh(config.mesh)
+    processes.agree({"--split": split})
+    with jax.set_mesh(mesh):
+        tables = _tables(open_run(workdir, checkpoint, data), config, split, mesh)
+        if processes.is_first():
+            return _write(tables, out)
+        return sum(table.num_rows for table in tables)
+
+
+def _write(tables: Iterator[pa.Table], out: Path) -> int:
     rows = 0
     partial = out.with_name(f".{out.name}.incomplete-{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with jax.set_mesh(mesh):
-        run = open_run(workdir, checkpoint, data)
-        writer = None
-        try:
-            for table in _tables(run, config, split, mesh):
-                writer = pq.ParquetWriter(partial, table.schema) if writer is None else writer
-                writer.write_table(table)
-                rows += table.num_rows
-            if writer is not None:
-                writer.close()
-                os.replace(partial, out)
-        finally:
-            if writer is not None:
-                writer.close()
-            partial.unlink(missing_ok=True)
+    writer = None
+    try:
+        for table in tables:
+            writer = pq.ParquetWriter(partial, table.schema) if writer is None else writer
+            writer.write_table(table)
+            rows += table.num_rows
+        if writer is not None:
+            writer.close()
+            os.replace(partial, out)
+    finally:
+        if writer is not None:
+            writer.close()
+        partial.unlink(missing_ok=True)
     return rows
 
 

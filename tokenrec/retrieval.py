@@ -22,7 +22,7 @@ from tokenrec.models.heads import ItemHead
 from tokenrec.ops.lookup import Stack
 from tokenrec.ranking_metrics import mrr, ndcg_at, recall_at
 from tokenrec.search import Found, search_spread
-from tokenrec.sharding import RULES, to_devices
+from tokenrec.sharding import RULES, own_rows, to_devices, to_host
 from tokenrec.state import Model, TrainState, merge
 from tokenrec.tokens.embed import ITEM_ROWS
 
@@ -138,10 +138,16 @@ def find_split(
     *,
     limit: int = 0,
 ) -> Iterator[Answers]:
-    """Answers to every request of a split, or to `limit` requests spread evenly over it, batch by batch."""
-    for host, who in eval_batches(dataset, config.data, split, limit=limit):
-        found = jax.device_get(step(to_devices(host.batch, mesh)))
-        rows = host.rows[:, 0]
+    """Answers to every request of a split, or to `limit` requests spread evenly over it, batch by batch.
+
+    As in `evaluate.score_split`, all processes get the answers of all.
+    """
+    own = own_rows(mesh, config.data.eval_batch_size, "data.eval_batch_size")
+    for host, who in eval_batches(dataset, config.data, split, limit=limit, own=own):
+        found = to_host(step(to_devices(host.batch, mesh)))
+        rows = who.rows[:, 0]
+        goals = np.full(rows.shape, -1, np.int32)
+        goals[rows >= 0] = who.item
         asked = rows[:, 0] >= 0  # goals fill from the left
         # `who` names every goal; a request has the user and time of its first.
         first = np.cumsum((rows >= 0).sum(axis=1)[asked]) - (rows >= 0).sum(axis=1)[asked]
@@ -153,7 +159,7 @@ def find_split(
             items >= 0,
             found.scores[asked],
             found.ranks[asked],
-            np.asarray(host.batch.goals)[asked, 0],
+            goals[asked],
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenrec import processes
 from tokenrec.checkpoint import Checkpoints
 from tokenrec.config import Config, data_directory, from_json, semantic_ids_path, to_json
 from tokenrec.data.dataset import Dataset, open_dataset
@@ -35,11 +38,25 @@ class Run(NamedTuple):
 
 
 def start_run(config: Config, schema: Schema, workdir: Path) -> None:
-    """Writes the files of a new run, or checks that an earlier run there is the same one.
+    """Writes the files of a new run, or checks that an earlier run there is the same one. The first process does it.
 
     Raises:
-      InputError: the folder holds a run with another config (the differences are listed) or data set.
+      InputError: the folder holds a run with another config (the differences are listed) or data set; or other
+        processes do not see it.
     """
+    with processes.all_or_none():
+        if processes.is_first():
+            _write(config, schema, workdir)
+    with processes.all_or_none():
+        if not (workdir / CONFIG_FILE).is_file():
+            raise InputError(
+                f"workdir '{workdir}' lacks the {CONFIG_FILE} that process 0 just wrote; give all processes one "
+                "--workdir that they share"
+            )
+        check_schema(schema, workdir)
+
+
+def _write(config: Config, schema: Schema, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / CONFIG_FILE
     if path.is_file():
@@ -57,6 +74,19 @@ def start_run(config: Config, schema: Schema, workdir: Path) -> None:
         check_schema(schema, workdir)
     (workdir / SCHEMA_FILE).write_text(_schema_text(schema))
     path.write_text(to_json(config))
+
+
+def identity(config: Config, dataset: Dataset) -> dict[str, object]:
+    """What must be equal in all processes of a run: each may have its own copy of the data set, of the same rows."""
+    fields = {f"config {name}": value for name, value in _flat(dataclasses.asdict(config)).items()}
+    del fields["config data.path"]
+    rows = {f"data, rows of {split}": _digest(dataset.rows(split).tobytes()) for split in dataset.splits}
+    whole = dataclasses.replace(dataset.metadata, schema=dataset.schema)
+    return fields | rows | {"data, schema and metadata": _digest(json.dumps(dataclasses.asdict(whole)).encode())}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 def _may_change(field: str) -> bool:
@@ -85,15 +115,17 @@ def _schema_text(schema: Schema) -> str:
 
 
 def open_run(workdir: Path, checkpoint: str, data: Path | None) -> Run:
-    """Opens the run in `workdir` at a checkpoint; call under `jax.set_mesh`.
+    """Opens the run in `workdir` at a checkpoint; call under `jax.set_mesh`, in all processes.
 
     Raises:
-      InputError: no run or checkpoint there, or the data set does not fit the run.
+      InputError: no run or checkpoint there, the data set does not fit the run, or processes do not agree.
     """
-    config = load_run_config(workdir, data)
-    dataset = open_dataset(data_directory(config), config.data.exclude, semantic_ids_path(config))
-    check_schema(dataset.schema, workdir)
-    model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
+    with processes.all_or_none():
+        config = load_run_config(workdir, data)
+        dataset = open_dataset(data_directory(config), config.data.exclude, semantic_ids_path(config))
+        check_schema(dataset.schema, workdir)
+        model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
+    processes.agree(identity(config, dataset) | {"--checkpoint": checkpoint})
     with Checkpoints(workdir, keep=config.train.keep) as checkpoints:
         step, state = checkpoints.load_state(checkpoint, abstract_state(model))
     return Run(model, dataset, step, state)

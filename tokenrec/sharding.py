@@ -7,6 +7,7 @@ splits attention heads and the FFN. Model code names logical axes only, through 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,8 +88,37 @@ def laid_out[T](shapes: T, mesh: Mesh) -> T:
     return jax.tree.map(place, shapes)
 
 
+def check_shares(mesh: Mesh, size: int, field: str) -> None:
+    """Raises InputError if the devices cannot share a batch of `size` equally; `field` names the size."""
+    shards = batch_shards(mesh)
+    if size % shards:
+        raise InputError(f"{field} = {size} is not a multiple of the {shards} devices that share a batch; make it one")
+
+
+def check_batch_sizes(config: Config, mesh: Mesh) -> None:
+    """Raises InputError where the batches of a config do not split evenly over the mesh."""
+    micro = config.data.batch_size // config.optim.accumulate
+    check_shares(mesh, micro, "data.batch_size / optim.accumulate")
+    check_shares(mesh, config.data.eval_batch_size, "data.eval_batch_size")
+
+
+def own_rows(mesh: Mesh, size: int, field: str) -> np.ndarray:
+    """Which samples of a batch of `size` lie on this process's devices, ascending; `field` names the size.
+
+    Processes that hold the same part of the batch, a `tensor` axis reaching over them, have the same samples.
+
+    Raises:
+      InputError: the devices cannot share the batch.
+    """
+    check_shares(mesh, size, field)
+    sharding = jax.NamedSharding(mesh, RULES("batch"))
+    places = sharding.addressable_devices_indices_map((size,)).values()
+    parts = {place[0].indices(size) for place in places if place is not None}
+    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
 def to_devices[T](batch: T, mesh: Mesh) -> T:
-    """The global batch from this process's part of it, split over the devices that share the batch."""
+    """The global batch from the samples `own_rows` of it, split over the devices that share the batch."""
 
     def place(leaf: np.ndarray) -> jax.Array:
         sharding = jax.NamedSharding(mesh, RULES("batch", *[None] * (leaf.ndim - 1)))
@@ -97,20 +127,19 @@ def to_devices[T](batch: T, mesh: Mesh) -> T:
     return jax.tree.map(place, batch)
 
 
+def to_host(tree: Any) -> Any:
+    """The whole of every array of a tree, on every process: NumPy arrays."""
+    leaves = jax.tree.leaves(tree)
+    if not all(leaf.is_fully_addressable for leaf in leaves):
+        everywhere = jax.NamedSharding(leaves[0].sharding.mesh, RULES())
+        tree = jax.jit(_same, out_shardings=everywhere)(tree)
+    return jax.device_get(tree)
+
+
+def _same[T](tree: T) -> T:
+    return tree
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts the batch is split into; batch sizes must be multiples of it."""
     return int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))
-
-
-def check_batch_sizes(config: Config, mesh: Mesh) -> None:
-    """Raises InputError where the batches of a config do not split evenly over the mesh."""
-    shards = batch_shards(mesh)
-    micro = config.data.batch_size // config.optim.accumulate
-    for field, size in (
-        ("data.batch_size / optim.accumulate", micro),
-        ("data.eval_batch_size", config.data.eval_batch_size),
-    ):
-        if size % shards:
-            raise InputError(
-                f"{field} = {size} is not a multiple of the {shards} devices that share a batch; make it one"
-            )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import chex
 import jax
 import numpy as np
 
+from tokenrec import processes
 from tokenrec.checkpoint import Checkpoints, Progress
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.data.dataset import open_dataset
@@ -18,15 +20,15 @@ from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
 from tokenrec.errors import NonFiniteError
 from tokenrec.evaluate import assessor
 from tokenrec.logbook import Logbook, Throughput
-from tokenrec.run import start_run
-from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, to_devices
+from tokenrec.run import identity, start_run
+from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, own_rows, to_devices
 from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import Metrics, train_step
 from tokenrec.validation import validate
 
 
 def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, Any]:
-    """Trains, or resumes, the run in `workdir`.
+    """Trains, or resumes, the run in `workdir`, together with the other processes if there are any.
 
     Returns:
       `{"step", "best_step", "best", "examples_per_second", "evaluation"}`; `evaluation` is the last one, or None.
@@ -35,11 +37,13 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
       InputError: the config, the data set or the run in `workdir` do not go together.
       NonFiniteError: a loss or gradient was not finite; nothing was saved since the step before it.
     """
-    config = validate(config)
-    dataset = open_dataset(data_directory(config), config.data.exclude, semantic_ids_path(config))
-    model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
-    mesh = make_mesh(config.mesh)
-    check_batch_sizes(config, mesh)
+    with processes.all_or_none():
+        config = validate(config)
+        dataset = open_dataset(data_directory(config), config.data.exclude, semantic_ids_path(config))
+        model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
+        mesh = make_mesh(config.mesh)
+        check_batch_sizes(config, mesh)
+    processes.agree(identity(config, dataset))
     start_run(config, dataset.schema, workdir)
     stop_at = config.train.stop_at or config.optim.steps
     evaluates = config.train.eval_split in dataset.splits
@@ -52,12 +56,18 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
         stack.enter_context(jax.set_mesh(mesh))
         assess = assessor(model, dataset, mesh)
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.train.keep))
-        data = train_batches(dataset, config.data, steps=config.optim.steps, seed=config.seed)
-        stack.callback(data.close)
-        restored = checkpoints.restore(abstract_state(model), data)
+        restored = checkpoints.restore(abstract_state(model))
         step, state, reached = restored or (0, init_state(model, config.seed), Progress())
-        logbook = stack.enter_context(Logbook(workdir, progress=progress, total_steps=stop_at, start_step=step))
-        throughput, pending, compiled, report = Throughput(), _Pending(), set(), None
+        with processes.all_or_none():
+            own = own_rows(mesh, config.data.batch_size, "data.batch_size")
+            data = train_batches(dataset, config.data, start=step, steps=config.optim.steps, seed=config.seed, own=own)
+            stack.callback(data.close)
+            log = _ignore
+            if processes.is_first():
+                logbook = Logbook(workdir, progress=progress, total_steps=stop_at, start_step=step)
+                log = stack.enter_context(logbook).log
+        throughput = Throughput()
+        pending, compiled, report = _Pending(throughput), set(), None
         fresh = restored is None  # a restored step was evaluated before it was saved
         while True:
             last, value = step >= stop_at, None
@@ -66,30 +76,30 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
                 with throughput.excluded():
                     pending.check(step)
                     report = assess(state, config.train.eval_split, config.train.eval_samples)
-                logbook.log(step, _flat_report(report), config.train.eval_split)
+                log(step, _flat_report(report), config.train.eval_split)
                 value = _value(report, config)
                 reached, best = _advance(reached, step, value)
                 stop = 0 < config.train.patience <= reached.waited
             if step and fresh and (last or best or stop or _due(step, config.train.save_every)):
                 with throughput.excluded():
                     pending.check(step)
-                    checkpoints.save(step, state, data, reached, value)
+                    checkpoints.save(step, state, reached, value)
             if last or stop:
                 break
             host = next(data)
             batch = to_devices(host.batch, mesh)
-            if batch.valid.shape in compiled:
+            timed = batch.valid.shape in compiled
+            if timed:
                 state, metrics = step_fn(model, state, batch)
-                throughput.add(int(host.batch.weight.sum()))
             else:
                 with throughput.excluded():
                     state, metrics = jax.block_until_ready(step_fn(model, state, batch))
                 compiled.add(batch.valid.shape)
-            pending.add(metrics, host.rows)
+            pending.add(metrics, host.rows, timed)
             step, fresh = step + 1, True
             if step % config.train.log_every == 0 or step == stop_at:
                 means = pending.check(step)  # the only host synchronisation
-                logbook.log(step, means | {"examples_per_second": throughput.rate()})
+                log(step, means | {"examples_per_second": throughput.rate()})
         return {
             "step": step,
             "best_step": reached.best_step,
@@ -100,30 +110,34 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
 
 
 class _Pending:
-    """Metrics of the steps since the host last waited for the device, and the rows that each of them read."""
+    """Metrics of the steps since the host last waited for the device, and the rows that each of them read here."""
 
-    def __init__(self) -> None:
-        self._waiting: deque[tuple[Metrics, np.ndarray]] = deque()
+    def __init__(self, throughput: Throughput) -> None:
+        self._throughput = throughput
+        self._waiting: deque[tuple[Metrics, np.ndarray, bool]] = deque()
 
-    def add(self, metrics: Metrics, rows: np.ndarray) -> None:
-        self._waiting.append((metrics, rows))
+    def add(self, metrics: Metrics, rows: np.ndarray, timed: bool) -> None:
+        self._waiting.append((metrics, rows, timed))
 
     def check(self, step: int) -> dict[str, float]:
-        """Means since the last call, and the most rounds that spread tables took; `step` updates are made.
+        """Means since the last call, whose timed examples the throughput counts, and the most rounds that spread tables
+        took; `step` updates are made.
 
         Raises:
-          NonFiniteError: names the first bad step and the rows of its batch.
+          NonFiniteError: in every process; names the first bad step and the rows of its batch that lie here.
         """
         waiting = list(self._waiting)
         self._waiting.clear()
-        fetched = jax.device_get([metrics for metrics, _ in waiting])
-        for number, (metrics, (_, rows)) in enumerate(zip(fetched, waiting, strict=True)):
+        fetched = jax.device_get([metrics for metrics, _, _ in waiting])
+        for number, (metrics, (_, rows, timed)) in enumerate(zip(fetched, waiting, strict=True)):
+            if timed:
+                self._throughput.add(int(metrics.examples))
             if not metrics.finite:
                 read = np.unique(rows[rows >= 0])
                 shown = ", ".join(map(str, read[:8]))
                 raise NonFiniteError(
                     f"step {step - len(waiting) + number}: loss={metrics.loss}, gradient norm={metrics.grad_norm}; the "
-                    f"update was not made. Its batch read {len(read)} rows of train: {shown}, ...; lower "
+                    f"update was not made. {_whose_batch()} read {len(read)} rows of train: {shown}, ...; lower "
                     "optim.learning_rate or optim.clip_norm, or look for extreme values in these rows"
                 )
         if not fetched:
@@ -131,6 +145,15 @@ class _Pending:
         means = {name: float(np.mean([getattr(m, name) for m in fetched])) for name in ("loss", "grad_norm")}
         rounds = max(int(m.rounds) for m in fetched)
         return means | ({"exchange_rounds": rounds} if rounds else {})
+
+
+def _whose_batch() -> str:
+    count = jax.process_count()
+    return "Its batch" if count == 1 else f"Of its batch, process {jax.process_index()} of {count}"
+
+
+def _ignore(step: int, values: Mapping[str, SupportsFloat | None], prefix: str = "train") -> None:
+    """The log of every process but the first."""
 
 
 def _due(step: int, every: int) -> bool:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from orbax.checkpoint import v1 as ocp
 
 from tests.data.logs import SCHEMA, MemoryData, random_log, shown
 from tokenrec.config import DataConfig
@@ -33,18 +31,18 @@ def replaced(config: DataConfig, **values: object) -> DataConfig:
     return DataConfig(**(vars(config) | values))  # type: ignore[arg-type]
 
 
-def take(data: MemoryData, config: DataConfig, steps: int, *, seed: int = 5, index: int = 0, count: int = 1) -> list:
-    iterator = train_batches(data, config, steps=steps, seed=seed, process_index=index, process_count=count)
+def take(
+    data: MemoryData, config: DataConfig, steps: int, *, seed: int = 5, start: int = 0, own: np.ndarray | None = None
+) -> list:
+    iterator = train_batches(data, config, steps=steps, seed=seed, start=start, own=own)
     try:
         return list(iterator)
     finally:
         iterator.close()
 
 
-def evaluated(
-    data: MemoryData, config: DataConfig, split: str, *, limit: int = 0, index: int = 0, count: int = 1
-) -> Iterator[HostBatch]:
-    for host, _ in eval_batches(data, config, split, limit=limit, process_index=index, process_count=count):
+def evaluated(data: MemoryData, config: DataConfig, split: str, *, limit: int = 0) -> Iterator[HostBatch]:
+    for host, _ in eval_batches(data, config, split, limit=limit):
         yield host
 
 
@@ -238,47 +236,33 @@ def test_the_order_is_a_function_of_the_seed(config: DataConfig) -> None:
 
 
 @CONFIGS
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_the_batches_of_one_process(config: DataConfig, count: int) -> None:
+@pytest.mark.parametrize("objective", ["ranking", "retrieval"])
+def test_processes_share_the_batches_of_one_process(config: DataConfig, objective: str) -> None:
     data = memory_data()
-    config = replaced(config, window_rows=150)
-    for whole, *parts in zip(
-        take(data, config, 12), *(take(data, config, 12, index=i, count=count) for i in range(count)), strict=True
-    ):
-        assert_equal(jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), whole)
-    parts_of = [evaluated(data, config, "valid", index=i, count=count) for i in range(count)]
-    for whole, *parts in zip(evaluated(data, config, "valid"), *parts_of, strict=True):
-        assert_equal(jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), whole)
+    config = replaced(config, window_rows=150, objective=objective)
+    # Devices of one process need not lie side by side.
+    for shares in ([[0, 3], [1, 2]], [[0], [1], [2], [3]]):
+        parts = [take(data, config, 12, own=np.array(own)) for own in shares]
+        for whole, *made in zip(take(data, config, 12), *parts, strict=True):
+            for own, part in zip(shares, made, strict=True):
+                assert_equal(part, rows_of(whole, own))
+    pairs = (list(eval_batches(data, config, "valid", own=own)) for own in (None, np.array([0, 1, 6, 7])))
+    for (whole, who), (part, other) in zip(*pairs, strict=True):
+        assert_equal(part, rows_of(whole, [0, 1, 6, 7]))
+        assert_equal(other, who)  # who is read is known to all
+
+
+def rows_of(host: HostBatch, own: list[int]) -> HostBatch:
+    return jax.tree.map(lambda leaf: leaf[own], host)
 
 
 @CONFIGS
-def test_a_restored_iterator_goes_on_as_if_never_stopped(config: DataConfig) -> None:
+def test_an_iterator_that_starts_late_goes_on_as_if_never_stopped(config: DataConfig) -> None:
     data = memory_data()
     config = replaced(config, window_rows=150)
     straight = take(data, config, 30)
-    first = train_batches(data, config, steps=30, seed=5)
-    for _ in range(11):
-        next(first)
-    state = first.get_state()
-    first.close()
-    second = train_batches(data, config, steps=30, seed=5)
-    second.set_state(state)
-    rest = list(second)
-    second.close()
-    assert_equal(rest, straight[11:])
-
-
-def test_orbax_saves_and_restores_the_position(tmp_path: Path) -> None:
-    data = memory_data()
-    straight = take(data, NIO, 9)
-    first, second = (train_batches(data, NIO, steps=9, seed=5) for _ in range(2))
-    for _ in range(4):
-        next(first)
-    ocp.save_checkpointables(tmp_path / "saved", {"data": first})
-    ocp.load_checkpointables(tmp_path / "saved", {"data": second})
-    assert_equal(list(second), straight[4:])
-    first.close()
-    second.close()
+    for start in (11, 30):
+        assert_equal(take(data, config, 30, start=start), straight[start:])
 
 
 def test_windows_cover_the_split_and_two_at_most_are_in_memory() -> None:
@@ -332,7 +316,10 @@ def test_evaluation_names_the_user_item_and_time_of_each_row_read(config: DataCo
     log = data.logs["valid"]
     users = np.repeat(log.user_id, np.diff(log.start))
     for host, who in eval_batches(data, replaced(config, window_rows=window_rows), "valid"):
+        np.testing.assert_array_equal(who.rows, host.rows)
         rows = host.rows[host.rows >= 0]
+        np.testing.assert_array_equal(who.labels, log.labels[rows])
+        np.testing.assert_array_equal(who.item, log.item[rows])
         np.testing.assert_array_equal(who.user_id, users[rows])
         np.testing.assert_array_equal(who.item_id, data.catalogue.item_id[log.item[rows]])
         np.testing.assert_array_equal(who.time, log.time[rows])
@@ -390,9 +377,7 @@ def test_wrong_input_is_named_with_its_remedy(values: dict[str, object], message
         train_batches(memory_data(overlap=64), replaced(NIO, **values), steps=3, seed=0)
 
 
-def test_a_batch_that_processes_cannot_share_and_a_missing_split_are_errors() -> None:
-    with pytest.raises(InputError, match=r"data\.batch_size=4 is not a multiple of the 3 processes"):
-        train_batches(memory_data(), NIO, steps=3, seed=0, process_count=3)
+def test_a_missing_split_and_short_heads_of_chunks_are_errors() -> None:
     with pytest.raises(InputError, match="no rows in split 'test'"):
         eval_batches(memory_data(), NIO, "test")
     uc = replaced(UC, overlap=7)

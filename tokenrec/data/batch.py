@@ -66,11 +66,19 @@ class HostBatch(NamedTuple):
 
 
 class ReadRows(NamedTuple):
-    """Whose scores an evaluation batch gives, n rows: original ids and times, in the order of `HostBatch.rows >= 0`.
+    """Whose scores an evaluation batch gives, over all processes. n rows, in the order of `rows >= 0`.
 
-    `user_id, item_id: [n]`, `time: [n] int64` milliseconds.
+    Attributes:
+      rows: as `HostBatch.rows`, of the whole batch.
+      user_id, item_id: `[n]` original ids.
+      time: `[n] int64` milliseconds.
+      item: `[n] int32`, row of the catalogue.
+      labels: `[n, K] int8`, -1 where unknown.
     """
 
+    rows: Leaf
     user_id: Leaf
     item_id: Leaf
     time: Leaf
+    item: Leaf
+    labels: Leaf

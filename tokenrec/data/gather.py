@@ -40,59 +40,71 @@ def gather(
       first_row: number in the split of the log's first row; added to `HostBatch.rows`.
       context: retrieval, where the rows that samples read are goals: what may be known of their request.
     """
+    at = _places(samples, chosen, length, candidates, goals=context is not None)
+    picked, present, rows, valid, reads, read = at
+    if context is not None:
+        made = _gather_goals(log, catalogue, samples, at, context)
+    else:
+        made = Batch(
+            user=_signals(log.user_ids, log.user_dense, samples.chunk[picked], present),
+            state=_state(log, catalogue, rows, valid),
+            action=_signals(log.action_ids, log.action_dense, rows, valid),
+            valid=valid,
+            target=_state(log, catalogue, reads, read) if isinstance(samples, Requests) else None,
+            labels=np.where(read[..., None], np.take(log.labels, reads, axis=0, mode="clip"), np.int8(-1)),
+            weight=read.astype(np.float32),
+        )
+    return HostBatch(made, np.where(read, reads + first_row, -1))
+
+
+def rows_read(samples: Samples, chosen: np.ndarray, *, length: int, candidates: int, goals: bool) -> np.ndarray:
+    """Rows of the log that the chosen samples read, -1 where none: what `gather` calls `HostBatch.rows`."""
+    at = _places(samples, chosen, length, candidates, goals=goals)
+    return np.where(at.read, at.reads, -1)
+
+
+class _Places(NamedTuple):
+    """Where samples lie in a log: `picked, present: [B]`, `rows, valid: [B, T]` of the history, and what is read,
+    `reads, read: [B, C or T]`, or goals, `[B, R, P]`.
+    """
+
+    picked: np.ndarray
+    present: np.ndarray
+    rows: np.ndarray
+    valid: np.ndarray
+    reads: np.ndarray
+    read: np.ndarray
+
+
+def _places(samples: Samples, chosen: np.ndarray, length: int, candidates: int, *, goals: bool) -> _Places:
     present = chosen >= 0
     picked = np.where(present, chosen, 0)
     lengths = np.where(present, samples.length[picked], 0)
-    if context is not None:
-        made, rows = _gather_goals(log, catalogue, samples, picked, present, lengths, length, candidates, context)
-        return HostBatch(made, np.where(rows >= 0, rows + first_row, -1))
     if isinstance(samples, Requests):
         rows, valid = _right_aligned(samples.event_rows, samples.stop[picked], lengths, length)
         reads, read = _candidates(samples, picked, present, candidates)
-        target = _state(log, catalogue, reads, read)
-    else:
+        return _Places(picked, present, rows, valid, *((reads[:, None], read[:, None]) if goals else (reads, read)))
+    if not goals:
         rows, valid, read = _stream(samples, picked, lengths, present, length)
-        reads, target = rows, None
-    batch = Batch(
-        user=_signals(log.user_ids, log.user_dense, samples.chunk[picked], present),
-        state=_state(log, catalogue, rows, valid),
-        action=_signals(log.action_ids, log.action_dense, rows, valid),
-        valid=valid,
-        target=target,
-        labels=np.where(read[..., None], np.take(log.labels, reads, axis=0, mode="clip"), np.int8(-1)),
-        weight=read.astype(np.float32),
-    )
-    return HostBatch(batch, np.where(read, reads + first_row, -1))
+        return _Places(picked, present, rows, valid, rows, read)
+    # A stream holds one event more than the model reads; what an event is to find is the event after it.
+    rows, valid, read = _stream(samples, picked, lengths, present, length + 1)
+    is_goal = (read[:, 1:] & valid[:, :-1])[..., None]
+    return _Places(picked, present, rows[:, :-1], valid[:, :-1], rows[:, 1:, None], is_goal)
 
 
-def _gather_goals(
-    log: Log,
-    catalogue: Catalogue,
-    samples: Samples,
-    picked: np.ndarray,
-    present: np.ndarray,
-    lengths: np.ndarray,
-    length: int,
-    candidates: int,
-    context: ContextColumns,
-) -> tuple[Batch, np.ndarray]:
-    """A retrieval batch, and rows `[B, R, P]` of the log of its goals, -1 fills."""
+def _gather_goals(log: Log, catalogue: Catalogue, samples: Samples, at: _Places, context: ContextColumns) -> Batch:
+    picked, present, rows, valid, goal_rows, is_goal = at
+    target = None
     if isinstance(samples, Requests):
-        rows, valid = _right_aligned(samples.event_rows, samples.stop[picked], lengths, length)
-        goal_rows, is_goal = (part[:, None] for part in _candidates(samples, picked, present, candidates))
         target = _state(log, catalogue, goal_rows[:, 0, :1], is_goal[:, 0, :1])
         target = Signals(np.where(context.ids, target.ids, 0), np.where(context.dense, target.dense, np.nan))
-    else:
-        # A stream holds one event more than the model reads; what an event is to find is the event after it.
-        rows, valid, read = _stream(samples, picked, lengths, present, length + 1)
-        goal_rows, is_goal = rows[:, 1:, None], (read[:, 1:] & valid[:, :-1])[..., None]
-        rows, valid, target = rows[:, :-1], valid[:, :-1], None
     items = np.take(log.item, rows, mode="clip")
     goals = np.where(is_goal, np.take(log.item, goal_rows, mode="clip"), -1).astype(np.int32)
     codes = None
     if catalogue.codes is not None:
         codes = np.where(is_goal[..., None], catalogue.codes[goals], np.int32(-1))
-    batch = Batch(
+    return Batch(
         user=_signals(log.user_ids, log.user_dense, samples.chunk[picked], present),
         state=_state(log, catalogue, rows, valid),
         action=_signals(log.action_ids, log.action_dense, rows, valid),
@@ -104,7 +116,6 @@ def _gather_goals(
         goals=goals,
         codes=codes,
     )
-    return batch, np.where(is_goal, goal_rows, -1)
 
 
 def _candidates(

@@ -4,6 +4,8 @@ A split is read in *windows*, runs of whole chunks with about `config.window_row
 random order; in a window, samples are permuted inside their bucket of stream lengths, cut into batches, and the batches
 permuted. What does not fill a batch of its bucket joins the next longer one, so that a window loses less than one
 batch an epoch. Position is a step number, so resuming costs nothing and needs no state but that number.
+
+Every process holds whole windows and knows whole batches; it gathers the samples of its own devices alone.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import Batch, HostBatch, ReadRows, Signals
-from tokenrec.data.gather import ContextColumns, gather
+from tokenrec.data.gather import ContextColumns, gather, rows_read
 from tokenrec.data.log import Catalogue, Log
 from tokenrec.data.samples import Samples, Streams, cut_samples
 from tokenrec.data.schema import Feature, Metadata, Schema, columns
@@ -120,25 +122,28 @@ def steps_per_epoch(dataset: LogReader, config: DataConfig) -> int:
 
 
 def train_batches(
-    dataset: LogReader, config: DataConfig, *, steps: int, seed: int, process_index: int = 0, process_count: int = 1
+    dataset: LogReader,
+    config: DataConfig,
+    *,
+    steps: int,
+    seed: int,
+    start: int = 0,
+    own: np.ndarray | None = None,
 ) -> grain.DatasetIterator[HostBatch]:
-    """Batches of steps 0 to `steps` - 1: this process's part of each, `[batch_size / process_count, ...]`.
+    """Batches of steps `start` to `steps` - 1. Close the iterator when done.
 
     Args:
       dataset: excluded features are dropped already.
       steps: length of the run; epochs follow one another, each in its own order.
       seed: of the order.
-
-    Returns:
-      An iterator whose state is the number of the next step: `get_state`, `set_state`, or as a checkpointable of
-      Orbax. Close it when done.
+      start: the first step, which a resumed run goes on with.
+      own: which samples of every batch this process gathers, `sharding.own_rows`; None: all.
 
     Raises:
       InputError: no full batch, a split or task that is not there, shorter chunk heads than the config's history.
     """
-    own = _process_part(config.batch_size, "data.batch_size", process_index, process_count)
     order = _TrainOrder(_Windows(dataset, config, "train", train=True), seed)
-    batches = grain.MapDataset.range(steps).map(lambda step: order.batch(int(step), own))
+    batches = grain.MapDataset.range(start, steps).map(lambda step: order.batch(int(step), own))
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)
     return iter(batches.to_iter_dataset(options))
 
@@ -149,27 +154,29 @@ def eval_batches(
     split: str,
     *,
     limit: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    own: np.ndarray | None = None,
 ) -> Iterator[tuple[HostBatch, ReadRows]]:
     """Yields every sample of the split once, window by window, by bucket, then by position; and who is read.
 
-    The last batch of a bucket is filled up with samples of weight 0 and rows -1. `ReadRows` are those of this process.
+    The last batch of a bucket is filled up with samples of weight 0 and rows -1. `ReadRows` are those of the whole
+    batch, whichever part of it this process gathers.
 
     Args:
       limit: above 0, only so many requests, whole ones (NIO), or streams (UC), evenly spread over the split.
+      own: as in `train_batches`.
 
     Raises:
       InputError: a split or task that is not there, shorter chunk heads than the config's history.
     """
-    own = _process_part(config.eval_batch_size, "data.eval_batch_size", process_index, process_count)
     windows = _Windows(dataset, config, split, train=False)
     total = sum(span.requests for span in windows.spans)
     wanted = np.arange(limit) * total // limit if 0 < limit < total else np.arange(total)
     return _eval_batches(windows, wanted, config.eval_batch_size, own)
 
 
-def _eval_batches(windows: _Windows, wanted: np.ndarray, size: int, own: slice) -> Iterator[tuple[HostBatch, ReadRows]]:
+def _eval_batches(
+    windows: _Windows, wanted: np.ndarray, size: int, own: np.ndarray | None
+) -> Iterator[tuple[HostBatch, ReadRows]]:
     ends = np.cumsum([span.requests for span in windows.spans])
     for number, end in enumerate(ends):
         begin = end - windows.spans[number].requests
@@ -184,15 +191,11 @@ def _eval_batches(windows: _Windows, wanted: np.ndarray, size: int, own: slice) 
                 full = np.full(size, -1, np.int64)
                 part = members[start : start + size]
                 full[: len(part)] = part
-                host = windows.gather(number, full[own], length)
-                yield host, windows.identify(number, host.rows[host.rows >= 0])
+                yield windows.gather(number, _part(full, own), length), windows.identify(number, full, length)
 
 
-def _process_part(batch_size: int, field: str, index: int, count: int) -> slice:
-    if batch_size % count:
-        raise InputError(f"{field}={batch_size} is not a multiple of the {count} processes; make it one")
-    part = batch_size // count
-    return slice(index * part, (index + 1) * part)
+def _part(chosen: np.ndarray, own: np.ndarray | None) -> np.ndarray:
+    return chosen if own is None else chosen[own]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,12 +271,15 @@ class _Windows:
             context=self._context,
         )
 
-    def identify(self, number: int, rows: np.ndarray) -> ReadRows:
-        """Original ids and times of rows of the split that lie in a window."""
-        log = self.load(number).log
-        own = rows - self.spans[number].first_row
-        chunk = np.searchsorted(log.start, own, side="right") - 1
-        return ReadRows(log.user_id[chunk], self._catalogue.item_id[log.item[own]], log.time[own])
+    def identify(self, number: int, chosen: np.ndarray, length: int) -> ReadRows:
+        """Who is read by samples of a window."""
+        window, first_row = self.load(number), self.spans[number].first_row
+        log, goals = window.log, self._context is not None
+        rows = rows_read(window.samples, chosen, length=length, candidates=self.config.candidates, goals=goals)
+        read = rows[rows >= 0]
+        chunk, item = np.searchsorted(log.start, read, side="right") - 1, log.item[read]
+        rows = np.where(rows >= 0, rows + first_row, -1)
+        return ReadRows(rows, log.user_id[chunk], self._catalogue.item_id[item], log.time[read], item, log.labels[read])
 
     def _read(self, chunks: tuple[int, int]) -> _Window:
         log = self._dataset.load(self.split, *chunks)
@@ -341,8 +347,8 @@ class _TrainOrder:
                 "use a smaller batch_size, a larger window_rows, or tasks with more known labels"
             )
 
-    def batch(self, step: int, own: slice) -> HostBatch:
-        """The part `own` of the batch of a step."""
+    def batch(self, step: int, own: np.ndarray | None) -> HostBatch:
+        """The samples `own` of the batch of a step."""
         epoch, step = divmod(step, self.steps_per_epoch)
         visits = self._random(epoch, 0).permutation(len(self._batches))
         ends = np.cumsum(self._batches[visits])
@@ -350,7 +356,7 @@ class _TrainOrder:
         number = int(visits[visit])
         buckets, chosen = self._held.get((epoch, number))
         at = step - int(ends[visit]) + len(buckets)
-        return self._windows.gather(number, chosen[at, own], self._windows.lengths[buckets[at]])
+        return self._windows.gather(number, _part(chosen[at], own), self._windows.lengths[buckets[at]])
 
     def _deal(self, visit: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Bucket `[n]` and samples `[n, batch_size]` of the n batches of an epoch in a window."""
