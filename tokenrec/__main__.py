@@ -165,6 +165,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     _add_config(describe)
     describe.add_argument("--json", type=Path, help="file for the figures")
     _add_compile(add("compile", _compile, "the train step compiled for a pod that need not be there: memory, roofline"))
+    _add_launch(add("launch", _launch, "a training job on Cloud TPUs: GKE manifests or a TPU VM script"))
     return parser, parsers
 
 
@@ -244,6 +245,27 @@ def _add_compile(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument("--mesh", type=_mesh, help="data=..,fsdp=..,tensor=.. instead of the config's mesh")
     shapes.add_argument("--sweep", action="store_true", help="rank all meshes by formula and compile the best five")
     parser.add_argument("--json", type=Path, help="file for the figures; a list with --sweep")
+
+
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--topology", required=True, help="of each slice, such as v5p:8x8x8")
+    parser.add_argument("--slices", type=_natural, default=1, help="equal slices that train together; default 1")
+    parser.add_argument("--target", choices=("gke", "tpu-vm"), required=True, help="service that runs the job")
+    parser.add_argument("--name", help="of the job, and of its folder in the bucket; default: that of the config")
+    parser.add_argument("--image", help="container image, HOST/PATH/NAME:TAG; launch/Dockerfile makes one")
+    parser.add_argument("--bucket", help="Cloud Storage bucket: data/ holds data sets, runs/ gets checkpoints and logs")
+    parser.add_argument("--service-account", help="that may use the bucket: name in GKE, e-mail for TPU VMs")
+    parser.add_argument("--namespace", help="of Kubernetes; default 'default'")
+    parser.add_argument("--project", help="of Google Cloud, for TPU VMs")
+    parser.add_argument("--zone", help="of the TPU VMs")
+    parser.add_argument("--spot", action="store_true", help="Spot capacity, which may be taken away")
+    parser.add_argument("--max-restarts", type=_natural, default=10, help="after a crash; default 10")
+    parser.add_argument(
+        "--grace-seconds", type=_natural, default=300, help="from the signal to stop to the end; default 300"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print it, and start nothing")
+    parser.add_argument("--skip-compile", action="store_true", help="do not compile it first: this was done already")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -457,6 +479,41 @@ def _compile(args: argparse.Namespace) -> None:
     print(sweep_text(found) if args.sweep else to_text(found[0]))
     if not any(result["fits"] for result in found):
         raise MemoryError(f"the step does not fit {found[0]['device_kind']}; see the largest arrays above")
+
+
+def _launch(args: argparse.Namespace) -> None:
+    config = _config(args)
+    from tokenrec.launch.job import plan_job
+    from tokenrec.launch.start import check_fits, find_tool, render, start
+
+    job = plan_job(
+        config,
+        source=args.config,
+        overrides=tuple(args.overrides),
+        topology=args.topology,
+        slices=args.slices,
+        name=args.name,
+        image=args.image,
+        bucket=args.bucket,
+        max_restarts=args.max_restarts,
+        grace_seconds=args.grace_seconds,
+        spot=args.spot,
+    )
+    text = render(
+        job,
+        args.target,
+        service_account=args.service_account,
+        namespace=args.namespace,
+        project=args.project,
+        zone=args.zone,
+    )
+    tool = None if args.dry_run else find_tool(args.target)
+    if not args.skip_compile:
+        print(check_fits(config, args.topology, args.slices), file=sys.stderr)
+    if tool is None:
+        print(text, end="")
+    else:
+        start(text, Path(job.name), args.target, tool)
 
 
 if __name__ == "__main__":

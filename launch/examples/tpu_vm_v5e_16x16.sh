@@ -1,0 +1,149 @@
+#!/usr/bin/env bash
+NAME=kuairand-27k
+PROJECT=my-project
+ZONE=us-west4-a
+ACCELERATOR_TYPE=v5litepod-256
+RUNTIME_VERSION=v2-alpha-tpuv5-lite
+NODES=(--node-id kuairand-27k)
+BUCKET=my-bucket
+IMAGE=europe-docker.pkg.dev/my-project/tokenrec/train:0.1.0
+DATA=kuairand_27k
+MOUNT=/gcs
+USER_ID=1000
+MOST_RENAMED=200000
+CONFIG_OBJECT=''
+CONFIG_TEXT=''
+ENVIRONMENT=(--env=JAX_PLATFORMS=tpu --env=JAX_COMPILATION_CACHE_DIR=/gcs/runs/jax_cache --env=TOKENREC_DATA=/gcs/data)
+COMMAND=(tokenrec train --distributed --config=kuairand_27k --config.mesh.data=-1 --config.data.batch_size=256 --config.data.eval_batch_size=256 --data=/gcs/data/kuairand_27k --workdir=/gcs/runs/kuairand-27k --quiet)
+FINAL_EXITS='2 3 4'
+SAVED_EXIT=75
+MAX_RESTARTS=10
+GRACE_SECONDS=300
+# One training job on TPU VMs. `tokenrec launch` sets its variables above.
+set -euo pipefail
+
+usage() {
+  cat <<END
+usage: bash $0 VERB
+  data DIR     copies a prepared data set to gs://$BUCKET/data/$DATA
+  create       asks for the slices, as a queued resource, and waits until they are there
+  setup        on every host: mounts the bucket, pulls the image
+  start        on every host: trains, in the background, with restarts
+  up           create, setup and start
+  status       of the slices, and of the first host's training
+  log          follows the first host's log
+  gather DIR   copies the log of every host
+  stop         on every host: ends the training
+  delete       gives the slices back
+END
+}
+
+tpus() {
+  local group=$1 verb=$2
+  shift 2
+  gcloud compute tpus "$group" "$verb" "$@" --project="$PROJECT" --zone="$ZONE"
+}
+
+on_every_host() { tpus queued-resources ssh "$NAME" --node=all --worker=all --command="$1" "${@:2}"; }
+
+on_first_host() { tpus queued-resources ssh "$NAME" --node=0 --worker=0 --command="$1"; }
+
+state() { tpus queued-resources describe "$NAME" --format='value(state.state)'; }
+
+create() {
+  tpus queued-resources create "$NAME" --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION" \
+    "${NODES[@]}"
+  local now
+  while true; do
+    now=$(state)
+    echo "$NAME: $now" >&2
+    case $now in
+      ACTIVE) return ;;
+      FAILED | SUSPENDING | SUSPENDED) exit 1 ;;
+    esac
+    sleep 30
+  done
+}
+
+setup() {
+  if [[ -n $CONFIG_OBJECT ]]; then
+    printf '%s' "$CONFIG_TEXT" | gcloud storage cp - "gs://$BUCKET/$CONFIG_OBJECT"
+  fi
+  tpus queued-resources scp "$0" "$NAME:$NAME.sh" --node=all --worker=all
+  on_every_host "bash $NAME.sh host-setup"
+}
+
+start() {
+  on_every_host "sudo systemd-run --unit=$NAME --property=TimeoutStopSec=$GRACE_SECONDS bash \$PWD/$NAME.sh host-train"
+}
+
+# Below: what runs on a host.
+
+host-setup() {
+  if ! command -v gcsfuse >/dev/null; then
+    local version=3.4.4
+    curl -fsSLo /tmp/gcsfuse.deb \
+      "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$version/gcsfuse_${version}_amd64.deb"
+    sudo apt-get install -y /tmp/gcsfuse.deb
+  fi
+  mount-folder data -o ro --metadata-cache-ttl-secs=-1
+  mount-folder runs --rename-dir-limit="$MOST_RENAMED" --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0
+  sudo gcloud auth configure-docker "${IMAGE%%/*}" --quiet
+  sudo docker pull "$IMAGE"
+}
+
+mount-folder() {
+  local folder=$MOUNT/$1
+  if mountpoint --quiet "$folder"; then
+    return
+  fi
+  sudo mkdir -p "$folder"
+  sudo gcsfuse --only-dir="$1" --implicit-dirs --uid="$USER_ID" --gid="$USER_ID" -o allow_other "${@:2}" \
+    "$BUCKET" "$folder"
+}
+
+# The restart policy. Every host has this loop: when one fails, the others lose it, fail too, and meet it again.
+host-train() {
+  local restarts=0 stopping='' code
+  trap 'stopping=1' TERM
+  while true; do
+    code=0
+    docker rm --force "$NAME" >/dev/null 2>&1 || true # what a killed run left
+    docker run --rm --name="$NAME" --privileged --network=host --stop-timeout="$GRACE_SECONDS" \
+      --volume="$MOUNT:$MOUNT" "${ENVIRONMENT[@]}" "$IMAGE" "${COMMAND[@]}" || code=$?
+    echo "$NAME: exit code $code, $restarts of $MAX_RESTARTS restarts" >&2
+    if [[ $code == 0 || -n $stopping ]]; then
+      exit 0
+    elif [[ " $FINAL_EXITS " == *" $code "* ]]; then
+      exit "$code" # the same again would fail the same way
+    elif [[ $code != "$SAVED_EXIT" ]] && ((restarts++ >= MAX_RESTARTS)); then
+      exit "$code"
+    fi
+    sleep "${PAUSE_SECONDS:-10}"
+  done
+}
+
+case ${1:-} in
+  data) gcloud storage rsync --recursive "$2" "gs://$BUCKET/data/$DATA" ;;
+  create | setup | start | host-setup | host-train) "$1" ;;
+  up)
+    create
+    setup
+    start
+    ;;
+  status)
+    state
+    on_first_host "systemctl status $NAME --no-pager"
+    ;;
+  log) on_first_host "sudo journalctl --unit=$NAME --follow" ;;
+  gather)
+    mkdir -p "$2"
+    on_every_host "sudo journalctl --unit=$NAME --no-pager" --output-directory="$2"
+    ;;
+  stop) on_every_host "sudo systemctl stop $NAME" ;;
+  delete) tpus queued-resources delete "$NAME" --force --quiet ;;
+  *)
+    usage >&2
+    exit 2
+    ;;
+esac

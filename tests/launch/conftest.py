@@ -1,0 +1,33 @@
+"""One command line of `tokenrec launch`, with any of its flags replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tokenrec.__main__ import main
+
+FLAGS = {
+    "config": "synthetic",
+    "topology": "v5e:4x4",
+    "target": "gke",
+    "image": "europe-docker.pkg.dev/my-project/tokenrec/train:0.1.0",
+    "bucket": "my-bucket",
+}
+TPU_VM = {"target": "tpu-vm", "project": "my-project", "zone": "us-west4-a"}
+
+Launch = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def launch(capsys: pytest.CaptureFixture[str]) -> Launch:
+    """Runs the verb and returns its exit code, stdout and stderr; a flag that is None is left out."""
+
+    def run(*more: str, **flags: str | None) -> tuple[int, str, str]:
+        given = {name: value for name, value in (FLAGS | flags).items() if value is not None}
+        argv = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        code = main(["launch", *argv, *more])
+        return code, *capsys.readouterr()
+
+    return run
