@@ -1,6 +1,6 @@
 """A table on sparse cores, compiled for TPUs that need not be there: memory and operations of look-up and update.
 
-python -m benchmarks.sparsecore_topology --topology v6e:4x4 v5p:2x2x4
+python -m benchmarks.sparsecore_topology
 
 libtpu compiles each program; nothing is run, and no time is known: XLA's costs hold nothing of what sparse cores do.
 Every chip reads the same number of places, distinct or not, of a table that is stored over all chips. Columns:
@@ -123,7 +123,7 @@ def _operations(hlo: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", nargs="+", default=["v6e:4x4", "v5p:2x2x4"])
+    parser.add_argument("--topology", nargs="+", default=["v6e:4x4", "v5p:2x2x4", "tpu7x:2x2x4", "v5p:8x8x8"])
     parser.add_argument("--rows", type=int, default=400_000_000)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--places-per-chip", type=int, default=65_536)
