@@ -19,7 +19,7 @@ from tokenrec.sharding import RULES
 from tokenrec.state import abstract_state, build_model
 from tokenrec.topology import TOPOLOGIES, described_mesh
 from tokenrec.validation import validate
-from tokenrec.work import Work, attention_work, device_flops, product_flops, step_work
+from tokenrec.work import Work, attention_work, device_flops, product_flops, step_flops, step_work
 
 from .worlds import SCHEMA, TABLES, TASKS, mesh_of
 
@@ -179,6 +179,18 @@ def test_flops_of_a_device_are_those_of_its_shards_and_of_what_it_computes_again
         again = jax.make_jaxpr(jax.grad(scanned, (0, 1)))(x, square)
         assert device_flops(again.jaxpr) == 3 * 4 * 2 * (8 // 4) * 6 * 6
         assert device_flops(jax.make_jaxpr(hidden)(x, shape(6, 4, axes=(None, None))).jaxpr) == 2 * (8 // 4) * 6 * 4
+
+
+def test_remat_of_dots_computes_no_product_with_a_weight_again():
+    mesh, flops = mesh_of(2, 2, 1), {}
+    for remat in ("none", "dots", "full"):
+        config = two_layers("synthetic")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        model, shapes = model_and_shapes(config)
+        flops[remat] = step_flops(model, mesh, shapes, step_work(model, mesh, shapes)[0])
+    # What is left are the two products of attention over keys, where it is not the kernel that keeps its result.
+    assert flops["dots"] - flops["none"] < 0.3 * (flops["full"] - flops["none"])
+    assert flops["none"] < flops["full"]
 
 
 def test_work_of_a_kernel_is_by_tiles_and_that_of_the_model_by_pairs():

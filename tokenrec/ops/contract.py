@@ -44,7 +44,8 @@ def _without_fsdp(spec: PartitionSpec) -> PartitionSpec:
 def _forward(
     equation: str, x: jax.Array, w: jax.Array, spec: PartitionSpec
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return contract(equation, x, w, spec), (x, w)
+    # Not `contract`: a remat policy sees a product, and keeps its result, only where it stands open.
+    return jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec), (x, w)
 
 
 def _backward(
