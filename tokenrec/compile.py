@@ -28,6 +28,7 @@ from tokenrec.memory import (
     state_bytes,
     traced_buffers,
 )
+from tokenrec.models.block import check_mesh
 from tokenrec.planned import known_schema
 from tokenrec.roofline import Roofline, chip, network_seconds
 from tokenrec.sharding import check_batch_sizes, compiler_options, laid_out
@@ -83,6 +84,7 @@ def compile_config(
     schema = schema.without(config.data.exclude)
     over = described_mesh(topology, config.mesh, slices)
     check_batch_sizes(config, over)
+    check_mesh(config.model, over)
     model = build_model(config, schema, task_names(schema, config.data))
     shapes = batch_shapes(schema, config.data, batch_size=config.data.batch_size)[config.data.events]
     with jax.set_mesh(over):

@@ -131,8 +131,8 @@ class ModelConfig:
       prefix: "bidirectional": in full layers the rows left of `||` see each other both ways. NIO only.
       gate: NLIR, the one-sided gate on the attention branch.
       gate_bias: b_g at the start.
-      ffn_width: inner width of SwiGLU; 0 is 8/3 of the width, rounded up to a multiple of 8. On a TPU give a multiple of
-        128, without which XLA may sum whole gradients of it on every device (CONTRIBUTING.md).
+      ffn_width: inner width of SwiGLU; 0 is 8/3 of the width, rounded up to a multiple of 8. On a TPU give a multiple
+        of 128, without which XLA may sum whole gradients of it on every device (CONTRIBUTING.md).
       qk_norm: RMSNorm on queries and keys.
       rope_base: largest wavelength of the rotary positions is 2 pi times this.
       dropout: rate on the attention branch, the FFN branch and the tokens.

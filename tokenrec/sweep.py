@@ -23,7 +23,7 @@ from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
 from tokenrec.hlo import Collective
-from tokenrec.models.block import ffn_width
+from tokenrec.models.block import ffn_width, mesh_splits
 from tokenrec.planned import known_schema
 from tokenrec.roofline import chip, network_seconds
 from tokenrec.sharding import AXES
@@ -120,9 +120,7 @@ def mesh_shapes(config: Config, devices: int, slices: int = 1) -> Iterator[MeshC
             splits = (
                 (micro, data * fsdp),
                 (config.data.eval_batch_size, data * fsdp),
-                (model.width, fsdp),
-                (model.heads, tensor),
-                (ffn_width(model), tensor),
+                *((size, {"fsdp": fsdp, "tensor": tensor}[axis]) for _, size, axis in mesh_splits(model)),
             )
             if all(size % parts == 0 for size, parts in splits):
                 yield MeshConfig(data, fsdp, tensor)

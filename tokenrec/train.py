@@ -20,6 +20,7 @@ from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
 from tokenrec.errors import NonFiniteError
 from tokenrec.evaluate import assessor
 from tokenrec.logbook import Logbook, Throughput
+from tokenrec.models.block import check_mesh
 from tokenrec.run import identity, start_run
 from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, own_rows, to_devices
 from tokenrec.state import abstract_state, build_model, init_state
@@ -43,6 +44,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
         model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
         mesh = make_mesh(config.mesh)
         check_batch_sizes(config, mesh)
+        check_mesh(config.model, mesh)
     processes.agree(identity(config, dataset))
     start_run(config, dataset.schema, workdir)
     stop_at = config.train.stop_at or config.optim.steps

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from tokenrec.config import ModelConfig
+from tokenrec.errors import InputError
 from tokenrec.ops.attention import attention
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, rms_normalize, split_key, weight
@@ -21,6 +23,25 @@ from tokenrec.tokens.layout import Layout, take_rows
 def ffn_width(config: ModelConfig) -> int:
     """Inner width of SwiGLU: as given, or 8/3 of the model's, rounded up to a multiple of 8."""
     return config.ffn_width or -(-8 * config.width // 3 // 8) * 8
+
+
+def mesh_splits(config: ModelConfig) -> tuple[tuple[str, int, str], ...]:
+    """What the mesh splits of a model: field, size, and the axis that must divide it."""
+    return (
+        ("model.width", config.width, "fsdp"),
+        ("model.heads", config.heads, "tensor"),
+        ("model.ffn_width", ffn_width(config), "tensor"),
+    )
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises InputError where an axis of the mesh does not divide what it splits."""
+    for field, size, axis in mesh_splits(config):
+        if size % mesh.shape[axis]:
+            raise InputError(
+                f"{field}={size} does not split over mesh.{axis}={mesh.shape[axis]}; use an axis that divides it, or "
+                f"another {field}"
+            )
 
 
 class KeysValues(NamedTuple):
