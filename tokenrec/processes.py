@@ -27,13 +27,14 @@ _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def join() -> None:
-    """Joins the other processes, once; call it before anything else of JAX. It waits up to 300 seconds for them.
+    """Joins the other processes, once; call it before anything else of JAX. If they do not come within 300 seconds,
+    JAX aborts the process.
 
     The variables `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` decide if
     all three are set; otherwise JAX asks the TPU pod, Slurm, Open MPI or Kubernetes.
 
     Raises:
-      InputError: they do not say who the processes are, or the others cannot be reached.
+      InputError: it is not said who the processes are, or the port of process 0 is taken.
     """
     if jax.distributed.is_initialized():
         return
