@@ -6,22 +6,24 @@ python -m benchmarks.pods --weak-scaling           lrm_1b on 16 to 512 chips of 
 Each row is `tokenrec compile` of the config with the streams of a chip, the mesh and the `remat` that `PLANS` has for
 the kind of chip, in bfloat16. Table sizes are those of the prepared data set under `TOKENREC_DATA`, or else of the
 planned schema configs/schemas/kuairand_27k.json ("planned"). Times are lower bounds and rates upper bounds, as in
-tokenrec/roofline.py. In weak scaling the streams of a chip stay the same, `fsdp` grows to 64 chips and `data` after
-that; `per_chip` is the rate of a chip over that of the fewest chips, by the bound ("overlapped") and if compute, memory
-and network do not overlap ("serial").
+tokenrec/roofline.py. `fsdp` is what one or two whole axes of the torus hold, 64 chips at most, and `data` the rest:
+over three axes XLA would not scatter gradients. In weak scaling the streams of a chip stay the same; `per_chip` is the
+rate of a chip over that of the fewest chips, by the bound ("overlapped") and if compute, memory and network do not
+overlap ("serial").
 
-A finished row is kept in the JSON file at once, and skipped when the command is given again; delete the file to start
-over. Some minutes a row on two cores.
+A finished row is kept in the JSON file at once, and skipped when the command is given again; delete the files to start
+over. Weak scaling takes the row of v5p:8x8x8 from the first table if that is there. Some minutes a row on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +34,13 @@ from tokenrec.flags import load_config, shipped_configs
 from tokenrec.pod_report import mesh_text
 
 PODS = (("v5e:16x16", 1), ("v5p:8x8x8", 1), ("v5p:4x4x8", 2))
-SCALE = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8")
+SCALE = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8")
 SCALED = "lrm_1b"
 LONGEST_FSDP = 64
 
 
 class Plan(NamedTuple):
-    """How a kind of chip runs a config: streams of a chip, most chips that share a copy of the weights, `remat`."""
+    """How a kind of chip runs a config: streams of a chip, most chips in `fsdp`, `remat`."""
 
     streams: int
     fsdp: int
@@ -61,7 +63,7 @@ def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
     plan = PLANS[name, kind]
     chips = slices * math.prod(map(int, size.split("x")))
     config = load_config(str(shipped_configs()[name]))
-    fsdp = min(plan.fsdp, chips // slices)
+    fsdp = fsdp_chips([int(length) for length in size.split("x")], plan.fsdp)
     config = planned(config, plan, chips, MeshConfig(data=chips // fsdp, fsdp=fsdp))
     found = compile_config(config, topology, slices)
     held = found["bytes_per_device"]
@@ -96,6 +98,16 @@ def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
         "mfu_if_serial": found["mfu_if_serial"],
         "examples_per_second": found["examples_per_second"],
     }
+
+
+def fsdp_chips(torus: Sequence[int], most: int) -> int:
+    """Chips, `most` at most, that one or two whole axes of a torus hold.
+
+    >>> fsdp_chips((4, 4, 8), 64), fsdp_chips((16, 16), 64), fsdp_chips((8, 8, 8), 1)
+    (32, 16, 1)
+    """
+    held = [1, *torus, *(a * b for a, b in itertools.combinations(torus, 2))]
+    return max(chips for chips in held if chips <= most)
 
 
 def planned(config: Config, plan: Plan, chips: int, mesh: MeshConfig) -> Config:
@@ -134,6 +146,11 @@ def _missing(rows: list[dict[str, Any]], wanted: Iterable[tuple[str, str, int]])
     yield from (one for one in wanted if one not in done)
 
 
+def _kept(stem: Path) -> list[dict[str, Any]]:
+    file = stem.with_name(stem.name + ".json")
+    return json.loads(file.read_text())["rows"] if file.is_file() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = sorted({name for name, _ in PLANS})
@@ -147,8 +164,11 @@ def main() -> None:
         stem, title = "pods", "Three configs on three pods"
         wanted = [(name, topology, slices) for name in flags.configs for topology, slices in PODS]
     out = flags.out or Path(__file__).parent / "results" / stem
-    kept = out.with_name(out.name + ".json")
-    rows = json.loads(kept.read_text())["rows"] if kept.is_file() else []
+    rows = _kept(out)
+    if flags.weak_scaling:
+        have = {row["topology"] for row in rows}
+        table = _kept(out.with_name(out.name.removesuffix("_weak_scaling")))
+        rows += [r for r in table if (r["config"], r["topology"], r["slices"]) in wanted and r["topology"] not in have]
     for one in _missing(rows, wanted):
         rows.append(pod_row(*one))
         print(rows[-1], file=sys.stderr)
