@@ -218,7 +218,7 @@ def _buckets(plan: Exchange, at: Route, number: jax.Array) -> tuple[jax.Array, j
     """`[S, C]` which of the places go to each of my owners in a round, and whether there is one."""
     first = _my_owners(plan) * plan.own
     low = first + number * at.span
-    high = jnp.minimum(low + at.span, first + plan.own)
+    high = low + jnp.minimum(at.span, first + plan.own - low)  # low + span alone may pass 2^31
     begin, end = (jnp.searchsorted(at.places, edge).astype(jnp.int32) for edge in (low, high))
     index = begin[:, None] + jnp.arange(plan.capacity, dtype=jnp.int32)
     return jnp.minimum(index, at.places.shape[0] - 1), index < end[:, None]
