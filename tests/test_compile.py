@@ -159,6 +159,9 @@ def test_flops_of_a_device_are_those_of_its_shards_and_of_what_it_computes_again
         whole = jax.sharding.reshard(w, RULES(None, "ffn"))
         return jnp.einsum("bd,df->bf", x, whole, out_sharding=RULES("batch", "ffn"))
 
+    def scattered(x, g):
+        return jnp.einsum("bd,bf->df", x, g, out_sharding=RULES("embed", "ffn"))
+
     def scanned(x, w):
         whole = jax.sharding.reshard(w, RULES(None, None))
         layer = jax.checkpoint(lambda x: jnp.sin(jnp.sin(x) @ whole))
@@ -175,6 +178,9 @@ def test_flops_of_a_device_are_those_of_its_shards_and_of_what_it_computes_again
     square = shape(6, 6, axes=("embed", None))
     with jax.set_mesh(mesh):
         assert device_flops(jax.make_jaxpr(split)(x, w).jaxpr) == 2 * (8 // 4) * 6 * (4 // 2)
+        # Summed over `fsdp` before it is scattered there: every device makes all six rows.
+        of_weight = jax.make_jaxpr(scattered)(x, shape(8, 4, axes=("batch", "ffn")))
+        assert device_flops(of_weight.jaxpr) == 2 * (8 // 4) * 6 * (4 // 2)
         # Three layers: forward, forward again, and the gradients of both sides.
         again = jax.make_jaxpr(jax.grad(scanned, (0, 1)))(x, square)
         assert device_flops(again.jaxpr) == 3 * 4 * 2 * (8 // 4) * 6 * 6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -140,20 +140,30 @@ def device_flops(jaxpr: Jaxpr) -> float:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            left: Any = equation.invars[0].aval
-            made: Any = equation.outvars[0].aval
-            local = left.sharding.shard_shape(left.shape) if _is_global(left) else left.shape
-            size = math.prod(made.sharding.shard_shape(made.shape) if _is_global(made) else made.shape)
-            total += 2.0 * math.prod(local[axis] for axis in contracted) * size
+            left, made = equation.invars[0].aval, equation.outvars[0].aval
+            # A sum over mesh axes is made whole on every device, and scattered over them after that.
+            summed = {axis for dimension in contracted for axis in _mesh_axes(left, dimension)}
+            sizes = [_local_size(left, dimension) for dimension in contracted]
+            sizes += [_local_size(made, dimension, summed) for dimension in range(len(_shape_of(equation.outvars[0])))]
+            total += 2.0 * math.prod(sizes)
         elif equation.primitive.name != "pallas_call":
             trips = equation.params["length"] if equation.primitive.name == "scan" else 1
             total += trips * sum(device_flops(inner) for inner in _inner_jaxprs(equation.params.values()))
     return total
 
 
-def _is_global(aval: Any) -> bool:
-    """Inside a `shard_map` shapes are those of one device."""
-    return not (aval.sharding.mesh.empty or aval.sharding.mesh.are_all_axes_manual)
+def _mesh_axes(aval: Any, dimension: int) -> tuple[str, ...]:
+    """Mesh axes that split a dimension of a traced array; none inside a `shard_map`, whose shapes are of one device."""
+    if aval.sharding.mesh.empty or aval.sharding.mesh.are_all_axes_manual:
+        return ()
+    axes = aval.sharding.spec[dimension]
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _local_size(aval: Any, dimension: int, besides: Collection[str] = ()) -> int:
+    """Length of a dimension on one device, as the mesh axes split it, less those `besides`."""
+    split = (aval.sharding.mesh.shape[axis] for axis in _mesh_axes(aval, dimension) if axis not in besides)
+    return -(-aval.shape[dimension] // math.prod(split))
 
 
 def _shape_of(variable: Any) -> tuple[int, ...]:
