@@ -3,7 +3,7 @@ r"""KuaiRand-27K, user-centric: 32 million videos, 27 thousand users, streams of
     tokenrec compile --config=configs/kuairand_27k.py --topology v5p:8x8x8
     tokenrec prepare kuairand --root DIR --download 27k --out data/kuairand_27k --valid-from 2022-05-03 \
         --test-from 2022-05-05
-    tokenrec train --config=configs/kuairand_27k.py --workdir=runs/kuairand_27k
+    tokenrec train --config=configs/kuairand_27k.py --workdir=runs/kuairand_27k --distributed
 
 Hardware: 512 TPU v5p chips. Nobody has trained it: benchmarks/results/pods.md has what the compiler says of it, and
 `steps` is a plan. Before the data is prepared, `compile` and `describe` read the sizes of its tables from

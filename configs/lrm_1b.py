@@ -3,7 +3,7 @@ r"""A large recommendation model: 1.2 billion dense weights over soft tokens of 
     tokenrec compile --config=configs/lrm_1b.py --topology v5p:8x8x8
     tokenrec prepare kuairand --root DIR --download 27k --out data/kuairand_27k --valid-from 2022-05-03 \
         --test-from 2022-05-05
-    tokenrec train --config=configs/lrm_1b.py --workdir=runs/lrm_1b
+    tokenrec train --config=configs/lrm_1b.py --workdir=runs/lrm_1b --distributed
 
 Hardware: 512 TPU v5p chips. Nobody has trained it: benchmarks/results/pods.md has what the compiler says of it, and
 `steps` is a plan. Before the data is prepared, `compile` and `describe` read the sizes of its tables from

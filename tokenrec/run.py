@@ -60,7 +60,8 @@ def _write(config: Config, schema: Schema, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / CONFIG_FILE
     if path.is_file():
-        before, now = _flat(json.loads(path.read_text())), _flat(json.loads(to_json(config)))
+        # A field that the run's version did not have takes its default.
+        before, now = (_flat(json.loads(to_json(one))) for one in (from_json(path.read_text()), config))
         changed = [
             f"{field}: {before.get(field)!r} -> {now.get(field)!r}"
             for field in sorted(before.keys() | now.keys())

@@ -58,7 +58,6 @@ def _problems(c: Config) -> Iterator[str]:
         "tokens.history_cap": c.tokens.history_cap,
         "tokens.recent": c.tokens.recent,
         "head.negatives": c.head.negatives,
-        "tokens.replicate_rows": c.tokens.replicate_rows,
         "model.ffn_width": c.model.ffn_width,
         "train.eval_every": c.train.eval_every,
         "train.eval_samples": c.train.eval_samples,
@@ -67,6 +66,8 @@ def _problems(c: Config) -> Iterator[str]:
     }.items():
         if value < 0:
             yield f"{field}={value} must not be negative; 0 is the default"
+    if c.tokens.replicate_rows < 0:
+        yield f"tokens.replicate_rows={c.tokens.replicate_rows} must not be negative; 0 spreads every table"
     if any(value < 1 for value in positive.values()):
         return
     if c.model.width % c.model.heads:

@@ -110,7 +110,7 @@ def implementation_of(
 def product_flops(jaxpr: Jaxpr) -> float:
     """FLOPs of the matrix products of a traced program, global shapes, attention left out.
 
-    Attention is the only `shard_map` there. Bodies of scans count as often as they run, of `while` once.
+    Attention is the only `shard_map` with products there. Bodies of scans count as often as they run, of `while` once.
     """
     total = 0.0
     for equation in jaxpr.eqns:

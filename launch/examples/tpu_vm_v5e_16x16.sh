@@ -74,7 +74,7 @@ setup() {
 }
 
 start() {
-  on_every_host "sudo systemd-run --unit=$NAME --property=TimeoutStopSec=$GRACE_SECONDS bash \$PWD/$NAME.sh host-train"
+  on_every_host "sudo systemd-run --collect --unit=$NAME --property=TimeoutStopSec=$GRACE_SECONDS bash \$PWD/$NAME.sh host-train"
 }
 
 # Below: what runs on a host.

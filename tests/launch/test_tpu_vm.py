@@ -62,7 +62,7 @@ def test_up_asks_for_the_slice_and_starts_every_host(script: Path) -> None:
     assert calls[2].startswith(f"gcloud compute tpus queued-resources scp {script} synthetic:synthetic.sh --node=all")
     assert [call for call in calls[3:] if "--node=all --worker=all" in call] == calls[3:]
     assert "bash synthetic.sh host-setup" in calls[3]
-    assert "sudo systemd-run --unit=synthetic" in calls[4]
+    assert "sudo systemd-run --collect --unit=synthetic" in calls[4]
     assert "host-train" in calls[4]
 
 

@@ -5,11 +5,13 @@ import pytest
 
 from tests.ops.test_lookup import dense_adagrad
 from tests.worlds import mesh_of
+from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.ops import exchange
 from tokenrec.ops.exchange import CYCLE, Exchange, places_of, plan_exchange, stored_rows
-from tokenrec.ops.lookup import RowsState
-from tokenrec.sharding import RULES
+from tokenrec.ops.lookup import RowsState, build_stacks
+from tokenrec.ops.tables import stored
+from tokenrec.sharding import RULES, make_mesh
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)]
 ROWS, WIDTH, BATCH = 2 * CYCLE, 4, 16
@@ -112,3 +114,10 @@ def test_what_cannot_be_dealt_out_is_refused():
         exchange.check_owners(5)
     with pytest.raises(InputError, match="embedding_dims"):
         stored_rows(2**31)
+
+
+def test_devices_that_rows_cannot_be_dealt_to_are_refused_before_a_table_is_made():
+    stack = build_stacks({"video": 5000}, {"video": 8}, 100)["width_8_spread"]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:5])
+    with jax.set_mesh(mesh), pytest.raises(InputError, match=r"5 devices.*tokens.replicate_rows"):
+        stored(stack)

@@ -30,8 +30,13 @@ class Found(NamedTuple):
 
 
 def stored(stack: Stack) -> tuple[tuple[int, int], PartitionSpec]:
-    """Shape and partition of the array of a stack; that of its AdaGrad sums has the first dimension alone."""
+    """Shape and partition of the array of a stack; that of its AdaGrad sums has the first dimension alone.
+
+    Raises:
+      InputError: the mesh in use cannot deal the rows of a spread stack out evenly, or they are too many.
+    """
     if stack.spread:
+        exchange.check_owners(jax.sharding.get_abstract_mesh().size)
         return (exchange.stored_rows(stack.rows), stack.width), RULES("rows", None)
     return (stack.rows, stack.width), RULES(None, None)
 
