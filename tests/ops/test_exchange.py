@@ -8,7 +8,7 @@ from tests.worlds import mesh_of
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.ops import exchange
-from tokenrec.ops.exchange import CYCLE, Exchange, places_of, plan_exchange, stored_rows
+from tokenrec.ops.exchange import CYCLE, Exchange, ids_of, places_of, plan_exchange, stored_rows
 from tokenrec.ops.lookup import RowsState, build_stacks
 from tokenrec.ops.tables import stored
 from tokenrec.sharding import RULES, make_mesh
@@ -21,8 +21,9 @@ TOTAL = RANDOM.random(ROWS).astype(np.float32)
 # Two arrays of ids, as of two parts of a batch; some rows are read by several shards, some often by one.
 IDS = [RANDOM.integers(0, 60, (BATCH,)).astype(np.int32), RANDOM.integers(0, ROWS, (BATCH, 3)).astype(np.int32)]
 TARGETS = [RANDOM.normal(size=(*ids.shape, WIDTH)).astype(np.float32) for ids in IDS]
-# All on one device, whatever the mesh: the first rows of the cycle.
-CROWDED = [np.arange(BATCH, dtype=np.int32) % 7, (np.arange(BATCH * 3, dtype=np.int32) * 3 % 40).reshape(BATCH, 3)]
+# All on one device, whatever the mesh: the first places.
+FIRST = np.asarray(ids_of(np.arange(40), ROWS)).astype(np.int32)
+CROWDED = [FIRST[np.arange(BATCH) % 7], FIRST[np.arange(BATCH * 3) * 3 % 40].reshape(BATCH, 3)]
 
 
 def step(plan: Exchange, table, total, ids, targets, apply):
@@ -105,8 +106,11 @@ def test_places_are_a_permutation_that_deals_neighbours_to_different_devices():
     places = np.asarray(places_of(np.arange(rows), rows))
     assert np.array_equal(np.sort(places), np.arange(rows))
     for devices in (8, 256, 768):
-        owners = places[:CYCLE] // (rows // devices)
-        assert np.array_equal(np.bincount(owners), np.full(devices, CYCLE // devices))
+        owners = places // (rows // devices)
+        assert np.array_equal(np.bincount(owners[:CYCLE]), np.full(devices, CYCLE // devices))
+        for first in (0, 777, 50_000):  # the first rows are often the most popular ones
+            assert np.bincount(owners[first : first + 4 * devices], minlength=devices).max() <= 6
+    assert np.array_equal(ids_of(places, rows), np.arange(rows))
 
 
 def test_what_cannot_be_dealt_out_is_refused():

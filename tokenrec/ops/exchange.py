@@ -1,7 +1,7 @@
 """Tables whose rows lie over all devices: ids travel to the owners, rows and gradients back; the table never.
 
 The devices that share a part of the batch, one for each place along `tensor`, are a *batch shard*; it looks up its own
-distinct ids. Row r is stored at `places_of(r)`, cyclic over `CYCLE` virtual shards: rows that are read together lie on
+distinct ids. Row r is stored at `places_of(r)`, dealt out over `CYCLE` virtual shards: rows with near numbers lie on
 different devices, and how a table is stored does not depend on the mesh. Every device owns a run of places. Of a
 batch shard, the device at place t along `tensor` asks only the owners at place t; the rows are gathered over `tensor`.
 
@@ -31,6 +31,9 @@ from tokenrec.ops.lookup import RowsState, update_rows
 from tokenrec.sharding import AXES, RULES
 
 CYCLE = 12_288  # 3 x 2^12: a multiple of the chips of most pods
+# Near the golden section of the cycle, and coprime to it: any run of row numbers is dealt out evenly.
+STRIDE = 7597
+_BACK = pow(STRIDE, -1, CYCLE)
 BATCH_AXES, SHARE_AXIS = ("data", "fsdp"), "tensor"
 
 
@@ -96,12 +99,12 @@ def stored_rows(rows: int) -> int:
 
 def places_of(ids: jax.Array, rows: int) -> jax.Array:
     """Where the rows `ids` of a table of `rows` stored rows lie; a permutation."""
-    return ids % CYCLE * (rows // CYCLE) + ids // CYCLE
+    return ids % CYCLE * STRIDE % CYCLE * (rows // CYCLE) + ids // CYCLE
 
 
 def ids_of(places: jax.Array, rows: int) -> jax.Array:
     """Inverse of `places_of`."""
-    return places % (rows // CYCLE) * CYCLE + places // (rows // CYCLE)
+    return places % (rows // CYCLE) * CYCLE + places // (rows // CYCLE) * _BACK % CYCLE
 
 
 def plan_exchange(rows: int, ids: int) -> Exchange:
