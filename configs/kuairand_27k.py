@@ -5,8 +5,8 @@ r"""KuaiRand-27K, user-centric: 32 million videos, 27 thousand users, streams of
         --test-from 2022-05-05
     tokenrec train --config=configs/kuairand_27k.py --workdir=runs/kuairand_27k --distributed
 
-Hardware: 512 TPU v5p chips. Nobody has trained it: benchmarks/results/pods.md has what the compiler says of it, and
-`steps` is a plan. Before the data is prepared, `compile` and `describe` read the sizes of its tables from
+Hardware: 512 TPU v5p chips. Nobody has trained it, and benchmarks/results/pods.md has no row of it yet; `steps` is a
+plan. Before the data is prepared, `compile` and `describe` read the sizes of its tables from
 configs/schemas/kuairand_27k.json, where some are assumptions.
 
 A user has some 11,800 rows, so that nearly every stream continues another: 256 events are history only, and 1,792
