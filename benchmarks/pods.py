@@ -49,9 +49,9 @@ class Plan(NamedTuple):
 
 PLANS = {
     ("lrm_1b", "v5p"): Plan(4, LONGEST_FSDP, "dots"),
-    ("lrm_1b", "v5e"): Plan(4, LONGEST_FSDP, "full"),
-    ("kuairand_27k", "v5p"): Plan(2, 1, "dots"),
-    ("kuairand_27k", "v5e"): Plan(2, 1, "full"),
+    ("lrm_1b", "v5e"): Plan(4, LONGEST_FSDP, "dots"),
+    ("kuairand_27k", "v5p"): Plan(2, 1, "none"),
+    ("kuairand_27k", "v5e"): Plan(2, 1, "none"),
     ("kuairand_pure_uc", "v5p"): Plan(64, 1, "none"),
     ("kuairand_pure_uc", "v5e"): Plan(64, 1, "none"),
 }

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.launch.conftest import TPU_VM, Launch
-from tokenrec.__main__ import _build_parser
+from tokenrec.__main__ import _parsers
 from tokenrec.flags import split_overrides
 
 DRY = ("--dry-run", "--skip-compile")
@@ -85,7 +85,7 @@ def test_hosts_train_an_installed_config_by_name_on_data_of_the_bucket(launch: L
         *("--data=/gcs/data/set_7", "--workdir=/gcs/runs/trial", "--quiet"),
     ]
     arguments, _ = split_overrides(command(out)[1:])
-    assert _build_parser()[0].parse_args(arguments).distributed
+    assert _parsers()[0].parse_args(arguments).distributed
     _, again, _ = launch(*DRY, config="configs/synthetic.py", name="trial")
     assert command(again)[3:5] == ["--config=synthetic", "--data=/gcs/data/synthetic"]
 
