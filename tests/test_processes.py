@@ -28,7 +28,7 @@ DRIVER = """
 import sys
 from tokenrec.__main__ import main
 from tokenrec.processes import join
-join()
+join(hears_stop=True)
 sys.exit(max([main(line.split()) for line in sys.argv[1:]]))
 """
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"

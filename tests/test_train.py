@@ -77,7 +77,7 @@ def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(data, tm
             values[record["step"]] = record["valid/macro_auc"]
     best = max(values, key=lambda step: values[step])
     assert summary["best_step"] == best
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert set(checkpoints.steps) == {best, 8}
     report = evaluate_run(tmp_path, "valid", "best", None)
     assert report["step"] == best

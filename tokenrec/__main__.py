@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import errno
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -21,8 +22,10 @@ from tokenrec.errors import (
     EXIT_DONE,
     EXIT_INPUT,
     EXIT_MEMORY,
+    EXIT_PREEMPTED,
     InputError,
     NonFiniteError,
+    Stopped,
 )
 from tokenrec.flags import load_config, split_overrides
 from tokenrec.json_file import write_json
@@ -70,6 +73,8 @@ def _explain(error: BaseException) -> int | None:
         case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
             # jax.errors.JaxRuntimeError, which the verbs without JAX need not import.
             message, code = f"out of device memory: {error}", EXIT_MEMORY
+        case Stopped():
+            message, code = str(error), EXIT_PREEMPTED if error.signal == signal.SIGTERM else EXIT_INTERRUPTED
         case KeyboardInterrupt():
             message, code = "interrupted", EXIT_INTERRUPTED
         case _:
@@ -101,7 +106,7 @@ def _run(argv: list[str]) -> int:
 def _run_with_others(args: argparse.Namespace) -> None:
     from tokenrec import processes
 
-    processes.join()
+    processes.join(hears_stop=args.run is _train)
     try:
         args.run(args)
     except BaseException as error:  # noqa: BLE001 - the process ends

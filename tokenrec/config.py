@@ -203,6 +203,9 @@ class OptimConfig:
       table_weight_decay: L2 pull on the rows that a batch touches.
       clip_norm: of the global gradient, each unique row counted once; 0 turns it off.
       accumulate: micro-batches per step; `data.batch_size` is split among them.
+      spike_norm: a gradient norm of more than so many times its running mean is a spike, and its step is skipped: it
+        changes nothing but the step number. 0 never. A step whose loss or gradient is not finite is always skipped.
+      max_skipped: skipped steps of a run, counted in the log; one more stops it (`tokenrec replay` shows why).
     """
 
     steps: int = 1000
@@ -217,6 +220,8 @@ class OptimConfig:
     epsilon: float = 1e-8
     clip_norm: float = 1.0
     accumulate: int = 1
+    spike_norm: float = 0.0
+    max_skipped: int = 0
 
 
 @dataclasses.dataclass
@@ -238,10 +243,13 @@ class TrainConfig:
       eval_samples: samples of the split that the loop evaluates; 0 is all.
       save_every: steps between checkpoints; 0 saves at the end only.
       keep: latest checkpoints kept, besides the best.
+      keep_every: checkpoints at multiples of so many steps are kept for good; 0 none.
       log_every: steps between log lines; the only host synchronisation.
       best_metric: decides the best checkpoint: "macro_auc", "macro_gauc" or "loss" (lower is better) of ranking,
         "recall@10" or "ndcg@10" of retrieval. "auto" is the macro AUC, or NDCG@10.
       patience: evaluations without a better value before the run stops; 0 never stops early.
+      hang_seconds: a run of which nothing is heard for so long (a step, a batch of an evaluation, a save, the first
+        step with its compilation) says where it stands and ends; 0 never.
     """
 
     stop_at: int = 0
@@ -250,9 +258,11 @@ class TrainConfig:
     eval_samples: int = 0
     save_every: int = 0
     keep: int = 2
+    keep_every: int = 0
     log_every: int = 20
     best_metric: Literal["auto", "macro_auc", "macro_gauc", "loss", "recall@10", "ndcg@10"] = "auto"
     patience: int = 0
+    hang_seconds: float = 1800.0
 
 
 @dataclasses.dataclass

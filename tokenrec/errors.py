@@ -9,7 +9,8 @@ EXIT_DONE = 0
 EXIT_INPUT = 2
 EXIT_MEMORY = 3
 EXIT_BAD_STEPS = 4
-EXIT_PREEMPTED = 75
+EXIT_HUNG = 5
+EXIT_PREEMPTED = 75  # sysexits.h: try again
 
 
 class InputError(ValueError):
@@ -18,6 +19,14 @@ class InputError(ValueError):
 
 class NonFiniteError(ArithmeticError):
     """A step produced a loss or gradient that is not finite; the message names the step and the batch."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; the message names the step, which is saved."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -58,20 +58,29 @@ def finder(model: Model, dataset: Dataset) -> Callable[[TrainState, Batch], Foun
 
 
 def assessor(model: Model, dataset: Dataset, mesh: Mesh) -> Callable[..., dict[str, Any]]:
-    """`assess(state, split, limit=0) -> report`, of ranking or of retrieval; compiled once. Call it under the mesh."""
+    """`assess(state, split, limit=0, pulse=None) -> report`, of ranking or of retrieval; compiled once. Call it under
+    the mesh. `pulse()` is called after every batch; what it raises ends the evaluation.
+    """
     config = model.config
     if config.data.objective == "retrieval":
         find = finder(model, dataset)
         listed = config.head.beams if config.head.retrieval == "semantic_id" else None
-        return lambda state, split, limit=0: summarize(
-            find_split(functools.partial(find, state), config, dataset, split, mesh, limit=limit),
+        return lambda state, split, limit=0, pulse=None: summarize(
+            _pulsed(find_split(functools.partial(find, state), config, dataset, split, mesh, limit=limit), pulse),
             model.schema.items,
             listed=listed,
         )
     step = compiled_eval_step(model)
-    return lambda state, split, limit=0: evaluate(
-        score_split(step, state, config, dataset, split, mesh, limit=limit), model.tasks
+    return lambda state, split, limit=0, pulse=None: evaluate(
+        _pulsed(score_split(step, state, config, dataset, split, mesh, limit=limit), pulse), model.tasks
     )
+
+
+def _pulsed[T](parts: Iterator[T], pulse: Callable[[], None] | None) -> Iterator[T]:
+    for part in parts:
+        yield part
+        if pulse is not None:
+            pulse()
 
 
 def score_split(

@@ -26,9 +26,12 @@ _LAST_WORDS_SECONDS = 2
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def join() -> None:
+def join(*, hears_stop: bool = False) -> None:
     """Joins the other processes, once; call it before anything else of JAX. If they do not come within 300 seconds,
     JAX aborts the process.
+
+    Args:
+      hears_stop: SIGTERM does not end the process: JAX tells all processes of it (`interruption.py`).
 
     The variables `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` decide if
     all three are set; otherwise JAX asks the TPU pod, Slurm, Open MPI or Kubernetes.
@@ -39,8 +42,7 @@ def join() -> None:
     if jax.distributed.is_initialized():
         return
     given = [os.environ.get(name) for name in _VARIABLES]
-    # SIGTERM is to end a process, as it does without the others; JAX's service would catch it.
-    jax.config.update("jax_enable_preemption_service", False)
+    jax.config.update("jax_enable_preemption_service", hears_stop)
     try:
         if all(given):
             address, *numbers = given
@@ -78,6 +80,18 @@ def of_first(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def of_all(text: str) -> list[str]:
+    """The texts of all processes."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(max(int(np.max(lengths)), 1), np.uint8)
+    padded[: len(data)] = data
+    texts = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:length].tobytes().decode() for row, length in zip(texts, lengths, strict=True)]
+
+
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
     """Wrong input that any process finds inside is an InputError in every process at the end. Nothing inside may
@@ -92,7 +106,7 @@ def all_or_none() -> Iterator[None]:
         problem = error
     if jax.process_count() == 1:
         return
-    problems = _gather("" if problem is None else f"process {jax.process_index()}: {problem}")
+    problems = of_all("" if problem is None else f"process {jax.process_index()}: {problem}")
     if problem is not None:
         raise problem
     if any(problems):
@@ -133,13 +147,3 @@ def _text_of_first(text: str) -> str:
     length = of_first(len(data))
     mine = data if is_first() else np.zeros(length, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes().decode()
-
-
-def _gather(text: str) -> list[str]:
-    """The texts of all processes."""
-    data = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(len(data)))
-    padded = np.zeros(max(int(np.max(lengths)), 1), np.uint8)
-    padded[: len(data)] = data
-    texts = np.asarray(multihost_utils.process_allgather(padded))
-    return [row[:length].tobytes().decode() for row, length in zip(texts, lengths, strict=True)]

@@ -23,7 +23,7 @@ SCHEMA_FILE = "schema.json"
 
 # Sections and fields that a resumed run may change: they do not touch what is learned from the steps already made.
 FREE_TO_CHANGE = (
-    *("train", "mesh", "data.path", "data.name", "data.schema", "data.eval_batch_size"),
+    *("train", "optim.max_skipped", "mesh", "data.path", "data.name", "data.schema", "data.eval_batch_size"),
     *("head.beams", "head.top_k", "head.drop_seen"),
 )
 
@@ -127,7 +127,7 @@ def open_run(workdir: Path, checkpoint: str, data: Path | None) -> Run:
         check_schema(dataset.schema, workdir)
         model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
     processes.agree(identity(config, dataset) | {"--checkpoint": checkpoint})
-    with Checkpoints(workdir, keep=config.train.keep) as checkpoints:
+    with Checkpoints(workdir) as checkpoints:
         step, state = checkpoints.load_state(checkpoint, abstract_state(model))
     return Run(model, dataset, step, state)
 

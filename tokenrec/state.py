@@ -38,7 +38,8 @@ class TrainState:
       step: `[] int32`, updates made.
       params: dense weights by name ("backbone/blocks/0/gate/bias").
       tables: stacks of embedding tables, `[rows, width]`, as they are stored (ops/tables.py).
-      opt_state: `{"dense": optax state, "rows": {stack: RowsState}}`.
+      opt_state: `{"dense": optax state, "rows": {stack: RowsState}}`, and with `optim.spike_norm` `"norm": []`, the
+        running mean of gradient norms, 0 before the first.
     """
 
     step: jax.Array
@@ -131,7 +132,9 @@ def init_state(model: Model, seed: int) -> TrainState:
         shape, spec = stored(stack)
         tables[name] = draw(key, shape, TABLE_DEVIATION, spec)
         rows[name] = RowsState(jnp.zeros(shape[:1], out_sharding=PartitionSpec(spec[0])))
-    opt_state = {"dense": dense_optimizer(model.config.optim).init(params), "rows": rows}
+    opt_state: dict[str, Any] = {"dense": dense_optimizer(model.config.optim).init(params), "rows": rows}
+    if model.config.optim.spike_norm:
+        opt_state["norm"] = jnp.zeros((), out_sharding=RULES())
     return TrainState(jnp.zeros((), jnp.int32, out_sharding=RULES()), params, tables, opt_state)
 
 

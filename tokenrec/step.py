@@ -18,18 +18,20 @@ from tokenrec.state import Model, TrainState, merge
 from tokenrec.tokens.embed import ITEM_ROWS, Entity, inverses, samples_items
 
 Inverses = dict[str, dict[str, jax.Array]]
+NORM_RATE = 0.01  # of the running mean of gradient norms: its memory is some 100 steps
 TRAINED = ("backbone/", "head/")  # weights that random tokens leave to be trained
 
 
 class Metrics(NamedTuple):
-    """Scalars of a step, on the device until the loop logs. `finite` False: the update was not made. `rounds`: how
-    often rows of spread tables were exchanged, 1 unless the ids fell on few devices, 0 without such tables.
+    """Scalars of a step, on the device until the loop logs. `applied` False: the update was not made, because loss or
+    gradient was not finite or a spike. `rounds`: how often rows of spread tables were exchanged, 1 unless the ids fell
+    on few devices, 0 without such tables.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
     examples: jax.Array
-    finite: jax.Array
+    applied: jax.Array
     rounds: jax.Array
 
 
@@ -124,7 +126,9 @@ def _micro_batches(tree: Any, count: int) -> Any:
 
 
 def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    """One update. A step whose loss or gradient is not finite changes nothing but the step number."""
+    """One update. A step whose loss or gradient is not finite, or whose gradient is a spike, changes nothing but the
+    step number.
+    """
     optim = model.config.optim
     key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
     batch = with_negatives(model, batch, jax.random.fold_in(key, optim.accumulate))
@@ -148,18 +152,24 @@ def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainStat
 
     summed = {name: collect(state.tables[name], found[name], by_row[name]) for name in found}
     norm = global_norm(dense, summed)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    scale = jnp.where(finite, clip_scale(norm, optim.clip_norm), 0.0)
+    applied = jnp.isfinite(loss) & jnp.isfinite(norm)
+    mean = {}
+    if optim.spike_norm:
+        before = state.opt_state["norm"]
+        applied &= (before == 0) | (norm <= optim.spike_norm * before)
+        now = jnp.where(before == 0, norm, before + NORM_RATE * (norm - before))
+        mean = {"norm": jnp.where(applied, now, before)}
+    scale = jnp.where(applied, clip_scale(norm, optim.clip_norm), 0.0)
     # 0 x inf is NaN, so gradients of a bad step are replaced, not scaled; they are small beside a table.
     scaled = {name: some.gradients for name, some in summed.items()}
-    dense, by_row, scaled = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), (dense, by_row, scaled))
+    dense, by_row, scaled = jax.tree.map(lambda g: jnp.where(applied, g * scale, 0.0), (dense, by_row, scaled))
 
     updates, dense_state = dense_optimizer(optim).update(dense, state.opt_state["dense"], state.params)
     if model.config.tokens.random_tokens:
         # Weight decay would move what has no gradient.
         updates = {name: u if name.startswith(TRAINED) else jnp.zeros_like(u) for name, u in updates.items()}
-    params = jax.tree.map(lambda w, u: jnp.where(finite, w + u, w), state.params, updates)
-    dense_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), dense_state, state.opt_state["dense"])
+    params = jax.tree.map(lambda w, u: jnp.where(applied, w + u, w), state.params, updates)
+    dense_state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), dense_state, state.opt_state["dense"])
     rate = schedule(optim, optim.table_learning_rate)(state.step)
     tables, rows_state = dict(state.tables), dict(state.opt_state["rows"])
     for name in found:
@@ -171,11 +181,11 @@ def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainStat
             summed[name]._replace(gradients=scaled[name]),
             rate=rate,
             decay=optim.table_weight_decay,
-            apply=finite,
+            apply=applied,
         )
     rounds = jnp.max(jnp.stack([of.rounds for of in found.values()])) if found else jnp.int32(0)
-    new = TrainState(state.step + 1, params, tables, {"dense": dense_state, "rows": rows_state})
-    return new, Metrics(loss, norm, jnp.sum(batch.weight), finite, rounds)
+    new = TrainState(state.step + 1, params, tables, {"dense": dense_state, "rows": rows_state} | mean)
+    return new, Metrics(loss, norm, jnp.sum(batch.weight), applied, rounds)
 
 
 def step_loss(model: Model, state: TrainState, batch: Batch) -> jax.Array:

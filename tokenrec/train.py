@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import signal
+import sys
+import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +17,13 @@ import jax
 import numpy as np
 
 from tokenrec import processes
-from tokenrec.checkpoint import Checkpoints, Progress
+from tokenrec.checkpoint import Progress, RunCheckpoints
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
-from tokenrec.errors import NonFiniteError
+from tokenrec.errors import NonFiniteError, Stopped
 from tokenrec.evaluate import assessor
+from tokenrec.interruption import Heard, Interruption
 from tokenrec.logbook import Logbook, Throughput
 from tokenrec.models.block import check_mesh
 from tokenrec.run import identity, start_run
@@ -26,17 +31,21 @@ from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, ow
 from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import Metrics, train_step
 from tokenrec.validation import validate
+from tokenrec.watchdog import Watchdog
 
 
 def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, Any]:
     """Trains, or resumes, the run in `workdir`, together with the other processes if there are any.
 
     Returns:
-      `{"step", "best_step", "best", "examples_per_second", "evaluation"}`; `evaluation` is the last one, or None.
+      `{"step", "best_step", "best", "skipped", "examples_per_second", "evaluation"}`; `evaluation` is the last one,
+      or None.
 
     Raises:
       InputError: the config, the data set or the run in `workdir` do not go together.
-      NonFiniteError: a loss or gradient was not finite; nothing was saved since the step before it.
+      NonFiniteError: a step more than `optim.max_skipped` had a loss or gradient that was not finite, or a spike; the
+        checkpoints before it stay.
+      Stopped: a signal asked for it; the last step is saved.
     """
     with processes.all_or_none():
         config = validate(config)
@@ -56,8 +65,17 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        interruption = stack.enter_context(Interruption())
+        watch = stack.enter_context(
+            Watchdog(config.train.hang_seconds, workdir, jax.process_index(), jax.process_count())
+        )
         assess = assessor(model, dataset, mesh)
-        checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.train.keep))
+        checkpoints = stack.enter_context(
+            RunCheckpoints(
+                workdir, keep=config.train.keep, keep_every=config.train.keep_every, about=dataclasses.asdict(config)
+            )
+        )
+        watch.at("restoring the latest checkpoint")
         restored = checkpoints.restore(abstract_state(model))
         step, state, reached = restored or (0, init_state(model, config.seed), Progress())
         with processes.all_or_none():
@@ -69,43 +87,69 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
                 logbook = Logbook(workdir, progress=progress, total_steps=stop_at, start_step=step)
                 log = stack.enter_context(logbook).log
         throughput = Throughput()
-        pending, compiled, report = _Pending(throughput), set(), None
-        fresh = restored is None  # a restored step was evaluated before it was saved
+        pending, compiled, report = _Pending(throughput, config), set(), None
+        fresh = restored is None or not reached.assessed  # else a restored step was evaluated before it was saved
+
+        def pulse() -> None:
+            watch.at(f"step {step:,}: evaluation")
+            interruption.obey()
+
         while True:
             last, value = step >= stop_at, None
             best = stop = False
+            asked = interruption.asked()
             if evaluates and step and fresh and (last or _due(step, config.train.eval_every)):
+                reached = dataclasses.replace(reached, assessed=False)
+                with throughput.excluded(), contextlib.suppress(Heard):
+                    watch.at(f"step {step:,}: waiting for the devices, then evaluation")
+                    reached = pending.check(step, reached)[1]
+                    interruption.obey()
+                    report = assess(state, config.train.eval_split, config.train.eval_samples, pulse)
+                    log(step, _flat_report(report), config.train.eval_split)
+                    value = _value(report, config)
+                    reached, best = _advance(reached, step, value)
+                    stop = 0 < config.train.patience <= reached.waited
+                asked = interruption.heard
+            due = last or best or stop or asked or _due(step, config.train.save_every)
+            if step and fresh and due:
                 with throughput.excluded():
-                    pending.check(step)
-                    report = assess(state, config.train.eval_split, config.train.eval_samples)
-                log(step, _flat_report(report), config.train.eval_split)
-                value = _value(report, config)
-                reached, best = _advance(reached, step, value)
-                stop = 0 < config.train.patience <= reached.waited
-            if step and fresh and (last or best or stop or _due(step, config.train.save_every)):
-                with throughput.excluded():
-                    pending.check(step)
+                    watch.at(f"step {step:,}: waiting for the devices and the save before")
+                    reached = pending.check(step, reached)[1]
+                    began = time.perf_counter()
                     checkpoints.save(step, state, reached, value)
+                    log(step, {"blocked_seconds": time.perf_counter() - began}, "save")
+            if asked and not ((last or stop) and reached.assessed):
+                watch.at(f"step {step:,}: the last save")
+                checkpoints.wait()
+                name = signal.Signals(asked).name
+                raise Stopped(f"{name}: stopped at step {step:,}, which is saved; the same command goes on", asked)
             if last or stop:
                 break
+            watch.at(f"step {step:,}: waiting for the input")
             host = next(data)
             batch = to_devices(host.batch, mesh)
             timed = batch.valid.shape in compiled
             if timed:
+                watch.at(f"step {step:,}: handing it to the devices")
                 state, metrics = step_fn(model, state, batch)
             else:
+                watch.at(f"step {step:,}: compiling it, and waiting for the devices")
                 with throughput.excluded():
                     state, metrics = jax.block_until_ready(step_fn(model, state, batch))
                 compiled.add(batch.valid.shape)
             pending.add(metrics, host.rows, timed)
             step, fresh = step + 1, True
             if step % config.train.log_every == 0 or step == stop_at:
-                means = pending.check(step)  # the only host synchronisation
+                watch.at(f"step {step:,}: waiting for the devices")
+                means, reached = pending.check(step, reached)  # the only host synchronisation
                 log(step, means | {"examples_per_second": throughput.rate()})
+        watch.at(f"step {step:,}: the last save")
+        checkpoints.wait()
         return {
             "step": step,
             "best_step": reached.best_step,
             "best": reached.best,
+            "skipped": reached.skipped,
             "examples_per_second": throughput.average(),
             "evaluation": report,
         }
@@ -114,39 +158,53 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
 class _Pending:
     """Metrics of the steps since the host last waited for the device, and the rows that each of them read here."""
 
-    def __init__(self, throughput: Throughput) -> None:
-        self._throughput = throughput
+    def __init__(self, throughput: Throughput, config: Config) -> None:
+        self._throughput, self._optim = throughput, config.optim
         self._waiting: deque[tuple[Metrics, np.ndarray, bool]] = deque()
 
     def add(self, metrics: Metrics, rows: np.ndarray, timed: bool) -> None:
         self._waiting.append((metrics, rows, timed))
 
-    def check(self, step: int) -> dict[str, float]:
-        """Means since the last call, whose timed examples the throughput counts, and the most rounds that spread tables
-        took; `step` updates are made.
+    def check(self, step: int, reached: Progress) -> tuple[dict[str, float], Progress]:
+        """Means since the last call, whose timed examples the throughput counts, the most rounds that spread tables
+        took, and the steps skipped so far if there are any; `step` updates are made. And the progress with these.
 
         Raises:
-          NonFiniteError: in every process; names the first bad step and the rows of its batch that lie here.
+          NonFiniteError: in every process, of a skipped step too many; names it and the rows of its batch that lie
+            here.
         """
         waiting = list(self._waiting)
         self._waiting.clear()
         fetched = jax.device_get([metrics for metrics, _, _ in waiting])
-        for number, (metrics, (_, rows, timed)) in enumerate(zip(fetched, waiting, strict=True)):
+        for number, (metrics, (_, rows, timed)) in enumerate(zip(fetched, waiting, strict=True), step - len(waiting)):
             if timed:
                 self._throughput.add(int(metrics.examples))
-            if not metrics.finite:
-                read = np.unique(rows[rows >= 0])
-                shown = ", ".join(map(str, read[:8]))
-                raise NonFiniteError(
-                    f"step {step - len(waiting) + number}: loss={metrics.loss}, gradient norm={metrics.grad_norm}; the "
-                    f"update was not made. {_whose_batch()} read {len(read)} rows of train: {shown}, ...; lower "
-                    "optim.learning_rate or optim.clip_norm, or look for extreme values in these rows"
-                )
-        if not fetched:
-            return {}
-        means = {name: float(np.mean([getattr(m, name) for m in fetched])) for name in ("loss", "grad_norm")}
+            if not metrics.applied:
+                reached = dataclasses.replace(reached, skipped=reached.skipped + 1)
+                self._skipped(number, metrics, rows, reached.skipped)
+        made = [metrics for metrics in fetched if metrics.applied]
+        if not made:
+            return {}, reached
+        means = {name: float(np.mean([getattr(m, name) for m in made])) for name in ("loss", "grad_norm")}
         rounds = max(int(m.rounds) for m in fetched)
-        return means | ({"exchange_rounds": rounds} if rounds else {})
+        more = {"exchange_rounds": rounds} if rounds else {}
+        return means | more | ({"skipped": reached.skipped} if reached.skipped else {}), reached
+
+    def _skipped(self, step: int, metrics: Metrics, rows: np.ndarray, count: int) -> None:
+        finite = np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)
+        spike = f", more than optim.spike_norm={self._optim.spike_norm:g} times its mean" if finite else ""
+        found = f"step {step}: loss={metrics.loss}, gradient norm={metrics.grad_norm}{spike}; the update was not made"
+        if count <= self._optim.max_skipped:
+            if processes.is_first():
+                print(f"tokenrec: {found}; {count} of optim.max_skipped={self._optim.max_skipped}", file=sys.stderr)
+            return
+        read = np.unique(rows[rows >= 0])
+        shown = ", ".join(map(str, read[:8]))
+        raise NonFiniteError(
+            f"{found}. {_whose_batch()} read {len(read)} rows of train: {shown}, ...; `tokenrec replay --step {step}` "
+            f"shows more. Lower optim.learning_rate or optim.clip_norm, look for extreme values in these rows, or let "
+            f"the run go on without such steps: optim.max_skipped={count}"
+        )
 
 
 def _whose_batch() -> str:
@@ -176,8 +234,8 @@ def _value(report: dict[str, Any], config: Config) -> float | None:
 def _advance(reached: Progress, step: int, value: float | None) -> tuple[Progress, bool]:
     """Progress after an evaluation, and whether it is the best so far."""
     if value is not None and (reached.best is None or value > reached.best):
-        return Progress(value, step, 0), True
-    return Progress(reached.best, reached.best_step, reached.waited + 1), False
+        return dataclasses.replace(reached, best=value, best_step=step, waited=0, assessed=True), True
+    return dataclasses.replace(reached, waited=reached.waited + 1, assessed=True), False
 
 
 def _flat_report(report: dict[str, Any]) -> dict[str, float | None]:

@@ -51,7 +51,7 @@ def _problems(c: Config) -> Iterator[str]:
     for field, value in positive.items():
         if value < 1:
             yield f"{field}={value} must be at least 1"
-    for field, value in {
+    natural: dict[str, float] = {
         "seed": c.seed,
         "tokens.user_tokens": c.tokens.user_tokens,
         "tokens.hidden": c.tokens.hidden,
@@ -63,9 +63,13 @@ def _problems(c: Config) -> Iterator[str]:
         "train.eval_samples": c.train.eval_samples,
         "train.save_every": c.train.save_every,
         "train.patience": c.train.patience,
-    }.items():
-        if value < 0:
-            yield f"{field}={value} must not be negative; 0 is the default"
+        "train.keep_every": c.train.keep_every,
+        "train.hang_seconds": c.train.hang_seconds,
+        "optim.max_skipped": c.optim.max_skipped,
+    }
+    for field, number in natural.items():
+        if number < 0:
+            yield f"{field}={number} must not be negative"
     if c.tokens.replicate_rows < 0:
         yield f"tokens.replicate_rows={c.tokens.replicate_rows} must not be negative; 0 spreads every table"
     if any(value < 1 for value in positive.values()):
@@ -121,6 +125,8 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("weight_decay", "table_weight_decay", "clip_norm", "final_fraction"):
         if not getattr(c.optim, name) >= 0:
             yield f"optim.{name}={getattr(c.optim, name)} must not be negative"
+    if c.optim.spike_norm and c.optim.spike_norm <= 1:
+        yield f"optim.spike_norm={c.optim.spike_norm} must be above 1, or 0 for none; norms vary"
     for axis in ("fsdp", "tensor"):
         if getattr(c.mesh, axis) < 1:
             yield f"mesh.{axis}={getattr(c.mesh, axis)} must be at least 1"
