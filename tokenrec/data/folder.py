@@ -15,11 +15,12 @@ import numpy as np
 from tokenrec.data import records
 from tokenrec.data.dataset import ITEMS
 from tokenrec.data.entities import Entities
+from tokenrec.data.metadata import Metadata
 from tokenrec.data.moments import Moments
-from tokenrec.data.schema import TEXT_TABLE, Feature, Metadata, Schema
+from tokenrec.data.schema import TEXT_TABLE, Feature, Schema
 from tokenrec.data.source import Provenance
-from tokenrec.data.tokenizer import save_tokenizer, table_rows, tokenizers_library, train_tokenizer
-from tokenrec.data.vocabulary import TableValues, save_vocabulary, semantic_rows
+from tokenrec.data.tokenizer import TOKENIZER_FILE, save_tokenizer, table_rows, tokenizers_library, train_tokenizer
+from tokenrec.data.vocabulary import TableValues, load_vocabulary, save_vocabulary, semantic_rows, value_tables
 from tokenrec.errors import InputError
 
 NOTHING_TO_LEARN = "rows(): no row is an event, scored, or has a label, so there is nothing to learn from"
@@ -101,7 +102,28 @@ def write_chunk_index(folder: Path, sizes: Mapping[str, Sequence[np.ndarray]]) -
         np.save(folder / records.INDEX / f"{split}.npy", np.concatenate(parts).astype(np.int64))
 
 
+def digest_ids(folder: Path, schema: Schema) -> str:
+    """SHA-256 of what ids stand for: the values of each vocabulary, the tokenizer, and the original ids of the items.
+
+    Of values and not of files, which another version of their library may write otherwise.
+    """
+    whole = hashlib.sha256()
+    values = {f"table {name}": load_vocabulary(folder, name) for name in value_tables(schema.features)}
+    for name, array in sorted((values | {"items": np.load(folder / ITEMS / "item_id.npy", mmap_mode="r")}).items()):
+        whole.update(f"{name}: {len(array)} {array.dtype.kind}\n".encode())
+        if array.dtype.kind == "i":
+            whole.update(np.ascontiguousarray(array, "<i8"))
+            continue
+        for value in array.tolist():
+            text = value.encode()
+            whole.update(len(text).to_bytes(4, "little") + text)
+    if TEXT_TABLE in {f.table_name for f in schema.features if f.kind == "text"}:
+        whole.update((folder / TOKENIZER_FILE).read_bytes())
+    return whole.hexdigest()
+
+
 def describe(
+    folder: Path,
     schema: Schema,
     tables: dict[str, int],
     moments: Sequence[Moments],
@@ -119,7 +141,9 @@ def describe(
     features = tuple(normalised.get(f.name, f) for f in schema.features)
     chunks = {f"chunks_{split}": sum(written.lengths) for split, written in shards.items()}
     return Metadata(
-        schema=dataclasses.replace(schema, features=features, tables=tables, items=counts["items"]),
+        schema=dataclasses.replace(
+            schema, features=features, tables=tables, items=counts["items"], ids_digest=digest_ids(folder, schema)
+        ),
         source=provenance.name,
         licence=provenance.licence,
         citation=provenance.citation,
