@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tokenize
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tokenrec.data import records
 from tokenrec.data.log import Catalogue, Log
 from tokenrec.data.metadata import load_manifest
 from tokenrec.data.ranges import check_catalogue, check_log
-from tokenrec.data.schema import Columns, Feature, Group, Schema, columns
+from tokenrec.data.schema import MOST_ROWS, Columns, Feature, Group, Schema, columns
 from tokenrec.data.semantic import SEMANTIC_ID, semantic_columns, with_semantic_id
 from tokenrec.data.source import SPLITS
 from tokenrec.errors import InputError, suggest
@@ -60,7 +61,7 @@ class Dataset:
         if split not in self._rows:
             name = f"{records.INDEX}/{split}.npy"
             rows = self._load_array(name)
-            if rows.shape != (expected,) or rows.dtype != np.int64 or (rows < 1).any():
+            if rows.shape != (expected,) or rows.dtype != np.int64 or not ((rows > 0) & (rows <= MOST_ROWS)).all():
                 raise InputError(
                     f"data: '{self.directory / name}' has the shape {rows.shape} of {rows.dtype}, not a number of rows "
                     f"for each of {expected} chunks; prepare the data set again"
@@ -83,23 +84,14 @@ class Dataset:
         row, user = records.row_dtype(full), records.user_dtype(full)
         picked = {group: _kept(full.group(group), self.schema.group(group)) for group in _GROUPS}
         strings = self.metadata.key_types["user_id"] == "string"
-        count, total = stop - start, int(offsets[-1])
-        tasks = len(full.tasks)
-        out = Log(
-            start=offsets,
-            user_id=np.empty(count, object if strings else np.int64),
-            user_ids=np.empty((count, len(picked["user"][0])), np.int32),
-            user_dense=np.empty((count, len(picked["user"][1])), np.float32),
-            time=np.empty(total, np.int64),
-            item=np.empty(total, np.int32),
-            flags=np.empty(total, np.uint8),
-            request=np.empty(total, np.int64),
-            labels=np.empty((total, tasks), np.int8),
-            row_ids=np.empty((total, len(picked["row"][0])), np.int32),
-            row_dense=np.empty((total, len(picked["row"][1])), np.float32),
-            action_ids=np.empty((total, len(picked["action"][0])), np.int32),
-            action_dense=np.empty((total, len(picked["action"][1])), np.float32),
-        )
+        widths = {group: (len(ids), len(dense)) for group, (ids, dense) in picked.items()}
+        try:
+            out = _empty_log(offsets, widths, len(full.tasks), object if strings else np.int64)
+        except MemoryError as error:
+            raise InputError(
+                f"data '{self.directory}', split '{split}': {offsets[-1]} rows do not fit in memory; use a smaller "
+                f"data.window_rows, or prepare the data set again if it has no such chunks"
+            ) from error
         at = 0
         for block in records.read_records(self.directory, split, self._lengths(split), start, stop):
             u, r = slice(at, at + len(block)), slice(int(offsets[at]), int(offsets[at + len(block)]))
@@ -147,10 +139,12 @@ class Dataset:
         path = self._manifest.check(name)
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, EOFError, *_HEADER_ERRORS) as error:
             raise InputError(f"data: cannot read '{path}': {error}; prepare the data set again") from error
 
 
+# What NumPy lets through when the header of a .npy file is no Python dictionary of the right entries.
+_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError, MemoryError, RecursionError)
 _GROUPS: tuple[Group, ...] = ("user", "row", "action")
 
 
@@ -174,6 +168,26 @@ def _kept(features: Sequence[Feature], kept: Sequence[Feature]) -> tuple[np.ndar
     dense = [np.arange(*layout.dense[f.name]) for f in kept if not f.is_integer]
     none = np.zeros(0, np.int64)
     return np.concatenate([none, *ids]), np.concatenate([none, *dense])
+
+
+def _empty_log(start: np.ndarray, widths: Mapping[Group, tuple[int, int]], tasks: int, user_id: type) -> Log:
+    """Arrays to be filled; `widths` are the columns of `ids` and `dense` of each group."""
+    chunks, rows = len(start) - 1, int(start[-1])
+    matrices = {}
+    for group, count in (("user", chunks), ("row", rows), ("action", rows)):
+        ids, dense = widths[group]  # type: ignore[index]
+        matrices[f"{group}_ids"] = np.empty((count, ids), np.int32)
+        matrices[f"{group}_dense"] = np.empty((count, dense), np.float32)
+    return Log(
+        start=start,
+        user_id=np.empty(chunks, user_id),
+        time=np.empty(rows, np.int64),
+        item=np.empty(rows, np.int32),
+        flags=np.empty(rows, np.uint8),
+        request=np.empty(rows, np.int64),
+        labels=np.empty((rows, tasks), np.int8),
+        **matrices,
+    )
 
 
 def _decode(block: list[bytes], id_type: type, where: str) -> list[records.Chunk]:

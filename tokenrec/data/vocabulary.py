@@ -186,8 +186,10 @@ def load_vocabulary(directory: Path, table: str) -> np.ndarray:
     if path is None:
         raise InputError(f"table '{table}' has no vocabulary in '{directory}'")
     try:
-        return pq.read_table(path)["value"].to_numpy()
-    except (pa.ArrowException, OSError, KeyError) as error:
+        values = pq.read_table(path)["value"]
+        values.validate(full=True)
+        return values.to_numpy()
+    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
         raise InputError(f"data: cannot read '{path}': {error}; prepare the data set again") from error
 
 
