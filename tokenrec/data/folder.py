@@ -23,6 +23,7 @@ from tokenrec.data.tokenizer import TOKENIZER_FILE, save_tokenizer, table_rows, 
 from tokenrec.data.vocabulary import TableValues, load_vocabulary, save_vocabulary, semantic_rows, value_tables
 from tokenrec.errors import InputError
 
+LONGEST_ITEM_ID = 1024  # characters
 NOTHING_TO_LEARN = "rows(): no row is an event, scored, or has a label, so there is nothing to learn from"
 
 
@@ -89,10 +90,22 @@ def write_catalogue(folder: Path, items: Entities) -> np.ndarray:
     rows[order] = np.arange(len(order), dtype=np.int32)
     target = folder / ITEMS
     target.mkdir()
-    np.save(target / "item_id.npy", values[order].astype(str) if values.dtype == object else values[order])
+    np.save(target / "item_id.npy", _fixed_width(values[order]) if values.dtype == object else values[order])
     np.save(target / "ids.npy", items.ids[order])
     np.save(target / "dense.npy", items.dense[order])
     return rows
+
+
+def _fixed_width(item_id: np.ndarray) -> np.ndarray:
+    """Strings as NumPy stores them: each as wide as the longest, and filled up with NUL."""
+    for value in item_id.tolist():
+        if len(value) > LONGEST_ITEM_ID or value.endswith("\0"):
+            reason = f"{len(value)} characters, but at most {LONGEST_ITEM_ID} are kept"
+            raise InputError(
+                f"item_id={value[:40]!r} has {reason if len(value) > LONGEST_ITEM_ID else 'a NUL at its end'}; give the "
+                f"item another id"
+            )
+    return item_id.astype(str)
 
 
 def write_chunk_index(folder: Path, sizes: Mapping[str, Sequence[np.ndarray]]) -> None:
@@ -136,8 +149,10 @@ def describe(
 ) -> Metadata:
     """Metadata of the folder, with the features normalised by `moments` and the chunks of each split counted."""
     normalised: dict[str, Feature] = {}
+    missing: dict[str, int] = {}
     for some in moments:
         normalised |= some.features()
+        missing |= {f"missing_train_{name}": count for name, count in some.missing.items() if count}
     features = tuple(normalised.get(f.name, f) for f in schema.features)
     chunks = {f"chunks_{split}": sum(written.lengths) for split, written in shards.items()}
     return Metadata(
@@ -148,7 +163,7 @@ def describe(
         licence=provenance.licence,
         citation=provenance.citation,
         checksums=checksums,
-        counts=dict(sorted({**counts, **chunks, **provenance.counts}.items())),
+        counts=dict(sorted({**counts, **chunks, **missing, **provenance.counts}.items())),
         options=dict(options),
         key_types=key_types,
     )

@@ -36,7 +36,7 @@ def load_semantic_ids(path: Path) -> SemanticIds:
     if not file.is_file():
         raise InputError(f"semantic ids '{file}' do not exist; make them with `tokenrec semantic-ids`")
     try:
-        table = pq.read_table(file)
+        table = pq.read_table(file, page_checksum_verification=True)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise InputError(f"semantic ids '{file}' are not a Parquet file: {error}; make them again") from error
@@ -63,7 +63,7 @@ def save_semantic_ids(ids: SemanticIds, file: Path) -> None:
     table = pa.table({"item_id": item_id, "codes": codes}).replace_schema_metadata({_DIGEST: _digest(ids)})
     partial = file.with_name(f".{file.name}.incomplete-{os.getpid()}")
     try:
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, write_page_checksum=True)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def collision_groups(codes: np.ndarray) -> np.ndarray:
 
 
 def _digest(ids: SemanticIds) -> bytes:
-    """SHA-256 of the ids and codes, which Parquet itself does not protect."""
+    """SHA-256 of the ids and codes: the checksums of Parquet's pages protect only what lies in pages."""
     found = hashlib.sha256(str((ids.codes.shape, ids.item_id.tolist())).encode())
     found.update(np.ascontiguousarray(ids.codes, "<i4"))
     return found.hexdigest().encode()
