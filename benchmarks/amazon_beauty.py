@@ -24,8 +24,8 @@ import jax
 from benchmarks.report import run_script, spread, write_result
 from tokenrec.config import to_json
 from tokenrec.data.amazon import AmazonSource
+from tokenrec.data.metadata import METADATA_FILE
 from tokenrec.data.prepare import prepare
-from tokenrec.data.schema import SCHEMA_FILE
 from tokenrec.errors import InputError
 from tokenrec.evaluate import assessor
 from tokenrec.flags import load_config
@@ -132,7 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folders = {2: arguments.data, 1: arguments.data.with_name(arguments.data.name + "_refit")}
     for held_out in {CONFIGS[name][1] for name in arguments.configs}:
-        if not (folders[held_out] / SCHEMA_FILE).is_file():
+        if not (folders[held_out] / METADATA_FILE).is_file():
             prepare(AmazonSource(arguments.root, "Beauty", held_out=held_out), folders[held_out])
     if "generative" in arguments.configs and not (arguments.ids / SEMANTIC_IDS).is_file():
         build_semantic_ids(arguments.data, arguments.ids)

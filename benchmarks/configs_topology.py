@@ -31,7 +31,8 @@ from benchmarks.report import run_script, write_result
 from benchmarks.step import stream_schema
 from tokenrec.compile import compile_config
 from tokenrec.config import Config, MeshConfig
-from tokenrec.data.schema import SCHEMA_FILE, Feature, Metadata, Schema, Task
+from tokenrec.data.metadata import METADATA_FILE, Metadata
+from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.flags import load_config, shipped_configs
 from tokenrec.topology import described_mesh
 
@@ -41,7 +42,7 @@ TARGETS = (("v5e:4x4", 1), ("v5p:4x4x4", 1), ("v6e:4x4", 1), ("v5e:4x4", 2))
 def schema_of(config: Config, data: Path) -> tuple[Schema, str]:
     """The schema of the prepared data set, or of a stand-in that has the features and tasks that the config names."""
     folder = data / config.data.name
-    if (folder / SCHEMA_FILE).is_file():
+    if (folder / METADATA_FILE).is_file():
         return Metadata.load(folder).schema, "prepared"
     stand_in = stream_schema()
     dropped = tuple(Feature(name, "categorical", "user") for name in config.data.exclude)

@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.report import run_script, spread, write_result
 from tokenrec.data.kuairand import KuaiRandSource
+from tokenrec.data.metadata import METADATA_FILE
 from tokenrec.data.prepare import prepare
-from tokenrec.data.schema import SCHEMA_FILE
 from tokenrec.evaluate import evaluate_run
 from tokenrec.flags import load_config
 from tokenrec.json_file import write_json
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", default=["uc", "nio"], choices=["uc", "nio"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
-    if not (arguments.data / SCHEMA_FILE).is_file():
+    if not (arguments.data / METADATA_FILE).is_file():
         prepare(KuaiRandSource(arguments.root, "2022-05-03", "2022-05-05"), arguments.data)
     records = []
     for config_name in arguments.configs:

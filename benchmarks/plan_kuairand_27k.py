@@ -13,7 +13,8 @@ import json
 
 from tokenrec.data.kuairand import CITATION, DURATION_EDGES_S, LICENCE, PLAYED_EDGES, features
 from tokenrec.data.kuairand_log import TASKS
-from tokenrec.data.schema import FIRST_KNOWN, FORMAT_VERSION, Feature, Schema, Task
+from tokenrec.data.metadata import FORMAT_VERSION
+from tokenrec.data.schema import FIRST_KNOWN, Feature, Schema, Task
 from tokenrec.flags import shipped_folder
 
 USERS, VIDEOS, ROWS = 27_285, 32_038_725, 322_278_385

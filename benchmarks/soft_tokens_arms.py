@@ -14,7 +14,8 @@ from typing import Literal
 
 from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.schema import Metadata, Schema
+from tokenrec.data.metadata import Metadata
+from tokenrec.data.schema import Schema
 from tokenrec.data.semantic import SEMANTIC_ID
 from tokenrec.describe import describe
 from tokenrec.errors import InputError

@@ -73,5 +73,5 @@ def test_what_is_not_there_is_named(data, message, tmp_path, monkeypatch):
 def test_a_file_that_is_no_planned_schema_is_named(text, tmp_path):
     path = Path(tmp_path / "plan.json")
     path.write_text(text)
-    with pytest.raises(InputError, match=r"data\.schema '.*plan\.json' is not a planned schema"):
+    with pytest.raises(InputError, match=r"data\.schema '.*plan\.json' is not (JSON|a planned schema)"):
         read_planned(path)

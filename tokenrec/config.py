@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tokenrec.errors import InputError, suggest
+from tokenrec.json_file import parse_json
 
 Paradigm = Literal["nio", "uc"]
 MakerKind = Literal["mlp", "linear", "transformer"]
@@ -303,10 +304,7 @@ def to_json(config: Config) -> str:
 
 def from_json(text: str) -> Config:
     """Inverse of `to_json`; an unknown field is an InputError that names the near one, so is text that is not JSON."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"the config is not JSON: {error}") from error
+    value = parse_json(text, "the config", "give one that `tokenrec train` wrote")
     return _build(Config, value, "")
 
 

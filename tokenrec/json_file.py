@@ -1,4 +1,4 @@
-"""JSON files that are there whole or not at all."""
+"""JSON files that are there whole or not at all, and what may stand in one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tokenrec.errors import InputError
 
 
 def write_json(path: Path, value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -22,3 +24,28 @@ def write_json(path: Path, value: Mapping[str, Any] | Sequence[Mapping[str, Any]
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def parse_json(text: str | bytes, what: str, remedy: str) -> Any:
+    """The value that a JSON text holds; `what` and `remedy` are for the message.
+
+    Raises:
+      InputError: the text is not JSON, not UTF-8, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a UnicodeDecodeError, or a number of thousands of digits
+        raise InputError(f"{what} is not JSON: {error}; {remedy}") from error
+
+
+def read_json(path: Path, what: str, remedy: str) -> Any:
+    """`parse_json` of a file; `what` is followed by its path in messages.
+
+    Raises:
+      InputError: the file is missing or cannot be read, or `parse_json` refuses its text.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{what} '{path}' cannot be read: {error.strerror}; {remedy}") from error
+    return parse_json(text, f"{what} '{path}'", remedy)

@@ -6,14 +6,15 @@ are read. `notes` say where each size comes from.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.schema import SCHEMA_FILE, Schema
+from tokenrec.data.metadata import METADATA_FILE
+from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError, suggest
 from tokenrec.flags import shipped_folder
+from tokenrec.json_file import read_json
 
 
 def known_schema(config: Config) -> tuple[Schema, str]:
@@ -23,7 +24,7 @@ def known_schema(config: Config) -> tuple[Schema, str]:
       InputError: neither is there, a folder given as `data.path` is not a data set, or the file is no schema.
     """
     directory = data_directory(config)
-    planned = config.data.schema and not config.data.path and not (directory / SCHEMA_FILE).is_file()
+    planned = config.data.schema and not config.data.path and not (directory / METADATA_FILE).is_file()
     if not planned:
         schema = open_dataset(directory, semantic_ids=semantic_ids_path(config)).schema
         return schema, f"prepared data set {directory}"
@@ -43,12 +44,12 @@ def read_planned(path: Path) -> Schema:
       InputError: it is not JSON, or has no `schema` or no `counts.items`.
     """
     try:
-        value = json.loads(path.read_text())
+        value = read_json(path, "data.schema", "give a planned schema")
         return Schema.from_json(value["schema"] | {"items": value["counts"]["items"]})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(
             f"data.schema '{path}' is not a planned schema: {type(error).__name__}: {error}; it holds what the "
-            f"{SCHEMA_FILE} of a prepared data set holds, `schema` and `counts.items` at least"
+            f"{METADATA_FILE} of a prepared data set holds, `schema` and `counts.items` at least"
         ) from error
 
 

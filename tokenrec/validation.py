@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
 import typing
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
@@ -12,6 +10,7 @@ from typing import Any, Literal, get_args
 from tokenrec.config import Config
 from tokenrec.errors import InputError, suggest
 from tokenrec.tokens.prompt import ENTITIES, default_prompt, parse_prompt
+from tokenrec.typed import has_type, hint_name
 
 
 def validate(config: Config) -> Config:
@@ -243,32 +242,7 @@ def _type_problems(value: Any, prefix: str) -> Iterator[str]:
                 yield f"{name}={got!r} must be a {hint.__name__}"  # type: ignore[union-attr]
             else:
                 yield from _type_problems(got, name + ".")
-        elif not _has_type(got, hint):
+        elif not has_type(got, hint):
             choices = get_args(hint) if typing.get_origin(hint) is Literal else ()
-            reason = suggest(str(got), choices) if choices else f", which is not {_hint_name(hint)}"
+            reason = suggest(str(got), choices) if choices else f", which is not {hint_name(hint)}"
             yield f"{name}={got!r}{reason}"
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in args
-    if origin is tuple:
-        return isinstance(value, (tuple, list)) and all(_has_type(v, args[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            _has_type(k, args[0]) and _has_type(v, args[1]) for k, v in value.items()
-        )
-    if origin is types.UnionType:
-        return any(_has_type(value, a) for a in args)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _hint_name(hint: Any) -> str:
-    if hint is float:
-        return "a finite number"
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import numpy as np
 
 from tokenrec.data.log import EVENT, LEARNED, SCORED, Catalogue, Log
+from tokenrec.data.metadata import Metadata
 from tokenrec.data.samples import Requests, Samples
-from tokenrec.data.schema import Feature, Metadata, Schema, Task
+from tokenrec.data.schema import Feature, Schema, Task
 
 ITEMS = 11
 PER_ROW = ("time", "item", "flags", "request", "labels", "row_ids", "row_dense", "action_ids", "action_dense")

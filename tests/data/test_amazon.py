@@ -187,7 +187,7 @@ def test_malformed_attributes_are_refused(tmp_path: Path, attributes: Any, messa
 
 def test_attributes_that_are_no_json_are_refused(tmp_path: Path) -> None:
     (write(tmp_path) / "Toys_item2attributes.json").write_text('{"1": [2')
-    with pytest.raises(InputError, match=r"Toys_item2attributes\.json is not JSON: .*line 1 column 9"):
+    with pytest.raises(InputError, match=r"Toys_item2attributes\.json' is not JSON: .*line 1 column 9"):
         AmazonSource(tmp_path, "Toys")
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tokenrec.__main__ import main
 from tokenrec.data.delimited import DelimitedSource
-from tokenrec.data.schema import Metadata
+from tokenrec.data.metadata import Metadata
 from tokenrec.errors import InputError
 
 SCHEMA: dict[str, Any] = {

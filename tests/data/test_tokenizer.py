@@ -19,8 +19,9 @@ from tests.data.memory_source import MemorySource
 from tokenrec.config import TokensConfig
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.delimited import DelimitedSource
+from tokenrec.data.metadata import Metadata
 from tokenrec.data.prepare import prepare
-from tokenrec.data.schema import BYTES, FIRST_KNOWN, MISSING, Feature, Metadata, Schema, Task, columns
+from tokenrec.data.schema import BYTES, FIRST_KNOWN, MISSING, Feature, Schema, Task, columns
 from tokenrec.data.tokenizer import (
     TOKENIZER_FILE,
     decode,
@@ -232,7 +233,7 @@ TEXT = {"kind": "text", "entity": "item", "codes": 300, "length": 4}
         ([TEXT, TEXT | {"codes": 301}], "codes=301, but 'f0' has codes=300, and all texts share a vocabulary"),
         ([TEXT | {"table": "words"}], "table='words', but all texts share the table 'text'"),
         ([TEXT, {"kind": "categorical", "entity": "user", "table": "text"}], "give this categorical feature another"),
-        ([TEXT | {"length": 0}], "length=0 must be at least 1"),
+        ([TEXT | {"length": 0}], "length=0 must be 1 to 65536"),
     ],
 )
 def test_a_wrong_text_feature_is_named(features: list[dict[str, object]], message: str) -> None:

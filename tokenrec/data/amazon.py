@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import pyarrow as pa
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.data.source import SPLITS, Provenance
 from tokenrec.errors import InputError
+from tokenrec.json_file import read_json
 
 START_MS = 1_388_534_400_000  # 2014-01-01 UTC, arbitrary
 DAY_MS = 86_400_000
@@ -173,10 +173,7 @@ def read_sequences(path: Path) -> Sequences:
 
 def _read_attributes(path: Path) -> dict[int, list[int]]:
     """Item -> different attributes, in the order of the file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:  # also a UnicodeDecodeError
-        raise InputError(f"{path} is not JSON: {error}; correct it, or remove it to have no attributes") from error
+    value = read_json(path, "attributes", "correct it, or remove it to have no attributes")
     if not isinstance(value, dict):
         raise InputError(f'{path} holds a {type(value).__name__}; it must map items to lists, {{"4": [1, 2]}}')
     out: dict[int, list[int]] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tokenrec.data.schema import Feature, Schema
 from tokenrec.data.source import Part, Provenance
 from tokenrec.data.tabular import read_batches
 from tokenrec.errors import InputError, suggest
+from tokenrec.json_file import read_json
 
 _KEYS = ("user_id", "item_id", "time_ms")
 _OPTIONAL = {"request": pa.int64(), "event": pa.bool_(), "scored": pa.bool_()}
@@ -247,10 +247,7 @@ def _refuse_repeats(path: Path, column: str, keys: pa.ChunkedArray) -> None:
 
 def _read_schema(path: Path) -> tuple[Schema, dict[str, str], dict[str, str]]:
     """Schema, name -> column of the file, name -> "int64" or "string"; every name checked."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: is not JSON: {error}; correct the schema file") from error
+    value = read_json(path, "schema", "correct the schema file")
     parts = {"features": list, "tasks": list, "columns": dict, "key_types": dict}
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold a JSON object with {', '.join(parts)}")
@@ -278,7 +275,7 @@ def _read_schema(path: Path) -> tuple[Schema, dict[str, str], dict[str, str]]:
         if not isinstance(column, str):
             raise InputError(f"{path}: columns['{name}']={column!r} must be the name of a column")
     for name, kind in types.items():
-        if kind not in _KEY_TYPES:
+        if not isinstance(kind, str) or kind not in _KEY_TYPES:
             raise InputError(f"{path}: key_types['{name}']={kind!r}{suggest(str(kind), _KEY_TYPES)}")
     _require_equal_types(path, schema, columns, types)
     return schema, columns, types

@@ -15,13 +15,15 @@ import numpy as np
 from tokenrec.data import records
 from tokenrec.data.dataset import ITEMS
 from tokenrec.data.entities import Entities
+from tokenrec.data.metadata import Metadata
 from tokenrec.data.moments import Moments
-from tokenrec.data.schema import TEXT_TABLE, Feature, Metadata, Schema
+from tokenrec.data.schema import TEXT_TABLE, Feature, Schema
 from tokenrec.data.source import Provenance
-from tokenrec.data.tokenizer import save_tokenizer, table_rows, tokenizers_library, train_tokenizer
-from tokenrec.data.vocabulary import TableValues, save_vocabulary, semantic_rows
+from tokenrec.data.tokenizer import TOKENIZER_FILE, save_tokenizer, table_rows, tokenizers_library, train_tokenizer
+from tokenrec.data.vocabulary import TableValues, load_vocabulary, save_vocabulary, semantic_rows, value_tables
 from tokenrec.errors import InputError
 
+LONGEST_ITEM_ID = 1024  # characters
 NOTHING_TO_LEARN = "rows(): no row is an event, scored, or has a label, so there is nothing to learn from"
 
 
@@ -88,10 +90,22 @@ def write_catalogue(folder: Path, items: Entities) -> np.ndarray:
     rows[order] = np.arange(len(order), dtype=np.int32)
     target = folder / ITEMS
     target.mkdir()
-    np.save(target / "item_id.npy", values[order].astype(str) if values.dtype == object else values[order])
+    np.save(target / "item_id.npy", _fixed_width(values[order]) if values.dtype == object else values[order])
     np.save(target / "ids.npy", items.ids[order])
     np.save(target / "dense.npy", items.dense[order])
     return rows
+
+
+def _fixed_width(item_id: np.ndarray) -> np.ndarray:
+    """Strings as NumPy stores them: each as wide as the longest, and filled up with NUL."""
+    for value in item_id.tolist():
+        if len(value) > LONGEST_ITEM_ID or value.endswith("\0"):
+            reason = f"{len(value)} characters, but at most {LONGEST_ITEM_ID} are kept"
+            raise InputError(
+                f"item_id={value[:40]!r} has {reason if len(value) > LONGEST_ITEM_ID else 'a NUL at its end'}; give the "
+                f"item another id"
+            )
+    return item_id.astype(str)
 
 
 def write_chunk_index(folder: Path, sizes: Mapping[str, Sequence[np.ndarray]]) -> None:
@@ -101,7 +115,28 @@ def write_chunk_index(folder: Path, sizes: Mapping[str, Sequence[np.ndarray]]) -
         np.save(folder / records.INDEX / f"{split}.npy", np.concatenate(parts).astype(np.int64))
 
 
+def digest_ids(folder: Path, schema: Schema) -> str:
+    """SHA-256 of what ids stand for: the values of each vocabulary, the tokenizer, and the original ids of the items.
+
+    Of values and not of files, which another version of their library may write otherwise.
+    """
+    whole = hashlib.sha256()
+    values = {f"table {name}": load_vocabulary(folder, name) for name in value_tables(schema.features)}
+    for name, array in sorted((values | {"items": np.load(folder / ITEMS / "item_id.npy", mmap_mode="r")}).items()):
+        whole.update(f"{name}: {len(array)} {array.dtype.kind}\n".encode())
+        if array.dtype.kind == "i":
+            whole.update(np.ascontiguousarray(array, "<i8"))
+            continue
+        for value in array.tolist():
+            text = value.encode()
+            whole.update(len(text).to_bytes(4, "little") + text)
+    if TEXT_TABLE in {f.table_name for f in schema.features if f.kind == "text"}:
+        whole.update((folder / TOKENIZER_FILE).read_bytes())
+    return whole.hexdigest()
+
+
 def describe(
+    folder: Path,
     schema: Schema,
     tables: dict[str, int],
     moments: Sequence[Moments],
@@ -114,17 +149,21 @@ def describe(
 ) -> Metadata:
     """Metadata of the folder, with the features normalised by `moments` and the chunks of each split counted."""
     normalised: dict[str, Feature] = {}
+    missing: dict[str, int] = {}
     for some in moments:
         normalised |= some.features()
+        missing |= {f"missing_train_{name}": count for name, count in some.missing.items() if count}
     features = tuple(normalised.get(f.name, f) for f in schema.features)
     chunks = {f"chunks_{split}": sum(written.lengths) for split, written in shards.items()}
     return Metadata(
-        schema=dataclasses.replace(schema, features=features, tables=tables, items=counts["items"]),
+        schema=dataclasses.replace(
+            schema, features=features, tables=tables, items=counts["items"], ids_digest=digest_ids(folder, schema)
+        ),
         source=provenance.name,
         licence=provenance.licence,
         citation=provenance.citation,
         checksums=checksums,
-        counts=dict(sorted({**counts, **chunks, **provenance.counts}.items())),
+        counts=dict(sorted({**counts, **chunks, **missing, **provenance.counts}.items())),
         options=dict(options),
         key_types=key_types,
     )

@@ -11,13 +11,18 @@ from tokenrec.data.schema import Feature, columns
 
 
 class Moments:
-    """Mean and deviation of each transformed dense feature, missing values left out.
+    """Mean and deviation of each transformed dense feature, missing values left out but counted.
+
+    Attributes:
+      missing: name of a dense feature or an embedding -> rows in which it, or a number of it, is missing.
 
     Blocks are merged by the update of Chan, Golub and LeVeque (1979), which does not cancel.
     """
 
     def __init__(self, features: Sequence[Feature]) -> None:
         layout = columns(features).dense
+        self._places = {name: slice(*place) for name, place in layout.items()}
+        self.missing = dict.fromkeys(layout, 0)
         self._columns = [(f, layout[f.name][0]) for f in features if f.kind == "dense"]
         self._count = np.zeros(len(self._columns))
         self._mean = np.zeros(len(self._columns))
@@ -25,6 +30,8 @@ class Moments:
 
     def add(self, dense: np.ndarray) -> None:
         """Adds rows of the features' `[n, D] float32` matrix."""
+        for name, place in self._places.items():
+            self.missing[name] += int(np.isnan(dense[:, place]).any(axis=1).sum())
         for i, (f, column) in enumerate(self._columns):
             values = dense[:, column].astype(np.float64)
             values = values[~np.isnan(values)]
@@ -37,6 +44,8 @@ class Moments:
 
     def merge(self, other: Moments) -> None:
         """Adds the rows that `other`, of the same features, has seen."""
+        for name, count in other.missing.items():
+            self.missing[name] += count
         for i in range(len(self._columns)):
             if not self._count[i]:  # as it is: the update below would round
                 self._count[i], self._mean[i], self._squares[i] = other._count[i], other._mean[i], other._squares[i]

@@ -24,8 +24,9 @@ from tokenrec.config import DataConfig
 from tokenrec.data.batch import Batch, HostBatch, ReadRows, Signals
 from tokenrec.data.gather import ContextColumns, gather, rows_read
 from tokenrec.data.log import Catalogue, Log
+from tokenrec.data.metadata import Metadata
 from tokenrec.data.samples import Samples, Streams, cut_samples
-from tokenrec.data.schema import Feature, Metadata, Schema, columns
+from tokenrec.data.schema import Feature, Schema, columns
 from tokenrec.errors import InputError, suggest
 
 READ_THREADS = 2

@@ -25,9 +25,9 @@ from tokenrec.data.folder import (
     write_vocabularies,
 )
 from tokenrec.data.intake import Intake
+from tokenrec.data.metadata import Metadata
 from tokenrec.data.moments import Moments
 from tokenrec.data.partition import Run, Tally, chunks_of, cut, finish, user_rows
-from tokenrec.data.schema import Metadata
 from tokenrec.data.source import SPLITS, Provenance, Source
 from tokenrec.data.staging import scratch_folder, staged
 from tokenrec.errors import InputError
@@ -130,7 +130,16 @@ class _Output:
         moments = (*self.moments, self.tally.row, self.tally.action)
         key_types = {e.key: e.index.type for e in (self.users, self.items)}
         metadata = describe(
-            self.schema, self.table_rows, moments, self.tally.counts, shards, key_types, provenance, checksums, options
+            self.folder,
+            self.schema,
+            self.table_rows,
+            moments,
+            self.tally.counts,
+            shards,
+            key_types,
+            provenance,
+            checksums,
+            options,
         )
         records.write_metadata(self.folder, shards, metadata)
         metadata.save(self.folder)

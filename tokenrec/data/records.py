@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from tokenrec.data.schema import Columns, Metadata, Schema, columns
+from tokenrec.data.metadata import Metadata
+from tokenrec.data.schema import Columns, Schema, columns
 from tokenrec.errors import InputError
+from tokenrec.json_file import read_json
 
 NAME = "tokenrec"
 VERSION = "1.0.0"
@@ -130,11 +131,18 @@ def encode(chunk: Chunk) -> bytes:
 
 
 def decode(record: bytes) -> Chunk:
-    """Inverse of `encode`."""
-    feature = _example_type().FromString(record).features.feature
-    user = feature["user_id"]
-    user_id = user.int64_list.value[0] if user.HasField("int64_list") else user.bytes_list.value[0].decode()
-    return Chunk(user_id, feature["user"].bytes_list.value[0], feature["rows"].bytes_list.value[0])
+    """Inverse of `encode`.
+
+    Raises:
+      ValueError: the bytes are not what `encode` makes of a chunk.
+    """
+    try:
+        feature = _example_type().FromString(record).features.feature
+        user = feature["user_id"]
+        user_id = user.int64_list.value[0] if user.HasField("int64_list") else user.bytes_list.value[0].decode()
+        return Chunk(user_id, feature["user"].bytes_list.value[0], feature["rows"].bytes_list.value[0])
+    except (_decode_error(), IndexError, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from error
 
 
 @functools.cache
@@ -143,6 +151,13 @@ def _example_type() -> Any:
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example
+
+
+@functools.cache
+def _decode_error() -> type[Exception]:
+    from google.protobuf.message import DecodeError
+
+    return DecodeError
 
 
 def record_features(schema: Schema, user_id_type: str) -> Any:
@@ -185,18 +200,20 @@ def shard_path(directory: Path, split: str, shard: int, shards: int) -> Path:
     return directory / f"{NAME}-{split}.array_record-{shard:05d}-of-{shards:05d}"
 
 
-def shard_lengths(directory: Path) -> dict[str, list[int]]:
-    """Split -> number of records in each of its shards.
+def shard_lengths(info: Path) -> dict[str, list[int]]:
+    """Split -> number of records in each of its shards, as `dataset_info.json` says.
 
     Raises:
-      InputError: `dataset_info.json` is missing or not readable.
+      InputError: the file is missing or not readable, or says something else.
     """
-    path = directory / "dataset_info.json"
+    value = read_json(info, "data:", "prepare the data set again")
     try:
-        info = json.loads(path.read_text())
-        return {s["name"]: [int(n) for n in s["shardLengths"]] for s in info.get("splits", ())}
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"data '{directory}': cannot read {path.name}: {error}; prepare it again") from error
+        return {str(s["name"]): [int(n) for n in s["shardLengths"]] for s in value.get("splits", ())}
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"data: '{info}' does not tell the records of each shard ({type(error).__name__}: {error}); prepare the "
+            f"data set again"
+        ) from error
 
 
 def read_records(directory: Path, split: str, lengths: list[int], start: int, stop: int) -> Iterator[list[bytes]]:

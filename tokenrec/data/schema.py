@@ -18,18 +18,21 @@ can be written in them, so that id 1 does not occur there (tokenizer.py).
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
+import typing
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import quote
 
 from tokenrec.errors import InputError, suggest
+from tokenrec.typed import has_type, hint_name
 
 MISSING, UNKNOWN, FIRST_KNOWN = 0, 1, 2
 TEXT_TABLE = "text"
 BYTES = 256  # the least vocabulary of a byte-level tokenizer
-SCHEMA_FILE = "tokenrec.json"
-FORMAT_VERSION = 1
+MOST_ROWS = 2**31 - 1  # of a table: its ids are int32
+LONGEST = 1 << 16  # values of one feature in a row
+_LONGEST_NAME = 200  # bytes, as a file of the vocabularies bears the name of its table
 
 Kind = Literal["categorical", "multi_valued", "dense", "embedding", "semantic_id", "text"]
 Entity = Literal["user", "context", "item", "action"]
@@ -134,7 +137,8 @@ def columns(features: Iterable[Feature]) -> Columns:
 class Schema:
     """Features, tasks and embedding-table sizes of a data set.
 
-    `tables` maps a table name to its number of rows, the two reserved ids included; `prepare` fills it in. A data set,
+    `tables` maps a table name to its number of rows, the two reserved ids included, and `ids_digest` tells what the
+    ids of its vocabularies, tokens and items stand for from other values as many; `prepare` fills them in. A data set,
     when opened, fills in `items`, the rows of its catalogue, and, of the semantic ids that the config names, `levels`,
     the code-book size of each level, and `codes_digest`, which tells them from others of the same sizes.
     """
@@ -145,6 +149,7 @@ class Schema:
     items: int = 0
     levels: tuple[int, ...] = ()
     codes_digest: str = ""
+    ids_digest: str = ""
 
     def __post_init__(self) -> None:
         problems = list(_problems(self))
@@ -175,25 +180,41 @@ class Schema:
 
     def to_json(self) -> dict[str, Any]:
         value = dataclasses.asdict(self)
-        if not self.codes_digest:
-            del value["codes_digest"]  # nothing to tell apart; runs from before there was one stay as they are
+        for name in ("codes_digest", "ids_digest"):
+            if not value[name]:
+                del value[name]  # nothing to tell apart; runs from before there was one stay as they are
         return value
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Schema:
-        """Inverse of `to_json`; an unknown key is an InputError that names the near one."""
-        features = tuple(_from_dict(Feature, f) for f in value.get("features", ()))
-        tasks = tuple(_from_dict(Task, t) for t in value.get("tasks", ()))
-        levels = tuple(value.get("levels", ()))
-        sizes = dict(value.get("tables", {})), value.get("items", 0), levels
-        return Schema(features, tasks, *sizes, value.get("codes_digest", ""))
+        """Inverse of `to_json`.
+
+        Raises:
+          InputError: a key is unknown (the near one is named) or missing, a value has the wrong type, or the schema is
+            not sound.
+        """
+        built = dict(value)
+        for name, kind in (("features", Feature), ("tasks", Task)):
+            parts = value.get(name, ())
+            if not isinstance(parts, (list, tuple)):
+                raise InputError(f"schema: '{name}' is {parts!r}, not a JSON array")
+            built[name] = tuple(_from_dict(kind, part) for part in parts)
+        schema = _from_dict(Schema, built)
+        return dataclasses.replace(schema, levels=tuple(schema.levels))
 
 
-def _from_dict[T](kind: type[T], value: dict[str, Any]) -> T:
-    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in value:
-        if key not in known:
-            raise InputError(f"schema: {kind.__name__} has no field '{key}'{suggest(key, known)}")
+def _from_dict[T](kind: type[T], value: Any) -> T:
+    if not isinstance(value, dict):
+        raise InputError(f"schema: a {kind.__name__} is {value!r}, not a JSON object")
+    hints = typing.get_type_hints(kind)
+    for key, held in value.items():
+        if key not in hints:
+            raise InputError(f"schema: {kind.__name__} has no field '{key}'{suggest(key, hints)}")
+        choices = get_args(hints[key]) if typing.get_origin(hints[key]) is Literal else ()
+        if not has_type(held, hints[key]) and not (choices and isinstance(held, str)):  # `_problems` knows the choices
+            kinds = "one of " + ", ".join(choices) if choices else hint_name(hints[key])
+            named = f" '{value['name']}'" if "name" in value else ""
+            raise InputError(f"schema: {kind.__name__}{named}: {key}={held!r} is not {kinds}")
     try:
         return kind(**value)
     except TypeError as error:
@@ -207,13 +228,25 @@ def _problems(schema: Schema) -> Iterable[str]:
     tasks = [t.name for t in schema.tasks]
     for name in sorted({n for n in tasks if tasks.count(n) > 1}):
         yield f"task '{name}' is declared more than once"
+    for task in schema.tasks:
+        if not 0 <= task.weight < math.inf:
+            yield f"task '{task.name}': weight={task.weight} must be 0 or more"
+    for name in (*names, *tasks, *(f.table for f in schema.features if f.table)):
+        yield from _name_problems(name)
+    for name, rows in schema.tables.items():
+        if not FIRST_KNOWN <= rows <= MOST_ROWS:
+            yield f"table '{name}': rows={rows} must be {FIRST_KNOWN} to {MOST_ROWS}"
     for f in schema.features:
         for field, kind in (("kind", Kind), ("entity", Entity), ("transform", Transform)):
             value = getattr(f, field)
             if value not in get_args(kind):
                 yield f"feature '{f.name}': {field}={value!r}{suggest(str(value), get_args(kind))}"
-        if f.length < 1:
-            yield f"feature '{f.name}': length={f.length} must be at least 1"
+        if not 1 <= f.length <= LONGEST:
+            yield f"feature '{f.name}': length={f.length} must be 1 to {LONGEST}"
+        if f.codes * f.length > MOST_ROWS - FIRST_KNOWN:
+            yield f"feature '{f.name}': codes={f.codes} of length={f.length} are more than {MOST_ROWS} rows of a table"
+        if not f.deviation > 0:
+            yield f"feature '{f.name}': deviation={f.deviation} must be positive, as values are divided by it"
         if f.kind in ("categorical", "dense") and f.length != 1:
             yield f"feature '{f.name}': length={f.length}, but a {f.kind} feature has one value"
         if f.kind == "semantic_id" and f.codes < 1:
@@ -223,6 +256,16 @@ def _problems(schema: Schema) -> Iterable[str]:
         if f.table and not f.is_integer:
             yield f"feature '{f.name}': table='{f.table}', but a {f.kind} feature has no table"
     yield from _text_problems(schema.features)
+
+
+def _name_problems(name: str) -> Iterable[str]:
+    try:
+        length = len(quote(name, safe=""))
+    except UnicodeEncodeError:
+        yield f"the name {name!r} is no Unicode text; correct it"
+        return
+    if not 1 <= length <= _LONGEST_NAME:
+        yield f"the name '{name}' has {length} bytes (as written in a file's name); give it 1 to {_LONGEST_NAME}"
 
 
 def _text_problems(features: tuple[Feature, ...]) -> Iterable[str]:
@@ -243,51 +286,3 @@ def _text_problems(features: tuple[Feature, ...]) -> Iterable[str]:
     for f in features if texts else ():
         if f.is_integer and f.kind != "text" and f.table_name == TEXT_TABLE:
             yield f"feature '{f.name}': table '{TEXT_TABLE}' is that of the texts; give this {f.kind} feature another"
-
-
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """Everything beside the shards: the schema and where the data came from.
-
-    Attributes:
-      schema: features, tasks, table sizes.
-      source: name of the source, e.g. "kuairand".
-      licence, citation: of the data.
-      checksums: source file name -> SHA-256.
-      counts: what `prepare` counted: rows and scored rows per split, exact repeats dropped, users, items; and what
-        the source counted itself.
-      options: the options of `prepare` that change its output (chunk_events, overlap, split days).
-      key_types: "int64" or "string" for "user_id" and "item_id".
-    """
-
-    schema: Schema
-    source: str
-    licence: str
-    citation: str
-    checksums: dict[str, str]
-    counts: dict[str, int]
-    options: dict[str, Any]
-    key_types: dict[str, str]
-
-    def save(self, directory: Path) -> None:
-        value = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
-        (directory / SCHEMA_FILE).write_text(json.dumps(value, indent=1) + "\n")
-
-    @staticmethod
-    def load(directory: Path) -> Metadata:
-        """Reads `tokenrec.json` of a prepared data set.
-
-        Raises:
-          InputError: the folder is not a prepared data set, or was written in another format version.
-        """
-        path = Path(directory) / SCHEMA_FILE
-        if not path.is_file():
-            raise InputError(
-                f"data '{directory}' is not a prepared data set (no {SCHEMA_FILE}); run `tokenrec prepare`"
-            )
-        value = json.loads(path.read_text())
-        version = value.pop("format_version", None)
-        if version != FORMAT_VERSION:
-            raise InputError(f"data '{directory}' has format version {version}, not {FORMAT_VERSION}; prepare it again")
-        value["schema"] = Schema.from_json(value["schema"] | {"items": value["counts"]["items"]})
-        return _from_dict(Metadata, value)

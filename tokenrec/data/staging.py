@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenrec.data.schema import SCHEMA_FILE
+from tokenrec.data.metadata import METADATA_FILE
 from tokenrec.errors import InputError
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -60,7 +60,7 @@ def _check(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"out='{out}' exists; give another folder, or overwrite it with --overwrite")
     is_empty = out.is_dir() and not any(out.iterdir())
-    if out.is_symlink() or not (is_empty or (out / SCHEMA_FILE).is_file()):
+    if out.is_symlink() or not (is_empty or (out / METADATA_FILE).is_file()):
         raise InputError(f"out='{out}' is not a prepared data set, so it is not overwritten; give another folder")
 
 

@@ -58,6 +58,7 @@ def read_parquet(path: Path, types: Mapping[str, pa.DataType]) -> Iterator[pa.Re
             for field in schema:
                 _refuse_time_as_number(Path(path), field, file.schema_arrow.field(field.name).type)
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=schema.names):
+                batch.validate(full=True)  # Arrow reads strings as they stand, UTF-8 or not
                 columns = [_cast_located(batch.column(f.name), f, Path(path), first_row) for f in schema]
                 yield pa.RecordBatch.from_arrays(columns, schema=schema)
                 first_row += batch.num_rows

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tokenrec.data.metadata import checked_file
 from tokenrec.data.schema import BYTES, FIRST_KNOWN, MISSING
 from tokenrec.errors import InputError
 
@@ -91,8 +92,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises:
       InputError: the data set has none, its file is damaged, or the library is not installed.
     """
-    path = Path(directory) / TOKENIZER_FILE
-    if not path.is_file():
+    path = checked_file(directory, TOKENIZER_FILE)
+    if path is None:
         raise InputError(
             f"data '{directory}' has no tokenizer (no {TOKENIZER_FILE}), because its schema has no text feature; add a "
             f'user or item feature of kind "text" to the schema and prepare it again'

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tokenrec.data.metadata import checked_file
 from tokenrec.data.schema import FIRST_KNOWN, MISSING, UNKNOWN, Feature
 from tokenrec.errors import InputError
 
@@ -178,12 +179,18 @@ def load_vocabulary(directory: Path, table: str) -> np.ndarray:
     """Known values of a table of a prepared data set; the value at position i has id `FIRST_KNOWN` + i.
 
     Raises:
-      InputError: the data set has no vocabulary of that name (a semantic id's codes are its ids).
+      InputError: the data set has no vocabulary of that name (a semantic id's codes are its ids), or its file is
+        missing or damaged.
     """
-    path = directory / VOCABULARIES / f"{quote(table, safe='')}.parquet"
-    if not path.is_file():
+    path = checked_file(directory, f"{VOCABULARIES}/{quote(table, safe='')}.parquet")
+    if path is None:
         raise InputError(f"table '{table}' has no vocabulary in '{directory}'")
-    return pq.read_table(path)["value"].to_numpy()
+    try:
+        values = pq.read_table(path)["value"]
+        values.validate(full=True)
+        return values.to_numpy()
+    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
+        raise InputError(f"data: cannot read '{path}': {error}; prepare the data set again") from error
 
 
 def canonical(values: pa.Array, where: str) -> pa.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from tokenrec.errors import InputError
 
 SEMANTIC_IDS = "semantic_ids.parquet"
+_DIGEST = b"sha256"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +29,16 @@ def load_semantic_ids(path: Path) -> SemanticIds:
     """Reads what `tokenrec semantic-ids` wrote: the Parquet file, or the folder that holds it.
 
     Raises:
-      InputError: no such file, columns other than `item_id` and `codes`, rows of unequal length, a code below 0, an
-        item that occurs twice, or two items with equal codes.
+      InputError: no such file, damage, columns other than `item_id` and `codes`, rows of unequal length, a code
+        below 0, an item that occurs twice, or two items with equal codes.
     """
     file = Path(path) / SEMANTIC_IDS if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise InputError(f"semantic ids '{file}' do not exist; make them with `tokenrec semantic-ids`")
     try:
-        table = pq.read_table(file)
-    except (pa.ArrowInvalid, OSError) as error:
+        table = pq.read_table(file, page_checksum_verification=True)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise InputError(f"semantic ids '{file}' are not a Parquet file: {error}; make them again") from error
     if set(table.column_names) != {"item_id", "codes"}:
         raise InputError(
@@ -43,8 +46,11 @@ def load_semantic_ids(path: Path) -> SemanticIds:
             f"give the file that `tokenrec semantic-ids` wrote"
         )
     item_id = _item_ids(table["item_id"], file)
-    codes = _codes(table["codes"], item_id, file)
-    return _checked(SemanticIds(item_id, codes), f"semantic ids '{file}'")
+    ids = SemanticIds(item_id, _codes(table["codes"], item_id, file))
+    written = (table.schema.metadata or {}).get(_DIGEST)  # None in a file of another's, or from before there was one
+    if written not in (None, _digest(ids)):
+        raise InputError(f"semantic ids '{file}' are damaged: not what was written; make them again")
+    return _checked(ids, f"semantic ids '{file}'")
 
 
 def save_semantic_ids(ids: SemanticIds, file: Path) -> None:
@@ -54,9 +60,10 @@ def save_semantic_ids(ids: SemanticIds, file: Path) -> None:
     offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * levels)
     codes = pa.ListArray.from_arrays(offsets, pa.array(ids.codes.ravel().astype(np.int32)))
     item_id = pa.array(ids.item_id, pa.int64() if ids.item_id.dtype.kind == "i" else pa.string())
+    table = pa.table({"item_id": item_id, "codes": codes}).replace_schema_metadata({_DIGEST: _digest(ids)})
     partial = file.with_name(f".{file.name}.incomplete-{os.getpid()}")
     try:
-        pq.write_table(pa.table({"item_id": item_id, "codes": codes}), partial)
+        pq.write_table(table, partial, write_page_checksum=True)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -112,6 +119,13 @@ def disambiguate(codes: np.ndarray, popularity: np.ndarray) -> np.ndarray:
 def collision_groups(codes: np.ndarray) -> np.ndarray:
     """Number of the distinct row that each row of `codes: [N, L]` equals: `[N]`, from 0."""
     return np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def _digest(ids: SemanticIds) -> bytes:
+    """SHA-256 of the ids and codes: the checksums of Parquet's pages protect only what lies in pages."""
+    found = hashlib.sha256(str((ids.codes.shape, ids.item_id.tolist())).encode())
+    found.update(np.ascontiguousarray(ids.codes, "<i4"))
+    return found.hexdigest().encode()
 
 
 def _item_ids(column: pa.ChunkedArray, file: Path) -> np.ndarray:

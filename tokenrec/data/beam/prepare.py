@@ -34,9 +34,9 @@ from tokenrec.data.folder import (
     write_vocabularies,
 )
 from tokenrec.data.intake import BLOCK_ROWS, check_rows
+from tokenrec.data.metadata import Metadata
 from tokenrec.data.moments import Moments
 from tokenrec.data.partition import Tally
-from tokenrec.data.schema import Metadata
 from tokenrec.data.source import SPLITS, PartedSource, Source
 from tokenrec.data.staging import staged
 from tokenrec.data.vocabulary import TableValues, load_vocabulary, value_tables
@@ -151,6 +151,7 @@ def _prepare(
             with (epath.Path(built) / target.name).open("rb") as written, target.open("wb") as file:
                 shutil.copyfileobj(written, file)
     metadata = describe(
+        folder,
         schema,
         table_rows,
         (*moments, tally.row, tally.action),
