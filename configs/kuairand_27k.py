@@ -5,8 +5,8 @@ r"""KuaiRand-27K, user-centric: 32 million videos, 27 thousand users, streams of
         --test-from 2022-05-05
     tokenrec train --config=configs/kuairand_27k.py --workdir=runs/kuairand_27k --distributed
 
-Hardware: 512 TPU v5p chips. Nobody has trained it, and benchmarks/results/pods.md has no row of it yet; `steps` is a
-plan. Before the data is prepared, `compile` and `describe` read the sizes of its tables from
+Hardware: 512 TPU v5p chips. Nobody has trained it; benchmarks/results/pods.md has what its step would take. `steps`
+is a plan. Before the data is prepared, `compile` and `describe` read the sizes of its tables from
 configs/schemas/kuairand_27k.json, where some are assumptions.
 
 A user has some 11,800 rows, so that nearly every stream continues another: 256 events are history only, and 1,792
@@ -39,7 +39,7 @@ def get_config() -> Config:
             layers=8,
             windows=(1024, 512, 512, 256, 256, 128),
             dtype="bfloat16",
-            remat="dots",
+            remat="none",
         ),
         optim=OptimConfig(steps=10_000, warmup_steps=500, learning_rate=1e-3, table_learning_rate=0.05),
         mesh=MeshConfig(data=512),

@@ -1,6 +1,10 @@
 """The loop on real files: resume, best checkpoint, early stop, bad steps, and that it learns."""
 
 import json
+import os
+import signal
+import threading
+import time
 
 import jax
 import numpy as np
@@ -10,7 +14,7 @@ from tokenrec.checkpoint import Checkpoints
 from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
 from tokenrec.data.prepare import prepare
 from tokenrec.data.synthetic import SyntheticSource
-from tokenrec.errors import InputError, NonFiniteError
+from tokenrec.errors import InputError, NonFiniteError, Stopped
 from tokenrec.evaluate import evaluate_run
 from tokenrec.run import load_run_config, open_run
 from tokenrec.sharding import make_mesh
@@ -57,6 +61,44 @@ def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(data, tmp_path):
     for a, b in zip(leaves(whole), leaves(parts), strict=True):
         assert np.array_equal(a, b)
     assert steps_logged(parts) == steps_logged(whole) == [4, 8]
+
+
+def test_sigterm_stops_after_the_step_saved_and_the_run_goes_on_bit_for_bit(data, tmp_path):
+    config = small(data, optim__steps=400, train__log_every=1)
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+
+    def send():
+        while not (parts / "metrics.jsonl").exists() or not steps_logged(parts):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(Stopped, match=r"SIGTERM: stopped at step \d+, which is saved"):
+        train(config, parts, progress=False)
+    sender.join()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    with Checkpoints(parts) as checkpoints:
+        (step,) = checkpoints.steps
+    assert step == steps_logged(parts)[-1] < 390
+    for workdir in (parts, whole):
+        train(small(data, optim__steps=400, train__log_every=1, train__stop_at=step + 2), workdir, progress=False)
+    assert steps_logged(parts) == list(range(1, step + 3))
+    for a, b in zip(leaves(whole), leaves(parts), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_bad_steps_are_skipped_and_counted_up_to_a_limit_over_a_restart(data, tmp_path, capsys):
+    # With so low a bar some of eight steps are spikes.
+    config = small(data, optim__spike_norm=1.0001, optim__max_skipped=100, train__stop_at=6, train__log_every=1)
+    first = train(config, tmp_path, progress=False)["skipped"]
+    config.train.stop_at = 0
+    total = train(config, tmp_path, progress=False)["skipped"]
+    assert 0 < first < total < 8
+    assert f"{total} of optim.max_skipped=100" in capsys.readouterr().err
+    config.optim.max_skipped = total - 1
+    with pytest.raises(NonFiniteError, match=r"more than optim\.spike_norm=1\.0001 times its mean.*max_skipped"):
+        train(config, tmp_path / "again", progress=False)
 
 
 def test_a_finished_run_is_left_as_it_is(data, tmp_path):

@@ -102,8 +102,8 @@ def _fixed_width(item_id: np.ndarray) -> np.ndarray:
         if len(value) > LONGEST_ITEM_ID or value.endswith("\0"):
             reason = f"{len(value)} characters, but at most {LONGEST_ITEM_ID} are kept"
             raise InputError(
-                f"item_id={value[:40]!r} has {reason if len(value) > LONGEST_ITEM_ID else 'a NUL at its end'}; give the "
-                f"item another id"
+                f"item_id={value[:40]!r} has {reason if len(value) > LONGEST_ITEM_ID else 'a NUL at its end'}; give "
+                "the item another id"
             )
     return item_id.astype(str)
 
