@@ -206,7 +206,7 @@ class OptimConfig:
       accumulate: micro-batches per step; `data.batch_size` is split among them.
       spike_norm: a gradient norm of more than so many times its running mean is a spike, and its step is skipped: it
         changes nothing but the step number. 0 never. A step whose loss or gradient is not finite is always skipped.
-      max_skipped: skipped steps of a run, counted in the log; one more stops it (`tokenrec replay` shows why).
+      max_skipped: skipped steps of a run, counted in the log; one more stops it.
     """
 
     steps: int = 1000

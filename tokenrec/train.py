@@ -121,8 +121,9 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
             if asked and not ((last or stop) and reached.assessed):
                 watch.at(f"step {step:,}: the last save")
                 checkpoints.wait()
+                saved = "which is saved" if step else "before there was anything to save"
                 name = signal.Signals(asked).name
-                raise Stopped(f"{name}: stopped at step {step:,}, which is saved; the same command goes on", asked)
+                raise Stopped(f"{name}: stopped at step {step:,}, {saved}; the same command goes on", asked)
             if last or stop:
                 break
             watch.at(f"step {step:,}: waiting for the input")
@@ -201,9 +202,9 @@ class _Pending:
         read = np.unique(rows[rows >= 0])
         shown = ", ".join(map(str, read[:8]))
         raise NonFiniteError(
-            f"{found}. {_whose_batch()} read {len(read)} rows of train: {shown}, ...; `tokenrec replay --step {step}` "
-            f"shows more. Lower optim.learning_rate or optim.clip_norm, look for extreme values in these rows, or let "
-            f"the run go on without such steps: optim.max_skipped={count}"
+            f"{found}. {_whose_batch()} read {len(read)} rows of train: {shown}, ...; lower "
+            "optim.learning_rate or optim.clip_norm, look for extreme values in these rows, or let the run go on "
+            f"without such steps: optim.max_skipped={count}"
         )
 
 
