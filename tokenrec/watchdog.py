@@ -50,12 +50,15 @@ class Watchdog:
         """Word of life: what the process does now."""
         self._phase, self._since = phase, time.monotonic()
 
+    def hangs(self, now: float) -> bool:
+        """Whether the last word is too old at a time of `time.monotonic`."""
+        return now - self._since > self._seconds
+
     def _watch(self) -> None:
         nap = min(self._seconds / _LOOKS, _LONGEST_NAP)
         while not self._over.wait(nap):
-            since, phase = self._since, self._phase
-            if time.monotonic() - since > self._seconds:
-                self._end(phase, time.monotonic() - since, nap)
+            if self.hangs(time.monotonic()):
+                self._end(self._phase, time.monotonic() - self._since, nap)
 
     def _end(self, phase: str, waited: float, nap: float) -> None:
         print(
