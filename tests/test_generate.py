@@ -157,7 +157,7 @@ def test_no_read_out_sees_what_comes_after_its_event(data, codes, kind):
 
 
 def test_semantic_ids_that_lack_an_item_are_refused(data, codes, tmp_path):
-    table = pq.read_table(codes)
+    table = pq.read_table(codes).replace_schema_metadata(None)  # without the digest of all of them
     pq.write_table(table.slice(1), tmp_path / "semantic_ids.parquet")
     with pytest.raises(InputError, match="item_id=100"):
         open_dataset(data, (), str(tmp_path))
