@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenrec.config import Config
+from tokenrec.config import Config, to_json
 from tokenrec.errors import InputError
 from tokenrec.flags import load_config, shipped_configs, split_overrides
 from tokenrec.validation import validate
@@ -193,3 +193,32 @@ def test_splitting_overrides_keeps_order_and_takes_both_spellings() -> None:
 def test_override_without_a_value_is_refused(arguments: list[str]) -> None:
     with pytest.raises(InputError, match=r"--config\.seed has no value"):
         split_overrides(arguments)
+
+
+def test_config_json_of_a_run_is_read_with_overrides(plain: str, tmp_path: Path) -> None:
+    config = load_config(plain, ["model.windows=(32,16)", "data.tasks={click: 2}"])
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert load_config(str(tmp_path / "config.json")) == config
+    changed = load_config(str(tmp_path / "config.json"), ["model.width=128", "data.tasks.click=3"])
+    assert (changed.model.width, changed.model.windows, changed.data.tasks) == (128, (32, 16), {"click": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"open('ran', 'w')", ["config.json", "not JSON"]),
+        (b"{\"seed\": \"__import__('os').mkdir('ran')\"}", ["seed", "not int"]),
+        (b'{"modle": {}}', ["config.json", "modle", "did you mean 'model'?"]),
+        (b"\xff{}", ["config.json", "decode"]),
+        (b"[" * 100_000, ["config.json", "not JSON"]),
+    ],
+)
+def test_config_json_is_never_run(
+    content: bytes, parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_config("config.json")
+    assert all(part in str(caught.value) for part in parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

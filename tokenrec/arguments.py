@@ -190,7 +190,9 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     shipped = ", ".join(shipped_configs())
     parser.add_argument(
-        "--config", required=True, help=f"Python file or one of {shipped}; --config.FIELD=VALUE overrides a field"
+        "--config",
+        required=True,
+        help=f"Python file, which is run; a run's config.json; or one of {shipped}; --config.FIELD=VALUE sets a field",
     )
     parser.add_argument("--data", help="folder of the prepared data set; overrides data.path")
 

@@ -308,6 +308,20 @@ def from_json(text: str) -> Config:
     return _build(Config, value, "")
 
 
+def read_config(path: Path) -> Config:
+    """`from_json` of a file, such as the `config.json` of a run.
+
+    Raises:
+      InputError: it cannot be read, or `from_json` refuses its text.
+    """
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"config file '{path}' cannot be read: {error.strerror}; check the path") from error
+    except ValueError as error:  # an InputError, which lacks the path, or a UnicodeDecodeError
+        raise InputError(f"config file '{path}': {error}") from error
+
+
 def _build[T](kind: type[T], value: Any, prefix: str) -> T:
     if not isinstance(value, dict):
         raise InputError(f"config '{prefix.rstrip('.')}' is {value!r}, not a JSON object of its fields")

@@ -1,7 +1,8 @@
 """`--config` and `--config.x.y=v`: a Python file, typed overrides, one check.
 
-A config file defines `get_config()`, which returns a `tokenrec.config.Config`. A name without a folder, or a path
-`configs/NAME.py` that does not exist here, is one of the configs that are installed with tokenrec.
+A config file is a Python program: it is run, and defines `get_config()`, which returns a `tokenrec.config.Config`. A
+file that ends in `.json`, as the `config.json` of a run, is read instead, and nothing in it is run. A name without a
+folder, or a path `configs/NAME.py` that does not exist here, is one of the configs that are installed with tokenrec.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 from absl import flags
 from ml_collections import config_flags
 
-from tokenrec.config import Config
+from tokenrec.config import Config, read_config
 from tokenrec.errors import InputError, suggest
 from tokenrec.validation import validate
 
@@ -86,7 +87,7 @@ def _parse_flag(config: Config, argument: str) -> Config:
     values = flags.FlagValues()
     try:
         # Not DEFINE_config_file (1.1.0): it runs all files in one module, so a second file sees the names of the first.
-        config_flags.DEFINE_config_dataclass("config", config, "", values, sys_argv=[argument], parse_fn=_run_file)
+        config_flags.DEFINE_config_dataclass("config", config, "", values, sys_argv=[argument], parse_fn=_read_file)
         values(["tokenrec", argument])
     except flags.IllegalFlagValueError as error:  # absl's message wraps that of the parser, which says more
         raise error.__context__ or error from None
@@ -116,6 +117,10 @@ def _fields(kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _fields(field.type, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, field.type
+
+
+def _read_file(path: str) -> Config:
+    return read_config(Path(path)) if path.lower().endswith(".json") else _run_file(path)
 
 
 def _run_file(path: str) -> Config:

@@ -134,6 +134,14 @@ def test_a_malformed_list_is_named_by_its_line(tmp_path):
         assert word in message
 
 
+def test_a_line_that_cannot_be_split_is_named(tmp_path):
+    path = tmp_path / "log.csv"
+    for body, words in (("a,b\n1,x\n,\r1\n", "line 3: cannot be split"), ("a\rb,c\n", "line 1: is no header")):
+        path.write_bytes(body.encode())
+        with pytest.raises(InputError, match=words):
+            list(read_csv(path, {"a": pa.int64()}))
+
+
 def test_another_encoding_is_named_by_its_line(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes(HEADER.encode() + "ann,x,1,1\nJosé,x,1,2\n".encode("latin-1"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import http.client
 import logging
+import lzma
 import os
 import shutil
 import stat
@@ -22,10 +24,14 @@ from typing import IO
 from tokenrec.errors import InputError
 
 BLOCK_BYTES = 1 << 20
+MAX_FILES = 10_000  # in an archive
 _LATER = (408, 425, 429)  # the server asks for another try; every other 4xx is final
 
 # What a socket does not say: the folder is at fault, and another try would not help.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+# What the readers of archives raise where bytes are wrong, besides OSError. ValueError: a name or a number in a header.
+_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
 
 _log = logging.getLogger(__name__)
 
@@ -197,8 +203,8 @@ def extract(
       wanted: which names (after `strip`) to unpack; all by default.
 
     Raises:
-      InputError: `out` exists, the archive is damaged or unpacks to more than `max_bytes`, or it holds a link, a
-        device, an absolute name, or a name that leaves `out`.
+      InputError: `out` exists, the archive is damaged or unpacks to more than `max_bytes` or `MAX_FILES`, or it
+        holds a link, a device, an absolute name, or a name that leaves `out`.
     """
     archive, out = Path(archive), Path(out)
     if out.exists():
@@ -214,6 +220,8 @@ def extract(
             path = PurePosixPath(*_safe_parts(name, archive)[strip:])
             if not path.parts or (wanted is not None and not wanted(path)):
                 continue
+            if len(written) == MAX_FILES:
+                raise InputError(f"archive '{archive}' holds more than {MAX_FILES} files; is it the right file?")
             target = incomplete / path
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target, "xb") as file:
@@ -228,19 +236,18 @@ def extract(
     except InputError:
         shutil.rmtree(incomplete)
         raise
-    except FileExistsError as error:
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         shutil.rmtree(incomplete)
-        raise InputError(f"archive '{archive}' holds a name twice ({error.filename}); refused") from error
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise InputError(
+            f"archive '{archive}' holds a name twice, or as a file and as a folder ({error.filename}); refused"
+        ) from error
+    except (OSError, *_DAMAGE) as error:
         shutil.rmtree(incomplete)
-        raise InputError(f"archive '{archive}' cannot be read ({error}); delete it and fetch it again") from error
-    except OSError as error:
-        shutil.rmtree(incomplete)
-        if error.errno in _DISK:
+        if isinstance(error, OSError) and error.errno in _DISK:
             raise InputError(
                 f"'{out}' cannot be written ({error.strerror}); make room or choose another folder"
             ) from error
-        raise
+        raise InputError(f"archive '{archive}' cannot be read ({error}); delete it and fetch it again") from error
     os.replace(incomplete, out)
     return written
 
@@ -248,29 +255,32 @@ def extract(
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Name and content of each regular file, read once from front to back."""
     with open(archive, "rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if is_zip:
+        magic = file.read(2)
+    if magic == b"PK":
         with zipfile.ZipFile(archive) as bundle:
             for info in bundle.infolist():
                 if info.is_dir():
                     continue
                 mode = stat.S_IFMT(info.external_attr >> 16)
                 if mode not in (0, stat.S_IFREG):
-                    raise InputError(
-                        f"archive '{archive}' holds '{info.filename}', which is a link or a device; refused"
-                    )
+                    raise _refusal(archive, info.filename)
                 with bundle.open(info) as source:
                     yield info.filename, source
         return
-    with tarfile.open(archive, "r|*") as bundle:
-        for member in bundle:
-            if member.isdir():
-                continue
-            content = bundle.extractfile(member) if member.isreg() else None
-            if content is None:
-                raise _refusal(archive, member.name)
-            with content:
-                yield member.name, content
+    is_gzip = magic == b"\x1f\x8b"
+    # The tarfile module would unpack gzip too, but without a look at its checksum.
+    with gzip.open(archive) if is_gzip else open(archive, "rb") as file:
+        with tarfile.open(fileobj=file, mode="r|" if is_gzip else "r|*") as bundle:
+            for member in bundle:
+                if member.isdir():
+                    continue
+                content = bundle.extractfile(member) if member.isreg() else None
+                if content is None:
+                    raise _refusal(archive, member.name)
+                with content:
+                    yield member.name, content
+        while file.read(BLOCK_BYTES):  # the checksum comes after the end of the tar
+            pass
 
 
 def _refusal(archive: Path, name: str) -> InputError:

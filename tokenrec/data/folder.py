@@ -99,11 +99,10 @@ def write_catalogue(folder: Path, items: Entities) -> np.ndarray:
 def _fixed_width(item_id: np.ndarray) -> np.ndarray:
     """Strings as NumPy stores them: each as wide as the longest, and filled up with NUL."""
     for value in item_id.tolist():
-        if len(value) > LONGEST_ITEM_ID or value.endswith("\0"):
-            reason = f"{len(value)} characters, but at most {LONGEST_ITEM_ID} are kept"
+        reason = f"{len(value)} characters, more than {LONGEST_ITEM_ID}" if len(value) > LONGEST_ITEM_ID else ""
+        if reason or value.endswith("\0"):
             raise InputError(
-                f"item_id={value[:40]!r} has {reason if len(value) > LONGEST_ITEM_ID else 'a NUL at its end'}; give "
-                "the item another id"
+                f"item_id={value[:40]!r} has {reason or 'a NUL at its end, which is not kept'}; give it another id"
             )
     return item_id.astype(str)
 
@@ -122,7 +121,8 @@ def digest_ids(folder: Path, schema: Schema) -> str:
     """
     whole = hashlib.sha256()
     values = {f"table {name}": load_vocabulary(folder, name) for name in value_tables(schema.features)}
-    for name, array in sorted((values | {"items": np.load(folder / ITEMS / "item_id.npy", mmap_mode="r")}).items()):
+    values["items"] = np.load(folder / ITEMS / "item_id.npy", mmap_mode="r", allow_pickle=False)
+    for name, array in sorted(values.items()):
         whole.update(f"{name}: {len(array)} {array.dtype.kind}\n".encode())
         if array.dtype.kind == "i":
             whole.update(np.ascontiguousarray(array, "<i8"))

@@ -40,12 +40,12 @@ def check_catalogue(catalogue: Catalogue, schema: Schema, where: str) -> None:
     """Raises an InputError unless the catalogue has a row per item, with ids and numbers that fit the schema."""
     features = list(schema.group("catalogue"))
     width = columns(features)
-    for name, array, kind, shape in (
-        ("item_id", catalogue.item_id, "iU", (schema.items,)),
-        ("ids", catalogue.ids, "i", (schema.items, width.ids_width)),
-        ("dense", catalogue.dense, "f", (schema.items, width.dense_width)),
+    for name, array, kinds, shape in (
+        ("item_id", catalogue.item_id, ("int64", "str"), (schema.items,)),
+        ("ids", catalogue.ids, ("int32",), (schema.items, width.ids_width)),
+        ("dense", catalogue.dense, ("float32",), (schema.items, width.dense_width)),
     ):
-        if array.shape != shape or array.dtype.kind not in kind:
+        if array.shape != shape or (array.dtype.name if array.dtype.kind != "U" else "str") not in kinds:
             raise InputError(f"{where}: {name} has the shape {array.shape} of {array.dtype}, not {shape}; {_REMEDY}")
     _check_features(catalogue.ids, catalogue.dense, features, schema, where)
 

@@ -116,6 +116,8 @@ def _header(path: Path, line: bytes) -> list[str]:
         return next(csv.reader([line.decode()]), [])
     except UnicodeDecodeError as error:
         raise InputError(_encoding_problem(path, 1, error)) from error
+    except csv.Error as error:  # a carriage return inside the line, or a value of 128 KiB
+        raise InputError(f"{path}, line 1: is no header: {error}; is this a CSV file?") from error
 
 
 def _require(path: Path, types: Mapping[str, pa.DataType], names: list[str]) -> None:
@@ -167,6 +169,8 @@ def _line_problem(line: bytes, names: list[str], types: Mapping[str, pa.DataType
         fields = next(csv.reader([line.decode()]), [])
     except UnicodeDecodeError as error:
         return _encoding_problem(path, number, error)
+    except csv.Error as error:
+        return f"{path}, line {number}: cannot be split into fields: {error}; remove line breaks from values"
     if len(fields) != len(names):
         missing = f" (no '{names[len(fields)]}')" if len(fields) < len(names) else ""
         return (
