@@ -28,9 +28,10 @@ from tokenrec.logbook import Logbook, Throughput
 from tokenrec.models.block import check_mesh
 from tokenrec.run import identity, start_run
 from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, own_rows, to_devices
-from tokenrec.state import abstract_state, build_model, init_state
+from tokenrec.state import abstract_state, build_model
 from tokenrec.step import Metrics, train_step
 from tokenrec.validation import validate
+from tokenrec.warm_start import first_state
 from tokenrec.watchdog import Watchdog
 
 
@@ -77,7 +78,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
         )
         watch.at("restoring the latest checkpoint")
         restored = checkpoints.restore(abstract_state(model))
-        step, state, reached = restored or (0, init_state(model, config.seed), Progress())
+        step, state, reached = restored or (0, first_state(model, workdir), Progress())
         with processes.all_or_none():
             own = own_rows(mesh, config.data.batch_size, "data.batch_size")
             data = train_batches(dataset, config.data, start=step, steps=config.optim.steps, seed=config.seed, own=own)

@@ -1,0 +1,130 @@
+"""A step of a run again: the logged loss, and the step, sample and feature that a bad number came from."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.test_train import small
+from tests.test_warm_start import plain
+from tokenrec.__main__ import main
+from tokenrec.data.dataset import open_dataset
+from tokenrec.data.prepare import prepare
+from tokenrec.data.synthetic import SyntheticSource
+from tokenrec.errors import NonFiniteError
+from tokenrec.replay import replay_run
+from tokenrec.train import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "set"
+    prepare(SyntheticSource(2_000, users=40, items=30), out)
+    return out
+
+
+def said(lines=None):
+    return (lines if lines is not None else []).append
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__dropout": 0.1},
+        {"tokens__replicate_rows": 20, "optim__accumulate": 2, "data__batch_size": 16, "mesh__fsdp": 2},
+    ],
+)
+def test_a_healthy_step_has_the_logged_loss_bit_for_bit(data, tmp_path, changes):
+    config = plain(data, optim__steps=5, train__save_every=2, train__log_every=1, **changes)
+    train(config, tmp_path, progress=False)
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    before, lines = files(tmp_path), []
+    report = replay_run(tmp_path, 3, say=lines.append)
+    assert files(tmp_path) == before
+    assert "3 steps to make" in lines[0]  # of the checkpoints, 4 and 5 are left
+    record = next(line for line in logged if line["step"] == 4 and "train/loss" in line)  # it counts updates made
+    assert (report["loss"], report["gradient_norm"]) == (record["train/loss"], record["train/grad_norm"])
+    assert report["finite"]
+    assert report["first_not_finite"] is None
+    assert report["skipped_before"] == []
+
+    # All parts together are the step.
+    parts = [of["gradient_norm"] for of in report["tables"]]
+    assert {of["table"] for of in report["tables"]} >= {"item", "genre", "segment", "code"}
+    assert report["gradient_norm"] > np.linalg.norm(parts) > 0
+    dataset = open_dataset(data, config.data.exclude)
+    ends = np.cumsum(dataset.rows("train"))
+    for sample in report["samples"]:
+        chunk = int(np.searchsorted(ends, sample["rows"][0], side="right"))
+        assert sample["user_id"] == dataset.load("train", chunk, chunk + 1).user_id[0]
+    if config.data.batch_size <= len(report["samples"]):
+        assert sum(sample["loss"] for sample in report["samples"]) == pytest.approx(report["loss"], rel=1e-5)
+
+
+def test_an_infinite_number_is_traced_to_its_step_sample_and_feature(data, tmp_path, capsys):
+    bad = tmp_path / "data"
+    shutil.copytree(data, bad)
+    dense = np.load(bad / "items" / "dense.npy")
+    item = 3
+    dense[item, -1] = np.inf  # the last number of `vector`
+    np.save(bad / "items" / "dense.npy", dense)
+    run = tmp_path / "run"
+    config = small(bad, data__events=4, data__overlap=1, model__layers=1, model__windows=(), tokens__maker="linear")
+    config.train.save_every = 1
+    with pytest.raises(NonFiniteError) as error:
+        train(config, run, progress=False)
+    step = int(str(error.value).split()[1].rstrip(":"))
+
+    before = files(run)
+    line = ["replay", f"--workdir={run}", f"--step={step}", f"--json={tmp_path / 'replay.json'}"]
+    assert main(line) == 0
+    assert files(run) == before
+    report = json.loads((tmp_path / "replay.json").read_text())
+    assert (report["step"], report["finite"], report["applied"], report["loss"]) == (step, False, False, "nan")
+    first = report["first_not_finite"]
+    assert first["where"] == ["feature 'vector' of state"]
+    worst = report["samples"][: len(first["samples"])]
+    assert {sample["sample"] for sample in worst} == set(first["samples"])
+    log = open_dataset(bad).load("train")
+    for sample in worst:
+        assert sample["loss"] == "nan"
+        assert sample["extremes"][0]["feature"] == "vector"
+        assert sample["extremes"][0]["value"] == "inf"
+        assert item in log.item[max(0, min(sample["rows"]) - 8) : max(sample["rows"]) + 1]
+    assert all(isinstance(sample["loss"], float) for sample in report["samples"][len(worst) :])
+    printed = capsys.readouterr()
+    assert f"step {step}: loss nan" in printed.out
+    assert "first number that is not finite: feature 'vector' of state" in printed.out
+    assert f"step {step} from" in printed.err
+
+
+def test_a_rate_that_is_too_high_shows_in_the_size_of_the_weights(data, tmp_path):
+    config = plain(data, optim__learning_rate=1e30, optim__clip_norm=0.0, train__save_every=1)
+    config.optim.warmup_steps = 0
+    with pytest.raises(NonFiniteError, match=r"step 1:"):
+        train(config, tmp_path, progress=False)
+    report = replay_run(tmp_path, 1, say=said())
+    assert (report["checkpoint"], report["steps_before"]) == (1, 0)
+    assert not report["finite"]
+    assert report["first_not_finite"] is not None
+    assert report["weights"][0]["not_finite"] > 0
+    # The squares of such weights are no float32.
+    assert "inf" in [of["weight_norm"] for of in report["weights"]]
+
+
+def test_a_step_that_is_not_there_is_refused(data, tmp_path, capsys):
+    train(plain(data, optim__steps=2, optim__warmup_steps=1), tmp_path, progress=False)
+    run = ["replay", f"--workdir={tmp_path}"]
+    for line, message in (
+        ([*run, "--step=2"], "the steps of this run are 0 to 1"),
+        ([*run, "--step=1", "--checkpoint=2"], "the run has none before step 1"),
+        ([*run, "--step=1", "--checkpoint=newest"], "'newest' is neither latest-before, start nor a step"),
+        (["replay", f"--workdir={tmp_path / 'none'}", "--step=1"], "holds no run"),
+    ):
+        assert main(line) == 2
+        assert message in capsys.readouterr().err
