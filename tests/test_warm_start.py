@@ -222,19 +222,17 @@ def test_what_cannot_be_carried_is_refused(old, new, tmp_path):
 
 def test_a_run_starts_warm_once_and_says_so(old, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
-    config = plain(old, optim__steps=2, optim__warmup_steps=1, train__log_every=1)
-    train(config, first, progress=False)
-    assert not (first / "warm_start.json").exists()
-    config = plain(old, optim__steps=4, train__log_every=1, train__stop_at=1, train__warm_start=str(first))
+    saved(first, plain(old), mesh_of(1, 1, 1))
+    config = plain(old, optim__steps=4, train__stop_at=1, train__eval_split="none")
     config.train.warm_start = str(tmp_path / "own")
     with pytest.raises(InputError, match="is the --workdir itself"):
         train(config, tmp_path / "own", progress=False)
     config.train.warm_start = str(first)
     train(config, second, progress=False)
     listing = json.loads((second / "warm_start.json").read_text())
-    assert (listing["step"], listing["checkpoint"]) == (2, "best")
+    assert (listing["step"], listing["checkpoint"]) == (STEP, "best")
     said = capsys.readouterr().err
-    assert f"warm start from {first} at step 2 (best)" in said
+    assert f"warm start from {first} at step {STEP} (best)" in said
     assert "dense weights:" in said
 
     shutil.rmtree(first)
