@@ -1,18 +1,19 @@
 """A step of a run again: the logged loss, and the step, sample and feature that a bad number came from."""
 
+import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
 
-from tests.test_train import small
-from tests.test_warm_start import plain, saved
+from tests.test_warm_start import STEP, plain, saved
 from tests.worlds import mesh_of
 from tokenrec.__main__ import main
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.prepare import prepare
+from tokenrec.data.schema import FIRST_KNOWN
 from tokenrec.data.synthetic import SyntheticSource
+from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import NonFiniteError
 from tokenrec.replay import replay_run
 from tokenrec.train import train
@@ -23,10 +24,6 @@ def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "set"
     prepare(SyntheticSource(2_000, users=40, items=30), out)
     return out
-
-
-def said(lines=None):
-    return (lines if lines is not None else []).append
 
 
 def files(folder):
@@ -63,41 +60,50 @@ def test_a_healthy_step_has_the_logged_loss_bit_for_bit(data, tmp_path):
     assert report["loss"] * 10 / 16 < sum(losses) < report["loss"]  # the largest ten of sixteen
 
 
-def test_an_infinite_number_is_traced_to_its_step_sample_and_feature(data, tmp_path, capsys):
-    bad = tmp_path / "data"
-    shutil.copytree(data, bad)
-    dense = np.load(bad / "items" / "dense.npy")
-    item = 3
-    dense[item, -1] = np.inf  # the last number of `vector`
-    np.save(bad / "items" / "dense.npy", dense)
-    run = tmp_path / "run"
-    config = small(bad, data__events=4, data__overlap=1, model__layers=1, model__windows=(), tokens__maker="linear")
-    config.train.save_every, config.train.eval_split = 1, "none"
+def test_an_infinite_row_is_traced_to_its_step_samples_and_feature(data, tmp_path, capsys):
+    item = "i000003"
+    row = FIRST_KNOWN + load_vocabulary(data, "item").tolist().index(item)
+
+    def spoil(model, state):
+        stack = model.embedder.stacks["width_4"]
+        table = state.tables[stack.name].at[stack.offsets["item"] + row, 1].set(np.inf)
+        return dataclasses.replace(state, tables=state.tables | {stack.name: table})
+
+    run, written = tmp_path / "run", tmp_path / "replay.json"
+    config = plain(data, data__events=4, data__overlap=1, train__eval_split="none", data__exclude=("age", "vector"))
+    saved(run, config, mesh_of(1, 1, 1), spoil)
     with pytest.raises(NonFiniteError) as error:
         train(config, run, progress=False)
     step = int(str(error.value).split()[1].rstrip(":"))
 
     before = files(run)
-    line = ["replay", f"--workdir={run}", f"--step={step}", f"--json={tmp_path / 'replay.json'}"]
-    assert main(line) == 0
+    assert main(["replay", f"--workdir={run}", f"--step={step}", f"--json={written}"]) == 0
     assert files(run) == before
-    report = json.loads((tmp_path / "replay.json").read_text())
+    report = json.loads(written.read_text())
     assert (report["step"], report["finite"], report["applied"], report["loss"]) == (step, False, False, "nan")
     first = report["first_not_finite"]
-    assert first["where"] == ["feature 'vector' of state"]
+    assert first["where"] == ["feature 'item' of state"]
     worst = report["samples"][: len(first["samples"])]
-    assert {sample["sample"] for sample in worst} == set(first["samples"])
-    log = open_dataset(bad).load("train")
-    for sample in worst:
-        assert sample["loss"] == "nan"
-        assert sample["extremes"][0]["feature"] == "vector"
-        assert sample["extremes"][0]["value"] == "inf"
-        assert item in log.item[max(0, min(sample["rows"]) - 8) : max(sample["rows"]) + 1]
-    assert all(isinstance(sample["loss"], float) for sample in report["samples"][len(worst) :])
+    assert sorted(sample["sample"] for sample in worst) == first["samples"]
+    dataset = open_dataset(data)
+    log, spoilt = dataset.load("train"), dataset.catalogue.item_id.tolist().index(item)
+    for sample in report["samples"]:
+        rows = np.array(sample["rows"])
+        seen = log.item[max(rows[0] - 4, 0) : rows[-1] + 1]  # of the stream, and of events before what it reads
+        if sample in worst:
+            assert sample["loss"] == "nan"
+            assert spoilt in seen
+        else:
+            assert np.isfinite(sample["loss"])
+            assert spoilt not in log.item[rows]
+        far = [value["deviations"] for value in sample["extremes"]]
+        assert {value["feature"] for value in sample["extremes"]} <= {"load", "price", "seconds"}
+        assert far == sorted(far, reverse=True)
+        assert far[0] > 0
     printed = capsys.readouterr()
     assert f"step {step}: loss nan" in printed.out
-    assert "first number that is not finite: feature 'vector' of state" in printed.out
-    assert f"step {step} from" in printed.err
+    assert "first number that is not finite: feature 'item' of state" in printed.out
+    assert f"step {step} from the checkpoint of step {STEP}" in printed.err
 
 
 def test_a_rate_that_is_too_high_shows_in_the_size_of_the_weights(data, tmp_path):
@@ -105,7 +111,7 @@ def test_a_rate_that_is_too_high_shows_in_the_size_of_the_weights(data, tmp_path
     config.optim.warmup_steps = 0
     with pytest.raises(NonFiniteError, match=r"step 1:"):
         train(config, tmp_path, progress=False)
-    report = replay_run(tmp_path, 1, say=said())
+    report = replay_run(tmp_path, 1, say=print)
     assert (report["checkpoint"], report["steps_before"]) == (1, 0)
     assert not report["finite"]
     assert report["first_not_finite"] is not None

@@ -61,12 +61,12 @@ def opened(config):
     return dataset, build_model(config, dataset.schema, task_names(dataset.schema, config.data))
 
 
-def saved(workdir, config, mesh):
-    """A run on disk with one checkpoint, and its state."""
+def saved(workdir, config, mesh, change=lambda model, state: state):
+    """A run on disk with one checkpoint, and its state, after a change."""
     dataset, model = opened(config)
     with jax.set_mesh(mesh), RunCheckpoints(workdir, keep=1) as checkpoints:
         start_run(config, dataset.schema, workdir)
-        state = init_state(model, 7)
+        state = change(model, init_state(model, 7))
         checkpoints.save(STEP, state, Progress(), None)
     return model, state
 

@@ -203,9 +203,9 @@ class _Pending:
         read = np.unique(rows[rows >= 0])
         shown = ", ".join(map(str, read[:8]))
         raise NonFiniteError(
-            f"{found}. {_whose_batch()} read {len(read)} rows of train: {shown}, ...; lower "
-            "optim.learning_rate or optim.clip_norm, look for extreme values in these rows, or let the run go on "
-            f"without such steps: optim.max_skipped={count}"
+            f"{found}. {_whose_batch()} read {len(read)} rows of train: {shown}, ...; `tokenrec replay --step {step}` "
+            "shows more. Lower optim.learning_rate or optim.clip_norm, look for extreme values in these rows, or let "
+            f"the run go on without such steps: optim.max_skipped={count}"
         )
 
 

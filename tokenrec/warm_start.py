@@ -24,8 +24,9 @@ import numpy as np
 from tokenrec import processes
 from tokenrec.checkpoint import Checkpoints
 from tokenrec.config import Config, data_directory
+from tokenrec.data.metadata import Metadata
 from tokenrec.data.pipeline import task_names
-from tokenrec.data.schema import Metadata, Schema
+from tokenrec.data.schema import Schema
 from tokenrec.data.semantic import SEMANTIC_ID
 from tokenrec.errors import InputError
 from tokenrec.json_file import write_json
