@@ -220,6 +220,19 @@ def _predict(args: argparse.Namespace) -> None:
         print(f"{args.out}: {rows:,} rows")
 
 
+def _replay(args: argparse.Namespace) -> None:
+    from tokenrec.replay import replay_run
+    from tokenrec.replay_report import to_text
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    report = replay_run(args.workdir, args.step, args.checkpoint, args.data, args.mesh, say=say)
+    if args.json:
+        write_json(args.json, report)
+    print(to_text(report))
+
+
 def _semantic_ids(args: argparse.Namespace) -> None:
     from tokenrec.semantic_ids.build import build_semantic_ids
 
@@ -315,6 +328,7 @@ _RUNS = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "replay": _replay,
     "semantic-ids": _semantic_ids,
     "describe": _describe,
     "compile": _compile,

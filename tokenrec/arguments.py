@@ -19,6 +19,8 @@ from tokenrec.flags import shipped_configs
 if TYPE_CHECKING:
     from tokenrec.data.source import Source
 
+LATEST_BEFORE = "latest-before"
+
 _AXES = [field.name for field in dataclasses.fields(MeshConfig)]
 
 type Run = Callable[[argparse.Namespace], None]
@@ -79,6 +81,7 @@ def build_parser(
     predict = add("predict", "scores of a prepared split to Parquet")
     _add_run(predict)
     predict.add_argument("--out", type=Path, required=True, help="Parquet file to write")
+    _add_replay(add("replay", "one step of a run again: where a bad number came from"))
     _add_semantic_ids(add("semantic-ids", "semantic ids of a data set's items"))
     describe = add("describe", "parameters, token layout, windows, needed rows, FLOPs of a config")
     _add_config(describe)
@@ -187,6 +190,22 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-compile", action="store_true", help="do not compile it first: this was done already")
 
 
+def _add_replay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the run, in which nothing is written")
+    parser.add_argument("--step", type=_natural, required=True, help="number of the step, as messages and logs name it")
+    parser.add_argument(
+        "--checkpoint",
+        type=_earlier,
+        default=LATEST_BEFORE,
+        help=f"{LATEST_BEFORE} (default), start, or the step of a checkpoint; the steps from there on run first",
+    )
+    parser.add_argument("--data", type=Path, help="folder of the prepared data set; default: that of the run")
+    parser.add_argument(
+        "--mesh", type=_mesh, help="data=4,fsdp=2 instead of the run's; numbers then agree up to the order of sums"
+    )
+    parser.add_argument("--json", type=Path, help="file for the report")
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     shipped = ", ".join(shipped_configs())
     parser.add_argument(
@@ -239,6 +258,12 @@ def _day(text: str) -> str:
 def _checkpoint(text: str) -> str:
     if text not in ("best", "latest") and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is neither best, latest nor a step")
+    return text
+
+
+def _earlier(text: str) -> str:
+    if text not in (LATEST_BEFORE, "start") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is neither {LATEST_BEFORE}, start nor a step")
     return text
 
 

@@ -29,6 +29,7 @@ from tokenrec.state import TrainState
 FOLDER = "checkpoints"
 _PUT_BY = "unassessed-"
 _LISTED = 8
+_LEFT_OUT = "..."
 _SHORT = 1 << 16  # bytes
 _PACKAGES = ("tokenrec", "jax", "flax", "optax", "orbax-checkpoint")
 
@@ -88,6 +89,8 @@ class Checkpoints:
     def load_state(self, which: str, abstract: TrainState) -> tuple[int, TrainState]:
         """The state of checkpoint "best", "latest" or a step number; "best" is the latest if none was evaluated.
 
+        A leaf of `abstract` that is `...` is not read, and comes back as it is.
+
         Raises:
           InputError: no such checkpoint, it is damaged, or holds another state.
         """
@@ -123,7 +126,8 @@ class Checkpoints:
     def _check_shapes(self, step: int, abstract: TrainState) -> None:
         found = self._orbax.checkpointables_metadata(step).metadata
         here, there = _shapes(abstract), _shapes(None if found is None else found.get("state"))
-        differing = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != there.get(name)]
+        wanted = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != _LEFT_OUT]
+        differing = [name for name in wanted if here.get(name) != there.get(name)]
         if differing:
             listed = "".join(
                 f"\n  {name}: {there.get(name, 'nothing')} in the checkpoint, {here.get(name, 'nothing')} in this model"
@@ -316,7 +320,9 @@ def _shapes(tree: Any) -> dict[str, str]:
     """Shape and type of each array by its path."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        jax.tree_util.keystr(path, simple=True, separator="/"): _LEFT_OUT
+        if leaf is ...
+        else f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in leaves
     }
 

@@ -251,6 +251,9 @@ class TrainConfig:
       patience: evaluations without a better value before the run stops; 0 never stops early.
       hang_seconds: a run of which nothing is heard for so long (a step, a batch of an evaluation, a save, the first
         step with its compilation) says where it stands and ends; 0 never.
+      warm_start: folder of another run, whose weights this one starts from if it has no checkpoint yet (warm_start.py).
+      warm_start_checkpoint: best, latest or a step of that run.
+      warm_start_data: folder of the data set of that run, if it is not where that run found it.
     """
 
     stop_at: int = 0
@@ -264,6 +267,9 @@ class TrainConfig:
     best_metric: Literal["auto", "macro_auc", "macro_gauc", "loss", "recall@10", "ndcg@10"] = "auto"
     patience: int = 0
     hang_seconds: float = 1800.0
+    warm_start: str = ""
+    warm_start_checkpoint: str = "best"
+    warm_start_data: str = ""
 
 
 @dataclasses.dataclass

@@ -122,14 +122,23 @@ def open_run(workdir: Path, checkpoint: str, data: Path | None) -> Run:
       InputError: no run or checkpoint there, the data set does not fit the run, or processes do not agree.
     """
     with processes.all_or_none():
-        config = load_run_config(workdir, data)
-        dataset = open_dataset(data_directory(config), config.data.exclude, semantic_ids_path(config))
-        check_schema(dataset.schema, workdir)
-        model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
-    processes.agree(identity(config, dataset) | {"--checkpoint": checkpoint})
+        model, dataset = open_model(workdir, data)
+    processes.agree(identity(model.config, dataset) | {"--checkpoint": checkpoint})
     with Checkpoints(workdir) as checkpoints:
         step, state = checkpoints.load_state(checkpoint, abstract_state(model))
     return Run(model, dataset, step, state)
+
+
+def open_model(workdir: Path, data: Path | None) -> tuple[Model, Dataset]:
+    """The model of a run, without weights, and its data set.
+
+    Raises:
+      InputError: no run there, or the data set is not the one that it was trained on.
+    """
+    config = load_run_config(workdir, data)
+    dataset = open_dataset(data_directory(config), config.data.exclude, semantic_ids_path(config))
+    check_schema(dataset.schema, workdir)
+    return build_model(config, dataset.schema, task_names(dataset.schema, config.data)), dataset
 
 
 def load_run_config(workdir: Path, data: Path | None) -> Config:

@@ -11,7 +11,7 @@ import optax
 from tokenrec.data.batch import Batch
 from tokenrec.models.heads import CodeHead, ItemHead
 from tokenrec.models.recommender import Recommender
-from tokenrec.ops.tables import collect, update
+from tokenrec.ops.tables import Found, collect, update
 from tokenrec.optim import clip_scale, dense_optimizer, global_norm, schedule
 from tokenrec.sharding import RULES
 from tokenrec.state import Model, TrainState, merge
@@ -77,26 +77,32 @@ def loss_fn(
     """
     module = merge(model, params)
     entities = model.embedder.entities(rows, reads, batch)
-    read = module(entities, batch, key)
+    return jnp.sum(sample_losses(model, module, module(entities, batch, key), entities, batch, counts))
+
+
+def sample_losses(
+    model: Model, module: Recommender, read: jax.Array, entities: dict[str, Entity], batch: Batch, counts: jax.Array
+) -> jax.Array:
+    """`[B] float32`: what each sample adds to the loss of the step; `read` is what the heads read."""
     if batch.labels is None:
-        return retrieval_loss(module, read, entities, batch) / jnp.maximum(counts[0], 1)
+        return retrieval_losses(module, read, entities, batch) / jnp.maximum(counts[0], 1)
     losses = optax.sigmoid_binary_cross_entropy(module.head(read), jnp.maximum(batch.labels, 0).astype(jnp.float32))
-    return jnp.sum(task_weights(model) * jnp.sum(losses * known_labels(batch), axis=(0, 1)) / jnp.maximum(counts, 1))
+    return jnp.sum(losses * known_labels(batch), axis=1) @ (task_weights(model) / jnp.maximum(counts, 1))
 
 
-def retrieval_loss(module: Recommender, read: jax.Array, entities: dict[str, Entity], batch: Batch) -> jax.Array:
-    """Summed cross-entropy of the goals of a batch."""
+def retrieval_losses(module: Recommender, read: jax.Array, entities: dict[str, Entity], batch: Batch) -> jax.Array:
+    """`[B]`: summed cross-entropy of the goals of each sample."""
     head = module.head
     if isinstance(head, CodeHead):
-        return head.loss(read, batch.codes)
+        return head.losses(read, batch.codes)
     assert isinstance(head, ItemHead)
     if batch.negatives is None:
-        return head.full_loss(read, batch.goals)
+        return head.full_losses(read, batch.goals)
     of_goals = entities["goals"].values[ITEM_ROWS.name][..., 0, :]
     drawn = entities["negatives"].values[ITEM_ROWS.name]
     of_negatives = jax.sharding.reshard(drawn, RULES(*[None] * drawn.ndim)).reshape(-1, drawn.shape[-1])
     negatives = jax.sharding.reshard(batch.negatives, RULES(None, None)).reshape(-1)
-    return head.sampled_loss(read, batch.goals, of_goals, negatives, of_negatives)
+    return head.sampled_losses(read, batch.goals, of_goals, negatives, of_negatives)
 
 
 def with_negatives(model: Model, batch: Batch, key: jax.Array) -> Batch:
@@ -114,7 +120,7 @@ def task_weights(model: Model) -> jax.Array:
     return jnp.array([given[name] for name in model.tasks], jnp.float32)
 
 
-def _micro_batches(tree: Any, count: int) -> Any:
+def micro_batches(tree: Any, count: int) -> Any:
     """`[B, ...]` -> `[count, B / count, ...]`; takes every count-th sample, so that nothing moves between devices."""
 
     def cut(leaf: jax.Array) -> jax.Array:
@@ -125,31 +131,53 @@ def _micro_batches(tree: Any, count: int) -> Any:
     return jax.tree.map(cut, tree)
 
 
+class Inputs(NamedTuple):
+    """What a train step computes its loss from, besides the dense weights. `rows` are those `found`, of every stack;
+    `counts` the `label_counts` of the batch, which holds the negatives; `key` that of the step's dropout.
+    """
+
+    batch: Batch
+    key: jax.Array
+    found: dict[str, Found]
+    rows: dict[str, jax.Array]
+    counts: jax.Array
+
+
+def step_inputs(model: Model, state: TrainState, batch: Batch) -> Inputs:
+    """The inputs of the next step of `state`."""
+    key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
+    batch = with_negatives(model, batch, jax.random.fold_in(key, model.config.optim.accumulate))
+    found = model.embedder.find(batch)
+    return Inputs(batch, key, found, model.embedder.gather(state.tables, found), label_counts(batch))
+
+
+def gradients(
+    model: Model, params: dict[str, jax.Array], inputs: Inputs
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+    """Loss of a step, and its gradients by dense weight and by row of `inputs.rows`."""
+    batch, key, found, rows, counts = inputs
+    reads, count = inverses(found), model.config.optim.accumulate
+    gradient = jax.value_and_grad(loss_fn, argnums=(0, 1))
+    if count == 1:
+        return gradient(params, rows, model, reads, batch, counts, key)
+
+    def add(total: Any, piece: tuple[Batch, Inverses, jax.Array]) -> tuple[Any, None]:
+        part, inverse, number = piece
+        made = gradient(params, rows, model, inverse, part, counts, jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, total, made), None
+
+    zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (params, rows)))
+    return jax.lax.scan(add, zero, (*micro_batches((batch, reads), count), jnp.arange(count)))[0]
+
+
 def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     """One update. A step whose loss or gradient is not finite, or whose gradient is a spike, changes nothing but the
     step number.
     """
     optim = model.config.optim
-    key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
-    batch = with_negatives(model, batch, jax.random.fold_in(key, optim.accumulate))
-    found = model.embedder.find(batch)
-    rows = model.embedder.gather(state.tables, found)
-    reads = inverses(found)
-    counts = label_counts(batch)
-    gradient = jax.value_and_grad(loss_fn, argnums=(0, 1))
-    if optim.accumulate == 1:
-        loss, (dense, by_row) = gradient(state.params, rows, model, reads, batch, counts, key)
-    else:
-
-        def add(total: Any, piece: tuple[Batch, Inverses, jax.Array]) -> tuple[Any, None]:
-            part, inverse, number = piece
-            made = gradient(state.params, rows, model, inverse, part, counts, jax.random.fold_in(key, number))
-            return jax.tree.map(jnp.add, total, made), None
-
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (state.params, rows)))
-        pieces = _micro_batches((batch, reads), optim.accumulate)
-        (loss, (dense, by_row)), _ = jax.lax.scan(add, zero, (*pieces, jnp.arange(optim.accumulate)))
-
+    inputs = step_inputs(model, state, batch)
+    batch, found = inputs.batch, inputs.found
+    loss, (dense, by_row) = gradients(model, state.params, inputs)
     summed = {name: collect(state.tables[name], found[name], by_row[name]) for name in found}
     norm = global_norm(dense, summed)
     applied = jnp.isfinite(loss) & jnp.isfinite(norm)

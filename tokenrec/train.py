@@ -28,9 +28,10 @@ from tokenrec.logbook import Logbook, Throughput
 from tokenrec.models.block import check_mesh
 from tokenrec.run import identity, start_run
 from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, own_rows, to_devices
-from tokenrec.state import abstract_state, build_model, init_state
+from tokenrec.state import abstract_state, build_model
 from tokenrec.step import Metrics, train_step
 from tokenrec.validation import validate
+from tokenrec.warm_start import first_state
 from tokenrec.watchdog import Watchdog
 
 
@@ -77,7 +78,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
         )
         watch.at("restoring the latest checkpoint")
         restored = checkpoints.restore(abstract_state(model))
-        step, state, reached = restored or (0, init_state(model, config.seed), Progress())
+        step, state, reached = restored or (0, first_state(model, workdir), Progress())
         with processes.all_or_none():
             own = own_rows(mesh, config.data.batch_size, "data.batch_size")
             data = train_batches(dataset, config.data, start=step, steps=config.optim.steps, seed=config.seed, own=own)
@@ -202,9 +203,9 @@ class _Pending:
         read = np.unique(rows[rows >= 0])
         shown = ", ".join(map(str, read[:8]))
         raise NonFiniteError(
-            f"{found}. {_whose_batch()} read {len(read)} rows of train: {shown}, ...; lower "
-            "optim.learning_rate or optim.clip_norm, look for extreme values in these rows, or let the run go on "
-            f"without such steps: optim.max_skipped={count}"
+            f"{found}. {_whose_batch()} read {len(read)} rows of train: {shown}, ...; `tokenrec replay --step {step}` "
+            "shows more. Lower optim.learning_rate or optim.clip_norm, look for extreme values in these rows, or let "
+            f"the run go on without such steps: optim.max_skipped={count}"
         )
 
 

@@ -178,6 +178,19 @@ class Backbone(nnx.Module):
             first += size
         return self.norm(take_rows(x, layout.readout, rows[-1]))
 
+    def layer_outputs(
+        self, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None, key: jax.Array | None
+    ) -> list[jax.Array]:
+        """What comes out of each layer of `__call__`, `[B, rows needed of it, d]`, and last what it returns."""
+        every = np.arange(layout.rows)
+        stream = self._stream(layout, every, events, candidates)
+        rows, keys = layer_rows(self.config, layout), split_key(key, self.config.layers)
+        x, made = take_rows(x, rows[0], every), []
+        for layer, inputs, outputs, one in zip(self.layers(), rows, rows[1:], keys, strict=False):
+            x = layer(x, outputs, inputs, stream, one)
+            made.append(x)
+        return [*made, self.norm(take_rows(x, layout.readout, rows[-1]))]
+
     def _loop(
         self, block: Block, x: jax.Array, rows: np.ndarray, stream: Stream, keys: Sequence[jax.Array | None]
     ) -> jax.Array:

@@ -39,16 +39,16 @@ class ItemHead(nnx.Module):
         """`[B, R, V] float32` from read-outs `[B, R, d]` and `[V, d]`."""
         return contract("brd,vd->brv", self.query(h), self.key(vectors), RULES("batch", None, None))
 
-    def full_loss(self, h: jax.Array, goals: jax.Array) -> jax.Array:
-        """Summed cross-entropy of the goals `[B, R, P]`, -1 fills, each against the whole catalogue."""
+    def full_losses(self, h: jax.Array, goals: jax.Array) -> jax.Array:
+        """`[B]`, summed cross-entropy of the goals `[B, R, P]`, -1 fills, each against the whole catalogue."""
         partition = jax.nn.logsumexp(self.scores(h, self.vectors()), axis=-1)
         own = self._own_scores(h, self.rows(goals))
-        return jnp.sum(jnp.where(goals >= 0, partition[..., None] - own, 0))
+        return jnp.sum(jnp.where(goals >= 0, partition[..., None] - own, 0), axis=(1, 2))
 
-    def sampled_loss(
+    def sampled_losses(
         self, h: jax.Array, goals: jax.Array, of_goals: jax.Array, negatives: jax.Array, of_negatives: jax.Array
     ) -> jax.Array:
-        """Summed cross-entropy of each goal against itself and items drawn uniformly, with the log-Q correction.
+        """`[B]`, summed cross-entropy of each goal against itself and items drawn uniformly, with the log-Q correction.
 
         Of n draws each item is expected n / V times, so that a drawn item's logit is lowered by `log(n / V)` (Bengio
         and Senecal, 2008). A draw that is the goal itself does not count against it.
@@ -61,7 +61,7 @@ class ItemHead(nnx.Module):
         drawn = self.scores(h, of_negatives) - math.log(negatives.shape[0] / self.count)
         hit = goals[..., None] == negatives
         others = jax.nn.logsumexp(jnp.where(hit, -jnp.inf, drawn[:, :, None]), axis=-1)
-        return jnp.sum(jnp.where(goals >= 0, jnp.logaddexp(own, others) - own, 0))
+        return jnp.sum(jnp.where(goals >= 0, jnp.logaddexp(own, others) - own, 0), axis=(1, 2))
 
     def _own_scores(self, h: jax.Array, of_goals: jax.Array) -> jax.Array:
         return jnp.einsum("brd,brpd->brp", self.query(h), self.key(of_goals))
@@ -98,8 +98,8 @@ class CodeHead(nnx.Module):
         logits = contract("bnd,cd->bnc", h.astype(jnp.float32), table, RULES("batch", None, None))
         return jax.nn.log_softmax(logits, axis=-1)
 
-    def loss(self, h: jax.Array, codes: jax.Array) -> jax.Array:
-        """Summed cross-entropy of all levels of all goals.
+    def losses(self, h: jax.Array, codes: jax.Array) -> jax.Array:
+        """`[B]`, summed cross-entropy of all levels of all goals.
 
         Args:
           h: `[B, R + R P (L - 1), d]`: the read-outs, each of which says the first level of its goals, then the rows of
@@ -110,12 +110,12 @@ class CodeHead(nnx.Module):
         flat = as_rows(codes)
         # Codes of one goal lie side by side, level after level.
         rows = [jnp.repeat(h[:, :reads], goals, axis=1)] + [h[:, reads + k :: levels - 1] for k in range(levels - 1)]
-        total = jnp.zeros(())
+        total = jnp.zeros(codes.shape[0], out_sharding=RULES("batch"))
         for level in range(levels):
             said, code = self.log_probs(rows[level], level), flat[..., level]
             # A comparison instead of a gather: the levels are short, and its gradient is no scatter.
             own = jnp.sum(jnp.where(jnp.arange(said.shape[-1]) == code[..., None], said, 0), axis=-1)
-            total -= jnp.sum(jnp.where(code >= 0, own, 0))
+            total -= jnp.sum(jnp.where(code >= 0, own, 0), axis=1)
         return total
 
 

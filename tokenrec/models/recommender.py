@@ -184,6 +184,18 @@ class Recommender(nnx.Module):
         x = dropout(x, self.config.model.dropout, token_key)
         return self.backbone(x, layout, batch.valid, candidate_mask(batch), backbone_key).astype(jnp.float32)
 
+    def trace(
+        self, entities: dict[str, Entity], batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """What `__call__` computes on its way: the tokens, `[B, S, d]`, and `Backbone.layer_outputs`, the last of which
+        it returns.
+        """
+        token_key, backbone_key = split_key(key, 2)
+        tokens, layout = self.stream(entities, batch)
+        x = dropout(tokens, self.config.model.dropout, token_key)
+        outputs = self.backbone.layer_outputs(x, layout, batch.valid, candidate_mask(batch), backbone_key)
+        return tokens, [*outputs[:-1], outputs[-1].astype(jnp.float32)]
+
     def stream(self, entities: dict[str, Entity], batch: Batch) -> tuple[jax.Array, Layout]:
         """Tokens of the whole stream, `[B, S, d]`, and their order."""
         shared, own = self.shared_tokens(entities, batch), self.own_tokens(entities, batch)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from tokenrec.errors import InputError
@@ -97,12 +98,12 @@ def stored_rows(rows: int) -> int:
     return stored
 
 
-def places_of(ids: jax.Array, rows: int) -> jax.Array:
+def places_of[T: (jax.Array, np.ndarray)](ids: T, rows: int) -> T:
     """Where the rows `ids` of a table of `rows` stored rows lie; a permutation."""
     return ids % CYCLE * STRIDE % CYCLE * (rows // CYCLE) + ids // CYCLE
 
 
-def ids_of(places: jax.Array, rows: int) -> jax.Array:
+def ids_of[T: (jax.Array, np.ndarray)](places: T, rows: int) -> T:
     """Inverse of `places_of`."""
     return places % (rows // CYCLE) * CYCLE + places // (rows // CYCLE) * _BACK % CYCLE
 
