@@ -1,12 +1,22 @@
 """Every test runs on eight virtual CPU devices, and treats a warning as an error (pyproject.toml)."""
 
+import atexit
 import importlib.util
 import os
+import shutil
+import tempfile
 
 # Tests compile many small programs that run once: quick compilation beats quick code.
 _FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+# Many tests compile the same programs: a folder for all of them, that of the first process, which starts the workers.
+_COMPILED = "JAX_COMPILATION_CACHE_DIR"
+if _COMPILED not in os.environ:
+    os.environ[_COMPILED] = tempfile.mkdtemp(prefix="tokenrec-tests-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    atexit.register(shutil.rmtree, os.environ[_COMPILED], ignore_errors=True)
 
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402

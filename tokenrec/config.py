@@ -251,6 +251,8 @@ class TrainConfig:
       patience: evaluations without a better value before the run stops; 0 never stops early.
       hang_seconds: a run of which nothing is heard for so long (a step, a batch of an evaluation, a save, the first
         step with its compilation) says where it stands and ends; 0 never.
+      keep_compiled: compiled programs are kept in `WORKDIR/compiled`, so that a restart need not compile them again;
+        JAX_COMPILATION_CACHE_DIR names another folder, for several runs.
       warm_start: folder of another run, whose weights this one starts from if it has no checkpoint yet (warm_start.py).
       warm_start_checkpoint: best, latest or a step of that run.
       warm_start_data: folder of the data set of that run, if it is not where that run found it.
@@ -260,13 +262,14 @@ class TrainConfig:
     eval_every: int = 0
     eval_split: str = "valid"
     eval_samples: int = 0
-    save_every: int = 0
+    save_every: int = 1_000
     keep: int = 2
     keep_every: int = 0
     log_every: int = 20
     best_metric: Literal["auto", "macro_auc", "macro_gauc", "loss", "recall@10", "ndcg@10"] = "auto"
     patience: int = 0
     hang_seconds: float = 1800.0
+    keep_compiled: bool = True
     warm_start: str = ""
     warm_start_checkpoint: str = "best"
     warm_start_data: str = ""

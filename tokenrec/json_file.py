@@ -1,4 +1,4 @@
-"""JSON files that are there whole or not at all, and what may stand in one."""
+"""Text and JSON files that are there whole or not at all, and what may stand in one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ def write_json(path: Path, value: Mapping[str, Any] | Sequence[Mapping[str, Any]
       ValueError: a number is not finite, which JSON cannot say.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8. No reader sees half of it, and a failed write changes nothing."""
     partial = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
-        partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

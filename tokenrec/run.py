@@ -15,6 +15,7 @@ from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
+from tokenrec.json_file import write_whole
 from tokenrec.state import Model, TrainState, abstract_state, build_model
 from tokenrec.validation import validate
 
@@ -73,8 +74,9 @@ def _write(config: Config, schema: Schema, workdir: Path) -> None:
                 + "\n  ".join(changed)
             )
         check_schema(schema, workdir)
-    (workdir / SCHEMA_FILE).write_text(_schema_text(schema))
-    path.write_text(to_json(config))
+    # Whole, each of them: a run killed here would be refused for half a file when it is started again.
+    write_whole(workdir / SCHEMA_FILE, _schema_text(schema))
+    write_whole(path, to_json(config))
 
 
 def identity(config: Config, dataset: Dataset) -> dict[str, object]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from tokenrec import processes
 from tokenrec.checkpoint import Progress, RunCheckpoints
+from tokenrec.compiled import kept_programs
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
@@ -66,6 +67,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(kept_programs(workdir, config.train.keep_compiled))
         interruption = stack.enter_context(Interruption())
         watch = stack.enter_context(
             Watchdog(config.train.hang_seconds, workdir, jax.process_index(), jax.process_count())

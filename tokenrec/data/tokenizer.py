@@ -21,6 +21,7 @@ import numpy as np
 from tokenrec.data.metadata import checked_file
 from tokenrec.data.schema import BYTES, FIRST_KNOWN, MISSING
 from tokenrec.errors import InputError
+from tokenrec.json_file import write_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -77,12 +78,7 @@ def table_rows(tokenizer: Tokenizer) -> int:
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> Path:
     """Writes `tokenizer.json`, whole or not at all; returns its path."""
     path = Path(directory) / TOKENIZER_FILE
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, tokenizer.to_str(pretty=True) + "\n")
     return path
 
 

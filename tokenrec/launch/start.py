@@ -10,6 +10,7 @@ from typing import Literal
 
 from tokenrec.config import Config
 from tokenrec.errors import InputError
+from tokenrec.json_file import write_whole
 from tokenrec.launch import gke, tpu_vm
 from tokenrec.launch.job import Job
 
@@ -89,7 +90,7 @@ def start(text: str, path: Path, target: Target, tool: str) -> None:
     path = path.with_name(path.name + {"gke": ".yaml", "tpu-vm": ".sh"}[target])
     if path.exists() and path.read_text() != text:
         raise InputError(f"'{path}' holds another job; remove it if that one has ended, or give another --name")
-    path.write_text(text)
+    write_whole(path, text)
     command = [tool, "apply", "--filename", str(path)] if target == "gke" else ["bash", str(path), "up"]
     code = subprocess.run(command, check=False).returncode
     if code:
