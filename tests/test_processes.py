@@ -16,6 +16,7 @@ import jax
 import pyarrow.parquet as pq
 import pytest
 
+from tests.counted import count_rows
 from tests.worlds import mesh_of
 from tokenrec.__main__ import main
 from tokenrec.data.prepare import prepare
@@ -28,6 +29,8 @@ DRIVER = """
 import sys
 from tokenrec.__main__ import main
 from tokenrec.processes import join
+from tests.counted import count_in_file
+count_in_file(sys.argv.pop(1))
 join(hears_stop=True)
 sys.exit(max([main(line.split()) for line in sys.argv[1:]]))
 """
@@ -72,7 +75,7 @@ def started(folder: Path, *lines: list[str]) -> Iterator[list[subprocess.Popen]]
                 },
             }
             process = subprocess.Popen(
-                [sys.executable, "-c", DRIVER, *own],
+                [sys.executable, "-c", DRIVER, str(folder / f"{index}.rows"), *own],
                 env=os.environ | here,
                 stdout=stack.enter_context((folder / f"{index}.out").open("w")),
                 stderr=stack.enter_context((folder / f"{index}.err").open("w")),
@@ -90,6 +93,12 @@ def finished(folder: Path, *lines: list[str]) -> list[int]:
         return [process.wait(WAIT_SECONDS) for process in running]
 
 
+def rows_read(folder: Path) -> list[list[list[int]]]:
+    """The rows of each batch that processes read so far, by process."""
+    files = sorted(folder.glob("*.rows"))
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
 def losses(workdir: Path) -> dict[int, float]:
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
@@ -99,7 +108,9 @@ def checkpoints(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdecimal())
 
 
-def test_two_processes_equal_one_and_go_on_after_a_kill(data: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_and_go_on_after_a_kill(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     two, one, alone = (tmp_path / name for name in ("two", "one", "alone"))
     endless = train_line(data, two, **{"train.save_every": 4}) + " --distributed"
     with started(tmp_path, [endless], [endless]) as running:
@@ -112,6 +123,7 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(data: Path, tmp_path: Pa
             process.send_signal(signal.SIGKILL)
     step = checkpoints(two)[-1]
     shutil.copytree(two, alone)
+    before = [batches[:step] for batches in rows_read(tmp_path)]
 
     stop = {"train.stop_at": step + 4}
     written = {name: (tmp_path / f"{name}.json", tmp_path / f"{name}.parquet") for name in ("two", "one")}
@@ -123,8 +135,18 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(data: Path, tmp_path: Pa
     lines = [f"{line} --distributed" for line in (train_line(data, two, **stop), *use("two"))]
     assert finished(tmp_path, lines, lines) == [0, 0], (tmp_path / "0.err").read_text()
     assert ["rows" in (tmp_path / f"{index}.out").read_text() for index in range(2)] == [True, False]
-    for line in (train_line(data, one, **stop), train_line(data, alone, **stop), *use("one")):
+    counted: dict[Path, list[list[int]]] = {one: [], alone: []}
+    for workdir, seen in counted.items():
+        monkeypatch.setattr("tokenrec.train.train_batches", count_rows(seen.append))
+        assert main(train_line(data, workdir, **stop).split()) == 0
+    for line in use("one"):
         assert main(line.split()) == 0
+
+    # Step by step, two processes, and then one or two again, read what one process reads.
+    shared = [sorted(first + second) for first, second in zip(*before, strict=True)]
+    again = [sorted(first + second) for first, second in zip(*(own[-4:] for own in rows_read(tmp_path)), strict=True)]
+    assert all(batches for batches in before)
+    assert shared + again == shared + counted[alone] == counted[one]
 
     resumed, whole = losses(two), losses(one)
     assert list(resumed) == list(whole) == list(range(1, step + 5))
