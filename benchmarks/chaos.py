@@ -1,6 +1,6 @@
 """Faults into real runs: processes killed, stopped and starved, checkpoints and data damaged; and what is left of them.
 
-python benchmarks/chaos.py [--faults 20] [--seed 0] [--json FILE] [--kinds KIND ...] [--out STEM]
+python benchmarks/chaos.py [--faults 20] [--seed 0] [--steps 300] [--json FILE] [--kinds KIND ...] [--out STEM]
 
 One small run is trained undisturbed, in one process and in two. The same runs are trained again under faults, started
 with the same command after each, and compared with it: every step's loss once in the log, and every bit of the last
@@ -61,12 +61,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=300, help="of each run, at least 60")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), default=sorted(KINDS))
     parser.add_argument("--out", type=Path, help="stem of the result files, .json and .md")
     flags = parser.parse_args()
     chance, begin = random.Random(flags.seed), time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, Lab(Path(folder), chance) as lab:
+    with tempfile.TemporaryDirectory() as folder, Lab(Path(folder), chance, flags.steps) as lab:
         kinds = usable_kinds(flags.kinds, lab)
         outcomes: list[tuple[str, Outcome]] = []
         for number, kind in enumerate(draw_kinds(kinds, flags.faults, chance), 1):
@@ -86,7 +87,12 @@ def main() -> int:
         write_result(
             flags.out,
             rows,
-            {"seed": flags.seed, "lost samples": lab.lost_samples, "differing bits": lab.differing_bits}
+            {
+                "seed": flags.seed,
+                "steps of a run": flags.steps,
+                "lost samples": lab.lost_samples,
+                "differing bits": lab.differing_bits,
+            }
             | {"minutes": round((time.monotonic() - begin) / 60, 1)},
             f"python benchmarks/chaos.py --faults {flags.faults} --seed {flags.seed} --out {flags.out}",
             title="Faults into real runs",

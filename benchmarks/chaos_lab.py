@@ -22,14 +22,14 @@ from tokenrec.config import from_json
 from tokenrec.run import open_run
 from tokenrec.sharding import make_mesh
 
-STEPS, BATCH, SAVE_EVERY = 300, 16, 5
+BATCH, SAVE_EVERY = 16, 5
 HANG_SECONDS = 45
 PATIENCE = 300  # seconds that a process may take before it counts as hung
 ROWS, USERS, ITEMS = 1_500, 40, 30
 DEVICES = 2  # of each process
 TINY = {
     **{"model.width": 4, "model.layers": 1, "model.windows": "()", "tokens.maker": "linear", "data.events": 4},
-    **{"data.batch_size": BATCH, "data.eval_batch_size": 32, "optim.warmup_steps": 1, "optim.steps": STEPS},
+    **{"data.batch_size": BATCH, "data.eval_batch_size": 32, "optim.warmup_steps": 1},
     **{"train.save_every": SAVE_EVERY, "train.log_every": 1, "train.eval_every": 50, "train.keep": 3},
     **{"train.hang_seconds": HANG_SECONDS},
 }
@@ -115,10 +115,10 @@ class Process:
 
 
 class Lab:
-    """A folder with a data set, undisturbed runs, and a lineage of one process and one of two under faults."""
+    """A folder with a data set, undisturbed runs of `steps`, and a lineage of one process and one of two that suffer."""
 
-    def __init__(self, folder: Path, chance: random.Random) -> None:
-        self.folder, self.chance = folder, chance
+    def __init__(self, folder: Path, chance: random.Random, steps: int) -> None:
+        self.folder, self.chance, self.steps = folder, chance, steps
         self.started = 0
         self.lost_samples = self.differing_bits = 0
         self.broken: list[str] = []
@@ -156,7 +156,7 @@ class Lab:
         return ["prepare", "synthetic", "--rows", str(ROWS), "--out", str(out)]
 
     def train_line(self, workdir: Path, data: Path | None = None, **fields: object) -> list[str]:
-        values = TINY | {name.replace("__", "."): value for name, value in fields.items()}
+        values = TINY | {"optim.steps": self.steps} | {name.replace("__", "."): value for name, value in fields.items()}
         line = ["train", "--config=synthetic", "--quiet", f"--data={data or self.data}", f"--workdir={workdir}"]
         return line + [f"--config.{name}={value}" for name, value in values.items()]
 

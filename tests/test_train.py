@@ -32,6 +32,13 @@ def data(tmp_path_factory):
     return out
 
 
+@pytest.fixture(autouse=True)
+def no_thread_stays():
+    """However a run ends, its input, its checkpoints and its watchdog end with it."""
+    yield
+    assert [thread.name for thread in threading.enumerate()] == ["MainThread"]
+
+
 def small(data, **changes) -> Config:
     config = Config(
         data=DataConfig(path=str(data), paradigm="uc", events=16, overlap=4, batch_size=8, eval_batch_size=16),
