@@ -115,7 +115,7 @@ class Process:
 
 
 class Lab:
-    """A folder with a data set, undisturbed runs of `steps`, and a lineage of one process and one of two that suffer."""
+    """A folder with a data set, undisturbed runs of `steps`, and runs of one process and of two that suffer."""
 
     def __init__(self, folder: Path, chance: random.Random, steps: int) -> None:
         self.folder, self.chance, self.steps = folder, chance, steps

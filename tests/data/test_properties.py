@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,6 +155,24 @@ def test_batches_have_the_declared_shapes_and_ids_and_go_on_as_if_never_stopped(
         first = [row for host in batches[:epoch] for row in host.rows[host.rows >= 0].tolist()]
         assert len(first) == len(set(first)), "an epoch reads a row once"
         assert_equal(take(data, config, 6, seed=seed, start=start), batches[start:])
+
+
+@CONFIGS
+def test_a_user_of_100_000_events_is_read_like_any_other(config: DataConfig, tmp_path: Path) -> None:
+    time = np.random.default_rng(0).permutation(100_000)
+    split = (time >= 80_000).astype(np.int8) + (time >= 99_000)
+    source = MemorySource(
+        {
+            **{"user_id": ["one"] * len(time), "time_ms": time, "item_id": time % 7, "event": [True] * len(time)},
+            **{"split": pa.array(split, pa.int8()), "request": [-1] * len(time)},
+            **{"label_click": pa.array(time % 2, pa.int8()), "price": time.astype(np.float64), "reaction": time % 3},
+        }
+    )
+    prepare(source, tmp_path / "set")
+    data = open_dataset(tmp_path / "set")
+    wide = dataclasses.replace(config, events=64, overlap=16, buckets=(), window_rows=4_096, eval_batch_size=32)
+    read = [read[4] for host, who in eval_batches(data, wide, "test") for read in reads(host, who)]
+    assert sorted(read) == list(range(99_000, 100_000))
 
 
 def _shapes(batch: Any) -> list[Any]:
