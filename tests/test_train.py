@@ -20,7 +20,7 @@ from tokenrec.data.prepare import prepare
 from tokenrec.data.synthetic import SyntheticSource
 from tokenrec.errors import InputError, NonFiniteError, Stopped
 from tokenrec.evaluate import evaluate_run
-from tokenrec.run import load_run_config, open_run
+from tokenrec.run import load_run_config, open_run, start_run
 from tokenrec.sharding import make_mesh
 from tokenrec.train import train
 
@@ -182,6 +182,17 @@ def test_another_config_in_the_same_folder_is_refused_with_the_difference(data, 
     other = small(data, optim__steps=2, optim__warmup_steps=1, model__width=16)
     with pytest.raises(InputError, match=r"model\.width: 8 -> 16"):
         train(other, tmp_path, progress=False)
+
+
+def test_half_a_config_and_a_workdir_that_is_a_file_are_refused(data, tmp_path):
+    start_run(small(data), open_dataset(data).schema, tmp_path)
+    whole = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"config\.json': the config is not JSON.*each checkpoint has a copy"):
+        train(small(data), tmp_path, progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--workdir .*file' cannot be made: File exists"):
+        train(small(data), tmp_path / "file", progress=False)
 
 
 def test_another_data_set_is_refused(data, tmp_path):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenrec import processes
-from tokenrec.checkpoint import Checkpoints
-from tokenrec.config import Config, data_directory, from_json, semantic_ids_path, to_json
+from tokenrec.checkpoint import FOLDER, Checkpoints
+from tokenrec.config import Config, data_directory, read_config, semantic_ids_path, to_json
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import Schema
@@ -58,11 +58,14 @@ def start_run(config: Config, schema: Schema, workdir: Path) -> None:
 
 
 def _write(config: Config, schema: Schema, workdir: Path) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir '{workdir}' cannot be made: {error.strerror}; give another folder") from error
     path = workdir / CONFIG_FILE
     if path.is_file():
         # A field that the run's version did not have takes its default.
-        before, now = (_flat(json.loads(to_json(one))) for one in (from_json(path.read_text()), config))
+        before, now = (_flat(json.loads(to_json(one))) for one in (_read(path), config))
         changed = [
             f"{field}: {before.get(field)!r} -> {now.get(field)!r}"
             for field in sorted(before.keys() | now.keys())
@@ -77,6 +80,16 @@ def _write(config: Config, schema: Schema, workdir: Path) -> None:
     # Whole, each of them: a run killed here would be refused for half a file when it is started again.
     write_whole(workdir / SCHEMA_FILE, _schema_text(schema))
     write_whole(path, to_json(config))
+
+
+def _read(path: Path) -> Config:
+    try:
+        return read_config(path)
+    except InputError as error:
+        raise InputError(
+            f"{error}; put the run's own back: each checkpoint has a copy, 'config' in {path.parent}/{FOLDER}/STEP/"
+            "_CHECKPOINT_METADATA"
+        ) from error
 
 
 def identity(config: Config, dataset: Dataset) -> dict[str, object]:
@@ -148,7 +161,7 @@ def load_run_config(workdir: Path, data: Path | None) -> Config:
     path = Path(workdir) / CONFIG_FILE
     if not path.is_file():
         raise InputError(f"workdir '{workdir}' holds no run (no {CONFIG_FILE}); train first, or check --workdir")
-    config = from_json(path.read_text())
+    config = _read(path)
     if data is not None:
         config.data.path = str(data)
     return validate(config)
