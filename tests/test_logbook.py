@@ -162,6 +162,18 @@ def test_everything_is_closed_when_the_run_fails(tmp_path, monkeypatch):
     book.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full is Linux's")
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    book = open_logbook(tmp_path)
+    words = rf"the log in '{tmp_path}' cannot be written: No space left.*goes on"
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(book, "_file", full)
+        with pytest.raises(InputError, match=words):
+            book.log(1, {"loss": 0.5})
+        with pytest.raises(InputError, match=words):  # what could not be written is tried again
+            book.close()
+
+
 def test_a_terminal_shows_a_bar_with_step_loss_speed_and_time_left(tmp_path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
@@ -39,19 +39,20 @@ class Logbook:
     either shows the training values named "loss" and "examples_per_second". Every log of another prefix is a line.
 
     Raises:
-      InputError: `metrics.jsonl` of an earlier run cannot be read.
+      InputError: `metrics.jsonl` of an earlier run cannot be read, or nothing can be written there, now or later.
     """
 
     def __init__(self, workdir: Path, *, progress: bool, total_steps: int, start_step: int) -> None:
         self._path = Path(workdir) / METRICS_FILE
         self._total_steps, self._start_step = total_steps, start_step
         self._began, self._logs, self._progress = time.monotonic(), 0, progress
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        _rewrite(self._path, lambda record: 0 < start_step >= record["step"])
-        self._repeated = [record for record in _records(self._path) if record["step"] == start_step]
-        self._file = self._path.open("a", encoding="utf-8")
-        folder = str(Path(workdir) / TENSORBOARD_FOLDER)
-        self._tensorboard = SummaryWriter(folder, purge_step=start_step + 1 if start_step else 0)
+        with _writing(self._path.parent):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _rewrite(self._path, lambda record: 0 < start_step >= record["step"])
+            self._repeated = [record for record in _records(self._path) if record["step"] == start_step]
+            self._file = self._path.open("a", encoding="utf-8")
+            folder = str(Path(workdir) / TENSORBOARD_FOLDER)
+            self._tensorboard = SummaryWriter(folder, purge_step=start_step + 1 if start_step else 0)
         self._bar: tqdm | None = None
         if progress and sys.stderr.isatty():
             self._bar = tqdm(
@@ -66,14 +67,15 @@ class Logbook:
     def log(self, step: int, values: Mapping[str, SupportsFloat | None], prefix: str = "train") -> None:
         """Records the values of a step, numbers or zero-dimensional arrays, under `prefix`."""
         numbers = {name: _finite(value) for name, value in values.items()}
-        if step == self._start_step and any(_has_prefix(record, prefix) for record in self._repeated):
-            self._drop_repeated(prefix)
         line = {"step": step, "time": round(time.time(), 3)} | {f"{prefix}/{k}": v for k, v in numbers.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        for name, number in numbers.items():
-            if number is not None:  # TensorBoard has no null, and the writer complains about NaN
-                self._tensorboard.add_scalar(f"{prefix}/{name}", number, step)
+        with _writing(self._path.parent):
+            if step == self._start_step and any(_has_prefix(record, prefix) for record in self._repeated):
+                self._drop_repeated(prefix)
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            for name, number in numbers.items():
+                if number is not None:  # TensorBoard has no null, and the writer complains about NaN
+                    self._tensorboard.add_scalar(f"{prefix}/{name}", number, step)
         if self._progress:
             self._show(step, numbers, prefix)
 
@@ -87,12 +89,11 @@ class Logbook:
 
     def close(self) -> None:
         """Flushes and closes everything; more than one call is harmless."""
-        try:
+        with _writing(self._path.parent), contextlib.ExitStack() as stack:
+            stack.callback(self._tensorboard.close)
+            stack.callback(self._file.close)
             if self._bar is not None:
                 self._bar.close()
-        finally:
-            self._file.close()
-            self._tensorboard.close()
 
     def _drop_repeated(self, prefix: str) -> None:
         """An evaluation at the step of the checkpoint was logged before the stop, and runs again after the restart."""
@@ -147,7 +148,7 @@ class Throughput:
         """Counts examples that were processed since the last `rate`."""
         self._examples += examples
 
-    @contextmanager
+    @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
         """The time inside does not count."""
         began = self._clock()
@@ -220,6 +221,18 @@ def result_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
         for model, summary in results.items()
         for task, report in summary["tasks"].items()
     ]
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """An error of a write does not say where it was."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"the log in '{folder}' cannot be written: {error.strerror or error}; make room, and give the same command "
+            "again, which goes on from the last checkpoint"
+        ) from error
 
 
 def _text(value: Any) -> str:
