@@ -167,6 +167,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     book = open_logbook(tmp_path)
     words = rf"the log in '{tmp_path}' cannot be written: No space left.*goes on"
     with Path("/dev/full").open("w") as full:
+        book._file.close()
         monkeypatch.setattr(book, "_file", full)
         with pytest.raises(InputError, match=words):
             book.log(1, {"loss": 0.5})
