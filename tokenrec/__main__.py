@@ -281,6 +281,18 @@ def _compile(args: argparse.Namespace) -> None:
         raise MemoryError(f"the step does not fit {found[0]['device_kind']}; see the largest arrays above")
 
 
+def _study(args: argparse.Namespace) -> None:
+    from tokenrec.study.plan import load_study
+    from tokenrec.study.run import run_study
+
+    if args.overrides:
+        raise InputError(f"tokenrec study takes no --config.{args.overrides[0]}; the study's file sets the fields")
+    command = f"tokenrec study --config={args.config} --out DIR"
+    study = load_study(args.config)
+    run_study(study, args.config.stem, args.out, args.data, command=command, side_by_side=max(1, args.side_by_side))
+    print(f"{args.out}: results.parquet, differences.parquet")
+
+
 def _launch(args: argparse.Namespace) -> None:
     config = _config(args)
     from tokenrec.launch.job import plan_job
@@ -332,6 +344,7 @@ _RUNS = {
     "semantic-ids": _semantic_ids,
     "describe": _describe,
     "compile": _compile,
+    "study": _study,
     "launch": _launch,
 }
 

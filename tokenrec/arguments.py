@@ -87,6 +87,11 @@ def build_parser(
     _add_config(describe)
     describe.add_argument("--json", type=Path, help="file for the figures")
     _add_compile(add("compile", "the train step compiled for a pod that need not be there: memory, roofline"))
+    study = add("study", "models against each other: a grid of runs, the best learning rates over seeds, how sure")
+    study.add_argument("--config", type=Path, required=True, help="study file, which is run, or a shipped one's name")
+    study.add_argument("--out", type=Path, required=True, help="folder of the runs and tables; the same one goes on")
+    study.add_argument("--data", type=Path, help="folder of the prepared data set; overrides data.path")
+    study.add_argument("--side-by-side", type=_natural, default=1, help="runs at a time")
     _add_launch(add("launch", "a training job on Cloud TPUs: GKE manifests or a TPU VM script"))
     return parser, parsers
 

@@ -13,7 +13,6 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,13 +24,13 @@ from tokenrec import processes
 from tokenrec.errors import InputError
 from tokenrec.integrity import SET_ASIDE, find_damage, set_aside, write_sums
 from tokenrec.state import TrainState
+from tokenrec.versions import versions
 
 FOLDER = "checkpoints"
 _PUT_BY = "unassessed-"
 _LISTED = 8
 _LEFT_OUT = "..."
 _SHORT = 1 << 16  # bytes
-_PACKAGES = ("tokenrec", "jax", "flax", "optax", "orbax-checkpoint")
 
 
 @dataclasses.dataclass
@@ -157,7 +156,7 @@ class RunCheckpoints(Checkpoints):
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
         self._policy = policies.AnyPreservationPolicy(kept)
-        self._about = {"config": about, "versions": {name: _version(name) for name in _PACKAGES}}
+        self._about = {"config": about, "versions": versions()}
         self._sealing: _Sealing | None = None
         folder = Path(workdir).absolute() / FOLDER
         self._bring_back(folder)
@@ -325,13 +324,6 @@ def _shapes(tree: Any) -> dict[str, str]:
         else f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in leaves
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _value(metrics: Any) -> float:

@@ -1,0 +1,68 @@
+"""Paired bootstrap over users: a draw has the metrics of `metrics.py`, and intervals cover what they should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tokenrec.metrics import auc, gauc, log_loss
+from tokenrec.study.bootstrap import _Prepared, compare, user_auc
+
+
+def some(rows: int = 300, users: int = 40, ties: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    draw = np.random.default_rng(0)
+    user = draw.integers(0, users, rows)
+    labels = draw.integers(0, 2, rows)
+    scores = np.clip(0.3 * labels + draw.uniform(0, 0.7, rows), 0.01, 0.99)
+    return labels, (np.round(scores, 1) if ties else scores).clip(0.05, 0.95).astype(np.float32), user
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_a_draw_has_the_metrics_of_its_rows(ties: bool) -> None:
+    labels, scores, user = some(ties=ties)
+    times = np.random.default_rng(1).integers(0, 4, 40).astype(np.float64)
+    again = np.concatenate([np.flatnonzero(user == u) for u in range(40) for _ in range(int(times[u]))])
+    copy = np.concatenate([np.full((user == u).sum(), 100 * u + c) for u in range(40) for c in range(int(times[u]))])
+    expected = auc(labels[again], scores[again]), gauc(labels[again], scores[again], copy)
+    found = _Prepared(labels, scores, user, 40).metrics(times)
+    assert found[:2] == pytest.approx(expected, abs=1e-12)
+    assert found[2] == pytest.approx(log_loss(labels[again], scores[again]), rel=1e-6)  # metrics.py has float32
+
+
+def test_auc_within_users_weighted_by_rows_is_gauc() -> None:
+    labels, scores, user = some()
+    value, rows = user_auc(labels, scores, user, 40)
+    assert np.nansum(value * rows) / rows.sum() == pytest.approx(gauc(labels, scores, user), abs=1e-12)
+
+
+def test_a_difference_is_that_of_the_means_over_seeds_and_lies_in_its_interval() -> None:
+    labels, scores, user = some(ties=False)
+    noise = np.random.default_rng(2).uniform(size=(2, len(labels))).astype(np.float32)
+    runs = {"right": [scores, scores], "half": [(scores + n) / 2 for n in noise]}
+    found = compare(labels, runs, user, "right", draws=300)["auc"]["half"]
+    assert found.value == pytest.approx(np.mean([auc(labels, s) for s in runs["half"]]) - auc(labels, scores))
+    assert found.low < found.value < found.high < 0
+    assert found.p_value == pytest.approx(2 / 300)  # the least that so many draws can tell
+
+
+def test_a_model_does_not_differ_from_itself_and_a_draw_is_the_same_for_all() -> None:
+    labels, scores, user = some()
+    one = compare(labels, {"a": [scores], "b": [scores]}, user, "a", draws=100)
+    for models in one.values():
+        assert models["b"] == (0, 0, 0, 1)
+    assert compare(labels, {"a": [scores], "b": [1 - scores]}, user, "a", draws=100, seed=3) == compare(
+        labels, {"a": [scores], "b": [1 - scores]}, user, "a", draws=100, seed=3
+    )
+
+
+def test_intervals_hold_the_true_difference_about_as_often_as_they_say() -> None:
+    draw, held, studies = np.random.default_rng(5), 0, 60
+    for _ in range(studies):
+        user = np.repeat(np.arange(60), 5)
+        labels = draw.integers(0, 2, 300)
+        # Both see the label through equal noise: the true difference is 0. A user's rows share some of it.
+        shared = draw.normal(size=(2, 60)).repeat(5, axis=1)
+        a, b = (1 / (1 + np.exp(-(labels + s + draw.normal(size=300)))) for s in shared)
+        found = compare(labels, {"a": [a], "b": [b]}, user, "a", draws=200)["auc"]["b"]
+        held += found.low <= 0 <= found.high
+    assert 0.85 * studies < held <= studies

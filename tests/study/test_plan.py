@@ -1,0 +1,82 @@
+"""Studies: what a file may say, and which runs it means."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tokenrec.errors import InputError
+from tokenrec.flags import shipped_folder
+from tokenrec.study.plan import Job, Study, check_study, final_jobs, first_jobs, job_config, load_study
+
+STUDY = Study(
+    base="synthetic",
+    models={"tokenformer": {}, "bfts": {"model.gate": False}, "plain": {"model.windows": ()}},
+    reference="tokenformer",
+    learning_rates=(1e-3, 3e-3),
+    overrides={"optim.steps": 40, "optim.warmup_steps": 4},
+    cpu_hours=1,
+)
+
+
+def test_every_rate_has_the_first_seed_and_the_best_all() -> None:
+    assert [job[1:] for job in first_jobs(STUDY)] == [(1e-3, 0), (3e-3, 0)] * 3
+    assert final_jobs(STUDY, {"bfts": 3e-3}) == [Job("bfts", 3e-3, seed) for seed in (0, 1, 2)]
+    folders = {job.folder for job in (*first_jobs(STUDY), *final_jobs(STUDY, {"bfts": 3e-3}))}
+    assert len(folders) == 6 + 2
+
+
+def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
+    config = job_config(STUDY, Job("plain", 3e-3, 2), Path("some/data"))
+    assert (config.optim.steps, config.optim.learning_rate, config.seed) == (40, 3e-3, 2)
+    assert config.model.windows == ()
+    assert config.model.gate
+    assert config.data.path == "some/data"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reference": "tokenfomer"}, "did you mean 'tokenformer'"),
+        ({"models": {"a/b": {}}, "reference": "a/b"}, "'a/b' names folders too"),
+        ({"learning_rates": ()}, r"learning_rates=\(\) is empty"),
+        ({"seeds": (1, 1)}, "says a value twice"),
+        ({"seeds": (-1,)}, "must not be negative"),
+        ({"splits": ("test",)}, "with valid, which chooses"),
+        ({"cpu_hours": 0}, "cpu_hours=0 must be above 0"),
+        ({"draws": 5}, "too few"),
+        ({"models": {"a": {"seed": 4}}, "reference": "a"}, "'a' sets seed, which the study sets"),
+        ({"models": {"a": {"model.widht": 4}}, "reference": "a"}, "model 'a': config field 'model.widht'.*model.width"),
+        ({"models": {"a": {"model.heads": 3}}, "reference": "a"}, "model 'a': .*model.heads=3 does not divide"),
+        ({"base": "amazon_beauty"}, "studies compare rankers"),
+    ],
+)
+def test_a_slip_is_refused_with_its_field(changes: dict, words: str) -> None:
+    with pytest.raises(InputError, match=f"(?s){words}"):
+        check_study(dataclasses.replace(STUDY, **changes))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1", r"defines no get_study\(\)"),
+        ("def get_study():\n    return 3", "returned int, not Study"),
+    ],
+)
+def test_a_file_that_gives_no_study_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "s.py").write_text(text)
+    with pytest.raises(InputError, match=words):
+        load_study(tmp_path / "s.py")
+    with pytest.raises(InputError, match="did you mean 'synthetic'"):
+        load_study(Path("syntetic"))
+
+
+@pytest.mark.parametrize("file", sorted((shipped_folder() / "studies").glob("*.py")), ids=lambda file: file.stem)
+def test_shipped_studies_are_whole_and_say_how_to_run_them(file: Path) -> None:
+    study = load_study(Path(file.stem))
+    assert study.cpu_hours <= 10
+    text = file.read_text()
+    assert f"tokenrec study --config=configs/studies/{file.name}" in text
+    assert "Hardware" in text

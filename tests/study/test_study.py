@@ -1,0 +1,179 @@
+"""A study from its runs to its tables. The runs' commands are stood in for by one that writes scores at once; the real
+ones are tested where they are made, and `tokenrec study --config=synthetic` runs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.study.test_plan import STUDY
+from tokenrec.data.prepare import prepare
+from tokenrec.data.synthetic import SyntheticSource
+from tokenrec.errors import InputError, Stopped
+from tokenrec.study import jobs
+from tokenrec.study.results import best_rates
+from tokenrec.study.run import run_study
+
+SMALL = dataclasses.replace(STUDY, models={"tokenformer": {}, "bfts": {"model.gate": False}}, seeds=(0, 1), draws=100)
+
+# `tokenrec VERB ...`: scores whose quality depends on model and learning rate, from the labels of the data set.
+COMMAND = """
+import json, os, sys, time
+from pathlib import Path
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq
+verb, *rest = sys.argv[1:]
+flags = dict(flag.removeprefix("--").split("=", 1) for flag in rest if "=" in flag)
+folder = Path(flags.get("workdir") or flags.get("config")).parent
+with open(os.environ["CALLS"], "a") as calls:
+    print(verb, folder.relative_to(os.environ["OUT"]), flags.get("split", ""), file=calls)
+if os.environ.get("FAILS", "nowhere") in str(folder) and verb == "train":
+    sys.exit("no such luck")
+config = json.loads((folder / "config.json").read_text())
+if verb == "describe":
+    Path(flags["json"]).write_text(json.dumps({"parameters": {"dense": 5, "tables": 7}, "flops_per_example": 11}))
+elif verb == "train":
+    (folder / "run").mkdir(exist_ok=True)
+    line = {"step": 1, "time": 0, "train/loss": 0.5, "train/examples_per_second": 9.0}
+    (folder / "run" / "metrics.jsonl").write_text(json.dumps(line) + "\\n")
+    end = time.process_time() + float(os.environ.get("BURNS", 0))
+    while time.process_time() < end:
+        pass
+else:
+    rows = pq.read_table(os.environ["ROWS"]).filter(pa.compute.field("split") == flags["split"]).drop(["split"])
+    draw = np.random.default_rng(config["seed"])
+    noise = 0.2 if config["optim"]["learning_rate"] == 3e-3 and not config["model"]["gate"] else 0.6
+    for task in ("click", "buy"):
+        label = rows[f"label_{task}"].fill_null(0).to_numpy()
+        score = np.clip((1 - noise) * label + noise * draw.uniform(size=len(label)), 0.01, 0.99)
+        rows = rows.append_column(f"score_{task}", pa.array(score.astype(np.float32)))
+    pq.write_table(rows.take(draw.permutation(rows.num_rows)), flags["out"])
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "set"
+    prepare(SyntheticSource(2_000, users=40, items=30), out)
+    return out
+
+
+@pytest.fixture
+def out(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The study's folder; commands are COMMAND."""
+    import numpy as np
+    import pyarrow as pa
+
+    from tokenrec.data.dataset import open_dataset
+    from tokenrec.data.log import SCORED
+
+    dataset, tables = open_dataset(data), []
+    for split in ("valid", "test"):
+        log = dataset.load(split)
+        rows = np.flatnonzero(log.flags & SCORED > 0)
+        columns = {
+            "user_id": np.repeat(log.user_id, np.diff(log.start))[rows],
+            "item_id": dataset.catalogue.item_id[log.item[rows]],
+            "time_ms": log.time[rows],
+        }
+        columns |= {
+            f"label_{task.name}": pa.array(log.labels[rows, k], mask=log.labels[rows, k] < 0)
+            for k, task in enumerate(dataset.schema.tasks)
+        }
+        tables.append(pa.table(columns).append_column("split", pa.array([split] * len(rows))))
+    pq.write_table(pa.concat_tables(tables), tmp_path / "rows.parquet")
+    (tmp_path / "command.py").write_text(COMMAND)
+    monkeypatch.setattr(jobs, "TOKENREC", [sys.executable, str(tmp_path / "command.py")])
+    for name, value in {"CALLS": "calls", "OUT": "out", "ROWS": "rows.parquet"}.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    return tmp_path / "out"
+
+
+def calls(out: Path) -> list[str]:
+    return (out.parent / "calls").read_text().splitlines()
+
+
+def test_the_best_rate_gets_all_seeds_and_the_tables_say_so(data: Path, out: Path) -> None:
+    run_study(SMALL, "small", out, data, command="tokenrec study", side_by_side=2)
+    study = json.loads((out / "study.json").read_text())
+    assert study["chosen"]["bfts"] == 3e-3
+    assert study["data"]["positives"]["valid"]["click"] > 50
+    rows = pq.read_table(out / "results.parquet").to_pylist()
+    found = {(r["model"], r["seed"], r["learning_rate"], r["split"]) for r in rows}
+    assert {key for key in found if key[0] == "bfts" and key[3] == "test"} == {
+        ("bfts", s, 3e-3, "test") for s in (0, 1)
+    }
+    assert ("bfts", 0, 1e-3, "valid") in found  # of the search
+    assert ("item_rate", -1, None, "test") in found
+    assert {(r["examples_per_second"], r["parameters"]) for r in rows if r["model"] == "bfts"} == {(9.0, 12)}
+    differences = pq.read_table(out / "differences.parquet").to_pylist()
+    (one,) = (
+        r for r in differences if (r["model"], r["split"], r["task"], r["metric"]) == ("bfts", "test", "click", "auc")
+    )
+    assert one["reference"] == "tokenformer"
+    assert 0 < one["low"] < one["difference"] < one["high"]
+    assert json.loads((out / "flops.json").read_text()) == {"tokenformer": 11, "bfts": 11}
+    assert pq.read_table(out / "curves.parquet")["name"].to_pylist().count("train/loss") == 6
+
+    before = len(calls(out))
+    run_study(SMALL, "small", out, data, command="tokenrec study")
+    assert len(calls(out)) == before == 6 * 1 + 2 + 6 + 4  # train, describe, valid, test: nothing is made twice
+    with pytest.raises(InputError, match=r"config\.json' is of other settings"):
+        run_study(
+            dataclasses.replace(SMALL, overrides={"optim.steps": 41}, seeds=(0, 2)), "small", out, data, command=""
+        )
+
+
+def test_a_run_that_fails_is_named_with_its_words_and_what_is_done_stays(
+    data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAILS", "bfts")
+    with pytest.raises(InputError, match=r"bfts.lr-0\.001.seed-0: train ended with code 1: no such luck"):
+        run_study(SMALL, "small", out, data, command="")
+    monkeypatch.delenv("FAILS")
+    run_study(SMALL, "small", out, data, command="")
+    assert sum(call.startswith("train runs/tokenformer") for call in calls(out)) == 3
+
+
+def test_a_spent_budget_ends_the_study_with_what_there_is(
+    data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BURNS", "0.5")
+    poor = dataclasses.replace(SMALL, cpu_hours=0.6 / 3600)
+    with pytest.raises(jobs.Spent, match=r"CPU-hours are spent of cpu_hours=.* runs are not done; raise it"):
+        run_study(poor, "small", out, data, command="")
+    assert pq.read_table(out / "results.parquet").num_rows
+    trained = sum(call.startswith("train") for call in calls(out))
+    with pytest.raises(jobs.Spent):  # what was spent is known after a restart
+        run_study(poor, "small", out, data, command="")
+    assert sum(call.startswith("train") for call in calls(out)) == trained < 4
+
+
+def test_a_signal_ends_the_study_after_its_runs_were_told(
+    data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BURNS", "600")
+    begun = jobs._Children._known
+
+    def told(self: jobs._Children, child: object) -> object:
+        if len(calls(out)) if (out.parent / "calls").exists() else 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return begun(self, child)
+
+    monkeypatch.setattr(jobs._Children, "_known", told)
+    with pytest.raises(Stopped, match="the same command goes on"):
+        run_study(SMALL, "small", out, data, command="")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not list(out.glob("runs/*/*/*/trained.json"))
+
+
+def test_the_rate_of_the_highest_value_is_chosen_and_the_first_of_equals() -> None:
+    values = {("a", 1e-3): 0.5, ("a", 3e-3): 0.6, ("b", 1e-3): 0.7, ("b", 3e-3): 0.7, ("c", 1e-3): None}
+    assert best_rates(values) == {"a": 3e-3, "b": 1e-3}
