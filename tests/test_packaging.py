@@ -96,6 +96,7 @@ def test_wheel_holds_the_configs_and_works_from_another_folder(tmp_path: Path) -
         "configs = [flags.load_config(name) for name in flags.shipped_configs()]\n"
         "assert flags.load_config('configs/synthetic.py') in configs\n"
         "assert (flags.shipped_folder() / 'schemas' / flags.load_config('lrm_1b').data.schema).is_file()\n"
+        "assert (flags.shipped_folder() / 'studies' / 'synthetic.py').is_file()\n"
         "print(tokenrec.__file__, *flags.shipped_configs())"
     )
     file, *names = run_python(code, elsewhere, target).split()
