@@ -129,7 +129,7 @@ def stepped(sizes):
         return jax.device_get(STEP(model, state, place(batch, mesh)))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
 def test_every_mesh_makes_the_same_loss_gradient_and_update(shape):
     (state, metrics), (expected, of_one) = stepped(shape), stepped((1, 1, 1))
     np.testing.assert_allclose(metrics.loss, of_one.loss, rtol=1e-6)
