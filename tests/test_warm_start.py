@@ -184,7 +184,7 @@ def test_item_vectors_are_carried_by_item(old, new, tmp_path):
     here, fresh, state, _ = warmed(config, tmp_path, mesh)
 
     def vectors(model, one):
-        return rows_of(model, one, "catalogue_item") if negatives else np.asarray(one.params["head/items"])
+        return rows_of(model, one, "catalogue_item")
 
     names = [np.load(data / "items" / "item_id.npy").tolist() for data in (old, new)]
     wanted = vectors(here, fresh).copy()
