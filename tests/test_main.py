@@ -184,7 +184,7 @@ def test_a_missing_data_set_names_the_folder_and_the_remedy(tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "prepare", "prepare kuairand", "train", "evaluate", "predict", "describe", "compile"]
+    "verb", ["", "prepare", "prepare kuairand", "train", "evaluate", "predict", "describe", "compile", "report"]
 )
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -91,6 +91,7 @@ def test_wheel_holds_the_configs_and_works_from_another_folder(tmp_path: Path) -
         archive.extractall(target)
     assert (target / "tokenrec" / "py.typed").is_file()
     assert (target / "tokenrec" / "launch" / "tpu_vm.sh").is_file()
+    assert (target / "tokenrec" / "analysis" / "report.css").is_file()
     code = (
         "import tokenrec, tokenrec.flags as flags\n"
         "configs = [flags.load_config(name) for name in flags.shipped_configs()]\n"

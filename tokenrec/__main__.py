@@ -328,6 +328,12 @@ def _launch(args: argparse.Namespace) -> None:
         start(text, Path(job.name), args.target, tool)
 
 
+def _report(args: argparse.Namespace) -> None:
+    from tokenrec.analysis.report import write_report
+
+    print(write_report(args.study, args.out))
+
+
 _SOURCES = {
     "kuairand": _kuairand,
     "complete_journey": _complete_journey,
@@ -346,6 +352,7 @@ _RUNS = {
     "compile": _compile,
     "study": _study,
     "launch": _launch,
+    "report": _report,
 }
 
 
