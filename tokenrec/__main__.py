@@ -282,15 +282,17 @@ def _compile(args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace) -> None:
+    from tokenrec.analysis.report import write_report
     from tokenrec.study.plan import load_study
     from tokenrec.study.run import run_study
 
     if args.overrides:
         raise InputError(f"tokenrec study takes no --config.{args.overrides[0]}; the study's file sets the fields")
-    command = f"tokenrec study --config={args.config} --out DIR"
+    data = f" --data={args.data}" if args.data else ""
+    command = f"tokenrec study --config={args.config}{data} --out={args.out}"
     study = load_study(args.config)
     run_study(study, args.config.stem, args.out, args.data, command=command, side_by_side=max(1, args.side_by_side))
-    print(f"{args.out}: results.parquet, differences.parquet")
+    print(write_report([args.out], args.out))
 
 
 def _launch(args: argparse.Namespace) -> None:

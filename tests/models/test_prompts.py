@@ -86,7 +86,7 @@ def value_and_gradients(model, params, tables, batch):
     return compute(params, tables, batch)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"bidirectional", "mlp"}))
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"bidirectional", "mlp", "transformer"}))
 def test_every_weight_and_table_learns_and_needed_rows_equal_all_rows(name, mesh):
     config = validate(CONFIGS[name]())
     model = model_of(config)
@@ -97,8 +97,7 @@ def test_every_weight_and_table_learns_and_needed_rows_equal_all_rows(name, mesh
     assert np.isfinite(loss)
     norms = jax.device_get(_norms(dense))
     idle = {name for name, norm in norms.items() if not norm > 0}
-    # A query of one feature leaves attention over features no choice.
-    assert idle == ({"query/pool/keys/kernel", "query/pool/queries"} if config.tokens.maker == "transformer" else set())
+    assert not idle
     assert all(norm > 0 for norm in jax.device_get(_norms(rows)).values())
     every = copy.deepcopy(config)
     every.model.needed_rows = False

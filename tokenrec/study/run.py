@@ -145,7 +145,10 @@ def _write(grid: _Grid, name: str, dataset: Dataset, spent: float, command: str)
         **{"learning_rates": list(study.learning_rates), "seeds": list(study.seeds)},
         **{"reference": study.reference, "cpu_hours": study.cpu_hours, "spent_cpu_hours": round(spent, 3)},
         "versions": versions(),
-        "data": {"rows": {split: int(dataset.rows(split).sum()) for split in dataset.splits}, "positives": positives},
+        "data": {
+            "rows": {split: dataset.metadata.counts.get(f"scored_{split}") for split in dataset.splits},
+            "positives": positives,
+        },
     }
     write_json(grid.out / "study.json", value)
 
