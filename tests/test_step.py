@@ -129,9 +129,8 @@ def stepped(sizes):
         return jax.device_get(STEP(model, state, place(batch, mesh)))
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_every_mesh_makes_the_same_loss_gradient_and_update(shape):
-    (state, metrics), (expected, of_one) = stepped(shape), stepped((1, 1, 1))
+def test_a_mesh_of_all_axes_makes_the_same_loss_gradient_and_update():
+    (state, metrics), (expected, of_one) = stepped((2, 2, 2)), stepped((1, 1, 1))
     np.testing.assert_allclose(metrics.loss, of_one.loss, rtol=1e-6)
     np.testing.assert_allclose(metrics.grad_norm, of_one.grad_norm, rtol=1e-6)
     assert (metrics.rounds, of_one.rounds) == (1, 1)

@@ -5,7 +5,6 @@ import functools
 
 import jax
 import numpy as np
-import pytest
 
 from tests.models.test_recommender import build, value_and_gradients
 from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
@@ -54,10 +53,9 @@ def temporary_bytes(events, remat, attention="auto"):
         return step.lower(model, abstract_state(model), batch).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_memory_of_a_train_step_grows_linearly(remat):
-    assert temporary_bytes(1024, remat) < 2.2 * temporary_bytes(512, remat)
-    assert temporary_bytes(512, "none", "dense") > 1.5 * temporary_bytes(512, remat)
+def test_memory_of_a_train_step_grows_linearly():
+    assert temporary_bytes(1024, "none") < 2.2 * temporary_bytes(512, "none")
+    assert temporary_bytes(512, "none", "dense") > 1.5 * temporary_bytes(512, "none")
 
 
 def test_remat_holds_less():
