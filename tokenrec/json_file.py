@@ -1,10 +1,11 @@
-"""Text and JSON files that are there whole or not at all, and what may stand in one."""
+"""Files that are there whole or not at all, and what may stand in a JSON file."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,16 @@ def write_json(path: Path, value: Mapping[str, Any] | Sequence[Mapping[str, Any]
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file in UTF-8. No reader sees half of it, and a failed write changes nothing."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file of any kind, which takes the place of `path` at once if nothing was raised."""
     partial = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

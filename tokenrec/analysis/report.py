@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from tokenrec.analysis.summary import LEAST_POSITIVES, Place, Summary, search_of
 from tokenrec.analysis.tables import Table
 from tokenrec.analysis.wording import metric_name, plain_spread
 from tokenrec.errors import InputError
-from tokenrec.json_file import write_whole
+from tokenrec.json_file import replacing, write_whole
 
 PAGE, FIGURES = "report.html", "figures"
 
@@ -249,9 +248,5 @@ Nothing is claimed of a task with fewer than {LEAST_POSITIVES} positives.</p>
 
 def _write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

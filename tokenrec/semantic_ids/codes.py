@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokenrec.errors import InputError
+from tokenrec.json_file import replacing
 
 SEMANTIC_IDS = "semantic_ids.parquet"
 _DIGEST = b"sha256"
@@ -61,12 +61,8 @@ def save_semantic_ids(ids: SemanticIds, file: Path) -> None:
     codes = pa.ListArray.from_arrays(offsets, pa.array(ids.codes.ravel().astype(np.int32)))
     item_id = pa.array(ids.item_id, pa.int64() if ids.item_id.dtype.kind == "i" else pa.string())
     table = pa.table({"item_id": item_id, "codes": codes}).replace_schema_metadata({_DIGEST: _digest(ids)})
-    partial = file.with_name(f".{file.name}.incomplete-{os.getpid()}")
-    try:
+    with replacing(file) as partial:
         pq.write_table(table, partial, write_page_checksum=True)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def align(ids: SemanticIds, item_id: np.ndarray) -> np.ndarray:

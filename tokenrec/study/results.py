@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenrec.errors import InputError
+from tokenrec.json_file import replacing
 from tokenrec.logbook import METRICS_FILE
 from tokenrec.metrics import group_codes, summarize
 from tokenrec.study.bootstrap import compare
@@ -142,12 +143,8 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def write_rows(path: Path, rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]], schema: pa.Schema) -> None:
     """A Parquet file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.incomplete")
-    try:
+    with replacing(path) as partial:
         pq.write_table(pa.Table.from_pylist(list(rows), schema), partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def best_rates(values: Mapping[tuple[str, float], float | None]) -> dict[str, float]:
