@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 
 from tokenrec.config import from_json
+from tokenrec.logbook import METRICS_FILE, read_log
 from tokenrec.run import open_run
 from tokenrec.sharding import make_mesh
 
@@ -209,12 +209,9 @@ class Lab:
 def losses(workdir: Path) -> dict[int, list[float]]:
     """The losses that the log holds for each step."""
     found: dict[int, list[float]] = {}
-    path = workdir / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):  # a last line that is being written
-            record = json.loads(line)
-            if "train/loss" in record:
-                found.setdefault(record["step"], []).append(record["train/loss"])
+    for record in read_log(workdir / METRICS_FILE):
+        if "train/loss" in record:
+            found.setdefault(record["step"], []).append(record["train/loss"])
     return found
 
 

@@ -13,7 +13,6 @@ with the same steps of a run that saves nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -28,6 +27,7 @@ from typing import Any
 from benchmarks.report import run_script, write_result
 from tokenrec.errors import InputError
 from tokenrec.flags import load_config
+from tokenrec.logbook import METRICS_FILE, read_log
 
 LIMIT_SECONDS = 1_800
 
@@ -54,11 +54,7 @@ def start(workdir: Path, flags: argparse.Namespace, **fields: Any) -> float:
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
-    path = workdir / "metrics.jsonl"
-    whole = (
-        [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-    )
-    return [json.loads(line) for line in whole]
+    return list(read_log(workdir / METRICS_FILE))
 
 
 def steps(workdir: Path) -> dict[int, float]:

@@ -49,7 +49,7 @@ class Logbook:
         with _writing(self._path.parent):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _rewrite(self._path, lambda record: 0 < start_step >= record["step"])
-            self._repeated = [record for record in _records(self._path) if record["step"] == start_step]
+            self._repeated = [record for record in read_log(self._path) if record["step"] == start_step]
             self._file = self._path.open("a", encoding="utf-8")
             folder = str(Path(workdir) / TENSORBOARD_FOLDER)
             self._tensorboard = SummaryWriter(folder, purge_step=start_step + 1 if start_step else 0)
@@ -252,8 +252,13 @@ def _has_prefix(record: Mapping[str, Any], prefix: str) -> bool:
     return any(name.startswith(prefix + "/") for name in record)
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of `metrics.jsonl`. A last line that a killed run left unfinished is skipped."""
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a run's `metrics.jsonl`, none if it is not there. A last line that is not finished is skipped: a killed
+    run left it, or a running one writes it.
+
+    Raises:
+      InputError: another line is not a JSON object with a step.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
     for i, line in enumerate(lines):
         try:
@@ -270,7 +275,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _rewrite(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     """Keeps some lines; the file is replaced at once, so that a kill leaves the old or the new one."""
-    kept = "".join(json.dumps(record) + "\n" for record in _records(path) if keep(record))
+    kept = "".join(json.dumps(record) + "\n" for record in read_log(path) if keep(record))
     if not path.exists() or path.read_text(encoding="utf-8", errors="replace") == kept:
         return
     part = path.with_suffix(".part")

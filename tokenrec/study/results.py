@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from tokenrec.errors import InputError
 from tokenrec.json_file import replacing
-from tokenrec.logbook import METRICS_FILE
+from tokenrec.logbook import METRICS_FILE, read_log
 from tokenrec.metrics import group_codes, summarize
 from tokenrec.study.bootstrap import compare
 from tokenrec.study.jobs import RUN
@@ -123,7 +122,7 @@ def difference_rows(
 def curve_rows(study: str, job: Job, folder: Path) -> Iterator[dict[str, Any]]:
     """Rows of `CURVES` from the log of a run."""
     who = {"study": study, "model": job.model, "seed": job.seed, "learning_rate": job.learning_rate}
-    for record in log_of(folder):
+    for record in read_log(folder / RUN / METRICS_FILE):
         for name, value in record.items():
             if name not in ("step", "time") and value is not None:
                 yield who | {"step": record["step"], "name": name, "value": float(value)}
@@ -131,14 +130,9 @@ def curve_rows(study: str, job: Job, folder: Path) -> Iterator[dict[str, Any]]:
 
 def rate_of(folder: Path) -> float | None:
     """Median of the examples a second that the run's log holds."""
-    rates = [record.get("train/examples_per_second") for record in log_of(folder)]
+    rates = [record.get("train/examples_per_second") for record in read_log(folder / RUN / METRICS_FILE)]
     known = [rate for rate in rates if rate is not None]
     return statistics.median(known) if known else None
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    path = folder / RUN / METRICS_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]], schema: pa.Schema) -> None:
