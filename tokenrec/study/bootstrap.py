@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tokenrec.pair_counts import CLIP
+
 
 class Difference(NamedTuple):
     """Of a model minus the reference: its value, its 95 % interval, and the two-sided p-value of the draws."""
@@ -78,7 +80,7 @@ class _Prepared:
         self._first = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
         value, self._rows = user_auc(labels, scores, user, count)
         self._user_auc = np.where(self._rows > 0, value, 0.0)
-        p = np.clip(scores.astype(np.float64), 1e-15, 1 - 1e-15)
+        p = np.clip(scores.astype(np.float64), CLIP, 1 - CLIP)  # as metrics.py
         self._loss = np.bincount(user, -np.log(np.where(labels == 1, p, 1 - p)), minlength=count)
         self._all_rows = np.bincount(user, minlength=count)
 
