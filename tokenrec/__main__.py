@@ -282,12 +282,14 @@ def _compile(args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace) -> None:
+    from tokenrec.analysis.figure_style import require_matplotlib
     from tokenrec.analysis.report import write_report
     from tokenrec.study.plan import load_study
     from tokenrec.study.run import run_study
 
     if args.overrides:
         raise InputError(f"tokenrec study takes no --config.{args.overrides[0]}; the study's file sets the fields")
+    require_matplotlib()  # before hours of training that the report would end
     data = f" --data={args.data}" if args.data else ""
     command = f"tokenrec study --config={args.config}{data} --out={args.out}"
     study = load_study(args.config)

@@ -72,6 +72,12 @@ def assign_styles(models: Iterable[str]) -> dict[str, Style]:
     }
 
 
+def require_matplotlib() -> None:
+    """Raises an InputError where it is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("figures need matplotlib, which is not installed; pip install 'tokenrec[report]'")
+
+
 @contextlib.contextmanager
 def figure_defaults() -> Iterator[None]:
     """Draw and save figures in it.
@@ -79,8 +85,7 @@ def figure_defaults() -> Iterator[None]:
     Raises:
       InputError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("figures need matplotlib, which is not installed; pip install 'tokenrec[report]'")
+    require_matplotlib()
     import matplotlib
 
     with matplotlib.rc_context(_SETTINGS):

@@ -214,7 +214,7 @@ def _read_flops(path: Path) -> dict[str, float] | None:
 def _read[Row](path: Path, kind: type[Row], study: str) -> list[Row]:
     """Rows of a table whose columns are the fields of a data class; NaN, which JSON and Arrow tell apart, is None."""
     hints = get_type_hints(kind)
-    table = read_table(path, {name: _arrow_type(hint) for name, hint in hints.items()})
+    table = read_table(path, columns_of(kind))
     if not table.num_rows and kind is not Difference:  # a study of one model has none
         raise InputError(f"{path}: has no rows; let the study end, or remove the file if it is optional")
     columns = []
@@ -227,6 +227,11 @@ def _read[Row](path: Path, kind: type[Row], study: str) -> list[Row]:
     if other is not None:
         raise InputError(f"{path}: has rows of study '{other}', study.json is of '{study}'; keep studies apart")
     return [kind(*row) for row in zip(*columns, strict=True)]
+
+
+def columns_of(kind: type) -> dict[str, pa.DataType]:
+    """Columns of a table whose rows are of a data class, in order."""
+    return {name: _arrow_type(hint) for name, hint in get_type_hints(kind).items()}
 
 
 def _arrow_type(hint: Any) -> pa.DataType:

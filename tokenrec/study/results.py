@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tokenrec.analysis.study_files import columns_of
 from tokenrec.errors import InputError
 from tokenrec.json_file import replacing
 from tokenrec.logbook import METRICS_FILE, read_log
@@ -24,29 +25,6 @@ from tokenrec.study.plan import Job
 METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
 BASELINE_SEED = -1  # of rows that no seed made
 _KEY = ("user_id", "item_id", "time_ms")
-
-RESULTS = pa.schema(
-    [
-        *((name, pa.string()) for name in ("study", "model")),
-        *(("seed", pa.int64()), ("learning_rate", pa.float64())),
-        *((name, pa.string()) for name in ("split", "task", "metric")),
-        *(("value", pa.float64()), ("examples_per_second", pa.float64()), ("parameters", pa.int64())),
-    ]
-)
-DIFFERENCES = pa.schema(
-    [
-        *((name, pa.string()) for name in ("study", "model", "reference", "split", "task", "metric")),
-        *((name, pa.float64()) for name in ("difference", "low", "high", "p_value")),
-        *(("users", pa.int64()), ("positives", pa.int64())),
-    ]
-)
-CURVES = pa.schema(
-    [
-        *((name, pa.string()) for name in ("study", "model")),
-        *(("seed", pa.int64()), ("learning_rate", pa.float64()), ("step", pa.int64())),
-        *(("name", pa.string()), ("value", pa.float64())),
-    ]
-)
 
 
 class Scored(NamedTuple):
@@ -83,7 +61,7 @@ def sort_keys(user_id: np.ndarray, item_id: np.ndarray, time: np.ndarray) -> np.
 def result_rows(
     study: str, model: str, seed: int, rate: float | None, split: str, report: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `RESULTS` from a report of `metrics.summarize`, without speed and size."""
+    """Rows of `Result` from a report of `metrics.summarize`, without speed and size."""
     who = {"study": study, "model": model, "seed": seed, "learning_rate": rate, "split": split}
     for task, values in report["tasks"].items():
         yield from (who | {"task": task, "metric": metric, "value": values[metric]} for metric in METRICS)
@@ -94,7 +72,7 @@ def result_rows(
 def difference_rows(
     study: str, split: str, runs: Mapping[str, Sequence[Scored]], reference: str, draws: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `DIFFERENCES`, for tasks of which both classes occur.
+    """Rows of `Difference`, for tasks of which both classes occur.
 
     Raises:
       InputError: two models did not score the same rows.
@@ -120,7 +98,7 @@ def difference_rows(
 
 
 def curve_rows(study: str, job: Job, folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of `CURVES` from the log of a run."""
+    """Rows of `CurvePoint` from the log of a run."""
     who = {"study": study, "model": job.model, "seed": job.seed, "learning_rate": job.learning_rate}
     for record in read_log(folder / RUN / METRICS_FILE):
         for name, value in record.items():
@@ -135,10 +113,10 @@ def rate_of(folder: Path) -> float | None:
     return statistics.median(known) if known else None
 
 
-def write_rows(path: Path, rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]], schema: pa.Schema) -> None:
-    """A Parquet file, whole or not at all."""
+def write_rows(path: Path, rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]], kind: type) -> None:
+    """A Parquet file of rows of `kind`, whole or not at all."""
     with replacing(path) as partial:
-        pq.write_table(pa.Table.from_pylist(list(rows), schema), partial)
+        pq.write_table(pa.Table.from_pylist(list(rows), pa.schema(columns_of(kind))), partial)
 
 
 def best_rates(values: Mapping[tuple[str, float], float | None]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenrec.analysis.study_files import CurvePoint, Difference, Result
 from tokenrec.baselines import baselines
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.data.dataset import Dataset, open_dataset
@@ -19,9 +20,6 @@ from tokenrec.study.jobs import FIGURES_FILE, Budget, Spent, Task, finish, is_do
 from tokenrec.study.plan import CHOSEN_BY, Job, Study, final_jobs, first_jobs, job_config
 from tokenrec.study.results import (
     BASELINE_SEED,
-    CURVES,
-    DIFFERENCES,
-    RESULTS,
     Scored,
     best_rates,
     curve_rows,
@@ -134,10 +132,10 @@ def _write(grid: _Grid, name: str, dataset: Dataset, spent: float, command: str)
             final[baseline] = [scored]
         if study.reference in final:
             differences += difference_rows(name, split, final, study.reference, study.draws)
-    write_rows(grid.out / "results.parquet", rows, RESULTS)
-    write_rows(grid.out / "differences.parquet", differences, DIFFERENCES)
+    write_rows(grid.out / "results.parquet", rows, Result)
+    write_rows(grid.out / "differences.parquet", differences, Difference)
     curves = [row for job in jobs for row in curve_rows(name, job, grid.out / job.folder)]
-    write_rows(grid.out / "curves.parquet", curves, CURVES)
+    write_rows(grid.out / "curves.parquet", curves, CurvePoint)
     write_json(grid.out / "flops.json", {model: flops for model, (_, flops) in figures.items()})
     value = {
         **{"study": name, "command": command, "base": dataclasses.asdict(grid.base)},
