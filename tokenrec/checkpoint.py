@@ -98,8 +98,9 @@ class Checkpoints:
         step = processes.of_first(step)  # a run that goes on may save in between
         damage = _damage(self._folder / str(step))
         if damage:
+            others = [one for one in self.steps if one != step]
             raise InputError(
-                f"checkpoint {step} in '{self._folder}' is damaged: {damage}; use another one of {self.steps}, or "
+                f"checkpoint {step} in '{self._folder}' is damaged: {damage}; use another one of {others}, or "
                 "train again from the one before"
             )
         return step, self._load(step, abstract)

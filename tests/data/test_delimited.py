@@ -205,6 +205,15 @@ def break_log(old: str, new: str):
         (break_log("1,a,1000", ",a,1000"), ["log.csv, row 1", "column 'uid'", "no user_id"]),
         (break_log("1,b,3000", "1,b,"), ["log.csv, row 3", "column 'at'", "no time_ms"]),
         (break_log("0,-1,x", "0,5,x"), ["log.csv, row 3", "column 'buy'", "5 is not a label", "1, 0"]),
+        (
+            break_log("1,2.5,1", "1,-inf,1"),
+            ["log.csv, row 1", "column 'seconds'", "-inf is no finite float32", "empty"],
+        ),
+        (break_log("1,2.5,1", "1,1e39,1"), ["log.csv, row 1", "column 'seconds'", "no finite float32"]),
+        (
+            lambda f: f.write("items.csv", ITEMS.replace("0.5|-1", "0.5|inf")),
+            ["items.csv, row 1", "'vector'", "finite"],
+        ),
         (lambda f: f.write("users.csv", USERS + "1,iron\n"), ["users.csv", "column 'uid'", "1 has 2 rows"]),
         (lambda f: f.write("items.csv", ITEMS.replace("0.5|-1", "0.5")), ["items.csv, row 1", "'vector'", "length=2"]),
         (lambda f: f.write("items.csv", ITEMS.replace("0|3", "0|4")), ["items.csv, row 1", "'code'", "0 .. 3"]),

@@ -24,6 +24,7 @@ _OPTIONAL = {"request": pa.int64(), "event": pa.bool_(), "scored": pa.bool_()}
 _DEFAULTS = {"request": -1, "event": True, "scored": True}
 _RESERVED = (*_KEYS, *_OPTIONAL, "split")
 _KEY_FEATURES = (("user_id", "user"), ("item_id", "catalogue"))  # an id as a categorical feature of its own entity
+_NOT_FINITE = "is no finite float32; correct it, or leave the field empty where it is missing"
 _KEY_TYPES = {"int64": pa.int64(), "string": pa.string()}
 
 
@@ -220,17 +221,26 @@ def _problems(output: _Output, values: pa.Array) -> Iterator[tuple[np.ndarray, s
         yield _where(pc.is_null(values)), f"is no {output.name}; every row needs one"
         if output.name == "request":
             yield _where(pc.less(values, -1)), "is negative; use an integer from 0, or nothing for a request of one row"
+    elif feature.kind == "dense":
+        yield _where(_too_large(values)), _NOT_FINITE
     elif feature.kind in ("embedding", "semantic_id"):
         wrong = pc.not_equal(pc.list_value_length(values), feature.length)
         yield _where(wrong), f"has not length={feature.length} values, which the schema says; correct one of them"
         inner = pc.list_flatten(values)
         bad = pc.is_null(inner)
+        if feature.kind == "embedding":
+            yield pc.list_parent_indices(values).filter(_too_large(inner).fill_null(False)).to_numpy(), _NOT_FINITE
         if feature.kind == "semantic_id":
             outside = pc.or_(pc.less(inner, 0), pc.greater_equal(inner, feature.codes))
             bad = pc.or_(bad, outside.fill_null(False))
         rows = pc.list_parent_indices(values).filter(bad).to_numpy()
         limit = f"codes must lie in 0 .. {feature.codes - 1}" if feature.kind == "semantic_id" else "a value is missing"
         yield rows, f"is not a whole {feature.kind}: {limit}; correct it or leave the field empty"
+
+
+def _too_large(values: pa.Array) -> pa.Array:
+    """Infinite, or so once it is stored as float32."""
+    return pc.greater(pc.abs(values), float(np.finfo(np.float32).max))
 
 
 def _where(mask: pa.Array) -> np.ndarray:
