@@ -118,7 +118,9 @@ def _write(grid: _Grid, name: str, dataset: Dataset, spent: float, command: str)
             found = grid.scored(job, split)
             if found is None:
                 continue
-            cost = {"examples_per_second": rate_of(grid.out / job.folder), "parameters": figures[job.model][0]}
+            # A budget may end before the model's first run, which has its figures, and after another one beside it.
+            parameters, _ = figures.get(job.model, (None, None))
+            cost = {"examples_per_second": rate_of(grid.out / job.folder), "parameters": parameters}
             made = result_rows(name, job.model, job.seed, job.learning_rate, split, found.metrics())
             rows += [row | cost for row in made]
             if job in finals:
