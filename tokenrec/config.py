@@ -20,6 +20,7 @@ Retrieval = Literal["next_item", "semantic_id"]
 Compression = Literal["none", "mlp", "attention"]
 AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn"]
 Remat = Literal["none", "dots", "full"]
+BackboneKind = Literal["tokenformer", "hstu"]
 TablesBackend = Literal["exchange", "sparsecore"]
 
 
@@ -127,6 +128,8 @@ class ModelConfig:
     """The backbone (methods.md section 3).
 
     Attributes:
+      kind: "tokenformer", which a plain transformer is too (no gate, no windows), or a rival (models/rivals/), which
+        reads fewer of the fields below: kinds.py says which.
       width, heads, layers: d, H and the number of blocks.
       windows: w of each sliding layer, the last ones of the stack; layers before them see everything causally.
       prefix: "bidirectional": in full layers the rows left of `||` see each other both ways. NIO only.
@@ -146,6 +149,7 @@ class ModelConfig:
         so that compiling takes no longer the more they are; 0 never. Values do not depend on it, names of weights do.
     """
 
+    kind: BackboneKind = "tokenformer"
     width: int = 64
     heads: int = 2
     layers: int = 4

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from tokenrec.data.batch import Batch
 from tokenrec.decode import Beams, Trie, beam_search
+from tokenrec.models.backbone import Backbone
 from tokenrec.models.heads import CodeHead
 from tokenrec.search import Found
 from tokenrec.sharding import RULES
@@ -23,11 +24,12 @@ def generate(model: Model, state: TrainState, batch: Batch, trie: Trie) -> Beams
     """
     entities = model.embedder.look_up(state.tables, batch)
     module = merge(model, state.params)
-    head = module.head
+    head, backbone = module.head, module.backbone
     assert isinstance(head, CodeHead)
+    assert isinstance(backbone, Backbone)
     events = batch.valid.shape[1]
     prompt = model.layout(events, serving=True, candidates=1)
-    cache, read = module.backbone.prefill(module.shared_tokens(entities, batch), prompt, batch.valid)
+    cache, read = backbone.prefill(module.shared_tokens(entities, batch), prompt, batch.valid)
 
     def next_log_probs(codes: jax.Array, level: int) -> jax.Array:
         if level == 0:
@@ -35,7 +37,7 @@ def generate(model: Model, state: TrainState, batch: Batch, trie: Trie) -> Beams
         size, beams = codes.shape[:2]
         layout = model.layout(events, serving=True, candidates=beams, codes=level)
         every = jnp.ones((size, beams), bool, out_sharding=RULES("batch", None))
-        out = module.backbone.extend(cache, module.code_tokens(codes), layout, batch.valid, every)
+        out = backbone.extend(cache, module.code_tokens(codes), layout, batch.valid, every)
         return head.log_probs(out.reshape(size, beams, level, -1)[:, :, -1], level)
 
     return beam_search(next_log_probs, trie, batch=batch.valid.shape[0], width=model.config.head.beams)

@@ -182,10 +182,14 @@ def _difference(before: tuple[str, ...], now: tuple[str, ...]) -> str:
 
 
 def _places(model: Model, abstract: TrainState) -> dict[str, Place]:
-    sizes = stack_sizes(model.config.model)
+    sizes, kind = stack_sizes(model.config.model), model.config.model.kind
     first = np.cumsum([0, *sizes]).tolist()
     found = {}
     for name in abstract.params:
+        if kind != "tokenformer" and name.startswith("backbone/"):
+            # Weights of one name mean something else in a backbone of another kind.
+            found[f"{kind}/{name}"] = Place(name)
+            continue
         if not name.startswith("backbone/blocks/"):
             found[name] = Place(name)
             continue

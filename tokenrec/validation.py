@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from tokenrec.config import Config
 from tokenrec.errors import InputError, suggest
+from tokenrec.kinds import kind_problems
 from tokenrec.tokens.prompt import ENTITIES, default_prompt, parse_prompt
 from tokenrec.typed import has_type, hint_name
 
@@ -95,6 +96,7 @@ def _problems(c: Config) -> Iterator[str]:
         )
     yield from _of_uc(c) if c.data.paradigm == "uc" else _of_nio(c)
     yield from _of_prompt(c)
+    yield from kind_problems(c)
     if not ranking:
         yield from _of_retrieval(c)
     elif c.data.positive:

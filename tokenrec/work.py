@@ -12,7 +12,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh
 
 from tokenrec.data.batch import Batch
-from tokenrec.models.backbone import layer_rows, layer_windows
 from tokenrec.ops import splash
 from tokenrec.ops.attention import Choice, choose
 from tokenrec.ops.pattern import Pattern
@@ -25,7 +24,7 @@ from tokenrec.roofline import (
     visible_tiles,
 )
 from tokenrec.sharding import laid_out
-from tokenrec.state import Model, abstract_state
+from tokenrec.state import Model, abstract_state, merge
 from tokenrec.step import step_loss, train_step
 
 # Splash makes the gradients of q, and of k and v, in two kernels, each of which makes the logits and their gradient.
@@ -81,17 +80,17 @@ def step_work(model: Model, mesh: Mesh, shapes: Batch) -> tuple[Work, list[dict[
     """
     config = model.config
     batch, events = shapes.valid.shape
-    layout = model.layout(events)
-    rows, dtype = layer_rows(config.model, layout), jnp.dtype(config.model.dtype)
+    dtype = jnp.dtype(config.model.dtype)
     heads, head_dim = config.model.heads, config.model.width // config.model.heads
     with jax.set_mesh(mesh):
-        forward = jax.make_jaxpr(step_loss, static_argnums=0)(model, abstract_state(model), laid_out(shapes, mesh))
+        state = abstract_state(model)
+        forward = jax.make_jaxpr(step_loss, static_argnums=0)(model, state, laid_out(shapes, mesh))
         layers, works = [], [Work(STEP_OVER_FORWARD * product_flops(forward.jaxpr), 0.0, 0.0)]
-        for keys, queries, window in zip(rows, rows[1:], layer_windows(config.model), strict=False):
+        for pattern, window, own in merge(model, state.params).backbone.attention_layers(model.layout(events)):
+            queries, keys = pattern.query_rows, pattern.key_rows
             q, k = ((batch, len(some), heads, head_dim) for some in (queries, keys))
-            pattern = layout.pattern(queries, keys)
             wanted = None if config.model.attention == "auto" else config.model.attention
-            name, refused = implementation_of(q, k, window, pattern, dtype, wanted)
+            name, refused = (own, {}) if own else implementation_of(q, k, window, pattern, dtype, wanted)
             sizes = {"window": window, "queries": len(queries), "keys": len(keys)}
             layers.append(sizes | {"implementation": name, "refused": refused})
             each = {"batch": batch, "heads": heads, "head_dim": head_dim, "itemsize": dtype.itemsize}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.data.batch import Batch
+from tokenrec.errors import InputError
 from tokenrec.models.backbone import Backbone
 from tokenrec.models.block import Block, Stream
 from tokenrec.models.recommender import candidate_mask
@@ -36,9 +37,16 @@ def batch_attention(model: Model, state: TrainState, batch: Batch) -> tuple[tupl
     """Attention of every layer on a batch, without dropout: `[B, H, S, S]` each, and `[B, S] bool`, rows that are real.
 
     Rows are those of `recommender.batch_layout`. Jit it, under the mesh of the state.
+
+    Raises:
+      InputError: the backbone is a rival's.
     """
     entities = model.embedder.look_up(state.tables, batch)
     module = merge(model, state.params)
+    if not isinstance(module.backbone, Backbone):
+        raise InputError(
+            f"model.kind='{model.config.model.kind}': attention maps are drawn of a run with model.kind='tokenformer'"
+        )
     x, layout = module.stream(entities, batch)
     candidates = candidate_mask(batch)
     return stack_attention(module.backbone, x, layout, batch.valid, candidates), layout.valid(batch.valid, candidates)

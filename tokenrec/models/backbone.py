@@ -21,6 +21,7 @@ from tokenrec.errors import InputError
 from tokenrec.models.block import Block, KeysValues, Stream
 from tokenrec.ops.attention import ATTENTION_RESULT
 from tokenrec.ops.layers import RMSNorm, split_key
+from tokenrec.ops.pattern import Pattern
 from tokenrec.ops.rotary import rotation
 from tokenrec.tokens.layout import Layout, needed_rows, take_rows
 
@@ -43,6 +44,8 @@ def stack_sizes(config: ModelConfig) -> tuple[int, ...]:
     >>> stack_sizes(ModelConfig(layers=14, windows=(32, 16), scan=8))
     (11, 1, 1, 1)
     """
+    if config.kind != "tokenformer":
+        return (1,) * config.layers
     runs = [len(list(run)) for _, run in groupby(layer_windows(config))]
     sizes = [(run - 1, 1) if 0 < config.scan <= run else (1,) * run for run in runs]
     return tuple(size for run in sizes for size in run)
@@ -133,6 +136,19 @@ def unstacked(block: Block, count: int) -> list[Block]:
     return [nnx.merge(graph, jax.tree.unflatten(tree, layer)) for layer in zip(*parts, strict=True)]
 
 
+class AttentionLayer(NamedTuple):
+    """An attention that a backbone computes over a stream: who sees whom, which says its FLOPs.
+
+    Attributes:
+      pattern: its queries and keys; window: of a sliding layer.
+      implementation: its name where it is no softmax, which `ops/attention.py` would choose an implementation of.
+    """
+
+    pattern: Pattern
+    window: int | None = None
+    implementation: str = ""
+
+
 class PrefixCache(NamedTuple):
     """What the prefix of a request shows to the rows behind it, layer by layer; the rows are those of `shown_rows`."""
 
@@ -155,6 +171,14 @@ class Backbone(nnx.Module):
         """The blocks one by one, from the bottom."""
         entries = zip(self.blocks, stack_sizes(self.config), strict=True)
         return [layer for block, size in entries for layer in (unstacked(block, size) if size > 1 else [block])]
+
+    def attention_layers(self, layout: Layout) -> tuple[AttentionLayer, ...]:
+        """From the bottom."""
+        rows = layer_rows(self.config, layout)
+        return tuple(
+            AttentionLayer(layout.pattern(queries, keys), window)
+            for keys, queries, window in zip(rows, rows[1:], layer_windows(self.config), strict=False)
+        )
 
     def __call__(
         self, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None, key: jax.Array | None

@@ -10,8 +10,8 @@ from flax import nnx
 from tokenrec.config import Config
 from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Feature, Schema
-from tokenrec.models.backbone import Backbone
 from tokenrec.models.heads import CodeHead, ItemHead
+from tokenrec.models.rivals import make_backbone
 from tokenrec.ops.layers import Linear, as_rows, dropout, split_key, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Entity
@@ -150,7 +150,8 @@ class Recommender(nnx.Module):
         ids = sorted({word for text in literals for word in text})
         self.vocabulary = tuple(ids)
         self.words = weight(rngs, (len(ids), width), None, None, inputs=width) if ids else None
-        self.backbone = Backbone(config.model, rngs=rngs)
+        longest = stream_layout(config, schema, config.data.events, literals)
+        self.backbone = make_backbone(config.model, longest, rngs=rngs)
         self.head: Linear | ItemHead | CodeHead
         if config.data.objective == "ranking":
             self.head = Linear(width, tasks, rngs=rngs)
@@ -187,8 +188,8 @@ class Recommender(nnx.Module):
     def trace(
         self, entities: dict[str, Entity], batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """What `__call__` computes on its way: the tokens, `[B, S, d]`, and `Backbone.layer_outputs`, the last of which
-        it returns.
+        """What `__call__` computes on its way: the tokens, `[B, S, d]`, and the backbone's `layer_outputs`, the last of
+        which it returns.
         """
         token_key, backbone_key = split_key(key, 2)
         tokens, layout = self.stream(entities, batch)
