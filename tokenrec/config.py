@@ -20,7 +20,7 @@ Retrieval = Literal["next_item", "semantic_id"]
 Compression = Literal["none", "mlp", "attention"]
 AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn"]
 Remat = Literal["none", "dots", "full"]
-BackboneKind = Literal["tokenformer", "hstu"]
+BackboneKind = Literal["tokenformer", "hstu", "onetrans", "longer", "rankmixer", "din", "dcnv2", "sasrec"]
 TablesBackend = Literal["exchange", "sparsecore"]
 
 
@@ -147,6 +147,7 @@ class ModelConfig:
         each block from its input ("full").
       scan: from so many layers of one window in a row, all but the top one of the row are a loop over stacked weights,
         so that compiling takes no longer the more they are; 0 never. Values do not depend on it, names of weights do.
+      merge: events of a merged token, of "longer" alone.
     """
 
     kind: BackboneKind = "tokenformer"
@@ -166,6 +167,7 @@ class ModelConfig:
     attention: AttentionKind = "auto"
     remat: Remat = "none"
     scan: int = 8
+    merge: int = 4
 
 
 @dataclasses.dataclass

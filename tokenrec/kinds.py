@@ -35,13 +35,21 @@ class Kind(NamedTuple):
 
 RIVAL_KINDS: dict[BackboneKind, Kind] = {
     "hstu": Kind(("heads", "needed_rows"), windows=True, retrieval=True, prompt=True, target_tokens=True),
+    "onetrans": Kind(("heads", "ffn_width", "rope_base", "attention"), uc=False, target_tokens=True),
+    "longer": Kind(("heads", "ffn_width", "rope_base", "attention", "qk_norm", "merge"), uc=False, target_tokens=True),
+    "rankmixer": Kind(("heads", "ffn_width"), tensor=False),
+    "din": Kind(("ffn_width",), tensor=False),
+    "dcnv2": Kind(("ffn_width",), tensor=False),
+    "sasrec": Kind(("heads", "ffn_width", "attention", "qk_norm"), retrieval=True),
 }
 
 
 def kind_problems(c: Config) -> Iterator[str]:
-    """What of a config its kind of backbone cannot do; nothing for a TokenFormer, which can do all but `merge`."""
+    """What of a config its kind of backbone cannot do."""
     name, usual = c.model.kind, ModelConfig()
     if name == "tokenformer":
+        if c.model.merge != usual.merge:
+            yield f"model.merge={c.model.merge} is for model.kind='longer'; leave it at {usual.merge}"
         return
     kind, says = RIVAL_KINDS[name], f"with model.kind='{name}'"
     for field in dataclasses.fields(ModelConfig):

@@ -38,6 +38,7 @@ def _problems(c: Config) -> Iterator[str]:
         "model.width": c.model.width,
         "model.heads": c.model.heads,
         "model.layers": c.model.layers,
+        "model.merge": c.model.merge,
         "optim.steps": c.optim.steps,
         "optim.accumulate": c.optim.accumulate,
         "tokens.group": c.tokens.group,

@@ -1,16 +1,11 @@
 """What the tests of rivals share: a model with weights off their starting values, and what stands around it."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tests.worlds import SCHEMA, TASKS, place
 from tokenrec.models.recommender import candidate_mask
 from tokenrec.state import build_model, init_state, merge
-from tokenrec.step import forward, loss_fn
-from tokenrec.tokens.embed import inverses
 
 
 def noisy(params, scale=0.3):
@@ -44,18 +39,9 @@ def forward_layers(model, params, batch, mesh):
     return x, model.layout(batch.valid.shape[1]), valid, out
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def logits(model, params, tables, batch):
-    found = model.embedder.find(batch)
-    return forward(model, params, model.embedder.gather(tables, found), inverses(found), batch, None)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def value_and_gradients(model, params, tables, batch):
-    found = model.embedder.find(batch)
-    rows = model.embedder.gather(tables, found)
-    return jax.value_and_grad(loss_fn)(params, rows, model, inverses(found), batch, jnp.ones(2), None)
-
-
 def rms(x):
     return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + 1e-6)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.models.rivals.machine import build, forward_layers, rms
+from tests.models.rivals.machine import build, forward_layers, rms, silu
 from tests.worlds import one_device, random_batch, tiny
 
 
@@ -13,10 +13,6 @@ def mesh():
     mesh = one_device()
     with jax.set_mesh(mesh):
         yield mesh
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
 
 
 def layer(w, x, layout, valid, window, rows):

@@ -1,17 +1,21 @@
 """What holds for every rival: padding, candidates, causality, gradients, figures, meshes, refusals."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from tests.models.rivals.machine import build, logits, value_and_gradients
 from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
 from tokenrec.describe import describe, to_text
 from tokenrec.errors import InputError
 from tokenrec.kinds import RIVAL_KINDS
+from tokenrec.models.recommender import stream_layout
 from tokenrec.models.rivals import RIVALS
-from tokenrec.state import build_model, init_state
+from tokenrec.sharding import RULES
+from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import train_step
+from tokenrec.tokens.layout import Part, lay_out
 from tokenrec.validation import validate
 
 UC = [name for name, kind in RIVAL_KINDS.items() if kind.uc]
@@ -19,9 +23,8 @@ UC = [name for name, kind in RIVAL_KINDS.items() if kind.uc]
 
 @pytest.fixture(autouse=True)
 def mesh():
-    mesh = one_device()
-    with jax.set_mesh(mesh):
-        yield mesh
+    with jax.set_mesh(one_device()):
+        yield
 
 
 def rival(kind, **options):
@@ -30,77 +33,129 @@ def rival(kind, **options):
     return validate(tiny(**{"events": 20, "model": model, "tokens": {"user_tokens": 2}} | options))
 
 
-def cut(batch, events):
-    """The same samples in streams of the newest `events` rows."""
-    newest = jax.tree.map(lambda x: x[:, -events:], (batch.state, batch.action, batch.valid))
-    return batch._replace(state=newest[0], action=newest[1], valid=newest[2])
+class Backbone:
+    """A rival with weights off their starting values, jitted, on streams of `events` events at most."""
+
+    def __init__(self, config):
+        self.config = config
+        self.graph, weights = nnx.split(RIVALS[config.model.kind](config.model, self.layout(), nnx.Rngs(0)))
+        random = np.random.default_rng(1)
+        self.weights = jax.tree.map(lambda w: w + 0.3 * random.normal(size=w.shape).astype(np.float32), weights)
+        self.run = jax.jit(self.read, static_argnums=4)
+
+    def layout(self, events=None):
+        return stream_layout(self.config, SCHEMA, self.config.data.events if events is None else events)
+
+    def read(self, weights, x, valid, candidates, layout):
+        return nnx.merge(self.graph, weights)(x, layout, valid, candidates, None)
+
+    def __call__(self, x, valid, candidates, layout):
+        return np.asarray(self.run(self.weights, *split(x, valid, candidates), layout))
+
+
+def split(*batch):
+    """Arrays or None, as a batch lies on a mesh."""
+    return [x if x is None else jax.device_put(x, RULES("batch", *[None] * (x.ndim - 1))) for x in batch]
+
+
+def lengths(batch, events):
+    """`[B, T] bool` of right-aligned histories."""
+    return np.arange(events) >= events - np.resize([0, 1, 2, 3, 5, 9, 10, 10], batch)[:, None]
+
+
+def close(found, wanted):
+    """Equal but for sums in another order: up to 1e-5 of the largest value, which no norm bounds in some rivals."""
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
 
 
 @pytest.mark.parametrize("kind", RIVALS)
-def test_neither_padding_nor_other_candidates_change_a_score(kind, mesh):
-    config = rival(kind, candidates=3)
-    model, state, params = build(config)
-    batch = random_batch(config, lengths=[0, 1, 2, 3, 5, 9, 10, 10])
-    scores = logits(model, params, state.tables, place(batch, mesh))
-    assert np.abs(scores[:, 0] - scores[:, 1]).min() > 1e-6  # the target matters
+def test_neither_padding_nor_other_candidates_change_a_read_out(kind):
+    backbone = Backbone(rival(kind, candidates=3))
+    layout, short = backbone.layout(), backbone.layout(10)
+    random = np.random.default_rng(0)
+    x = random.normal(size=(8, layout.rows, 16)).astype(np.float32)
+    valid, real = lengths(8, 20), np.ones((8, 3), bool)
+    read = backbone(x, valid, real, layout)
+    assert np.abs(read[:, 0] - read[:, 1]).max(axis=-1).min() > 1e-3  # the target matters
 
-    other = random_batch(config, seed=1)
-    target = jax.tree.map(lambda a, b: np.concatenate([a[:, :2], b[:, 2:]], axis=1), batch.target, other.target)
-    weight = batch.weight.copy()
-    weight[::2, 2] = 0
-    changed = logits(model, params, state.tables, place(batch._replace(target=target, weight=weight), mesh))
-    np.testing.assert_allclose(changed[:, :2], scores[:, :2], atol=1e-5)
-    assert np.abs(changed[:, 2] - scores[:, 2]).max() > 1e-3
+    other, some = x.copy(), real.copy()
+    other[:, layout.candidate == 2] += 1
+    some[::2, 2] = False
+    changed = backbone(other, valid, some, layout)
+    close(changed[:, :2], read[:, :2])
+    assert np.abs(changed[:, 2] - read[:, 2]).max(axis=-1).min() > 1e-3
 
-    short = logits(model, params, state.tables, place(cut(batch, 10), mesh))
-    np.testing.assert_allclose(short, scores, atol=1e-5)  # sums of another length
+    padding = x.copy()
+    padding[:, (layout.event >= 0) & (layout.event < 10)] = random.normal()
+    close(backbone(padding, valid, real, layout), read)
+    newest = (layout.event < 0) | (layout.event >= 10)
+    close(backbone(x[:, newest], valid[:, 10:], real, short), read)
 
 
 @pytest.mark.parametrize("kind", UC)
-def test_no_event_changes_an_earlier_score_and_no_action_its_own(kind, mesh):
-    config = rival(kind, paradigm="uc", events=12)
-    model, state, params = build(config)
-    batch, other = (random_batch(config, seed=seed, lengths=[12, 12, 9, 7, 12, 12, 4, 12]) for seed in (0, 1))
-    scores = logits(model, params, state.tables, place(batch, mesh))
-
-    def replaced(old, new, first):
-        return jax.tree.map(lambda a, b: np.concatenate([a[:, :first], b[:, first:]], axis=1), old, new)
-
-    later = batch._replace(state=replaced(batch.state, other.state, 9), action=replaced(batch.action, other.action, 8))
-    changed = logits(model, params, state.tables, place(later, mesh))
-    real = batch.valid[:, :9]
-    np.testing.assert_allclose(np.asarray(changed)[:, :9][real], np.asarray(scores)[:, :9][real], atol=1e-5)
-    assert np.abs(changed[:, 9:] - scores[:, 9:]).max() > 1e-3
+def test_no_event_changes_an_earlier_read_out_and_no_action_its_own(kind):
+    backbone = Backbone(rival(kind, paradigm="uc", events=10))
+    layout = backbone.layout()
+    x = np.random.default_rng(0).normal(size=(8, layout.rows, 16)).astype(np.float32)
+    valid = lengths(8, 10)
+    read = backbone(x, valid, None, layout)
+    other = x.copy()
+    other[:, layout.rows_of("state")[7:]] += 1
+    other[:, layout.rows_of("action")[6:]] += 1
+    changed = backbone(other, valid, None, layout)
+    close(changed[:, :7][valid[:, :7]], read[:, :7][valid[:, :7]])
+    assert np.abs(changed[:, 7:] - read[:, 7:]).max(axis=-1)[valid[:, 7:]].min() > 1e-4
 
 
 @pytest.mark.parametrize("kind", RIVALS)
-def test_gradients_reach_every_weight_and_figures_are_counted(kind, mesh):
-    config = rival(kind, events=12)
-    model, state, params = build(config)
-    loss, dense = value_and_gradients(model, params, state.tables, place(random_batch(config, 16), mesh))
-    assert np.isfinite(loss)
-    assert all(np.isfinite(g).all() for g in dense.values())
-    assert not [name for name, g in dense.items() if not np.any(g)]
+def test_gradients_reach_every_weight_and_figures_are_counted(kind):
+    backbone = Backbone(rival(kind, events=12))
+    layout = backbone.layout()
+    x = np.random.default_rng(0).normal(size=(8, layout.rows, 16)).astype(np.float32)
+    batch = split(x, lengths(8, 12), np.ones((8, 1), bool))
+    made = jax.jit(jax.grad(lambda w: jnp.sum(jnp.sin(backbone.read(w, *batch, layout)))))(backbone.weights)
+    gradients = nnx.to_flat_state(made)
+    assert all(np.isfinite(g[...]).all() for _, g in gradients)
+    assert not [path for path, g in gradients if not np.any(g[...])]
 
-    figures = describe(config, SCHEMA)
-    assert figures["parameters"]["dense"] == sum(w.size for w in params.values())
-    backbone = sum(w.size for name, w in params.items() if name.startswith("backbone/"))
-    # A weight is multiplied at least once with something of a sample, less what stands beside a product.
-    assert figures["flops_per_example"] > backbone
+    figures = describe(backbone.config, SCHEMA)
+    weights = sum(w.size for w in jax.tree.leaves(backbone.weights))
+    parts = figures["parameters"]["by_part"].items()
+    assert sum(size for name, size in parts if name.startswith("backbone")) == weights
+    # A weight is multiplied with something of a sample once at least, less what stands beside a product.
+    assert figures["flops_per_example"] > weights
     assert "MFLOP per sample" in to_text(figures)
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in RIVAL_KINDS.items() if kind.retrieval])
+def test_retrieval_reads_events_without_later_ones(kind):
+    history = Part.history("event", np.arange(6))
+    layout = lay_out([Part.of("user", 1), Part.of("sep", 1), history], [], events=6, candidates=0, read="events")
+    last = lay_out([Part.of("user", 1), Part.of("sep", 1), history], [], events=6, candidates=0, read="last")
+    backbone = RIVALS[kind](rival(kind).model, layout, nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, layout.rows, 16))
+    events = jnp.array([[True] * 6, [False] * 2 + [True] * 4])
+    every = backbone(x, layout, events, None, None)
+    assert every.shape == (2, 6, 16)
+    changed = backbone(x.at[:, 2 + 4 :].add(1.0), layout, events, None, None)
+    np.testing.assert_allclose(changed[:, :4], every[:, :4], atol=1e-6)
+    assert np.abs(changed[:, 4:] - every[:, 4:]).min(axis=2).max() > 1e-4
+    np.testing.assert_allclose(backbone(x, last, events, None, None)[:, 0], every[:, -1], atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("hstu", (8, 1, 1))])
 def test_a_step_on_a_mesh_is_the_step_on_one_device(kind, shape):
     config = rival(kind, events=4, fused=True, tokens={"user_tokens": 1, "maker": "linear"})
     schema, states = SCHEMA.without(("age", "tags", "picture", "code", "rate", "tab", "watched")), []
+    model = build_model(config, schema, TASKS)
+    state = init_state(model, 0)
     for mesh in (one_device(), mesh_of(*shape)):
         with jax.set_mesh(mesh):
-            model = build_model(config, schema, TASKS)
+            first = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, abstract_state(model))
             step = jax.jit(train_step, static_argnums=0)
-            state, metrics = step(model, init_state(model, 0), place(random_batch(config, schema=schema), mesh))
+            done, metrics = step(model, first, place(random_batch(config, schema=schema), mesh))
             assert metrics.applied
-            states.append(state)
+            states.append(done)
     for name, weight in states[0].params.items():
         # AdamW's first step divides a gradient by itself, which magnifies rounding.
         np.testing.assert_allclose(weight, states[1].params[name], rtol=1e-4, atol=5e-5, err_msg=name)
@@ -117,10 +172,17 @@ def test_a_step_on_a_mesh_is_the_step_on_one_device(kind, shape):
         ),
         ("hstu", "model.remat", "full", "model.remat='full'"),
         ("hstu", "model.prefix", "bidirectional", "model.prefix='bidirectional'"),
+        ("din", "model.windows", (6,), "model.windows=(6,) with model.kind='din', which has no sliding layers; use ()"),
+        ("onetrans", "data.paradigm", "uc", "data.paradigm='uc' with model.kind='onetrans'"),
+        ("longer", "data.objective", "retrieval", "data.objective='retrieval' with model.kind='longer'"),
+        ("sasrec", "tokens.target_tokens", 2, "tokens.target_tokens=2 with model.kind='sasrec'"),
+        ("dcnv2", "mesh.tensor", 2, "mesh.tensor=2 with model.kind='dcnv2', which has no heads to split"),
+        ("rankmixer", "tokens.prompt", ("history", "||", "candidate"), "tokens.prompt=('history', '||', 'candidate')"),
+        ("tokenformer", "model.merge", 5, "model.merge=5 is for model.kind='longer'"),
     ],
 )
 def test_what_a_rival_cannot_do_is_refused(kind, field, value, message):
-    config = rival(kind)
+    config = tiny() if kind == "tokenformer" else rival(kind)
     section, name = field.split(".")
     setattr(getattr(config, section), name, value)
     with pytest.raises(InputError) as caught:

@@ -6,11 +6,25 @@ from flax import nnx
 
 from tokenrec.config import BackboneKind, ModelConfig
 from tokenrec.models.backbone import Backbone
+from tokenrec.models.rivals.dcnv2 import DCNv2
+from tokenrec.models.rivals.din import DIN
 from tokenrec.models.rivals.hstu import HSTU
+from tokenrec.models.rivals.longer import LONGER
+from tokenrec.models.rivals.onetrans import OneTrans
+from tokenrec.models.rivals.rankmixer import RankMixer
 from tokenrec.models.rivals.rival import Rival
+from tokenrec.models.rivals.sasrec import SASRec
 from tokenrec.tokens.layout import Layout
 
-RIVALS: dict[BackboneKind, type[Rival]] = {"hstu": HSTU}
+RIVALS: dict[BackboneKind, type[Rival]] = {
+    "hstu": HSTU,
+    "din": DIN,
+    "dcnv2": DCNv2,
+    "onetrans": OneTrans,
+    "sasrec": SASRec,
+    "longer": LONGER,
+    "rankmixer": RankMixer,
+}
 
 
 def make_backbone(config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs) -> Backbone | Rival:

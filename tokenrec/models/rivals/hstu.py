@@ -54,9 +54,9 @@ def pointwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Arra
 def distances(pattern: Pattern, count: int) -> np.ndarray:
     """`[Q, K]`, how many rows a key lies before a query; `count` for static keys, 0 for later ones, which no row sees.
 
-    >>> distances(Layout.pattern(build_layout(user_tokens=1, events=1, fused=True, candidates=0, target_tokens=1),
-    ...     np.array([2]), np.arange(3)), 9).tolist()
-    [[9, 9, 0]]
+    >>> order, static = np.arange(4), np.array([True, False, False, False])
+    >>> distances(Pattern(order[2:], order, order, static, np.full(4, -1)), 9).tolist()
+    [[9, 1, 0, 0], [9, 2, 1, 0]]
     """
     back = pattern.index[pattern.query_rows][:, None] - pattern.index[pattern.key_rows][None, :]
     return np.where(pattern.static[pattern.key_rows][None, :], count, np.maximum(back, 0))
