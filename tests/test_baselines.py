@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from tokenrec.baselines import PRIOR_ROWS, baselines, fit_probability, popularity_scores, rate_scores, repeat_scores
+from tokenrec.baselines import (
+    PRIOR_ROWS,
+    baselines,
+    fit_logistic,
+    fit_probability,
+    past_rates,
+    popularity_scores,
+    rate_scores,
+    repeat_scores,
+    row_keys,
+)
 from tokenrec.data.log import EVENT, LEARNED, SCORED, Log
 
 
@@ -86,6 +96,31 @@ def test_probability_is_the_maximum_of_the_likelihood() -> None:
     np.testing.assert_allclose(fit_probability(scores, labels)(np.arange(20)), wanted, atol=1e-5)
 
 
+def test_a_regression_of_several_features_is_the_maximum_of_the_likelihood() -> None:
+    rng = np.random.default_rng(2)
+    x = np.column_stack([rng.normal(3, 2, 800), rng.poisson(2, 800), np.full(800, 7.0)])
+    labels = (rng.random(800) < 1 / (1 + np.exp(1 - x[:, 0] + 0.7 * x[:, 1]))).astype(np.int8)
+    model = LogisticRegression(C=1e10, tol=1e-10, max_iter=1000).fit(x, labels)
+    np.testing.assert_allclose(fit_logistic(x, labels)(x[:50]), model.predict_proba(x[:50])[:, 1], atol=1e-4)
+
+
+def test_past_rates_count_earlier_learned_rows_of_train_with_the_same_key() -> None:
+    train = random_log(6, flags=(EVENT | SCORED, EVENT | SCORED | LEARNED))
+    log = random_log(7, rows=60)
+    users = np.unique(np.concatenate([train.user_id, log.user_id]))
+    attributes = np.arange(6)[:, None] % 3
+    keys, wanted = (row_keys(one, users, attributes, ()) for one in (train, log))
+    assert len(keys) == 4
+    ok = (train.flags & LEARNED > 0) & (train.labels[:, 0] >= 0)
+    share = ((train.labels[ok, 0] == 1).sum() + 0.5) / (ok.sum() + 1)
+    for key, at in zip(keys, wanted, strict=True):
+        found = past_rates(train, key, 0, log, at)
+        for row in range(log.rows):
+            same = ok & (key == at[row]) & (train.time < log.time[row])
+            rate = ((train.labels[same, 0] == 1).sum() + PRIOR_ROWS * share) / (same.sum() + PRIOR_ROWS)
+            np.testing.assert_allclose(found[row], [np.log(rate / (1 - rate)), np.log1p(same.sum())], atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("scores", "labels", "wanted"),
     [
@@ -109,7 +144,7 @@ def test_baselines_score_the_scored_rows_in_order_for_the_tasks_asked() -> None:
     train, log = random_log(2, flags=(EVENT | SCORED | LEARNED,)), random_log(3)
     both, swapped, second = (baselines(train, log, tasks) for tasks in ((0, 1), (1, 0), (1,)))
     scored = log.flags & SCORED > 0
-    assert sorted(both) == ["item_rate", "popularity", "repeat"]
+    assert sorted(both) == ["item_rate", "popularity", "rates", "repeat"]
     for name, probability in both.items():
         assert probability.shape == (scored.sum(), 2)
         assert ((probability > 0) & (probability < 1)).all()

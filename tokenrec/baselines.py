@@ -1,7 +1,12 @@
-"""What a model has to beat: popularity, the item's rate of positives, and how often the user met the item before.
+"""What a model has to beat: popularity, the item's rate of positives, how often the user met the item before, and a
+logistic regression on smoothed rates.
 
-Each baseline is one number per row, turned into a probability by a one-dimensional logistic regression on the training
-rows, so that log loss is defined beside AUC. A training row's own label is left out of its own count.
+Each of the first three is one number per row, turned into a probability by a one-dimensional logistic regression on the
+training rows, so that log loss is defined beside AUC. A training row's own label is left out of its own count.
+
+The last one sees, for the user, the item, the two together, and each attribute of item and context, how many rows of
+`train` before a row's time had the same, and their rate of positives. It is earlier rows that count for training rows
+too: a rate over all others of a small group is high where the own label is low, and a regression would learn that.
 """
 
 from __future__ import annotations
@@ -51,44 +56,94 @@ def fit_probability(scores: np.ndarray, labels: np.ndarray) -> Callable[[np.ndar
     >>> probability(np.array([0, 9])).round(3).tolist()
     [0.25, 0.75]
     """
-    positives, rows = float(labels.sum()), len(labels)
+    probability = fit_logistic(np.log1p(np.asarray(scores, np.float64))[:, None], labels)
+    return lambda new_scores: probability(np.log1p(np.asarray(new_scores, np.float64))[:, None])
+
+
+def fit_logistic(x: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Fits `P(label = 1) = sigmoid(a + b x)` by Newton's method, with the penalty that `fit_probability` describes.
+
+    `x: [N, F] float64`, `labels: [N]` of 0 and 1; the result maps `[M, F]` to `[M]`.
+    """
+    positives, (rows, features) = float(labels.sum()), x.shape
     share = (positives + 0.5) / (rows + 1)
-    weights = np.array([np.log(share / (1 - share)), 0.0])
-    x = np.log1p(np.asarray(scores, np.float64))
-    center, spread = (float(x.mean()), float(x.std())) if rows else (0.0, 0.0)
-    if 0 < positives < rows and spread > 0:
-        z = (x - center) / spread
+    weights = np.array([np.log(share / (1 - share)), *np.zeros(features)])
+    center, spread = (x.mean(axis=0), x.std(axis=0)) if rows else (np.zeros(features), np.zeros(features))
+    scale = np.where(spread > 0, spread, 1.0)
+
+    def inputs(x: np.ndarray) -> np.ndarray:
+        # A feature that is the same in all rows tells nothing, whatever it is later.
+        return np.concatenate([np.ones((len(x), 1)), np.where(spread > 0, (x - center) / scale, 0)], axis=1)
+
+    if 0 < positives < rows and spread.any():
+        z, penalty = inputs(x), np.array([0.0, *np.full(features, 1e-6)])
         for _ in range(NEWTON_STEPS):
-            p = _sigmoid(weights[0] + weights[1] * z)
-            error, curve = p - labels, p * (1 - p)
-            gradient = np.array([error.sum(), error @ z + 1e-6 * weights[1]])
-            cross = curve @ z
-            step = np.linalg.solve([[curve.sum(), cross], [cross, curve @ (z * z) + 1e-6]], gradient)
+            p = _sigmoid(z @ weights)
+            gradient = z.T @ (p - labels) + penalty * weights
+            step = np.linalg.solve((z.T * (p * (1 - p))) @ z + np.diag(penalty), gradient)
             weights -= step
             if np.abs(step).max() < 1e-9:
                 break
-
-    def probability(new_scores: np.ndarray) -> np.ndarray:
-        z = (np.log1p(np.asarray(new_scores, np.float64)) - center) / (spread or 1.0)
-        return _sigmoid(weights[0] + weights[1] * z)
-
-    return probability
+    return lambda new: _sigmoid(inputs(np.asarray(new, np.float64)) @ weights)
 
 
-def baselines(train: Log, log: Log, tasks: Sequence[int]) -> dict[str, np.ndarray]:
+def past_rates(train: Log, keys: np.ndarray, task: int, log: Log, wanted: np.ndarray) -> np.ndarray:
+    """Rate of positives, in log-odds and smoothed towards the overall one, and `log(1 + n)` of the n known labels.
+
+    They count rows of `train` that may be learned from, have a row's key, and are strictly earlier: `[R, 2] float64`.
+
+    Args:
+      keys: `[rows of train]` integers; wanted: `[R]`, those of the rows of `log`.
+    """
+    learned = _learned(train, task)
+    key, time, positive = keys[learned], train.time[learned], train.labels[learned, task] > 0
+    known = PastCounts(key, time).before(wanted, log.time)
+    positives = PastCounts(key[positive], time[positive]).before(wanted, log.time)
+    share = (positive.sum() + 0.5) / (len(positive) + 1)
+    rate = (positives + PRIOR_ROWS * share) / (known + PRIOR_ROWS)
+    return np.stack([np.log(rate / (1 - rate)), np.log1p(known)], axis=1)
+
+
+def row_keys(log: Log, users: np.ndarray, attributes: np.ndarray | None, context: Sequence[int]) -> list[np.ndarray]:
+    """What rows are alike in: user, item, both, attributes of the item, context; `[R] int64` each.
+
+    `users`: all ids of users, ascending; the other arguments as in `baselines`.
+    """
+    user = np.repeat(np.searchsorted(users, log.user_id), np.diff(log.start))
+    item = log.item.astype(np.int64)
+    keys = [user, item, user << 32 | item]
+    if attributes is not None:
+        keys += list(attributes[item].T.astype(np.int64))
+    return keys + [log.row_ids[:, column].astype(np.int64) for column in context]
+
+
+def baselines(
+    train: Log,
+    log: Log,
+    tasks: Sequence[int],
+    *,
+    attributes: np.ndarray | None = None,
+    context: Sequence[int] = (),
+) -> dict[str, np.ndarray]:
     """Probabilities of the scored rows of `log`, in row order: name -> `[rows scored, K] float64`.
 
     "popularity" counts an item's positives in `train`, "item_rate" is their smoothed share among its rows, and
     "repeat" counts the item among the user's earlier events (for purchases: how often it was bought before).
+    "rates" is the logistic regression on smoothed rates.
 
     Args:
       train: the training split, which the counts and the regressions come from.
       log: the split to score, on the same catalogue.
       tasks: columns of `Log.labels`, one for each column of the result.
+      attributes: `[items, n] int32`, what items have in common, for "rates"; context: columns of `Log.row_ids`.
     """
     scored = log.flags & SCORED > 0
+    users = np.unique(np.concatenate([train.user_id, log.user_id]))
+    keys, wanted = (row_keys(one, users, attributes, context) for one in (train, log))
     repeats, repeats_train = repeat_scores(log)[scored], repeat_scores(train)
-    result = {name: np.empty((int(scored.sum()), len(tasks))) for name in ("popularity", "item_rate", "repeat")}
+    result = {
+        name: np.empty((int(scored.sum()), len(tasks))) for name in ("popularity", "item_rate", "repeat", "rates")
+    }
     for column, task in enumerate(tasks):
         learned = _learned(train, task)
         item, label = train.item[learned], train.labels[learned, task].astype(np.float64)
@@ -101,6 +156,11 @@ def baselines(train: Log, log: Log, tasks: Sequence[int]) -> dict[str, np.ndarra
             ("repeat", repeats_train[learned], repeats),
         ):
             result[name][:, column] = fit_probability(fitted_on, label)(scores)
+        of_train, of_log = (
+            np.concatenate([past_rates(train, key, task, one, at) for key, at in zip(keys, some, strict=True)], axis=1)
+            for one, some in ((train, keys), (log, wanted))
+        )
+        result["rates"][:, column] = fit_logistic(of_train[learned], label)(of_log[scored])
     return result
 
 
