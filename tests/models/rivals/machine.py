@@ -44,4 +44,4 @@ def rms(x):
 
 
 def silu(x):
-    return x / (1 + np.exp(-x))
+    return 0.5 * x * (1 + np.tanh(0.5 * x))

@@ -12,7 +12,7 @@ from tokenrec.errors import InputError
 from tokenrec.kinds import RIVAL_KINDS
 from tokenrec.models.recommender import stream_layout
 from tokenrec.models.rivals import RIVALS
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, laid_out
 from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import train_step
 from tokenrec.tokens.layout import Part, lay_out
@@ -135,12 +135,33 @@ def test_retrieval_reads_events_without_later_ones(kind):
     backbone = RIVALS[kind](rival(kind).model, layout, nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, layout.rows, 16))
     events = jnp.array([[True] * 6, [False] * 2 + [True] * 4])
-    every = backbone(x, layout, events, None, None)
+    read = jax.jit(lambda x, layout: backbone(x, layout, events, None, None), static_argnums=1)
+    every = read(x, layout)
     assert every.shape == (2, 6, 16)
-    changed = backbone(x.at[:, 2 + 4 :].add(1.0), layout, events, None, None)
+    changed = read(x.at[:, 2 + 4 :].add(1.0), layout)
     np.testing.assert_allclose(changed[:, :4], every[:, :4], atol=1e-6)
     assert np.abs(changed[:, 4:] - every[:, 4:]).min(axis=2).max() > 1e-4
-    np.testing.assert_allclose(backbone(x, last, events, None, None)[:, 0], every[:, -1], atol=1e-5)
+    np.testing.assert_allclose(read(x, last)[:, 0], every[:, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
+    """Traced only: a wrong sharding is an error then."""
+    config = rival(kind, candidates=2, events=6)
+    config.model.dropout = 0.1
+    shape = (2, 2, 2) if RIVAL_KINDS[kind].tensor else (4, 2, 1)
+    layout = stream_layout(config, SCHEMA, 6)
+    with jax.set_mesh(mesh_of(*shape)):
+
+        def read(weights, x, valid, real):
+            return jnp.sum(nnx.merge(graph, weights)(x, layout, valid, real, jax.random.key(0)))
+
+        graph, weights = nnx.split(nnx.eval_shape(lambda: RIVALS[kind](config.model, layout, nnx.Rngs(0))))
+        shapes = {(8, layout.rows, 16): jnp.float32, (8, 6): bool, (8, 2): bool}
+        batch = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes.items()]
+        gradients = jax.eval_shape(jax.grad(read), weights, *laid_out(batch, jax.sharding.get_mesh()))
+    axes = {axis for g in jax.tree.leaves(gradients) for axis in g.sharding.spec}
+    assert {"fsdp", "tensor"} & axes == ({"fsdp", "tensor"} if RIVAL_KINDS[kind].tensor else {"fsdp"})
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("hstu", (8, 1, 1))])
