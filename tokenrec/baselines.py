@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tokenrec.data.dataset import Dataset
 from tokenrec.data.log import EVENT, LEARNED, SCORED, Log
 from tokenrec.data.past import PastCounts
+from tokenrec.data.schema import Feature, columns
 
 PRIOR_ROWS = 20.0  # weight of the overall rate in the smoothed rate of an item, as a number of rows
 NEWTON_STEPS = 50
@@ -164,10 +166,29 @@ def baselines(
     return result
 
 
+def baselines_of(dataset: Dataset, split: str, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    """`baselines` of the scored rows of a split, for tasks by name; alike are items and contexts of one category."""
+    names = [task.name for task in dataset.schema.tasks]
+    of_item, context = (_categorical(dataset.schema.group(group)) for group in ("catalogue", "row"))
+    return baselines(
+        dataset.load("train"),
+        dataset.load(split),
+        [names.index(task) for task in tasks],
+        attributes=dataset.catalogue.ids[:, of_item],
+        context=context,
+    )
+
+
 def goal_counts(train: Log, items: int, task: int | None) -> np.ndarray:
     """How often each item is what a retrieval run learns to say, a positive of `task` if there is one: `[items]`."""
     learned = (train.flags & LEARNED > 0) if task is None else _learned(train, task) & (train.labels[:, task] > 0)
     return np.bincount(train.item[learned], minlength=items).astype(np.float32)
+
+
+def _categorical(features: Sequence[Feature]) -> list[int]:
+    """Columns of an `ids` matrix with one value per row."""
+    place = columns(features)
+    return [place.ids[feature.name][0] for feature in features if feature.kind == "categorical"]
 
 
 def _learned(log: Log, task: int) -> np.ndarray:

@@ -12,15 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec import processes
-from tokenrec.baselines import baselines as baseline_probabilities
-from tokenrec.baselines import goal_counts
+from tokenrec.baselines import baselines_of, goal_counts
 from tokenrec.config import Config
 from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.log import SCORED
 from tokenrec.data.pipeline import eval_batches
-from tokenrec.data.schema import Feature
-from tokenrec.data.schema import columns as schema_columns
 from tokenrec.decode import build_trie
 from tokenrec.generate import compiled_generate_step
 from tokenrec.metrics import ScoreStore, group_codes
@@ -154,20 +151,11 @@ def evaluate_baselines(dataset: Dataset, split: str, tasks: tuple[str, ...], row
     users = np.repeat(group_codes(log.user_id), np.diff(log.start))[scored[at]]
     labels = log.labels[scored[at]][:, columns]
     found = {}
-    of_item, context = (categorical_columns(dataset.schema.group(group)) for group in ("catalogue", "row"))
-    attributes, train = dataset.catalogue.ids[:, of_item], dataset.load("train")
-    probabilities_of = baseline_probabilities(train, log, columns, attributes=attributes, context=context)
-    for name, probabilities in probabilities_of.items():
+    for name, probabilities in baselines_of(dataset, split, tasks).items():
         store = ScoreStore(tasks)
         store.append(labels, probabilities[at].astype(np.float32), users)
         found[name] = store.summarize()
     return found
-
-
-def categorical_columns(features: tuple[Feature, ...]) -> list[int]:
-    """Columns of an `ids` matrix with one value per row."""
-    place = schema_columns(features)
-    return [place.ids[feature.name][0] for feature in features if feature.kind == "categorical"]
 
 
 def retrieval_baselines(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tokenrec.analysis.study_files import CurvePoint, Difference, Result
-from tokenrec.baselines import baselines
+from tokenrec.baselines import baselines_of
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.log import SCORED
@@ -156,11 +156,9 @@ def _write(grid: _Grid, name: str, dataset: Dataset, spent: float, command: str)
 def _baselines(dataset: Dataset, config: Config, split: str, like: Scored) -> Iterator[tuple[str, Scored]]:
     """What needs no model, on the rows of `like`."""
     log = dataset.load(split)
-    names = [task.name for task in dataset.schema.tasks]
-    columns = [names.index(task) for task in task_names(dataset.schema, config.data)]
     rows = np.flatnonzero(log.flags & SCORED > 0)
     order = sort_keys(
         np.repeat(log.user_id, np.diff(log.start))[rows], dataset.catalogue.item_id[log.item[rows]], log.time[rows]
     )
-    for name, probabilities in baselines(dataset.load("train"), log, columns).items():
+    for name, probabilities in baselines_of(dataset, split, task_names(dataset.schema, config.data)).items():
         yield name, like._replace(scores=probabilities[order].astype(np.float32))
