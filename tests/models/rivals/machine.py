@@ -2,10 +2,50 @@
 
 import jax
 import numpy as np
+from flax import nnx
 
-from tests.worlds import SCHEMA, TASKS, place
-from tokenrec.models.recommender import candidate_mask
+from tests.worlds import SCHEMA, TASKS, place, tiny
+from tokenrec.kinds import RIVAL_KINDS
+from tokenrec.models.recommender import candidate_mask, stream_layout
+from tokenrec.models.rivals import RIVALS
+from tokenrec.sharding import RULES
 from tokenrec.state import build_model, init_state, merge
+from tokenrec.validation import validate
+
+
+def rival(kind, **options):
+    """A small config of a kind; its streams are longer than those that some tests feed it."""
+    model = {"kind": kind, "layers": 2, "windows": (6,) if RIVAL_KINDS[kind].windows else ()}
+    return validate(tiny(**{"events": 20, "model": model, "tokens": {"user_tokens": 2}} | options))
+
+
+class Backbone:
+    """A rival with weights off their starting values, jitted, on streams of `events` events at most."""
+
+    def __init__(self, config):
+        self.config = config
+        self.graph, weights = nnx.split(RIVALS[config.model.kind](config.model, self.layout(), nnx.Rngs(0)))
+        random = np.random.default_rng(1)
+        self.weights = jax.tree.map(lambda w: w + 0.3 * random.normal(size=w.shape).astype(np.float32), weights)
+        self.run = jax.jit(self.read, static_argnums=4)
+
+    def layout(self, events=None):
+        return stream_layout(self.config, SCHEMA, self.config.data.events if events is None else events)
+
+    def named(self):
+        """Weights by the path of their names."""
+        return {"/".join(map(str, path)): np.asarray(w[...]) for path, w in nnx.to_flat_state(self.weights)}
+
+    def read(self, weights, x, valid, candidates, layout):
+        return nnx.merge(self.graph, weights)(x, layout, valid, candidates, None)
+
+    def __call__(self, x, valid, candidates, layout):
+        return np.asarray(self.run(self.weights, *split(x, valid, candidates), layout))
+
+
+def split(*batch):
+    """Arrays or None, as a batch lies on a mesh."""
+    return [x if x is None else jax.device_put(x, RULES("batch", *[None] * (x.ndim - 1))) for x in batch]
 
 
 def noisy(params, scale=0.3):

@@ -4,15 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from tests.models.rivals.machine import build, forward_layers, silu
-from tests.worlds import one_device, random_batch, tiny
+from tests.models.rivals.machine import Backbone, silu
+from tests.worlds import one_device, tiny
 
 
 @pytest.fixture(autouse=True)
 def mesh():
-    mesh = one_device()
-    with jax.set_mesh(mesh):
-        yield mesh
+    with jax.set_mesh(one_device()):
+        yield
 
 
 def interest(w, events, target):
@@ -33,15 +32,15 @@ def score(w, user, events, target):
 
 
 @pytest.mark.parametrize("shape", [{"candidates": 2, "fused": True}, {"paradigm": "uc"}])
-def test_values_are_those_of_the_equations(shape, mesh):
+def test_values_are_those_of_the_equations(shape):
     config = tiny(**shape, events=5, model={"kind": "din", "layers": 2, "windows": ()})
-    model, _, params = build(config)
-    batch = random_batch(config, 2, lengths=[3, 5])
-    x, layout, _, read = forward_layers(model, params, batch, mesh)
-    w = {name.removeprefix("backbone/"): value for name, value in params.items() if name.startswith("backbone/")}
+    backbone = Backbone(config)
+    layout, w, nio = backbone.layout(), backbone.named(), config.data.paradigm == "nio"
+    x = np.random.default_rng(0).normal(size=(2, layout.rows, config.model.width)).astype(np.float32)
+    read = backbone(x, np.arange(5) >= [[2], [0]], np.ones((2, 2), bool) if nio else None, layout)
     for sample, length in enumerate([3, 5]):
         user = x[sample][layout.rows_of("user")]
-        if config.data.paradigm == "nio":
+        if nio:
             events = x[sample][layout.rows_of("event")][5 - length :]
             for c, row in enumerate(layout.rows_of("target")):
                 np.testing.assert_allclose(

@@ -6,17 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from tests.models.rivals.machine import build, forward_layers, rms
-from tests.worlds import one_device, random_batch, tiny
+from tests.models.rivals.machine import Backbone, rms, split
+from tests.worlds import one_device, tiny
 
 HEADS, USERS, OWN, LAYERS = 2, 2, 2, 3
 
 
 @pytest.fixture(autouse=True)
 def mesh():
-    mesh = one_device()
-    with jax.set_mesh(mesh):
-        yield mesh
+    with jax.set_mesh(one_device()):
+        yield
 
 
 def gelu(x):
@@ -65,12 +64,15 @@ def layer(w, rows, asked, top):
     return out
 
 
-def test_values_are_those_of_the_equations(mesh):
+def test_values_are_those_of_the_equations():
     model_config = {"kind": "onetrans", "layers": LAYERS, "windows": (), "heads": HEADS}
     tokens = {"user_tokens": USERS, "target_tokens": OWN}
     config = tiny(candidates=2, events=4, model=model_config, tokens=tokens)
-    model, _, params = build(config)
-    x, layout, valid, read = forward_layers(model, params, random_batch(config, 2, lengths=[2, 4]), mesh)
+    backbone = Backbone(config)
+    layout, params = backbone.layout(), backbone.named()
+    x = np.random.default_rng(0).normal(size=(2, layout.rows, config.model.width)).astype(np.float32)
+    events, candidates = np.arange(4) >= [[2], [0]], np.ones((2, 2), bool)
+    read, valid = backbone(x, events, candidates, layout), np.asarray(layout.valid(*split(events, candidates)))
     for sample, length in enumerate([2, 4]):
 
         def row(at, position, number, candidate=None, sample=sample):
@@ -88,8 +90,8 @@ def test_values_are_those_of_the_equations(mesh):
             events = sum(r["map"] is None for r in rows)
             keep = math.ceil(len(history) * (LAYERS - number - 1) / LAYERS)
             asked = [i for i, r in enumerate(rows) if (r["map"] == USERS + OWN - 1 if top else i >= events - keep)]
-            prefix = f"backbone/blocks/{number}/"
+            prefix = f"blocks/{number}/"
             w = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
             rows = layer(w, rows, asked, top)
-        wanted = np.array([rms(r["x"]) * params["backbone/norm/scale"] for r in rows])
+        wanted = np.array([rms(r["x"]) * params["norm/scale"] for r in rows])
         np.testing.assert_allclose(read[sample], wanted, atol=5e-5)
