@@ -47,6 +47,7 @@ def patterns():
         some = np.sort(random.choice(layout.rows, layout.rows // 2, replace=False))
         yield layout.pattern(every, every)
         yield layout.pattern(some, every)
+        yield dataclasses.replace(layout, discard=False).pattern(some, every)
         yield Pattern(every, every, layout.index, layout.static, layout.candidate, prefix=6)
 
 

@@ -20,6 +20,7 @@ Retrieval = Literal["next_item", "semantic_id"]
 Compression = Literal["none", "mlp", "attention"]
 AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn"]
 Remat = Literal["none", "dots", "full"]
+Positions = Literal["rope", "additive"]
 BackboneKind = Literal["tokenformer", "hstu", "onetrans", "longer", "rankmixer", "din", "dcnv2", "sasrec"]
 TablesBackend = Literal["exchange", "sparsecore"]
 
@@ -131,7 +132,10 @@ class ModelConfig:
       kind: "tokenformer", which a plain transformer is too (no gate, no windows), or a rival (models/rivals/), which
         reads fewer of the fields below: kinds.py says which.
       width, heads, layers: d, H and the number of blocks.
-      windows: w of each sliding layer, the last ones of the stack; layers before them see everything causally.
+      windows: w of each sliding layer, the last ones of the stack, 0 for a full one among them; layers before them see
+        everything causally.
+      discard_static: sliding layers hide static fields from all other rows, as in the paper; False: they see them.
+      positions: "rope", or "additive": learned vectors of position and role, added to the tokens; for comparison.
       prefix: "bidirectional": in full layers the rows left of `||` see each other both ways. NIO only.
       gate: NLIR, the one-sided gate on the attention branch.
       gate_bias: b_g at the start.
@@ -155,6 +159,8 @@ class ModelConfig:
     heads: int = 2
     layers: int = 4
     windows: tuple[int, ...] = (32, 16)
+    discard_static: bool = True
+    positions: Positions = "rope"
     prefix: Literal["causal", "bidirectional"] = "causal"
     gate: bool = True
     gate_bias: float = 1.0

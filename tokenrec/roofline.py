@@ -84,7 +84,9 @@ def visible_pairs(pattern: Pattern, window: int | None) -> int:
     low = np.full(len(query.index), -1) if window is None else np.maximum(query.index - window, -1)
     total = 0
     for static in (False, True):
-        seeing = query.static if static and window is not None else np.ones(len(query.index), bool)
+        kept = static and pattern.keeps_static(window)
+        seeing = query.static if static and window is not None and not kept else np.ones(len(query.index), bool)
+        least = np.full_like(low, -1) if kept else low
         for own in (False, True):
             some = (key.static == static) & ((key.candidate >= 0) == own)
             place = np.sort(key.index[some] + (key.candidate[some] * span if own else 0))
@@ -92,7 +94,7 @@ def visible_pairs(pattern: Pattern, window: int | None) -> int:
             start = query.candidate[by] * span if own else 0
             last = (query.index if own else query.reach)[by]
             high = np.searchsorted(place, start + last, side="right")
-            total += int((high - np.searchsorted(place, start + np.minimum(low[by], last), side="right")).sum())
+            total += int((high - np.searchsorted(place, start + np.minimum(least[by], last), side="right")).sum())
     return total
 
 

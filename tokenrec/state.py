@@ -81,12 +81,13 @@ def build_model(config: Config, schema: Schema, tasks: tuple[str, ...]) -> Model
 def _check_window(model: Model) -> None:
     """How many rows a candidate has, a title's words among them, is known once the data set is."""
     config = model.config
-    if config.data.objective != "ranking" or config.data.paradigm != "nio" or not config.model.windows:
+    sliding = [window for window in config.model.windows if window]
+    if config.data.objective != "ranking" or config.data.paradigm != "nio" or not sliding:
         return
     own = int(np.sum(model.layout(config.data.events, candidates=1).candidate == 0))
-    if config.model.windows[-1] <= own + 1:
+    if sliding[-1] <= own + 1:
         raise InputError(
-            f"model.windows[-1]={config.model.windows[-1]} holds no event: a candidate of this prompt has {own} "
+            f"model.windows: {sliding[-1]} holds no event: a candidate of this prompt has {own} "
             f"tokens; use at least {own + 2}, or drop the window"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import typing
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
@@ -83,16 +84,17 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"model.windows has {len(c.model.windows)} entries for model.layers={c.model.layers}; drop some"
     if c.model.scan < 0 or c.model.scan in (1, 2):
         yield f"model.scan={c.model.scan}: a loop of 2 layers below a single one takes 3; use 3 or more, or 0 for none"
-    if any(w < 1 for w in c.model.windows):
-        yield f"model.windows={c.model.windows}: a window counts the row itself, so it is at least 1"
-    if any(b > a for a, b in zip(c.model.windows, c.model.windows[1:], strict=False)):
+    sliding = tuple(w for w in c.model.windows if w)
+    if any(w < 0 for w in sliding):
+        yield f"model.windows={c.model.windows}: a window counts the row itself, so it is at least 1; 0 is a full layer"
+    if any(b > a for a, b in itertools.pairwise(sliding)):
         yield f"model.windows={c.model.windows} grow; BFTS windows shrink from bottom to top"
     if not 0 <= c.model.dropout < 1:
         yield f"model.dropout={c.model.dropout} must be in [0, 1)"
     ranking = c.data.objective == "ranking"
-    if ranking and c.data.paradigm == "nio" and c.model.windows and c.model.windows[-1] <= c.tokens.target_tokens + 1:
+    if ranking and c.data.paradigm == "nio" and sliding and sliding[-1] <= c.tokens.target_tokens + 1:
         yield (
-            f"model.windows[-1]={c.model.windows[-1]} holds no event: it must exceed tokens.target_tokens + 1 = "
+            f"model.windows: {sliding[-1]} holds no event: it must exceed tokens.target_tokens + 1 = "
             f"{c.tokens.target_tokens + 1}"
         )
     yield from _of_uc(c) if c.data.paradigm == "uc" else _of_nio(c)
@@ -209,7 +211,7 @@ def _of_prompt(c: Config) -> Iterator[str]:
             yield f"tokens.compressed={c.tokens.compressed} is more than the {older} older events; lower it"
         if c.tokens.history_cap:
             yield "tokens.history_cap cuts the same events that tokens.compression keeps; use one of them"
-    if c.model.prefix == "bidirectional" and len(c.model.windows) == c.model.layers:
+    if c.model.prefix == "bidirectional" and sum(w > 0 for w in c.model.windows) == c.model.layers:
         yield "model.prefix='bidirectional' is of full layers, and every layer has a window; drop some of model.windows"
     if c.tokens.random_tokens and c.data.objective == "retrieval" and c.head.retrieval == "next_item" and c.head.tied:
         yield "tokens.random_tokens with head.tied=True: trained item vectors would be added to events; use tied=False"

@@ -48,9 +48,9 @@ def shared(layout):
     return int(np.sum(layout.candidate < 0))
 
 
-def build(config):
+def build(config, longest=None):
     """A backbone whose weights are off their starting values, so that a zero gate or a unit norm hides nothing."""
-    graph, weights = nnx.split(Backbone(config, rngs=nnx.Rngs(params=jax.random.key(0))))
+    graph, weights = nnx.split(Backbone(config, longest, rngs=nnx.Rngs(params=jax.random.key(0))))
     leaves, tree = jax.tree.flatten(weights)
     spread = [
         w + 0.1 * jnp.asarray(np.random.default_rng(i).normal(size=w.shape), w.dtype) for i, w in enumerate(leaves)
@@ -110,10 +110,17 @@ def test_a_bidirectional_prefix_is_cached_likewise():
     assert np.abs(uncached(backbone, stream(3, 2), *inputs(layout)) - expected).max() > 1e-2
 
 
-@pytest.mark.parametrize("option", [{"qk_norm": True}, {"gate": False}, {"attention": "blocked"}], ids=str)
+OPTIONS = [
+    {"qk_norm": True, "positions": "additive"},
+    {"gate": False, "discard_static": False},
+    {"attention": "blocked"},
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_options_of_the_model_are_cached_likewise(option):
-    layout = stream(4, 2)
-    backbone = build(stack("1F1S", **option))
+    layout = dataclasses.replace(stream(4, 2), discard=option.get("discard_static", True))
+    backbone = build(stack("1F1S", **option), layout)
     assert_same(cached(backbone, layout, *inputs(layout))[1], uncached(backbone, layout, *inputs(layout)))
 
 

@@ -129,12 +129,15 @@ def test_full_layers_carry_static_fields_and_the_oldest_event_to_the_target():
     assert ROLES[layout.roles[0]] == "user"
 
 
-def test_static_fields_do_not_reach_a_target_through_sliding_layers_alone():
-    config = tiny(events=3, fused=True, model={"layers": 2, "windows": (12, 8)})
+@pytest.mark.parametrize("discard", [True, False])
+def test_static_fields_reach_a_target_through_sliding_layers_alone_only_if_these_keep_them(discard):
+    config = tiny(events=30, fused=True, model={"layers": 2, "windows": (6, 4), "discard_static": discard})
     model, _, params = build(config)
-    seen, layout = influence(model, params, place(random_batch(config, 1, lengths=[3]), one_device()))
-    assert not seen[0, layout.static].any()
-    assert seen[0, ~layout.static].all()
+    seen, layout = influence(model, params, place(random_batch(config, 1, lengths=[30]), one_device()))
+    reached = seen[0, layout.static]
+    assert not reached.any() if discard else reached.all()
+    near = layout.index > layout.rows - 1 - (6 - 1) - (4 - 1) - 1
+    assert np.array_equal(seen[0, ~layout.static], near[~layout.static])
 
 
 def cut(batch: Batch, events: int) -> Batch:
@@ -146,9 +149,9 @@ def cut(batch: Batch, events: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_padding_never_changes_a_score(fused, mesh):
-    config = tiny(events=50, fused=fused)
+@pytest.mark.parametrize("options", [{}, {"fused": True, "model": {"positions": "additive"}}], ids=str)
+def test_padding_never_changes_a_score(options, mesh):
+    config = tiny(events=50, **options)
     model, state, params = build(config)
     batch = random_batch(config, lengths=[0, 1, 3, 5, 7, 9, 10, 10])
     long = logits(model, params, state.tables, place(batch, mesh))
@@ -205,7 +208,7 @@ OPTIONS = {
     "prefix": {"tokens": {"semantic_id": "prefix"}},
     "soft_user": {"tokens": {"user_tokens": 3}},
     "two_widths": {"tokens": {"embedding_dims": {"video": 12}}},
-    "qk_norm": {"model": {"qk_norm": True}},
+    "qk_norm_additive": {"model": {"qk_norm": True, "positions": "additive"}},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
     "uc": {"paradigm": "uc"},
     "fused": {"fused": True},

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tokenrec.errors import InputError
-from tokenrec.ops.attention import Pattern, attention
+from tokenrec.ops.attention import Pattern, attention, choose
 
 
 def heads(seed, batch=2, rows=9, count=3, width=4):
@@ -71,6 +71,18 @@ def test_a_fully_padded_stream_is_finite_with_finite_gradients():
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(InputError, match=message):
         attention(heads(0), heads(1), heads(2), **change)
+
+
+def test_static_rows_that_stay_in_sight_are_for_dense_alone():
+    rows = np.arange(40)
+    pattern = Pattern(rows, rows, rows, rows < 2, np.full(40, -1), discard=False)
+    q = heads(0, rows=40)
+    with pytest.raises(InputError, match="'blocked' cannot serve: static rows stay in sight"):
+        attention(q, q, q, window=4, pattern=pattern, implementation="blocked")
+    assert choose(q, q, window=4, pattern=pattern).name == "dense"
+    see = (rows[None] <= rows[:, None]) & ((rows[:, None] - rows[None] < 4) | (rows[None] < 2))
+    expected = slow_attention(q, q, q, np.broadcast_to(see, (2, 40, 40)))
+    np.testing.assert_allclose(attention(q, q, q, window=4, pattern=pattern), expected, atol=2e-6)
 
 
 def test_more_queries_than_keys_is_an_error():

@@ -22,7 +22,6 @@ from tokenrec.models.recommender import candidate_mask
 from tokenrec.ops.contract import contract
 from tokenrec.ops.dense import MASKED
 from tokenrec.ops.layers import rms_normalize
-from tokenrec.ops.rotary import rotation
 from tokenrec.sharding import RULES
 from tokenrec.state import Model, TrainState, merge
 from tokenrec.tokens.layout import ROLES, Layout
@@ -61,10 +60,8 @@ def stack_attention(
       x: `[B, S, d]` tokens; layout: their order.
       events: `[B, T] bool` and candidates: `[B, C] bool` or None: which are real.
     """
-    config, every = backbone.config, np.arange(layout.rows)
-    turn = rotation(layout.positions(events), config.width // config.heads, config.rope_base)
-    stream = Stream(layout, every, turn, layout.valid(events, candidates))
-    found = []
+    every, found = np.arange(layout.rows), []
+    x, stream = backbone.start(x, layout, every, events, candidates)
     for block in backbone.layers():
         found.append(block_attention(block, x, stream))
         x = block(x, every, every, stream, None)

@@ -7,7 +7,7 @@ computed once (`prefill`) and any number of candidates is scored against it (`ex
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokenrec.config import ModelConfig, Remat
+from tokenrec.config import ModelConfig
 from tokenrec.errors import InputError
 from tokenrec.models.block import Block, KeysValues, Stream
-from tokenrec.ops.attention import ATTENTION_RESULT
+from tokenrec.models.places import AdditivePlaces
+from tokenrec.models.stacking import remember, stacked, unstacked
 from tokenrec.ops.layers import RMSNorm, split_key
 from tokenrec.ops.pattern import Pattern
 from tokenrec.ops.rotary import rotation
@@ -31,8 +32,10 @@ def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
 
     >>> layer_windows(ModelConfig(layers=4, windows=(32, 16)))
     (None, None, 32, 16)
+    >>> layer_windows(ModelConfig(layers=4, windows=(32, 16, 0, 0)))
+    (32, 16, None, None)
     """
-    return (None,) * (config.layers - len(config.windows)) + tuple(config.windows)
+    return (None,) * (config.layers - len(config.windows)) + tuple(window or None for window in config.windows)
 
 
 def stack_sizes(config: ModelConfig) -> tuple[int, ...]:
@@ -85,9 +88,10 @@ def shown_rows(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:
     if not config.needed_rows:
         return (np.arange(count),) * config.layers
     back = layout.index[:count].max() + 1 - layout.index[:count]
-    seen = ~layout.static[:count]
+    static = layout.static[:count]
+    kept = static & (not layout.discard)
     return tuple(
-        np.arange(count) if window is None else np.flatnonzero((back == 1) | (seen & (back < window)))
+        np.arange(count) if window is None else np.flatnonzero((back == 1) | kept | (~static & (back < window)))
         for window in layer_windows(config)
     )
 
@@ -104,36 +108,6 @@ def prefix_rows(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:
         seen = np.flatnonzero((pattern.visible(window) | pattern.diagonal()).any(axis=0))
         needed.insert(0, np.union1d(seen, shown))
     return tuple(needed)
-
-
-def remember[**P](compute: Callable[P, jax.Array], remat: Remat, *, loop: bool = False) -> Callable[P, jax.Array]:
-    """A block as a function of its input, of which the backward pass finds kept what `model.remat` says.
-
-    `loop`: it is the body of one, where XLA cannot merge the second computation with the first anyhow.
-    """
-    if remat == "none":
-        return compute
-    keep = jax.checkpoint_policies
-    dots = keep.save_from_both_policies(
-        keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names(ATTENTION_RESULT)
-    )
-    policy = dots if remat == "dots" else keep.nothing_saveable
-    return jax.checkpoint(compute, policy=policy, prevent_cse=not loop)
-
-
-def stacked(blocks: Sequence[Block]) -> Block:
-    """Blocks of one shape as one, each weight `[layers, ...]`."""
-    graph, _ = nnx.split(blocks[0])
-    weights = [nnx.split(block)[1] for block in blocks]
-    return nnx.merge(graph, jax.tree.map(lambda *layers: jnp.stack(layers), *weights))
-
-
-def unstacked(block: Block, count: int) -> list[Block]:
-    """Inverse of `stacked`. The gradient is one concatenation, not a sum of `count` padded slices."""
-    graph, weights = nnx.split(block)
-    leaves, tree = jax.tree.flatten(weights)
-    parts = [[part[0] for part in jax.lax.split(leaf, (1,) * count)] for leaf in leaves]
-    return [nnx.merge(graph, jax.tree.unflatten(tree, layer)) for layer in zip(*parts, strict=True)]
 
 
 class AttentionLayer(NamedTuple):
@@ -156,10 +130,18 @@ class PrefixCache(NamedTuple):
 
 
 class Backbone(nnx.Module):
-    """`[B, S, d]` tokens -> `[B, R, d]` normalised read-outs."""
+    """`[B, S, d]` tokens -> `[B, R, d]` normalised read-outs.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    Args:
+      longest: the longest stream that it will read, which additive positions need to know.
+    """
+
+    def __init__(self, config: ModelConfig, longest: Layout | None = None, *, rngs: nnx.Rngs):
         self.config = config
+        additive = config.positions == "additive"
+        if additive and longest is None:
+            raise InputError("longest=None: additive positions are those of the longest stream; pass its layout")
+        self.places = AdditivePlaces(config.width, longest, rngs=rngs) if additive and longest is not None else None
         windows, blocks = iter(layer_windows(config)), []
         for size in stack_sizes(config):
             layers = [Block(config, next(windows), rngs=rngs) for _ in range(size)]
@@ -185,7 +167,7 @@ class Backbone(nnx.Module):
     ) -> jax.Array:
         """`events: [B, T] bool`, `candidates: [B, C] bool` or None: which are real; `key` of dropout."""
         every = np.arange(layout.rows)
-        stream = self._stream(layout, every, events, candidates)
+        x, stream = self.start(x, layout, every, events, candidates)
         rows = layer_rows(self.config, layout)
         x = take_rows(x, rows[0], every)
         keys = split_key(key, self.config.layers)
@@ -207,7 +189,7 @@ class Backbone(nnx.Module):
     ) -> list[jax.Array]:
         """What comes out of each layer of `__call__`, `[B, rows needed of it, d]`, and last what it returns."""
         every = np.arange(layout.rows)
-        stream = self._stream(layout, every, events, candidates)
+        x, stream = self.start(x, layout, every, events, candidates)
         rows, keys = layer_rows(self.config, layout), split_key(key, self.config.layers)
         x, made = take_rows(x, rows[0], every), []
         for layer, inputs, outputs, one in zip(self.layers(), rows, rows[1:], keys, strict=False):
@@ -245,7 +227,7 @@ class Backbone(nnx.Module):
         every = np.arange(prefix_length(layout))
         if x.shape[1] != len(every):
             raise InputError(f"x {x.shape}: the prefix of the layout has {len(every)} rows; pass those alone")
-        stream = self._stream(layout, every, events, None)
+        x, stream = self.start(x, layout, every, events, None)
         rows, shown = prefix_rows(self.config, layout), shown_rows(self.config, layout)
         x = take_rows(x, rows[0], every)
         layers = []
@@ -282,7 +264,7 @@ class Backbone(nnx.Module):
         held, expected = [past.keys.shape[1] for past in cache.layers], [len(kept) for kept in shown]
         if held != expected:
             raise InputError(f"cache holds {held} rows by layer and the prefix shows {expected}; prefill it again")
-        stream = self._stream(layout, behind, events, candidates)
+        x, stream = self.start(x, layout, behind, events, candidates)
         rows = [needed[np.searchsorted(needed, count) :] for needed in layer_rows(self.config, layout)]
         x = take_rows(x, rows[0], behind)
         for block, inputs, outputs, past, past_rows in zip(
@@ -291,7 +273,17 @@ class Backbone(nnx.Module):
             x, _ = block.advance(x, outputs, np.concatenate([past_rows, inputs]), stream, past=past)
         return self.norm(take_rows(x, layout.readout[layout.readout >= count], rows[-1]))
 
-    def _stream(self, layout: Layout, rows: np.ndarray, events: jax.Array, candidates: jax.Array | None) -> Stream:
+    def start(
+        self, x: jax.Array, layout: Layout, rows: np.ndarray, events: jax.Array, candidates: jax.Array | None
+    ) -> tuple[jax.Array, Stream]:
+        """What goes into the first layer, `[B, rows, d]`, and what all layers share.
+
+        Args:
+          x: `[B, rows, d]`, tokens of some rows of the layout; events, candidates: as in `__call__`.
+        """
         positions = take_rows(layout.positions(events), rows, np.arange(layout.rows))
+        if self.places is not None:
+            x = x + self.places(positions, layout.roles[rows]).astype(x.dtype)
+            positions = jnp.zeros_like(positions)  # which turn nothing
         turn = rotation(positions, self.config.width // self.config.heads, self.config.rope_base)
-        return Stream(layout, rows, turn, layout.valid(events, candidates))
+        return x, Stream(layout, rows, turn, layout.valid(events, candidates))

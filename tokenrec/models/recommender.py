@@ -90,12 +90,12 @@ def stream_layout(
 
     parts = [(segment.own, part(segment)) for segment in segments]
     shared, own = ([made for is_own, made in parts if is_own == wanted] for wanted in (False, True))
-    prefix = config.model.prefix == "bidirectional"
+    prefix, discard = config.model.prefix == "bidirectional", config.model.discard_static
     if config.data.objective == "ranking":
         if config.data.paradigm == "uc":
-            return lay_out(shared, own, events=events, candidates=0, read="states")
+            return lay_out(shared, own, events=events, candidates=0, read="states", discard=discard)
         count = config.data.candidates if candidates is None else candidates
-        return lay_out(shared, own, events=events, candidates=count, read="own", prefix=prefix)
+        return lay_out(shared, own, events=events, candidates=count, read="own", prefix=prefix, discard=discard)
     every = config.data.paradigm == "uc" and not serving
     if candidates is None:
         candidates = events if every else config.data.candidates
@@ -108,6 +108,7 @@ def stream_layout(
         candidates=candidates if own else 0,
         read="events" if every else "last",
         prefix=prefix,
+        discard=discard,
     )
 
 

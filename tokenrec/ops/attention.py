@@ -24,6 +24,13 @@ __all__ = [
 ]
 
 
+def refusal(name: str, q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
+    """Why an implementation cannot serve, or ""."""
+    if name != "dense" and pattern.keeps_static(window):
+        return "static rows stay in sight of a sliding layer (model.discard_static=False), which is two runs of keys"
+    return IMPLEMENTATIONS[name].refusal(q, k, pattern, window)
+
+
 def _never(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
     return ""
 
@@ -84,13 +91,13 @@ def choose(
         if implementation not in PREFERRED.get(here, PREFERRED["cpu"]):
             others = ", ".join(PREFERRED.get(here, PREFERRED["cpu"]))
             raise InputError(f"implementation={implementation!r} does not run on {here}; use one of: {others}")
-        if reason := IMPLEMENTATIONS[implementation].refusal(q, k, pattern, window):
+        if reason := refusal(implementation, q, k, pattern, window):
             raise InputError(f"implementation={implementation!r} cannot serve: {reason}; leave it out to fall through")
         return Choice(implementation, {})
     refused: dict[str, str] = {}
     for name in PREFERRED.get(platform(), PREFERRED["cpu"]):
-        way = IMPLEMENTATIONS[name]
-        reason = way.refusal(q, k, pattern, window) or way.unprofitable(q, k, pattern, window)
+        unprofitable = IMPLEMENTATIONS[name].unprofitable
+        reason = refusal(name, q, k, pattern, window) or unprofitable(q, k, pattern, window)
         if not reason:
             return Choice(name, refused)
         refused[name] = reason

@@ -65,6 +65,7 @@ class Pattern:
       prefix: rows with an index below this see each other both ways in full layers (methods.md section 2, "Prompt").
       reach: `[S]`, highest index that a row sees of rows without candidate, where that is not its own index: a
         candidate may continue a row in the middle of the stream, and the rows after that are its future.
+      discard: sliding layers hide static rows from other rows. Otherwise they show them, however far back.
     """
 
     query_rows: np.ndarray
@@ -74,6 +75,7 @@ class Pattern:
     candidate: np.ndarray
     prefix: int = 0
     reach: np.ndarray | None = None
+    discard: bool = True
 
     def rows(self, rows: np.ndarray, window: int | None) -> Rows:
         """The attributes of some rows of the stream."""
@@ -86,7 +88,13 @@ class Pattern:
     def visible(self, window: int | None) -> np.ndarray:
         """`[Q, K] bool`: `see` without `valid_j` and the diagonal."""
         query, key = self.rows(self.query_rows, window), self.rows(self.key_rows, window)
-        return sees(Rows(*(part[:, None] for part in query)), Rows(*(part[None, :] for part in key)), window)
+        query, key = Rows(*(part[:, None] for part in query)), Rows(*(part[None, :] for part in key))
+        seen = sees(query, key, window)
+        return seen | (key.static & sees(query, key, None)) if self.keeps_static(window) else seen
+
+    def keeps_static(self, window: int | None) -> bool:
+        """Whether a layer shows static rows beside its window."""
+        return not self.discard and window is not None and bool(self.static[self.key_rows].any())
 
     def diagonal(self) -> np.ndarray:
         """`[Q, K] bool`: a row sees itself even when it is padding, so that no softmax is empty."""

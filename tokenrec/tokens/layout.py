@@ -67,6 +67,7 @@ class Layout:
       events, candidates: T and C.
       stride: positions that an event takes.
       prefix: rows of lower index see each other both ways in full layers.
+      discard: sliding layers hide static rows from others.
     """
 
     roles: np.ndarray
@@ -81,6 +82,7 @@ class Layout:
     candidates: int
     stride: int = 1
     prefix: int = 0
+    discard: bool = True
 
     @property
     def rows(self) -> int:
@@ -95,7 +97,9 @@ class Layout:
         return np.flatnonzero(np.isin(self.roles, [ROLES.index(role) for role in roles]))
 
     def pattern(self, query_rows: np.ndarray, key_rows: np.ndarray) -> Pattern:
-        return Pattern(query_rows, key_rows, self.index, self.static, self.candidate, self.prefix, self.reach)
+        return Pattern(
+            query_rows, key_rows, self.index, self.static, self.candidate, self.prefix, self.reach, self.discard
+        )
 
     def valid(self, events: jax.Array, candidates: jax.Array | None) -> jax.Array:
         """`[B, S] bool` from `events: [B, T]` and `candidates: [B, C]` (or None); other rows are always valid."""
@@ -120,6 +124,11 @@ class Layout:
         base = jnp.where(self.static[None, :], 0, jnp.maximum(base, 0))
         return base + self.offset[None, :]
 
+    @property
+    def highest_position(self) -> int:
+        """Of any row, whatever the history."""
+        return self.events * self.stride + 1 + int(self.offset.max())
+
 
 def lay_out(
     shared: Sequence[Part],
@@ -129,6 +138,7 @@ def lay_out(
     candidates: int,
     read: Literal["own", "states", "last", "events"],
     prefix: bool = False,
+    discard: bool = True,
 ) -> Layout:
     """The rows of `shared`, then those of `own` for each candidate.
 
@@ -138,6 +148,7 @@ def lay_out(
         row ("last") or all event rows ("events"), and all rows of candidates, which continue that row: the c-th
         candidate the c-th of them where there are several.
       prefix: shared rows see each other both ways in full layers.
+      discard: sliding layers hide static rows from others.
     """
     roles = [ROLES.index(role) for part in shared for role in part.roles]
     event = np.concatenate([np.full(len(p.roles), -1) if p.event is None else p.event for p in shared])
@@ -181,6 +192,7 @@ def lay_out(
         candidates=candidates,
         stride=stride,
         prefix=len(roles) if prefix else 0,
+        discard=discard,
     )
 
 

@@ -29,4 +29,6 @@ RIVALS: dict[BackboneKind, type[Rival]] = {
 
 def make_backbone(config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs) -> Backbone | Rival:
     """The backbone of `model.kind`; `longest` is the longest stream that it will read."""
-    return Backbone(config, rngs=rngs) if config.kind == "tokenformer" else RIVALS[config.kind](config, longest, rngs)
+    if config.kind == "tokenformer":
+        return Backbone(config, longest, rngs=rngs)
+    return RIVALS[config.kind](config, longest, rngs)
