@@ -20,7 +20,7 @@ MODELS = {
     "transformer": {**ALL_FULL, "model.gate": False},
     "bfts": {"model.gate": False},
     "nlir": ALL_FULL,
-    "rankmixer": {**ALL_FULL, "model.kind": "rankmixer", "model.heads": 8},
+    "rankmixer": {**ALL_FULL, "model.kind": "rankmixer", "model.heads": 8, "model.layers": 2},
     "din": {**ALL_FULL, "model.kind": "din", "model.layers": 2},
     "dcnv2": {**ALL_FULL, "model.kind": "dcnv2", "model.layers": 3},
     "sasrec": {**ALL_FULL, "model.kind": "sasrec"},
