@@ -10,61 +10,20 @@ request of the split with its first candidate, a column per layer, mean over hea
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
 
 from benchmarks.plot import require_matplotlib
 from benchmarks.report import run_script, write_result
-from tokenrec.analysis.attention_maps import attention_mass, batch_attention
-from tokenrec.data.pipeline import eval_batches
+from tokenrec.analysis.attention_maps import Maps, attention_mass, run_maps
 from tokenrec.errors import InputError
-from tokenrec.models.recommender import batch_layout
-from tokenrec.run import load_run_config, open_run
-from tokenrec.sharding import make_mesh, to_devices
-from tokenrec.tokens.layout import ROLES, Layout
+from tokenrec.tokens.layout import ROLES
 
 FAINTEST = 1e-3  # of the colours, which are logarithmic
 NARROWEST = 0.05  # of a map's side, between two labels
-
-
-class Maps(NamedTuple):
-    """`weights: [B, H, S, S]` of each layer, the rows that they are about, which are real, and who is asked: `[B]`."""
-
-    weights: tuple[np.ndarray, ...]
-    layout: Layout
-    valid: np.ndarray
-    rows: np.ndarray
-    step: int
-
-
-def run_maps(workdir: Path, data: Path | None, split: str, requests: int) -> Maps:
-    """Maps of the newest checkpoint on requests that are spread evenly over a split.
-
-    Raises:
-      InputError: no run there, or it does not rank candidates.
-    """
-    config = load_run_config(workdir, data)
-    if config.data.objective != "ranking" or config.data.paradigm != "nio":
-        raise InputError(f"workdir '{workdir}' holds a run without candidates; give one that ranks, in paradigm 'nio'")
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        run = open_run(workdir, "latest", data)
-        asked = dataclasses.replace(config.data, eval_batch_size=requests, buckets=())
-        attend = jax.jit(functools.partial(batch_attention, run.model))
-        found = []
-        for host, _ in eval_batches(run.dataset, asked, split, limit=requests):
-            weights, valid = jax.device_get(attend(run.state, to_devices(host.batch, mesh)))
-            asks = host.rows[:, 0] >= 0
-            found.append((*(of_layer[asks] for of_layer in weights), valid[asks], host.rows[asks, 0]))
-            layout = batch_layout(run.model.config, run.model.schema, run.model.literals, host.batch)
-    *weights, valid, rows = (np.concatenate(part) for part in zip(*found, strict=True))
-    return Maps(tuple(weights), layout, valid, rows, run.step)
 
 
 def mass_rows(name: str, maps: Maps) -> list[dict[str, Any]]:
@@ -148,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, folder in (("soft", flags.soft), ("text", flags.text))
     }
     soft, text = found["soft"], found["text"]
+    for name, maps in found.items():
+        if not maps.layout.candidates:
+            raise InputError(f"--{name} is a run without candidates; give one that ranks, in paradigm 'nio'")
     if not np.array_equal(soft.rows, text.rows):
         raise InputError(
             "--soft and --text ask different requests; give runs on one data set with equal data.candidates"

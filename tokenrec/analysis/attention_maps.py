@@ -8,21 +8,27 @@ B streams, S rows, H heads.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.data.batch import Batch
+from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
 from tokenrec.models.backbone import Backbone
 from tokenrec.models.block import Block, Stream
-from tokenrec.models.recommender import candidate_mask
+from tokenrec.models.recommender import batch_layout, candidate_mask
 from tokenrec.ops.contract import contract
 from tokenrec.ops.dense import MASKED
 from tokenrec.ops.layers import rms_normalize
-from tokenrec.sharding import RULES
+from tokenrec.run import load_run_config, open_run
+from tokenrec.sharding import RULES, make_mesh, to_devices
 from tokenrec.state import Model, TrainState, merge
 from tokenrec.tokens.layout import ROLES, Layout
 
@@ -79,6 +85,43 @@ def block_attention(block: Block, x: jax.Array, stream: Stream) -> jax.Array:
     pattern = stream.layout.pattern(rows, rows)
     visible = jnp.asarray(pattern.visible(attention.window)) & stream.valid[:, None, None, :]
     return jax.nn.softmax(jnp.where(visible | jnp.asarray(pattern.diagonal()), logits, MASKED), axis=-1)
+
+
+class Maps(NamedTuple):
+    """`weights: [B, H, S, S]` of each layer, the rows that they are about, which are real, and whose they are: `[B]`, the
+    first row of the log that each stream is to score.
+    """
+
+    weights: tuple[np.ndarray, ...]
+    layout: Layout
+    valid: np.ndarray
+    rows: np.ndarray
+    step: int
+
+
+def run_maps(workdir: Path, data: Path | None, split: str, requests: int) -> Maps:
+    """Maps of a run's newest checkpoint on requests (NIO) or streams (UC) that are spread evenly over a split.
+
+    Raises:
+      InputError: no run there, it does not rank, or its backbone is a rival's.
+    """
+    config = load_run_config(workdir, data)
+    if config.data.objective != "ranking":
+        raise InputError(f"workdir '{workdir}' holds a run that finds items; give one that ranks")
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        run = open_run(workdir, "latest", data)
+        asked = dataclasses.replace(config.data, eval_batch_size=requests, buckets=())
+        attend = jax.jit(functools.partial(batch_attention, run.model))
+        found = []
+        for host, _ in eval_batches(run.dataset, asked, split, limit=requests):
+            weights, valid = jax.device_get(attend(run.state, to_devices(host.batch, mesh)))
+            asks = (host.rows >= 0).any(axis=1)
+            first = np.take_along_axis(host.rows, np.argmax(host.rows >= 0, axis=1)[:, None], axis=1)[asks, 0]
+            found.append((*(of_layer[asks] for of_layer in weights), valid[asks], first))
+            layout = batch_layout(run.model.config, run.model.schema, run.model.literals, host.batch)
+    *weights, valid, rows = (np.concatenate(part) for part in zip(*found, strict=True))
+    return Maps(tuple(weights), layout, valid, rows, run.step)
 
 
 def attention_mass(weights: np.ndarray, layout: Layout, valid: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
