@@ -88,7 +88,7 @@ def block_attention(block: Block, x: jax.Array, stream: Stream) -> jax.Array:
 
 
 class Maps(NamedTuple):
-    """`weights: [B, H, S, S]` of each layer, the rows that they are about, which are real, and whose they are: `[B]`, the
+    """`weights: [B, H, S, S]` of each layer, the rows that they are about, which are real, and `[B]`, the
     first row of the log that each stream is to score.
     """
 
