@@ -25,6 +25,7 @@ from tokenrec.data.batch import HostBatch
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names, train_batches
 from tokenrec.flags import load_config
+from tokenrec.kinds import reads_times
 from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import build_model, init_state
 from tokenrec.step import train_step
@@ -40,7 +41,7 @@ def bucket_settings(config: Config) -> list[tuple[int, ...]]:
 
 def read_batches(config: Config, dataset: Dataset, count: int) -> list[HostBatch]:
     """Batches from the start of the first epoch, whose order of lengths is shuffled."""
-    data = train_batches(dataset, config.data, steps=count, seed=config.seed)
+    data = train_batches(dataset, config.data, steps=count, seed=config.seed, ages=reads_times(config.model))
     try:
         return list(itertools.islice(data, count))
     finally:

@@ -25,6 +25,7 @@ from tokenrec.analysis.signal_probe import Signal, entity_signals, probe_signals
 from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
+from tokenrec.kinds import reads_times
 from tokenrec.run import load_run_config, open_run
 from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import Model, TrainState, init_state, merge
@@ -74,7 +75,8 @@ def read_events(workdir: Path, data: Path | None, split: str, requests: int) -> 
         step = jax.jit(functools.partial(newest_tokens, run.model))
         fresh = init_state(run.model, config.seed)
         found: list[tuple[np.ndarray, ...]] = []
-        for host, _ in eval_batches(run.dataset, dataclasses.replace(config.data, buckets=()), split, limit=requests):
+        data_config, times = dataclasses.replace(config.data, buckets=()), reads_times(config.model)
+        for host, _ in eval_batches(run.dataset, data_config, split, limit=requests, ages=times):
             batch = to_devices(host.batch, mesh)
             tokens, transforms = jax.device_get(step(run.state, batch))
             untrained, _ = jax.device_get(step(fresh, batch))

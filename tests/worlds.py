@@ -6,6 +6,7 @@ import numpy as np
 from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.data.schema import Feature, Schema, Task, columns
+from tokenrec.kinds import reads_times
 from tokenrec.sharding import RULES, make_mesh
 
 FEATURES = (
@@ -65,7 +66,14 @@ def random_batch(config: Config, batch: int = 8, seed: int = 0, lengths=None, sc
         target=None if uc else signals(schema.state, (batch, read), random),
         labels=random.integers(-1, 2, (batch, read, 2)).astype(np.int8),
         weight=(valid if uc else np.ones((batch, read))).astype(np.float32),
+        ages=random_ages(valid, random) if reads_times(config.model) else None,
     )
+
+
+def random_ages(valid: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """`[B, T] int32`, from seconds to years, falling to the newest event; some events share their second."""
+    apart = np.floor(10 ** random.uniform(0, 7, valid.shape)) * random.integers(0, 2, valid.shape)
+    return np.where(valid, np.cumsum(apart[:, ::-1], axis=1)[:, ::-1], 0).astype(np.int32)
 
 
 def one_device():

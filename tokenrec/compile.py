@@ -21,6 +21,7 @@ from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
 from tokenrec.hlo import Collective, read_program
+from tokenrec.kinds import reads_times
 from tokenrec.memory import (
     listed_buffers,
     padded_state_bytes,
@@ -86,7 +87,8 @@ def compile_config(
     check_batch_sizes(config, over)
     check_mesh(config.model, over)
     model = build_model(config, schema, task_names(schema, config.data))
-    shapes = batch_shapes(schema, config.data, batch_size=config.data.batch_size)[config.data.events]
+    ages = reads_times(config.model)
+    shapes = batch_shapes(schema, config.data, batch_size=config.data.batch_size, ages=ages)[config.data.events]
     with jax.set_mesh(over):
         state = abstract_state(model)
     work, layers = step_work(model, over, shapes)

@@ -152,6 +152,7 @@ class ModelConfig:
       scan: from so many layers of one window in a row, all but the top one of the row are a loop over stacked weights,
         so that compiling takes no longer the more they are; 0 never. Values do not depend on it, names of weights do.
       merge: events of a merged token, of "longer" alone.
+      time_bias: relative bias of times, of "hstu" alone.
     """
 
     kind: BackboneKind = "tokenformer"
@@ -174,6 +175,7 @@ class ModelConfig:
     remat: Remat = "none"
     scan: int = 8
     merge: int = 4
+    time_bias: bool = True
 
 
 @dataclasses.dataclass

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tokenrec.config import Config, MeshConfig
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
+from tokenrec.kinds import reads_times
 from tokenrec.sharding import batch_shards, make_mesh
 from tokenrec.state import abstract_state, build_model
 from tokenrec.tokens.history import compression_plan
@@ -41,7 +42,7 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
         state = abstract_state(model)
     shards = batch_shards(mesh)
     samples = max(config.data.batch_size // shards, 1) * shards
-    shapes = batch_shapes(schema, config.data, batch_size=samples)[config.data.events]
+    shapes = batch_shapes(schema, config.data, batch_size=samples, ages=reads_times(config.model))[config.data.events]
     work, layers = step_work(model, mesh, shapes)
     widths = {table: stack.width for stack in model.embedder.stacks.values() for table in stack.offsets}
     return {

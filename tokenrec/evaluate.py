@@ -20,6 +20,7 @@ from tokenrec.data.log import SCORED
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.decode import build_trie
 from tokenrec.generate import compiled_generate_step
+from tokenrec.kinds import reads_times
 from tokenrec.metrics import ScoreStore, group_codes
 from tokenrec.retrieval import find_by_counts, find_split, find_step, summarize
 from tokenrec.run import load_run_config, open_run
@@ -97,7 +98,7 @@ def score_split(
     A process gathers and computes its own samples of a batch; all of them get the scores of all.
     """
     own = own_rows(mesh, config.data.eval_batch_size, "data.eval_batch_size")
-    for host, who in eval_batches(dataset, config.data, split, limit=limit, own=own):
+    for host, who in eval_batches(dataset, config.data, split, limit=limit, own=own, ages=reads_times(config.model)):
         read = who.rows >= 0
         probabilities = to_host(step(state, to_devices(host.batch, mesh)))
         yield Scores(who.rows[read], who.user_id, who.item_id, who.time, who.labels, probabilities[read])

@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
 
 RIVAL_KINDS: dict[BackboneKind, Kind] = {
-    "hstu": Kind(("heads", "needed_rows"), windows=True, retrieval=True, prompt=True, target_tokens=True),
+    "hstu": Kind(("heads", "needed_rows", "time_bias"), windows=True, retrieval=True, prompt=True, target_tokens=True),
     "onetrans": Kind(("heads", "ffn_width", "rope_base", "attention"), uc=False, target_tokens=True),
     "longer": Kind(("heads", "ffn_width", "rope_base", "attention", "qk_norm", "merge"), uc=False, target_tokens=True),
     "rankmixer": Kind(("heads", "ffn_width"), tensor=False),
@@ -44,12 +44,19 @@ RIVAL_KINDS: dict[BackboneKind, Kind] = {
 }
 
 
+def reads_times(config: ModelConfig) -> bool:
+    """Whether the backbone asks for `Batch.ages`."""
+    return config.kind == "hstu" and config.time_bias
+
+
 def kind_problems(c: Config) -> Iterator[str]:
     """What of a config its kind of backbone cannot do."""
     name, usual = c.model.kind, ModelConfig()
     if name == "tokenformer":
-        if c.model.merge != usual.merge:
-            yield f"model.merge={c.model.merge} is for model.kind='longer'; leave it at {usual.merge}"
+        for own, owner in (("merge", "longer"), ("time_bias", "hstu")):
+            value, default = getattr(c.model, own), getattr(usual, own)
+            if value != default:
+                yield f"model.{own}={value} is for model.kind='{owner}'; leave it at {default}"
         return
     kind, says = RIVAL_KINDS[name], f"with model.kind='{name}'"
     for field in dataclasses.fields(ModelConfig):

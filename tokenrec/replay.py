@@ -20,6 +20,7 @@ from tokenrec.config import MeshConfig
 from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import train_batches
 from tokenrec.errors import InputError
+from tokenrec.kinds import reads_times
 from tokenrec.models.recommender import batch_layout
 from tokenrec.ops.exchange import Route
 from tokenrec.replay_report import LISTED, first_not_finite, jsonable, rank, table_gradients, worst_samples
@@ -67,7 +68,9 @@ def replay_run(
         start = first or 0
         say(f"step {step} from {origin}: {step - start:,} steps to make before it")
         step_fn = jax.jit(train_step, static_argnums=0, donate_argnums=1, compiler_options=compiler_options(made))
-        batches = train_batches(dataset, config.data, start=start, steps=step + 1, seed=config.seed)
+        batches = train_batches(
+            dataset, config.data, start=start, steps=step + 1, seed=config.seed, ages=reads_times(config.model)
+        )
         with contextlib.closing(batches):
             applied = []
             for _ in range(start, step):

@@ -17,6 +17,7 @@ from tokenrec.config import Config, HeadConfig
 from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
+from tokenrec.kinds import reads_times
 from tokenrec.metrics import group_codes
 from tokenrec.models.heads import ItemHead
 from tokenrec.ops.lookup import Stack
@@ -143,7 +144,7 @@ def find_split(
     As in `evaluate.score_split`, all processes get the answers of all.
     """
     own = own_rows(mesh, config.data.eval_batch_size, "data.eval_batch_size")
-    for host, who in eval_batches(dataset, config.data, split, limit=limit, own=own):
+    for host, who in eval_batches(dataset, config.data, split, limit=limit, own=own, ages=reads_times(config.model)):
         found = to_host(step(to_devices(host.batch, mesh)))
         rows = who.rows[:, 0]
         goals = np.full(rows.shape, -1, np.int32)

@@ -23,6 +23,7 @@ from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
 from tokenrec.hlo import Collective
+from tokenrec.kinds import reads_times
 from tokenrec.models.block import ffn_width, mesh_splits
 from tokenrec.planned import known_schema
 from tokenrec.roofline import chip, network_seconds
@@ -98,7 +99,8 @@ def rank(config: Config, topology: str, slices: int = 1, schema: Schema | None =
     over = described_mesh(topology, shapes[0], slices)
     with jax.set_mesh(over):
         state = abstract_state(model)
-    batch = batch_shapes(schema, config.data, batch_size=config.data.batch_size)[config.data.events]
+    ages = reads_times(config.model)
+    batch = batch_shapes(schema, config.data, batch_size=config.data.batch_size, ages=ages)[config.data.events]
     flops = step_work(model, over, batch)[0].model_flops
     tokens = config.data.batch_size * model.layout(config.data.events).rows
     found = [predict(config, state, flops, tokens, described_mesh(topology, shape, slices)) for shape in shapes]

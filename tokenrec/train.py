@@ -25,6 +25,7 @@ from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
 from tokenrec.errors import NonFiniteError, Stopped
 from tokenrec.evaluate import assessor
 from tokenrec.interruption import Heard, Interruption
+from tokenrec.kinds import reads_times
 from tokenrec.logbook import Logbook, Throughput
 from tokenrec.models.block import check_mesh
 from tokenrec.run import identity, start_run
@@ -83,7 +84,15 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
         step, state, reached = restored or (0, first_state(model, workdir), Progress())
         with processes.all_or_none():
             own = own_rows(mesh, config.data.batch_size, "data.batch_size")
-            data = train_batches(dataset, config.data, start=step, steps=config.optim.steps, seed=config.seed, own=own)
+            data = train_batches(
+                dataset,
+                config.data,
+                start=step,
+                steps=config.optim.steps,
+                seed=config.seed,
+                own=own,
+                ages=reads_times(config.model),
+            )
             stack.callback(data.close)
             log = _ignore
             if processes.is_first():

@@ -131,6 +131,33 @@ def test_shapes_and_types_are_those_announced(config: DataConfig) -> None:
             assert host.rows.shape == host.batch.weight.shape
 
 
+@pytest.mark.parametrize("objective", ["ranking", "retrieval"])
+@CONFIGS
+def test_ages_are_whole_seconds_back_from_the_request_or_the_newest_event(config: DataConfig, objective: str) -> None:
+    data, config = memory_data(), replaced(config, objective=objective)
+    for name, log in data.logs.items():
+        data.logs[name] = Log(**(vars(log) | {"time": log.time * 700}))
+    data.logs["valid"].time[0] -= 3_000 * 2**31
+    trained = train_batches(data, config, steps=9, seed=5, ages=True)
+    found = [("train", host) for host in trained]
+    found += [("valid", host) for host, _ in eval_batches(data, config, "valid", ages=True)]
+    trained.close()
+    for split, host in found:
+        batch, log = host.batch, data.logs[split]
+        assert batch.ages.dtype == batch_shapes(SCHEMA, config, batch_size=4, ages=True)[8].ages.dtype == np.int32
+        row_of = {value: row for row, value in enumerate(log.action_dense[:, 0].tolist())}
+        for b in np.flatnonzero((host.rows.reshape(len(host.rows), -1) >= 0).any(axis=1)):
+            rows = [row_of[value] for value in batch.action.dense[b, batch.valid[b], 0].tolist()]
+            stream = config.paradigm == "uc" and (objective, split) != ("retrieval", "valid")
+            read = host.rows[b].ravel()
+            newest = rows[-1] if stream else int(read[read >= 0][0])
+            ages = [min(int(log.time[newest] // 1000 - log.time[row] // 1000), 2**31 - 1) for row in rows]
+            assert batch.ages[b].tolist() == [0] * (batch.ages.shape[1] - len(rows)) + ages
+        assert not batch.ages[~batch.valid].any()
+    assert max(host.batch.ages.max() for _, host in found) == 2**31 - 1
+    assert next(evaluated(data, config, "valid")).batch.ages is None
+
+
 @CONFIGS
 def test_a_history_lies_in_the_smallest_bucket_that_holds_it(config: DataConfig) -> None:
     for host in evaluated(memory_data(), config, "valid"):

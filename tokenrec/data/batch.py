@@ -40,6 +40,8 @@ class Batch(NamedTuple):
         the history, or in UC T, each event.
       codes: retrieval with semantic ids: `[B, R, P, L] int32`, codes of the goals, -1 fills.
       negatives: drawn in the step for a sampled softmax: `[B, n] int32`, rows of the catalogue.
+      ages: `[B, T] int32`, whole seconds from each event to the request, in UC to the newest event of the stream; 0
+        where there is no event. None unless the model reads times.
     """
 
     user: Signals
@@ -53,6 +55,7 @@ class Batch(NamedTuple):
     goals: Leaf = None
     codes: Leaf = None
     negatives: Leaf = None
+    ages: Leaf = None
 
 
 class HostBatch(NamedTuple):

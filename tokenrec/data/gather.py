@@ -28,6 +28,7 @@ def gather(
     candidates: int,
     first_row: int,
     context: ContextColumns | None = None,
+    ages: bool = False,
 ) -> HostBatch:
     """Gathers the chosen samples into one batch.
 
@@ -39,6 +40,7 @@ def gather(
       candidates: C of NIO.
       first_row: number in the split of the log's first row; added to `HostBatch.rows`.
       context: retrieval, where the rows that samples read are goals: what may be known of their request.
+      ages: the batch holds those of the events.
     """
     at = _places(samples, chosen, length, candidates, goals=context is not None)
     picked, present, rows, valid, reads, read = at
@@ -54,6 +56,8 @@ def gather(
             labels=np.where(read[..., None], np.take(log.labels, reads, axis=0, mode="clip"), np.int8(-1)),
             weight=read.astype(np.float32),
         )
+    if ages:
+        made = made._replace(ages=_ages(log, samples, at))
     return HostBatch(made, np.where(read, reads + first_row, -1))
 
 
@@ -91,6 +95,14 @@ def _places(samples: Samples, chosen: np.ndarray, length: int, candidates: int, 
     rows, valid, read = _stream(samples, picked, lengths, present, length + 1)
     is_goal = (read[:, 1:] & valid[:, :-1])[..., None]
     return _Places(picked, present, rows[:, :-1], valid[:, :-1], rows[:, 1:, None], is_goal)
+
+
+def _ages(log: Log, samples: Samples, at: _Places) -> np.ndarray:
+    """`[B, T] int32`, as `Batch.ages`. Rows of a request have one time."""
+    newest = at.reads.reshape(len(at.reads), -1)[:, :1] if isinstance(samples, Requests) else at.rows[:, -1:]
+    # Cut to seconds before the difference is taken: how far two events lie apart must not depend on what follows them.
+    newest_s, event_s = (np.take(log.time, rows, mode="clip") // 1000 for rows in (newest, at.rows))
+    return np.where(at.valid, np.minimum(newest_s - event_s, np.iinfo(np.int32).max), 0).astype(np.int32)
 
 
 def _gather_goals(log: Log, catalogue: Catalogue, samples: Samples, at: _Places, context: ContextColumns) -> Batch:

@@ -78,8 +78,8 @@ def task_names(schema: Schema, config: DataConfig) -> tuple[str, ...]:
     return tuple(config.tasks) or known
 
 
-def batch_shapes(schema: Schema, config: DataConfig, *, batch_size: int) -> dict[int, Batch]:
-    """Stream length -> `Batch` of `jax.ShapeDtypeStruct`, for every length that a pipeline yields."""
+def batch_shapes(schema: Schema, config: DataConfig, *, batch_size: int, ages: bool = False) -> dict[int, Batch]:
+    """Stream length -> `Batch` of `jax.ShapeDtypeStruct`, for every length that a pipeline yields; `ages` as there."""
     tasks = len(task_names(schema, config))
     retrieval = config.objective == "retrieval"
 
@@ -107,6 +107,7 @@ def batch_shapes(schema: Schema, config: DataConfig, *, batch_size: int) -> dict
             items=jax.ShapeDtypeStruct((batch_size, length), np.int32) if retrieval else None,
             goals=jax.ShapeDtypeStruct(goals, np.int32) if retrieval else None,
             codes=jax.ShapeDtypeStruct((*goals, len(schema.levels)), np.int32) if retrieval and schema.levels else None,
+            ages=jax.ShapeDtypeStruct((batch_size, length), np.int32) if ages else None,
         )
 
     return {length: batch(length) for length in stream_lengths(config)}
@@ -130,6 +131,7 @@ def train_batches(
     seed: int,
     start: int = 0,
     own: np.ndarray | None = None,
+    ages: bool = False,
 ) -> grain.DatasetIterator[HostBatch]:
     """Batches of steps `start` to `steps` - 1. Close the iterator when done.
 
@@ -139,11 +141,12 @@ def train_batches(
       seed: of the order.
       start: the first step, which a resumed run goes on with.
       own: which samples of every batch this process gathers, `sharding.own_rows`; None: all.
+      ages: batches hold `Batch.ages`.
 
     Raises:
       InputError: no full batch, a split or task that is not there, shorter chunk heads than the config's history.
     """
-    order = _TrainOrder(_Windows(dataset, config, "train", train=True), seed)
+    order = _TrainOrder(_Windows(dataset, config, "train", train=True, ages=ages), seed)
     batches = grain.MapDataset.range(start, steps).map(lambda step: order.batch(int(step), own))
     options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)
     return iter(batches.to_iter_dataset(options))
@@ -156,6 +159,7 @@ def eval_batches(
     *,
     limit: int = 0,
     own: np.ndarray | None = None,
+    ages: bool = False,
 ) -> Iterator[tuple[HostBatch, ReadRows]]:
     """Yields every sample of the split once, window by window, by bucket, then by position; and who is read.
 
@@ -164,12 +168,12 @@ def eval_batches(
 
     Args:
       limit: above 0, only so many requests, whole ones (NIO), or streams (UC), evenly spread over the split.
-      own: as in `train_batches`.
+      own, ages: as in `train_batches`.
 
     Raises:
       InputError: a split or task that is not there, shorter chunk heads than the config's history.
     """
-    windows = _Windows(dataset, config, split, train=False)
+    windows = _Windows(dataset, config, split, train=False, ages=ages)
     total = sum(span.requests for span in windows.spans)
     wanted = np.arange(limit) * total // limit if 0 < limit < total else np.arange(total)
     return _eval_batches(windows, wanted, config.eval_batch_size, own)
@@ -243,12 +247,12 @@ class _NewestTwo[K, V]:
 class _Windows:
     """The windows of a split, of which the newest two are held in memory. Safe to use from several threads."""
 
-    def __init__(self, dataset: LogReader, config: DataConfig, split: str, *, train: bool) -> None:
+    def __init__(self, dataset: LogReader, config: DataConfig, split: str, *, train: bool, ages: bool = False) -> None:
         if split not in dataset.splits:
             raise InputError(f"the data set has no rows in split '{split}'{suggest(split, dataset.splits)}")
         _check_heads(dataset.metadata, config)
         self.config, self.lengths, self.split = config, stream_lengths(config), split
-        self._dataset, self._train = dataset, train
+        self._dataset, self._train, self._ages = dataset, train, ages
         self._catalogue = _contiguous(dataset.catalogue)
         self._context = _context_columns(dataset.schema) if config.objective == "retrieval" else None
         names = [task.name for task in dataset.schema.tasks]
@@ -270,6 +274,7 @@ class _Windows:
             candidates=self.config.candidates,
             first_row=self.spans[number].first_row,
             context=self._context,
+            ages=self._ages,
         )
 
     def identify(self, number: int, chosen: np.ndarray, length: int) -> ReadRows:

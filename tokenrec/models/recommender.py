@@ -12,6 +12,7 @@ from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.models.heads import CodeHead, ItemHead
 from tokenrec.models.rivals import make_backbone
+from tokenrec.models.rivals.hstu import HSTU
 from tokenrec.ops.layers import Linear, as_rows, dropout, split_key, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Entity
@@ -184,7 +185,10 @@ class Recommender(nnx.Module):
         token_key, backbone_key = split_key(key, 2)
         x, layout = self.stream(entities, batch)
         x = dropout(x, self.config.model.dropout, token_key)
-        return self.backbone(x, layout, batch.valid, candidate_mask(batch), backbone_key).astype(jnp.float32)
+        known = layout, batch.valid, candidate_mask(batch), backbone_key
+        if isinstance(self.backbone, HSTU):
+            return self.backbone(x, *known, batch.ages).astype(jnp.float32)
+        return self.backbone(x, *known).astype(jnp.float32)
 
     def trace(
         self, entities: dict[str, Entity], batch: Batch, key: jax.Array | None
@@ -195,7 +199,11 @@ class Recommender(nnx.Module):
         token_key, backbone_key = split_key(key, 2)
         tokens, layout = self.stream(entities, batch)
         x = dropout(tokens, self.config.model.dropout, token_key)
-        outputs = self.backbone.layer_outputs(x, layout, batch.valid, candidate_mask(batch), backbone_key)
+        known = layout, batch.valid, candidate_mask(batch), backbone_key
+        if isinstance(self.backbone, HSTU):
+            outputs = self.backbone.layer_outputs(x, *known, batch.ages)
+        else:
+            outputs = self.backbone.layer_outputs(x, *known)
         return tokens, [*outputs[:-1], outputs[-1].astype(jnp.float32)]
 
     def stream(self, entities: dict[str, Entity], batch: Batch) -> tuple[jax.Array, Layout]:

@@ -1,6 +1,6 @@
 """The order of tokens in a stream: roles, positions, windows and which rows each layer must compute.
 
-Everything here but `valid` and `positions` is static NumPy: it shapes the compiled program.
+Everything here but `valid`, `ages` and `positions` is static NumPy: it shapes the compiled program.
 """
 
 from __future__ import annotations
@@ -111,6 +111,11 @@ class Layout:
             own = 1 + self.events + self.candidate
         # The codes of a request without history stand at no event, and are valid all the same.
         return known[:, np.where(self.candidate >= 0, own, source)]
+
+    def ages(self, events: jax.Array) -> jax.Array:
+        """`[B, S]` from the ages of events, `[B, T]` (`Batch.ages`): 0 for rows of the request, and for static ones."""
+        known = jnp.pad(events, ((0, 0), (1, 0)))
+        return known[:, np.where(self.event >= 0, 1 + self.event, 0)]
 
     def positions(self, events: jax.Array) -> jax.Array:
         """`[B, S] int32` for RoPE: 0 for static rows, t for the t-th valid event, n + 1 for what follows the history.

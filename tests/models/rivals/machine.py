@@ -1,6 +1,7 @@
 """What the tests of rivals share: a model with weights off their starting values, and what stands around it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -8,6 +9,7 @@ from tests.worlds import SCHEMA, TASKS, place, tiny
 from tokenrec.kinds import RIVAL_KINDS
 from tokenrec.models.recommender import candidate_mask, stream_layout
 from tokenrec.models.rivals import RIVALS
+from tokenrec.models.rivals.hstu import HSTU
 from tokenrec.sharding import RULES
 from tokenrec.state import build_model, init_state, merge
 from tokenrec.validation import validate
@@ -37,10 +39,18 @@ class Backbone:
         return {"/".join(map(str, path)): np.asarray(w[...]) for path, w in nnx.to_flat_state(self.weights)}
 
     def read(self, weights, x, valid, candidates, layout):
-        return nnx.merge(self.graph, weights)(x, layout, valid, candidates, None)
+        return call(nnx.merge(self.graph, weights), x, layout, valid, candidates)
 
     def __call__(self, x, valid, candidates, layout):
         return np.asarray(self.run(self.weights, *split(x, valid, candidates), layout))
+
+
+def call(module, x, layout, valid, candidates, key=None):
+    """What a backbone reads out; where it reads times, the n-th newest event is 3^n seconds old."""
+    known = layout, valid, candidates, key
+    if not isinstance(module, HSTU):
+        return module(x, *known)
+    return module(x, *known, jnp.where(valid, 3 ** np.arange(layout.events, dtype=np.int32)[::-1], 0))
 
 
 def split(*batch):
@@ -73,7 +83,10 @@ def forward_layers(model, params, batch, mesh):
         module = merge(model, params)
         x, layout = module.stream(model.embedder.look_up(state.tables, batch), batch)
         mask = candidate_mask(batch)
-        return x, layout.valid(batch.valid, mask), module.backbone(x, layout, batch.valid, mask, None)
+        known = layout, batch.valid, mask, None
+        timed = isinstance(module.backbone, HSTU)
+        out = module.backbone(x, *known, batch.ages) if timed else module.backbone(x, *known)
+        return x, layout.valid(batch.valid, mask), out
 
     x, valid, out = (np.asarray(part) for part in read(params, batch))
     return x, model.layout(batch.valid.shape[1]), valid, out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.models.rivals.machine import Backbone, rival, split
+from tests.models.rivals.machine import Backbone, call, rival, split
 from tests.worlds import SCHEMA, mesh_of, one_device, tiny
 from tokenrec.describe import describe, to_text
 from tokenrec.errors import InputError
@@ -103,7 +103,7 @@ def test_retrieval_reads_events_without_later_ones(kind):
     backbone = RIVALS[kind](rival(kind).model, layout, nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, layout.rows, 16))
     events = jnp.array([[True] * 6, [False] * 2 + [True] * 4])
-    read = jax.jit(lambda x, layout: backbone(x, layout, events, None, None), static_argnums=1)
+    read = jax.jit(lambda x, layout: call(backbone, x, layout, events, None), static_argnums=1)
     every = read(x, layout)
     assert every.shape == (2, 6, 16)
     changed = read(x.at[:, 2 + 4 :].add(1.0), layout)
@@ -122,7 +122,7 @@ def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
     with jax.set_mesh(mesh_of(*shape)):
 
         def read(weights, x, valid, real):
-            return jnp.sum(nnx.merge(graph, weights)(x, layout, valid, real, jax.random.key(0)))
+            return jnp.sum(call(nnx.merge(graph, weights), x, layout, valid, real, jax.random.key(0)))
 
         graph, weights = nnx.split(nnx.eval_shape(lambda: RIVALS[kind](config.model, layout, nnx.Rngs(0))))
         shapes = {(8, layout.rows, 16): jnp.float32, (8, 6): bool, (8, 2): bool}
@@ -169,6 +169,7 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
         ("dcnv2", "mesh.tensor", 2, "mesh.tensor=2 with model.kind='dcnv2', which has no heads to split"),
         ("rankmixer", "tokens.prompt", ("history", "||", "candidate"), "tokens.prompt=('history', '||', 'candidate')"),
         ("tokenformer", "model.merge", 5, "model.merge=5 is for model.kind='longer'"),
+        ("tokenformer", "model.time_bias", False, "model.time_bias=False is for model.kind='hstu'; leave it at True"),
     ],
 )
 def test_what_a_rival_cannot_do_is_refused(kind, field, value, message):
