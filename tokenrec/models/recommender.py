@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,10 +187,7 @@ class Recommender(nnx.Module):
         token_key, backbone_key = split_key(key, 2)
         x, layout = self.stream(entities, batch)
         x = dropout(x, self.config.model.dropout, token_key)
-        known = layout, batch.valid, candidate_mask(batch), backbone_key
-        if isinstance(self.backbone, HSTU):
-            return self.backbone(x, *known, batch.ages).astype(jnp.float32)
-        return self.backbone(x, *known).astype(jnp.float32)
+        return self.backbone(x, *self._known(layout, batch, backbone_key)).astype(jnp.float32)
 
     def trace(
         self, entities: dict[str, Entity], batch: Batch, key: jax.Array | None
@@ -199,12 +198,13 @@ class Recommender(nnx.Module):
         token_key, backbone_key = split_key(key, 2)
         tokens, layout = self.stream(entities, batch)
         x = dropout(tokens, self.config.model.dropout, token_key)
-        known = layout, batch.valid, candidate_mask(batch), backbone_key
-        if isinstance(self.backbone, HSTU):
-            outputs = self.backbone.layer_outputs(x, *known, batch.ages)
-        else:
-            outputs = self.backbone.layer_outputs(x, *known)
+        outputs = self.backbone.layer_outputs(x, *self._known(layout, batch, backbone_key))
         return tokens, [*outputs[:-1], outputs[-1].astype(jnp.float32)]
+
+    def _known(self, layout: Layout, batch: Batch, key: jax.Array | None) -> tuple[Any, ...]:
+        """What a backbone is told beside the tokens; HSTU alone, when the events were."""
+        known = layout, batch.valid, candidate_mask(batch), key
+        return (*known, batch.ages) if isinstance(self.backbone, HSTU) else known
 
     def stream(self, entities: dict[str, Entity], batch: Batch) -> tuple[jax.Array, Layout]:
         """Tokens of the whole stream, `[B, S, d]`, and their order."""
