@@ -162,8 +162,14 @@ def _amazon(args: argparse.Namespace) -> Source:
 
 def _synthetic(args: argparse.Namespace) -> Source:
     from tokenrec.data.synthetic import SyntheticSource
+    from tokenrec.data.synthetic_profiles import ProfilesSource
 
-    return SyntheticSource(args.rows)
+    if args.static_rank is None:
+        if args.static_weight is not None:
+            raise InputError(f"--static-weight={args.static_weight} is of profiles; say how many with --static-rank")
+        return SyntheticSource(args.rows)
+    weight = 1.0 if args.static_weight is None else args.static_weight
+    return ProfilesSource(args.rows, args.static_rank, static_weight=weight)
 
 
 def _delimited(args: argparse.Namespace) -> Source:

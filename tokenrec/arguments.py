@@ -134,6 +134,8 @@ def _add_sources(prepare: argparse.ArgumentParser, made: Mapping[str, MakeSource
     )
     synthetic = add("synthetic", "a deterministic log with a known best AUC")
     synthetic.add_argument("--rows", type=_natural, required=True)
+    synthetic.add_argument("--static-rank", type=_natural, help="also static fields that so many profiles decide")
+    synthetic.add_argument("--static-weight", type=float, help="of a profile in the labels; default 1")
     delimited = add("delimited", "your own log as CSV or Parquet (docs/data.md)")
     delimited.add_argument("--schema", type=Path, required=True, help="JSON file: features, tasks, columns")
     delimited.add_argument(

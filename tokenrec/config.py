@@ -260,6 +260,8 @@ class TrainConfig:
       keep: latest checkpoints kept, besides the best.
       keep_every: checkpoints at multiples of so many steps are kept for good; 0 none.
       log_every: steps between log lines; the only host synchronisation.
+      log_states: each evaluation also logs the effective rank of event states and the mean gate, layer by layer
+        (analysis/watch.py).
       best_metric: decides the best checkpoint: "macro_auc", "macro_gauc" or "loss" (lower is better) of ranking,
         "recall@10" or "ndcg@10" of retrieval. "auto" is the macro AUC, or NDCG@10.
       patience: evaluations without a better value before the run stops; 0 never stops early.
@@ -280,6 +282,7 @@ class TrainConfig:
     keep: int = 2
     keep_every: int = 0
     log_every: int = 20
+    log_states: bool = False
     best_metric: Literal["auto", "macro_auc", "macro_gauc", "loss", "recall@10", "ndcg@10"] = "auto"
     patience: int = 0
     hang_seconds: float = 1800.0

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from tokenrec import processes
+from tokenrec.analysis.watch import state_watch
 from tokenrec.checkpoint import Progress, RunCheckpoints
 from tokenrec.compiled import kept_programs
 from tokenrec.config import Config, data_directory, semantic_ids_path
@@ -74,6 +75,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
             Watchdog(config.train.hang_seconds, workdir, jax.process_index(), jax.process_count())
         )
         assess = assessor(model, dataset, mesh)
+        look_inside = state_watch(model, dataset, mesh) if evaluates and config.train.log_states else None
         checkpoints = stack.enter_context(
             RunCheckpoints(
                 workdir, keep=config.train.keep, keep_every=config.train.keep_every, about=dataclasses.asdict(config)
@@ -118,6 +120,8 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
                     interruption.obey()
                     report = assess(state, config.train.eval_split, config.train.eval_samples, pulse)
                     log(step, _flat_report(report), config.train.eval_split)
+                    for kind, by_layer in (look_inside(state) if look_inside else {}).items():
+                        log(step, by_layer, kind)
                     value = _value(report, config)
                     reached, best = _advance(reached, step, value)
                     stop = 0 < config.train.patience <= reached.waited

@@ -1,0 +1,197 @@
+"""States of events inside a trained model, layer by layer, and what is measured of them (methods.md section 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenrec.analysis.information import CLUSTERS, cluster_information
+from tokenrec.analysis.rank import LEAST_ROWS, effective_rank, singular_values
+from tokenrec.config import Config
+from tokenrec.data.batch import Batch, HostBatch
+from tokenrec.data.dataset import Dataset
+from tokenrec.data.pipeline import eval_batches
+from tokenrec.errors import InputError
+from tokenrec.models.recommender import batch_layout, candidate_mask
+from tokenrec.run import load_run_config, open_run
+from tokenrec.sharding import make_mesh, to_devices
+from tokenrec.state import Model, TrainState, merge
+from tokenrec.tokens.layout import Layout
+
+STREAMS = 4096
+
+
+class EventStates(NamedTuple):
+    """n rows that stand for an event. `layers`: "tokens", what enters the backbone, then "layer_0", ..., what leaves
+    its blocks: `[n, d] float32`. `labels`: task -> `[n] int8`, -1 where unknown; none of retrieval.
+    """
+
+    layers: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
+    step: int
+
+
+def all_rows(model: Model) -> Model:
+    """The model with every row computed in every layer; its weights are the same."""
+    whole = dataclasses.replace(model.config.model, needed_rows=False)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, model=whole))
+
+
+def event_rows(layout: Layout) -> np.ndarray:
+    """`[R]` rows that stand for an event: its state, or the fused event."""
+    return layout.rows_of("state", "event")
+
+
+def layer_states(model: Model, state: TrainState, batch: Batch) -> list[jax.Array]:
+    """Event rows of the tokens and of the output of each block, without dropout: `[B, R, d]` each.
+
+    Jit it under the mesh of the state. The model is one of `all_rows`.
+    """
+    layers = _trace(model, state, batch)
+    rows = event_rows(batch_layout(model.config, model.schema, model.literals, batch))
+    return [layer[:, rows].astype(jnp.float32) for layer in layers]
+
+
+def layer_gates(model: Model, state: TrainState, batch: Batch) -> list[jax.Array]:
+    """Mean over the width of the gate of each block, at the event rows: `[B, R]` each; empty without `model.gate`."""
+    layers = _trace(model, state, batch)
+    rows = event_rows(batch_layout(model.config, model.schema, model.literals, batch))
+    blocks = merge(model, state.params).backbone.layers()
+    return [
+        jnp.mean(block.gate(layer)[:, rows].astype(jnp.float32), axis=-1)
+        for block, layer in zip(blocks, layers, strict=False)
+        if block.gate is not None
+    ]
+
+
+def _trace(model: Model, state: TrainState, batch: Batch) -> list[jax.Array]:
+    """`[B, S, d]`: the tokens and the output of each block."""
+    entities = model.embedder.look_up(state.tables, batch)
+    tokens, outputs = merge(model, state.params).trace(entities, batch, None)
+    return [tokens, *outputs[:-1]]
+
+
+def real_events(model: Model, batch: Batch) -> np.ndarray:
+    """`[B, R] bool`, event rows to be counted. Streams of UC repeat events as history; one that is read counts once."""
+    layout = batch_layout(model.config, model.schema, model.literals, batch)
+    valid = np.asarray(layout.valid(batch.valid, candidate_mask(batch)))[:, event_rows(layout)]
+    return valid & (np.asarray(batch.weight) > 0) if _reads_events(model.config) else valid
+
+
+def event_labels(model: Model, batch: Batch) -> np.ndarray:
+    """`[B, R, K] int8`: in UC what the row is to predict; in NIO the labels of the request, its first candidate's."""
+    labels = np.asarray(batch.labels)
+    if _reads_events(model.config):
+        return labels
+    rows = len(event_rows(batch_layout(model.config, model.schema, model.literals, batch)))
+    return np.repeat(labels[:, :1], rows, axis=1)
+
+
+def _reads_events(config: Config) -> bool:
+    return config.data.objective == "ranking" and config.data.paradigm == "uc"
+
+
+def read_event_states(
+    workdir: Path,
+    split: str,
+    *,
+    checkpoint: str = "best",
+    data: Path | None = None,
+    rows: int = LEAST_ROWS,
+    streams: int = STREAMS,
+    seed: int = 0,
+) -> EventStates:
+    """Event states of a run on a split, drawn by `seed` from the event rows of `streams` evenly spread streams.
+
+    Args:
+      checkpoint: best, latest or a step.
+      data: folder of the data set, if it is not where the run reads it.
+      rows: n.
+      streams: requests (NIO) or runs of a user's events (UC); 0 takes all.
+
+    Raises:
+      InputError: no run or split there, or the streams have fewer event rows.
+    """
+    config = load_run_config(workdir, data)
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        run = open_run(workdir, checkpoint, data)
+        model = all_rows(run.model)
+        counts = [real_events(model, host.batch).sum() for host in _batches(run.dataset, config, split, streams)]
+        if sum(counts) < rows:
+            raise InputError(
+                f"{streams or 'all'} streams of split '{split}' have {sum(counts)} event rows, and {rows} are asked "
+                "for; read more streams, ask for fewer rows, or take a longer split"
+            )
+        drawn = np.sort(np.random.default_rng(seed).choice(sum(counts), rows, replace=False))
+        states_of = jax.jit(functools.partial(layer_states, model))
+        kept: list[list[np.ndarray]] = []
+        labels: list[np.ndarray] = []
+        for first, count, host in zip(
+            np.cumsum([0, *counts]), counts, _batches(run.dataset, config, split, streams), strict=False
+        ):
+            mine = drawn[slice(*np.searchsorted(drawn, (first, first + count)))] - first
+            if not mine.size:
+                continue
+            real = real_events(model, host.batch)
+            made = jax.device_get(states_of(run.state, to_devices(host.batch, mesh)))
+            kept.append([layer[real][mine] for layer in made])
+            if model.tasks and host.batch.labels is not None:
+                labels.append(event_labels(model, host.batch)[real][mine])
+    layers = [np.concatenate(parts) for parts in zip(*kept, strict=True)]
+    of_tasks = dict(zip(model.tasks, np.concatenate(labels).T, strict=True)) if labels else {}
+    return EventStates(dict(zip(layer_names(len(layers) - 1), layers, strict=True)), of_tasks, run.step)
+
+
+def layer_names(layers: int) -> list[str]:
+    """Names of the tokens and of the blocks' outputs."""
+    return ["tokens", *(f"layer_{number}" for number in range(layers))]
+
+
+def _batches(dataset: Dataset, config: Config, split: str, streams: int) -> Iterator[HostBatch]:
+    """One shape of batch, so that one program serves."""
+    for host, _ in eval_batches(dataset, dataclasses.replace(config.data, buckets=()), split, limit=streams):
+        yield host
+
+
+def collapse_report(
+    workdir: Path, split: str, *, clusters: Sequence[int] = CLUSTERS, seed: int = 0, **choice: Any
+) -> dict[str, Any]:
+    """Effective rank, spectrum and information of a run's event states: what can stand in a JSON file.
+
+    Args:
+      workdir, split, seed, choice: of `read_event_states`.
+      clusters: K of the information on each task, which takes most of the time; empty for none.
+
+    Returns:
+      `{"step", "split", "rows", "layers": {layer: {"effective_rank", "spectrum", "information"}}}`; `spectrum` are the
+      singular values by the root of the rows, so that their squares are variances; `information` is by task, then by
+      number of clusters (information.py).
+
+    Raises:
+      InputError: as `read_event_states`; or there are fewer labels than clusters.
+    """
+    states = read_event_states(workdir, split, seed=seed, **choice)
+    layers = {}
+    for name, of_layer in states.layers.items():
+        values = singular_values(of_layer)
+        information = {
+            task: {
+                str(count): found._asdict()
+                for count, found in cluster_information(of_layer, labels, seed=seed, clusters=clusters).items()
+            }
+            for task, labels in states.labels.items()
+        }
+        layers[name] = {
+            "effective_rank": effective_rank(values),
+            "spectrum": (values / np.sqrt(len(of_layer))).tolist(),
+            "information": information if clusters else {},
+        }
+    return {"step": states.step, "split": split, "rows": len(of_layer), "layers": layers}

@@ -1,0 +1,50 @@
+"""What an evaluation logs of the inside of a model: how many directions event states fill, how open the gates are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tokenrec.analysis.event_states import all_rows, layer_gates, layer_names, layer_states, real_events
+from tokenrec.analysis.rank import LEAST_ROWS, effective_rank, singular_values
+from tokenrec.data.dataset import Dataset
+from tokenrec.data.pipeline import eval_batches
+from tokenrec.sharding import own_rows, to_devices, to_host
+from tokenrec.state import Model, TrainState
+
+Watch = Callable[[TrainState], dict[str, dict[str, float]]]
+
+
+def state_watch(model: Model, dataset: Dataset, mesh: Mesh) -> Watch:
+    """`watch(state) -> {"rank": {"tokens", "layer_0", ...}, "gate": {"layer_0", ...}}` of one fixed batch.
+
+    The batch has `data.eval_batch_size` streams, evenly spread over `train.eval_split`. "rank" is the effective rank of
+    at most 4,096 of its event states; "gate" the mean gate at them, left out without `model.gate`. Call it under the
+    mesh, in all processes.
+    """
+    config, whole = model.config, all_rows(model)
+    size = config.data.eval_batch_size
+    one_shape = dataclasses.replace(config.data, buckets=())
+    split = config.train.eval_split
+    every, _ = next(eval_batches(dataset, one_shape, split, limit=size))
+    own = own_rows(mesh, size, "data.eval_batch_size")
+    batch = to_devices(jax.tree.map(lambda leaf: leaf[own], every.batch), mesh)
+    real = np.argwhere(real_events(whole, every.batch))
+    streams, rows = real[np.linspace(0, len(real) - 1, min(len(real), LEAST_ROWS)).astype(int)].T
+    states_of, gates_of = (jax.jit(functools.partial(of, whole)) for of in (layer_states, layer_gates))
+
+    def watch(state: TrainState) -> dict[str, dict[str, float]]:
+        layers = [layer[streams, rows] for layer in to_host(states_of(state, batch))]
+        ranks = [effective_rank(singular_values(layer)) for layer in layers]
+        found = {"rank": dict(zip(layer_names(len(layers) - 1), ranks, strict=True))}
+        if config.model.gate:
+            gates = [float(gate[streams, rows].mean()) for gate in to_host(gates_of(state, batch))]
+            found["gate"] = dict(zip(layer_names(len(gates))[1:], gates, strict=True))
+        return found
+
+    return watch
