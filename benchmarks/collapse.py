@@ -45,7 +45,7 @@ class World(NamedTuple):
     weight: float
 
 
-WORLDS = (World(2, 0.0), World(2, 2.0), World(2, 8.0), World(32, 2.0))
+WORLDS = (World(2, 0.0), World(2, 4.0), World(32, 4.0))
 
 
 def source(world: World) -> ProfilesSource:
@@ -131,22 +131,22 @@ def order_row(world: World, records: dict[str, Sequence[dict[str, Any]]]) -> dic
 
 
 def compare(work: Path, steps: int, seeds: Sequence[int], out: Path) -> None:
-    rows, orders = [], []
-    for world in WORLDS:
-        made, name = source(world), f"profiles_{world.rank}_weight_{world.weight:g}"
-        data = work / name / "data"
-        if not data.exists():
-            prepare(made, data)
+    """Trains what is not there yet, seed by seed, and writes the result."""
+    records: dict[World, dict[str, list[dict[str, Any]]]] = {world: {arm: [] for arm in ARMS} for world in WORLDS}
+    for seed in seeds:
+        for world, of_world in records.items():
+            folder = work / f"profiles_{world.rank}_weight_{world.weight:g}"
+            if not (folder / "data").exists():
+                prepare(source(world), folder / "data")
+            for arm, of_arm in of_world.items():
+                config = arm_config(arm, folder / "data", seed, steps)
+                of_arm.append(measured(config, folder / f"{arm.replace(' ', '_')}_{seed}"))
+    rows = []
+    for world, of_world in records.items():
+        made = source(world)
         best = statistics.mean(made.best_auc(task.name) for task in made.schema.tasks)
-        records = {}
-        for arm in ARMS:
-            folders = [work / name / f"{arm.replace(' ', '_')}_{seed}" for seed in seeds]
-            records[arm] = [
-                measured(arm_config(arm, data, seed, steps), folder)
-                for seed, folder in zip(seeds, folders, strict=True)
-            ]
-            rows.append(table_row(world, arm, records[arm], best))
-        orders.append(order_row(world, records))
+        rows += [table_row(world, arm, of_arm, best) for arm, of_arm in of_world.items()]
+    orders = [order_row(world, of_world) for world, of_world in records.items()]
     params = {
         "log": f"{ROWS:,} rows, {USERS} users, {FIELDS} static fields",
         "steps": steps,
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--work", type=Path, help="folder for the data sets and runs of the comparison")
     what.add_argument("--workdir", type=Path, help="folder of one trained run, to measure that alone")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--split", default="valid", help="of --workdir")

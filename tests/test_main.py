@@ -162,6 +162,7 @@ WRONG_LINES = {
     "prepare kuairnd --out=x": "did you mean 'kuairand'",
     "prepare synthetic --out=x --row=5": "did you mean '--rows'",
     "prepare synthetic --out=x --rows=5.5": "'5.5' is not a whole number",
+    "prepare synthetic --out=x --rows=5 --static-weight=2": "say how many with --static-rank",
     "prepare kuairand --root=r --out=x --valid-from=2022-05-33 --test-from=2022-05-05": "'2022-05-33' is not a day",
     "prepare kuairand --root=r --out=x --download=pur": "did you mean 'pure'",
 }

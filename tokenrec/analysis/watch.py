@@ -17,15 +17,15 @@ from tokenrec.data.pipeline import eval_batches
 from tokenrec.sharding import own_rows, to_devices, to_host
 from tokenrec.state import Model, TrainState
 
-Watch = Callable[[TrainState], dict[str, dict[str, float]]]
+Watch = Callable[[TrainState], dict[str, dict[str, float | None]]]
 
 
 def state_watch(model: Model, dataset: Dataset, mesh: Mesh) -> Watch:
     """`watch(state) -> {"rank": {"tokens", "layer_0", ...}, "gate": {"layer_0", ...}}` of one fixed batch.
 
     The batch has `data.eval_batch_size` streams, evenly spread over `train.eval_split`. "rank" is the effective rank of
-    at most 4,096 of its event states; "gate" the mean gate at them, left out without `model.gate`. Call it under the
-    mesh, in all processes.
+    at most 4,096 of its event states, None where one is not finite; "gate" the mean gate at them, left out without
+    `model.gate`. Call it under the mesh, in all processes.
     """
     config, whole = model.config, all_rows(model)
     size = config.data.eval_batch_size
@@ -38,13 +38,20 @@ def state_watch(model: Model, dataset: Dataset, mesh: Mesh) -> Watch:
     streams, rows = real[np.linspace(0, len(real) - 1, min(len(real), LEAST_ROWS)).astype(int)].T
     states_of, gates_of = (jax.jit(functools.partial(of, whole)) for of in (layer_states, layer_gates))
 
-    def watch(state: TrainState) -> dict[str, dict[str, float]]:
+    def watch(state: TrainState) -> dict[str, dict[str, float | None]]:
         layers = [layer[streams, rows] for layer in to_host(states_of(state, batch))]
-        ranks = [effective_rank(singular_values(layer)) for layer in layers]
-        found = {"rank": dict(zip(layer_names(len(layers) - 1), ranks, strict=True))}
+        ranks = [_rank(layer) for layer in layers]
+        found: dict[str, dict[str, float | None]] = {
+            "rank": dict(zip(layer_names(len(layers) - 1), ranks, strict=True))
+        }
         if config.model.gate:
-            gates = [float(gate[streams, rows].mean()) for gate in to_host(gates_of(state, batch))]
+            gates: list[float | None] = [float(gate[streams, rows].mean()) for gate in to_host(gates_of(state, batch))]
             found["gate"] = dict(zip(layer_names(len(gates))[1:], gates, strict=True))
         return found
 
     return watch
+
+
+def _rank(states: np.ndarray) -> float | None:
+    """None where there is none: a log must not end a run that goes on."""
+    return effective_rank(singular_values(states)) if len(states) and np.isfinite(states).all() else None
