@@ -53,6 +53,7 @@ class ProfilesSource(SyntheticSource):
         self._fields = [f"field_{number}" for number in range(static_fields)]
         features = tuple(Feature(name, "categorical", "user") for name in self._fields)
         self.schema = dataclasses.replace(self.schema, features=features + self.schema.features)
+        self._rank = static_rank
         self._profile = self._draw("profile", np.arange(users), static_rank)
         # The last user is in no table, and what is known of nobody says nothing.
         self._segment = np.where(np.arange(users) == users - 1, -1, self._profile % SEGMENTS)
@@ -62,7 +63,9 @@ class ProfilesSource(SyntheticSource):
     def users(self) -> pa.Table:
         table = super().users()
         for name in self._fields:
-            table = table.append_column(name, pa.array(self._draw(name, self._profile[:-1], VALUES)))
+            # Profiles in a random order, so that up to `VALUES` of them differ in every field.
+            value = np.argsort(self._uniform(name, np.arange(self._rank))) % VALUES
+            table = table.append_column(name, pa.array(value[self._profile[:-1]]))
         return table
 
     def probabilities(self, index: np.ndarray) -> np.ndarray:
