@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.report import markdown_table, run_script, spread, write_result
 from tokenrec.analysis.event_states import collapse_report
+from tokenrec.analysis.rank import LEAST_ROWS
 from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig, from_json, to_json
 from tokenrec.data.prepare import prepare
 from tokenrec.data.synthetic_profiles import ProfilesSource
@@ -175,12 +176,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="valid", help="of --workdir")
     parser.add_argument("--checkpoint", default="best", help="of --workdir: best, latest or a step")
     parser.add_argument("--data", type=Path, help="of --workdir: data set, if it is not where the run reads it")
+    parser.add_argument("--rows", type=int, default=LEAST_ROWS, help="of --workdir: event states to draw")
     parser.add_argument("--json", type=Path, help="of --workdir: file for the whole report, spectra included")
     flags = parser.parse_args(argv)
     if flags.work:
         compare(flags.work, flags.steps, flags.seeds, flags.out)
         return
-    report = collapse_report(flags.workdir, flags.split, checkpoint=flags.checkpoint, data=flags.data)
+    choice = {"checkpoint": flags.checkpoint, "data": flags.data, "rows": flags.rows}
+    report = collapse_report(flags.workdir, flags.split, **choice)
     if flags.json:
         write_json(flags.json, report)
     rows = []
