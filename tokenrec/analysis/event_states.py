@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,33 +48,24 @@ def event_rows(layout: Layout) -> np.ndarray:
     return layout.rows_of("state", "event")
 
 
-def layer_states(model: Model, state: TrainState, batch: Batch) -> list[jax.Array]:
-    """Event rows of the tokens and of the output of each block, without dropout: `[B, R, d]` each.
+def states_and_gates(model: Model, state: TrainState, batch: Batch) -> tuple[list[jax.Array], list[jax.Array]]:
+    """What a pass without dropout holds at the event rows.
+
+    States: of the tokens and of the output of each block, `[B, R, d] float32` each. Gates: mean over the width of each
+    block's gate, which its input opens, `[B, R] float32` each; none without `model.gate`.
 
     Jit it under the mesh of the state. The model is one of `all_rows`.
     """
-    layers = _trace(model, state, batch)
+    module = merge(model, state.params)
+    tokens, outputs = module.trace(model.embedder.look_up(state.tables, batch), batch, None)
     rows = event_rows(batch_layout(model.config, model.schema, model.literals, batch))
-    return [layer[:, rows].astype(jnp.float32) for layer in layers]
-
-
-def layer_gates(model: Model, state: TrainState, batch: Batch) -> list[jax.Array]:
-    """Mean over the width of the gate of each block, at the event rows: `[B, R]` each; empty without `model.gate`."""
-    layers = _trace(model, state, batch)
-    rows = event_rows(batch_layout(model.config, model.schema, model.literals, batch))
-    blocks = merge(model, state.params).backbone.layers()
-    return [
-        jnp.mean(block.gate(layer)[:, rows].astype(jnp.float32), axis=-1)
-        for block, layer in zip(blocks, layers, strict=False)
+    states = [layer[:, rows] for layer in (tokens, *outputs[:-1])]
+    gates = [
+        jnp.mean(block.gate(entered).astype(jnp.float32), axis=-1)
+        for block, entered in zip(module.backbone.layers(), states, strict=False)
         if block.gate is not None
     ]
-
-
-def _trace(model: Model, state: TrainState, batch: Batch) -> list[jax.Array]:
-    """`[B, S, d]`: the tokens and the output of each block."""
-    entities = model.embedder.look_up(state.tables, batch)
-    tokens, outputs = merge(model, state.params).trace(entities, batch, None)
-    return [tokens, *outputs[:-1]]
+    return [layer.astype(jnp.float32) for layer in states], gates
 
 
 def real_events(model: Model, batch: Batch) -> np.ndarray:
@@ -131,7 +121,7 @@ def read_event_states(
                 "for; read more streams, ask for fewer rows, or take a longer split"
             )
         drawn = np.sort(np.random.default_rng(seed).choice(sum(counts), rows, replace=False))
-        states_of = jax.jit(functools.partial(layer_states, model))
+        states_of = jax.jit(lambda state, batch: states_and_gates(model, state, batch)[0])
         kept: list[list[np.ndarray]] = []
         labels: list[np.ndarray] = []
         for first, count, host in zip(

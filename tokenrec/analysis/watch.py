@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tokenrec.analysis.event_states import all_rows, layer_gates, layer_names, layer_states, real_events
+from tokenrec.analysis.event_states import all_rows, layer_names, real_events, states_and_gates
 from tokenrec.analysis.rank import LEAST_ROWS, effective_rank, singular_values
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
@@ -36,17 +36,15 @@ def state_watch(model: Model, dataset: Dataset, mesh: Mesh) -> Watch:
     batch = to_devices(jax.tree.map(lambda leaf: leaf[own], every.batch), mesh)
     real = np.argwhere(real_events(whole, every.batch))
     streams, rows = real[np.linspace(0, len(real) - 1, min(len(real), LEAST_ROWS)).astype(int)].T
-    states_of, gates_of = (jax.jit(functools.partial(of, whole)) for of in (layer_states, layer_gates))
+    look = jax.jit(functools.partial(states_and_gates, whole))
 
     def watch(state: TrainState) -> dict[str, dict[str, float | None]]:
-        layers = [layer[streams, rows] for layer in to_host(states_of(state, batch))]
-        ranks = [_rank(layer) for layer in layers]
-        found: dict[str, dict[str, float | None]] = {
-            "rank": dict(zip(layer_names(len(layers) - 1), ranks, strict=True))
-        }
-        if config.model.gate:
-            gates: list[float | None] = [float(gate[streams, rows].mean()) for gate in to_host(gates_of(state, batch))]
-            found["gate"] = dict(zip(layer_names(len(gates))[1:], gates, strict=True))
+        seen = to_host(look(state, batch))
+        layers, gates = ([of_layer[streams, rows] for of_layer in part] for part in seen)
+        names = layer_names(len(layers) - 1)
+        found: dict[str, dict[str, float | None]] = {"rank": dict(zip(names, map(_rank, layers), strict=True))}
+        if gates:
+            found["gate"] = {name: float(gate.mean()) for name, gate in zip(names[1:], gates, strict=True)}
         return found
 
     return watch

@@ -1,0 +1,99 @@
+"""Effective ranks and spectra of the runs of a study, as tables beside its results, which `tokenrec report` draws.
+
+    python -m benchmarks.study_states --study DIR [--models MODEL ...] [--data DATA]
+
+Measures event states of the newest checkpoint of each run at its model's learning rate. Ranks of earlier steps are
+those that the run logged (`train.log_states`): of one fixed batch, not of a sample of the split.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import run_script
+from tokenrec.analysis.event_states import collapse_report
+from tokenrec.analysis.rank import LEAST_ROWS
+from tokenrec.analysis.study_files import Rank, Result, SingularValue, read_study
+from tokenrec.analysis.summary import chosen_rates
+from tokenrec.errors import InputError, suggest
+from tokenrec.logbook import METRICS_FILE, read_log
+from tokenrec.study.jobs import RUN
+from tokenrec.study.plan import Job
+from tokenrec.study.results import write_rows
+
+_LAYER, _LOGGED = "layer_", "rank/layer_"
+
+
+def measured_jobs(results: Sequence[Result], models: Sequence[str]) -> list[Job]:
+    """Every seed of these models, all of them if none is named, at their chosen rates.
+
+    Raises:
+      InputError: the study trained no such model.
+    """
+    rates = chosen_rates(results)
+    for model in models:
+        if model not in rates:
+            raise InputError(f"--models {model} has no run in this study{suggest(model, rates)}")
+    done = dict.fromkeys((row.model, row.learning_rate, row.seed) for row in results)
+    return [Job(m, rate, s) for m, rate, s in done if rate is not None and rate == rates[m] and m in (models or rates)]
+
+
+def state_rows(
+    study: str, job: Job, run: Path, report: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of `Rank` and of `SingularValue` from the log of a run and its `collapse_report`."""
+    who = {"study": study, "model": job.model, "seed": job.seed}
+    layers = {int(name.removeprefix(_LAYER)): of for name, of in report["layers"].items() if name.startswith(_LAYER)}
+    ranks = [who | logged for logged in _logged_ranks(run, before=report["step"])]
+    ranks += [
+        who | {"step": report["step"], "layer": layer, "effective_rank": found["effective_rank"]}
+        for layer, found in layers.items()
+    ]
+    spectra = [
+        who | {"layer": layer, "index": index, "singular_value": value}
+        for layer, found in layers.items()
+        for index, value in enumerate(found["spectrum"])
+    ]
+    return ranks, spectra
+
+
+def _logged_ranks(run: Path, before: int) -> Iterator[dict[str, Any]]:
+    for record in read_log(run / METRICS_FILE):
+        for name, rank in record.items():
+            if name.startswith(_LOGGED) and rank is not None and record["step"] < before:
+                layer = int(name.removeprefix(_LOGGED))
+                yield {"step": record["step"], "layer": layer, "effective_rank": rank}
+
+
+def write_tables(folder: Path, models: Sequence[str], data: Path | None, split: str, rows: int) -> None:
+    """`ranks.parquet` and `spectra.parquet` of a study's folder; what was there is replaced once all is measured."""
+    files = read_study(folder)
+    ranks, spectra = [], []
+    for job in measured_jobs(files.results, models):
+        run = folder / job.folder / RUN
+        report = collapse_report(run, split, checkpoint="latest", data=data, rows=rows, clusters=())
+        of_run = state_rows(files.about.study, job, run, report)
+        ranks += of_run[0]
+        spectra += of_run[1]
+        found = [f"{of['effective_rank']:.1f}" for of in report["layers"].values()]
+        print(f"{job.model}, seed {job.seed}, step {report['step']:,}: {', '.join(found)}", flush=True)
+    write_rows(folder / "ranks.parquet", ranks, Rank)
+    write_rows(folder / "spectra.parquet", spectra, SingularValue)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, required=True, help="the --out folder of `tokenrec study`")
+    parser.add_argument("--models", nargs="+", default=[], help="default: all of the study")
+    parser.add_argument("--data", type=Path, help="data set, if it is not where the runs read it")
+    parser.add_argument("--split", default="valid")
+    parser.add_argument("--rows", type=int, default=LEAST_ROWS, help="event states to draw from each run")
+    flags = parser.parse_args(argv)
+    write_tables(flags.study, flags.models, flags.data, flags.split, flags.rows)
+
+
+if __name__ == "__main__":
+    run_script(main)

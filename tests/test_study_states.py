@@ -1,0 +1,57 @@
+"""Tables of ranks and spectra hold what was measured of the chosen runs, and can be read with their study."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import study_states
+from tests.analysis.study_folder import NAME, write_study
+from tokenrec.analysis.study_files import Rank, SingularValue, read_study
+from tokenrec.errors import InputError
+from tokenrec.study.plan import Job
+
+
+def test_tables_hold_the_log_and_then_what_was_measured_of_each_seed_at_the_chosen_rate(tmp_path, monkeypatch):
+    folder = write_study(tmp_path / "study", optional=False)
+    run = folder / "runs/rival/lr-0.01/seed-1/run"
+    run.mkdir(parents=True)
+    logged = [
+        {"step": 2, "rank/tokens": 9.0, "rank/layer_0": 6.0, "rank/layer_1": None},
+        {"step": 2, "gate/layer_0": 0.7},
+        {"step": 4, "rank/layer_0": 1.0},  # of the checkpoint that is measured
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+    read = []
+
+    def report(workdir, split, **choice):
+        read.append((workdir, split, choice["checkpoint"]))
+        ranks = {"tokens": 8.0, "layer_0": 5.0}
+        layers = {name: {"effective_rank": rank, "spectrum": [rank, 1.0]} for name, rank in ranks.items()}
+        return {"step": 4, "layers": layers}
+
+    monkeypatch.setattr(study_states, "collapse_report", report)
+    study_states.main(["--study", str(folder), "--models", "rival"])
+    assert read == [(folder / f"runs/rival/lr-0.01/seed-{seed}/run", "valid", "latest") for seed in range(3)]
+    files = read_study(folder)
+    assert [rank for rank in files.ranks if rank.seed == 1] == [
+        Rank(NAME, "rival", 1, 2, 0, 6.0),
+        Rank(NAME, "rival", 1, 4, 0, 5.0),
+    ]
+    assert [(rank.seed, rank.step) for rank in files.ranks] == [(0, 4), (1, 2), (1, 4), (2, 4)]
+    assert [value for value in files.spectra if value.seed == 0] == [
+        SingularValue(NAME, "rival", 0, 0, 0, 5.0),
+        SingularValue(NAME, "rival", 0, 0, 1, 1.0),
+    ]
+
+
+def test_all_trained_models_are_measured_unless_some_are_named(tmp_path):
+    results = read_study(write_study(tmp_path / "study", optional=False)).results
+    jobs = study_states.measured_jobs(results, [])
+    assert {job.model for job in jobs} == {"ours", "rival", "plain"}
+    assert len(jobs) == 9
+    assert Job("rival", 0.01, 2) in jobs
+    assert Job("ours", 0.01, 0) not in jobs
+    with pytest.raises(InputError, match="--models rivl has no run in this study; did you mean 'rival'"):
+        study_states.measured_jobs(results, ["rivl"])
