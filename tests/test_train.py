@@ -146,14 +146,19 @@ def test_a_finished_run_is_left_as_it_is(data, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(before, leaves(tmp_path), strict=True))
 
 
-def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(data, tmp_path):
+def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "state_watch", lambda *_: lambda state: {"rank": {"layer_0": float(state.step)}})
     config = small(data, optim__steps=8, train__eval_every=2, train__save_every=2, train__keep=1)
+    config.train.log_states = True
     summary = train(config, tmp_path, progress=False)
-    values = {}
+    values, watched = {}, {}
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         if "valid/macro_auc" in record:
             values[record["step"]] = record["valid/macro_auc"]
+        if "rank/layer_0" in record:
+            watched[record["step"]] = record["rank/layer_0"]
+    assert watched == {2: 2.0, 4: 4.0, 6: 6.0, 8: 8.0}
     best = max(values, key=lambda step: values[step])
     assert summary["best_step"] == best
     with Checkpoints(tmp_path) as checkpoints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ def read_event_states(
                 "for; read more streams, ask for fewer rows, or take a longer split"
             )
         drawn = np.sort(np.random.default_rng(seed).choice(sum(counts), rows, replace=False))
-        states_of = jax.jit(lambda state, batch: states_and_gates(model, state, batch)[0])
+        look = jax.jit(functools.partial(states_and_gates, model))
         kept: list[list[np.ndarray]] = []
         labels: list[np.ndarray] = []
         for first, count, host in zip(
@@ -131,7 +132,7 @@ def read_event_states(
             if not mine.size:
                 continue
             real = real_events(model, host.batch)
-            made = jax.device_get(states_of(run.state, to_devices(host.batch, mesh)))
+            made, _ = jax.device_get(look(run.state, to_devices(host.batch, mesh)))
             kept.append([layer[real][mine] for layer in made])
             if model.tasks and host.batch.labels is not None:
                 labels.append(event_labels(model, host.batch)[real][mine])
