@@ -167,3 +167,9 @@ def test_fused_events_stand_for_themselves():
     model = build_model(tiny(fused=True), SCHEMA, TASKS)
     layout = model.layout(12)
     assert [ROLES[role] for role in layout.roles[event_rows(layout)]] == ["event"] * 12
+
+
+def test_rivals_have_no_event_states():
+    model = build_model(tiny(model={"kind": "sasrec", "windows": ()}), SCHEMA, TASKS)
+    with pytest.raises(InputError, match=r"model\.kind='sasrec': event states are those of model\.kind='tokenformer'"):
+        all_rows(model)

@@ -19,6 +19,7 @@ from tokenrec.data.batch import Batch, HostBatch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
+from tokenrec.models.backbone import Backbone
 from tokenrec.models.recommender import batch_layout, candidate_mask
 from tokenrec.run import load_run_config, open_run
 from tokenrec.sharding import make_mesh, to_devices
@@ -39,7 +40,17 @@ class EventStates(NamedTuple):
 
 
 def all_rows(model: Model) -> Model:
-    """The model with every row computed in every layer; its weights are the same."""
+    """The model with every row computed in every layer; its weights are the same.
+
+    Raises:
+      InputError: the backbone is a rival's, which has no such layers.
+    """
+    kind = model.config.model.kind
+    if kind != "tokenformer":
+        raise InputError(
+            f"model.kind='{kind}': event states are those of model.kind='tokenformer'; set train.log_states=False, and "
+            "measure another run"
+        )
     whole = dataclasses.replace(model.config.model, needed_rows=False)
     return dataclasses.replace(model, config=dataclasses.replace(model.config, model=whole))
 
@@ -58,12 +69,14 @@ def states_and_gates(model: Model, state: TrainState, batch: Batch) -> tuple[lis
     Jit it under the mesh of the state. The model is one of `all_rows`.
     """
     module = merge(model, state.params)
+    backbone = module.backbone
+    assert isinstance(backbone, Backbone)
     tokens, outputs = module.trace(model.embedder.look_up(state.tables, batch), batch, None)
     rows = event_rows(batch_layout(model.config, model.schema, model.literals, batch))
     states = [layer[:, rows] for layer in (tokens, *outputs[:-1])]
     gates = [
         jnp.mean(block.gate(entered).astype(jnp.float32), axis=-1)
-        for block, entered in zip(module.backbone.layers(), states, strict=False)
+        for block, entered in zip(backbone.layers(), states, strict=False)
         if block.gate is not None
     ]
     return [layer.astype(jnp.float32) for layer in states], gates
