@@ -139,6 +139,15 @@ def test_every_event_is_read_once_and_the_report_is_of_those_drawn_by_its_seed(r
         assert np.square(found["spectrum"]).sum() == pytest.approx(layer.astype(float).var(axis=0).sum())
 
 
+def test_states_stand_beside_their_labels(run):
+    real = real_events(run.model, run.host.batch)
+    found = read_event_states(run.workdir, "valid", checkpoint="latest", rows=int(real.sum()), streams=STREAMS)
+    for layer, states in zip(found.layers.values(), run.states, strict=True):
+        np.testing.assert_array_equal(layer, np.asarray(states)[real])
+    for task, expected in zip(("click", "buy"), run.host.batch.labels[real].T, strict=True):
+        np.testing.assert_array_equal(found.labels[task], expected)
+
+
 def test_more_rows_than_there_are_events_are_refused(run):
     with pytest.raises(InputError, match=r"2 streams of split 'valid' have \d+ event rows, and 999 are asked for"):
         read_event_states(run.workdir, "valid", checkpoint="latest", rows=999, streams=2)
