@@ -1,9 +1,11 @@
-"""Effective ranks and spectra of the runs of a study, as tables beside its results, which `tokenrec report` draws.
+"""What the runs of a study are like inside, as tables beside its results, which `tokenrec report` draws: effective
+ranks, spectra, and what is attended to.
 
     python -m benchmarks.study_states --study DIR [--models MODEL ...] [--data DATA]
 
 Measures event states of the newest checkpoint of each run at its model's learning rate. Ranks of earlier steps are
-those that the run logged (`train.log_states`): of one fixed batch, not of a sample of the split.
+those that the run logged (`train.log_states`): of one fixed batch, not of a sample of the split. Attention is that of
+the first seed: of events in user-centric runs, and of targets in others, to each part of the stream.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import run_script
+from tokenrec.analysis.attention_maps import attention_mass, run_maps
 from tokenrec.analysis.event_states import collapse_report
 from tokenrec.analysis.rank import LEAST_ROWS
-from tokenrec.analysis.study_files import Rank, Result, SingularValue, read_study
+from tokenrec.analysis.study_files import Mass, Rank, Result, SingularValue, read_study
 from tokenrec.analysis.summary import chosen_rates
 from tokenrec.errors import InputError, suggest
 from tokenrec.logbook import METRICS_FILE, read_log
@@ -25,6 +28,7 @@ from tokenrec.study.plan import Job
 from tokenrec.study.results import write_rows
 
 _LAYER, _LOGGED = "layer_", "rank/layer_"
+STREAMS = 64  # that attention is the mean of
 
 
 def measured_jobs(results: Sequence[Result], models: Sequence[str]) -> list[Job]:
@@ -60,6 +64,17 @@ def state_rows(
     return ranks, spectra
 
 
+def mass_rows(study: str, model: str, run: Path, data: Path | None, split: str) -> list[dict[str, Any]]:
+    """Rows of `Mass`: where the attention of what is scored goes."""
+    maps, rows = run_maps(run, data, split, STREAMS), []
+    reader = "target" if maps.layout.candidates else "event"
+    for layer, weights in enumerate(maps.weights):
+        for source, of_heads in attention_mass(weights, maps.layout, maps.valid)[reader].items():
+            place = {"study": study, "model": model, "layer": layer, "source": source}
+            rows += [place | {"head": head, "value": float(value)} for head, value in enumerate(of_heads)]
+    return rows
+
+
 def _logged_ranks(run: Path, before: int) -> Iterator[dict[str, Any]]:
     for record in read_log(run / METRICS_FILE):
         for name, rank in record.items():
@@ -69,19 +84,22 @@ def _logged_ranks(run: Path, before: int) -> Iterator[dict[str, Any]]:
 
 
 def write_tables(folder: Path, models: Sequence[str], data: Path | None, split: str, rows: int) -> None:
-    """`ranks.parquet` and `spectra.parquet` of a study's folder; what was there is replaced once all is measured."""
+    """`ranks.parquet`, `spectra.parquet` and `attention.parquet` of a study's folder, replaced once all is measured."""
     files = read_study(folder)
-    ranks, spectra = [], []
+    ranks, spectra, masses = [], [], []
     for job in measured_jobs(files.results, models):
         run = folder / job.folder / RUN
         report = collapse_report(run, split, checkpoint="latest", data=data, rows=rows, clusters=())
         of_run = state_rows(files.about.study, job, run, report)
         ranks += of_run[0]
         spectra += of_run[1]
+        if job.model not in {mass["model"] for mass in masses}:
+            masses += mass_rows(files.about.study, job.model, run, data, split)
         found = [f"{of['effective_rank']:.1f}" for of in report["layers"].values()]
         print(f"{job.model}, seed {job.seed}, step {report['step']:,}: {', '.join(found)}", flush=True)
     write_rows(folder / "ranks.parquet", ranks, Rank)
     write_rows(folder / "spectra.parquet", spectra, SingularValue)
+    write_rows(folder / "attention.parquet", masses, Mass)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

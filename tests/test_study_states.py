@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import study_states
 from tests.analysis.study_folder import NAME, write_study
+from tokenrec.analysis.attention_maps import Maps
 from tokenrec.analysis.study_files import Rank, SingularValue, read_study
 from tokenrec.errors import InputError
 from tokenrec.study.plan import Job
+from tokenrec.tokens.layout import build_layout
 
 
 def test_tables_hold_the_log_and_then_what_was_measured_of_each_seed_at_the_chosen_rate(tmp_path, monkeypatch):
@@ -31,7 +34,15 @@ def test_tables_hold_the_log_and_then_what_was_measured_of_each_seed_at_the_chos
         layers = {name: {"effective_rank": rank, "spectrum": [rank, 1.0]} for name, rank in ranks.items()}
         return {"step": 4, "layers": layers}
 
+    def maps(workdir, data, split, streams):
+        layout = build_layout(user_tokens=1, events=2, fused=True, candidates=1, target_tokens=1)
+        weights = np.zeros((2, 2, layout.rows, layout.rows))
+        weights[:, 0, :, 0] = 1  # the first head sees the user, the second the newest event
+        weights[:, 1, :, 3] = 1
+        return Maps((weights,), layout, np.ones((2, layout.rows), bool), np.arange(2), 4)
+
     monkeypatch.setattr(study_states, "collapse_report", report)
+    monkeypatch.setattr(study_states, "run_maps", maps)
     study_states.main(["--study", str(folder), "--models", "rival"])
     assert read == [(folder / f"runs/rival/lr-0.01/seed-{seed}/run", "valid", "latest") for seed in range(3)]
     files = read_study(folder)
@@ -44,6 +55,9 @@ def test_tables_hold_the_log_and_then_what_was_measured_of_each_seed_at_the_chos
         SingularValue(NAME, "rival", 0, 0, 0, 5.0),
         SingularValue(NAME, "rival", 0, 0, 1, 1.0),
     ]
+    seen = {(mass.head, mass.source) for mass in files.attention if mass.value == 1}
+    assert seen == {(0, "user"), (1, "event 1")}
+    assert {mass.model for mass in files.attention} == {"rival"}
 
 
 def test_all_trained_models_are_measured_unless_some_are_named(tmp_path):

@@ -6,25 +6,25 @@
 
 Hardware and time: a CPU with 2 cores, some 6 CPU-minutes a run, 36 runs; it goes on when it is started again.
 
-One learning rate, that of TokenFormer in `kuairand_pure_rivals`, which has 4F (transformer), BFTS alone and NLIR alone.
-`XFYS` has X full layers below Y sliding ones, 2S2F sliding ones below. Windows count rows, of which an event has two.
+One learning rate, the best of TokenFormer and of the transformer in `kuairand_pure_rivals`, which has BFTS alone and
+NLIR alone, too. `XFYS` has X full layers below Y sliding ones, 2S2F sliding ones below. Windows count rows, of which an
+event has two.
 """
 
 from tokenrec.study.plan import Study
 
 PLAIN = {"model.gate": False, "model.windows": ()}
-SLIDING = (64, 64, 32, 16)
 
 MODELS = {
     "tokenformer": {},  # 2F2S with the gate, windows 32 and 16
+    "transformer": PLAIN,
     "3F1S": {"model.windows": (32,)},
     "1F3S": {"model.windows": (64, 32, 16)},
-    "4S": {"model.windows": SLIDING},
+    "4S": {"model.windows": (64, 64, 32, 16)},
     "2S2F": {"model.windows": (32, 16, 0, 0)},
     "equal-windows": {"model.windows": (32, 32)},
     "static-kept": {"model.discard_static": False},
     "4F-no-static": {**PLAIN, "tokens.prompt": ("history",)},
-    "4S-no-static": {"model.windows": SLIDING, "tokens.prompt": ("history",)},
     "additive-positions": {"model.positions": "additive"},
     "gate-bias-0": {"model.gate_bias": 0.0},
     "gate-bias-2": {"model.gate_bias": 2.0},
