@@ -31,8 +31,8 @@ def effective_rank(values: np.ndarray) -> float:
 
     Between 1 and the number of values above 0; 0 where all are 0, states that are all alike.
 
-    >>> effective_rank(np.array([2.0, 2.0, 2.0, 0.0])), effective_rank(np.array([5.0])), effective_rank(np.zeros(3))
-    (3.0000000000000004, 1.0, 0.0)
+    >>> [round(effective_rank(np.array(values)), 6) for values in ([2.0, 2.0, 2.0, 0.0], [5.0], [0.0, 0.0])]
+    [3.0, 1.0, 0.0]
     """
     values = np.asarray(values, np.float64)
     if not values.sum():
