@@ -19,7 +19,7 @@ from benchmarks.report import run_script
 from tokenrec.analysis.attention_maps import attention_mass, run_maps
 from tokenrec.analysis.event_states import collapse_report
 from tokenrec.analysis.rank import LEAST_ROWS
-from tokenrec.analysis.study_files import Mass, Rank, Result, SingularValue, read_study
+from tokenrec.analysis.study_files import Mass, Rank, SingularValue, StudyFiles, read_study
 from tokenrec.analysis.summary import chosen_rates
 from tokenrec.errors import InputError, suggest
 from tokenrec.logbook import METRICS_FILE, read_log
@@ -31,18 +31,24 @@ _LAYER, _LOGGED = "layer_", "rank/layer_"
 STREAMS = 64  # that attention is the mean of
 
 
-def measured_jobs(results: Sequence[Result], models: Sequence[str]) -> list[Job]:
-    """Every seed of these models, all of them if none is named, at their chosen rates.
+def measured_jobs(files: StudyFiles, models: Sequence[str]) -> list[Job]:
+    """Every seed of these models at their chosen rates; if none is named, of all that are no rivals.
 
     Raises:
-      InputError: the study trained no such model.
+      InputError: the study trained no such model, or one that is named is of another kind than TokenFormer.
     """
-    rates = chosen_rates(results)
+    rates, base = chosen_rates(files.results), files.about.base.get("model", {}).get("kind", "tokenformer")
+    kinds = {model: files.about.arms.get(model, {}).get("model.kind", base) for model in rates}
     for model in models:
         if model not in rates:
             raise InputError(f"--models {model} has no run in this study{suggest(model, rates)}")
-    done = dict.fromkeys((row.model, row.learning_rate, row.seed) for row in results)
-    return [Job(m, rate, s) for m, rate, s in done if rate is not None and rate == rates[m] and m in (models or rates)]
+        if kinds[model] != "tokenformer":
+            raise InputError(
+                f"--models {model} is of model.kind='{kinds[model]}', which has no event states; leave it out"
+            )
+    wanted = models or [model for model in rates if kinds[model] == "tokenformer"]
+    done = dict.fromkeys((row.model, row.learning_rate, row.seed) for row in files.results)
+    return [Job(m, rate, s) for m, rate, s in done if rate is not None and rate == rates[m] and m in wanted]
 
 
 def state_rows(
@@ -87,7 +93,7 @@ def write_tables(folder: Path, models: Sequence[str], data: Path | None, split: 
     """`ranks.parquet`, `spectra.parquet` and `attention.parquet` of a study's folder, replaced once all is measured."""
     files = read_study(folder)
     ranks, spectra, masses = [], [], []
-    for job in measured_jobs(files.results, models):
+    for job in measured_jobs(files, models):
         run = folder / job.folder / RUN
         report = collapse_report(run, split, checkpoint="latest", data=data, rows=rows, clusters=())
         of_run = state_rows(files.about.study, job, run, report)
@@ -105,7 +111,7 @@ def write_tables(folder: Path, models: Sequence[str], data: Path | None, split: 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, required=True, help="the --out folder of `tokenrec study`")
-    parser.add_argument("--models", nargs="+", default=[], help="default: all of the study")
+    parser.add_argument("--models", nargs="+", default=[], help="default: all of the study but rivals")
     parser.add_argument("--data", type=Path, help="data set, if it is not where the runs read it")
     parser.add_argument("--split", default="valid")
     parser.add_argument("--rows", type=int, default=LEAST_ROWS, help="event states to draw from each run")

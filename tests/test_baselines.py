@@ -140,6 +140,16 @@ def test_scores_that_separate_the_classes_give_finite_probabilities() -> None:
     assert 1 - 1e-3 < probability[1] < 1
 
 
+@pytest.mark.parametrize("seed", [5, 17, 22, 52])
+def test_many_features_of_few_rows_give_finite_probabilities(seed: int) -> None:
+    """With whole Newton steps and a free intercept these ended in a singular matrix."""
+    random = np.random.default_rng(seed)
+    x, labels = random.normal(size=(20, 12)), random.integers(0, 2, 20)
+    found = fit_logistic(x, labels)(x)
+    assert np.isfinite(found).all()
+    assert found[labels > 0].mean() > found[labels == 0].mean() + 0.5
+
+
 def test_baselines_score_the_scored_rows_in_order_for_the_tasks_asked() -> None:
     train, log = random_log(2, flags=(EVENT | SCORED | LEARNED,)), random_log(3)
     both, swapped, second = (baselines(train, log, tasks) for tasks in ((0, 1), (1, 0), (1,)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import study_states
-from tests.analysis.study_folder import NAME, write_study
+from tests.analysis.study_folder import NAME, write_about, write_study
 from tokenrec.analysis.attention_maps import Maps
 from tokenrec.analysis.study_files import Rank, SingularValue, read_study
 from tokenrec.errors import InputError
@@ -61,11 +61,17 @@ def test_tables_hold_the_log_and_then_what_was_measured_of_each_seed_at_the_chos
 
 
 def test_all_trained_models_are_measured_unless_some_are_named(tmp_path):
-    results = read_study(write_study(tmp_path / "study", optional=False)).results
-    jobs = study_states.measured_jobs(results, [])
+    folder = write_study(tmp_path / "study", optional=False)
+    files = read_study(folder)
+    jobs = study_states.measured_jobs(files, [])
     assert {job.model for job in jobs} == {"ours", "rival", "plain"}
     assert len(jobs) == 9
     assert Job("rival", 0.01, 2) in jobs
     assert Job("ours", 0.01, 0) not in jobs
     with pytest.raises(InputError, match="--models rivl has no run in this study; did you mean 'rival'"):
-        study_states.measured_jobs(results, ["rivl"])
+        study_states.measured_jobs(files, ["rivl"])
+    write_about(folder, arms={"ours": {}, "rival": {"model.kind": "hstu"}, "plain": {}})
+    files = read_study(folder)
+    assert {job.model for job in study_states.measured_jobs(files, [])} == {"ours", "plain"}
+    with pytest.raises(InputError, match=r"--models rival is of model\.kind='hstu'"):
+        study_states.measured_jobs(files, ["rival"])

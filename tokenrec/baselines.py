@@ -22,6 +22,7 @@ from tokenrec.data.schema import Feature, columns
 
 PRIOR_ROWS = 20.0  # weight of the overall rate in the smoothed rate of an item, as a number of rows
 NEWTON_STEPS = 50
+LONGEST_STEP = 10.0  # of a weight, in one of them
 
 
 def popularity_scores(train: Log, log: Log, task: int) -> np.ndarray:
@@ -78,12 +79,14 @@ def fit_logistic(x: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np
         return np.concatenate([np.ones((len(x), 1)), np.where(spread > 0, (x - center) / scale, 0)], axis=1)
 
     if 0 < positives < rows and spread.any():
-        z, penalty = inputs(x), np.array([0.0, *np.full(features, 1e-6)])
+        # The intercept's penalty too: where labels can be told apart wholly, nothing else holds the weights.
+        z, penalty = inputs(x), np.full(features + 1, 1e-6)
         for _ in range(NEWTON_STEPS):
             p = _sigmoid(z @ weights)
             gradient = z.T @ (p - labels) + penalty * weights
             step = np.linalg.solve((z.T * (p * (1 - p))) @ z + np.diag(penalty), gradient)
-            weights -= step
+            # Where every p is nearly 0 or 1 the curvature is almost nothing, and a whole step leads anywhere.
+            weights -= step * min(1.0, LONGEST_STEP / max(np.abs(step).max(), 1e-30))
             if np.abs(step).max() < 1e-9:
                 break
     return lambda new: _sigmoid(inputs(np.asarray(new, np.float64)) @ weights)

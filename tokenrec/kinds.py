@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tokenrec.config import BackboneKind, Config, ModelConfig
 
-# Every kind reads these.
+# Every kind reads these, or `kind_problems` has words of its own for them.
 _ALWAYS = ("kind", "width", "layers", "dropout", "dtype", "windows")
 
 
@@ -49,6 +49,11 @@ def reads_times(config: ModelConfig) -> bool:
     return config.kind == "hstu" and config.time_bias
 
 
+def splits_heads(config: ModelConfig) -> bool:
+    """Whether `mesh.tensor` has something to split."""
+    return config.kind == "tokenformer" or RIVAL_KINDS[config.kind].tensor
+
+
 def kind_problems(c: Config) -> Iterator[str]:
     """What of a config its kind of backbone cannot do."""
     name, usual = c.model.kind, ModelConfig()
@@ -71,8 +76,10 @@ def kind_problems(c: Config) -> Iterator[str]:
         yield f"data.objective='retrieval' {says}, which scores a target that it reads; use 'ranking'"
     if c.data.objective == "retrieval" and c.head.retrieval == "semantic_id":
         yield f"head.retrieval='semantic_id' {says}, which has no prefix cache to generate from; use 'next_item'"
-    if c.mesh.tensor != 1 and not kind.tensor:
-        yield f"mesh.tensor={c.mesh.tensor} {says}, which has no heads to split; use 1, and data or fsdp"
+    if c.mesh.tensor != 1 and not splits_heads(c.model):
+        yield f"mesh.tensor={c.mesh.tensor} {says}, which has no attention heads to split; use 1, and data or fsdp"
+    if c.train.log_states:
+        yield f"train.log_states=True {says}, whose states are not events'; leave it out"
     if c.tokens.target_tokens > 1 and not kind.target_tokens:
         yield f"tokens.target_tokens={c.tokens.target_tokens} {says}, which reads one token of a target; use 1"
     if not kind.prompt:

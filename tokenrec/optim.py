@@ -9,8 +9,8 @@ import optax
 from tokenrec.config import OptimConfig
 from tokenrec.ops.exchange import Collected
 
-# Last part of the name of weights that decay would only bias.
-UNDECAYED = ("bias", "scale", "separators")
+# Last part of the name of weights that decay would only bias, besides those that end in "bias".
+UNDECAYED = ("scale", "separators", "start")
 
 
 def schedule(config: OptimConfig, peak: float) -> optax.Schedule:
@@ -33,7 +33,7 @@ def schedule(config: OptimConfig, peak: float) -> optax.Schedule:
 
 def decays(params: dict[str, jax.Array]) -> dict[str, bool]:
     """Which weights decay: matrices, less biases (the gate's included), norm scales and separators."""
-    return {name: name.rsplit("/", 1)[-1] not in UNDECAYED for name in params}
+    return {name: not name.endswith("bias") and name.rsplit("/", 1)[-1] not in UNDECAYED for name in params}
 
 
 def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:

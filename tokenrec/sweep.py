@@ -23,7 +23,7 @@ from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
 from tokenrec.hlo import Collective
-from tokenrec.kinds import reads_times
+from tokenrec.kinds import reads_times, splits_heads
 from tokenrec.models.block import ffn_width, mesh_splits
 from tokenrec.planned import known_schema
 from tokenrec.roofline import chip, network_seconds
@@ -124,6 +124,8 @@ def mesh_shapes(config: Config, devices: int, slices: int = 1) -> Iterator[MeshC
                 (config.data.eval_batch_size, data * fsdp),
                 *((size, {"fsdp": fsdp, "tensor": tensor}[axis]) for _, size, axis in mesh_splits(model)),
             )
+            if tensor > 1 and not splits_heads(model):
+                continue
             if all(size % parts == 0 for size, parts in splits):
                 yield MeshConfig(data, fsdp, tensor)
 

@@ -45,6 +45,11 @@ def test_events_are_those_of_the_plain_log():
         assert rows.column(name) == same.column(name)
 
 
+def test_a_weight_of_any_size_gives_probabilities():
+    p = ProfilesSource(1_000, 2, static_weight=1_000.0, users=50).probabilities(np.arange(1_000))
+    assert set(p[:, 0].round(3)) >= {0.0, 1.0}
+
+
 def test_sizes_that_make_no_profile_are_named():
     with pytest.raises(InputError, match="static_rank=0 must be at least 1"):
         ProfilesSource(100, 0)

@@ -21,7 +21,7 @@ from tokenrec.tokens.layout import build_layout
 EVENTS = 30
 LENGTHS = (0, 1, 3, 7, 13, 20, 29, 30)  # real events of each stream
 WIDTH = 16
-STACKS = {"4F": (4, ()), "2F2S": (4, (6, 4)), "1F1S": (2, (6,))}  # layers and windows
+STACKS = {"4F": (4, ()), "2F2S": (4, (6, 4)), "SFSF": (4, (6, 0, 4, 0)), "1F1S": (2, (6,))}  # layers and windows
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def cached(backbone, layout, x, events, candidates):
 assert_same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["4F", "2F2S"])
+@pytest.mark.parametrize("name", ["SFSF", "2F2S"])
 @pytest.mark.parametrize(("candidates", "tokens", "fused"), [(1, 1, True), (5, 1, True), (3, 3, False)])
 def test_cached_scores_equal_uncached_scores(name, candidates, tokens, fused):
     layout = stream(candidates, tokens, fused=fused)

@@ -48,8 +48,7 @@ def all_rows(model: Model) -> Model:
     kind = model.config.model.kind
     if kind != "tokenformer":
         raise InputError(
-            f"model.kind='{kind}': event states are those of model.kind='tokenformer'; set train.log_states=False, and "
-            "measure another run"
+            f"model.kind='{kind}': event states are those of model.kind='tokenformer'; measure a run of that kind"
         )
     whole = dataclasses.replace(model.config.model, needed_rows=False)
     return dataclasses.replace(model, config=dataclasses.replace(model.config, model=whole))
@@ -72,11 +71,13 @@ def states_and_gates(model: Model, state: TrainState, batch: Batch) -> tuple[lis
     backbone = module.backbone
     assert isinstance(backbone, Backbone)
     tokens, outputs = module.trace(model.embedder.look_up(state.tables, batch), batch, None)
-    rows = event_rows(batch_layout(model.config, model.schema, model.literals, batch))
-    states = [layer[:, rows] for layer in (tokens, *outputs[:-1])]
+    layout = batch_layout(model.config, model.schema, model.literals, batch)
+    entered, _ = backbone.start(tokens, layout, np.arange(layout.rows), batch.valid, candidate_mask(batch))
+    rows = event_rows(layout)
+    states = [layer[:, rows] for layer in (entered, *outputs[:-1])]
     gates = [
-        jnp.mean(block.gate(entered).astype(jnp.float32), axis=-1)
-        for block, entered in zip(backbone.layers(), states, strict=False)
+        jnp.mean(block.gate(read).astype(jnp.float32), axis=-1)
+        for block, read in zip(backbone.layers(), states, strict=False)
         if block.gate is not None
     ]
     return [layer.astype(jnp.float32) for layer in states], gates
@@ -128,6 +129,8 @@ def read_event_states(
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
         model = all_rows(run.model)
+        if rows < 1:
+            raise InputError(f"--rows {rows}: draw at least one event state")
         counts = [real_events(model, host.batch).sum() for host in _batches(run.dataset, config, split, streams)]
         if sum(counts) < rows:
             raise InputError(

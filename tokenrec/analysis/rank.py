@@ -29,7 +29,7 @@ def singular_values(states: np.ndarray) -> np.ndarray:
 def effective_rank(values: np.ndarray) -> float:
     """`exp(-sum p log p)`, `p = values / sum values`, of singular values (Roy and Vetterli, EUSIPCO 2007).
 
-    Between 1 and the number of values above 0; 0 where all are 0, states that are all alike.
+    Between 1 and the number of values above 0; 0 where all are 0.
 
     >>> [round(effective_rank(np.array(values)), 6) for values in ([2.0, 2.0, 2.0, 0.0], [5.0], [0.0, 0.0])]
     [3.0, 1.0, 0.0]

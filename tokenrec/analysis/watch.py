@@ -23,7 +23,8 @@ Watch = Callable[[TrainState], dict[str, dict[str, float | None]]]
 def state_watch(model: Model, dataset: Dataset, mesh: Mesh) -> Watch:
     """`watch(state) -> {"rank": {"tokens", "layer_0", ...}, "gate": {"layer_0", ...}}` of one fixed batch.
 
-    The batch has `data.eval_batch_size` streams, evenly spread over `train.eval_split`. "rank" is the effective rank of
+    The batch has `data.eval_batch_size` streams, evenly spread over `train.eval_split`; of a split of several windows
+    (`data.window_rows`) it is those that lie in the first one. "rank" is the effective rank of
     at most 4,096 of its event states, None where one is not finite; "gate" the mean gate at them, left out without
     `model.gate`. Call it under the mesh, in all processes.
     """

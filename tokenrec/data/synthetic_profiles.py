@@ -70,5 +70,5 @@ class ProfilesSource(SyntheticSource):
 
     def probabilities(self, index: np.ndarray) -> np.ndarray:
         known = super().probabilities(index)
-        odds = known / (1 - known) * np.exp(self._added[index % self._users])[:, None]
-        return odds / (1 + odds)
+        logits = np.log(known / (1 - known)) + self._added[index % self._users][:, None]
+        return 0.5 * (1 + np.tanh(0.5 * logits))  # no weight is too large for it

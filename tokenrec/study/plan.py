@@ -132,8 +132,16 @@ def final_jobs(study: Study, chosen: Mapping[str, float]) -> list[Job]:
 
 def job_config(study: Study, job: Job, data: Path | None) -> Config:
     """The checked config of a run, which reads `data` if given."""
-    fields = {**study.overrides, **study.models[job.model], _RATE: job.learning_rate, "seed": job.seed}
-    config = load_config(study.base, [f"{name}={value}" for name, value in fields.items()])
+    return _config(study, {**study.models[job.model], _RATE: job.learning_rate, "seed": job.seed}, data)
+
+
+def base_config(study: Study, data: Path | None) -> Config:
+    """What the configs of all runs start from."""
+    return _config(study, {}, data)
+
+
+def _config(study: Study, fields: Mapping[str, Any], data: Path | None) -> Config:
+    config = load_config(study.base, [f"{name}={value}" for name, value in {**study.overrides, **fields}.items()])
     if data is not None:
         config.data.path = str(data)
     return config

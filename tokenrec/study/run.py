@@ -17,7 +17,7 @@ from tokenrec.data.log import SCORED
 from tokenrec.data.pipeline import task_names
 from tokenrec.json_file import read_json, write_json
 from tokenrec.study.jobs import FIGURES_FILE, Budget, Spent, Task, finish, is_done
-from tokenrec.study.plan import CHOSEN_BY, Job, Study, final_jobs, first_jobs, job_config
+from tokenrec.study.plan import CHOSEN_BY, Job, Study, base_config, final_jobs, first_jobs, job_config
 from tokenrec.study.results import (
     BASELINE_SEED,
     Scored,
@@ -47,7 +47,7 @@ def run_study(study: Study, name: str, out: Path, data: Path | None, *, command:
       Stopped: a signal came.
     """
     grid = _Grid(study, out, data)
-    dataset = open_dataset(data_directory(grid.base), (), semantic_ids_path(grid.base))
+    dataset = open_dataset(data_directory(grid.base), grid.base.data.exclude, semantic_ids_path(grid.base))
     out.mkdir(parents=True, exist_ok=True)
     budget = Budget(out, study.cpu_hours)
     try:
@@ -64,7 +64,7 @@ class _Grid:
 
     def __init__(self, study: Study, out: Path, data: Path | None) -> None:
         self.study, self.out, self.data = study, out, data
-        self.base = job_config(study, first_jobs(study)[0], data)
+        self.base = base_config(study, data)
 
     def task(self, job: Job, splits: tuple[str, ...]) -> Task:
         config = job_config(self.study, job, self.data)

@@ -13,6 +13,7 @@ from tokenrec.errors import InputError
 from tokenrec.kinds import RIVAL_KINDS
 from tokenrec.models.recommender import stream_layout
 from tokenrec.models.rivals import RIVALS
+from tokenrec.optim import decays
 from tokenrec.sharding import laid_out
 from tokenrec.tokens.layout import Part, lay_out
 from tokenrec.validation import validate
@@ -166,7 +167,7 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
         ("onetrans", "data.paradigm", "uc", "data.paradigm='uc' with model.kind='onetrans'"),
         ("longer", "data.objective", "retrieval", "data.objective='retrieval' with model.kind='longer'"),
         ("sasrec", "tokens.target_tokens", 2, "tokens.target_tokens=2 with model.kind='sasrec'"),
-        ("dcnv2", "mesh.tensor", 2, "mesh.tensor=2 with model.kind='dcnv2', which has no heads to split"),
+        ("dcnv2", "mesh.tensor", 2, "mesh.tensor=2 with model.kind='dcnv2', which has no attention heads to split"),
         ("rankmixer", "tokens.prompt", ("history", "||", "candidate"), "tokens.prompt=('history', '||', 'candidate')"),
         ("tokenformer", "model.merge", 5, "model.merge=5 is for model.kind='longer'"),
         ("tokenformer", "model.time_bias", False, "model.time_bias=False is for model.kind='hstu'; leave it at True"),
@@ -179,6 +180,16 @@ def test_what_a_rival_cannot_do_is_refused(kind, field, value, message):
     with pytest.raises(InputError) as caught:
         validate(config)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_no_bias_decays(kind):
+    config = rival(kind, candidates=2, events=6)
+    weights = nnx.eval_shape(lambda: RIVALS[kind](config.model, stream_layout(config, SCHEMA, 6), nnx.Rngs(0)))
+    names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(weights))}
+    decaying = {name for name, wanted in decays(dict.fromkeys(names)).items() if wanted}
+    assert decaying
+    assert not [name for name in decaying if "bias" in name or "scale" in name]
 
 
 def test_every_kind_has_a_class_and_its_limits():

@@ -5,13 +5,13 @@
     A_ij       = silu(q_i k_j + b(i - j) + c(t_i - t_j)) / N      for every j that i may see, and 0 elsewhere
     X'         = X + (norm(A V) * U) W_o                no softmax, no FFN
 
-The paper divides by the length of the sequence. N is the number of rows of the config's longest stream, so that how
-much a user did still shows and padding changes nothing. The biases are the paper's relative ones of positions and of
-times, b and c, shared by the heads: a scalar per layer and distance, and a scalar per layer and bucket of the seconds
-between two rows, `floor(log(max(1, |t_i - t_j|)) / 0.301)` as in the authors' code. State and action have the time of
-their event; candidates, and what else follows the history, that of the request. The authors' code, for retrieval, takes
-the time of the event after i for t_i; ours is i's own. Static rows, which have no place in time, are one more distance,
-and c is 0 for them. `model.time_bias=False` leaves c out.
+The paper divides by the length of the sequence. N is the number of rows of the config's longest stream, so that padding
+changes nothing; the norm behind it takes any such factor out again. The biases are the paper's relative ones of
+positions and of times, b and c, shared by the heads: a scalar per layer and distance, and a scalar per layer and bucket
+of the seconds between two rows, `floor(log(max(1, |t_i - t_j|)) / 0.301)` as in the authors' code. State and action
+have the time of their event; candidates, and what else follows the history, that of the request. The authors' code, for
+retrieval, takes the time of the event after i for t_i; ours is i's own. Static rows, which have no place in time, are
+one more distance, and c is 0 for them. `model.time_bias=False` leaves c out.
 
 Norms are RMSNorm, as everywhere here. With `model.windows` the top layers are local: semi-local HSTU.
 

@@ -7,10 +7,11 @@
     X'      = X + gelu(norm(X) W_1 + b_1) W_2 + b_2         mixed in the same way
     pyramid: of the S rows only the newest leave a layer, fewer and fewer; all of its input is seen
 
-The paper shrinks the S rows linearly to none at the top, and so it is here: `ceil(n (1 - l / L))` leave layer l of L, n
-being those of the config's longest stream. Ours: RoPE on queries and keys; W_o is one for all; the top layer computes
-the rows that are read alone, the last token of each target; separators are left out; tokens of the user do not see the
-target, so that the candidates of a request share them.
+The paper's pyramid goes down linearly, rounded to 32 rows, to as many S rows at the top as there are NS rows. Here
+`ceil(n (1 - l / L))` S rows leave layer l of L, none the top, n being those of the config's longest stream. Ours: RoPE
+on queries and keys; W_o is one for all; the top layer computes the rows that are read alone, the last token of each
+target; separators are left out; tokens of the user do not see the target, so that the candidates of a request share
+them.
 
 B streams, H heads, h = d / H; M tokens of the user, C candidates of K tokens.
 """
