@@ -6,9 +6,10 @@
 
 The paper's global tokens are target, user and learned ones; ours are the tokens of user and target. It merges by
 concatenation after a Transformer layer inside the group, which makes tokens g times as wide; ours are of width d, by a
-learned query over the same layer (tokens/compress.py, AttentionPool). Its layers are this machine's block without gate
-(RMSNorm, RoPE, SwiGLU). How many of the newest merged tokens ask (half, of those of the config's longest stream) is
-ours, so is that the tokens of the user do not see the target, which lets the candidates of a request share them. The
+learned query over the same layer (tokens/compress.py, AttentionPool). The paper adds to each event how long ago it was
+and a learned position; here RoPE says the order, and times are not read. Its layers are this machine's block without
+gate (RMSNorm, RoPE, SwiGLU). How many of the newest merged tokens ask (half, of those of the config's longest stream)
+is ours, so is that the tokens of the user do not see the target, which lets the candidates of a request share them. The
 top layer computes the rows that are read alone. g is `model.merge`.
 """
 

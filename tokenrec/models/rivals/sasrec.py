@@ -7,7 +7,8 @@
 Retrieval reads h, which the head multiplies with the vectors of items, as the paper does. Ranking reads `h * v`, of the
 newest event before the target v: the head then takes a weighted dot product for each task. A user without an event has
 a learned h. The paper's events are items alone, ours have their actions too; its inner width is d, ours
-`model.ffn_width`; its norm is LayerNorm, ours RMSNorm. In UC every state is a target.
+`model.ffn_width`; its positions count from the newest event, ours from the oldest; its attention has no W_o; its norm
+is LayerNorm, ours RMSNorm. In UC every state is a target.
 """
 
 from __future__ import annotations
