@@ -26,7 +26,7 @@ from tokenrec.analysis.event_states import (
 from tokenrec.analysis.information import cluster_information
 from tokenrec.analysis.rank import effective_rank, singular_values
 from tokenrec.analysis.watch import state_watch
-from tokenrec.config import Config, DataConfig, ModelConfig, TokensConfig
+from tokenrec.config import Config, DataConfig, ModelConfig, TokensConfig, TrainConfig
 from tokenrec.data.batch import HostBatch
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.log import SCORED
@@ -186,7 +186,7 @@ def test_rivals_have_no_event_states():
     with pytest.raises(InputError, match=r"model\.kind='sasrec': event states are those of model\.kind='tokenformer'"):
         all_rows(model)
     with pytest.raises(InputError, match=r"train\.log_states=True with model\.kind='sasrec'"):
-        validate(tiny(model={"kind": "sasrec", "windows": ()}, train={"log_states": True}))
+        validate(Config(model=ModelConfig(kind="sasrec", windows=()), train=TrainConfig(log_states=True)))
 
 
 def test_no_rows_are_refused(run):

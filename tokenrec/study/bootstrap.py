@@ -75,9 +75,13 @@ class _Prepared:
     """One run's scores, sorted once, so that a draw costs a few passes over the rows."""
 
     def __init__(self, labels: np.ndarray, scores: np.ndarray, user: np.ndarray, count: int) -> None:
-        order = np.argsort(scores, kind="stable")
-        self._user, self._positive = user[order], labels[order].astype(np.float64)
-        self._first = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
+        positive, negative = (np.flatnonzero(labels == label) for label in (1, 0))
+        negative = negative[np.argsort(scores[negative], kind="stable")]
+        self._positive_user, self._negative_user = user[positive], user[negative]
+        # Of each positive, how many negatives have a lower score, and a score no higher.
+        self._below, self._upto = (
+            np.searchsorted(scores[negative], scores[positive], side=side) for side in ("left", "right")
+        )
         value, self._rows = user_auc(labels, scores, user, count)
         self._user_auc = np.where(self._rows > 0, value, 0.0)
         p = np.clip(scores.astype(np.float64), CLIP, 1 - CLIP)  # as metrics.py
@@ -86,11 +90,11 @@ class _Prepared:
 
     def metrics(self, times: np.ndarray) -> np.ndarray:
         """AUC, GAUC and log loss where user u counts `times[u]` times."""
-        weight = times[self._user]
-        positive = np.add.reduceat(weight * self._positive, self._first)
-        negative = np.add.reduceat(weight, self._first) - positive
-        below = np.cumsum(negative) - negative
-        auc = positive @ (below + negative / 2) / (positive.sum() * negative.sum())
+        positive = times[self._positive_user]
+        negative = np.append(0.0, np.cumsum(times[self._negative_user]))
+        # A tie counts half.
+        won = (negative[self._below] + negative[self._upto]) / 2
+        auc = positive @ won / (positive.sum() * negative[-1])
         mixed = times * self._rows
         gauc = mixed @ self._user_auc / mixed.sum() if mixed.any() else np.nan
         return np.array([auc, gauc, times @ self._loss / (times @ self._all_rows)])
