@@ -4,7 +4,8 @@
     tokenrec study --config=configs/studies/complete_journey_length.py --data data/complete_journey \
         --out studies/complete_journey_length
 
-Hardware and time: a CPU with 2 cores, 2 to 15 CPU-minutes a run, one seed; it goes on when it is started again.
+Hardware and time: a CPU with 2 cores, an estimated 2 to 15 CPU-minutes a run, one seed; it goes on
+when it is started again.
 
 The lowest layers see all of the history, the upper ones its newest 32 and 16 rows, however long it is.
 """

@@ -4,7 +4,8 @@
     tokenrec study --config=configs/studies/complete_journey_rivals.py --data data/complete_journey \
         --out studies/complete_journey_rivals --side-by-side 2
 
-Hardware and time: a CPU with 2 cores, 2 to 4 CPU-minutes a run, 35 runs; it goes on when it is started again.
+Hardware and time: a CPU with 2 cores, an estimated 2 to 4 CPU-minutes a run, 35 runs; it goes on
+when it is started again.
 
 A quarter of the steps of `complete_journey`, for all alike. "interleaved" gives an event two tokens, state and action,
 as the paper does, where the others have one, and its windows count twice the rows.

@@ -4,7 +4,8 @@
     tokenrec study --config=configs/studies/complete_journey_scaling.py --data data/complete_journey \
         --out studies/complete_journey_scaling
 
-Hardware and time: a CPU with 2 cores, 2 to 12 CPU-minutes a run, one seed; it goes on when it is started again.
+Hardware and time: a CPU with 2 cores, an estimated 2 to 12 CPU-minutes a run, one seed; it goes on
+when it is started again.
 
 `wWIDTH-lLAYERS`; half of the layers slide, as in the base. Two learning rates each, since wide models want a lower one.
 """

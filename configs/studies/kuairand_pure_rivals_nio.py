@@ -4,7 +4,8 @@
     tokenrec study --config=configs/studies/kuairand_pure_rivals_nio.py --data data/kuairand_pure \
         --out studies/kuairand_pure_rivals_nio --side-by-side 2
 
-Hardware and time: a CPU with 2 cores, 2 to 9 CPU-minutes a run, 20 runs; it goes on when it is started again.
+Hardware and time: a CPU with 2 cores, an estimated 2 to 9 CPU-minutes a run, 20 runs; it goes on
+when it is started again.
 
 DCNv2 stands for those that score events, too; `kuairand_pure_rivals` has the others.
 """

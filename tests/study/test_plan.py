@@ -28,6 +28,15 @@ def test_every_rate_has_the_first_seed_and_the_best_all() -> None:
     assert len(folders) == 6 + 2
 
 
+def test_a_model_may_have_rates_of_its_own() -> None:
+    study = dataclasses.replace(STUDY, own_rates={"bfts": (5e-3,)})
+    check_study(study)
+    assert [job for job in first_jobs(study) if job.model == "bfts"] == [Job("bfts", 5e-3, 0)]
+    assert [job for job in first_jobs(study) if job.model != "bfts"] == [
+        job for job in first_jobs(STUDY) if job.model != "bfts"
+    ]
+
+
 def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
     config = job_config(STUDY, Job("plain", 3e-3, 2), Path("some/data"))
     assert (config.optim.steps, config.optim.learning_rate, config.seed) == (40, 3e-3, 2)
@@ -42,6 +51,8 @@ def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
         ({"reference": "tokenfomer"}, "did you mean 'tokenformer'"),
         ({"models": {"a/b": {}}, "reference": "a/b"}, "'a/b' names folders too"),
         ({"learning_rates": ()}, r"learning_rates=\(\) is empty"),
+        ({"own_rates": {"bfts": ()}}, r"own_rates\['bfts'\]=\(\) is empty"),
+        ({"own_rates": {"bfst": (1e-3,)}}, "own_rates: 'bfst' is none of its models.*did you mean 'bfts'"),
         ({"seeds": (1, 1)}, "says a value twice"),
         ({"seeds": (-1,)}, "must not be negative"),
         ({"splits": ("test",)}, "with valid, which chooses"),

@@ -32,6 +32,7 @@ class Study:
         `{"bfts": {"model.gate": False}}` is.
       reference: the model that the others are compared with.
       learning_rates: of the dense weights; `optim.table_learning_rate` is the base's.
+      own_rates: of models that are tried at others, `{"din": (2.5e-3, 5e-3)}`.
       overrides: config fields of all models.
       checkpoint: latest, or best, which is then chosen on `train.eval_split`.
       cpu_hours: no run begins once so many are spent.
@@ -45,9 +46,14 @@ class Study:
     cpu_hours: float
     seeds: tuple[int, ...] = (0, 1, 2)
     splits: tuple[str, ...] = (CHOSEN_BY, "test")
+    own_rates: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     checkpoint: Literal["latest", "best"] = "latest"
     draws: int = 1_000
+
+    def rates_of(self, model: str) -> tuple[float, ...]:
+        """Learning rates that a model is tried at."""
+        return self.own_rates.get(model, self.learning_rates)
 
 
 class Job(NamedTuple):
@@ -92,8 +98,14 @@ def check_study(study: Study) -> None:
     ]
     if study.reference not in study.models:
         problems.append(f"reference='{study.reference}' is none of its models{suggest(study.reference, study.models)}")
-    for field in ("learning_rates", "seeds", "splits"):
-        values = getattr(study, field)
+    problems += [
+        f"own_rates: '{name}' is none of its models{suggest(name, study.models)}"
+        for name in study.own_rates
+        if name not in study.models
+    ]
+    lists = {field: getattr(study, field) for field in ("learning_rates", "seeds", "splits")}
+    lists |= {f"own_rates['{name}']": rates for name, rates in study.own_rates.items()}
+    for field, values in lists.items():
         if not values or len(set(values)) < len(values):
             problems.append(f"{field}={values!r} is empty or says a value twice")
     if any(seed < 0 for seed in study.seeds):
@@ -122,7 +134,7 @@ def check_study(study: Study) -> None:
 
 def first_jobs(study: Study) -> list[Job]:
     """Of the search: every model and learning rate, with the first seed."""
-    return [Job(name, rate, study.seeds[0]) for name in study.models for rate in study.learning_rates]
+    return [Job(name, rate, study.seeds[0]) for name in study.models for rate in study.rates_of(name)]
 
 
 def final_jobs(study: Study, chosen: Mapping[str, float]) -> list[Job]:

@@ -72,7 +72,7 @@ class _Grid:
 
     def first(self, job: Job) -> Task:
         """A run of the search; the first of each model has its figures too."""
-        return self.task(job, (CHOSEN_BY,))._replace(described=job.learning_rate == self.study.learning_rates[0])
+        return self.task(job, (CHOSEN_BY,))._replace(described=job.learning_rate == self.study.rates_of(job.model)[0])
 
     def figures(self) -> dict[str, tuple[int, float]]:
         """Parameters, and FLOPs of an example forward, of the models that are described."""
@@ -142,7 +142,7 @@ def _write(grid: _Grid, name: str, dataset: Dataset, spent: float, command: str)
     value = {
         **{"study": name, "command": command, "base": dataclasses.asdict(grid.base)},
         **{"arms": {model: dict(fields) for model, fields in study.models.items()}, "chosen": chosen},
-        **{"learning_rates": list(study.learning_rates), "seeds": list(study.seeds)},
+        **{"learning_rates": sorted({job.learning_rate for job in first_jobs(study)}), "seeds": list(study.seeds)},
         **{"reference": study.reference, "cpu_hours": study.cpu_hours, "spent_cpu_hours": round(spent, 3)},
         "versions": versions(),
         "data": {

@@ -1,5 +1,7 @@
 """What the tests of rivals share: a model with weights off their starting values, and what stands around it."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,3 +100,7 @@ def rms(x):
 
 def silu(x):
     return 0.5 * x * (1 + np.tanh(0.5 * x))
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

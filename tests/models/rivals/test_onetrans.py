@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.models.rivals.machine import Backbone, rms, split
+from tests.models.rivals.machine import Backbone, gelu, rms, split
 from tests.worlds import one_device, tiny
 
 HEADS, USERS, OWN, LAYERS = 2, 2, 2, 3
@@ -16,10 +16,6 @@ HEADS, USERS, OWN, LAYERS = 2, 2, 2, 3
 def mesh():
     with jax.set_mesh(one_device()):
         yield
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def turned(x, position):

@@ -1,12 +1,10 @@
 """RankMixer against its equations in NumPy."""
 
-import math
-
 import jax
 import numpy as np
 import pytest
 
-from tests.models.rivals.machine import Backbone, rms
+from tests.models.rivals.machine import Backbone, gelu, rms
 from tests.worlds import one_device, tiny
 
 LAYERS, TOKENS = 2, 4
@@ -16,10 +14,6 @@ LAYERS, TOKENS = 2, 4
 def mesh():
     with jax.set_mesh(one_device()):
         yield
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def score(w, inputs):
