@@ -104,3 +104,11 @@ def silu(x):
 
 def gelu(x):
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def turned(x, position):
+    """RoPE of one head."""
+    half = len(x) // 2
+    angle = position * 10_000.0 ** (-np.arange(half) * 2 / len(x))
+    a, b = x[:half], x[half:]
+    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])

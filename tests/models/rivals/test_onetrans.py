@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.models.rivals.machine import Backbone, gelu, rms, split
+from tests.models.rivals.machine import Backbone, gelu, rms, split, turned
 from tests.worlds import one_device, tiny
 
 HEADS, USERS, OWN, LAYERS = 2, 2, 2, 3
@@ -16,14 +16,6 @@ HEADS, USERS, OWN, LAYERS = 2, 2, 2, 3
 def mesh():
     with jax.set_mesh(one_device()):
         yield
-
-
-def turned(x, position):
-    """RoPE of one head."""
-    half = len(x) // 2
-    angle = position * 10_000.0 ** (-np.arange(half) * 2 / len(x))
-    a, b = x[:half], x[half:]
-    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
 
 
 def layer(w, rows, asked, top):
