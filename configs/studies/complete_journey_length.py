@@ -4,8 +4,8 @@
     tokenrec study --config=configs/studies/complete_journey_length.py --data data/complete_journey \
         --out studies/complete_journey_length
 
-Hardware and time: a CPU with 2 cores, an estimated 2 to 15 CPU-minutes a run, one seed; it goes on
-when it is started again.
+Hardware and time: a CPU with 2 cores, some 1 to 8 CPU-minutes a run, 5 runs, one seed; it goes on when it is started
+again.
 
 The lowest layers see all of the history, the upper ones its newest 32 and 16 rows, however long it is.
 """
@@ -27,5 +27,5 @@ def get_study() -> Study:
             "train.eval_samples": 500,
             "train.save_every": 0,
         },
-        cpu_hours=0.8,
+        cpu_hours=0.5,
     )
