@@ -1,5 +1,6 @@
 # make train   a trained ranker and its metrics, from a fresh clone
 # make test    the tests        make lint   ruff and mypy
+# make studies KUAIRAND=DIR   what the papers claim, tried: every study and one report; some 12 CPU-hours, and it goes on
 # make test-beam   the tests of `prepare --beam`, in an environment of its own: Beam refuses the newest NumPy and Arrow
 
 PYTHON  ?= $(shell command -v python3.12 || command -v python3)
@@ -8,19 +9,41 @@ BEAM    ?= .venv-beam
 DATA    ?= data/complete_journey
 RUN     ?= runs/complete_journey
 SPLIT   ?= test
+STUDIES ?= studies
 BIN     := $(VENV)/bin
 INSTALL  = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # XLA on a CPU takes fresh memory for the temporaries of every step; huge pages make a step about 15 % shorter.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train test test-beam lint clean
+.PHONY: train studies has-kuairand test test-beam lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.demo
 	test -f $(DATA)/tokenrec.json || $(BIN)/python -m tokenrec prepare complete_journey --out $(DATA)
 	$(BIN)/python -m tokenrec train --config=configs/complete_journey.py --data $(DATA) --workdir $(RUN)
 	$(BIN)/python -m tokenrec evaluate --workdir $(RUN) --split $(SPLIT) --baselines --samples 3000 --json $(RUN)/eval.json
+
+# KUAIRAND is the folder of the official archive, which `tokenrec prepare kuairand --download pure` fetches.
+KUAIRAND_STUDIES := kuairand_pure_rivals kuairand_pure_rivals_nio kuairand_pure_ablations
+JOURNEY_STUDIES := complete_journey_rivals complete_journey_length complete_journey_scaling
+STUDY = $(BIN)/python -m tokenrec study --side-by-side 2
+
+studies: has-kuairand $(VENV)/.dev
+	test -f data/kuairand_pure/tokenrec.json || $(BIN)/python -m tokenrec prepare kuairand --root $(KUAIRAND) \
+	    --out data/kuairand_pure --valid-from 2022-05-03 --test-from 2022-05-05
+	test -f data/complete_journey/tokenrec.json || $(BIN)/python -m tokenrec prepare complete_journey --out data/complete_journey
+	set -e; for name in $(KUAIRAND_STUDIES); do \
+	    $(STUDY) --config=configs/studies/$$name.py --data data/kuairand_pure --out $(STUDIES)/$$name; done
+	set -e; for name in $(JOURNEY_STUDIES); do \
+	    $(STUDY) --config=configs/studies/$$name.py --data data/complete_journey --out $(STUDIES)/$$name; done
+	$(BIN)/python -m benchmarks.study_states --study $(STUDIES)/kuairand_pure_ablations --data data/kuairand_pure
+	$(BIN)/python -m benchmarks.collapse --work $(STUDIES)/collapse --out $(STUDIES)/collapse/result
+	$(BIN)/python -m tokenrec report $(patsubst %,--study $(STUDIES)/%,$(KUAIRAND_STUDIES) $(JOURNEY_STUDIES)) \
+	    --out $(STUDIES)/report
+
+has-kuairand:
+	@test -d "$(KUAIRAND)" || { echo "make studies reads KuaiRand-Pure: KUAIRAND='$(KUAIRAND)' is no folder; see docs/data.md" >&2; exit 2; }
 
 # A worker per core; each one runs XLA on eight virtual devices, so more than eight workers gain nothing.
 test: $(VENV)/.dev
