@@ -4,7 +4,7 @@
     tokenrec study --config=configs/studies/kuairand_pure_rivals_seeds.py --data data/kuairand_pure \
         --out studies/kuairand_pure_rivals_seeds --side-by-side 2
 
-Hardware and time: a CPU with 2 cores, some 6 CPU-minutes a run, 35 runs; it goes on when it is started again.
+Hardware and time: a CPU with 2 cores, some 3 CPU-minutes a run, 35 runs; it goes on when it is started again.
 
 Each model has the rate that was best of the three in `kuairand_pure_rivals`, whose table is in
 benchmarks/results/studies. Five models had it at the upper edge; they try twice as much here, too.
