@@ -4,7 +4,7 @@
     tokenrec study --config=configs/studies/complete_journey_length.py --data data/complete_journey \
         --out studies/complete_journey_length
 
-Hardware and time: a CPU with 2 cores, some 1 to 8 CPU-minutes a run, 5 runs, one seed; it goes on when it is started
+Hardware and time: a CPU with 2 cores, some 1 to 6 CPU-minutes a run, 5 runs, one seed; it goes on when it is started
 again.
 
 The lowest layers see all of the history, the upper ones its newest 32 and 16 rows, however long it is.

@@ -4,7 +4,7 @@
     tokenrec study --config=configs/studies/complete_journey_rivals.py --data data/complete_journey \
         --out studies/complete_journey_rivals --side-by-side 2
 
-Hardware and time: a CPU with 2 cores, some 2 CPU-minutes a run, 24 runs; it goes on when it is started again.
+Hardware and time: a CPU with 2 cores, some 1 CPU-minute a run, 24 runs; it goes on when it is started again.
 
 A quarter of the steps of `complete_journey`, and of the three rates of `kuairand_pure_rivals` the two that were best
 there, for all alike. "interleaved" gives an event two tokens, state and action, as the paper does, where the others
@@ -39,5 +39,5 @@ def get_study() -> Study:
             "train.eval_samples": 500,
             "train.save_every": 0,
         },
-        cpu_hours=1,
+        cpu_hours=0.6,
     )

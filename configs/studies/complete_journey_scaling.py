@@ -4,7 +4,7 @@
     tokenrec study --config=configs/studies/complete_journey_scaling.py --data data/complete_journey \
         --out studies/complete_journey_scaling
 
-Hardware and time: a CPU with 2 cores, some 1 to 5 CPU-minutes a run, 7 runs, one seed; it goes on when it is started
+Hardware and time: a CPU with 2 cores, some 1 to 3 CPU-minutes a run, 7 runs, one seed; it goes on when it is started
 again.
 
 `wWIDTH-lLAYERS`; half of the layers slide, as in the base. The largest two try a lower learning rate, too.

@@ -4,7 +4,7 @@
     tokenrec study --config=configs/studies/kuairand_pure_rivals.py --data data/kuairand_pure \
         --out studies/kuairand_pure_rivals --side-by-side 2
 
-Hardware and time: a CPU with 2 cores, some 6 CPU-minutes a run, 50 runs; it goes on when it is started again.
+Hardware and time: a CPU with 2 cores, some 3 to 6 CPU-minutes a run, 50 runs; it goes on when it is started again.
 
 All have the same inputs, makers, head, losses, table rate, dropout, width, batches and steps. Where a rival's own shape
 is a choice (layers, heads), docs/rivals.md says which was made. OneTrans and LONGER read one target a stream, and stand
