@@ -3,15 +3,16 @@ ranks, spectra, and what is attended to.
 
     python -m benchmarks.study_states --study DIR [--models MODEL ...] [--data DATA]
 
-Measures event states of the newest checkpoint of each run at its model's learning rate. Ranks of earlier steps are
-those that the run logged (`train.log_states`): of one fixed batch, not of a sample of the split. Attention is that of
-the first seed: of events in user-centric runs, and of targets in others, to each part of the stream.
+Measures event states of the newest checkpoint of each run at its model's learning rate. Ranks of earlier steps, which a
+run logs with `train.log_states`, are of one batch and no match for these; the report draws them among the learning
+curves. Attention is that of the first seed: of events in user-centric runs, and of targets in others, to each part of
+the stream.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,11 @@ from tokenrec.analysis.rank import LEAST_ROWS
 from tokenrec.analysis.study_files import Mass, Rank, SingularValue, StudyFiles, read_study
 from tokenrec.analysis.summary import chosen_rates
 from tokenrec.errors import InputError, suggest
-from tokenrec.logbook import METRICS_FILE, read_log
 from tokenrec.study.jobs import RUN
 from tokenrec.study.plan import Job
 from tokenrec.study.results import write_rows
 
-_LAYER, _LOGGED = "layer_", "rank/layer_"
+_LAYER = "layer_"
 STREAMS = 64  # that attention is the mean of
 
 
@@ -51,14 +51,11 @@ def measured_jobs(files: StudyFiles, models: Sequence[str]) -> list[Job]:
     return [Job(m, rate, s) for m, rate, s in done if rate is not None and rate == rates[m] and m in wanted]
 
 
-def state_rows(
-    study: str, job: Job, run: Path, report: dict[str, Any]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of `Rank` and of `SingularValue` from the log of a run and its `collapse_report`."""
+def state_rows(study: str, job: Job, report: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of `Rank` and of `SingularValue` from the `collapse_report` of a run."""
     who = {"study": study, "model": job.model, "seed": job.seed}
     layers = {int(name.removeprefix(_LAYER)): of for name, of in report["layers"].items() if name.startswith(_LAYER)}
-    ranks = [who | logged for logged in _logged_ranks(run, before=report["step"])]
-    ranks += [
+    ranks = [
         who | {"step": report["step"], "layer": layer, "effective_rank": found["effective_rank"]}
         for layer, found in layers.items()
     ]
@@ -81,14 +78,6 @@ def mass_rows(study: str, model: str, run: Path, data: Path | None, split: str) 
     return rows
 
 
-def _logged_ranks(run: Path, before: int) -> Iterator[dict[str, Any]]:
-    for record in read_log(run / METRICS_FILE):
-        for name, rank in record.items():
-            if name.startswith(_LOGGED) and rank is not None and record["step"] < before:
-                layer = int(name.removeprefix(_LOGGED))
-                yield {"step": record["step"], "layer": layer, "effective_rank": rank}
-
-
 def write_tables(folder: Path, models: Sequence[str], data: Path | None, split: str, rows: int) -> None:
     """`ranks.parquet`, `spectra.parquet` and `attention.parquet` of a study's folder, replaced once all is measured."""
     files = read_study(folder)
@@ -96,7 +85,7 @@ def write_tables(folder: Path, models: Sequence[str], data: Path | None, split: 
     for job in measured_jobs(files, models):
         run = folder / job.folder / RUN
         report = collapse_report(run, split, checkpoint="latest", data=data, rows=rows, clusters=())
-        of_run = state_rows(files.about.study, job, run, report)
+        of_run = state_rows(files.about.study, job, report)
         ranks += of_run[0]
         spectra += of_run[1]
         if job.model not in {mass["model"] for mass in masses}:

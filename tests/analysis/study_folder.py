@@ -38,6 +38,7 @@ def write_study(folder: Path, name: str = NAME, *, optional: bool = True) -> Pat
         return folder
     models = [(model, seed) for model in RATES for seed in range(3)]
     curve = [(1, "train/loss", 0.7), (2, "train/loss", 0.6), (2, "valid/macro_auc", 0.7), (2, "train/lr", 0.1)]
+    curve += [(2, f"rank/layer_{n}", 3.0) for n in (1, 2, 10)]
     write_rows(folder / "curves.parquet", CURVE, [(name, m, s, RATES[m], *point) for m, s in models for point in curve])
     ranks = [(step, layer, 10.0 * step + layer) for step in (1, 2) for layer in (0, 1)]
     write_rows(folder / "ranks.parquet", RANK, [(name, m, s, t, n, r + s) for m, s in models for t, n, r in ranks])

@@ -39,6 +39,7 @@ from tokenrec.errors import InputError
 
 pytest.importorskip("matplotlib")
 
+from tokenrec.analysis.figures import draw_curves
 from tokenrec.analysis.report import write_report
 
 CLICK, LOSS = Place("test", "click", "auc"), Place("test", "click", "log_loss")
@@ -218,6 +219,13 @@ def test_the_page_needs_no_network_no_script_and_no_other_file(page: Path) -> No
 def test_ranks_are_those_of_the_last_step(page: Path) -> None:
     # Step 2: 20 and 21, plus the seed.
     assert tables(page)["Effective rank of the event states"]["ours"] == ["21.0 ± 1.0", "22.0 ± 1.0"]
+
+
+def test_learning_curves_have_the_logged_rank_of_the_top_layer(tmp_path: Path) -> None:
+    files = read_study(write_study(tmp_path / "s"))
+    summary = summarize_study(files)
+    drawing = draw_curves(files.curves, summary, assign_styles(summary.models))
+    assert [ax.get_title() for ax in drawing.figure.axes] == ["train/loss", "valid/macro_auc", "rank/layer_10"]
 
 
 def test_sections_of_missing_files_are_absent_and_named(tmp_path: Path) -> None:

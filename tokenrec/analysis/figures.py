@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CURVES = ("train/loss", f"valid/{MACRO}_auc", "valid/ndcg@10")
+_RANK = "rank/layer_"
 
 type Styles = Mapping[str, Style]
 
@@ -62,13 +63,18 @@ def draw_differences(summary: Summary, styles: Styles) -> Drawing | None:
 
 
 def draw_curves(points: Sequence[CurvePoint], summary: Summary, styles: Styles) -> Drawing | None:
-    """Mean over seeds at the chosen rates, and a band of one deviation, as far as all seeds of a model came."""
+    """Mean over seeds at the chosen rates, and a band of one deviation, as far as all seeds of a model came.
+
+    Where runs logged effective ranks, that of the top layer is shown, too.
+    """
+    ranked = {point.name for point in points if point.name.startswith(_RANK)}
+    shown = (*_CURVES, *sorted(ranked, key=lambda name: int(name.removeprefix(_RANK)))[-1:])
     values: dict[str, dict[str, dict[int, list[float | None]]]] = {}
     for point in points:
-        if point.name in _CURVES and point.learning_rate == summary.rates.get(point.model):
+        if point.name in shown and point.learning_rate == summary.rates.get(point.model):
             by_step = values.setdefault(point.name, {}).setdefault(point.model, {})
             by_step.setdefault(point.step, []).append(point.value)
-    names = [name for name in _CURVES if name in values]
+    names = [name for name in shown if name in values]
     if not names:
         return None
     figure, axes = make_panels(names, 3.4)
