@@ -40,5 +40,5 @@ def get_study() -> Study:
         seeds=(0, 1, 2),
         splits=("valid",),  # the part of the log that targets are stated for ends on 4 May
         overrides={"train.eval_samples": 1_000, "train.eval_every": 219, "train.log_states": True},
-        cpu_hours=2.2,
+        cpu_hours=2.5,
     )

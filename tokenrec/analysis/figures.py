@@ -65,7 +65,7 @@ def draw_differences(summary: Summary, styles: Styles) -> Drawing | None:
 def draw_curves(points: Sequence[CurvePoint], summary: Summary, styles: Styles) -> Drawing | None:
     """Mean over seeds at the chosen rates, and a band of one deviation, as far as all seeds of a model came.
 
-    Where runs logged effective ranks, that of the top layer is shown, too.
+    Where runs logged effective ranks, that of the top layer of the deepest is shown, too.
     """
     ranked = {point.name for point in points if point.name.startswith(_RANK)}
     shown = (*_CURVES, *sorted(ranked, key=lambda name: int(name.removeprefix(_RANK)))[-1:])
