@@ -37,7 +37,10 @@ def no_thread_stays():
     """However a run ends, its input, its checkpoints and its watchdog end with it."""
     before = set(threading.enumerate())
     yield
-    assert [thread.name for thread in set(threading.enumerate()) - before if thread.name != "tqdm_monitor"] == []
+    started = [thread for thread in set(threading.enumerate()) - before if thread.name != "tqdm_monitor"]
+    for thread in started:
+        thread.join(timeout=30)  # the helpers of a closed event loop are told to end, and nobody waits until they have
+    assert [thread.name for thread in started if thread.is_alive()] == []
 
 
 def small(data, **changes) -> Config:
