@@ -290,6 +290,7 @@ def _compile(args: argparse.Namespace) -> None:
 def _study(args: argparse.Namespace) -> None:
     from tokenrec.analysis.figure_style import require_matplotlib
     from tokenrec.analysis.report import write_report
+    from tokenrec.study.jobs import Spent
     from tokenrec.study.plan import load_study
     from tokenrec.study.run import run_study
 
@@ -299,7 +300,22 @@ def _study(args: argparse.Namespace) -> None:
     data = f" --data={args.data}" if args.data else ""
     command = f"tokenrec study --config={args.config}{data} --out={args.out}"
     study = load_study(args.config)
-    run_study(study, args.config.stem, args.out, args.data, command=command, side_by_side=max(1, args.side_by_side))
+    try:
+        run_study(
+            study,
+            args.config.stem,
+            args.out,
+            args.data,
+            command=command,
+            side_by_side=max(1, args.side_by_side),
+            tables_only=args.tables_only,
+        )
+    except Spent as spent:
+        try:
+            print(write_report([args.out], args.out))
+        except InputError as error:  # too little is done for a page
+            raise InputError(f"{spent}; no page was drawn: {error}") from spent
+        raise
     print(write_report([args.out], args.out))
 
 

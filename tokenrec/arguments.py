@@ -92,6 +92,9 @@ def build_parser(
     study.add_argument("--out", type=Path, required=True, help="folder of the runs and tables; the same one goes on")
     study.add_argument("--data", type=Path, help="folder of the prepared data set; overrides data.path")
     study.add_argument("--side-by-side", type=_natural, default=1, help="runs at a time")
+    study.add_argument(
+        "--tables-only", action="store_true", help="begin no run: tables and page of those that are done"
+    )
     _add_launch(add("launch", "a training job on Cloud TPUs: GKE manifests or a TPU VM script"))
     report = add("report", "results of studies as one HTML page with figures (extra `report`)")
     report.add_argument("--study", type=Path, action="append", required=True, help="folder of a study; may be repeated")

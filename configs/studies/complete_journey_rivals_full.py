@@ -4,7 +4,8 @@
     tokenrec study --config=configs/studies/complete_journey_rivals_full.py --data data/complete_journey \
         --out studies/complete_journey_rivals_full --side-by-side 2
 
-Hardware and time: a CPU with 2 cores, some 3 CPU-minutes a run, 13 runs, three seeds; it goes on when it is started again.
+Hardware and time: a CPU with 2 cores, some 3 CPU-minutes a run, 13 runs, three seeds; it goes on when it is
+started again.
 
 Rates are those that `complete_journey_rivals` chose; TokenFormer tries both.
 """

@@ -156,6 +156,22 @@ def test_a_spent_budget_ends_the_study_with_what_there_is(
     assert sum(call.startswith("train") for call in calls(out)) == trained < 4
 
 
+def test_tables_of_what_is_done_are_written_without_a_run(
+    data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"holds no run of 'small' that is done; leave out --tables-only"):
+        run_study(SMALL, "small", out, data, command="", tables_only=True)
+    assert not out.exists()
+    monkeypatch.setenv("FAILS", "bfts")
+    with pytest.raises(InputError, match="no such luck"):
+        run_study(SMALL, "small", out, data, command="")
+    before = calls(out)
+    run_study(SMALL, "small", out, data, command="", tables_only=True)
+    assert calls(out) == before
+    assert {row["model"] for row in pq.read_table(out / "results.parquet").to_pylist()} >= {"tokenformer", "item_rate"}
+    assert list(json.loads((out / "study.json").read_text())["chosen"]) == ["tokenformer"]
+
+
 def test_a_signal_ends_the_study_after_its_runs_were_told(
     data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

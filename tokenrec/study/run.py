@@ -15,6 +15,7 @@ from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.log import SCORED
 from tokenrec.data.pipeline import task_names
+from tokenrec.errors import InputError
 from tokenrec.json_file import read_json, write_json
 from tokenrec.study.jobs import FIGURES_FILE, Budget, Spent, Task, finish, is_done
 from tokenrec.study.plan import CHOSEN_BY, Job, Study, base_config, final_jobs, first_jobs, job_config
@@ -33,13 +34,23 @@ from tokenrec.study.results import (
 from tokenrec.versions import versions
 
 
-def run_study(study: Study, name: str, out: Path, data: Path | None, *, command: str, side_by_side: int = 1) -> None:
+def run_study(
+    study: Study,
+    name: str,
+    out: Path,
+    data: Path | None,
+    *,
+    command: str,
+    side_by_side: int = 1,
+    tables_only: bool = False,
+) -> None:
     """Trains and scores what is not done, and writes `results.parquet`, `differences.parquet`, `curves.parquet`,
     `flops.json` and `study.json` to `out`; what there is, if the budget is used up.
 
     Args:
       data: folder of the data set, instead of the base config's.
       command: what stands in `study.json`.
+      tables_only: begin no run, and write the tables of those that are done.
 
     Raises:
       InputError: the study, its data set or `out` do not go together, or a run failed.
@@ -48,13 +59,19 @@ def run_study(study: Study, name: str, out: Path, data: Path | None, *, command:
     """
     grid = _Grid(study, out, data)
     dataset = open_dataset(data_directory(grid.base), grid.base.data.exclude, semantic_ids_path(grid.base))
+    if tables_only and not grid.chosen():
+        raise InputError(f"--out '{out}' holds no run of '{name}' that is done; leave out --tables-only to begin them")
     out.mkdir(parents=True, exist_ok=True)
     budget = Budget(out, study.cpu_hours)
+    if tables_only:
+        _write(grid, name, dataset, budget.spent, command)
+        return
     try:
         finish([grid.first(job) for job in first_jobs(study)], budget, side_by_side)
         finish([grid.task(job, study.splits) for job in grid.finals()], budget, side_by_side)
     except Spent:
-        _write(grid, name, dataset, budget.spent, command)
+        if grid.chosen():
+            _write(grid, name, dataset, budget.spent, command)
         raise
     _write(grid, name, dataset, budget.spent, command)
 
