@@ -49,6 +49,16 @@ def reads_times(config: ModelConfig) -> bool:
     return config.kind == "hstu" and config.time_bias
 
 
+def reads_heads(config: ModelConfig) -> bool:
+    """Whether the backbone has attention heads, or token mixing by heads: its width is a multiple of their number."""
+    return config.kind == "tokenformer" or "heads" in RIVAL_KINDS[config.kind].reads
+
+
+def turns_heads(config: ModelConfig) -> bool:
+    """Whether the rows of a head are turned in pairs by rotary positions (of SASRec by 0, in the shared attention)."""
+    return config.kind in ("tokenformer", "sasrec") or "rope_base" in RIVAL_KINDS[config.kind].reads
+
+
 def splits_heads(config: ModelConfig) -> bool:
     """Whether `mesh.tensor` has something to split."""
     return config.kind == "tokenformer" or RIVAL_KINDS[config.kind].tensor

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from tokenrec.config import Config
 from tokenrec.errors import InputError, suggest
-from tokenrec.kinds import kind_problems
+from tokenrec.kinds import kind_problems, reads_heads, turns_heads
 from tokenrec.tokens.prompt import ENTITIES, default_prompt, parse_prompt
 from tokenrec.typed import has_type, hint_name
 
@@ -76,9 +76,9 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"tokens.replicate_rows={c.tokens.replicate_rows} must not be negative; 0 spreads every table"
     if any(value < 1 for value in positive.values()):
         return
-    if c.model.width % c.model.heads:
+    if reads_heads(c.model) and c.model.width % c.model.heads:
         yield f"model.heads={c.model.heads} does not divide model.width={c.model.width}"
-    elif (c.model.width // c.model.heads) % 2:
+    elif turns_heads(c.model) and (c.model.width // c.model.heads) % 2:
         yield f"model.width / model.heads = {c.model.width // c.model.heads} is odd; rotary positions need an even head"
     if len(c.model.windows) > c.model.layers:
         yield f"model.windows has {len(c.model.windows)} entries for model.layers={c.model.layers}; drop some"

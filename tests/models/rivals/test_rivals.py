@@ -182,6 +182,32 @@ def test_what_a_rival_cannot_do_is_refused(kind, field, value, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("kind", "width", "heads", "message"),
+    [
+        ("din", 15, 2, None),
+        ("dcnv2", 15, 2, None),
+        ("hstu", 15, 3, None),
+        ("rankmixer", 15, 3, None),
+        ("hstu", 16, 3, "model.heads=3 does not divide model.width=16"),
+        ("rankmixer", 16, 3, "model.heads=3 does not divide model.width=16"),
+        *((kind, 15, 3, "model.width / model.heads = 5 is odd") for kind in ("onetrans", "longer", "sasrec")),
+    ],
+)
+def test_a_width_is_asked_to_fit_the_heads_that_a_kind_has(kind, width, heads, message):
+    config = rival(kind, candidates=2, events=6)
+    config.model.width, config.model.heads = width, heads
+    if message:
+        with pytest.raises(InputError, match=message):
+            validate(config)
+        return
+    layout = stream_layout(validate(config), SCHEMA, 6)
+    backbone = RIVALS[kind](config.model, layout, nnx.Rngs(0))
+    x = np.random.default_rng(0).normal(size=(2, layout.rows, width)).astype(np.float32)
+    batch = split(x, np.ones((2, 6), bool), np.ones((2, 2), bool))
+    assert call(backbone, batch[0], layout, *batch[1:]).shape == (2, 2, width)
+
+
 @pytest.mark.parametrize("kind", RIVALS)
 def test_no_bias_decays(kind):
     config = rival(kind, candidates=2, events=6)
