@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.data.batches import assert_equal, take
 from tests.data.memory_source import MemorySource
-from tests.data.test_pipeline import assert_equal, take
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch, ReadRows
 from tokenrec.data.dataset import Dataset, open_dataset
