@@ -13,8 +13,7 @@ MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "job
 CALLS = {"eval", "exec", "compile", "__import__"}
 
 ALLOWED = {
-    ("tokenrec/flags.py", "runpy"),  # `--config FILE.py`: README.md says that it is run
-    ("tokenrec/study/plan.py", "runpy"),  # a study file is Python too: docs/studies.md
+    ("tokenrec/flags.py", "runpy"),  # config and study files: README.md and docs/studies.md say that they are run
     ("tokenrec/data/beam/exchange.py", "pickle"),  # between workers of one pipeline: docs/beam.md says whom to trust
 }
 

@@ -120,26 +120,30 @@ def _fields(kind: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_file(path: str) -> Config:
-    return read_config(Path(path)) if path.lower().endswith(".json") else _run_file(path)
+    if path.lower().endswith(".json"):
+        return read_config(Path(path))
+    return run_file(Path(path), "config", "get_config", Config)
 
 
-def _run_file(path: str) -> Config:
+def run_file[Made](path: Path, what: str, function: str, kind: type[Made]) -> Made:
+    """What a function of a Python file returns, which is of a kind: of a "config" or "study" file.
+
+    Raises:
+      InputError: it raises something, defines no such function, or returns another kind; with the line.
+    """
+    wanted = f"{kind.__module__}.{kind.__qualname__}"
     try:
-        make = runpy.run_path(path).get("get_config")
+        make = runpy.run_path(str(path)).get(function)
         if not callable(make):
-            raise InputError(
-                f"config file {path} defines no get_config(); add one that returns a tokenrec.config.Config"
-            )
-        config = make()
+            raise InputError(f"{what} file {path} defines no {function}(); add one that returns a {wanted}")
+        made = make()
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"config file {path}{_line(error, path)}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, Config):
-        raise InputError(
-            f"config file {path}: get_config() returned {type(config).__name__}, not tokenrec.config.Config"
-        )
-    return config
+        raise InputError(f"{what} file {path}{_line(error, str(path))}: {type(error).__name__}: {error}") from error
+    if not isinstance(made, kind):
+        raise InputError(f"{what} file {path}: {function}() returned {type(made).__name__}, not {wanted}")
+    return made
 
 
 def _line(error: Exception, path: str) -> str:

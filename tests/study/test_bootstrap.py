@@ -38,21 +38,31 @@ def test_auc_within_users_weighted_by_rows_is_gauc() -> None:
 def test_a_difference_is_that_of_the_means_over_seeds_and_lies_in_its_interval() -> None:
     labels, scores, user = some(ties=False)
     noise = np.random.default_rng(2).uniform(size=(2, len(labels))).astype(np.float32)
-    runs = {"right": [scores, scores], "half": [(scores + n) / 2 for n in noise]}
+    runs = {"right": {0: scores, 1: scores}, "half": {seed: (scores + n) / 2 for seed, n in enumerate(noise)}}
     found = compare(labels, runs, user, "right", draws=300)["auc"]["half"]
-    assert found.value == pytest.approx(np.mean([auc(labels, s) for s in runs["half"]]) - auc(labels, scores))
+    assert found.value == pytest.approx(np.mean([auc(labels, s) for s in runs["half"].values()]) - auc(labels, scores))
     assert found.low < found.value < found.high < 0
     assert found.p_value == pytest.approx(2 / 300)  # the least that so many draws can tell
 
 
 def test_a_model_does_not_differ_from_itself_and_a_draw_is_the_same_for_all() -> None:
     labels, scores, user = some()
-    one = compare(labels, {"a": [scores], "b": [scores]}, user, "a", draws=100)
+    one = compare(labels, {"a": {0: scores}, "b": {0: scores}}, user, "a", draws=100)
     for models in one.values():
         assert models["b"] == (0, 0, 0, 1)
-    assert compare(labels, {"a": [scores], "b": [1 - scores]}, user, "a", draws=100, seed=3) == compare(
-        labels, {"a": [scores], "b": [1 - scores]}, user, "a", draws=100, seed=3
-    )
+    runs = {"a": {0: scores}, "b": {0: 1 - scores}}
+    assert compare(labels, runs, user, "a", draws=100, seed=3) == compare(labels, runs, user, "a", draws=100, seed=3)
+
+
+def test_a_model_with_fewer_seeds_is_compared_on_those_it_shares() -> None:
+    labels, scores, user = some(ties=False)
+    noise = np.random.default_rng(2).uniform(size=(3, len(labels))).astype(np.float32)
+    seeds = dict(enumerate((scores + noise) / 2))
+    runs = {"all": seeds, "first": {0: seeds[0]}, "none of them": {-1: seeds[0]}}
+    found = compare(labels, runs, user, "all", draws=100)["auc"]
+    assert found["first"] == (0, 0, 0, 1)
+    mean = np.mean([auc(labels, of_seed) for of_seed in seeds.values()])
+    assert found["none of them"].value == pytest.approx(auc(labels, seeds[0]) - mean)
 
 
 def test_intervals_hold_the_true_difference_about_as_often_as_they_say() -> None:
@@ -63,6 +73,6 @@ def test_intervals_hold_the_true_difference_about_as_often_as_they_say() -> None
         # Both see the label through equal noise: the true difference is 0. A user's rows share some of it.
         shared = draw.normal(size=(2, 60)).repeat(5, axis=1)
         a, b = (1 / (1 + np.exp(-(labels + s + draw.normal(size=300)))) for s in shared)
-        found = compare(labels, {"a": [a], "b": [b]}, user, "a", draws=200)["auc"]["b"]
+        found = compare(labels, {"a": {0: a}, "b": {0: b}}, user, "a", draws=200)["auc"]["b"]
         held += found.low <= 0 <= found.high
     assert 0.85 * studies < held <= studies

@@ -58,6 +58,9 @@ def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
         ({"splits": ("test",)}, "with valid, which chooses"),
         ({"cpu_hours": 0}, "cpu_hours=0 must be above 0"),
         ({"draws": 5}, "too few"),
+        ({"seeds": 3}, r"seeds=3 is not tuple\[int"),
+        ({"learning_rates": 1e-3}, r"learning_rates=0.001 is not tuple\[float"),
+        ({"checkpoint": "newest"}, "checkpoint='newest' is not .*'latest', 'best'"),
         ({"models": {"a": {"seed": 4}}, "reference": "a"}, "'a' sets seed, which the study sets"),
         ({"models": {"a": {"model.widht": 4}}, "reference": "a"}, "model 'a': config field 'model.widht'.*model.width"),
         ({"models": {"a": {"model.heads": 3}}, "reference": "a"}, "model 'a': .*model.heads=3 does not divide"),
@@ -73,7 +76,9 @@ def test_a_slip_is_refused_with_its_field(changes: dict, words: str) -> None:
     ("text", "words"),
     [
         ("x = 1", r"defines no get_study\(\)"),
-        ("def get_study():\n    return 3", "returned int, not Study"),
+        ("def get_study():\n    return 3", "returned int, not tokenrec.study.plan.Study"),
+        ("def get_study(:", r"study file .*s\.py, line 1: SyntaxError"),
+        ("def get_study():\n    return 1 / 0", r"s\.py, line 2: ZeroDivisionError"),
     ],
 )
 def test_a_file_that_gives_no_study_is_refused(tmp_path: Path, text: str, words: str) -> None:

@@ -11,9 +11,11 @@ import signal
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.memory_source import MemorySource
 from tests.study.test_plan import STUDY
 from tokenrec.data.prepare import prepare
 from tokenrec.data.synthetic import SyntheticSource
@@ -36,6 +38,8 @@ with open(os.environ["CALLS"], "a") as calls:
     print(verb, folder.relative_to(os.environ["OUT"]), flags.get("split", ""), file=calls)
 if os.environ.get("FAILS", "nowhere") in str(folder) and verb == "train":
     sys.exit("no such luck")
+if os.environ.get("DIVERGES", "nowhere") in str(folder) and verb == "train":
+    sys.exit(4)
 config = json.loads((folder / "config.json").read_text())
 if verb == "describe":
     Path(flags["json"]).write_text(json.dumps({"parameters": {"dense": 5, "tables": 7}, "flops_per_example": 11}))
@@ -69,7 +73,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The study's folder; commands are COMMAND."""
     import numpy as np
-    import pyarrow as pa
 
     from tokenrec.data.dataset import open_dataset
     from tokenrec.data.log import SCORED
@@ -140,6 +143,28 @@ def test_a_run_that_fails_is_named_with_its_words_and_what_is_done_stays(
     monkeypatch.delenv("FAILS")
     run_study(SMALL, "small", out, data, command="")
     assert sum(call.startswith("train runs/tokenformer") for call in calls(out)) == 3
+
+
+def test_a_run_that_diverges_is_left_out_and_the_others_go_on(
+    data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIVERGES", "bfts/lr-0.003")  # the better rate
+    run_study(SMALL, "small", out, data, command="")
+    assert "bfts/lr-0.003/seed-0 diverged, see train.log there" in capsys.readouterr().err
+    assert json.loads((out / "study.json").read_text())["chosen"]["bfts"] == 1e-3
+    rows = pq.read_table(out / "results.parquet").to_pylist()
+    assert {r["learning_rate"] for r in rows if r["model"] == "bfts"} == {1e-3}
+    before = calls(out)
+    run_study(SMALL, "small", out, data, command="")
+    assert calls(out) == before  # nor is it tried again
+
+
+def test_a_split_that_the_data_lacks_is_refused_before_any_run(out: Path, tmp_path: Path) -> None:
+    rows = {"user_id": [1, 1, 2], "time_ms": [0, 1, 2], "split": pa.array([0, 1, 1], pa.int8())}
+    prepare(MemorySource(rows), tmp_path / "short")
+    with pytest.raises(InputError, match="the data set has no test, but train, valid; leave it out"):
+        run_study(SMALL, "small", out, tmp_path / "short", command="")
+    assert not out.exists()
 
 
 def test_a_spent_budget_ends_the_study_with_what_there_is(

@@ -7,7 +7,7 @@ the seeds that were trained, and their deviation is reported beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ class Difference(NamedTuple):
 
 def compare(
     labels: np.ndarray,
-    scores: Mapping[str, Sequence[np.ndarray]],
+    scores: Mapping[str, Mapping[int, np.ndarray]],
     users: np.ndarray,
     reference: str,
     *,
@@ -35,33 +35,44 @@ def compare(
 ) -> dict[str, dict[str, Difference]]:
     """Differences of each other model to `reference`: metric "auc", "gauc" or "log_loss" -> model -> Difference.
 
+    A model that has not all seeds of the reference yet is compared on those that both have: a seed moves all models by
+    more than many of them differ. One that shares none, as a baseline that no seed made, is compared with all.
+
     Args:
       labels: `[N]` of 0 and 1, both of which occur.
-      scores: of each model, `[N]` probabilities for each of its seeds.
+      scores: of each model, `[N]` probabilities by seed.
       users: `[N]`.
     """
     _, user = np.unique(users, return_inverse=True)
     count = int(user.max()) + 1
-    prepared = {name: [_Prepared(labels, one, user, count) for one in runs] for name, runs in scores.items()}
+    prepared = {
+        name: {of: _Prepared(labels, one, user, count) for of, one in runs.items()} for name, runs in scores.items()
+    }
     drawn = np.random.default_rng(seed)
-    whole = _means(prepared, np.ones(count))
+    whole = _gaps(prepared, reference, np.ones(count))
     sampled = [
-        _means(prepared, np.bincount(drawn.integers(count, size=count), minlength=count).astype(np.float64))
+        _gaps(prepared, reference, np.bincount(drawn.integers(count, size=count), minlength=count).astype(np.float64))
         for _ in range(draws)
     ]
     found: dict[str, dict[str, Difference]] = {}
     for column, metric in enumerate(("auc", "gauc", "log_loss")):
-        found[metric] = {}
-        for name in scores:
-            if name != reference:
-                values = np.array([one[name][column] - one[reference][column] for one in sampled])
-                value = float(whole[name][column] - whole[reference][column])
-                found[metric][name] = _difference(value, values)
+        found[metric] = {
+            name: _difference(float(gap[column]), np.array([one[name][column] for one in sampled]))
+            for name, gap in whole.items()
+        }
     return found
 
 
-def _means(prepared: Mapping[str, Sequence[_Prepared]], times: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: np.mean([run.metrics(times) for run in runs], axis=0) for name, runs in prepared.items()}
+def _gaps(prepared: Mapping[str, Mapping[int, _Prepared]], reference: str, times: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics of each model less those of the reference, means over the seeds that both have."""
+    metrics = {name: {of: run.metrics(times) for of, run in runs.items()} for name, runs in prepared.items()}
+    base, gaps = metrics[reference], {}
+    for name, own in metrics.items():
+        if name != reference:
+            shared = own.keys() & base.keys()
+            mine, its = (np.mean([runs[of] for of in sorted(shared or runs)], axis=0) for runs in (own, base))
+            gaps[name] = mine - its
+    return gaps
 
 
 def _difference(value: float, draws: np.ndarray) -> Difference:

@@ -19,12 +19,12 @@ from types import FrameType
 from typing import NamedTuple
 
 from tokenrec.config import Config, read_config, to_json
-from tokenrec.errors import InputError, Stopped
+from tokenrec.errors import EXIT_BAD_STEPS, InputError, Stopped
 from tokenrec.json_file import read_json, write_json, write_whole
 
 TOKENREC = (sys.executable, "-m", "tokenrec")
 RUN, FIGURES_FILE = "run", "figures.json"
-_CONFIG, _TRAINED, _BUDGET = "config.json", "trained.json", "budget.json"
+_CONFIG, _TRAINED, _DIVERGED, _BUDGET = "config.json", "trained.json", "diverged.json", "budget.json"
 
 
 class Task(NamedTuple):
@@ -66,11 +66,18 @@ class Budget:
 
 
 def is_done(task: Task) -> bool:
+    """Whether what the task wants is there; never of a run that diverged."""
     return not _missing(task)
 
 
+def diverged(task: Task) -> bool:
+    """Whether its training ended with steps that are not finite. It has no scores, and is not tried again."""
+    return (task.folder / _DIVERGED).is_file()
+
+
 def finish(tasks: Sequence[Task], budget: Budget, side_by_side: int) -> None:
-    """Runs what is not done, `side_by_side` runs at a time, and says so on stderr.
+    """Runs what is not done, `side_by_side` runs at a time, and says so on stderr. A run whose steps are not finite, as
+    one of too high a learning rate, is left without scores, and the others go on.
 
     Raises:
       InputError: a folder holds a run with another config, or a command failed; its last words are in the message.
@@ -79,7 +86,7 @@ def finish(tasks: Sequence[Task], budget: Budget, side_by_side: int) -> None:
     """
     for task in tasks:
         _check(task)
-    left = [task for task in tasks if not is_done(task)]
+    left = [task for task in tasks if not is_done(task) and not diverged(task)]
     with _Children() as children, ThreadPoolExecutor(side_by_side) as pool:
         made = []
         for number, task in enumerate(left):
@@ -103,6 +110,10 @@ def _finish(task: Task, budget: Budget, children: _Children, left: int) -> None:
     print(f"study: {task.folder}, {left} to do", file=sys.stderr)
     for what in _missing(task):
         ended = children.run(_line(task, what), task.folder / f"{what}.log", budget)
+        if ended == EXIT_BAD_STEPS and what == "train":
+            write_json(task.folder / _DIVERGED, {"config": _CONFIG, "code": ended})
+            print(f"study: {task.folder} diverged, see train.log there; the others go on", file=sys.stderr)
+            return
         if ended and children.heard is None:
             words = (task.folder / f"{what}.log").read_text(errors="replace").strip()
             raise InputError(f"{task.folder}: {what} ended with code {ended}: {words[-1_000:]}")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import runpy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from tokenrec.config import Config
 from tokenrec.data.source import SPLITS
 from tokenrec.errors import InputError, suggest
-from tokenrec.flags import load_config, shipped_folder
+from tokenrec.flags import load_config, run_file, shipped_folder
+from tokenrec.typed import has_type, hint_name
 
 CHOSEN_BY = "valid"
 _RATE = "optim.learning_rate"
@@ -40,14 +40,14 @@ class Study:
     """
 
     base: str
-    models: Mapping[str, Mapping[str, Any]]
+    models: dict[str, dict[str, Any]]
     reference: str
     learning_rates: tuple[float, ...]
     cpu_hours: float
     seeds: tuple[int, ...] = (0, 1, 2)
     splits: tuple[str, ...] = (CHOSEN_BY, "test")
-    own_rates: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
-    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    own_rates: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     checkpoint: Literal["latest", "best"] = "latest"
     draws: int = 1_000
 
@@ -79,18 +79,21 @@ def load_study(path: Path) -> Study:
     file = path if path.is_file() else shipped.get(path.stem)
     if file is None or path not in (file, Path(path.stem), Path("configs", "studies", path.name)):
         raise InputError(f"--config={path} is neither a file nor a shipped study{suggest(path.stem, shipped)}")
-    made = runpy.run_path(str(file)).get("get_study")
-    if not callable(made):
-        raise InputError(f"study file {file} defines no get_study(); add one that returns a tokenrec.study.plan.Study")
-    study = made()
-    if not isinstance(study, Study):
-        raise InputError(f"study file {file}: get_study() returned {type(study).__name__}, not Study")
+    study = run_file(file, "study", "get_study", Study)
     check_study(study)
     return study
 
 
 def check_study(study: Study) -> None:
     """Raises an InputError that lists what is wrong with a study, the configs of its models included."""
+    hints = get_type_hints(Study)
+    wrong_types = [
+        f"{name}={getattr(study, name)!r} is not {hint_name(hint)}"
+        for name, hint in hints.items()
+        if not has_type(getattr(study, name), hint)
+    ]
+    if wrong_types:
+        raise InputError("the study has problems:\n  " + "\n  ".join(wrong_types))
     problems = [
         f"models: '{name}' names folders too; use letters, digits and . _ + -"
         for name in study.models

@@ -70,16 +70,17 @@ def result_rows(
 
 
 def difference_rows(
-    study: str, split: str, runs: Mapping[str, Sequence[Scored]], reference: str, draws: int
+    study: str, split: str, runs: Mapping[str, Mapping[int, Scored]], reference: str, draws: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `Difference`, for tasks of which both classes occur.
+    """Rows of `Difference`, for tasks of which both classes occur. `runs`: model -> seed -> its scores.
 
     Raises:
       InputError: two models did not score the same rows.
     """
-    first = runs[reference][0]
+    first = next(iter(runs[reference].values()))
     for name, scored in runs.items():
-        if any(not one.key.equals(first.key) or not np.array_equal(one.labels, first.labels) for one in scored):
+        every = scored.values()
+        if any(not one.key.equals(first.key) or not np.array_equal(one.labels, first.labels) for one in every):
             raise InputError(f"'{name}' and '{reference}' did not score the same rows of {split}; compare equal ones")
     for k, task in enumerate(first.tasks):
         known = first.labels[:, k] >= 0
@@ -87,7 +88,7 @@ def difference_rows(
         positives = int(labels.sum())
         if positives in (0, len(labels)):
             continue
-        scores = {name: [one.scores[known, k] for one in scored] for name, scored in runs.items()}
+        scores = {name: {of: one.scores[known, k] for of, one in scored.items()} for name, scored in runs.items()}
         for metric, models in compare(labels, scores, users, reference, draws=draws).items():
             for model, (value, low, high, p_value) in models.items():
                 yield {

@@ -59,6 +59,12 @@ def run_study(
     """
     grid = _Grid(study, out, data)
     dataset = open_dataset(data_directory(grid.base), grid.base.data.exclude, semantic_ids_path(grid.base))
+    absent = [split for split in study.splits if split not in dataset.splits]
+    if absent:
+        raise InputError(
+            f"splits={study.splits!r} of the study: the data set has no {absent[0]}, but {', '.join(dataset.splits)}; "
+            "leave it out, or prepare the data set with it"
+        )
     if tables_only and not grid.chosen():
         raise InputError(f"--out '{out}' holds no run of '{name}' that is done; leave out --tables-only to begin them")
     out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +136,7 @@ def _write(grid: _Grid, name: str, dataset: Dataset, spent: float, command: str)
     differences: list[dict[str, Any]] = []
     positives: dict[str, dict[str, int]] = {}
     for split in study.splits:
-        final: dict[str, list[Scored]] = {}
+        final: dict[str, dict[int, Scored]] = {}
         for job in jobs:
             found = grid.scored(job, split)
             if found is None:
@@ -141,14 +147,14 @@ def _write(grid: _Grid, name: str, dataset: Dataset, spent: float, command: str)
             made = result_rows(name, job.model, job.seed, job.learning_rate, split, found.metrics())
             rows += [row | cost for row in made]
             if job in finals:
-                final.setdefault(job.model, []).append(found)
+                final.setdefault(job.model, {})[job.seed] = found
         if not final:
             continue
-        some = next(iter(final.values()))[0]
+        some = next(iter(next(iter(final.values())).values()))
         positives[split] = {task: int((some.labels[:, k] == 1).sum()) for k, task in enumerate(some.tasks)}
         for baseline, scored in _baselines(dataset, grid.base, split, some):
             rows += result_rows(name, baseline, BASELINE_SEED, None, split, scored.metrics())
-            final[baseline] = [scored]
+            final[baseline] = {BASELINE_SEED: scored}
         if study.reference in final:
             differences += difference_rows(name, split, final, study.reference, study.draws)
     write_rows(grid.out / "results.parquet", rows, Result)
