@@ -21,7 +21,7 @@ from tokenrec.analysis.wording import decimal, interval_text, plain_spread
 
 RESULTS = Path(__file__).parent / "results" / "studies"
 TABLES = ("study.json", "results.parquet", "differences.parquet", "flops.json", "curves.parquet")
-OPTIONAL_TABLES = ("ranks.parquet", "spectra.parquet", "attention.parquet")
+STATES = ("ranks.parquet", "spectra.parquet", "information.parquet", "attention.parquet", "maps.parquet", "states.json")
 METRICS = ("auc", "gauc")
 
 
@@ -58,7 +58,7 @@ def keep(folder: Path, out: Path) -> Path:
     name, split = files.about.study, summary.main_split
     kept = out / name
     kept.mkdir(parents=True, exist_ok=True)
-    for table in (*TABLES, *OPTIONAL_TABLES):
+    for table in (*TABLES, *STATES):
         if (folder / table).is_file():
             shutil.copyfile(folder / table, kept / table)
     tried, wanted = search_of(files.results), len(files.about.seeds)

@@ -1,34 +1,48 @@
 """What the runs of a study are like inside, as tables beside its results, which `tokenrec report` draws: effective
-ranks, spectra, and what is attended to.
+ranks, spectra, information on the label, and what is attended to.
 
     python -m benchmarks.study_states --study DIR [--models MODEL ...] [--data DATA]
 
 Measures event states of the newest checkpoint of each run at its model's learning rate. Ranks of earlier steps, which a
 run logs with `train.log_states`, are of one batch and no match for these; the report draws them among the learning
 curves. Attention is that of the first seed: of events in user-centric runs, and of targets in others, to each part of
-the stream.
+the stream, and as maps.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from benchmarks.report import run_script
-from tokenrec.analysis.attention_maps import attention_mass, run_maps
+from tokenrec.analysis.attention_maps import Maps, attention_mass, run_maps
 from tokenrec.analysis.event_states import collapse_report
 from tokenrec.analysis.rank import LEAST_ROWS
-from tokenrec.analysis.study_files import Mass, Rank, SingularValue, StudyFiles, read_study
+from tokenrec.analysis.study_files import (
+    TOKENS,
+    Cell,
+    Information,
+    Mass,
+    Rank,
+    SingularValue,
+    StudyFiles,
+    read_study,
+)
 from tokenrec.analysis.summary import chosen_rates
 from tokenrec.errors import InputError, suggest
+from tokenrec.json_file import write_json
 from tokenrec.study.jobs import RUN
 from tokenrec.study.plan import Job
 from tokenrec.study.results import write_rows
 
 _LAYER = "layer_"
 STREAMS = 64  # that attention is the mean of
+BLOCKS = 32  # of rows of the stream, that a map shows
 
 
 def measured_jobs(files: StudyFiles, models: Sequence[str]) -> list[Job]:
@@ -51,26 +65,34 @@ def measured_jobs(files: StudyFiles, models: Sequence[str]) -> list[Job]:
     return [Job(m, rate, s) for m, rate, s in done if rate is not None and rate == rates[m] and m in wanted]
 
 
-def state_rows(study: str, job: Job, report: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of `Rank` and of `SingularValue` from the `collapse_report` of a run."""
-    who = {"study": study, "model": job.model, "seed": job.seed}
-    layers = {int(name.removeprefix(_LAYER)): of for name, of in report["layers"].items() if name.startswith(_LAYER)}
-    ranks = [
-        who | {"step": report["step"], "layer": layer, "effective_rank": found["effective_rank"]}
-        for layer, found in layers.items()
-    ]
-    spectra = [
-        who | {"layer": layer, "index": index, "singular_value": value}
-        for layer, found in layers.items()
-        for index, value in enumerate(found["spectrum"])
-    ]
-    return ranks, spectra
+class Tables(NamedTuple):
+    """Rows of the tables, by their kind."""
+
+    ranks: list[dict[str, Any]]
+    spectra: list[dict[str, Any]]
+    information: list[dict[str, Any]]
 
 
-def mass_rows(study: str, model: str, run: Path, data: Path | None, split: str) -> list[dict[str, Any]]:
+def state_rows(study: str, job: Job, report: dict[str, Any]) -> Tables:
+    """Rows from the `collapse_report` of a run."""
+    who, rows = {"study": study, "model": job.model, "seed": job.seed}, Tables([], [], [])
+    for name, found in report["layers"].items():
+        layer = who | {"layer": int(name.removeprefix(_LAYER)) if name.startswith(_LAYER) else TOKENS}
+        rows.ranks.append(layer | {"step": report["step"], "effective_rank": found["effective_rank"]})
+        rows.spectra.extend(
+            layer | {"index": index, "singular_value": value} for index, value in enumerate(found["spectrum"])
+        )
+        rows.information.extend(
+            layer | {"task": task, "clusters": int(count), "nats": one["corrected"]}
+            for task, by_count in found["information"].items()
+            for count, one in by_count.items()
+        )
+    return rows
+
+
+def mass_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
     """Rows of `Mass`: where the attention of what is scored goes."""
-    maps, rows = run_maps(run, data, split, STREAMS), []
-    reader = "target" if maps.layout.candidates else "event"
+    reader, rows = "target" if maps.layout.candidates else "event", []
     for layer, weights in enumerate(maps.weights):
         for source, of_heads in attention_mass(weights, maps.layout, maps.valid)[reader].items():
             place = {"study": study, "model": model, "layer": layer, "source": source}
@@ -78,23 +100,49 @@ def mass_rows(study: str, model: str, run: Path, data: Path | None, split: str) 
     return rows
 
 
-def write_tables(folder: Path, models: Sequence[str], data: Path | None, split: str, rows: int) -> None:
-    """`ranks.parquet`, `spectra.parquet` and `attention.parquet` of a study's folder, replaced once all is measured."""
+def cell_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
+    """Rows of `Cell`: the stream in at most `BLOCKS` blocks of rows."""
+    size = maps.layout.rows
+    first = np.unique(np.linspace(0, size, min(size, BLOCKS), endpoint=False).astype(int))
+    reads = np.add.reduceat(maps.valid.sum(axis=0), first)
+    rows = []
+    for layer, weights in enumerate(maps.weights):
+        given = np.where(maps.valid[:, :, None], weights.mean(axis=1), 0).sum(axis=0)
+        blocks = np.add.reduceat(np.add.reduceat(given, first, axis=1), first, axis=0)
+        place = {"study": study, "model": model, "layer": layer}
+        rows += [
+            place | {"query": int(first[q]), "key": int(first[k]), "value": float(blocks[q, k] / reads[q])}
+            for q in np.flatnonzero(reads)
+            for k in range(len(first))
+        ]
+    return rows
+
+
+def write_tables(folder: Path, models: Sequence[str], data: Path | None, split: str, rows: int, command: str) -> None:
+    """`ranks`, `spectra`, `information`, `attention` and `maps.parquet` and `states.json` of a study's folder, replaced
+    once all is measured.
+    """
     files = read_study(folder)
-    ranks, spectra, masses = [], [], []
+    study, tables, drawn = files.about.study, Tables([], [], []), set()
+    masses, cells = [], []
     for job in measured_jobs(files, models):
         run = folder / job.folder / RUN
-        report = collapse_report(run, split, checkpoint="latest", data=data, rows=rows, clusters=())
-        of_run = state_rows(files.about.study, job, report)
-        ranks += of_run[0]
-        spectra += of_run[1]
-        if job.model not in {mass["model"] for mass in masses}:
-            masses += mass_rows(files.about.study, job.model, run, data, split)
+        report = collapse_report(run, split, checkpoint="latest", data=data, rows=rows)
+        for table, of_run in zip(tables, state_rows(study, job, report), strict=True):
+            table += of_run
+        if job.model not in drawn:
+            drawn.add(job.model)
+            maps = run_maps(run, data, split, STREAMS)
+            masses += mass_rows(study, job.model, maps)
+            cells += cell_rows(study, job.model, maps)
         found = [f"{of['effective_rank']:.1f}" for of in report["layers"].values()]
         print(f"{job.model}, seed {job.seed}, step {report['step']:,}: {', '.join(found)}", flush=True)
-    write_rows(folder / "ranks.parquet", ranks, Rank)
-    write_rows(folder / "spectra.parquet", spectra, SingularValue)
+    write_rows(folder / "ranks.parquet", tables.ranks, Rank)
+    write_rows(folder / "spectra.parquet", tables.spectra, SingularValue)
+    write_rows(folder / "information.parquet", tables.information, Information)
     write_rows(folder / "attention.parquet", masses, Mass)
+    write_rows(folder / "maps.parquet", cells, Cell)
+    write_json(folder / "states.json", {"command": command})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="valid")
     parser.add_argument("--rows", type=int, default=LEAST_ROWS, help="event states to draw from each run")
     flags = parser.parse_args(argv)
-    write_tables(flags.study, flags.models, flags.data, flags.split, flags.rows)
+    words = ["python", "-m", "benchmarks.study_states", f"--study={flags.study}"]
+    words += [*(["--models", *flags.models] if flags.models else []), f"--split={flags.split}", f"--rows={flags.rows}"]
+    write_tables(flags.study, flags.models, flags.data, flags.split, flags.rows, shlex.join(words))
 
 
 if __name__ == "__main__":

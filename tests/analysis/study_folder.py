@@ -16,6 +16,8 @@ DIFFERENCE = ["study", "model", "reference", *_PLACE, "difference", "low", "high
 CURVE = ["study", "model", "seed", "learning_rate", "step", "name", "value"]
 RANK = ["study", "model", "seed", "step", "layer", "effective_rank"]
 SPECTRUM = ["study", "model", "seed", "layer", "index", "singular_value"]
+INFORMATION = ["study", "model", "seed", "layer", "task", "clusters", "nats"]
+MAPS = ["study", "model", "layer", "query", "key", "value"]
 ATTENTION = ["study", "model", "layer", "head", "source", "value"]
 
 NAME = "made-up"
@@ -46,6 +48,11 @@ def write_study(folder: Path, name: str = NAME, *, optional: bool = True) -> Pat
     write_rows(folder / "spectra.parquet", SPECTRUM, [(name, m, s, *value) for m, s in models for value in sigma])
     mass = [(layer, head, *of) for layer in (0, 1) for head in (0, 1) for of in (("user", 0.25), ("event 0", 0.75))]
     write_rows(folder / "attention.parquet", ATTENTION, [(name, model, *of) for model in RATES for of in mass])
+    told = [(layer, "click", count, 0.1 + layer / count) for layer in (-1, 0, 1) for count in (50, 100)]
+    write_rows(folder / "information.parquet", INFORMATION, [(name, m, s, *of) for m, s in models for of in told])
+    cells = [(layer, q, k, 0.5 if k <= q else 0.0) for layer in (0, 1) for q in (0, 4) for k in (0, 4)]
+    write_rows(folder / "maps.parquet", MAPS, [(name, model, *of) for model in RATES for of in cells])
+    (folder / "states.json").write_text(json.dumps({"command": "python -m benchmarks.study_states --study=made-up"}))
     (folder / "flops.json").write_text(json.dumps({"ours": 2e6, "rival": 8e6}))
     return folder
 

@@ -39,7 +39,7 @@ from tokenrec.errors import InputError
 
 pytest.importorskip("matplotlib")
 
-from tokenrec.analysis.figures import draw_curves
+from tokenrec.analysis.figures import draw_curves, draw_information, draw_maps
 from tokenrec.analysis.report import write_report
 
 CLICK, LOSS = Place("test", "click", "auc"), Place("test", "click", "log_loss")
@@ -195,7 +195,7 @@ def test_an_interval_that_touches_zero_is_not_a_difference() -> None:
 def test_figures_are_in_the_page_and_in_files_each_with_its_commands(page: Path) -> None:
     text = page.read_text()
     drawn = re.findall(r'<figure class="drawn">(.*?)</figure>', text, re.DOTALL)
-    names = ["attention", "curves", "differences", "quality-flops", "ranks", "spectra"]
+    names = ["attention", "curves", "differences", "information", "maps", "quality-flops", "ranks", "spectra"]
     files = sorted((page.parent / "figures").iterdir())
     assert [file.name for file in files] == [f"{NAME}-{name}.png" for name in names]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
@@ -203,7 +203,10 @@ def test_figures_are_in_the_page_and_in_files_each_with_its_commands(page: Path)
     for figure in (*drawn, *re.findall(r'<figure class="tabled">(.*?)</figure>', text, re.DOTALL)):
         said = [words(line) for line in re.findall(r'<p class="command">(.*?)</p>', figure)]
         assert said[0] == "tokenrec study --config=made_up --out=studies/made-up"
-        assert said[1].startswith("tokenrec report --study=")
+        title = words(re.findall(r"<figcaption><b>(.*?)\.</b>", figure)[0])
+        inside = re.match(r"Effective rank|Spectra|Information|Attention", title)
+        assert said[1:-1] == (["python -m benchmarks.study_states --study=made-up"] if inside else []), title
+        assert said[-1].startswith("tokenrec report --study=")
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
 
@@ -212,13 +215,33 @@ def test_the_page_needs_no_network_no_script_and_no_other_file(page: Path) -> No
     text = page.read_text()
     for word in ("http", "src=", "<script", "<link", "@import", "<iframe", "<metadata"):
         assert word not in text
-    assert set(re.findall(r'href="(.)', text)) == {"#"}
+    assert set(re.findall(r'href="(#|data:image/png;base64,|.)', text)) == {"#", "data:image/png;base64,"}
     assert set(re.findall(r"url\((.)", text)) <= {"#"}
 
 
 def test_ranks_are_those_of_the_last_step(page: Path) -> None:
     # Step 2: 20 and 21, plus the seed.
     assert tables(page)["Effective rank of the event states"]["ours"] == ["21.0 ± 1.0", "22.0 ± 1.0"]
+
+
+def test_maps_show_a_panel_of_each_layer_and_leave_out_what_is_not_read(tmp_path: Path) -> None:
+    files = read_study(write_study(tmp_path / "s"))
+    drawing = draw_maps(files.maps, summarize_study(files))
+    axes = drawing.figure.axes
+    assert [ax.get_title() for ax in axes] == [
+        f"{model}, layer {n}" for model in ("ours", "rival", "plain") for n in (0, 1)
+    ]
+    shown = axes[0].images[0].get_array()
+    assert shown.mask.tolist() == [[False, True], [False, False]]
+    assert shown[1].tolist() == [0.5, 0.5]
+
+
+def test_information_is_that_of_the_top_layer(tmp_path: Path) -> None:
+    files = read_study(write_study(tmp_path / "s"))
+    summary = summarize_study(files)
+    (panel,) = draw_information(files.information, summary, assign_styles(summary.models)).figure.axes
+    assert panel.get_title() == "click"
+    assert [line.get_ydata().tolist() for line in panel.lines] == [pytest.approx([0.12, 0.11])] * 3
 
 
 def test_learning_curves_have_the_logged_rank_of_the_top_layer(tmp_path: Path) -> None:
@@ -241,7 +264,9 @@ def test_sections_of_missing_files_are_absent_and_named(tmp_path: Path) -> None:
         "flops.json",
         "ranks.parquet",
         "spectra.parquet",
+        "information.parquet",
         "attention.parquet",
+        "maps.parquet",
     ):
         assert f"<code>{file}</code> is not in the study" in text
     assert not (tmp_path / "out" / "figures").exists()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tokenrec.analysis.figure_style import INK, PALE, Style, add_legend, make_panels
-from tokenrec.analysis.study_files import MACRO, CurvePoint, Mass, Rank, SingularValue
+from tokenrec.analysis.study_files import MACRO, Cell, CurvePoint, Information, Mass, Rank, SingularValue
 from tokenrec.analysis.summary import Place, Spread, Summary, higher_is_better, spread, verdict
-from tokenrec.analysis.wording import metric_name, si_number
+from tokenrec.analysis.wording import layer_name, metric_name, si_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _CURVES = ("train/loss", f"valid/{MACRO}_auc", "valid/ndcg@10")
 _RANK = "rank/layer_"
+LEAST_SHARE = 1e-3  # of attention that a map tells from nothing
 
 type Styles = Mapping[str, Style]
 
@@ -147,7 +148,9 @@ def draw_ranks(ranks: Sequence[Rank], summary: Summary, styles: Styles) -> Drawi
     figure, axes = make_panels(titles, 3.4, sharey=True)
     for model, by_layer in _in_order(ends, summary.models):
         _draw_band(axes[0], by_layer, styles[model])
-    axes[0].set(xlabel="layer", ylabel="effective rank", xticks=sorted({n for found in ends.values() for n in found}))
+    axes[0].set(xlabel="layer", ylabel="effective rank")
+    layers = sorted({n for found in ends.values() for n in found})
+    axes[0].set_xticks(layers, labels=[layer_name(n).removeprefix("layer ") for n in layers])
     if trained:
         for model, by_step in _in_order(during, summary.models):
             _draw_band(axes[1], {step: spread(found) for step, found in sorted(by_step.items())}, styles[model])
@@ -164,7 +167,7 @@ def draw_spectra(values: Sequence[SingularValue], summary: Summary, styles: Styl
     for row in values:
         of_seed = found.setdefault(row.layer, {}).setdefault(row.model, {}).setdefault(row.seed, {})
         of_seed[row.index] = row.singular_value
-    figure, axes = make_panels((f"layer {layer}" for layer in sorted(found)), 2.8, sharex=True, sharey=True)
+    figure, axes = make_panels(map(layer_name, sorted(found)), 2.8, sharex=True, sharey=True)
     for ax, layer in zip(axes, sorted(found), strict=True):
         for model, seeds in _in_order(found[layer], summary.models):
             shared = sorted(set.intersection(*(set(of_seed) for of_seed in seeds.values())))
@@ -181,6 +184,69 @@ def draw_spectra(values: Sequence[SingularValue], summary: Summary, styles: Styl
     )
     note = "Of the centred event states, geometric mean over seeds. A steep fall is a collapse onto few directions."
     return Drawing("spectra", "Spectra of the event states", note, figure)
+
+
+def draw_information(rows: Sequence[Information], summary: Summary, styles: Styles) -> Drawing:
+    """Of the top layer, against the number of clusters: a panel for each task."""
+    top: dict[str, int] = {}
+    for row in rows:
+        top[row.model] = max(row.layer, top.get(row.model, row.layer))
+    held: dict[str, dict[str, dict[int, list[float | None]]]] = {}
+    for row in rows:
+        if row.layer == top[row.model]:
+            of_model = held.setdefault(row.task, {}).setdefault(row.model, {})
+            of_model.setdefault(row.clusters, []).append(row.nats)
+    figure, axes = make_panels(held, 3.0, sharey=True)
+    for ax, of_task in zip(axes, held.values(), strict=True):
+        for model, by_count in _in_order(of_task, summary.models):
+            _draw_band(ax, {count: spread(found) for count, found in sorted(by_count.items())}, styles[model])
+        ax.set(xlabel="clusters")
+    axes[0].set_ylabel("nats")
+    add_legend(figure, styles, (model for model, _ in _in_order(top, summary.models)))
+    note = (
+        "Mutual information of the cluster of a top-layer state with the label, less that with shuffled labels; mean "
+        "over seeds, the band is one deviation to either side."
+    )
+    return Drawing("information", "Information of the event states on the label", note, figure)
+
+
+def draw_maps(cells: Sequence[Cell], summary: Summary) -> Drawing:
+    """A row of panels for each model, one for each layer: who reads whom."""
+    from matplotlib.colors import LogNorm
+
+    held: dict[str, dict[int, list[Cell]]] = {}
+    for cell in cells:
+        held.setdefault(cell.model, {}).setdefault(cell.layer, []).append(cell)
+    across = max(len(layers) for layers in held.values())
+    panels = {
+        (model, layer): sorted(layers.get(layer, []), key=lambda cell: (cell.query, cell.key))
+        for model, layers in _in_order(held, summary.models)
+        for layer in range(across)
+    }
+    figure, axes = make_panels((f"{model}, {layer_name(n)}" for model, n in panels), 1.9, across=across)
+    for ax, (panel, found) in zip(axes, panels.items(), strict=True):
+        queries, keys = (sorted({getattr(cell, side) for cell in found}) for side in ("query", "key"))
+        table = np.zeros((len(queries), len(keys)))
+        for cell in found:
+            table[queries.index(cell.query), keys.index(cell.key)] = cell.value
+        read = np.ma.masked_less_equal(table, 0.0)
+        shares = LogNorm(LEAST_SHARE, 1.0, clip=True)
+        image = ax.imshow(read, cmap="Blues", norm=shares, interpolation="nearest", aspect="auto")
+        image.set_gid("-".join(map(str, panel)))  # else equal images have one id, which a page may hold once
+        for axis, blocks in ((ax.xaxis, keys), (ax.yaxis, queries)):
+            some = np.linspace(0, len(blocks) - 1, min(4, len(blocks))).astype(int)
+            axis.set_ticks(some, labels=[str(blocks[n]) for n in some])
+        ax.tick_params(labelsize=6, length=2)
+        ax.set_title(ax.get_title(), fontsize=7)
+        ax.grid(visible=False)
+    axes[0].set_ylabel("reads (row)", fontsize=7)
+    axes[0].set_xlabel("is read (row)", fontsize=7)
+    note = (
+        "Mean over heads and streams; rows of the stream in blocks, named by their first. The darkest blue is a share "
+        f"of 1, the palest of {LEAST_SHARE:g} or less, on a logarithmic scale; white is nothing: later rows, and rows "
+        "outside a window."
+    )
+    return Drawing("maps", "Attention maps", note, figure)
 
 
 def draw_attention(rows: Sequence[Mass], summary: Summary) -> Drawing:

@@ -28,7 +28,9 @@ _OPTIONAL = {
     "flops": ("Quality against FLOPs", "flops.json"),
     "ranks": ("Effective ranks", "ranks.parquet"),
     "spectra": ("Spectra", "spectra.parquet"),
+    "information": ("Information on the label", "information.parquet"),
     "attention": ("Attention mass", "attention.parquet"),
+    "maps": ("Attention maps", "maps.parquet"),
 }
 
 type Part = str | Table | Drawing | None
@@ -63,10 +65,13 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     bodies = []
     with figure_defaults():
         for name, (files, summary) in studies.items():
-            commands = (files.about.command, own)
+            trained = files.about.command
+            measured = files.states_command or "python -m benchmarks.study_states --study DIR"
             heading = f'<h2 id="{name}">{escape(files.about.study)}</h2>'
-            parts = [_render(part, name, out, commands) for part in _study_parts(files, summary, styles)]
-            bodies.append("\n".join(["<section>", heading, *parts, "</section>"]))
+            parts = [_render(part, name, out, (trained, own)) for part in _study_parts(files, summary, styles)]
+            inside = _inside_parts(files, summary, styles)
+            parts += [_render(part, name, out, (trained, measured, own)) for part in inside]
+            bodies.append("\n".join(["<section>", heading, *parts, _missing(files), _config(files), "</section>"]))
     page = out / PAGE
     out.mkdir(parents=True, exist_ok=True)
     write_whole(page, _page({name: files.about.study for name, (files, _) in studies.items()}, bodies, own))
@@ -89,12 +94,6 @@ def _study_parts(files: StudyFiles, summary: Summary, styles: Mapping[str, Style
             yield tables.differences_table(summary)
     yield "<h3>Learning-rate search</h3>"
     yield tables.search_table(search_of(files.results), summary.rates)
-    yield from _optional_parts(files, summary, styles)
-    yield _missing(files)
-    yield _config(files)
-
-
-def _optional_parts(files: StudyFiles, summary: Summary, styles: Mapping[str, Style]) -> Iterator[Part]:
     drawings = []
     if files.curves is not None:
         drawings.append(figures.draw_curves(files.curves, summary, styles))
@@ -103,15 +102,23 @@ def _optional_parts(files: StudyFiles, summary: Summary, styles: Mapping[str, St
     if any(drawings):
         yield "<h3>Training and cost</h3>"
         yield from drawings
-    if files.ranks is not None or files.spectra is not None or files.attention is not None:
+
+
+def _inside_parts(files: StudyFiles, summary: Summary, styles: Mapping[str, Style]) -> Iterator[Part]:
+    """What the trained models are like inside."""
+    if any(table is not None for table in (files.ranks, files.spectra, files.information, files.attention, files.maps)):
         yield "<h3>Inside the models</h3>"
     if files.ranks is not None:
         yield figures.draw_ranks(files.ranks, summary, styles)
         yield tables.ranks_table(figures.last_ranks(files.ranks), summary, styles)
     if files.spectra is not None:
         yield figures.draw_spectra(files.spectra, summary, styles)
+    if files.information is not None:
+        yield figures.draw_information(files.information, summary, styles)
     if files.attention is not None:
         yield figures.draw_attention(files.attention, summary)
+    if files.maps is not None:
+        yield figures.draw_maps(files.maps, summary)
 
 
 def _render(part: Part, study: str, out: Path, commands: Iterable[str]) -> str:

@@ -19,6 +19,7 @@ from tokenrec.json_file import read_json
 from tokenrec.typed import has_type, hint_name
 
 MACRO = "macro"  # the task of a mean over tasks
+TOKENS = -1  # the layer of what enters the first block
 
 _REMEDY = "name the --out folder of `tokenrec study`"
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64()}
@@ -73,7 +74,7 @@ class CurvePoint:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rank:
-    """Effective rank of the event states after a layer."""
+    """Effective rank of the event states after a layer, or of the tokens that enter the first (TOKENS)."""
 
     study: str
     model: str
@@ -96,6 +97,19 @@ class SingularValue:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Information:
+    """Nats that the k-means cluster of an event state tells about a task, less those of shuffled labels."""
+
+    study: str
+    model: str
+    seed: int
+    layer: int
+    task: str
+    clusters: int
+    nats: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Mass:
     """Share of a head's attention that goes to a part of the stream."""
 
@@ -104,6 +118,21 @@ class Mass:
     layer: int
     head: int
     source: str
+    value: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cell:
+    """Of an attention map: what a row of a block of queries gives to a block of keys, mean over heads, streams and
+    the block's real rows. A block is named by its first row in the stream; those of one model are the same in all
+    layers.
+    """
+
+    study: str
+    model: str
+    layer: int
+    query: int
+    key: int
     value: float
 
 
@@ -144,7 +173,10 @@ class StudyFiles:
     flops: Mapping[str, float] | None
     ranks: Sequence[Rank] | None
     spectra: Sequence[SingularValue] | None
+    information: Sequence[Information] | None
     attention: Sequence[Mass] | None
+    maps: Sequence[Cell] | None
+    states_command: str | None
 
 
 def read_study(folder: Path) -> StudyFiles:
@@ -182,7 +214,10 @@ def read_study(folder: Path) -> StudyFiles:
         _read_flops(folder / "flops.json"),
         optional("ranks.parquet", Rank),
         optional("spectra.parquet", SingularValue),
+        optional("information.parquet", Information),
         optional("attention.parquet", Mass),
+        optional("maps.parquet", Cell),
+        _read_states_command(folder / "states.json"),
     )
 
 
@@ -200,6 +235,16 @@ def _read_about(path: Path) -> About:
     if not has_type(positives, dict[str, dict[str, int]]):
         raise InputError(f"{path}: data.positives={positives!r} is not {{split: {{task: count}}}}; {_REMEDY}")
     return About(**{name: found[name] for name in hints})
+
+
+def _read_states_command(path: Path) -> str | None:
+    """What made the tables of the insides of the models."""
+    if not path.is_file():
+        return None
+    found = read_json(path, "states", "make it anew with benchmarks.study_states")
+    if not has_type(found, dict[str, str]) or "command" not in found:
+        raise InputError(f"{path}: is not {{command: words}}; make it anew with benchmarks.study_states")
+    return str(found["command"])
 
 
 def _read_flops(path: Path) -> dict[str, float] | None:

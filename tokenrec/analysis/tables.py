@@ -20,7 +20,7 @@ from tokenrec.analysis.summary import (
     higher_is_better,
     verdict,
 )
-from tokenrec.analysis.wording import DASH, decimal, interval_text, metric_name, plain_spread, si_number
+from tokenrec.analysis.wording import DASH, decimal, interval_text, layer_name, metric_name, plain_spread, si_number
 
 _WORDS: dict[Verdict, str] = {
     "better": "better",
@@ -181,7 +181,7 @@ def ranks_table(ranks: Mapping[str, Mapping[int, Spread]], summary: Summary, sty
         found = ranks[model]
         cells = (_number(spread_text(found.get(layer), places=1), markup=True) for layer in layers)
         rows.append(_name(model, styles) + "".join(cells))
-    columns = [_Column("model", numeric=False), *(_Column(f"layer {layer}") for layer in layers)]
+    columns = [_Column("model", numeric=False), *(_Column(layer_name(layer)) for layer in layers)]
     note = "At the last step of each run; mean and deviation over seeds."
     return Table("Effective rank of the event states", note, _markup(columns, [("", rows)], "narrow"))
 

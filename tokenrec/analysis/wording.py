@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenrec.analysis.study_files import Difference
+from tokenrec.analysis.study_files import TOKENS, Difference
 from tokenrec.analysis.summary import Spread
 
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -52,3 +52,11 @@ def plain_spread(value: Spread, places: int = 4) -> str:
     """
     deviation = "" if value.deviation is None else f" ± {decimal(value.deviation, places=places)}"
     return decimal(value.mean, places=places) + deviation
+
+
+def layer_name(layer: int) -> str:
+    """
+    >>> layer_name(-1), layer_name(0)
+    ('tokens', 'layer 0')
+    """
+    return "tokens" if layer == TOKENS else f"layer {layer}"
