@@ -131,6 +131,23 @@ def order_row(world: World, records: dict[str, Sequence[dict[str, Any]]]) -> dic
     }
 
 
+def run_row(world: World, arm: str, seed: int, record: dict[str, Any]) -> dict[str, Any]:
+    """What was measured of one run, in five digits."""
+    layers = {
+        layer: {
+            "effective_rank": _short(found["effective_rank"]),
+            "nats": _short(information(record, layer)),
+            "spectrum": [_short(value) for value in found["spectrum"]],
+        }
+        for layer, found in record["report"]["layers"].items()
+    }
+    return {**world._asdict(), "arm": arm, "seed": seed, "auc": _short(record["auc"]), "layers": layers}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")
+
+
 def compare(work: Path, steps: int, seeds: Sequence[int], out: Path) -> None:
     """Trains what is not there yet, seed by seed, and writes the result."""
     records: dict[World, dict[str, list[dict[str, Any]]]] = {world: {arm: [] for arm in ARMS} for world in WORLDS}
@@ -159,6 +176,13 @@ def compare(work: Path, steps: int, seeds: Sequence[int], out: Path) -> None:
     }
     command = f"python -m benchmarks.collapse --work DIR --steps {steps} --seeds {' '.join(map(str, seeds))}"
     write_result(out, rows, params, command, title="Effective rank of event states, with static fields and without")
+    runs = [
+        run_row(world, arm, seed, record)
+        for world, of_world in records.items()
+        for arm, of_arm in of_world.items()
+        for seed, record in zip(seeds, of_arm, strict=True)
+    ]
+    write_json(out.with_name(out.name + "_runs.json"), {"command": command, "runs": runs})
     page = out.with_name(out.name + ".md")
     with page.open("a") as file:
         file.write(f"\nSeeds in which the ranks of the last layer are in an order:\n\n{markdown_table(orders)}\n")

@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks.collapse import ARMS, EVENTS_ONLY, JOINT, TOKENFORMER, World, arm_config, measured, order_row, table_row
+from benchmarks.collapse import (
+    ARMS,
+    EVENTS_ONLY,
+    JOINT,
+    TOKENFORMER,
+    World,
+    arm_config,
+    measured,
+    order_row,
+    run_row,
+    table_row,
+)
 from tokenrec.errors import InputError
 from tokenrec.json_file import write_json
 from tokenrec.validation import validate
@@ -40,6 +51,21 @@ def test_a_row_has_ranks_of_every_layer_and_the_mean_information_of_the_last():
     assert row["rank, layer_0"] == "4.0000 ± 1.4142"
     assert row["nats, layer_0"] == "0.2000 ± 0.0000"
     assert (row["arm"], row["AUC"], row["best AUC"]) == (JOINT, "0.7000 ± 0.0000", 0.8)
+
+
+def test_a_run_is_kept_with_its_spectra_in_five_digits():
+    made = record(3)
+    for layer in made["report"]["layers"].values():
+        layer["spectrum"] = [1.23456789, 1e-7]
+    row = run_row(World(2, 4.0), JOINT, 1, made | {"auc": 2 / 3})
+    assert {name: value for name, value in row.items() if name != "layers"} == {
+        "rank": 2,
+        "weight": 4.0,
+        "arm": JOINT,
+        "seed": 1,
+        "auc": 0.66667,
+    }
+    assert row["layers"]["layer_0"] == {"effective_rank": 3, "nats": 0.2, "spectrum": [1.2346, 1e-7]}
 
 
 def test_arms_differ_in_static_fields_windows_and_gate_alone(tmp_path):

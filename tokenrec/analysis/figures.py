@@ -237,7 +237,7 @@ def draw_maps(cells: Sequence[Cell], summary: Summary) -> Drawing:
             some = np.linspace(0, len(blocks) - 1, min(4, len(blocks))).astype(int)
             axis.set_ticks(some, labels=[str(blocks[n]) for n in some])
         ax.tick_params(labelsize=6, length=2)
-        ax.set_title(ax.get_title(), fontsize=7)
+        ax.set_title(f"{panel[0]}, {layer_name(panel[1])}", fontsize=7)
         ax.grid(visible=False)
     axes[0].set_ylabel("reads (row)", fontsize=7)
     axes[0].set_xlabel("is read (row)", fontsize=7)
