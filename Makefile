@@ -1,6 +1,6 @@
 # make train   a trained ranker and its metrics, from a fresh clone
 # make test    the tests        make lint   ruff and mypy
-# make studies KUAIRAND=DIR   what the papers claim, tried: every study and one report; some 8 CPU-hours, and it goes on
+# make studies KUAIRAND=DIR   what the papers claim, tried: every study and one report; some 9 CPU-hours, and it goes on
 # make test-beam   the tests of `prepare --beam`, in an environment of its own: Beam refuses the newest NumPy and Arrow
 
 PYTHON  ?= $(shell command -v python3.12 || command -v python3)
@@ -25,7 +25,7 @@ train: $(VENV)/.demo
 	$(BIN)/python -m tokenrec evaluate --workdir $(RUN) --split $(SPLIT) --baselines --samples 3000 --json $(RUN)/eval.json
 
 # KUAIRAND is the folder of the official archive, which `tokenrec prepare kuairand --download pure` fetches.
-KUAIRAND_STUDIES := kuairand_pure_rivals kuairand_pure_rivals_nio kuairand_pure_ablations
+KUAIRAND_STUDIES := kuairand_pure_rivals kuairand_pure_rivals_seeds kuairand_pure_rivals_nio kuairand_pure_ablations
 JOURNEY_STUDIES := complete_journey_rivals complete_journey_rivals_full complete_journey_length complete_journey_scaling
 STUDY = $(BIN)/python -m tokenrec study --side-by-side 2
 

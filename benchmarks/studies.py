@@ -9,13 +9,16 @@ Writes `results/studies/NAME.md` and `NAME.json`, and copies the tables of the s
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
+
 from benchmarks.report import run_script, write_result
-from tokenrec.analysis.study_files import StudyFiles, read_study
+from tokenrec.analysis.study_files import MACRO, StudyFiles, read_study
 from tokenrec.analysis.summary import Place, Summary, search_of, summarize_study
 from tokenrec.analysis.wording import decimal, interval_text, plain_spread
 
@@ -25,9 +28,30 @@ STATES = ("ranks.parquet", "spectra.parquet", "information.parquet", "attention.
 METRICS = ("auc", "gauc")
 
 
+def seed_gaps(files: StudyFiles, summary: Summary, split: str) -> dict[str, str]:
+    """Macro AUC of each model minus the reference's, seed by seed, and the p-value of a paired t-test over seeds.
+
+    Users are not drawn here, nor are seeds in the intervals: a difference is sure where both leave 0 out.
+    """
+    held: dict[str, dict[int, float]] = {}
+    for row in files.results:
+        wanted = row.split == split and row.task == MACRO and row.metric == METRICS[0]
+        if wanted and row.value is not None and row.learning_rate == summary.rates.get(row.model, math.nan):
+            held.setdefault(row.model, {})[row.seed] = row.value
+    reference, found = held.pop(summary.reference, {}), {}
+    for model, of_seed in held.items():
+        gaps = [of_seed[seed] - reference[seed] for seed in sorted(of_seed.keys() & reference.keys())]
+        words = " ".join(decimal(gap, sign=True) for gap in gaps)
+        if len(gaps) > 1 and len(set(gaps)) > 1:
+            words += f" (p = {scipy.stats.ttest_1samp(gaps, 0).pvalue:.2g})"
+        if gaps:
+            found[model] = words
+    return found
+
+
 def model_rows(files: StudyFiles, summary: Summary, split: str) -> list[dict[str, Any]]:
     """A row of each model and baseline: means and deviations of every task, differences of what may be claimed."""
-    rows = []
+    rows, by_seed = [], seed_gaps(files, summary, split)
     sizes = {row.model: row.parameters for row in files.results}
     for model in (*summary.models, *summary.baselines):
         row: dict[str, Any] = {"model": model, "rate": summary.rates.get(model), "seeds": None}
@@ -40,7 +64,7 @@ def model_rows(files: StudyFiles, summary: Summary, split: str) -> list[dict[str
                 gap = summary.differences.get(place, {}).get(model)
                 if metric == METRICS[0] and (split, task) not in summary.no_claim:
                     words = None if gap is None else f"{decimal(gap.difference, sign=True)} {interval_text(gap)}"
-                    row[f"{task} {metric} - {summary.reference}"] = words
+                    row[f"{task} {metric} - {summary.reference}"] = by_seed.get(model) if task == MACRO else words
         row["parameters"] = sizes.get(model)
         row["MFLOP"] = files.flops[model] / 1e6 if files.flops and model in files.flops else None
         rows.append(row)

@@ -4,8 +4,8 @@
     tokenrec study --config=configs/studies/complete_journey_scaling.py --data data/complete_journey \
         --out studies/complete_journey_scaling
 
-Hardware and time: a CPU with 2 cores, some 1 to 3 CPU-minutes a run, 7 runs, one seed; it goes on when it is started
-again.
+Hardware and time: a CPU with 2 cores, some 1 to 3 CPU-minutes a run, 17 runs, three seeds; it goes on when it is
+started again.
 
 `wWIDTH-lLAYERS`; half of the layers slide, as in the base. The largest two try a lower learning rate, too.
 """
@@ -31,7 +31,7 @@ def get_study() -> Study:
         reference="w64-l4",
         learning_rates=(1e-3,),
         own_rates=dict.fromkeys(("w64-l8", "w128-l4"), (4e-4, 1e-3)),
-        seeds=(0,),
+        seeds=(0, 1, 2),
         overrides={
             "optim.steps": 250,
             "optim.warmup_steps": 50,
@@ -39,5 +39,5 @@ def get_study() -> Study:
             "train.eval_samples": 500,
             "train.save_every": 0,
         },
-        cpu_hours=0.5,
+        cpu_hours=0.7,
     )

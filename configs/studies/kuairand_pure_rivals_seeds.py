@@ -1,4 +1,4 @@
-"""KuaiRand-Pure, user-centric: `kuairand_pure_rivals` without most of its search, at half of its cost.
+"""KuaiRand-Pure, user-centric: the models of `kuairand_pure_rivals` at the learning rates that it found, three seeds.
 
     tokenrec prepare kuairand --root DIR --out data/kuairand_pure --valid-from 2022-05-03 --test-from 2022-05-05
     tokenrec study --config=configs/studies/kuairand_pure_rivals_seeds.py --data data/kuairand_pure \
