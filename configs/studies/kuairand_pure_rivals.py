@@ -1,5 +1,6 @@
-"""KuaiRand-Pure, user-centric: the learning rates of TokenFormer, its parts, and every rival that scores each event of a
-stream, searched with one seed. `kuairand_pure_rivals_seeds` trains what it finds with three.
+"""KuaiRand-Pure, user-centric: learning rates for TokenFormer, its parts, and the rivals that score each event.
+
+One seed; `kuairand_pure_rivals_seeds` trains with three what is found here.
 
     tokenrec prepare kuairand --root DIR --out data/kuairand_pure --valid-from 2022-05-03 --test-from 2022-05-05
     tokenrec study --config=configs/studies/kuairand_pure_rivals.py --data data/kuairand_pure \
