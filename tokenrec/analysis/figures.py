@@ -243,8 +243,8 @@ def draw_maps(cells: Sequence[Cell], summary: Summary) -> Drawing:
     axes[0].set_xlabel("is read (row)", fontsize=7)
     note = (
         "Mean over heads and streams; rows of the stream in blocks, named by their first. The darkest blue is a share "
-        f"of 1, the palest of {LEAST_SHARE:g} or less, on a logarithmic scale; white is nothing: later rows, and rows "
-        "outside a window."
+        f"of 1, the palest of {LEAST_SHARE:g} or less, on a logarithmic scale; white is nothing: later rows, rows "
+        "outside a window, and padding."
     )
     return Drawing("maps", "Attention maps", note, figure)
 
