@@ -37,7 +37,8 @@ studies: has-kuairand $(VENV)/.dev
 	    $(STUDY) --config=configs/studies/$$name.py --data data/kuairand_pure --out $(STUDIES)/$$name; done
 	set -e; for name in $(JOURNEY_STUDIES); do \
 	    $(STUDY) --config=configs/studies/$$name.py --data data/complete_journey --out $(STUDIES)/$$name; done
-	$(BIN)/python -m benchmarks.study_states --study $(STUDIES)/kuairand_pure_ablations --data data/kuairand_pure
+	$(BIN)/python -m benchmarks.study_states --study $(STUDIES)/kuairand_pure_ablations --data data/kuairand_pure \
+	    --models tokenformer transformer 4F-no-static
 	$(BIN)/python -m benchmarks.collapse --work $(STUDIES)/collapse --out $(STUDIES)/collapse/result
 	$(BIN)/python -m tokenrec report $(patsubst %,--study $(STUDIES)/%,$(KUAIRAND_STUDIES) $(JOURNEY_STUDIES)) \
 	    --out $(STUDIES)/report

@@ -235,6 +235,10 @@ def test_maps_show_a_panel_of_each_layer_and_leave_out_what_is_not_read(tmp_path
     assert shown.mask.tolist() == [[False, True], [False, False]]
     assert shown[1].tolist() == [0.5, 0.5]
 
+    shallow = [cell for cell in files.maps if (cell.model, cell.layer) != ("rival", 1)]
+    titles = [ax.get_title() for ax in draw_maps(shallow, summarize_study(files)).figure.axes]
+    assert titles == ["ours, layer 0", "ours, layer 1", "rival, layer 0", "plain, layer 0", "plain, layer 1"]
+
 
 def test_information_is_that_of_the_top_layer(tmp_path: Path) -> None:
     files = read_study(write_study(tmp_path / "s"))
@@ -355,6 +359,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         stranger,
         "curves.parquet: has rows of model 'rivel', and results.parquet has none; did you mean 'rival'",
     ),
+    "no command": (lambda f: (f / "states.json").write_text("[]"), r"states\.json: is not \{command: words\}"),
     "no FLOPs": (lambda f: (f / "flops.json").write_text('{"ours": 0}'), "flops.json: is not"),
 }
 

@@ -225,6 +225,9 @@ def draw_maps(cells: Sequence[Cell], summary: Summary) -> Drawing:
     }
     figure, axes = make_panels((f"{model}, {layer_name(n)}" for model, n in panels), 1.9, across=across)
     for ax, (panel, found) in zip(axes, panels.items(), strict=True):
+        if not found:  # a model of fewer layers
+            ax.remove()
+            continue
         queries, keys = (sorted({getattr(cell, side) for cell in found}) for side in ("query", "key"))
         table = np.zeros((len(queries), len(keys)))
         for cell in found:
