@@ -240,6 +240,14 @@ def test_maps_show_a_panel_of_each_layer_and_leave_out_what_is_not_read(tmp_path
     assert titles == ["ours, layer 0", "ours, layer 1", "rival, layer 0", "plain, layer 0", "plain, layer 1"]
 
 
+def test_runs_that_diverged_are_named(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", optional=False)
+    assert "<dt>diverged</dt>" not in write_report([folder], tmp_path / "out").read_text()
+    write_about(folder, diverged=["rival/lr-1/seed-0", "plain/lr-1/seed-0"])
+    text = write_report([folder], tmp_path / "out").read_text()
+    assert "<dt>diverged</dt><dd>rival/lr-1/seed-0, plain/lr-1/seed-0</dd>" in text
+
+
 def test_information_is_that_of_the_top_layer(tmp_path: Path) -> None:
     files = read_study(write_study(tmp_path / "s"))
     summary = summarize_study(files)

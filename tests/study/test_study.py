@@ -152,6 +152,7 @@ def test_a_run_that_diverges_is_left_out_and_the_others_go_on(
     run_study(SMALL, "small", out, data, command="")
     assert "bfts/lr-0.003/seed-0 diverged, see train.log there" in capsys.readouterr().err
     assert json.loads((out / "study.json").read_text())["chosen"]["bfts"] == 1e-3
+    assert json.loads((out / "study.json").read_text())["diverged"] == ["bfts/lr-0.003/seed-0"]
     rows = pq.read_table(out / "results.parquet").to_pylist()
     assert {r["learning_rate"] for r in rows if r["model"] == "bfts"} == {1e-3}
     before = calls(out)

@@ -176,6 +176,7 @@ def _what_was_run(files: StudyFiles) -> str:
         "reference": escape(about.reference),
         "seeds": ", ".join(map(str, about.seeds)),
         "learning rates": ", ".join(f"{rate:g}" for rate in about.learning_rates),
+        "diverged": escape(", ".join(about.diverged)),
         "budget": f"{about.spent_cpu_hours:.2f} CPU hours spent of {about.cpu_hours:g} allowed",
         "rows": escape(_words(about.data.get("rows"))),
         "versions": escape(_words(about.versions)),

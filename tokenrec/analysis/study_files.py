@@ -138,7 +138,9 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """`study.json`. `arms` are the fields that a model sets, `data` the rows, and positives by split and task."""
+    """`study.json`. `arms` are the fields that a model sets, `data` the rows, and positives by split and task;
+    `diverged` names runs whose steps were not finite, which older studies do not say.
+    """
 
     study: str
     command: str
@@ -151,6 +153,7 @@ class About:
     base: dict[str, Any]
     versions: dict[str, Any]
     data: dict[str, Any]
+    diverged: tuple[str, ...] = ()
 
     def positives(self, split: str, task: str) -> int | None:
         """Of a task in a split; None if not recorded."""
@@ -226,6 +229,7 @@ def _read_about(path: Path) -> About:
     hints = get_type_hints(About)
     if not isinstance(found, dict):
         raise InputError(f"{path}: is not a JSON object; {_REMEDY}")
+    found = {"diverged": [], **found}
     for name, hint in hints.items():
         if name not in found:
             raise InputError(f"{path}: has no field '{name}'{suggest(name, found)}")

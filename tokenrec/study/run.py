@@ -17,7 +17,7 @@ from tokenrec.data.log import SCORED
 from tokenrec.data.pipeline import task_names
 from tokenrec.errors import InputError
 from tokenrec.json_file import read_json, write_json
-from tokenrec.study.jobs import FIGURES_FILE, Budget, Spent, Task, finish, is_done
+from tokenrec.study.jobs import FIGURES_FILE, Budget, Spent, Task, diverged, finish, is_done
 from tokenrec.study.plan import CHOSEN_BY, Job, Study, base_config, final_jobs, first_jobs, job_config
 from tokenrec.study.results import (
     BASELINE_SEED,
@@ -167,6 +167,7 @@ def _write(grid: _Grid, name: str, dataset: Dataset, spent: float, command: str)
         **{"arms": {model: dict(fields) for model, fields in study.models.items()}, "chosen": chosen},
         **{"learning_rates": sorted({job.learning_rate for job in first_jobs(study)}), "seeds": list(study.seeds)},
         **{"reference": study.reference, "cpu_hours": study.cpu_hours, "spent_cpu_hours": round(spent, 3)},
+        "diverged": [str(job.folder.relative_to("runs")) for job in jobs if diverged(grid.task(job, ()))],
         "versions": versions(),
         "data": {
             "rows": {split: dataset.metadata.counts.get(f"scored_{split}") for split in dataset.splits},
