@@ -69,12 +69,10 @@ def run_study(
         raise InputError(f"--out '{out}' holds no run of '{name}' that is done; leave out --tables-only to begin them")
     out.mkdir(parents=True, exist_ok=True)
     budget = Budget(out, study.cpu_hours)
-    if tables_only:
-        _write(grid, name, dataset, budget.spent, command)
-        return
     try:
-        finish([grid.first(job) for job in first_jobs(study)], budget, side_by_side)
-        finish([grid.task(job, study.splits) for job in grid.finals()], budget, side_by_side)
+        if not tables_only:
+            finish([grid.first(job) for job in first_jobs(study)], budget, side_by_side)
+            finish([grid.task(job, study.splits) for job in grid.finals()], budget, side_by_side)
     except Spent:
         if grid.chosen():
             _write(grid, name, dataset, budget.spent, command)
