@@ -51,7 +51,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 8
 
 test-beam: $(BEAM)/.beam
-	$(BEAM)/bin/python -m pytest tests/test_beam.py
+	$(BEAM)/bin/python -m pytest tests/data/beam/test_beam.py
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .

@@ -22,17 +22,17 @@ from typing import Any
 import jax
 
 from benchmarks.report import run_script, spread, write_result
+from tokenrec.checkpoint.run_folder import CONFIG_FILE, load_run_config, open_run
 from tokenrec.config import to_json
-from tokenrec.data.amazon import AmazonSource
+from tokenrec.config.load import load_config
 from tokenrec.data.metadata import METADATA_FILE
-from tokenrec.data.prepare import prepare
+from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.semantic_id_file import SEMANTIC_IDS
+from tokenrec.data.sources.amazon import AmazonSource
 from tokenrec.errors import InputError
-from tokenrec.evaluate import assessor
-from tokenrec.flags import load_config
-from tokenrec.json_file import write_json
-from tokenrec.run import CONFIG_FILE, load_run_config, open_run
+from tokenrec.evaluation.evaluate import assessor
+from tokenrec.runtime.files import write_json
 from tokenrec.semantic_ids.build import build_semantic_ids
-from tokenrec.semantic_ids.codes import SEMANTIC_IDS
 from tokenrec.sharding import make_mesh
 from tokenrec.train import train
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.ops.attention import PREFERRED, attention, choose, platform
-from tokenrec.ops.pattern import causal_pattern
-from tokenrec.roofline import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, attention_flops, visible_pairs
+from tokenrec.ops.attention.pattern import causal_pattern
+from tokenrec.planner.roofline import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, attention_flops, visible_pairs
 from tokenrec.sharding import RULES, make_mesh
 
 PASSES = ("forward", "forward_backward")

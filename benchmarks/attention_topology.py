@@ -27,12 +27,13 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.report import run_script, write_result
-from tokenrec.compile import report
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.ops.attention import IMPLEMENTATIONS, attention
-from tokenrec.ops.pattern import causal_pattern
-from tokenrec.roofline import (
+from tokenrec.ops.attention.pattern import causal_pattern
+from tokenrec.planner.compile import report
+from tokenrec.planner.flops import Work, attention_work, implementation_of
+from tokenrec.planner.roofline import (
     BACKWARD_PRODUCTS,
     FORWARD_PRODUCTS,
     Roofline,
@@ -41,9 +42,8 @@ from tokenrec.roofline import (
     chip,
     visible_pairs,
 )
+from tokenrec.planner.topology import described_mesh
 from tokenrec.sharding import RULES, batch_shards
-from tokenrec.topology import described_mesh
-from tokenrec.work import Work, attention_work, implementation_of
 
 TOKENS_PER_CHIP = 32_768
 HEADS, HEAD_DIM = 8, 64

@@ -30,7 +30,7 @@ from chaos_faults import KINDS, Fault, Outcome, usable_kinds
 from chaos_lab import Lab
 from report import write_result
 
-from tokenrec.json_file import write_json
+from tokenrec.runtime.files import write_json
 
 
 def draw_kinds(kinds: list[str], faults: int, chance: random.Random) -> list[str]:

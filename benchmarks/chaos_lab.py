@@ -17,9 +17,9 @@ from types import TracebackType
 import jax
 import numpy as np
 
+from tokenrec.checkpoint.run_folder import open_run
 from tokenrec.config import from_json
-from tokenrec.logbook import METRICS_FILE, read_log
-from tokenrec.run import open_run
+from tokenrec.runtime.metric_writer import METRICS_FILE, read_log
 from tokenrec.sharding import make_mesh
 
 BATCH, SAVE_EVERY = 16, 5

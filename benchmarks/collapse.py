@@ -23,11 +23,11 @@ from benchmarks.report import markdown_table, run_script, spread, write_result
 from tokenrec.analysis.event_states import collapse_report
 from tokenrec.analysis.rank import LEAST_ROWS
 from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig, from_json, to_json
-from tokenrec.data.prepare import prepare
-from tokenrec.data.synthetic_profiles import ProfilesSource
+from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.sources.synthetic_profiles import ProfilesSource
 from tokenrec.errors import InputError
-from tokenrec.evaluate import evaluate_run
-from tokenrec.json_file import write_json
+from tokenrec.evaluation.evaluate import evaluate_run
+from tokenrec.runtime.files import write_json
 from tokenrec.train import train
 
 RESULT = Path(__file__).parent / "results" / "collapse"

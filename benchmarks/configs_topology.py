@@ -10,7 +10,7 @@ libtpu compiles each step as the pod would run it; nothing is run. What differs 
 - vocabulary sizes come from the prepared data set `FOLDER/<data.name>` where it is there ("prepared"), or else from a
   stand-in with tables as KuaiRand-Pure's ("stand-in").
 
-Times are lower bounds, and rates and `mfu_bound` upper bounds, as in tokenrec/roofline.py. An example is a row that
+Times are lower bounds, and rates and `mfu_bound` upper bounds, as in planner/roofline.py. An example is a row that
 carries loss; streams are full, and continued ones do not score their overlap again. A finished row is kept in the
 JSON file at once, and skipped when the command is given again; delete the file to start over. About half a minute a
 row on two cores.
@@ -29,12 +29,12 @@ from typing import Any
 
 from benchmarks.report import run_script, write_result
 from benchmarks.step import stream_schema
-from tokenrec.compile import compile_config
 from tokenrec.config import Config, MeshConfig
+from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.data.metadata import METADATA_FILE, Metadata
 from tokenrec.data.schema import Feature, Schema, Task
-from tokenrec.flags import load_config, shipped_configs
-from tokenrec.topology import described_mesh
+from tokenrec.planner.compile import compile_config
+from tokenrec.planner.topology import described_mesh
 
 TARGETS = (("v5e:4x4", 1), ("v5p:4x4x4", 1), ("v6e:4x4", 1), ("v5e:4x4", 2))
 

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.report import run_script, spread, write_result
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.log import EVENT, SCORED, Log
-from tokenrec.evaluate import evaluate_run
+from tokenrec.evaluation.evaluate import evaluate_run
 
 METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
 

@@ -20,15 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokenrec.config import Config, read_config, to_json
+from tokenrec.config.validate import validate
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.delimited import DelimitedSource
-from tokenrec.data.download import extract
 from tokenrec.data.metadata import METADATA_FILE
-from tokenrec.data.prepare import prepare
+from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.semantic_id_file import SEMANTIC_IDS, SemanticIds, load_semantic_ids, save_semantic_ids
+from tokenrec.data.sources.delimited import DelimitedSource
+from tokenrec.data.sources.download import extract
 from tokenrec.data.tokenizer import encode_text, load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary
-from tokenrec.semantic_ids.codes import SEMANTIC_IDS, SemanticIds, load_semantic_ids, save_semantic_ids
-from tokenrec.validation import validate
 
 SCHEMA: dict[str, Any] = {
     "features": [

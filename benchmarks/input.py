@@ -20,13 +20,13 @@ import numpy as np
 from report import write_result
 
 from tokenrec.config import DataConfig
+from tokenrec.config.load import load_config
 from tokenrec.data.batch import HostBatch
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.log import EVENT, LEARNED, SCORED, Catalogue, Log
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.pipeline import LogReader, train_batches
 from tokenrec.data.schema import Feature, Schema, Task, columns
-from tokenrec.flags import load_config
 
 USERS, ITEMS, ROWS_PER_USER = 26_469, 7_583, 21
 WIDTHS = {"user": (26, 0), "catalogue": (8, 0), "row": (3, 8), "action": (7, 0)}

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import run_script, spread, write_result
-from tokenrec.data.kuairand import KuaiRandSource
+from tokenrec.config.load import load_config
 from tokenrec.data.metadata import METADATA_FILE
-from tokenrec.data.prepare import prepare
-from tokenrec.evaluate import evaluate_run
-from tokenrec.flags import load_config
-from tokenrec.json_file import write_json
+from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.sources.kuairand import KuaiRandSource
+from tokenrec.evaluation.evaluate import evaluate_run
+from tokenrec.runtime.files import write_json
 from tokenrec.train import train
 
 METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")

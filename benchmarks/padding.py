@@ -21,15 +21,15 @@ import numpy as np
 from benchmarks.report import run_script, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec.config import Config
+from tokenrec.config.backbones import reads_times
+from tokenrec.config.load import load_config
+from tokenrec.config.validate import validate
 from tokenrec.data.batch import HostBatch
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names, train_batches
-from tokenrec.flags import load_config
-from tokenrec.kinds import reads_times
 from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import build_model, init_state
 from tokenrec.step import train_step
-from tokenrec.validation import validate
 
 
 def bucket_settings(config: Config) -> list[tuple[int, ...]]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 
-from tokenrec.data.kuairand import CITATION, DURATION_EDGES_S, LICENCE, PLAYED_EDGES, features
-from tokenrec.data.kuairand_log import TASKS
+from tokenrec.config.load import shipped_folder
 from tokenrec.data.metadata import FORMAT_VERSION
 from tokenrec.data.schema import FIRST_KNOWN, Feature, Schema, Task
-from tokenrec.flags import shipped_folder
+from tokenrec.data.sources.kuairand import CITATION, DURATION_EDGES_S, LICENCE, PLAYED_EDGES, features
+from tokenrec.data.sources.kuairand_log import TASKS
 
 USERS, VIDEOS, ROWS = 27_285, 32_038_725, 322_278_385
 PUBLISHED = "published count"

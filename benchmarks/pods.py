@@ -6,7 +6,7 @@ python -m benchmarks.pods --weak-scaling           lrm_1b on 16 to 512 chips of 
 Each row is `tokenrec compile` of the config with the streams of a chip, the mesh and the `remat` that `PLANS` has for
 the kind of chip, in bfloat16. Table sizes are those of the prepared data set under `TOKENREC_DATA`, or else of the
 planned schema configs/schemas/kuairand_27k.json ("planned"). Times are lower bounds and rates upper bounds, as in
-tokenrec/roofline.py. `fsdp` is what one or two whole axes of the torus hold, 64 chips at most, and `data` the rest:
+planner/roofline.py. `fsdp` is what one or two whole axes of the torus hold, 64 chips at most, and `data` the rest:
 over three axes XLA would not scatter gradients. In weak scaling the streams of a chip stay the same; `per_chip` is the
 rate of a chip over that of the fewest chips, by the bound ("overlapped") and if compute, memory and network do not
 overlap ("serial").
@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.report import run_script, write_result
-from tokenrec.compile import compile_config
 from tokenrec.config import Config, MeshConfig
-from tokenrec.flags import load_config, shipped_configs
-from tokenrec.pod_report import mesh_text
+from tokenrec.config.load import load_config, shipped_configs
+from tokenrec.planner.compile import compile_config
+from tokenrec.planner.report import mesh_text
 
 PODS = (("v5e:16x16", 1), ("v5p:8x8x8", 1), ("v5p:4x4x8", 2))
 SCALE = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8")

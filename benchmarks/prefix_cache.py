@@ -26,7 +26,7 @@ from benchmarks.report import run_script, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec.config import MeshConfig, ModelConfig
 from tokenrec.errors import InputError
-from tokenrec.models.backbone import Backbone
+from tokenrec.models.backbones.tokenformer import Backbone
 from tokenrec.sharding import RULES, make_mesh
 from tokenrec.tokens.layout import Layout, build_layout
 

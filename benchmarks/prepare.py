@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from report import write_result
 
-from tokenrec.data.prepare import prepare
+from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import Provenance
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import run_script, write_result
+from tokenrec.config.load import load_config
 from tokenrec.errors import InputError
-from tokenrec.flags import load_config
-from tokenrec.logbook import METRICS_FILE, read_log
+from tokenrec.runtime.metric_writer import METRICS_FILE, read_log
 
 LIMIT_SECONDS = 1_800
 

@@ -22,11 +22,11 @@ import numpy as np
 
 from benchmarks.report import run_script, write_result
 from tokenrec.analysis.signal_probe import Signal, entity_signals, probe_signals, random_tokens
+from tokenrec.checkpoint.run_folder import load_run_config, open_run
+from tokenrec.config.backbones import reads_times
 from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
-from tokenrec.kinds import reads_times
-from tokenrec.run import load_run_config, open_run
 from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import Model, TrainState, init_state, merge
 from tokenrec.tokens.history import merged

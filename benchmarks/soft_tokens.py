@@ -28,19 +28,19 @@ import numpy as np
 
 from benchmarks.report import markdown_table, run_script, spread, write_result
 from benchmarks.soft_tokens_arms import ARMS, BATCH, EVALUATED, TASKS, plan_arms, task_arms
-from tokenrec.compile import compile_train_step
 from tokenrec.config import Config, from_json, to_json
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import batch_shapes, task_names
-from tokenrec.describe import describe
 from tokenrec.errors import InputError
-from tokenrec.evaluate import evaluate_run
-from tokenrec.json_file import write_json
-from tokenrec.logbook import METRICS_FILE
+from tokenrec.evaluation.evaluate import evaluate_run
+from tokenrec.planner.compile import compile_train_step
+from tokenrec.planner.describe import describe
+from tokenrec.planner.flops import STEP_OVER_FORWARD
+from tokenrec.runtime.files import write_json
+from tokenrec.runtime.metric_writer import METRICS_FILE
 from tokenrec.sharding import make_mesh
 from tokenrec.state import Model, build_model
 from tokenrec.train import train
-from tokenrec.work import STEP_OVER_FORWARD
 
 RESULTS = Path(__file__).parent / "results"
 RECORD = "result.json"

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Literal
 
 from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.config.load import load_config
+from tokenrec.config.prompt import BAR
+from tokenrec.config.validate import validate
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.schema import Schema
 from tokenrec.data.semantic import SEMANTIC_ID
-from tokenrec.describe import describe
 from tokenrec.errors import InputError
-from tokenrec.flags import load_config
-from tokenrec.tokens.prompt import BAR
-from tokenrec.validation import validate
-from tokenrec.work import STEP_OVER_FORWARD
+from tokenrec.planner.describe import describe
+from tokenrec.planner.flops import STEP_OVER_FORWARD
 
 BATCH = 64
 EVALUATED = 2_000  # requests of the valid split, evenly spread over it

@@ -30,13 +30,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from benchmarks.report import run_script, write_result
-from tokenrec.compile import described_mesh
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.ops import sparsecore
-from tokenrec.ops.lookup import RowsState
 from tokenrec.ops.sparsecore import Cores
-from tokenrec.roofline import chip
+from tokenrec.ops.tables.lookup import RowsState
+from tokenrec.planner.compile import described_mesh
+from tokenrec.planner.roofline import chip
 from tokenrec.sharding import AXES, RULES, compiler_options
 
 PROGRAMS = ("look-up", "update")

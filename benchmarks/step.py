@@ -27,14 +27,14 @@ import numpy as np
 from benchmarks.report import write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec.config import Config, DataConfig, MeshConfig, ModelConfig, TokensConfig
+from tokenrec.config.validate import validate
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.data.schema import Feature, Schema, Task, columns
-from tokenrec.evaluate import compiled_eval_step
-from tokenrec.ops.lookup import RowsState, gather_rows, spread_rows, unique_ids, update_rows
+from tokenrec.evaluation.evaluate import compiled_eval_step
+from tokenrec.ops.tables.lookup import RowsState, gather_rows, spread_rows, unique_ids, update_rows
 from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import build_model, init_state
 from tokenrec.step import train_step
-from tokenrec.validation import validate
 
 TABLE_ROWS = (10_000, 100_000, 1_000_000, 10_000_000)
 TABLE_WIDTH = 16

@@ -23,19 +23,10 @@ from benchmarks.report import run_script
 from tokenrec.analysis.attention_maps import Maps, attention_mass, run_maps
 from tokenrec.analysis.event_states import collapse_report
 from tokenrec.analysis.rank import LEAST_ROWS
-from tokenrec.analysis.study_files import (
-    TOKENS,
-    Cell,
-    Information,
-    Mass,
-    Rank,
-    SingularValue,
-    StudyFiles,
-    read_study,
-)
+from tokenrec.analysis.study_files import TOKENS, Cell, Information, Mass, Rank, SingularValue, StudyFiles, read_study
 from tokenrec.analysis.summary import chosen_rates
 from tokenrec.errors import InputError, suggest
-from tokenrec.json_file import write_json
+from tokenrec.runtime.files import write_json
 from tokenrec.study.jobs import RUN
 from tokenrec.study.plan import Job
 from tokenrec.study.results import write_rows

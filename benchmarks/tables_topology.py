@@ -5,13 +5,13 @@ python -m benchmarks.tables_topology [--topology v5e:16x16] [--rows 1000000 1000
 Every device looks up 16,384 ids of a table of so many rows x 64, uniform, and updates the rows it read (row-wise
 AdaGrad):
 
-- "exchange": tokenrec/ops/exchange.py;
+- "exchange": tokenrec/ops/tables/exchange.py;
 - "xla": the table is partitioned by rows all the same, `table.at[ids].get()` and the row-wise update of its gradient
   are written as for one device, and XLA's partitioner finds the rest (automatic sharding);
 - "xla, gather alone": without the update.
 
 libtpu compiles each program as the pod would run it; nothing is run. Bytes are those into a device in a step, as
-tokenrec/hlo.py counts them; "fits" is XLA's word. A minute or two a row.
+tokenrec/planner/hlo.py counts them; "fits" is XLA's word. A minute or two a row.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.report import run_script, write_result
 from tokenrec.config import MeshConfig
-from tokenrec.hlo import read_program
-from tokenrec.ops import exchange
-from tokenrec.ops.lookup import RowsState
-from tokenrec.roofline import chip, network_seconds
+from tokenrec.ops.tables import exchange
+from tokenrec.ops.tables.lookup import RowsState
+from tokenrec.planner.hlo import read_program
+from tokenrec.planner.roofline import chip, network_seconds
+from tokenrec.planner.topology import described_mesh
 from tokenrec.sharding import AXES, compiler_options
-from tokenrec.topology import described_mesh
 
 WIDTH, IDS = 64, 16_384
 RATE = 0.05

@@ -11,15 +11,15 @@ import numpy as np
 
 from tests.worlds import one_device
 from tokenrec.config import Config, DataConfig, ModelConfig, TokensConfig
+from tokenrec.config.validate import validate
 from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names
-from tokenrec.data.prepare import prepare
+from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.source import Source
-from tokenrec.evaluate import compiled_eval_step, score_split
+from tokenrec.evaluation.evaluate import compiled_eval_step, score_split
 from tokenrec.sharding import to_devices
 from tokenrec.state import TrainState, build_model, init_state
-from tokenrec.validation import validate
 
 Key = tuple[int | str, int | str, int]  # user, item, time
 Scored = dict[Key, np.ndarray]  # impression -> [K] probabilities

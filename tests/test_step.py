@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.worlds import SCHEMA, TABLES, TASKS, mesh_of, one_device, place, random_batch, tiny
-from tokenrec.ops.exchange import Collected, places_of
-from tokenrec.ops.tables import stored
+from tokenrec.ops.tables.api import stored
+from tokenrec.ops.tables.exchange import Collected, places_of
 from tokenrec.optim import clip_scale, decays, global_norm
 from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import train_step

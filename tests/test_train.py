@@ -12,15 +12,15 @@ import pytest
 
 import tokenrec.train as loop
 from tests.counted import count_rows
-from tokenrec.checkpoint import Checkpoints
+from tokenrec.checkpoint.checkpointer import Checkpoints
+from tokenrec.checkpoint.run_folder import load_run_config, open_run, start_run
 from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import steps_per_epoch
-from tokenrec.data.prepare import prepare
-from tokenrec.data.synthetic import SyntheticSource
+from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError, NonFiniteError, Stopped
-from tokenrec.evaluate import evaluate_run
-from tokenrec.run import load_run_config, open_run, start_run
+from tokenrec.evaluation.evaluate import evaluate_run
 from tokenrec.sharding import make_mesh
 from tokenrec.train import train
 

@@ -11,9 +11,9 @@ from tests.data.memory_source import MemorySource
 from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import train_batches
-from tokenrec.data.prepare import prepare
+from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import Feature, Schema
-from tokenrec.semantic_ids.codes import SemanticIds, save_semantic_ids
+from tokenrec.data.semantic_id_file import SemanticIds, save_semantic_ids
 from tokenrec.state import build_model, merge
 
 ITEMS, USERS, STEPS = 12, 96, 14

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 
 from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig
+from tokenrec.config.backbones import reads_times
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.data.schema import Feature, Schema, Task, columns
-from tokenrec.kinds import reads_times
 from tokenrec.sharding import RULES, make_mesh
 
 FEATURES = (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from tokenrec.config import OptimConfig
-from tokenrec.ops.exchange import Collected
+from tokenrec.ops.tables.exchange import Collected
 
 # Last part of the name of weights that decay would only bias, besides those that end in "bias".
 UNDECAYED = ("scale", "separators", "start")

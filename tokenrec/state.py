@@ -13,18 +13,18 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from tokenrec.config import Config, data_directory
+from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.schema import Schema
 from tokenrec.data.tokenizer import encode_text, load_tokenizer
 from tokenrec.errors import InputError
 from tokenrec.models.recommender import Literals, Recommender, stream_layout
 from tokenrec.ops.layers import draw
-from tokenrec.ops.lookup import RowsState
-from tokenrec.ops.tables import stored
+from tokenrec.ops.tables.api import stored
+from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.optim import dense_optimizer
 from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Embedder
 from tokenrec.tokens.layout import Layout
-from tokenrec.tokens.prompt import parse_prompt
 
 TABLE_DEVIATION = 0.05  # of the numbers that table rows start from
 

@@ -11,7 +11,7 @@ import optax
 from tokenrec.data.batch import Batch
 from tokenrec.models.heads import CodeHead, ItemHead
 from tokenrec.models.recommender import Recommender
-from tokenrec.ops.tables import Found, collect, update
+from tokenrec.ops.tables.api import Found, collect, update
 from tokenrec.optim import clip_scale, dense_optimizer, global_norm, schedule
 from tokenrec.sharding import RULES
 from tokenrec.state import Model, TrainState, merge

@@ -16,26 +16,26 @@ import chex
 import jax
 import numpy as np
 
-from tokenrec import processes
 from tokenrec.analysis.watch import state_watch
-from tokenrec.checkpoint import Progress, RunCheckpoints
-from tokenrec.compiled import kept_programs
+from tokenrec.checkpoint.checkpointer import Progress, RunCheckpoints
+from tokenrec.checkpoint.run_folder import identity, start_run
+from tokenrec.checkpoint.warm_start import first_state
 from tokenrec.config import Config, data_directory, semantic_ids_path
+from tokenrec.config.backbones import reads_times
+from tokenrec.config.validate import validate
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
 from tokenrec.errors import NonFiniteError, Stopped
-from tokenrec.evaluate import assessor
-from tokenrec.interruption import Heard, Interruption
-from tokenrec.kinds import reads_times
-from tokenrec.logbook import Logbook, Throughput
-from tokenrec.models.block import check_mesh
-from tokenrec.run import identity, start_run
+from tokenrec.evaluation.evaluate import assessor
+from tokenrec.models.backbones.block import check_mesh
+from tokenrec.runtime import distributed
+from tokenrec.runtime.compilation_cache import kept_programs
+from tokenrec.runtime.metric_writer import Logbook, Throughput
+from tokenrec.runtime.preemption import Heard, Interruption
+from tokenrec.runtime.watchdog import Watchdog
 from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, own_rows, to_devices
 from tokenrec.state import abstract_state, build_model
 from tokenrec.step import Metrics, train_step
-from tokenrec.validation import validate
-from tokenrec.warm_start import first_state
-from tokenrec.watchdog import Watchdog
 
 
 def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, Any]:
@@ -51,14 +51,14 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
         checkpoints before it stay.
       Stopped: a signal asked for it; the last step is saved.
     """
-    with processes.all_or_none():
+    with distributed.all_or_none():
         config = validate(config)
         dataset = open_dataset(data_directory(config), config.data.exclude, semantic_ids_path(config))
         model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
         mesh = make_mesh(config.mesh)
         check_batch_sizes(config, mesh)
         check_mesh(config.model, mesh)
-    processes.agree(identity(config, dataset))
+    distributed.agree(identity(config, dataset))
     start_run(config, dataset.schema, workdir)
     stop_at = config.train.stop_at or config.optim.steps
     evaluates = config.train.eval_split in dataset.splits
@@ -84,7 +84,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
         watch.at("restoring the latest checkpoint")
         restored = checkpoints.restore(abstract_state(model))
         step, state, reached = restored or (0, first_state(model, workdir), Progress())
-        with processes.all_or_none():
+        with distributed.all_or_none():
             own = own_rows(mesh, config.data.batch_size, "data.batch_size")
             data = train_batches(
                 dataset,
@@ -97,7 +97,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
             )
             stack.callback(data.close)
             log = _ignore
-            if processes.is_first():
+            if distributed.is_first():
                 logbook = Logbook(workdir, progress=progress, total_steps=stop_at, start_step=step)
                 log = stack.enter_context(logbook).log
         throughput = Throughput()
@@ -212,7 +212,7 @@ class _Pending:
         spike = f", more than optim.spike_norm={self._optim.spike_norm:g} times its mean" if finite else ""
         found = f"step {step}: loss={metrics.loss}, gradient norm={metrics.grad_norm}{spike}; the update was not made"
         if count <= self._optim.max_skipped:
-            if processes.is_first():
+            if distributed.is_first():
                 print(f"tokenrec: {found}; {count} of optim.max_skipped={self._optim.max_skipped}", file=sys.stderr)
             return
         read = np.unique(rows[rows >= 0])

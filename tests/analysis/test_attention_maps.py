@@ -8,9 +8,9 @@ import pytest
 from benchmarks.attention_maps import plot_maps
 from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
 from tokenrec.analysis.attention_maps import attention_mass, batch_attention, block_attention, stack_attention
-from tokenrec.models.block import Stream
+from tokenrec.models.backbones.block import Stream
 from tokenrec.models.recommender import batch_layout, candidate_mask
-from tokenrec.ops.rotary import rotation
+from tokenrec.ops.attention.rotary import rotation
 from tokenrec.sharding import RULES
 from tokenrec.state import build_model, init_state, merge
 

@@ -26,19 +26,19 @@ from tokenrec.analysis.event_states import (
 from tokenrec.analysis.information import cluster_information
 from tokenrec.analysis.rank import effective_rank, singular_values
 from tokenrec.analysis.watch import state_watch
+from tokenrec.checkpoint.run_folder import Run, open_model, start_run
 from tokenrec.config import Config, DataConfig, ModelConfig, TokensConfig, TrainConfig
+from tokenrec.config.validate import validate
 from tokenrec.data.batch import HostBatch
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.log import SCORED
 from tokenrec.data.pipeline import eval_batches
-from tokenrec.data.prepare import prepare
-from tokenrec.data.synthetic import SyntheticSource
+from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError
-from tokenrec.run import Run, open_model, start_run
 from tokenrec.sharding import make_mesh, to_devices, to_host
 from tokenrec.state import Model, TrainState, abstract_state, build_model, merge
 from tokenrec.tokens.layout import ROLES
-from tokenrec.validation import validate
 
 STREAMS = 16
 

@@ -23,18 +23,10 @@ from tests.analysis.study_folder import (
     write_rows,
     write_study,
 )
-from tokenrec.__main__ import main
 from tokenrec.analysis.figure_style import assign_styles
 from tokenrec.analysis.study_files import Difference, read_study
-from tokenrec.analysis.summary import (
-    Place,
-    Summary,
-    best_model,
-    chosen_rates,
-    search_of,
-    summarize_study,
-    verdict,
-)
+from tokenrec.analysis.summary import Place, Summary, best_model, chosen_rates, search_of, summarize_study, verdict
+from tokenrec.cli.main import main
 from tokenrec.errors import InputError
 
 pytest.importorskip("matplotlib")

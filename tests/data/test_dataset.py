@@ -14,7 +14,7 @@ from tests.data.memory_source import MemorySource
 from tokenrec.data import records
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.log import Log
-from tokenrec.data.prepare import prepare
+from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import columns
 from tokenrec.data.vocabulary import ValueIndex, load_vocabulary
 from tokenrec.errors import InputError

@@ -15,14 +15,14 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from benchmarks.fuzz_targets import make_targets, without_digests
 from tests.data.memory_source import MemorySource
 from tests.data.test_dataset import SHARD, assert_logs_equal
+from tokenrec.checkpoint.run_folder import SCHEMA_FILE, check_schema
 from tokenrec.data import metadata, records
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.folder import LONGEST_ITEM_ID
-from tokenrec.data.prepare import prepare
+from tokenrec.data.preparation.folder import LONGEST_ITEM_ID
+from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.tokenizer import load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError
-from tokenrec.run import SCHEMA_FILE, check_schema
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch, ReadRows
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import batch_shapes, eval_batches, steps_per_epoch
-from tokenrec.data.prepare import prepare
+from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import Feature, columns
 from tokenrec.data.source import SPLITS
 

@@ -18,10 +18,10 @@ from flax import nnx
 from tests.data.memory_source import MemorySource
 from tokenrec.config import TokensConfig
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.delimited import DelimitedSource
 from tokenrec.data.metadata import Metadata
-from tokenrec.data.prepare import prepare
+from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import BYTES, FIRST_KNOWN, MISSING, Feature, Schema, Task, columns
+from tokenrec.data.sources.delimited import DelimitedSource
 from tokenrec.data.tokenizer import (
     TOKENIZER_FILE,
     decode,

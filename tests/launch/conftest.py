@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tokenrec.__main__ import main
+from tokenrec.cli.main import main
 
 FLAGS = {
     "config": "synthetic",

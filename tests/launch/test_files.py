@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tokenrec.__main__ import main
+from tokenrec.cli.main import main
 from tokenrec.launch.job import USER_ID
 
 CLONE = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from tests.launch.conftest import TPU_VM, Launch
-from tokenrec.__main__ import _parsers
-from tokenrec.flags import split_overrides
+from tokenrec.cli.main import _parsers
+from tokenrec.config.load import split_overrides
 
 DRY = ("--dry-run", "--skip-compile")
 

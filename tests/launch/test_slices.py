@@ -6,7 +6,7 @@ import pytest
 
 from tokenrec.errors import InputError
 from tokenrec.launch.slices import TOPOLOGIES, parse_slice
-from tokenrec.topology import TOPOLOGIES as COMPILED
+from tokenrec.planner.topology import TOPOLOGIES as COMPILED
 
 
 @pytest.mark.parametrize(

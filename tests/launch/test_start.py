@@ -62,7 +62,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]) -> list[tuple
         asked.append(arguments[1:])
         return found
 
-    monkeypatch.setattr("tokenrec.compile.compile_config", compile_config)
+    monkeypatch.setattr("tokenrec.planner.compile.compile_config", compile_config)
     return asked
 
 

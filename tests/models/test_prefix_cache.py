@@ -14,7 +14,7 @@ from benchmarks import prefix_cache
 from tests.worlds import mesh_of, one_device
 from tokenrec.config import ModelConfig
 from tokenrec.errors import InputError
-from tokenrec.models.backbone import Backbone, shown_rows
+from tokenrec.models.backbones.tokenformer import Backbone, shown_rows
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import build_layout
 

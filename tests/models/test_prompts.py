@@ -10,16 +10,16 @@ import pytest
 
 from tests.worlds import FEATURES, SCHEMA, TABLES, TASKS, TEXT_ROWS, mesh_of, one_device, place, random_batch, tiny
 from tokenrec.config import OptimConfig
+from tokenrec.config.prompt import parse_prompt
+from tokenrec.config.validate import validate
 from tokenrec.data.schema import Feature, Schema
-from tokenrec.describe import describe, to_text
 from tokenrec.errors import InputError
+from tokenrec.planner.describe import describe, to_text
 from tokenrec.sharding import RULES
 from tokenrec.state import Model, build_model, init_state, merge
 from tokenrec.step import loss_fn, train_step
 from tokenrec.tokens.embed import inverses
 from tokenrec.tokens.layout import ROLES
-from tokenrec.tokens.prompt import parse_prompt
-from tokenrec.validation import validate
 
 TITLED = Schema(
     (*FEATURES, Feature("title", "text", "item", length=3, codes=256)), SCHEMA.tasks, TABLES | {"text": TEXT_ROWS}

@@ -13,8 +13,9 @@ import pytest
 from benchmarks.sparsecore_topology import PROGRAMS, topology_row
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
-from tokenrec.ops import exchange, sparsecore
-from tokenrec.ops.lookup import RowsState, update_rows
+from tokenrec.ops import sparsecore
+from tokenrec.ops.tables import exchange
+from tokenrec.ops.tables.lookup import RowsState, update_rows
 from tokenrec.sharding import AXES, RULES, make_mesh
 
 WIDTH, PLACES = 8, 42

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from tests.data.memory_source import MemorySource
-from tokenrec.data.prepare import prepare
+from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import Feature, Schema
 
 AISLES = {

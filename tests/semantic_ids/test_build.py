@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.semantic_ids.shops import COLD, ITEMS, item_aisle, prepare_shop
-from tokenrec.__main__ import main
+from tokenrec.cli.main import main
 from tokenrec.data.dataset import open_dataset
+from tokenrec.data.semantic_id_file import SEMANTIC_IDS, align, load_semantic_ids
 from tokenrec.errors import EXIT_INPUT, InputError
 from tokenrec.semantic_ids import rq_vae
 from tokenrec.semantic_ids.build import build_semantic_ids
-from tokenrec.semantic_ids.codes import SEMANTIC_IDS, align, load_semantic_ids
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenrec.errors import InputError
-from tokenrec.semantic_ids.codes import (
+from tokenrec.data.semantic_id_file import (
     SEMANTIC_IDS,
     SemanticIds,
     align,
-    disambiguate,
     load_semantic_ids,
     save_semantic_ids,
 )
+from tokenrec.errors import InputError
+from tokenrec.semantic_ids.codes import disambiguate
 
 CODES = np.array([[1, 2], [1, 3], [0, 0]], np.int32)
 

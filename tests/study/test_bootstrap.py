@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tokenrec.metrics import auc, gauc, log_loss
+from tokenrec.metrics.binary import auc, gauc, log_loss
 from tokenrec.study.bootstrap import _Prepared, compare, user_auc
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tokenrec.config.load import shipped_folder
 from tokenrec.errors import InputError
-from tokenrec.flags import shipped_folder
 from tokenrec.study.plan import Job, Study, check_study, final_jobs, first_jobs, job_config, load_study
 
 STUDY = Study(

@@ -17,12 +17,12 @@ import pytest
 
 from tests.data.memory_source import MemorySource
 from tests.study.test_plan import STUDY
-from tokenrec.data.prepare import prepare
-from tokenrec.data.synthetic import SyntheticSource
+from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError, Stopped
 from tokenrec.study import jobs
 from tokenrec.study.results import best_rates
-from tokenrec.study.run import run_study
+from tokenrec.study.runner import run_study
 
 SMALL = dataclasses.replace(STUDY, models={"tokenformer": {}, "bfts": {"model.gate": False}}, seeds=(0, 1), draws=100)
 

@@ -14,7 +14,7 @@ from tests.worlds import FEATURES, SCHEMA, TABLES, mesh_of, one_device
 from tokenrec.config import TokensConfig
 from tokenrec.data.schema import Feature
 from tokenrec.errors import InputError
-from tokenrec.ops.lookup import spread_rows
+from tokenrec.ops.tables.lookup import spread_rows
 from tokenrec.sharding import RULES
 from tokenrec.tokens.textual import BINS, TextMaker, dense_buckets, describe_tokens, token_count, truncate
 

@@ -18,16 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokenrec.checkpoint.run_folder import load_run_config, open_run
 from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
-from tokenrec.models.backbone import Backbone
-from tokenrec.models.block import Block, Stream
+from tokenrec.models.backbones.block import Block, Stream
+from tokenrec.models.backbones.tokenformer import Backbone
 from tokenrec.models.recommender import batch_layout, candidate_mask
+from tokenrec.ops.attention.dense import MASKED
 from tokenrec.ops.contract import contract
-from tokenrec.ops.dense import MASKED
 from tokenrec.ops.layers import rms_normalize
-from tokenrec.run import load_run_config, open_run
 from tokenrec.sharding import RULES, make_mesh, to_devices
 from tokenrec.state import Model, TrainState, merge
 from tokenrec.tokens.layout import ROLES, Layout

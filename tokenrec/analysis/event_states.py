@@ -14,14 +14,14 @@ import numpy as np
 
 from tokenrec.analysis.information import CLUSTERS, cluster_information
 from tokenrec.analysis.rank import LEAST_ROWS, effective_rank, singular_values
+from tokenrec.checkpoint.run_folder import load_run_config, open_run
 from tokenrec.config import Config
 from tokenrec.data.batch import Batch, HostBatch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
-from tokenrec.models.backbone import Backbone
+from tokenrec.models.backbones.tokenformer import Backbone
 from tokenrec.models.recommender import batch_layout, candidate_mask
-from tokenrec.run import load_run_config, open_run
 from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import Model, TrainState, merge
 from tokenrec.tokens.layout import Layout

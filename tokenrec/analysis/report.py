@@ -10,15 +10,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tokenrec.analysis import figures, tables
+from tokenrec.analysis import figures, result_tables
 from tokenrec.analysis.figure_style import Style, assign_styles, figure_defaults, lay_out, to_png, to_svg
 from tokenrec.analysis.figures import Drawing
+from tokenrec.analysis.result_tables import Table
 from tokenrec.analysis.study_files import StudyFiles, read_study
 from tokenrec.analysis.summary import LEAST_POSITIVES, Place, Summary, search_of, summarize_study, verdict
-from tokenrec.analysis.tables import Table
 from tokenrec.analysis.wording import metric_name, plain_spread
 from tokenrec.errors import InputError
-from tokenrec.json_file import replacing, write_whole
+from tokenrec.runtime.files import replacing, write_whole
 
 PAGE, FIGURES = "report.html", "figures"
 
@@ -82,18 +82,18 @@ def _study_parts(files: StudyFiles, summary: Summary, styles: Mapping[str, Style
     yield _in_short(files, summary)
     yield "<h3>What was run</h3>"
     yield _what_was_run(files)
-    yield tables.models_table(files, summary, styles)
-    yield tables.positives_table(files)
+    yield result_tables.models_table(files, summary, styles)
+    yield result_tables.positives_table(files)
     for split, tasks in summary.tasks.items():
         yield f"<h3>Quality on {escape(split)}</h3>"
         if split == summary.main_split:
             yield figures.draw_differences(summary, styles)
         for task in tasks:
-            yield tables.quality_table(summary, split, task, styles)
+            yield result_tables.quality_table(summary, split, task, styles)
         if split == summary.main_split:
-            yield tables.differences_table(summary)
+            yield result_tables.differences_table(summary)
     yield "<h3>Learning-rate search</h3>"
-    yield tables.search_table(search_of(files.results), summary.rates)
+    yield result_tables.search_table(search_of(files.results), summary.rates)
     drawings = []
     if files.curves is not None:
         drawings.append(figures.draw_curves(files.curves, summary, styles))
@@ -110,7 +110,7 @@ def _inside_parts(files: StudyFiles, summary: Summary, styles: Mapping[str, Styl
         yield "<h3>Inside the models</h3>"
     if files.ranks is not None:
         yield figures.draw_ranks(files.ranks, summary, styles)
-        yield tables.ranks_table(figures.last_ranks(files.ranks), summary, styles)
+        yield result_tables.ranks_table(figures.last_ranks(files.ranks), summary, styles)
     if files.spectra is not None:
         yield figures.draw_spectra(files.spectra, summary, styles)
     if files.information is not None:

@@ -13,10 +13,10 @@ from typing import Any, Protocol, get_args, get_type_hints
 
 import pyarrow as pa
 
-from tokenrec.data.tabular import read_table
+from tokenrec.config.types import has_type, hint_name
+from tokenrec.data.sources.tabular import read_table
 from tokenrec.errors import InputError, suggest
-from tokenrec.json_file import read_json
-from tokenrec.typed import has_type, hint_name
+from tokenrec.runtime.files import read_json
 
 MACRO = "macro"  # the task of a mean over tasks
 TOKENS = -1  # the layer of what enters the first block

@@ -14,9 +14,9 @@ from tokenrec.data.metadata import load_manifest
 from tokenrec.data.ranges import check_catalogue, check_log
 from tokenrec.data.schema import MOST_ROWS, Columns, Feature, Group, Schema, columns
 from tokenrec.data.semantic import SEMANTIC_ID, semantic_columns, with_semantic_id
+from tokenrec.data.semantic_id_file import align, load_semantic_ids
 from tokenrec.data.source import SPLITS
 from tokenrec.errors import InputError, suggest
-from tokenrec.semantic_ids.codes import align, load_semantic_ids
 
 ITEMS = "items"
 

@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenrec.config.types import has_type, hint_name
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
-from tokenrec.json_file import read_json
-from tokenrec.typed import has_type, hint_name
+from tokenrec.runtime.files import read_json
 
 METADATA_FILE = "tokenrec.json"
 FORMAT_VERSION = 1

@@ -27,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.schema import Columns, Schema, columns
 from tokenrec.errors import InputError
-from tokenrec.json_file import read_json
+from tokenrec.runtime.files import read_json
 
 NAME = "tokenrec"
 VERSION = "1.0.0"

@@ -24,8 +24,8 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 from urllib.parse import quote
 
+from tokenrec.config.types import has_type, hint_name
 from tokenrec.errors import InputError, suggest
-from tokenrec.typed import has_type, hint_name
 
 MISSING, UNKNOWN, FIRST_KNOWN = 0, 1, 2
 TEXT_TABLE = "text"

@@ -21,7 +21,7 @@ import numpy as np
 from tokenrec.data.metadata import checked_file
 from tokenrec.data.schema import BYTES, FIRST_KNOWN, MISSING
 from tokenrec.errors import InputError
-from tokenrec.json_file import write_whole
+from tokenrec.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

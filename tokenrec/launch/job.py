@@ -8,8 +8,8 @@ import re
 from pathlib import Path, PurePosixPath
 
 from tokenrec.config import Config, data_directory
+from tokenrec.config.load import shipped_configs
 from tokenrec.errors import EXIT_BAD_STEPS, EXIT_INPUT, EXIT_MEMORY, EXIT_PREEMPTED, InputError
-from tokenrec.flags import shipped_configs
 from tokenrec.launch.slices import Slice, parse_slice
 
 # Where a host mounts the two folders of the bucket, by Cloud Storage FUSE: tokenrec, Orbax and ArrayRecord take plain

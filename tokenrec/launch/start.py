@@ -10,9 +10,9 @@ from typing import Literal
 
 from tokenrec.config import Config
 from tokenrec.errors import InputError
-from tokenrec.json_file import write_whole
 from tokenrec.launch import gke, tpu_vm
 from tokenrec.launch.job import Job
+from tokenrec.runtime.files import write_whole
 
 Target = Literal["gke", "tpu-vm"]
 
@@ -56,8 +56,8 @@ def check_fits(config: Config, topology: str, slices: int) -> str:
       InputError: the config cannot be compiled for them.
       MemoryError: it does not fit; the message names the largest arrays.
     """
-    from tokenrec.compile import compile_config
-    from tokenrec.pod_report import to_text
+    from tokenrec.planner.compile import compile_config
+    from tokenrec.planner.report import to_text
 
     found = compile_config(config, topology, slices)
     if not found["fits"]:

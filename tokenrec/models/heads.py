@@ -14,7 +14,7 @@ from flax import nnx
 from tokenrec.config import HeadConfig
 from tokenrec.ops.contract import contract, gathered
 from tokenrec.ops.layers import as_rows, weight
-from tokenrec.ops.lookup import spread_rows
+from tokenrec.ops.tables.lookup import spread_rows
 from tokenrec.sharding import RULES
 
 

@@ -10,18 +10,18 @@ import numpy as np
 from flax import nnx
 
 from tokenrec.config import Config
+from tokenrec.config.prompt import Segment, parse_prompt
 from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Feature, Schema
+from tokenrec.models.backbones.hstu import HSTU
+from tokenrec.models.backbones.registry import make_backbone
 from tokenrec.models.heads import CodeHead, ItemHead
-from tokenrec.models.rivals import make_backbone
-from tokenrec.models.rivals.hstu import HSTU
 from tokenrec.ops.layers import Linear, as_rows, dropout, split_key, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Entity
 from tokenrec.tokens.history import History, history_rows, merged, soft_features, text_features
 from tokenrec.tokens.layout import Layout, Part, lay_out
 from tokenrec.tokens.makers import FieldMakers, Maker
-from tokenrec.tokens.prompt import Segment, parse_prompt
 from tokenrec.tokens.textual import TextMaker, token_count
 
 # Token ids of each literal text of the prompt, in order.

@@ -32,8 +32,8 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, PartitionSpec
 
 from tokenrec.errors import InputError
-from tokenrec.ops.exchange import BATCH_AXES, SHARE_AXIS
-from tokenrec.ops.lookup import RowsState
+from tokenrec.ops.tables.exchange import BATCH_AXES, SHARE_AXIS
+from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.sharding import AXES, RULES
 
 # Sparse cores of a JAX device, by `jax.Device.device_kind`; others have none.

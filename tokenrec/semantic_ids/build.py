@@ -9,10 +9,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from tokenrec.data.dataset import open_dataset
+from tokenrec.data.semantic_id_file import SEMANTIC_IDS, SemanticIds, save_semantic_ids
 from tokenrec.errors import InputError, suggest
-from tokenrec.json_file import write_json
+from tokenrec.runtime.files import write_json
 from tokenrec.semantic_ids import report
-from tokenrec.semantic_ids.codes import SEMANTIC_IDS, SemanticIds, disambiguate, save_semantic_ids
+from tokenrec.semantic_ids.codes import disambiguate
 from tokenrec.semantic_ids.rq_kmeans import Quantized, fit_rq_kmeans
 from tokenrec.semantic_ids.rq_vae import fit_rq_vae
 from tokenrec.semantic_ids.vectors import VectorKind, item_vectors, train_events

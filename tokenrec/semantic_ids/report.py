@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tokenrec.data.dataset import Dataset
-from tokenrec.semantic_ids.codes import collision_groups
+from tokenrec.data.semantic_id_file import collision_groups
 from tokenrec.semantic_ids.rq_kmeans import Quantized
 from tokenrec.semantic_ids.vectors import ItemVectors, item_texts, nearest_rows
 

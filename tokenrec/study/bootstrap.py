@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokenrec.pair_counts import CLIP
+from tokenrec.metrics.exact_auc import CLIP
 
 
 class Difference(NamedTuple):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from tokenrec.config import Config, read_config, to_json
 from tokenrec.errors import EXIT_BAD_STEPS, InputError, Stopped
-from tokenrec.json_file import read_json, write_json, write_whole
+from tokenrec.runtime.files import read_json, write_json, write_whole
 
 TOKENREC = (sys.executable, "-m", "tokenrec")
 RUN, FIGURES_FILE = "run", "figures.json"

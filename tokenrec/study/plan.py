@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 from tokenrec.config import Config
+from tokenrec.config.load import load_config, run_file, shipped_folder
+from tokenrec.config.types import has_type, hint_name
 from tokenrec.data.source import SPLITS
 from tokenrec.errors import InputError, suggest
-from tokenrec.flags import load_config, run_file, shipped_folder
-from tokenrec.typed import has_type, hint_name
 
 CHOSEN_BY = "valid"
 _RATE = "optim.learning_rate"

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from tokenrec.analysis.study_files import columns_of
 from tokenrec.errors import InputError
-from tokenrec.json_file import replacing
-from tokenrec.logbook import METRICS_FILE, read_log
-from tokenrec.metrics import group_codes, summarize
+from tokenrec.metrics.binary import group_codes, summarize
+from tokenrec.runtime.files import replacing
+from tokenrec.runtime.metric_writer import METRICS_FILE, read_log
 from tokenrec.study.bootstrap import compare
 from tokenrec.study.jobs import RUN
 from tokenrec.study.plan import Job

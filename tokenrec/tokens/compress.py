@@ -15,8 +15,8 @@ from flax import nnx
 
 from tokenrec.config import Compression
 from tokenrec.errors import InputError, suggest
+from tokenrec.ops.attention.dense import MASKED
 from tokenrec.ops.contract import contract
-from tokenrec.ops.dense import MASKED
 from tokenrec.ops.layers import RMSNorm, constant, rms_normalize, spec_of, weight
 from tokenrec.sharding import RULES
 

@@ -12,8 +12,8 @@ import numpy as np
 from tokenrec.config import Config
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.data.schema import Feature, Schema, columns
-from tokenrec.ops.lookup import Stack, build_stacks
-from tokenrec.ops.tables import Found, find, gather, spread
+from tokenrec.ops.tables.api import Found, find, gather, spread
+from tokenrec.ops.tables.lookup import Stack, build_stacks
 from tokenrec.tokens.makers import Values
 from tokenrec.tokens.transforms import prefix_ids, table_widths
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenrec.ops.pattern import Pattern
+from tokenrec.ops.attention.pattern import Pattern
 
 Role = Literal["text", "user", "sep", "state", "action", "event", "query", "title", "target", "code"]
 ROLES: tuple[Role, ...] = (

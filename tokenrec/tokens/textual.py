@@ -17,7 +17,7 @@ from tokenrec.config import TokensConfig
 from tokenrec.data.schema import Feature
 from tokenrec.errors import InputError
 from tokenrec.ops.layers import Linear, weight
-from tokenrec.ops.lookup import spread_rows
+from tokenrec.ops.tables.lookup import spread_rows
 from tokenrec.tokens.makers import Values
 from tokenrec.tokens.transforms import normalize_dense, table_widths
 

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tokenrec.data.beam.exchange import load_values, save_values
 from tokenrec.data.beam.lookup import final_ids, positions
+from tokenrec.data.beam.shared_files import load_values, save_values
 from tokenrec.data.beam.users import LogBlock, partition_of, spread_log
-from tokenrec.data.moments import Moments
+from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import Feature
 from tokenrec.data.vocabulary import TableValues, ValueIndex
 

@@ -22,13 +22,13 @@ from etils import epath
 
 from tokenrec.data import records
 from tokenrec.data.beam.engine import beam_library
-from tokenrec.data.beam.exchange import load, load_values, save
 from tokenrec.data.beam.lookup import ITEM_IDS, load_finals, positions
 from tokenrec.data.beam.scan import raise_problem, save_first_problem, spread_user_part
+from tokenrec.data.beam.shared_files import load, load_values, save
 from tokenrec.data.beam.users import LogBlock, gather_users, spread_log
-from tokenrec.data.entities import to_final
-from tokenrec.data.intake import RowEncoder, blocks
-from tokenrec.data.partition import Tally, chunks_of, cut, finish, user_rows
+from tokenrec.data.preparation.entities import to_final
+from tokenrec.data.preparation.intake import RowEncoder, blocks
+from tokenrec.data.preparation.partition import Tally, chunks_of, cut, finish, user_rows
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import Part, PartedSource
 from tokenrec.errors import InputError

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenrec.data.beam.exchange import load_values
+from tokenrec.data.beam.shared_files import load_values
 from tokenrec.data.schema import FIRST_KNOWN, MISSING, UNKNOWN, Feature
 from tokenrec.data.vocabulary import TableValues, ValueIndex
 

@@ -19,11 +19,12 @@ from etils import epath
 
 from tokenrec.data import records
 from tokenrec.data.beam.engine import pipeline_options
-from tokenrec.data.beam.exchange import save_values
 from tokenrec.data.beam.lookup import ITEM_IDS, vocabulary_name
 from tokenrec.data.beam.scan import USER_PARTITIONS, Distinct, scan
-from tokenrec.data.entities import Entities, to_final
-from tokenrec.data.folder import (
+from tokenrec.data.beam.shared_files import save_values
+from tokenrec.data.metadata import Metadata
+from tokenrec.data.preparation.entities import Entities, to_final
+from tokenrec.data.preparation.folder import (
     NOTHING_TO_LEARN,
     check_options,
     checksums_of,
@@ -33,12 +34,11 @@ from tokenrec.data.folder import (
     write_tokenizer,
     write_vocabularies,
 )
-from tokenrec.data.intake import BLOCK_ROWS, check_rows
-from tokenrec.data.metadata import Metadata
-from tokenrec.data.moments import Moments
-from tokenrec.data.partition import Tally
+from tokenrec.data.preparation.intake import BLOCK_ROWS, check_rows
+from tokenrec.data.preparation.moments import Moments
+from tokenrec.data.preparation.partition import Tally
+from tokenrec.data.preparation.staging import staged
 from tokenrec.data.source import SPLITS, PartedSource, Source
-from tokenrec.data.staging import staged
 from tokenrec.data.vocabulary import TableValues, load_vocabulary, value_tables
 from tokenrec.errors import InputError
 
@@ -55,7 +55,7 @@ def prepare_with_beam(
     partition_bytes: int | None = None,
     user_partitions: int = USER_PARTITIONS,
 ) -> Metadata:
-    """Writes what `tokenrec.data.prepare.prepare` writes, and returns its metadata.
+    """Writes what `tokenrec.data.preparation.prepare.prepare` writes, and returns its metadata.
 
     Of more than one partition, shards hold users in another order, and means and deviations differ by rounding.
 

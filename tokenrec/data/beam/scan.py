@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.beam.engine import beam_library
-from tokenrec.data.beam.exchange import load, save
+from tokenrec.data.beam.shared_files import load, save
 from tokenrec.data.beam.users import LogBlock, UserBlock, gather_users, read_users, spread_log, spread_users
-from tokenrec.data.chunks import TRAIN
-from tokenrec.data.intake import RowEncoder, blocks
 from tokenrec.data.log import SCORED
-from tokenrec.data.moments import Moments
+from tokenrec.data.preparation.chunks import TRAIN
+from tokenrec.data.preparation.intake import RowEncoder, blocks
+from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import SPLITS, Part, PartedSource
 from tokenrec.data.vocabulary import Marks, ValueIndex

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.data.encode import check_columns, encode_features, join
-from tokenrec.data.entities import Entities
-from tokenrec.data.intake import BLOCK_ROWS, blocks
+from tokenrec.data.preparation.encode import check_columns, encode_features, join
+from tokenrec.data.preparation.entities import Entities
+from tokenrec.data.preparation.intake import BLOCK_ROWS, blocks
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import Part
 from tokenrec.data.vocabulary import TableValues, canonical, value_tables

@@ -1,0 +1,275 @@
+"""Downloads against a local server that cuts, ignores or forges, and archives that try to escape."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.server
+import io
+import logging
+import stat
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tokenrec.data.sources.download import download, extract
+from tokenrec.errors import InputError
+
+BODY = np.random.default_rng(0).bytes(300_000)
+SHA256 = hashlib.sha256(BODY).hexdigest()
+MD5 = hashlib.md5(BODY).hexdigest()
+
+
+class Server:
+    """What the server does, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.body = BODY
+        self.ranges = True
+        self.cuts: list[int] = []  # bytes sent of each of the next answers before the connection drops
+        self.statuses: list[int] = []  # errors of the next answers
+        self.asked: list[str | None] = []
+        self.url = ""
+
+
+def handler_of(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wanted = self.headers.get("Range")
+            server.asked.append(wanted)
+            if server.statuses:
+                self.send_error(server.statuses.pop(0))
+                return
+            start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and server.ranges else 0
+            total = len(server.body)
+            if start >= total:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{total}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(206 if start else 200)
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+            self.send_header("Content-Length", str(total - start))
+            self.end_headers()
+            stop = start + server.cuts.pop(0) if server.cuts else total
+            self.wfile.write(server.body[start:stop])
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    return Handler
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    state = Server()
+    with http.server.HTTPServer(("127.0.0.1", 0), handler_of(state)) as listener:
+        state.url = f"http://127.0.0.1:{listener.server_port}/data.tar.gz"
+        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield state
+        finally:
+            listener.shutdown()
+            thread.join(timeout=10)
+
+
+def fetch(server: Server, target: Path, *, sha256: str | None = SHA256, attempts: int = 3) -> str:
+    return download(server.url, target, sha256=sha256, attempts=attempts, backoff_s=0.0, timeout_s=10.0)
+
+
+def test_a_whole_download_lands_with_its_digest_beside_it(server: Server, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "data.tar.gz"
+    assert download(server.url, target, sha256=SHA256.upper(), md5=MD5, size=len(BODY)) == SHA256
+    assert target.read_bytes() == BODY
+    assert (tmp_path / "new" / "data.tar.gz.sha256").read_text() == f"{SHA256}  data.tar.gz\n"
+    assert not target.with_name("data.tar.gz.part").exists()
+
+
+def test_a_cut_connection_resumes_where_it_broke(server: Server, tmp_path: Path) -> None:
+    server.cuts = [100_000, 50_000]
+    fetch(server, tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert server.asked == [None, "bytes=100000-", "bytes=150000-"]
+
+
+def test_a_later_run_resumes_the_part_of_an_earlier_one(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "f.part").write_bytes(BODY[:123_456])
+    fetch(server, tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert server.asked == ["bytes=123456-"]
+
+
+def test_a_part_that_is_already_whole_is_only_verified(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "f.part").write_bytes(BODY)
+    fetch(server, tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == BODY
+
+
+def test_a_part_longer_than_the_file_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "f.part").write_bytes(BODY + b"more")
+    fetch(server, tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert server.asked == [f"bytes={len(BODY) + 4}-", None]
+
+
+def test_a_server_without_ranges_is_read_from_the_start_again(server: Server, tmp_path: Path) -> None:
+    server.ranges = False
+    server.cuts = [200_000]
+    fetch(server, tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert len(server.asked) == 2
+
+
+def test_tries_without_progress_are_bounded_and_keep_the_part(server: Server, tmp_path: Path) -> None:
+    server.cuts = [1000] + [0] * 20
+    with pytest.raises(InputError, match=r"could not be fetched in 3 tries .*place the file at"):
+        fetch(server, tmp_path / "f")
+    assert len(server.asked) == 4
+    assert (tmp_path / "f.part").read_bytes() == BODY[:1000]
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_wrong_checksum_leaves_nothing_behind(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"has sha256 {SHA256}, expected {'0' * 64}"):
+        fetch(server, tmp_path / "f", sha256="0" * 64)
+    with pytest.raises(InputError, match=f"has md5 {MD5}"):
+        download(server.url, tmp_path / "f", md5="0" * 32)
+    with pytest.raises(InputError, match="has size 300000, expected 7"):
+        download(server.url, tmp_path / "f", sha256=SHA256, size=7)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_file_fails_at_once(server: Server, tmp_path: Path) -> None:
+    server.statuses = [404, 404]
+    with pytest.raises(InputError, match="answers 404"):
+        fetch(server, tmp_path / "f")
+    assert len(server.asked) == 1
+
+
+def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
+    server.statuses = [503, 429]
+    fetch(server, tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == BODY
+
+
+def test_no_network_is_one_readable_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as listener:
+        port = listener.server_port  # closed below: nobody listens there
+    with pytest.raises(InputError, match=r"could not be fetched in 2 tries .*refused"):
+        download(f"http://127.0.0.1:{port}/f", tmp_path / "f", sha256=SHA256, attempts=2, backoff_s=0.0)
+    with pytest.raises(InputError, match="neither http nor https"):
+        download("file:///etc/hosts", tmp_path / "f")
+
+
+def test_an_unchecked_download_says_so_and_distrusts_an_old_part(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "f.part").write_bytes(b"x" * 1000)
+    with caplog.at_level(logging.WARNING):
+        fetch(server, tmp_path / "f", sha256=None)
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert "NOT CHECKED" in caplog.text
+    assert SHA256 in caplog.text
+
+
+def test_an_existing_file_is_verified_and_not_fetched(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(BODY)
+    fetch(server, tmp_path / "f")
+    (tmp_path / "f").write_bytes(BODY[:-1])
+    with pytest.raises(InputError, match="delete it and run again"):
+        fetch(server, tmp_path / "f")
+    assert server.asked == []
+    assert (tmp_path / "f").exists()
+
+
+def tar_of(path: Path, *members: tuple[str, bytes], change: Callable[[tarfile.TarInfo], None] | None = None) -> Path:
+    with tarfile.open(path, "w:gz") as bundle:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            if change:
+                change(info)
+            bundle.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_extract_strips_folders_and_takes_only_what_is_wanted(tmp_path: Path) -> None:
+    archive = tar_of(tmp_path / "a.tar.gz", ("top/data/a.csv", b"a"), ("top/data/b.csv", b"b"), ("top/c.py", b"c"))
+    paths = extract(archive, tmp_path / "out", max_bytes=10, strip=1, wanted=lambda p: p.suffix == ".csv")
+    assert paths == [tmp_path / "out/data/a.csv", tmp_path / "out/data/b.csv"]
+    assert [p.read_bytes() for p in paths] == [b"a", b"b"]
+    assert not (tmp_path / "out/c.py").exists()
+
+
+def test_extract_reads_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as bundle:
+        bundle.writestr("d/a.txt", "hello")
+    assert extract(tmp_path / "a.zip", tmp_path / "out", max_bytes=10) == [tmp_path / "out/d/a.txt"]
+    assert (tmp_path / "out/d/a.txt").read_text() == "hello"
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "C:\\evil", "a\\..\\evil"])
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    tar_of(tmp_path / "a.tar.gz", ("good", b"g"), (name, b"e"))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as bundle:
+        bundle.writestr(name, "e")
+    for archive in ("a.tar.gz", "a.zip"):
+        with pytest.raises(InputError, match="leaves the folder"):
+            extract(tmp_path / archive, tmp_path / "out", max_bytes=10)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar.gz", "a.zip"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
+    def change(info: tarfile.TarInfo) -> None:
+        info.type, info.linkname = kind, "good"
+
+    archive = tar_of(tmp_path / "a.tar.gz", ("link", b""), change=change)
+    with pytest.raises(InputError, match="a link or a device"):
+        extract(archive, tmp_path / "out", max_bytes=10)
+    info = zipfile.ZipInfo("link")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as bundle:
+        bundle.writestr(info, "/etc/passwd")
+    with pytest.raises(InputError, match="a link or a device"):
+        extract(tmp_path / "a.zip", tmp_path / "out", max_bytes=100)
+
+
+def test_an_archive_that_unpacks_to_too_much_is_stopped(tmp_path: Path) -> None:
+    archive = tar_of(tmp_path / "a.tar.gz", ("a", bytes(600)), ("b", bytes(600)))
+    with pytest.raises(InputError, match="more than max_bytes=1000"):
+        extract(archive, tmp_path / "out", max_bytes=1000)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tar.gz"]
+
+
+def test_a_truncated_archive_leaves_no_folder(tmp_path: Path) -> None:
+    whole = tar_of(tmp_path / "a.tar.gz", ("a", BODY)).read_bytes()
+    for kept in (len(whole) // 2, 1, 0):
+        (tmp_path / "cut.tar.gz").write_bytes(whole[:kept])
+        with pytest.raises(InputError, match="cannot be read"):
+            extract(tmp_path / "cut.tar.gz", tmp_path / "out", max_bytes=10**6)
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_extraction_does_not_look_whole_and_can_be_repeated(tmp_path: Path) -> None:
+    archive = tar_of(tmp_path / "a.tar.gz", ("a", b"1"), ("b", b"2"))
+
+    def interrupt(path: object) -> bool:
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        extract(archive, tmp_path / "out", max_bytes=10, wanted=interrupt)
+    assert not (tmp_path / "out").exists()
+    assert len(extract(archive, tmp_path / "out", max_bytes=10)) == 2
+    with pytest.raises(InputError, match="exists; delete it"):
+        extract(archive, tmp_path / "out", max_bytes=10)

@@ -1,0 +1,102 @@
+"""What the compiled train step does to a table that is larger than a batch: it writes rows in place, nothing else."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import pytest
+
+from tests.worlds import SCHEMA, TABLES, TASKS, mesh_of, place, random_batch, tiny
+from tokenrec.ops.tables.exchange import stored_rows
+from tokenrec.state import abstract_state, build_model
+from tokenrec.step import train_step
+
+ROWS = 104_729  # prime, so that no shape of the model's own has it; a batch of `tiny` has 104 ids of this table
+WIDTH = 16  # of this table alone, so that it is a stack of its own
+DEVICES = 8
+STORED = stored_rows(ROWS)
+OWN = STORED // DEVICES  # 13,824: a shape that nothing else has
+
+# A line of HLO: `[ROOT] %name = type opcode(operands)...`. A type is `f32[2,3]{1,0}` or a tuple of such in brackets.
+LINE = re.compile(r"^\s*(?:ROOT )?%?(?P<name>\S+) = (?P<type>\([^()]*\)|\S+) (?P<opcode>[\w-]+)\(")
+
+
+@functools.cache
+def compiled_step(decay: float, accumulate: int, sizes=(1, 1, 1), replicate_rows: int = ROWS) -> str:
+    """HLO text of the train step with a large table `video`, its state donated as in `train`."""
+    optim = {"table_weight_decay": decay, "accumulate": accumulate}
+    tokens = {"embedding_dims": {"video": WIDTH}, "replicate_rows": replicate_rows}
+    config = tiny(tokens=tokens, model={"layers": 1, "windows": ()}, optim=optim)
+    mesh = mesh_of(*sizes)
+    with jax.set_mesh(mesh):
+        schema = dataclasses.replace(SCHEMA, tables=TABLES | {"video": ROWS})
+        model = build_model(config, schema, TASKS)
+        step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
+        batch = place(random_batch(config), mesh)
+        return step.lower(model, abstract_state(model), batch).compile().as_text()
+
+
+def writers(text: str, shape: str) -> list[str]:
+    """Opcodes of the operations of the entry computation that make a buffer of this shape."""
+    entry = text[text.index("\nENTRY ") :]
+    found = [LINE.match(line) for line in entry.splitlines()[2:]]
+    whole = re.compile(re.escape(shape) + r"(?:\{[\d,]*\})?")
+    made = [m for m in found if m and m["opcode"] != "parameter" and whole.fullmatch(m["type"])]
+    return [m["opcode"] if m["opcode"] != "fusion" else _root(text, m.string) for m in made]
+
+
+def _root(text: str, call: str) -> str:
+    """Opcode of the last operation of the computation that a fusion calls."""
+    called = re.search(r"calls=%?([\w.-]+)", call)
+    assert called
+    body = re.search(rf"^%?{re.escape(called[1])} .*?^\}}", text, re.MULTILINE | re.DOTALL)
+    assert body
+    root = next(line for line in body[0].splitlines() if line.lstrip().startswith("ROOT "))
+    match = LINE.match(root)
+    assert match
+    return match["opcode"]
+
+
+@pytest.mark.parametrize(("decay", "accumulate"), [(0.0, 1), (0.1, 2)])
+def test_a_large_table_is_only_written_in_place(decay, accumulate):
+    """One scatter makes the new table, one its memory: no copy, no gradient and no sum of the table's size."""
+    text = compiled_step(decay, accumulate)
+    assert writers(text, f"f32[{ROWS},{WIDTH}]") == ["scatter"]
+    assert writers(text, f"f32[{ROWS}]") == ["scatter"]
+    sized = re.compile(rf"\[(?:\d+,)*{ROWS}(?:,\d+)*\]")
+    within = [LINE.match(line) for line in text.splitlines() if sized.search(line.split(" = ")[-1].split("(")[0])]
+    assert {m["opcode"] for m in within if m} <= {"parameter", "scatter", "fusion", "tuple"}
+
+
+def test_the_new_table_takes_the_memory_of_the_old_one():
+    """Donated: parameter and result share a buffer, so that a scatter in place needs no second table."""
+    text = compiled_step(0.0, 1)
+    aliased = {int(number) for number in re.findall(r"\((\d+), \{\}, (?:may|must)-alias\)", text.splitlines()[0])}
+    entry = text[text.index("\nENTRY ") :]
+    tables = re.findall(rf"= f32\[{ROWS}[^\n]* parameter\((\d+)\)", entry)
+    assert len(tables) == 2
+    assert {int(number) for number in tables} <= aliased
+
+
+def opcodes(text: str, rows: int) -> set[str]:
+    """Of all operations, those in loops and fusions included, that make a buffer with a dimension of so many rows."""
+    sized = re.compile(rf"\[(?:\d+,)*{rows}(?:,\d+)*\]")
+    found = [LINE.match(line) for line in text.splitlines()]
+    return {match["opcode"] for match in found if match and sized.search(match["type"])}
+
+
+def test_a_spread_table_never_leaves_the_devices_that_own_it():
+    """Of the whole table nothing is made on any device, of the own rows nothing but themselves, written in place."""
+    text = compiled_step(0.1, 1, (2, 2, 2), replicate_rows=100)
+    assert not opcodes(text, STORED) | opcodes(text, ROWS)
+    in_place = {"parameter", "scatter", "fusion", "tuple", "get-tuple-element", "while", "conditional"}
+    assert {"parameter", "scatter"} <= opcodes(text, OWN) <= in_place
+    exchanged = re.findall(r"= \(?(\S+?)\{[^=]*? (all-to-all|all-gather|all-reduce|reduce-scatter)\(", text)
+    assert any(kind == "all-to-all" for _, kind in exchanged)
+
+
+def test_on_one_device_a_spread_table_needs_no_exchange():
+    text = compiled_step(0.0, 1, replicate_rows=100)
+    assert "all-to-all" not in text
+    assert opcodes(text, STORED) <= {"parameter", "scatter", "fusion", "tuple"}

@@ -1,0 +1,100 @@
+"""Bytes between memory and chip, by hand, in the text of a small program as a TPU compiler writes it."""
+
+import pytest
+
+from tokenrec.planner.hlo import read_program
+from tokenrec.planner.hlo_bytes import Instruction, array_bytes, memory_bytes
+
+# A table of 100 x 16 numbers, a stack of 4 weights of 8 x 8, and a loop over the stack. Sizes of float32:
+# a row 64, a weight 256, the stack 1024, an activation of 2 x 8 64.
+HLO = """HloModule m
+
+%pick.1 (p0: f32[4,8,8], p1: s32[]) -> f32[8,8] {
+  %p0 = f32[4,8,8]{2,1,0:T(8,128)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[] constant(0)
+  %cut = f32[1,8,8]{2,1,0:T(8,128)} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,8}
+  ROOT %b = f32[8,8]{1,0:T(8,128)} bitcast(%cut)
+}
+
+%layer.1 (q0: f32[2,8], q1: f32[4,8,8], q2: s32[]) -> f32[2,8] {
+  %q0 = f32[2,8]{1,0:T(8,128)S(1)} parameter(0)
+  %q1 = f32[4,8,8]{2,1,0:T(8,128)} parameter(1)
+  %q2 = s32[]{:T(128)} parameter(2)
+  %w = f32[8,8]{1,0:T(8,128)} fusion(%q1, %q2), kind=kLoop, calls=%pick.1
+  ROOT %dot = f32[2,8]{1,0:T(8,128)S(1)} convolution(%q0, %w), dim_labels=bf_io->bf
+}
+
+%update.1 (u0: f32[100,16], u1: s32[3], u2: f32[3,16]) -> f32[100,16] {
+  %u0 = f32[100,16]{0,1:T(8,128)} parameter(0)
+  %u1 = s32[3]{0:T(1024)} parameter(1)
+  %u2 = f32[3,16]{1,0:T(8,128)} parameter(2)
+  ROOT %s = f32[100,16]{0,1:T(8,128)} scatter(%u0, %u1, %u2), update_window_dims={1}, to_apply=%add.1
+}
+
+%body.1 (arg: (s32[], f32[2,8], f32[4,8,8])) -> (s32[], f32[2,8], f32[4,8,8]) {
+  %arg = (s32[]{:T(128)}, f32[2,8]{1,0:T(8,128)S(1)}, f32[4,8,8]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%arg), index=0
+  %x = f32[2,8]{1,0:T(8,128)S(1)} get-tuple-element(%arg), index=1
+  %stack = f32[4,8,8]{2,1,0:T(8,128)} get-tuple-element(%arg), index=2
+  %y = f32[2,8]{1,0:T(8,128)S(1)} fusion(%x, %stack, %i), kind=kOutput, calls=%layer.1
+  ROOT %t = (s32[]{:T(128)}, f32[2,8]{1,0:T(8,128)S(1)}, f32[4,8,8]{2,1,0:T(8,128)}) tuple(%i, %y, %stack)
+}
+
+%until.1 (c: (s32[], f32[2,8], f32[4,8,8])) -> pred[] {
+  %c = (s32[]{:T(128)}, f32[2,8]{1,0:T(8,128)S(1)}, f32[4,8,8]{2,1,0:T(8,128)}) parameter(0)
+  %at = s32[]{:T(128)S(6)} get-tuple-element(%c), index=0
+  %four = s32[]{:T(128)S(6)} constant(4)
+  ROOT %less = pred[]{:T(512)S(6)} compare(%at, %four), direction=LT
+}
+
+ENTRY %main (t: f32[100,16], w: f32[4,8,8], x: f32[2,8], ids: s32[3], g: f32[3,16]) -> (f32[2,8], f32[100,16]) {
+  %t = f32[100,16]{0,1:T(8,128)} parameter(0)
+  %w = f32[4,8,8]{2,1,0:T(8,128)} parameter(1)
+  %x = f32[2,8]{1,0:T(8,128)} parameter(2)
+  %ids = s32[3]{0:T(1024)} parameter(3)
+  %g = f32[3,16]{1,0:T(8,128)} parameter(4)
+  %zero.1 = s32[]{:T(128)S(6)} constant(0)
+  %start = (f32[2,8]{1,0:T(8,128)S(1)}, f32[2,8]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %done = f32[2,8]{1,0:T(8,128)S(1)} copy-done(%start)
+  %first = (s32[]{:T(128)S(6)}, f32[2,8]{1,0:T(8,128)S(1)}, f32[4,8,8]{2,1,0:T(8,128)}) tuple(%zero.1, %done, %w)
+  %loop = (s32[], f32[2,8]{1,0:T(8,128)S(1)}, f32[4,8,8]{2,1,0}) while(%first), condition=%until.1, body=%body.1
+  %out = f32[2,8]{1,0:T(8,128)S(1)} get-tuple-element(%loop), index=1
+  %kept = f32[2,8]{1,0:T(8,128)} copy(%out)
+  %rows = f32[3,16]{1,0:T(8,128)} gather(%t, %ids), offset_dims={1}, slice_sizes={1,16}
+  %sum = f32[3,16]{1,0:T(8,128)} add(%rows, %g)
+  %new = f32[100,16]{0,1:T(8,128)} fusion(%t, %ids, %sum), kind=kCustom, calls=%update.1
+  ROOT %result = (f32[2,8]{1,0:T(8,128)}, f32[100,16]{0,1:T(8,128)}) tuple(%kept, %new)
+}
+"""
+
+
+def test_a_program_costs_what_it_touches_and_a_loop_as_often_as_it_runs():
+    row, activation, weight, ids = 64, 64, 256, 12
+    expected = (
+        activation  # on the chip
+        + 4 * weight  # of the stack, one a trip; the activation stays on the chip
+        + activation  # and out again
+        + (2 * 3 * row + ids)  # gather: reads and writes three rows
+        + 3 * 3 * row  # add
+        + (3 * row + ids + 3 * row)  # update: three rows in, three rows out
+    )
+    assert read_program(HLO, 1).memory_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole", "in_memory"),
+    [
+        ("bf16[3,5]{1,0:T(8,128)(2,1)}", 30, 30),
+        ("bf16[3,5]{1,0:T(8,128)(2,1)S(1)}", 30, 0),
+        ("(s32[]{:S(2)}, (pred[7]{0:T(256)}, f8e4m3fn[2]{0}))", 13, 9),
+    ],
+)
+def test_arrays_of_a_shape(shape, whole, in_memory):
+    assert sum(array_bytes(shape)) == whole
+    assert memory_bytes(shape) == in_memory
+
+
+def test_operands_end_with_the_parenthesis():
+    one = Instruction("a", "f32[2]", "fusion", "%b, /*index=1*/%c.2), kind=kLoop, calls=%d")
+    assert one.operands == ["b", "c.2"]

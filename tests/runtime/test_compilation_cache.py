@@ -1,0 +1,74 @@
+"""Compiled programs beside a run: kept, used again, and not trusted when damaged."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
+
+from tokenrec.runtime.compilation_cache import FOLDER, kept_programs
+
+HIT = "/jax/compilation_cache/cache_hits"
+
+
+@pytest.fixture
+def hits() -> Iterator[list[str]]:
+    """Grows with each program that is not compiled because it was kept; none is in use before."""
+    found: list[str] = []
+
+    def hear(event: str, **_: str | int) -> None:
+        if event == HIT:
+            found.append(event)
+
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    monitoring.register_event_listener(hear)
+    yield found
+    monitoring.unregister_event_listener(hear)
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+    compilation_cache.reset_cache()
+
+
+def run(workdir: Path, wanted: bool = True) -> float:
+    with kept_programs(workdir, wanted):
+        return float(jax.jit(lambda x: jnp.cumsum(jnp.sin(x))[-1] * 3.25)(jnp.arange(5.0)))
+
+
+def programs(workdir: Path) -> list[Path]:
+    return sorted(path for path in (workdir / FOLDER).rglob("*-cache"))
+
+
+def test_a_program_is_compiled_once_and_nothing_is_kept_afterwards(tmp_path: Path, hits: list[str]) -> None:
+    first = run(tmp_path)
+    assert programs(tmp_path)
+    assert not hits
+    assert run(tmp_path) == first
+    assert hits
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_folder_that_is_in_use_already_is_kept(tmp_path: Path, hits: list[str]) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "shared"))
+    run(tmp_path)
+    run(tmp_path / "other", wanted=False)
+    assert not (tmp_path / FOLDER).exists()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "shared")
+
+
+@pytest.mark.parametrize("damage", ["bits", "end"])
+def test_a_damaged_program_is_compiled_again(tmp_path: Path, hits: list[str], damage: str) -> None:
+    first = run(tmp_path)
+    for path in programs(tmp_path):
+        data = bytearray(path.read_bytes())
+        if damage == "bits":
+            data[len(data) // 2] ^= 4
+        else:
+            del data[len(data) // 2 :]
+        path.write_bytes(data)
+    assert run(tmp_path) == first
+    assert not hits

@@ -1,0 +1,91 @@
+"""KuaiRand's log files, row by row as they are, and the checks that their types alone do not make."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tokenrec.data.sources.tabular import read_csv
+from tokenrec.errors import InputError
+
+TASKS = ("is_click", "long_view", "is_like", "is_follow", "is_comment", "is_forward")
+LOG_TYPES = {
+    "user_id": pa.int64(),
+    "video_id": pa.int64(),
+    "date": pa.int32(),
+    "hourmin": pa.int16(),
+    "time_ms": pa.int64(),
+    **{task: pa.int8() for task in TASKS},
+    "play_time_ms": pa.float64(),
+    "duration_ms": pa.float64(),
+    "tab": pa.int16(),
+}
+_REQUIRED = ("user_id", "video_id", "date", "hourmin", "time_ms")
+
+
+def read_log(path: Path) -> Iterator[pa.RecordBatch]:
+    """Batches with the columns of `LOG_TYPES`; an unknown label is null.
+
+    Raises:
+      InputError: a value does not parse or cannot be; names the file and the line.
+    """
+    line = 2
+    for batch in read_csv(path, LOG_TYPES):
+        _check(batch, path, line)
+        line += batch.num_rows
+        yield batch
+
+
+def first_times(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Users of the log files, ascending, and the `time_ms` of each one's first row."""
+    users, first_ms = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for path in paths:
+        for batch in read_log(path):
+            user = np.concatenate([users, batch.column("user_id").to_numpy()])
+            time = np.concatenate([first_ms, batch.column("time_ms").to_numpy()])
+            order = np.lexsort((time, user))
+            users, first = np.unique(user[order], return_index=True)
+            first_ms = time[order][first]
+    return users, first_ms
+
+
+def parse_date(number: int) -> datetime.date:
+    """Raises ValueError.
+
+    >>> parse_date(20220425)
+    datetime.date(2022, 4, 25)
+    """
+    if len(str(number)) != 8:
+        raise ValueError(f"{number} has not 8 digits")
+    return datetime.datetime.strptime(str(number), "%Y%m%d").date()
+
+
+def _check(batch: pa.RecordBatch, path: Path, line: int) -> None:
+    """Refuses values that parse and still cannot be; `line` is that of the batch's first row."""
+    for name in _REQUIRED:
+        _refuse(pc.is_null(batch.column(name)), batch, name, path, line, "is needed in every row")
+    for name in ("user_id", "video_id"):
+        _refuse(pc.less(batch.column(name), 0), batch, name, path, line, "is negative, ids are not")
+    for name in TASKS:
+        allowed = pc.is_in(batch.column(name), value_set=pa.array([0, 1, None], pa.int8()))
+        _refuse(pc.invert(allowed), batch, name, path, line, "is neither 0 nor 1, nor empty")
+    hour = batch.column("hourmin")
+    _refuse(pc.or_(pc.less(hour, 0), pc.greater(hour, 2359)), batch, "hourmin", path, line, "is not in 0 to 2359")
+    for date in pc.unique(batch.column("date")).to_pylist():
+        try:
+            parse_date(date)
+        except ValueError:
+            wrong = pc.equal(batch.column("date"), date)
+            _refuse(wrong, batch, "date", path, line, "is not a date like 20220425")
+
+
+def _refuse(wrong: pa.Array, batch: pa.RecordBatch, name: str, path: Path, line: int, reason: str) -> None:
+    at = pc.index(wrong, True).as_py()
+    if at >= 0:
+        value = batch.column(name)[at].as_py()
+        raise InputError(f"{path}, line {line + at}: {name}={'' if value is None else value} {reason}; correct the row")

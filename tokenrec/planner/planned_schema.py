@@ -1,0 +1,63 @@
+"""A schema without its data: table sizes that are known or planned, for what compiles and describes but trains nothing.
+
+A planned schema is a JSON file like the `tokenrec.json` of a prepared data set, of which `schema` and `counts.items`
+are read. `notes` say where each size comes from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenrec.config import Config, data_directory, semantic_ids_path
+from tokenrec.config.load import shipped_folder
+from tokenrec.data.dataset import open_dataset
+from tokenrec.data.metadata import METADATA_FILE
+from tokenrec.data.schema import Schema
+from tokenrec.errors import InputError, suggest
+from tokenrec.runtime.files import read_json
+
+
+def known_schema(config: Config) -> tuple[Schema, str]:
+    """The whole schema of a config's data set, and where it was found: the prepared data set, or `data.schema`.
+
+    Raises:
+      InputError: neither is there, a folder given as `data.path` is not a data set, or the file is no schema.
+    """
+    directory = data_directory(config)
+    planned = config.data.schema and not config.data.path and not (directory / METADATA_FILE).is_file()
+    if not planned:
+        schema = open_dataset(directory, semantic_ids=semantic_ids_path(config)).schema
+        return schema, f"prepared data set {directory}"
+    if config.data.semantic_ids:
+        raise InputError(
+            f"data.semantic_ids='{config.data.semantic_ids}' belongs to a prepared data set, and '{directory}' is "
+            "none; prepare it, or leave the semantic ids out"
+        )
+    path = _find(config.data.schema)
+    return read_planned(path), f"planned schema {path.name}; no data set at {directory}"
+
+
+def read_planned(path: Path) -> Schema:
+    """The schema in a planned schema's file.
+
+    Raises:
+      InputError: it is not JSON, or has no `schema` or no `counts.items`.
+    """
+    try:
+        value = read_json(path, "data.schema", "give a planned schema")
+        return Schema.from_json(value["schema"] | {"items": value["counts"]["items"]})
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"data.schema '{path}' is not a planned schema: {type(error).__name__}: {error}; it holds what the "
+            f"{METADATA_FILE} of a prepared data set holds, `schema` and `counts.items` at least"
+        ) from error
+
+
+def _find(name: str) -> Path:
+    path, shipped = Path(name), shipped_folder() / "schemas"
+    if path.is_file():
+        return path
+    if (shipped / name).is_file():
+        return shipped / name
+    known = (file.name for file in shipped.glob("*.json"))
+    raise InputError(f"data.schema='{name}' is neither a file nor a shipped schema{suggest(name, known)}")
