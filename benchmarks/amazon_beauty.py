@@ -30,7 +30,7 @@ from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.semantic_id_file import SEMANTIC_IDS
 from tokenrec.data.sources.amazon import AmazonSource
 from tokenrec.errors import InputError
-from tokenrec.evaluation.evaluate import assessor
+from tokenrec.evaluation.evaluate import make_evaluator
 from tokenrec.runtime.files import write_json
 from tokenrec.semantic_ids.build import build_semantic_ids
 from tokenrec.sharding import make_mesh
@@ -48,7 +48,11 @@ METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
 PUBLISHED = (
     {"config": "eSASRec (published)", "recall@10": ".0928", "ndcg@10": ".0523"},
     {"config": "ActionPiece (published)", "recall@10": ".0775", "ndcg@10": ".0424"},
-    {"config": "TIGER, ids of text (published)", "recall@10": ".0648", "ndcg@10": ".0384"},
+    {
+        "config": "TIGER, ids of text (published)",
+        "recall@10": ".0648",
+        "ndcg@10": ".0384",
+    },
 )
 
 
@@ -68,19 +72,36 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
         config.data.semantic_ids = str(ids)
     if held_out == 1:
         # Test is looked at once, after the last step.
-        config.train = dataclasses.replace(config.train, eval_split="test", eval_every=0, eval_samples=0)
+        config.train = dataclasses.replace(
+            config.train, eval_split="test", eval_every=0, eval_samples=0
+        )
     if kept.is_file():
-        if json.loads((workdir / CONFIG_FILE).read_text()) != json.loads(to_json(config)):
-            raise InputError(f"runs: '{workdir}' was trained with other settings; give another --runs, or move it away")
+        if json.loads((workdir / CONFIG_FILE).read_text()) != json.loads(
+            to_json(config)
+        ):
+            raise InputError(
+                f"runs: '{workdir}' was trained with other settings; give another --runs, or move it away"
+            )
         return json.loads(kept.read_text())
     began, fresh = cpu_seconds(), not workdir.exists()
     summary = train(config, workdir)
     trained = cpu_seconds()
-    record = {"config": name, "seed": seed, "step": summary["step"], "best_step": summary["best_step"]}
+    record = {
+        "config": name,
+        "seed": seed,
+        "step": summary["step"],
+        "best_step": summary["best_step"],
+    }
     for split in ("valid", "test")[2 - held_out :]:
-        record |= {f"{split} {metric}": value for metric, value in _retrieval(workdir, split, data).items()}
+        record |= {
+            f"{split} {metric}": value
+            for metric, value in _retrieval(workdir, split, data).items()
+        }
     # What a run cost before it was stopped is not known.
-    costs = {"goals_per_second": summary["examples_per_second"], "train_cpu_seconds": trained - began}
+    costs = {
+        "goals_per_second": summary["examples_per_second"],
+        "train_cpu_seconds": trained - began,
+    }
     record |= costs if fresh else dict.fromkeys(costs)
     write_json(kept, record)
     return record
@@ -97,8 +118,12 @@ def _retrieval(workdir: Path, split: str, data: Path) -> dict[str, float]:
         metrics = {}
         again = config.head.drop_seen and config.head.retrieval == "next_item"
         for suffix in ("", SEEN_TOO) if again else ("",):
-            asked = dataclasses.replace(config, head=dataclasses.replace(config.head, drop_seen=not suffix))
-            assess = assessor(dataclasses.replace(run.model, config=asked), run.dataset, mesh)
+            asked = dataclasses.replace(
+                config, head=dataclasses.replace(config.head, drop_seen=not suffix)
+            )
+            assess = make_evaluator(
+                dataclasses.replace(run.model, config=asked), run.dataset, mesh
+            )
             found = assess(run.state, split)["retrieval"]
             metrics |= {f"{metric}{suffix}": found[metric] for metric in METRICS}
     return metrics
@@ -112,29 +137,50 @@ def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(record["config"] for record in records):
         of_config = [record for record in records if record["config"] == name]
-        for suffix in ("", SEEN_TOO) if f"test {METRICS[0]}{SEEN_TOO}" in of_config[0] else ("",):
+        for suffix in (
+            ("", SEEN_TOO) if f"test {METRICS[0]}{SEEN_TOO}" in of_config[0] else ("",)
+        ):
             row: dict[str, Any] = {"config": f"{name}{suffix}", "seeds": len(of_config)}
             for metric in METRICS:
-                row[metric] = spread([record[f"test {metric}{suffix}"] for record in of_config])
+                row[metric] = spread(
+                    [record[f"test {metric}{suffix}"] for record in of_config]
+                )
             rows.append(row)
     return [*rows, *({"seeds": "", **row} for row in PUBLISHED)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("data/amazon_beauty"))
     parser.add_argument("--ids", type=Path, default=Path("data/amazon_beauty_ids"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/amazon_beauty"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/amazon_beauty"))
-    parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/benchmarks/amazon_beauty")
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/amazon_beauty")
+    )
+    parser.add_argument(
+        "--configs", nargs="+", default=list(CONFIGS), choices=list(CONFIGS)
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
-    folders = {2: arguments.data, 1: arguments.data.with_name(arguments.data.name + "_refit")}
+    folders = {
+        2: arguments.data,
+        1: arguments.data.with_name(arguments.data.name + "_refit"),
+    }
     for held_out in {CONFIGS[name][1] for name in arguments.configs}:
         if not (folders[held_out] / METADATA_FILE).is_file():
-            prepare(AmazonSource(arguments.root, "Beauty", held_out=held_out), folders[held_out])
-    if "generative" in arguments.configs and not (arguments.ids / SEMANTIC_IDS).is_file():
+            prepare(
+                AmazonSource(arguments.root, "Beauty", held_out=held_out),
+                folders[held_out],
+            )
+    if (
+        "generative" in arguments.configs
+        and not (arguments.ids / SEMANTIC_IDS).is_file()
+    ):
         build_semantic_ids(arguments.data, arguments.ids)
     records = []
     for name in arguments.configs:
@@ -150,7 +196,13 @@ def main() -> None:
         "checkpoint": "best NDCG@10 on valid, of a refit the last",
     }
     title = "Amazon Beauty, the last item of every user"
-    write_result(arguments.out, table_rows(records), settings, command, title=f"{title}: mean ± deviation over seeds")
+    write_result(
+        arguments.out,
+        table_rows(records),
+        settings,
+        command,
+        title=f"{title}: mean ± deviation over seeds",
+    )
     seeds = arguments.out.with_name(arguments.out.name + "_seeds")
     write_result(seeds, records, settings, command, title=f"{title}: every seed")
 

@@ -13,7 +13,12 @@ from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.ops.attention import PREFERRED, attention, choose, platform
 from tokenrec.ops.attention.pattern import causal_pattern
-from tokenrec.planner.roofline import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, attention_flops, visible_pairs
+from tokenrec.planner.roofline import (
+    BACKWARD_PRODUCTS,
+    FORWARD_PRODUCTS,
+    attention_flops,
+    visible_pairs,
+)
 from tokenrec.sharding import RULES, make_mesh
 
 PASSES = ("forward", "forward_backward")
@@ -32,7 +37,9 @@ class Case(NamedTuple):
 
     def row(self) -> dict[str, Any]:
         """The columns that name the case, by which results are compared."""
-        named = {name.removesuffix("_"): value for name, value in self._asdict().items()}
+        named = {
+            name.removesuffix("_"): value for name, value in self._asdict().items()
+        }
         return named | {"window": self.window or "full"}
 
 
@@ -46,8 +53,12 @@ class Sizes(NamedTuple):
 
 def useful_flops(case: Case, sizes: Sizes) -> float:
     """Operations that the result needs: two products over visible pairs forward, and five more backward."""
-    pairs = sizes.batch * visible_pairs(causal_pattern(case.seq_len, case.seq_len), case.window)
-    products = FORWARD_PRODUCTS + (BACKWARD_PRODUCTS if case.pass_ == "forward_backward" else 0)
+    pairs = sizes.batch * visible_pairs(
+        causal_pattern(case.seq_len, case.seq_len), case.window
+    )
+    products = FORWARD_PRODUCTS + (
+        BACKWARD_PRODUCTS if case.pass_ == "forward_backward" else 0
+    )
     return attention_flops(pairs, sizes.heads, sizes.head_dim, products)
 
 
@@ -64,7 +75,9 @@ def parse_mesh(text: str) -> tuple[int, int, int]:
     """
     parts = text.split("x")
     if len(parts) != 3 or not all(part.isdecimal() and int(part) for part in parts):
-        raise InputError(f"--meshes {text}: a mesh is data x fsdp x tensor, three whole numbers; write 1x1x1 or 2x1x4")
+        raise InputError(
+            f"--meshes {text}: a mesh is data x fsdp x tensor, three whole numbers; write 1x1x1 or 2x1x4"
+        )
     data, fsdp, tensor = map(int, parts)
     return data, fsdp, tensor
 
@@ -90,18 +103,25 @@ def local_mesh(text: str, sizes: Sizes) -> jax.sharding.Mesh:
     return make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[:count])
 
 
-def array_spec(case: Case, sizes: Sizes, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+def array_spec(
+    case: Case, sizes: Sizes, mesh: jax.sharding.Mesh
+) -> jax.ShapeDtypeStruct:
     """`[B, S, H, h]`, laid over the mesh as the backbone lays queries, keys and values."""
     place = jax.NamedSharding(mesh, RULES("batch", None, "heads", None))
     shape = (sizes.batch, case.seq_len, sizes.heads, sizes.head_dim)
     return jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype), sharding=place)
 
 
-def random_inputs(case: Case, sizes: Sizes, mesh: jax.sharding.Mesh) -> tuple[jax.Array, ...]:
+def random_inputs(
+    case: Case, sizes: Sizes, mesh: jax.sharding.Mesh
+) -> tuple[jax.Array, ...]:
     """Normal q, k, v and gradient of the output, `[B, S, H, h]` each."""
     x = array_spec(case, sizes, mesh)
     return tuple(
-        jax.device_put(jax.random.normal(jax.random.key(seed), x.shape, x.dtype), x.sharding) for seed in range(4)
+        jax.device_put(
+            jax.random.normal(jax.random.key(seed), x.shape, x.dtype), x.sharding
+        )
+        for seed in range(4)
     )
 
 
@@ -114,7 +134,13 @@ def refusal(case: Case, sizes: Sizes, mesh: jax.sharding.Mesh) -> str:
     pattern = causal_pattern(case.seq_len, case.seq_len)
 
     def serve(x: jax.Array) -> jax.Array:
-        choose(x, x, window=case.window, pattern=pattern, implementation=case.implementation)
+        choose(
+            x,
+            x,
+            window=case.window,
+            pattern=pattern,
+            implementation=case.implementation,
+        )
         return x
 
     try:
@@ -126,21 +152,31 @@ def refusal(case: Case, sizes: Sizes, mesh: jax.sharding.Mesh) -> str:
 
 
 def compile_case(
-    case: Case, sizes: Sizes, mesh: jax.sharding.Mesh, *, attend: Callable[..., jax.Array] | None = None
+    case: Case,
+    sizes: Sizes,
+    mesh: jax.sharding.Mesh,
+    *,
+    attend: Callable[..., jax.Array] | None = None,
 ) -> jax.stages.Compiled:
     """`(q, k, v) -> out`, or `(q, k, v, gradient of out) -> (out, gradients of q, k and v)`.
 
     `attend(q, k, v)`: instead of the one entry with the case's implementation.
     """
-    attend = attend or functools.partial(attention, window=case.window, implementation=case.implementation)
+    attend = attend or functools.partial(
+        attention, window=case.window, implementation=case.implementation
+    )
 
-    def forward_backward(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
+    def forward_backward(
+        q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array
+    ) -> tuple[jax.Array, ...]:
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(gradient)
 
     x = array_spec(case, sizes, mesh)
     with jax.set_mesh(mesh):
         lowered = (
-            jax.jit(attend).lower(x, x, x) if case.pass_ == "forward" else jax.jit(forward_backward).lower(*[x] * 4)
+            jax.jit(attend).lower(x, x, x)
+            if case.pass_ == "forward"
+            else jax.jit(forward_backward).lower(*[x] * 4)
         )
         return lowered.compile()

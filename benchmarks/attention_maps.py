@@ -42,10 +42,14 @@ def one_request(maps: Maps, request: int) -> tuple[list[np.ndarray], list[str]]:
     """Maps of a request with its first candidate, mean over heads: `[S', S']` of each layer, and the rows' roles."""
     shown = np.flatnonzero((maps.layout.candidate < 1) & maps.valid[request])
     names = [ROLES[role] for role in maps.layout.roles[shown]]
-    return [weights[request].mean(axis=0)[np.ix_(shown, shown)] for weights in maps.weights], names
+    return [
+        weights[request].mean(axis=0)[np.ix_(shown, shown)] for weights in maps.weights
+    ], names
 
 
-def part_labels(names: Sequence[str], edges: Sequence[int]) -> tuple[list[float], list[str]]:
+def part_labels(
+    names: Sequence[str], edges: Sequence[int]
+) -> tuple[list[float], list[str]]:
     """Places and names of the parts of a stream; parts too narrow for two lines of print share one.
 
     >>> part_labels(["user"] * 30 + ["event"] * 60 + ["query", "target"], [30, 90, 91])
@@ -61,7 +65,11 @@ def part_labels(names: Sequence[str], edges: Sequence[int]) -> tuple[list[float]
     return [(first + last - 1) / 2 for first, last in runs], labels
 
 
-def plot_maps(maps: Mapping[str, Sequence[np.ndarray]], roles: Mapping[str, Sequence[str]], path: Path) -> None:
+def plot_maps(
+    maps: Mapping[str, Sequence[np.ndarray]],
+    roles: Mapping[str, Sequence[str]],
+    path: Path,
+) -> None:
     """Writes a picture: a row per run, a column per layer, lines between the parts of the stream."""
     require_matplotlib()
     from matplotlib.colors import LogNorm
@@ -76,13 +84,24 @@ def plot_maps(maps: Mapping[str, Sequence[np.ndarray]], roles: Mapping[str, Sequ
         middles, parts = part_labels(names, edges)
         for layer, (ax, weights) in enumerate(zip(line, of_run, strict=False)):
             colours = LogNorm(FAINTEST, 1)
-            image = ax.imshow(np.maximum(weights, FAINTEST), norm=colours, interpolation="nearest", cmap="magma")
+            image = ax.imshow(
+                np.maximum(weights, FAINTEST),
+                norm=colours,
+                interpolation="nearest",
+                cmap="magma",
+            )
             for at in edges:
                 ax.axhline(at - 0.5, color="w", linewidth=0.4)
                 ax.axvline(at - 0.5, color="w", linewidth=0.4)
             ax.set_xticks(middles, labels=parts, rotation=90, fontsize="x-small")
-            ax.set_yticks(middles, labels=parts if layer == 0 else [""] * len(parts), fontsize="x-small")
-            ax.set_title(f"{name}, layer {layer}, {len(names)} tokens", fontsize="small")
+            ax.set_yticks(
+                middles,
+                labels=parts if layer == 0 else [""] * len(parts),
+                fontsize="x-small",
+            )
+            ax.set_title(
+                f"{name}, layer {layer}, {len(names)} tokens", fontsize="small"
+            )
         for ax in line[len(of_run) :]:
             ax.remove()
     figure.colorbar(image, ax=axes, shrink=0.6, label="attention, mean over heads")
@@ -90,18 +109,44 @@ def plot_maps(maps: Mapping[str, Sequence[np.ndarray]], roles: Mapping[str, Sequ
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--soft", type=Path, required=True, help="folder of a trained run with soft tokens")
-    parser.add_argument("--text", type=Path, required=True, help="folder of a trained run with text")
-    parser.add_argument("--data", type=Path, help="prepared data set, if it is not where the runs read it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--soft",
+        type=Path,
+        required=True,
+        help="folder of a trained run with soft tokens",
+    )
+    parser.add_argument(
+        "--text", type=Path, required=True, help="folder of a trained run with text"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="prepared data set, if it is not where the runs read it",
+    )
     parser.add_argument("--split", default="valid")
-    parser.add_argument("--requests", type=int, default=16, help="requests that the table is the mean of")
-    parser.add_argument("--request", type=int, help="of these, the one in the picture; default: the longest history")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attention_maps")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=16,
+        help="requests that the table is the mean of",
+    )
+    parser.add_argument(
+        "--request",
+        type=int,
+        help="of these, the one in the picture; default: the longest history",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "attention_maps"
+    )
     flags = parser.parse_args(argv)
     require_matplotlib()  # before the work, not after it
     if flags.requests < 1 or not 0 <= (flags.request or 0) < flags.requests:
-        raise InputError(f"--request {flags.request}: choose one of the {flags.requests} of --requests, from 0")
+        raise InputError(
+            f"--request {flags.request}: choose one of the {flags.requests} of --requests, from 0"
+        )
     found = {
         name: run_maps(folder, flags.data, flags.split, flags.requests)
         for name, folder in (("soft", flags.soft), ("text", flags.text))
@@ -109,7 +154,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     soft, text = found["soft"], found["text"]
     for name, maps in found.items():
         if not maps.layout.candidates:
-            raise InputError(f"--{name} is a run without candidates; give one that ranks, in paradigm 'nio'")
+            raise InputError(
+                f"--{name} is a run without candidates; give one that ranks, in paradigm 'nio'"
+            )
     if not np.array_equal(soft.rows, text.rows):
         raise InputError(
             "--soft and --text ask different requests; give runs on one data set with equal data.candidates"
@@ -123,13 +170,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "steps": f"{soft.step:,} soft, {text.step:,} text",
         "mean": "over requests, real rows and heads",
     }
-    words = ["python -m benchmarks.attention_maps --soft RUN --text RUN", f"--split {flags.split}"]
+    words = [
+        "python -m benchmarks.attention_maps --soft RUN --text RUN",
+        f"--split {flags.split}",
+    ]
     command = " ".join([*words, f"--requests {flags.requests} --request {request}"])
     rows = [row for name, maps in found.items() for row in mass_rows(name, maps)]
-    write_result(flags.out, rows, params, command, title="Attention of soft tokens and of text")
+    write_result(
+        flags.out, rows, params, command, title="Attention of soft tokens and of text"
+    )
     shown = {name: one_request(maps, request) for name, maps in found.items()}
     picture = flags.out.with_name(flags.out.name + ".png")
-    plot_maps({n: maps for n, (maps, _) in shown.items()}, {n: names for n, (_, names) in shown.items()}, picture)
+    plot_maps(
+        {n: maps for n, (maps, _) in shown.items()},
+        {n: names for n, (_, names) in shown.items()},
+        picture,
+    )
     page = flags.out.with_name(flags.out.name + ".md")
     with page.open("a") as file:
         file.write(

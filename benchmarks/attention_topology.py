@@ -42,7 +42,7 @@ from tokenrec.planner.roofline import (
     chip,
     visible_pairs,
 )
-from tokenrec.planner.topology import described_mesh
+from tokenrec.planner.topology import topology_mesh
 from tokenrec.sharding import RULES, batch_shards
 
 TOKENS_PER_CHIP = 32_768
@@ -79,18 +79,22 @@ def topology_rows(
       InputError: the topology or a mesh shape is wrong, or heads or batch do not divide over it.
     """
     for shape in mesh_shapes:
-        mesh = described_mesh(topology, MeshConfig(*shape), slices)
+        mesh = topology_mesh(topology, MeshConfig(*shape), slices)
         for seq_len in seq_lens:
             # At least one stream a chip, so that every mesh shape has the same batch.
             batch = mesh.size * max(tokens_per_chip // seq_len, 1)
             if heads % mesh.shape["tensor"]:
-                raise InputError(f"heads={heads} do not divide over mesh.tensor={shape[2]}; take a multiple")
+                raise InputError(
+                    f"heads={heads} do not divide over mesh.tensor={shape[2]}; take a multiple"
+                )
             array = jax.ShapeDtypeStruct(
                 (batch, seq_len, heads, head_dim),
                 jnp.dtype(dtype),
                 sharding=jax.NamedSharding(mesh, RULES("batch", None, "heads", None)),
             )
-            for window in (window for window in windows if window is None or window < seq_len):
+            for window in (
+                window for window in windows if window is None or window < seq_len
+            ):
                 for name in implementations:
                     for pass_ in passes:
                         case = {
@@ -102,17 +106,30 @@ def topology_rows(
                             "pass": pass_,
                             "streams per shard": batch // batch_shards(mesh),
                         }
-                        yield case | _figures(mesh, array, window, name, backward=pass_ == "forward_backward")
+                        yield case | _figures(
+                            mesh,
+                            array,
+                            window,
+                            name,
+                            backward=pass_ == "forward_backward",
+                        )
 
 
 def _figures(
-    mesh: jax.sharding.Mesh, array: jax.ShapeDtypeStruct, window: int | None, name: str, *, backward: bool
+    mesh: jax.sharding.Mesh,
+    array: jax.ShapeDtypeStruct,
+    window: int | None,
+    name: str,
+    *,
+    backward: bool,
 ) -> dict[str, Any]:
     batch, seq_len, heads, head_dim = array.shape
     pattern = causal_pattern(seq_len, seq_len)
     try:
         with jax.set_mesh(mesh):
-            implementation_of(array.shape, array.shape, window, pattern, array.dtype, name)
+            implementation_of(
+                array.shape, array.shape, window, pattern, array.dtype, name
+            )
         compiled = _compile(mesh, array, window, name, backward=backward)
     except InputError as error:
         return {"problem": str(error)}
@@ -120,20 +137,34 @@ def _figures(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"problem": str(error).partition("\n")[0]}
-    sizes = {"batch": batch, "heads": heads, "head_dim": head_dim, "itemsize": array.dtype.itemsize}
+    sizes = {
+        "batch": batch,
+        "heads": heads,
+        "head_dim": head_dim,
+        "itemsize": array.dtype.itemsize,
+    }
     work = attention_work(name, pattern, window, **sizes, backward=backward)
     products = FORWARD_PRODUCTS + (BACKWARD_PRODUCTS if backward else 0)
     pairs = visible_pairs(pattern, window)
-    work = work._replace(model_flops=batch * attention_flops(pairs, heads, head_dim, products))
+    work = work._replace(
+        model_flops=batch * attention_flops(pairs, heads, head_dim, products)
+    )
     return _bounded(report(compiled, mesh, work), mesh, work, array, backward=backward)
 
 
 def _compile(
-    mesh: jax.sharding.Mesh, array: jax.ShapeDtypeStruct, window: int | None, name: str, *, backward: bool
+    mesh: jax.sharding.Mesh,
+    array: jax.ShapeDtypeStruct,
+    window: int | None,
+    name: str,
+    *,
+    backward: bool,
 ) -> jax.stages.Compiled:
     attend = functools.partial(attention, window=window, implementation=name)
 
-    def forward_backward(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, ...]:
+    def forward_backward(
+        q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array
+    ) -> tuple[jax.Array, ...]:
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(gradient)
 
@@ -144,17 +175,26 @@ def _compile(
 
 
 def _bounded(
-    found: dict[str, Any], mesh: jax.sharding.Mesh, work: Work, array: jax.ShapeDtypeStruct, *, backward: bool
+    found: dict[str, Any],
+    mesh: jax.sharding.Mesh,
+    work: Work,
+    array: jax.ShapeDtypeStruct,
+    *,
+    backward: bool,
 ) -> dict[str, Any]:
     batch, seq_len, heads, head_dim = array.shape
     of, useful = chip(found["device_kind"]), work.model_flops / mesh.size
     least = sum(
-        attention_bytes(seq_len, seq_len, heads, head_dim, array.dtype.itemsize, backward=part)
+        attention_bytes(
+            seq_len, seq_len, heads, head_dim, array.dtype.itemsize, backward=part
+        )
         for part in ((False, True) if backward else (False,))
     )
     flops = max(found["flops"], useful)
     accessed = max(found["bytes_accessed"], batch * least / mesh.size)
-    roofline = Roofline(flops / of.flops, accessed / of.hbm_bandwidth, found["roofline"].network_seconds)
+    roofline = Roofline(
+        flops / of.flops, accessed / of.hbm_bandwidth, found["roofline"].network_seconds
+    )
     return {
         "bytes_per_device": found["bytes"]["total"],
         "headroom": found["headroom"],
@@ -185,35 +225,75 @@ def _mesh_shape(text: str) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--topology", default="v5p:4x4x4", help="of each slice")
     parser.add_argument("--slices", type=int, default=1)
-    parser.add_argument("--meshes", nargs="+", type=_mesh_shape, default=list(MESHES), help="data x fsdp x tensor")
+    parser.add_argument(
+        "--meshes",
+        nargs="+",
+        type=_mesh_shape,
+        default=list(MESHES),
+        help="data x fsdp x tensor",
+    )
     parser.add_argument("--seq-lens", nargs="+", type=int, default=[2048, 8192, 32768])
-    parser.add_argument("--windows", nargs="+", type=_window, default=[256, None], help="keys seen; full: all")
+    parser.add_argument(
+        "--windows",
+        nargs="+",
+        type=_window,
+        default=[256, None],
+        help="keys seen; full: all",
+    )
     preferred = [name for name in ("splash", "dense") if name in IMPLEMENTATIONS]
-    parser.add_argument("--implementations", nargs="+", default=preferred, choices=list(IMPLEMENTATIONS))
+    parser.add_argument(
+        "--implementations", nargs="+", default=preferred, choices=list(IMPLEMENTATIONS)
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
     parser.add_argument("--tokens-per-chip", type=int, default=TOKENS_PER_CHIP)
     parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--head-dim", type=int, default=HEAD_DIM)
-    parser.add_argument("--out", type=Path, help="stem of the result files (default: in benchmarks/results)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="stem of the result files (default: in benchmarks/results)",
+    )
     flags = parser.parse_args()
-    sizes = {name: getattr(flags, name) for name in ("tokens_per_chip", "heads", "head_dim")}
-    given = (flags.seq_lens, flags.windows, flags.implementations, flags.dtype, flags.passes, flags.slices)
+    sizes = {
+        name: getattr(flags, name) for name in ("tokens_per_chip", "heads", "head_dim")
+    }
+    given = (
+        flags.seq_lens,
+        flags.windows,
+        flags.implementations,
+        flags.dtype,
+        flags.passes,
+        flags.slices,
+    )
     if any(math.prod(shape) != math.prod(flags.meshes[0]) for shape in flags.meshes):
         raise InputError("--meshes: all must have as many devices as the topology")
     rows = []
     for row in topology_rows(flags.topology, flags.meshes, *given, **sizes):
         rows.append(row)
         print(row, file=sys.stderr)
-    name = "attention_" + flags.topology.replace(":", "_") + (f"_{flags.slices}_slices" if flags.slices > 1 else "")
+    name = (
+        "attention_"
+        + flags.topology.replace(":", "_")
+        + (f"_{flags.slices}_slices" if flags.slices > 1 else "")
+    )
     stem = flags.out or Path(__file__).parent / "results" / name
     params = {"topology": flags.topology, "slices": flags.slices} | sizes
     title = f"Attention compiled for {flags.slices} x {flags.topology}: bounds, nothing was run"
     packages = ("tokenrec", "jax", "jaxlib", "libtpu", "flax")
-    write_result(stem, rows, params, "python -m " + " ".join(_command(flags)), title=title, packages=packages)
+    write_result(
+        stem,
+        rows,
+        params,
+        "python -m " + " ".join(_command(flags)),
+        title=title,
+        packages=packages,
+    )
     print(stem.with_name(stem.name + ".md").read_text())
 
 
@@ -223,7 +303,13 @@ def _command(flags: argparse.Namespace) -> Iterator[str]:
         if name != "out":
             yield "--" + name.replace("_", "-")
             for one in value if isinstance(value, list) else [value]:
-                yield "full" if one is None else "x".join(map(str, one)) if isinstance(one, tuple) else str(one)
+                yield (
+                    "full"
+                    if one is None
+                    else "x".join(map(str, one))
+                    if isinstance(one, tuple)
+                    else str(one)
+                )
 
 
 if __name__ == "__main__":

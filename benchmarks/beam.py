@@ -26,11 +26,25 @@ WAYS = {"local": (), "beam, one process": ("--beam",)}
 def measure(rows: int, flags: tuple[str, ...]) -> dict[str, Any]:
     """Prepares a synthetic log by the command line."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tokenrec", "prepare", "synthetic", "--rows", str(rows)]
+        command = [
+            sys.executable,
+            "-m",
+            "tokenrec",
+            "prepare",
+            "synthetic",
+            "--rows",
+            str(rows),
+        ]
         wall = time.perf_counter()
-        child = subprocess.Popen([*command, "--out", str(Path(folder, "set")), *flags], stdout=subprocess.DEVNULL)
+        child = subprocess.Popen(
+            [*command, "--out", str(Path(folder, "set")), *flags],
+            stdout=subprocess.DEVNULL,
+        )
         _, status, used = os.wait4(child.pid, 0)
-        wall, child.returncode = time.perf_counter() - wall, os.waitstatus_to_exitcode(status)
+        wall, child.returncode = (
+            time.perf_counter() - wall,
+            os.waitstatus_to_exitcode(status),
+        )
         if child.returncode:
             raise subprocess.CalledProcessError(child.returncode, child.args)
     cpu = used.ru_utime + used.ru_stime
@@ -45,7 +59,9 @@ def measure(rows: int, flags: tuple[str, ...]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()

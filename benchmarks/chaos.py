@@ -41,8 +41,12 @@ def draw_kinds(kinds: list[str], faults: int, chance: random.Random) -> list[str
     return drawn[:faults]
 
 
-def summarize(outcomes: list[tuple[str, Outcome]], lost_samples: int, differing_bits: int) -> dict[str, object]:
-    by_kind: dict[str, collections.Counter[str]] = {kind: collections.Counter() for kind, _ in sorted(outcomes)}
+def summarize(
+    outcomes: list[tuple[str, Outcome]], lost_samples: int, differing_bits: int
+) -> dict[str, object]:
+    by_kind: dict[str, collections.Counter[str]] = {
+        kind: collections.Counter() for kind, _ in sorted(outcomes)
+    }
     for kind, outcome in outcomes:
         by_kind[kind].update(["faults", outcome.ended])
     ended = collections.Counter(outcome.ended for _, outcome in outcomes)
@@ -53,28 +57,46 @@ def summarize(outcomes: list[tuple[str, Outcome]], lost_samples: int, differing_
         "lost_samples": lost_samples,
         "differing_bits": differing_bits,
         "by_kind": {kind: dict(counts) for kind, counts in by_kind.items()},
-        "failed": [f"{kind}: {outcome.words}" for kind, outcome in outcomes if outcome.ended == "failed"],
+        "failed": [
+            f"{kind}: {outcome.words}"
+            for kind, outcome in outcomes
+            if outcome.ended == "failed"
+        ],
     }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=300, help="of each run, at least 60")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="of each run, at least 60"
+    )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), default=sorted(KINDS))
-    parser.add_argument("--out", type=Path, help="stem of the result files, .json and .md")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=sorted(KINDS), default=sorted(KINDS)
+    )
+    parser.add_argument(
+        "--out", type=Path, help="stem of the result files, .json and .md"
+    )
     flags = parser.parse_args()
     chance, begin = random.Random(flags.seed), time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, Lab(Path(folder), chance, flags.steps) as lab:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Lab(Path(folder), chance, flags.steps) as lab,
+    ):
         kinds = usable_kinds(flags.kinds, lab)
         outcomes: list[tuple[str, Outcome]] = []
         for number, kind in enumerate(draw_kinds(kinds, flags.faults, chance), 1):
             fault: Fault = KINDS[kind]
             outcomes.append((kind, fault(lab)))
             shown = outcomes[-1][1]
-            print(f"{number}/{flags.faults} {kind}: {shown.ended}. {shown.words}"[:300], file=sys.stderr)
+            print(
+                f"{number}/{flags.faults} {kind}: {shown.ended}. {shown.words}"[:300],
+                file=sys.stderr,
+            )
         lab.finish()
         found = summarize(outcomes, lab.lost_samples, lab.differing_bits)
     found["failed"] += lab.broken  # type: ignore[operator]
@@ -82,7 +104,10 @@ def main() -> int:
         write_json(flags.json, found)
     if flags.out:
         names = ("faults", "survived", "refused_clearly", "failed")
-        rows = [{"kind": kind} | {n: counts.get(n, 0) for n in names} for kind, counts in found["by_kind"].items()]  # type: ignore[attr-defined]
+        rows = [
+            {"kind": kind} | {n: counts.get(n, 0) for n in names}
+            for kind, counts in found["by_kind"].items()
+        ]  # type: ignore[attr-defined]
         rows.append({"kind": "all"} | {n: sum(row[n] for row in rows) for n in names})
         write_result(
             flags.out,

@@ -45,14 +45,18 @@ def _goes_on(lineage: Lineage, said: str = "") -> Outcome:
             code = running[0].ended()
             lineage.done = code == 0
             if not lineage.done:
-                return _failed(f"started again at step {begun}, it ended with {code}: {running[0].words()}")
+                return _failed(
+                    f"started again at step {begun}, it ended with {code}: {running[0].words()}"
+                )
         heard = running[0].words()
         if said and said not in heard:
             return _failed(f"it did not say '{said}': {heard}")
     return _survived(heard if said else "")
 
 
-def _disturbed(lab: Lab, when: Callable[[Lineage, Process], bool], signals: Sequence[int]) -> Outcome | Lineage:
+def _disturbed(
+    lab: Lab, when: Callable[[Lineage, Process], bool], signals: Sequence[int]
+) -> Outcome | Lineage:
     """A run of one process that a signal reached at a moment; the lineage, once it ended by it."""
     while True:
         lineage = lab.lineage()
@@ -61,15 +65,23 @@ def _disturbed(lab: Lab, when: Callable[[Lineage, Process], bool], signals: Sequ
                 if process.popen.poll() == 0:  # the run came to its end first
                     lineage.done = True
                     continue
-                return _failed(f"ended with {process.popen.poll()} before the fault: {process.words()}")
+                return _failed(
+                    f"ended with {process.popen.poll()} before the fault: {process.words()}"
+                )
             for number in signals:
                 process.popen.send_signal(number)
             code = process.ended()
             if code == 0:
                 lineage.done = True
                 continue
-        expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: EXIT_PREEMPTED}[signal.Signals(signals[-1])]
-        return lineage if code == expected else _failed(f"exit code {code}, not {expected}: {process.words()}")
+        expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: EXIT_PREEMPTED}[
+            signal.Signals(signals[-1])
+        ]
+        return (
+            lineage
+            if code == expected
+            else _failed(f"exit code {code}, not {expected}: {process.words()}")
+        )
 
 
 def _in_a_step(lineage: Lineage, process: Process) -> bool:
@@ -107,13 +119,17 @@ def _preempted(lab: Lab) -> Outcome:
         return lineage
     saved = int(lineage.checkpoints()[-1].name)
     if saved != lineage.step():
-        return _failed(f"stopped by SIGTERM at step {lineage.step()}, but the last checkpoint is {saved}")
+        return _failed(
+            f"stopped by SIGTERM at step {lineage.step()}, but the last checkpoint is {saved}"
+        )
     return _survived(f"saved step {saved}")
 
 
 def _damaged_checkpoint(damage: Callable[[Lab, Path], str]) -> Fault:
     def fault(lab: Lab) -> Outcome:
-        lineage = _disturbed(lab, _in_a_step, [signal.SIGTERM])  # saves, with the sums of the files
+        lineage = _disturbed(
+            lab, _in_a_step, [signal.SIGTERM]
+        )  # saves, with the sums of the files
         if isinstance(lineage, Outcome):
             return lineage
         latest = lineage.checkpoints()[-1]
@@ -156,17 +172,25 @@ def _unreadable(lab: Lab, folder: Path) -> str:
 
 def _some_file(lab: Lab, folder: Path) -> Path:
     """Weighed by nothing but their number: the sums of a checkpoint's files are left alone, or nothing were known."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size and not p.match("sums.*.json")]
+    files = [
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and p.stat().st_size and not p.match("sums.*.json")
+    ]
     return lab.chance.choice(sorted(files))
 
 
 def _damaged_data(damage: Callable[[Lab, Path], str]) -> Fault:
     def fault(lab: Lab) -> Outcome:
         lab.started += 1
-        copy, workdir = (lab.folder / f"{name}-{lab.started}" for name in ("copy", "short"))
+        copy, workdir = (
+            lab.folder / f"{name}-{lab.started}" for name in ("copy", "short")
+        )
         shutil.copytree(lab.data, copy)
         harmed = damage(lab, copy)
-        with Process(lab, lab.train_line(workdir, copy, train__stop_at=DATA_STEPS)) as process:
+        with Process(
+            lab, lab.train_line(workdir, copy, train__stop_at=DATA_STEPS)
+        ) as process:
             code, words = process.ended(), process.words()
         found = losses(workdir)
         shutil.rmtree(copy)
@@ -174,7 +198,9 @@ def _damaged_data(damage: Callable[[Lab, Path], str]) -> Fault:
         if code == EXIT_INPUT and str(copy) in words:
             return Outcome("refused_clearly", f"{harmed}: {words}")
         expected = losses(lab.whole(1).workdir)
-        if code == 0 and found == {step: expected[step] for step in range(1, DATA_STEPS + 1)}:
+        if code == 0 and found == {
+            step: expected[step] for step in range(1, DATA_STEPS + 1)
+        }:
             return _survived(f"{harmed}: makes no difference")
         return _failed(f"{harmed}: exit code {code}, {words}")
 
@@ -248,7 +274,9 @@ def _preempted_two(lab: Lab) -> Outcome:
             lineage.done = True
             continue
         if codes != [EXIT_PREEMPTED] * 2:
-            return _failed(f"exit codes {codes}: {running[0].words()} {running[1].words()}")
+            return _failed(
+                f"exit codes {codes}: {running[0].words()} {running[1].words()}"
+            )
         return _survived(f"saved step {lineage.checkpoints()[-1].name}")
 
 
@@ -267,14 +295,27 @@ def _killed_prepare(lab: Lab) -> Outcome:
     same = code == 0 and _contents(out) == _contents(lab.data)
     left = [path.name for path in lab.folder.glob(f".*{out.name}*")]
     shutil.rmtree(out, ignore_errors=True)
-    return _survived(f"left {left}" if left else "") if same else _failed(f"exit code {code}: {process.words()}")
+    return (
+        _survived(f"left {left}" if left else "")
+        if same
+        else _failed(f"exit code {code}: {process.words()}")
+    )
 
 
 def _killed_predict(lab: Lab) -> Outcome:
     lab.started += 1
-    outs = [lab.folder / f"scores-{lab.started}-{name}.parquet" for name in ("killed", "whole")]
+    outs = [
+        lab.folder / f"scores-{lab.started}-{name}.parquet"
+        for name in ("killed", "whole")
+    ]
     lines = [
-        ["predict", f"--workdir={lab.whole(1).workdir}", "--split=valid", "--checkpoint=latest", f"--out={out}"]
+        [
+            "predict",
+            f"--workdir={lab.whole(1).workdir}",
+            "--split=valid",
+            "--checkpoint=latest",
+            f"--out={out}",
+        ]
         for out in outs
     ]
     with Process(lab, lines[0]) as process:
@@ -290,7 +331,11 @@ def _killed_predict(lab: Lab) -> Outcome:
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 KINDS: dict[str, Fault] = {

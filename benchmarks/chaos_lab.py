@@ -28,9 +28,20 @@ PATIENCE = 300  # seconds that a process may take before it counts as hung
 ROWS, USERS, ITEMS = 1_500, 40, 30
 DEVICES = 2  # of each process
 TINY = {
-    **{"model.width": 4, "model.layers": 1, "model.windows": "()", "tokens.maker": "linear", "data.events": 4},
+    **{
+        "model.width": 4,
+        "model.layers": 1,
+        "model.windows": "()",
+        "tokens.maker": "linear",
+        "data.events": 4,
+    },
     **{"data.batch_size": BATCH, "data.eval_batch_size": 32, "optim.warmup_steps": 1},
-    **{"train.save_every": SAVE_EVERY, "train.log_every": 1, "train.eval_every": 50, "train.keep": 3},
+    **{
+        "train.save_every": SAVE_EVERY,
+        "train.log_every": 1,
+        "train.eval_every": 50,
+        "train.keep": 3,
+    },
     **{"train.hang_seconds": HANG_SECONDS},
 }
 
@@ -52,7 +63,13 @@ class Lineage:
                 line = [*line, "--distributed"]
                 where = stack.enter_context(_coordinator(self.processes))
             yield [
-                stack.enter_context(Process(self.lab, line, where | ({"JAX_PROCESS_ID": str(i)} if where else {})))
+                stack.enter_context(
+                    Process(
+                        self.lab,
+                        line,
+                        where | ({"JAX_PROCESS_ID": str(i)} if where else {}),
+                    )
+                )
                 for i in range(self.processes)
             ]
 
@@ -61,17 +78,23 @@ class Lineage:
         return max(losses(self.workdir), default=0)
 
     def checkpoints(self) -> list[Path]:
-        found = [path for path in self.workdir.glob("checkpoints/*") if path.name.isdecimal()]
+        found = [
+            path for path in self.workdir.glob("checkpoints/*") if path.name.isdecimal()
+        ]
         return sorted(found, key=lambda path: int(path.name))
 
     def saving(self) -> bool:
-        return any(not path.name.isdecimal() for path in self.workdir.glob("checkpoints/*tmp*"))
+        return any(
+            not path.name.isdecimal() for path in self.workdir.glob("checkpoints/*tmp*")
+        )
 
 
 class Process:
     """A tokenrec command in a process of its own. A context manager: leaving it kills what still runs."""
 
-    def __init__(self, lab: Lab, line: Sequence[str], more: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, lab: Lab, line: Sequence[str], more: dict[str, str] | None = None
+    ) -> None:
         lab.started += 1
         self.errors = lab.folder / f"{lab.started}.err"
         with self.errors.open("w") as errors:
@@ -86,7 +109,10 @@ class Process:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.popen.kill()
         self.popen.wait()
@@ -123,9 +149,19 @@ class Lab:
         self.lost_samples = self.differing_bits = 0
         self.broken: list[str] = []
         self.data = folder / "data"
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")} | {
-            **{"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")},
-            **{"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(Path(__file__).parents[1])},
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("JAX_")
+        } | {
+            **{
+                "JAX_PLATFORMS": "cpu",
+                "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            },
+            **{
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "PYTHONPATH": str(Path(__file__).parents[1]),
+            },
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0",
         }
         self._whole: dict[int, Lineage] = {}
@@ -138,7 +174,10 @@ class Lab:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         if self.disk is not None:
             subprocess.run(["umount", self.disk], check=True)
@@ -148,23 +187,40 @@ class Lab:
         disk = self.folder / "disk"
         disk.mkdir()
         options = ["-t", "tmpfs", "-o", "size=64m", "tokenrec", str(disk)]
-        if shutil.which("mount") is None or subprocess.run(["mount", *options], capture_output=True).returncode:
+        if (
+            shutil.which("mount") is None
+            or subprocess.run(["mount", *options], capture_output=True).returncode
+        ):
             return None
         return disk
 
     def prepare_line(self, out: Path) -> list[str]:
         return ["prepare", "synthetic", "--rows", str(ROWS), "--out", str(out)]
 
-    def train_line(self, workdir: Path, data: Path | None = None, **fields: object) -> list[str]:
-        values = TINY | {"optim.steps": self.steps} | {name.replace("__", "."): value for name, value in fields.items()}
-        line = ["train", "--config=synthetic", "--quiet", f"--data={data or self.data}", f"--workdir={workdir}"]
+    def train_line(
+        self, workdir: Path, data: Path | None = None, **fields: object
+    ) -> list[str]:
+        values = (
+            TINY
+            | {"optim.steps": self.steps}
+            | {name.replace("__", "."): value for name, value in fields.items()}
+        )
+        line = [
+            "train",
+            "--config=synthetic",
+            "--quiet",
+            f"--data={data or self.data}",
+            f"--workdir={workdir}",
+        ]
         return line + [f"--config.{name}={value}" for name, value in values.items()]
 
     def run(self, line: Sequence[str]) -> Process:
         """A command that must do its work."""
         with Process(self, line) as process:
             if process.ended() != 0:
-                raise RuntimeError(f"{' '.join(map(str, line))}: {process.errors.read_text()}")
+                raise RuntimeError(
+                    f"{' '.join(map(str, line))}: {process.errors.read_text()}"
+                )
         return process
 
     def whole(self, processes: int) -> Lineage:
@@ -174,7 +230,9 @@ class Lab:
             with lineage.started() as running:
                 codes = [process.ended() for process in running]
                 if any(codes):
-                    raise RuntimeError(f"the undisturbed run ended with {codes}: {running[0].words()}")
+                    raise RuntimeError(
+                        f"the undisturbed run ended with {codes}: {running[0].words()}"
+                    )
             self._whole[processes] = lineage
         return self._whole[processes]
 
@@ -185,9 +243,13 @@ class Lab:
         if known is None or known.done:
             if known is not None:
                 self._compare(known)
-            home = self.disk if self.disk is not None and processes == 1 else self.folder
+            home = (
+                self.disk if self.disk is not None and processes == 1 else self.folder
+            )
             self.started += 1
-            self._current[processes] = Lineage(self, home / f"run-{self.started}", processes)
+            self._current[processes] = Lineage(
+                self, home / f"run-{self.started}", processes
+            )
         return self._current[processes]
 
     def finish(self) -> None:
@@ -196,7 +258,9 @@ class Lab:
             with lineage.started() as running:
                 codes = [process.ended() for process in running]
                 if any(codes):
-                    self.broken.append(f"a run ended with {codes}: {running[0].words()}")
+                    self.broken.append(
+                        f"a run ended with {codes}: {running[0].words()}"
+                    )
             self._compare(lineage)
 
     def _compare(self, lineage: Lineage) -> None:
@@ -218,7 +282,9 @@ def losses(workdir: Path) -> dict[int, list[float]]:
 def lost_samples(whole: Path, other: Path) -> int:
     """Samples of steps that are not in the other log once and with the same loss, bit for bit."""
     expected, found = losses(whole), losses(other)
-    return BATCH * sum(expected.get(step) != found.get(step) for step in expected.keys() | found.keys())
+    return BATCH * sum(
+        expected.get(step) != found.get(step) for step in expected.keys() | found.keys()
+    )
 
 
 def differing_bits(whole: Path, other: Path) -> int:
@@ -227,7 +293,11 @@ def differing_bits(whole: Path, other: Path) -> int:
     states = [_state(path) for path in (whole, other)]
     for a, b in zip(*states, strict=True):
         same = a.shape == b.shape and a.dtype == b.dtype
-        count += int(np.bitwise_count(a.view(np.uint8) ^ b.view(np.uint8)).sum()) if same else 8 * a.nbytes
+        count += (
+            int(np.bitwise_count(a.view(np.uint8) ^ b.view(np.uint8)).sum())
+            if same
+            else 8 * a.nbytes
+        )
     return count
 
 

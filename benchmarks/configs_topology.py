@@ -34,7 +34,7 @@ from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.data.metadata import METADATA_FILE, Metadata
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.planner.compile import compile_config
-from tokenrec.planner.topology import described_mesh
+from tokenrec.planner.topology import topology_mesh
 
 TARGETS = (("v5e:4x4", 1), ("v5p:4x4x4", 1), ("v6e:4x4", 1), ("v5e:4x4", 2))
 
@@ -45,18 +45,25 @@ def schema_of(config: Config, data: Path) -> tuple[Schema, str]:
     if (folder / METADATA_FILE).is_file():
         return Metadata.load(folder).schema, "prepared"
     stand_in = stream_schema()
-    dropped = tuple(Feature(name, "categorical", "user") for name in config.data.exclude)
+    dropped = tuple(
+        Feature(name, "categorical", "user") for name in config.data.exclude
+    )
     tasks = tuple(Task(name) for name in config.data.tasks) or stand_in.tasks
     tables = stand_in.tables | {feature.name: 30_000 for feature in dropped}
-    return Schema(stand_in.features + dropped, tasks, tables, items=10_000, levels=(256,) * 4), "stand-in"
+    return Schema(
+        stand_in.features + dropped, tasks, tables, items=10_000, levels=(256,) * 4
+    ), "stand-in"
 
 
 def compile_row(name: str, topology: str, slices: int, data: Path) -> dict[str, Any]:
     """One row; a step that does not fit has XLA's words in `problem`."""
     config = load_config(str(shipped_configs()[name]))
     schema, origin = schema_of(config, data)
-    chips = described_mesh(topology, config.mesh, slices).size
-    batch = {"batch_size": config.data.batch_size * chips, "eval_batch_size": config.data.eval_batch_size * chips}
+    chips = topology_mesh(topology, config.mesh, slices).size
+    batch = {
+        "batch_size": config.data.batch_size * chips,
+        "eval_batch_size": config.data.eval_batch_size * chips,
+    }
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **batch),
@@ -71,7 +78,8 @@ def compile_row(name: str, topology: str, slices: int, data: Path) -> dict[str, 
         "batch": found["batch"],
         "schema": origin,
         "attention": _shortened(
-            f"{layer['implementation']} {layer['queries']}x{layer['keys']}" for layer in found["attention"]
+            f"{layer['implementation']} {layer['queries']}x{layer['keys']}"
+            for layer in found["attention"]
         ),
         "compile_seconds": round(found["compile_seconds"], 1),
         "bytes_per_device": found["bytes_per_device"]["total"],
@@ -84,9 +92,14 @@ def compile_row(name: str, topology: str, slices: int, data: Path) -> dict[str, 
         "headroom": found["headroom"],
         "flops_per_device": found["flops_per_device"],
         "model_flops_per_device": found["model_flops_per_device"],
-        "collectives": ", ".join(f"{count} {kind}" for kind, count in found["collectives"].items()) or "none",
+        "collectives": ", ".join(
+            f"{count} {kind}" for kind, count in found["collectives"].items()
+        )
+        or "none",
         "collective_bytes": sum(moved.values()),
-        "bytes_across_slices": sum(n for kind, n in moved.items() if kind.endswith("slices")),
+        "bytes_across_slices": sum(
+            n for kind, n in moved.items() if kind.endswith("slices")
+        ),
         "compute_ms": 1e3 * found["compute_seconds"],
         "memory_ms": 1e3 * found["memory_seconds"],
         "network_ms": 1e3 * found["network_seconds"],
@@ -97,15 +110,30 @@ def compile_row(name: str, topology: str, slices: int, data: Path) -> dict[str, 
 
 
 def _shortened(names: Any) -> str:
-    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(names).items())
+    return ", ".join(
+        f"{count} x {name}" if count > 1 else name
+        for name, count in Counter(names).items()
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of prepared data sets")
-    small = [name for name, file in shipped_configs().items() if load_config(str(file)).mesh == MeshConfig()]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="folder of prepared data sets"
+    )
+    small = [
+        name
+        for name, file in shipped_configs().items()
+        if load_config(str(file)).mesh == MeshConfig()
+    ]
     parser.add_argument("--configs", nargs="+", default=small, choices=small)
-    parser.add_argument("--out", type=Path, help="stem of the result files (default: in benchmarks/results)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="stem of the result files (default: in benchmarks/results)",
+    )
     flags = parser.parse_args()
     stem = flags.out or Path(__file__).parent / "results" / "configs_topology"
     kept = stem.with_name(stem.name + ".json")
@@ -119,7 +147,11 @@ def main() -> None:
         write_result(
             stem,
             rows,
-            {"dtype": "bfloat16", "batch": "the config's x chips", "streams": "the longest"},
+            {
+                "dtype": "bfloat16",
+                "batch": "the config's x chips",
+                "streams": "the longest",
+            },
             "python -m benchmarks.configs_topology",
             title="Train steps compiled for pods: bounds, nothing was run",
             packages=("tokenrec", "jax", "jaxlib", "libtpu", "flax", "optax"),

@@ -29,26 +29,40 @@ METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
 def without_scored_events(load: Any) -> Any:
     """`Dataset.load`, but rows that are scored enter no history."""
 
-    def frozen(self: Dataset, split: str, start: int = 0, stop: int | None = None) -> Log:
+    def frozen(
+        self: Dataset, split: str, start: int = 0, stop: int | None = None
+    ) -> Log:
         log = load(self, split, start, stop)
-        flags = np.where((log.flags & SCORED) != 0, log.flags & ~np.uint8(EVENT), log.flags)
+        flags = np.where(
+            (log.flags & SCORED) != 0, log.flags & ~np.uint8(EVENT), log.flags
+        )
         return dataclasses.replace(log, flags=flags)
 
     return frozen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("data/kuairand_pure"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/kuairand_pure"))
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/benchmarks/kuairand_pure")
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/frozen_history"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/frozen_history")
+    )
     arguments = parser.parse_args()
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
         workdir = arguments.runs / f"nio_seed{seed}"
         for history in ("up to the impression", "frozen at midnight of 3 May"):
-            load = Dataset.load if history.startswith("up") else without_scored_events(Dataset.load)
+            load = (
+                Dataset.load
+                if history.startswith("up")
+                else without_scored_events(Dataset.load)
+            )
             with mock.patch.object(Dataset, "load", load):
                 report = evaluate_run(workdir, "valid", "latest", arguments.data)
             for task, metrics in report["tasks"].items():
@@ -59,9 +73,19 @@ def main() -> None:
         for metric in METRICS:
             row[metric] = spread([record[metric] for record in records])
         rows.append(row)
-    settings = {"config": "kuairand_pure_nio", "split": "3 and 4 May", "checkpoint": "the last"}
+    settings = {
+        "config": "kuairand_pure_nio",
+        "split": "3 and 4 May",
+        "checkpoint": "the last",
+    }
     title = "KuaiRand-Pure, NIO: the history of the evaluated days, seen and not seen"
-    write_result(arguments.out, rows, settings, "python -m benchmarks.frozen_history", title=title)
+    write_result(
+        arguments.out,
+        rows,
+        settings,
+        "python -m benchmarks.frozen_history",
+        title=title,
+    )
     print(arguments.out.with_suffix(".md").read_text())
 
 

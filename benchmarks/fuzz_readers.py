@@ -87,7 +87,9 @@ def damage(path: Path, draw: np.random.Generator) -> None:
         path.mkdir()
 
 
-def fuzz(targets: Sequence[Target], seeds: Sequence[int], work: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def fuzz(
+    targets: Sequence[Target], seeds: Sequence[int], work: Path
+) -> tuple[list[dict[str, Any]], list[str]]:
     """A row of counts for each target, and the failures in words."""
     rows, failures = [], []
     for target in targets:
@@ -100,35 +102,61 @@ def fuzz(targets: Sequence[Target], seeds: Sequence[int], work: Path) -> tuple[l
                 end, text = "failure", traceback.format_exc()
             else:
                 text = "other data than the sound folder's\n"
-            failed = end == "failure" or (end == "other data" and target.rule == "equal")
+            failed = end == "failure" or (
+                end == "other data" and target.rule == "equal"
+            )
             if failed:
                 failures.append(f"--target '{target.name}' --only {seed}: {text}")
             ends["failures" if failed else end] += 1
-        counts = {name: ends[name] for name in ("refused", "equal", "other data", "failures")}
+        counts = {
+            name: ends[name] for name in ("refused", "equal", "other data", "failures")
+        }
         rows.append(
-            {"target": target.name, "rule": target.rule, "files": len(target.files), "cases": len(seeds)} | counts
+            {
+                "target": target.name,
+                "rule": target.rule,
+                "files": len(target.files),
+                "cases": len(seeds),
+            }
+            | counts
         )
     return rows, failures
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=400, help="of each target")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--target", help="only this one")
     parser.add_argument("--only", type=int, help="only the case of this seed")
-    parser.add_argument("--out", type=Path, help="path stem of the result, which is printed otherwise")
+    parser.add_argument(
+        "--out", type=Path, help="path stem of the result, which is printed otherwise"
+    )
     args = parser.parse_args(argv)
     faulthandler.enable()  # a reader in C++ that is led astray ends the process
     warnings.simplefilter("error")
-    seeds = range(args.first, args.first + args.cases) if args.only is None else [args.only]
+    seeds = (
+        range(args.first, args.first + args.cases) if args.only is None else [args.only]
+    )
     with tempfile.TemporaryDirectory() as folder:
-        targets = [t for t in make_targets(Path(folder)) if args.target in (None, t.name)]
+        targets = [
+            t for t in make_targets(Path(folder)) if args.target in (None, t.name)
+        ]
         rows, failures = fuzz(targets, seeds, Path(folder))
     print(*failures, sep="\n", file=sys.stderr)
-    command = f"python -m benchmarks.fuzz_readers --cases {args.cases} --first {args.first}"
+    command = (
+        f"python -m benchmarks.fuzz_readers --cases {args.cases} --first {args.first}"
+    )
     if args.out is not None:
-        write_result(args.out, rows, {}, f"{command} --out {args.out}", title="Damaged files against every reader")
+        write_result(
+            args.out,
+            rows,
+            {},
+            f"{command} --out {args.out}",
+            title="Damaged files against every reader",
+        )
     else:
         print(json.dumps(rows, indent=1))
     if failures:

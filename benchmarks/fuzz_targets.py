@@ -24,7 +24,12 @@ from tokenrec.config.validate import validate
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.metadata import METADATA_FILE
 from tokenrec.data.preparation.prepare import prepare
-from tokenrec.data.semantic_id_file import SEMANTIC_IDS, SemanticIds, load_semantic_ids, save_semantic_ids
+from tokenrec.data.semantic_id_file import (
+    SEMANTIC_IDS,
+    SemanticIds,
+    load_semantic_ids,
+    save_semantic_ids,
+)
 from tokenrec.data.sources.delimited import DelimitedSource
 from tokenrec.data.sources.download import extract
 from tokenrec.data.tokenizer import encode_text, load_tokenizer
@@ -38,7 +43,13 @@ SCHEMA: dict[str, Any] = {
         {"name": "title", "kind": "text", "entity": "item", "length": 3, "codes": 260},
         {"name": "tags", "kind": "multi_valued", "entity": "item", "length": 2},
         {"name": "tab", "kind": "categorical", "entity": "context"},
-        {"name": "vector", "kind": "embedding", "entity": "item", "length": 2, "per_row": True},
+        {
+            "name": "vector",
+            "kind": "embedding",
+            "entity": "item",
+            "length": 2,
+            "per_row": True,
+        },
         {"name": "seconds", "kind": "dense", "entity": "action", "transform": "log1p"},
     ],
     "tasks": [{"name": "click"}],
@@ -63,7 +74,9 @@ def make_targets(folder: Path) -> list[Target]:
     data = folder / "data"
     _prepare(raw, "csv", data)
     shards = tuple(sorted(path.name for path in data.glob("*.array_record-*")))
-    rest = [path for path in data.rglob("*") if path.is_file() and path.name not in shards]
+    rest = [
+        path for path in data.rglob("*") if path.is_file() and path.name not in shards
+    ]
     others = tuple(sorted(path.relative_to(data).as_posix() for path in rest))
     before = without_digests(data, folder / "before")
     config = folder / "config"
@@ -72,7 +85,10 @@ def make_targets(folder: Path) -> list[Target]:
     codes = folder / "codes"
     codes.mkdir()
     numbers = np.arange(64, dtype=np.int32)
-    save_semantic_ids(SemanticIds(np.arange(64), np.stack([numbers // 8, numbers % 8], 1)), codes / SEMANTIC_IDS)
+    save_semantic_ids(
+        SemanticIds(np.arange(64), np.stack([numbers // 8, numbers % 8], 1)),
+        codes / SEMANTIC_IDS,
+    )
     tables = ("log", "users", "items")
     targets = [
         Target("shards", "equal", data, shards, _digest_data),
@@ -83,7 +99,9 @@ def make_targets(folder: Path) -> list[Target]:
         Target("config.json", "sound", config, ("config.json",), _digest_config),
         Target("schema.json", "sound", raw, ("schema.json",), _read_raw("csv")),
     ]
-    targets += [_archive_target(folder / f"archive {kind}", kind) for kind in ("tar.gz", "zip")]
+    targets += [
+        _archive_target(folder / f"archive {kind}", kind) for kind in ("tar.gz", "zip")
+    ]
     for kind in ("csv", "csv.gz", "parquet"):
         place = _write_raw(folder / f"raw {kind}", kind)
         names = tuple(f"{table}.{kind}" for table in tables)
@@ -105,11 +123,17 @@ def _write_raw(folder: Path, kind: str) -> Path:
             "time_ms": time.tolist(),
             "page": [None if t % 3 else int(t) for t in time],
             "tab": [f"t{i}é" for i in draw.integers(0, 3, n)],
-            "vector": [[round(float(v), 2) for v in pair] for pair in draw.normal(size=(n, 2))],
+            "vector": [
+                [round(float(v), 2) for v in pair] for pair in draw.normal(size=(n, 2))
+            ],
             "seconds": [None if i % 5 == 0 else i / 4 for i in range(n)],
             "click": draw.integers(0, 2, n).tolist(),
         },
-        "users": {"user_id": [f"u{i}" for i in range(6)], "plan": ["a", "b"] * 3, "age": list(range(6))},
+        "users": {
+            "user_id": [f"u{i}" for i in range(6)],
+            "plan": ["a", "b"] * 3,
+            "age": list(range(6)),
+        },
         "items": {
             "item_id": [f"i{i}" for i in range(8)],
             "title": ["A mug"] * 8,
@@ -121,7 +145,13 @@ def _write_raw(folder: Path, kind: str) -> Path:
         if kind == "parquet":
             pq.write_table(pa.table(columns), path)
             continue
-        lines = [",".join(columns), *(",".join(map(_field, row)) for row in zip(*columns.values(), strict=True))]
+        lines = [
+            ",".join(columns),
+            *(
+                ",".join(map(_field, row))
+                for row in zip(*columns.values(), strict=True)
+            ),
+        ]
         text = ("\n".join(lines) + "\n").encode()
         path.write_bytes(gzip.compress(text, mtime=0) if kind == "csv.gz" else text)
     return folder
@@ -163,7 +193,12 @@ def _archive_target(folder: Path, kind: str) -> Target:
     path, content = folder / f"files.{kind}", bytes(range(256)) * 4
     if kind == "zip":
         with zipfile.ZipFile(path, "w") as bundle:
-            for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+            for method in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+                zipfile.ZIP_BZIP2,
+                zipfile.ZIP_LZMA,
+            ):
                 bundle.writestr(f"top/{method}.csv", content, method)
     else:
         with tarfile.open(path, "w:gz") as bundle:
@@ -177,7 +212,13 @@ def _archive_target(folder: Path, kind: str) -> Target:
             unpacked = extract(place / path.name, Path(out, "set"), max_bytes=1 << 16)
             return repr(sorted((file.name, file.read_bytes()) for file in unpacked))
 
-    return Target(f"archive {kind}", "sound" if kind == "zip" else "equal", folder, (path.name,), read)
+    return Target(
+        f"archive {kind}",
+        "sound" if kind == "zip" else "equal",
+        folder,
+        (path.name,),
+        read,
+    )
 
 
 def _digest_data(folder: Path) -> str:
@@ -185,7 +226,11 @@ def _digest_data(folder: Path) -> str:
     found = hashlib.sha256(json.dumps(data.schema.to_json(), sort_keys=True).encode())
     for array in _arrays(folder, data):
         found.update(str((array.shape, array.dtype)).encode())
-        found.update(repr(array.tolist()).encode() if array.dtype.kind in "OU" else np.ascontiguousarray(array))
+        found.update(
+            repr(array.tolist()).encode()
+            if array.dtype.kind in "OU"
+            else np.ascontiguousarray(array)
+        )
     return found.hexdigest()
 
 

@@ -51,7 +51,9 @@ class Generated:
 
     def load(self, split: str, start: int = 0, stop: int | None = None) -> Log:
         if (start, stop) != (0, self.log.chunks):
-            raise ValueError(f"the generated log is one window; chunks [{start}, {stop}) are a part of it")
+            raise ValueError(
+                f"the generated log is one window; chunks [{start}, {stop}) are a part of it"
+            )
         return self.log
 
 
@@ -65,7 +67,9 @@ def generate(seed: int) -> Generated:
     counts = {"user": USERS, "catalogue": ITEMS, "row": rows, "action": rows}
 
     def ids(group: str) -> np.ndarray:
-        return random.integers(1, 1000, (counts[group], WIDTHS[group][0]), dtype=np.int32)
+        return random.integers(
+            1, 1000, (counts[group], WIDTHS[group][0]), dtype=np.int32
+        )
 
     def dense(group: str) -> np.ndarray:
         return random.random((counts[group], WIDTHS[group][1]), dtype=np.float32)
@@ -92,7 +96,9 @@ def generate(seed: int) -> Generated:
         for i in range(width)
     ]
     schema = Schema(tuple(features), tuple(Task(f"label_{i}") for i in range(6)))
-    return Generated(log, Catalogue(np.arange(ITEMS), ids("catalogue"), dense("catalogue")), schema)
+    return Generated(
+        log, Catalogue(np.arange(ITEMS), ids("catalogue"), dense("catalogue")), schema
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +116,16 @@ def pure_gather(log: Log, catalogue: Catalogue, indices: Indices) -> list[np.nda
     for rows in (indices.events, indices.targets):
         if rows is not None:
             item = log.item[rows]
-            found.append(np.concatenate([catalogue.ids[item], log.row_ids[rows]], axis=-1))
-            found.append(np.concatenate([catalogue.dense[item], log.row_dense[rows]], axis=-1))
+            found.append(
+                np.concatenate([catalogue.ids[item], log.row_ids[rows]], axis=-1)
+            )
+            found.append(
+                np.concatenate([catalogue.dense[item], log.row_dense[rows]], axis=-1)
+            )
     found += [log.action_ids[indices.events], log.action_dense[indices.events]]
-    found.append(log.labels[indices.events if indices.targets is None else indices.targets])
+    found.append(
+        log.labels[indices.events if indices.targets is None else indices.targets]
+    )
     return found
 
 
@@ -138,7 +150,9 @@ def rates(runs: Sequence[Callable[[], int]], repeats: int) -> list[float]:
     return [statistics.median(rate) for rate in found]
 
 
-def measure(dataset: LogReader, config: DataConfig, steps: int, repeats: int) -> dict[str, object]:
+def measure(
+    dataset: LogReader, config: DataConfig, steps: int, repeats: int
+) -> dict[str, object]:
     """Both rates over the same steps. Opening the data set and the first batches are not timed."""
     iterator = train_batches(dataset, config, steps=steps * (repeats + 1) + 1, seed=0)
     log = dataset.load("train", 0, len(dataset.rows("train")))
@@ -150,7 +164,9 @@ def measure(dataset: LogReader, config: DataConfig, steps: int, repeats: int) ->
             return sum(next(iterator).rows.shape[0] for _ in range(steps))
 
         def gather() -> int:
-            return sum(len(pure_gather(log, dataset.catalogue, batch)[0]) for batch in indices)
+            return sum(
+                len(pure_gather(log, dataset.catalogue, batch)[0]) for batch in indices
+            )
 
         through_grain, pure = rates((pipeline, gather), repeats)
     finally:
@@ -164,22 +180,35 @@ def measure(dataset: LogReader, config: DataConfig, steps: int, repeats: int) ->
         "pipeline, samples/s": through_grain,
         "pure NumPy, samples/s": pure,
         "ratio": through_grain / pure,
-        "rows read/s": through_grain * float(np.mean([(host.rows >= 0).sum(axis=1).mean() for host in warm])),
-        "history rows that exist": float(np.mean([host.batch.valid.mean() for host in warm])),
-        "id + dense columns": " ".join(f"{name} {w.ids_width}+{w.dense_width}" for name, w in widths.items()),
+        "rows read/s": through_grain
+        * float(np.mean([(host.rows >= 0).sum(axis=1).mean() for host in warm])),
+        "history rows that exist": float(
+            np.mean([host.batch.valid.mean() for host in warm])
+        ),
+        "id + dense columns": " ".join(
+            f"{name} {w.ids_width}+{w.dense_width}" for name, w in widths.items()
+        ),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="prepared data set (default: a generated log)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--config", type=Path, help="take the data section of this config (default: NIO and UC, T = 50)"
+        "--data", type=Path, help="prepared data set (default: a generated log)"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="take the data section of this config (default: NIO and UC, T = 50)",
     )
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200, help="of each repeat")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "input")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "input"
+    )
     flags = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -191,12 +220,29 @@ def main() -> None:
             config.batch_size = flags.batch_size
     rows = []
     for config in configs:
-        dataset: LogReader = open_dataset(flags.data, config.exclude) if flags.data else generate(0)
+        dataset: LogReader = (
+            open_dataset(flags.data, config.exclude) if flags.data else generate(0)
+        )
         rows.append(measure(dataset, config, flags.steps, flags.repeats))
         print(rows[-1])
-    data = flags.data.name if flags.data else f"generated: {USERS:,} users of about {ROWS_PER_USER} rows"
-    params = {"data": data, "steps": flags.steps, "repeats": flags.repeats, "statistic": "median"}
-    write_result(flags.out, rows, params, " ".join(["python", *sys.argv]), title="Input pipeline on one core")
+    data = (
+        flags.data.name
+        if flags.data
+        else f"generated: {USERS:,} users of about {ROWS_PER_USER} rows"
+    )
+    params = {
+        "data": data,
+        "steps": flags.steps,
+        "repeats": flags.repeats,
+        "statistic": "median",
+    }
+    write_result(
+        flags.out,
+        rows,
+        params,
+        " ".join(["python", *sys.argv]),
+        title="Input pipeline on one core",
+    )
 
 
 if __name__ == "__main__":

@@ -64,9 +64,15 @@ def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in dict.fromkeys(record["config"] for record in records):
         of_config = [record for record in records if record["config"] == name]
         for task in of_config[0]["tasks"]:
-            row: dict[str, Any] = {"config": name, "task": task, "seeds": len(of_config)}
+            row: dict[str, Any] = {
+                "config": name,
+                "task": task,
+                "seeds": len(of_config),
+            }
             for metric in METRICS:
-                row[metric] = spread([record["tasks"][task][metric] for record in of_config])
+                row[metric] = spread(
+                    [record["tasks"][task][metric] for record in of_config]
+                )
             row["positives"] = of_config[0]["tasks"][task]["positives"]
             row["examples"] = of_config[0]["tasks"][task]["examples"]
             rows.append(row)
@@ -74,7 +80,11 @@ def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def seed_row(record: dict[str, Any]) -> dict[str, Any]:
-    flat = {f"{task} {metric}": record["tasks"][task][metric] for task in record["tasks"] for metric in ("auc", "gauc")}
+    flat = {
+        f"{task} {metric}": record["tasks"][task][metric]
+        for task in record["tasks"]
+        for metric in ("auc", "gauc")
+    }
     costs = ("examples_per_second", "train_cpu_seconds", "evaluate_cpu_seconds")
     return (
         {"config": record["config"], "seed": record["seed"], "step": record["step"]}
@@ -84,27 +94,53 @@ def seed_row(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("data/kuairand_pure"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/kuairand_pure"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kuairand_pure"))
-    parser.add_argument("--configs", nargs="+", default=["uc", "nio"], choices=["uc", "nio"])
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/benchmarks/kuairand_pure")
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/kuairand_pure")
+    )
+    parser.add_argument(
+        "--configs", nargs="+", default=["uc", "nio"], choices=["uc", "nio"]
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     if not (arguments.data / METADATA_FILE).is_file():
-        prepare(KuaiRandSource(arguments.root, "2022-05-03", "2022-05-05"), arguments.data)
+        prepare(
+            KuaiRandSource(arguments.root, "2022-05-03", "2022-05-05"), arguments.data
+        )
     records = []
     for config_name in arguments.configs:
         for seed in arguments.seeds:
             records.append(run_seed(config_name, seed, arguments.data, arguments.runs))
             print(json.dumps(records[-1]), file=sys.stderr, flush=True)
     command = "python -m benchmarks.kuairand_pure --root DIR"
-    settings = {"train": "25 April to 2 May 2022", "valid": "3 and 4 May", "checkpoint": "the last"}
+    settings = {
+        "train": "25 April to 2 May 2022",
+        "valid": "3 and 4 May",
+        "checkpoint": "the last",
+    }
     title = "KuaiRand-Pure, 3 and 4 May"
-    write_result(arguments.out, table_rows(records), settings, command, title=f"{title}: mean ± deviation over seeds")
+    write_result(
+        arguments.out,
+        table_rows(records),
+        settings,
+        command,
+        title=f"{title}: mean ± deviation over seeds",
+    )
     seeds = arguments.out.with_name(arguments.out.name + "_seeds")
-    write_result(seeds, [seed_row(record) for record in records], settings, command, title=f"{title}: every seed")
+    write_result(
+        seeds,
+        [seed_row(record) for record in records],
+        settings,
+        command,
+        title=f"{title}: every seed",
+    )
 
 
 if __name__ == "__main__":

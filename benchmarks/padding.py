@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.report import run_script, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec.config import Config
-from tokenrec.config.backbones import reads_times
+from tokenrec.config.backbones import reads_event_ages
 from tokenrec.config.load import load_config
 from tokenrec.config.validate import validate
 from tokenrec.data.batch import HostBatch
@@ -35,20 +35,30 @@ from tokenrec.step import train_step
 def bucket_settings(config: Config) -> list[tuple[int, ...]]:
     """No bucket, the config's own, and quarters and eighths of the longest stream."""
     longest = config.data.events
-    parts = [tuple(sorted({longest * i // n for i in range(1, n)} - {0})) for n in (2, 4, 8)]
+    parts = [
+        tuple(sorted({longest * i // n for i in range(1, n)} - {0})) for n in (2, 4, 8)
+    ]
     return list(dict.fromkeys([(), *parts, config.data.buckets]))
 
 
 def read_batches(config: Config, dataset: Dataset, count: int) -> list[HostBatch]:
     """Batches from the start of the first epoch, whose order of lengths is shuffled."""
-    data = train_batches(dataset, config.data, steps=count, seed=config.seed, ages=reads_times(config.model))
+    data = train_batches(
+        dataset,
+        config.data,
+        steps=count,
+        seed=config.seed,
+        ages=reads_event_ages(config.model),
+    )
     try:
         return list(itertools.islice(data, count))
     finally:
         data.close()
 
 
-def epoch_of_steps(config: Config, dataset: Dataset, batches: list[HostBatch], mesh: jax.sharding.Mesh) -> Run:
+def epoch_of_steps(
+    config: Config, dataset: Dataset, batches: list[HostBatch], mesh: jax.sharding.Mesh
+) -> Run:
     """A run over all batches, with a state that training changes."""
     model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
     step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
@@ -66,12 +76,16 @@ def epoch_of_steps(config: Config, dataset: Dataset, batches: list[HostBatch], m
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, default=Path("data/kuairand_pure"))
     parser.add_argument("--config", default="kuairand_pure_uc")
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/padding_CONFIG")
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/padding_CONFIG"
+    )
     flags = parser.parse_args()
     base = load_config(flags.config)
     dataset = open_dataset(flags.data, base.data.exclude)
@@ -80,15 +94,24 @@ def main() -> None:
     mesh = make_mesh(base.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         for buckets in bucket_settings(base):
-            config = validate(dataclasses.replace(base, data=dataclasses.replace(base.data, buckets=buckets)))
+            config = validate(
+                dataclasses.replace(
+                    base, data=dataclasses.replace(base.data, buckets=buckets)
+                )
+            )
             batches = read_batches(config, dataset, flags.batches)
             runs[buckets] = epoch_of_steps(config, dataset, batches, mesh)
             held = sum(host.batch.valid.size for host in batches)
             rows.append(
                 {
-                    "stream lengths": ", ".join(map(str, (*buckets, config.data.events))),
-                    "padding": 1 - sum(int(np.sum(host.batch.valid)) for host in batches) / held,
-                    "labelled rows": sum(int(host.batch.weight.sum()) for host in batches),
+                    "stream lengths": ", ".join(
+                        map(str, (*buckets, config.data.events))
+                    ),
+                    "padding": 1
+                    - sum(int(np.sum(host.batch.valid)) for host in batches) / held,
+                    "labelled rows": sum(
+                        int(host.batch.weight.sum()) for host in batches
+                    ),
                 }
             )
         seconds = take_turns(runs, flags.repeats)
@@ -96,13 +119,23 @@ def main() -> None:
     for row, taken in zip(rows, seconds.values(), strict=True):
         row["labelled rows/s"] = row["labelled rows"] / statistics.median(taken)
         row["best"] = row["labelled rows"] / min(taken)
-        row["/ first line"] = row["labelled rows"] / rows[0]["labelled rows"] * paired_ratio(first, taken)
+        row["/ first line"] = (
+            row["labelled rows"] / rows[0]["labelled rows"] * paired_ratio(first, taken)
+        )
     stem = flags.out or Path(__file__).parent / "results" / f"padding_{flags.config}"
-    params = {"config": flags.config, "batches": flags.batches, "turns": flags.repeats, "statistic": "median"}
+    params = {
+        "config": flags.config,
+        "batches": flags.batches,
+        "turns": flags.repeats,
+        "statistic": "median",
+    }
     command = (
-        f"python -m benchmarks.padding --config {flags.config} --batches {flags.batches} --repeats {flags.repeats}"
+        f"python -m benchmarks.padding --config {flags.config} "
+        f"--batches {flags.batches} --repeats {flags.repeats}"
     )
-    write_result(stem, rows, params, command, title=f"Padding and speed: {flags.config}")
+    write_result(
+        stem, rows, params, command, title=f"Padding and speed: {flags.config}"
+    )
     print(stem.with_name(stem.name + ".md").read_text())
 
 

@@ -14,7 +14,13 @@ import json
 from tokenrec.config.load import shipped_folder
 from tokenrec.data.metadata import FORMAT_VERSION
 from tokenrec.data.schema import FIRST_KNOWN, Feature, Schema, Task
-from tokenrec.data.sources.kuairand import CITATION, DURATION_EDGES_S, LICENCE, PLAYED_EDGES, features
+from tokenrec.data.sources.kuairand import (
+    CITATION,
+    DURATION_EDGES_S,
+    LICENCE,
+    PLAYED_EDGES,
+    features,
+)
 from tokenrec.data.sources.kuairand_log import TASKS
 
 USERS, VIDEOS, ROWS = 27_285, 32_038_725, 322_278_385
@@ -54,7 +60,9 @@ SIZES: dict[str, tuple[int, str]] = {
     },
     **{
         f"onehot_feat{number}": (count, PURE_USERS)
-        for number, count in enumerate((2, 7, 50, 1471, 16, 34, 3, 118, 454, 7, 5, 5, 3, 3, 3, 3, 3, 3))
+        for number, count in enumerate(
+            (2, 7, 50, 1471, 16, 34, 3, 118, 454, 7, 5, 5, 3, 3, 3, 3, 3, 3)
+        )
     },
 }
 
@@ -62,10 +70,16 @@ SIZES: dict[str, tuple[int, str]] = {
 def planned() -> dict[str, object]:
     """The JSON value of the planned schema."""
     tables = {name: FIRST_KNOWN + count for name, (count, _) in SIZES.items()}
-    made = Schema(features(rates=True), tuple(Task(name) for name in TASKS), tables).to_json()
+    made = Schema(
+        features(rates=True), tuple(Task(name) for name in TASKS), tables
+    ).to_json()
     plain = vars(Feature("", "dense", "user"))
     made["features"] = [
-        {key: value for key, value in feature.items() if key in ("name", "kind", "entity") or value != plain[key]}
+        {
+            key: value
+            for key, value in feature.items()
+            if key in ("name", "kind", "entity") or value != plain[key]
+        }
         for feature in made["features"]
     ]
     return {

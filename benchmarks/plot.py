@@ -26,13 +26,17 @@ def plot_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     require_matplotlib()
     from matplotlib.figure import Figure  # no pyplot: it holds every figure in a global
 
-    panels = list(dict.fromkeys((row["mesh"], row["dtype"], row["pass"]) for row in rows))
+    panels = list(
+        dict.fromkeys((row["mesh"], row["dtype"], row["pass"]) for row in rows)
+    )
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     windows = list(dict.fromkeys(row["window"] for row in rows))
     across = min(2, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(5.5 * across, 4 * down), layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+    axes = figure.subplots(
+        down, across, squeeze=False, sharex=True, sharey=True
+    ).ravel()
     for panel, ax in zip(panels, axes, strict=False):
         for name in names:
             for window in windows:
@@ -45,10 +49,28 @@ def plot_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 if line:
                     lengths, speeds = zip(*sorted(line), strict=True)
                     style = ("-", "--", ":", "-.")[windows.index(window) % 4]
-                    label = f"{name}, {'full' if window == 'full' else f'window {window}'}"
-                    ax.plot(lengths, speeds, style, marker="o", color=f"C{names.index(name)}", label=label)
-        ax.set(xscale="log", yscale="log", xlabel="seq_len", ylabel="tokens / second", title=", ".join(panel))
-        ax.set_xticks(sorted({row["seq_len"] for row in rows}), labels=sorted({row["seq_len"] for row in rows}))
+                    label = (
+                        f"{name}, {'full' if window == 'full' else f'window {window}'}"
+                    )
+                    ax.plot(
+                        lengths,
+                        speeds,
+                        style,
+                        marker="o",
+                        color=f"C{names.index(name)}",
+                        label=label,
+                    )
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlabel="seq_len",
+            ylabel="tokens / second",
+            title=", ".join(panel),
+        )
+        ax.set_xticks(
+            sorted({row["seq_len"] for row in rows}),
+            labels=sorted({row["seq_len"] for row in rows}),
+        )
         ax.minorticks_off()
         ax.grid(alpha=0.3)
         ax.legend(fontsize="small")

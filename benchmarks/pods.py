@@ -79,7 +79,11 @@ def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
         "compile_seconds": round(found["compile_seconds"], 1),
         "fits": found["fits"],
         "memory_share": held["total"] and held["total"] / found["memory_per_device"],
-        **{f"{part}_mib": size and size / 2**20 for part, size in held.items() if part not in ("inputs", "program")},
+        **{
+            f"{part}_mib": size and size / 2**20
+            for part, size in held.items()
+            if part not in ("inputs", "program")
+        },
     }
     if "problem" in found:
         return row | {"problem": found["problem"].partition("\n")[0]}
@@ -88,7 +92,8 @@ def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
         "model_tflop": found["model_flops_per_device"] / 1e12,
         "collective_mib": sum(found["collective_bytes"].values()) / 2**20,
         "by_axis": ", ".join(
-            f"{axes} {sum(kinds.values()) / 2**20:,.0f}" for axes, kinds in found["collective_bytes_by_axis"].items()
+            f"{axes} {sum(kinds.values()) / 2**20:,.0f}"
+            for axes, kinds in found["collective_bytes_by_axis"].items()
         ),
         "compute_ms": 1e3 * found["compute_seconds"],
         "memory_ms": 1e3 * found["memory_seconds"],
@@ -113,7 +118,12 @@ def fsdp_chips(torus: Sequence[int], most: int) -> int:
 def planned(config: Config, plan: Plan, chips: int, mesh: MeshConfig) -> Config:
     """The config with a plan's streams on every chip. A data set that only a clone's owner has is planned as 27K."""
     streams = plan.streams * chips
-    data = dataclasses.replace(config.data, batch_size=streams, eval_batch_size=streams, schema="kuairand_27k.json")
+    data = dataclasses.replace(
+        config.data,
+        batch_size=streams,
+        eval_batch_size=streams,
+        schema="kuairand_27k.json",
+    )
     model = dataclasses.replace(config.model, dtype="bfloat16", remat=plan.remat)
     return dataclasses.replace(config, data=data, model=model, mesh=mesh)
 
@@ -141,7 +151,9 @@ def _per_chip(row: dict[str, Any], *, serial: bool = False) -> float:
     return rate * row["mfu_if_serial"] / row["mfu_bound"] if serial else rate
 
 
-def _missing(rows: list[dict[str, Any]], wanted: Iterable[tuple[str, str, int]]) -> Iterator[tuple[str, str, int]]:
+def _missing(
+    rows: list[dict[str, Any]], wanted: Iterable[tuple[str, str, int]]
+) -> Iterator[tuple[str, str, int]]:
     done = {(row["config"], row["topology"], row["slices"]) for row in rows}
     yield from (one for one in wanted if one not in done)
 
@@ -152,23 +164,42 @@ def _kept(stem: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = sorted({name for name, _ in PLANS})
     parser.add_argument("--configs", nargs="+", default=names, choices=names)
     parser.add_argument("--weak-scaling", action="store_true")
-    parser.add_argument("--out", type=Path, help="stem of the result files (default: in benchmarks/results)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="stem of the result files (default: in benchmarks/results)",
+    )
     flags = parser.parse_args()
     if flags.weak_scaling:
-        stem, title, wanted = "pods_weak_scaling", f"{SCALED} on more and more chips", [(SCALED, t, 1) for t in SCALE]
+        stem, title, wanted = (
+            "pods_weak_scaling",
+            f"{SCALED} on more and more chips",
+            [(SCALED, t, 1) for t in SCALE],
+        )
     else:
         stem, title = "pods", "Three configs on three pods"
-        wanted = [(name, topology, slices) for name in flags.configs for topology, slices in PODS]
+        wanted = [
+            (name, topology, slices)
+            for name in flags.configs
+            for topology, slices in PODS
+        ]
     out = flags.out or Path(__file__).parent / "results" / stem
     rows = _kept(out)
     if flags.weak_scaling:
         have = {row["topology"] for row in rows}
         table = _kept(out.with_name(out.name.removesuffix("_weak_scaling")))
-        rows += [r for r in table if (r["config"], r["topology"], r["slices"]) in wanted and r["topology"] not in have]
+        rows += [
+            r
+            for r in table
+            if (r["config"], r["topology"], r["slices"]) in wanted
+            and r["topology"] not in have
+        ]
     for one in _missing(rows, wanted):
         rows.append(pod_row(*one))
         print(rows[-1], file=sys.stderr)
@@ -176,7 +207,8 @@ def main() -> None:
             out,
             with_efficiency(rows) if flags.weak_scaling else rows,
             {"dtype": "bfloat16", "batch": "streams x chips", "streams": "the longest"},
-            "python -m benchmarks.pods" + (" --weak-scaling" if flags.weak_scaling else ""),
+            "python -m benchmarks.pods"
+            + (" --weak-scaling" if flags.weak_scaling else ""),
             title=f"{title}, compiled: bounds, nothing was run",
             packages=("tokenrec", "jax", "jaxlib", "libtpu", "flax", "optax"),
         )

@@ -26,7 +26,7 @@ from benchmarks.report import run_script, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec.config import MeshConfig, ModelConfig
 from tokenrec.errors import InputError
-from tokenrec.models.backbones.tokenformer import Backbone
+from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.sharding import RULES, make_mesh
 from tokenrec.tokens.layout import Layout, build_layout
 
@@ -39,41 +39,62 @@ STREAMS = 16  # streams of a lone candidate that are computed together
 
 def stream(history: int, candidates: int) -> Layout:
     """`history` rows, two separators among them, then candidates of one row each."""
-    return build_layout(user_tokens=0, events=history - 2, fused=True, candidates=candidates, target_tokens=1)
+    return build_layout(
+        user_tokens=0,
+        events=history - 2,
+        fused=True,
+        candidates=candidates,
+        target_tokens=1,
+    )
 
 
 class Request:
     """Random tokens of requests with equally long histories, and the programs that score their candidates."""
 
     def __init__(self, config: ModelConfig, history: int, candidates: int, batch: int):
-        backbone = Backbone(config, rngs=nnx.Rngs(params=jax.random.key(0)))
+        backbone = TokenFormer(config, rngs=nnx.Rngs(params=jax.random.key(0)))
         graph, self.weights = nnx.split(backbone)
-        self.history, self.candidates, self.batch, width = history, candidates, batch, config.width
+        self.history, self.candidates, self.batch, width = (
+            history,
+            candidates,
+            batch,
+            config.width,
+        )
 
         def normal(seed: int, rows: int) -> jax.Array:
             return jax.random.normal(
-                jax.random.key(seed), (batch, rows, width), out_sharding=RULES("batch", None, None)
+                jax.random.key(seed),
+                (batch, rows, width),
+                out_sharding=RULES("batch", None, None),
             )
 
         self.prefix, self.own = normal(1, history), normal(2, candidates)
         merge = functools.partial(nnx.merge, graph)
 
         def real(x: jax.Array, count: int) -> jax.Array:
-            return jnp.ones((x.shape[0], count), bool, out_sharding=RULES("batch", None))
+            return jnp.ones(
+                (x.shape[0], count), bool, out_sharding=RULES("batch", None)
+            )
 
         @jax.jit
         def prefill(weights: Any, x: jax.Array) -> Any:
-            return merge(weights).prefill(x, stream(history, 1), real(x, history - 2))[0]
+            return merge(weights).prefill(x, stream(history, 1), real(x, history - 2))[
+                0
+            ]
 
         @jax.jit
         def extend(weights: Any, cache: Any, x: jax.Array) -> jax.Array:
             count = x.shape[1]
-            return merge(weights).extend(cache, x, stream(history, count), real(x, history - 2), real(x, count))
+            return merge(weights).extend(
+                cache, x, stream(history, count), real(x, history - 2), real(x, count)
+            )
 
         @jax.jit
         def forward(weights: Any, x: jax.Array) -> jax.Array:
             count = x.shape[1] - history
-            return merge(weights)(x, stream(history, count), real(x, history - 2), real(x, count), None)
+            return merge(weights)(
+                x, stream(history, count), real(x, history - 2), real(x, count), None
+            )
 
         self._prefill, self._extend, self._forward = prefill, extend, forward
 
@@ -93,7 +114,8 @@ class Request:
     def again(self, size: int) -> Callable[[], list[jax.Array]]:
         """The history with every slice."""
         streams = [
-            jnp.concatenate([self.prefix, own], axis=1) for own in jnp.split(self.own, self.candidates // size, axis=1)
+            jnp.concatenate([self.prefix, own], axis=1)
+            for own in jnp.split(self.own, self.candidates // size, axis=1)
         ]
         return lambda: [self._forward(self.weights, x) for x in streams]
 
@@ -101,12 +123,17 @@ class Request:
         """The history with every candidate, `STREAMS` candidates at a time."""
         together = min(STREAMS, self.candidates)
         shape = (self.batch * together, self.history, self.prefix.shape[2])
-        prefix = jnp.broadcast_to(self.prefix[:, None], (self.batch, together, *shape[1:])).reshape(shape)
+        prefix = jnp.broadcast_to(
+            self.prefix[:, None], (self.batch, together, *shape[1:])
+        ).reshape(shape)
         streams = [
             jnp.concatenate([prefix, own.reshape(shape[0], 1, shape[2])], axis=1)
             for own in jnp.split(self.own, self.candidates // together, axis=1)
         ]
-        return lambda: [self._forward(self.weights, x).reshape(self.batch, together, -1) for x in streams]
+        return lambda: [
+            self._forward(self.weights, x).reshape(self.batch, together, -1)
+            for x in streams
+        ]
 
 
 def bench(
@@ -123,15 +150,27 @@ def bench(
     for name in stacks:
         for history in histories:
             request = Request(STACKS[name], history, candidates, batch)
-            runs: dict[Any, Run] = {"prefill": request.prefill, "one stream": request.again(candidates)}
+            runs: dict[Any, Run] = {
+                "prefill": request.prefill,
+                "one stream": request.again(candidates),
+            }
             if alone:
                 runs["alone"] = request.alone()
             for size in slices:
                 runs["cached", size] = request.cached(size)
-                runs["again", size] = runs["one stream"] if size == candidates else request.again(size)
+                runs["again", size] = (
+                    runs["one stream"] if size == candidates else request.again(size)
+                )
             seconds = take_turns(runs, repeats)
-            scores = {key: np.concatenate(run(), axis=1) for key, run in runs.items() if key != "prefill"}
-            apart = max(float(np.abs(made - scores["one stream"]).max()) for made in scores.values())
+            scores = {
+                key: np.concatenate(run(), axis=1)
+                for key, run in runs.items()
+                if key != "prefill"
+            }
+            apart = max(
+                float(np.abs(made - scores["one stream"]).max())
+                for made in scores.values()
+            )
             for size in slices:
                 cached = seconds["cached", size]
                 yield {
@@ -141,29 +180,65 @@ def bench(
                     "prefill, ms": 1e3 * statistics.median(seconds["prefill"]),
                     "cached, ms": 1e3 * statistics.median(cached),
                     "least, ms": 1e3 * min(cached),
-                    "history with each slice / cached": paired_ratio(seconds["again", size], cached),
+                    "history with each slice / cached": paired_ratio(
+                        seconds["again", size], cached
+                    ),
                     "one stream / cached": paired_ratio(seconds["one stream"], cached),
-                    "history with each candidate / cached": (paired_ratio(seconds["alone"], cached) if alone else None),
+                    "history with each candidate / cached": (
+                        paired_ratio(seconds["alone"], cached) if alone else None
+                    ),
                     "largest difference": apart,
                 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stacks", nargs="+", default=list(STACKS), choices=STACKS, help="kinds of layers")
-    parser.add_argument("--histories", nargs="+", type=int, default=[128, 512], help="rows of the prefix")
-    parser.add_argument("--slices", nargs="+", type=int, default=[16, 128, 1024], help="candidates scored together")
-    parser.add_argument("--candidates", type=int, default=1024, help="candidates of a request")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stacks",
+        nargs="+",
+        default=list(STACKS),
+        choices=STACKS,
+        help="kinds of layers",
+    )
+    parser.add_argument(
+        "--histories",
+        nargs="+",
+        type=int,
+        default=[128, 512],
+        help="rows of the prefix",
+    )
+    parser.add_argument(
+        "--slices",
+        nargs="+",
+        type=int,
+        default=[16, 128, 1024],
+        help="candidates scored together",
+    )
+    parser.add_argument(
+        "--candidates", type=int, default=1024, help="candidates of a request"
+    )
     parser.add_argument("--batch", type=int, default=1, help="requests")
     parser.add_argument("--repeats", type=int, default=10, help="turns of each variant")
-    parser.add_argument("--no-alone", action="store_true", help="leave out a stream per candidate, which is slow")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "prefix_cache")
+    parser.add_argument(
+        "--no-alone",
+        action="store_true",
+        help="leave out a stream per candidate, which is slow",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "prefix_cache"
+    )
     flags = parser.parse_args(arguments)
     for size in (*flags.slices, min(STREAMS, flags.candidates)):
         if size < 1 or flags.candidates % size:
-            raise InputError(f"--candidates {flags.candidates} is no multiple of a slice of {size}; choose a divisor")
+            raise InputError(
+                f"--candidates {flags.candidates} is no multiple of a slice of {size}; choose a divisor"
+            )
     if min(flags.histories) < 3:
-        raise InputError(f"--histories {min(flags.histories)}: two rows are separators; use at least 3")
+        raise InputError(
+            f"--histories {min(flags.histories)}: two rows are separators; use at least 3"
+        )
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         rows = list(
             bench(
@@ -187,9 +262,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = ["python -m benchmarks.prefix_cache"]
     for field in ("stacks", "histories", "slices", "candidates", "batch", "repeats"):
         value = getattr(flags, field)
-        words += [f"--{field}", *map(str, value if isinstance(value, list) else [value])]
+        words += [
+            f"--{field}",
+            *map(str, value if isinstance(value, list) else [value]),
+        ]
     command = " ".join([*words, *(["--no-alone"] if flags.no_alone else [])])
-    write_result(flags.out, rows, params, command, title="Scoring the candidates of a request with a prefix cache")
+    write_result(
+        flags.out,
+        rows,
+        params,
+        command,
+        title="Scoring the candidates of a request with a prefix cache",
+    )
     print(flags.out.with_name(flags.out.name + ".md").read_text())
 
 

@@ -56,12 +56,20 @@ class GeneratedSource:
         self._rows = rows
 
     def users(self) -> pa.Table:
-        return pa.table({"user_id": np.arange(USERS), "age": np.arange(USERS) % 70 + 10.0})
+        return pa.table(
+            {"user_id": np.arange(USERS), "age": np.arange(USERS) % 70 + 10.0}
+        )
 
     def items(self) -> pa.Table:
         items = np.arange(ITEMS)
         authors = pa.array([f"author {i}" for i in range(AUTHORS)])
-        return pa.table({"item_id": items, "author": authors.take(items % AUTHORS), "duration": items % 100 + 1.0})
+        return pa.table(
+            {
+                "item_id": items,
+                "author": authors.take(items % AUTHORS),
+                "duration": items % 100 + 1.0,
+            }
+        )
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         cities = pa.array([f"city {i}" for i in range(300)])
@@ -73,7 +81,8 @@ class GeneratedSource:
                 "user_id": random.integers(0, USERS, count),
                 "item_id": random.integers(0, ITEMS, count),
                 "time_ms": time_ms,
-                "split": (time_ms >= 8 * 10**9).astype(np.int8) + (time_ms >= 9 * 10**9).astype(np.int8),
+                "split": (time_ms >= 8 * 10**9).astype(np.int8)
+                + (time_ms >= 9 * 10**9).astype(np.int8),
                 "event": np.ones(count, bool),
                 "scored": random.random(count) < 0.9,
                 "request": np.full(count, -1),
@@ -97,10 +106,14 @@ def measure(rows: int) -> dict[str, float]:
         cpu, wall = time.process_time(), time.perf_counter()
         metadata = prepare(GeneratedSource(rows), Path(folder) / "set")
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        size = sum(
+            path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()
+        )
     return {
         "rows": rows,
-        "rows_kept": sum(metadata.counts[f"rows_{split}"] for split in ("train", "valid", "test")),
+        "rows_kept": sum(
+            metadata.counts[f"rows_{split}"] for split in ("train", "valid", "test")
+        ),
         "peak_mib": round(_peak_mib(), 1),
         "peak_mib_before": round(before, 1),
         "seconds": round(wall, 2),
@@ -111,14 +124,24 @@ def measure(rows: int) -> dict[str, float]:
 
 
 def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # kilobytes on Linux
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )  # kilobytes on Linux
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 4_000_000, 16_000_000])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1_000_000, 4_000_000, 16_000_000]
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--measure", type=int, help="measure one length in this process and print it as JSON")
+    parser.add_argument(
+        "--measure",
+        type=int,
+        help="measure one length in this process and print it as JSON",
+    )
     arguments = parser.parse_args()
     if arguments.measure is not None:
         print(json.dumps(measure(arguments.measure)))
@@ -126,12 +149,24 @@ def main() -> None:
     results = []
     for rows in arguments.rows:
         child = [sys.executable, __file__, "--measure", str(rows)]
-        results.append(json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout))
+        results.append(
+            json.loads(
+                subprocess.run(
+                    child, check=True, stdout=subprocess.PIPE, text=True
+                ).stdout
+            )
+        )
         print(results[-1], flush=True)
     write_result(
         arguments.out / "prepare",
         results,
-        {"users": USERS, "items": ITEMS, "authors": AUTHORS, "sessions": 100_000, "columns": 16},
+        {
+            "users": USERS,
+            "items": ITEMS,
+            "authors": AUTHORS,
+            "sessions": 100_000,
+            "columns": 16,
+        },
         "python benchmarks/prepare.py --rows " + " ".join(map(str, arguments.rows)),
         title="Prepare: peak memory and speed at a fixed number of distinct ids",
         packages=("tokenrec", "numpy", "pyarrow", "array-record"),

@@ -14,7 +14,17 @@ from typing import Any
 
 from tokenrec.errors import EXIT_INPUT, InputError
 
-PACKAGES = ("tokenrec", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy", "pyarrow")
+PACKAGES = (
+    "tokenrec",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "grain",
+    "orbax-checkpoint",
+    "numpy",
+    "pyarrow",
+)
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
@@ -28,8 +38,16 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return found | {"python": platform.python_version(), "cpu": _cpu_model(), "cores": cores}
+    cores = (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count()
+    )
+    return found | {
+        "python": platform.python_version(),
+        "cpu": _cpu_model(),
+        "cores": cores,
+    }
 
 
 def spread(values: Sequence[float | None], sign: str = "") -> str:
@@ -62,13 +80,29 @@ def write_result(
     stem = Path(path_stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
     machine = versions(packages)
-    value = {"command": command, "params": dict(params), "versions": machine, "rows": [dict(row) for row in rows]}
-    stem.with_name(stem.name + ".json").write_text(json.dumps(value, indent=1, default=_plain) + "\n")
-    software = ", ".join(f"{name} {machine[name]}" for name in (*packages, "python") if machine[name])
+    value = {
+        "command": command,
+        "params": dict(params),
+        "versions": machine,
+        "rows": [dict(row) for row in rows],
+    }
+    stem.with_name(stem.name + ".json").write_text(
+        json.dumps(value, indent=1, default=_plain) + "\n"
+    )
+    software = ", ".join(
+        f"{name} {machine[name]}" for name in (*packages, "python") if machine[name]
+    )
     page = [f"# {title or stem.name}", "", f"`{command}`", "", markdown_table(rows), ""]
     if params:
-        page += ["Settings: " + ", ".join(f"{name} = {_cell(value)}" for name, value in params.items()) + ".", ""]
-    page += [f"Measured on {machine['cores']} cores of {machine['cpu']}, with {software}."]
+        page += [
+            "Settings: "
+            + ", ".join(f"{name} = {_cell(value)}" for name, value in params.items())
+            + ".",
+            "",
+        ]
+    page += [
+        f"Measured on {machine['cores']} cores of {machine['cpu']}, with {software}."
+    ]
     stem.with_name(stem.name + ".md").write_text("\n".join(page) + "\n")
 
 
@@ -78,7 +112,9 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join(names) + " |"]
     text = [any(isinstance(row.get(name), str) for row in rows) for name in names]
     lines.append("|" + "|".join("---" if left else "---:" for left in text) + "|")
-    lines += ["| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in rows]
+    lines += [
+        "| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in rows
+    ]
     return "\n".join(lines)
 
 

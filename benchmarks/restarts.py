@@ -34,22 +34,41 @@ LIMIT_SECONDS = 1_800
 
 def start(workdir: Path, flags: argparse.Namespace, **fields: Any) -> float:
     """Trains; returns the seconds from the start of the process to the first new step in the log."""
-    values: dict[str, Any] = {"train.log_every": 1, "train.eval_every": 0, "train.eval_samples": 64}
+    values: dict[str, Any] = {
+        "train.log_every": 1,
+        "train.eval_every": 0,
+        "train.eval_samples": 64,
+    }
     values |= {f"train.{key}": value for key, value in fields.items()}
-    line = ["train", f"--config={flags.config}", f"--data={flags.data}", f"--workdir={workdir}", "--quiet"]
+    line = [
+        "train",
+        f"--config={flags.config}",
+        f"--data={flags.data}",
+        f"--workdir={workdir}",
+        "--quiet",
+    ]
     line += [f"--config.{name}={value}" for name, value in values.items()]
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "JAX_COMPILATION_CACHE_DIR"
+    }
     there, began, first = len(steps(workdir)), time.monotonic(), 0.0
     errors = workdir.with_suffix(".err")
     command = [sys.executable, "-m", "tokenrec", *line]
-    with errors.open("w") as file, subprocess.Popen(command, env=environment, stdout=file, stderr=file) as run:
+    with (
+        errors.open("w") as file,
+        subprocess.Popen(command, env=environment, stdout=file, stderr=file) as run,
+    ):
         while run.poll() is None and time.monotonic() < began + LIMIT_SECONDS:
             if not first and len(steps(workdir)) > there:
                 first = time.monotonic() - began
             time.sleep(0.01)
         run.kill()
     if run.returncode or not first:
-        raise InputError(f"the run in '{workdir}' ended with {run.returncode}: {errors.read_text()[-2_000:]}")
+        raise InputError(
+            f"the run in '{workdir}' ended with {run.returncode}: {errors.read_text()[-2_000:]}"
+        )
     return first
 
 
@@ -59,28 +78,48 @@ def records(workdir: Path) -> list[dict[str, Any]]:
 
 def steps(workdir: Path) -> dict[int, float]:
     """When each step was logged."""
-    return {record["step"]: record["time"] for record in records(workdir) if "train/loss" in record}
+    return {
+        record["step"]: record["time"]
+        for record in records(workdir)
+        if "train/loss" in record
+    }
 
 
 def step_seconds(workdir: Path, blocked: dict[int, float]) -> dict[int, float]:
     """From the log line of a step to that of the next, without what a save between them blocked."""
     logged = steps(workdir)
-    return {step: logged[step] - logged[step - 1] - blocked.get(step - 1, 0) for step in logged if step > 1}
+    return {
+        step: logged[step] - logged[step - 1] - blocked.get(step - 1, 0)
+        for step in logged
+        if step > 1
+    }
 
 
 def cost_of_saves(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     workdir, without = folder / "saves", folder / "none"
     start(workdir, flags, stop_at=flags.steps, save_every=flags.save_every)
     start(without, flags, stop_at=flags.steps, save_every=0)
-    blocked = {r["step"]: r["save/blocked_seconds"] for r in records(workdir) if "save/blocked_seconds" in r}
+    blocked = {
+        r["step"]: r["save/blocked_seconds"]
+        for r in records(workdir)
+        if "save/blocked_seconds" in r
+    }
     # The first steps and the first save include compilation and the start of threads.
     first = 2 * flags.save_every
     took, alone = step_seconds(workdir, blocked), step_seconds(without, {})
-    after = [step for step in took if step > first and (step - 1) % flags.save_every < 2]
-    waits = [seconds for step, seconds in blocked.items() if first <= step < flags.steps]
+    after = [
+        step for step in took if step > first and (step - 1) % flags.save_every < 2
+    ]
+    waits = [
+        seconds for step, seconds in blocked.items() if first <= step < flags.steps
+    ]
     every = load_config(flags.config, []).train.save_every
     usual = statistics.mean(seconds for step, seconds in alone.items() if step > first)
-    files = [path for path in (workdir / "checkpoints" / str(flags.steps)).rglob("*") if path.is_file()]
+    files = [
+        path
+        for path in (workdir / "checkpoints" / str(flags.steps)).rglob("*")
+        if path.is_file()
+    ]
     return {
         "what": "a save",
         "checkpoint, MB": round(sum(path.stat().st_size for path in files) / 1e6, 1),
@@ -95,10 +134,17 @@ def cost_of_saves(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
 
 def restarts(folder: Path, flags: argparse.Namespace) -> list[dict[str, Any]]:
     begun = folder / "begun"
-    seconds: dict[str, list[float]] = {"the first start": [], "a restart that compiles": [], "with kept programs": []}
+    seconds: dict[str, list[float]] = {
+        "the first start": [],
+        "a restart that compiles": [],
+        "with kept programs": [],
+    }
     seconds["the first start"].append(start(begun, flags, stop_at=4))
     for turn in range(flags.repeats):
-        for name, kept in (("a restart that compiles", False), ("with kept programs", True)):
+        for name, kept in (
+            ("a restart that compiles", False),
+            ("with kept programs", True),
+        ):
             copy = folder / f"{name} {turn}"
             shutil.copytree(begun, copy)
             seconds[name].append(start(copy, flags, stop_at=6, keep_compiled=kept))
@@ -115,14 +161,24 @@ def restarts(folder: Path, flags: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the config's prepared data set")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder of the config's prepared data set",
+    )
     parser.add_argument("--config", default="kuairand_pure_uc")
     parser.add_argument("--repeats", type=int, default=3, help="restarts of each kind")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--save-every", type=int, default=20)
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/restarts"), help="stem of the result files"
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results/restarts"),
+        help="stem of the result files",
     )
     flags = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +187,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"python -m benchmarks.restarts --data DIR --config {flags.config} --repeats {flags.repeats} "
         f"--steps {flags.steps} --save-every {flags.save_every}"
     )
-    write_result(flags.out, rows, {"config": flags.config}, command, title="What it costs not to lose a run")
+    write_result(
+        flags.out,
+        rows,
+        {"config": flags.config},
+        command,
+        title="What it costs not to lose a run",
+    )
 
 
 if __name__ == "__main__":

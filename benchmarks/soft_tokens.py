@@ -27,7 +27,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import markdown_table, run_script, spread, write_result
-from benchmarks.soft_tokens_arms import ARMS, BATCH, EVALUATED, TASKS, plan_arms, task_arms
+from benchmarks.soft_tokens_arms import (
+    ARMS,
+    BATCH,
+    EVALUATED,
+    TASKS,
+    plan_arms,
+    task_arms,
+)
 from tokenrec.config import Config, from_json, to_json
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import batch_shapes, task_names
@@ -39,7 +46,7 @@ from tokenrec.planner.flops import STEP_OVER_FORWARD
 from tokenrec.runtime.files import write_json
 from tokenrec.runtime.metric_writer import METRICS_FILE
 from tokenrec.sharding import make_mesh
-from tokenrec.state import Model, build_model
+from tokenrec.state import ModelSpec, build_model
 from tokenrec.train import train
 
 RESULTS = Path(__file__).parent / "results"
@@ -71,9 +78,13 @@ def run_arm(config_text: str, workdir: Path) -> dict[str, Any]:
     summary = train(config, workdir)
     data = Path(config.data.path)
     # A run that was stopped after its last checkpoint has been evaluated, but the report went with the process.
-    report = summary["evaluation"] or evaluate_run(workdir, "valid", "latest", data, limit=config.train.eval_samples)
+    report = summary["evaluation"] or evaluate_run(
+        workdir, "valid", "latest", data, limit=config.train.eval_samples
+    )
     peak = peak_bytes()
-    description = describe(config, open_dataset(data, (), config.data.semantic_ids).schema)
+    description = describe(
+        config, open_dataset(data, (), config.data.semantic_ids).schema
+    )
     flops = STEP_OVER_FORWARD * description["flops_per_example"]
     seconds, temporaries = step_seconds(workdir), step_bytes(config)
     record = {
@@ -97,8 +108,12 @@ def baseline_metrics(workdir: Path) -> dict[str, dict[str, float | None]]:
     """The metrics of what needs no model, by name, on the requests that the run in `workdir` was evaluated on."""
     kept = workdir / "baselines.json"
     if not kept.is_file():
-        report = evaluate_run(workdir, "valid", "latest", None, baselines=True, limit=EVALUATED)
-        write_json(kept, {name: quality(found) for name, found in report["baselines"].items()})
+        report = evaluate_run(
+            workdir, "valid", "latest", None, baselines=True, limit=EVALUATED
+        )
+        write_json(
+            kept, {name: quality(found) for name, found in report["baselines"].items()}
+        )
     return json.loads(kept.read_text())
 
 
@@ -114,13 +129,17 @@ def step_bytes(config: Config) -> int | None:
     None where the platform does not say.
     """
     model = _model(config)
-    shapes = batch_shapes(model.schema, config.data, batch_size=config.data.batch_size)[config.data.events]
+    shapes = batch_shapes(model.schema, config.data, batch_size=config.data.batch_size)[
+        config.data.events
+    ]
     memory = compile_train_step(model, make_mesh(config.mesh), shapes).memory_analysis()
     return None if memory is None else memory.temp_size_in_bytes
 
 
-def _model(config: Config) -> Model:
-    schema = open_dataset(Path(config.data.path), config.data.exclude, config.data.semantic_ids).schema
+def _model(config: Config) -> ModelSpec:
+    schema = open_dataset(
+        Path(config.data.path), config.data.exclude, config.data.semantic_ids
+    ).schema
     return build_model(config, schema, task_names(schema, config.data))
 
 
@@ -144,7 +163,9 @@ def step_seconds(workdir: Path) -> float | None:
     The first interval begins after the first line, which waited for the compiler. Intervals with a checkpoint or a stop
     in them are few, and the median passes over them.
     """
-    lines = [json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()
+    ]
     logged = [(line["step"], line["time"]) for line in lines if "train/loss" in line]
     each = [(t - s) / (b - a) for (a, s), (b, t) in itertools.pairwise(logged)]
     return statistics.median(each) if each else None
@@ -154,7 +175,11 @@ def quality(report: dict[str, Any]) -> dict[str, float | None]:
     """The metrics of the table."""
     if "retrieval" in report:
         found = report["retrieval"]
-        return {"Recall@10": found["recall@10"], "NDCG@10": found["ndcg@10"], "Recall@50": found["recall@50"]}
+        return {
+            "Recall@10": found["recall@10"],
+            "NDCG@10": found["ndcg@10"],
+            "Recall@50": found["recall@50"],
+        }
     return {"AUC": report["macro_auc"], "GAUC": report["macro_gauc"]}
 
 
@@ -168,14 +193,19 @@ def measured(config: Config, workdir: Path) -> dict[str, Any]:
     if kept.is_file():
         record = json.loads(kept.read_text())
         if record["config"] != json.loads(text):
-            raise InputError(f"work: '{kept}' was measured with other settings; give another --work, or move it away")
+            raise InputError(
+                f"work: '{kept}' was measured with other settings; give another --work, or move it away"
+            )
         return record
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
         return pool.submit(run_arm, text, workdir).result()
 
 
 def table_rows(
-    records: dict[str, list[dict[str, Any]]], baselines: dict[str, dict[str, float | None]]
+    records: dict[str, list[dict[str, Any]]],
+    baselines: dict[str, dict[str, float | None]],
 ) -> list[dict[str, Any]]:
     """A row per arm: costs are means over seeds, metrics mean and sample deviation. Then a row per baseline."""
     rows = []
@@ -186,11 +216,16 @@ def table_rows(
             row[metric] = spread([record["metrics"][metric] for record in of_arm])
         rows.append(row)
     for name, metrics in baselines.items():
-        rows.append({"arm": f"({name})"} | {metric: spread([value]) for metric, value in metrics.items()})
+        rows.append(
+            {"arm": f"({name})"}
+            | {metric: spread([value]) for metric, value in metrics.items()}
+        )
     return rows
 
 
-def ratio_rows(records: dict[str, list[dict[str, Any]]], to: str = "soft") -> list[dict[str, Any]]:
+def ratio_rows(
+    records: dict[str, list[dict[str, Any]]], to: str = "soft"
+) -> list[dict[str, Any]]:
     """A row per arm: costs as multiples of those of the arm `to`, metrics as differences seed by seed."""
     if to not in records:
         return []
@@ -200,11 +235,19 @@ def ratio_rows(records: dict[str, list[dict[str, Any]]], to: str = "soft") -> li
             continue
         row: dict[str, Any] = {"arm": f"{arm} / {to}"}
         for name in COSTS:
-            mine, other = (_mean([record[name] for record in some]) for some in (of_arm, records[to]))
+            mine, other = (
+                _mean([record[name] for record in some])
+                for some in (of_arm, records[to])
+            )
             row[name] = None if mine is None or not other else mine / other
         for metric in of_arm[0]["metrics"]:
-            pairs = [(a["metrics"][metric], b["metrics"][metric]) for a, b in zip(of_arm, records[to], strict=True)]
-            row[f"{metric}, difference"] = spread([None if None in pair else pair[0] - pair[1] for pair in pairs], "+")
+            pairs = [
+                (a["metrics"][metric], b["metrics"][metric])
+                for a, b in zip(of_arm, records[to], strict=True)
+            ]
+            row[f"{metric}, difference"] = spread(
+                [None if None in pair else pair[0] - pair[1] for pair in pairs], "+"
+            )
         rows.append(row)
     return rows
 
@@ -233,20 +276,34 @@ def write_page(
     }
     words = ["python -m benchmarks.soft_tokens", f"--task {flags.task}", "--data DIR"]
     words += ["--semantic-ids IDS"] if flags.semantic_ids else []
-    words += [f"--work DIR --seeds {' '.join(map(str, flags.seeds))}", f"--arms {' '.join(flags.arms)}"]
+    words += [
+        f"--work DIR --seeds {' '.join(map(str, flags.seeds))}",
+        f"--arms {' '.join(flags.arms)}",
+    ]
     words += [f"--requests {flags.requests} --events {flags.events}"]
     title = f"{TITLES[flags.task]}: soft tokens and text"
-    write_result(stem, table_rows(records, baselines), params, " ".join(words), title=title)
+    write_result(
+        stem, table_rows(records, baselines), params, " ".join(words), title=title
+    )
     ratios = ratio_rows(records)
     page = ["", "## Against soft", "", markdown_table(ratios)] if ratios else []
-    page += ["", "## The arms", "", *(f"- `{arm}`: {ARMS[arm].what}." for arm in records), "", *notes(flags.task)]
+    page += [
+        "",
+        "## The arms",
+        "",
+        *(f"- `{arm}`: {ARMS[arm].what}." for arm in records),
+        "",
+        *notes(flags.task),
+    ]
     with stem.with_name(stem.name + ".md").open("a") as file:
         file.writelines(f"{line}\n" for line in page)
 
 
 def notes(task: str) -> list[str]:
     """How to read the tables."""
-    written = "; ".join(f"{entity}: {', '.join(names)}" for entity, names in TASKS[task].text.items())
+    written = "; ".join(
+        f"{entity}: {', '.join(names)}" for entity, names in TASKS[task].text.items()
+    )
     lone = "- Few users of the sample have both labels, so that GAUC says little here; read the AUC."
     ablations = [
         "- The paper does not define WH_SID, NO_FEAT, NO_FEAT_STRICT and WH_SID_NO_FEAT in what we read of it; the "
@@ -271,22 +328,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
       InputError: a number below one, or a seed twice.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", required=True, choices=list(TASKS))
     parser.add_argument("--data", required=True, type=Path, help="prepared data set")
-    parser.add_argument("--semantic-ids", type=Path, help="output of `tokenrec semantic-ids`; retrieval needs none")
+    parser.add_argument(
+        "--semantic-ids",
+        type=Path,
+        help="output of `tokenrec semantic-ids`; retrieval needs none",
+    )
     parser.add_argument("--work", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--arms", nargs="+", help="default: all of the task")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--events", type=int, help="longest history")
-    parser.add_argument("--out", type=Path, help="stem of the result files (default: in benchmarks/results)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="stem of the result files (default: in benchmarks/results)",
+    )
     flags = parser.parse_args(argv)
     flags.arms = list(dict.fromkeys(flags.arms or task_arms(flags.task)))
     flags.events = EVENTS[flags.task] if flags.events is None else flags.events
     flags.seeds = list(dict.fromkeys(flags.seeds))
     if flags.events < 2:
-        raise InputError(f"--events {flags.events}: a history needs at least 2, an older and a newer half")
+        raise InputError(
+            f"--events {flags.events}: a history needs at least 2, an older and a newer half"
+        )
     return flags
 
 
@@ -304,8 +373,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=seed,
         )
         for arm, config in planned.items():
-            print(f"{flags.task} {arm} seed {seed}: {config.optim.steps:,} steps", file=sys.stderr, flush=True)
-            records[arm].append(measured(config, flags.work / flags.task / f"{arm}_seed{seed}"))
+            print(
+                f"{flags.task} {arm} seed {seed}: {config.optim.steps:,} steps",
+                file=sys.stderr,
+                flush=True,
+            )
+            records[arm].append(
+                measured(config, flags.work / flags.task / f"{arm}_seed{seed}")
+            )
     stem = flags.out or RESULTS / f"soft_tokens_{flags.task}"
     first = flags.work / flags.task / f"{flags.arms[0]}_seed{flags.seeds[0]}"
     write_page(stem, flags, records, baseline_metrics(first))

@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    TokensConfig,
+    TrainConfig,
+)
 from tokenrec.config.load import load_config
 from tokenrec.config.prompt import BAR
 from tokenrec.config.validate import validate
@@ -59,7 +67,13 @@ TASKS: dict[str, Task] = {
         "complete_journey",
         "product_id",
         {
-            "history": (SEMANTIC_ID, "store_id", "quantity", "unit_price", "discount_share"),
+            "history": (
+                SEMANTIC_ID,
+                "store_id",
+                "quantity",
+                "unit_price",
+                "discount_share",
+            ),
             "candidate": (
                 SEMANTIC_ID,
                 "display_location",
@@ -74,7 +88,15 @@ TASKS: dict[str, Task] = {
     "complete_journey_retrieval": Task(
         "complete_journey",
         "product_id",
-        {"history": ("product_id", "store_id", "quantity", "unit_price", "discount_share")},
+        {
+            "history": (
+                "product_id",
+                "store_id",
+                "quantity",
+                "unit_price",
+                "discount_share",
+            )
+        },
         "bought",
         10,
     ),
@@ -82,8 +104,20 @@ TASKS: dict[str, Task] = {
         "kuairand_pure_nio",
         "video_id",
         {
-            "history": (SEMANTIC_ID, "tab", "video_duration", "play_time_ms", "is_click"),
-            "candidate": (SEMANTIC_ID, "author_id", "video_duration", "rate_video_is_click", "rate_video_long_view"),
+            "history": (
+                SEMANTIC_ID,
+                "tab",
+                "video_duration",
+                "play_time_ms",
+                "is_click",
+            ),
+            "candidate": (
+                SEMANTIC_ID,
+                "author_id",
+                "video_duration",
+                "rate_video_is_click",
+                "rate_video_long_view",
+            ),
         },
         "",
         1,
@@ -116,25 +150,54 @@ class Arm:
     horizon: Horizon = "requests"
 
 
-AS_TEXT: dict[str, Choice] = {"user": "all", "history": "text", "query": "all", "candidate": "text"}
+AS_TEXT: dict[str, Choice] = {
+    "user": "all",
+    "history": "text",
+    "query": "all",
+    "candidate": "text",
+}
 ARMS = {
-    "soft": Arm("one soft token per user, event, query and candidate, each made of all of its features"),
-    "text": Arm("user, history, query and candidate written as discrete tokens, not cut", AS_TEXT),
+    "soft": Arm(
+        "one soft token per user, event, query and candidate, each made of all of its features"
+    ),
+    "text": Arm(
+        "user, history, query and candidate written as discrete tokens, not cut",
+        AS_TEXT,
+    ),
     "text_budget": Arm(
         "text, its history cut from the left to as many tokens as that of soft; the rest is written whole",
         AS_TEXT,
         capped=True,
     ),
-    "text_flops": Arm("text that ends when it has spent the FLOPs of soft", AS_TEXT, horizon="flops of soft"),
-    "soft_flops": Arm("soft that goes on until it has spent the FLOPs of text", horizon="flops of text"),
+    "text_flops": Arm(
+        "text that ends when it has spent the FLOPs of soft",
+        AS_TEXT,
+        horizon="flops of soft",
+    ),
+    "soft_flops": Arm(
+        "soft that goes on until it has spent the FLOPs of text",
+        horizon="flops of text",
+    ),
     "soft_same_features": Arm(
         "soft tokens of events and candidate made of the features that text writes, and no others",
         soft={"history": "text", "candidate": "text"},
     ),
-    "random": Arm("soft tokens as they are made at the start; nothing before the backbone is trained", random=True),
-    "soft_compressed": Arm("soft, the older half of the events pooled by attention in groups of 10", compressed=True),
-    "WH_SID": Arm("the history as text of semantic ids alone, the rest soft", {"history": "semantic_id"}),
-    "NO_FEAT": Arm("soft; events carry the ids of their items and nothing else", soft={"history": "ids"}),
+    "random": Arm(
+        "soft tokens as they are made at the start; nothing before the backbone is trained",
+        random=True,
+    ),
+    "soft_compressed": Arm(
+        "soft, the older half of the events pooled by attention in groups of 10",
+        compressed=True,
+    ),
+    "WH_SID": Arm(
+        "the history as text of semantic ids alone, the rest soft",
+        {"history": "semantic_id"},
+    ),
+    "NO_FEAT": Arm(
+        "soft; events carry the ids of their items and nothing else",
+        soft={"history": "ids"},
+    ),
     "NO_FEAT_STRICT": Arm(
         "soft; events and candidate carry the ids of their items and nothing else, user and query are left out",
         soft={"history": "ids", "candidate": "ids"},
@@ -147,7 +210,15 @@ ARMS = {
         bare=True,
     ),
 }
-RETRIEVAL_ARMS = ("soft", "text", "text_budget", "text_flops", "soft_flops", "soft_same_features", "random")
+RETRIEVAL_ARMS = (
+    "soft",
+    "text",
+    "text_budget",
+    "text_flops",
+    "soft_flops",
+    "soft_same_features",
+    "random",
+)
 
 
 def task_arms(task: str) -> tuple[str, ...]:
@@ -156,7 +227,14 @@ def task_arms(task: str) -> tuple[str, ...]:
 
 
 def plan_arms(
-    task: str, arms: Sequence[str], data: Path, semantic_ids: Path | None, *, requests: int, events: int, seed: int
+    task: str,
+    arms: Sequence[str],
+    data: Path,
+    semantic_ids: Path | None,
+    *,
+    requests: int,
+    events: int,
+    seed: int,
 ) -> dict[str, Config]:
     """The config of each arm, with its horizon: `requests`, in whole batches, or what a budget of FLOPs buys.
 
@@ -164,15 +242,25 @@ def plan_arms(
       InputError: the task has no such arm, needs semantic ids, or a budget is too small for a step.
     """
     if unknown := [arm for arm in arms if arm not in task_arms(task)]:
-        raise InputError(f"arms: {task} has no {', '.join(unknown)}; choose of {', '.join(task_arms(task))}")
+        raise InputError(
+            f"arms: {task} has no {', '.join(unknown)}; choose of {', '.join(task_arms(task))}"
+        )
     if not TASKS[task].positive and semantic_ids is None:
-        raise InputError(f"semantic_ids: {task} writes items as semantic ids; give the output of tokenrec semantic-ids")
+        raise InputError(
+            f"semantic_ids: {task} writes items as semantic ids; give the output of tokenrec semantic-ids"
+        )
     if requests < BATCH:
-        raise InputError(f"requests={requests} is less than a batch of {BATCH}; give more")
+        raise InputError(
+            f"requests={requests} is less than a batch of {BATCH}; give more"
+        )
     schema = Metadata.load(data).schema
     bases = {
         arm: arm_config(task, arm, data, semantic_ids, schema, events=events, seed=seed)
-        for arm in {*arms, *(ARMS[arm].horizon.removeprefix("flops of ") for arm in arms)} - {"requests"}
+        for arm in {
+            *arms,
+            *(ARMS[arm].horizon.removeprefix("flops of ") for arm in arms),
+        }
+        - {"requests"}
     }
     steps = requests // BATCH
     needed = {arm for arm in arms if ARMS[arm].horizon != "requests"}
@@ -185,13 +273,22 @@ def plan_arms(
         if horizon != "requests":
             bought = int(steps * costs[horizon.removeprefix("flops of ")] / costs[arm])
         if not bought:
-            raise InputError(f"requests={requests} buy {arm} no step of {BATCH} requests; give more")
+            raise InputError(
+                f"requests={requests} buy {arm} no step of {BATCH} requests; give more"
+            )
         planned[arm] = with_horizon(bases[arm], bought)
     return planned
 
 
 def arm_config(
-    task: str, arm: str, data: Path, semantic_ids: Path | None, schema: Schema, *, events: int, seed: int
+    task: str,
+    arm: str,
+    data: Path,
+    semantic_ids: Path | None,
+    schema: Schema,
+    *,
+    events: int,
+    seed: int,
 ) -> Config:
     """The config of an arm but for its horizon.
 
@@ -203,8 +300,14 @@ def arm_config(
     base = load_config(about.config, [])
     ranking = not about.positive
     segments = ("history",) if form.bare else ("user", "history", "query")
-    known = _entity_features(schema.without(f.name for f in schema.features if f.name in base.data.exclude), ranking)
-    present = {entity: known[entity] for entity in (*segments, *(("candidate",) if ranking else ()))}
+    known = _entity_features(
+        schema.without(f.name for f in schema.features if f.name in base.data.exclude),
+        ranking,
+    )
+    present = {
+        entity: known[entity]
+        for entity in (*segments, *(("candidate",) if ranking else ()))
+    }
 
     def chosen(choices: Mapping[str, Choice]) -> dict[str, tuple[str, ...]]:
         """An entity without features, as a user of whom nothing is known, is named by no field."""
@@ -215,7 +318,11 @@ def arm_config(
         }
 
     text, soft = chosen(form.text), chosen(form.soft)
-    used = {name for entity, names in present.items() for name in text.get(entity, soft.get(entity, names))}
+    used = {
+        name
+        for entity, names in present.items()
+        for name in text.get(entity, soft.get(entity, names))
+    }
     return Config(
         seed=seed,
         data=DataConfig(
@@ -254,7 +361,9 @@ def arm_config(
 def with_horizon(config: Config, steps: int) -> Config:
     """The config with a run of `steps`, a tenth of them warm-up."""
     optim = dataclasses.replace(config.optim, steps=steps, warmup_steps=steps // 10)
-    train = dataclasses.replace(config.train, log_every=max(steps // LOGS, 1), save_every=max(steps // SAVES, 1))
+    train = dataclasses.replace(
+        config.train, log_every=max(steps // LOGS, 1), save_every=max(steps // SAVES, 1)
+    )
     return validate(dataclasses.replace(config, optim=optim, train=train))
 
 
@@ -279,7 +388,9 @@ def _entity_features(schema: Schema, ranking: bool) -> dict[str, tuple[str, ...]
     }
 
 
-def _features(task: Task, entity: str, choice: Choice, known: tuple[str, ...]) -> tuple[str, ...]:
+def _features(
+    task: Task, entity: str, choice: Choice, known: tuple[str, ...]
+) -> tuple[str, ...]:
     if choice == "all":
         return known
     if choice == "text":

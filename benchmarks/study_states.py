@@ -23,12 +23,21 @@ from benchmarks.report import run_script
 from tokenrec.analysis.attention_maps import Maps, attention_mass, run_maps
 from tokenrec.analysis.event_states import collapse_report
 from tokenrec.analysis.rank import LEAST_ROWS
-from tokenrec.analysis.study_files import TOKENS, Cell, Information, Mass, Rank, SingularValue, StudyFiles, read_study
+from tokenrec.analysis.study_files import (
+    TOKENS,
+    Cell,
+    Information,
+    Mass,
+    Rank,
+    SingularValue,
+    StudyFiles,
+    read_study,
+)
 from tokenrec.analysis.summary import chosen_rates
 from tokenrec.errors import InputError, suggest
 from tokenrec.runtime.files import write_json
 from tokenrec.study.jobs import RUN
-from tokenrec.study.plan import Job
+from tokenrec.study.plan import TrainingRun
 from tokenrec.study.results import write_rows
 
 _LAYER = "layer_"
@@ -36,24 +45,38 @@ STREAMS = 64  # that attention is the mean of
 BLOCKS = 32  # of rows of the stream, that a map shows
 
 
-def measured_jobs(files: StudyFiles, models: Sequence[str]) -> list[Job]:
+def measured_jobs(files: StudyFiles, models: Sequence[str]) -> list[TrainingRun]:
     """Every seed of these models at their chosen rates; if none is named, of all that are no rivals.
 
     Raises:
       InputError: the study trained no such model, or one that is named is of another kind than TokenFormer.
     """
-    rates, base = chosen_rates(files.results), files.about.base.get("model", {}).get("kind", "tokenformer")
-    kinds = {model: files.about.arms.get(model, {}).get("model.kind", base) for model in rates}
+    rates, base = (
+        chosen_rates(files.results),
+        files.about.base.get("model", {}).get("kind", "tokenformer"),
+    )
+    kinds = {
+        model: files.about.arms.get(model, {}).get("model.kind", base)
+        for model in rates
+    }
     for model in models:
         if model not in rates:
-            raise InputError(f"--models {model} has no run in this study{suggest(model, rates)}")
+            raise InputError(
+                f"--models {model} has no run in this study{suggest(model, rates)}"
+            )
         if kinds[model] != "tokenformer":
             raise InputError(
                 f"--models {model} is of model.kind='{kinds[model]}', which has no event states; leave it out"
             )
     wanted = models or [model for model in rates if kinds[model] == "tokenformer"]
-    done = dict.fromkeys((row.model, row.learning_rate, row.seed) for row in files.results)
-    return [Job(m, rate, s) for m, rate, s in done if rate is not None and rate == rates[m] and m in wanted]
+    done = dict.fromkeys(
+        (row.model, row.learning_rate, row.seed) for row in files.results
+    )
+    return [
+        TrainingRun(m, rate, s)
+        for m, rate, s in done
+        if rate is not None and rate == rates[m] and m in wanted
+    ]
 
 
 class Tables(NamedTuple):
@@ -64,14 +87,24 @@ class Tables(NamedTuple):
     information: list[dict[str, Any]]
 
 
-def state_rows(study: str, job: Job, report: dict[str, Any]) -> Tables:
+def state_rows(study: str, job: TrainingRun, report: dict[str, Any]) -> Tables:
     """Rows from the `collapse_report` of a run."""
-    who, rows = {"study": study, "model": job.model, "seed": job.seed}, Tables([], [], [])
+    who, rows = (
+        {"study": study, "model": job.model, "seed": job.seed},
+        Tables([], [], []),
+    )
     for name, found in report["layers"].items():
-        layer = who | {"layer": int(name.removeprefix(_LAYER)) if name.startswith(_LAYER) else TOKENS}
-        rows.ranks.append(layer | {"step": report["step"], "effective_rank": found["effective_rank"]})
+        layer = who | {
+            "layer": int(name.removeprefix(_LAYER))
+            if name.startswith(_LAYER)
+            else TOKENS
+        }
+        rows.ranks.append(
+            layer | {"step": report["step"], "effective_rank": found["effective_rank"]}
+        )
         rows.spectra.extend(
-            layer | {"index": index, "singular_value": value} for index, value in enumerate(found["spectrum"])
+            layer | {"index": index, "singular_value": value}
+            for index, value in enumerate(found["spectrum"])
         )
         rows.information.extend(
             layer | {"task": task, "clusters": int(count), "nats": one["corrected"]}
@@ -85,16 +118,23 @@ def mass_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
     """Rows of `Mass`: where the attention of what is scored goes."""
     reader, rows = "target" if maps.layout.candidates else "event", []
     for layer, weights in enumerate(maps.weights):
-        for source, of_heads in attention_mass(weights, maps.layout, maps.valid)[reader].items():
+        for source, of_heads in attention_mass(weights, maps.layout, maps.valid)[
+            reader
+        ].items():
             place = {"study": study, "model": model, "layer": layer, "source": source}
-            rows += [place | {"head": head, "value": float(value)} for head, value in enumerate(of_heads)]
+            rows += [
+                place | {"head": head, "value": float(value)}
+                for head, value in enumerate(of_heads)
+            ]
     return rows
 
 
 def cell_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
     """Rows of `Cell`: the stream in at most `BLOCKS` blocks of rows."""
     size = maps.layout.rows
-    first = np.unique(np.linspace(0, size, min(size, BLOCKS), endpoint=False).astype(int))
+    first = np.unique(
+        np.linspace(0, size, min(size, BLOCKS), endpoint=False).astype(int)
+    )
     reads = np.add.reduceat(maps.valid.sum(axis=0), first)
     rows = []
     for layer, weights in enumerate(maps.weights):
@@ -102,14 +142,26 @@ def cell_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
         blocks = np.add.reduceat(np.add.reduceat(given, first, axis=1), first, axis=0)
         place = {"study": study, "model": model, "layer": layer}
         rows += [
-            place | {"query": int(first[q]), "key": int(first[k]), "value": float(blocks[q, k] / reads[q])}
+            place
+            | {
+                "query": int(first[q]),
+                "key": int(first[k]),
+                "value": float(blocks[q, k] / reads[q]),
+            }
             for q in np.flatnonzero(reads)
             for k in range(len(first))
         ]
     return rows
 
 
-def write_tables(folder: Path, models: Sequence[str], data: Path | None, split: str, rows: int, command: str) -> None:
+def write_tables(
+    folder: Path,
+    models: Sequence[str],
+    data: Path | None,
+    split: str,
+    rows: int,
+    command: str,
+) -> None:
     """`ranks`, `spectra`, `information`, `attention` and `maps.parquet` and `states.json` of a study's folder, replaced
     once all is measured.
     """
@@ -127,7 +179,10 @@ def write_tables(folder: Path, models: Sequence[str], data: Path | None, split: 
             masses += mass_rows(study, job.model, maps)
             cells += cell_rows(study, job.model, maps)
         found = [f"{of['effective_rank']:.1f}" for of in report["layers"].values()]
-        print(f"{job.model}, seed {job.seed}, step {report['step']:,}: {', '.join(found)}", flush=True)
+        print(
+            f"{job.model}, seed {job.seed}, step {report['step']:,}: {', '.join(found)}",
+            flush=True,
+        )
     write_rows(folder / "ranks.parquet", tables.ranks, Rank)
     write_rows(folder / "spectra.parquet", tables.spectra, SingularValue)
     write_rows(folder / "information.parquet", tables.information, Information)
@@ -137,16 +192,40 @@ def write_tables(folder: Path, models: Sequence[str], data: Path | None, split: 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", type=Path, required=True, help="the --out folder of `tokenrec study`")
-    parser.add_argument("--models", nargs="+", default=[], help="default: all of the study but rivals")
-    parser.add_argument("--data", type=Path, help="data set, if it is not where the runs read it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--study", type=Path, required=True, help="the --out folder of `tokenrec study`"
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=[], help="default: all of the study but rivals"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="data set, if it is not where the runs read it"
+    )
     parser.add_argument("--split", default="valid")
-    parser.add_argument("--rows", type=int, default=LEAST_ROWS, help="event states to draw from each run")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=LEAST_ROWS,
+        help="event states to draw from each run",
+    )
     flags = parser.parse_args(argv)
     words = ["python", "-m", "benchmarks.study_states", f"--study={flags.study}"]
-    words += [*(["--models", *flags.models] if flags.models else []), f"--split={flags.split}", f"--rows={flags.rows}"]
-    write_tables(flags.study, flags.models, flags.data, flags.split, flags.rows, shlex.join(words))
+    words += [
+        *(["--models", *flags.models] if flags.models else []),
+        f"--split={flags.split}",
+        f"--rows={flags.rows}",
+    ]
+    write_tables(
+        flags.study,
+        flags.models,
+        flags.data,
+        flags.split,
+        flags.rows,
+        shlex.join(words),
+    )
 
 
 if __name__ == "__main__":

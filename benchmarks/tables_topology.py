@@ -34,7 +34,7 @@ from tokenrec.ops.tables import exchange
 from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.planner.hlo import read_program
 from tokenrec.planner.roofline import chip, network_seconds
-from tokenrec.planner.topology import described_mesh
+from tokenrec.planner.topology import topology_mesh
 from tokenrec.sharding import AXES, compiler_options
 
 WIDTH, IDS = 64, 16_384
@@ -45,23 +45,39 @@ def loss(rows: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(rows - targets))
 
 
-def by_exchange(table: jax.Array, total: jax.Array, ids: jax.Array, targets: jax.Array) -> Any:
+def by_exchange(
+    table: jax.Array, total: jax.Array, ids: jax.Array, targets: jax.Array
+) -> Any:
     plan = exchange.plan_exchange(table.shape[0], ids.size)
     at, (inverse,) = exchange.route(plan, [ids])
     rows = exchange.fetch(plan, table, at)
-    gradients = jax.grad(lambda rows: loss(exchange.spread_local(rows, inverse), targets))(rows)
+    gradients = jax.grad(
+        lambda rows: loss(exchange.expand_rows(rows, inverse), targets)
+    )(rows)
     collected = exchange.collect(plan, at, gradients)
-    options: dict[str, Any] = {"rate": jnp.float32(RATE), "decay": 0.0, "apply": jnp.bool_(True)}
-    return exchange.update_spread(plan, table, RowsState(total), at, gradients, collected, **options)
+    options: dict[str, Any] = {
+        "rate": jnp.float32(RATE),
+        "decay": 0.0,
+        "apply": jnp.bool_(True),
+    }
+    return exchange.update_spread(
+        plan, table, RowsState(total), at, gradients, collected, **options
+    )
 
 
-def by_xla(table: jax.Array, total: jax.Array, ids: jax.Array, targets: jax.Array) -> Any:
-    gradient = jax.grad(lambda table: loss(table.at[ids].get(mode="promise_in_bounds"), targets))(table)
+def by_xla(
+    table: jax.Array, total: jax.Array, ids: jax.Array, targets: jax.Array
+) -> Any:
+    gradient = jax.grad(
+        lambda table: loss(table.at[ids].get(mode="promise_in_bounds"), targets)
+    )(table)
     total += jnp.mean(jnp.square(gradient), axis=1)
     return table - RATE * gradient / (jnp.sqrt(total)[:, None] + 1e-8), RowsState(total)
 
 
-def gather_by_xla(table: jax.Array, total: jax.Array, ids: jax.Array, targets: jax.Array) -> Any:
+def gather_by_xla(
+    table: jax.Array, total: jax.Array, ids: jax.Array, targets: jax.Array
+) -> Any:
     return loss(table.at[ids].get(mode="promise_in_bounds"), targets)
 
 
@@ -74,12 +90,14 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], AxisType]] = {
 
 def compile_row(name: str, topology: str, rows: int) -> dict[str, Any]:
     program, kind = PROGRAMS[name]
-    devices = described_mesh(topology, MeshConfig())
+    devices = topology_mesh(topology, MeshConfig())
     mesh = Mesh(devices.devices, AXES, axis_types=(kind,) * 3)
     of, stored = chip(mesh.devices.flat[0].device_kind), exchange.stored_rows(rows)
 
     def shaped(shape: tuple[int, ...], kind: Any, *spec: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+        return jax.ShapeDtypeStruct(
+            shape, kind, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+        )
 
     owners, batch = AXES, AXES[:2]
     given = (
@@ -88,7 +106,12 @@ def compile_row(name: str, topology: str, rows: int) -> dict[str, Any]:
         shaped((IDS * mesh.size,), jnp.int32, batch),
         shaped((IDS * mesh.size, WIDTH), jnp.float32, batch, None),
     )
-    row: dict[str, Any] = {"topology": topology, "devices": mesh.size, "rows": rows, "program": name}
+    row: dict[str, Any] = {
+        "topology": topology,
+        "devices": mesh.size,
+        "rows": rows,
+        "program": name,
+    }
     made = (
         None
         if kind == AxisType.Explicit or program is gather_by_xla
@@ -96,25 +119,37 @@ def compile_row(name: str, topology: str, rows: int) -> dict[str, Any]:
     )
     begin = time.perf_counter()
     with jax.set_mesh(mesh):
-        step = jax.jit(program, donate_argnums=(0, 1) if program is not gather_by_xla else (), out_shardings=made)
+        step = jax.jit(
+            program,
+            donate_argnums=(0, 1) if program is not gather_by_xla else (),
+            out_shardings=made,
+        )
         lowered = step.lower(*given)
         try:
             compiled = lowered.compile(compiler_options(mesh))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return row | {"fits": False, "problem": str(error).strip().partition("\n")[0]}
+            return row | {
+                "fits": False,
+                "problem": str(error).strip().partition("\n")[0],
+            }
     memory: Any = compiled.memory_analysis()
     program_ = read_program(compiled.as_text() or "", mesh.size)
     moved: dict[str, int] = {}
     for one in program_.collectives:
         moved[one.kind] = moved.get(one.kind, 0) + int(one.moved)
-    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    total = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+    )
     return row | {
         "fits": total - memory.alias_size_in_bytes <= of.hbm_bytes,
         "collective_bytes": sum(moved.values()),
         **{f"bytes of {kind}": count for kind, count in sorted(moved.items())},
-        "network_ms": 1e3 * network_seconds(program_.collectives, list(mesh.devices.flat), of),
+        "network_ms": 1e3
+        * network_seconds(program_.collectives, list(mesh.devices.flat), of),
         "table_bytes": math.prod(given[0].shape) * 4 // mesh.size,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
@@ -123,10 +158,16 @@ def compile_row(name: str, topology: str, rows: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--topology", default="v5e:16x16")
     parser.add_argument("--rows", nargs="+", type=int, default=[10**6, 10**8, 10**9])
-    parser.add_argument("--out", type=Path, help="stem of the result files (default: in benchmarks/results)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="stem of the result files (default: in benchmarks/results)",
+    )
     flags = parser.parse_args()
     stem = flags.out or Path(__file__).parent / "results" / "tables_topology"
     rows = []

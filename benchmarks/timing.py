@@ -15,7 +15,9 @@ WARM = 3  # turns before those that count
 Run = Callable[[], Any]  # what it returns is waited for
 
 
-def take_turns[K: Hashable](runs: Mapping[K, Run], repeats: int, *, pause: float = 0.0) -> dict[K, list[float]]:
+def take_turns[K: Hashable](
+    runs: Mapping[K, Run], repeats: int, *, pause: float = 0.0
+) -> dict[K, list[float]]:
     """Seconds of every run, `repeats` of each after a warm-up.
 
     Each turn has an order of its own, as a run is slower after one that emptied the caches or returned much memory.

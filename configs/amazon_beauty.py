@@ -9,7 +9,15 @@ Hardware and time: a CPU core, about 5 minutes. Figures: benchmarks/results/amaz
 Leave-one-out: the last item of a user is test, the one before it valid. Every event is asked for the next one.
 """
 
-from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    TokensConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -29,7 +37,13 @@ def get_config() -> Config:
         # No one reviews an item twice here, so that seen ones need no place among the ten.
         head=HeadConfig(negatives=1_024, cosine=True, temperature=0.07, drop_seen=True),
         optim=OptimConfig(
-            steps=5_250, warmup_steps=300, learning_rate=2e-3, table_learning_rate=0.3, weight_decay=0.05
+            steps=5_250,
+            warmup_steps=300,
+            learning_rate=2e-3,
+            table_learning_rate=0.3,
+            weight_decay=0.05,
         ),
-        train=TrainConfig(eval_every=1_750, eval_samples=6_000, save_every=1_750, log_every=50),
+        train=TrainConfig(
+            eval_every=1_750, eval_samples=6_000, save_every=1_750, log_every=50
+        ),
     )

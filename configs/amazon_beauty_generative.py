@@ -8,7 +8,15 @@ Hardware and time: a CPU core; 1.5 million goals at 1,900 a second when nothing 
 Figures: benchmarks/results/amazon_beauty_generative.md. The ids come from co-occurrence in the training split.
 """
 
-from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    TokensConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -28,6 +36,10 @@ def get_config() -> Config:
         model=ModelConfig(width=64, heads=2, layers=4, windows=(), dropout=0.3),
         # No one reviews an item twice here.
         head=HeadConfig(retrieval="semantic_id", tied=False, beams=30, drop_seen=True),
-        optim=OptimConfig(steps=3_500, warmup_steps=200, learning_rate=2e-3, table_learning_rate=0.3),
-        train=TrainConfig(eval_every=1_750, eval_samples=1_000, save_every=1_750, log_every=50),
+        optim=OptimConfig(
+            steps=3_500, warmup_steps=200, learning_rate=2e-3, table_learning_rate=0.3
+        ),
+        train=TrainConfig(
+            eval_every=1_750, eval_samples=1_000, save_every=1_750, log_every=50
+        ),
     )

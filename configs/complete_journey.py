@@ -10,7 +10,14 @@ benchmarks/results/complete_journey.md.
 A sample is a basket: one stream of the household's last 32 purchases, and 20 candidates that share it.
 """
 
-from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TokensConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -26,6 +33,11 @@ def get_config() -> Config:
         ),
         tokens=TokensConfig(embedding_dim=16, fused=True, user_tokens=1),
         model=ModelConfig(width=64, heads=2, layers=4, windows=(32, 16), dropout=0.1),
-        optim=OptimConfig(steps=1_000, warmup_steps=100, learning_rate=2.5e-3, table_learning_rate=0.05),
+        optim=OptimConfig(
+            steps=1_000,
+            warmup_steps=100,
+            learning_rate=2.5e-3,
+            table_learning_rate=0.05,
+        ),
         train=TrainConfig(eval_every=250, eval_samples=2_000, save_every=250),
     )

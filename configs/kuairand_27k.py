@@ -13,7 +13,15 @@ A user has some 11,800 rows, so that nearly every stream continues another: 256 
 carry loss. Two full layers below, windows that shrink above (BFTS), and the gate.
 """
 
-from tokenrec.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TokensConfig,
+    TrainConfig,
+)
 
 CHIPS = 512
 STREAMS = 2  # of a chip
@@ -41,7 +49,9 @@ def get_config() -> Config:
             dtype="bfloat16",
             remat="none",
         ),
-        optim=OptimConfig(steps=10_000, warmup_steps=500, learning_rate=1e-3, table_learning_rate=0.05),
+        optim=OptimConfig(
+            steps=10_000, warmup_steps=500, learning_rate=1e-3, table_learning_rate=0.05
+        ),
         mesh=MeshConfig(data=512),
         train=TrainConfig(eval_every=1000, save_every=1000),
     )

@@ -8,7 +8,14 @@ Hardware and time: a CPU with 2 cores, about 5 minutes. Expected figures: benchm
 The inputs are those of `kuairand_pure_uc`, and both are scored on the same impressions.
 """
 
-from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TokensConfig,
+    TrainConfig,
+)
 
 # What a user did lately is in the stream already, and the rates of long views do not know the history file, which most
 # of a user's events are from.
@@ -34,6 +41,8 @@ def get_config() -> Config:
         ),
         tokens=TokensConfig(embedding_dim=16, fused=True, user_tokens=4),
         model=ModelConfig(width=64, heads=2, layers=4, windows=(32, 16), dropout=0.1),
-        optim=OptimConfig(steps=512, warmup_steps=60, learning_rate=1e-3, table_learning_rate=0.05),
+        optim=OptimConfig(
+            steps=512, warmup_steps=60, learning_rate=1e-3, table_learning_rate=0.05
+        ),
         train=TrainConfig(),
     )

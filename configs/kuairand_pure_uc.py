@@ -9,7 +9,14 @@ One epoch: in single runs a second one gained nothing, with a user embedding or 
 is known carry loss too.
 """
 
-from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TokensConfig,
+    TrainConfig,
+)
 
 # What a user did lately is in the stream already, and the rates of long views do not know the history file, which most
 # of a user's events are from.
@@ -36,6 +43,8 @@ def get_config() -> Config:
         ),
         tokens=TokensConfig(embedding_dim=16, user_tokens=4),
         model=ModelConfig(width=64, heads=2, layers=4, windows=(32, 16), dropout=0.1),
-        optim=OptimConfig(steps=438, warmup_steps=60, learning_rate=1e-3, table_learning_rate=0.05),
+        optim=OptimConfig(
+            steps=438, warmup_steps=60, learning_rate=1e-3, table_learning_rate=0.05
+        ),
         train=TrainConfig(),
     )

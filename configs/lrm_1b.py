@@ -13,7 +13,15 @@ User-centric, as a causal decoder without windows or gate: 15 soft tokens of the
 a state and an action token each, 2,048 tokens in all. Attention heads of 128 are what the kernels like best.
 """
 
-from tokenrec.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TokensConfig,
+    TrainConfig,
+)
 
 CHIPS = 512
 STREAMS = 4  # of a chip
@@ -32,7 +40,9 @@ def get_config() -> Config:
             batch_size=STREAMS * CHIPS,
             eval_batch_size=STREAMS * CHIPS,
         ),
-        tokens=TokensConfig(embedding_dim=16, user_tokens=15, hidden=1024, output_scale=True),
+        tokens=TokensConfig(
+            embedding_dim=16, user_tokens=15, hidden=1024, output_scale=True
+        ),
         model=ModelConfig(
             width=2048,
             heads=16,
@@ -44,7 +54,13 @@ def get_config() -> Config:
             dtype="bfloat16",
             remat="dots",
         ),
-        optim=OptimConfig(steps=5000, warmup_steps=500, learning_rate=3e-4, weight_decay=0.1, beta2=0.95),
+        optim=OptimConfig(
+            steps=5000,
+            warmup_steps=500,
+            learning_rate=3e-4,
+            weight_decay=0.1,
+            beta2=0.95,
+        ),
         mesh=MeshConfig(data=8, fsdp=64),
         train=TrainConfig(eval_every=1000, save_every=500),
     )

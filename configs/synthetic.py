@@ -6,12 +6,25 @@
 Hardware and time: a CPU, well under a minute. Expected figures: see benchmarks/results.
 """
 
-from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TokensConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
     return Config(
-        data=DataConfig(name="synthetic", paradigm="nio", events=16, batch_size=64, eval_batch_size=256),
+        data=DataConfig(
+            name="synthetic",
+            paradigm="nio",
+            events=16,
+            batch_size=64,
+            eval_batch_size=256,
+        ),
         tokens=TokensConfig(embedding_dim=8, fused=True, user_tokens=1),
         model=ModelConfig(width=32, heads=2, layers=2, windows=(8,)),
         optim=OptimConfig(steps=200, warmup_steps=20, learning_rate=3e-3),

@@ -7,7 +7,10 @@ import shutil
 import tempfile
 
 # Tests compile many small programs that run once: quick compilation beats quick code.
-_FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
+_FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+)
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -29,4 +32,6 @@ collect_ignore = [] if importlib.util.find_spec("apache_beam") else ["test_beam.
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name in collect_ignore:
-        terminalreporter.write_line(f"tests/{name} is left out, because apache_beam is not installed: make test-beam")
+        terminalreporter.write_line(
+            f"tests/{name} is left out, because apache_beam is not installed: make test-beam"
+        )

@@ -21,14 +21,22 @@ PROJECT = tomllib.loads((CLONE / "pyproject.toml").read_text())
 def run_python(code: str, cwd: Path, path: Path) -> str:
     environment = os.environ | {"PYTHONPATH": str(path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_every_package_of_the_tree_is_installed() -> None:
-    tree = {".".join(file.parent.relative_to(CLONE).parts) for file in (CLONE / "tokenrec").rglob("*.py")}
+    tree = {
+        ".".join(file.parent.relative_to(CLONE).parts)
+        for file in (CLONE / "tokenrec").rglob("*.py")
+    }
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == tree | {"tokenrec.configs"}
 
 
@@ -42,14 +50,22 @@ def test_importing_the_command_line_loads_no_heavy_package(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("file", "extras"), [("constraints.txt", ("demo", "dev")), ("constraints-beam.txt", ("beam",))]
+    ("file", "extras"),
+    [("constraints.txt", ("demo", "dev")), ("constraints-beam.txt", ("beam",))],
 )
-def test_constraints_are_plain_pins_of_every_dependency(file: str, extras: tuple[str, ...]) -> None:
+def test_constraints_are_plain_pins_of_every_dependency(
+    file: str, extras: tuple[str, ...]
+) -> None:
     lines = (CLONE / file).read_text().splitlines()
-    assert all(re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.]+", line) for line in lines), "name==version lines only"
+    assert all(re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.]+", line) for line in lines), (
+        "name==version lines only"
+    )
     pinned = {line.partition("==")[0] for line in lines}
     project = PROJECT["project"]
-    specs = [*project["dependencies"], *(s for extra in extras for s in project["optional-dependencies"][extra])]
+    specs = [
+        *project["dependencies"],
+        *(s for extra in extras for s in project["optional-dependencies"][extra]),
+    ]
     needed = {re.split(r"[><=;\[ ]", spec)[0] for spec in specs}
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in needed} <= pinned
 
@@ -64,14 +80,21 @@ def test_version_and_licence_are_the_same_everywhere() -> None:
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("setuptools") is None, reason="needs setuptools (extra dev) to build offline"
+    importlib.util.find_spec("setuptools") is None,
+    reason="needs setuptools (extra dev) to build offline",
 )
 def test_wheel_holds_the_configs_and_works_from_another_folder(tmp_path: Path) -> None:
-    source, target, elsewhere = tmp_path / "source", tmp_path / "target", tmp_path / "elsewhere"
+    source, target, elsewhere = (
+        tmp_path / "source",
+        tmp_path / "target",
+        tmp_path / "elsewhere",
+    )
     source.mkdir()
     elsewhere.mkdir()
     for name in ("tokenrec", "configs"):
-        shutil.copytree(CLONE / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            CLONE / name, source / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(CLONE / name, source / name)
     build = [
@@ -85,7 +108,9 @@ def test_wheel_holds_the_configs_and_works_from_another_folder(tmp_path: Path) -
         str(tmp_path),
         str(source),
     ]
-    subprocess.run([sys.executable, *build], check=True, capture_output=True, cwd=tmp_path)
+    subprocess.run(
+        [sys.executable, *build], check=True, capture_output=True, cwd=tmp_path
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)

@@ -9,11 +9,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "torch", "runpy"}
+MODULES = {
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "marshal",
+    "shelve",
+    "joblib",
+    "torch",
+    "runpy",
+}
 CALLS = {"eval", "exec", "compile", "__import__"}
 
 ALLOWED = {
-    ("tokenrec/config/load.py", "runpy"),  # config and study files: README.md says that they are run
+    (
+        "tokenrec/config/load.py",
+        "runpy",
+    ),  # config and study files: README.md says that they are run
     (
         "tokenrec/data/beam/shared_files.py",
         "pickle",
@@ -25,8 +38,15 @@ def risks(tree: ast.AST) -> Iterator[str]:
     """Modules and calls that run what they read."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (a.name.split(".")[0] for a in node.names if a.name.split(".")[0] in MODULES)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODULES:
+            yield from (
+                a.name.split(".")[0]
+                for a in node.names
+                if a.name.split(".")[0] in MODULES
+            )
+        elif (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").split(".")[0] in MODULES
+        ):
             yield (node.module or "").split(".")[0]
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
@@ -52,7 +72,13 @@ def test_no_reader_can_run_what_it_reads() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["import pickle", "from torch import load", "eval(text)", "np.load(path)", "np.load(path, allow_pickle=True)"],
+    [
+        "import pickle",
+        "from torch import load",
+        "eval(text)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+    ],
 )
 def test_the_search_finds_what_it_is_for(text: str) -> None:
     assert list(risks(ast.parse(text)))

@@ -8,9 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.worlds import SCHEMA, TABLES, TASKS, mesh_of, one_device, place, random_batch, tiny
-from tokenrec.ops.tables.api import stored
-from tokenrec.ops.tables.exchange import Collected, places_of
+from tests.worlds import (
+    SCHEMA,
+    TABLES,
+    TASKS,
+    mesh_of,
+    one_device,
+    place,
+    random_batch,
+    tiny,
+)
+from tokenrec.ops.tables.api import storage_spec
+from tokenrec.ops.tables.exchange import CollectedGradients, to_storage_index
 from tokenrec.optim import clip_scale, decays, global_norm
 from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import train_step
@@ -53,9 +62,15 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(mesh):
     new, metrics = STEP(model, state, place(batch, mesh))
     assert not metrics.applied
     assert int(new.step) == 1
-    for a, b in zip(leaves((new.params, new.tables)), leaves((state.params, state.tables)), strict=True):
+    for a, b in zip(
+        leaves((new.params, new.tables)),
+        leaves((state.params, state.tables)),
+        strict=True,
+    ):
         assert np.array_equal(a, b)
-    for a, b in zip(leaves(new.opt_state["rows"]), leaves(state.opt_state["rows"]), strict=True):
+    for a, b in zip(
+        leaves(new.opt_state["rows"]), leaves(state.opt_state["rows"]), strict=True
+    ):
         assert np.array_equal(a, b)
 
 
@@ -84,7 +99,12 @@ def test_dropout_depends_on_the_step_and_on_nothing_else(mesh):
 
 def test_clip_norm_counts_dense_weights_and_unique_rows_together():
     norm = global_norm(
-        {"w": jnp.array([3.0])}, {"t": Collected(jnp.array([5]), jnp.array([[0.0, 4.0]]), jnp.float32(0))}
+        {"w": jnp.array([3.0])},
+        {
+            "t": CollectedGradients(
+                jnp.array([5]), jnp.array([[0.0, 4.0]]), jnp.float32(0)
+            )
+        },
     )
     assert float(norm) == pytest.approx(5.0)
     assert float(clip_scale(norm, 1.0)) == pytest.approx(0.2)
@@ -104,14 +124,26 @@ def test_abstract_state_says_what_a_state_is():
     model = build_model(tiny(), SCHEMA, TASKS)
     described, made = abstract_state(model), init_state(model, 0)
     for a, b in zip(jax.tree.leaves(described), jax.tree.leaves(made), strict=True):
-        assert (a.shape, a.dtype, a.sharding.spec) == (b.shape, b.dtype, b.sharding.spec)
+        assert (a.shape, a.dtype, a.sharding.spec) == (
+            b.shape,
+            b.dtype,
+            b.sharding.spec,
+        )
 
 
 @functools.cache
 def mesh_case():
     config = tiny(
-        tokens={"replicate_rows": 8},  # video, tags and code are spread, the others are not
-        model={"ffn_width": 32, "dropout": 0.1, "heads": 4, "layers": 2, "windows": (6,)},
+        tokens={
+            "replicate_rows": 8
+        },  # video, tags and code are spread, the others are not
+        model={
+            "ffn_width": 32,
+            "dropout": 0.1,
+            "heads": 4,
+            "layers": 2,
+            "windows": (6,),
+        },
         optim={"accumulate": 2, "learning_rate": 1e-3},
         batch_size=16,
     )
@@ -136,7 +168,9 @@ def test_a_mesh_of_all_axes_makes_the_same_loss_gradient_and_update():
     assert (metrics.rounds, of_one.rounds) == (1, 1)
     # AdamW's first moment is a tenth of the gradient, whose largest entries are near .1.
     for a, b in zip(
-        leaves((state.opt_state, state.tables)), leaves((expected.opt_state, expected.tables)), strict=True
+        leaves((state.opt_state, state.tables)),
+        leaves((expected.opt_state, expected.tables)),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=1e-7)
     # AdamW's first step magnifies rounding of tiny gradients up to the rate itself; measured 4e-5 of weights near 0.1.
@@ -154,18 +188,29 @@ def test_spread_and_replicated_tables_learn_the_same(mesh):
         for stack in model.embedder.stacks.values():
             for table, first in stack.offsets.items():
                 numbers = first + np.arange(TABLES[table])
-                at = places_of(numbers, stored(stack)[0][0]) if stack.spread else numbers
+                at = (
+                    to_storage_index(numbers, storage_spec(stack)[0][0])
+                    if stack.spread
+                    else numbers
+                )
                 rows[table] = (stack.name, at)
         tables = {name: np.array(leaf) for name, leaf in state.tables.items()}
         random = np.random.default_rng(0)
         for _, (name, at) in sorted(rows.items()):
             tables[name][at] = random.normal(size=(len(at), 8)) * 0.1
-        placed = {name: jax.device_put(leaf, state.tables[name].sharding) for name, leaf in tables.items()}
+        placed = {
+            name: jax.device_put(leaf, state.tables[name].sharding)
+            for name, leaf in tables.items()
+        }
         state = dataclasses.replace(state, tables=placed)
         new, metrics = STEP(model, state, place(batch, mesh))
-        found[replicate] = [np.asarray(new.tables[name])[at] for _, (name, at) in sorted(rows.items())]
+        found[replicate] = [
+            np.asarray(new.tables[name])[at] for _, (name, at) in sorted(rows.items())
+        ]
         found[replicate] += [metrics.loss, metrics.grad_norm, *leaves(new.params)]
-        assert any(stack.spread for stack in model.embedder.stacks.values()) == (replicate == 8)
+        assert any(stack.spread for stack in model.embedder.stacks.values()) == (
+            replicate == 8
+        )
     for a, b in zip(found[8], found[100], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
@@ -180,5 +225,9 @@ def test_a_bad_step_leaves_spread_tables_as_they_were():
         state = init_state(model, 0)
         new, metrics = STEP(model, state, place(batch, mesh))
     assert not metrics.applied
-    for a, b in zip(leaves((state.tables, state.opt_state)), leaves((new.tables, new.opt_state)), strict=True):
+    for a, b in zip(
+        leaves((state.tables, state.opt_state)),
+        leaves((new.tables, new.opt_state)),
+        strict=True,
+    ):
         assert np.array_equal(a, b)

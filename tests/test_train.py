@@ -12,9 +12,20 @@ import pytest
 
 import tokenrec.train as loop
 from tests.counted import count_rows
-from tokenrec.checkpoint.checkpointer import Checkpoints
-from tokenrec.checkpoint.run_folder import load_run_config, open_run, start_run
-from tokenrec.config import Config, DataConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.checkpoint.checkpointer import CheckpointReader
+from tokenrec.checkpoint.run_folder import (
+    create_or_check_run,
+    load_run_config,
+    open_run,
+)
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TokensConfig,
+    TrainConfig,
+)
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import steps_per_epoch
 from tokenrec.data.preparation.prepare import prepare
@@ -37,15 +48,28 @@ def no_thread_stays():
     """However a run ends, its input, its checkpoints and its watchdog end with it."""
     before = set(threading.enumerate())
     yield
-    started = [thread for thread in set(threading.enumerate()) - before if thread.name != "tqdm_monitor"]
+    started = [
+        thread
+        for thread in set(threading.enumerate()) - before
+        if thread.name != "tqdm_monitor"
+    ]
     for thread in started:
-        thread.join(timeout=30)  # the helpers of a closed event loop are told to end, and nobody waits until they have
+        thread.join(
+            timeout=30
+        )  # the helpers of a closed event loop are told to end, and nobody waits until they have
     assert [thread.name for thread in started if thread.is_alive()] == []
 
 
 def small(data, **changes) -> Config:
     config = Config(
-        data=DataConfig(path=str(data), paradigm="uc", events=16, overlap=4, batch_size=8, eval_batch_size=16),
+        data=DataConfig(
+            path=str(data),
+            paradigm="uc",
+            events=16,
+            overlap=4,
+            batch_size=8,
+            eval_batch_size=16,
+        ),
         tokens=TokensConfig(embedding_dim=4),
         model=ModelConfig(width=8, heads=1, layers=2, windows=(4,), dropout=0.1),
         optim=OptimConfig(steps=8, warmup_steps=2),
@@ -60,11 +84,17 @@ def small(data, **changes) -> Config:
 def leaves(workdir):
     config = load_run_config(workdir, None)
     with jax.set_mesh(make_mesh(config.mesh)):
-        return [np.asarray(x) for x in jax.tree.leaves(open_run(workdir, "latest", None).state)]
+        return [
+            np.asarray(x)
+            for x in jax.tree.leaves(open_run(workdir, "latest", None).state)
+        ]
 
 
 def losses_logged(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
@@ -82,7 +112,9 @@ def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(data, tmp_path):
     assert steps_logged(parts) == steps_logged(whole) == [4, 8]
 
 
-def test_no_sample_is_lost_or_repeated_when_half_of_the_devices_go_on(data, tmp_path, monkeypatch):
+def test_no_sample_is_lost_or_repeated_when_half_of_the_devices_go_on(
+    data, tmp_path, monkeypatch
+):
     config = small(data, train__log_every=1)
     dataset = open_dataset(data)
     config.optim.steps = steps = steps_per_epoch(dataset, config.data)
@@ -93,17 +125,23 @@ def test_no_sample_is_lost_or_repeated_when_half_of_the_devices_go_on(data, tmp_
     config.train.stop_at = steps // 2
     train(config, tmp_path / "parts", progress=False)
     config.train.stop_at = 0
-    monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:4]))
+    monkeypatch.setattr(
+        loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:4])
+    )
     train(config, tmp_path / "parts", progress=False)
     assert len(parts) == steps > 20
     assert parts == whole  # step by step, whatever device reads which of them
     read = [row for rows in parts for row in rows]
     assert len(read) == len(set(read)) > 0.9 * dataset.rows("train").sum()
     # Sums over devices have another order: measured 9.9e-8 over 52 steps.
-    assert losses_logged(tmp_path / "parts") == pytest.approx(losses_logged(tmp_path / "whole"), rel=1e-6)
+    assert losses_logged(tmp_path / "parts") == pytest.approx(
+        losses_logged(tmp_path / "whole"), rel=1e-6
+    )
 
 
-def test_sigterm_stops_after_the_step_saved_and_the_run_goes_on_bit_for_bit(data, tmp_path):
+def test_sigterm_stops_after_the_step_saved_and_the_run_goes_on_bit_for_bit(
+    data, tmp_path
+):
     config = small(data, optim__steps=400, train__log_every=1)
     parts, whole = tmp_path / "parts", tmp_path / "whole"
 
@@ -118,26 +156,41 @@ def test_sigterm_stops_after_the_step_saved_and_the_run_goes_on_bit_for_bit(data
         train(config, parts, progress=False)
     sender.join()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    with Checkpoints(parts) as checkpoints:
+    with CheckpointReader(parts) as checkpoints:
         (step,) = checkpoints.steps
     assert step == steps_logged(parts)[-1] < 390
     for workdir in (parts, whole):
-        train(small(data, optim__steps=400, train__log_every=1, train__stop_at=step + 2), workdir, progress=False)
+        train(
+            small(data, optim__steps=400, train__log_every=1, train__stop_at=step + 2),
+            workdir,
+            progress=False,
+        )
     assert steps_logged(parts) == list(range(1, step + 3))
     for a, b in zip(leaves(whole), leaves(parts), strict=True):
         assert np.array_equal(a, b)
 
 
-def test_bad_steps_are_skipped_and_counted_up_to_a_limit_over_a_restart(data, tmp_path, capsys):
+def test_bad_steps_are_skipped_and_counted_up_to_a_limit_over_a_restart(
+    data, tmp_path, capsys
+):
     # With so low a bar some of eight steps are spikes.
-    config = small(data, optim__spike_norm=1.0001, optim__max_skipped=100, train__stop_at=6, train__log_every=1)
+    config = small(
+        data,
+        optim__spike_norm=1.0001,
+        optim__max_skipped=100,
+        train__stop_at=6,
+        train__log_every=1,
+    )
     first = train(config, tmp_path, progress=False)["skipped"]
     config.train.stop_at = 0
     total = train(config, tmp_path, progress=False)["skipped"]
     assert 0 < first < total < 8
     assert f"{total} of optim.max_skipped=100" in capsys.readouterr().err
     config.optim.max_skipped = total - 1
-    with pytest.raises(NonFiniteError, match=r"more than optim\.spike_norm=1\.0001 times its mean.*max_skipped"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"more than optim\.spike_norm=1\.0001 times its mean.*max_skipped",
+    ):
         train(config, tmp_path / "again", progress=False)
 
 
@@ -146,12 +199,22 @@ def test_a_finished_run_is_left_as_it_is(data, tmp_path):
     train(config, tmp_path, progress=False)
     before = leaves(tmp_path)
     assert train(config, tmp_path, progress=False)["step"] == 4
-    assert all(np.array_equal(a, b) for a, b in zip(before, leaves(tmp_path), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip(before, leaves(tmp_path), strict=True)
+    )
 
 
-def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "state_watch", lambda *_: lambda state: {"rank": {"layer_0": float(state.step)}})
-    config = small(data, optim__steps=8, train__eval_every=2, train__save_every=2, train__keep=1)
+def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(
+    data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        loop,
+        "state_watch",
+        lambda *_: lambda state: {"rank": {"layer_0": float(state.step)}},
+    )
+    config = small(
+        data, optim__steps=8, train__eval_every=2, train__save_every=2, train__keep=1
+    )
     config.train.log_states = True
     summary = train(config, tmp_path, progress=False)
     values, watched = {}, {}
@@ -164,7 +227,7 @@ def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(data, tm
     assert watched == {2: 2.0, 4: 4.0, 6: 6.0, 8: 8.0}
     best = max(values, key=lambda step: values[step])
     assert summary["best_step"] == best
-    with Checkpoints(tmp_path) as checkpoints:
+    with CheckpointReader(tmp_path) as checkpoints:
         assert set(checkpoints.steps) == {best, 8}
     report = evaluate_run(tmp_path, "valid", "best", None)
     assert report["step"] == best
@@ -172,21 +235,31 @@ def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(data, tm
 
 
 def test_patience_stops_the_run(data, tmp_path):
-    config = small(data, optim__steps=50, train__eval_every=1, train__patience=2, optim__learning_rate=1e-12)
+    config = small(
+        data,
+        optim__steps=50,
+        train__eval_every=1,
+        train__patience=2,
+        optim__learning_rate=1e-12,
+    )
     config.optim.table_learning_rate = 1e-12
     summary = train(config, tmp_path, progress=False)
     assert summary["step"] < 50
 
 
 def test_a_bad_step_stops_the_run_and_names_step_and_rows(data, tmp_path):
-    config = small(data, optim__learning_rate=1e30, optim__clip_norm=0.0, train__save_every=1)
+    config = small(
+        data, optim__learning_rate=1e30, optim__clip_norm=0.0, train__save_every=1
+    )
     config.optim.warmup_steps = 0
     with pytest.raises(NonFiniteError, match=r"step \d+: .* rows of train: \d+"):
         train(config, tmp_path, progress=False)
     assert all(np.isfinite(x).all() for x in leaves(tmp_path))
 
 
-def test_another_config_in_the_same_folder_is_refused_with_the_difference(data, tmp_path):
+def test_another_config_in_the_same_folder_is_refused_with_the_difference(
+    data, tmp_path
+):
     train(small(data, optim__steps=2, optim__warmup_steps=1), tmp_path, progress=False)
     other = small(data, optim__steps=2, optim__warmup_steps=1, model__width=16)
     with pytest.raises(InputError, match=r"model\.width: 8 -> 16"):
@@ -194,18 +267,27 @@ def test_another_config_in_the_same_folder_is_refused_with_the_difference(data, 
 
 
 def test_half_a_config_and_a_workdir_that_is_a_file_are_refused(data, tmp_path):
-    start_run(small(data), open_dataset(data).schema, tmp_path)
+    create_or_check_run(small(data), open_dataset(data).schema, tmp_path)
     whole = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"config\.json': the config is not JSON.*each checkpoint has a copy"):
+    with pytest.raises(
+        InputError,
+        match=r"config\.json': the config is not JSON.*each checkpoint has a copy",
+    ):
         train(small(data), tmp_path, progress=False)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"--workdir .*file' cannot be made: File exists"):
+    with pytest.raises(
+        InputError, match=r"--workdir .*file' cannot be made: File exists"
+    ):
         train(small(data), tmp_path / "file", progress=False)
 
 
 def test_another_data_set_is_refused(data, tmp_path):
-    train(small(data, optim__steps=2, optim__warmup_steps=1), tmp_path / "run", progress=False)
+    train(
+        small(data, optim__steps=2, optim__warmup_steps=1),
+        tmp_path / "run",
+        progress=False,
+    )
     other = tmp_path / "other"
     prepare(SyntheticSource(2_000, users=30, items=20), other)
     with pytest.raises(InputError, match="--data"):
@@ -220,9 +302,19 @@ def test_batch_sizes_that_the_devices_cannot_share_are_refused(data, tmp_path):
 def test_training_learns_most_of_what_can_be_known(tmp_path):
     source = SyntheticSource(40_000, users=200, items=100)
     prepare(source, tmp_path / "data")
-    config = small(tmp_path / "data", optim__steps=150, data__events=32, data__overlap=8, data__batch_size=32)
+    config = small(
+        tmp_path / "data",
+        optim__steps=150,
+        data__events=32,
+        data__overlap=8,
+        data__batch_size=32,
+    )
     config.model = ModelConfig(width=32, heads=2, layers=2, windows=(8,))
-    config.tokens.embedding_dim, config.optim.learning_rate, config.optim.table_learning_rate = 16, 3e-3, 0.2
+    (
+        config.tokens.embedding_dim,
+        config.optim.learning_rate,
+        config.optim.table_learning_rate,
+    ) = 16, 3e-3, 0.2
     report = train(config, tmp_path / "run", progress=False)["evaluation"]
     best = source.best_auc("click", "valid")
     # Nothing beats the true probabilities by more than sampling noise; measured .72 of .82.

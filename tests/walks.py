@@ -8,16 +8,27 @@ import numpy as np
 import pyarrow as pa
 
 from tests.data.memory_source import MemorySource
-from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, TokensConfig, TrainConfig
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    TokensConfig,
+    TrainConfig,
+)
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import train_batches
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.data.semantic_id_file import SemanticIds, save_semantic_ids
-from tokenrec.state import build_model, merge
+from tokenrec.state import bind_params, build_model
 
 ITEMS, USERS, STEPS = 12, 96, 14
-SCHEMA = Schema((Feature("item", "categorical", "item"), Feature("hour", "categorical", "context")), ())
+SCHEMA = Schema(
+    (Feature("item", "categorical", "item"), Feature("hour", "categorical", "context")),
+    (),
+)
 
 
 def prepare_walks(out: Path) -> Path:
@@ -36,7 +47,15 @@ def prepare_walks(out: Path) -> Path:
         "hour": pa.array((user * 7 + step * 5) % 24),
     }
     items = 100 + np.arange(ITEMS)
-    prepare(MemorySource(rows, {}, {"item_id": pa.array(items), "item": pa.array(items)}, schema=SCHEMA), out)
+    prepare(
+        MemorySource(
+            rows,
+            {},
+            {"item_id": pa.array(items), "item": pa.array(items)},
+            schema=SCHEMA,
+        ),
+        out,
+    )
     return out
 
 
@@ -54,10 +73,23 @@ def save_codes(out: Path) -> Path:
     return out
 
 
-def walking(data: Path, *, steps: int = 60, head: dict | None = None, data_options: dict | None = None) -> Config:
+def walking(
+    data: Path,
+    *,
+    steps: int = 60,
+    head: dict | None = None,
+    data_options: dict | None = None,
+) -> Config:
     given = {"paradigm": "uc", "overlap": 7} | (data_options or {})
     return Config(
-        data=DataConfig(path=str(data), objective="retrieval", events=8, batch_size=16, eval_batch_size=16, **given),
+        data=DataConfig(
+            path=str(data),
+            objective="retrieval",
+            events=8,
+            batch_size=16,
+            eval_batch_size=16,
+            **given,
+        ),
         tokens=TokensConfig(embedding_dim=8, fused=True),
         model=ModelConfig(width=16, heads=2, layers=2, windows=()),
         head=HeadConfig(**{"top_k": 5, "beams": 6} | (head or {})),
@@ -67,7 +99,9 @@ def walking(data: Path, *, steps: int = 60, head: dict | None = None, data_optio
 
 
 def opened(config):
-    dataset = open_dataset(config.data.path, config.data.exclude, config.data.semantic_ids)
+    dataset = open_dataset(
+        config.data.path, config.data.exclude, config.data.semantic_ids
+    )
     return dataset, build_model(config, dataset.schema, ())
 
 
@@ -82,7 +116,7 @@ def first_batch(dataset, config):
 def read_outs(model, state, batch):
     """What the head reads, outside of a step."""
     entities = model.embedder.look_up(state.tables, batch)
-    return merge(model, state.params)(entities, batch, None)
+    return bind_params(model, state.params)(entities, batch, None)
 
 
 def code_config(data, codes, **options):

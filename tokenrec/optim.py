@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from tokenrec.config import OptimConfig
-from tokenrec.ops.tables.exchange import Collected
+from tokenrec.ops.tables.exchange import CollectedGradients
 
 # Last part of the name of weights that decay would only bias, besides those that end in "bias".
 UNDECAYED = ("scale", "separators", "start")
@@ -24,8 +24,12 @@ def schedule(config: OptimConfig, peak: float) -> optax.Schedule:
 
     def rate(step: jax.Array | int) -> jax.Array:
         rising = (jnp.asarray(step, jnp.float32) + 1) / max(warmup, 1)
-        share = jnp.clip((jnp.asarray(step, jnp.float32) - warmup) / max(steps - warmup, 1), 0, 1)
-        cosine = config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+        share = jnp.clip(
+            (jnp.asarray(step, jnp.float32) - warmup) / max(steps - warmup, 1), 0, 1
+        )
+        cosine = config.final_fraction + (1 - config.final_fraction) * 0.5 * (
+            1 + jnp.cos(jnp.pi * share)
+        )
         return peak * jnp.where(share > 0, cosine, jnp.minimum(rising, 1.0))
 
     return rate
@@ -33,7 +37,10 @@ def schedule(config: OptimConfig, peak: float) -> optax.Schedule:
 
 def decays(params: dict[str, jax.Array]) -> dict[str, bool]:
     """Which weights decay: matrices, less biases (the gate's included), norm scales and separators."""
-    return {name: not name.endswith("bias") and name.rsplit("/", 1)[-1] not in UNDECAYED for name in params}
+    return {
+        name: not name.endswith("bias") and name.rsplit("/", 1)[-1] not in UNDECAYED
+        for name in params
+    }
 
 
 def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:
@@ -48,7 +55,9 @@ def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     )
 
 
-def global_norm(gradients: dict[str, jax.Array], rows: dict[str, Collected]) -> jax.Array:
+def global_norm(
+    gradients: dict[str, jax.Array], rows: dict[str, CollectedGradients]
+) -> jax.Array:
     """Euclidean norm of the dense gradients and of the gradient of each row, together."""
     leaves = [*gradients.values(), *(some.gradients for some in rows.values())]
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves]
@@ -57,4 +66,8 @@ def global_norm(gradients: dict[str, jax.Array], rows: dict[str, Collected]) -> 
 
 def clip_scale(norm: jax.Array, limit: float) -> jax.Array:
     """Factor that brings a gradient of this norm to at most `limit`; 1 where `limit` is 0."""
-    return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12)) if limit else jnp.ones_like(norm)
+    return (
+        jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
+        if limit
+        else jnp.ones_like(norm)
+    )

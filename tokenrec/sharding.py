@@ -41,9 +41,16 @@ class Rules:
           ValueError: two dimensions that would lie on one mesh axis.
         """
         parts = [None if axis is None else getattr(self, axis) for axis in axes]
-        flat = [name for part in parts if part for name in ((part,) if isinstance(part, str) else part)]
+        flat = [
+            name
+            for part in parts
+            if part
+            for name in ((part,) if isinstance(part, str) else part)
+        ]
         if len(flat) != len(set(flat)):
-            raise ValueError(f"axes {axes} put two dimensions on one mesh axis: {parts}; leave one of them out")
+            raise ValueError(
+                f"axes {axes} put two dimensions on one mesh axis: {parts}; leave one of them out"
+            )
         return PartitionSpec(*parts)
 
 
@@ -63,9 +70,13 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if data * fixed != count:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         wrong = f"mesh.data={config.data} mesh.fsdp={config.fsdp} mesh.tensor={config.tensor}"
-        raise InputError(f"{wrong} do not multiply to {count} devices; use sizes from {divisors}, or mesh.data=-1")
+        raise InputError(
+            f"{wrong} do not multiply to {count} devices; use sizes from {divisors}, or mesh.data=-1"
+        )
     shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    return jax.make_mesh(
+        shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
+    )
 
 
 # libtpu 0.0.50 aborts the process ("Color count is less than local dma pipe shard count") when it writes the small
@@ -78,31 +89,35 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
     return _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
 
 
-def laid_out[T](shapes: T, mesh: Mesh) -> T:
+def with_batch_sharding[T](shapes: T, mesh: Mesh) -> T:
     """A tree of abstract arrays whose first dimension is the batch, as it lies on the mesh."""
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = RULES("batch", *[None] * (len(leaf.shape) - 1))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec)
+        )
 
     return jax.tree.map(place, shapes)
 
 
-def check_shares(mesh: Mesh, size: int, field: str) -> None:
+def check_divides_batch(mesh: Mesh, size: int, field: str) -> None:
     """Raises InputError if the devices cannot share a batch of `size` equally; `field` names the size."""
     shards = batch_shards(mesh)
     if size % shards:
-        raise InputError(f"{field} = {size} is not a multiple of the {shards} devices that share a batch; make it one")
+        raise InputError(
+            f"{field} = {size} is not a multiple of the {shards} devices that share a batch; make it one"
+        )
 
 
 def check_batch_sizes(config: Config, mesh: Mesh) -> None:
     """Raises InputError where the batches of a config do not split evenly over the mesh."""
     micro = config.data.batch_size // config.optim.accumulate
-    check_shares(mesh, micro, "data.batch_size / optim.accumulate")
-    check_shares(mesh, config.data.eval_batch_size, "data.eval_batch_size")
+    check_divides_batch(mesh, micro, "data.batch_size / optim.accumulate")
+    check_divides_batch(mesh, config.data.eval_batch_size, "data.eval_batch_size")
 
 
-def own_rows(mesh: Mesh, size: int, field: str) -> np.ndarray:
+def local_batch_indices(mesh: Mesh, size: int, field: str) -> np.ndarray:
     """Which samples of a batch of `size` lie on this process's devices, ascending; `field` names the size.
 
     Processes that hold the same part of the batch, a `tensor` axis reaching over them, have the same samples.
@@ -110,7 +125,7 @@ def own_rows(mesh: Mesh, size: int, field: str) -> np.ndarray:
     Raises:
       InputError: the devices cannot share the batch.
     """
-    check_shares(mesh, size, field)
+    check_divides_batch(mesh, size, field)
     sharding = jax.NamedSharding(mesh, RULES("batch"))
     places = sharding.addressable_devices_indices_map((size,)).values()
     parts = {place[0].indices(size) for place in places if place is not None}
@@ -118,7 +133,7 @@ def own_rows(mesh: Mesh, size: int, field: str) -> np.ndarray:
 
 
 def to_devices[T](batch: T, mesh: Mesh) -> T:
-    """The global batch from the samples `own_rows` of it, split over the devices that share the batch."""
+    """The global batch from the samples `local_batch_indices` of it, split over the devices that share the batch."""
 
     def place(leaf: np.ndarray) -> jax.Array:
         sharding = jax.NamedSharding(mesh, RULES("batch", *[None] * (leaf.ndim - 1)))

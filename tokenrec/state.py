@@ -19,7 +19,7 @@ from tokenrec.data.tokenizer import encode_text, load_tokenizer
 from tokenrec.errors import InputError
 from tokenrec.models.recommender import Literals, Recommender, stream_layout
 from tokenrec.ops.layers import draw
-from tokenrec.ops.tables.api import stored
+from tokenrec.ops.tables.api import storage_spec
 from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.optim import dense_optimizer
 from tokenrec.sharding import RULES
@@ -49,7 +49,7 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Model:
+class ModelSpec:
     """The static half of a run: what does not change from step to step."""
 
     config: Config
@@ -59,30 +59,47 @@ class Model:
     literals: Literals = ()
 
     def layout(
-        self, events: int, *, serving: bool = False, candidates: int | None = None, codes: int | None = None
+        self,
+        events: int,
+        *,
+        serving: bool = False,
+        candidates: int | None = None,
+        codes: int | None = None,
     ) -> Layout:
         """`stream_layout` of this model."""
         return stream_layout(
-            self.config, self.schema, events, self.literals, serving=serving, candidates=candidates, codes=codes
+            self.config,
+            self.schema,
+            events,
+            self.literals,
+            serving=serving,
+            candidates=candidates,
+            codes=codes,
         )
 
 
-def build_model(config: Config, schema: Schema, tasks: tuple[str, ...]) -> Model:
+def build_model(config: Config, schema: Schema, tasks: tuple[str, ...]) -> ModelSpec:
     """The model of a config on a data set; `schema` is without the excluded features.
 
     Raises:
       InputError: the prompt has literal text, and the data set no tokenizer; or the last window holds no event.
     """
-    model = Model(config, schema, tasks, Embedder.build(schema, config), prompt_literals(config))
+    model = ModelSpec(
+        config, schema, tasks, Embedder.build(schema, config), prompt_literals(config)
+    )
     _check_window(model)
     return model
 
 
-def _check_window(model: Model) -> None:
+def _check_window(model: ModelSpec) -> None:
     """How many rows a candidate has, a title's words among them, is known once the data set is."""
     config = model.config
     sliding = [window for window in config.model.windows if window]
-    if config.data.objective != "ranking" or config.data.paradigm != "nio" or not sliding:
+    if (
+        config.data.objective != "ranking"
+        or config.data.paradigm != "nio"
+        or not sliding
+    ):
         return
     own = int(np.sum(model.layout(config.data.events, candidates=1).candidate == 0))
     if sliding[-1] <= own + 1:
@@ -101,14 +118,22 @@ def prompt_literals(config: Config) -> Literals:
     return tuple(tuple(encode_text(tokenizer, text).tolist()) for text in texts)
 
 
-def _module(model: Model, key: jax.Array) -> Recommender:
-    return Recommender(model.config, model.schema, len(model.tasks), model.literals, rngs=nnx.Rngs(params=key))
+def _module(model: ModelSpec, key: jax.Array) -> Recommender:
+    return Recommender(
+        model.config,
+        model.schema,
+        len(model.tasks),
+        model.literals,
+        rngs=nnx.Rngs(params=key),
+    )
 
 
 @functools.lru_cache(maxsize=16)
-def _structure(model: Model) -> tuple[Any, tuple[tuple[Any, ...], ...]]:
+def _structure(model: ModelSpec) -> tuple[Any, tuple[tuple[Any, ...], ...]]:
     """The graph of the model's modules and the path of each weight in it."""
-    graph, weights = nnx.split(nnx.eval_shape(lambda: _module(model, jax.random.key(0))))
+    graph, weights = nnx.split(
+        nnx.eval_shape(lambda: _module(model, jax.random.key(0)))
+    )
     return graph, tuple(path for path, _ in nnx.to_flat_state(weights))
 
 
@@ -116,13 +141,16 @@ def _name(path: tuple[Any, ...]) -> str:
     return "/".join(map(str, path))
 
 
-def merge(model: Model, params: dict[str, jax.Array]) -> Recommender:
+def bind_params(model: ModelSpec, params: dict[str, jax.Array]) -> Recommender:
     """The module with these weights. Cheap and pure: call it inside a traced function."""
     graph, paths = _structure(model)
-    return nnx.merge(graph, nnx.from_flat_state([(path, nnx.Param(params[_name(path)])) for path in paths]))
+    return nnx.merge(
+        graph,
+        nnx.from_flat_state([(path, nnx.Param(params[_name(path)])) for path in paths]),
+    )
 
 
-def init_state(model: Model, seed: int) -> TrainState:
+def init_state(model: ModelSpec, seed: int) -> TrainState:
     """A fresh state, under the mesh in use: every array is made where it will lie."""
     weights_key, tables_key = jax.random.split(jax.random.key(seed))
     _, weights = nnx.split(_module(model, weights_key))
@@ -130,21 +158,32 @@ def init_state(model: Model, seed: int) -> TrainState:
     tables, rows = {}, {}
     for number, (name, stack) in enumerate(sorted(model.embedder.stacks.items())):
         key = jax.random.fold_in(tables_key, number)
-        shape, spec = stored(stack)
+        shape, spec = storage_spec(stack)
         tables[name] = draw(key, shape, TABLE_DEVIATION, spec)
-        rows[name] = RowsState(jnp.zeros(shape[:1], out_sharding=PartitionSpec(spec[0])))
-    opt_state: dict[str, Any] = {"dense": dense_optimizer(model.config.optim).init(params), "rows": rows}
+        rows[name] = RowsState(
+            jnp.zeros(shape[:1], out_sharding=PartitionSpec(spec[0]))
+        )
+    opt_state: dict[str, Any] = {
+        "dense": dense_optimizer(model.config.optim).init(params),
+        "rows": rows,
+    }
     if model.config.optim.spike_norm:
         opt_state["norm"] = jnp.zeros((), out_sharding=RULES())
-    return TrainState(jnp.zeros((), jnp.int32, out_sharding=RULES()), params, tables, opt_state)
+    return TrainState(
+        jnp.zeros((), jnp.int32, out_sharding=RULES()), params, tables, opt_state
+    )
 
 
-def abstract_state(model: Model) -> TrainState:
+def abstract_state(model: ModelSpec) -> TrainState:
     """Shapes, dtypes and shardings of the state, under the mesh in use: the source for restore and compile."""
     mesh = jax.sharding.get_mesh()
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = RULES() if leaf.sharding is None else leaf.sharding.spec  # a scalar carries none
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec))
+        spec = (
+            RULES() if leaf.sharding is None else leaf.sharding.spec
+        )  # a scalar carries none
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec)
+        )
 
     return jax.tree.map(placed, jax.eval_shape(lambda: init_state(model, 0)))

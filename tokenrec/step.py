@@ -11,10 +11,10 @@ import optax
 from tokenrec.data.batch import Batch
 from tokenrec.models.heads import CodeHead, ItemHead
 from tokenrec.models.recommender import Recommender
-from tokenrec.ops.tables.api import Found, collect, update
+from tokenrec.ops.tables.api import UniqueRows, collect_gradients, update_rows
 from tokenrec.optim import clip_scale, dense_optimizer, global_norm, schedule
 from tokenrec.sharding import RULES
-from tokenrec.state import Model, TrainState, merge
+from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.tokens.embed import ITEM_ROWS, Entity, inverses, samples_items
 
 Inverses = dict[str, dict[str, jax.Array]]
@@ -45,11 +45,15 @@ def known_labels(batch: Batch) -> jax.Array:
 def label_counts(batch: Batch) -> jax.Array:
     """`[K]` known labels of each task, or `[1]` goals: what the sums of a step's loss are divided by."""
     known = known_labels(batch)
-    return jnp.sum(known, axis=(0, 1)) if batch.labels is not None else jnp.sum(known)[None]
+    return (
+        jnp.sum(known, axis=(0, 1))
+        if batch.labels is not None
+        else jnp.sum(known)[None]
+    )
 
 
 def forward(
-    model: Model,
+    model: ModelSpec,
     params: dict[str, jax.Array],
     rows: dict[str, jax.Array],
     reads: Inverses,
@@ -57,14 +61,14 @@ def forward(
     key: jax.Array | None,
 ) -> jax.Array:
     """Logits `[B, N, K] float32` of ranking; `rows` are the unique table rows of the batch."""
-    module = merge(model, params)
+    module = bind_params(model, params)
     return module.head(module(model.embedder.entities(rows, reads, batch), batch, key))
 
 
 def loss_fn(
     params: dict[str, jax.Array],
     rows: dict[str, jax.Array],
-    model: Model,
+    model: ModelSpec,
     reads: Inverses,
     batch: Batch,
     counts: jax.Array,
@@ -75,22 +79,39 @@ def loss_fn(
     Ranking: sum over tasks of weight x (summed BCE / known labels). Retrieval: cross-entropy, all levels of a semantic
     id together.
     """
-    module = merge(model, params)
+    module = bind_params(model, params)
     entities = model.embedder.entities(rows, reads, batch)
-    return jnp.sum(sample_losses(model, module, module(entities, batch, key), entities, batch, counts))
+    return jnp.sum(
+        sample_losses(
+            model, module, module(entities, batch, key), entities, batch, counts
+        )
+    )
 
 
 def sample_losses(
-    model: Model, module: Recommender, read: jax.Array, entities: dict[str, Entity], batch: Batch, counts: jax.Array
+    model: ModelSpec,
+    module: Recommender,
+    read: jax.Array,
+    entities: dict[str, Entity],
+    batch: Batch,
+    counts: jax.Array,
 ) -> jax.Array:
     """`[B] float32`: what each sample adds to the loss of the step; `read` is what the heads read."""
     if batch.labels is None:
-        return retrieval_losses(module, read, entities, batch) / jnp.maximum(counts[0], 1)
-    losses = optax.sigmoid_binary_cross_entropy(module.head(read), jnp.maximum(batch.labels, 0).astype(jnp.float32))
-    return jnp.sum(losses * known_labels(batch), axis=1) @ (task_weights(model) / jnp.maximum(counts, 1))
+        return retrieval_losses(module, read, entities, batch) / jnp.maximum(
+            counts[0], 1
+        )
+    losses = optax.sigmoid_binary_cross_entropy(
+        module.head(read), jnp.maximum(batch.labels, 0).astype(jnp.float32)
+    )
+    return jnp.sum(losses * known_labels(batch), axis=1) @ (
+        task_weights(model) / jnp.maximum(counts, 1)
+    )
 
 
-def retrieval_losses(module: Recommender, read: jax.Array, entities: dict[str, Entity], batch: Batch) -> jax.Array:
+def retrieval_losses(
+    module: Recommender, read: jax.Array, entities: dict[str, Entity], batch: Batch
+) -> jax.Array:
     """`[B]`: summed cross-entropy of the goals of each sample."""
     head = module.head
     if isinstance(head, CodeHead):
@@ -100,23 +121,29 @@ def retrieval_losses(module: Recommender, read: jax.Array, entities: dict[str, E
         return head.full_losses(read, batch.goals)
     of_goals = entities["goals"].values[ITEM_ROWS.name][..., 0, :]
     drawn = entities["negatives"].values[ITEM_ROWS.name]
-    of_negatives = jax.sharding.reshard(drawn, RULES(*[None] * drawn.ndim)).reshape(-1, drawn.shape[-1])
+    of_negatives = jax.sharding.reshard(drawn, RULES(*[None] * drawn.ndim)).reshape(
+        -1, drawn.shape[-1]
+    )
     negatives = jax.sharding.reshard(batch.negatives, RULES(None, None)).reshape(-1)
     return head.sampled_losses(read, batch.goals, of_goals, negatives, of_negatives)
 
 
-def with_negatives(model: Model, batch: Batch, key: jax.Array) -> Batch:
+def with_negatives(model: ModelSpec, batch: Batch, key: jax.Array) -> Batch:
     """The batch with the items of a sampled softmax, drawn uniformly; unchanged where the softmax is full."""
     if not samples_items(model.config):
         return batch
     size = batch.valid.shape[0]
     shape = (size, model.config.head.negatives // size)
-    drawn = jax.random.randint(key, shape, 0, model.schema.items, jnp.int32, out_sharding=RULES("batch", None))
+    drawn = jax.random.randint(
+        key, shape, 0, model.schema.items, jnp.int32, out_sharding=RULES("batch", None)
+    )
     return batch._replace(negatives=drawn)
 
 
-def task_weights(model: Model) -> jax.Array:
-    given = model.config.data.tasks or {task.name: task.weight for task in model.schema.tasks}
+def task_weights(model: ModelSpec) -> jax.Array:
+    given = model.config.data.tasks or {
+        task.name: task.weight for task in model.schema.tasks
+    }
     return jnp.array([given[name] for name in model.tasks], jnp.float32)
 
 
@@ -138,21 +165,29 @@ class Inputs(NamedTuple):
 
     batch: Batch
     key: jax.Array
-    found: dict[str, Found]
+    found: dict[str, UniqueRows]
     rows: dict[str, jax.Array]
     counts: jax.Array
 
 
-def step_inputs(model: Model, state: TrainState, batch: Batch) -> Inputs:
+def step_inputs(model: ModelSpec, state: TrainState, batch: Batch) -> Inputs:
     """The inputs of the next step of `state`."""
     key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
-    batch = with_negatives(model, batch, jax.random.fold_in(key, model.config.optim.accumulate))
+    batch = with_negatives(
+        model, batch, jax.random.fold_in(key, model.config.optim.accumulate)
+    )
     found = model.embedder.find(batch)
-    return Inputs(batch, key, found, model.embedder.gather(state.tables, found), label_counts(batch))
+    return Inputs(
+        batch,
+        key,
+        found,
+        model.embedder.gather(state.tables, found),
+        label_counts(batch),
+    )
 
 
 def gradients(
-    model: Model, params: dict[str, jax.Array], inputs: Inputs
+    model: ModelSpec, params: dict[str, jax.Array], inputs: Inputs
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
     """Loss of a step, and its gradients by dense weight and by row of `inputs.rows`."""
     batch, key, found, rows, counts = inputs
@@ -163,14 +198,20 @@ def gradients(
 
     def add(total: Any, piece: tuple[Batch, Inverses, jax.Array]) -> tuple[Any, None]:
         part, inverse, number = piece
-        made = gradient(params, rows, model, inverse, part, counts, jax.random.fold_in(key, number))
+        made = gradient(
+            params, rows, model, inverse, part, counts, jax.random.fold_in(key, number)
+        )
         return jax.tree.map(jnp.add, total, made), None
 
     zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (params, rows)))
-    return jax.lax.scan(add, zero, (*micro_batches((batch, reads), count), jnp.arange(count)))[0]
+    return jax.lax.scan(
+        add, zero, (*micro_batches((batch, reads), count), jnp.arange(count))
+    )[0]
 
 
-def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+def train_step(
+    model: ModelSpec, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
     """One update. A step whose loss or gradient is not finite, or whose gradient is a spike, changes nothing but the
     step number.
     """
@@ -178,7 +219,10 @@ def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainStat
     inputs = step_inputs(model, state, batch)
     batch, found = inputs.batch, inputs.found
     loss, (dense, by_row) = gradients(model, state.params, inputs)
-    summed = {name: collect(state.tables[name], found[name], by_row[name]) for name in found}
+    summed = {
+        name: collect_gradients(state.tables[name], found[name], by_row[name])
+        for name in found
+    }
     norm = global_norm(dense, summed)
     applied = jnp.isfinite(loss) & jnp.isfinite(norm)
     mean = {}
@@ -190,18 +234,31 @@ def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainStat
     scale = jnp.where(applied, clip_scale(norm, optim.clip_norm), 0.0)
     # 0 x inf is NaN, so gradients of a bad step are replaced, not scaled; they are small beside a table.
     scaled = {name: some.gradients for name, some in summed.items()}
-    dense, by_row, scaled = jax.tree.map(lambda g: jnp.where(applied, g * scale, 0.0), (dense, by_row, scaled))
+    dense, by_row, scaled = jax.tree.map(
+        lambda g: jnp.where(applied, g * scale, 0.0), (dense, by_row, scaled)
+    )
 
-    updates, dense_state = dense_optimizer(optim).update(dense, state.opt_state["dense"], state.params)
+    updates, dense_state = dense_optimizer(optim).update(
+        dense, state.opt_state["dense"], state.params
+    )
     if model.config.tokens.random_tokens:
         # Weight decay would move what has no gradient.
-        updates = {name: u if name.startswith(TRAINED) else jnp.zeros_like(u) for name, u in updates.items()}
-    params = jax.tree.map(lambda w, u: jnp.where(applied, w + u, w), state.params, updates)
-    dense_state = jax.tree.map(lambda new, old: jnp.where(applied, new, old), dense_state, state.opt_state["dense"])
+        updates = {
+            name: u if name.startswith(TRAINED) else jnp.zeros_like(u)
+            for name, u in updates.items()
+        }
+    params = jax.tree.map(
+        lambda w, u: jnp.where(applied, w + u, w), state.params, updates
+    )
+    dense_state = jax.tree.map(
+        lambda new, old: jnp.where(applied, new, old),
+        dense_state,
+        state.opt_state["dense"],
+    )
     rate = schedule(optim, optim.table_learning_rate)(state.step)
     tables, rows_state = dict(state.tables), dict(state.opt_state["rows"])
     for name in found:
-        tables[name], rows_state[name] = update(
+        tables[name], rows_state[name] = update_rows(
             tables[name],
             rows_state[name],
             found[name],
@@ -211,20 +268,31 @@ def train_step(model: Model, state: TrainState, batch: Batch) -> tuple[TrainStat
             decay=optim.table_weight_decay,
             apply=applied,
         )
-    rounds = jnp.max(jnp.stack([of.rounds for of in found.values()])) if found else jnp.int32(0)
-    new = TrainState(state.step + 1, params, tables, {"dense": dense_state, "rows": rows_state} | mean)
+    rounds = (
+        jnp.max(jnp.stack([of.rounds for of in found.values()]))
+        if found
+        else jnp.int32(0)
+    )
+    new = TrainState(
+        state.step + 1,
+        params,
+        tables,
+        {"dense": dense_state, "rows": rows_state} | mean,
+    )
     return new, Metrics(loss, norm, jnp.sum(batch.weight), applied, rounds)
 
 
-def step_loss(model: Model, state: TrainState, batch: Batch) -> jax.Array:
+def step_loss(model: ModelSpec, state: TrainState, batch: Batch) -> jax.Array:
     """The forward pass of a train step, without dropout: what `work` counts the products of."""
     batch = with_negatives(model, batch, jax.random.key(0))
     found = model.embedder.find(batch)
     rows = model.embedder.gather(state.tables, found)
-    return loss_fn(state.params, rows, model, inverses(found), batch, label_counts(batch), None)
+    return loss_fn(
+        state.params, rows, model, inverses(found), batch, label_counts(batch), None
+    )
 
 
-def eval_step(model: Model, state: TrainState, batch: Batch) -> jax.Array:
+def eval_step(model: ModelSpec, state: TrainState, batch: Batch) -> jax.Array:
     """Probabilities `[B, N, K] float32` of every row; the caller drops those of weight 0."""
     found = model.embedder.find(batch)
     rows = model.embedder.gather(state.tables, found)

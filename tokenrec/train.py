@@ -16,24 +16,30 @@ import chex
 import jax
 import numpy as np
 
-from tokenrec.analysis.watch import state_watch
-from tokenrec.checkpoint.checkpointer import Progress, RunCheckpoints
-from tokenrec.checkpoint.run_folder import identity, start_run
+from tokenrec.analysis.watch import make_state_logger
+from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
+from tokenrec.checkpoint.run_folder import create_or_check_run, run_identity
 from tokenrec.checkpoint.warm_start import first_state
 from tokenrec.config import Config, data_directory, semantic_ids_path
-from tokenrec.config.backbones import reads_times
+from tokenrec.config.backbones import reads_event_ages
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
 from tokenrec.errors import NonFiniteError, Stopped
-from tokenrec.evaluation.evaluate import assessor
+from tokenrec.evaluation.evaluate import make_evaluator
 from tokenrec.models.backbones.block import check_mesh
 from tokenrec.runtime import distributed
-from tokenrec.runtime.compilation_cache import kept_programs
+from tokenrec.runtime.compilation_cache import persistent_compilation_cache
 from tokenrec.runtime.metric_writer import Logbook, Throughput
-from tokenrec.runtime.preemption import Heard, Interruption
+from tokenrec.runtime.preemption import StopRequested, StopSignals
 from tokenrec.runtime.watchdog import Watchdog
-from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, own_rows, to_devices
+from tokenrec.sharding import (
+    check_batch_sizes,
+    compiler_options,
+    local_batch_indices,
+    make_mesh,
+    to_devices,
+)
 from tokenrec.state import abstract_state, build_model
 from tokenrec.step import Metrics, train_step
 
@@ -51,41 +57,64 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
         checkpoints before it stay.
       Stopped: a signal asked for it; the last step is saved.
     """
-    with distributed.all_or_none():
+    with distributed.raise_on_all_processes():
         config = validate(config)
-        dataset = open_dataset(data_directory(config), config.data.exclude, semantic_ids_path(config))
-        model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
+        dataset = open_dataset(
+            data_directory(config), config.data.exclude, semantic_ids_path(config)
+        )
+        model = build_model(
+            config, dataset.schema, task_names(dataset.schema, config.data)
+        )
         mesh = make_mesh(config.mesh)
         check_batch_sizes(config, mesh)
         check_mesh(config.model, mesh)
-    distributed.agree(identity(config, dataset))
-    start_run(config, dataset.schema, workdir)
+    distributed.assert_same_on_all_processes(run_identity(config, dataset))
+    create_or_check_run(config, dataset.schema, workdir)
     stop_at = config.train.stop_at or config.optim.steps
     evaluates = config.train.eval_split in dataset.splits
     # One compilation per stream length and no other: a batch of another shape would compile again in silence.
     chex.clear_trace_counter()  # it counts by function, over all runs of a process
     guarded = chex.assert_max_traces(train_step, n=len(stream_lengths(config.data)))
-    step_fn = jax.jit(guarded, static_argnums=0, donate_argnums=1, compiler_options=compiler_options(mesh))
+    step_fn = jax.jit(
+        guarded,
+        static_argnums=0,
+        donate_argnums=1,
+        compiler_options=compiler_options(mesh),
+    )
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(kept_programs(workdir, config.train.keep_compiled))
-        interruption = stack.enter_context(Interruption())
-        watch = stack.enter_context(
-            Watchdog(config.train.hang_seconds, workdir, jax.process_index(), jax.process_count())
+        stack.enter_context(
+            persistent_compilation_cache(workdir, config.train.keep_compiled)
         )
-        assess = assessor(model, dataset, mesh)
-        look_inside = state_watch(model, dataset, mesh) if evaluates and config.train.log_states else None
+        interruption = stack.enter_context(StopSignals())
+        watch = stack.enter_context(
+            Watchdog(
+                config.train.hang_seconds,
+                workdir,
+                jax.process_index(),
+                jax.process_count(),
+            )
+        )
+        assess = make_evaluator(model, dataset, mesh)
+        look_inside = (
+            make_state_logger(model, dataset, mesh)
+            if evaluates and config.train.log_states
+            else None
+        )
         checkpoints = stack.enter_context(
-            RunCheckpoints(
-                workdir, keep=config.train.keep, keep_every=config.train.keep_every, about=dataclasses.asdict(config)
+            Checkpointer(
+                workdir,
+                keep=config.train.keep,
+                keep_every=config.train.keep_every,
+                about=dataclasses.asdict(config),
             )
         )
         watch.at("restoring the latest checkpoint")
         restored = checkpoints.restore(abstract_state(model))
         step, state, reached = restored or (0, first_state(model, workdir), Progress())
-        with distributed.all_or_none():
-            own = own_rows(mesh, config.data.batch_size, "data.batch_size")
+        with distributed.raise_on_all_processes():
+            own = local_batch_indices(mesh, config.data.batch_size, "data.batch_size")
             data = train_batches(
                 dataset,
                 config.data,
@@ -93,16 +122,20 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
                 steps=config.optim.steps,
                 seed=config.seed,
                 own=own,
-                ages=reads_times(config.model),
+                ages=reads_event_ages(config.model),
             )
             stack.callback(data.close)
             log = _ignore
-            if distributed.is_first():
-                logbook = Logbook(workdir, progress=progress, total_steps=stop_at, start_step=step)
+            if distributed.is_first_process():
+                logbook = Logbook(
+                    workdir, progress=progress, total_steps=stop_at, start_step=step
+                )
                 log = stack.enter_context(logbook).log
         throughput = Throughput()
         pending, compiled, report = _Pending(throughput, config), set(), None
-        fresh = restored is None or not reached.assessed  # else a restored step was evaluated before it was saved
+        fresh = (
+            restored is None or not reached.assessed
+        )  # else a restored step was evaluated before it was saved
 
         def pulse() -> None:
             watch.at(f"step {step:,}: evaluation")
@@ -112,15 +145,24 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
             last, value = step >= stop_at, None
             best = stop = False
             asked = interruption.asked()
-            if evaluates and step and fresh and (last or _due(step, config.train.eval_every)):
+            if (
+                evaluates
+                and step
+                and fresh
+                and (last or _due(step, config.train.eval_every))
+            ):
                 reached = dataclasses.replace(reached, assessed=False)
-                with throughput.excluded(), contextlib.suppress(Heard):
+                with throughput.excluded(), contextlib.suppress(StopRequested):
                     watch.at(f"step {step:,}: waiting for the devices, then evaluation")
                     reached = pending.check(step, reached)[1]
                     interruption.obey()
-                    report = assess(state, config.train.eval_split, config.train.eval_samples, pulse)
+                    report = assess(
+                        state, config.train.eval_split, config.train.eval_samples, pulse
+                    )
                     log(step, _flat_report(report), config.train.eval_split)
-                    for kind, by_layer in (look_inside(state) if look_inside else {}).items():
+                    for kind, by_layer in (
+                        look_inside(state) if look_inside else {}
+                    ).items():
                         log(step, by_layer, kind)
                     value = _value(report, config)
                     reached, best = _advance(reached, step, value)
@@ -129,7 +171,9 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
             due = last or best or stop or asked or _due(step, config.train.save_every)
             if step and fresh and due:
                 with throughput.excluded():
-                    watch.at(f"step {step:,}: waiting for the devices and the save before")
+                    watch.at(
+                        f"step {step:,}: waiting for the devices and the save before"
+                    )
                     reached = pending.check(step, reached)[1]
                     began = time.perf_counter()
                     checkpoints.save(step, state, reached, value)
@@ -137,9 +181,14 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
             if asked and not ((last or stop) and reached.assessed):
                 watch.at(f"step {step:,}: the last save")
                 checkpoints.wait()
-                saved = "which is saved" if step else "before there was anything to save"
+                saved = (
+                    "which is saved" if step else "before there was anything to save"
+                )
                 name = signal.Signals(asked).name
-                raise Stopped(f"{name}: stopped at step {step:,}, {saved}; the same command goes on", asked)
+                raise Stopped(
+                    f"{name}: stopped at step {step:,}, {saved}; the same command goes on",
+                    asked,
+                )
             if last or stop:
                 break
             watch.at(f"step {step:,}: waiting for the input")
@@ -158,7 +207,9 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
             step, fresh = step + 1, True
             if step % config.train.log_every == 0 or step == stop_at:
                 watch.at(f"step {step:,}: waiting for the devices")
-                means, reached = pending.check(step, reached)  # the only host synchronisation
+                means, reached = pending.check(
+                    step, reached
+                )  # the only host synchronisation
                 log(step, means | {"examples_per_second": throughput.rate()})
         watch.at(f"step {step:,}: the last save")
         checkpoints.wait()
@@ -193,7 +244,9 @@ class _Pending:
         waiting = list(self._waiting)
         self._waiting.clear()
         fetched = jax.device_get([metrics for metrics, _, _ in waiting])
-        for number, (metrics, (_, rows, timed)) in enumerate(zip(fetched, waiting, strict=True), step - len(waiting)):
+        for number, (metrics, (_, rows, timed)) in enumerate(
+            zip(fetched, waiting, strict=True), step - len(waiting)
+        ):
             if timed:
                 self._throughput.add(int(metrics.examples))
             if not metrics.applied:
@@ -202,18 +255,32 @@ class _Pending:
         made = [metrics for metrics in fetched if metrics.applied]
         if not made:
             return {}, reached
-        means = {name: float(np.mean([getattr(m, name) for m in made])) for name in ("loss", "grad_norm")}
+        means = {
+            name: float(np.mean([getattr(m, name) for m in made]))
+            for name in ("loss", "grad_norm")
+        }
         rounds = max(int(m.rounds) for m in fetched)
         more = {"exchange_rounds": rounds} if rounds else {}
-        return means | more | ({"skipped": reached.skipped} if reached.skipped else {}), reached
+        return means | more | (
+            {"skipped": reached.skipped} if reached.skipped else {}
+        ), reached
 
-    def _skipped(self, step: int, metrics: Metrics, rows: np.ndarray, count: int) -> None:
+    def _skipped(
+        self, step: int, metrics: Metrics, rows: np.ndarray, count: int
+    ) -> None:
         finite = np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)
-        spike = f", more than optim.spike_norm={self._optim.spike_norm:g} times its mean" if finite else ""
+        spike = (
+            f", more than optim.spike_norm={self._optim.spike_norm:g} times its mean"
+            if finite
+            else ""
+        )
         found = f"step {step}: loss={metrics.loss}, gradient norm={metrics.grad_norm}{spike}; the update was not made"
         if count <= self._optim.max_skipped:
-            if distributed.is_first():
-                print(f"tokenrec: {found}; {count} of optim.max_skipped={self._optim.max_skipped}", file=sys.stderr)
+            if distributed.is_first_process():
+                print(
+                    f"tokenrec: {found}; {count} of optim.max_skipped={self._optim.max_skipped}",
+                    file=sys.stderr,
+                )
             return
         read = np.unique(rows[rows >= 0])
         shown = ", ".join(map(str, read[:8]))
@@ -226,10 +293,16 @@ class _Pending:
 
 def _whose_batch() -> str:
     count = jax.process_count()
-    return "Its batch" if count == 1 else f"Of its batch, process {jax.process_index()} of {count}"
+    return (
+        "Its batch"
+        if count == 1
+        else f"Of its batch, process {jax.process_index()} of {count}"
+    )
 
 
-def _ignore(step: int, values: Mapping[str, SupportsFloat | None], prefix: str = "train") -> None:
+def _ignore(
+    step: int, values: Mapping[str, SupportsFloat | None], prefix: str = "train"
+) -> None:
     """The log of every process but the first."""
 
 
@@ -244,14 +317,22 @@ def _value(report: dict[str, Any], config: Config) -> float | None:
         return report["retrieval"]["ndcg@10" if metric == "auto" else metric]
     if metric != "loss":
         return report["macro_auc" if metric == "auto" else metric]
-    losses = [task["log_loss"] for task in report["tasks"].values() if task["log_loss"] is not None]
+    losses = [
+        task["log_loss"]
+        for task in report["tasks"].values()
+        if task["log_loss"] is not None
+    ]
     return -float(np.mean(losses)) if losses else None
 
 
-def _advance(reached: Progress, step: int, value: float | None) -> tuple[Progress, bool]:
+def _advance(
+    reached: Progress, step: int, value: float | None
+) -> tuple[Progress, bool]:
     """Progress after an evaluation, and whether it is the best so far."""
     if value is not None and (reached.best is None or value > reached.best):
-        return dataclasses.replace(reached, best=value, best_step=step, waited=0, assessed=True), True
+        return dataclasses.replace(
+            reached, best=value, best_step=step, waited=0, assessed=True
+        ), True
     return dataclasses.replace(reached, waited=reached.waited + 1, assessed=True), False
 
 

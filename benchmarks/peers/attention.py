@@ -25,7 +25,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.attention_cases import PASSES, Case, Sizes, compile_case, local_mesh, logits_gib, random_inputs, refusal
+from benchmarks.attention_cases import (
+    PASSES,
+    Case,
+    Sizes,
+    compile_case,
+    local_mesh,
+    logits_gib,
+    random_inputs,
+    refusal,
+)
 from benchmarks.report import PACKAGES, run_script, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec.errors import InputError, suggest
@@ -52,13 +61,18 @@ def use_threads(count: int) -> None:
 
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= count <= len(cores):
-        raise InputError(f"--threads {count}: this process may use {len(cores)} cores; use 1 to {len(cores)}")
+        raise InputError(
+            f"--threads {count}: this process may use {len(cores)} cores; use 1 to {len(cores)}"
+        )
     os.sched_setaffinity(0, cores[:count])
     torch.set_num_threads(count)
 
 
 def torch_runs(
-    case: Case, inputs: Sequence[jax.Array], expected: Sequence[np.ndarray], mask_gib: float
+    case: Case,
+    inputs: Sequence[jax.Array],
+    expected: Sequence[np.ndarray],
+    mask_gib: float,
 ) -> Iterator[tuple[str, Run | None, float | None, str]]:
     """Name, run, largest difference from what is expected, and note; no run where PyTorch cannot serve."""
     import torch
@@ -67,24 +81,36 @@ def torch_runs(
 
     backward = case.pass_ == "forward_backward"
     run = torch_attention.forward_backward if backward else torch_attention.forward
-    tensors = tuple(torch.from_numpy(np.asarray(x).swapaxes(1, 2).copy()) for x in inputs)
+    tensors = tuple(
+        torch.from_numpy(np.asarray(x).swapaxes(1, 2).copy()) for x in inputs
+    )
     for tensor in tensors[:3]:
         tensor.requires_grad_(backward)
-    ways, left_out = torch_attention.ways(case.seq_len, case.window, mask_gib, backward=backward)
+    ways, left_out = torch_attention.ways(
+        case.seq_len, case.window, mask_gib, backward=backward
+    )
     for name, attend in ways.items():
         result = arrays(run(attend, tensors), by_head=True)
-        difference = max(float(np.abs(a - b).max()) for a, b in zip(result, expected, strict=True))
+        difference = max(
+            float(np.abs(a - b).max()) for a, b in zip(result, expected, strict=True)
+        )
         if not difference <= TOLERANCE:
-            raise AssertionError(f"{name}, {case}: differs by {difference:.3g}, so it is not the same computation")
+            raise AssertionError(
+                f"{name}, {case}: differs by {difference:.3g}, so it is not the same computation"
+            )
         yield name, functools.partial(run, attend, tensors), difference, ""
     for name, reason in left_out.items():
         yield name, None, None, reason
 
 
-def masked_by_jax(case: Case, sizes: Sizes, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
+def masked_by_jax(
+    case: Case, sizes: Sizes, mesh: jax.sharding.Mesh
+) -> jax.stages.Compiled:
     """`jax.nn`'s attention, which on a CPU masks its window."""
     window = None if case.window is None else (case.window - 1, 0)
-    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=window)
+    attend = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, local_window_size=window
+    )
     return compile_case(case, sizes, mesh, attend=attend)
 
 
@@ -97,19 +123,30 @@ def bench(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seq_len in flags.seq_lens:
         for window in [w for w in flags.windows if w is None or w < seq_len]:
             for pass_ in flags.passes:
-                case = Case("1x1x1", seq_len, window, flags.implementation, "float32", pass_)
+                case = Case(
+                    "1x1x1", seq_len, window, flags.implementation, "float32", pass_
+                )
                 if reason := refusal(case, sizes, mesh):
                     raise InputError(reason)
                 inputs = random_inputs(case, sizes, mesh)
-                mine = functools.partial(compile_case(case, sizes, mesh), *inputs[: 3 if pass_ == "forward" else 4])
-                expected = arrays((mine(),) if pass_ == "forward" else mine(), by_head=False)
+                mine = functools.partial(
+                    compile_case(case, sizes, mesh),
+                    *inputs[: 3 if pass_ == "forward" else 4],
+                )
+                expected = arrays(
+                    (mine(),) if pass_ == "forward" else mine(), by_head=False
+                )
                 runs[seq_len, window, "tokenrec", pass_] = mine
                 found[seq_len, window, "tokenrec", pass_] = None, ""
                 if logits_gib(case, sizes) <= flags.mask_gib:
-                    theirs = functools.partial(masked_by_jax(case, sizes, mesh), *inputs[: len(mine.args)])
+                    theirs = functools.partial(
+                        masked_by_jax(case, sizes, mesh), *inputs[: len(mine.args)]
+                    )
                     runs[seq_len, window, "jax.nn", pass_] = theirs
                     found[seq_len, window, "jax.nn", pass_] = None, ""
-                for name, run, difference, note in torch_runs(case, inputs, expected, flags.mask_gib):
+                for name, run, difference, note in torch_runs(
+                    case, inputs, expected, flags.mask_gib
+                ):
                     found[seq_len, window, name, pass_] = difference, note
                     if run is not None:
                         runs[seq_len, window, name, pass_] = run
@@ -120,11 +157,14 @@ def bench(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {
             "seq_len": seq_len,
             "window": window or "full",
-            "implementation": f"tokenrec {flags.implementation}" if name == "tokenrec" else name,
+            "implementation": f"tokenrec {flags.implementation}"
+            if name == "tokenrec"
+            else name,
             "pass": pass_,
             "milliseconds": took and 1e3 * statistics.median(took),
             "least_milliseconds": took and 1e3 * min(took),
-            "tokens_per_second": took and sizes.batch * seq_len / statistics.median(took),
+            "tokens_per_second": took
+            and sizes.batch * seq_len / statistics.median(took),
             "this / ours": took and paired_ratio(took, ours),
             "max_difference": difference,
             "note": note,
@@ -132,31 +172,61 @@ def bench(flags: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seq-lens", nargs="+", type=int, default=[512, 2048, 8192])
-    parser.add_argument("--windows", nargs="+", default=["64", "256", "full"], help="keys seen; full: all")
-    parser.add_argument("--implementation", default="blocked", help=f"ours: {', '.join(IMPLEMENTATIONS)}")
+    parser.add_argument(
+        "--windows",
+        nargs="+",
+        default=["64", "256", "full"],
+        help="keys seen; full: all",
+    )
+    parser.add_argument(
+        "--implementation",
+        default="blocked",
+        help=f"ours: {', '.join(IMPLEMENTATIONS)}",
+    )
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=10, help="turns of each variant")
-    parser.add_argument("--mask-gib", type=float, default=1.0, help="no banded mask larger than this")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "attention_peers")
+    parser.add_argument(
+        "--mask-gib", type=float, default=1.0, help="no banded mask larger than this"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parents[1] / "results" / "attention_peers",
+    )
     flags = parser.parse_args(argv)
     if importlib.util.find_spec("torch") is None:
-        raise InputError("the peers need PyTorch, which is not installed; pip install '.[peers]', or pip install torch")
+        raise InputError(
+            "the peers need PyTorch, which is not installed; pip install '.[peers]', or pip install torch"
+        )
     if flags.implementation not in IMPLEMENTATIONS:
         known = suggest(flags.implementation, IMPLEMENTATIONS)
         raise InputError(f"--implementation {flags.implementation} is not known{known}")
     use_threads(flags.threads)
-    words = [f"--{name.replace('_', '-')} {getattr(flags, name)}" for name in ("implementation", "threads", "repeats")]
-    words += [
-        f"--{name.replace('_', '-')} {' '.join(map(str, getattr(flags, name)))}" for name in ("seq_lens", "windows")
+    words = [
+        f"--{name.replace('_', '-')} {getattr(flags, name)}"
+        for name in ("implementation", "threads", "repeats")
     ]
-    flags.windows = [None if text in ("full", "0") else int(text) for text in flags.windows]
-    params = {"batch": flags.batch, "heads": flags.heads, "head_dim": flags.head_dim, "dtype": "float32"}
+    words += [
+        f"--{name.replace('_', '-')} {' '.join(map(str, getattr(flags, name)))}"
+        for name in ("seq_lens", "windows")
+    ]
+    flags.windows = [
+        None if text in ("full", "0") else int(text) for text in flags.windows
+    ]
+    params = {
+        "batch": flags.batch,
+        "heads": flags.heads,
+        "head_dim": flags.head_dim,
+        "dtype": "float32",
+    }
     params |= {"threads": flags.threads, "turns": flags.repeats, "statistic": "median"}
     write_result(
         flags.out,

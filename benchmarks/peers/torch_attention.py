@@ -11,7 +11,9 @@ import torch._dynamo
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # q, k, v [B, H, S, h] -> [B, H, S, h]
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]  # q, k, v [B, H, S, h] -> [B, H, S, h]
 
 CAUSAL = "torch SDPA causal"
 BAND = "torch SDPA, band mask"
@@ -50,8 +52,12 @@ def sdpa_chunked(window: int) -> Attend:
         def pairs(x: torch.Tensor) -> torch.Tensor:
             return torch.cat([blocks(x)[:, :-1], blocks(x)[:, 1:]], dim=2)
 
-        begin = scaled_dot_product_attention(*(x[:, :, :window] for x in (q, k, v)), is_causal=True)
-        rest = scaled_dot_product_attention(blocks(q)[:, 1:], pairs(k), pairs(v), attn_mask=mask)
+        begin = scaled_dot_product_attention(
+            *(x[:, :, :window] for x in (q, k, v)), is_causal=True
+        )
+        rest = scaled_dot_product_attention(
+            blocks(q)[:, 1:], pairs(k), pairs(v), attn_mask=mask
+        )
         return torch.cat([begin, rest.reshape(batch, heads, -1, head_dim)], dim=2)
 
     return attend
@@ -63,12 +69,18 @@ def flex(seq_len: int, window: int | None, *, fullgraph: bool = True) -> Attend:
     `fullgraph` makes it an error, in place of a slow run, if PyTorch compiles only a part.
     """
 
-    def see(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def see(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         causal = key <= query
         return causal if window is None else causal & (query - key < window)
 
-    mask = create_block_mask(see, B=None, H=None, Q_LEN=seq_len, KV_LEN=seq_len, device="cpu")
-    torch._dynamo.config.recompile_limit = 1000  # the default, 8, has room for eight lengths and windows
+    mask = create_block_mask(
+        see, B=None, H=None, Q_LEN=seq_len, KV_LEN=seq_len, device="cpu"
+    )
+    torch._dynamo.config.recompile_limit = (
+        1000  # the default, 8, has room for eight lengths and windows
+    )
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=fullgraph)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask)
 
@@ -80,26 +92,39 @@ def flex_refusals() -> tuple[str, str]:
     Tried once on a small shape, then PyTorch's compiler is reset: after a failure it runs every later call uncompiled.
     """
     if not (shutil.which("g++") or shutil.which("clang++")):
-        return ("torch.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ is installed",) * 2
+        return (
+            "torch.compile needs a C++ compiler on a CPU, and neither g++ nor clang++ is installed",
+        ) * 2
     reasons = []
     for run in (forward, forward_backward):
-        inputs = tuple(torch.zeros(1, 1, 128, 16, requires_grad=run is forward_backward) for _ in range(4))
+        inputs = tuple(
+            torch.zeros(1, 1, 128, 16, requires_grad=run is forward_backward)
+            for _ in range(4)
+        )
         try:
             run(flex(128, 16, fullgraph=False), inputs)  # whose error names the cause
             reasons.append("")
-        except RuntimeError as error:  # NotImplementedError and what the compiler raises are kinds of it
-            reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        except (
+            RuntimeError
+        ) as error:  # NotImplementedError and what the compiler raises are kinds of it
+            reasons.append(
+                f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            )
         torch._dynamo.reset()
     return reasons[0], reasons[1]
 
 
-def forward(attend: Attend, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def forward(
+    attend: Attend, inputs: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
     """`(out,)`, without what a gradient would need."""
     with torch.no_grad():
         return (attend(*inputs[:3]),)
 
 
-def forward_backward(attend: Attend, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def forward_backward(
+    attend: Attend, inputs: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
     """`(out, gradients of q, k and v)` for inputs `(q, k, v, gradient of out)`; the first three require gradients."""
     out = attend(*inputs[:3])
     return out.detach(), *torch.autograd.grad(out, inputs[:3], inputs[3])
@@ -117,7 +142,9 @@ def ways(
         if (gib := 4 * seq_len**2 / 2**30) <= mask_gib:
             found[BAND] = sdpa_band(seq_len, window)
         else:
-            left_out[BAND] = f"its mask takes {gib:.3g} GiB in float32, --mask-gib is {mask_gib:g}"
+            left_out[BAND] = (
+                f"its mask takes {gib:.3g} GiB in float32, --mask-gib is {mask_gib:g}"
+            )
         if seq_len % window == 0:
             found[CHUNKED] = sdpa_chunked(window)
         else:

@@ -16,7 +16,9 @@ from tokenrec.study.plan import Study
 def get_study() -> Study:
     return Study(
         base="complete_journey",
-        models={f"T{events}": {"data.events": events} for events in (10, 32, 100, 200, 500)},
+        models={
+            f"T{events}": {"data.events": events} for events in (10, 32, 100, 200, 500)
+        },
         reference="T32",
         learning_rates=(1e-3,),
         seeds=(0,),

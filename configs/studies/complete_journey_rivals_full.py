@@ -30,6 +30,10 @@ def get_study() -> Study:
         learning_rates=(2.5e-3,),
         own_rates={"tokenformer": (1e-3, 2.5e-3)},
         seeds=(0, 1, 2),
-        overrides={"train.eval_every": 500, "train.eval_samples": 500, "train.save_every": 0},
+        overrides={
+            "train.eval_every": 500,
+            "train.eval_samples": 500,
+            "train.save_every": 0,
+        },
         cpu_hours=0.8,
     )

@@ -38,7 +38,13 @@ def get_study() -> Study:
         reference="tokenformer",
         learning_rates=(1e-3,),
         seeds=(0, 1, 2),
-        splits=("valid",),  # the part of the log that targets are stated for ends on 4 May
-        overrides={"train.eval_samples": 1_000, "train.eval_every": 219, "train.log_states": True},
+        splits=(
+            "valid",
+        ),  # the part of the log that targets are stated for ends on 4 May
+        overrides={
+            "train.eval_samples": 1_000,
+            "train.eval_every": 219,
+            "train.log_states": True,
+        },
         cpu_hours=2.5,
     )

@@ -22,7 +22,12 @@ MODELS = {
     "transformer": {**ALL_FULL, "model.gate": False},
     "bfts": {"model.gate": False},
     "nlir": ALL_FULL,
-    "rankmixer": {**ALL_FULL, "model.kind": "rankmixer", "model.heads": 8, "model.layers": 2},
+    "rankmixer": {
+        **ALL_FULL,
+        "model.kind": "rankmixer",
+        "model.heads": 8,
+        "model.layers": 2,
+    },
     "din": {**ALL_FULL, "model.kind": "din", "model.layers": 2},
     "dcnv2": {**ALL_FULL, "model.kind": "dcnv2", "model.layers": 3},
     "sasrec": {**ALL_FULL, "model.kind": "sasrec"},
@@ -38,7 +43,9 @@ def get_study() -> Study:
         reference="tokenformer",
         learning_rates=(4e-4, 1e-3, 2.5e-3),
         seeds=(0,),
-        splits=("valid",),  # the part of the log that targets are stated for ends on 4 May
+        splits=(
+            "valid",
+        ),  # the part of the log that targets are stated for ends on 4 May
         overrides={"train.eval_samples": 1_000, "train.eval_every": 219},
         cpu_hours=3.5,
     )

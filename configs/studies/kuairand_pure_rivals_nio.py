@@ -29,7 +29,13 @@ def get_study() -> Study:
         reference="tokenformer",
         learning_rates=(1e-3, 2.5e-3),
         seeds=(0, 1, 2),
-        splits=("valid",),  # the part of the log that targets are stated for ends on 4 May
-        overrides={"optim.steps": 256, "train.eval_samples": 1_000, "train.eval_every": 128},
+        splits=(
+            "valid",
+        ),  # the part of the log that targets are stated for ends on 4 May
+        overrides={
+            "optim.steps": 256,
+            "train.eval_samples": 1_000,
+            "train.eval_every": 128,
+        },
         cpu_hours=1,
     )

@@ -20,7 +20,12 @@ MODELS = {
     "transformer": {**ALL_FULL, "model.gate": False, "train.log_states": True},
     "bfts": {"model.gate": False},
     "nlir": ALL_FULL,
-    "rankmixer": {**ALL_FULL, "model.kind": "rankmixer", "model.heads": 8, "model.layers": 2},
+    "rankmixer": {
+        **ALL_FULL,
+        "model.kind": "rankmixer",
+        "model.heads": 8,
+        "model.layers": 2,
+    },
     "din": {**ALL_FULL, "model.kind": "din", "model.layers": 2},
     "dcnv2": {**ALL_FULL, "model.kind": "dcnv2", "model.layers": 3},
     "sasrec": {**ALL_FULL, "model.kind": "sasrec"},
@@ -36,9 +41,14 @@ def get_study() -> Study:
         models=MODELS,
         reference="tokenformer",
         learning_rates=(1e-3,),
-        own_rates={**dict.fromkeys(AT_THE_EDGE, (2.5e-3, 5e-3)), "hstu-semi-local": (1e-3, 2.5e-3)},
+        own_rates={
+            **dict.fromkeys(AT_THE_EDGE, (2.5e-3, 5e-3)),
+            "hstu-semi-local": (1e-3, 2.5e-3),
+        },
         seeds=(0, 1, 2),
-        splits=("valid",),  # the part of the log that targets are stated for ends on 4 May
+        splits=(
+            "valid",
+        ),  # the part of the log that targets are stated for ends on 4 May
         overrides={"train.eval_samples": 1_000, "train.eval_every": 219},
         cpu_hours=3.5,
     )

@@ -12,7 +12,10 @@ from tokenrec.study.plan import Study
 def get_study() -> Study:
     return Study(
         base="synthetic",
-        models={"tokenformer": {}, "transformer": {"model.gate": False, "model.windows": ()}},
+        models={
+            "tokenformer": {},
+            "transformer": {"model.gate": False, "model.windows": ()},
+        },
         reference="tokenformer",
         learning_rates=(1e-3, 4e-3),
         seeds=(0, 1),

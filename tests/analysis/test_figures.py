@@ -16,7 +16,9 @@ pytest.importorskip("matplotlib")
 from tokenrec.analysis.figures import draw_curves, draw_information, draw_maps
 
 
-def test_maps_show_a_panel_of_each_layer_and_leave_out_what_is_not_read(tmp_path: Path) -> None:
+def test_maps_show_a_panel_of_each_layer_and_leave_out_what_is_not_read(
+    tmp_path: Path,
+) -> None:
     files = read_study(write_study(tmp_path / "s"))
     drawing = draw_maps(files.maps, summarize_study(files))
     axes = drawing.figure.axes
@@ -28,23 +30,39 @@ def test_maps_show_a_panel_of_each_layer_and_leave_out_what_is_not_read(tmp_path
     assert shown[1].tolist() == [0.5, 0.5]
 
     shallow = [cell for cell in files.maps if (cell.model, cell.layer) != ("rival", 1)]
-    titles = [ax.get_title() for ax in draw_maps(shallow, summarize_study(files)).figure.axes]
-    assert titles == ["ours, layer 0", "ours, layer 1", "rival, layer 0", "plain, layer 0", "plain, layer 1"]
+    titles = [
+        ax.get_title() for ax in draw_maps(shallow, summarize_study(files)).figure.axes
+    ]
+    assert titles == [
+        "ours, layer 0",
+        "ours, layer 1",
+        "rival, layer 0",
+        "plain, layer 0",
+        "plain, layer 1",
+    ]
 
 
 def test_information_is_that_of_the_top_layer(tmp_path: Path) -> None:
     files = read_study(write_study(tmp_path / "s"))
     summary = summarize_study(files)
-    (panel,) = draw_information(files.information, summary, assign_styles(summary.models)).figure.axes
+    (panel,) = draw_information(
+        files.information, summary, assign_styles(summary.models)
+    ).figure.axes
     assert panel.get_title() == "click"
-    assert [line.get_ydata().tolist() for line in panel.lines] == [pytest.approx([0.12, 0.11])] * 3
+    assert [line.get_ydata().tolist() for line in panel.lines] == [
+        pytest.approx([0.12, 0.11])
+    ] * 3
 
 
 def test_learning_curves_have_the_logged_rank_of_the_top_layer(tmp_path: Path) -> None:
     files = read_study(write_study(tmp_path / "s"))
     summary = summarize_study(files)
     drawing = draw_curves(files.curves, summary, assign_styles(summary.models))
-    assert [ax.get_title() for ax in drawing.figure.axes] == ["train/loss", "valid/macro_auc", "rank/layer_10"]
+    assert [ax.get_title() for ax in drawing.figure.axes] == [
+        "train/loss",
+        "valid/macro_auc",
+        "rank/layer_10",
+    ]
 
 
 def test_twenty_models_have_twenty_styles() -> None:

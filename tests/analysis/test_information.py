@@ -7,7 +7,11 @@ import math
 import numpy as np
 import pytest
 
-from tokenrec.analysis.information import cluster_information, label_information, mutual_information
+from tokenrec.analysis.information import (
+    cluster_information,
+    label_information,
+    mutual_information,
+)
 from tokenrec.errors import InputError
 
 RANDOM = np.random.default_rng(0)
@@ -26,7 +30,9 @@ def test_a_known_joint_has_its_information():
 def test_shuffled_labels_take_the_bias_away():
     codes, labels = RANDOM.integers(0, 200, 2000), RANDOM.integers(0, 2, 2000)
     found = label_information(codes, labels, seed=0)
-    assert found.raw == pytest.approx(0.05, abs=0.015)  # (200 - 1) / (2 * 2000) by Miller and Madow
+    assert found.raw == pytest.approx(
+        0.05, abs=0.015
+    )  # (200 - 1) / (2 * 2000) by Miller and Madow
     assert abs(found.corrected) < 0.01
     assert found.corrected == found.raw - found.shuffled
     assert label_information(codes, labels, seed=0) == found
@@ -49,5 +55,7 @@ def test_clusters_find_what_the_states_hold_and_skip_unknown_labels():
 
 def test_more_clusters_than_labelled_states_are_refused():
     labels = np.array([1] * 10 + [-1] * 90)
-    with pytest.raises(InputError, match="10 states have a label, too few for 50 clusters"):
+    with pytest.raises(
+        InputError, match="10 states have a label, too few for 50 clusters"
+    ):
         cluster_information(np.zeros((100, 2)), labels, seed=0, clusters=(50,))

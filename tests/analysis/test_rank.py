@@ -28,7 +28,9 @@ def test_equal_directions_count_one_each_wherever_the_cloud_lies(count):
 
 def test_unequal_directions_count_by_the_entropy_of_singular_values_and_not_of_variances():
     values = np.array([4.0, 2.0, 1.0, 1.0])
-    expected = np.exp(-(0.5 * np.log(0.5) + 0.25 * np.log(0.25) + 2 * 0.125 * np.log(0.125)))
+    expected = np.exp(
+        -(0.5 * np.log(0.5) + 0.25 * np.log(0.25) + 2 * 0.125 * np.log(0.125))
+    )
     assert effective_rank(singular_values(cloud(values))) == pytest.approx(expected)
 
 

@@ -25,7 +25,15 @@ from tests.analysis.study_folder import (
 )
 from tokenrec.analysis.figure_style import assign_styles
 from tokenrec.analysis.study_files import Difference, read_study
-from tokenrec.analysis.summary import Place, Summary, best_model, chosen_rates, search_of, summarize_study, verdict
+from tokenrec.analysis.summary import (
+    MetricKey,
+    Summary,
+    best_model,
+    chosen_rates,
+    search_of,
+    summarize_study,
+    verdict,
+)
 from tokenrec.cli.main import main
 from tokenrec.errors import InputError
 
@@ -33,7 +41,7 @@ pytest.importorskip("matplotlib")
 
 from tokenrec.analysis.report import write_report
 
-CLICK, LOSS = Place("test", "click", "auc"), Place("test", "click", "log_loss")
+CLICK, LOSS = MetricKey("test", "click", "auc"), MetricKey("test", "click", "log_loss")
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +65,17 @@ def words(markup: str) -> str:
 def tables(page: Path) -> dict[str, dict[str, list[str]]]:
     """Rows of each table by its title, then by the first cell."""
     found = {}
-    for figure in re.findall(r'<figure class="tabled">(.*?)</figure>', page.read_text(), re.DOTALL):
+    for figure in re.findall(
+        r'<figure class="tabled">(.*?)</figure>', page.read_text(), re.DOTALL
+    ):
         title = words(re.findall(r"<b>(.*?)</b>", figure)[0]).rstrip(".")
         rows = [
-            re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?>(.*?)</tr>", figure, re.DOTALL)
+            re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row)
+            for row in re.findall(r"<tr.*?>(.*?)</tr>", figure, re.DOTALL)
         ]
-        found[title] = {words(row[0]): [words(cell) for cell in row[1:]] for row in rows}
+        found[title] = {
+            words(row[0]): [words(cell) for cell in row[1:]] for row in rows
+        }
     return found
 
 
@@ -87,19 +100,44 @@ def test_means_deviations_and_differences_are_those_of_the_results(page: Path) -
     assert click["item_rate"] == ["0.6500", "0.6600"]
 
 
-def test_models_are_listed_with_what_they_set_their_rate_size_speed_and_flops(page: Path) -> None:
+def test_models_are_listed_with_what_they_set_their_rate_size_speed_and_flops(
+    page: Path,
+) -> None:
     models = tables(page)["Models"]
-    assert models["ours"] == ["those of the base", "0.001", "3", "4,321", "1,001", "2.00 M"]
-    assert models["rival"] == ["model.gate = False", "0.01", "3", "4,321", "1,001", "8.00 M"]
+    assert models["ours"] == [
+        "those of the base",
+        "0.001",
+        "3",
+        "4,321",
+        "1,001",
+        "2.00 M",
+    ]
+    assert models["rival"] == [
+        "model.gate = False",
+        "0.01",
+        "3",
+        "4,321",
+        "1,001",
+        "8.00 M",
+    ]
     assert models["plain"][-1] == "-"
     assert "item_rate" not in models
 
 
 def test_differences_are_put_in_words(page: Path) -> None:
     rows = tables(page)["AUC against ours, test"]
-    assert rows["rival"] == ["+0.0200", "[+0.0050, +0.0350]", "0.010", "800", "2,000", "better"]
+    assert rows["rival"] == [
+        "+0.0200",
+        "[+0.0050, +0.0350]",
+        "0.010",
+        "800",
+        "2,000",
+        "better",
+    ]
     assert rows["plain"][-1] == "≈ not distinguishable from 0"
-    assert "better: rival; not distinguishable from it: plain." in words(page.read_text())
+    assert "better: rival; not distinguishable from it: plain." in words(
+        page.read_text()
+    )
 
 
 def test_the_search_is_shown_on_the_seed_that_all_rates_share(page: Path) -> None:
@@ -117,23 +155,34 @@ def test_a_rate_between_others_is_not_at_the_edge(tmp_path: Path) -> None:
     assert search.at_edge("plain", 0.001)
 
 
-def test_the_chosen_rate_has_most_seeds_and_among_equals_the_best_value_on_valid(study: Path) -> None:
+def test_the_chosen_rate_has_most_seeds_and_among_equals_the_best_value_on_valid(
+    study: Path,
+) -> None:
     results = read_study(study).results
     assert chosen_rates(results) == {"ours": 0.001, "rival": 0.01, "plain": 0.001}
     ours = ("ours", 0.01)
-    better = [dataclasses.replace(r, value=0.9) if (r.model, r.learning_rate) == ours else r for r in results]
+    better = [
+        dataclasses.replace(r, value=0.9) if (r.model, r.learning_rate) == ours else r
+        for r in results
+    ]
     assert chosen_rates(better)["ours"] == 0.001
     one_seed = [row for row in better if row.seed == 0]
     assert chosen_rates(one_seed) == {"ours": 0.01, "rival": 0.01, "plain": 0.001}
 
 
-def test_a_task_with_few_positives_is_grey_with_the_reason_and_without_differences(page: Path) -> None:
+def test_a_task_with_few_positives_is_grey_with_the_reason_and_without_differences(
+    page: Path,
+) -> None:
     text = page.read_text()
     assert text.count("No claim: 57 positives in test, fewer than 500.") == 1
-    assert text.count("No claim: the mean holds rare, of which nothing is claimed.") == 2
+    assert (
+        text.count("No claim: the mean holds rare, of which nothing is claimed.") == 2
+    )
     assert tables(page)["rare, test"]["rival"] == ["0.7400 ± 0.0173"]
     grey = re.findall(
-        r'<figure class="tabled">(?:(?!</figure>).)*<table class="unclaimed">.*?</figure>', text, re.DOTALL
+        r'<figure class="tabled">(?:(?!</figure>).)*<table class="unclaimed">.*?</figure>',
+        text,
+        re.DOTALL,
     )
     assert len(grey) == 4
     assert not any("best" in table or "gap" in table for table in grey)
@@ -142,15 +191,27 @@ def test_a_task_with_few_positives_is_grey_with_the_reason_and_without_differenc
 def test_tasks_of_unknown_positives_are_not_claimed(tmp_path: Path) -> None:
     write_study(tmp_path / "s", optional=False)
     write_about(tmp_path / "s", data={})
-    assert set(summary_of(tmp_path / "s").no_claim) == {(s, t) for s in ("valid", "test") for t in ("rare", "macro")}
+    assert set(summary_of(tmp_path / "s").no_claim) == {
+        (s, t) for s in ("valid", "test") for t in ("rare", "macro")
+    }
     (tmp_path / "s" / "differences.parquet").unlink()
     assert "not recorded" in summary_of(tmp_path / "s").no_claim["test", "click"]
 
 
-def test_the_best_is_bold_only_where_its_lead_is_distinguishable(page: Path, tmp_path: Path) -> None:
-    assert page.read_text().count("number best") == 4  # AUC and log loss of click, on valid and test
-    assert best_model(with_gaps(tmp_path / "a", {"rival": (0.02, 0.005, 0.035)}), CLICK) == "rival"
-    assert best_model(with_gaps(tmp_path / "b", {"rival": (0.02, -0.001, 0.041)}), CLICK) is None
+def test_the_best_is_bold_only_where_its_lead_is_distinguishable(
+    page: Path, tmp_path: Path
+) -> None:
+    assert (
+        page.read_text().count("number best") == 4
+    )  # AUC and log loss of click, on valid and test
+    assert (
+        best_model(with_gaps(tmp_path / "a", {"rival": (0.02, 0.005, 0.035)}), CLICK)
+        == "rival"
+    )
+    assert (
+        best_model(with_gaps(tmp_path / "b", {"rival": (0.02, -0.001, 0.041)}), CLICK)
+        is None
+    )
     assert best_model(with_gaps(tmp_path / "c", {}), CLICK) is None
 
 
@@ -158,7 +219,10 @@ def test_a_reference_is_best_only_where_the_next_model_is_worse(tmp_path: Path) 
     def with_reference_ahead(name: str, low: float, high: float) -> Summary:
         folder = write_study(tmp_path / name, optional=False)
         write_about(folder, reference="rival")
-        rows = [(NAME, model, "rival", *CLICK, -0.02, low, high, 0.5, 800, 2000) for model in ("ours", "plain")]
+        rows = [
+            (NAME, model, "rival", *CLICK, -0.02, low, high, 0.5, 800, 2000)
+            for model in ("ours", "plain")
+        ]
         write_rows(folder / "differences.parquet", DIFFERENCE, rows)
         return summary_of(folder)
 
@@ -174,29 +238,53 @@ def test_less_is_better_for_losses(study: Path) -> None:
 
 def test_an_interval_that_touches_zero_is_not_a_difference() -> None:
     def gap(low: float | None, high: float | None) -> Difference:
-        return Difference(NAME, "rival", "ours", "test", "click", "auc", 0.01, low, high, 0.05, 9, 900)
+        return Difference(
+            NAME, "rival", "ours", "test", "click", "auc", 0.01, low, high, 0.05, 9, 900
+        )
 
-    assert [verdict(gap(0.0, 0.02)), verdict(gap(0.001, 0.02)), verdict(gap(None, None))] == [
+    assert [
+        verdict(gap(0.0, 0.02)),
+        verdict(gap(0.001, 0.02)),
+        verdict(gap(None, None)),
+    ] == [
         "equal",
         "better",
         "unknown",
     ]
 
 
-def test_figures_are_in_the_page_and_in_files_each_with_its_commands(page: Path) -> None:
+def test_figures_are_in_the_page_and_in_files_each_with_its_commands(
+    page: Path,
+) -> None:
     text = page.read_text()
     drawn = re.findall(r'<figure class="drawn">(.*?)</figure>', text, re.DOTALL)
-    names = ["attention", "curves", "differences", "information", "maps", "quality-flops", "ranks", "spectra"]
+    names = [
+        "attention",
+        "curves",
+        "differences",
+        "information",
+        "maps",
+        "quality-flops",
+        "ranks",
+        "spectra",
+    ]
     files = sorted((page.parent / "figures").iterdir())
     assert [file.name for file in files] == [f"{NAME}-{name}.png" for name in names]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     assert len(drawn) == len(names)
-    for figure in (*drawn, *re.findall(r'<figure class="tabled">(.*?)</figure>', text, re.DOTALL)):
-        said = [words(line) for line in re.findall(r'<p class="command">(.*?)</p>', figure)]
+    for figure in (
+        *drawn,
+        *re.findall(r'<figure class="tabled">(.*?)</figure>', text, re.DOTALL),
+    ):
+        said = [
+            words(line) for line in re.findall(r'<p class="command">(.*?)</p>', figure)
+        ]
         assert said[0] == "tokenrec study --config=made_up --out=studies/made-up"
         title = words(re.findall(r"<figcaption><b>(.*?)\.</b>", figure)[0])
         inside = re.match(r"Effective rank|Spectra|Information|Attention", title)
-        assert said[1:-1] == (["python -m benchmarks.study_states --study=made-up"] if inside else []), title
+        assert said[1:-1] == (
+            ["python -m benchmarks.study_states --study=made-up"] if inside else []
+        ), title
         assert said[-1].startswith("tokenrec report --study=")
     ids = re.findall(r'\bid="([^"]*)"', text)
     assert len(ids) == len(set(ids))
@@ -206,18 +294,26 @@ def test_the_page_needs_no_network_no_script_and_no_other_file(page: Path) -> No
     text = page.read_text()
     for word in ("http", "src=", "<script", "<link", "@import", "<iframe", "<metadata"):
         assert word not in text
-    assert set(re.findall(r'href="(#|data:image/png;base64,|.)', text)) == {"#", "data:image/png;base64,"}
+    assert set(re.findall(r'href="(#|data:image/png;base64,|.)', text)) == {
+        "#",
+        "data:image/png;base64,",
+    }
     assert set(re.findall(r"url\((.)", text)) <= {"#"}
 
 
 def test_ranks_are_those_of_the_last_step(page: Path) -> None:
     # Step 2: 20 and 21, plus the seed.
-    assert tables(page)["Effective rank of the event states"]["ours"] == ["21.0 ± 1.0", "22.0 ± 1.0"]
+    assert tables(page)["Effective rank of the event states"]["ours"] == [
+        "21.0 ± 1.0",
+        "22.0 ± 1.0",
+    ]
 
 
 def test_runs_that_diverged_are_named(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", optional=False)
-    assert "<dt>diverged</dt>" not in write_report([folder], tmp_path / "out").read_text()
+    assert (
+        "<dt>diverged</dt>" not in write_report([folder], tmp_path / "out").read_text()
+    )
     write_about(folder, diverged=["rival/lr-1/seed-0", "plain/lr-1/seed-0"])
     text = write_report([folder], tmp_path / "out").read_text()
     assert "<dt>diverged</dt><dd>rival/lr-1/seed-0, plain/lr-1/seed-0</dd>" in text
@@ -254,14 +350,20 @@ def test_studies_share_a_page_and_the_styles_of_their_models(tmp_path: Path) -> 
     assert set(colours) == {assign_styles(["ours", "rival"])["rival"].colour}
 
 
-def test_equal_results_make_an_equal_page(study: Path, page: Path, tmp_path: Path) -> None:
+def test_equal_results_make_an_equal_page(
+    study: Path, page: Path, tmp_path: Path
+) -> None:
     again = write_report([study], tmp_path).read_text()
     assert again.replace(str(tmp_path), str(page.parent)) == page.read_text()
 
 
 def test_an_unfinished_study_says_so(tmp_path: Path) -> None:
     write_study(tmp_path / "s", optional=False)
-    rows = [row for row in result_rows() if row[1] != "plain" and not (row[1] == "rival" and row[2] == 2)]
+    rows = [
+        row
+        for row in result_rows()
+        if row[1] != "plain" and not (row[1] == "rival" and row[2] == 2)
+    ]
     write_rows(tmp_path / "s" / "results.parquet", RESULT, rows)
     write_rows(tmp_path / "s" / "differences.parquet", DIFFERENCE, [])
     text = words(write_report([tmp_path / "s"], tmp_path / "out").read_text())
@@ -274,13 +376,20 @@ def test_names_are_text_and_never_markup(tmp_path: Path) -> None:
     assert "<h1>Study &lt;b&gt;&amp;</h1>" in text
 
 
-def test_a_value_that_is_not_a_number_is_undefined_and_so_is_its_mean(tmp_path: Path) -> None:
+def test_a_value_that_is_not_a_number_is_undefined_and_so_is_its_mean(
+    tmp_path: Path,
+) -> None:
     write_study(tmp_path / "s", optional=False)
-    rows = [(*row[:7], float("nan"), *row[8:]) if row[:3] == (NAME, "ours", 1) else row for row in result_rows()]
+    rows = [
+        (*row[:7], float("nan"), *row[8:]) if row[:3] == (NAME, "ours", 1) else row
+        for row in result_rows()
+    ]
     write_rows(tmp_path / "s" / "results.parquet", RESULT, rows)
     summary = summary_of(tmp_path / "s")
     assert summary.spreads[CLICK]["ours"].mean is None
-    assert summary.spreads[CLICK]["rival"].mean == pytest.approx(sum(CLICK_AUC["rival"]) / 3)
+    assert summary.spreads[CLICK]["rival"].mean == pytest.approx(
+        sum(CLICK_AUC["rival"]) / 3
+    )
 
 
 def no_reference(folder: Path) -> None:
@@ -288,7 +397,9 @@ def no_reference(folder: Path) -> None:
 
 
 def drop_column(folder: Path) -> None:
-    write_rows(folder / "results.parquet", RESULT[:-1], [row[:-1] for row in result_rows()])
+    write_rows(
+        folder / "results.parquet", RESULT[:-1], [row[:-1] for row in result_rows()]
+    )
 
 
 def repeat_row(folder: Path) -> None:
@@ -296,39 +407,76 @@ def repeat_row(folder: Path) -> None:
 
 
 def text_as_value(folder: Path) -> None:
-    write_rows(folder / "results.parquet", RESULT, [(*row[:7], "high", *row[8:]) for row in result_rows()])
+    write_rows(
+        folder / "results.parquet",
+        RESULT,
+        [(*row[:7], "high", *row[8:]) for row in result_rows()],
+    )
 
 
 def stranger(folder: Path) -> None:
-    write_rows(folder / "curves.parquet", CURVE, [(NAME, "rivel", 0, 0.01, 1, "train/loss", 0.5)])
+    write_rows(
+        folder / "curves.parquet",
+        CURVE,
+        [(NAME, "rivel", 0, 0.01, 1, "train/loss", 0.5)],
+    )
 
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no study": (lambda f: (f / "study.json").unlink(), r"holds no study\.json; name the --out folder"),
+    "no study": (
+        lambda f: (f / "study.json").unlink(),
+        r"holds no study\.json; name the --out folder",
+    ),
     "no JSON": (lambda f: (f / "study.json").write_text("{"), "is not JSON"),
     "no object": (lambda f: (f / "study.json").write_text("[]"), "not a JSON object"),
-    "no field": (lambda f: (f / "study.json").write_text(json.dumps({"study": "a"})), "no field 'command'"),
+    "no field": (
+        lambda f: (f / "study.json").write_text(json.dumps({"study": "a"})),
+        "no field 'command'",
+    ),
     "wrong field": (lambda f: write_about(f, seeds="three"), "seeds='three' is not"),
-    "wrong positives": (lambda f: write_about(f, data={"positives": {"test": 3}}), "data.positives"),
-    "no results": (lambda f: (f / "results.parquet").unlink(), "results.parquet: cannot be read"),
-    "broken results": (lambda f: (f / "results.parquet").write_bytes(b"PAR1"), "results.parquet: cannot be read"),
-    "empty results": (lambda f: write_rows(f / "results.parquet", RESULT, []), "has no rows; let the study end"),
+    "wrong positives": (
+        lambda f: write_about(f, data={"positives": {"test": 3}}),
+        "data.positives",
+    ),
+    "no results": (
+        lambda f: (f / "results.parquet").unlink(),
+        "results.parquet: cannot be read",
+    ),
+    "broken results": (
+        lambda f: (f / "results.parquet").write_bytes(b"PAR1"),
+        "results.parquet: cannot be read",
+    ),
+    "empty results": (
+        lambda f: write_rows(f / "results.parquet", RESULT, []),
+        "has no rows; let the study end",
+    ),
     "no column": (drop_column, "has no column 'parameters'"),
     "text as value": (text_as_value, "column 'value': 'high' is not"),
     "a row twice": (repeat_row, "stands there 2 times"),
     "no reference": (no_reference, "no run of the reference 'nobody'"),
-    "other study": (lambda f: write_about(f, "other"), "has rows of study 'made-up', study.json is of 'other'"),
+    "other study": (
+        lambda f: write_about(f, "other"),
+        "has rows of study 'made-up', study.json is of 'other'",
+    ),
     "unknown model": (
         stranger,
         "curves.parquet: has rows of model 'rivel', and results.parquet has none; did you mean 'rival'",
     ),
-    "no command": (lambda f: (f / "states.json").write_text("[]"), r"states\.json: is not \{command: words\}"),
-    "no FLOPs": (lambda f: (f / "flops.json").write_text('{"ours": 0}'), "flops.json: is not"),
+    "no command": (
+        lambda f: (f / "states.json").write_text("[]"),
+        r"states\.json: is not \{command: words\}",
+    ),
+    "no FLOPs": (
+        lambda f: (f / "flops.json").write_text('{"ours": 0}'),
+        "flops.json: is not",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_wrong_input_is_refused_by_name_and_leaves_the_page_before(case: str, tmp_path: Path) -> None:
+def test_wrong_input_is_refused_by_name_and_leaves_the_page_before(
+    case: str, tmp_path: Path
+) -> None:
     spoil, message = REFUSED[case]
     spoil(write_study(tmp_path / "s", optional=False))
     (tmp_path / "report.html").write_text("before")
@@ -343,7 +491,9 @@ def test_a_study_given_twice_is_refused(tmp_path: Path) -> None:
         write_report([folder, folder], tmp_path / "out")
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(study: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_folder_is_refused(
+    study: Path, tmp_path: Path
+) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(InputError, match="is a file; name a folder"):
         write_report([study], tmp_path / "out")

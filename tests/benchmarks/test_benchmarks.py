@@ -10,35 +10,70 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import attention, sparsecore_topology, step, timing
-from benchmarks.attention_cases import Case, Sizes, compile_case, local_mesh, random_inputs, useful_flops
+from benchmarks import attention, step, timing
+from benchmarks.attention_cases import (
+    Case,
+    Sizes,
+    compile_case,
+    local_mesh,
+    random_inputs,
+    useful_flops,
+)
 from benchmarks.peers import attention as peers
 from benchmarks.plot import plot_throughput
 from tokenrec.config.validate import validate
 from tokenrec.errors import InputError
 from tokenrec.ops.attention.pattern import causal_pattern
 
-TINY = ("--seq-lens", "64", "--batch", "2", "--heads", "2", "--head-dim", "8", "--matmul", "64", "--repeats", "1")
+TINY = (
+    "--seq-lens",
+    "64",
+    "--batch",
+    "2",
+    "--heads",
+    "2",
+    "--head-dim",
+    "8",
+    "--matmul",
+    "64",
+    "--repeats",
+    "1",
+)
 KEY = ["mesh", "seq_len", "window", "implementation", "dtype", "pass"]
-TIMES = ["milliseconds", "least_milliseconds", "tokens_per_second", "tflops", "peak_fraction", "temporary_mib"]
+TIMES = [
+    "milliseconds",
+    "least_milliseconds",
+    "tokens_per_second",
+    "tflops",
+    "peak_fraction",
+    "temporary_mib",
+]
 
 
 def run(tmp_path, *flags, name="new"):
     attention.main([*TINY, "--no-png", "--out", str(tmp_path / name), *flags])
-    return json.loads((tmp_path / f"{name}.json").read_text()), (tmp_path / f"{name}.md").read_text()
+    return json.loads((tmp_path / f"{name}.json").read_text()), (
+        tmp_path / f"{name}.md"
+    ).read_text()
 
 
 def test_a_row_for_every_case_with_the_documented_columns(tmp_path):
-    found, page = run(tmp_path, "--windows", "16", "full", "--implementations", "dense", "blocked")
+    found, page = run(
+        tmp_path, "--windows", "16", "full", "--implementations", "dense", "blocked"
+    )
     assert [list(row) for row in found["rows"]] == [[*KEY, *TIMES]] * 8
-    assert {(row["window"], row["implementation"], row["pass"]) for row in found["rows"]} == {
+    assert {
+        (row["window"], row["implementation"], row["pass"]) for row in found["rows"]
+    } == {
         (window, name, pass_)
         for window in (16, "full")
         for name in ("dense", "blocked")
         for pass_ in ("forward", "forward_backward")
     }
     for row in found["rows"]:
-        assert row["tokens_per_second"] * row["milliseconds"] == pytest.approx(2 * 64 * 1e3)
+        assert row["tokens_per_second"] * row["milliseconds"] == pytest.approx(
+            2 * 64 * 1e3
+        )
         assert 0 < row["least_milliseconds"] <= row["milliseconds"]
         assert row["peak_fraction"] > 0
         assert row["temporary_mib"] >= 0
@@ -51,7 +86,10 @@ def test_useful_work_is_the_visible_pairs_and_three_and_a_half_times_that_with_g
         case = Case("1x1x1", 9, window, "dense", "float32", "forward")
         pairs = causal_pattern(9, 9).visible(window).sum()
         assert useful_flops(case, Sizes(2, 3, 4)) == 4 * 4 * 3 * 2 * pairs
-        assert useful_flops(case._replace(pass_="forward_backward"), Sizes(2, 3, 4)) == 14 * 4 * 3 * 2 * pairs
+        assert (
+            useful_flops(case._replace(pass_="forward_backward"), Sizes(2, 3, 4))
+            == 14 * 4 * 3 * 2 * pairs
+        )
 
 
 def test_the_program_timed_computes_attention_and_its_gradients_on_a_mesh():
@@ -79,12 +117,27 @@ def test_what_is_not_timed_is_said_with_its_reason(tmp_path):
     assert {row["implementation"] for row in found["rows"]} == {"dense"}
     begin = "dense, float32, mesh 1x1x1: "
     assert (
-        "splash, float32, mesh 1x1x1: it is not for a cpu, which has blocked, dense (seq_len, window: 64, 16)" in page
+        "splash, float32, mesh 1x1x1: it is not for a cpu, which has blocked, dense (seq_len, window: 64, 16)"
+        in page
     )
-    assert f"{begin}the window holds the whole stream, which is full attention (seq_len, window: 64, 64)" in page
-    assert f"{begin}full attention is timed up to --full-to 32 (seq_len, window: 64, full)" in page
+    assert (
+        f"{begin}the window holds the whole stream, which is full attention (seq_len, window: 64, 64)"
+        in page
+    )
+    assert (
+        f"{begin}full attention is timed up to --full-to 32 (seq_len, window: 64, full)"
+        in page
+    )
     with pytest.raises(InputError, match="--logits-gib is 1e-06"):
-        run(tmp_path, "--windows", "16", "--implementations", "dense", "--logits-gib", "1e-6")
+        run(
+            tmp_path,
+            "--windows",
+            "16",
+            "--implementations",
+            "dense",
+            "--logits-gib",
+            "1e-6",
+        )
 
 
 def test_against_pairs_rows_by_key_and_names_those_without_a_partner(tmp_path):
@@ -93,7 +146,15 @@ def test_against_pairs_rows_by_key_and_names_those_without_a_partner(tmp_path):
     old["rows"][1]["milliseconds"] = 1e6
     old["params"]["head_dim"] = 7
     (tmp_path / "old.json").write_text(json.dumps(old))
-    new, page = run(tmp_path, *flags, "--windows", "16", "32", "--against", str(tmp_path / "old.json"))
+    new, page = run(
+        tmp_path,
+        *flags,
+        "--windows",
+        "16",
+        "32",
+        "--against",
+        str(tmp_path / "old.json"),
+    )
     table, notes = attention.compare(old, new["params"], new["rows"])
     assert [row["window"] for row in table] == [16]
     assert table[0]["old / new"] == 1e6 / new["rows"][0]["milliseconds"]
@@ -109,7 +170,11 @@ def test_against_pairs_rows_by_key_and_names_those_without_a_partner(tmp_path):
 def test_ratios_are_medians_of_the_ratios_inside_a_turn():
     dense = Case("1x1x1", 64, 16, "dense", "float32", "forward")
     mine, longer = dense._replace(implementation="blocked"), dense._replace(seq_len=256)
-    seconds = {dense: [2.0, 20.0, 3.0], mine: [1.0, 10.0, 1.0], longer: [8.0, 100.0, 12.0]}
+    seconds = {
+        dense: [2.0, 20.0, 3.0],
+        mine: [1.0, 10.0, 1.0],
+        longer: [8.0, 100.0, 12.0],
+    }
     assert [row["dense / this"] for row in attention.speedups(seconds)] == [2.0]
     assert [row["4 x seq_len / seq_len"] for row in attention.growth(seconds)] == [4.0]
 
@@ -130,15 +195,39 @@ def test_wrong_input_is_named_with_its_remedy(tmp_path, flags, message):
 
 
 def test_a_topology_is_handed_over_row_by_row(tmp_path, monkeypatch):
-    def topology_rows(topology, mesh_shapes, seq_lens, windows, implementations, dtype, passes, slices):
-        yield {"topology": topology, "meshes": mesh_shapes, "windows": windows, "dtype": dtype, "slices": slices}
+    def topology_rows(
+        topology, mesh_shapes, seq_lens, windows, implementations, dtype, passes, slices
+    ):
+        yield {
+            "topology": topology,
+            "meshes": mesh_shapes,
+            "windows": windows,
+            "dtype": dtype,
+            "slices": slices,
+        }
 
     stand_in = ModuleType("benchmarks.attention_topology")
     stand_in.topology_rows = topology_rows
     monkeypatch.setitem(sys.modules, "benchmarks.attention_topology", stand_in)
-    flags = ("--meshes", "64x1x1", "--windows", "16", "full", "--dtypes", "bfloat16", "--slices", "2")
+    flags = (
+        "--meshes",
+        "64x1x1",
+        "--windows",
+        "16",
+        "full",
+        "--dtypes",
+        "bfloat16",
+        "--slices",
+        "2",
+    )
     found, _ = run(tmp_path, "--topology", "v5p:4x4x4", *flags)
-    row = {"topology": "v5p:4x4x4", "meshes": [[64, 1, 1]], "windows": [16, None], "dtype": "bfloat16", "slices": 2}
+    row = {
+        "topology": "v5p:4x4x4",
+        "meshes": [[64, 1, 1]],
+        "windows": [16, None],
+        "dtype": "bfloat16",
+        "slices": 2,
+    }
     assert found["rows"] == [row]
 
 
@@ -166,15 +255,42 @@ def test_peers_name_the_extra_that_is_missing(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_peers_compute_what_we_compute(tmp_path):
     pytest.importorskip("torch")
-    sizes = ("--seq-lens", "64", "--windows", "16", "full", "--batch", "1", "--heads", "2", "--head-dim", "16")
+    sizes = (
+        "--seq-lens",
+        "64",
+        "--windows",
+        "16",
+        "full",
+        "--batch",
+        "1",
+        "--heads",
+        "2",
+        "--head-dim",
+        "16",
+    )
     threads = str(len(os.sched_getaffinity(0)))
-    peers.main([*sizes, "--repeats", "1", "--threads", threads, "--out", str(tmp_path / "peers")])
+    peers.main(
+        [
+            *sizes,
+            "--repeats",
+            "1",
+            "--threads",
+            threads,
+            "--out",
+            str(tmp_path / "peers"),
+        ]
+    )
     found = json.loads((tmp_path / "peers.json").read_text())
     assert found["versions"]["torch"]
     for row in found["rows"]:
         assert row["note"] or row["milliseconds"] > 0
     names = {row["implementation"] for row in found["rows"] if row["milliseconds"]}
-    assert {"tokenrec blocked", "torch SDPA causal", "torch SDPA, band mask", "torch SDPA, hand-chunked"} <= names
+    assert {
+        "tokenrec blocked",
+        "torch SDPA causal",
+        "torch SDPA, band mask",
+        "torch SDPA, hand-chunked",
+    } <= names
 
 
 def test_turns_warm_up_and_run_every_variant_as_often():
@@ -183,7 +299,9 @@ def test_turns_warm_up_and_run_every_variant_as_often():
     def count(name):
         calls[name] += 1
 
-    seconds = timing.take_turns({name: lambda name=name: count(name) for name in calls}, 4)
+    seconds = timing.take_turns(
+        {name: lambda name=name: count(name) for name in calls}, 4
+    )
     assert calls == {"a": 4 + timing.WARM, "b": 4 + timing.WARM}
     assert {name: len(took) for name, took in seconds.items()} == {"a": 4, "b": 4}
 
@@ -192,28 +310,8 @@ def test_the_step_benchmark_still_makes_its_cases_and_table_runs():
     for config in (step.table_case(50)[0], *step.stream_cases().values()):
         validate(config)
     with jax.set_mesh(local_mesh("1x1x1", Sizes(1, 1, 1))):
-        runs = {f"dense={dense}": step.lookup_runs(100, 8, dense=dense) for dense in (False, True)}
+        runs = {
+            f"dense={dense}": step.lookup_runs(100, 8, dense=dense)
+            for dense in (False, True)
+        }
         assert {len(took) for took in timing.take_turns(runs, 1).values()} == {1}
-
-
-def test_the_sparse_core_benchmark_compiles_three_programs_for_each_topology(tmp_path, monkeypatch):
-    def row(topology, program, layout, **settings):
-        return {"topology": topology, "program": program, "layout": layout}
-
-    monkeypatch.setattr(sparsecore_topology, "topology_row", row)
-    sparsecore_topology.main(["--topology", "v6e:2x2", "v5p:2x2x1", "--rows", "9", "--out", str(tmp_path / "new")])
-    found = json.loads((tmp_path / "new.json").read_text())
-    each = [("look-up", "rows"), ("update", "rows"), ("update", "default")]
-    made = [(one["topology"], one["program"], one["layout"]) for one in found["rows"]]
-    assert made == [(topology, *one) for topology in ("v6e:2x2", "v5p:2x2x1") for one in each]
-    assert found["command"].endswith(
-        "--topology v6e:2x2 v5p:2x2x1 --rows 9 --width 16 --places-per-chip 65536 --tensor 1"
-    )
-
-
-@pytest.mark.tpu_compiler
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_the_sparse_core_benchmark_refuses_chips_without_them(tmp_path):
-    with pytest.raises(InputError, match="'TPU v5 lite' has no sparse cores"):
-        sparsecore_topology.main(["--topology", "v5e:2x2", "--out", str(tmp_path / "new")])
-    assert not list(tmp_path.iterdir())

@@ -25,9 +25,17 @@ from tokenrec.runtime.files import write_json
 
 
 def record(rank: float) -> dict[str, Any]:
-    information = {task: {"100": {"corrected": nats}} for task, nats in (("click", 0.1), ("buy", 0.3))}
+    information = {
+        task: {"100": {"corrected": nats}}
+        for task, nats in (("click", 0.1), ("buy", 0.3))
+    }
     layer = {"effective_rank": rank, "information": information}
-    return {"auc": 0.7, "report": {"layers": {"tokens": layer | {"effective_rank": 20.0}, "layer_0": layer}}}
+    return {
+        "auc": 0.7,
+        "report": {
+            "layers": {"tokens": layer | {"effective_rank": 20.0}, "layer_0": layer}
+        },
+    }
 
 
 def test_orders_are_counted_seed_by_seed_in_the_last_layer():
@@ -65,7 +73,11 @@ def test_a_run_is_kept_with_its_spectra_in_five_digits():
         "seed": 1,
         "auc": 0.66667,
     }
-    assert row["layers"]["layer_0"] == {"effective_rank": 3, "nats": 0.2, "spectrum": [1.2346, 1e-7]}
+    assert row["layers"]["layer_0"] == {
+        "effective_rank": 3,
+        "nats": 0.2,
+        "spectrum": [1.2346, 1e-7],
+    }
 
 
 def test_arms_differ_in_static_fields_windows_and_gate_alone(tmp_path):

@@ -22,12 +22,18 @@ def test_damaged_files_end_in_equal_data_or_a_refusal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", ["equal", "sound"])
-def test_a_crash_and_other_data_are_told_with_their_seed(tmp_path: Path, rule: str) -> None:
+def test_a_crash_and_other_data_are_told_with_their_seed(
+    tmp_path: Path, rule: str
+) -> None:
     (tmp_path / "sound").mkdir()
     (tmp_path / "sound" / "file").write_text("000000")
 
     def read(folder: Path) -> str:
-        text = (folder / "file").read_bytes().decode("latin-1") if (folder / "file").is_file() else "!"
+        text = (
+            (folder / "file").read_bytes().decode("latin-1")
+            if (folder / "file").is_file()
+            else "!"
+        )
         if len(text) < 6:
             raise InputError("short") if text != "!" else KeyError("file")
         return text
@@ -37,8 +43,13 @@ def test_a_crash_and_other_data_are_told_with_their_seed(tmp_path: Path, rule: s
     row = rows[0]
     assert row["refused"] + row["equal"] + row["other data"] + row["failures"] == 60
     assert row["refused"]
-    assert any("KeyError" in failure and failure.startswith("--target 'one' --only ") for failure in failures)
-    assert any("other data than" in failure for failure in failures) == (rule == "equal")
+    assert any(
+        "KeyError" in failure and failure.startswith("--target 'one' --only ")
+        for failure in failures
+    )
+    assert any("other data than" in failure for failure in failures) == (
+        rule == "equal"
+    )
     assert bool(row["other data"]) == (rule == "sound")
 
 
@@ -48,7 +59,13 @@ def test_every_kind_of_damage_occurs_and_a_seed_says_which(tmp_path: Path) -> No
         for seed in range(60):
             path.write_bytes(b"0123456789" * 20)
             fuzz_readers.damage(path, np.random.default_rng(seed))
-            ends.append("folder" if path.is_dir() else path.read_bytes() if path.exists() else "gone")
+            ends.append(
+                "folder"
+                if path.is_dir()
+                else path.read_bytes()
+                if path.exists()
+                else "gone"
+            )
             path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
     assert ends[:60] == ends[60:]
     assert {"folder", "gone"} <= set(ends)
@@ -57,9 +74,17 @@ def test_every_kind_of_damage_occurs_and_a_seed_says_which(tmp_path: Path) -> No
     assert 200 in sizes
 
 
-def test_the_result_is_written_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warnings, "simplefilter", lambda action: None)  # it would outlast the test
-    fuzz_readers.main(["--cases", "3", "--target", "config.json", "--out", str(tmp_path / "result")])
+def test_the_result_is_written_with_its_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        warnings, "simplefilter", lambda action: None
+    )  # it would outlast the test
+    fuzz_readers.main(
+        ["--cases", "3", "--target", "config.json", "--out", str(tmp_path / "result")]
+    )
     result = json.loads((tmp_path / "result.json").read_text())
-    assert [(row["target"], row["cases"], row["failures"]) for row in result["rows"]] == [("config.json", 3, 0)]
+    assert [
+        (row["target"], row["cases"], row["failures"]) for row in result["rows"]
+    ] == [("config.json", 3, 0)]
     assert "--cases 3" in result["command"]

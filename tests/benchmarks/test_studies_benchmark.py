@@ -10,7 +10,9 @@ from tokenrec.analysis.study_files import read_study
 from tokenrec.analysis.summary import summarize_study
 
 
-def test_a_kept_study_can_be_reported_again_and_its_page_has_a_row_for_each_model(tmp_path):
+def test_a_kept_study_can_be_reported_again_and_its_page_has_a_row_for_each_model(
+    tmp_path,
+):
     folder = write_study(tmp_path / "study")
     (folder / "runs").mkdir()
     studies.main(["--study", str(folder), "--out", str(tmp_path / "kept")])
@@ -21,8 +23,15 @@ def test_a_kept_study_can_be_reported_again_and_its_page_has_a_row_for_each_mode
     assert kept["command"] == again.about.command
     models = [row["model"] for row in kept["rows"]]
     assert set(models) == {row.model for row in again.results}
-    ours, rival = (next(row for row in kept["rows"] if row["model"] == model) for model in ("ours", "rival"))
-    assert (rival["rate"], rival["seeds"], rival["click auc"]) == (0.01, 3, "0.7400 ± 0.0173")
+    ours, rival = (
+        next(row for row in kept["rows"] if row["model"] == model)
+        for model in ("ours", "rival")
+    )
+    assert (rival["rate"], rival["seeds"], rival["click auc"]) == (
+        0.01,
+        3,
+        "0.7400 ± 0.0173",
+    )
     assert rival["click auc - ours"] == "+0.0200 [+0.0050, +0.0350]"
     assert ours["click auc - ours"] is None
     gaps = studies.seed_gaps(again, summarize_study(again), "test")

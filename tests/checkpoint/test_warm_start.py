@@ -10,8 +10,8 @@ import pytest
 
 from tests.test_train import small
 from tests.worlds import mesh_of
-from tokenrec.checkpoint.checkpointer import Progress, RunCheckpoints
-from tokenrec.checkpoint.run_folder import start_run
+from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
+from tokenrec.checkpoint.run_folder import create_or_check_run
 from tokenrec.checkpoint.warm_start import warm_state
 from tokenrec.config import ModelConfig
 from tokenrec.data.dataset import open_dataset
@@ -21,8 +21,8 @@ from tokenrec.data.schema import FIRST_KNOWN
 from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError
-from tokenrec.evaluation.evaluate import compiled_eval_step, score_split
-from tokenrec.ops.tables.exchange import places_of, stored_rows
+from tokenrec.evaluation.evaluate import jit_eval_step, score_split
+from tokenrec.ops.tables.exchange import stored_rows, to_storage_index
 from tokenrec.state import build_model, init_state
 from tokenrec.train import train
 
@@ -52,20 +52,27 @@ def new(tmp_path_factory):
 
 def plain(data, **changes):
     """A config that compiles in little time."""
-    kept = {"data__exclude": EXCLUDED, "tokens__maker": "linear", "model__layers": 1, "model__windows": ()}
+    kept = {
+        "data__exclude": EXCLUDED,
+        "tokens__maker": "linear",
+        "model__layers": 1,
+        "model__windows": (),
+    }
     return small(data, **kept | changes)
 
 
 def opened(config):
     dataset = open_dataset(config.data.path, config.data.exclude)
-    return dataset, build_model(config, dataset.schema, task_names(dataset.schema, config.data))
+    return dataset, build_model(
+        config, dataset.schema, task_names(dataset.schema, config.data)
+    )
 
 
 def saved(workdir, config, mesh, change=lambda model, state: state):
     """A run on disk with one checkpoint, and its state, after a change."""
     dataset, model = opened(config)
-    with jax.set_mesh(mesh), RunCheckpoints(workdir, keep=1) as checkpoints:
-        start_run(config, dataset.schema, workdir)
+    with jax.set_mesh(mesh), Checkpointer(workdir, keep=1) as checkpoints:
+        create_or_check_run(config, dataset.schema, workdir)
         state = change(model, init_state(model, 7))
         checkpoints.save(STEP, state, Progress(), None)
     return model, state
@@ -82,32 +89,52 @@ def warmed(config, source, mesh):
 
 def rows_of(model, state, table):
     """`[rows, width]` of a table by id, whatever its storage."""
-    stack = next(stack for stack in model.embedder.stacks.values() if table in stack.offsets)
+    stack = next(
+        stack for stack in model.embedder.stacks.values() if table in stack.offsets
+    )
     rows = stack.offsets[table] + np.arange(model.embedder.tables[table])
     array = np.asarray(state.tables[stack.name])
-    return array[places_of(rows, stored_rows(stack.rows)) if stack.spread else rows]
+    return array[
+        to_storage_index(rows, stored_rows(stack.rows)) if stack.spread else rows
+    ]
 
 
 @pytest.mark.parametrize(
     ("source_mesh", "source_rows", "mesh", "rows"),
     [
         ((1, 1, 1), 100, (1, 1, 1), 100),
-        ((1, 1, 1), 45, (8, 1, 1), 45),  # the longer table is spread, the shorter was not
+        (
+            (1, 1, 1),
+            45,
+            (8, 1, 1),
+            45,
+        ),  # the longer table is spread, the shorter was not
         ((8, 1, 1), 20, (1, 1, 1), 100),  # spread, replicated
     ],
 )
-def test_each_row_is_carried_by_its_value(old, new, tmp_path, source_mesh, source_rows, mesh, rows):
-    there, before = saved(tmp_path, plain(old, tokens__replicate_rows=source_rows), mesh_of(*source_mesh))
-    here, fresh, state, listing = warmed(plain(new, tokens__replicate_rows=rows), tmp_path, mesh_of(*mesh))
+def test_each_row_is_carried_by_its_value(
+    old, new, tmp_path, source_mesh, source_rows, mesh, rows
+):
+    there, before = saved(
+        tmp_path, plain(old, tokens__replicate_rows=source_rows), mesh_of(*source_mesh)
+    )
+    here, fresh, state, listing = warmed(
+        plain(new, tokens__replicate_rows=rows), tmp_path, mesh_of(*mesh)
+    )
     moved = 0
     for table in VOCABULARIES:
-        known = [value if isinstance(value, str) else int(value) for value in load_vocabulary(old, table)]
+        known = [
+            value if isinstance(value, str) else int(value)
+            for value in load_vocabulary(old, table)
+        ]
         wanted = rows_of(here, fresh, table).copy()
         wanted[:FIRST_KNOWN] = rows_of(there, before, table)[:FIRST_KNOWN]
         values = load_vocabulary(new, table).tolist()
         for row, value in enumerate(values, FIRST_KNOWN):
             if value in known:
-                wanted[row] = rows_of(there, before, table)[FIRST_KNOWN + known.index(value)]
+                wanted[row] = rows_of(there, before, table)[
+                    FIRST_KNOWN + known.index(value)
+                ]
                 moved += FIRST_KNOWN + known.index(value) != row
         np.testing.assert_array_equal(rows_of(here, state, table), wanted)
         carried = FIRST_KNOWN + len(set(known) & set(values))
@@ -118,7 +145,9 @@ def test_each_row_is_carried_by_its_value(old, new, tmp_path, source_mesh, sourc
         }
     assert moved > 5
     assert listing["tables"]["item"]["new"] > 5 < listing["tables"]["item"]["dropped"]
-    np.testing.assert_array_equal(rows_of(here, state, "code"), rows_of(there, before, "code"))
+    np.testing.assert_array_equal(
+        rows_of(here, state, "code"), rows_of(there, before, "code")
+    )
     assert state.step == 0
     assert not any(np.any(rows.sum) for rows in state.opt_state["rows"].values())
     assert {name: state.tables[name].sharding for name in state.tables} == {
@@ -130,11 +159,21 @@ def test_predictions_are_those_of_the_other_run_where_nothing_grew(old, tmp_path
     config, mesh = plain(old, tokens__replicate_rows=20), mesh_of(4, 2, 1)
     _, before = saved(tmp_path, config, mesh)
     model, _, state, listing = warmed(config, tmp_path, mesh)
-    assert all(of == {"carried": True} or of["entries"]["new"] == 0 for of in listing["weights"].values())
+    assert all(
+        of == {"carried": True} or of["entries"]["new"] == 0
+        for of in listing["weights"].values()
+    )
     with jax.set_mesh(mesh):
-        dataset, step = opened(config)[0], compiled_eval_step(model)
+        dataset, step = opened(config)[0], jit_eval_step(model)
         scores = [
-            np.concatenate([s.probabilities for s in score_split(step, one, config, dataset, "valid", mesh, limit=32)])
+            np.concatenate(
+                [
+                    s.probabilities
+                    for s in score_split(
+                        step, one, config, dataset, "valid", mesh, limit=32
+                    )
+                ]
+            )
             for one in (before, state)
         ]
     assert scores[0].std() > 0
@@ -144,7 +183,9 @@ def test_predictions_are_those_of_the_other_run_where_nothing_grew(old, tmp_path
 def test_a_deeper_model_takes_the_layers_that_are_there_stacked_or_not(old, tmp_path):
     shape = {"width": 8, "heads": 1}
     config = plain(old)
-    config.model = ModelConfig(**shape, layers=4, windows=(4,), scan=3)  # layers 0 and 1 are stacked
+    config.model = ModelConfig(
+        **shape, layers=4, windows=(4,), scan=3
+    )  # layers 0 and 1 are stacked
     _, before = saved(tmp_path, config, mesh_of(1, 2, 1))
     config.model = ModelConfig(**shape, layers=5, windows=(4,), scan=3)  # layers 0 to 2
     config.data.tasks = {"buy": 1.0}
@@ -154,7 +195,9 @@ def test_a_deeper_model_takes_the_layers_that_are_there_stacked_or_not(old, tmp_
         of = weights[f"backbone/layers/{layer}/ffn/up"]
         assert of["carried"] == (layer < 4)
         assert of.get("reason") == (None if layer < 4 else "not there")
-    assert weights["backbone/layers/3/ffn/up"]["window"] == "window 4 there, all rows here"
+    assert (
+        weights["backbone/layers/3/ffn/up"]["window"] == "window 4 there, all rows here"
+    )
     up = [f"backbone/blocks/{number}/ffn/up" for number in range(3)]
     np.testing.assert_array_equal(state.params[up[0]][:2], before.params[up[0]])
     np.testing.assert_array_equal(state.params[up[0]][2], before.params[up[1]])
@@ -162,13 +205,19 @@ def test_a_deeper_model_takes_the_layers_that_are_there_stacked_or_not(old, tmp_
     np.testing.assert_array_equal(state.params[up[2]], fresh.params[up[2]])
     assert state.params[up[0]].sharding == fresh.params[up[0]].sharding
     # The head knows its tasks by name: of click and buy, the second is left.
-    np.testing.assert_array_equal(state.params["head/kernel"][:, 0], before.params["head/kernel"][:, 1])
+    np.testing.assert_array_equal(
+        state.params["head/kernel"][:, 0], before.params["head/kernel"][:, 1]
+    )
     assert weights["head/bias"]["entries"] == {"carried": 1, "new": 0, "dropped": 1}
 
 
-def test_a_maker_of_other_features_starts_afresh_though_its_shapes_are_the_same(old, tmp_path):
+def test_a_maker_of_other_features_starts_afresh_though_its_shapes_are_the_same(
+    old, tmp_path
+):
     saved(tmp_path, small(old, data__exclude=("load",)), mesh_of(1, 1, 1))
-    _, _, _, listing = warmed(small(old, data__exclude=("price",)), tmp_path, mesh_of(1, 1, 1))
+    _, _, _, listing = warmed(
+        small(old, data__exclude=("price",)), tmp_path, mesh_of(1, 1, 1)
+    )
     reason = listing["weights"]["history/state/output/kernel"]["reason"]
     assert "only there price (dense" in reason
     assert "only here load (dense" in reason
@@ -176,7 +225,9 @@ def test_a_maker_of_other_features_starts_afresh_though_its_shapes_are_the_same(
 
 
 def test_item_vectors_are_carried_by_item(old, new, tmp_path):
-    config = plain(old, data__objective="retrieval", tokens__replicate_rows=20, tokens__fused=True)
+    config = plain(
+        old, data__objective="retrieval", tokens__replicate_rows=20, tokens__fused=True
+    )
     config.head.negatives = 16
     mesh = mesh_of(2, 2, 1)
     there, before = saved(tmp_path, config, mesh)
@@ -200,19 +251,35 @@ def test_what_cannot_be_carried_is_refused(old, new, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(old, moved)
     saved(run, plain(moved, data__tasks={"click": 1.0}), mesh)
-    with pytest.raises(InputError, match=r"train\.warm_start='.*none': workdir '.*none' holds no run"):
+    with pytest.raises(
+        InputError, match=r"train\.warm_start='.*none': workdir '.*none' holds no run"
+    ):
         warmed(plain(new), tmp_path / "none", mesh)
-    with pytest.raises(InputError, match=r"checkpoint '3' is not there; use best, latest, or one of \[5\]"):
+    with pytest.raises(
+        InputError,
+        match=r"checkpoint '3' is not there; use best, latest, or one of \[5\]",
+    ):
         warmed(plain(new, train__warm_start_checkpoint="3"), run, mesh)
-    other = {"data__tasks": {"buy": 1.0}, "tokens__embedding_dim": 6, "model__width": 16}
-    with pytest.raises(InputError, match=r"nothing of that run fits this one: .*width 4 there, 6 here"):
+    other = {
+        "data__tasks": {"buy": 1.0},
+        "tokens__embedding_dim": 6,
+        "model__width": 16,
+    }
+    with pytest.raises(
+        InputError, match=r"nothing of that run fits this one: .*width 4 there, 6 here"
+    ):
         warmed(plain(new, **other), run, mesh)
 
     shutil.rmtree(moved)
-    with pytest.raises(InputError, match=r"not a prepared data set.*train\.warm_start_data"):
+    with pytest.raises(
+        InputError, match=r"not a prepared data set.*train\.warm_start_data"
+    ):
         warmed(plain(new), run, mesh)
     shutil.copytree(new, moved)  # prepared again in the same place
-    with pytest.raises(InputError, match=r"not the data set that it was trained on.*train\.warm_start_data"):
+    with pytest.raises(
+        InputError,
+        match=r"not the data set that it was trained on.*train\.warm_start_data",
+    ):
         warmed(plain(new), run, mesh)
     *_, listing = warmed(plain(new, train__warm_start_data=str(old)), run, mesh)
     assert listing["data"] == str(old)

@@ -18,8 +18,21 @@ from tokenrec.cli.main import main
 from tokenrec.config import Config
 from tokenrec.errors import InputError, NonFiniteError
 
-TASK = {"auc": 0.75, "gauc": None, "log_loss": 0.5, "normalized_entropy": 0.9, "positives": 3, "examples": 9}
-RESULT = {"split": "valid", "step": 20, "checkpoint": "best", "macro_auc": 0.75, "tasks": {"click": TASK}}
+TASK = {
+    "auc": 0.75,
+    "gauc": None,
+    "log_loss": 0.5,
+    "normalized_entropy": 0.9,
+    "positives": 3,
+    "examples": 9,
+}
+RESULT = {
+    "split": "valid",
+    "step": 20,
+    "checkpoint": "best",
+    "macro_auc": 0.75,
+    "tasks": {"click": TASK},
+}
 RUN = ["--workdir", "run", "--split", "valid"]
 TRAIN = ["train", "--config=synthetic", "--workdir=run"]
 
@@ -47,22 +60,43 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return call
 
 
-def test_train_gets_the_config_with_overrides_and_data(replace: Replace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_gets_the_config_with_overrides_and_data(
+    replace: Replace, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[tuple[Config, Path, bool]] = []
 
-    def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, Any]:
+    def train(
+        config: Config, workdir: Path, *, progress: bool = True
+    ) -> dict[str, Any]:
         seen.append((config, workdir, progress))
         return {"step": 20, "best_step": 10, "evaluation": {"tasks": {"click": TASK}}}
 
     replace("tokenrec.train", train=train)
-    assert main([*TRAIN, "--data=set", "--config.model.width", "128", "--config.seed=5", "--quiet"]) == 0
-    assert main(["train", "--config.seed=6", "--config", "synthetic", "--workdir", "run"]) == 0
+    assert (
+        main(
+            [
+                *TRAIN,
+                "--data=set",
+                "--config.model.width",
+                "128",
+                "--config.seed=5",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(["train", "--config.seed=6", "--config", "synthetic", "--workdir", "run"])
+        == 0
+    )
     (config, workdir, progress), (other, _, default_progress) = seen
     assert (config.model.width, config.seed, config.data.path) == (128, 5, "set")
     assert (workdir, progress, default_progress) == (Path("run"), False, True)
     assert (other.seed, other.data.name) == (6, "synthetic")
     printed = capsys.readouterr().out
-    assert all(part in printed for part in ("step 20", "best step 10", "click", "0.7500"))
+    assert all(
+        part in printed for part in ("step 20", "best step 10", "click", "0.7500")
+    )
 
 
 def test_evaluate_passes_its_flags_and_writes_whole_json(
@@ -71,30 +105,62 @@ def test_evaluate_passes_its_flags_and_writes_whole_json(
     seen: list[Any] = []
 
     def evaluate_run(
-        workdir: Path, split: str, checkpoint: str, data: Path | None, *, baselines: bool = False, limit: int = 0
+        workdir: Path,
+        split: str,
+        checkpoint: str,
+        data: Path | None,
+        *,
+        baselines: bool = False,
+        limit: int = 0,
     ) -> dict[str, Any]:
         seen.append((workdir, split, checkpoint, data, baselines, limit))
         return RESULT | (
-            {"baselines": {"popularity": {"tasks": {"click": TASK | {"auc": 0.5125}}}}} if baselines else {}
+            {"baselines": {"popularity": {"tasks": {"click": TASK | {"auc": 0.5125}}}}}
+            if baselines
+            else {}
         )
 
     replace("tokenrec.evaluation.evaluate", evaluate_run=evaluate_run)
     file = tmp_path / "deep" / "eval.json"
     assert main(["evaluate", *RUN]) == 0
-    flags = ["--checkpoint", "20", "--data", "set", "--json", str(file), "--baselines", "--samples=3000"]
+    flags = [
+        "--checkpoint",
+        "20",
+        "--data",
+        "set",
+        "--json",
+        str(file),
+        "--baselines",
+        "--samples=3000",
+    ]
     assert main(["evaluate", *RUN, *flags]) == 0
     run = (Path("run"), "valid")
-    assert seen == [(*run, "best", None, False, 0), (*run, "20", Path("set"), True, 3000)]
+    assert seen == [
+        (*run, "best", None, False, 0),
+        (*run, "20", Path("set"), True, 3000),
+    ]
     written = json.loads(file.read_text())
     assert written["tasks"]["click"] == TASK
-    assert set(written) == {"split", "step", "checkpoint", "macro_auc", "tasks", "baselines"}
+    assert set(written) == {
+        "split",
+        "step",
+        "checkpoint",
+        "macro_auc",
+        "tasks",
+        "baselines",
+    }
     assert list(file.parent.iterdir()) == [file]
     table = capsys.readouterr().out
     assert all(part in table for part in ("click", "popularity", "0.7500", "0.5125"))
 
 
-def test_failed_json_leaves_the_old_file_and_no_other(replace: Replace, tmp_path: Path) -> None:
-    replace("tokenrec.evaluation.evaluate", evaluate_run=lambda *_, **__: RESULT | {"macro_auc": float("nan")})
+def test_failed_json_leaves_the_old_file_and_no_other(
+    replace: Replace, tmp_path: Path
+) -> None:
+    replace(
+        "tokenrec.evaluation.evaluate",
+        evaluate_run=lambda *_, **__: RESULT | {"macro_auc": float("nan")},
+    )
     file = tmp_path / "eval.json"
     file.write_text("old")
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -103,10 +169,17 @@ def test_failed_json_leaves_the_old_file_and_no_other(replace: Replace, tmp_path
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_predict_passes_its_flags(replace: Replace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_passes_its_flags(
+    replace: Replace, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[Any] = []
-    replace("tokenrec.evaluation.predict", predict_run=lambda *arguments: seen.append(arguments) or 1234)
-    assert main(["predict", *RUN, "--checkpoint=latest", "--out", "scores.parquet"]) == 0
+    replace(
+        "tokenrec.evaluation.predict",
+        predict_run=lambda *arguments: seen.append(arguments) or 1234,
+    )
+    assert (
+        main(["predict", *RUN, "--checkpoint=latest", "--out", "scores.parquet"]) == 0
+    )
     assert seen == [(Path("run"), "valid", "latest", None, Path("scores.parquet"))]
     assert "1,234 rows" in capsys.readouterr().out
 
@@ -114,17 +187,33 @@ def test_predict_passes_its_flags(replace: Replace, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (InputError("data.path='x' is wrong; use y"), 2, "data.path='x' is wrong; use y"),
-        (PermissionError(13, "Permission denied", "run"), 2, "Permission denied: 'run'"),
+        (
+            InputError("data.path='x' is wrong; use y"),
+            2,
+            "data.path='x' is wrong; use y",
+        ),
+        (
+            PermissionError(13, "Permission denied", "run"),
+            2,
+            "Permission denied: 'run'",
+        ),
         (OSError(28, "No space left on device"), 2, "No space left"),
         (MemoryError("table of 10 TiB"), 3, "table of 10 TiB"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), 3, "RESOURCE_EXHAUSTED"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+            3,
+            "RESOURCE_EXHAUSTED",
+        ),
         (NonFiniteError("step 7: loss is nan"), 4, "step 7: loss is nan"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_each_failure_has_its_exit_code_and_one_message(
-    replace: Replace, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
+    replace: Replace,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    message: str,
 ) -> None:
     replace("tokenrec.train", train=raising(error))
     assert main(TRAIN) == code
@@ -135,8 +224,13 @@ def test_each_failure_has_its_exit_code_and_one_message(
     assert "Traceback" not in captured.err
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("bug"), FileNotFoundError(2, "No such file", "x")])
-def test_an_unexpected_failure_keeps_its_traceback(replace: Replace, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("a bug"), KeyError("bug"), FileNotFoundError(2, "No such file", "x")],
+)
+def test_an_unexpected_failure_keeps_its_traceback(
+    replace: Replace, error: Exception
+) -> None:
     replace("tokenrec.train", train=raising(error))
     with pytest.raises(type(error)):
         main(TRAIN)
@@ -169,7 +263,9 @@ WRONG_LINES = {
 
 
 @pytest.mark.parametrize("line", WRONG_LINES)
-def test_wrong_command_line_is_one_message_and_exit_code_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_command_line_is_one_message_and_exit_code_2(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(line.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("tokenrec: ")
@@ -177,24 +273,43 @@ def test_wrong_command_line_is_one_message_and_exit_code_2(line: str, capsys: py
     assert "Traceback" not in error
 
 
-def test_a_missing_data_set_names_the_folder_and_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["describe", "--config=synthetic", "--data", str(tmp_path / "none")]) == 2
+def test_a_missing_data_set_names_the_folder_and_the_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["describe", "--config=synthetic", "--data", str(tmp_path / "none")]) == 2
+    )
     error = capsys.readouterr().err
     assert str(tmp_path / "none") in error
     assert "tokenrec prepare" in error
 
 
 @pytest.mark.parametrize(
-    "verb", ["", "prepare", "prepare kuairand", "train", "evaluate", "predict", "describe", "compile", "report"]
+    "verb",
+    [
+        "",
+        "prepare",
+        "prepare kuairand",
+        "train",
+        "evaluate",
+        "predict",
+        "describe",
+        "compile",
+        "report",
+    ],
 )
-def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_explains_itself(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*verb.split(), "--help"])
     assert stop.value.code == 0
     assert f"usage: tokenrec {verb}".strip() in capsys.readouterr().out
 
 
-def test_kuairand_prepares_the_folder_that_download_returns(replace: Replace, tmp_path: Path) -> None:
+def test_kuairand_prepares_the_folder_that_download_returns(
+    replace: Replace, tmp_path: Path
+) -> None:
     seen: list[Any] = []
 
     def prepare(*arguments: Any, **options: Any) -> SimpleNamespace:
@@ -214,7 +329,10 @@ def test_kuairand_prepares_the_folder_that_download_returns(replace: Replace, tm
     source = ("2022-05-03", "2022-05-05")
     assert seen == [
         (((tmp_path, *source), Path("set")), {"overwrite": False}),
-        (((tmp_path / "pure", *source), Path("set")), {"overwrite": True, "overlap": 64}),
+        (
+            ((tmp_path / "pure", *source), Path("set")),
+            {"overwrite": True, "overlap": 64},
+        ),
     ]
 
 
@@ -226,19 +344,55 @@ def test_beam_is_asked_for_by_flag_and_needs_its_extra(
     assert main([*command, "--beam"]) == 2
     assert "--beam needs Apache Beam, which is not installed" in capsys.readouterr().err
     assert main([*command, "--beam-work", "shared"]) == 2
-    assert "--beam-work=shared is for Apache Beam; add --beam" in capsys.readouterr().err
+    assert (
+        "--beam-work=shared is for Apache Beam; add --beam" in capsys.readouterr().err
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verbs_work_together_from_log_to_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, workdir, metrics, scores = (str(tmp_path / name) for name in ("set", "run", "eval.json", "scores.parquet"))
-    small = ["--config.model.width=4", "--config.model.layers=1", "--config.model.windows=()", "--config.data.events=4"]
-    small += ["--config.tokens.maker=linear", "--config.data.batch_size=8", "--config.data.eval_batch_size=8"]
-    small += ["--config.data.exclude=interests,age,load,genre,price,vector,code,place,seconds"]  # compiles in less time
-    short = ["--config.optim.steps=2", "--config.optim.warmup_steps=1", "--config.train.eval_every=0"]
+def test_verbs_work_together_from_log_to_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, workdir, metrics, scores = (
+        str(tmp_path / name) for name in ("set", "run", "eval.json", "scores.parquet")
+    )
+    small = [
+        "--config.model.width=4",
+        "--config.model.layers=1",
+        "--config.model.windows=()",
+        "--config.data.events=4",
+    ]
+    small += [
+        "--config.tokens.maker=linear",
+        "--config.data.batch_size=8",
+        "--config.data.eval_batch_size=8",
+    ]
+    small += [
+        "--config.data.exclude=interests,age,load,genre,price,vector,code,place,seconds"
+    ]  # compiles in less time
+    short = [
+        "--config.optim.steps=2",
+        "--config.optim.warmup_steps=1",
+        "--config.train.eval_every=0",
+    ]
     run = ["--workdir", workdir, "--split", "valid"]
     assert main(["prepare", "synthetic", "--rows", "600", "--out", data]) == 0
-    assert main(["train", "--config=synthetic", "--data", data, "--workdir", workdir, "--quiet", *small, *short]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--config=synthetic",
+                "--data",
+                data,
+                "--workdir",
+                workdir,
+                "--quiet",
+                *small,
+                *short,
+            ]
+        )
+        == 0
+    )
     assert main(["evaluate", *run, "--json", metrics]) == 0
     assert main(["predict", *run, "--checkpoint=2", "--out", scores]) == 0
     report = json.loads(Path(metrics).read_text())
@@ -246,19 +400,49 @@ def test_verbs_work_together_from_log_to_scores(tmp_path: Path, capsys: pytest.C
     assert f"{scores}: {len(table['user_id'])} rows" in capsys.readouterr().out
     for task, result in report["tasks"].items():
         labels, values = table[f"label_{task}"], table[f"score_{task}"]
-        known = [(label, value) for label, value in zip(labels, values, strict=True) if label is not None]
-        assert result["auc"] == pytest.approx(roc_auc_score(*zip(*known, strict=True)), abs=1e-6)
-        assert (result["positives"], result["examples"]) == (sum(label for label, _ in known), len(known))
+        known = [
+            (label, value)
+            for label, value in zip(labels, values, strict=True)
+            if label is not None
+        ]
+        assert result["auc"] == pytest.approx(
+            roc_auc_score(*zip(*known, strict=True)), abs=1e-6
+        )
+        assert (result["positives"], result["examples"]) == (
+            sum(label for label, _ in known),
+            len(known),
+        )
         assert set(TASK) <= set(result)
     assert set(RESULT) <= set(report)
-    assert (report["split"], report["step"], report["checkpoint"]) == ("valid", 2, "best")
+    assert (report["split"], report["step"], report["checkpoint"]) == (
+        "valid",
+        2,
+        "best",
+    )
     description = str(tmp_path / "description.json")
-    assert main(["describe", "--config=synthetic", "--data", data, "--json", description]) == 0
+    assert (
+        main(["describe", "--config=synthetic", "--data", data, "--json", description])
+        == 0
+    )
     assert json.loads(Path(description).read_text())
 
 
 def test_module_runs_as_a_program_and_returns_the_exit_code(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tokenrec", "train", "--config=synthetic", "--workdir=w", "--config.seed=x"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    command = [
+        sys.executable,
+        "-m",
+        "tokenrec",
+        "train",
+        "--config=synthetic",
+        "--workdir=w",
+        "--config.seed=x",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
     assert done.returncode == 2
     assert done.stderr == "tokenrec: config field 'seed': 'x' is not a whole number\n"

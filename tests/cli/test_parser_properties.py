@@ -25,18 +25,39 @@ from tokenrec.data.sources.tabular import read_csv
 from tokenrec.errors import InputError
 
 QUICK = settings(
-    derandomize=True, deadline=None, max_examples=100, database=None, suppress_health_check=[HealthCheck.too_slow]
+    derandomize=True,
+    deadline=None,
+    max_examples=100,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 TEXT = st.text(max_size=5)
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from(["train", "uc", "||"])
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | TEXT
+    | st.sampled_from(["train", "uc", "||"])
+)
 VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2), max_leaves=4
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(TEXT, inner, max_size=2)
+    ),
+    max_leaves=4,
 )
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Paths of all parts of a JSON value but the whole."""
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    parts = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, part in parts:
         yield (*path, key)
         yield from places(part, (*path, key))
@@ -74,7 +95,10 @@ def read_config(text: str) -> None:
 
 CONFIG = dataclasses.asdict(Config())
 CONFIG["data"]["tasks"], CONFIG["tokens"]["texts"] = {"click": 1.0}, {"item": ["title"]}
-FIELDS = sorted({".".join(map(str, path)) for path in places(CONFIG)} | {"", "x", "data.x", ".", "data.tasks."})
+FIELDS = sorted(
+    {".".join(map(str, path)) for path in places(CONFIG)}
+    | {"", "x", "data.x", ".", "data.tasks."}
+)
 
 
 @QUICK
@@ -86,7 +110,21 @@ def test_a_config_json_gives_a_config_or_a_refusal(text: str) -> None:
 @QUICK
 @given(
     field=st.sampled_from(FIELDS),
-    text=TEXT | st.sampled_from(["(1,", "{a:1}", "{a:", "a:b:c", "'", "nan", "1e999", "9" * 5000, "||", "[" * 200]),
+    text=TEXT
+    | st.sampled_from(
+        [
+            "(1,",
+            "{a:1}",
+            "{a:",
+            "a:b:c",
+            "'",
+            "nan",
+            "1e999",
+            "9" * 5000,
+            "||",
+            "[" * 200,
+        ]
+    ),
 )
 def test_an_override_gives_a_config_or_a_refusal(field: str, text: str) -> None:
     read(lambda: load_config("synthetic", [f"{field}={text}"]))
@@ -102,9 +140,15 @@ WORDS = st.sampled_from([*get_args(SegmentKind), BAR, "text:", "text:Buy", "usr"
     paradigm=st.sampled_from(["nio", "uc"]),
     objective=st.sampled_from(["ranking", "retrieval"]),
 )
-def test_a_prompt_gives_segments_or_a_refusal(prompt: list[str], paradigm: Any, objective: Any) -> None:
+def test_a_prompt_gives_segments_or_a_refusal(
+    prompt: list[str], paradigm: Any, objective: Any
+) -> None:
     config = Config()
-    config.data.paradigm, config.data.objective, config.tokens.prompt = paradigm, objective, tuple(prompt)
+    config.data.paradigm, config.data.objective, config.tokens.prompt = (
+        paradigm,
+        objective,
+        tuple(prompt),
+    )
     read(lambda: parse_prompt(config))
     read(lambda: validate(config))
 
@@ -115,20 +159,38 @@ def test_a_schema_gives_a_source_or_a_refusal(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("log.csv", "users.csv", "items.csv"):
             Path(folder, name).write_text("user_id\n")
-        schema, log, users, items = (Path(folder, n) for n in ("schema.json", "log.csv", "users.csv", "items.csv"))
+        schema, log, users, items = (
+            Path(folder, n)
+            for n in ("schema.json", "log.csv", "users.csv", "items.csv")
+        )
         schema.write_text(text, encoding="utf-8", errors="surrogatepass")
-        read(lambda: DelimitedSource(schema, [log], users, items, "5", None).schema.to_json())
+        read(
+            lambda: DelimitedSource(
+                schema, [log], users, items, "5", None
+            ).schema.to_json()
+        )
 
 
-FIELD = st.text(alphabet='ab1-.,"|é\0\r\n', max_size=4) | st.sampled_from(["1", "nan", "-1", "1|2", "9" * 30])
-LINES = st.lists(st.lists(FIELD, min_size=2, max_size=4).map(",".join), max_size=5).map("\n".join)
+FIELD = st.text(alphabet='ab1-.,"|é\0\r\n', max_size=4) | st.sampled_from(
+    ["1", "nan", "-1", "1|2", "9" * 30]
+)
+LINES = st.lists(st.lists(FIELD, min_size=2, max_size=4).map(",".join), max_size=5).map(
+    "\n".join
+)
 
 
 @QUICK
-@given(body=LINES.map(str.encode) | st.binary(max_size=40), size=st.sampled_from([1, 7, 1 << 20]))
+@given(
+    body=LINES.map(str.encode) | st.binary(max_size=40),
+    size=st.sampled_from([1, 7, 1 << 20]),
+)
 def test_a_csv_file_gives_rows_or_a_refusal(body: bytes, size: int) -> None:
     types = {"a": pa.int64(), "b": pa.string(), "c": pa.list_(pa.float32())}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "log.csv")
         path.write_bytes(b"a,b,c\n" + body)
-        read(lambda: [batch.to_pylist() for batch in read_csv(path, types, block_bytes=size)])
+        read(
+            lambda: [
+                batch.to_pylist() for batch in read_csv(path, types, block_bytes=size)
+            ]
+        )

@@ -38,7 +38,6 @@ WRONG = [
     ({"data__window_rows": 0}, "data.window_rows=0"),
     ({"data__buckets": (50,)}, "data.buckets: 50"),
     ({"data__overlap": 8}, "data.overlap=8"),
-    ({"tokens__tables_backend": "sparsecore"}, "tokens.tables_backend='sparsecore'"),
     ({"data__tasks": {"click": 0.0}}, "data.tasks['click']=0.0"),
     ({"data__paradigm": "uc", "data__overlap": 50}, "data.overlap=50"),
     ({"data__paradigm": "uc", "tokens__fused": True}, "tokens.fused=True"),
@@ -53,14 +52,20 @@ WRONG = [
     ({"model__windows": (-1,)}, "at least 1"),
     ({"model__windows": (16, 0, 32)}, "shrink"),
     ({"model__windows": (2, 0)}, "model.windows: 2 holds no event"),
-    ({"model__kind": "hstu", "model__windows": (), "model__discard_static": False}, "does not read it"),
+    (
+        {"model__kind": "hstu", "model__windows": (), "model__discard_static": False},
+        "does not read it",
+    ),
     ({"model__dropout": 1.0}, "model.dropout=1.0"),
     ({"model__rope_base": 0.0}, "model.rope_base=0.0"),
     ({"model__ffn_width": -8}, "model.ffn_width=-8"),
     ({"optim__steps": 0}, "optim.steps=0"),
     ({"optim__warmup_steps": 2_000}, "optim.warmup_steps=2000"),
     ({"optim__learning_rate": 0.0}, "optim.learning_rate=0.0"),
-    ({"optim__learning_rate": float("inf")}, "optim.learning_rate=inf, which is not a finite number"),
+    (
+        {"optim__learning_rate": float("inf")},
+        "optim.learning_rate=inf, which is not a finite number",
+    ),
     ({"data__tasks": {"click": float("nan")}}, "data.tasks={'click': nan}"),
     ({"optim__weight_decay": -0.1}, "optim.weight_decay=-0.1"),
     ({"optim__beta2": 1.0}, "optim.beta2=1.0"),
@@ -76,11 +81,25 @@ WRONG = [
     ({"model__dtype": "float23"}, "did you mean 'float32'"),
     ({"train__best_metric": "auc"}, "macro_auc"),
     ({"optim": None}, "OptimConfig"),
-    ({"data__paradigm": "uc", "tokens__prompt": ("query", "history")}, "no one request"),
-    ({"model__prefix": "bidirectional", "model__layers": 2}, "every layer has a window"),
+    (
+        {"data__paradigm": "uc", "tokens__prompt": ("query", "history")},
+        "no one request",
+    ),
+    (
+        {"model__prefix": "bidirectional", "model__layers": 2},
+        "every layer has a window",
+    ),
     ({"tokens__text": {"query": ("hour",)}}, "holds none"),
     (RETRIEVAL | {"tokens__random_tokens": True}, "use tied=False"),
-    (RETRIEVAL | {"data__paradigm": "uc", "data__overlap": 1, "tokens__text": {"history": ("a",)}}, "leave it soft"),
+    (
+        RETRIEVAL
+        | {
+            "data__paradigm": "uc",
+            "data__overlap": 1,
+            "tokens__text": {"history": ("a",)},
+        },
+        "leave it soft",
+    ),
 ]
 
 
@@ -94,7 +113,10 @@ def test_wrong_value_is_refused_by_name(fields: dict[str, Any], part: str) -> No
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(InputError) as caught:
         validate(edited(model__dropout=2.0, data__overlap=1, optim__clip_norm=-1.0))
-    assert all(part in str(caught.value) for part in ("model.dropout", "data.overlap", "optim.clip_norm"))
+    assert all(
+        part in str(caught.value)
+        for part in ("model.dropout", "data.overlap", "optim.clip_norm")
+    )
 
 
 def test_json_round_trip_keeps_every_field_and_type() -> None:
@@ -123,11 +145,15 @@ def test_json_that_is_no_config_is_refused(text: str, part: str) -> None:
         from_json(text)
 
 
-def test_data_directory_prefers_path_over_name_under_the_data_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_directory_prefers_path_over_name_under_the_data_root(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("TOKENREC_DATA", raising=False)
     assert data_directory(edited(data__name="synthetic")) == Path("data/synthetic")
     monkeypatch.setenv("TOKENREC_DATA", "elsewhere")
     assert data_directory(edited(data__name="synthetic")) == Path("elsewhere/synthetic")
-    assert data_directory(edited(data__name="synthetic", data__path="here")) == Path("here")
+    assert data_directory(edited(data__name="synthetic", data__path="here")) == Path(
+        "here"
+    )
     with pytest.raises(InputError, match="--data DIR"):
         data_directory(Config())

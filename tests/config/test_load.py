@@ -51,7 +51,10 @@ def value(config: Config, field: str) -> object:
         ("model.windows=", ()),
         ("data.exclude=('age', 'tab')", ("age", "tab")),
         ("data.exclude=age,tab", ("age", "tab")),
-        ("data.tasks={'is_click': 1, 'long_view': 0.5}", {"is_click": 1.0, "long_view": 0.5}),
+        (
+            "data.tasks={'is_click': 1, 'long_view': 0.5}",
+            {"is_click": 1.0, "long_view": 0.5},
+        ),
         ("data.tasks=is_click:2", {"is_click": 2.0}),
         ("data.tasks={}", {}),
         ("tokens.embedding_dims={'item': 32}", {"item": 32}),
@@ -60,7 +63,9 @@ def value(config: Config, field: str) -> object:
         ("model.dtype=bfloat16", "bfloat16"),
     ],
 )
-def test_override_is_read_as_the_type_of_its_field(plain: str, override: str, expected: object) -> None:
+def test_override_is_read_as_the_type_of_its_field(
+    plain: str, override: str, expected: object
+) -> None:
     got = value(load_config(plain, [override]), override.partition("=")[0])
     assert got == expected
     assert type(got) is type(expected)
@@ -77,17 +82,28 @@ def test_one_key_of_a_mapping_can_be_set(tmp_path: Path) -> None:
 
 
 def test_key_of_a_mapping_may_be_any_name(plain: str) -> None:
-    overrides = ["tokens.embedding_dims.items=8", "tokens.embedding_dims.item-id=4"]  # a method of dict; no identifier
-    assert load_config(plain, overrides).tokens.embedding_dims == {"items": 8, "item-id": 4}
+    overrides = [
+        "tokens.embedding_dims.items=8",
+        "tokens.embedding_dims.item-id=4",
+    ]  # a method of dict; no identifier
+    assert load_config(plain, overrides).tokens.embedding_dims == {
+        "items": 8,
+        "item-id": 4,
+    }
 
 
 def test_whole_mapping_replaces_the_keys_before_it(plain: str) -> None:
-    config = load_config(plain, ["data.tasks.like=1", "data.tasks={'is_click':1.0}", "data.tasks.follow=2"])
+    config = load_config(
+        plain,
+        ["data.tasks.like=1", "data.tasks={'is_click':1.0}", "data.tasks.follow=2"],
+    )
     assert config.data.tasks == {"is_click": 1.0, "follow": 2.0}
 
 
 def test_value_of_a_file_that_cannot_be_overridden_is_named(tmp_path: Path) -> None:
-    body = "def get_config():\n    c = Config()\n    c.model.width = 64.0\n    return c\n"
+    body = (
+        "def get_config():\n    c = Config()\n    c.model.width = 64.0\n    return c\n"
+    )
     with pytest.raises(InputError, match=r"model\.width.*float"):
         load_config(write(tmp_path / "float.py", body), ["model.width=128"])
 
@@ -123,7 +139,9 @@ def test_overrides_of_one_load_do_not_reach_the_next(plain: str) -> None:
         ("model.heads=3", ["model.heads=3", "model.width=64"]),
     ],
 )
-def test_wrong_override_names_field_value_and_remedy(plain: str, override: str, parts: list[str]) -> None:
+def test_wrong_override_names_field_value_and_remedy(
+    plain: str, override: str, parts: list[str]
+) -> None:
     with pytest.raises(InputError) as caught:
         load_config(plain, [override])
     for part in parts:
@@ -135,12 +153,17 @@ def test_wrong_override_names_field_value_and_remedy(plain: str, override: str, 
     [
         ("def get_confg():\n    return Config()\n", ["get_config()"]),
         ("def get_config():\n    return {'seed': 1}\n", ["dict", "Config"]),
-        ("def get_config():\n    return Config(sede=1)\n", ["line 3", "TypeError", "sede"]),
+        (
+            "def get_config():\n    return Config(sede=1)\n",
+            ["line 3", "TypeError", "sede"],
+        ),
         ("def get_config(:\n", ["line 2", "SyntaxError"]),
         ("import no_such_module_here\n", ["line 2", "no_such_module_here"]),
     ],
 )
-def test_broken_config_file_is_named_with_its_line(tmp_path: Path, body: str, parts: list[str]) -> None:
+def test_broken_config_file_is_named_with_its_line(
+    tmp_path: Path, body: str, parts: list[str]
+) -> None:
     file = write(tmp_path / "broken.py", body)
     with pytest.raises(InputError) as caught:
         load_config(file)
@@ -168,14 +191,21 @@ def test_shipped_configs_load_by_name_and_by_path_from_any_folder(
         assert load_config(f"configs/{name}.py") == config
 
 
-def test_a_file_here_goes_before_the_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_here_goes_before_the_shipped_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "configs").mkdir()
-    write(tmp_path / "configs" / "synthetic.py", "def get_config():\n    return Config(seed=99)\n")
+    write(
+        tmp_path / "configs" / "synthetic.py",
+        "def get_config():\n    return Config(seed=99)\n",
+    )
     monkeypatch.chdir(tmp_path)
     assert load_config("configs/synthetic.py").seed == 99
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in (CLONE / "configs").glob("*.py")))
+@pytest.mark.parametrize(
+    "name", sorted(file.stem for file in (CLONE / "configs").glob("*.py"))
+)
 def test_shipped_config_is_valid_and_says_how_to_run_it(name: str) -> None:
     validate(load_config(name))
     text = (CLONE / "configs" / f"{name}.py").read_text()
@@ -185,22 +215,43 @@ def test_shipped_config_is_valid_and_says_how_to_run_it(name: str) -> None:
 
 
 def test_splitting_overrides_keeps_order_and_takes_both_spellings() -> None:
-    arguments = ["--config.seed=1", "train", "--config", "c", "--config.mesh.data", "-1", "--workdir=w"]
-    assert split_overrides(arguments) == (["train", "--config", "c", "--workdir=w"], ["seed=1", "mesh.data=-1"])
+    arguments = [
+        "--config.seed=1",
+        "train",
+        "--config",
+        "c",
+        "--config.mesh.data",
+        "-1",
+        "--workdir=w",
+    ]
+    assert split_overrides(arguments) == (
+        ["train", "--config", "c", "--workdir=w"],
+        ["seed=1", "mesh.data=-1"],
+    )
 
 
-@pytest.mark.parametrize("arguments", [["--config.seed"], ["--config.seed", "--workdir=w"]])
+@pytest.mark.parametrize(
+    "arguments", [["--config.seed"], ["--config.seed", "--workdir=w"]]
+)
 def test_override_without_a_value_is_refused(arguments: list[str]) -> None:
     with pytest.raises(InputError, match=r"--config\.seed has no value"):
         split_overrides(arguments)
 
 
-def test_config_json_of_a_run_is_read_with_overrides(plain: str, tmp_path: Path) -> None:
+def test_config_json_of_a_run_is_read_with_overrides(
+    plain: str, tmp_path: Path
+) -> None:
     config = load_config(plain, ["model.windows=(32,16)", "data.tasks={click: 2}"])
     (tmp_path / "config.json").write_text(to_json(config))
     assert load_config(str(tmp_path / "config.json")) == config
-    changed = load_config(str(tmp_path / "config.json"), ["model.width=128", "data.tasks.click=3"])
-    assert (changed.model.width, changed.model.windows, changed.data.tasks) == (128, (32, 16), {"click": 3.0})
+    changed = load_config(
+        str(tmp_path / "config.json"), ["model.width=128", "data.tasks.click=3"]
+    )
+    assert (changed.model.width, changed.model.windows, changed.data.tasks) == (
+        128,
+        (32, 16),
+        {"click": 3.0},
+    )
 
 
 @pytest.mark.parametrize(

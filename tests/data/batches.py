@@ -14,13 +14,20 @@ from tokenrec.data.batch import HostBatch
 from tokenrec.data.log import SCORED, Log
 from tokenrec.data.pipeline import eval_batches, train_batches
 
-NIO = DataConfig(events=8, buckets=(2, 5), candidates=3, batch_size=4, eval_batch_size=8)
-UC = DataConfig(paradigm="uc", events=8, overlap=3, buckets=(2, 5), batch_size=4, eval_batch_size=8)
+NIO = DataConfig(
+    events=8, buckets=(2, 5), candidates=3, batch_size=4, eval_batch_size=8
+)
+UC = DataConfig(
+    paradigm="uc", events=8, overlap=3, buckets=(2, 5), batch_size=4, eval_batch_size=8
+)
 CONFIGS = pytest.mark.parametrize("config", [NIO, UC], ids=["nio", "uc"])
 
 
 def memory_data(seed: int = 0, chunks: int = 40, **options: int) -> MemoryData:
-    logs = {name: random_log(seed + i, chunks=chunks, all_events=True) for i, name in enumerate(("train", "valid"))}
+    logs = {
+        name: random_log(seed + i, chunks=chunks, all_events=True)
+        for i, name in enumerate(("train", "valid"))
+    }
     return MemoryData(logs, options)
 
 
@@ -29,7 +36,13 @@ def replaced(config: DataConfig, **values: object) -> DataConfig:
 
 
 def take(
-    data: MemoryData, config: DataConfig, steps: int, *, seed: int = 5, start: int = 0, own: np.ndarray | None = None
+    data: MemoryData,
+    config: DataConfig,
+    steps: int,
+    *,
+    seed: int = 5,
+    start: int = 0,
+    own: np.ndarray | None = None,
 ) -> list:
     iterator = train_batches(data, config, steps=steps, seed=seed, start=start, own=own)
     try:
@@ -38,7 +51,9 @@ def take(
         iterator.close()
 
 
-def evaluated(data: MemoryData, config: DataConfig, split: str, *, limit: int = 0) -> Iterator[HostBatch]:
+def evaluated(
+    data: MemoryData, config: DataConfig, split: str, *, limit: int = 0
+) -> Iterator[HostBatch]:
     for host, _ in eval_batches(data, config, split, limit=limit):
         yield host
 

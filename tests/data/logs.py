@@ -14,7 +14,17 @@ from tokenrec.data.samples import Requests, Samples
 from tokenrec.data.schema import Feature, Schema, Task
 
 ITEMS = 11
-PER_ROW = ("time", "item", "flags", "request", "labels", "row_ids", "row_dense", "action_ids", "action_dense")
+PER_ROW = (
+    "time",
+    "item",
+    "flags",
+    "request",
+    "labels",
+    "row_ids",
+    "row_dense",
+    "action_ids",
+    "action_dense",
+)
 SCHEMA = Schema(
     (
         Feature("age", "categorical", "user"),
@@ -32,14 +42,18 @@ SCHEMA = Schema(
 )
 
 
-def random_log(seed: int, *, chunks: int = 12, rows: int = 30, all_events: bool = False) -> Log:
+def random_log(
+    seed: int, *, chunks: int = 12, rows: int = 30, all_events: bool = False
+) -> Log:
     """Chunks of 0 to `rows` rows, of which about every third shares its time with the row before."""
     random = np.random.default_rng(seed)
     sizes = random.integers(0, rows + 1, chunks)
     start = np.concatenate([[0], np.cumsum(sizes)])
     count = int(start[-1])
     steps = random.integers(0, 3, count)
-    time = np.concatenate([1000 + np.cumsum(steps[a:b]) for a, b in itertools.pairwise(start)])
+    time = np.concatenate(
+        [1000 + np.cumsum(steps[a:b]) for a, b in itertools.pairwise(start)]
+    )
     event = (random.random(count) < 0.7) | all_events
     scored = random.random(count) < 0.6
     learned = scored | (event & (random.random(count) < 0.3))
@@ -52,7 +66,9 @@ def random_log(seed: int, *, chunks: int = 12, rows: int = 30, all_events: bool 
         time=time.astype(np.int64),
         item=random.integers(0, ITEMS, count, dtype=np.int32),
         flags=flags.astype(np.uint8),
-        request=np.where(random.random(count) < 0.3, -1, time // 2 * 4 + random.integers(0, 2, count)),
+        request=np.where(
+            random.random(count) < 0.3, -1, time // 2 * 4 + random.integers(0, 2, count)
+        ),
         labels=random.integers(-1, 2, (count, 3), dtype=np.int8),
         row_ids=random.integers(1, 9, (count, 1), dtype=np.int32),
         row_dense=random.random((count, 1), dtype=np.float32),
@@ -62,14 +78,25 @@ def random_log(seed: int, *, chunks: int = 12, rows: int = 30, all_events: bool 
 
 
 def hand_log(
-    time: list[int], flags: list[int], *, labels: list[int] | None = None, request: list[int] | None = None
+    time: list[int],
+    flags: list[int],
+    *,
+    labels: list[int] | None = None,
+    request: list[int] | None = None,
 ) -> Log:
     """One chunk; its rows have these times (ascending), flags, first labels (default 1) and requests (default -1)."""
     count = len(time)
     log = random_log(0, chunks=1)
-    zeros = {name: np.zeros((count, *getattr(log, name).shape[1:]), getattr(log, name).dtype) for name in PER_ROW}
+    zeros = {
+        name: np.zeros((count, *getattr(log, name).shape[1:]), getattr(log, name).dtype)
+        for name in PER_ROW
+    }
     log = dataclasses.replace(log, start=np.array([0, count]), **zeros)
-    log.time[:], log.flags[:], log.request[:] = time, flags, -1 if request is None else request
+    log.time[:], log.flags[:], log.request[:] = (
+        time,
+        flags,
+        -1 if request is None else request,
+    )
     log.labels[:] = -1
     log.labels[:, 0] = 1 if labels is None else labels
     return log
@@ -92,7 +119,9 @@ class MemoryData:
     def catalogue(self) -> Catalogue:
         random = np.random.default_rng(99)
         ids = random.integers(1, 9, (ITEMS, 3), dtype=np.int32)
-        return Catalogue(100 + np.arange(ITEMS), ids, random.random((ITEMS, 1), dtype=np.float32))
+        return Catalogue(
+            100 + np.arange(ITEMS), ids, random.random((ITEMS, 1), dtype=np.float32)
+        )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -104,9 +133,18 @@ class MemoryData:
     def load(self, split: str, start: int = 0, stop: int | None = None) -> Log:
         log = self.logs[split]
         first, last = log.start[[start, log.chunks if stop is None else stop]]
-        rows = {name: getattr(log, name)[first:last].copy(order="K") for name in PER_ROW}
-        users = {name: getattr(log, name)[start:stop] for name in ("user_id", "user_ids", "user_dense")}
-        part = Log(start=log.start[start : None if stop is None else stop + 1] - first, **users, **rows)
+        rows = {
+            name: getattr(log, name)[first:last].copy(order="K") for name in PER_ROW
+        }
+        users = {
+            name: getattr(log, name)[start:stop]
+            for name in ("user_id", "user_ids", "user_dense")
+        }
+        part = Log(
+            start=log.start[start : None if stop is None else stop + 1] - first,
+            **users,
+            **rows,
+        )
         self.on_load(part)
         return part
 
@@ -116,14 +154,20 @@ def shown(samples: Samples) -> list[tuple[list[int], list[int]]]:
     found = []
     for n in range(len(samples.length)):
         if isinstance(samples, Requests):
-            seen = samples.event_rows[samples.stop[n] - samples.length[n] : samples.stop[n]]
+            seen = samples.event_rows[
+                samples.stop[n] - samples.length[n] : samples.stop[n]
+            ]
             read = samples.rows[samples.first[n] : samples.first[n + 1]]
         elif samples.sibling[n]:
             read = samples.first_read[n : n + 1]
-            seen = samples.event_rows[samples.stop[n] - samples.length[n] + 1 : samples.stop[n]]
+            seen = samples.event_rows[
+                samples.stop[n] - samples.length[n] + 1 : samples.stop[n]
+            ]
             seen = np.append(seen, read)
         else:
-            seen = samples.event_rows[samples.stop[n] - samples.length[n] : samples.stop[n]]
+            seen = samples.event_rows[
+                samples.stop[n] - samples.length[n] : samples.stop[n]
+            ]
             read = seen[(seen >= samples.first_read[n]) & samples.readable[seen]]
         found.append((seen.tolist(), read.tolist()))
     return found

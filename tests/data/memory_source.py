@@ -60,11 +60,21 @@ class MemorySource:
             "scored": pa.array([True] * count),
             "request": pa.array([-1] * count),
         }
-        columns |= {f"label_{t.name}": pa.nulls(count, pa.int8()) for t in self.schema.tasks}
-        columns |= {f.name: pa.nulls(count) for g in ("row", "action") for f in self.schema.group(g)}  # type: ignore[arg-type]
+        columns |= {
+            f"label_{t.name}": pa.nulls(count, pa.int8()) for t in self.schema.tasks
+        }
+        columns |= {
+            f.name: pa.nulls(count)
+            for g in ("row", "action")
+            for f in self.schema.group(g)
+        }  # type: ignore[arg-type]
         return iter(pa.table(columns | given).to_batches(max_chunksize=self.batch_rows))
 
-    def _table(self, key: str, features: tuple[Feature, ...], given: dict[str, Any]) -> pa.Table:
+    def _table(
+        self, key: str, features: tuple[Feature, ...], given: dict[str, Any]
+    ) -> pa.Table:
         count = len(given.get(key, ()))
-        columns: dict[str, Any] = {key: pa.nulls(count)} | {f.name: pa.nulls(count) for f in features}
+        columns: dict[str, Any] = {key: pa.nulls(count)} | {
+            f.name: pa.nulls(count) for f in features
+        }
         return pa.table(columns | given)

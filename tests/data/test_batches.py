@@ -6,7 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from tests.data.batches import CONFIGS, NIO, assert_equal, evaluated, memory_data, read_rows, replaced, scored, take
+from tests.data.batches import (
+    CONFIGS,
+    NIO,
+    assert_equal,
+    evaluated,
+    memory_data,
+    read_rows,
+    replaced,
+    scored,
+    take,
+)
 from tests.data.logs import SCHEMA, MemoryData, shown
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch
@@ -15,25 +25,48 @@ from tokenrec.data.pipeline import batch_shapes, eval_batches, task_names, train
 from tokenrec.data.samples import cut_samples
 
 
-def check_sample(log: Log, data: MemoryData, host: HostBatch, b: int, history: list[int], reads: np.ndarray) -> None:
+def check_sample(
+    log: Log,
+    data: MemoryData,
+    host: HostBatch,
+    b: int,
+    history: list[int],
+    reads: np.ndarray,
+) -> None:
     """Every leaf of sample b against the log, row by row. `reads: [C or T]` rows, -1 where nothing is read."""
     batch, catalogue = host.batch, data.catalogue
     slots = batch.valid.shape[1]
-    assert batch.valid[b].tolist() == [False] * (slots - len(history)) + [True] * len(history)
+    assert batch.valid[b].tolist() == [False] * (slots - len(history)) + [True] * len(
+        history
+    )
     for t, row in enumerate([-1] * (slots - len(history)) + history):
         check_state(log, catalogue, batch.state.ids[b, t], batch.state.dense[b, t], row)
-        action = (log.action_ids[row], log.action_dense[row]) if row >= 0 else ([0], [np.nan])
+        action = (
+            (log.action_ids[row], log.action_dense[row])
+            if row >= 0
+            else ([0], [np.nan])
+        )
         np.testing.assert_array_equal(batch.action.ids[b, t], action[0])
         np.testing.assert_array_equal(batch.action.dense[b, t], action[1])
     np.testing.assert_array_equal(host.rows[b], reads)
     np.testing.assert_array_equal(batch.weight[b], reads >= 0)
     for slot, row in enumerate(reads):
-        np.testing.assert_array_equal(batch.labels[b, slot], log.labels[row] if row >= 0 else [-1, -1, -1])
+        np.testing.assert_array_equal(
+            batch.labels[b, slot], log.labels[row] if row >= 0 else [-1, -1, -1]
+        )
         if batch.target is not None:
-            check_state(log, catalogue, batch.target.ids[b, slot], batch.target.dense[b, slot], row)
+            check_state(
+                log,
+                catalogue,
+                batch.target.ids[b, slot],
+                batch.target.dense[b, slot],
+                row,
+            )
 
 
-def check_state(log: Log, catalogue, ids: np.ndarray, dense: np.ndarray, row: int) -> None:
+def check_state(
+    log: Log, catalogue, ids: np.ndarray, dense: np.ndarray, row: int
+) -> None:
     if row < 0:
         assert ids.tolist() == [0, 0, 0, 0]
         assert np.isnan(dense).all()
@@ -57,8 +90,12 @@ def test_a_batch_holds_what_the_log_says_row_by_row(config: DataConfig) -> None:
             n = first.index(rows[rows >= 0][0])
             run, reads = expected[n]
             assert rows[rows >= 0].tolist() == reads
-            np.testing.assert_array_equal(host.batch.user.ids[b], log.user_ids[samples.chunk[n]])
-            np.testing.assert_array_equal(host.batch.user.dense[b], log.user_dense[samples.chunk[n]])
+            np.testing.assert_array_equal(
+                host.batch.user.ids[b], log.user_ids[samples.chunk[n]]
+            )
+            np.testing.assert_array_equal(
+                host.batch.user.dense[b], log.user_dense[samples.chunk[n]]
+            )
             check_sample(log, data, host, b, run, rows)
             if host.batch.target is None:
                 own = [row if row in rows else -1 for row in run]
@@ -79,42 +116,67 @@ def test_shapes_and_types_are_those_announced(config: DataConfig) -> None:
         assert len(batches) > 9
         for host in batches:
             announced = shapes[host.batch.valid.shape[1]]
-            assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), host.batch) == jax.tree.map(
-                lambda leaf: (leaf.shape, leaf.dtype), announced
-            )
+            assert jax.tree.map(
+                lambda leaf: (leaf.shape, leaf.dtype), host.batch
+            ) == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), announced)
             assert host.rows.dtype == np.int64
             assert host.rows.shape == host.batch.weight.shape
 
 
 @pytest.mark.parametrize("objective", ["ranking", "retrieval"])
 @CONFIGS
-def test_ages_are_whole_seconds_back_from_the_request_or_the_newest_event(config: DataConfig, objective: str) -> None:
+def test_ages_are_whole_seconds_back_from_the_request_or_the_newest_event(
+    config: DataConfig, objective: str
+) -> None:
     data, config = memory_data(), replaced(config, objective=objective)
     for name, log in data.logs.items():
         data.logs[name] = Log(**(vars(log) | {"time": log.time * 700}))
     data.logs["valid"].time[0] -= 3_000 * 2**31
     trained = train_batches(data, config, steps=9, seed=5, ages=True)
     found = [("train", host) for host in trained]
-    found += [("valid", host) for host, _ in eval_batches(data, config, "valid", ages=True)]
+    found += [
+        ("valid", host) for host, _ in eval_batches(data, config, "valid", ages=True)
+    ]
     trained.close()
     for split, host in found:
         batch, log = host.batch, data.logs[split]
-        assert batch.ages.dtype == batch_shapes(SCHEMA, config, batch_size=4, ages=True)[8].ages.dtype == np.int32
-        row_of = {value: row for row, value in enumerate(log.action_dense[:, 0].tolist())}
-        for b in np.flatnonzero((host.rows.reshape(len(host.rows), -1) >= 0).any(axis=1)):
-            rows = [row_of[value] for value in batch.action.dense[b, batch.valid[b], 0].tolist()]
-            stream = config.paradigm == "uc" and (objective, split) != ("retrieval", "valid")
+        assert (
+            batch.ages.dtype
+            == batch_shapes(SCHEMA, config, batch_size=4, ages=True)[8].ages.dtype
+            == np.int32
+        )
+        row_of = {
+            value: row for row, value in enumerate(log.action_dense[:, 0].tolist())
+        }
+        for b in np.flatnonzero(
+            (host.rows.reshape(len(host.rows), -1) >= 0).any(axis=1)
+        ):
+            rows = [
+                row_of[value]
+                for value in batch.action.dense[b, batch.valid[b], 0].tolist()
+            ]
+            stream = config.paradigm == "uc" and (objective, split) != (
+                "retrieval",
+                "valid",
+            )
             read = host.rows[b].ravel()
             newest = rows[-1] if stream else int(read[read >= 0][0])
-            ages = [min(int(log.time[newest] // 1000 - log.time[row] // 1000), 2**31 - 1) for row in rows]
-            assert batch.ages[b].tolist() == [0] * (batch.ages.shape[1] - len(rows)) + ages
+            ages = [
+                min(int(log.time[newest] // 1000 - log.time[row] // 1000), 2**31 - 1)
+                for row in rows
+            ]
+            assert (
+                batch.ages[b].tolist() == [0] * (batch.ages.shape[1] - len(rows)) + ages
+            )
         assert not batch.ages[~batch.valid].any()
     assert max(host.batch.ages.max() for _, host in found) == 2**31 - 1
     assert next(evaluated(data, config, "valid")).batch.ages is None
 
 
 @CONFIGS
-def test_a_history_lies_in_the_smallest_bucket_that_holds_it(config: DataConfig) -> None:
+def test_a_history_lies_in_the_smallest_bucket_that_holds_it(
+    config: DataConfig,
+) -> None:
     for host in evaluated(memory_data(), config, "valid"):
         lengths = host.batch.valid.sum(axis=1)[(host.rows >= 0).any(axis=1)]
         below = {2: -1, 5: 2, 8: 5}[host.batch.valid.shape[1]]
@@ -124,17 +186,23 @@ def test_a_history_lies_in_the_smallest_bucket_that_holds_it(config: DataConfig)
 
 @CONFIGS
 @pytest.mark.parametrize("window_rows", [10_000, 150])
-def test_evaluation_names_the_user_item_and_time_of_each_row_read(config: DataConfig, window_rows: int) -> None:
+def test_evaluation_names_the_user_item_and_time_of_each_row_read(
+    config: DataConfig, window_rows: int
+) -> None:
     data = memory_data()
     log = data.logs["valid"]
     users = np.repeat(log.user_id, np.diff(log.start))
-    for host, who in eval_batches(data, replaced(config, window_rows=window_rows), "valid"):
+    for host, who in eval_batches(
+        data, replaced(config, window_rows=window_rows), "valid"
+    ):
         np.testing.assert_array_equal(who.rows, host.rows)
         rows = host.rows[host.rows >= 0]
         np.testing.assert_array_equal(who.labels, log.labels[rows])
         np.testing.assert_array_equal(who.item, log.item[rows])
         np.testing.assert_array_equal(who.user_id, users[rows])
-        np.testing.assert_array_equal(who.item_id, data.catalogue.item_id[log.item[rows]])
+        np.testing.assert_array_equal(
+            who.item_id, data.catalogue.item_id[log.item[rows]]
+        )
         np.testing.assert_array_equal(who.time, log.time[rows])
 
 
@@ -153,20 +221,37 @@ def test_labels_follow_the_configured_tasks() -> None:
 def test_an_excluded_group_of_features_leaves_an_empty_matrix() -> None:
     data = memory_data()
     log = data.logs["valid"]
-    data.logs["valid"] = Log(**(vars(log) | {"row_dense": log.row_dense[:, :0], "action_ids": log.action_ids[:, :0]}))
+    data.logs["valid"] = Log(
+        **(
+            vars(log)
+            | {"row_dense": log.row_dense[:, :0], "action_ids": log.action_ids[:, :0]}
+        )
+    )
     data.schema = SCHEMA.without(["rate", "clicked"])
     shapes = batch_shapes(data.schema, NIO, batch_size=8)
     for host in evaluated(data, NIO, "valid"):
-        assert jax.tree.map(np.shape, host.batch) == jax.tree.map(np.shape, shapes[host.batch.valid.shape[1]])
+        assert jax.tree.map(np.shape, host.batch) == jax.tree.map(
+            np.shape, shapes[host.batch.valid.shape[1]]
+        )
 
 
 def test_columns_in_another_memory_order_give_the_same_batches() -> None:
     data, other = memory_data(), memory_data()
     log = data.logs["valid"]
-    turned = {name: np.asfortranarray(np.repeat(getattr(log, name), 2, axis=1)) for name in ("row_ids", "action_dense")}
-    data.logs["valid"] = Log(**(vars(log) | {name: np.ascontiguousarray(value) for name, value in turned.items()}))
+    turned = {
+        name: np.asfortranarray(np.repeat(getattr(log, name), 2, axis=1))
+        for name in ("row_ids", "action_dense")
+    }
+    data.logs["valid"] = Log(
+        **(
+            vars(log)
+            | {name: np.ascontiguousarray(value) for name, value in turned.items()}
+        )
+    )
     other.logs["valid"] = Log(**(vars(log) | turned))
-    assert_equal(list(evaluated(other, NIO, "valid")), list(evaluated(data, NIO, "valid")))
+    assert_equal(
+        list(evaluated(other, NIO, "valid")), list(evaluated(data, NIO, "valid"))
+    )
 
 
 def test_histories_of_a_log_without_events_are_empty() -> None:

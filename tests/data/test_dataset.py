@@ -36,7 +36,10 @@ def make(directory: Path, users: int = 40, rows: int = 300) -> Path:
             "price": random.normal(size=rows),
             "reaction": random.integers(0, 3, rows),
         },
-        {"user_id": [f"user {u}" for u in range(users)], "city": [f"city {u % 9}" for u in range(users)]},
+        {
+            "user_id": [f"user {u}" for u in range(users)],
+            "city": [f"city {u % 9}" for u in range(users)],
+        },
         {"item_id": ["item 0", "item 1"], "author": [1, 2], "tags": [[1, 2], []]},
     )
     prepare(source, directory, chunk_events=5, overlap=3)
@@ -50,7 +53,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_logs_equal(one: Log, other: Log) -> None:
     for field in dataclasses.fields(Log):
-        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), field.name)
+        np.testing.assert_array_equal(
+            getattr(one, field.name), getattr(other, field.name), field.name
+        )
 
 
 def test_tensorflow_datasets_opens_it_without_tensorflow(directory: Path) -> None:
@@ -62,12 +67,16 @@ def test_tensorflow_datasets_opens_it_without_tensorflow(directory: Path) -> Non
     assert len(source) == data.chunks("train") == log.chunks
     rows = np.frombuffer(source[3]["rows"], records.row_dtype(data.metadata.schema))
     np.testing.assert_array_equal(rows["time"], log.time[log.start[3] : log.start[4]])
-    np.testing.assert_array_equal(rows["action_dense"], log.action_dense[log.start[3] : log.start[4]])
+    np.testing.assert_array_equal(
+        rows["action_dense"], log.action_dense[log.start[3] : log.start[4]]
+    )
     assert source[3]["user_id"].decode() == log.user_id[3]
     assert "tensorflow" not in sys.modules
 
 
-def test_any_range_of_chunks_is_that_part_of_the_whole(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_range_of_chunks_is_that_part_of_the_whole(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = open_dataset(directory)
     whole = data.load("train")
     np.testing.assert_array_equal(data.rows("train"), np.diff(whole.start))
@@ -99,7 +108,10 @@ def test_any_range_of_chunks_is_that_part_of_the_whole(directory: Path, monkeypa
 
 def test_log_has_the_types_it_promises(directory: Path) -> None:
     log = open_dataset(directory).load("valid")
-    types = {field.name: getattr(log, field.name).dtype.str[1:] for field in dataclasses.fields(Log)}
+    types = {
+        field.name: getattr(log, field.name).dtype.str[1:]
+        for field in dataclasses.fields(Log)
+    }
     assert types == {
         "start": "i8", "user_id": "O", "user_ids": "i4", "user_dense": "f4", "time": "i8", "item": "i4", "flags": "u1",
         "request": "i8", "labels": "i1", "row_ids": "i4", "row_dense": "f4", "action_ids": "i4", "action_dense": "f4",
@@ -110,7 +122,9 @@ def test_original_values_come_back(directory: Path) -> None:
     data = open_dataset(directory)
     log = data.load("train")
     assert data.catalogue.item_id[log.item[0]].startswith("item ")
-    tables = {name: load_vocabulary(directory, name) for name in ("place", "city", "tab")}
+    tables = {
+        name: load_vocabulary(directory, name) for name in ("place", "city", "tab")
+    }
     assert tables["place"].tolist() == ["side", "top"]
     city = [tables["city"][i - 2] for i in log.user_ids[:, 0]]
     assert city == [f"city {int(u.split()[1]) % 9}" for u in log.user_id]
@@ -119,7 +133,10 @@ def test_original_values_come_back(directory: Path) -> None:
 
 
 def test_excluded_features_disappear_everywhere(directory: Path) -> None:
-    whole, data = open_dataset(directory), open_dataset(directory, ("city", "author", "tab", "price"))
+    whole, data = (
+        open_dataset(directory),
+        open_dataset(directory, ("city", "author", "tab", "price")),
+    )
     assert "tab" not in data.schema.tables
     assert "tab" in data.metadata.schema.tables
     log, full = data.load("train"), whole.load("train")
@@ -137,7 +154,9 @@ def test_unknown_and_empty_splits_and_bad_ranges_are_refused(directory: Path) ->
     assert data.splits == ("train", "valid")
     with pytest.raises(InputError, match=r"'test' of .* is empty"):
         data.load("test")
-    with pytest.raises(InputError, match=r"'vaild' of .* is unknown; did you mean 'valid'"):
+    with pytest.raises(
+        InputError, match=r"'vaild' of .* is unknown; did you mean 'valid'"
+    ):
         data.chunks("vaild")
     with pytest.raises(InputError, match="does not lie within"):
         data.load("valid", 0, 10_000)
@@ -153,7 +172,9 @@ FILES = [SHARD, "items/ids.npy", "chunks/train.npy", "dataset_info.json"]
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"), [(n, d) for n in FILES for d in ("missing", "empty", "half")] + [(SHARD, "flipped")]
+    ("name", "damage"),
+    [(n, d) for n in FILES for d in ("missing", "empty", "half")]
+    + [(SHARD, "flipped")],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
     path = make(tmp_path / "set") / name
@@ -162,7 +183,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
     if damage == "missing":
         path.unlink()
     elif damage == "flipped":
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :])
+        path.write_bytes(
+            content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+        )
     else:
         path.write_bytes(content[: middle if damage == "half" else 0])
     with pytest.raises(InputError, match=path.name):
@@ -181,9 +204,14 @@ def test_value_index_gives_each_value_one_code_for_good() -> None:
     for kind in (int, str):
         index, codes_of = ValueIndex(), {}
         for _ in range(40):
-            values = [None if v % 17 == 0 else kind(v) for v in random.integers(-(2**62), 2**62, 20) % 150]
+            values = [
+                None if v % 17 == 0 else kind(v)
+                for v in random.integers(-(2**62), 2**62, 20) % 150
+            ]
             codes = index.codes(pa.array(values), "column")
             for value, code in zip(values, codes.tolist(), strict=True):
-                assert code == (-1 if value is None else codes_of.setdefault(value, code))
+                assert code == (
+                    -1 if value is None else codes_of.setdefault(value, code)
+                )
         assert sorted(codes_of.values()) == list(range(index.size))
         assert index.values().tolist() == sorted(codes_of, key=codes_of.__getitem__)

@@ -67,8 +67,14 @@ FILES = [
 
 
 def test_every_file_is_in_the_list_of_those_to_damage(data: Path) -> None:
-    found = {path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file()}
-    assert found - {"LICENSE"} == {*FILES, SHARD.replace("train", "valid"), SHARD.replace("train", "test")}
+    found = {
+        path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file()
+    }
+    assert found - {"LICENSE"} == {
+        *FILES,
+        SHARD.replace("train", "valid"),
+        SHARD.replace("train", "test"),
+    }
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -77,7 +83,11 @@ def test_a_damaged_file_is_named_however_it_was_damaged(data: Path, name: str) -
     path = data / name
     content = path.read_bytes()
     middle = len(content) // 2 if name != SHARD else content.index(b"user_id") + 9
-    for damaged in (content[:middle], b"", content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]):
+    for damaged in (
+        content[:middle],
+        b"",
+        content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :],
+    ):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=path.name):
             read_all(data)
@@ -89,7 +99,9 @@ def test_a_damaged_file_is_named_however_it_was_damaged(data: Path, name: str) -
         read_all(data)
 
 
-def test_a_file_that_may_not_be_read_is_named(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_may_not_be_read_is_named(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usual = Path.open
 
     def refuse(self: Path, *args: Any, **named: Any) -> Any:
@@ -98,13 +110,19 @@ def test_a_file_that_may_not_be_read_is_named(data: Path, monkeypatch: pytest.Mo
         return usual(self, *args, **named)
 
     monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(InputError, match=r"dense\.npy' cannot be read: Permission denied"):
+    with pytest.raises(
+        InputError, match=r"dense\.npy' cannot be read: Permission denied"
+    ):
         open_dataset(data)
 
 
-def test_a_data_set_from_before_there_were_checksums_opens(data: Path, before: Path) -> None:
+def test_a_data_set_from_before_there_were_checksums_opens(
+    data: Path, before: Path
+) -> None:
     read_all(before)
-    assert_logs_equal(open_dataset(before).load("train"), open_dataset(data).load("train"))
+    assert_logs_equal(
+        open_dataset(before).load("train"), open_dataset(data).load("train")
+    )
     assert "ids_digest" not in open_dataset(before).schema.to_json()
 
 
@@ -124,7 +142,10 @@ def test_an_edited_schema_is_refused(data: Path, before: Path) -> None:
     with pytest.raises(InputError, match=r"tokenrec\.json' is damaged or was changed"):
         open_dataset(data)
     edit_metadata(before, smaller_table)
-    with pytest.raises(InputError, match=r"split 'train', chunks 0 .* feature 'tab' is 3 in row .* not 0 to 2"):
+    with pytest.raises(
+        InputError,
+        match=r"split 'train', chunks 0 .* feature 'tab' is 3 in row .* not 0 to 2",
+    ):
         open_dataset(before).load("train")
     edit_metadata(before, lambda value: value["schema"]["tables"].pop("tags"))
     with pytest.raises(InputError, match="feature 'tags' has no size of its table"):
@@ -135,15 +156,30 @@ def test_an_edited_schema_is_refused(data: Path, before: Path) -> None:
     ("change", "message"),
     [
         (lambda value: value.pop("counts"), "has no 'counts'"),
-        (lambda value: value["counts"].update(items="8"), r"'counts' must be dict\[str, int\]"),
+        (
+            lambda value: value["counts"].update(items="8"),
+            r"'counts' must be dict\[str, int\]",
+        ),
         (lambda value: value["counts"].update(items=0), r"counts\['items'\]=0"),
-        (lambda value: value["key_types"].update(user_id="int32"), r"key_types\['user_id'\]='int32'"),
+        (
+            lambda value: value["key_types"].update(user_id="int32"),
+            r"key_types\['user_id'\]='int32'",
+        ),
         (lambda value: value.update(schema=[]), "no JSON object"),
         (lambda value: value["schema"].update(features=3), "not a JSON array"),
-        (lambda value: value["schema"]["features"][0].update(length="1"), "length='1' is not int"),
-        (lambda value: value["schema"]["features"][0].update(kind=["dense"]), r"kind=\['dense'\] is not one of"),
+        (
+            lambda value: value["schema"]["features"][0].update(length="1"),
+            "length='1' is not int",
+        ),
+        (
+            lambda value: value["schema"]["features"][0].update(kind=["dense"]),
+            r"kind=\['dense'\] is not one of",
+        ),
         (lambda value: value["schema"]["features"][0].pop("entity"), "entity"),
-        (lambda value: value["schema"]["features"][1].update(deviation=0), "deviation=0 must be positive"),
+        (
+            lambda value: value["schema"]["features"][1].update(deviation=0),
+            "deviation=0 must be positive",
+        ),
         (lambda value: value["schema"]["tables"].update(tab=2**31), "rows=2147483648"),
         (lambda value: value.update(extra=1), "'extra' is no field"),
     ],
@@ -160,7 +196,11 @@ def edit_rows(directory: Path, change: Callable[[np.ndarray], object]) -> None:
     """Writes the shard of train anew, with its hashes, after a change of every chunk's rows."""
     found = open_dataset(directory)
     dtype, count = records.row_dtype(found.metadata.schema), found.chunks("train")
-    written = [r for block in records.read_records(directory, "train", [count], 0, count) for r in block]
+    written = [
+        r
+        for block in records.read_records(directory, "train", [count], 0, count)
+        for r in block
+    ]
     writer = ArrayRecordWriter(str(directory / SHARD), "group_size:1")
     for record in written:
         chunk = records.decode(record)
@@ -170,7 +210,9 @@ def edit_rows(directory: Path, change: Callable[[np.ndarray], object]) -> None:
     writer.close()
 
 
-def set_to(field: str, value: float, column: int | None = None) -> Callable[[np.ndarray], object]:
+def set_to(
+    field: str, value: float, column: int | None = None
+) -> Callable[[np.ndarray], object]:
     def change(rows: np.ndarray) -> None:
         rows[field][-1 if column is None else (-1, column)] = value
 
@@ -205,13 +247,19 @@ def test_rows_that_leave_another_chunk_are_missed(data: Path) -> None:
     edit_rows(data, lambda rows: sizes.append(len(rows)))
     one, other = sizes.index(min(sizes)), sizes.index(max(sizes))
     count = len(sizes)
-    written = [r for block in records.read_records(data, "train", [count], 0, count) for r in block]
+    written = [
+        r
+        for block in records.read_records(data, "train", [count], 0, count)
+        for r in block
+    ]
     written[one], written[other] = written[other], written[one]
     writer = ArrayRecordWriter(str(data / SHARD), "group_size:1")
     for record in written:
         writer.write(record)
     writer.close()
-    with pytest.raises(InputError, match="does not fit the schema or the index of chunks"):
+    with pytest.raises(
+        InputError, match="does not fit the schema or the index of chunks"
+    ):
         open_dataset(data).load("train")
 
 
@@ -233,7 +281,11 @@ def test_a_record_that_is_no_chunk_is_refused(data: Path) -> None:
         ("ids", lambda a: a.astype(np.float32), "of float32"),
         ("ids", lambda a: a.astype(np.int64), "of int64"),
         ("item_id", lambda a: a[:, None], r"item_id has the shape \(8, 1\)"),
-        ("dense", lambda a: np.ones((8, 1), np.float32), r"dense has the shape \(8, 1\)"),
+        (
+            "dense",
+            lambda a: np.ones((8, 1), np.float32),
+            r"dense has the shape \(8, 1\)",
+        ),
     ],
 )
 def test_an_edited_catalogue_is_refused(
@@ -246,11 +298,24 @@ def test_an_edited_catalogue_is_refused(
 
 
 def log(items: list[str], tabs: list[int]) -> MemorySource:
-    return MemorySource({"user_id": [1] * len(items), "item_id": items, "time_ms": range(len(items)), "tab": tabs})
+    return MemorySource(
+        {
+            "user_id": [1] * len(items),
+            "item_id": items,
+            "time_ms": range(len(items)),
+            "tab": tabs,
+        }
+    )
 
 
-def test_a_run_refuses_a_data_set_of_the_same_sizes_whose_ids_stand_for_other_values(tmp_path: Path) -> None:
-    sets = {"same": log(["a", "b"], [1, 2]), "tabs": log(["a", "b"], [1, 3]), "items": log(["a", "c"], [1, 2])}
+def test_a_run_refuses_a_data_set_of_the_same_sizes_whose_ids_stand_for_other_values(
+    tmp_path: Path,
+) -> None:
+    sets = {
+        "same": log(["a", "b"], [1, 2]),
+        "tabs": log(["a", "b"], [1, 3]),
+        "items": log(["a", "c"], [1, 2]),
+    }
     prepare(log(["a", "b"], [1, 2]), tmp_path / "first")
     schema = open_dataset(tmp_path / "first").schema
     (tmp_path / SCHEMA_FILE).write_text(json.dumps(schema.to_json(), indent=1) + "\n")
@@ -266,17 +331,32 @@ def test_a_run_refuses_a_data_set_of_the_same_sizes_whose_ids_stand_for_other_va
 
 
 def test_missing_numbers_of_training_rows_are_counted(tmp_path: Path) -> None:
-    rows = {"user_id": [1, 2, 2, 3], "split": [0, 0, 0, 1], "price": [1.0, float("nan"), None, None]}
+    rows = {
+        "user_id": [1, 2, 2, 3],
+        "split": [0, 0, 0, 1],
+        "price": [1.0, float("nan"), None, None],
+    }
     users = {"user_id": [1, 2, 3], "age": [float("nan"), 5.0, None]}
-    counts = prepare(MemorySource(rows | {"time_ms": [1, 2, 3, 4]}, users), tmp_path / "set").counts
-    missing = {name: count for name, count in counts.items() if name.startswith("missing")}
-    assert missing == {"missing_train_price": 2, "missing_train_age": 1, "missing_train_duration": 1}
+    counts = prepare(
+        MemorySource(rows | {"time_ms": [1, 2, 3, 4]}, users), tmp_path / "set"
+    ).counts
+    missing = {
+        name: count for name, count in counts.items() if name.startswith("missing")
+    }
+    assert missing == {
+        "missing_train_price": 2,
+        "missing_train_age": 1,
+        "missing_train_duration": 1,
+    }
 
 
 @pytest.mark.parametrize(
-    ("item", "message"), [("x\0", "a NUL at its end"), ("x" * (LONGEST_ITEM_ID + 1), "1025 characters")]
+    ("item", "message"),
+    [("x\0", "a NUL at its end"), ("x" * (LONGEST_ITEM_ID + 1), "1025 characters")],
 )
-def test_an_item_id_that_numpy_would_not_keep_is_refused(tmp_path: Path, item: str, message: str) -> None:
+def test_an_item_id_that_numpy_would_not_keep_is_refused(
+    tmp_path: Path, item: str, message: str
+) -> None:
     with pytest.raises(InputError, match=f"item_id='x.* has {message}"):
         prepare(log(["x", item], [1, 1]), tmp_path / "set")
     assert list(tmp_path.iterdir()) == []

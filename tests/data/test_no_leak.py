@@ -21,9 +21,19 @@ from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.data.sources.kuairand import RATE_TASKS, KuaiRandSource
 
-VALID_FROM, TEST_FROM = START_MS + 2 * DAY_MS, START_MS + 4 * DAY_MS  # "2022-05-03" and "2022-05-05" in China
+VALID_FROM, TEST_FROM = (
+    START_MS + 2 * DAY_MS,
+    START_MS + 4 * DAY_MS,
+)  # "2022-05-03" and "2022-05-05" in China
 # Columns of `Log.label`; the last is also written as comment_stay_time and is_profile_enter.
-OUTCOMES = {"is_click": 0, "is_like": 1, "is_follow": 2, "is_comment": 3, "is_forward": 4, "long_view": 6}
+OUTCOMES = {
+    "is_click": 0,
+    "is_like": 1,
+    "is_follow": 2,
+    "is_comment": 3,
+    "is_forward": 4,
+    "long_view": 6,
+}
 NO_FEATURES = {"is_hate": 5, "profile_stay_time": 7}
 UC = DataConfig(path="-", paradigm="uc", events=16, overlap=8, eval_batch_size=64)
 NIO = DataConfig(path="-", paradigm="nio", events=50, eval_batch_size=64)
@@ -42,7 +52,9 @@ class World:
 
 
 def from_files(log: Log, folder: Path) -> Dataset:
-    source = KuaiRandSource(write(folder / "raw", log, HISTORY), "2022-05-03", "2022-05-05", rates=True)
+    source = KuaiRandSource(
+        write(folder / "raw", log, HISTORY), "2022-05-03", "2022-05-05", rates=True
+    )
     return prepared(source, folder / "prepared")
 
 
@@ -51,7 +63,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     log = Log()
     dataset = from_files(log, tmp_path_factory.mktemp("world"))
     scorers = {"uc": Scorer(UC, dataset), "nio": Scorer(NIO, dataset)}
-    return World(log, dataset, scorers, {name: scorer(dataset) for name, scorer in scorers.items()})
+    return World(
+        log,
+        dataset,
+        scorers,
+        {name: scorer(dataset) for name, scorer in scorers.items()},
+    )
 
 
 @pytest.fixture
@@ -76,7 +93,11 @@ def shown_together(log: Log, count: int) -> np.ndarray:
         own = log.user == log.user[row]
         rows = np.flatnonzero(own & (log.time == log.time[row]))
         later = np.sum(own & (log.time > log.time[row]) & (log.time < TEST_FROM))
-        if log.time[row] >= VALID_FROM and len(rows) == len(set(log.video[rows])) == count and later >= 4:
+        if (
+            log.time[row] >= VALID_FROM
+            and len(rows) == len(set(log.video[rows])) == count
+            and later >= 4
+        ):
             return rows[np.argsort(log.video[rows])]
     raise AssertionError("the log has no such rows")
 
@@ -86,22 +107,38 @@ def test_every_input_moves_a_score(world: World, paradigm: str) -> None:
     scorer = world.scorers[paradigm]
     batch = next(eval_batches(world.dataset, scorer.config.data, "valid"))[0].batch
     before = scorer.on(batch)
-    assert (np.abs(before[batch.weight > 0] - 0.5) < 0.499).mean() > 0.9  # few scores are saturated
+    assert (
+        np.abs(before[batch.weight > 0] - 0.5) < 0.499
+    ).mean() > 0.9  # few scores are saturated
     for part in ("user", "state", "action", *(["target"] if paradigm == "nio" else [])):
         signals = getattr(batch, part)
         for kind, values in signals._asdict().items():
             for column in range(values.shape[-1]):
                 other = values.copy()
                 old = other[..., column]
-                other[..., column] = (old == 0) if kind == "ids" else np.where(np.isnan(old), 0.0, np.nan)
-                after = scorer.on(batch._replace(**{part: signals._replace(**{kind: other})}))
-                assert (before != after)[batch.weight > 0].any(), f"{part}.{kind}[{column}] moves nothing"
+                other[..., column] = (
+                    (old == 0)
+                    if kind == "ids"
+                    else np.where(np.isnan(old), 0.0, np.nan)
+                )
+                after = scorer.on(
+                    batch._replace(**{part: signals._replace(**{kind: other})})
+                )
+                assert (before != after)[batch.weight > 0].any(), (
+                    f"{part}.{kind}[{column}] moves nothing"
+                )
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7])
-def test_what_happens_later_moves_no_score(world: World, rescored: Rescored, share: float) -> None:
+def test_what_happens_later_moves_no_score(
+    world: World, rescored: Rescored, share: float
+) -> None:
     log = copy.deepcopy(world.log)
-    moment = np.quantile(log.time[(log.time >= VALID_FROM) & (log.time < TEST_FROM)], share, method="nearest")
+    moment = np.quantile(
+        log.time[(log.time >= VALID_FROM) & (log.time < TEST_FROM)],
+        share,
+        method="nearest",
+    )
     later = np.flatnonzero(log.time > moment)
     random = np.random.default_rng(3)
     for column in (log.label, log.played, log.tab, log.video):
@@ -111,7 +148,9 @@ def test_what_happens_later_moves_no_score(world: World, rescored: Rescored, sha
     for before, after in rescored(log):
         assert until <= after.keys()
         assert not changed(before, after) & until
-        assert changed(before, after)  # the same video may be shown later by chance, with another past
+        assert changed(
+            before, after
+        )  # the same video may be shown later by chance, with another past
 
 
 def test_that_more_follows_moves_no_score(world: World, rescored: Rescored) -> None:
@@ -125,7 +164,9 @@ def test_that_more_follows_moves_no_score(world: World, rescored: Rescored) -> N
 
 
 @pytest.mark.parametrize("outcome", [*OUTCOMES, "play_time_ms"])
-def test_an_outcome_moves_later_scores_but_not_its_own(world: World, rescored: Rescored, outcome: str) -> None:
+def test_an_outcome_moves_later_scores_but_not_its_own(
+    world: World, rescored: Rescored, outcome: str
+) -> None:
     log = copy.deepcopy(world.log)
     row = shown_together(log, 1)[0]
     if outcome == "play_time_ms":
@@ -142,7 +183,9 @@ def test_an_outcome_moves_later_scores_but_not_its_own(world: World, rescored: R
         assert users > {user} if outcome in RATE_TASKS else users == {user}
 
 
-def test_outcomes_that_are_no_features_move_nothing_at_all(world: World, rescored: Rescored) -> None:
+def test_outcomes_that_are_no_features_move_nothing_at_all(
+    world: World, rescored: Rescored
+) -> None:
     log = copy.deepcopy(world.log)
     log.label[:, list(NO_FEATURES.values())] ^= 1
     for before, after in rescored(log):
@@ -166,8 +209,14 @@ def test_outcomes_of_a_row_shown_at_the_same_moment_move_only_what_comes_later(
 
 def test_both_paradigms_score_exactly_the_impressions_of_the_log(world: World) -> None:
     log = world.log
-    for split, begin, end in (("train", START_MS, VALID_FROM), ("valid", VALID_FROM, TEST_FROM)):
-        want = {key_of(log, row) for row in np.flatnonzero((log.time >= begin) & (log.time < end))}
+    for split, begin, end in (
+        ("train", START_MS, VALID_FROM),
+        ("valid", VALID_FROM, TEST_FROM),
+    ):
+        want = {
+            key_of(log, row)
+            for row in np.flatnonzero((log.time >= begin) & (log.time < end))
+        }
         for scorer in world.scorers.values():
             assert scorer(world.dataset, split=split).keys() == want
 
@@ -176,11 +225,15 @@ def test_padding_moves_no_score(world: World) -> None:
     scorer, log = world.scorers["nio"], world.log
     before = scorer(world.dataset, split="train")
     after = scorer(world.dataset, dataclasses.replace(NIO, events=10), split="train")
-    bucketed = scorer(world.dataset, dataclasses.replace(NIO, buckets=(10,)), split="train")
+    bucketed = scorer(
+        world.dataset, dataclasses.replace(NIO, buckets=(10,)), split="train"
+    )
     of_log = {key_of(log, row) for row in range(len(log.time))}
     older: dict[object, int] = {1: 5, 2: 3}  # user -> events of HISTORY
     earlier = {
-        key: older.get(key[0], 0) + sum(other[0] == key[0] and other[2] < key[2] for other in of_log) for key in before
+        key: older.get(key[0], 0)
+        + sum(other[0] == key[0] and other[2] < key[2] for other in of_log)
+        for key in before
     }
     fits = {key for key in before if earlier[key] <= 10}
     assert 50 < len(fits) < len(before)

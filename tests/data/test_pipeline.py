@@ -8,7 +8,18 @@ import jax
 import numpy as np
 import pytest
 
-from tests.data.batches import CONFIGS, NIO, UC, assert_equal, evaluated, memory_data, read_rows, replaced, scored, take
+from tests.data.batches import (
+    CONFIGS,
+    NIO,
+    UC,
+    assert_equal,
+    evaluated,
+    memory_data,
+    read_rows,
+    replaced,
+    scored,
+    take,
+)
 from tests.data.logs import random_log, shown
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch
@@ -26,23 +37,33 @@ def test_a_limit_takes_whole_requests() -> None:
 
     def request(row: int) -> tuple[int, ...]:
         chunk = int(np.searchsorted(log.start, row, side="right"))
-        return (chunk, log.time[row], log.request[row]) if log.request[row] >= 0 else (-1, row, row)
+        return (
+            (chunk, log.time[row], log.request[row])
+            if log.request[row] >= 0
+            else (-1, row, row)
+        )
 
     taken = {request(row) for row in limited}
     assert len(taken) == 30
-    assert sorted(row for row in scored(log) if request(row) in taken) == sorted(limited)
+    assert sorted(row for row in scored(log) if request(row) in taken) == sorted(
+        limited
+    )
     assert len(limited) > 30
 
 
 @CONFIGS
 @pytest.mark.parametrize("window_rows", [10_000, 150])
-def test_evaluation_yields_every_scored_row_once(config: DataConfig, window_rows: int) -> None:
+def test_evaluation_yields_every_scored_row_once(
+    config: DataConfig, window_rows: int
+) -> None:
     data = memory_data()
     batches = list(evaluated(data, replaced(config, window_rows=window_rows), "valid"))
     assert sorted(read_rows(batches)) == scored(data.logs["valid"])
 
 
-def test_evaluation_goes_by_bucket_then_position_and_pads_the_last_batch_of_a_bucket() -> None:
+def test_evaluation_goes_by_bucket_then_position_and_pads_the_last_batch_of_a_bucket() -> (
+    None
+):
     data = memory_data()
     by_length: dict[int, list[HostBatch]] = {}
     for host in evaluated(data, replaced(NIO, candidates=1), "valid"):
@@ -50,7 +71,9 @@ def test_evaluation_goes_by_bucket_then_position_and_pads_the_last_batch_of_a_bu
     assert list(by_length) == [2, 5, 8]
     for batches in by_length.values():
         time = data.logs["valid"].time[read_rows(batches)]
-        chunk = np.searchsorted(data.logs["valid"].start, read_rows(batches), side="right")
+        chunk = np.searchsorted(
+            data.logs["valid"].start, read_rows(batches), side="right"
+        )
         assert (np.diff(chunk * 10_000 + time) >= 0).all()
         full, last = batches[:-1], batches[-1]
         assert all((host.rows >= 0).any(axis=1).all() for host in full)
@@ -69,8 +92,15 @@ def test_a_limit_takes_the_same_samples_spread_over_the_split() -> None:
     limited = sorted(read_rows(list(evaluated(data, config, "valid", limit=20))))
     assert len(set(limited)) == 20
     assert np.diff(limited).max() < 3 * len(data.logs["valid"].time) / 20
-    assert limited == sorted(read_rows(list(evaluated(data, replaced(config, window_rows=150), "valid", limit=20))))
-    assert sorted(read_rows(list(evaluated(data, config, "valid", limit=len(rows) + 1)))) == rows
+    assert limited == sorted(
+        read_rows(
+            list(evaluated(data, replaced(config, window_rows=150), "valid", limit=20))
+        )
+    )
+    assert (
+        sorted(read_rows(list(evaluated(data, config, "valid", limit=len(rows) + 1))))
+        == rows
+    )
 
 
 @CONFIGS
@@ -81,7 +111,10 @@ def test_an_epoch_reads_nothing_twice_and_leaves_out_less_than_a_batch_a_window(
     data = memory_data()
     config = replaced(config, window_rows=window_rows)
     steps = steps_per_epoch(data, config)
-    everything = sum(len(reads) for _, reads in shown(cut_samples(data.logs["train"], config, train=True)))
+    everything = sum(
+        len(reads)
+        for _, reads in shown(cut_samples(data.logs["train"], config, train=True))
+    )
     windows = 1 if window_rows == 10_000 else 6
     most = config.candidates if config.paradigm == "nio" else config.events
     epochs = take(data, config, 2 * steps)
@@ -100,9 +133,12 @@ def test_samples_that_fill_no_batch_of_their_bucket_join_the_next_longer_one() -
     assert short % 64
     steps = steps_per_epoch(data, config)
     assert steps == len(samples.length) // 64
-    longer = [host for host in take(data, config, steps) if host.batch.valid.shape[1] > 2]
+    longer = [
+        host for host in take(data, config, steps) if host.batch.valid.shape[1] > 2
+    ]
     assert (
-        sum(int((host.batch.valid.sum(axis=1) <= 2).sum()) for host in longer) >= short % 64 - len(samples.length) % 64
+        sum(int((host.batch.valid.sum(axis=1) <= 2).sum()) for host in longer)
+        >= short % 64 - len(samples.length) % 64
     )
 
 
@@ -115,7 +151,9 @@ def test_the_order_is_a_function_of_the_seed(config: DataConfig) -> None:
 
 @CONFIGS
 @pytest.mark.parametrize("objective", ["ranking", "retrieval"])
-def test_processes_share_the_batches_of_one_process(config: DataConfig, objective: str) -> None:
+def test_processes_share_the_batches_of_one_process(
+    config: DataConfig, objective: str
+) -> None:
     data = memory_data()
     config = replaced(config, window_rows=150, objective=objective)
     # Devices of one process need not lie side by side.
@@ -124,7 +162,10 @@ def test_processes_share_the_batches_of_one_process(config: DataConfig, objectiv
         for whole, *made in zip(take(data, config, 12), *parts, strict=True):
             for own, part in zip(shares, made, strict=True):
                 assert_equal(part, rows_of(whole, own))
-    pairs = (list(eval_batches(data, config, "valid", own=own)) for own in (None, np.array([0, 1, 6, 7])))
+    pairs = (
+        list(eval_batches(data, config, "valid", own=own))
+        for own in (None, np.array([0, 1, 6, 7]))
+    )
     for (whole, who), (part, other) in zip(*pairs, strict=True):
         assert_equal(part, rows_of(whole, [0, 1, 6, 7]))
         assert_equal(other, who)  # who is read is known to all
@@ -135,7 +176,9 @@ def rows_of(host: HostBatch, own: list[int]) -> HostBatch:
 
 
 @CONFIGS
-def test_an_iterator_that_starts_late_goes_on_as_if_never_stopped(config: DataConfig) -> None:
+def test_an_iterator_that_starts_late_goes_on_as_if_never_stopped(
+    config: DataConfig,
+) -> None:
     data = memory_data()
     config = replaced(config, window_rows=150)
     straight = take(data, config, 30)
@@ -154,7 +197,9 @@ def test_windows_cover_the_split_and_two_at_most_are_in_memory() -> None:
     data = memory_data()
     data.on_load = on_load
     config = replaced(NIO, window_rows=150)
-    assert sorted(read_rows(list(evaluated(data, config, "valid")))) == scored(data.logs["valid"])
+    assert sorted(read_rows(list(evaluated(data, config, "valid")))) == scored(
+        data.logs["valid"]
+    )
     assert len(held) == 2 * 4  # four windows: counted once, read once
     assert max(held) == 1
 
@@ -182,7 +227,9 @@ def test_chunks_of_very_unequal_size_do_not_make_a_window_too_large() -> None:
     data.logs["valid"] = Log(start=start, user_id=np.arange(110), **joined)
     data.on_load = lambda log: sizes.append(log.rows)
     config = replaced(NIO, window_rows=200)
-    assert sorted(read_rows(list(evaluated(data, config, "valid")))) == scored(data.logs["valid"])
+    assert sorted(read_rows(list(evaluated(data, config, "valid")))) == scored(
+        data.logs["valid"]
+    )
     assert len(sizes) > 4
     assert max(sizes) <= 200 + 60
 
@@ -190,12 +237,20 @@ def test_chunks_of_very_unequal_size_do_not_make_a_window_too_large() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"batch_size": 5000}, r"data\.batch_size=5000 is more than the \d+ training samples.*smaller batch_size"),
+        (
+            {"batch_size": 5000},
+            r"data\.batch_size=5000 is more than the \d+ training samples.*smaller batch_size",
+        ),
         ({"tasks": {"clik": 1.0}}, r"no task 'clik'; did you mean 'click'\?"),
-        ({"events": 65, "buckets": ()}, r"data\.events=65 exceeds the 64 earlier events.*overlap of at least 65"),
+        (
+            {"events": 65, "buckets": ()},
+            r"data\.events=65 exceeds the 64 earlier events.*overlap of at least 65",
+        ),
     ],
 )
-def test_wrong_input_is_named_with_its_remedy(values: dict[str, object], message: str) -> None:
+def test_wrong_input_is_named_with_its_remedy(
+    values: dict[str, object], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         train_batches(memory_data(overlap=64), replaced(NIO, **values), steps=3, seed=0)
 
@@ -204,8 +259,14 @@ def test_a_missing_split_and_short_heads_of_chunks_are_errors() -> None:
     with pytest.raises(InputError, match="no rows in split 'test'"):
         eval_batches(memory_data(), NIO, "test")
     uc = replaced(UC, overlap=7)
-    with pytest.raises(InputError, match=r"data\.overlap=7 exceeds the 4 earlier events"):
+    with pytest.raises(
+        InputError, match=r"data\.overlap=7 exceeds the 4 earlier events"
+    ):
         eval_batches(memory_data(overlap=4), uc, "valid")
     # What retrieves is evaluated request by request, each with a whole history.
-    with pytest.raises(InputError, match=r"data\.events=8 exceeds the 4 earlier events"):
-        eval_batches(memory_data(overlap=4), replaced(UC, objective="retrieval"), "valid")
+    with pytest.raises(
+        InputError, match=r"data\.events=8 exceeds the 4 earlier events"
+    ):
+        eval_batches(
+            memory_data(overlap=4), replaced(UC, objective="retrieval"), "valid"
+        )

@@ -25,11 +25,29 @@ from tokenrec.data.schema import Feature, columns
 from tokenrec.data.source import SPLITS
 
 EVENTS, VALID_FROM, TEST_FROM = 4, 6, 9
-NIO = DataConfig(events=EVENTS, candidates=2, batch_size=2, eval_batch_size=3, buckets=(2,), window_rows=9)
-UC = DataConfig(paradigm="uc", events=EVENTS, overlap=2, batch_size=2, eval_batch_size=3, window_rows=9)
+NIO = DataConfig(
+    events=EVENTS,
+    candidates=2,
+    batch_size=2,
+    eval_batch_size=3,
+    buckets=(2,),
+    window_rows=9,
+)
+UC = DataConfig(
+    paradigm="uc",
+    events=EVENTS,
+    overlap=2,
+    batch_size=2,
+    eval_batch_size=3,
+    window_rows=9,
+)
 CONFIGS = pytest.mark.parametrize("config", [NIO, UC], ids=["nio", "uc"])
 QUICK = settings(
-    derandomize=True, deadline=None, max_examples=25, database=None, suppress_health_check=[HealthCheck.too_slow]
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 
@@ -60,8 +78,14 @@ def logs(draw: st.DrawFn) -> list[Row]:
             unique_by=lambda row: row[:3],
         )
     )
-    rows += [Row(9, 0, 0, True, 1, False), Row(9, 1, 1, True, 0, False), Row(9, VALID_FROM, 0, True, 1, False)]
-    return draw(st.permutations([*rows, *draw(st.lists(st.sampled_from(rows), max_size=4))]))
+    rows += [
+        Row(9, 0, 0, True, 1, False),
+        Row(9, 1, 1, True, 0, False),
+        Row(9, VALID_FROM, 0, True, 1, False),
+    ]
+    return draw(
+        st.permutations([*rows, *draw(st.lists(st.sampled_from(rows), max_size=4))])
+    )
 
 
 def prepared(rows: list[Row], folder: str, config: DataConfig) -> Dataset:
@@ -73,8 +97,12 @@ def prepared(rows: list[Row], folder: str, config: DataConfig) -> Dataset:
             "time_ms": time,
             "item_id": item,
             "event": event if config.paradigm == "nio" else [True] * len(rows),
-            "split": pa.array([(t >= VALID_FROM) + (t >= TEST_FROM) for t in time], pa.int8()),
-            "request": [t if shown else -1 for t, shown in zip(time, together, strict=True)],
+            "split": pa.array(
+                [(t >= VALID_FROM) + (t >= TEST_FROM) for t in time], pa.int8()
+            ),
+            "request": [
+                t if shown else -1 for t, shown in zip(time, together, strict=True)
+            ],
             "label_click": pa.array(label, pa.int8()),
             "price": np.array(time, np.float64),
             "reaction": user,
@@ -87,13 +115,20 @@ def prepared(rows: list[Row], folder: str, config: DataConfig) -> Dataset:
 def reads(host: HostBatch, who: ReadRows) -> list[tuple[int, int, int, int, int]]:
     """Sample, slot, user, item and time of each row that a batch reads."""
     b, slot = np.nonzero(host.rows >= 0)
-    return list(zip(*(x.tolist() for x in (b, slot, who.user_id, who.item_id, who.time)), strict=True))
+    return list(
+        zip(
+            *(x.tolist() for x in (b, slot, who.user_id, who.item_id, who.time)),
+            strict=True,
+        )
+    )
 
 
 @CONFIGS
 @QUICK
 @given(rows=logs())
-def test_each_scored_row_is_read_once_with_its_own_past_and_nothing_else(config: DataConfig, rows: list[Row]) -> None:
+def test_each_scored_row_is_read_once_with_its_own_past_and_nothing_else(
+    config: DataConfig, rows: list[Row]
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = prepared(rows, folder, config)
         place = columns(data.schema.group("action"))
@@ -104,14 +139,22 @@ def test_each_scored_row_is_read_once_with_its_own_past_and_nothing_else(config:
             if row.event or config.paradigm == "uc":
                 past[row.user].add((row.time, row.item))
         for number, split in enumerate(SPLITS):
-            wanted = {row[:3] for row in rows if (row.time >= VALID_FROM) + (row.time >= TEST_FROM) == number}
+            wanted = {
+                row[:3]
+                for row in rows
+                if (row.time >= VALID_FROM) + (row.time >= TEST_FROM) == number
+            }
             found: list[tuple[int, int, int]] = []
-            for host, who in eval_batches(data, config, split) if split in data.splits else ():
+            for host, who in (
+                eval_batches(data, config, split) if split in data.splits else ()
+            ):
                 for b, slot, user, item, time in reads(host, who):
                     found.append((user, time, item))
                     seen = host.batch.valid[b].copy()
                     if config.paradigm == "uc":
-                        seen[slot:] = False  # a row is read before its own action, and causally
+                        seen[slot:] = (
+                            False  # a row is read before its own action, and causally
+                        )
                     times = host.batch.action.dense[b, seen, price].tolist()
                     ids = host.batch.action.ids[b, seen, reaction].tolist()
                     earlier = sorted(t for t, _ in past[user] if t < time)
@@ -122,11 +165,16 @@ def test_each_scored_row_is_read_once_with_its_own_past_and_nothing_else(config:
             assert sorted(found) == sorted(wanted)
 
 
-def assert_in_range(ids: np.ndarray, features: tuple[Feature, ...], data: Dataset) -> None:
+def assert_in_range(
+    ids: np.ndarray, features: tuple[Feature, ...], data: Dataset
+) -> None:
     for name, place in columns(features).ids.items():
         part = ids[..., slice(*place)]
         assert part.min(initial=0) >= 0
-        assert part.max(initial=0) < data.schema.tables[data.schema.feature(name).table_name]
+        assert (
+            part.max(initial=0)
+            < data.schema.tables[data.schema.feature(name).table_name]
+        )
 
 
 @CONFIGS
@@ -136,7 +184,9 @@ def test_batches_have_the_declared_shapes_and_ids_and_go_on_as_if_never_stopped(
     config: DataConfig, rows: list[Row], start: int, seed: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        data: Any = prepared(rows + [Row(8, t, 0, True, 1, False) for t in range(6)], folder, config)
+        data: Any = prepared(
+            rows + [Row(8, t, 0, True, 1, False) for t in range(6)], folder, config
+        )
         shapes = batch_shapes(data.schema, config, batch_size=config.batch_size)
         batches = take(data, config, 6, seed=seed)
         assert len(batches) == 6
@@ -152,29 +202,58 @@ def test_batches_have_the_declared_shapes_and_ids_and_go_on_as_if_never_stopped(
                 assert_in_range(signals.ids, features, data)
             assert set(np.unique(batch.labels)) <= {-1, 0, 1}
         epoch = steps_per_epoch(data, config)
-        first = [row for host in batches[:epoch] for row in host.rows[host.rows >= 0].tolist()]
+        first = [
+            row
+            for host in batches[:epoch]
+            for row in host.rows[host.rows >= 0].tolist()
+        ]
         assert len(first) == len(set(first)), "an epoch reads a row once"
         assert_equal(take(data, config, 6, seed=seed, start=start), batches[start:])
 
 
 @CONFIGS
-def test_a_user_of_100_000_events_is_read_like_any_other(config: DataConfig, tmp_path: Path) -> None:
+def test_a_user_of_100_000_events_is_read_like_any_other(
+    config: DataConfig, tmp_path: Path
+) -> None:
     time = np.random.default_rng(0).permutation(100_000)
     split = (time >= 80_000).astype(np.int8) + (time >= 99_000)
     source = MemorySource(
         {
-            **{"user_id": ["one"] * len(time), "time_ms": time, "item_id": time % 7, "event": [True] * len(time)},
+            **{
+                "user_id": ["one"] * len(time),
+                "time_ms": time,
+                "item_id": time % 7,
+                "event": [True] * len(time),
+            },
             **{"split": pa.array(split, pa.int8()), "request": [-1] * len(time)},
-            **{"label_click": pa.array(time % 2, pa.int8()), "price": time.astype(np.float64), "reaction": time % 3},
+            **{
+                "label_click": pa.array(time % 2, pa.int8()),
+                "price": time.astype(np.float64),
+                "reaction": time % 3,
+            },
         }
     )
     prepare(source, tmp_path / "set")
     data = open_dataset(tmp_path / "set")
-    wide = dataclasses.replace(config, events=64, overlap=16, buckets=(), window_rows=4_096, eval_batch_size=32)
-    read = [read[4] for host, who in eval_batches(data, wide, "test") for read in reads(host, who)]
+    wide = dataclasses.replace(
+        config, events=64, overlap=16, buckets=(), window_rows=4_096, eval_batch_size=32
+    )
+    read = [
+        read[4]
+        for host, who in eval_batches(data, wide, "test")
+        for read in reads(host, who)
+    ]
     assert sorted(read) == list(range(99_000, 100_000))
 
 
 def _shapes(batch: Any) -> list[Any]:
-    leaves = [*batch.user, *batch.state, *batch.action, batch.valid, batch.labels, batch.weight, *(batch.target or ())]
+    leaves = [
+        *batch.user,
+        *batch.state,
+        *batch.action,
+        batch.valid,
+        batch.labels,
+        batch.weight,
+        *(batch.target or ()),
+    ]
     return [(*leaf.shape, np.dtype(leaf.dtype).num) for leaf in leaves]

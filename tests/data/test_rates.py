@@ -22,46 +22,76 @@ class Rows:
     def __init__(self, count: int = 300, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self.time = np.sort(rng.integers(0, count // 2, count))
-        self.keys = {"video": rng.integers(-1, 8, count), "user": rng.integers(-1, 30, count)}
-        self.labels = {task: rng.integers(-1, 2, count).astype(np.int8) for task in TASKS}
+        self.keys = {
+            "video": rng.integers(-1, 8, count),
+            "user": rng.integers(-1, 30, count),
+        }
+        self.labels = {
+            task: rng.integers(-1, 2, count).astype(np.int8) for task in TASKS
+        }
 
-    def features(self, cuts: tuple[int, ...] = (), counted: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    def features(
+        self, cuts: tuple[int, ...] = (), counted: np.ndarray | None = None
+    ) -> dict[str, np.ndarray]:
         """Feeds runs of rows that end at `cuts`, moved back to where no tie is split."""
         rates = PastRates(KEYS, TASKS, strength=STRENGTH)
-        places = [0, *(int(np.searchsorted(self.time, self.time[c])) for c in cuts), len(self.time)]
+        places = [
+            0,
+            *(int(np.searchsorted(self.time, self.time[c])) for c in cuts),
+            len(self.time),
+        ]
         parts = []
         for low, high in itertools.pairwise(places):
             part = slice(low, high)
             keys = {name: values[part] for name, values in self.keys.items()}
             labels = {name: values[part] for name, values in self.labels.items()}
-            parts.append(rates.update(self.time[part], keys, labels, None if counted is None else counted[part]))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            parts.append(
+                rates.update(
+                    self.time[part],
+                    keys,
+                    labels,
+                    None if counted is None else counted[part],
+                )
+            )
+        return {
+            name: np.concatenate([part[name] for part in parts]) for name in parts[0]
+        }
 
 
-def by_brute_force(rows: Rows, key: str, task: str, counted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def by_brute_force(
+    rows: Rows, key: str, task: str, counted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     rates, counts = [], []
     for i, time in enumerate(rows.time):
         past = counted & (rows.time < time)
         known = past & (rows.labels[task] >= 0)
         share = (np.sum(rows.labels[task][known] == 1) + 1) / (known.sum() + 2)
         mine = known & (rows.keys[key] == rows.keys[key][i])
-        rate = (np.sum(rows.labels[task][mine] == 1) + STRENGTH * share) / (mine.sum() + STRENGTH)
+        rate = (np.sum(rows.labels[task][mine] == 1) + STRENGTH * share) / (
+            mine.sum() + STRENGTH
+        )
         present = rows.keys[key][i] >= 0
         logit = np.log(rate / (1 - rate)) - np.log(share / (1 - share))
         rates.append(logit if present and mine.any() else np.nan)
-        counts.append(np.sum(past & (rows.keys[key] == rows.keys[key][i])) if present else np.nan)
+        counts.append(
+            np.sum(past & (rows.keys[key] == rows.keys[key][i])) if present else np.nan
+        )
     return np.array(rates), np.array(counts)
 
 
 @pytest.mark.parametrize("cuts", [(), (40, 41, 200), tuple(range(3, 300, 3))])
-def test_rates_and_counts_equal_brute_force_however_the_log_is_cut(cuts: tuple[int, ...]) -> None:
+def test_rates_and_counts_equal_brute_force_however_the_log_is_cut(
+    cuts: tuple[int, ...],
+) -> None:
     rows = Rows()
     counted = np.random.default_rng(1).random(300) < 0.8
     found = rows.features(cuts, counted)
     for key in ("video", "user"):
         for task in TASKS:
             rates, counts = by_brute_force(rows, key, task, counted)
-            np.testing.assert_allclose(found[f"rate_{key}_{task}"], rates, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                found[f"rate_{key}_{task}"], rates, rtol=1e-5, atol=1e-6
+            )
             np.testing.assert_array_equal(found[f"count_{key}"], counts)
 
 
@@ -85,8 +115,13 @@ def test_a_siblings_label_at_the_same_time_changes_nothing() -> None:
         other.labels[task][tied] = 1 - np.abs(rows.labels[task][tied])
     before, after = rows.features(), other.features()
     for name in before:
-        np.testing.assert_array_equal(before[name][: tied[-1] + 1], after[name][: tied[-1] + 1])
-    assert any((before[name][tied[-1] + 1 :] != after[name][tied[-1] + 1 :]).any() for name in before)
+        np.testing.assert_array_equal(
+            before[name][: tied[-1] + 1], after[name][: tied[-1] + 1]
+        )
+    assert any(
+        (before[name][tied[-1] + 1 :] != after[name][tied[-1] + 1 :]).any()
+        for name in before
+    )
 
 
 def test_the_features_are_declared_as_they_come() -> None:
@@ -113,7 +148,9 @@ def test_spilled_rows_come_back_in_the_order_of_time_with_ties_together() -> Non
     time = rng.integers(0, 40, 2000) * hour
     number = np.arange(2000)
     batches = [
-        pa.RecordBatch.from_pydict({"time_ms": time[i : i + 130], "number": number[i : i + 130]})
+        pa.RecordBatch.from_pydict(
+            {"time_ms": time[i : i + 130], "number": number[i : i + 130]}
+        )
         for i in range(0, 2000, 130)
     ]
     tables = list(time_ordered(batches))

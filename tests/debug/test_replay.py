@@ -31,24 +31,47 @@ def files(folder):
 
 
 def test_a_healthy_step_has_the_logged_loss_bit_for_bit(data, tmp_path):
-    config = plain(data, optim__steps=5, train__save_every=2, train__log_every=1, train__eval_split="none")
-    config.tokens.replicate_rows, config.optim.accumulate, config.data.batch_size = 20, 2, 16
+    config = plain(
+        data,
+        optim__steps=5,
+        train__save_every=2,
+        train__log_every=1,
+        train__eval_split="none",
+    )
+    config.tokens.replicate_rows, config.optim.accumulate, config.data.batch_size = (
+        20,
+        2,
+        16,
+    )
     config.mesh.fsdp, config.model.dropout = 2, 0.1
     train(config, tmp_path, progress=False)
-    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     before, lines = files(tmp_path), []
     report = replay_run(tmp_path, 3, say=lines.append)
     assert files(tmp_path) == before
     assert "3 steps to make" in lines[0]  # of the checkpoints, 4 and 5 are left
-    record = next(line for line in logged if line["step"] == 4 and "train/loss" in line)  # it counts updates made
-    assert (report["loss"], report["gradient_norm"]) == (record["train/loss"], record["train/grad_norm"])
+    record = next(
+        line for line in logged if line["step"] == 4 and "train/loss" in line
+    )  # it counts updates made
+    assert (report["loss"], report["gradient_norm"]) == (
+        record["train/loss"],
+        record["train/grad_norm"],
+    )
     assert report["finite"]
     assert report["first_not_finite"] is None
     assert report["skipped_before"] == []
 
     # All parts together are the step.
     parts = [of["gradient_norm"] for of in report["tables"]]
-    assert {of["table"] for of in report["tables"]} >= {"item", "genre", "segment", "code"}
+    assert {of["table"] for of in report["tables"]} >= {
+        "item",
+        "genre",
+        "segment",
+        "code",
+    }
     assert report["gradient_norm"] > np.linalg.norm(parts) > 0
     dataset = open_dataset(data, config.data.exclude)
     ends = np.cumsum(dataset.rows("train"))
@@ -57,10 +80,14 @@ def test_a_healthy_step_has_the_logged_loss_bit_for_bit(data, tmp_path):
         assert sample["user_id"] == dataset.load("train", chunk, chunk + 1).user_id[0]
     losses = [sample["loss"] for sample in report["samples"]]
     assert losses == sorted(losses, reverse=True)
-    assert report["loss"] * 10 / 16 < sum(losses) < report["loss"]  # the largest ten of sixteen
+    assert (
+        report["loss"] * 10 / 16 < sum(losses) < report["loss"]
+    )  # the largest ten of sixteen
 
 
-def test_an_infinite_row_is_traced_to_its_step_samples_and_feature(data, tmp_path, capsys):
+def test_an_infinite_row_is_traced_to_its_step_samples_and_feature(
+    data, tmp_path, capsys
+):
     item = "i000003"
     row = FIRST_KNOWN + load_vocabulary(data, "item").tolist().index(item)
 
@@ -70,17 +97,30 @@ def test_an_infinite_row_is_traced_to_its_step_samples_and_feature(data, tmp_pat
         return dataclasses.replace(state, tables=state.tables | {stack.name: table})
 
     run, written = tmp_path / "run", tmp_path / "replay.json"
-    config = plain(data, data__events=4, data__overlap=1, train__eval_split="none", data__exclude=("age", "vector"))
+    config = plain(
+        data,
+        data__events=4,
+        data__overlap=1,
+        train__eval_split="none",
+        data__exclude=("age", "vector"),
+    )
     saved(run, config, mesh_of(1, 1, 1), spoil)
     with pytest.raises(NonFiniteError) as error:
         train(config, run, progress=False)
     step = int(str(error.value).split()[1].rstrip(":"))
 
     before = files(run)
-    assert main(["replay", f"--workdir={run}", f"--step={step}", f"--json={written}"]) == 0
+    assert (
+        main(["replay", f"--workdir={run}", f"--step={step}", f"--json={written}"]) == 0
+    )
     assert files(run) == before
     report = json.loads(written.read_text())
-    assert (report["step"], report["finite"], report["applied"], report["loss"]) == (step, False, False, "nan")
+    assert (report["step"], report["finite"], report["applied"], report["loss"]) == (
+        step,
+        False,
+        False,
+        "nan",
+    )
     first = report["first_not_finite"]
     assert first["where"] == ["feature 'item' of state"]
     worst = report["samples"][: len(first["samples"])]
@@ -89,7 +129,9 @@ def test_an_infinite_row_is_traced_to_its_step_samples_and_feature(data, tmp_pat
     log, spoilt = dataset.load("train"), dataset.catalogue.item_id.tolist().index(item)
     for sample in report["samples"]:
         rows = np.array(sample["rows"])
-        seen = log.item[max(rows[0] - 4, 0) : rows[-1] + 1]  # of the stream, and of events before what it reads
+        seen = log.item[
+            max(rows[0] - 4, 0) : rows[-1] + 1
+        ]  # of the stream, and of events before what it reads
         if sample in worst:
             assert sample["loss"] == "nan"
             assert spoilt in seen
@@ -97,7 +139,11 @@ def test_an_infinite_row_is_traced_to_its_step_samples_and_feature(data, tmp_pat
             assert np.isfinite(sample["loss"])
             assert spoilt not in log.item[rows]
         far = [value["deviations"] for value in sample["extremes"]]
-        assert {value["feature"] for value in sample["extremes"]} <= {"load", "price", "seconds"}
+        assert {value["feature"] for value in sample["extremes"]} <= {
+            "load",
+            "price",
+            "seconds",
+        }
         assert far == sorted(far, reverse=True)
         assert far[0] > 0
     printed = capsys.readouterr()
@@ -112,7 +158,10 @@ def test_a_step_that_is_not_there_is_refused(data, tmp_path, capsys):
     for line, message in (
         ([*run, "--step=8"], "the steps of this run are 0 to 7"),
         ([*run, "--step=4", "--checkpoint=5"], "the run has none before step 4 but []"),
-        ([*run, "--step=1", "--checkpoint=newest"], "'newest' is neither latest-before, start nor a step"),
+        (
+            [*run, "--step=1", "--checkpoint=newest"],
+            "'newest' is neither latest-before, start nor a step",
+        ),
         (["replay", f"--workdir={tmp_path / 'none'}", "--step=1"], "holds no run"),
     ):
         assert main(line) == 2

@@ -42,14 +42,21 @@ def make_log(rows: list[tuple[int, int, int, int, tuple[int, ...]]]) -> Log:
     )
 
 
-def random_log(seed: int, rows: int = 400, flags: tuple[int, ...] = (EVENT, SCORED, EVENT | SCORED)) -> Log:
+def random_log(
+    seed: int, rows: int = 400, flags: tuple[int, ...] = (EVENT, SCORED, EVENT | SCORED)
+) -> Log:
     rng = np.random.default_rng(seed)
     chunk = np.sort(rng.integers(0, 5, rows))
     time = rng.integers(0, 40, rows) * 10_000_000_000
     order = np.lexsort((time, chunk))
     labels = rng.integers(-1, 2, (rows, 2))
     item, flag = rng.integers(0, 6, rows), rng.choice(flags, rows)
-    return make_log([(int(chunk[i]), int(time[i]), int(item[i]), int(flag[i]), tuple(labels[i])) for i in order])
+    return make_log(
+        [
+            (int(chunk[i]), int(time[i]), int(item[i]), int(flag[i]), tuple(labels[i]))
+            for i in order
+        ]
+    )
 
 
 def test_repeats_count_strictly_earlier_events_of_the_chunk() -> None:
@@ -57,7 +64,14 @@ def test_repeats_count_strictly_earlier_events_of_the_chunk() -> None:
     chunk = np.repeat(np.arange(log.chunks), np.diff(log.start))
     event = log.flags & EVENT > 0
     brute = [
-        int((event & (chunk == chunk[r]) & (log.item == log.item[r]) & (log.time < log.time[r])).sum())
+        int(
+            (
+                event
+                & (chunk == chunk[r])
+                & (log.item == log.item[r])
+                & (log.time < log.time[r])
+            ).sum()
+        )
         for r in range(log.rows)
     ]
     assert max(brute) > 3
@@ -76,32 +90,49 @@ def test_popularity_and_rate_count_only_rows_that_may_be_learned_from() -> None:
             (0, 1, 0, learned, (1,)),
             (0, 2, 0, learned, (0,)),
             (0, 3, 0, learned, (-1,)),
-            (0, 4, 0, EVENT, (1,)),  # the head of a chunk repeats events that were counted before
+            (
+                0,
+                4,
+                0,
+                EVENT,
+                (1,),
+            ),  # the head of a chunk repeats events that were counted before
             (0, 5, 1, EVENT | LEARNED, (1,)),
         ]
     )
     log = make_log([(0, 9, item, SCORED, (1,)) for item in (0, 1, 2)])
     assert popularity_scores(train, log, 0).tolist() == [1.0, 1.0, 0.0]
     share = 2 / 3
-    wanted = [(positives + PRIOR_ROWS * share) / (rows + PRIOR_ROWS) for positives, rows in ((1, 2), (1, 1), (0, 0))]
+    wanted = [
+        (positives + PRIOR_ROWS * share) / (rows + PRIOR_ROWS)
+        for positives, rows in ((1, 2), (1, 1), (0, 0))
+    ]
     np.testing.assert_allclose(rate_scores(train, log, 0), wanted)
 
 
 def test_probability_is_the_maximum_of_the_likelihood() -> None:
     rng = np.random.default_rng(1)
     scores = rng.poisson(3, 500)
-    labels = (rng.random(500) < 1 / (1 + np.exp(2 - 1.5 * np.log1p(scores)))).astype(np.int8)
+    labels = (rng.random(500) < 1 / (1 + np.exp(2 - 1.5 * np.log1p(scores)))).astype(
+        np.int8
+    )
     model = LogisticRegression(C=1e10, tol=1e-10).fit(np.log1p(scores)[:, None], labels)
     wanted = model.predict_proba(np.log1p(np.arange(20))[:, None])[:, 1]
-    np.testing.assert_allclose(fit_probability(scores, labels)(np.arange(20)), wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        fit_probability(scores, labels)(np.arange(20)), wanted, atol=1e-5
+    )
 
 
 def test_a_regression_of_several_features_is_the_maximum_of_the_likelihood() -> None:
     rng = np.random.default_rng(2)
     x = np.column_stack([rng.normal(3, 2, 800), rng.poisson(2, 800), np.full(800, 7.0)])
-    labels = (rng.random(800) < 1 / (1 + np.exp(1 - x[:, 0] + 0.7 * x[:, 1]))).astype(np.int8)
+    labels = (rng.random(800) < 1 / (1 + np.exp(1 - x[:, 0] + 0.7 * x[:, 1]))).astype(
+        np.int8
+    )
     model = LogisticRegression(C=1e10, tol=1e-10, max_iter=1000).fit(x, labels)
-    np.testing.assert_allclose(fit_logistic(x, labels)(x[:50]), model.predict_proba(x[:50])[:, 1], atol=1e-4)
+    np.testing.assert_allclose(
+        fit_logistic(x, labels)(x[:50]), model.predict_proba(x[:50])[:, 1], atol=1e-4
+    )
 
 
 def test_past_rates_count_earlier_learned_rows_of_train_with_the_same_key() -> None:
@@ -117,8 +148,12 @@ def test_past_rates_count_earlier_learned_rows_of_train_with_the_same_key() -> N
         found = past_rates(train, key, 0, log, at)
         for row in range(log.rows):
             same = ok & (key == at[row]) & (train.time < log.time[row])
-            rate = ((train.labels[same, 0] == 1).sum() + PRIOR_ROWS * share) / (same.sum() + PRIOR_ROWS)
-            np.testing.assert_allclose(found[row], [np.log(rate / (1 - rate)), np.log1p(same.sum())], atol=1e-9)
+            rate = ((train.labels[same, 0] == 1).sum() + PRIOR_ROWS * share) / (
+                same.sum() + PRIOR_ROWS
+            )
+            np.testing.assert_allclose(
+                found[row], [np.log(rate / (1 - rate)), np.log1p(same.sum())], atol=1e-9
+            )
 
 
 @pytest.mark.parametrize(
@@ -129,13 +164,17 @@ def test_past_rates_count_earlier_learned_rows_of_train_with_the_same_key() -> N
         ([], [], 0.5),
     ],
 )
-def test_scores_that_tell_nothing_give_the_smoothed_share(scores: list[int], labels: list[int], wanted: float) -> None:
+def test_scores_that_tell_nothing_give_the_smoothed_share(
+    scores: list[int], labels: list[int], wanted: float
+) -> None:
     probability = fit_probability(np.array(scores, float), np.array(labels, np.int8))
     np.testing.assert_allclose(probability(np.array([0.0, 5.0])), [wanted, wanted])
 
 
 def test_scores_that_separate_the_classes_give_finite_probabilities() -> None:
-    probability = fit_probability(np.array([0, 0, 0, 9, 9, 9]), np.array([0, 0, 0, 1, 1, 1]))(np.array([0, 9]))
+    probability = fit_probability(
+        np.array([0, 0, 0, 9, 9, 9]), np.array([0, 0, 0, 1, 1, 1])
+    )(np.array([0, 9]))
     assert 0 < probability[0] < 1e-3
     assert 1 - 1e-3 < probability[1] < 1
 
@@ -152,7 +191,9 @@ def test_many_features_of_few_rows_give_finite_probabilities(seed: int) -> None:
 
 def test_baselines_score_the_scored_rows_in_order_for_the_tasks_asked() -> None:
     train, log = random_log(2, flags=(EVENT | SCORED | LEARNED,)), random_log(3)
-    both, swapped, second = (baselines(train, log, tasks) for tasks in ((0, 1), (1, 0), (1,)))
+    both, swapped, second = (
+        baselines(train, log, tasks) for tasks in ((0, 1), (1, 0), (1,))
+    )
     scored = log.flags & SCORED > 0
     assert sorted(both) == ["item_rate", "popularity", "rates", "repeat"]
     for name, probability in both.items():
@@ -177,4 +218,6 @@ def test_labels_of_the_scored_split_are_not_used() -> None:
     train, log = random_log(4, flags=(EVENT | SCORED | LEARNED,)), random_log(5)
     other = dataclasses.replace(log, labels=np.zeros_like(log.labels))
     for name, probability in baselines(train, log, [0, 1]).items():
-        np.testing.assert_array_equal(baselines(train, other, [0, 1])[name], probability)
+        np.testing.assert_array_equal(
+            baselines(train, other, [0, 1])[name], probability
+        )

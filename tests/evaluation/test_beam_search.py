@@ -36,13 +36,23 @@ def random_model(levels, batch, seed=0, values=None):
     tables = []
     for level in range(levels):
         shape = (batch, CODES**level, CODES)
-        logits = random.normal(size=shape) if values is None else random.choice(values, shape)
-        tables.append(np.asarray(logits if values is not None else jax.nn.log_softmax(logits), np.float32))
+        logits = (
+            random.normal(size=shape)
+            if values is None
+            else random.choice(values, shape)
+        )
+        tables.append(
+            np.asarray(
+                logits if values is not None else jax.nn.log_softmax(logits), np.float32
+            )
+        )
     return tables
 
 
 def next_log_probs(tables, codes, level):
-    number = prefix_number(codes) if level else jnp.zeros_like(codes, shape=codes.shape[:2])
+    number = (
+        prefix_number(codes) if level else jnp.zeros_like(codes, shape=codes.shape[:2])
+    )
     return jnp.take_along_axis(tables[level], number[..., None], axis=1)
 
 
@@ -52,12 +62,21 @@ def brute_force(tables, codes, width, renormalize=False):
     for b in range(len(tables[0])):
         total = np.zeros(len(codes), np.float32)
         for level, table in enumerate(tables):
-            rows = table[b, prefix_number(codes[:, :level])] if level else np.broadcast_to(table[b, 0], (len(codes), 5))
+            rows = (
+                table[b, prefix_number(codes[:, :level])]
+                if level
+                else np.broadcast_to(table[b, 0], (len(codes), 5))
+            )
             gain = rows[np.arange(len(codes)), codes[:, level]]
             if renormalize:
                 alike = (codes[:, None, :level] == codes[None, :, :level]).all(axis=-1)
                 there = [np.unique(codes[same, level]) for same in alike]
-                gain = gain - np.array([np.logaddexp.reduce(r[t]) for r, t in zip(rows, there, strict=True)])
+                gain = gain - np.array(
+                    [
+                        np.logaddexp.reduce(r[t])
+                        for r, t in zip(rows, there, strict=True)
+                    ]
+                )
             total += gain
         order = np.lexsort([np.arange(len(codes)), -total])[:width]
         more = width - len(order)
@@ -69,7 +88,11 @@ def brute_force(tables, codes, width, renormalize=False):
 @functools.partial(jax.jit, static_argnames=("batch", "width", "renormalize"))
 def search(tables, trie, *, batch, width, renormalize=False):
     return beam_search(
-        functools.partial(next_log_probs, tables), trie, batch=batch, width=width, renormalize=renormalize
+        functools.partial(next_log_probs, tables),
+        trie,
+        batch=batch,
+        width=width,
+        renormalize=renormalize,
     )
 
 
@@ -79,17 +102,29 @@ def assert_brute_force(found, tables, codes, width):
     assert found.scores.dtype == jnp.float32
     assert np.asarray(found.items).tolist() == items.tolist()
     assert np.array_equal(found.scores, scores)  # the same sums in the same order
-    assert np.array_equal(found.codes, np.where((items >= 0)[..., None], codes[items], -1))
+    assert np.array_equal(
+        found.codes, np.where((items >= 0)[..., None], codes[items], -1)
+    )
 
 
-@pytest.mark.parametrize(("items", "levels", "width"), [(1, 1, 1), (4, 1, 2), (40, 3, 25), (40, 3, 50), (90, 3, 30)])
-@pytest.mark.parametrize("values", [None, (-3.0, -2.0, -1.0, -np.inf)], ids=["distinct", "ties"])
+@pytest.mark.parametrize(
+    ("items", "levels", "width"),
+    [(1, 1, 1), (4, 1, 2), (40, 3, 25), (40, 3, 50), (90, 3, 30)],
+)
+@pytest.mark.parametrize(
+    "values", [None, (-3.0, -2.0, -1.0, -np.inf)], ids=["distinct", "ties"]
+)
 def test_the_best_items_are_those_of_brute_force(items, levels, width, values):
     assert width >= CODES ** (levels - 1)  # no level but the last is cut
     for seed in range(4):
         codes = catalogue(items, levels, seed)
         tables = random_model(levels, 3, seed, values)
-        assert_brute_force(search(tables, build_trie(codes), batch=3, width=width), tables, codes, width)
+        assert_brute_force(
+            search(tables, build_trie(codes), batch=3, width=width),
+            tables,
+            codes,
+            width,
+        )
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
@@ -109,12 +144,18 @@ def test_narrow_beams_find_items_that_exist_with_their_own_scores(width):
 
 def test_one_beam_is_greedy():
     codes = np.array([[0, 0], [0, 1], [1, 0]])
-    tables = [np.log([[[0.6, 0.4]]]).astype(np.float32), np.log([[[0.5, 0.5], [1.0, 1e-9]]]).astype(np.float32)]
+    tables = [
+        np.log([[[0.6, 0.4]]]).astype(np.float32),
+        np.log([[[0.5, 0.5], [1.0, 1e-9]]]).astype(np.float32),
+    ]
 
     def model(prefix, level):
         return tables[0] if level == 0 else jnp.asarray(tables[1])[:, prefix[0, :, 0]]
 
-    find = jax.jit(lambda trie, width: beam_search(model, trie, batch=1, width=width), static_argnums=1)
+    find = jax.jit(
+        lambda trie, width: beam_search(model, trie, batch=1, width=width),
+        static_argnums=1,
+    )
     one, two = (find(build_trie(codes), width) for width in (1, 2))
     assert one.items.tolist() == [[0]]
     assert two.items.tolist() == [[2, 0]]
@@ -126,7 +167,9 @@ def test_equal_scores_go_by_the_lower_item_also_where_beams_are_cut():
     found = search(tables, build_trie(codes), batch=1, width=CODES**2)
     assert found.items[0].tolist() == list(range(CODES**2))
     narrow = search(tables, build_trie(codes), batch=1, width=2)
-    assert narrow.items[0, 0] == 0  # the prefix with the lowest item under it is never cut
+    assert (
+        narrow.items[0, 0] == 0
+    )  # the prefix with the lowest item under it is never cut
 
 
 def test_chains_of_single_children_lead_to_their_items():
@@ -149,7 +192,9 @@ def test_items_that_are_not_there_are_marked_where_beams_outnumber_them():
 
 def test_an_impossible_item_still_comes_before_none():
     codes = np.array([[1, 1], [0, 0], [3, 0]])
-    tables = [np.full((1, CODES**level, CODES), -np.inf, np.float32) for level in range(2)]
+    tables = [
+        np.full((1, CODES**level, CODES), -np.inf, np.float32) for level in range(2)
+    ]
     tables[0][0, 0, 3] = tables[1][0, 3, 0] = -1.0
     found = search(tables, build_trie(codes), batch=1, width=4)
     assert found.items.tolist() == [[2, 0, 1, -1]]
@@ -175,7 +220,10 @@ def test_requests_split_over_a_mesh_find_the_same(shape):
     expected = search(tables, build_trie(codes), batch=8, width=CODES**2)
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
-        split = [jax.device_put(t, jax.NamedSharding(mesh, RULES("batch", None, None))) for t in tables]
+        split = [
+            jax.device_put(t, jax.NamedSharding(mesh, RULES("batch", None, None)))
+            for t in tables
+        ]
         found = search(split, build_trie(codes), batch=8, width=CODES**2)
     assert found.items.sharding.spec == RULES("batch", None)
     for a, b in zip(found, expected, strict=True):
@@ -211,7 +259,10 @@ def test_a_trie_takes_a_few_integers_an_item():
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (np.array([[1, 2], [0, 3], [1, 2]]), r"items 0 and 2 both have \[1, 2\].*last level that tells them apart"),
+        (
+            np.array([[1, 2], [0, 3], [1, 2]]),
+            r"items 0 and 2 both have \[1, 2\].*last level that tells them apart",
+        ),
         (np.array([[1, 2], [0, -3]]), r"codes\[1, 1\]=-3 must lie between 0 and"),
         (np.array([[0.5, 1.0]]), "float64"),
         (np.array([1, 2]), r"\[2\]: expected integers \[N, L\]"),
@@ -225,7 +276,14 @@ def test_codes_that_make_no_trie_are_named(codes, message):
 
 def test_a_model_with_too_few_codes_is_named():
     trie = build_trie(np.array([[0, 4]]))
-    with pytest.raises(InputError, match=r"returns \[2, 1, 4\] at level 1: expected \[2, 1, 5\]"):
-        beam_search(lambda prefix, level: jnp.zeros((*prefix.shape[:2], 4)), trie, batch=2, width=3)
+    with pytest.raises(
+        InputError, match=r"returns \[2, 1, 4\] at level 1: expected \[2, 1, 5\]"
+    ):
+        beam_search(
+            lambda prefix, level: jnp.zeros((*prefix.shape[:2], 4)),
+            trie,
+            batch=2,
+            width=3,
+        )
     with pytest.raises(InputError, match="width=0 must be at least 1"):
         beam_search(lambda prefix, level: jnp.zeros((2, 1, 5)), trie, batch=2, width=0)

@@ -8,15 +8,30 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.walks import ITEMS, STEPS, USERS, code_config, first_batch, opened, prepare_walks, save_codes, walk, walking
+from tests.walks import (
+    ITEMS,
+    STEPS,
+    USERS,
+    code_config,
+    first_batch,
+    opened,
+    prepare_walks,
+    save_codes,
+    walk,
+    walking,
+)
 from tests.worlds import mesh_of, one_device
 from tokenrec.cli.main import main
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import batch_shapes, eval_batches
 from tokenrec.errors import InputError
 from tokenrec.evaluation.baselines import goal_counts
-from tokenrec.evaluation.catalogue import Answers, find_by_counts, summarize
-from tokenrec.evaluation.evaluate import evaluate_run, finder, retrieval_baselines
+from tokenrec.evaluation.catalogue import RankedItems, rank_by_counts, summarize
+from tokenrec.evaluation.evaluate import (
+    evaluate_run,
+    make_retrieval_step,
+    retrieval_baselines,
+)
 from tokenrec.evaluation.predict import predict_run
 from tokenrec.metrics.ranking import ranks_of
 from tokenrec.models.heads import ItemHead
@@ -43,7 +58,10 @@ def test_the_goal_of_an_event_is_the_item_of_the_next_one(data):
     batch = first_batch(dataset, config).batch
     asked = batch.goals[:, :-1, 0] >= 0
     assert np.array_equal(batch.goals[:, :-1, 0][asked], batch.items[:, 1:][asked])
-    last, before = dataset.catalogue.item_id[batch.goals[:, -1, 0]], dataset.catalogue.item_id[batch.items[:, -1]]
+    last, before = (
+        dataset.catalogue.item_id[batch.goals[:, -1, 0]],
+        dataset.catalogue.item_id[batch.items[:, -1]],
+    )
     assert set(((last - before) % ITEMS).tolist()) <= {1, 2}
     assert np.array_equal(batch.weight > 0, batch.goals[..., 0] >= 0)
     assert asked.any()
@@ -58,7 +76,10 @@ def test_every_paradigm_asks_evaluation_for_the_same_items_after_the_same_histor
         for host, who in eval_batches(dataset, config.data, "test"):
             real = host.rows[:, 0, 0] >= 0
             for user, history, goal in zip(
-                who.user_id, host.batch.items[real], host.batch.goals[real, 0, 0], strict=True
+                who.user_id,
+                host.batch.items[real],
+                host.batch.goals[real, 0, 0],
+                strict=True,
             ):
                 asked[int(user)] = (history.tolist(), int(goal))
         found.append(asked)
@@ -67,14 +88,18 @@ def test_every_paradigm_asks_evaluation_for_the_same_items_after_the_same_histor
 
 
 def test_batches_have_the_shapes_that_are_compiled_ahead(data, codes):
-    for options in ({}, {"paradigm": "nio", "overlap": 0, "candidates": 3}, {"semantic_ids": str(codes)}):
+    for options in (
+        {},
+        {"paradigm": "nio", "overlap": 0, "candidates": 3},
+        {"semantic_ids": str(codes)},
+    ):
         config = walking(data, data_options=options)
         dataset, _ = opened(config)
         batch = first_batch(dataset, config).batch
         expected = batch_shapes(dataset.schema, config.data, batch_size=16)[8]
-        assert jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), batch) == jax.tree.map(
-            lambda x: (x.shape, np.dtype(x.dtype)), expected
-        )
+        assert jax.tree.map(
+            lambda x: (x.shape, np.dtype(x.dtype)), batch
+        ) == jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), expected)
 
 
 def test_a_query_shows_the_context_and_nothing_of_the_item(data):
@@ -93,13 +118,17 @@ def test_a_sampled_softmax_that_draws_every_item_once_is_the_full_one(cosine):
     from tokenrec.config import HeadConfig
 
     with jax.set_mesh(one_device()):
-        head = ItemHead(HeadConfig(cosine=cosine, temperature=0.7), 8, 20, rngs=nnx.Rngs(0))
+        head = ItemHead(
+            HeadConfig(cosine=cosine, temperature=0.7), 8, 20, rngs=nnx.Rngs(0)
+        )
         h = jax.random.normal(jax.random.key(1), (3, 4, 8))
         goals = jax.random.randint(jax.random.key(2), (3, 4, 2), -1, 20)
         every = jnp.arange(20)
 
         def sampled(h):
-            return head.sampled_losses(h, goals, head.rows(goals), every, head.vectors()).sum()
+            return head.sampled_losses(
+                h, goals, head.rows(goals), every, head.vectors()
+            ).sum()
 
         full = jax.value_and_grad(lambda h: head.full_losses(h, goals).sum())(h)
         drawn = jax.value_and_grad(sampled)(h)
@@ -121,22 +150,29 @@ def test_a_sampled_softmax_estimates_the_partition_of_the_full_one():
 
         def loss(key):
             drawn = jax.random.randint(key, (10,), 0, 50)
-            return head.sampled_losses(h, goals, head.rows(goals), drawn, head.vectors()[drawn]).sum()
+            return head.sampled_losses(
+                h, goals, head.rows(goals), drawn, head.vectors()[drawn]
+            ).sum()
 
         losses = jax.vmap(loss)(jax.random.split(jax.random.key(3), 4000))
-        estimate, full = float(jnp.mean(jnp.exp(losses))), float(jnp.exp(head.full_losses(h, goals).sum()))
+        estimate, full = (
+            float(jnp.mean(jnp.exp(losses))),
+            float(jnp.exp(head.full_losses(h, goals).sum())),
+        )
     # The standard error of 4,000 draws of 10 items is .4 % of the sum.
     assert abs(estimate / full - 1) < 0.02
 
 
-@pytest.mark.parametrize("head", [{}, {"negatives": 16}, {"cosine": True, "temperature": 0.1}])
+@pytest.mark.parametrize(
+    "head", [{}, {"negatives": 16}, {"cosine": True, "temperature": 0.1}]
+)
 def test_ranks_are_those_of_all_scores(data, head):
     config = walking(data, head=head | {"top_k": ITEMS})
     dataset, model = opened(config)
     mesh = one_device()
     with jax.set_mesh(mesh):
         state = init_state(model, 0)
-        find = finder(model, dataset)
+        find = make_retrieval_step(model, dataset)
         host, _ = next(eval_batches(dataset, config.data, "valid"))
         found = jax.device_get(find(state, to_devices(host.batch, mesh)))
     assert (np.diff(found.scores, axis=1) <= 0).all()
@@ -152,8 +188,14 @@ def test_seen_items_are_left_out_if_asked(data):
     mesh = one_device()
     with jax.set_mesh(mesh):
         host, _ = next(eval_batches(dataset, config.data, "valid"))
-        found = jax.device_get(finder(model, dataset)(init_state(model, 0), to_devices(host.batch, mesh)))
-    for items, scores, history in zip(found.items, found.scores, host.batch.items, strict=True):
+        found = jax.device_get(
+            make_retrieval_step(model, dataset)(
+                init_state(model, 0), to_devices(host.batch, mesh)
+            )
+        )
+    for items, scores, history in zip(
+        found.items, found.scores, host.batch.items, strict=True
+    ):
         seen = set(history[history >= 0].tolist())
         assert set(items[scores > -np.inf].tolist()) == set(range(ITEMS)) - seen
         assert (items[scores == -np.inf] == -1).all()
@@ -168,7 +210,14 @@ def test_baselines_are_the_popular_items_and_the_users_own(data):
     with jax.set_mesh(mesh):
         host, _ = next(eval_batches(dataset, config.data, "valid"))
         popular, own = (
-            jax.device_get(find_by_counts(config.head, repeat, jnp.asarray(learned), to_devices(host.batch, mesh)))
+            jax.device_get(
+                rank_by_counts(
+                    config.head,
+                    repeat,
+                    jnp.asarray(learned),
+                    to_devices(host.batch, mesh),
+                )
+            )
             for repeat in (False, True)
         )
         reports = retrieval_baselines(config, dataset, "valid", mesh)
@@ -182,15 +231,30 @@ def test_baselines_are_the_popular_items_and_the_users_own(data):
     scores = np.broadcast_to(learned, (len(goals), ITEMS))
     assert np.array_equal(popular.ranks, ranks_of(scores, goals))
     # Eight steps of one or two around twelve items, so that many users have not met the item that comes next.
-    assert reports["popularity"]["retrieval"]["users"] == reports["repeat"]["retrieval"]["users"] == USERS
-    assert reports["repeat"]["retrieval"]["mrr"] != reports["popularity"]["retrieval"]["mrr"]
+    assert (
+        reports["popularity"]["retrieval"]["users"]
+        == reports["repeat"]["retrieval"]["users"]
+        == USERS
+    )
+    assert (
+        reports["repeat"]["retrieval"]["mrr"]
+        != reports["popularity"]["retrieval"]["mrr"]
+    )
 
 
 def test_goals_of_one_request_in_several_streams_count_once():
     def answers(user, time, ranks, goals):
         nothing = np.zeros((len(user), 1))
         ranks = np.array(ranks, float)
-        return Answers(np.array(user), np.array(time), nothing, nothing > 0, nothing, ranks, np.array(goals))
+        return RankedItems(
+            np.array(user),
+            np.array(time),
+            nothing,
+            nothing > 0,
+            nothing,
+            ranks,
+            np.array(goals),
+        )
 
     parts = [
         # Item 4 stands in the request twice, as in two lines of a basket.
@@ -205,9 +269,15 @@ def test_goals_of_one_request_in_several_streams_count_once():
 
 def test_metrics_that_look_further_than_the_answers_are_not_given():
     one = np.array([[3.0]])
-    answer = Answers(np.array([5]), np.array([1]), one, one > 0, one, one, np.array([[4]]))
+    answer = RankedItems(
+        np.array([5]), np.array([1]), one, one > 0, one, one, np.array([[4]])
+    )
     found = summarize(iter([answer]), 100, listed=20)["retrieval"]
-    assert (found["recall@10"], found["recall@50"], found["ndcg@50"]) == (1.0, None, None)
+    assert (found["recall@10"], found["recall@50"], found["ndcg@50"]) == (
+        1.0,
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize("kind", ["spread", "codes"])
@@ -218,18 +288,41 @@ def test_a_step_and_its_answers_agree_on_a_mesh(data, codes, kind):
         config = walking(data, head={"negatives": 16, "drop_seen": True})
         config.tokens.replicate_rows = 5
     dataset, model = opened(config)
-    host, batch = next(eval_batches(dataset, config.data, "valid"))[0].batch, first_batch(dataset, config).batch
+    host, batch = (
+        next(eval_batches(dataset, config.data, "valid"))[0].batch,
+        first_batch(dataset, config).batch,
+    )
     results = []
     for mesh in (one_device(), mesh_of(2, 2, 2)):
         with jax.set_mesh(mesh):
-            state, train_batch, eval_batch = init_state(model, 0), to_devices(batch, mesh), to_devices(host, mesh)
-            step = jax.jit(train_step, static_argnums=0).lower(model, state, train_batch).compile()
+            state, train_batch, eval_batch = (
+                init_state(model, 0),
+                to_devices(batch, mesh),
+                to_devices(host, mesh),
+            )
+            step = (
+                jax.jit(train_step, static_argnums=0)
+                .lower(model, state, train_batch)
+                .compile()
+            )
             state, metrics = step(state, train_batch)
-            find = finder(model, dataset)
-            results.append(jax.device_get((metrics.loss, metrics.grad_norm, find(state, eval_batch).scores)))
-            if kind == "spread" and mesh.size == 8:  # no device ever holds all item vectors, or their gradient
-                programs = step.as_text(), find.lower(state, eval_batch).compile().as_text()
-                assert all(f"[{CYCLE // 8}," in text and f"[{CYCLE}," not in text for text in programs)
+            find = make_retrieval_step(model, dataset)
+            results.append(
+                jax.device_get(
+                    (metrics.loss, metrics.grad_norm, find(state, eval_batch).scores)
+                )
+            )
+            if (
+                kind == "spread" and mesh.size == 8
+            ):  # no device ever holds all item vectors, or their gradient
+                programs = (
+                    step.as_text(),
+                    find.lower(state, eval_batch).compile().as_text(),
+                )
+                assert all(
+                    f"[{CYCLE // 8}," in text and f"[{CYCLE}," not in text
+                    for text in programs
+                )
     # AdamW's first step magnifies rounding: measured 4e-6 in the scores.
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4)
@@ -281,13 +374,20 @@ def test_predict_writes_the_best_items_by_their_own_ids(trained, tmp_path):
 
 
 def test_the_command_line_writes_the_metrics(trained, tmp_path, capsys):
-    arguments = ["evaluate", f"--workdir={trained}", "--split=valid", f"--json={tmp_path / 'eval.json'}"]
+    arguments = [
+        "evaluate",
+        f"--workdir={trained}",
+        "--split=valid",
+        f"--json={tmp_path / 'eval.json'}",
+    ]
     assert main(arguments) == 0
     report = json.loads((tmp_path / "eval.json").read_text())["retrieval"]
     assert {"recall@10", "ndcg@10", "users", "catalogue"} <= report.keys()
     assert "recall@10" in capsys.readouterr().out
     assert main([*arguments, "--baselines"]) == 0
-    assert {"popularity", "repeat"} == json.loads((tmp_path / "eval.json").read_text())["baselines"].keys()
+    assert {"popularity", "repeat"} == json.loads((tmp_path / "eval.json").read_text())[
+        "baselines"
+    ].keys()
     assert "popularity" in capsys.readouterr().out
 
 

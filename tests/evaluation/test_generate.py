@@ -9,12 +9,25 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.walks import ITEMS, code_config, first_batch, opened, prepare_walks, read_outs, save_codes, walking
+from tests.walks import (
+    ITEMS,
+    code_config,
+    first_batch,
+    opened,
+    prepare_walks,
+    read_outs,
+    save_codes,
+    walking,
+)
 from tests.worlds import one_device
-from tokenrec.checkpoint.run_folder import check_schema, start_run
+from tokenrec.checkpoint.run_folder import check_schema, create_or_check_run
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import eval_batches
-from tokenrec.data.semantic_id_file import SemanticIds, load_semantic_ids, save_semantic_ids
+from tokenrec.data.semantic_id_file import (
+    SemanticIds,
+    load_semantic_ids,
+    save_semantic_ids,
+)
 from tokenrec.errors import InputError
 from tokenrec.evaluation.beam_search import build_trie
 from tokenrec.evaluation.generate import generate
@@ -35,7 +48,9 @@ def codes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("options", [{}, {"paradigm": "nio", "overlap": 0}])
-def test_the_score_of_a_generated_item_is_its_probability_in_training(data, codes, options):
+def test_the_score_of_a_generated_item_is_its_probability_in_training(
+    data, codes, options
+):
     """Teacher forcing over the whole stream against the cached prefix and beams, item by item."""
     config = code_config(data, codes, **options)
     dataset, model = opened(config)
@@ -45,14 +60,20 @@ def test_the_score_of_a_generated_item_is_its_probability_in_training(data, code
         host, _ = next(eval_batches(dataset, config.data, "valid"))
         batch = to_devices(host.batch, mesh)
         trie = build_trie(dataset.catalogue.codes)
-        beams = jax.device_get(jax.jit(generate, static_argnums=0)(model, state, batch, trie))
-        assert (np.sort(beams.items, axis=1) == np.arange(ITEMS)).all()  # all exist, each once
+        beams = jax.device_get(
+            jax.jit(generate, static_argnums=0)(model, state, batch, trie)
+        )
+        assert (
+            np.sort(beams.items, axis=1) == np.arange(ITEMS)
+        ).all()  # all exist, each once
 
         @functools.partial(jax.jit, static_argnums=0)
         def loss(model, state, lone):
             found = model.embedder.find(lone)
             rows = model.embedder.gather(state.tables, found)
-            return loss_fn(state.params, rows, model, inverses(found), lone, jnp.ones(1), None)
+            return loss_fn(
+                state.params, rows, model, inverses(found), lone, jnp.ones(1), None
+            )
 
         def loss_of(item):
             one = np.full_like(host.batch.goals, item)
@@ -67,7 +88,9 @@ def test_the_score_of_a_generated_item_is_its_probability_in_training(data, code
         for item in (0, 7):
             scores = [beams.scores[n][beams.items[n] == item].item() for n in (0, 5)]
             # float32 in another order: measured 1.4e-6.
-            np.testing.assert_allclose(scores, [-x for x in loss_of(item)], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(
+                scores, [-x for x in loss_of(item)], rtol=0, atol=1e-5
+            )
 
 
 def test_codes_of_one_goal_move_no_other_read_out(data, codes):
@@ -80,7 +103,10 @@ def test_codes_of_one_goal_move_no_other_read_out(data, codes):
     with jax.set_mesh(mesh):
         state = init_state(model, 0)
         read = jax.jit(read_outs, static_argnums=0)
-        a, b = (np.asarray(read(model, state, to_devices(batch._replace(codes=c), mesh))) for c in (batch.codes, other))
+        a, b = (
+            np.asarray(read(model, state, to_devices(batch._replace(codes=c), mesh)))
+            for c in (batch.codes, other)
+        )
     layout = model.layout(8)
     moved = np.abs(a - b).max(axis=(0, 2)) > 0
     assert moved.any()
@@ -103,27 +129,42 @@ def test_what_an_event_reads_is_what_serving_reads_after_it(data, codes, kind):
         for cut in (1, 3):  # the newest events away
             event = 7 - cut
             moved = {name: getattr(batch, name) for name in ("valid", "items")}
-            shifted = jax.tree.map(lambda x, by=cut: np.roll(x, by, axis=1), (batch.state, batch.action, moved))
+            shifted = jax.tree.map(
+                lambda x, by=cut: np.roll(x, by, axis=1),
+                (batch.state, batch.action, moved),
+            )
             shifted[2]["valid"][:, :cut] = False
             shifted[2]["items"][:, :cut] = -1
-            asked = {"goals": batch.goals[:, event : event + 1], "weight": batch.weight[:, event : event + 1]}
+            asked = {
+                "goals": batch.goals[:, event : event + 1],
+                "weight": batch.weight[:, event : event + 1],
+            }
             rows = [event]
             if kind == "codes":
                 asked["codes"] = batch.codes[:, event : event + 1]
-                rows += [8 + 2 * event, 8 + 2 * event + 1]  # behind the 8 events, two for each
-            lone = batch._replace(state=shifted[0], action=shifted[1], **asked, **shifted[2])
+                rows += [
+                    8 + 2 * event,
+                    8 + 2 * event + 1,
+                ]  # behind the 8 events, two for each
+            lone = batch._replace(
+                state=shifted[0], action=shifted[1], **asked, **shifted[2]
+            )
             served = np.asarray(read(model, state, to_devices(lone, mesh)))
             real = asked["goals"][:, 0, 0] >= 0  # elsewhere the codes are padding
             assert real.any()
             # float32 in another order: measured 1.2e-6.
-            np.testing.assert_allclose(served[real], packed[real][:, rows], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(
+                served[real], packed[real][:, rows], rtol=0, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("kind", ["full", "sampled", "codes"])
 def test_no_read_out_sees_what_comes_after_its_event(data, codes, kind):
     """The next event is the goal, so that codes beside an event must not see it either."""
     config = (
-        code_config(data, codes) if kind == "codes" else walking(data, head={"negatives": 16 * (kind == "sampled")})
+        code_config(data, codes)
+        if kind == "codes"
+        else walking(data, head={"negatives": 16 * (kind == "sampled")})
     )
     dataset, model = opened(config)
     mesh, later = one_device(), np.arange(8) >= 5
@@ -131,7 +172,9 @@ def test_no_read_out_sees_what_comes_after_its_event(data, codes, kind):
     assert batch.valid[:, 4:6].all(axis=1).any()
 
     def changed(signals):
-        return signals._replace(ids=np.where(later[:, None], np.roll(signals.ids, 1, axis=0), signals.ids))
+        return signals._replace(
+            ids=np.where(later[:, None], np.roll(signals.ids, 1, axis=0), signals.ids)
+        )
 
     other = batch._replace(
         state=changed(batch.state),
@@ -141,14 +184,18 @@ def test_no_read_out_sees_what_comes_after_its_event(data, codes, kind):
     with jax.set_mesh(mesh):
         state = init_state(model, 0)
         read = jax.jit(read_outs, static_argnums=0)
-        a, b = (np.asarray(read(model, state, to_devices(x, mesh))) for x in (batch, other))
+        a, b = (
+            np.asarray(read(model, state, to_devices(x, mesh))) for x in (batch, other)
+        )
     layout = model.layout(8)
     moved = np.abs(a - b).max(axis=(0, 2)) > 0
     assert np.array_equal(moved, layout.event[layout.readout] >= 5)
 
 
 def test_semantic_ids_that_lack_an_item_are_refused(data, codes, tmp_path):
-    table = pq.read_table(codes).replace_schema_metadata(None)  # without the digest of all of them
+    table = pq.read_table(codes).replace_schema_metadata(
+        None
+    )  # without the digest of all of them
     pq.write_table(table.slice(1), tmp_path / "semantic_ids.parquet")
     with pytest.raises(InputError, match="item_id=100"):
         open_dataset(data, (), str(tmp_path))
@@ -157,12 +204,16 @@ def test_semantic_ids_that_lack_an_item_are_refused(data, codes, tmp_path):
 def test_other_semantic_ids_of_the_same_sizes_are_refused(data, codes, tmp_path):
     """The codes of a run are its vocabulary: items that changed places would be found under each other's names."""
     swapped = load_semantic_ids(codes)
-    save_semantic_ids(SemanticIds(swapped.item_id, np.roll(swapped.codes, 1, axis=0)), tmp_path / "ids.parquet")
+    save_semantic_ids(
+        SemanticIds(swapped.item_id, np.roll(swapped.codes, 1, axis=0)),
+        tmp_path / "ids.parquet",
+    )
     mine, others = (
-        open_dataset(data, ("semantic_id",), str(path)).schema for path in (codes, tmp_path / "ids.parquet")
+        open_dataset(data, ("semantic_id",), str(path)).schema
+        for path in (codes, tmp_path / "ids.parquet")
     )
     assert mine.levels == others.levels
-    start_run(code_config(data, codes), mine, tmp_path / "run")
+    create_or_check_run(code_config(data, codes), mine, tmp_path / "run")
     check_schema(mine, tmp_path / "run")
     with pytest.raises(InputError, match="semantic ids"):
         check_schema(others, tmp_path / "run")
@@ -177,5 +228,8 @@ def test_semantic_ids_may_be_goals_without_being_features(data, codes):
     with_feature = open_dataset(data, (), str(codes))
     feature = with_feature.schema.feature("semantic_id")
     assert with_feature.catalogue.ids.shape[1] == 1 + feature.length
-    assert with_feature.catalogue.ids[:, 1:].max() < with_feature.schema.tables["semantic_id"]
+    assert (
+        with_feature.catalogue.ids[:, 1:].max()
+        < with_feature.schema.tables["semantic_id"]
+    )
     assert dataclasses.replace(with_feature.schema, features=()) != dataset.schema

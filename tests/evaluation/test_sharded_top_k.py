@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.worlds import mesh_of
-from tokenrec.evaluation.sharded_top_k import search_spread
-from tokenrec.ops.tables.exchange import CYCLE, ids_of, places_of
+from tokenrec.evaluation.sharded_top_k import sharded_top_k
+from tokenrec.ops.tables.exchange import CYCLE, from_storage_index, to_storage_index
 from tokenrec.sharding import RULES
 
 ROWS, FIRST, ITEMS, WIDTH, BATCH, COUNT = CYCLE, 5, 900, 4, 8, 6
@@ -15,7 +15,9 @@ ROWS, FIRST, ITEMS, WIDTH, BATCH, COUNT = CYCLE, 5, 900, 4, 8, 6
 
 def test_ids_and_places_are_inverse():
     ids = np.arange(3 * CYCLE)
-    assert np.array_equal(ids_of(places_of(ids, len(ids)), len(ids)), ids)
+    assert np.array_equal(
+        from_storage_index(to_storage_index(ids, len(ids)), len(ids)), ids
+    )
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
@@ -34,11 +36,16 @@ def test_answers_and_ranks_are_those_of_the_whole_catalogue(sizes, dropped):
             scores[row, items[items >= 0]] = -np.inf
     expected = -np.sort(-scores, axis=1)[:, :COUNT]
     own = np.take_along_axis(scores, np.maximum(goals, 0), axis=1)
-    higher, equal = ((scores[:, None] > own[..., None]).sum(2), (scores[:, None] == own[..., None]).sum(2))
-    ranks = np.where(goals < 0, 0, np.where(np.isfinite(own), higher + (equal + 1) / 2, np.inf))
+    higher, equal = (
+        (scores[:, None] > own[..., None]).sum(2),
+        (scores[:, None] == own[..., None]).sum(2),
+    )
+    ranks = np.where(
+        goals < 0, 0, np.where(np.isfinite(own), higher + (equal + 1) / 2, np.inf)
+    )
 
     stored = np.empty_like(table)
-    stored[places_of(np.arange(ROWS), ROWS)] = table
+    stored[to_storage_index(np.arange(ROWS), ROWS)] = table
     mesh = mesh_of(*sizes)
 
     def put(x, *axes):
@@ -46,15 +53,28 @@ def test_answers_and_ranks_are_those_of_the_whole_catalogue(sizes, dropped):
 
     with jax.set_mesh(mesh):
         found = jax.jit(
-            lambda queries, table, goals, seen: search_spread(
-                queries, table, goals, seen, first=FIRST, items=ITEMS, count=COUNT, key=lambda rows: 2 * rows
+            lambda queries, table, goals, seen: sharded_top_k(
+                queries,
+                table,
+                goals,
+                seen,
+                first=FIRST,
+                items=ITEMS,
+                count=COUNT,
+                key=lambda rows: 2 * rows,
             )
         )(
-            *(put(queries, "batch", None), put(stored, "rows", None), put(goals, "batch", None)),
+            *(
+                put(queries, "batch", None),
+                put(stored, "rows", None),
+                put(goals, "batch", None),
+            ),
             put(seen, "batch", None) if dropped else None,
         )
     np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
-    np.testing.assert_allclose(np.take_along_axis(scores, np.asarray(found.items), axis=1), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.take_along_axis(scores, np.asarray(found.items), axis=1), expected, rtol=1e-5
+    )
     np.testing.assert_array_equal(found.ranks, ranks)
 
 
@@ -62,6 +82,15 @@ def test_a_short_catalogue_fills_its_answers_with_no_item():
     with jax.set_mesh(mesh_of(1, 1, 1)):
         table = jax.sharding.reshard(jnp.ones((CYCLE, 2)), RULES("rows", None))
         goals, seen = jnp.array([[0]]), jnp.array([[0, 1]])
-        found = search_spread(jnp.ones((1, 2)), table, goals, seen, first=0, items=3, count=3, key=lambda rows: rows)
+        found = sharded_top_k(
+            jnp.ones((1, 2)),
+            table,
+            goals,
+            seen,
+            first=0,
+            items=3,
+            count=3,
+            key=lambda rows: rows,
+        )
     assert found.items.tolist() == [[2, -1, -1]]
     assert found.ranks.tolist() == [[np.inf]]

@@ -25,7 +25,9 @@ def launch(capsys: pytest.CaptureFixture[str]) -> Launch:
     """Runs the verb and returns its exit code, stdout and stderr; a flag that is None is left out."""
 
     def run(*more: str, **flags: str | None) -> tuple[int, str, str]:
-        given = {name: value for name, value in (FLAGS | flags).items() if value is not None}
+        given = {
+            name: value for name, value in (FLAGS | flags).items() if value is not None
+        }
         argv = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
         code = main(["launch", *argv, *more])
         return code, *capsys.readouterr()

@@ -8,22 +8,37 @@ from typing import Any
 
 import pytest
 import yaml
-from kubeflow_trainer_api.models.io_k8s_api_core_v1_config_map import IoK8sApiCoreV1ConfigMap
+from kubeflow_trainer_api.models.io_k8s_api_core_v1_config_map import (
+    IoK8sApiCoreV1ConfigMap,
+)
 from kubeflow_trainer_api.models.io_k8s_apimachinery_pkg_api_resource_quantity import (
     IoK8sApimachineryPkgApiResourceQuantity,
 )
-from kubeflow_trainer_api.models.jobset_v1alpha2_failure_policy_rule import JobsetV1alpha2FailurePolicyRule
+from kubeflow_trainer_api.models.jobset_v1alpha2_failure_policy_rule import (
+    JobsetV1alpha2FailurePolicyRule,
+)
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 from pydantic import ValidationError
 
 from tests.launch.conftest import Launch
 
-LARGE = ("--config.data.batch_size=1024", "--config.data.eval_batch_size=1024", "--config.mesh.fsdp=512")
+LARGE = (
+    "--config.data.batch_size=1024",
+    "--config.data.eval_batch_size=1024",
+    "--config.mesh.fsdp=512",
+)
 
 
 @pytest.fixture
 def job_set(launch: Launch) -> dict[str, Any]:
-    code, out, _ = launch(*LARGE, "--dry-run", "--skip-compile", "--spot", topology="v5p:8x8x8", slices="2")
+    code, out, _ = launch(
+        *LARGE,
+        "--dry-run",
+        "--skip-compile",
+        "--spot",
+        topology="v5p:8x8x8",
+        slices="2",
+    )
     assert code == 0
     return yaml.safe_load(out)
 
@@ -32,9 +47,18 @@ def check(manifest: dict[str, Any]) -> None:
     """JobSet's schema with that of Kubernetes inside; fields that it does not know are errors."""
     manifest = copy.deepcopy(manifest)
     for container in spec_of(manifest)["template"]["spec"]["containers"]:
-        for amounts in container["resources"].values():  # the models take a quantity only wrapped
-            amounts.update({name: IoK8sApimachineryPkgApiResourceQuantity(amount) for name, amount in amounts.items()})
-    JobsetV1alpha2JobSet.model_validate(manifest, strict=True, extra="forbid", by_alias=True, by_name=False)
+        for amounts in container[
+            "resources"
+        ].values():  # the models take a quantity only wrapped
+            amounts.update(
+                {
+                    name: IoK8sApimachineryPkgApiResourceQuantity(amount)
+                    for name, amount in amounts.items()
+                }
+            )
+    JobsetV1alpha2JobSet.model_validate(
+        manifest, strict=True, extra="forbid", by_alias=True, by_name=False
+    )
 
 
 def spec_of(job_set: dict[str, Any]) -> dict[str, Any]:
@@ -50,11 +74,38 @@ def test_the_job_set_is_one_by_its_schema(job_set: dict[str, Any]) -> None:
     [
         (("spec", "replicatedJobs", 0, "replicas"), "2"),
         (("spec", "failurePolicy", "rules", 0, "onExitCodes"), [2]),
-        (("spec", "replicatedJobs", 0, "template", "spec", "podFailurePolicy", "rules", 0, "action"), "Fail"),
-        (("spec", "replicatedJobs", 0, "template", "spec", "template", "spec", "nodeSelectors"), {}),
+        (
+            (
+                "spec",
+                "replicatedJobs",
+                0,
+                "template",
+                "spec",
+                "podFailurePolicy",
+                "rules",
+                0,
+                "action",
+            ),
+            "Fail",
+        ),
+        (
+            (
+                "spec",
+                "replicatedJobs",
+                0,
+                "template",
+                "spec",
+                "template",
+                "spec",
+                "nodeSelectors",
+            ),
+            {},
+        ),
     ],
 )
-def test_the_schema_refuses_what_a_cluster_would(job_set: dict[str, Any], path: tuple[Any, ...], value: Any) -> None:
+def test_the_schema_refuses_what_a_cluster_would(
+    job_set: dict[str, Any], path: tuple[Any, ...], value: Any
+) -> None:
     broken = copy.deepcopy(job_set)
     place = broken
     for key in path[:-1]:
@@ -65,40 +116,64 @@ def test_the_schema_refuses_what_a_cluster_would(job_set: dict[str, Any], path: 
 
 
 def test_what_the_schema_only_describes_holds_too(job_set: dict[str, Any]) -> None:
-    assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert (job_set["apiVersion"], job_set["kind"]) == (
+        "jobset.x-k8s.io/v1alpha2",
+        "JobSet",
+    )
     policy = job_set["spec"]["failurePolicy"]
-    assert policy["restartStrategy"] in ("Recreate", "BlockingRecreate", "InPlaceRestart")
+    assert policy["restartStrategy"] in (
+        "Recreate",
+        "BlockingRecreate",
+        "InPlaceRestart",
+    )
     fields = JobsetV1alpha2FailurePolicyRule.model_fields
-    actions = re.findall(r"\w+JobSet\w*|RestartJob\w*", fields["action"].description or "")
+    actions = re.findall(
+        r"\w+JobSet\w*|RestartJob\w*", fields["action"].description or ""
+    )
     for rule in policy["rules"]:
         assert rule["action"] in actions
         assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
-    assert spec_of(job_set)["template"]["spec"]["restartPolicy"] == "Never"  # or podFailurePolicy is refused
+    assert (
+        spec_of(job_set)["template"]["spec"]["restartPolicy"] == "Never"
+    )  # or podFailurePolicy is refused
 
 
 def test_a_config_map_is_one_by_its_schema(launch: Launch, tmp_path: Any) -> None:
     file = tmp_path / "own.py"
-    file.write_text("from tokenrec.config import Config\n\n\ndef get_config() -> Config:\n    return Config()\n")
+    file.write_text(
+        "from tokenrec.config import Config\n\n\ndef get_config() -> Config:\n    return Config()\n"
+    )
     sizes = ("--config.data.name=set", "--config.mesh.fsdp=16")
     code, out, err = launch("--dry-run", "--skip-compile", *sizes, config=str(file))
     assert code == 0, err
     config_map, job_set = yaml.safe_load_all(out)
-    IoK8sApiCoreV1ConfigMap.model_validate(config_map, strict=True, extra="forbid", by_alias=True, by_name=False)
+    IoK8sApiCoreV1ConfigMap.model_validate(
+        config_map, strict=True, extra="forbid", by_alias=True, by_name=False
+    )
     check(job_set)
     assert "    def get_config() -> Config:\n" in out  # readable, not one quoted line
 
 
-def test_every_slice_is_a_job_and_every_host_a_pod_with_all_its_chips(job_set: dict[str, Any]) -> None:
+def test_every_slice_is_a_job_and_every_host_a_pod_with_all_its_chips(
+    job_set: dict[str, Any],
+) -> None:
     (replicated,) = job_set["spec"]["replicatedJobs"]
     spec, pod = spec_of(job_set), spec_of(job_set)["template"]["spec"]
-    assert (replicated["replicas"], spec["parallelism"], spec["completions"]) == (2, 128, 128)
+    assert (replicated["replicas"], spec["parallelism"], spec["completions"]) == (
+        2,
+        128,
+        128,
+    )
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
         "cloud.google.com/gke-tpu-topology": "8x8x8",
         "cloud.google.com/gke-spot": "true",
     }
     (container,) = pod["containers"]
-    assert container["resources"] == {"limits": {"google.com/tpu": "4"}, "requests": {"google.com/tpu": "4"}}
+    assert container["resources"] == {
+        "limits": {"google.com/tpu": "4"},
+        "requests": {"google.com/tpu": "4"},
+    }
     assert [port["containerPort"] for port in container["ports"]] == [8471, 8080]
     key = "alpha.jobset.sigs.k8s.io/exclusive-topology"
     assert job_set["metadata"]["annotations"] == {key: "cloud.google.com/gke-nodepool"}
@@ -114,12 +189,20 @@ def test_slices_of_one_host_share_a_node_pool(launch: Launch) -> None:
     check(found)
 
 
-def test_data_are_mounted_read_only_and_runs_without_a_stale_cache(job_set: dict[str, Any]) -> None:
+def test_data_are_mounted_read_only_and_runs_without_a_stale_cache(
+    job_set: dict[str, Any],
+) -> None:
     template = spec_of(job_set)["template"]
     assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     volumes = {volume["name"]: volume["csi"] for volume in template["spec"]["volumes"]}
-    mounts = {mount["name"]: mount for mount in template["spec"]["containers"][0]["volumeMounts"]}
-    assert {name: mount["mountPath"] for name, mount in mounts.items()} == {"data": "/gcs/data", "runs": "/gcs/runs"}
+    mounts = {
+        mount["name"]: mount
+        for mount in template["spec"]["containers"][0]["volumeMounts"]
+    }
+    assert {name: mount["mountPath"] for name, mount in mounts.items()} == {
+        "data": "/gcs/data",
+        "runs": "/gcs/runs",
+    }
     assert (volumes["data"]["readOnly"], volumes["runs"]["readOnly"]) == (True, False)
     assert mounts["data"]["readOnly"] is True
     for name, volume in volumes.items():
@@ -127,7 +210,9 @@ def test_data_are_mounted_read_only_and_runs_without_a_stale_cache(job_set: dict
         assert volume["volumeAttributes"]["bucketName"] == "my-bucket"
         assert f"only-dir={name}" in options
     assert "metadata-cache:ttl-secs:0" in options  # of runs
-    environment = {one["name"]: one["value"] for one in template["spec"]["containers"][0]["env"]}
+    environment = {
+        one["name"]: one["value"] for one in template["spec"]["containers"][0]["env"]
+    }
     assert environment["JAX_PLATFORMS"] == "tpu"
     assert environment["JAX_COMPILATION_CACHE_DIR"].startswith("/gcs/runs/")
 
@@ -140,7 +225,8 @@ def decide(job_set: dict[str, Any], code: int, evicted: bool) -> str:
         if code in rule.get("onExitCodes", {}).get("values", []):
             # The wording is that of the Job controller, kubernetes/pkg/controller/job/pod_failure_policy.go.
             message = (
-                f"Container tokenrec for pod ns/p failed with exit code {code} matching FailJob rule at index {index}"
+                f"Container tokenrec for pod ns/p failed with exit code {code} "
+                f"matching FailJob rule at index {index}"
             )
             break
         if evicted and "onPodConditions" in rule:
@@ -149,7 +235,9 @@ def decide(job_set: dict[str, Any], code: int, evicted: bool) -> str:
     reason = "PodFailurePolicy" if message else "BackoffLimitExceeded"
     for rule in job_set["spec"]["failurePolicy"]["rules"]:
         patterns = rule.get("onJobFailureMessagePatterns", [""])
-        if reason in rule["onJobFailureReasons"] and any(re.search(pattern, message) for pattern in patterns):
+        if reason in rule["onJobFailureReasons"] and any(
+            re.search(pattern, message) for pattern in patterns
+        ):
             return rule["action"]
     return "RestartJobSet"  # JobSet's default, which counts
 
@@ -177,7 +265,13 @@ def test_a_restart_follows_only_where_it_can_help(
 
 
 def test_restarts_and_grace_are_those_that_were_asked_for(launch: Launch) -> None:
-    _, out, _ = launch("--dry-run", "--skip-compile", max_restarts="3", grace_seconds="900", namespace="team")
+    _, out, _ = launch(
+        "--dry-run",
+        "--skip-compile",
+        max_restarts="3",
+        grace_seconds="900",
+        namespace="team",
+    )
     found = yaml.safe_load(out)
     assert found["metadata"]["namespace"] == "team"
     assert found["spec"]["failurePolicy"]["maxRestarts"] == 3

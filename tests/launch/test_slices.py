@@ -51,12 +51,27 @@ def test_larger_slices_are_ascending_multiples_of_four() -> None:
 
 @pytest.mark.parametrize(
     "topology",
-    ["v5p:8x8", "v5e:8x8x8", "v5p:12x4x4", "v5p:4x4x6", "v5p:16x24x24", "v5p:0x4x4", "v5p:4x4xx", "v9:4x4", "", "v5p"],
+    [
+        "v5p:8x8",
+        "v5e:8x8x8",
+        "v5p:12x4x4",
+        "v5p:4x4x6",
+        "v5p:16x24x24",
+        "v5p:0x4x4",
+        "v5p:4x4xx",
+        "v9:4x4",
+        "",
+        "v5p",
+    ],
 )
 def test_what_is_not_rented_is_refused_and_a_near_name_offered(topology: str) -> None:
-    with pytest.raises(InputError, match=r"not a slice that can be rented; (did you mean|known)"):
+    with pytest.raises(
+        InputError, match=r"not a slice that can be rented; (did you mean|known)"
+    ):
         parse_slice(topology)
 
 
 def test_every_named_slice_that_is_compiled_for_can_be_launched() -> None:
-    assert set(COMPILED) - set(TOPOLOGIES) == {"v5p:1x1x1"}  # half of a board, which nobody rents
+    assert set(COMPILED) - set(TOPOLOGIES) == {
+        "v5p:1x1x1"
+    }  # half of a board, which nobody rents

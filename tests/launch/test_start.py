@@ -55,7 +55,9 @@ def cloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "notes"
 
 
-def answer(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]) -> list[tuple[Any, ...]]:
+def answer(
+    monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]
+) -> list[tuple[Any, ...]]:
     asked: list[tuple[Any, ...]] = []
 
     def compile_config(*arguments: Any) -> dict[str, Any]:
@@ -66,7 +68,9 @@ def answer(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]) -> list[tuple
     return asked
 
 
-def test_a_job_that_fits_is_rendered_after_its_compilation(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_fits_is_rendered_after_its_compilation(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, rendered, _ = launch("--dry-run", "--skip-compile")
     asked = answer(monkeypatch, FOUND)
     code, out, err = launch("--dry-run")
@@ -79,8 +83,18 @@ def test_a_job_that_fits_is_rendered_after_its_compilation(launch: Launch, monke
 def test_a_job_that_does_not_fit_ends_with_its_largest_arrays(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, cloud: Path
 ) -> None:
-    largest = [{"bytes": 2**34, "shape": "f32[4096,1048576]", "operation": "dot", "source": "step.py:90"}]
-    answer(monkeypatch, FOUND | {"fits": False, "largest": largest, "largest_by": "by XLA's account"})
+    largest = [
+        {
+            "bytes": 2**34,
+            "shape": "f32[4096,1048576]",
+            "operation": "dot",
+            "source": "step.py:90",
+        }
+    ]
+    answer(
+        monkeypatch,
+        FOUND | {"fits": False, "largest": largest, "largest_by": "by XLA's account"},
+    )
     for more in (["--dry-run"], []):
         code, out, err = launch(*more)
         assert (code, out) == (3, "")
@@ -101,7 +115,11 @@ def test_what_is_refused_is_refused_before_anything_is_compiled(
 
 @pytest.mark.parametrize(("flags", "tool"), [({}, "kubectl"), (TPU_VM, "gcloud")])
 def test_a_missing_command_is_named_and_nothing_is_written(
-    launch: Launch, folder: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, str], tool: str
+    launch: Launch,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: dict[str, str],
+    tool: str,
 ) -> None:
     monkeypatch.setenv("PATH", str(folder))
     code, out, err = launch("--skip-compile", **flags)
@@ -125,14 +143,18 @@ def test_tpu_vms_get_the_script_that_is_kept(launch: Launch, cloud: Path) -> Non
     assert "host-train" in cloud.read_text().splitlines()[-1]
 
 
-def test_the_cloud_s_refusal_is_the_verb_s(launch: Launch, cloud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cloud_s_refusal_is_the_verb_s(
+    launch: Launch, cloud: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FAIL", "7")
     code, _, err = launch("--skip-compile")
     assert code == 2
     assert "kubectl apply --filename synthetic.yaml` failed with exit code 7" in err
 
 
-def test_another_job_of_this_name_is_not_overwritten(launch: Launch, cloud: Path) -> None:
+def test_another_job_of_this_name_is_not_overwritten(
+    launch: Launch, cloud: Path
+) -> None:
     assert launch("--skip-compile")[0] == 0
     before = Path("synthetic.yaml").read_text()
     code, _, err = launch("--skip-compile", bucket="another")

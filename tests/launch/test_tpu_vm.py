@@ -16,8 +16,14 @@ from tests.launch.conftest import TPU_VM, Launch
 NOTES = """#!/usr/bin/env bash
 printf '%s\\n' "$(basename "$0") $*" >> "$NOTES"
 """
-DOCKER = NOTES + '[[ $1 == rm ]] && exit 0\nread -r code < "$CODES"\nsed -i 1d "$CODES"\nexit "$code"\n'
-GCLOUD = NOTES + '[[ $* == *describe* ]] && echo "${STATE:-ACTIVE}"\n[[ $* == *"cp -"* ]] && cat >> "$NOTES"\nexit 0\n'
+DOCKER = (
+    NOTES
+    + '[[ $1 == rm ]] && exit 0\nread -r code < "$CODES"\nsed -i 1d "$CODES"\nexit "$code"\n'
+)
+GCLOUD = (
+    NOTES
+    + '[[ $* == *describe* ]] && echo "${STATE:-ACTIVE}"\n[[ $* == *"cp -"* ]] && cat >> "$NOTES"\nexit 0\n'
+)
 
 
 @pytest.fixture
@@ -38,16 +44,29 @@ def run(script: Path, *words: str, **environment: str) -> tuple[int, list[str]]:
         (tools / name).chmod(0o755)
     notes = script.parent / "notes"
     notes.write_text("")
-    given = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "NOTES": str(notes), "PAUSE_SECONDS": "0"}
-    done = subprocess.run(["bash", str(script), *words], env=given | environment, capture_output=True, check=False)
+    given = os.environ | {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "NOTES": str(notes),
+        "PAUSE_SECONDS": "0",
+    }
+    done = subprocess.run(
+        ["bash", str(script), *words],
+        env=given | environment,
+        capture_output=True,
+        check=False,
+    )
     return done.returncode, notes.read_text().splitlines()
 
 
 def test_the_script_is_sound_shell(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
-    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    checker = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     assert checker, "the extra dev brings it"
-    done = subprocess.run([checker, str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [checker, str(script)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -59,22 +78,31 @@ def test_up_asks_for_the_slice_and_starts_every_host(script: Path) -> None:
         "gcloud compute tpus queued-resources create synthetic --accelerator-type=v5litepod-16 "
         f"--runtime-version=v2-alpha-tpuv5-lite --node-id synthetic {place}"
     )
-    assert calls[2].startswith(f"gcloud compute tpus queued-resources scp {script} synthetic:synthetic.sh --node=all")
-    assert [call for call in calls[3:] if "--node=all --worker=all" in call] == calls[3:]
+    assert calls[2].startswith(
+        f"gcloud compute tpus queued-resources scp {script} synthetic:synthetic.sh --node=all"
+    )
+    assert [call for call in calls[3:] if "--node=all --worker=all" in call] == calls[
+        3:
+    ]
     assert "bash synthetic.sh host-setup" in calls[3]
     assert "sudo systemd-run --collect --unit=synthetic" in calls[4]
     assert "host-train" in calls[4]
 
 
-def test_several_slices_are_nodes_of_one_resource(launch: Launch, tmp_path: Path) -> None:
+def test_several_slices_are_nodes_of_one_resource(
+    launch: Launch, tmp_path: Path
+) -> None:
     big = ("--config.data.batch_size=128", "--spot", "--dry-run", "--skip-compile")
     account = "trainer@my-project.iam.gserviceaccount.com"
-    _, out, _ = launch(*big, **TPU_VM, topology="v5p:2x4x4", slices="2", service_account=account)
+    _, out, _ = launch(
+        *big, **TPU_VM, topology="v5p:2x4x4", slices="2", service_account=account
+    )
     script = tmp_path / "two.sh"
     script.write_text(out)
     _, calls = run(script, "create")
     assert (
-        "--accelerator-type=v5p-64 --runtime-version=v2-alpha-tpuv5 --node-count 2 --node-prefix synthetic" in calls[0]
+        "--accelerator-type=v5p-64 --runtime-version=v2-alpha-tpuv5 --node-count 2 --node-prefix synthetic"
+        in calls[0]
     )
     assert f"--service-account {account} --spot" in calls[0]
 
@@ -85,9 +113,13 @@ def test_a_resource_that_failed_ends_the_wait(script: Path) -> None:
     assert len(calls) == 2
 
 
-def test_another_config_goes_to_the_run_s_folder_as_it_stands(launch: Launch, tmp_path: Path) -> None:
+def test_another_config_goes_to_the_run_s_folder_as_it_stands(
+    launch: Launch, tmp_path: Path
+) -> None:
     own = tmp_path / "own.py"
-    text = (Path(__file__).parents[2] / "configs" / "synthetic.py").read_text() + "# it's mine: $HOME `date` \\\n"
+    text = (
+        Path(__file__).parents[2] / "configs" / "synthetic.py"
+    ).read_text() + "# it's mine: $HOME `date` \\\n"
     own.write_text(text)
     _, out, _ = launch("--dry-run", "--skip-compile", config=str(own), **TPU_VM)
     script = tmp_path / "own.sh"
@@ -112,7 +144,9 @@ def test_another_config_goes_to_the_run_s_folder_as_it_stands(launch: Launch, tm
         ([75, 1, 75, 1, 75, 1], 1, 6),
     ],
 )
-def test_a_host_restarts_where_it_can_help(script: Path, codes: list[int], ends: int, runs: int) -> None:
+def test_a_host_restarts_where_it_can_help(
+    script: Path, codes: list[int], ends: int, runs: int
+) -> None:
     queue = script.parent / "codes"
     queue.write_text("".join(f"{code}\n" for code in codes))
     code, calls = run(script, "host-train", CODES=str(queue))

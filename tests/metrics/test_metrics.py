@@ -16,7 +16,9 @@ from tokenrec.errors import InputError
 from tokenrec.metrics import binary, exact_auc, ranking
 
 
-def sample(rows: int = 4000, groups: int = 300, tasks: int = 1, seed: int = 0, levels: int = 50):
+def sample(
+    rows: int = 4000, groups: int = 300, tasks: int = 1, seed: int = 0, levels: int = 50
+):
     """Labels with unknowns, probabilities with many ties, skewed integer users."""
     rng = np.random.default_rng(seed)
     probabilities = (rng.integers(1, levels, (rows, tasks)) / levels).astype(np.float32)
@@ -55,7 +57,9 @@ def pair_count_gauc(labels, scores, groups):
 @pytest.mark.parametrize("levels", [2, 7, 10_000])
 def test_auc_equals_scikit_learn_and_pair_counting(levels):
     labels, scores, _ = known_sample(levels=levels)
-    assert binary.auc(labels, scores) == pytest.approx(sklearn.metrics.roc_auc_score(labels, scores), abs=1e-12)
+    assert binary.auc(labels, scores) == pytest.approx(
+        sklearn.metrics.roc_auc_score(labels, scores), abs=1e-12
+    )
     assert binary.auc(labels, scores) == pair_count_auc(labels, scores)
 
 
@@ -63,22 +67,33 @@ def test_auc_equals_scikit_learn_and_pair_counting(levels):
 def test_gauc_equals_pair_counting_in_each_group(dtype):
     labels, scores, groups = known_sample(rows=2000)
     scores = (100 * scores - 50).astype(dtype)
-    assert binary.gauc(labels, scores, groups) == pytest.approx(pair_count_gauc(labels, scores, groups), abs=1e-14)
+    assert binary.gauc(labels, scores, groups) == pytest.approx(
+        pair_count_gauc(labels, scores, groups), abs=1e-14
+    )
 
 
 def test_gauc_of_one_group_is_auc_and_strings_group_like_integers():
     labels, scores, groups = known_sample()
-    assert binary.gauc(labels, scores, np.zeros(len(labels), np.int32)) == binary.auc(labels, scores)
+    assert binary.gauc(labels, scores, np.zeros(len(labels), np.int32)) == binary.auc(
+        labels, scores
+    )
     expected = binary.gauc(labels, scores, groups)
-    assert binary.gauc(labels, scores, np.array([f"user {g}" for g in groups])) == expected
-    assert binary.gauc(labels, scores, np.array([f"user {g}" for g in groups], object)) == expected
+    assert (
+        binary.gauc(labels, scores, np.array([f"user {g}" for g in groups])) == expected
+    )
+    assert (
+        binary.gauc(labels, scores, np.array([f"user {g}" for g in groups], object))
+        == expected
+    )
     assert binary.gauc(labels, scores, groups - 2**62) == expected
 
 
 def test_gauc_weights_groups_by_rows_and_leaves_out_groups_of_one_class():
     labels = np.array([1, 0, 0, 1, 0, 1, 1])
     scores = np.array([0.9, 0.1, 0.2, 0.1, 0.9, 0.5, 0.6])
-    groups = np.array([0, 0, 0, 1, 1, 2, 2])  # AUC 1 over 3 rows, 0 over 2 rows, undefined
+    groups = np.array(
+        [0, 0, 0, 1, 1, 2, 2]
+    )  # AUC 1 over 3 rows, 0 over 2 rows, undefined
     assert binary.gauc(labels, scores, groups) == 3 / 5
 
 
@@ -95,13 +110,17 @@ def test_log_loss_equals_scikit_learn():
 
 
 def test_log_loss_of_a_wrong_certain_prediction_is_finite_and_the_same_for_both_classes():
-    losses = [binary.log_loss(np.array([y]), np.array([1 - y], np.float32)) for y in (0, 1)]
+    losses = [
+        binary.log_loss(np.array([y]), np.array([1 - y], np.float32)) for y in (0, 1)
+    ]
     assert losses == pytest.approx([-math.log(exact_auc.CLIP)] * 2, rel=1e-8)
 
 
 def test_normalized_entropy_of_the_base_rate_is_one():
     labels = np.array([1, 0, 0, 0, 1, 0, 0, 0])
-    assert binary.normalized_entropy(labels, np.full(8, 0.25)) == pytest.approx(1, abs=1e-15)
+    assert binary.normalized_entropy(labels, np.full(8, 0.25)) == pytest.approx(
+        1, abs=1e-15
+    )
     better = binary.normalized_entropy(labels, np.where(labels, 0.8, 0.2))
     assert better is not None
     assert better < 1
@@ -139,7 +158,10 @@ def test_areas_equal_pair_counting_and_only_depend_on_the_order_of_scores(case):
     assert area == pair_count_auc(labels, scores)
     assert grouped == pytest.approx(pair_count_gauc(labels, scores, groups), abs=1e-14)
     monotone = np.arctan(scores.astype(np.float64)) * 3 + 1
-    assert (binary.auc(labels, monotone), binary.gauc(labels, monotone, groups)) == (area, grouped)
+    assert (binary.auc(labels, monotone), binary.gauc(labels, monotone, groups)) == (
+        area,
+        grouped,
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,32 +173,72 @@ def test_areas_of_swapped_labels_or_negated_scores_are_the_complement(case):
         if area is None:
             assert metric(1 - labels, scores, *arguments) is None
         else:
-            assert metric(1 - labels, scores, *arguments) == pytest.approx(1 - area, abs=1e-14)
-            assert metric(labels, -scores, *arguments) == pytest.approx(1 - area, abs=1e-14)
+            assert metric(1 - labels, scores, *arguments) == pytest.approx(
+                1 - area, abs=1e-14
+            )
+            assert metric(labels, -scores, *arguments) == pytest.approx(
+                1 - area, abs=1e-14
+            )
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: binary.auc(np.array([0, -1]), np.zeros(2)), "labels hold -1.*leave unknown labels out"),
+        (
+            lambda: binary.auc(np.array([0, -1]), np.zeros(2)),
+            "labels hold -1.*leave unknown labels out",
+        ),
         (lambda: binary.auc(np.zeros(2), np.array([0.1, np.nan])), "NaN at row 1"),
         (lambda: binary.auc(np.zeros(2), np.zeros(3)), r"shape \(2,\), scores \(3,\)"),
-        (lambda: binary.log_loss(np.zeros(2), np.array([0.5, 1.5])), r"outside \[0, 1\].*sigmoids"),
-        (lambda: binary.log_loss(np.ones(2), np.array([-0.5, 0.5])), r"outside \[0, 1\]"),
-        (lambda: binary.gauc(np.zeros(2), np.zeros(2), np.array([0.5, 1.5])), "integers or strings"),
-        (lambda: binary.gauc(np.zeros(2), np.zeros(2), np.array(["a", None], object)), "1 nulls"),
-        (lambda: binary.gauc(np.zeros(2), np.zeros(2), np.array(["a", 1], object)), "integers or strings"),
-        (lambda: binary.gauc(np.zeros(2), np.zeros(2), np.zeros(3, np.int64)), "one group per label"),
-        (lambda: binary.summarize(np.zeros((2, 2)), np.zeros((2, 2)), np.zeros(2), ["a"]), r"need \(2, 1\)"),
-        (lambda: binary.ScoreStore(["a"], memory_rows=0), "memory_rows=0"),
-        (lambda: binary.ScoreStore(["a"]).merge(binary.ScoreStore(["b"])), "same tasks"),
         (
-            lambda: binary.ScoreStore(["a"]).append(np.full((1, 1), 2), np.zeros((1, 1)), np.zeros(1, int)),
+            lambda: binary.log_loss(np.zeros(2), np.array([0.5, 1.5])),
+            r"outside \[0, 1\].*sigmoids",
+        ),
+        (
+            lambda: binary.log_loss(np.ones(2), np.array([-0.5, 0.5])),
+            r"outside \[0, 1\]",
+        ),
+        (
+            lambda: binary.gauc(np.zeros(2), np.zeros(2), np.array([0.5, 1.5])),
+            "integers or strings",
+        ),
+        (
+            lambda: binary.gauc(
+                np.zeros(2), np.zeros(2), np.array(["a", None], object)
+            ),
+            "1 nulls",
+        ),
+        (
+            lambda: binary.gauc(np.zeros(2), np.zeros(2), np.array(["a", 1], object)),
+            "integers or strings",
+        ),
+        (
+            lambda: binary.gauc(np.zeros(2), np.zeros(2), np.zeros(3, np.int64)),
+            "one group per label",
+        ),
+        (
+            lambda: binary.summarize(
+                np.zeros((2, 2)), np.zeros((2, 2)), np.zeros(2), ["a"]
+            ),
+            r"need \(2, 1\)",
+        ),
+        (lambda: binary.ScoreStore(["a"], memory_rows=0), "memory_rows=0"),
+        (
+            lambda: binary.ScoreStore(["a"]).merge(binary.ScoreStore(["b"])),
+            "same tasks",
+        ),
+        (
+            lambda: binary.ScoreStore(["a"]).append(
+                np.full((1, 1), 2), np.zeros((1, 1)), np.zeros(1, int)
+            ),
             "labels hold 2",
         ),
         (lambda: ranking.hit_rate_at(np.array([1]), 0), "k=0"),
         (lambda: ranking.mrr(np.array([0.5])), "ranks hold 0.5"),
-        (lambda: ranking.ranks_of(np.zeros((1, 3)), np.array([3])), "columns are 0 to 2"),
+        (
+            lambda: ranking.ranks_of(np.zeros((1, 3)), np.array([3])),
+            "columns are 0 to 2",
+        ),
         (lambda: ranking.ranks_of(np.full((1, 3), np.nan), np.array([0])), "NaN"),
     ],
 )
@@ -208,8 +270,17 @@ def test_summary_equals_the_single_metrics_on_known_rows_and_is_json():
 
 
 def test_summary_without_rows_has_no_means():
-    empty = binary.summarize(np.empty((0, 1), np.int8), np.empty((0, 1), np.float32), np.empty(0, np.int64), ["a"])
-    assert (empty["macro_auc"], empty["macro_gauc"], empty["tasks"]["a"]["examples"]) == (None, None, 0)
+    empty = binary.summarize(
+        np.empty((0, 1), np.int8),
+        np.empty((0, 1), np.float32),
+        np.empty(0, np.int64),
+        ["a"],
+    )
+    assert (
+        empty["macro_auc"],
+        empty["macro_gauc"],
+        empty["tasks"]["a"]["examples"],
+    ) == (None, None, 0)
     assert binary.ScoreStore(["a"]).summarize() == empty
 
 
@@ -222,7 +293,9 @@ def test_store_equals_the_summary_in_memory_bit_for_bit(memory_rows, batch, tmp_
         rows = slice(start, start + batch)
         store.append(labels[rows], probabilities[rows], users[rows])
     assert store.rows == len(users)
-    assert store.summarize() == binary.summarize(labels, probabilities, users, ["a", "b"])
+    assert store.summarize() == binary.summarize(
+        labels, probabilities, users, ["a", "b"]
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -230,7 +303,11 @@ def test_store_keeps_at_most_memory_rows_outside_files():
     labels, probabilities, users = sample(rows=1000)
     store = binary.ScoreStore(["a"], memory_rows=100)
     for start in range(0, 1000, 30):
-        store.append(labels[start : start + 30], probabilities[start : start + 30], users[start : start + 30])
+        store.append(
+            labels[start : start + 30],
+            probabilities[start : start + 30],
+            users[start : start + 30],
+        )
         assert sum(map(len, store._fresh)) < 100
     assert all(isinstance(run, np.memmap) for run in store._spilled)
     assert isinstance(store._array(101, np.float32), np.memmap)
@@ -295,7 +372,11 @@ def test_ranks_equal_brute_force_with_midranks():
             if item < 0:
                 assert ranks[n, r] == 0
                 continue
-            places = [i + 1 for i, s in enumerate(sorted(scores[n], reverse=True)) if s == scores[n, item]]
+            places = [
+                i + 1
+                for i, s in enumerate(sorted(scores[n], reverse=True))
+                if s == scores[n, item]
+            ]
             assert ranks[n, r] == np.mean(places)
     assert np.array_equal(ranking.ranks_of(scores, np.abs(relevant[:, 0])).shape, (20,))
 

@@ -14,14 +14,19 @@ from benchmarks import prefix_cache
 from tests.worlds import mesh_of, one_device
 from tokenrec.config import ModelConfig
 from tokenrec.errors import InputError
-from tokenrec.models.backbones.tokenformer import Backbone, shown_rows
+from tokenrec.models.backbones.tokenformer import TokenFormer, cached_positions
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import build_layout
 
 EVENTS = 30
 LENGTHS = (0, 1, 3, 7, 13, 20, 29, 30)  # real events of each stream
 WIDTH = 16
-STACKS = {"4F": (4, ()), "2F2S": (4, (6, 4)), "SFSF": (4, (6, 0, 4, 0)), "1F1S": (2, (6,))}  # layers and windows
+STACKS = {
+    "4F": (4, ()),
+    "2F2S": (4, (6, 4)),
+    "SFSF": (4, (6, 0, 4, 0)),
+    "1F1S": (2, (6,)),
+}  # layers and windows
 
 
 @pytest.fixture(autouse=True)
@@ -33,15 +38,27 @@ def mesh():
 
 def stack(name, **model):
     layers, windows = STACKS[name]
-    return ModelConfig(width=WIDTH, heads=4, layers=layers, windows=windows, ffn_width=32, **model)
+    return ModelConfig(
+        width=WIDTH, heads=4, layers=layers, windows=windows, ffn_width=32, **model
+    )
 
 
 def stream(candidates, tokens=1, *, fused=True, prefix_read=False, bidirectional=False):
     """A layout; `prefix_read`: the last row of the prefix is read too."""
-    layout = build_layout(user_tokens=3, events=EVENTS, fused=fused, candidates=candidates, target_tokens=tokens)
+    layout = build_layout(
+        user_tokens=3,
+        events=EVENTS,
+        fused=fused,
+        candidates=candidates,
+        target_tokens=tokens,
+    )
     if prefix_read:
-        layout = dataclasses.replace(layout, readout=np.append(shared(layout) - 1, layout.readout))
-    return dataclasses.replace(layout, prefix=shared(layout)) if bidirectional else layout
+        layout = dataclasses.replace(
+            layout, readout=np.append(shared(layout) - 1, layout.readout)
+        )
+    return (
+        dataclasses.replace(layout, prefix=shared(layout)) if bidirectional else layout
+    )
 
 
 def shared(layout):
@@ -50,10 +67,13 @@ def shared(layout):
 
 def build(config, longest=None):
     """A backbone whose weights are off their starting values, so that a zero gate or a unit norm hides nothing."""
-    graph, weights = nnx.split(Backbone(config, longest, rngs=nnx.Rngs(params=jax.random.key(0))))
+    graph, weights = nnx.split(
+        TokenFormer(config, longest, rngs=nnx.Rngs(params=jax.random.key(0)))
+    )
     leaves, tree = jax.tree.flatten(weights)
     spread = [
-        w + 0.1 * jnp.asarray(np.random.default_rng(i).normal(size=w.shape), w.dtype) for i, w in enumerate(leaves)
+        w + 0.1 * jnp.asarray(np.random.default_rng(i).normal(size=w.shape), w.dtype)
+        for i, w in enumerate(leaves)
     ]
     return nnx.merge(graph, jax.tree.unflatten(tree, spread))
 
@@ -67,13 +87,17 @@ def inputs(layout, padded=True):
     candidates[::2, 1:][:, -1:] = not padded
     mesh = jax.sharding.get_mesh()
     return [
-        jax.device_put(part, jax.NamedSharding(mesh, RULES("batch", *[None] * (part.ndim - 1))))
+        jax.device_put(
+            part, jax.NamedSharding(mesh, RULES("batch", *[None] * (part.ndim - 1)))
+        )
         for part in (x, events, candidates)
     ]
 
 
 def uncached(backbone, layout, x, events, candidates):
-    return jax.jit(lambda x, e, c: backbone(x, layout, e, c, None))(x, events, candidates)
+    return jax.jit(lambda x, e, c: backbone(x, layout, e, c, None))(
+        x, events, candidates
+    )
 
 
 def cached(backbone, layout, x, events, candidates):
@@ -93,7 +117,9 @@ assert_same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["SFSF", "2F2S"])
-@pytest.mark.parametrize(("candidates", "tokens", "fused"), [(1, 1, True), (5, 1, True), (3, 3, False)])
+@pytest.mark.parametrize(
+    ("candidates", "tokens", "fused"), [(1, 1, True), (5, 1, True), (3, 3, False)]
+)
 def test_cached_scores_equal_uncached_scores(name, candidates, tokens, fused):
     layout = stream(candidates, tokens, fused=fused)
     backbone = build(stack(name))
@@ -107,7 +133,10 @@ def test_a_bidirectional_prefix_is_cached_likewise():
     backbone = build(stack("1F1S"))
     expected = uncached(backbone, layout, *inputs(layout))
     assert_same(cached(backbone, layout, *inputs(layout))[1], expected)
-    assert np.abs(uncached(backbone, stream(3, 2), *inputs(layout)) - expected).max() > 1e-2
+    assert (
+        np.abs(uncached(backbone, stream(3, 2), *inputs(layout)) - expected).max()
+        > 1e-2
+    )
 
 
 OPTIONS = [
@@ -119,9 +148,14 @@ OPTIONS = [
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_options_of_the_model_are_cached_likewise(option):
-    layout = dataclasses.replace(stream(4, 2), discard=option.get("discard_static", True))
+    layout = dataclasses.replace(
+        stream(4, 2), discard=option.get("discard_static", True)
+    )
     backbone = build(stack("1F1S", **option), layout)
-    assert_same(cached(backbone, layout, *inputs(layout))[1], uncached(backbone, layout, *inputs(layout)))
+    assert_same(
+        cached(backbone, layout, *inputs(layout))[1],
+        uncached(backbone, layout, *inputs(layout)),
+    )
 
 
 @pytest.mark.parametrize("needed", [True, False])
@@ -130,7 +164,9 @@ def test_read_outs_of_the_prefix_come_from_the_prefill(needed):
     backbone = build(stack("1F1S", needed_rows=needed))
     read, got = cached(backbone, layout, *inputs(layout))
     assert read.shape[1] == 1
-    assert_same(np.concatenate([read, got], axis=1), uncached(backbone, layout, *inputs(layout)))
+    assert_same(
+        np.concatenate([read, got], axis=1), uncached(backbone, layout, *inputs(layout))
+    )
 
 
 def test_slices_of_candidates_of_any_length_go_on_from_one_cache():
@@ -142,10 +178,15 @@ def test_slices_of_candidates_of_any_length_go_on_from_one_cache():
         expected = uncached(backbone, whole, x, events, candidates)
         rows = shared(whole)
         cache, _ = prefill(x[:, :rows], events)
-        extend = jax.jit(lambda cache, x, e, c, part=part: backbone.extend(cache, x, part, e, c))
+        extend = jax.jit(
+            lambda cache, x, e, c, part=part: backbone.extend(cache, x, part, e, c)
+        )
         for c in (0, 2):
             own = x[:, rows + tokens * c : rows + tokens * (c + 2)]
-            assert_same(extend(cache, own, events, candidates[:, c : c + 2]), expected[:, c : c + 2])
+            assert_same(
+                extend(cache, own, events, candidates[:, c : c + 2]),
+                expected[:, c : c + 2],
+            )
 
 
 @functools.cache
@@ -154,7 +195,9 @@ def scores_of_one_device():
     return np.asarray(uncached(build(stack("1F1S")), layout, *inputs(layout)))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize(
+    "shape", [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]
+)
 def test_every_mesh_caches_the_same(shape):
     layout = stream(3, 2, prefix_read=True)
     expected = scores_of_one_device()
@@ -166,8 +209,13 @@ def test_every_mesh_caches_the_same(shape):
 def test_a_layer_keeps_what_some_row_behind_the_prefix_may_see_and_no_more():
     layout = stream(2)
     rows = shared(layout)
-    kept = shown_rows(stack("2F2S"), layout)
-    assert [len(some) for some in kept] == [rows, rows, 5, 3]  # w - 1 in front of the first row
+    kept = cached_positions(stack("2F2S"), layout)
+    assert [len(some) for some in kept] == [
+        rows,
+        rows,
+        5,
+        3,
+    ]  # w - 1 in front of the first row
     behind = np.arange(rows, layout.rows)
     for window, some in zip((None, None, 6, 4), kept, strict=True):
         seen = layout.pattern(behind, np.arange(rows)).visible(window).any(axis=0)
@@ -178,8 +226,14 @@ def test_a_prefix_without_events_shows_nothing_to_sliding_layers():
     layout = stream(2)
     layout = dataclasses.replace(layout, static=layout.candidate < 0)
     backbone = build(stack("1F1S"))
-    assert [len(some) for some in shown_rows(stack("1F1S"), layout)] == [shared(layout), 1]
-    assert_same(cached(backbone, layout, *inputs(layout))[1], uncached(backbone, layout, *inputs(layout)))
+    assert [len(some) for some in cached_positions(stack("1F1S"), layout)] == [
+        shared(layout),
+        1,
+    ]
+    assert_same(
+        cached(backbone, layout, *inputs(layout))[1],
+        uncached(backbone, layout, *inputs(layout)),
+    )
 
 
 def test_what_does_not_fit_the_layout_is_named():
@@ -192,19 +246,34 @@ def test_what_does_not_fit_the_layout_is_named():
     cache, _ = backbone.prefill(x[:, :rows], layout, events)
     with pytest.raises(InputError, match="2 rows of the layout lie behind"):
         backbone.extend(cache, x, layout, events, candidates)
-    other = build_layout(user_tokens=4, events=EVENTS, fused=True, candidates=2, target_tokens=1)
+    other = build_layout(
+        user_tokens=4, events=EVENTS, fused=True, candidates=2, target_tokens=1
+    )
     with pytest.raises(InputError, match="prefill it again"):
         backbone.extend(cache, x[:, rows:], other, events, candidates)
-    inside = dataclasses.replace(layout, index=np.where(layout.candidate < 0, layout.index, 5))
+    inside = dataclasses.replace(
+        layout, index=np.where(layout.candidate < 0, layout.index, 5)
+    )
     with pytest.raises(InputError, match="a candidate begins at 5"):
         backbone.prefill(x[:, :rows], inside, events)
 
 
 def test_the_benchmark_scores_alike_with_and_without_the_cache(tmp_path):
-    sizes = ["--candidates", "4", "--slices", "2", "--histories", "40", "--repeats", "1"]
+    sizes = [
+        "--candidates",
+        "4",
+        "--slices",
+        "2",
+        "--histories",
+        "40",
+        "--repeats",
+        "1",
+    ]
     prefix_cache.main([*sizes, "--stacks", "2F2S", "--out", str(tmp_path / "new")])
     (row,) = json.loads((tmp_path / "new.json").read_text())["rows"]
     assert row["largest difference"] < 1e-5  # measured: 2.5e-6 with 1,024 candidates
     assert 0 < row["least, ms"] <= row["cached, ms"]
-    with pytest.raises(InputError, match="--candidates 4 is no multiple of a slice of 3"):
+    with pytest.raises(
+        InputError, match="--candidates 4 is no multiple of a slice of 3"
+    ):
         prefix_cache.main([*sizes, "--slices", "3"])

@@ -8,7 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.worlds import FEATURES, SCHEMA, TABLES, TASKS, TEXT_ROWS, mesh_of, one_device, place, random_batch, tiny
+from tests.worlds import (
+    FEATURES,
+    SCHEMA,
+    TABLES,
+    TASKS,
+    TEXT_ROWS,
+    mesh_of,
+    one_device,
+    place,
+    random_batch,
+    tiny,
+)
 from tokenrec.config import OptimConfig
 from tokenrec.config.prompt import parse_prompt
 from tokenrec.config.validate import validate
@@ -16,16 +27,31 @@ from tokenrec.data.schema import Feature, Schema
 from tokenrec.errors import InputError
 from tokenrec.planner.describe import describe, to_text
 from tokenrec.sharding import RULES
-from tokenrec.state import Model, build_model, init_state, merge
+from tokenrec.state import ModelSpec, bind_params, build_model, init_state
 from tokenrec.step import loss_fn, train_step
 from tokenrec.tokens.embed import inverses
 from tokenrec.tokens.layout import ROLES
 
 TITLED = Schema(
-    (*FEATURES, Feature("title", "text", "item", length=3, codes=256)), SCHEMA.tasks, TABLES | {"text": TEXT_ROWS}
+    (*FEATURES, Feature("title", "text", "item", length=3, codes=256)),
+    SCHEMA.tasks,
+    TABLES | {"text": TEXT_ROWS},
 )
-PAPER = ("text:What will be watched?", "user", "history", "query", "||", "text:Title:", "title", "candidate")
-AS_TEXT = {"history": ("code", "tab", "watched"), "candidate": ("code", "rate"), "user": ("gender", "age")}
+PAPER = (
+    "text:What will be watched?",
+    "user",
+    "history",
+    "query",
+    "||",
+    "text:Title:",
+    "title",
+    "candidate",
+)
+AS_TEXT = {
+    "history": ("code", "tab", "watched"),
+    "candidate": ("code", "rate"),
+    "user": ("gender", "age"),
+}
 
 
 def lrm(**changes):
@@ -40,20 +66,33 @@ CONFIGS = {
     "bidirectional": lambda: lrm(candidates=2, model={"prefix": "bidirectional"}),
     "text": lambda: lrm(candidates=2, tokens={"text": AS_TEXT, "prompt": ()}),
     "cut": lambda: lrm(tokens={"text": AS_TEXT, "prompt": (), "history_cap": 17}),
-    "attention": lambda: lrm(tokens={"compression": "attention", "group": 4, "recent": 3}),
+    "attention": lambda: lrm(
+        tokens={"compression": "attention", "group": 4, "recent": 3}
+    ),
     "mlp": lambda: lrm(tokens={"compression": "mlp", "compressed": 2, "recent": 5}),
     "sliding": lambda: lrm(candidates=2, model={"windows": (9, 8)}),
-    "linear": lambda: lrm(tokens={"maker": "linear", "output_scale": True, "user_tokens": 2}),
-    "transformer": lambda: lrm(tokens={"maker": "transformer", "target_tokens": 2}, candidates=2),
+    "linear": lambda: lrm(
+        tokens={"maker": "linear", "output_scale": True, "user_tokens": 2}
+    ),
+    "transformer": lambda: lrm(
+        tokens={"maker": "transformer", "target_tokens": 2}, candidates=2
+    ),
 }
 
 
-def model_of(config, schema=TITLED) -> Model:
+def model_of(config, schema=TITLED) -> ModelSpec:
     """Without a data set there is no tokenizer, so that the words of the literals are given."""
-    literals = tuple((7, 3, 7)[: 1 + n] for n, s in enumerate(s for s in parse_prompt(config) if s.kind == "text"))
+    literals = tuple(
+        (7, 3, 7)[: 1 + n]
+        for n, s in enumerate(s for s in parse_prompt(config) if s.kind == "text")
+    )
     plain = copy.deepcopy(config)
-    plain.tokens.prompt = tuple(word for word in config.tokens.prompt if not word.startswith("text:"))
-    return dataclasses.replace(build_model(plain, schema, TASKS), config=config, literals=literals)
+    plain.tokens.prompt = tuple(
+        word for word in config.tokens.prompt if not word.startswith("text:")
+    )
+    return dataclasses.replace(
+        build_model(plain, schema, TASKS), config=config, literals=literals
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +104,9 @@ def mesh():
 
 def shaken(params):
     return {
-        name: x + 0.1 * jax.random.normal(jax.random.key(n), x.shape, out_sharding=x.sharding.spec)
+        name: x
+        + 0.1
+        * jax.random.normal(jax.random.key(n), x.shape, out_sharding=x.sharding.spec)
         for n, (name, x) in enumerate(params.items())
     }
 
@@ -81,18 +122,24 @@ def value_and_gradients(model, params, tables, batch):
         found = model.embedder.find(batch)
         rows = model.embedder.gather(tables, found)
         reads = inverses(found)
-        return jax.value_and_grad(loss_fn, argnums=(0, 1))(params, rows, model, reads, batch, jnp.ones(2), None)
+        return jax.value_and_grad(loss_fn, argnums=(0, 1))(
+            params, rows, model, reads, batch, jnp.ones(2), None
+        )
 
     return compute(params, tables, batch)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"bidirectional", "linear", "mlp", "transformer"}))
+@pytest.mark.parametrize(
+    "name", sorted(CONFIGS.keys() - {"bidirectional", "linear", "mlp", "transformer"})
+)
 def test_every_weight_and_table_learns_and_needed_rows_equal_all_rows(name, mesh):
     config = validate(CONFIGS[name]())
     model = model_of(config)
     state = init_state(model, 0)
     params = shaken(state.params)
-    batch = place(random_batch(config, lengths=[1, 2, 5, 8, 11, 12, 12, 12], schema=TITLED), mesh)
+    batch = place(
+        random_batch(config, lengths=[1, 2, 5, 8, 11, 12, 12, 12], schema=TITLED), mesh
+    )
     loss, (dense, rows) = value_and_gradients(model, params, state.tables, batch)
     assert np.isfinite(loss)
     norms = jax.device_get(_norms(dense))
@@ -101,9 +148,13 @@ def test_every_weight_and_table_learns_and_needed_rows_equal_all_rows(name, mesh
     assert all(norm > 0 for norm in jax.device_get(_norms(rows)).values())
     every = copy.deepcopy(config)
     every.model.needed_rows = False
-    slow = value_and_gradients(dataclasses.replace(model, config=every), params, state.tables, batch)
+    slow = value_and_gradients(
+        dataclasses.replace(model, config=every), params, state.tables, batch
+    )
     # float32 sums in another order, as in test_recommender.
-    for a, b in zip(jax.tree.leaves((loss, (dense, rows))), jax.tree.leaves(slow), strict=True):
+    for a, b in zip(
+        jax.tree.leaves((loss, (dense, rows))), jax.tree.leaves(slow), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, np.abs(b).max()))
 
 
@@ -122,32 +173,67 @@ def test_the_prompt_of_the_paper_stands_in_its_order():
 
 
 def test_text_is_counted_exactly_and_cut_from_the_left():
-    config = lrm(tokens={"text": {"history": ("code", "tab", "watched")}, "prompt": (), "history_cap": 10})
+    config = lrm(
+        tokens={
+            "text": {"history": ("code", "tab", "watched")},
+            "prompt": (),
+            "history_cap": 10,
+        }
+    )
     model = model_of(config, SCHEMA)
     layout = model.layout(12)
     events = layout.event[layout.event >= 0]
-    assert events.tolist() == [9, 9, 10, 10, 10, 10, 11, 11, 11, 11]  # two levels, a tab and a number each
+    assert events.tolist() == [
+        9,
+        9,
+        10,
+        10,
+        10,
+        10,
+        11,
+        11,
+        11,
+        11,
+    ]  # two levels, a tab and a number each
     # Words of an event have places of their own, and what follows stands behind all of them.
     valid = jnp.ones((1, 12), bool)
     positions = layout.positions(valid)[0]
-    assert positions[layout.event >= 0].tolist() == [39, 40, 41, 42, 43, 44, 45, 46, 47, 48]
+    assert positions[layout.event >= 0].tolist() == [
+        39,
+        40,
+        41,
+        42,
+        43,
+        44,
+        45,
+        46,
+        47,
+        48,
+    ]
     assert positions[layout.readout].tolist() == [49]
 
 
 @pytest.mark.parametrize("prefix", ["causal", "bidirectional"])
 def test_only_a_bidirectional_prefix_looks_ahead_and_never_at_a_candidate(prefix, mesh):
-    config = lrm(candidates=2, model={"prefix": prefix, "layers": 1}, tokens={"prompt": ()})
+    config = lrm(
+        candidates=2, model={"prefix": prefix, "layers": 1}, tokens={"prompt": ()}
+    )
     model = model_of(config, SCHEMA)
     layout = model.layout(12)
-    module = merge(model, shaken(init_state(model, 0).params))
+    module = bind_params(model, shaken(init_state(model, 0).params))
     rows = dataclasses.replace(layout, readout=np.arange(layout.rows))
 
     def read(x):
         valid = jnp.ones((1, 12), bool, out_sharding=RULES("batch", None))
         both = jnp.ones((1, 2), bool, out_sharding=RULES("batch", None))
-        return jax.sharding.reshard(jnp.sum(module.backbone(x, rows, valid, both, None), axis=-1), RULES(None, None))[0]
+        return jax.sharding.reshard(
+            jnp.sum(module.backbone(x, rows, valid, both, None), axis=-1),
+            RULES(None, None),
+        )[0]
 
-    x = jax.random.normal(jax.random.key(2), (1, layout.rows, 16), out_sharding=RULES("batch", None, None))
+    x = jax.random.normal(
+        jax.random.key(2), (1, layout.rows, 16), out_sharding=RULES("batch", None, None)
+    )
     moved = np.abs(jax.jit(jax.jacobian(read))(x)[:, 0]).sum(-1) > 0
     shared = layout.candidate < 0
     assert not moved[np.ix_(shared, ~shared)].any()
@@ -159,7 +245,9 @@ def test_random_tokens_train_nothing_before_the_backbone(mesh):
     config = lrm(tokens={"random_tokens": True, "prompt": ()})
     model = model_of(config, SCHEMA)
     state = init_state(model, 0)
-    _, (dense, rows) = value_and_gradients(model, state.params, state.tables, place(random_batch(config), mesh))
+    _, (dense, rows) = value_and_gradients(
+        model, state.params, state.tables, place(random_batch(config), mesh)
+    )
     norms = jax.device_get(_norms(dense))
     trained = {name.split("/")[0] for name, norm in norms.items() if norm > 0}
     assert trained == {"backbone", "head"}
@@ -168,18 +256,35 @@ def test_random_tokens_train_nothing_before_the_backbone(mesh):
 
 def test_random_tokens_stay_as_they_are_made_under_weight_decay(mesh):
     config = lrm(tokens={"random_tokens": True, "prompt": ()})
-    config.optim = OptimConfig(steps=10, warmup_steps=0, learning_rate=0.01, weight_decay=0.5)
+    config.optim = OptimConfig(
+        steps=10, warmup_steps=0, learning_rate=0.01, weight_decay=0.5
+    )
     model = model_of(config, SCHEMA)
     before = init_state(model, 0)
-    after, _ = jax.jit(train_step, static_argnums=0)(model, before, place(random_batch(config), mesh))
-    moved = {name for name, weight in before.params.items() if not np.array_equal(weight, after.params[name])}
+    after, _ = jax.jit(train_step, static_argnums=0)(
+        model, before, place(random_batch(config), mesh)
+    )
+    moved = {
+        name
+        for name, weight in before.params.items()
+        if not np.array_equal(weight, after.params[name])
+    }
     assert {name.split("/")[0] for name in moved} == {"backbone", "head"}
-    assert all(np.array_equal(table, after.tables[name]) for name, table in before.tables.items())
+    assert all(
+        np.array_equal(table, after.tables[name])
+        for name, table in before.tables.items()
+    )
 
 
 def test_a_window_that_a_long_candidate_fills_is_refused(mesh):
-    config = lrm(tokens={"prompt": ("history", "||", "title", "candidate")}, model={"windows": (5,)})
-    with pytest.raises(InputError, match="holds no event: a candidate of this prompt has 4 tokens; use at least 6"):
+    config = lrm(
+        tokens={"prompt": ("history", "||", "title", "candidate")},
+        model={"windows": (5,)},
+    )
+    with pytest.raises(
+        InputError,
+        match="holds no event: a candidate of this prompt has 4 tokens; use at least 6",
+    ):
         build_model(config, TITLED, TASKS)
 
 
@@ -192,7 +297,13 @@ def test_a_mesh_of_eight_gives_the_same_loss(name):
     for mesh in (one_device(), mesh_of(2, 2, 2)):
         with jax.set_mesh(mesh):
             state = init_state(model, 0)
-            losses.append(float(value_and_gradients(model, state.params, state.tables, place(batch, mesh))[0]))
+            losses.append(
+                float(
+                    value_and_gradients(
+                        model, state.params, state.tables, place(batch, mesh)
+                    )[0]
+                )
+            )
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -201,15 +312,24 @@ def test_a_mesh_of_eight_gives_the_same_loss(name):
     [
         ({"prompt": ("user", "history", "candidate")}, "right of"),
         ({"prompt": ("user", "||", "candidate")}, "no 'history'"),
-        ({"prompt": ("user", "history", "histroy", "||", "candidate")}, "did you mean 'history'"),
-        ({"prompt": ("history", "||", "candidate", "title")}, "must end with 'candidate'"),
+        (
+            {"prompt": ("user", "history", "histroy", "||", "candidate")},
+            "did you mean 'history'",
+        ),
+        (
+            {"prompt": ("history", "||", "candidate", "title")},
+            "must end with 'candidate'",
+        ),
         ({"prompt": ("history", "history", "||", "candidate")}, "2 times"),
         ({"prompt": ("history", "||", "query", "candidate")}, "move the others left"),
         ({"prompt": ("text:", "history", "||", "candidate")}, "literal text"),
         ({"text": {"histories": ("tab",)}}, "did you mean 'history'"),
         ({"text": {"history": ()}}, "is empty"),
         ({"compression": "mlp", "recent": 12}, "nothing of data.events=12"),
-        ({"compression": "mlp", "recent": 5, "compressed": 8}, "more than the 7 older events"),
+        (
+            {"compression": "mlp", "recent": 5, "compressed": 8},
+            "more than the 7 older events",
+        ),
         ({"compression": "attention", "recent": 5, "history_cap": 3}, "history_cap"),
     ],
 )
@@ -230,7 +350,10 @@ def test_a_text_feature_that_is_not_there_is_named():
             "attention",
             "12 events in, 6 tokens out: 9 older events into 3 by attention pooling in groups of 4, the newest 3 kept",
         ),
-        ("mlp", "12 events in, 7 tokens out: 7 older events into 2 by an MLP over time, the newest 5 kept"),
+        (
+            "mlp",
+            "12 events in, 7 tokens out: 7 older events into 2 by an MLP over time, the newest 5 kept",
+        ),
         ("cut", "12 events in, 17 tokens out: text, 4 tokens an event, cut from 48"),
     ],
 )

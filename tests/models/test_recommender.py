@@ -12,7 +12,7 @@ from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch
 from tokenrec.data.batch import Batch
 from tokenrec.models.recommender import stream_layout
 from tokenrec.sharding import RULES
-from tokenrec.state import build_model, init_state, merge
+from tokenrec.state import bind_params, build_model, init_state
 from tokenrec.step import eval_step, forward, loss_fn
 from tokenrec.tokens.embed import inverses
 from tokenrec.tokens.layout import ROLES
@@ -38,7 +38,8 @@ def noisy(params, scale=0.3):
     """Weights off their starting values, so that a zero gate or a unit norm hides nothing."""
     key = jax.random.key(1)
     return {
-        n: w + scale * jax.random.normal(jax.random.fold_in(key, i), w.shape) for i, (n, w) in enumerate(params.items())
+        n: w + scale * jax.random.normal(jax.random.fold_in(key, i), w.shape)
+        for i, (n, w) in enumerate(params.items())
     }
 
 
@@ -61,7 +62,9 @@ def value_and_gradients(model, params, tables, batch):
     rows = model.embedder.gather(tables, found)
     reads = inverses(found)
     counts = jnp.ones(2)
-    return jax.value_and_grad(loss_fn, argnums=(0, 1))(params, rows, model, reads, batch, counts, None)
+    return jax.value_and_grad(loss_fn, argnums=(0, 1))(
+        params, rows, model, reads, batch, counts, None
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -72,7 +75,9 @@ def test_needed_rows_equal_all_rows_in_values_and_gradients(shape, mesh):
     plain_config.model.needed_rows = False
     plain = build_model(plain_config, SCHEMA, TASKS)
     batch = place(random_batch(config, lengths=[0, 1, 2, 5, 8, 11, 12, 12]), mesh)
-    fast, slow = (value_and_gradients(m, params, state.tables, batch) for m in (model, plain))
+    fast, slow = (
+        value_and_gradients(m, params, state.tables, batch) for m in (model, plain)
+    )
     # float32 sums in another order: the largest difference measured was 2e-6 of the largest entry of an array.
     for a, b in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, np.abs(b).max()))
@@ -85,15 +90,25 @@ def influence(model, params, batch):
     candidates = (
         None
         if batch.target is None
-        else jnp.ones((1, model.config.data.candidates), bool, out_sharding=RULES("batch", None))
+        else jnp.ones(
+            (1, model.config.data.candidates), bool, out_sharding=RULES("batch", None)
+        )
     )
-    module = merge(model, params)
+    module = bind_params(model, params)
 
     def read(x, events, candidates):
-        read_out = jnp.sum(module.backbone(x, layout, events, candidates, None), axis=-1)
-        return jax.sharding.reshard(read_out, RULES(None, None))[0]  # jacobian knows no split outputs
+        read_out = jnp.sum(
+            module.backbone(x, layout, events, candidates, None), axis=-1
+        )
+        return jax.sharding.reshard(read_out, RULES(None, None))[
+            0
+        ]  # jacobian knows no split outputs
 
-    x = jax.random.normal(jax.random.key(2), (1, layout.rows, width), out_sharding=RULES("batch", None, None))
+    x = jax.random.normal(
+        jax.random.key(2),
+        (1, layout.rows, width),
+        out_sharding=RULES("batch", None, None),
+    )
     gradient = jax.jit(jax.jacobian(read))(x, batch.valid, candidates)
     return np.abs(gradient[:, 0]).sum(-1) > 0, layout
 
@@ -102,7 +117,9 @@ def influence(model, params, batch):
 def test_no_row_is_influenced_by_a_later_row_or_another_candidate(shape, mesh):
     config = tiny(**SHAPES[shape])
     model, _, params = build(config)
-    seen, layout = influence(model, params, place(random_batch(config, 1, lengths=[12]), mesh))
+    seen, layout = influence(
+        model, params, place(random_batch(config, 1, lengths=[12]), mesh)
+    )
     for r, row in enumerate(layout.readout):
         later = layout.index > layout.index[row]
         other = (layout.candidate != -1) & (layout.candidate != layout.candidate[row])
@@ -124,16 +141,26 @@ def test_sliding_layers_reach_as_far_as_their_windows_add_up():
 def test_full_layers_carry_static_fields_and_the_oldest_event_to_the_target():
     config = tiny(events=30, fused=True)
     model, _, params = build(config)
-    seen, layout = influence(model, params, place(random_batch(config, 1, lengths=[30]), one_device()))
+    seen, layout = influence(
+        model, params, place(random_batch(config, 1, lengths=[30]), one_device())
+    )
     assert seen.all()
     assert ROLES[layout.roles[0]] == "user"
 
 
 @pytest.mark.parametrize("discard", [True, False])
-def test_static_fields_reach_a_target_through_sliding_layers_alone_only_if_these_keep_them(discard):
-    config = tiny(events=30, fused=True, model={"layers": 2, "windows": (6, 4), "discard_static": discard})
+def test_static_fields_reach_a_target_through_sliding_layers_alone_only_if_these_keep_them(
+    discard,
+):
+    config = tiny(
+        events=30,
+        fused=True,
+        model={"layers": 2, "windows": (6, 4), "discard_static": discard},
+    )
     model, _, params = build(config)
-    seen, layout = influence(model, params, place(random_batch(config, 1, lengths=[30]), one_device()))
+    seen, layout = influence(
+        model, params, place(random_batch(config, 1, lengths=[30]), one_device())
+    )
     reached = seen[0, layout.static]
     assert not reached.any() if discard else reached.all()
     near = layout.index > layout.rows - 1 - (6 - 1) - (4 - 1) - 1
@@ -149,7 +176,9 @@ def cut(batch: Batch, events: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"fused": True, "model": {"positions": "additive"}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"fused": True, "model": {"positions": "additive"}}], ids=str
+)
 def test_padding_never_changes_a_score(options, mesh):
     config = tiny(events=50, **options)
     model, state, params = build(config)
@@ -175,7 +204,9 @@ def test_a_request_of_candidates_scores_like_as_many_lone_candidates(tokens, mes
             weight=batch.weight[:, c : c + 1],
         )
         got = logits(lone_model, params, state.tables, place(lone, mesh))
-        np.testing.assert_allclose(together[:, c], got[:, 0], atol=5e-6)  # measured: 5e-7
+        np.testing.assert_allclose(
+            together[:, c], got[:, 0], atol=5e-6
+        )  # measured: 5e-7
 
 
 def test_a_padded_candidate_changes_no_other_score(mesh):
@@ -193,7 +224,7 @@ def test_the_gate_starts_at_the_sigmoid_of_its_bias_and_can_be_left_out(mesh):
     config = tiny()
     model = build_model(config, SCHEMA, TASKS)
     state = init_state(model, 0)
-    gate = merge(model, state.params).backbone.blocks[0].gate
+    gate = bind_params(model, state.params).backbone.blocks[0].gate
     x = jax.random.normal(jax.random.key(0), (1, 3, 16))
     np.testing.assert_allclose(gate(x), jax.nn.sigmoid(1.0), rtol=1e-6)
     without = build_model(tiny(model={"gate": False}), SCHEMA, TASKS)
@@ -219,7 +250,9 @@ OPTIONS = {
 def test_gradients_reach_every_weight_and_every_table_under_every_option(option, mesh):
     config = tiny(**OPTIONS[option])
     model, state, params = build(config)
-    loss, (dense, rows) = value_and_gradients(model, params, state.tables, place(random_batch(config, 16), mesh))
+    loss, (dense, rows) = value_and_gradients(
+        model, params, state.tables, place(random_batch(config, 16), mesh)
+    )
     assert np.isfinite(loss)
     still = [name for name, g in dense.items() if not np.any(g)]
     assert not still
@@ -239,5 +272,11 @@ def test_every_mesh_gives_the_same_scores(shape, paradigm):
         with jax.set_mesh(mesh):
             model = build_model(config, SCHEMA, TASKS)
             state = init_state(model, 0)
-            scores.append(np.asarray(jax.jit(eval_step, static_argnums=0)(model, state, place(batch, mesh))))
+            scores.append(
+                np.asarray(
+                    jax.jit(eval_step, static_argnums=0)(
+                        model, state, place(batch, mesh)
+                    )
+                )
+            )
     np.testing.assert_allclose(*scores, atol=2e-6)  # measured: 2e-7

@@ -10,8 +10,20 @@ from tokenrec.ops.contract import contract
 from tokenrec.sharding import RULES
 
 CASES = {
-    "bsd,dhk->bshk": ((8, 3, 16), (16, 2, 4), ("batch", None, None), ("embed", "heads", None), ("heads", None)),
-    "bqhk,hkd->bqd": ((8, 3, 2, 4), (2, 4, 16), ("batch", None, "heads", None), ("heads", None, "embed"), (None,)),
+    "bsd,dhk->bshk": (
+        (8, 3, 16),
+        (16, 2, 4),
+        ("batch", None, None),
+        ("embed", "heads", None),
+        ("heads", None),
+    ),
+    "bqhk,hkd->bqd": (
+        (8, 3, 2, 4),
+        (2, 4, 16),
+        ("batch", None, "heads", None),
+        ("heads", None, "embed"),
+        (None,),
+    ),
     "bi,io->bo": ((8, 6), (6, 16), ("batch", None), (None, "embed"), (None,)),
 }
 
@@ -22,7 +34,9 @@ def gradients(equation, mesh, dtype):
     x, w = (random.normal(size=shape).astype(np.float32) for shape in (of_x, of_w))
     lead = "batch", *[None] * (len(equation.split("->")[1]) - 1 - len(made))
     with jax.set_mesh(mesh):
-        x = jax.device_put(jnp.asarray(x, dtype), jax.NamedSharding(mesh, RULES(*x_axes)))
+        x = jax.device_put(
+            jnp.asarray(x, dtype), jax.NamedSharding(mesh, RULES(*x_axes))
+        )
         w = jax.device_put(w, jax.NamedSharding(mesh, RULES(*w_axes)))
 
         def loss(x, w):
@@ -49,4 +63,6 @@ def test_a_weight_in_shards_gives_what_a_whole_one_gives(equation, shape):
 def test_gradients_are_summed_in_float32_however_the_product_is_made():
     """Equal parts of a batch on eight devices: rounding each part to bfloat16 would leave 8 bits in the sum."""
     found = gradients("bi,io->bo", mesh_of(1, 8, 1), jnp.bfloat16)[1]
-    assert not np.array_equal(found, np.asarray(jnp.asarray(found, jnp.bfloat16), np.float32))
+    assert not np.array_equal(
+        found, np.asarray(jnp.asarray(found, jnp.bfloat16), np.float32)
+    )

@@ -16,8 +16,15 @@ from tokenrec.errors import InputError
 from tokenrec.ops.attention import splash
 from tokenrec.ops.attention.pattern import causal_pattern
 from tokenrec.planner.compile import compile_train_step, report
-from tokenrec.planner.flops import Work, attention_work, device_flops, product_flops, step_flops, step_work
-from tokenrec.planner.topology import TOPOLOGIES, described_mesh
+from tokenrec.planner.flops import (
+    Work,
+    attention_work,
+    device_flops,
+    product_flops,
+    step_flops,
+    step_work,
+)
+from tokenrec.planner.topology import TOPOLOGIES, topology_mesh
 from tokenrec.sharding import RULES
 from tokenrec.state import abstract_state, build_model
 
@@ -25,7 +32,9 @@ from .worlds import SCHEMA, TABLES, TASKS, mesh_of
 
 needs_libtpu = [
     pytest.mark.tpu_compiler,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+    ),
 ]
 
 
@@ -39,15 +48,21 @@ def two_layers(name):
     """A shipped config with one full and one sliding layer, on streams just above the 128 rows where splash begins."""
     config = load_config(str(shipped_configs()[name]))
     events = 132 if config.tokens.fused else 68
-    data = dataclasses.replace(config.data, events=events, buckets=(), batch_size=8, exclude=(), tasks={})
-    model = dataclasses.replace(config.model, layers=2, windows=config.model.windows[-1:], dtype="bfloat16")
+    data = dataclasses.replace(
+        config.data, events=events, buckets=(), batch_size=8, exclude=(), tasks={}
+    )
+    model = dataclasses.replace(
+        config.model, layers=2, windows=config.model.windows[-1:], dtype="bfloat16"
+    )
     return validate(dataclasses.replace(config, data=data, model=model))
 
 
 def model_and_shapes(config):
     schema = dataclasses.replace(SCHEMA, items=TABLES["video"], levels=(6, 5, 4))
     model = build_model(config, schema, TASKS)
-    return model, batch_shapes(schema, config.data, batch_size=config.data.batch_size)[config.data.events]
+    return model, batch_shapes(schema, config.data, batch_size=config.data.batch_size)[
+        config.data.events
+    ]
 
 
 # One of each kind of stream; benchmarks/configs_topology.py and benchmarks/pods.py compile them all.
@@ -58,23 +73,30 @@ SMALL = ("amazon_beauty_generative", "complete_journey")
 @tpu_compiler
 def test_every_config_compiles_for_a_tpu_with_splash(name):
     model, shapes = model_and_shapes(two_layers(name))
-    mesh = described_mesh("v5e:2x2", MeshConfig(fsdp=2))
+    mesh = topology_mesh("v5e:2x2", MeshConfig(fsdp=2))
     work, layers = step_work(model, mesh, shapes)
     found = report(compile_train_step(model, mesh, shapes), mesh, work)
-    kernels = [kernel for kernel in found["custom_calls"] if kernel.startswith("splash")]
+    kernels = [
+        kernel for kernel in found["custom_calls"] if kernel.startswith("splash")
+    ]
     if model.config.head.retrieval == "semantic_id":
         # Codes continue every event of the stream, which its kernels cannot say.
         assert "the last shared rows" in layers[0]["refused"]["splash"]
         assert not kernels
     else:
         assert layers[0]["implementation"] == "splash", layers[0]["refused"]
-        assert len(kernels) == 3, kernels  # forward, gradient of q, gradients of k and v
+        assert len(kernels) == 3, (
+            kernels
+        )  # forward, gradient of q, gradients of k and v
     assert 0 < found["headroom"] < 1
     assert found["flops"] > found["model_flops"] > 0
     with jax.set_mesh(mesh):
         state = abstract_state(model)
     # What a device holds of the state is donated, so that the new one takes its place.
-    held = sum(4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state))
+    held = sum(
+        4 * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(state)
+    )
     assert found["bytes"]["aliased"] >= held
     assert {"all-gather", "all-reduce"} <= set(found["collective_bytes"])
     assert 0 < found["mfu_bound"] < 1
@@ -82,7 +104,7 @@ def test_every_config_compiles_for_a_tpu_with_splash(name):
 
 @tpu_compiler
 def test_data_lies_across_slices_and_their_traffic_is_counted():
-    mesh = described_mesh("v5e:2x2", MeshConfig(fsdp=2, tensor=2), slices=2)
+    mesh = topology_mesh("v5e:2x2", MeshConfig(fsdp=2, tensor=2), slices=2)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     for part, devices in enumerate(mesh.devices):
         assert {device.slice_index for device in devices.flat} == {part}
@@ -91,20 +113,32 @@ def test_data_lies_across_slices_and_their_traffic_is_counted():
         return jnp.sum(x, axis=0)
 
     with jax.set_mesh(mesh):
-        x = jax.ShapeDtypeStruct((8, 1024), jnp.float32, sharding=jax.NamedSharding(mesh, RULES("batch", None)))
-        compiled = jax.jit(mean, out_shardings=jax.NamedSharding(mesh, RULES(None))).lower(x).compile()
+        x = jax.ShapeDtypeStruct(
+            (8, 1024),
+            jnp.float32,
+            sharding=jax.NamedSharding(mesh, RULES("batch", None)),
+        )
+        compiled = (
+            jax.jit(mean, out_shardings=jax.NamedSharding(mesh, RULES(None)))
+            .lower(x)
+            .compile()
+        )
     found = report(compiled, mesh, Work(0.0, 0.0, 0.0))
     # A ring of two moves 2 x (1 / 2) of 1024 floats: inside a slice over fsdp, and between the slices over data.
-    assert found["collective_bytes"] == {"all-reduce": 4096, "all-reduce across slices": 4096}
+    assert found["collective_bytes"] == {
+        "all-reduce": 4096,
+        "all-reduce across slices": 4096,
+    }
     assert found["roofline"].network_seconds > 0
 
 
 @tpu_compiler
 @pytest.mark.parametrize(
-    ("topology", "shape"), [("v5p:4x4x4", (8, 1, 8)), ("v6e:4x4", (2, 4, 2)), ("tpu7x:2x2x1", (2, 2, 2))]
+    ("topology", "shape"),
+    [("v5p:4x4x4", (8, 1, 8)), ("v6e:4x4", (2, 4, 2)), ("tpu7x:2x2x1", (2, 2, 2))],
 )
 def test_axes_that_cut_through_the_torus_are_laid_out(topology, shape):
-    mesh = described_mesh(topology, MeshConfig(*shape))
+    mesh = topology_mesh(topology, MeshConfig(*shape))
     assert tuple(mesh.shape.values()) == shape
     assert len({device.id for device in mesh.devices.flat}) == math.prod(shape)
 
@@ -113,7 +147,12 @@ def test_axes_that_cut_through_the_torus_are_laid_out(topology, shape):
 @pytest.mark.parametrize(
     ("topology", "mesh", "slices", "message"),
     [
-        ("v5e:4x4x4", MeshConfig(), 1, "topology='v5e:4x4x4' is not known; did you mean"),
+        (
+            "v5e:4x4x4",
+            MeshConfig(),
+            1,
+            "topology='v5e:4x4x4' is not known; did you mean",
+        ),
         ("v5p:4x4", MeshConfig(), 1, "topology='v5p:4x4' is not known; did you mean"),
         ("v5f:4x4", MeshConfig(), 1, "did you mean 'v5e:4x4'"),
         ("v5e:3x5", MeshConfig(), 1, "topology='v5e:3x5', refused by libtpu"),
@@ -123,7 +162,7 @@ def test_axes_that_cut_through_the_torus_are_laid_out(topology, shape):
 )
 def test_a_wrong_topology_or_mesh_is_named(topology, mesh, slices, message):
     with pytest.raises(InputError, match=message):
-        described_mesh(topology, mesh, slices)
+        topology_mesh(topology, mesh, slices)
 
 
 @tpu_compiler
@@ -131,14 +170,18 @@ def test_every_topology_that_is_suggested_exists():
     for topology in TOPOLOGIES:
         cores = 2 if topology.startswith("tpu7x") else 1
         sizes = map(int, topology.partition(":")[2].split("x"))
-        assert described_mesh(topology, MeshConfig()).size == cores * math.prod(sizes), topology
+        assert topology_mesh(topology, MeshConfig()).size == cores * math.prod(sizes), (
+            topology
+        )
 
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    with pytest.raises(InputError, match=r"needs libtpu; pip install 'tokenrec\[tpu\]'"):
-        described_mesh("v5e:2x2", MeshConfig())
+    with pytest.raises(
+        InputError, match=r"needs libtpu; pip install 'tokenrec\[tpu\]'"
+    ):
+        topology_mesh("v5e:2x2", MeshConfig())
 
 
 def test_products_in_a_scan_count_as_often_as_they_run_and_attention_not_at_all():
@@ -148,7 +191,9 @@ def test_products_in_a_scan_count_as_often_as_they_run_and_attention_not_at_all(
     x, w = jnp.zeros((5, 7)), jnp.zeros((7, 7))
     assert product_flops(jax.make_jaxpr(scanned)(x, w).jaxpr) == 3 * 2 * 5 * 7 * 7
     with jax.set_mesh(mesh_of(1, 1, 1)):
-        hidden = jax.make_jaxpr(jax.shard_map(scanned, in_specs=jax.P(), out_specs=jax.P(), check_vma=False))(x, w)
+        hidden = jax.make_jaxpr(
+            jax.shard_map(scanned, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
+        )(x, w)
     assert product_flops(hidden.jaxpr) == 0
 
 
@@ -169,42 +214,62 @@ def test_flops_of_a_device_are_those_of_its_shards_and_of_what_it_computes_again
 
     def hidden(x, w):
         spec = RULES("batch", None)
-        return jax.shard_map(lambda a, b: a @ b, in_specs=(spec, jax.P(None, None)), out_specs=spec)(x, w)
+        return jax.shard_map(
+            lambda a, b: a @ b, in_specs=(spec, jax.P(None, None)), out_specs=spec
+        )(x, w)
 
     def shape(*sizes, axes):
-        return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=jax.NamedSharding(mesh, RULES(*axes)))
+        return jax.ShapeDtypeStruct(
+            sizes, jnp.float32, sharding=jax.NamedSharding(mesh, RULES(*axes))
+        )
 
     x, w = shape(8, 6, axes=("batch", None)), shape(6, 4, axes=("embed", "ffn"))
     square = shape(6, 6, axes=("embed", None))
     with jax.set_mesh(mesh):
-        assert device_flops(jax.make_jaxpr(split)(x, w).jaxpr) == 2 * (8 // 4) * 6 * (4 // 2)
+        assert device_flops(jax.make_jaxpr(split)(x, w).jaxpr) == 2 * (8 // 4) * 6 * (
+            4 // 2
+        )
         # Summed over `fsdp` before it is scattered there: every device makes all six rows.
         of_weight = jax.make_jaxpr(scattered)(x, shape(8, 4, axes=("batch", "ffn")))
         assert device_flops(of_weight.jaxpr) == 2 * (8 // 4) * 6 * (4 // 2)
         # Three layers: forward, forward again, and the gradients of both sides.
         again = jax.make_jaxpr(jax.grad(scanned, (0, 1)))(x, square)
         assert device_flops(again.jaxpr) == 3 * 4 * 2 * (8 // 4) * 6 * 6
-        assert device_flops(jax.make_jaxpr(hidden)(x, shape(6, 4, axes=(None, None))).jaxpr) == 2 * (8 // 4) * 6 * 4
+        assert (
+            device_flops(
+                jax.make_jaxpr(hidden)(x, shape(6, 4, axes=(None, None))).jaxpr
+            )
+            == 2 * (8 // 4) * 6 * 4
+        )
 
 
 def test_remat_of_dots_computes_no_product_with_a_weight_again():
     mesh, flops = mesh_of(2, 2, 1), {}
     for remat in ("none", "dots", "full"):
         config = two_layers("synthetic")
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, remat=remat)
+        )
         model, shapes = model_and_shapes(config)
-        flops[remat] = step_flops(model, mesh, shapes, step_work(model, mesh, shapes)[0])
+        flops[remat] = step_flops(
+            model, mesh, shapes, step_work(model, mesh, shapes)[0]
+        )
     # What is left are the two products of attention over keys, where it is not the kernel that keeps its result.
     assert flops["dots"] - flops["none"] < 0.3 * (flops["full"] - flops["none"])
     assert flops["none"] < flops["full"]
 
 
 def test_work_of_a_kernel_is_by_tiles_and_that_of_the_model_by_pairs():
-    pattern, sizes = causal_pattern(256, 256), {"batch": 2, "heads": 3, "head_dim": 16, "itemsize": 2}
+    pattern, sizes = (
+        causal_pattern(256, 256),
+        {"batch": 2, "heads": 3, "head_dim": 16, "itemsize": 2},
+    )
     forward = attention_work("dense", pattern, None, **sizes, backward=False)
     assert forward == Work(2 * 3 * 2 * 2 * 16 * (256 * 257 // 2), 0.0, 0.0)
     both = attention_work("splash", pattern, None, **sizes, backward=True)
-    assert both.model_flops == 3 * forward.model_flops  # two products forward, four backward
+    assert (
+        both.model_flops == 3 * forward.model_flops
+    )  # two products forward, four backward
     # Two products forward and seven backward, over the tiles: one of 256 x 256, the diagonal's upper half included.
     assert splash.block_sizes(splash.visible_spans(pattern, None), 256) == (256, 256)
     assert both.kernel_flops == 2 * 3 * 2 * 9 * 16 * 256 * 256

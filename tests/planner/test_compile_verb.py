@@ -20,8 +20,22 @@ from .test_compile import tpu_compiler
 from .worlds import mesh_of
 
 CONTRACT = {
-    *("fits", "devices", "bytes_per_device", "memory_per_device", "flops_per_device", "collective_bytes"),
-    *("roofline_seconds", "bound", "mfu_bound", "mfu_if_serial", "examples_per_second", "compile_seconds"),
+    *(
+        "fits",
+        "devices",
+        "bytes_per_device",
+        "memory_per_device",
+        "flops_per_device",
+        "collective_bytes",
+    ),
+    *(
+        "roofline_seconds",
+        "bound",
+        "mfu_bound",
+        "mfu_if_serial",
+        "examples_per_second",
+        "compile_seconds",
+    ),
 }
 PARTS = {"weights", "tables", "optimizer", "activations", "total"}
 FEATURES = [
@@ -40,9 +54,18 @@ def plan_file(folder: Path, videos: int) -> Path:
 
 
 def line(plan: Path, *more: str) -> list[str]:
-    small = ["--config.model.layers=1", "--config.model.windows=()", "--config.data.events=4"]
+    small = [
+        "--config.model.layers=1",
+        "--config.model.windows=()",
+        "--config.data.events=4",
+    ]
     return [
-        *("compile", "--config=synthetic", "--config.data.name=none", f"--config.data.schema={plan}"),
+        *(
+            "compile",
+            "--config=synthetic",
+            "--config.data.name=none",
+            f"--config.data.schema={plan}",
+        ),
         *(*small, "--config.tokens.maker=linear", "--topology=v5e:2x2", *more),
     ]
 
@@ -60,7 +83,11 @@ def test_a_step_that_fits_is_reported_whole(compiled: tuple[int, dict]) -> None:
     code, result = compiled
     assert code == 0
     assert set(result) >= CONTRACT
-    assert (result["fits"], result["devices"], result["mesh"]) == (True, 4, {"data": 2, "fsdp": 2, "tensor": 1})
+    assert (result["fits"], result["devices"], result["mesh"]) == (
+        True,
+        4,
+        {"data": 2, "fsdp": 2, "tensor": 1},
+    )
     held = result["bytes_per_device"]
     assert set(held) >= PARTS
     assert sum(size for part, size in held.items() if part != "total") == held["total"]
@@ -68,12 +95,21 @@ def test_a_step_that_fits_is_reported_whole(compiled: tuple[int, dict]) -> None:
     # 5,050 rows of 8 numbers on every device, and a number of row-wise AdaGrad for each.
     assert held["tables"] - result["padding_per_device"]["tables"] == 5050 * 8 * 4
     assert 0 <= result["padding_per_device"]["tables"] < 0.1 * held["tables"]
-    assert result["headroom"] == pytest.approx(1 - held["total"] / result["memory_per_device"])
-    slowest = max("compute", "memory", "network", key=lambda name: result[f"{name}_seconds"])
-    assert (result["bound"], result["roofline_seconds"]) == (slowest, result[f"{slowest}_seconds"])
+    assert result["headroom"] == pytest.approx(
+        1 - held["total"] / result["memory_per_device"]
+    )
+    slowest = max(
+        "compute", "memory", "network", key=lambda name: result[f"{name}_seconds"]
+    )
+    assert (result["bound"], result["roofline_seconds"]) == (
+        slowest,
+        result[f"{slowest}_seconds"],
+    )
     assert 0 < result["mfu_if_serial"] < result["mfu_bound"] < 1
     assert result["examples_per_step"] == 64
-    assert result["examples_per_second"] == pytest.approx(64 / result["roofline_seconds"])
+    assert result["examples_per_second"] == pytest.approx(
+        64 / result["roofline_seconds"]
+    )
     by_axis = result["collective_bytes_by_axis"]
     assert set(by_axis) <= {"data", "fsdp", "data+fsdp"}
     assert sum(size for kinds in by_axis.values() for size in kinds.values()) == sum(
@@ -84,7 +120,16 @@ def test_a_step_that_fits_is_reported_whole(compiled: tuple[int, dict]) -> None:
 @tpu_compiler
 def test_the_report_names_every_part(compiled: tuple[int, dict]) -> None:
     text = to_text(compiled[1])
-    parts = (*PARTS, "padding", "compute", "network", "MFU", "examples/s", "planned schema plan.json", "data=2,fsdp=2")
+    parts = (
+        *PARTS,
+        "padding",
+        "compute",
+        "network",
+        "MFU",
+        "examples/s",
+        "planned schema plan.json",
+        "data=2,fsdp=2",
+    )
     assert all(part in text for part in parts)
     row = sweep_text([compiled[1] | {"predicted_seconds": 0.5}]).splitlines()[-1]
     assert "data=2,fsdp=2,tensor=1" in row
@@ -121,7 +166,10 @@ def test_a_step_that_does_not_fit_ends_with_code_3_and_the_largest_arrays(
         (["--mesh=fsdp=2", "--sweep"], "not allowed with argument"),
         (["--slices=two"], "'two' is not a whole number"),
         (["--sweeps"], "did you mean '--sweep'"),
-        (["--config.data.schema=no.json"], "data.schema='no.json' is neither a file nor a shipped schema"),
+        (
+            ["--config.data.schema=no.json"],
+            "data.schema='no.json' is neither a file nor a shipped schema",
+        ),
     ],
 )
 def test_a_wrong_line_is_one_message_and_exit_code_2(
@@ -137,14 +185,22 @@ def test_a_wrong_line_is_one_message_and_exit_code_2(
     [
         ("v5e:2x3", MeshConfig(), 64, "topology='v5e:2x3'"),
         ("v5e:2x2", MeshConfig(fsdp=3), 64, "do not multiply to 4 devices"),
-        ("v5e:2x2", MeshConfig(), 6, r"data\.batch_size / optim\.accumulate = 6 is not a multiple of the 4 devices"),
+        (
+            "v5e:2x2",
+            MeshConfig(),
+            6,
+            r"data\.batch_size / optim\.accumulate = 6 is not a multiple of the 4 devices",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_compiling(
     topology: str, mesh: MeshConfig, batch: int, message: str, tmp_path: Path
 ) -> None:
     plan = plan_file(tmp_path, 50)
-    config = load_config("synthetic", ["data.name=none", f"data.schema={plan}", f"data.batch_size={batch}"])
+    config = load_config(
+        "synthetic",
+        ["data.name=none", f"data.schema={plan}", f"data.batch_size={batch}"],
+    )
     with pytest.raises(InputError, match=message):
         compile_config(config, topology, 1, mesh)
 
@@ -161,7 +217,15 @@ def test_axes_of_a_collective_are_those_that_vary_in_a_group() -> None:
         "none": places.reshape(8, 1),
     }
     for name, groups in expected.items():
-        one = Collective("all-reduce", 8.0, tuple(tuple(group) for group in groups.tolist()))
+        one = Collective(
+            "all-reduce", 8.0, tuple(tuple(group) for group in groups.tolist())
+        )
         assert mesh_axes(one, mesh) == name
-    assert mesh_axes(Collective("all-reduce", 8.0, ((0,),), slices=2), mesh) == "data across slices"
-    assert mesh_axes(Collective("collective-permute", 8.0, ((0, 1), (1, 0))), mesh) == "tensor"
+    assert (
+        mesh_axes(Collective("all-reduce", 8.0, ((0,),), slices=2), mesh)
+        == "data across slices"
+    )
+    assert (
+        mesh_axes(Collective("collective-permute", 8.0, ((0, 1), (1, 0))), mesh)
+        == "tensor"
+    )

@@ -8,20 +8,30 @@ import pytest
 from flax import nnx
 
 from tokenrec.config import MeshConfig, ModelConfig
-from tokenrec.models.backbones.tokenformer import Backbone
+from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.planner.compile import described_mesh
 from tokenrec.planner.hlo import read_program
-from tokenrec.sharding import RULES, compiler_options, laid_out
+from tokenrec.sharding import RULES, compiler_options, with_batch_sharding
 from tokenrec.state import build_model
 
 from .worlds import SCHEMA, TASKS, tiny
 
 LAYERS = 4
-CONFIG = ModelConfig(width=512, heads=4, layers=LAYERS, ffn_width=1536, dtype="bfloat16", remat="full", scan=3)
+CONFIG = ModelConfig(
+    width=512,
+    heads=4,
+    layers=LAYERS,
+    ffn_width=1536,
+    dtype="bfloat16",
+    remat="full",
+    scan=3,
+)
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
 def test_weights_are_gathered_in_bfloat16_and_gradients_scattered():
     data, fsdp = 2, 4
     mesh = described_mesh("v5p:2x2x2", MeshConfig(data=data, fsdp=fsdp))
@@ -32,19 +42,40 @@ def test_weights_are_gathered_in_bfloat16_and_gradients_scattered():
         return jnp.sum(jnp.square(read.astype(jnp.float32)))
 
     with jax.set_mesh(mesh):
-        graph, weights = nnx.split(nnx.eval_shape(lambda: Backbone(CONFIG, rngs=nnx.Rngs(0))))
-        weights = jax.tree.map(
-            lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=jax.NamedSharding(mesh, w.sharding.spec)), weights
+        graph, weights = nnx.split(
+            nnx.eval_shape(lambda: TokenFormer(CONFIG, rngs=nnx.Rngs(0)))
         )
-        shapes = jax.ShapeDtypeStruct((16, layout.rows, 512), jnp.bfloat16), jax.ShapeDtypeStruct((16, 12), bool)
-        lowered = jax.jit(jax.grad(loss)).lower(weights, *laid_out(shapes, mesh))
+        weights = jax.tree.map(
+            lambda w: jax.ShapeDtypeStruct(
+                w.shape, w.dtype, sharding=jax.NamedSharding(mesh, w.sharding.spec)
+            ),
+            weights,
+        )
+        shapes = (
+            jax.ShapeDtypeStruct((16, layout.rows, 512), jnp.bfloat16),
+            jax.ShapeDtypeStruct((16, 12), bool),
+        )
+        lowered = jax.jit(jax.grad(loss)).lower(
+            weights, *with_batch_sharding(shapes, mesh)
+        )
         text = lowered.compile(compiler_options(mesh)).as_text()
     program = read_program(text, mesh.size)  # a loop this short XLA unrolls
 
-    split = [leaf for leaf in jax.tree.leaves(weights) if RULES.embed in leaf.sharding.spec]
+    split = [
+        leaf for leaf in jax.tree.leaves(weights) if RULES.embed in leaf.sharding.spec
+    ]
     count = sum(leaf.size for leaf in split)
     assert count == LAYERS * (5 * 512 * 512 + 3 * 512 * 1536)
-    moved = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"), 0.0)
+    moved = dict.fromkeys(
+        (
+            "all-gather",
+            "reduce-scatter",
+            "all-reduce",
+            "all-to-all",
+            "collective-permute",
+        ),
+        0.0,
+    )
     for one in program.collectives:
         moved[one.kind] += one.trips * one.size
     # Two bytes a weight, forward and again backward; the top layer may keep what it has just gathered.

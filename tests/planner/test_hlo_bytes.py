@@ -96,5 +96,7 @@ def test_arrays_of_a_shape(shape, whole, in_memory):
 
 
 def test_operands_end_with_the_parenthesis():
-    one = Instruction("a", "f32[2]", "fusion", "%b, /*index=1*/%c.2), kind=kLoop, calls=%d")
+    one = Instruction(
+        "a", "f32[2]", "fusion", "%b, /*index=1*/%c.2), kind=kLoop, calls=%d"
+    )
     assert one.operands == ["b", "c.2"]

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tokenrec.planner.memory import Buffer, listed_buffers, refused_bytes, state_bytes, tiled_elements, traced_buffers
+from tokenrec.planner.memory import (
+    Buffer,
+    listed_buffers,
+    refused_bytes,
+    state_bytes,
+    tiled_elements,
+    traced_buffers,
+)
 from tokenrec.sharding import RULES
 from tokenrec.state import TrainState
 
@@ -36,7 +43,12 @@ Total hbm usage >= 22.01G:
 
 def test_allocations_that_xla_lists_are_read():
     assert listed_buffers(LISTED) == [
-        Buffer(2 << 30, "bf16[1024,1024,1024]{2,1,0:T(8,128)(2,1)}", "jit(train_step)/dot_general", "/a/block.py:81"),
+        Buffer(
+            2 << 30,
+            "bf16[1024,1024,1024]{2,1,0:T(8,128)(2,1)}",
+            "jit(train_step)/dot_general",
+            "/a/block.py:81",
+        ),
         Buffer(512 << 10, "f32[131072]{0:T(1024)}", "", ""),
     ]
     assert refused_bytes(LISTED) == int(21.5 * 2**30)
@@ -67,10 +79,15 @@ def test_bytes_of_a_state_are_those_of_one_device():
     mesh = mesh_of(2, 2, 2)
 
     def leaf(shape, *axes):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, RULES(*axes)))
+        return jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=jax.NamedSharding(mesh, RULES(*axes))
+        )
 
     state = TrainState(
-        leaf(()), {"w": leaf((8, 6), "embed", "ffn")}, {"t": leaf((10, 4), None, None)}, {"m": leaf((3,))}
+        leaf(()),
+        {"w": leaf((8, 6), "embed", "ffn")},
+        {"t": leaf((10, 4), None, None)},
+        {"m": leaf((3,))},
     )
     assert state_bytes(state) == {"weights": 4 * 3 * 4, "tables": 160, "optimizer": 12}
 
@@ -79,7 +96,9 @@ def test_the_largest_traced_arrays_are_those_of_one_device():
     mesh = mesh_of(2, 2, 1)
 
     def f(x):
-        wide = jnp.broadcast_to(x[:, :, None], (*x.shape, 50), out_sharding=RULES("batch", None, None))
+        wide = jnp.broadcast_to(
+            x[:, :, None], (*x.shape, 50), out_sharding=RULES("batch", None, None)
+        )
 
         def body(carry, _):
             return carry + wide.sum(axis=2), carry
@@ -87,11 +106,19 @@ def test_the_largest_traced_arrays_are_those_of_one_device():
         return jax.lax.scan(body, x, None, length=3)
 
     with jax.set_mesh(mesh):
-        x = jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=jax.NamedSharding(mesh, RULES("batch", None)))
-        table = jax.ShapeDtypeStruct((9000, 4), jnp.float32, sharding=jax.NamedSharding(mesh, RULES(None, None)))
+        x = jax.ShapeDtypeStruct(
+            (8, 6), jnp.float32, sharding=jax.NamedSharding(mesh, RULES("batch", None))
+        )
+        table = jax.ShapeDtypeStruct(
+            (9000, 4), jnp.float32, sharding=jax.NamedSharding(mesh, RULES(None, None))
+        )
         state = TrainState(x, {}, {"t": table}, {})
         held, first, *others = traced_buffers(jax.make_jaxpr(f)(x).jaxpr, state)
     assert held == Buffer(9000 * 4 * 4, "float32[9000,4]", "state.tables['t']", "")
-    assert (first.bytes, first.shape, first.operation) == (2 * 6 * 50 * 4, "float32[2,6,50]", "broadcast_in_dim")
+    assert (first.bytes, first.shape, first.operation) == (
+        2 * 6 * 50 * 4,
+        "float32[2,6,50]",
+        "broadcast_in_dim",
+    )
     assert first.source.startswith("tests/planner/test_memory.py:")
     assert all(buffer.bytes < first.bytes for buffer in others)

@@ -13,7 +13,7 @@ from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.kuairand import features
 from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError
-from tokenrec.planner.planned_schema import known_schema, read_planned
+from tokenrec.planner.planned_schema import read_planned, resolve_schema
 
 SHIPPED = shipped_folder() / "schemas" / "kuairand_27k.json"
 
@@ -23,7 +23,9 @@ def config_of(**data) -> Config:
 
 
 def test_the_shipped_schema_is_what_its_command_writes_and_what_kuairand_prepares():
-    assert json.loads(SHIPPED.read_text()) == json.loads(json.dumps(plan_kuairand_27k.planned()))
+    assert json.loads(SHIPPED.read_text()) == json.loads(
+        json.dumps(plan_kuairand_27k.planned())
+    )
     schema = read_planned(SHIPPED)
     assert schema.features == features(rates=True)
     assert schema.items == 32_038_725
@@ -35,21 +37,25 @@ def test_the_shipped_schema_is_what_its_command_writes_and_what_kuairand_prepare
 
 
 @pytest.mark.parametrize("name", ["lrm_1b", "kuairand_27k"])
-def test_pod_configs_are_described_from_a_fresh_clone(name, monkeypatch, tmp_path, capsys):
+def test_pod_configs_are_described_from_a_fresh_clone(
+    name, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setenv("TOKENREC_DATA", str(tmp_path))
     config = load_config(name)
-    schema, origin = known_schema(config)
+    schema, origin = resolve_schema(config)
     assert set(config.data.tasks) <= {task.name for task in schema.tasks}
     assert set(config.data.exclude) <= {feature.name for feature in schema.features}
     assert origin.startswith("planned schema kuairand_27k.json")
     assert main(["train", f"--config={name}", "--workdir", str(tmp_path / "run")]) == 2
-    assert "tokenrec prepare" in capsys.readouterr().err  # training needs the data itself
+    assert (
+        "tokenrec prepare" in capsys.readouterr().err
+    )  # training needs the data itself
 
 
 def test_a_prepared_data_set_goes_before_a_planned_schema(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENREC_DATA", str(tmp_path))
     prepare(SyntheticSource(200), tmp_path / "set")
-    schema, origin = known_schema(config_of(name="set", schema="kuairand_27k.json"))
+    schema, origin = resolve_schema(config_of(name="set", schema="kuairand_27k.json"))
     assert "price" in {feature.name for feature in schema.features}
     assert origin == f"prepared data set {tmp_path / 'set'}"
 
@@ -57,21 +63,34 @@ def test_a_prepared_data_set_goes_before_a_planned_schema(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"name": "none", "schema": "kuairand_27.json"}, "did you mean 'kuairand_27k.json'"),
+        (
+            {"name": "none", "schema": "kuairand_27.json"},
+            "did you mean 'kuairand_27k.json'",
+        ),
         ({"name": "none"}, "run `tokenrec prepare`"),
-        ({"path": "none", "schema": "kuairand_27k.json"}, "'none' is not a prepared data set"),
-        ({"name": "none", "schema": "kuairand_27k.json", "semantic_ids": "ids"}, "data.semantic_ids='ids' belongs"),
+        (
+            {"path": "none", "schema": "kuairand_27k.json"},
+            "'none' is not a prepared data set",
+        ),
+        (
+            {"name": "none", "schema": "kuairand_27k.json", "semantic_ids": "ids"},
+            "data.semantic_ids='ids' belongs",
+        ),
     ],
 )
 def test_what_is_not_there_is_named(data, message, tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENREC_DATA", str(tmp_path))
     with pytest.raises(InputError, match=message):
-        known_schema(config_of(**data))
+        resolve_schema(config_of(**data))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": {}}', '{"schema": {"features": []}, "counts": {}}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"schema": {}}', '{"schema": {"features": []}, "counts": {}}']
+)
 def test_a_file_that_is_no_planned_schema_is_named(text, tmp_path):
     path = Path(tmp_path / "plan.json")
     path.write_text(text)
-    with pytest.raises(InputError, match=r"data\.schema '.*plan\.json' is not (JSON|a planned schema)"):
+    with pytest.raises(
+        InputError, match=r"data\.schema '.*plan\.json' is not (JSON|a planned schema)"
+    ):
         read_planned(path)

@@ -33,9 +33,15 @@ P = jax.sharding.PartitionSpec
 
 def layouts():
     """Interleaved events, a request with candidates of two tokens each, and user-centric streams."""
-    yield build_layout(user_tokens=3, events=10, fused=False, candidates=1, target_tokens=1)
-    yield build_layout(user_tokens=2, events=9, fused=True, candidates=4, target_tokens=2)
-    yield build_layout(user_tokens=0, events=12, fused=False, candidates=0, target_tokens=1)
+    yield build_layout(
+        user_tokens=3, events=10, fused=False, candidates=1, target_tokens=1
+    )
+    yield build_layout(
+        user_tokens=2, events=9, fused=True, candidates=4, target_tokens=2
+    )
+    yield build_layout(
+        user_tokens=0, events=12, fused=False, candidates=0, target_tokens=1
+    )
     yield continued(events=11)[0]
 
 
@@ -48,7 +54,9 @@ def patterns():
         yield layout.pattern(every, every)
         yield layout.pattern(some, every)
         yield dataclasses.replace(layout, discard=False).pattern(some, every)
-        yield Pattern(every, every, layout.index, layout.static, layout.candidate, prefix=6)
+        yield Pattern(
+            every, every, layout.index, layout.static, layout.candidate, prefix=6
+        )
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
@@ -61,13 +69,22 @@ def test_pairs_are_those_of_the_mask(window):
 def test_tiles_are_those_with_a_visible_pair(window):
     for pattern in patterns():
         mask = pattern.visible(window)
-        starts = [(q, k) for q in range(0, mask.shape[0], 4) for k in range(0, mask.shape[1], 3)]
-        assert visible_tiles(pattern, window, 4, 3) == sum(mask[q : q + 4, k : k + 3].any() for q, k in starts)
+        starts = [
+            (q, k)
+            for q in range(0, mask.shape[0], 4)
+            for k in range(0, mask.shape[1], 3)
+        ]
+        assert visible_tiles(pattern, window, 4, 3) == sum(
+            mask[q : q + 4, k : k + 3].any() for q, k in starts
+        )
 
 
 def test_pairs_of_a_long_window_need_no_square():
     window, rows = 64, 1 << 20
-    assert visible_pairs(causal_pattern(rows, rows), window) == window * rows - window * (window - 1) // 2
+    assert (
+        visible_pairs(causal_pattern(rows, rows), window)
+        == window * rows - window * (window - 1) // 2
+    )
 
 
 def test_attention_costs_by_hand():
@@ -95,12 +112,18 @@ def test_a_ring_of_four_moves_three_quarters(kind, moved):
 
 def compiled(function, mesh, spec, shape=(16, 32)):
     with jax.set_mesh(mesh):
-        x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+        x = jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec)
+        )
         return jax.jit(function).lower(x).compile().as_text()
 
 
 def test_an_all_gather_is_read_with_its_size_and_groups():
-    text = compiled(lambda x: jax.sharding.reshard(x, RULES(None, None)), mesh_of(2, 2, 2), P("fsdp", None))
+    text = compiled(
+        lambda x: jax.sharding.reshard(x, RULES(None, None)),
+        mesh_of(2, 2, 2),
+        P("fsdp", None),
+    )
     (one,) = read_program(text, 8).collectives
     assert (one.kind, one.size) == ("all-gather", 16 * 32 * 4)
     assert sorted(map(sorted, one.groups)) == [[0, 2], [1, 3], [4, 6], [5, 7]]
@@ -118,7 +141,12 @@ def test_a_collective_in_a_scan_counts_as_often_as_it_runs():
 
     program = read_program(compiled(twice, mesh_of(1, 1, 8), P()), 8)
     (one,) = program.collectives
-    assert (one.kind, one.size, one.trips, len(one.groups[0])) == ("all-reduce", 16 * 32 * 4, 5, 8)
+    assert (one.kind, one.size, one.trips, len(one.groups[0])) == (
+        "all-reduce",
+        16 * 32 * 4,
+        5,
+        8,
+    )
     assert program.loops == (5,)
     assert one.moved == 5 * 2 * 16 * 32 * 4 * 7 / 8
 
@@ -126,16 +154,32 @@ def test_a_collective_in_a_scan_counts_as_often_as_it_runs():
 @pytest.mark.parametrize(
     ("kind", "function", "size"),
     [
-        ("reduce-scatter", lambda x: jax.lax.psum_scatter(x, "data", tiled=True), 16 * 32 * 4),
-        ("all-to-all", lambda x: jax.lax.all_to_all(x, "data", 1, 0, tiled=True), 16 * 32 * 4),
-        ("collective-permute", lambda x: jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]), 16 * 32 * 4),
+        (
+            "reduce-scatter",
+            lambda x: jax.lax.psum_scatter(x, "data", tiled=True),
+            16 * 32 * 4,
+        ),
+        (
+            "all-to-all",
+            lambda x: jax.lax.all_to_all(x, "data", 1, 0, tiled=True),
+            16 * 32 * 4,
+        ),
+        (
+            "collective-permute",
+            lambda x: jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]),
+            16 * 32 * 4,
+        ),
     ],
 )
 def test_the_other_kinds_are_read(kind, function, size):
     def local(x):
-        return jax.shard_map(function, in_specs=P(None, None), out_specs=P("data", None), check_vma=False)(x)
+        return jax.shard_map(
+            function, in_specs=P(None, None), out_specs=P("data", None), check_vma=False
+        )(x)
 
-    (one,) = read_program(compiled(local, mesh_of(2, 1, 1), P(None, None)), 2).collectives
+    (one,) = read_program(
+        compiled(local, mesh_of(2, 1, 1), P(None, None)), 2
+    ).collectives
     assert (one.kind, one.size, sorted(one.groups[0])) == (kind, size, [0, 1])
 
 
@@ -190,16 +234,34 @@ def test_what_only_tpu_programs_have_is_read():
     program = read_program(TPU_TEXT, 16, slices=2)
     looped, scattered, gathered, sent = program.collectives
     assert program.loops == (6,)
-    assert (looped.kind, looped.trips, looped.groups) == ("all-reduce", 6, ((0, 2), (1, 3), (4, 6), (5, 7)))
-    assert (scattered.kind, scattered.size, scattered.moved) == ("reduce-scatter", 64, 64 * 3 / 4)
-    assert (gathered.kind, gathered.size, gathered.groups) == ("all-gather", 256, ((0, 2), (1, 3), (4, 6), (5, 7)))
+    assert (looped.kind, looped.trips, looped.groups) == (
+        "all-reduce",
+        6,
+        ((0, 2), (1, 3), (4, 6), (5, 7)),
+    )
+    assert (scattered.kind, scattered.size, scattered.moved) == (
+        "reduce-scatter",
+        64,
+        64 * 3 / 4,
+    )
+    assert (gathered.kind, gathered.size, gathered.groups) == (
+        "all-gather",
+        256,
+        ((0, 2), (1, 3), (4, 6), (5, 7)),
+    )
     assert (sent.kind, sent.slices, sent.moved) == ("all-reduce", 2, 128)
-    assert program.custom_calls == {"AsyncCollectiveDone": 1, "AsyncCollectiveStart": 1, "kernel_fwd": 1}
+    assert program.custom_calls == {
+        "AsyncCollectiveDone": 1,
+        "AsyncCollectiveStart": 1,
+        "kernel_fwd": 1,
+    }
 
 
 def test_replica_groups_of_an_unknown_form_are_refused_not_guessed():
     text = TPU_TEXT.replace("{{0,1,2,3},{4,5,6,7}}", "cube(4)")
-    with pytest.raises(InputError, match="replica groups in a form that is not known: cube"):
+    with pytest.raises(
+        InputError, match="replica groups in a form that is not known: cube"
+    ):
         read_program(text, 16, slices=2)
     with pytest.raises(InputError, match="not HLO"):
         read_program("module @jit_step {}", 16)
@@ -211,7 +273,10 @@ SLOW = Chip(1.0, 1.0, 1.0, ici_link=1.0, axes=2, ring=4, dcn_bandwidth=0.1)
 
 def square(slices=1):
     places = [(s, x, y) for s in range(slices) for x in range(4) for y in range(4)]
-    return [SimpleNamespace(coords=[x, y, 0], slice_index=s if slices > 1 else None) for s, x, y in places]
+    return [
+        SimpleNamespace(coords=[x, y, 0], slice_index=s if slices > 1 else None)
+        for s, x, y in places
+    ]
 
 
 @pytest.mark.parametrize(
@@ -225,13 +290,17 @@ def square(slices=1):
 )
 def test_ici_time_is_by_the_links_that_a_group_has(group, links):
     one = Collective("all-gather", 160.0, (group,))
-    assert network_seconds([one], square(), SLOW) == pytest.approx(160 * (len(group) - 1) / len(group) / links)
+    assert network_seconds([one], square(), SLOW) == pytest.approx(
+        160 * (len(group) - 1) / len(group) / links
+    )
 
 
 def test_between_slices_a_device_moves_its_part_over_the_slow_network():
     every = Collective("all-reduce", 320.0, (tuple(range(32)),), trips=2)
     inside, between = 2 * 320 * 15 / 16 / 4, 2 * (320 / 16) / 2 / 0.1
-    assert network_seconds([every], square(slices=2), SLOW) == pytest.approx(2 * (inside + between))
+    assert network_seconds([every], square(slices=2), SLOW) == pytest.approx(
+        2 * (inside + between)
+    )
     sent = Collective("all-reduce", 20.0, ((0,),), slices=2)
     assert network_seconds([sent], square(slices=2), SLOW) == pytest.approx(between)
 
@@ -248,5 +317,7 @@ def test_chips_are_found_by_either_name():
 
 
 def test_a_chip_without_figures_is_an_error_that_names_the_near_one():
-    with pytest.raises(InputError, match=r"device_kind='TPU v6 light'.*did you mean 'TPU v6 lite'"):
+    with pytest.raises(
+        InputError, match=r"device_kind='TPU v6 light'.*did you mean 'TPU v6 lite'"
+    ):
         chip("TPU v6 light")

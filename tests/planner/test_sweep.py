@@ -21,9 +21,15 @@ ITEMS = dataclasses.replace(SCHEMA, items=TABLES["video"])
 
 def state_of(mesh, rows=8):
     def leaf(shape, *axes):
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, RULES(*axes)))
+        return jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=jax.NamedSharding(mesh, RULES(*axes))
+        )
 
-    weights = {"both": leaf((16, 16), "embed", "ffn"), "one": leaf((6, 16), None, "embed"), "whole": leaf((10,), None)}
+    weights = {
+        "both": leaf((16, 16), "embed", "ffn"),
+        "one": leaf((6, 16), None, "embed"),
+        "whole": leaf((10,), None),
+    }
     return TrainState(leaf(()), weights, {"t": leaf((rows, 4), None, None)}, {})
 
 
@@ -35,12 +41,28 @@ def v5e(monkeypatch):
 
 def test_meshes_split_batches_heads_and_width():
     config = tiny(batch_size=8)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, eval_batch_size=8))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, eval_batch_size=8)
+    )
     shapes = {(m.data, m.fsdp, m.tensor) for m in mesh_shapes(config, 8)}
-    assert shapes == {(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2)}  # two heads
+    assert shapes == {
+        (8, 1, 1),
+        (4, 2, 1),
+        (2, 4, 1),
+        (1, 8, 1),
+        (4, 1, 2),
+        (2, 2, 2),
+        (1, 4, 2),
+    }  # two heads
     assert {m.data for m in mesh_shapes(config, 8, slices=4)} == {4, 8}
-    assert {m.data * m.fsdp for m in mesh_shapes(dataclasses.replace(config, optim=optim(4)), 8)} == set()
-    assert {m.data * m.fsdp for m in mesh_shapes(dataclasses.replace(config, optim=optim(2)), 8)} == {4}
+    assert {
+        m.data * m.fsdp
+        for m in mesh_shapes(dataclasses.replace(config, optim=optim(4)), 8)
+    } == set()
+    assert {
+        m.data * m.fsdp
+        for m in mesh_shapes(dataclasses.replace(config, optim=optim(2)), 8)
+    } == {4}
 
 
 def optim(accumulate):
@@ -60,9 +82,14 @@ def test_traffic_by_hand():
         ("all-reduce", (0, 4)): (both // 4 + one // 2 + whole, 1),
         ("all-reduce", (0, 1)): (64 // 4 * 16 * 4, 4 * 3),
     }
-    again = expected_collectives(tiny(model={"remat": "full"}), state_of(mesh), 64, mesh)
+    again = expected_collectives(
+        tiny(model={"remat": "full"}), state_of(mesh), 64, mesh
+    )
     assert [one.trips for one in again] == [3, 1, 1, 6 * 4]
-    assert expected_collectives(config, state_of(mesh_of(1, 1, 1)), 64, mesh_of(1, 1, 1)) == []
+    assert (
+        expected_collectives(config, state_of(mesh_of(1, 1, 1)), 64, mesh_of(1, 1, 1))
+        == []
+    )
 
 
 def test_what_computing_again_costs_and_what_does_not_fit(v5e):
@@ -90,5 +117,7 @@ def test_meshes_are_ranked_by_what_fits_then_by_time():
 
 @tpu_compiler
 def test_no_mesh_at_all_is_an_error():
-    with pytest.raises(InputError, match=r"no mesh of 4 devices splits .*data\.batch_size=3"):
+    with pytest.raises(
+        InputError, match=r"no mesh of 4 devices splits .*data\.batch_size=3"
+    ):
         rank(tiny(batch_size=3), "v5e:2x2", schema=ITEMS)

@@ -9,7 +9,7 @@ import pytest
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
-from tokenrec.runtime.compilation_cache import FOLDER, kept_programs
+from tokenrec.runtime.compilation_cache import FOLDER, persistent_compilation_cache
 
 HIT = "/jax/compilation_cache/cache_hits"
 
@@ -23,7 +23,10 @@ def hits() -> Iterator[list[str]]:
         if event == HIT:
             found.append(event)
 
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    before = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     monitoring.register_event_listener(hear)
@@ -35,15 +38,19 @@ def hits() -> Iterator[list[str]]:
 
 
 def run(workdir: Path, wanted: bool = True) -> float:
-    with kept_programs(workdir, wanted):
-        return float(jax.jit(lambda x: jnp.cumsum(jnp.sin(x))[-1] * 3.25)(jnp.arange(5.0)))
+    with persistent_compilation_cache(workdir, wanted):
+        return float(
+            jax.jit(lambda x: jnp.cumsum(jnp.sin(x))[-1] * 3.25)(jnp.arange(5.0))
+        )
 
 
 def programs(workdir: Path) -> list[Path]:
     return sorted(path for path in (workdir / FOLDER).rglob("*-cache"))
 
 
-def test_a_program_is_compiled_once_and_nothing_is_kept_afterwards(tmp_path: Path, hits: list[str]) -> None:
+def test_a_program_is_compiled_once_and_nothing_is_kept_afterwards(
+    tmp_path: Path, hits: list[str]
+) -> None:
     first = run(tmp_path)
     assert programs(tmp_path)
     assert not hits
@@ -52,7 +59,9 @@ def test_a_program_is_compiled_once_and_nothing_is_kept_afterwards(tmp_path: Pat
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_folder_that_is_in_use_already_is_kept(tmp_path: Path, hits: list[str]) -> None:
+def test_a_folder_that_is_in_use_already_is_kept(
+    tmp_path: Path, hits: list[str]
+) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "shared"))
     run(tmp_path)
     run(tmp_path / "other", wanted=False)
@@ -61,7 +70,9 @@ def test_a_folder_that_is_in_use_already_is_kept(tmp_path: Path, hits: list[str]
 
 
 @pytest.mark.parametrize("damage", ["bits", "end"])
-def test_a_damaged_program_is_compiled_again(tmp_path: Path, hits: list[str], damage: str) -> None:
+def test_a_damaged_program_is_compiled_again(
+    tmp_path: Path, hits: list[str], damage: str
+) -> None:
     first = run(tmp_path)
     for path in programs(tmp_path):
         data = bytearray(path.read_bytes())

@@ -22,7 +22,7 @@ from tokenrec.cli.main import main
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError
-from tokenrec.sharding import own_rows
+from tokenrec.sharding import local_batch_indices
 
 WAIT_SECONDS = 300  # a hang fails the test; no test depends on it otherwise
 DRIVER = """
@@ -35,7 +35,9 @@ join(hears_stop=True)
 sys.exit(max([main(line.split()) for line in sys.argv[1:]]))
 """
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-EXCLUDED = "interests,age,load,genre,price,vector,code,place,seconds"  # compiles in less time
+EXCLUDED = (
+    "interests,age,load,genre,price,vector,code,place,seconds"  # compiles in less time
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +49,36 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_line(data: Path, workdir: Path, **fields: object) -> str:
     values = {
-        **{"model.width": 4, "model.layers": 1, "model.windows": "()", "tokens.maker": "linear", "mesh.fsdp": 2},
-        **{"data.exclude": EXCLUDED, "data.events": 4, "data.batch_size": 16, "data.eval_batch_size": 16},
-        **{"optim.warmup_steps": 1, "optim.steps": 400, "train.eval_every": 0, "train.log_every": 1},
+        **{
+            "model.width": 4,
+            "model.layers": 1,
+            "model.windows": "()",
+            "tokens.maker": "linear",
+            "mesh.fsdp": 2,
+        },
+        **{
+            "data.exclude": EXCLUDED,
+            "data.events": 4,
+            "data.batch_size": 16,
+            "data.eval_batch_size": 16,
+        },
+        **{
+            "optim.warmup_steps": 1,
+            "optim.steps": 400,
+            "train.eval_every": 0,
+            "train.log_every": 1,
+        },
     }
-    line = ["train", "--config=synthetic", "--quiet", f"--data={data}", f"--workdir={workdir}"]
-    return " ".join(line + [f"--config.{name}={value}" for name, value in (values | fields).items()])
+    line = [
+        "train",
+        "--config=synthetic",
+        "--quiet",
+        f"--data={data}",
+        f"--workdir={workdir}",
+    ]
+    return " ".join(
+        line + [f"--config.{name}={value}" for name, value in (values | fields).items()]
+    )
 
 
 @contextlib.contextmanager
@@ -96,16 +122,29 @@ def finished(folder: Path, *lines: list[str]) -> list[int]:
 def rows_read(folder: Path) -> list[list[list[int]]]:
     """The rows of each batch that processes read so far, by process."""
     files = sorted(folder.glob("*.rows"))
-    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    return [
+        [json.loads(line) for line in file.read_text().splitlines()] for file in files
+    ]
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
+    records = [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
+    return {
+        record["step"]: record["train/loss"]
+        for record in records
+        if "train/loss" in record
+    }
 
 
 def checkpoints(workdir: Path) -> list[int]:
-    return sorted(int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdecimal())
+    return sorted(
+        int(path.name)
+        for path in workdir.glob("checkpoints/*")
+        if path.name.isdecimal()
+    )
 
 
 def test_two_processes_equal_one_and_go_on_after_a_kill(
@@ -117,7 +156,9 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(
         deadline = time.monotonic() + WAIT_SECONDS
         while not checkpoints(two):
             assert time.monotonic() < deadline
-            assert all(process.poll() is None for process in running), (tmp_path / "1.err").read_text()
+            assert all(process.poll() is None for process in running), (
+                tmp_path / "1.err"
+            ).read_text()
             time.sleep(0.05)
         for process in running:
             process.send_signal(signal.SIGKILL)
@@ -126,15 +167,25 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(
     before = [batches[:step] for batches in rows_read(tmp_path)]
 
     stop = {"train.stop_at": step + 4}
-    written = {name: (tmp_path / f"{name}.json", tmp_path / f"{name}.parquet") for name in ("two", "one")}
+    written = {
+        name: (tmp_path / f"{name}.json", tmp_path / f"{name}.parquet")
+        for name in ("two", "one")
+    }
 
     def use(name: str) -> list[str]:
         run = f"--workdir={two} --split=valid --checkpoint=latest"
-        return [f"evaluate {run} --json={written[name][0]}", f"predict {run} --out={written[name][1]}"]
+        return [
+            f"evaluate {run} --json={written[name][0]}",
+            f"predict {run} --out={written[name][1]}",
+        ]
 
-    lines = [f"{line} --distributed" for line in (train_line(data, two, **stop), *use("two"))]
+    lines = [
+        f"{line} --distributed" for line in (train_line(data, two, **stop), *use("two"))
+    ]
     assert finished(tmp_path, lines, lines) == [0, 0], (tmp_path / "0.err").read_text()
-    assert ["rows" in (tmp_path / f"{index}.out").read_text() for index in range(2)] == [True, False]
+    assert [
+        "rows" in (tmp_path / f"{index}.out").read_text() for index in range(2)
+    ] == [True, False]
     counted: dict[Path, list[list[int]]] = {one: [], alone: []}
     for workdir, seen in counted.items():
         monkeypatch.setattr("tokenrec.train.train_batches", count_rows(seen.append))
@@ -144,7 +195,12 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(
 
     # Step by step, two processes, and then one or two again, read what one process reads.
     shared = [sorted(first + second) for first, second in zip(*before, strict=True)]
-    again = [sorted(first + second) for first, second in zip(*(own[-4:] for own in rows_read(tmp_path)), strict=True)]
+    again = [
+        sorted(first + second)
+        for first, second in zip(
+            *(own[-4:] for own in rows_read(tmp_path)), strict=True
+        )
+    ]
     assert all(batches for batches in before)
     assert shared + again == shared + counted[alone] == counted[one]
 
@@ -152,18 +208,26 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(
     assert list(resumed) == list(whole) == list(range(1, step + 5))
     # Sums over devices have another order in one process: measured 4.1e-6 and 4.2e-6.
     assert resumed == pytest.approx(whole, rel=3e-5)
-    assert losses(alone) == pytest.approx(whole, rel=3e-5)  # one process goes on where two were
+    assert losses(alone) == pytest.approx(
+        whole, rel=3e-5
+    )  # one process goes on where two were
     # Of one checkpoint every score is the same, bit for bit.
-    assert json.loads(written["two"][0].read_text()) == json.loads(written["one"][0].read_text())
+    assert json.loads(written["two"][0].read_text()) == json.loads(
+        written["one"][0].read_text()
+    )
     assert pq.read_table(written["two"][1]).equals(pq.read_table(written["one"][1]))
 
 
-def test_processes_end_alike_when_they_differ_and_when_one_cannot_read(data: Path, tmp_path: Path) -> None:
+def test_processes_end_alike_when_they_differ_and_when_one_cannot_read(
+    data: Path, tmp_path: Path
+) -> None:
     workdir, none = tmp_path / "run", tmp_path / "none"
     right, lost = train_line(data, workdir), train_line(none, workdir)
     other = train_line(data, workdir, **{"model.width": 8, "optim.steps": 9})
     # Joined before, a process outlives its wrong input without the flag; with it the process ends.
-    assert finished(tmp_path, [right, f"{right} --distributed"], [other, f"{lost} --distributed"]) == [2, 2]
+    assert finished(
+        tmp_path, [right, f"{right} --distributed"], [other, f"{lost} --distributed"]
+    ) == [2, 2]
     for index, whose in enumerate(("process 1: ", "")):
         error = (tmp_path / f"{index}.err").read_text()
         assert f"tokenrec: {whose}the processes were not started alike" in error
@@ -174,7 +238,10 @@ def test_processes_end_alike_when_they_differ_and_when_one_cannot_read(data: Pat
 
 
 def test_a_process_without_the_others_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], data: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    data: Path,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
@@ -185,7 +252,9 @@ def test_a_process_without_the_others_says_what_is_missing(
 
 def test_a_batch_that_the_devices_cannot_share_names_its_field() -> None:
     mesh = mesh_of(2, 2, 2)
-    assert own_rows(mesh, 8, "data.batch_size").tolist() == list(range(8))
-    with pytest.raises(InputError, match=r"data\.batch_size = 6 is not a multiple of the 4 devices"):
-        own_rows(mesh, 6, "data.batch_size")
+    assert local_batch_indices(mesh, 8, "data.batch_size").tolist() == list(range(8))
+    with pytest.raises(
+        InputError, match=r"data\.batch_size = 6 is not a multiple of the 4 devices"
+    ):
+        local_batch_indices(mesh, 6, "data.batch_size")
     assert jax.process_count() == 1

@@ -15,7 +15,12 @@ from tensorboardX.proto.event_pb2 import Event
 
 from tokenrec.errors import InputError
 from tokenrec.runtime import metric_writer
-from tokenrec.runtime.metric_writer import Logbook, Throughput, format_table, result_rows
+from tokenrec.runtime.metric_writer import (
+    Logbook,
+    Throughput,
+    format_table,
+    result_rows,
+)
 
 
 class Terminal(io.StringIO):
@@ -28,7 +33,10 @@ def open_logbook(workdir: Path, start_step: int = 0, progress: bool = False) -> 
 
 
 def lines(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def steps(workdir: Path) -> list[int]:
@@ -48,7 +56,11 @@ def events(workdir: Path) -> list[Event]:
 
 
 def scalars(workdir: Path) -> list[tuple[int, str, float]]:
-    return [(e.step, v.tag, v.simple_value) for e in events(workdir) for v in e.summary.value]
+    return [
+        (e.step, v.tag, v.simple_value)
+        for e in events(workdir)
+        for v in e.summary.value
+    ]
 
 
 def test_each_log_is_a_line_at_once_and_a_tensorboard_scalar(tmp_path):
@@ -56,7 +68,11 @@ def test_each_log_is_a_line_at_once_and_a_tensorboard_scalar(tmp_path):
         book.log(10, {"loss": 0.5, "examples_per_second": np.float32(100)})
         (line,) = lines(tmp_path / "run")
         assert line.pop("time") > 0
-        assert line == {"step": 10, "train/loss": 0.5, "train/examples_per_second": 100.0}
+        assert line == {
+            "step": 10,
+            "train/loss": 0.5,
+            "train/examples_per_second": 100.0,
+        }
         book.log(10, {"macro_auc": 0.75, "is_click/auc": 0.75}, prefix="valid")
     assert lines(tmp_path / "run")[1]["valid/is_click/auc"] == 0.75
     assert scalars(tmp_path / "run") == [
@@ -71,7 +87,12 @@ def test_undefined_and_non_finite_values_are_null(tmp_path):
     with open_logbook(tmp_path) as book:
         book.log(1, {"loss": math.nan, "norm": math.inf, "auc": None, "rate": 0.1})
     (line,) = lines(tmp_path)
-    assert [line[f"train/{name}"] for name in ("loss", "norm", "auc", "rate")] == [None, None, None, 0.1]
+    assert [line[f"train/{name}"] for name in ("loss", "norm", "auc", "rate")] == [
+        None,
+        None,
+        None,
+        0.1,
+    ]
     assert [tag for _, tag, _ in scalars(tmp_path)] == ["train/rate"]
 
 
@@ -101,7 +122,9 @@ def test_an_evaluation_repeated_at_the_restored_step_replaces_the_old_line(tmp_p
     with open_logbook(tmp_path, start_step=20) as book:
         book.log(20, {"is_click/auc": 0.3}, prefix="valid")
         book.log(30, {"loss": 2})
-    values = [{k: v for k, v in line.items() if k != "time"} for line in lines(tmp_path)]
+    values = [
+        {k: v for k, v in line.items() if k != "time"} for line in lines(tmp_path)
+    ]
     assert values == [
         {"step": 20, "train/loss": 1},
         {"step": 20, "test/is_click/auc": 0.2},
@@ -127,10 +150,14 @@ def test_the_torn_last_line_of_a_killed_run_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["nonsense\n", '{"loss": 1}\n', "[1]\n"])
-def test_a_foreign_line_is_an_error_that_names_file_and_line_and_leaves_the_file(tmp_path, bad):
+def test_a_foreign_line_is_an_error_that_names_file_and_line_and_leaves_the_file(
+    tmp_path, bad
+):
     text = '{"step": 10}\n' + bad + '{"step": 30}\n'
     (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(InputError, match=r"metrics\.jsonl: line 2 .*move the file away"):
+    with pytest.raises(
+        InputError, match=r"metrics\.jsonl: line 2 .*move the file away"
+    ):
         open_logbook(tmp_path, start_step=20)
     assert (tmp_path / "metrics.jsonl").read_text() == text
 
@@ -162,7 +189,9 @@ def test_everything_is_closed_when_the_run_fails(tmp_path, monkeypatch):
     book.close()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the disk that is always full is Linux's")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="the disk that is always full is Linux's"
+)
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     book = open_logbook(tmp_path)
     words = rf"the log in '{tmp_path}' cannot be written: No space left.*goes on"
@@ -171,11 +200,15 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         monkeypatch.setattr(book, "_file", full)
         with pytest.raises(InputError, match=words):
             book.log(1, {"loss": 0.5})
-        with pytest.raises(InputError, match=words):  # what could not be written is tried again
+        with pytest.raises(
+            InputError, match=words
+        ):  # what could not be written is tried again
             book.close()
 
 
-def test_a_terminal_shows_a_bar_with_step_loss_speed_and_time_left(tmp_path, monkeypatch):
+def test_a_terminal_shows_a_bar_with_step_loss_speed_and_time_left(
+    tmp_path, monkeypatch
+):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with open_logbook(tmp_path, start_step=40, progress=True) as book:
@@ -249,7 +282,10 @@ def test_results_table_groups_models_and_aligns_tasks():
     other = report | {"auc": 0.5, "positives": 7}
     table = format_table(
         result_rows(
-            {"tokenrec": {"tasks": {"is_click": report, "is_like": other}}, "rates": {"tasks": {"is_click": other}}}
+            {
+                "tokenrec": {"tasks": {"is_click": report, "is_like": other}},
+                "rates": {"tasks": {"is_click": other}},
+            }
         )
     )
     assert table.splitlines() == [

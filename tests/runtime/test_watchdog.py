@@ -26,15 +26,24 @@ with Watchdog(0.5, workdir, index, count) as watch:
 
 def started(workdir: Path, index: int, count: int) -> subprocess.Popen[str]:
     line = [sys.executable, "-c", HANGS, str(workdir), str(index), str(count)]
-    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    return subprocess.Popen(
+        line, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
 
 
-def test_processes_that_hang_say_where_they_stand_and_which_is_silent(tmp_path: Path) -> None:
-    running = [started(tmp_path, index, 3) for index in range(2)]  # the third was stopped, say
+def test_processes_that_hang_say_where_they_stand_and_which_is_silent(
+    tmp_path: Path,
+) -> None:
+    running = [
+        started(tmp_path, index, 3) for index in range(2)
+    ]  # the third was stopped, say
     for index, process in enumerate(running):
         said = process.communicate()[1]
         assert process.returncode == EXIT_HUNG
-        assert f"process {index} of 3 hangs: step {7 + index}: waiting for the devices" in said
+        assert (
+            f"process {index} of 3 hangs: step {7 + index}: waiting for the devices"
+            in said
+        )
         assert "in waiting_for_nobody" in said  # the stack
         assert "process 2: no word" in said
 

@@ -24,7 +24,9 @@ def item_aisle(item_id: np.ndarray) -> np.ndarray:
     return np.asarray(item_id) % 100 // ITEMS
 
 
-def prepare_shop(folder: Path, *, text: bool = True, seed: int = 0, chunk_events: int = 4096) -> Path:
+def prepare_shop(
+    folder: Path, *, text: bool = True, seed: int = 0, chunk_events: int = 4096
+) -> Path:
     """Items 100 to 135, users who buy a dozen of one aisle in train, and then some of the next aisle in valid."""
     random = np.random.default_rng(seed)
     user, item, time, split = [], [], [], []
@@ -39,11 +41,20 @@ def prepare_shop(folder: Path, *, text: bool = True, seed: int = 0, chunk_events
         split += [0] * 12 + [1] * 4
     ids = np.arange(100, 100 + 3 * ITEMS)
     names = [list(AISLES)[a] for a in item_aisle(ids)]
-    features = [Feature("item_id", "categorical", "item"), Feature("size", "dense", "item")]
+    features = [
+        Feature("item_id", "categorical", "item"),
+        Feature("size", "dense", "item"),
+    ]
     items: dict[str, object] = {"item_id": ids, "size": np.ones(len(ids))}
     if text:
-        features += [Feature("aisle", "categorical", "item"), Feature("words", "multi_valued", "item", length=2)]
-        items |= {"aisle": names, "words": [[AISLES[n][i % 3], f"{i % 4} oz"] for i, n in enumerate(names)]}
+        features += [
+            Feature("aisle", "categorical", "item"),
+            Feature("words", "multi_valued", "item", length=2),
+        ]
+        items |= {
+            "aisle": names,
+            "words": [[AISLES[n][i % 3], f"{i % 4} oz"] for i, n in enumerate(names)],
+        }
     rows = {
         "user_id": np.array(user),
         "item_id": np.array(item),

@@ -14,7 +14,9 @@ def blobs(clusters: int, each: int, width: int = 5) -> tuple[np.ndarray, np.ndar
     random = np.random.default_rng(0)
     label = np.repeat(np.arange(clusters), each)
     centre = random.normal(size=(clusters, width)) * 20
-    return (centre[label] + random.normal(size=(len(label), width)) * 0.1).astype(np.float32), label
+    return (centre[label] + random.normal(size=(len(label), width)) * 0.1).astype(
+        np.float32
+    ), label
 
 
 def test_separate_clusters_share_no_code() -> None:
@@ -31,7 +33,9 @@ def test_every_point_takes_its_nearest_centroid(rows: int) -> None:
     values = np.random.default_rng(1).normal(size=(rows, 4)).astype(np.float32)
     centroids, assigned = fit_kmeans(values, 7, jax.random.key(1))
     distances = np.square(values[:, None] - centroids).sum(axis=2)
-    np.testing.assert_allclose(distances[np.arange(rows), assigned], distances.min(axis=1), atol=1e-5)  # measured 0
+    np.testing.assert_allclose(
+        distances[np.arange(rows), assigned], distances.min(axis=1), atol=1e-5
+    )  # measured 0
 
 
 def test_no_code_stays_empty_though_seeds_coincide() -> None:
@@ -44,7 +48,9 @@ def test_no_code_stays_empty_though_seeds_coincide() -> None:
 
 @pytest.mark.parametrize("clusters", [1, 10])
 def test_equal_points_share_one_code(clusters: int) -> None:
-    centroids, assigned = fit_kmeans(np.ones((6, 2), np.float32), clusters, jax.random.key(0))
+    centroids, assigned = fit_kmeans(
+        np.ones((6, 2), np.float32), clusters, jax.random.key(0)
+    )
     assert len(set(assigned.tolist())) == 1
     assert np.isfinite(centroids).all()
 
@@ -63,7 +69,9 @@ def test_errors_are_those_of_the_codes_and_fall_with_each_level() -> None:
             chosen = quantized.codes[:, level] == code
             residual[chosen] -= residual[chosen].mean(axis=0) if chosen.any() else 0
         error = np.square(residual).sum(axis=1).mean()
-        assert error == pytest.approx(quantized.errors[level], rel=2e-3)  # Lloyd ends early: measured 5e-4
+        assert error == pytest.approx(
+            quantized.errors[level], rel=2e-3
+        )  # Lloyd ends early: measured 5e-4
 
 
 def test_one_seed_gives_one_result() -> None:

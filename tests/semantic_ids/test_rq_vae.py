@@ -14,7 +14,13 @@ from tokenrec.semantic_ids import rq_vae
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"HIDDEN": (32,), "LATENT": 8, "BATCH": 64, "RESTART_STEPS": 20, "LEARNING_RATE": 3e-3}.items():
+    for name, value in {
+        "HIDDEN": (32,),
+        "LATENT": 8,
+        "BATCH": 64,
+        "RESTART_STEPS": 20,
+        "LEARNING_RATE": 3e-3,
+    }.items():
         monkeypatch.setattr(rq_vae, name, value)
 
 
@@ -25,14 +31,19 @@ def test_training_separates_clusters_and_lowers_the_error() -> None:
     variance = np.square(values - values.mean(axis=0)).sum(axis=1).mean()
     assert trained.errors[-1] < 0.1 * variance < untrained.errors[-1]
     assert trained.errors[1] < trained.errors[0]
-    first_of = {tuple(codes): cluster for codes, cluster in zip(trained.codes.tolist(), label.tolist(), strict=True)}
+    first_of = {
+        tuple(codes): cluster
+        for codes, cluster in zip(trained.codes.tolist(), label.tolist(), strict=True)
+    }
     owners = [first_of[tuple(codes)] for codes in trained.codes.tolist()]
     assert np.mean(np.array(owners) == label) > 0.9  # measured 1.0
 
 
 def test_one_seed_gives_one_result() -> None:
     values, _ = blobs(6, 8)
-    one, same, other = (rq_vae.fit_rq_vae(values, (4, 4), seed, steps=20) for seed in (0, 0, 1))
+    one, same, other = (
+        rq_vae.fit_rq_vae(values, (4, 4), seed, steps=20) for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(one.codes, same.codes)
     np.testing.assert_array_equal(one.errors, same.errors)
     assert (one.errors != other.errors).any()
@@ -53,9 +64,14 @@ def test_gradients_pass_straight_through_to_encoder_decoder_and_books() -> None:
 
     code = np.asarray(rq_vae._quantize([book], z).codes[0])
     expected = np.stack(
-        [2 * (np.asarray(book)[k] - np.asarray(z)[code == k]).sum(axis=0) / z.size for k in range(len(book))]
+        [
+            2 * (np.asarray(book)[k] - np.asarray(z)[code == k]).sum(axis=0) / z.size
+            for k in range(len(book))
+        ]
     )
-    np.testing.assert_allclose(jax.grad(loss)(book), expected, atol=1e-5)  # measured 2e-7
+    np.testing.assert_allclose(
+        jax.grad(loss)(book), expected, atol=1e-5
+    )  # measured 2e-7
 
 
 def test_commitment_pulls_the_encoder_a_quarter_as_hard() -> None:
@@ -73,6 +89,8 @@ def test_dead_codes_restart_at_residuals_of_the_batch() -> None:
     optimizer = optax.adam(1e-3)
     for restarts, used in ((False, 4), (True, 8)):
         draws = (jax.random.key(1), jnp.asarray(restarts))
-        trained, _ = rq_vae._train_block(optimizer, dead, optimizer.init(dead), table, draws, 5)
+        trained, _ = rq_vae._train_block(
+            optimizer, dead, optimizer.init(dead), table, draws, 5
+        )
         near = np.abs(np.asarray(trained.books[0])).max(axis=1) < 100
         assert near.sum() == used

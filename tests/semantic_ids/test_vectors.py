@@ -25,7 +25,9 @@ from tokenrec.semantic_ids.vectors import (
     train_events,
 )
 
-needs_text = pytest.mark.skipif(importlib.util.find_spec("wordllama") is None, reason="needs wordllama (extra text)")
+needs_text = pytest.mark.skipif(
+    importlib.util.find_spec("wordllama") is None, reason="needs wordllama (extra text)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +35,16 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(prepare_shop(tmp_path_factory.mktemp("shop") / "set"))
 
 
-def events_of(users: list[list[int]], times: list[list[int]] | None = None) -> TrainEvents:
+def events_of(
+    users: list[list[int]], times: list[list[int]] | None = None
+) -> TrainEvents:
     times = times or [list(range(len(items))) for items in users]
     user = np.repeat(np.arange(len(users)), [len(items) for items in users])
-    return TrainEvents(user, np.array([i for u in users for i in u], np.int32), np.array([t for u in times for t in u]))
+    return TrainEvents(
+        user,
+        np.array([i for u in users for i in u], np.int32),
+        np.array([t for u in times for t in u]),
+    )
 
 
 def dense(pairs: Pairs, items: int) -> np.ndarray:
@@ -48,7 +56,11 @@ def dense(pairs: Pairs, items: int) -> np.ndarray:
 def neighbours_agree(values: ItemVectors, aisle: np.ndarray, rows: np.ndarray) -> float:
     """Share of the three nearest of each row that are of its aisle."""
     near = nearest_rows(values.values[rows], values.values, 4)
-    return float(np.mean([aisle[n[n != r][:3]] == aisle[r] for r, n in zip(rows, near, strict=True)]))
+    return float(
+        np.mean(
+            [aisle[n[n != r][:3]] == aisle[r] for r, n in zip(rows, near, strict=True)]
+        )
+    )
 
 
 def test_a_pair_counts_by_its_distance_within_one_user() -> None:
@@ -62,13 +74,17 @@ def test_a_pair_counts_by_its_distance_within_one_user() -> None:
 
 def test_a_pair_of_one_time_counts_one_wherever_it_lies() -> None:
     basket = events_of([[0, 1, 2, 3]], [[5, 5, 5, 5]])
-    np.testing.assert_array_equal(dense(count_pairs(basket, 4, seed=0), 4), 1 - np.eye(4))
+    np.testing.assert_array_equal(
+        dense(count_pairs(basket, 4, seed=0), 4), 1 - np.eye(4)
+    )
 
 
 def test_pairs_end_at_the_window() -> None:
     counts = dense(count_pairs(events_of([list(range(9))]), 9, seed=0), 9)
     distance = np.abs(np.arange(9)[:, None] - np.arange(9))
-    np.testing.assert_array_equal(counts > 0, (distance > 0) & (distance <= vectors.WINDOW))
+    np.testing.assert_array_equal(
+        counts > 0, (distance > 0) & (distance <= vectors.WINDOW)
+    )
 
 
 def test_events_are_those_of_train(shop: Dataset) -> None:
@@ -90,17 +106,28 @@ def test_events_that_chunks_repeat_count_once(
         np.testing.assert_array_equal(one, other)
 
 
-def test_items_bought_together_are_near_and_cold_items_have_no_vector(shop: Dataset) -> None:
+def test_items_bought_together_are_near_and_cold_items_have_no_vector(
+    shop: Dataset,
+) -> None:
     items = len(shop.catalogue.item_id)
     found = cooccurrence_vectors(train_events(shop), items, seed=0)
     cold = np.arange(items) >= items - COLD
     np.testing.assert_array_equal(found.known, ~cold)
     np.testing.assert_array_equal(found.values[cold], 0)
-    np.testing.assert_allclose(np.linalg.norm(found.values[~cold], axis=1), 1, atol=1e-6)  # measured 1e-7
-    assert neighbours_agree(found, item_aisle(shop.catalogue.item_id), np.flatnonzero(~cold)) == 1
+    np.testing.assert_allclose(
+        np.linalg.norm(found.values[~cold], axis=1), 1, atol=1e-6
+    )  # measured 1e-7
+    assert (
+        neighbours_agree(
+            found, item_aisle(shop.catalogue.item_id), np.flatnonzero(~cold)
+        )
+        == 1
+    )
 
 
-def test_the_factors_are_those_of_the_dense_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_factors_are_those_of_the_dense_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(vectors, "SPARSE_BLOCK", 64)
     random = np.random.default_rng(0)
     events = events_of(random.integers(0, 40, (30, 15)).tolist())
@@ -120,11 +147,18 @@ def test_lone_events_are_refused_with_the_remedy() -> None:
 def test_items_of_like_words_are_near(shop: Dataset) -> None:
     found = text_vectors(shop)
     assert found.known.all()
-    assert neighbours_agree(found, item_aisle(shop.catalogue.item_id), np.arange(len(found.known))) > 0.9  # measured 1
+    assert (
+        neighbours_agree(
+            found, item_aisle(shop.catalogue.item_id), np.arange(len(found.known))
+        )
+        > 0.9
+    )  # measured 1
 
 
 @needs_text
-def test_cold_items_take_the_place_of_their_neighbours_by_text(shop: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cold_items_take_the_place_of_their_neighbours_by_text(
+    shop: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vectors, "NEIGHBOURS", 5)  # fewer than an aisle has warm items
     found = item_vectors(shop, train_events(shop), "both", seed=0)
     items = len(found.known)
@@ -132,7 +166,9 @@ def test_cold_items_take_the_place_of_their_neighbours_by_text(shop: Dataset, mo
     aisle = item_aisle(shop.catalogue.item_id)
     assert neighbours_agree(found, aisle, np.arange(items - COLD, items)) == 1
     warm = np.arange(items - COLD)
-    halves = np.square(found.values[warm, : -text_vectors(shop).values.shape[1]]).sum(axis=1)
+    halves = np.square(found.values[warm, : -text_vectors(shop).values.shape[1]]).sum(
+        axis=1
+    )
     np.testing.assert_allclose(halves, 0.5, atol=1e-6)  # measured 1e-7
 
 
@@ -144,11 +180,19 @@ def test_texts_are_the_strings_of_an_item(shop: Dataset) -> None:
 def test_a_data_set_without_strings_has_no_text(tmp_path: Path) -> None:
     plain = open_dataset(prepare_shop(tmp_path / "plain", text=False))
     assert item_texts(plain, np.array([0])) == [""]
-    with pytest.raises(InputError, match=r"no item feature .* has strings .* use --vectors cooccurrence"):
+    with pytest.raises(
+        InputError,
+        match=r"no item feature .* has strings .* use --vectors cooccurrence",
+    ):
         text_vectors(plain)
 
 
-def test_text_without_wordllama_names_the_extra(shop: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_without_wordllama_names_the_extra(
+    shop: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vectors.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"wordllama.* is not installed; run `pip install 'tokenrec\[text\]'`"):
+    with pytest.raises(
+        InputError,
+        match=r"wordllama.* is not installed; run `pip install 'tokenrec\[text\]'`",
+    ):
         text_vectors(shop)

@@ -9,7 +9,9 @@ from tokenrec.metrics.binary import auc, gauc, log_loss
 from tokenrec.study.bootstrap import _Prepared, compare, user_auc
 
 
-def some(rows: int = 300, users: int = 40, ties: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def some(
+    rows: int = 300, users: int = 40, ties: bool = True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     draw = np.random.default_rng(0)
     user = draw.integers(0, users, rows)
     labels = draw.integers(0, 2, rows)
@@ -21,9 +23,20 @@ def some(rows: int = 300, users: int = 40, ties: bool = True) -> tuple[np.ndarra
 def test_a_draw_has_the_metrics_of_its_rows(ties: bool) -> None:
     labels, scores, user = some(ties=ties)
     times = np.random.default_rng(1).integers(0, 4, 40).astype(np.float64)
-    again = np.concatenate([np.flatnonzero(user == u) for u in range(40) for _ in range(int(times[u]))])
-    copy = np.concatenate([np.full((user == u).sum(), 100 * u + c) for u in range(40) for c in range(int(times[u]))])
-    expected = auc(labels[again], scores[again]), gauc(labels[again], scores[again], copy)
+    again = np.concatenate(
+        [np.flatnonzero(user == u) for u in range(40) for _ in range(int(times[u]))]
+    )
+    copy = np.concatenate(
+        [
+            np.full((user == u).sum(), 100 * u + c)
+            for u in range(40)
+            for c in range(int(times[u]))
+        ]
+    )
+    expected = (
+        auc(labels[again], scores[again]),
+        gauc(labels[again], scores[again], copy),
+    )
     found = _Prepared(labels, scores, user, 40).metrics(times)
     assert found[:2] == pytest.approx(expected, abs=1e-12)
     assert found[2] == pytest.approx(log_loss(labels[again], scores[again]), rel=1e-12)
@@ -32,17 +45,28 @@ def test_a_draw_has_the_metrics_of_its_rows(ties: bool) -> None:
 def test_auc_within_users_weighted_by_rows_is_gauc() -> None:
     labels, scores, user = some()
     value, rows = user_auc(labels, scores, user, 40)
-    assert np.nansum(value * rows) / rows.sum() == pytest.approx(gauc(labels, scores, user), abs=1e-12)
+    assert np.nansum(value * rows) / rows.sum() == pytest.approx(
+        gauc(labels, scores, user), abs=1e-12
+    )
 
 
-def test_a_difference_is_that_of_the_means_over_seeds_and_lies_in_its_interval() -> None:
+def test_a_difference_is_that_of_the_means_over_seeds_and_lies_in_its_interval() -> (
+    None
+):
     labels, scores, user = some(ties=False)
     noise = np.random.default_rng(2).uniform(size=(2, len(labels))).astype(np.float32)
-    runs = {"right": {0: scores, 1: scores}, "half": {seed: (scores + n) / 2 for seed, n in enumerate(noise)}}
+    runs = {
+        "right": {0: scores, 1: scores},
+        "half": {seed: (scores + n) / 2 for seed, n in enumerate(noise)},
+    }
     found = compare(labels, runs, user, "right", draws=300)["auc"]["half"]
-    assert found.value == pytest.approx(np.mean([auc(labels, s) for s in runs["half"].values()]) - auc(labels, scores))
+    assert found.value == pytest.approx(
+        np.mean([auc(labels, s) for s in runs["half"].values()]) - auc(labels, scores)
+    )
     assert found.low < found.value < found.high < 0
-    assert found.p_value == pytest.approx(2 / 300)  # the least that so many draws can tell
+    assert found.p_value == pytest.approx(
+        2 / 300
+    )  # the least that so many draws can tell
 
 
 def test_a_model_does_not_differ_from_itself_and_a_draw_is_the_same_for_all() -> None:
@@ -51,7 +75,9 @@ def test_a_model_does_not_differ_from_itself_and_a_draw_is_the_same_for_all() ->
     for models in one.values():
         assert models["b"] == (0, 0, 0, 1)
     runs = {"a": {0: scores}, "b": {0: 1 - scores}}
-    assert compare(labels, runs, user, "a", draws=100, seed=3) == compare(labels, runs, user, "a", draws=100, seed=3)
+    assert compare(labels, runs, user, "a", draws=100, seed=3) == compare(
+        labels, runs, user, "a", draws=100, seed=3
+    )
 
 
 def test_a_model_with_fewer_seeds_is_compared_on_those_it_shares() -> None:
@@ -73,6 +99,8 @@ def test_intervals_hold_the_true_difference_about_as_often_as_they_say() -> None
         # Both see the label through equal noise: the true difference is 0. A user's rows share some of it.
         shared = draw.normal(size=(2, 60)).repeat(5, axis=1)
         a, b = (1 / (1 + np.exp(-(labels + s + draw.normal(size=300)))) for s in shared)
-        found = compare(labels, {"a": {0: a}, "b": {0: b}}, user, "a", draws=200)["auc"]["b"]
+        found = compare(labels, {"a": {0: a}, "b": {0: b}}, user, "a", draws=200)[
+            "auc"
+        ]["b"]
         held += found.low <= 0 <= found.high
     assert 0.85 * studies < held <= studies

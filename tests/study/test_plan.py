@@ -9,11 +9,23 @@ import pytest
 
 from tokenrec.config.load import shipped_folder
 from tokenrec.errors import InputError
-from tokenrec.study.plan import Job, Study, check_study, final_jobs, first_jobs, job_config, load_study
+from tokenrec.study.plan import (
+    Study,
+    TrainingRun,
+    check_study,
+    final_jobs,
+    first_jobs,
+    job_config,
+    load_study,
+)
 
 STUDY = Study(
     base="synthetic",
-    models={"tokenformer": {}, "bfts": {"model.gate": False}, "plain": {"model.windows": ()}},
+    models={
+        "tokenformer": {},
+        "bfts": {"model.gate": False},
+        "plain": {"model.windows": ()},
+    },
     reference="tokenformer",
     learning_rates=(1e-3, 3e-3),
     overrides={"optim.steps": 40, "optim.warmup_steps": 4},
@@ -23,23 +35,33 @@ STUDY = Study(
 
 def test_every_rate_has_the_first_seed_and_the_best_all() -> None:
     assert [job[1:] for job in first_jobs(STUDY)] == [(1e-3, 0), (3e-3, 0)] * 3
-    assert final_jobs(STUDY, {"bfts": 3e-3}) == [Job("bfts", 3e-3, seed) for seed in (0, 1, 2)]
-    folders = {job.folder for job in (*first_jobs(STUDY), *final_jobs(STUDY, {"bfts": 3e-3}))}
+    assert final_jobs(STUDY, {"bfts": 3e-3}) == [
+        TrainingRun("bfts", 3e-3, seed) for seed in (0, 1, 2)
+    ]
+    folders = {
+        job.folder for job in (*first_jobs(STUDY), *final_jobs(STUDY, {"bfts": 3e-3}))
+    }
     assert len(folders) == 6 + 2
 
 
 def test_a_model_may_have_rates_of_its_own() -> None:
     study = dataclasses.replace(STUDY, own_rates={"bfts": (5e-3,)})
     check_study(study)
-    assert [job for job in first_jobs(study) if job.model == "bfts"] == [Job("bfts", 5e-3, 0)]
+    assert [job for job in first_jobs(study) if job.model == "bfts"] == [
+        TrainingRun("bfts", 5e-3, 0)
+    ]
     assert [job for job in first_jobs(study) if job.model != "bfts"] == [
         job for job in first_jobs(STUDY) if job.model != "bfts"
     ]
 
 
 def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
-    config = job_config(STUDY, Job("plain", 3e-3, 2), Path("some/data"))
-    assert (config.optim.steps, config.optim.learning_rate, config.seed) == (40, 3e-3, 2)
+    config = job_config(STUDY, TrainingRun("plain", 3e-3, 2), Path("some/data"))
+    assert (config.optim.steps, config.optim.learning_rate, config.seed) == (
+        40,
+        3e-3,
+        2,
+    )
     assert config.model.windows == ()
     assert config.model.gate
     assert config.data.path == "some/data"
@@ -52,7 +74,10 @@ def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
         ({"models": {"a/b": {}}, "reference": "a/b"}, "'a/b' names folders too"),
         ({"learning_rates": ()}, r"learning_rates=\(\) is empty"),
         ({"own_rates": {"bfts": ()}}, r"own_rates\['bfts'\]=\(\) is empty"),
-        ({"own_rates": {"bfst": (1e-3,)}}, "own_rates: 'bfst' is none of its models.*did you mean 'bfts'"),
+        (
+            {"own_rates": {"bfst": (1e-3,)}},
+            "own_rates: 'bfst' is none of its models.*did you mean 'bfts'",
+        ),
         ({"seeds": (1, 1)}, "says a value twice"),
         ({"seeds": (-1,)}, "must not be negative"),
         ({"splits": ("test",)}, "with valid, which chooses"),
@@ -61,9 +86,18 @@ def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
         ({"seeds": 3}, r"seeds=3 is not tuple\[int"),
         ({"learning_rates": 1e-3}, r"learning_rates=0.001 is not tuple\[float"),
         ({"checkpoint": "newest"}, "checkpoint='newest' is not .*'latest', 'best'"),
-        ({"models": {"a": {"seed": 4}}, "reference": "a"}, "'a' sets seed, which the study sets"),
-        ({"models": {"a": {"model.widht": 4}}, "reference": "a"}, "model 'a': config field 'model.widht'.*model.width"),
-        ({"models": {"a": {"model.heads": 3}}, "reference": "a"}, "model 'a': .*model.heads=3 does not divide"),
+        (
+            {"models": {"a": {"seed": 4}}, "reference": "a"},
+            "'a' sets seed, which the study sets",
+        ),
+        (
+            {"models": {"a": {"model.widht": 4}}, "reference": "a"},
+            "model 'a': config field 'model.widht'.*model.width",
+        ),
+        (
+            {"models": {"a": {"model.heads": 3}}, "reference": "a"},
+            "model 'a': .*model.heads=3 does not divide",
+        ),
         ({"base": "amazon_beauty"}, "studies compare rankers"),
     ],
 )
@@ -76,12 +110,17 @@ def test_a_slip_is_refused_with_its_field(changes: dict, words: str) -> None:
     ("text", "words"),
     [
         ("x = 1", r"defines no get_study\(\)"),
-        ("def get_study():\n    return 3", "returned int, not tokenrec.study.plan.Study"),
+        (
+            "def get_study():\n    return 3",
+            "returned int, not tokenrec.study.plan.Study",
+        ),
         ("def get_study(:", r"study file .*s\.py, line 1: SyntaxError"),
         ("def get_study():\n    return 1 / 0", r"s\.py, line 2: ZeroDivisionError"),
     ],
 )
-def test_a_file_that_gives_no_study_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_a_file_that_gives_no_study_is_refused(
+    tmp_path: Path, text: str, words: str
+) -> None:
     (tmp_path / "s.py").write_text(text)
     with pytest.raises(InputError, match=words):
         load_study(tmp_path / "s.py")
@@ -89,7 +128,11 @@ def test_a_file_that_gives_no_study_is_refused(tmp_path: Path, text: str, words:
         load_study(Path("syntetic"))
 
 
-@pytest.mark.parametrize("file", sorted((shipped_folder() / "studies").glob("*.py")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    sorted((shipped_folder() / "studies").glob("*.py")),
+    ids=lambda file: file.stem,
+)
 def test_shipped_studies_are_whole_and_say_how_to_run_them(file: Path) -> None:
     study = load_study(Path(file.stem))
     assert study.cpu_hours <= 10

@@ -24,7 +24,12 @@ from tokenrec.study import jobs
 from tokenrec.study.results import best_rates
 from tokenrec.study.runner import run_study
 
-SMALL = dataclasses.replace(STUDY, models={"tokenformer": {}, "bfts": {"model.gate": False}}, seeds=(0, 1), draws=100)
+SMALL = dataclasses.replace(
+    STUDY,
+    models={"tokenformer": {}, "bfts": {"model.gate": False}},
+    seeds=(0, 1),
+    draws=100,
+)
 
 # `tokenrec VERB ...`: scores whose quality depends on model and learning rate, from the labels of the data set.
 COMMAND = """
@@ -87,13 +92,19 @@ def out(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "time_ms": log.time[rows],
         }
         columns |= {
-            f"label_{task.name}": pa.array(log.labels[rows, k], mask=log.labels[rows, k] < 0)
+            f"label_{task.name}": pa.array(
+                log.labels[rows, k], mask=log.labels[rows, k] < 0
+            )
             for k, task in enumerate(dataset.schema.tasks)
         }
-        tables.append(pa.table(columns).append_column("split", pa.array([split] * len(rows))))
+        tables.append(
+            pa.table(columns).append_column("split", pa.array([split] * len(rows)))
+        )
     pq.write_table(pa.concat_tables(tables), tmp_path / "rows.parquet")
     (tmp_path / "command.py").write_text(COMMAND)
-    monkeypatch.setattr(jobs, "TOKENREC", [sys.executable, str(tmp_path / "command.py")])
+    monkeypatch.setattr(
+        jobs, "TOKENREC", [sys.executable, str(tmp_path / "command.py")]
+    )
     for name, value in {"CALLS": "calls", "OUT": "out", "ROWS": "rows.parquet"}.items():
         monkeypatch.setenv(name, str(tmp_path / value))
     return tmp_path / "out"
@@ -103,7 +114,9 @@ def calls(out: Path) -> list[str]:
     return (out.parent / "calls").read_text().splitlines()
 
 
-def test_the_best_rate_gets_all_seeds_and_the_tables_say_so(data: Path, out: Path) -> None:
+def test_the_best_rate_gets_all_seeds_and_the_tables_say_so(
+    data: Path, out: Path
+) -> None:
     run_study(SMALL, "small", out, data, command="tokenrec study", side_by_side=2)
     study = json.loads((out / "study.json").read_text())
     assert study["chosen"]["bfts"] == 3e-3
@@ -115,22 +128,41 @@ def test_the_best_rate_gets_all_seeds_and_the_tables_say_so(data: Path, out: Pat
     }
     assert ("bfts", 0, 1e-3, "valid") in found  # of the search
     assert ("item_rate", -1, None, "test") in found
-    assert {(r["examples_per_second"], r["parameters"]) for r in rows if r["model"] == "bfts"} == {(9.0, 12)}
+    assert {
+        (r["examples_per_second"], r["parameters"])
+        for r in rows
+        if r["model"] == "bfts"
+    } == {(9.0, 12)}
     differences = pq.read_table(out / "differences.parquet").to_pylist()
     (one,) = (
-        r for r in differences if (r["model"], r["split"], r["task"], r["metric"]) == ("bfts", "test", "click", "auc")
+        r
+        for r in differences
+        if (r["model"], r["split"], r["task"], r["metric"])
+        == ("bfts", "test", "click", "auc")
     )
     assert one["reference"] == "tokenformer"
     assert 0 < one["low"] < one["difference"] < one["high"]
-    assert json.loads((out / "flops.json").read_text()) == {"tokenformer": 11, "bfts": 11}
-    assert pq.read_table(out / "curves.parquet")["name"].to_pylist().count("train/loss") == 6
+    assert json.loads((out / "flops.json").read_text()) == {
+        "tokenformer": 11,
+        "bfts": 11,
+    }
+    assert (
+        pq.read_table(out / "curves.parquet")["name"].to_pylist().count("train/loss")
+        == 6
+    )
 
     before = len(calls(out))
     run_study(SMALL, "small", out, data, command="tokenrec study")
-    assert len(calls(out)) == before == 6 * 1 + 2 + 6 + 4  # train, describe, valid, test: nothing is made twice
+    assert (
+        len(calls(out)) == before == 6 * 1 + 2 + 6 + 4
+    )  # train, describe, valid, test: nothing is made twice
     with pytest.raises(InputError, match=r"config\.json' is of other settings"):
         run_study(
-            dataclasses.replace(SMALL, overrides={"optim.steps": 41}, seeds=(0, 2)), "small", out, data, command=""
+            dataclasses.replace(SMALL, overrides={"optim.steps": 41}, seeds=(0, 2)),
+            "small",
+            out,
+            data,
+            command="",
         )
 
 
@@ -138,7 +170,10 @@ def test_a_run_that_fails_is_named_with_its_words_and_what_is_done_stays(
     data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAILS", "bfts")
-    with pytest.raises(InputError, match=r"bfts.lr-0\.001.seed-0: train ended with code 1: no such luck"):
+    with pytest.raises(
+        InputError,
+        match=r"bfts.lr-0\.001.seed-0: train ended with code 1: no such luck",
+    ):
         run_study(SMALL, "small", out, data, command="")
     monkeypatch.delenv("FAILS")
     run_study(SMALL, "small", out, data, command="")
@@ -146,13 +181,20 @@ def test_a_run_that_fails_is_named_with_its_words_and_what_is_done_stays(
 
 
 def test_a_run_that_diverges_is_left_out_and_the_others_go_on(
-    data: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("DIVERGES", "bfts/lr-0.003")  # the better rate
     run_study(SMALL, "small", out, data, command="")
-    assert "bfts/lr-0.003/seed-0 diverged, see train.log there" in capsys.readouterr().err
+    assert (
+        "bfts/lr-0.003/seed-0 diverged, see train.log there" in capsys.readouterr().err
+    )
     assert json.loads((out / "study.json").read_text())["chosen"]["bfts"] == 1e-3
-    assert json.loads((out / "study.json").read_text())["diverged"] == ["bfts/lr-0.003/seed-0"]
+    assert json.loads((out / "study.json").read_text())["diverged"] == [
+        "bfts/lr-0.003/seed-0"
+    ]
     rows = pq.read_table(out / "results.parquet").to_pylist()
     assert {r["learning_rate"] for r in rows if r["model"] == "bfts"} == {1e-3}
     before = calls(out)
@@ -160,10 +202,18 @@ def test_a_run_that_diverges_is_left_out_and_the_others_go_on(
     assert calls(out) == before  # nor is it tried again
 
 
-def test_a_split_that_the_data_lacks_is_refused_before_any_run(out: Path, tmp_path: Path) -> None:
-    rows = {"user_id": [1, 1, 2], "time_ms": [0, 1, 2], "split": pa.array([0, 1, 1], pa.int8())}
+def test_a_split_that_the_data_lacks_is_refused_before_any_run(
+    out: Path, tmp_path: Path
+) -> None:
+    rows = {
+        "user_id": [1, 1, 2],
+        "time_ms": [0, 1, 2],
+        "split": pa.array([0, 1, 1], pa.int8()),
+    }
     prepare(MemorySource(rows), tmp_path / "short")
-    with pytest.raises(InputError, match="the data set has no test, but train, valid; leave it out"):
+    with pytest.raises(
+        InputError, match="the data set has no test, but train, valid; leave it out"
+    ):
         run_study(SMALL, "small", out, tmp_path / "short", command="")
     assert not out.exists()
 
@@ -173,11 +223,14 @@ def test_a_spent_budget_ends_the_study_with_what_there_is(
 ) -> None:
     monkeypatch.setenv("BURNS", "0.5")
     poor = dataclasses.replace(SMALL, cpu_hours=0.6 / 3600)
-    with pytest.raises(jobs.Spent, match=r"CPU-hours are spent of cpu_hours=.* runs are not done; raise it"):
+    with pytest.raises(
+        jobs.BudgetSpent,
+        match=r"CPU-hours are spent of cpu_hours=.* runs are not done; raise it",
+    ):
         run_study(poor, "small", out, data, command="")
     assert pq.read_table(out / "results.parquet").num_rows
     trained = sum(call.startswith("train") for call in calls(out))
-    with pytest.raises(jobs.Spent):  # what was spent is known after a restart
+    with pytest.raises(jobs.BudgetSpent):  # what was spent is known after a restart
         run_study(poor, "small", out, data, command="")
     assert sum(call.startswith("train") for call in calls(out)) == trained < 4
 
@@ -185,7 +238,10 @@ def test_a_spent_budget_ends_the_study_with_what_there_is(
 def test_tables_of_what_is_done_are_written_without_a_run(
     data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InputError, match=r"holds no run of 'small' that is done; leave out --tables-only"):
+    with pytest.raises(
+        InputError,
+        match=r"holds no run of 'small' that is done; leave out --tables-only",
+    ):
         run_study(SMALL, "small", out, data, command="", tables_only=True)
     assert not out.exists()
     monkeypatch.setenv("FAILS", "bfts")
@@ -194,8 +250,12 @@ def test_tables_of_what_is_done_are_written_without_a_run(
     before = calls(out)
     run_study(SMALL, "small", out, data, command="", tables_only=True)
     assert calls(out) == before
-    assert {row["model"] for row in pq.read_table(out / "results.parquet").to_pylist()} >= {"tokenformer", "item_rate"}
-    assert list(json.loads((out / "study.json").read_text())["chosen"]) == ["tokenformer"]
+    assert {
+        row["model"] for row in pq.read_table(out / "results.parquet").to_pylist()
+    } >= {"tokenformer", "item_rate"}
+    assert list(json.loads((out / "study.json").read_text())["chosen"]) == [
+        "tokenformer"
+    ]
 
 
 def test_a_signal_ends_the_study_after_its_runs_were_told(
@@ -217,5 +277,11 @@ def test_a_signal_ends_the_study_after_its_runs_were_told(
 
 
 def test_the_rate_of_the_highest_value_is_chosen_and_the_first_of_equals() -> None:
-    values = {("a", 1e-3): 0.5, ("a", 3e-3): 0.6, ("b", 1e-3): 0.7, ("b", 3e-3): 0.7, ("c", 1e-3): None}
+    values = {
+        ("a", 1e-3): 0.5,
+        ("a", 3e-3): 0.6,
+        ("b", 1e-3): 0.7,
+        ("b", 3e-3): 0.7,
+        ("c", 1e-3): None,
+    }
     assert best_rates(values) == {"a": 3e-3, "b": 1e-3}

@@ -32,7 +32,9 @@ def mesh():
 @functools.cache
 def build(plan):
     """A compressor's graph and its weights, off their starting values."""
-    graph, weights = nnx.split(Compressor(plan, WIDTH, HEADS, rngs=nnx.Rngs(params=jax.random.key(0))))
+    graph, weights = nnx.split(
+        Compressor(plan, WIDTH, HEADS, rngs=nnx.Rngs(params=jax.random.key(0)))
+    )
     random = np.random.default_rng(1)
 
     def moved(leaf):
@@ -43,7 +45,9 @@ def build(plan):
 
 
 def apply(graph, weights, x, valid):
-    state = nnx.from_flat_state([(path, nnx.Param(value)) for path, value in weights.items()])
+    state = nnx.from_flat_state(
+        [(path, nnx.Param(value)) for path, value in weights.items()]
+    )
     return nnx.merge(graph, state)(x, valid)
 
 
@@ -62,13 +66,19 @@ gradients = jax.jit(jax.grad(_weighed, argnums=(1, 2)), static_argnums=0)
 
 
 def toward(plan, histories=3):
-    return np.random.default_rng(5).normal(size=(histories, plan.tokens, WIDTH)).astype(np.float32)
+    return (
+        np.random.default_rng(5)
+        .normal(size=(histories, plan.tokens, WIDTH))
+        .astype(np.float32)
+    )
 
 
 def histories(events, lengths, seed=0, newest=60):
     """Right-aligned histories that agree in their newest events whatever `events` is; padding holds noise."""
     random = np.random.default_rng(seed)
-    x = random.normal(size=(len(lengths), newest, WIDTH)).astype(np.float32)[:, newest - events :]
+    x = random.normal(size=(len(lengths), newest, WIDTH)).astype(np.float32)[
+        :, newest - events :
+    ]
     valid = np.arange(events)[None] >= events - np.asarray(lengths)[:, None]
     noise = np.random.default_rng(seed + events).normal(size=x.shape).astype(np.float32)
     return laid(np.where(valid[..., None], x, noise)), laid(valid)
@@ -76,14 +86,22 @@ def histories(events, lengths, seed=0, newest=60):
 
 def laid(x):
     """On the mesh in use, split by the batch."""
-    return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), RULES("batch", *[None] * (x.ndim - 1))))
+    return jax.device_put(
+        x,
+        jax.NamedSharding(
+            jax.sharding.get_mesh(), RULES("batch", *[None] * (x.ndim - 1))
+        ),
+    )
 
 
 @pytest.mark.parametrize(
     ("plan", "wanted"),
     [
         (CompressionPlan(4), [0, 1, 2, 3]),
-        (CompressionPlan(9, "attention", recent=2, group=3), [0, 3, 6, 7, 8]),  # groups {0}, {1, 2, 3}, {4, 5, 6}
+        (
+            CompressionPlan(9, "attention", recent=2, group=3),
+            [0, 3, 6, 7, 8],
+        ),  # groups {0}, {1, 2, 3}, {4, 5, 6}
         (CompressionPlan(8, "attention", recent=2, group=3), [2, 5, 6, 7]),
         (CompressionPlan(3, "attention", recent=1, group=9), [1, 2]),
         (CompressionPlan(10, "mlp", recent=2, compressed=3), [1, 4, 7, 8, 9]),
@@ -102,10 +120,15 @@ def test_published_recency_split_makes_230_tokens_of_500_events():
 
 @pytest.mark.parametrize("plan", [p for p in PLANS.values() if p.kind == "attention"])
 @pytest.mark.parametrize("length", [0, 1, 6, 25, 26, 30])
-def test_token_of_a_right_aligned_history_is_valid_where_its_group_holds_an_event(plan, length):
+def test_token_of_a_right_aligned_history_is_valid_where_its_group_holds_an_event(
+    plan, length
+):
     valid = np.arange(plan.events) >= plan.events - length
     starts = np.concatenate([[-1], plan.event[:-1]]) + 1
-    wanted = [valid[start : end + 1].any() for start, end in zip(starts, plan.event, strict=True)]
+    wanted = [
+        valid[start : end + 1].any()
+        for start, end in zip(starts, plan.event, strict=True)
+    ]
     assert valid[plan.event].tolist() == wanted
 
 
@@ -147,7 +170,9 @@ def test_pooled_tokens_of_20_events_are_the_same_in_30_and_50_slots(name):
     in_wide = compress(build(wide)[0], weights, *histories(50, [20, 1]))
     known = np.asarray(histories(30, [20, 1])[1])[:, plan.event]
     # The same sums, shaped otherwise: the largest difference measured was 1.1e-6.
-    np.testing.assert_allclose(narrow[known], in_wide[:, -plan.tokens :][known], rtol=0, atol=5e-6)
+    np.testing.assert_allclose(
+        narrow[known], in_wide[:, -plan.tokens :][known], rtol=0, atol=5e-6
+    )
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -155,7 +180,10 @@ def test_stream_without_the_padding_at_its_old_end_gives_the_same_tokens(name):
     slots = 21  # cuts into a group
     plan = PLANS[name]
     graph, weights = build(plan)
-    whole, short = (compress(graph, weights, *histories(length, [20, 7, 0])) for length in (30, slots))
+    whole, short = (
+        compress(graph, weights, *histories(length, [20, 7, 0]))
+        for length in (30, slots)
+    )
     known = np.asarray(histories(slots, [20, 7, 0])[1])[:, plan.of(slots).event]
     whole = whole[:, plan.tokens - short.shape[1] :]
     # The same sums, shaped otherwise: the largest difference measured was 1.2e-6.
@@ -169,7 +197,9 @@ def test_content_of_padding_never_matters_not_even_nan(name):
     x, valid = histories(30, [20, 2, 0])
     spoilt = laid(np.where(np.asarray(valid)[..., None], x, np.nan))
     tokens = plan.tokens - plan.recent
-    first, second = (compress(graph, weights, each, valid)[:, :tokens] for each in (x, spoilt))
+    first, second = (
+        compress(graph, weights, each, valid)[:, :tokens] for each in (x, spoilt)
+    )
     assert np.array_equal(first, second)
 
 
@@ -208,7 +238,9 @@ def test_pooled_token_depends_on_its_own_group_alone():
     graph, weights = build(plan)
     x, valid = histories(30, [30])
     other = laid(np.where(np.arange(30)[:, None] == 10, np.cos(x), x))
-    changed = compress(graph, weights, other, valid) - compress(graph, weights, x, valid)
+    changed = compress(graph, weights, other, valid) - compress(
+        graph, weights, x, valid
+    )
     group = np.searchsorted(plan.event, 10)
     assert np.flatnonzero(np.abs(changed[0]).max(axis=-1)).tolist() == [group]
 
@@ -217,25 +249,43 @@ def test_pooled_token_depends_on_the_order_in_its_group():
     plan = CompressionPlan(4, "attention", group=4)
     x, valid = histories(4, [4])
     graph, weights = build(plan)
-    assert np.abs(compress(graph, weights, x, valid) - compress(graph, weights, x[:, ::-1], valid)).max() > 1e-3
+    assert (
+        np.abs(
+            compress(graph, weights, x, valid)
+            - compress(graph, weights, x[:, ::-1], valid)
+        ).max()
+        > 1e-3
+    )
 
 
 def silenced(plan, *names):
     graph, weights = build(plan)
-    return graph, {path: value * (not {*names} & {*path}) for path, value in weights.items()}
+    return graph, {
+        path: value * (not {*names} & {*path}) for path, value in weights.items()
+    }
 
 
 def test_pooled_token_without_the_layer_and_with_an_even_reader_is_the_mean_of_its_events():
     x, valid = histories(6, [5])
-    made = compress(*silenced(CompressionPlan(6, "attention", group=4), "output", "outer", "reader"), x, valid)
+    made = compress(
+        *silenced(
+            CompressionPlan(6, "attention", group=4), "output", "outer", "reader"
+        ),
+        x,
+        valid,
+    )
     wanted = np.stack([np.asarray(x)[0, 1:2].mean(0), np.asarray(x)[0, 2:].mean(0)])
     np.testing.assert_allclose(made[0], wanted, rtol=0, atol=1e-6)  # measured: equal
 
 
 def test_mlp_adds_to_the_mean_of_the_valid_events_of_each_span():
     x, valid = histories(7, [5])
-    made = compress(*silenced(CompressionPlan(7, "mlp", compressed=2), "output"), x, valid)
-    wanted = np.stack([np.asarray(x)[0, 2:3].mean(0), np.asarray(x)[0, 3:].mean(0)])  # spans [0, 2] and [3, 6]
+    made = compress(
+        *silenced(CompressionPlan(7, "mlp", compressed=2), "output"), x, valid
+    )
+    wanted = np.stack(
+        [np.asarray(x)[0, 2:3].mean(0), np.asarray(x)[0, 3:].mean(0)]
+    )  # spans [0, 2] and [3, 6]
     np.testing.assert_allclose(made[0], wanted, rtol=0, atol=1e-6)  # measured: equal
 
 
@@ -243,7 +293,9 @@ def test_bfloat16_stays_bfloat16():
     x, valid = histories(30, [30, 4])
     for name in ("mlp", "attention"):
         graph, weights = build(PLANS[name])
-        out = jax.eval_shape(functools.partial(apply, graph), weights, x.astype(jnp.bfloat16), valid)
+        out = jax.eval_shape(
+            functools.partial(apply, graph), weights, x.astype(jnp.bfloat16), valid
+        )
         assert out.dtype == jnp.bfloat16
 
 
@@ -251,7 +303,11 @@ def test_bfloat16_stays_bfloat16():
 def fresh(name, shape):
     """Tokens and gradients of a compressor made on a mesh of this shape."""
     with jax.set_mesh(mesh_of(*shape)):
-        graph, weights = nnx.split(Compressor(PLANS[name], WIDTH, HEADS, rngs=nnx.Rngs(params=jax.random.key(3))))
+        graph, weights = nnx.split(
+            Compressor(
+                PLANS[name], WIDTH, HEADS, rngs=nnx.Rngs(params=jax.random.key(3))
+            )
+        )
         x, valid = histories(30, [0, 1, 4, 5, 6, 13, 29, 30])
 
         def loss(weights, x):
@@ -259,14 +315,20 @@ def fresh(name, shape):
             assert jax.typeof(tokens).sharding.spec == RULES("batch", None, None)
             return jnp.sum(tokens * toward(PLANS[name], 8)), tokens
 
-        return jax.device_get(jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(weights, x))
+        return jax.device_get(
+            jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(weights, x)
+        )
 
 
 @pytest.mark.parametrize("name", ["mlp", "attention"])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_split_over_devices_equals_one_device(name, shape):
     # float32 sums in another order: the largest difference measured was 1.2e-6 of the largest entry of an array.
-    for a, b in zip(jax.tree.leaves(fresh(name, shape)), jax.tree.leaves(fresh(name, (1, 1, 1))), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(fresh(name, shape)),
+        jax.tree.leaves(fresh(name, (1, 1, 1))),
+        strict=True,
+    ):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, np.abs(b).max()))
 
 
@@ -274,11 +336,26 @@ def test_split_over_devices_equals_one_device(name, shape):
     ("make", "message"),
     [
         (lambda: CompressionPlan(10, "pool"), "compression='pool' is not known"),
-        (lambda: CompressionPlan(10, "attention", recent=10, group=2), "recent=10 of events=10 leaves nothing"),
-        (lambda: CompressionPlan(10, "attention", group=0), "group=0 .* must be at least 1"),
-        (lambda: CompressionPlan(10, "mlp", recent=4, compressed=7), "compressed=7 .* must be 1 to 6"),
-        (lambda: CompressionPlan(10).of(11), "a stream of 11 events is not within 0 to events=10"),
-        (lambda: AttentionPool(8, 3, 2, rngs=nnx.Rngs(params=jax.random.key(0))), "heads=3 does not divide width=8"),
+        (
+            lambda: CompressionPlan(10, "attention", recent=10, group=2),
+            "recent=10 of events=10 leaves nothing",
+        ),
+        (
+            lambda: CompressionPlan(10, "attention", group=0),
+            "group=0 .* must be at least 1",
+        ),
+        (
+            lambda: CompressionPlan(10, "mlp", recent=4, compressed=7),
+            "compressed=7 .* must be 1 to 6",
+        ),
+        (
+            lambda: CompressionPlan(10).of(11),
+            "a stream of 11 events is not within 0 to events=10",
+        ),
+        (
+            lambda: AttentionPool(8, 3, 2, rngs=nnx.Rngs(params=jax.random.key(0))),
+            "heads=3 does not divide width=8",
+        ),
     ],
 )
 def test_lengths_that_do_not_fit_are_refused(make, message):

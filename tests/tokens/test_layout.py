@@ -2,7 +2,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenrec.tokens.layout import ROLES, Part, build_layout, history_part, lay_out, needed_rows, take_rows
+from tokenrec.tokens.layout import (
+    ROLES,
+    StreamPart,
+    build_layout,
+    history_part,
+    lay_out,
+    live_positions,
+    select_positions,
+)
 
 
 def names(layout):
@@ -10,26 +18,53 @@ def names(layout):
 
 
 def test_nio_stream_is_static_events_target_in_that_order():
-    layout = build_layout(user_tokens=2, events=2, fused=False, candidates=1, target_tokens=1)
-    assert names(layout) == ["user", "user", "sep", "state", "action", "state", "action", "sep", "target"]
+    layout = build_layout(
+        user_tokens=2, events=2, fused=False, candidates=1, target_tokens=1
+    )
+    assert names(layout) == [
+        "user",
+        "user",
+        "sep",
+        "state",
+        "action",
+        "state",
+        "action",
+        "sep",
+        "target",
+    ]
     assert layout.readout.tolist() == [8]
 
 
 def test_uc_stream_reads_every_state_and_has_no_target():
-    layout = build_layout(user_tokens=1, events=3, fused=False, candidates=0, target_tokens=1)
-    assert names(layout) == ["user", "sep", "state", "action", "state", "action", "state", "action"]
+    layout = build_layout(
+        user_tokens=1, events=3, fused=False, candidates=0, target_tokens=1
+    )
+    assert names(layout) == [
+        "user",
+        "sep",
+        "state",
+        "action",
+        "state",
+        "action",
+        "state",
+        "action",
+    ]
     assert layout.readout.tolist() == [2, 4, 6]
 
 
 def test_candidates_repeat_the_index_of_the_first_and_are_read_at_their_last_token():
-    layout = build_layout(user_tokens=0, events=1, fused=True, candidates=3, target_tokens=2)
+    layout = build_layout(
+        user_tokens=0, events=1, fused=True, candidates=3, target_tokens=2
+    )
     assert names(layout) == ["sep", "event", "sep"] + ["target"] * 6
     assert layout.index.tolist() == [0, 1, 2, 3, 4, 3, 4, 3, 4]
     assert layout.readout.tolist() == [4, 6, 8]
 
 
 def test_positions_count_valid_events_and_put_the_target_after_them():
-    layout = build_layout(user_tokens=1, events=3, fused=False, candidates=1, target_tokens=1)
+    layout = build_layout(
+        user_tokens=1, events=3, fused=False, candidates=1, target_tokens=1
+    )
     valid = jnp.array([[False, True, True], [False, False, False]])
     positions = np.asarray(layout.positions(valid))
     assert positions[0].tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
@@ -37,38 +72,69 @@ def test_positions_count_valid_events_and_put_the_target_after_them():
 
 
 def test_codes_continue_their_event_and_see_none_after_it():
-    shared = [Part.of("user", 1), history_part(events=3, fused=True)]
-    layout = lay_out(shared, [Part.of("code", 2, ordered=True)], events=3, candidates=3, read="events")
+    shared = [StreamPart.of("user", 1), history_part(events=3, fused=True)]
+    layout = lay_out(
+        shared,
+        [StreamPart.of("code", 2, ordered=True)],
+        events=3,
+        candidates=3,
+        read="events",
+    )
     every = np.arange(layout.rows)
     seen = layout.pattern(every, every).visible(None)
     user, events, codes = 0, np.array([1, 2, 3]), np.arange(4, 10).reshape(3, 2)
     for number, (first, second) in enumerate(codes):
-        assert np.flatnonzero(seen[first]).tolist() == [user, *events[: number + 1], first]
-        assert np.flatnonzero(seen[second]).tolist() == [user, *events[: number + 1], first, second]
+        assert np.flatnonzero(seen[first]).tolist() == [
+            user,
+            *events[: number + 1],
+            first,
+        ]
+        assert np.flatnonzero(seen[second]).tolist() == [
+            user,
+            *events[: number + 1],
+            first,
+            second,
+        ]
     # One real event: it has position 1, the codes behind it 2 and 3.
     real = jnp.array([[False, False, True], [False, False, False]])
     assert layout.positions(real)[0, [3, 8, 9]].tolist() == [1, 2, 3]
     # A request without history: codes beside no event are valid as their goal is.
-    assert layout.valid(real, jnp.array([[True] * 3, [False, False, True]]))[1].tolist() == [
-        *(True, False, False, False, False, False, False, False, True, True)
-    ]
+    assert layout.valid(real, jnp.array([[True] * 3, [False, False, True]]))[
+        1
+    ].tolist() == [*(True, False, False, False, False, False, False, False, True, True)]
 
 
 def test_needed_rows_of_2f2s_are_the_published_short_cut():
-    layout = build_layout(user_tokens=26, events=50, fused=True, candidates=1, target_tokens=1)
-    assert [len(rows) for rows in needed_rows(layout, (None, None, 32, 16))] == [79, 79, 47, 16, 1]
+    layout = build_layout(
+        user_tokens=26, events=50, fused=True, candidates=1, target_tokens=1
+    )
+    assert [len(rows) for rows in live_positions(layout, (None, None, 32, 16))] == [
+        79,
+        79,
+        47,
+        16,
+        1,
+    ]
 
 
 def test_needed_rows_of_many_candidates_share_the_tail_of_the_history():
-    one = build_layout(user_tokens=4, events=50, fused=True, candidates=1, target_tokens=1)
-    many = build_layout(user_tokens=4, events=50, fused=True, candidates=20, target_tokens=1)
-    lengths = [len(rows) for rows in needed_rows(one, (None, None, 32, 16))]
-    assert [len(rows) for rows in needed_rows(many, (None, None, 32, 16))] == [length + 19 for length in lengths]
+    one = build_layout(
+        user_tokens=4, events=50, fused=True, candidates=1, target_tokens=1
+    )
+    many = build_layout(
+        user_tokens=4, events=50, fused=True, candidates=20, target_tokens=1
+    )
+    lengths = [len(rows) for rows in live_positions(one, (None, None, 32, 16))]
+    assert [len(rows) for rows in live_positions(many, (None, None, 32, 16))] == [
+        length + 19 for length in lengths
+    ]
 
 
 def test_needed_rows_of_uc_query_states_only_at_the_top_and_drop_static_rows_after_the_last_full_layer():
-    layout = build_layout(user_tokens=4, events=20, fused=False, candidates=0, target_tokens=1)
-    rows = needed_rows(layout, (None, None, 8, 4))
+    layout = build_layout(
+        user_tokens=4, events=20, fused=False, candidates=0, target_tokens=1
+    )
+    rows = live_positions(layout, (None, None, 8, 4))
     assert rows[-1].tolist() == layout.readout.tolist()
     assert not layout.static[rows[2]].any()
     assert len(rows[1]) == layout.rows - 1  # nothing reads the last action
@@ -78,4 +144,6 @@ def test_needed_rows_of_uc_query_states_only_at_the_top_and_drop_static_rows_aft
 def test_take_rows_is_indexing(rows):
     x = jnp.arange(10.0).reshape(1, 5, 2)
     among = np.array([10, 11, 12, 13, 14])
-    assert np.array_equal(take_rows(x, among[rows], among), np.asarray(x)[:, rows])
+    assert np.array_equal(
+        select_positions(x, among[rows], among), np.asarray(x)[:, rows]
+    )

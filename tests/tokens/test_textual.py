@@ -14,22 +14,33 @@ from tests.worlds import FEATURES, SCHEMA, TABLES, mesh_of, one_device
 from tokenrec.config import TokensConfig
 from tokenrec.data.schema import Feature
 from tokenrec.errors import InputError
-from tokenrec.ops.tables.lookup import spread_rows
+from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
-from tokenrec.tokens.textual import BINS, TextMaker, dense_buckets, describe_tokens, token_count, truncate
+from tokenrec.tokens.textual import (
+    BINS,
+    TextMaker,
+    dense_buckets,
+    describe_tokens,
+    token_count,
+    truncate,
+)
 
 WIDTH = 16
 TITLE = Feature("title", "text", "item", length=4, codes=256)
 WRITABLE = (*(f for f in FEATURES if f.kind != "embedding"), TITLE)
 ROWS = TABLES | {"text": 258}
-CONFIG = TokensConfig(embedding_dim=8, embedding_dims={"video": WIDTH, "text": 6})  # a row as wide as a token, too
+CONFIG = TokensConfig(
+    embedding_dim=8, embedding_dims={"video": WIDTH, "text": 6}
+)  # a row as wide as a token, too
 AGE = SCHEMA.feature("age")
 
 
 def tables(seed=0):
     random = np.random.default_rng(seed)
     return {
-        name: jnp.asarray(random.normal(size=(rows, CONFIG.embedding_dims.get(name, 8))), jnp.float32)
+        name: jnp.asarray(
+            random.normal(size=(rows, CONFIG.embedding_dims.get(name, 8))), jnp.float32
+        )
         for name, rows in ROWS.items()
     }
 
@@ -38,15 +49,28 @@ def signals(lead, seed=0):
     """Ids and numbers by feature name; a tenth of the numbers is missing."""
     random = np.random.default_rng(seed)
     ids = {
-        f.name: random.integers(0, ROWS[f.table_name], (*lead, f.length), np.int32) for f in WRITABLE if f.is_integer
+        f.name: random.integers(0, ROWS[f.table_name], (*lead, f.length), np.int32)
+        for f in WRITABLE
+        if f.is_integer
     }
-    dense = {f.name: random.normal(f.mean, 2 * f.deviation, (*lead, 1)) for f in WRITABLE if not f.is_integer}
-    numbers = {n: np.where(random.random(x.shape) < 0.1, np.nan, x).astype(np.float32) for n, x in dense.items()}
+    dense = {
+        f.name: random.normal(f.mean, 2 * f.deviation, (*lead, 1))
+        for f in WRITABLE
+        if not f.is_integer
+    }
+    numbers = {
+        n: np.where(random.random(x.shape) < 0.1, np.nan, x).astype(np.float32)
+        for n, x in dense.items()
+    }
     return ids, numbers
 
 
 def write(maker, tables, ids, numbers, dtype=jnp.float32):
-    rows = {f.name: spread_rows(tables[f.table_name], ids[f.name]) for f in WRITABLE if f.is_integer}
+    rows = {
+        f.name: expand_rows(tables[f.table_name], ids[f.name])
+        for f in WRITABLE
+        if f.is_integer
+    }
     return maker(rows | numbers, ids, dtype)
 
 
@@ -80,7 +104,11 @@ def test_tokens_are_counted_exactly_for_every_kind() -> None:
 def test_counts_are_those_of_the_paper() -> None:
     numbers = tuple(Feature(f"number_{i}", "dense", "item") for i in range(3))
     channel = Feature("channel", "categorical", "item")
-    ranking = (Feature("sid", "semantic_id", "item", length=8, codes=16384), channel, *numbers)
+    ranking = (
+        Feature("sid", "semantic_id", "item", length=8, codes=16384),
+        channel,
+        *numbers,
+    )
     retrieval = (Feature("item", "categorical", "item"), channel, *numbers)
     assert (token_count(ranking), token_count(retrieval)) == (12, 5)
 
@@ -96,7 +124,9 @@ def test_shape_is_the_count_for_every_leading_shape_and_dtype(lead) -> None:
 
 def test_an_embedding_cannot_be_written() -> None:
     for refuse in (describe_tokens, token_count, lambda features: maker(features)):
-        with pytest.raises(InputError, match=r"'picture' is an embedding of 5 numbers.*data\.exclude"):
+        with pytest.raises(
+            InputError, match=r"'picture' is an embedding of 5 numbers.*data\.exclude"
+        ):
             refuse(FEATURES)
 
 
@@ -108,27 +138,43 @@ def test_a_maker_without_features_is_refused() -> None:
 def test_tokens_stand_in_the_order_of_declaration() -> None:
     """A change of one signal changes its own tokens and no others."""
     ids, numbers = signals((2,))
-    numbers = {name: np.full_like(x, SCHEMA.feature(name).mean) for name, x in numbers.items()}
+    numbers = {
+        name: np.full_like(x, SCHEMA.feature(name).mean) for name, x in numbers.items()
+    }
     module, rows = maker(), tables()
     before = write(module, rows, ids, numbers)
     first = 0
     for name, count in describe_tokens(WRITABLE):
         changed = {**ids, name: (ids[name] + 1) % 3} if name in ids else ids
         moved = {**numbers, name: numbers[name] + 50} if name in numbers else numbers
-        differs = np.any(np.asarray(write(module, rows, changed, moved) != before), axis=(0, 2))
+        differs = np.any(
+            np.asarray(write(module, rows, changed, moved) != before), axis=(0, 2)
+        )
         wanted = np.zeros(16, bool)
         wanted[first : first + count] = True
         np.testing.assert_array_equal(differs, wanted, err_msg=name)
         first += count
 
 
-def test_a_row_as_wide_as_a_token_is_the_token_and_others_share_one_map_per_table() -> None:
+def test_a_row_as_wide_as_a_token_is_the_token_and_others_share_one_map_per_table() -> (
+    None
+):
     ids, numbers = signals((3,))
     module, rows = maker(), tables()
     made = write(module, rows, ids, numbers)
     np.testing.assert_array_equal(made[:, 2], rows["video"][ids["video"][:, 0]])
-    assert sorted(module.widened) == ["clicked", "code", "gender", "tab", "tags", "text"]
-    title = rows["text"][ids["title"]] @ module.widen[module.widened.index("text")].kernel[...]
+    assert sorted(module.widened) == [
+        "clicked",
+        "code",
+        "gender",
+        "tab",
+        "tags",
+        "text",
+    ]
+    title = (
+        rows["text"][ids["title"]]
+        @ module.widen[module.widened.index("text")].kernel[...]
+    )
     # The largest difference measured was 0: the same product.
     np.testing.assert_allclose(made[:, -4:], title, rtol=0, atol=1e-6)
 
@@ -146,11 +192,17 @@ def test_gradients_reach_every_table_and_every_weight_that_is_used() -> None:
     graph, weights = nnx.split(maker())
 
     def total(weights, tables):
-        return jnp.sum(jnp.square(write(nnx.merge(graph, weights), tables, ids, numbers)))
+        return jnp.sum(
+            jnp.square(write(nnx.merge(graph, weights), tables, ids, numbers))
+        )
 
     of_weights, of_tables = jax.grad(total, argnums=(0, 1))(weights, tables())
     for name, gradient in of_tables.items():
-        used = np.unique(np.concatenate([ids[f.name].ravel() for f in WRITABLE if f.table_name == name]))
+        used = np.unique(
+            np.concatenate(
+                [ids[f.name].ravel() for f in WRITABLE if f.table_name == name]
+            )
+        )
         reached = np.flatnonzero(np.abs(gradient).sum(axis=1))
         np.testing.assert_array_equal(reached, used, err_msg=name)
     leaves = jax.tree.leaves(of_weights)
@@ -162,17 +214,28 @@ def test_a_missing_value_is_a_token_of_its_own() -> None:
     ids, numbers = signals((2,))
     blank = {name: np.zeros_like(x) for name, x in ids.items()}
     nothing = {name: np.full_like(x, np.nan) for name, x in numbers.items()}
-    average = {name: np.full_like(x, SCHEMA.feature(name).mean) for name, x in numbers.items()}
+    average = {
+        name: np.full_like(x, SCHEMA.feature(name).mean) for name, x in numbers.items()
+    }
     module, rows = maker(), tables()
     made = write(module, rows, blank, nothing)
     assert bool(jnp.isfinite(made).all())
-    np.testing.assert_array_equal(made[:, 2], np.broadcast_to(rows["video"][0], (2, WIDTH)))
+    np.testing.assert_array_equal(
+        made[:, 2], np.broadcast_to(rows["video"][0], (2, WIDTH))
+    )
     number = [i for i, f in enumerate(WRITABLE) if f.name == "age"]
-    assert np.all(np.asarray(made != write(module, rows, blank, average)).any(axis=-1)[:, number])
+    assert np.all(
+        np.asarray(made != write(module, rows, blank, average)).any(axis=-1)[:, number]
+    )
 
 
 def test_the_bucket_of_a_number_never_falls_and_missing_has_the_last() -> None:
-    values = np.linspace(AGE.mean - 8 * AGE.deviation, AGE.mean + 8 * AGE.deviation, 2001, dtype=np.float32)[:, None]
+    values = np.linspace(
+        AGE.mean - 8 * AGE.deviation,
+        AGE.mean + 8 * AGE.deviation,
+        2001,
+        dtype=np.float32,
+    )[:, None]
     buckets = np.asarray(dense_buckets(jnp.asarray(values), AGE))[:, 0]
     assert np.all(np.diff(buckets) >= 0)
     assert sorted(set(buckets)) == list(range(BINS))
@@ -180,8 +243,14 @@ def test_the_bucket_of_a_number_never_falls_and_missing_has_the_last() -> None:
 
 
 def test_buckets_are_equally_likely_under_a_normal() -> None:
-    drawn = np.random.default_rng(0).normal(AGE.mean, AGE.deviation, (64_000, 1)).astype(np.float32)
-    counts = np.bincount(np.asarray(dense_buckets(jnp.asarray(drawn), AGE))[:, 0], minlength=BINS)
+    drawn = (
+        np.random.default_rng(0)
+        .normal(AGE.mean, AGE.deviation, (64_000, 1))
+        .astype(np.float32)
+    )
+    counts = np.bincount(
+        np.asarray(dense_buckets(jnp.asarray(drawn), AGE))[:, 0], minlength=BINS
+    )
     # 1,000 are expected in each, with a deviation of 31; the farthest of the 64 was 76 off.
     assert np.abs(counts - 1000).max() < 130
 
@@ -194,7 +263,13 @@ def test_a_long_tailed_number_is_bucketed_after_its_transform() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "cap", "kept"),
-    [(60, 50, range(10, 60)), (48, 50, range(48)), (50, 50, range(50)), (7, 0, range(0)), (0, 5, range(0))],
+    [
+        (60, 50, range(10, 60)),
+        (48, 50, range(48)),
+        (50, 50, range(50)),
+        (7, 0, range(0)),
+        (0, 5, range(0)),
+    ],
 )
 def test_the_oldest_tokens_go_first(tokens: int, cap: int, kept: range) -> None:
     assert np.arange(tokens)[truncate(tokens, cap)].tolist() == list(kept)
@@ -221,7 +296,9 @@ def test_sharded_tokens_and_gradients_equal_unsharded_ones() -> None:
                 made = write(nnx.merge(graph, weights), rows, *placed)
                 return jnp.sum(jnp.square(made)), made
 
-            (_, made), gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(weights, rows)
+            (_, made), gradients = jax.jit(
+                jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+            )(weights, rows)
             return jax.device_get((made, jax.tree.leaves(gradients)))
 
     made, gradients = run(one_device())

@@ -23,13 +23,13 @@ from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
 from tokenrec.models.backbones.block import Block, Stream
-from tokenrec.models.backbones.tokenformer import Backbone
+from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.models.recommender import batch_layout, candidate_mask
 from tokenrec.ops.attention.dense import MASKED
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import rms_normalize
 from tokenrec.sharding import RULES, make_mesh, to_devices
-from tokenrec.state import Model, TrainState, merge
+from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.tokens.layout import ROLES, Layout
 
 EVENT_ROLES = ("state", "action", "event")
@@ -38,7 +38,9 @@ DISTANCES = (0, 1, 2, 4, 8, 16, 32, 64)
 LATER = "later events"
 
 
-def batch_attention(model: Model, state: TrainState, batch: Batch) -> tuple[tuple[jax.Array, ...], jax.Array]:
+def batch_attention(
+    model: ModelSpec, state: TrainState, batch: Batch
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Attention of every layer on a batch, without dropout: `[B, H, S, S]` each, and `[B, S] bool`, rows that are real.
 
     Rows are those of `recommender.batch_layout`. Jit it, under the mesh of the state.
@@ -47,18 +49,24 @@ def batch_attention(model: Model, state: TrainState, batch: Batch) -> tuple[tupl
       InputError: the backbone is a rival's.
     """
     entities = model.embedder.look_up(state.tables, batch)
-    module = merge(model, state.params)
-    if not isinstance(module.backbone, Backbone):
+    module = bind_params(model, state.params)
+    if not isinstance(module.backbone, TokenFormer):
         raise InputError(
             f"model.kind='{model.config.model.kind}': attention maps are drawn of a run with model.kind='tokenformer'"
         )
     x, layout = module.stream(entities, batch)
     candidates = candidate_mask(batch)
-    return stack_attention(module.backbone, x, layout, batch.valid, candidates), layout.valid(batch.valid, candidates)
+    return stack_attention(
+        module.backbone, x, layout, batch.valid, candidates
+    ), layout.valid(batch.valid, candidates)
 
 
 def stack_attention(
-    backbone: Backbone, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None
+    backbone: TokenFormer,
+    x: jax.Array,
+    layout: Layout,
+    events: jax.Array,
+    candidates: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
     """Attention weights `[B, H, S, S] float32` of each layer, softmax over the last axis; all rows are computed.
 
@@ -78,13 +86,27 @@ def block_attention(block: Block, x: jax.Array, stream: Stream) -> jax.Array:
     """Attention weights `[B, H, S, S] float32` of one block, whose input is `x: [B, S, d]`, the rows of `stream`."""
     attention, rows = block.attention, stream.rows
     normed = block.attention_norm(x)
-    q = contract("bsd,dhk->bshk", normed, attention.query[...], RULES("batch", None, "heads", None))
+    q = contract(
+        "bsd,dhk->bshk",
+        normed,
+        attention.query[...],
+        RULES("batch", None, "heads", None),
+    )
     q = stream.rotate(rms_normalize(q) if attention.qk_norm else q, rows)
     k = attention.keys_values(normed, rows, stream).keys
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "bqhd,bkhd->bhqk",
+        q * q.shape[-1] ** -0.5,
+        k,
+        preferred_element_type=jnp.float32,
+    )
     pattern = stream.layout.pattern(rows, rows)
-    visible = jnp.asarray(pattern.visible(attention.window)) & stream.valid[:, None, None, :]
-    return jax.nn.softmax(jnp.where(visible | jnp.asarray(pattern.diagonal()), logits, MASKED), axis=-1)
+    visible = (
+        jnp.asarray(pattern.visible(attention.window)) & stream.valid[:, None, None, :]
+    )
+    return jax.nn.softmax(
+        jnp.where(visible | jnp.asarray(pattern.diagonal()), logits, MASKED), axis=-1
+    )
 
 
 class Maps(NamedTuple):
@@ -107,7 +129,9 @@ def run_maps(workdir: Path, data: Path | None, split: str, requests: int) -> Map
     """
     config = load_run_config(workdir, data)
     if config.data.objective != "ranking":
-        raise InputError(f"workdir '{workdir}' holds a run that finds items; give one that ranks")
+        raise InputError(
+            f"workdir '{workdir}' holds a run that finds items; give one that ranks"
+        )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = open_run(workdir, "latest", data)
@@ -115,16 +139,26 @@ def run_maps(workdir: Path, data: Path | None, split: str, requests: int) -> Map
         attend = jax.jit(functools.partial(batch_attention, run.model))
         found = []
         for host, _ in eval_batches(run.dataset, asked, split, limit=requests):
-            weights, valid = jax.device_get(attend(run.state, to_devices(host.batch, mesh)))
+            weights, valid = jax.device_get(
+                attend(run.state, to_devices(host.batch, mesh))
+            )
             asks = (host.rows >= 0).any(axis=1)
-            first = np.take_along_axis(host.rows, np.argmax(host.rows >= 0, axis=1)[:, None], axis=1)[asks, 0]
-            found.append((*(of_layer[asks] for of_layer in weights), valid[asks], first))
-            layout = batch_layout(run.model.config, run.model.schema, run.model.literals, host.batch)
+            first = np.take_along_axis(
+                host.rows, np.argmax(host.rows >= 0, axis=1)[:, None], axis=1
+            )[asks, 0]
+            found.append(
+                (*(of_layer[asks] for of_layer in weights), valid[asks], first)
+            )
+            layout = batch_layout(
+                run.model.config, run.model.schema, run.model.literals, host.batch
+            )
     *weights, valid, rows = (np.concatenate(part) for part in zip(*found, strict=True))
     return Maps(tuple(weights), layout, valid, rows, run.step)
 
 
-def attention_mass(weights: np.ndarray, layout: Layout, valid: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+def attention_mass(
+    weights: np.ndarray, layout: Layout, valid: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
     """Mean attention of one layer from each kind of row to each kind of row.
 
     Args:
@@ -138,7 +172,10 @@ def attention_mass(weights: np.ndarray, layout: Layout, valid: np.ndarray) -> di
     """
     roles = _row_roles(layout)
     kinds, of = _seen(layout, roles)
-    held = np.stack([np.where(of == kind, weights, 0).sum(axis=-1) for kind in range(len(kinds))], axis=-1)
+    held = np.stack(
+        [np.where(of == kind, weights, 0).sum(axis=-1) for kind in range(len(kinds))],
+        axis=-1,
+    )
     found = {}
     for reader in dict.fromkeys(roles.tolist()):
         reads = valid & (roles == reader)
@@ -150,7 +187,9 @@ def attention_mass(weights: np.ndarray, layout: Layout, valid: np.ndarray) -> di
 
 def _row_roles(layout: Layout) -> np.ndarray:
     """`[S]` names of the roles."""
-    names = ["event" if ROLES[role] in EVENT_ROLES else ROLES[role] for role in layout.roles]
+    names = [
+        "event" if ROLES[role] in EVENT_ROLES else ROLES[role] for role in layout.roles
+    ]
     return np.array(names)
 
 
@@ -158,7 +197,9 @@ def _seen(layout: Layout, roles: np.ndarray) -> tuple[list[str], np.ndarray]:
     """Names of what can be seen, and `[S, S]`, the number of the name for each reader and row."""
     past = roles == "event"
     # A code continues an event, and stands right behind it.
-    place = np.where(past, layout.event, np.where(layout.event >= 0, layout.event + 1, layout.events))
+    place = np.where(
+        past, layout.event, np.where(layout.event >= 0, layout.event + 1, layout.events)
+    )
     back = place[:, None] - place[None, :]
     bands = [
         f"event {first}" if last == first + 1 else f"event {first}-{last - 1}"
@@ -169,7 +210,12 @@ def _seen(layout: Layout, roles: np.ndarray) -> tuple[list[str], np.ndarray]:
     band = kinds.index(bands[0]) + np.searchsorted(DISTANCES, back, side="right") - 1
     # Later events are hidden, and what no row sees needs no name, unless a prefix is read both ways.
     band = np.where(back < 0, kinds.index(LATER if layout.prefix else bands[0]), band)
-    own = np.array([0 if is_past else kinds.index(role) for role, is_past in zip(roles, past, strict=True)])
+    own = np.array(
+        [
+            0 if is_past else kinds.index(role)
+            for role, is_past in zip(roles, past, strict=True)
+        ]
+    )
     numbers = np.where(past[None, :], band, own[None, :])
     used = np.unique(numbers)
     return [kinds[number] for number in used], np.searchsorted(used, numbers)

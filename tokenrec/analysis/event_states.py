@@ -20,10 +20,10 @@ from tokenrec.data.batch import Batch, HostBatch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
-from tokenrec.models.backbones.tokenformer import Backbone
+from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.models.recommender import batch_layout, candidate_mask
 from tokenrec.sharding import make_mesh, to_devices
-from tokenrec.state import Model, TrainState, merge
+from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.tokens.layout import Layout
 
 STREAMS = 4096
@@ -39,7 +39,7 @@ class EventStates(NamedTuple):
     step: int
 
 
-def all_rows(model: Model) -> Model:
+def all_rows(model: ModelSpec) -> ModelSpec:
     """The model with every row computed in every layer; its weights are the same.
 
     Raises:
@@ -51,7 +51,9 @@ def all_rows(model: Model) -> Model:
             f"model.kind='{kind}': event states are those of model.kind='tokenformer'; measure a run of that kind"
         )
     whole = dataclasses.replace(model.config.model, needed_rows=False)
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, model=whole))
+    return dataclasses.replace(
+        model, config=dataclasses.replace(model.config, model=whole)
+    )
 
 
 def event_rows(layout: Layout) -> np.ndarray:
@@ -59,7 +61,9 @@ def event_rows(layout: Layout) -> np.ndarray:
     return layout.rows_of("state", "event")
 
 
-def states_and_gates(model: Model, state: TrainState, batch: Batch) -> tuple[list[jax.Array], list[jax.Array]]:
+def states_and_gates(
+    model: ModelSpec, state: TrainState, batch: Batch
+) -> tuple[list[jax.Array], list[jax.Array]]:
     """What a pass without dropout holds at the event rows.
 
     States: of the tokens and of the output of each block, `[B, R, d] float32` each. Gates: mean over the width of each
@@ -67,12 +71,16 @@ def states_and_gates(model: Model, state: TrainState, batch: Batch) -> tuple[lis
 
     Jit it under the mesh of the state. The model is one of `all_rows`.
     """
-    module = merge(model, state.params)
+    module = bind_params(model, state.params)
     backbone = module.backbone
-    assert isinstance(backbone, Backbone)
-    tokens, outputs = module.trace(model.embedder.look_up(state.tables, batch), batch, None)
+    assert isinstance(backbone, TokenFormer)
+    tokens, outputs = module.trace(
+        model.embedder.look_up(state.tables, batch), batch, None
+    )
     layout = batch_layout(model.config, model.schema, model.literals, batch)
-    entered, _ = backbone.start(tokens, layout, np.arange(layout.rows), batch.valid, candidate_mask(batch))
+    entered, _ = backbone.start(
+        tokens, layout, np.arange(layout.rows), batch.valid, candidate_mask(batch)
+    )
     rows = event_rows(layout)
     states = [layer[:, rows] for layer in (entered, *outputs[:-1])]
     gates = [
@@ -83,19 +91,25 @@ def states_and_gates(model: Model, state: TrainState, batch: Batch) -> tuple[lis
     return [layer.astype(jnp.float32) for layer in states], gates
 
 
-def real_events(model: Model, batch: Batch) -> np.ndarray:
+def real_events(model: ModelSpec, batch: Batch) -> np.ndarray:
     """`[B, R] bool`, event rows to be counted. Streams of UC repeat events as history; one that is read counts once."""
     layout = batch_layout(model.config, model.schema, model.literals, batch)
-    valid = np.asarray(layout.valid(batch.valid, candidate_mask(batch)))[:, event_rows(layout)]
-    return valid & (np.asarray(batch.weight) > 0) if _reads_events(model.config) else valid
+    valid = np.asarray(layout.valid(batch.valid, candidate_mask(batch)))[
+        :, event_rows(layout)
+    ]
+    return (
+        valid & (np.asarray(batch.weight) > 0) if _reads_events(model.config) else valid
+    )
 
 
-def event_labels(model: Model, batch: Batch) -> np.ndarray:
+def event_labels(model: ModelSpec, batch: Batch) -> np.ndarray:
     """`[B, R, K] int8`: in UC what the row is to predict; in NIO the labels of the request, its first candidate's."""
     labels = np.asarray(batch.labels)
     if _reads_events(model.config):
         return labels
-    rows = len(event_rows(batch_layout(model.config, model.schema, model.literals, batch)))
+    rows = len(
+        event_rows(batch_layout(model.config, model.schema, model.literals, batch))
+    )
     return np.repeat(labels[:, :1], rows, axis=1)
 
 
@@ -131,18 +145,26 @@ def read_event_states(
         model = all_rows(run.model)
         if rows < 1:
             raise InputError(f"--rows {rows}: draw at least one event state")
-        counts = [real_events(model, host.batch).sum() for host in _batches(run.dataset, config, split, streams)]
+        counts = [
+            real_events(model, host.batch).sum()
+            for host in _batches(run.dataset, config, split, streams)
+        ]
         if sum(counts) < rows:
             raise InputError(
                 f"{streams or 'all'} streams of split '{split}' have {sum(counts)} event rows, and {rows} are asked "
                 "for; read more streams, ask for fewer rows, or take a longer split"
             )
-        drawn = np.sort(np.random.default_rng(seed).choice(sum(counts), rows, replace=False))
+        drawn = np.sort(
+            np.random.default_rng(seed).choice(sum(counts), rows, replace=False)
+        )
         look = jax.jit(functools.partial(states_and_gates, model))
         kept: list[list[np.ndarray]] = []
         labels: list[np.ndarray] = []
         for first, count, host in zip(
-            np.cumsum([0, *counts]), counts, _batches(run.dataset, config, split, streams), strict=False
+            np.cumsum([0, *counts]),
+            counts,
+            _batches(run.dataset, config, split, streams),
+            strict=False,
         ):
             mine = drawn[slice(*np.searchsorted(drawn, (first, first + count)))] - first
             if not mine.size:
@@ -153,8 +175,12 @@ def read_event_states(
             if model.tasks and host.batch.labels is not None:
                 labels.append(event_labels(model, host.batch)[real][mine])
     layers = [np.concatenate(parts) for parts in zip(*kept, strict=True)]
-    of_tasks = dict(zip(model.tasks, np.concatenate(labels).T, strict=True)) if labels else {}
-    return EventStates(dict(zip(layer_names(len(layers) - 1), layers, strict=True)), of_tasks, run.step)
+    of_tasks = (
+        dict(zip(model.tasks, np.concatenate(labels).T, strict=True)) if labels else {}
+    )
+    return EventStates(
+        dict(zip(layer_names(len(layers) - 1), layers, strict=True)), of_tasks, run.step
+    )
 
 
 def layer_names(layers: int) -> list[str]:
@@ -162,14 +188,23 @@ def layer_names(layers: int) -> list[str]:
     return ["tokens", *(f"layer_{number}" for number in range(layers))]
 
 
-def _batches(dataset: Dataset, config: Config, split: str, streams: int) -> Iterator[HostBatch]:
+def _batches(
+    dataset: Dataset, config: Config, split: str, streams: int
+) -> Iterator[HostBatch]:
     """One shape of batch, so that one program serves."""
-    for host, _ in eval_batches(dataset, dataclasses.replace(config.data, buckets=()), split, limit=streams):
+    for host, _ in eval_batches(
+        dataset, dataclasses.replace(config.data, buckets=()), split, limit=streams
+    ):
         yield host
 
 
 def collapse_report(
-    workdir: Path, split: str, *, clusters: Sequence[int] = CLUSTERS, seed: int = 0, **choice: Any
+    workdir: Path,
+    split: str,
+    *,
+    clusters: Sequence[int] = CLUSTERS,
+    seed: int = 0,
+    **choice: Any,
 ) -> dict[str, Any]:
     """Effective rank, spectrum and information of a run's event states: what can stand in a JSON file.
 
@@ -192,7 +227,9 @@ def collapse_report(
         information = {
             task: {
                 str(count): found._asdict()
-                for count, found in cluster_information(of_layer, labels, seed=seed, clusters=clusters).items()
+                for count, found in cluster_information(
+                    of_layer, labels, seed=seed, clusters=clusters
+                ).items()
             }
             for task, labels in states.labels.items()
         }
@@ -201,4 +238,9 @@ def collapse_report(
             "spectrum": (values / np.sqrt(len(of_layer))).tolist(),
             "information": information if clusters else {},
         }
-    return {"step": states.step, "split": split, "rows": len(of_layer), "layers": layers}
+    return {
+        "step": states.step,
+        "split": split,
+        "rows": len(of_layer),
+        "layers": layers,
+    }

@@ -60,14 +60,24 @@ class Style(NamedTuple):
     def of_line(self) -> dict[str, Any]:
         """Arguments of `Axes.plot`."""
         face = self.colour if self.filled else "white"
-        return {"color": self.colour, "linestyle": self.line, "marker": self.marker, "markerfacecolor": face}
+        return {
+            "color": self.colour,
+            "linestyle": self.line,
+            "marker": self.marker,
+            "markerfacecolor": face,
+        }
 
 
 def assign_styles(models: Iterable[str]) -> dict[str, Style]:
     """A style for each model; past seven colours, lines are broken and markers hollow."""
     count = len(_COLOURS)
     return {
-        model: Style(_COLOURS[n % count], _MARKERS[n % count], _LINES[n // count % len(_LINES)], n < count)
+        model: Style(
+            _COLOURS[n % count],
+            _MARKERS[n % count],
+            _LINES[n // count % len(_LINES)],
+            n < count,
+        )
         for n, model in enumerate(dict.fromkeys(models))
     }
 
@@ -75,7 +85,9 @@ def assign_styles(models: Iterable[str]) -> dict[str, Style]:
 def require_matplotlib() -> None:
     """Raises an InputError where it is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("figures need matplotlib, which is not installed; pip install 'tokenrec[report]'")
+        raise InputError(
+            "figures need matplotlib, which is not installed; pip install 'tokenrec[report]'"
+        )
 
 
 @contextlib.contextmanager
@@ -93,7 +105,12 @@ def figure_defaults() -> Iterator[None]:
 
 
 def make_panels(
-    titles: Iterable[str], height: float, *, across: int = 3, sharex: bool = False, sharey: bool = False
+    titles: Iterable[str],
+    height: float,
+    *,
+    across: int = 3,
+    sharex: bool = False,
+    sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
     """A panel of `height` inches for each title, at most `across` in a row and about as many in each."""
     from matplotlib.figure import Figure  # no pyplot: it holds every figure in a global
@@ -102,21 +119,37 @@ def make_panels(
     down = -(-len(names) // across)
     across = -(-len(names) // down)
     figure = Figure(figsize=(_WIDTH, height * down), layout="constrained")
-    axes = list(figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=sharey).ravel())
+    axes = list(
+        figure.subplots(
+            down, across, squeeze=False, sharex=sharex, sharey=sharey
+        ).ravel()
+    )
     for ax in axes[len(names) :]:
         ax.remove()
     for ax, name in zip(axes, names, strict=False):
         ax.set_title(name)
-        ax.tick_params(labelbottom=True)  # also where a shared axis has no panel below it
+        ax.tick_params(
+            labelbottom=True
+        )  # also where a shared axis has no panel below it
     return figure, axes[: len(names)]
 
 
-def add_legend(figure: Figure, styles: Mapping[str, Style], models: Iterable[str]) -> None:
+def add_legend(
+    figure: Figure, styles: Mapping[str, Style], models: Iterable[str]
+) -> None:
     """One legend for all panels, below them."""
     from matplotlib.lines import Line2D
 
-    keys = [Line2D([], [], label=model, markersize=5, **styles[model].of_line()) for model in models]
-    figure.legend(handles=keys, loc="outside lower center", ncols=min(5, len(keys)), handlelength=3.2)
+    keys = [
+        Line2D([], [], label=model, markersize=5, **styles[model].of_line())
+        for model in models
+    ]
+    figure.legend(
+        handles=keys,
+        loc="outside lower center",
+        ncols=min(5, len(keys)),
+        handlelength=3.2,
+    )
 
 
 def lay_out(figure: Figure) -> None:
@@ -139,6 +172,8 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
     text = buffer.getvalue().decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # HTML knows them, and a page without addresses is seen to be one
+    text = re.sub(
+        r' xmlns(:\w+)?="[^"]*"', "", text
+    )  # HTML knows them, and a page without addresses is seen to be one
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)

@@ -39,15 +39,28 @@ def mutual_information(codes: np.ndarray, labels: np.ndarray) -> float:
     return float(np.sum(joint[there] * np.log(joint[there] / alone[there])))
 
 
-def label_information(codes: np.ndarray, labels: np.ndarray, *, seed: int, shuffles: int = SHUFFLES) -> Information:
+def label_information(
+    codes: np.ndarray, labels: np.ndarray, *, seed: int, shuffles: int = SHUFFLES
+) -> Information:
     """Information of `codes: [n]` on `labels: [n]`, corrected by what shuffled labels seem to have."""
     raw, random = mutual_information(codes, labels), np.random.default_rng(seed)
-    shuffled = float(np.mean([mutual_information(codes, random.permutation(labels)) for _ in range(shuffles)]))
+    shuffled = float(
+        np.mean(
+            [
+                mutual_information(codes, random.permutation(labels))
+                for _ in range(shuffles)
+            ]
+        )
+    )
     return Information(raw, shuffled, raw - shuffled)
 
 
 def cluster_information(
-    states: np.ndarray, labels: np.ndarray, *, seed: int, clusters: Sequence[int] = CLUSTERS
+    states: np.ndarray,
+    labels: np.ndarray,
+    *,
+    seed: int,
+    clusters: Sequence[int] = CLUSTERS,
 ) -> dict[int, Information]:
     """Information of the k-means cluster of a state on its label, by number of clusters.
 
@@ -62,11 +75,17 @@ def cluster_information(
     known = labels >= 0
     kept, truth = np.asarray(states, np.float32)[known], labels[known].astype(int)
     if len(kept) < max(clusters, default=0):
-        raise InputError(f"{len(kept)} states have a label, too few for {max(clusters)} clusters; read more rows")
+        raise InputError(
+            f"{len(kept)} states have a label, too few for {max(clusters)} clusters; read more rows"
+        )
     if not np.isfinite(kept).all():
-        raise InputError("states hold values that are not finite; measure a model whose loss is finite")
+        raise InputError(
+            "states hold values that are not finite; measure a model whose loss is finite"
+        )
     found = {}
     for count in clusters:
-        codes = fit_kmeans(kept, count, jax.random.fold_in(jax.random.key(seed), count))[1]
+        codes = fit_kmeans(
+            kept, count, jax.random.fold_in(jax.random.key(seed), count)
+        )[1]
         found[count] = label_information(codes, truth, seed=seed)
     return found

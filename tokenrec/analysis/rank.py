@@ -20,9 +20,13 @@ def singular_values(states: np.ndarray) -> np.ndarray:
     """
     states = np.asarray(states, np.float64)
     if states.ndim != 2 or not states.size:
-        raise InputError(f"states have the shape {states.shape}, but must be [n, d] with n and d of 1 or more")
+        raise InputError(
+            f"states have the shape {states.shape}, but must be [n, d] with n and d of 1 or more"
+        )
     if not np.isfinite(states).all():
-        raise InputError("states hold values that are not finite; measure a model whose loss is finite")
+        raise InputError(
+            "states hold values that are not finite; measure a model whose loss is finite"
+        )
     return np.linalg.svd(states - states.mean(axis=0), compute_uv=False)
 
 

@@ -11,14 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from tokenrec.analysis import figures, result_tables
-from tokenrec.analysis.figure_style import Style, assign_styles, figure_defaults, lay_out, to_png, to_svg
+from tokenrec.analysis.figure_style import (
+    Style,
+    assign_styles,
+    figure_defaults,
+    lay_out,
+    to_png,
+    to_svg,
+)
 from tokenrec.analysis.figures import Drawing
 from tokenrec.analysis.result_tables import Table
 from tokenrec.analysis.study_files import StudyFiles, read_study
-from tokenrec.analysis.summary import LEAST_POSITIVES, Place, Summary, search_of, summarize_study, verdict
+from tokenrec.analysis.summary import (
+    LEAST_POSITIVES,
+    MetricKey,
+    Summary,
+    search_of,
+    summarize_study,
+    verdict,
+)
 from tokenrec.analysis.wording import metric_name, plain_spread
 from tokenrec.errors import InputError
-from tokenrec.runtime.files import replacing, write_whole
+from tokenrec.runtime.files import atomic_replace, write_text_atomically
 
 PAGE, FIGURES = "report.html", "figures"
 
@@ -54,31 +68,69 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     studies: dict[str, tuple[StudyFiles, Summary]] = {}
     for folder in folders:
         files = read_study(folder)
-        name = re.sub(r"[^a-z0-9]+", "-", files.about.study.lower()).strip("-") or "study"
+        name = (
+            re.sub(r"[^a-z0-9]+", "-", files.about.study.lower()).strip("-") or "study"
+        )
         if name in studies:
             raise InputError(
                 f"--study={folder} is of study '{files.about.study}', as another one; name each study once"
             )
         studies[name] = files, summarize_study(files)
-    styles = assign_styles(model for _, found in studies.values() for model in found.models)
-    own = shlex.join(["tokenrec", "report", *(f"--study={folder}" for folder in folders), f"--out={out}"])
+    styles = assign_styles(
+        model for _, found in studies.values() for model in found.models
+    )
+    own = shlex.join(
+        [
+            "tokenrec",
+            "report",
+            *(f"--study={folder}" for folder in folders),
+            f"--out={out}",
+        ]
+    )
     bodies = []
     with figure_defaults():
         for name, (files, summary) in studies.items():
             trained = files.about.command
-            measured = files.states_command or "python -m benchmarks.study_states --study DIR"
+            measured = (
+                files.states_command or "python -m benchmarks.study_states --study DIR"
+            )
             heading = f'<h2 id="{name}">{escape(files.about.study)}</h2>'
-            parts = [_render(part, name, out, (trained, own)) for part in _study_parts(files, summary, styles)]
+            parts = [
+                _render(part, name, out, (trained, own))
+                for part in _study_parts(files, summary, styles)
+            ]
             inside = _inside_parts(files, summary, styles)
-            parts += [_render(part, name, out, (trained, measured, own)) for part in inside]
-            bodies.append("\n".join(["<section>", heading, *parts, _missing(files), _config(files), "</section>"]))
+            parts += [
+                _render(part, name, out, (trained, measured, own)) for part in inside
+            ]
+            bodies.append(
+                "\n".join(
+                    [
+                        "<section>",
+                        heading,
+                        *parts,
+                        _missing(files),
+                        _config(files),
+                        "</section>",
+                    ]
+                )
+            )
     page = out / PAGE
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(page, _page({name: files.about.study for name, (files, _) in studies.items()}, bodies, own))
+    write_text_atomically(
+        page,
+        _page(
+            {name: files.about.study for name, (files, _) in studies.items()},
+            bodies,
+            own,
+        ),
+    )
     return page
 
 
-def _study_parts(files: StudyFiles, summary: Summary, styles: Mapping[str, Style]) -> Iterator[Part]:
+def _study_parts(
+    files: StudyFiles, summary: Summary, styles: Mapping[str, Style]
+) -> Iterator[Part]:
     yield _in_short(files, summary)
     yield "<h3>What was run</h3>"
     yield _what_was_run(files)
@@ -104,13 +156,26 @@ def _study_parts(files: StudyFiles, summary: Summary, styles: Mapping[str, Style
         yield from drawings
 
 
-def _inside_parts(files: StudyFiles, summary: Summary, styles: Mapping[str, Style]) -> Iterator[Part]:
+def _inside_parts(
+    files: StudyFiles, summary: Summary, styles: Mapping[str, Style]
+) -> Iterator[Part]:
     """What the trained models are like inside."""
-    if any(table is not None for table in (files.ranks, files.spectra, files.information, files.attention, files.maps)):
+    if any(
+        table is not None
+        for table in (
+            files.ranks,
+            files.spectra,
+            files.information,
+            files.attention,
+            files.maps,
+        )
+    ):
         yield "<h3>Inside the models</h3>"
     if files.ranks is not None:
         yield figures.draw_ranks(files.ranks, summary, styles)
-        yield result_tables.ranks_table(figures.last_ranks(files.ranks), summary, styles)
+        yield result_tables.ranks_table(
+            figures.last_ranks(files.ranks), summary, styles
+        )
     if files.spectra is not None:
         yield figures.draw_spectra(files.spectra, summary, styles)
     if files.information is not None:
@@ -133,7 +198,10 @@ def _render(part: Part, study: str, out: Path, commands: Iterable[str]) -> str:
             reason = f'<span class="reason">No claim: {escape(part.no_claim)}.</span>'
     else:
         lay_out(part.figure)
-        kind, content = "drawn", to_svg(part.figure, f"{study}-{part.name}", f"{part.title}. {part.note}")
+        kind, content = (
+            "drawn",
+            to_svg(part.figure, f"{study}-{part.name}", f"{part.title}. {part.note}"),
+        )
         _write_bytes(out / FIGURES / f"{study}-{part.name}.png", to_png(part.figure))
     caption = f"<figcaption><b>{escape(part.title)}.</b> {escape(part.note)}{reason}</figcaption>"
     return f'<figure class="{kind}">\n{caption}\n{content}\n{below}\n</figure>'
@@ -144,15 +212,26 @@ def _in_short(files: StudyFiles, summary: Summary) -> str:
     split, metric = summary.main_split, metric_name(summary.headline)
     lines = []
     for task in summary.tasks[split]:
-        place = Place(split, task, summary.headline)
+        place = MetricKey(split, task, summary.headline)
         reason = summary.no_claim.get((split, task))
         gaps = summary.differences.get(place, {})
         if reason:
             lines.append(f"<b>{escape(task)}</b>: no claim; {escape(reason)}.")
         elif gaps:
-            said = {"better": "better", "worse": "worse", "equal": "not distinguishable from it"}
-            found = {kind: [m for m, gap in gaps.items() if verdict(gap) == kind] for kind in said}
-            words = [f"{said[kind]}: {', '.join(models)}" for kind, models in found.items() if models]
+            said = {
+                "better": "better",
+                "worse": "worse",
+                "equal": "not distinguishable from it",
+            }
+            found = {
+                kind: [m for m, gap in gaps.items() if verdict(gap) == kind]
+                for kind in said
+            }
+            words = [
+                f"{said[kind]}: {', '.join(models)}"
+                for kind, models in found.items()
+                if models
+            ]
             value = summary.spreads[place][summary.reference]
             lines.append(
                 f"<b>{escape(task)}</b>: {escape(summary.reference)} has {metric} {plain_spread(value)} on "
@@ -160,13 +239,21 @@ def _in_short(files: StudyFiles, summary: Summary) -> str:
             )
     wanted = len(files.about.seeds)
     late = [
-        f"{model} has {len(seeds)} of {wanted} seeds" for model, seeds in summary.seeds.items() if len(seeds) < wanted
+        f"{model} has {len(seeds)} of {wanted} seeds"
+        for model, seeds in summary.seeds.items()
+        if len(seeds) < wanted
     ]
     absent = [model for model in files.about.arms if model not in summary.models]
     late += [f"{model} has no finished run" for model in absent]
     if late:
-        lines.append(f'<span class="reason">Not finished: {escape("; ".join(late))}.</span>')
-    return f'<div class="short">{"".join(f"<p>{line}</p>" for line in lines)}</div>' if lines else ""
+        lines.append(
+            f'<span class="reason">Not finished: {escape("; ".join(late))}.</span>'
+        )
+    return (
+        f'<div class="short">{"".join(f"<p>{line}</p>" for line in lines)}</div>'
+        if lines
+        else ""
+    )
 
 
 def _what_was_run(files: StudyFiles) -> str:
@@ -195,8 +282,14 @@ def _words(value: Any) -> str:
     ('train 12,000, jax 0.12.0', '')
     """
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_words(of_name)}" for name, of_name in value.items() if of_name is not None)
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+        return ", ".join(
+            f"{name} {_words(of_name)}"
+            for name, of_name in value.items()
+            if of_name is not None
+        )
+    return (
+        "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    )
 
 
 def _missing(files: StudyFiles) -> str:
@@ -205,7 +298,11 @@ def _missing(files: StudyFiles) -> str:
         for field, (what, file) in _OPTIONAL.items()
         if getattr(files, field) is None
     ]
-    return f'<div class="missing"><h3>Not shown</h3><ul>{"".join(lines)}</ul></div>' if lines else ""
+    return (
+        f'<div class="missing"><h3>Not shown</h3><ul>{"".join(lines)}</ul></div>'
+        if lines
+        else ""
+    )
 
 
 def _config(files: StudyFiles) -> str:
@@ -226,9 +323,18 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _page(names: Mapping[str, str], bodies: Sequence[str], command: str) -> str:
-    style = resources.files("tokenrec.analysis").joinpath("report.css").read_text(encoding="utf-8")
-    contents = "".join(f'<li><a href="#{name}">{escape(study)}</a></li>' for name, study in names.items())
-    title = escape(f"Stud{'y' if len(names) == 1 else 'ies'} {', '.join(names.values())}")
+    style = (
+        resources.files("tokenrec.analysis")
+        .joinpath("report.css")
+        .read_text(encoding="utf-8")
+    )
+    contents = "".join(
+        f'<li><a href="#{name}">{escape(study)}</a></li>'
+        for name, study in names.items()
+    )
+    title = escape(
+        f"Stud{'y' if len(names) == 1 else 'ies'} {', '.join(names.values())}"
+    )
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -256,5 +362,5 @@ Nothing is claimed of a task with fewer than {LEAST_POSITIVES} positives.</p>
 
 def _write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
+    with atomic_replace(path) as partial:
         partial.write_bytes(content)

@@ -11,7 +11,7 @@ from tokenrec.analysis.figure_style import Style
 from tokenrec.analysis.study_files import Difference, StudyFiles
 from tokenrec.analysis.summary import (
     LEAST_POSITIVES,
-    Place,
+    MetricKey,
     Search,
     Spread,
     Summary,
@@ -20,7 +20,15 @@ from tokenrec.analysis.summary import (
     higher_is_better,
     verdict,
 )
-from tokenrec.analysis.wording import DASH, decimal, interval_text, layer_name, metric_name, plain_spread, si_number
+from tokenrec.analysis.wording import (
+    DASH,
+    decimal,
+    interval_text,
+    layer_name,
+    metric_name,
+    plain_spread,
+    si_number,
+)
 
 _WORDS: dict[Verdict, str] = {
     "better": "better",
@@ -44,56 +52,107 @@ class _Column(NamedTuple):
     numeric: bool = True
 
 
-def models_table(files: StudyFiles, summary: Summary, styles: Mapping[str, Style]) -> Table:
+def models_table(
+    files: StudyFiles, summary: Summary, styles: Mapping[str, Style]
+) -> Table:
     """What each trained model is: the config fields that it sets, its learning rate, seeds, size and speed."""
-    columns = [_Column("model", numeric=False), _Column("config fields that it sets", numeric=False)]
-    columns += [_Column(name) for name in ("learning rate", "seeds", "parameters", "examples / s")]
+    columns = [
+        _Column("model", numeric=False),
+        _Column("config fields that it sets", numeric=False),
+    ]
+    columns += [
+        _Column(name)
+        for name in ("learning rate", "seeds", "parameters", "examples / s")
+    ]
     if files.flops is not None:
         columns.append(_Column("FLOPs / example"))
     rows = []
     for model in summary.models:
-        own = [row for row in files.results if row.model == model and row.learning_rate == summary.rates[model]]
-        speeds = {row.seed: row.examples_per_second for row in own if row.examples_per_second is not None}
+        own = [
+            row
+            for row in files.results
+            if row.model == model and row.learning_rate == summary.rates[model]
+        ]
+        speeds = {
+            row.seed: row.examples_per_second
+            for row in own
+            if row.examples_per_second is not None
+        }
         sizes = {row.parameters for row in own if row.parameters is not None}
-        fields = ", ".join(f"{name} = {value}" for name, value in files.about.arms.get(model, {}).items())
+        fields = ", ".join(
+            f"{name} = {value}"
+            for name, value in files.about.arms.get(model, {}).items()
+        )
         cells = [
             _name(model, styles),
-            f"<td><code>{escape(fields)}</code></td>" if fields else "<td>those of the base</td>",
+            f"<td><code>{escape(fields)}</code></td>"
+            if fields
+            else "<td>those of the base</td>",
             _number(f"{summary.rates[model]:g}"),
             _number(str(len(summary.seeds[model]))),
             _number(" / ".join(f"{size:,}" for size in sorted(sizes)) or DASH),
             _number(f"{statistics.mean(speeds.values()):,.0f}" if speeds else DASH),
         ]
         if files.flops is not None:
-            cells.append(_number(si_number(files.flops[model]) if model in files.flops else DASH))
+            cells.append(
+                _number(si_number(files.flops[model]) if model in files.flops else DASH)
+            )
         rows.append("".join(cells))
     note = "The dot is the colour of the model in all figures. Speed is that of training, mean over seeds."
     return Table("Models", note, _markup(columns, [("", rows)]))
 
 
-def quality_table(summary: Summary, split: str, task: str, styles: Mapping[str, Style]) -> Table:
+def quality_table(
+    summary: Summary, split: str, task: str, styles: Mapping[str, Style]
+) -> Table:
     """Every metric of a task: mean and deviation over seeds, and below them the difference to the reference."""
     reason = summary.no_claim.get((split, task))
-    metrics = [m for m in summary.metrics if Place(split, task, m) in summary.spreads]
-    gaps = [] if reason else [summary.differences.get(Place(split, task, metric), {}) for metric in metrics]
-    best = {metric: best_model(summary, Place(split, task, metric)) for metric in metrics}
+    metrics = [
+        m for m in summary.metrics if MetricKey(split, task, m) in summary.spreads
+    ]
+    gaps = (
+        []
+        if reason
+        else [
+            summary.differences.get(MetricKey(split, task, metric), {})
+            for metric in metrics
+        ]
+    )
+    best = {
+        metric: best_model(summary, MetricKey(split, task, metric))
+        for metric in metrics
+    }
 
     def row(model: str) -> str:
         two_lines = any(model in of_metric for of_metric in gaps)
         cells = []
         for metric in metrics:
-            place = Place(split, task, metric)
+            place = MetricKey(split, task, metric)
             value = spread_text(summary.spreads[place].get(model))
             gap = None if reason else summary.differences.get(place, {}).get(model)
             below = gap_text(gap) if two_lines else ""
-            cells.append(f'<td class="number{" best" if best[metric] == model else ""}">{value}{below}</td>')
+            cells.append(
+                f'<td class="number{" best" if best[metric] == model else ""}">{value}{below}</td>'
+            )
         return _name(model, styles) + "".join(cells)
 
     columns = [_Column("model", numeric=False)]
-    columns += [_Column(f"{metric_name(metric)} {'↑' if higher_is_better(metric) else '↓'}") for metric in metrics]
-    shown = {model for metric in metrics for model in summary.spreads[Place(split, task, metric)]}
+    columns += [
+        _Column(f"{metric_name(metric)} {'↑' if higher_is_better(metric) else '↓'}")
+        for metric in metrics
+    ]
+    shown = {
+        model
+        for metric in metrics
+        for model in summary.spreads[MetricKey(split, task, metric)]
+    }
     groups = [("", [row(model) for model in summary.models if model in shown])]
-    groups.append(("rate baselines", [row(model) for model in summary.baselines if model in shown]))
+    groups.append(
+        (
+            "rate baselines",
+            [row(model) for model in summary.baselines if model in shown],
+        )
+    )
     note = "The study holds no intervals for these values, so that no difference between them is claimed."
     if any(gaps):
         note = (
@@ -109,7 +168,9 @@ def differences_table(summary: Summary) -> Table | None:
     groups = []
     for task in summary.claimed_tasks:
         rows = []
-        for gap in summary.differences.get(Place(summary.main_split, task, summary.headline), {}).values():
+        for gap in summary.differences.get(
+            MetricKey(summary.main_split, task, summary.headline), {}
+        ).values():
             cells = [
                 f'<th scope="row">{escape(gap.model)}</th>',
                 _number(decimal(gap.difference, sign=True)),
@@ -119,12 +180,19 @@ def differences_table(summary: Summary) -> Table | None:
                 _number(f"{gap.positives:,}"),
                 f"<td>{_WORDS[verdict(gap)]}</td>",
             ]
-            rows.append(f'<tr class="grey">{"".join(cells)}</tr>' if verdict(gap) == "equal" else "".join(cells))
+            rows.append(
+                f'<tr class="grey">{"".join(cells)}</tr>'
+                if verdict(gap) == "equal"
+                else "".join(cells)
+            )
         groups.append((task, rows))
     if not any(rows for _, rows in groups):
         return None
     columns = [_Column("model", numeric=False)]
-    columns += [_Column(name) for name in ("difference", "95 % interval", "p", "users", "positives")]
+    columns += [
+        _Column(name)
+        for name in ("difference", "95 % interval", "p", "users", "positives")
+    ]
     columns.append(_Column(f"than {summary.reference}", numeric=False))
     note = (
         "Model minus reference, mean over seeds; a paired bootstrap over users. Users are drawn, seeds are not: their "
@@ -144,9 +212,15 @@ def search_table(search: Search, rates: Mapping[str, float]) -> Table:
             chosen = rate == rates[model]
             text = "" if rate not in values else decimal(values[rate].mean)
             cells.append(f'<td class="number{" chosen" if chosen else ""}">{text}</td>')
-        cells.append(f"<td>{'at the edge' if search.at_edge(model, rates[model]) else ''}</td>")
+        cells.append(
+            f"<td>{'at the edge' if search.at_edge(model, rates[model]) else ''}</td>"
+        )
         rows.append("".join(cells))
-    columns = [_Column("model", numeric=False), *(_Column(f"{rate:g}") for rate in tried), _Column("", numeric=False)]
+    columns = [
+        _Column("model", numeric=False),
+        *(_Column(f"{rate:g}") for rate in tried),
+        _Column("", numeric=False),
+    ]
     seeds = f"seed{'s' if len(search.seeds) > 1 else ''} {', '.join(map(str, search.seeds)) or 'in common: none'}"
     note = (
         f"{metric_name(search.place.metric)}, {search.place.task}, on {search.place.split}; {seeds}. Bold is the "
@@ -158,7 +232,9 @@ def search_table(search: Search, rates: Mapping[str, float]) -> Table:
 def positives_table(files: StudyFiles) -> Table | None:
     """Positives of each task and split; too few for a claim are grey."""
     counts: Mapping[str, Mapping[str, int]] = files.about.data.get("positives", {})
-    tasks = list(dict.fromkeys(task for of_split in counts.values() for task in of_split))
+    tasks = list(
+        dict.fromkeys(task for of_split in counts.values() for task in of_split)
+    )
     if not tasks:
         return None
     rows = []
@@ -167,28 +243,50 @@ def positives_table(files: StudyFiles) -> Table | None:
         for task in tasks:
             count = of_split.get(task)
             rare = count is not None and count < LEAST_POSITIVES
-            cells.append(f'<td class="number{" grey" if rare else ""}">{DASH if count is None else f"{count:,}"}</td>')
+            cells.append(
+                f'<td class="number{" grey" if rare else ""}">{DASH if count is None else f"{count:,}"}</td>'
+            )
         rows.append("".join(cells))
     note = f"Grey: fewer than {LEAST_POSITIVES}, too few for a claim."
-    return Table("Positives", note, _markup([_Column("split", numeric=False), *map(_Column, tasks)], [("", rows)]))
+    return Table(
+        "Positives",
+        note,
+        _markup([_Column("split", numeric=False), *map(_Column, tasks)], [("", rows)]),
+    )
 
 
-def ranks_table(ranks: Mapping[str, Mapping[int, Spread]], summary: Summary, styles: Mapping[str, Style]) -> Table:
+def ranks_table(
+    ranks: Mapping[str, Mapping[int, Spread]],
+    summary: Summary,
+    styles: Mapping[str, Style],
+) -> Table:
     """The effective ranks of the figure, in numbers."""
     layers = sorted({layer for of_model in ranks.values() for layer in of_model})
     rows = []
     for model in (model for model in summary.models if model in ranks):
         found = ranks[model]
-        cells = (_number(spread_text(found.get(layer), places=1), markup=True) for layer in layers)
+        cells = (
+            _number(spread_text(found.get(layer), places=1), markup=True)
+            for layer in layers
+        )
         rows.append(_name(model, styles) + "".join(cells))
-    columns = [_Column("model", numeric=False), *(_Column(layer_name(layer)) for layer in layers)]
+    columns = [
+        _Column("model", numeric=False),
+        *(_Column(layer_name(layer)) for layer in layers),
+    ]
     note = "At the last step of each run; mean and deviation over seeds."
-    return Table("Effective rank of the event states", note, _markup(columns, [("", rows)], "narrow"))
+    return Table(
+        "Effective rank of the event states",
+        note,
+        _markup(columns, [("", rows)], "narrow"),
+    )
 
 
 def spread_text(value: Spread | None, places: int = 4) -> str:
     """HTML of `plain_spread`; a deviation keeps its room where there is none, so that digits stay below digits."""
-    mean, sign, deviation = (DASH if value is None else plain_spread(value, places)).partition(" ± ")
+    mean, sign, deviation = (
+        DASH if value is None else plain_spread(value, places)
+    ).partition(" ± ")
     return f'<span class="value">{mean}</span><span class="deviation">{sign}{deviation}</span>'
 
 
@@ -213,15 +311,28 @@ def _number(text: str, *, markup: bool = False) -> str:
     return f'<td class="number">{text if markup else escape(text)}</td>'
 
 
-def _markup(columns: Sequence[_Column], groups: Iterable[tuple[str, Sequence[str]]], kind: str = "") -> str:
+def _markup(
+    columns: Sequence[_Column],
+    groups: Iterable[tuple[str, Sequence[str]]],
+    kind: str = "",
+) -> str:
     """A table of groups of rows under their headings; a row is its cells, or a whole `<tr>`."""
-    head = "".join(f'<th scope="col"{" class=number" if c.numeric else ""}>{escape(c.label)}</th>' for c in columns)
+    head = "".join(
+        f'<th scope="col"{" class=number" if c.numeric else ""}>{escape(c.label)}</th>'
+        for c in columns
+    )
     body = ""
     for heading, rows in groups:
         if not rows:
             continue
-        title = f'<tr class="group"><th colspan="{len(columns)}">{escape(heading)}</th></tr>' if heading else ""
-        lines = "\n".join(row if row.startswith("<tr") else f"<tr>{row}</tr>" for row in rows)
+        title = (
+            f'<tr class="group"><th colspan="{len(columns)}">{escape(heading)}</th></tr>'
+            if heading
+            else ""
+        )
+        lines = "\n".join(
+            row if row.startswith("<tr") else f"<tr>{row}</tr>" for row in rows
+        )
         body += f"<tbody>{title}\n{lines}\n</tbody>"
     opening = f'<table class="{kind}">' if kind else "<table>"
     return f'<div class="scroll">{opening}\n<thead><tr>{head}</tr></thead>\n{body}</table></div>'

@@ -23,11 +23,19 @@ CATEGORIES = 50  # the most frequent values that are told apart; all others are 
 CLASSES = CATEGORIES + 1
 LEAST_ROWS = 64
 
-RIDGES = np.array([1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0])  # per row and unit of a feature's variance
-SHARPNESS = np.array([0.0, *2.0 ** np.arange(-1, 10)])  # of the softmax over the scores of a ridge
+RIDGES = np.array(
+    [1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0]
+)  # per row and unit of a feature's variance
+SHARPNESS = np.array(
+    [0.0, *2.0 ** np.arange(-1, 10)]
+)  # of the softmax over the scores of a ridge
 
 HIDDEN = 128
-ROUNDS, STEPS, BATCH = 20, 50, 512  # of the MLP; after each round it is judged on the rows that choose
+ROUNDS, STEPS, BATCH = (
+    20,
+    50,
+    512,
+)  # of the MLP; after each round it is judged on the rows that choose
 RATE, DECAY = 3e-3, 1e-2
 
 
@@ -52,7 +60,9 @@ class _Parts:
     judge: np.ndarray
 
 
-def probe_signals(tokens: np.ndarray, signals: dict[str, Signal], *, seed: int) -> dict[str, dict[str, float]]:
+def probe_signals(
+    tokens: np.ndarray, signals: dict[str, Signal], *, seed: int
+) -> dict[str, dict[str, float]]:
     """How well a linear and a small MLP probe recover each signal from an entity's tokens, on the held-out half.
 
     The linear probe is a ridge regression in closed form. For a categorical signal it regresses the indicators of the
@@ -81,13 +91,17 @@ def probe_signals(tokens: np.ndarray, signals: dict[str, Signal], *, seed: int) 
     for name, signal in signals.items():
         values = np.asarray(signal.values)
         if values.shape != (rows,):
-            raise InputError(f"signal '{name}' has the shape {values.shape}, but there are {rows} entities; give [n]")
+            raise InputError(
+                f"signal '{name}' has the shape {values.shape}, but there are {rows} entities; give [n]"
+            )
         probe = _probe_dense if signal.kind == "dense" else _probe_categorical
         found[name] = probe(name, inputs, values, parts, seed)
     return found
 
 
-def entity_signals(features: tuple[Feature, ...], ids: np.ndarray, dense: np.ndarray) -> dict[str, Signal]:
+def entity_signals(
+    features: tuple[Feature, ...], ids: np.ndarray, dense: np.ndarray
+) -> dict[str, Signal]:
     """The signals behind the columns `ids: [n, I]`, `dense: [n, D]` of an entity's features (`schema.columns`).
 
     A dense value is normalised as for the model. A semantic id gives a signal per level, an embedding one per number
@@ -96,43 +110,69 @@ def entity_signals(features: tuple[Feature, ...], ids: np.ndarray, dense: np.nda
     """
     place, found = columns(features), {}
     for f in features:
-        values = (ids if f.is_integer else dense)[:, slice(*(place.ids if f.is_integer else place.dense)[f.name])]
+        values = (ids if f.is_integer else dense)[
+            :, slice(*(place.ids if f.is_integer else place.dense)[f.name])
+        ]
         if f.kind == "categorical":
             found[f.name] = Signal("categorical", values[:, 0])
         elif f.kind == "dense":
             normalised = np.asarray(normalize_dense(jnp.asarray(values), f))
-            found[f.name] = Signal("dense", np.where(normalised[:, 1] > 0, np.nan, normalised[:, 0]))
+            found[f.name] = Signal(
+                "dense", np.where(normalised[:, 1] > 0, np.nan, normalised[:, 0])
+            )
         elif f.has_vocabulary or f.kind == "text":
             held, counts = np.unique(values[values != MISSING], return_counts=True)
             frequent = held[np.argmax(counts)] if len(held) else MISSING
-            found[f.name] = Signal("categorical", (values == frequent).any(axis=1).astype(np.int32))
+            found[f.name] = Signal(
+                "categorical", (values == frequent).any(axis=1).astype(np.int32)
+            )
         else:
-            kind: Literal["dense", "categorical"] = "categorical" if f.kind == "semantic_id" else "dense"
-            found |= {f"{f.name}[{i}]": Signal(kind, values[:, i]) for i in range(f.length)}
+            kind: Literal["dense", "categorical"] = (
+                "categorical" if f.kind == "semantic_id" else "dense"
+            )
+            found |= {
+                f"{f.name}[{i}]": Signal(kind, values[:, i]) for i in range(f.length)
+            }
     return found
 
 
-def random_tokens(transforms: np.ndarray, tokens: int, width: int, *, seed: int) -> np.ndarray:
+def random_tokens(
+    transforms: np.ndarray, tokens: int, width: int, *, seed: int
+) -> np.ndarray:
     """`[n, e]` concatenated transforms of an entity's features -> `[n, tokens, width]` by a fixed Gaussian map.
 
     The control: nothing in the map is trained, and entries have the variance 1 / e.
     """
     if transforms.ndim != 2:
-        raise InputError(f"transforms have the shape {transforms.shape}, but must be [n, e]; concatenate them")
+        raise InputError(
+            f"transforms have the shape {transforms.shape}, but must be [n, e]; concatenate them"
+        )
     inputs = transforms.shape[1]
-    draw = np.random.default_rng(seed).normal(size=(inputs, tokens * width)) / np.sqrt(inputs)
-    return (transforms.astype(np.float64) @ draw).astype(np.float32).reshape(len(transforms), tokens, width)
+    draw = np.random.default_rng(seed).normal(size=(inputs, tokens * width)) / np.sqrt(
+        inputs
+    )
+    return (
+        (transforms.astype(np.float64) @ draw)
+        .astype(np.float32)
+        .reshape(len(transforms), tokens, width)
+    )
 
 
 def _flat(tokens: np.ndarray) -> np.ndarray:
     tokens = np.asarray(tokens)
     if tokens.ndim != 3:
-        raise InputError(f"tokens have the shape {tokens.shape}, but must be [n, N, d]; add an axis for the tokens")
+        raise InputError(
+            f"tokens have the shape {tokens.shape}, but must be [n, N, d]; add an axis for the tokens"
+        )
     if len(tokens) < LEAST_ROWS:
-        raise InputError(f"tokens of {len(tokens)} entities are too few for a probe; give at least {LEAST_ROWS}")
+        raise InputError(
+            f"tokens of {len(tokens)} entities are too few for a probe; give at least {LEAST_ROWS}"
+        )
     flat = tokens.reshape(len(tokens), -1).astype(np.float64)
     if not np.isfinite(flat).all():
-        raise InputError("tokens hold values that are not finite; probe a model whose loss is finite")
+        raise InputError(
+            "tokens hold values that are not finite; probe a model whose loss is finite"
+        )
     return flat
 
 
@@ -149,40 +189,74 @@ def _standardised(inputs: np.ndarray, parts: _Parts) -> np.ndarray:
     return np.where(constant, 0.0, (inputs - mean) / np.where(constant, 1.0, deviation))
 
 
-def _probe_dense(name: str, inputs: np.ndarray, values: np.ndarray, parts: _Parts, seed: int) -> dict[str, float]:
+def _probe_dense(
+    name: str, inputs: np.ndarray, values: np.ndarray, parts: _Parts, seed: int
+) -> dict[str, float]:
     values = values.astype(np.float64)
     present = ~np.isnan(values)
     if min(present[part].sum() for part in dataclasses.astuple(parts)) < 2:
-        raise InputError(f"signal '{name}' has {present.sum()} values, too few for a probe; leave it out")
-    mean, deviation = values[parts.fit][present[parts.fit]].mean(), values[parts.fit][present[parts.fit]].std()
+        raise InputError(
+            f"signal '{name}' has {present.sum()} values, too few for a probe; leave it out"
+        )
+    mean, deviation = (
+        values[parts.fit][present[parts.fit]].mean(),
+        values[parts.fit][present[parts.fit]].std(),
+    )
     target = np.where(present, (values - mean) / (deviation or 1.0), 0.0)
-    fit, choose, judge = (part[present[part]] for part in (parts.fit, parts.choose, parts.judge))
+    fit, choose, judge = (
+        part[present[part]] for part in (parts.fit, parts.choose, parts.judge)
+    )
 
     def r2(predicted: np.ndarray) -> float:
         total = np.square(target[judge]).sum()
         constant = np.ptp(target[judge]) == 0
-        return float("nan") if constant else float(1 - np.square(target[judge] - predicted).sum() / total)
+        return (
+            float("nan")
+            if constant
+            else float(1 - np.square(target[judge] - predicted).sum() / total)
+        )
 
-    centred = inputs - inputs[fit].mean(axis=0)  # the mean over all rows is another where values are missing
+    centred = inputs - inputs[fit].mean(
+        axis=0
+    )  # the mean over all rows is another where values are missing
     weights = _ridges(centred[fit], target[fit, None])
-    errors = [np.square(target[choose] - centred[choose] @ w[:, 0]).sum() for w in weights]
+    errors = [
+        np.square(target[choose] - centred[choose] @ w[:, 0]).sum() for w in weights
+    ]
     linear = centred[judge] @ weights[int(np.argmin(errors))][:, 0]
-    mlp = _train_mlp(inputs, target.astype(np.float32), present, np.zeros(1), parts, seed)[judge, 0]
-    return {"linear": r2(linear), "mlp": r2(mlp), "limit": 1.0, "rows": float(len(judge))}
+    mlp = _train_mlp(
+        inputs, target.astype(np.float32), present, np.zeros(1), parts, seed
+    )[judge, 0]
+    return {
+        "linear": r2(linear),
+        "mlp": r2(mlp),
+        "limit": 1.0,
+        "rows": float(len(judge)),
+    }
 
 
-def _probe_categorical(name: str, inputs: np.ndarray, values: np.ndarray, parts: _Parts, seed: int) -> dict[str, float]:
+def _probe_categorical(
+    name: str, inputs: np.ndarray, values: np.ndarray, parts: _Parts, seed: int
+) -> dict[str, float]:
     if not np.issubdtype(values.dtype, np.integer):
-        raise InputError(f"signal '{name}' holds {values.dtype} values, but ids are integers; cast it or call it dense")
-    known, counts = np.unique(values[np.concatenate([parts.fit, parts.choose])], return_counts=True)
+        raise InputError(
+            f"signal '{name}' holds {values.dtype} values, but ids are integers; cast it or call it dense"
+        )
+    known, counts = np.unique(
+        values[np.concatenate([parts.fit, parts.choose])], return_counts=True
+    )
     frequent = np.sort(known[np.argsort(-counts, kind="stable")[:CATEGORIES]])
     at = np.minimum(np.searchsorted(frequent, values), len(frequent) - 1)
     target = np.where(frequent[at] == values, at, CATEGORIES)
     # Half a count more in each class that there can be: a value of the held-out half alone has a probability too.
     possible = np.arange(CLASSES) < len(frequent)
     possible[CATEGORIES] = True
-    counted = np.bincount(target[np.concatenate([parts.fit, parts.choose])], minlength=CLASSES)
-    marginal = np.log(np.where(possible, counted + 0.5, 1e-30) / (counted + 0.5)[possible].sum())
+    counted = np.bincount(
+        target[np.concatenate([parts.fit, parts.choose])], minlength=CLASSES
+    )
+    marginal = np.log(
+        np.where(possible, counted + 0.5, 1e-30) / (counted + 0.5)[possible].sum()
+    )
 
     def cross_entropy(logits: np.ndarray, rows: np.ndarray) -> float:
         peak = logits.max(axis=1)
@@ -196,22 +270,41 @@ def _probe_categorical(name: str, inputs: np.ndarray, values: np.ndarray, parts:
         for a in SHARPNESS:
             entropy = cross_entropy(a * scores + marginal, parts.choose)
             best = min(best, (entropy, weights, float(a)), key=lambda found: found[0])
-    limit = cross_entropy(np.broadcast_to(marginal, (len(parts.judge), CLASSES)), parts.judge)
-    linear = cross_entropy(best[2] * (inputs[parts.judge] @ best[1]) + marginal, parts.judge)
+    limit = cross_entropy(
+        np.broadcast_to(marginal, (len(parts.judge), CLASSES)), parts.judge
+    )
+    linear = cross_entropy(
+        best[2] * (inputs[parts.judge] @ best[1]) + marginal, parts.judge
+    )
     present = np.ones(len(values), bool)
-    mlp = cross_entropy(_train_mlp(inputs, target, present, marginal, parts, seed)[parts.judge], parts.judge)
-    return {"linear": limit - linear, "mlp": limit - mlp, "limit": limit, "rows": float(len(parts.judge))}
+    mlp = cross_entropy(
+        _train_mlp(inputs, target, present, marginal, parts, seed)[parts.judge],
+        parts.judge,
+    )
+    return {
+        "linear": limit - linear,
+        "mlp": limit - mlp,
+        "limit": limit,
+        "rows": float(len(parts.judge)),
+    }
 
 
 def _ridges(inputs: np.ndarray, targets: np.ndarray) -> list[np.ndarray]:
     """Ridge regressions `[e, k]`, one per strength, of targets `[n, k]` on inputs `[n, e]`; both are centred."""
     roots, axes = np.linalg.eigh(inputs.T @ inputs / len(inputs))
     projected = axes.T @ (inputs.T @ targets) / len(inputs)
-    return [axes @ (projected / (np.maximum(roots, 0) + ridge)[:, None]) for ridge in RIDGES]
+    return [
+        axes @ (projected / (np.maximum(roots, 0) + ridge)[:, None]) for ridge in RIDGES
+    ]
 
 
 def _train_mlp(
-    inputs: np.ndarray, target: np.ndarray, present: np.ndarray, start: np.ndarray, parts: _Parts, seed: int
+    inputs: np.ndarray,
+    target: np.ndarray,
+    present: np.ndarray,
+    start: np.ndarray,
+    parts: _Parts,
+    seed: int,
 ) -> np.ndarray:
     """Outputs `[n, k]` of an MLP that is trained from the output `start: [k]` on; squared error where k is 1."""
     key = jax.random.key(seed)
@@ -236,7 +329,9 @@ def _mlp(weights: _Weights, inputs: jax.Array) -> jax.Array:
     return hidden @ weights["outer"] + weights["outer_bias"]
 
 
-def _loss(weights: _Weights, inputs: jax.Array, target: jax.Array, present: jax.Array) -> jax.Array:
+def _loss(
+    weights: _Weights, inputs: jax.Array, target: jax.Array, present: jax.Array
+) -> jax.Array:
     """Mean over the rows that have a value: squared error of one output, cross-entropy of several."""
     out = _mlp(weights, inputs)
     if out.shape[1] == 1:
@@ -265,10 +360,16 @@ def _fit_mlp(
         "outer": jnp.zeros((HIDDEN, len(start))),
         "outer_bias": start,
     }
-    optimizer = optax.adamw(optax.cosine_decay_schedule(RATE, ROUNDS * STEPS), weight_decay=DECAY)
-    judged = functools.partial(_loss, inputs=inputs[choose], target=target[choose], present=present[choose])
+    optimizer = optax.adamw(
+        optax.cosine_decay_schedule(RATE, ROUNDS * STEPS), weight_decay=DECAY
+    )
+    judged = functools.partial(
+        _loss, inputs=inputs[choose], target=target[choose], present=present[choose]
+    )
 
-    def step(carry: tuple[_Weights, optax.OptState], key: jax.Array) -> tuple[tuple[_Weights, optax.OptState], None]:
+    def step(
+        carry: tuple[_Weights, optax.OptState], key: jax.Array
+    ) -> tuple[tuple[_Weights, optax.OptState], None]:
         weights, state = carry
         rows = fit[jax.random.randint(key, (min(BATCH, len(fit)),), 0, len(fit))]
         gradient = jax.grad(_loss)(weights, inputs[rows], target[rows], present[rows])
@@ -281,7 +382,9 @@ def _fit_mlp(
         weights, state, best, least = carry
         (weights, state), _ = jax.lax.scan(step, (weights, state), keys)
         loss = judged(weights)
-        best = jax.tree.map(lambda new, old: jnp.where(loss < least, new, old), weights, best)
+        best = jax.tree.map(
+            lambda new, old: jnp.where(loss < least, new, old), weights, best
+        )
         return (weights, state, best, jnp.minimum(loss, least)), None
 
     keys = jax.random.split(rows_key, (ROUNDS, STEPS))

@@ -194,7 +194,9 @@ def read_study(folder: Path) -> StudyFiles:
     about = _read_about(folder / "study.json")
     results = _read(folder / "results.parquet", Result, about.study)
     _refuse_repeats(folder / "results.parquet", results)
-    if about.reference not in {row.model for row in results if row.learning_rate is not None}:
+    if about.reference not in {
+        row.model for row in results if row.learning_rate is not None
+    }:
         raise InputError(
             f"{folder / 'results.parquet'}: has no run of the reference '{about.reference}'; let the study end"
         )
@@ -206,7 +208,9 @@ def read_study(folder: Path) -> StudyFiles:
         for row in rows or ():
             if row.model not in known:
                 near = suggest(row.model, known)
-                raise InputError(f"{path}: has rows of model '{row.model}', and results.parquet has none{near}")
+                raise InputError(
+                    f"{path}: has rows of model '{row.model}', and results.parquet has none{near}"
+                )
         return rows
 
     return StudyFiles(
@@ -234,10 +238,14 @@ def _read_about(path: Path) -> About:
         if name not in found:
             raise InputError(f"{path}: has no field '{name}'{suggest(name, found)}")
         if not has_type(found[name], hint):
-            raise InputError(f"{path}: {name}={found[name]!r} is not {hint_name(hint)}; {_REMEDY}")
+            raise InputError(
+                f"{path}: {name}={found[name]!r} is not {hint_name(hint)}; {_REMEDY}"
+            )
     positives = found["data"].get("positives", {})
     if not has_type(positives, dict[str, dict[str, int]]):
-        raise InputError(f"{path}: data.positives={positives!r} is not {{split: {{task: count}}}}; {_REMEDY}")
+        raise InputError(
+            f"{path}: data.positives={positives!r} is not {{split: {{task: count}}}}; {_REMEDY}"
+        )
     return About(**{name: found[name] for name in hints})
 
 
@@ -247,7 +255,9 @@ def _read_states_command(path: Path) -> str | None:
         return None
     found = read_json(path, "states", "make it anew with benchmarks.study_states")
     if not has_type(found, dict[str, str]) or "command" not in found:
-        raise InputError(f"{path}: is not {{command: words}}; make it anew with benchmarks.study_states")
+        raise InputError(
+            f"{path}: is not {{command: words}}; make it anew with benchmarks.study_states"
+        )
     return str(found["command"])
 
 
@@ -256,7 +266,9 @@ def _read_flops(path: Path) -> dict[str, float] | None:
         return None
     found = read_json(path, "FLOPs", "write {model: FLOPs of an example}")
     if not has_type(found, dict[str, float]) or min(found.values(), default=1) <= 0:
-        raise InputError(f"{path}: is not {{model: FLOPs of an example}} with numbers above 0; correct it or remove it")
+        raise InputError(
+            f"{path}: is not {{model: FLOPs of an example}} with numbers above 0; correct it or remove it"
+        )
     return found
 
 
@@ -265,16 +277,25 @@ def _read[Row](path: Path, kind: type[Row], study: str) -> list[Row]:
     hints = get_type_hints(kind)
     table = read_table(path, columns_of(kind))
     if not table.num_rows and kind is not Difference:  # a study of one model has none
-        raise InputError(f"{path}: has no rows; let the study end, or remove the file if it is optional")
+        raise InputError(
+            f"{path}: has no rows; let the study end, or remove the file if it is optional"
+        )
     columns = []
     for name, hint in hints.items():
-        values = [None if isinstance(v, float) and math.isnan(v) else v for v in table[name].to_pylist()]
+        values = [
+            None if isinstance(v, float) and math.isnan(v) else v
+            for v in table[name].to_pylist()
+        ]
         if None in values and types.NoneType not in get_args(hint):
-            raise InputError(f"{path}, row {values.index(None) + 1}: column '{name}' has no value; make the file anew")
+            raise InputError(
+                f"{path}, row {values.index(None) + 1}: column '{name}' has no value; make the file anew"
+            )
         columns.append(values)
     other = next((value for value in columns[0] if value != study), None)
     if other is not None:
-        raise InputError(f"{path}: has rows of study '{other}', study.json is of '{study}'; keep studies apart")
+        raise InputError(
+            f"{path}: has rows of study '{other}', study.json is of '{study}'; keep studies apart"
+        )
     return [kind(*row) for row in zip(*columns, strict=True)]
 
 
@@ -289,7 +310,10 @@ def _arrow_type(hint: Any) -> pa.DataType:
 
 
 def _refuse_repeats(path: Path, rows: Sequence[Result]) -> None:
-    counts = Counter((row.model, row.seed, row.learning_rate, row.split, row.task, row.metric) for row in rows)
+    counts = Counter(
+        (row.model, row.seed, row.learning_rate, row.split, row.task, row.metric)
+        for row in rows
+    )
     key, times = counts.most_common(1)[0]
     if times > 1:
         model, seed, rate, split, task, metric = key

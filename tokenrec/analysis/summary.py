@@ -14,7 +14,10 @@ from tokenrec.analysis.study_files import MACRO, Difference, Result, StudyFiles
 LEAST_POSITIVES = 500  # of a task in a split, for a claim about it
 
 _LOWER_IS_BETTER = ("log_loss", "normalized_entropy")
-_HEADLINES = ("auc", "ndcg@10")  # the metric that figures show and learning rates are compared by, if it is there
+_HEADLINES = (
+    "auc",
+    "ndcg@10",
+)  # the metric that figures show and learning rates are compared by, if it is there
 _SPLITS = ("test", "valid")  # the first that is there is what the study is about
 _TUNED_ON = "valid"
 
@@ -29,7 +32,7 @@ class Spread(NamedTuple):
     runs: int
 
 
-class Place(NamedTuple):
+class MetricKey(NamedTuple):
     """Where a value stands, but for its model."""
 
     split: str
@@ -62,8 +65,8 @@ class Summary:
     tasks: Mapping[str, tuple[str, ...]]
     metrics: tuple[str, ...]
     headline: str
-    spreads: Mapping[Place, Mapping[str, Spread]]
-    differences: Mapping[Place, Mapping[str, Difference]]
+    spreads: Mapping[MetricKey, Mapping[str, Spread]]
+    differences: Mapping[MetricKey, Mapping[str, Difference]]
     no_claim: Mapping[tuple[str, str], str]
 
     @property
@@ -74,19 +77,26 @@ class Summary:
     def claimed_tasks(self) -> tuple[str, ...]:
         """Of the main split; without the macro mean."""
         split = self.main_split
-        return tuple(task for task in self.tasks[split] if task != MACRO and (split, task) not in self.no_claim)
+        return tuple(
+            task
+            for task in self.tasks[split]
+            if task != MACRO and (split, task) not in self.no_claim
+        )
 
 
 class Search(NamedTuple):
     """The learning-rate search: the headline metric of runs of the same seeds, by model, then rate."""
 
-    place: Place
+    place: MetricKey
     seeds: tuple[int, ...]
     values: Mapping[str, Mapping[float, Spread]]
 
     def at_edge(self, model: str, rate: float) -> bool:
         """Whether a better rate may lie outside of those tried."""
-        return len(self.values[model]) > 1 and rate in (min(self.values[model]), max(self.values[model]))
+        return len(self.values[model]) > 1 and rate in (
+            min(self.values[model]),
+            max(self.values[model]),
+        )
 
 
 def summarize_study(files: StudyFiles) -> Summary:
@@ -96,13 +106,23 @@ def summarize_study(files: StudyFiles) -> Summary:
     known = dict.fromkeys((*files.about.arms, *(row.model for row in results)))
     final = [row for row in results if row.learning_rate == rates.get(row.model)]
     splits = _ordered((row.split for row in results), _SPLITS)
-    tasks = {split: _ordered((row.task for row in final if row.split == split), (MACRO,)) for split in splits}
+    tasks = {
+        split: _ordered((row.task for row in final if row.split == split), (MACRO,))
+        for split in splits
+    }
     return Summary(
         models=tuple(model for model in known if model in rates),
-        baselines=tuple(model for model in known if model not in rates and any(row.model == model for row in results)),
+        baselines=tuple(
+            model
+            for model in known
+            if model not in rates and any(row.model == model for row in results)
+        ),
         reference=files.about.reference,
         rates=rates,
-        seeds={model: tuple(sorted({row.seed for row in final if row.model == model})) for model in rates},
+        seeds={
+            model: tuple(sorted({row.seed for row in final if row.model == model}))
+            for model in rates
+        },
         tasks=tasks,
         metrics=_ordered((row.metric for row in results), ()),
         headline=_headline(results),
@@ -123,14 +143,31 @@ def chosen_rates(results: Sequence[Result]) -> dict[str, float]:
     seeds: dict[str, dict[float, set[int]]] = {}
     for row in results:
         if row.learning_rate is not None:
-            seeds.setdefault(row.model, {}).setdefault(row.learning_rate, set()).add(row.seed)
+            seeds.setdefault(row.model, {}).setdefault(row.learning_rate, set()).add(
+                row.seed
+            )
 
     def merit(model: str, rate: float) -> tuple[int, float]:
-        mean = spread([row.value for row in judged if (row.model, row.learning_rate) == (model, rate)]).mean
-        worth = -math.inf if mean is None else mean if higher_is_better(place.metric) else -mean
+        mean = spread(
+            [
+                row.value
+                for row in judged
+                if (row.model, row.learning_rate) == (model, rate)
+            ]
+        ).mean
+        worth = (
+            -math.inf
+            if mean is None
+            else mean
+            if higher_is_better(place.metric)
+            else -mean
+        )
         return len(seeds[model][rate]), worth
 
-    return {model: max(sorted(tried), key=functools.partial(merit, model)) for model, tried in seeds.items()}
+    return {
+        model: max(sorted(tried), key=functools.partial(merit, model))
+        for model, tried in seeds.items()
+    }
 
 
 def search_of(results: Sequence[Result]) -> Search:
@@ -139,10 +176,17 @@ def search_of(results: Sequence[Result]) -> Search:
     found: dict[str, dict[float, dict[int, float | None]]] = {}
     for row in judged:
         if row.learning_rate is not None:
-            found.setdefault(row.model, {}).setdefault(row.learning_rate, {})[row.seed] = row.value
-    shared = set.intersection(*(set(of_rate) for of_model in found.values() for of_rate in of_model.values()))
+            found.setdefault(row.model, {}).setdefault(row.learning_rate, {})[
+                row.seed
+            ] = row.value
+    shared = set.intersection(
+        *(set(of_rate) for of_model in found.values() for of_rate in of_model.values())
+    )
     values = {
-        model: {rate: spread([of_rate[seed] for seed in shared]) for rate, of_rate in of_model.items()}
+        model: {
+            rate: spread([of_rate[seed] for seed in shared])
+            for rate, of_rate in of_model.items()
+        }
         for model, of_model in found.items()
     }
     return Search(place, tuple(sorted(shared)), values)
@@ -157,7 +201,11 @@ Spread(mean=None, deviation=None, runs=2))
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return Spread(None, None, len(values))
-    return Spread(statistics.mean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+    return Spread(
+        statistics.mean(known),
+        statistics.stdev(known) if len(known) > 1 else None,
+        len(known),
+    )
 
 
 def higher_is_better(metric: str) -> bool:
@@ -166,22 +214,37 @@ def higher_is_better(metric: str) -> bool:
 
 def verdict(difference: Difference | None) -> Verdict:
     """Of a model against the reference: "equal" where the interval contains 0, "unknown" without an interval."""
-    if difference is None or difference.difference is None or difference.low is None or difference.high is None:
+    if (
+        difference is None
+        or difference.difference is None
+        or difference.low is None
+        or difference.high is None
+    ):
         return "unknown"
     if difference.low <= 0 <= difference.high:
         return "equal"
-    return "better" if (difference.difference > 0) == higher_is_better(difference.metric) else "worse"
+    return (
+        "better"
+        if (difference.difference > 0) == higher_is_better(difference.metric)
+        else "worse"
+    )
 
 
-def best_model(summary: Summary, place: Place) -> str | None:
+def best_model(summary: Summary, place: MetricKey) -> str | None:
     """The model with the best mean, if its lead is distinguishable from 0, else None.
 
     The lead is over the reference, and that of the reference is over the model next to it.
     """
     if (place.split, place.task) in summary.no_claim:
         return None
-    means = {model: s.mean for model, s in summary.spreads.get(place, {}).items() if s.mean is not None}
-    ranked = sorted(means, key=means.__getitem__, reverse=higher_is_better(place.metric))
+    means = {
+        model: s.mean
+        for model, s in summary.spreads.get(place, {}).items()
+        if s.mean is not None
+    }
+    ranked = sorted(
+        means, key=means.__getitem__, reverse=higher_is_better(place.metric)
+    )
     if len(ranked) < 2:
         return None
     gaps = summary.differences.get(place, {})
@@ -190,36 +253,55 @@ def best_model(summary: Summary, place: Place) -> str | None:
     return ranked[0] if verdict(gaps.get(ranked[0])) == "better" else None
 
 
-def _reason_against(files: StudyFiles, split: str, task: str, tasks: Sequence[str]) -> str | None:
+def _reason_against(
+    files: StudyFiles, split: str, task: str, tasks: Sequence[str]
+) -> str | None:
     if task != MACRO:
         count = _positives(files, split, task)
         if count is None:
             return f"the number of positives of {task} in {split} is not recorded"
-        return f"{count:,} positives in {split}, fewer than {LEAST_POSITIVES}" if count < LEAST_POSITIVES else None
+        return (
+            f"{count:,} positives in {split}, fewer than {LEAST_POSITIVES}"
+            if count < LEAST_POSITIVES
+            else None
+        )
     rare = [t for t in tasks if t != MACRO and _reason_against(files, split, t, tasks)]
-    return f"the mean holds {', '.join(rare)}, of which nothing is claimed" if rare else None
+    return (
+        f"the mean holds {', '.join(rare)}, of which nothing is claimed"
+        if rare
+        else None
+    )
 
 
 def _positives(files: StudyFiles, split: str, task: str) -> int | None:
     count = files.about.positives(split, task)
     if count is None:
-        counts = [row.positives for row in files.differences or () if (row.split, row.task) == (split, task)]
+        counts = [
+            row.positives
+            for row in files.differences or ()
+            if (row.split, row.task) == (split, task)
+        ]
         count = min(counts, default=None)
     return count
 
 
-def _spreads(final: Iterable[Result]) -> dict[Place, dict[str, Spread]]:
-    values: dict[Place, dict[str, list[float | None]]] = {}
+def _spreads(final: Iterable[Result]) -> dict[MetricKey, dict[str, Spread]]:
+    values: dict[MetricKey, dict[str, list[float | None]]] = {}
     for row in final:
-        place = Place(row.split, row.task, row.metric)
+        place = MetricKey(row.split, row.task, row.metric)
         values.setdefault(place, {}).setdefault(row.model, []).append(row.value)
-    return {place: {model: spread(of_model) for model, of_model in found.items()} for place, found in values.items()}
+    return {
+        place: {model: spread(of_model) for model, of_model in found.items()}
+        for place, found in values.items()
+    }
 
 
-def _differences(rows: Iterable[Difference]) -> dict[Place, dict[str, Difference]]:
-    found: dict[Place, dict[str, Difference]] = {}
+def _differences(rows: Iterable[Difference]) -> dict[MetricKey, dict[str, Difference]]:
+    found: dict[MetricKey, dict[str, Difference]] = {}
     for row in rows:
-        found.setdefault(Place(row.split, row.task, row.metric), {})[row.model] = row
+        found.setdefault(MetricKey(row.split, row.task, row.metric), {})[row.model] = (
+            row
+        )
     return found
 
 
@@ -227,14 +309,16 @@ def _headline(results: Sequence[Result]) -> str:
     return _ordered((row.metric for row in results), _HEADLINES)[0]
 
 
-def _judged(results: Sequence[Result]) -> tuple[Place, list[Result]]:
+def _judged(results: Sequence[Result]) -> tuple[MetricKey, list[Result]]:
     """What learning rates are judged by, and the rows of trained models that tell it."""
     rows = [row for row in results if row.learning_rate is not None]
     split = _ordered((row.split for row in rows), (_TUNED_ON,))[0]
     rows = [row for row in rows if row.split == split]
     metric = _headline(rows)
     task = _ordered((row.task for row in rows if row.metric == metric), (MACRO,))[0]
-    return Place(split, task, metric), [row for row in rows if (row.task, row.metric) == (task, metric)]
+    return MetricKey(split, task, metric), [
+        row for row in rows if (row.task, row.metric) == (task, metric)
+    ]
 
 
 def _ordered(names: Iterable[str], first: Sequence[str]) -> tuple[str, ...]:

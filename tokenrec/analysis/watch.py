@@ -10,17 +10,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tokenrec.analysis.event_states import all_rows, layer_names, real_events, states_and_gates
+from tokenrec.analysis.event_states import (
+    all_rows,
+    layer_names,
+    real_events,
+    states_and_gates,
+)
 from tokenrec.analysis.rank import LEAST_ROWS, effective_rank, singular_values
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
-from tokenrec.sharding import own_rows, to_devices, to_host
-from tokenrec.state import Model, TrainState
+from tokenrec.sharding import local_batch_indices, to_devices, to_host
+from tokenrec.state import ModelSpec, TrainState
 
 Watch = Callable[[TrainState], dict[str, dict[str, float | None]]]
 
 
-def state_watch(model: Model, dataset: Dataset, mesh: Mesh) -> Watch:
+def make_state_logger(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Watch:
     """`watch(state) -> {"rank": {"tokens", "layer_0", ...}, "gate": {"layer_0", ...}}` of one fixed batch.
 
     The batch has `data.eval_batch_size` streams, evenly spread over `train.eval_split`; of a split of several windows
@@ -33,19 +38,28 @@ def state_watch(model: Model, dataset: Dataset, mesh: Mesh) -> Watch:
     one_shape = dataclasses.replace(config.data, buckets=())
     split = config.train.eval_split
     every, _ = next(eval_batches(dataset, one_shape, split, limit=size))
-    own = own_rows(mesh, size, "data.eval_batch_size")
+    own = local_batch_indices(mesh, size, "data.eval_batch_size")
     batch = to_devices(jax.tree.map(lambda leaf: leaf[own], every.batch), mesh)
     real = np.argwhere(real_events(whole, every.batch))
-    streams, rows = real[np.linspace(0, len(real) - 1, min(len(real), LEAST_ROWS)).astype(int)].T
+    streams, rows = real[
+        np.linspace(0, len(real) - 1, min(len(real), LEAST_ROWS)).astype(int)
+    ].T
     look = jax.jit(functools.partial(states_and_gates, whole))
 
     def watch(state: TrainState) -> dict[str, dict[str, float | None]]:
         seen = to_host(look(state, batch))
-        layers, gates = ([of_layer[streams, rows] for of_layer in part] for part in seen)
+        layers, gates = (
+            [of_layer[streams, rows] for of_layer in part] for part in seen
+        )
         names = layer_names(len(layers) - 1)
-        found: dict[str, dict[str, float | None]] = {"rank": dict(zip(names, map(_rank, layers), strict=True))}
+        found: dict[str, dict[str, float | None]] = {
+            "rank": dict(zip(names, map(_rank, layers), strict=True))
+        }
         if gates:
-            found["gate"] = {name: float(gate.mean()) for name, gate in zip(names[1:], gates, strict=True)}
+            found["gate"] = {
+                name: float(gate.mean())
+                for name, gate in zip(names[1:], gates, strict=True)
+            }
         return found
 
     return watch
@@ -53,4 +67,8 @@ def state_watch(model: Model, dataset: Dataset, mesh: Mesh) -> Watch:
 
 def _rank(states: np.ndarray) -> float | None:
     """None where there is none: a log must not end a run that goes on."""
-    return effective_rank(singular_values(states)) if len(states) and np.isfinite(states).all() else None
+    return (
+        effective_rank(singular_values(states))
+        if len(states) and np.isfinite(states).all()
+        else None
+    )

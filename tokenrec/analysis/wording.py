@@ -14,7 +14,11 @@ def metric_name(metric: str) -> str:
     >>> metric_name("auc"), metric_name("ndcg@10"), metric_name("normalized_entropy")
     ('AUC', 'NDCG@10', 'normalised entropy')
     """
-    written = {"log_loss": "log loss", "normalized_entropy": "normalised entropy", "recall": "Recall"}
+    written = {
+        "log_loss": "log loss",
+        "normalized_entropy": "normalised entropy",
+        "recall": "Recall",
+    }
     name, at, k = metric.partition("@")
     return written.get(name, name.upper()) + at + k
 
@@ -37,7 +41,11 @@ def si_number(value: float) -> str:
     """
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value / size:.3g} {letter}" if value >= 10 * size else f"{value / size:.2f} {letter}"
+            return (
+                f"{value / size:.3g} {letter}"
+                if value >= 10 * size
+                else f"{value / size:.2f} {letter}"
+            )
     return f"{value:g}"
 
 
@@ -50,7 +58,11 @@ def plain_spread(value: Spread, places: int = 4) -> str:
     >>> plain_spread(Spread(0.75218, 0.0011, 3)), plain_spread(Spread(0.5, None, 1))
     ('0.7522 ± 0.0011', '0.5000')
     """
-    deviation = "" if value.deviation is None else f" ± {decimal(value.deviation, places=places)}"
+    deviation = (
+        ""
+        if value.deviation is None
+        else f" ± {decimal(value.deviation, places=places)}"
+    )
     return decimal(value.mean, places=places) + deviation
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from tokenrec.checkpoint.integrity import SET_ASIDE, find_damage, set_aside, write_sums
+from tokenrec.checkpoint.integrity import SET_ASIDE, find_damage, quarantine, write_sums
 from tokenrec.errors import InputError
 from tokenrec.runtime import distributed
 from tokenrec.runtime.versions import versions
@@ -51,7 +51,7 @@ class Progress:
     assessed: bool = True
 
 
-class Checkpoints:
+class CheckpointReader:
     """The checkpoints of a run, opened to be read. A context manager: leaving it ends what is under way."""
 
     def __init__(self, workdir: Path) -> None:
@@ -61,11 +61,14 @@ class Checkpoints:
     def _open(self) -> Any:
         return ocp.training.Checkpointer(self._folder)
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> CheckpointReader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._orbax.close()
 
@@ -77,7 +80,11 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """Step of the best evaluated checkpoint, the earliest of equals; None if none was evaluated."""
         try:
-            evaluated = [(_value(c.metrics), -c.step) for c in self._orbax.checkpoints if c.metrics]
+            evaluated = [
+                (_value(c.metrics), -c.step)
+                for c in self._orbax.checkpoints
+                if c.metrics
+            ]
         except ValueError as error:
             raise InputError(
                 f"'{self._folder}': the metrics of a checkpoint cannot be read ({error}); name a step with "
@@ -93,9 +100,11 @@ class Checkpoints:
         Raises:
           InputError: no such checkpoint, it is damaged, or holds another state.
         """
-        with distributed.all_or_none():
+        with distributed.raise_on_all_processes():
             step = self._choose(which)
-        step = distributed.of_first(step)  # a run that goes on may save in between
+        step = distributed.broadcast_from_first(
+            step
+        )  # a run that goes on may save in between
         damage = _damage(self._folder / str(step))
         if damage:
             others = [one for one in self.steps if one != step]
@@ -108,7 +117,9 @@ class Checkpoints:
     def _choose(self, which: str) -> int:
         steps = self.steps
         if not steps:
-            raise InputError(f"'{self._folder}' holds no checkpoint; train first, or check --workdir")
+            raise InputError(
+                f"'{self._folder}' holds no checkpoint; train first, or check --workdir"
+            )
         if which == "latest":
             return steps[-1]
         if which == "best":
@@ -116,31 +127,44 @@ class Checkpoints:
             return steps[-1] if best is None else best
         if which.isdecimal() and int(which) in steps:
             return int(which)
-        raise InputError(f"checkpoint '{which}' is not there; use best, latest, or one of {steps}")
+        raise InputError(
+            f"checkpoint '{which}' is not there; use best, latest, or one of {steps}"
+        )
 
     def _load(self, step: int, abstract: TrainState) -> TrainState:
-        with distributed.all_or_none():
+        with distributed.raise_on_all_processes():
             self._check_shapes(step, abstract)
         return self._orbax.load_checkpointables(step, {"state": abstract})["state"]
 
     def _check_shapes(self, step: int, abstract: TrainState) -> None:
         found = self._orbax.checkpointables_metadata(step).metadata
-        here, there = _shapes(abstract), _shapes(None if found is None else found.get("state"))
-        wanted = [name for name in sorted(here.keys() | there.keys()) if here.get(name) != _LEFT_OUT]
+        here, there = (
+            _shapes(abstract),
+            _shapes(None if found is None else found.get("state")),
+        )
+        wanted = [
+            name
+            for name in sorted(here.keys() | there.keys())
+            if here.get(name) != _LEFT_OUT
+        ]
         differing = [name for name in wanted if here.get(name) != there.get(name)]
         if differing:
             listed = "".join(
                 f"\n  {name}: {there.get(name, 'nothing')} in the checkpoint, {here.get(name, 'nothing')} in this model"
                 for name in differing[:_LISTED]
             )
-            more = f"\n  and {len(differing) - _LISTED} others" if len(differing) > _LISTED else ""
+            more = (
+                f"\n  and {len(differing) - _LISTED} others"
+                if len(differing) > _LISTED
+                else ""
+            )
             raise InputError(
                 f"checkpoint {step} in '{self._folder}' holds another state; use the version of tokenrec that wrote "
                 f"it, or start a new --workdir:{listed}{more}"
             )
 
 
-class RunCheckpoints(Checkpoints):
+class Checkpointer(CheckpointReader):
     """The checkpoints of a run that goes on. The latest `keep`, every one at a multiple of `keep_every` steps, and the
     best stay.
 
@@ -148,11 +172,15 @@ class RunCheckpoints(Checkpoints):
       about: what is written beside each checkpoint, a JSON value; its config.
     """
 
-    def __init__(self, workdir: Path, *, keep: int, keep_every: int = 0, about: Any = None) -> None:
+    def __init__(
+        self, workdir: Path, *, keep: int, keep_every: int = 0, about: Any = None
+    ) -> None:
         policies = ocp.training.preservation_policies
         kept: list[Any] = [
             policies.LatestN(keep),
-            policies.BestN(get_metric_fn=_value, n=1, keep_checkpoints_without_metrics=False),
+            policies.BestN(
+                get_metric_fn=_value, n=1, keep_checkpoints_without_metrics=False
+            ),
         ]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
@@ -166,20 +194,27 @@ class RunCheckpoints(Checkpoints):
 
     def _open(self) -> Any:
         # Folders of saves that a kill cut short go away.
-        return ocp.training.Checkpointer(self._folder, preservation_policy=self._policy, cleanup_tmp_directories=True)
+        return ocp.training.Checkpointer(
+            self._folder, preservation_policy=self._policy, cleanup_tmp_directories=True
+        )
 
-    def __enter__(self) -> RunCheckpoints:
+    def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         try:
             self.wait()
         except InputError as failed:
             if error is None:
                 raise
-            print(f"tokenrec: {failed}", file=sys.stderr)  # what ended the loop is told by its own error
+            print(
+                f"tokenrec: {failed}", file=sys.stderr
+            )  # what ended the loop is told by its own error
         finally:
             try:
                 self._orbax.close()
@@ -187,7 +222,9 @@ class RunCheckpoints(Checkpoints):
                 if self._sealing is None or self._sealing.error is None:
                     raise failed
 
-    def save(self, step: int, state: TrainState, progress: Progress, value: float | None) -> None:
+    def save(
+        self, step: int, state: TrainState, progress: Progress, value: float | None
+    ) -> None:
         """Starts to save in the background; `value` is the evaluation of this step, if it had one.
 
         Raises:
@@ -206,7 +243,8 @@ class RunCheckpoints(Checkpoints):
                 {"state": state},
                 force=True,
                 metrics=metrics,
-                custom_metadata={"progress": dataclasses.asdict(progress)} | self._about,
+                custom_metadata={"progress": dataclasses.asdict(progress)}
+                | self._about,
             ),
         )
 
@@ -222,13 +260,13 @@ class RunCheckpoints(Checkpoints):
         if self._sealing.error is not None:
             self._fail(self._sealing.step, self._sealing.error)
         self._sealing = None
-        if distributed.is_first():
+        if distributed.is_first_process():
             for folder in self._folder.glob(_PUT_BY + "*"):
                 shutil.rmtree(folder)
 
     def restore(self, abstract: TrainState) -> tuple[int, TrainState, Progress] | None:
         """The latest checkpoint, laid out as `abstract`; None if there is none."""
-        step = distributed.of_first(self.steps[-1] if self.steps else -1)
+        step = distributed.broadcast_from_first(self.steps[-1] if self.steps else -1)
         if step < 0:
             return None
         state = self._load(step, abstract)
@@ -252,20 +290,20 @@ class RunCheckpoints(Checkpoints):
 
     def _put_by(self, step: int) -> None:
         """Renames a checkpoint that was saved before its evaluation, until the one that knows it is whole."""
-        if distributed.is_first():
+        if distributed.is_first_process():
             (self._folder / str(step)).rename(self._folder / f"{_PUT_BY}{step}")
-        distributed.of_first(0)
+        distributed.broadcast_from_first(0)
         self._orbax.reload()
 
     def _bring_back(self, folder: Path) -> None:
-        if distributed.is_first():
+        if distributed.is_first_process():
             for path in folder.glob(_PUT_BY + "*"):
                 named = folder / path.name.removeprefix(_PUT_BY)
                 if named.exists():
                     shutil.rmtree(path)
                 else:
                     path.rename(named)
-        distributed.of_first(0)
+        distributed.broadcast_from_first(0)
 
     def _set_damaged_aside(self, folder: Path) -> None:
         """All files of the latest that is whole are checked; of those before it the short ones, which are read too."""
@@ -276,10 +314,15 @@ class RunCheckpoints(Checkpoints):
                 whole = step if whole is None else whole
                 continue
             damaged += 1
-            if distributed.is_first():
-                to = set_aside(folder / str(step))
-                print(f"tokenrec: checkpoint {step} is damaged: {damage}; set aside as '{to}'", file=sys.stderr)
-        distributed.of_first(0)  # nobody looks before the folders are renamed
+            if distributed.is_first_process():
+                to = quarantine(folder / str(step))
+                print(
+                    f"tokenrec: checkpoint {step} is damaged: {damage}; set aside as '{to}'",
+                    file=sys.stderr,
+                )
+        distributed.broadcast_from_first(
+            0
+        )  # nobody looks before the folders are renamed
         if damaged and whole is None:
             raise InputError(
                 f"'{folder}' holds no whole checkpoint: {damaged} damaged ones were set aside as {SET_ASIDE}STEP; "
@@ -308,12 +351,18 @@ class _Sealing(threading.Thread):
 def _damage(folder: Path, largest: float = math.inf) -> str:
     """What is wrong with a checkpoint, "" for nothing; each process reads its share."""
     found = find_damage(folder, jax.process_index(), jax.process_count(), largest)
-    told = [text for text in distributed.of_all("; ".join(found[:_LISTED])) if text]
+    told = [
+        text for text in distributed.gather_from_all("; ".join(found[:_LISTED])) if text
+    ]
     return "; ".join(told)
 
 
 def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+    return sorted(
+        int(path.name)
+        for path in folder.glob("*")
+        if path.name.isdecimal() and path.is_dir()
+    )
 
 
 def _shapes(tree: Any) -> dict[str, str]:

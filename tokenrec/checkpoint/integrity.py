@@ -20,11 +20,16 @@ SET_ASIDE = "damaged-"
 
 def write_sums(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Writes sums of every `parts`-th file of a whole checkpoint, from the `part`-th on, to `sums.PART.json` there."""
-    files = {_name(folder, path): _measure(path) for path in list(_files(folder))[part::parts]}
+    files = {
+        _name(folder, path): _measure(path)
+        for path in list(_files(folder))[part::parts]
+    }
     write_json(folder / _SUMS.replace("*", str(part)), files)
 
 
-def find_damage(folder: Path, part: int = 0, parts: int = 1, largest: float = math.inf) -> list[str]:
+def find_damage(
+    folder: Path, part: int = 0, parts: int = 1, largest: float = math.inf
+) -> list[str]:
     """What is wrong with a checkpoint's files, a line each; checks every `parts`-th file, from the `part`-th on.
 
     A checkpoint without sums, whose process ended before it wrote them, has no known damage.
@@ -38,11 +43,13 @@ def find_damage(folder: Path, part: int = 0, parts: int = 1, largest: float = ma
             expected |= json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             return [f"{path.name}: {error}"]
-    expected = {name: sums for name, sums in expected.items() if sums["bytes"] <= largest}
+    expected = {
+        name: sums for name, sums in expected.items() if sums["bytes"] <= largest
+    }
     return list(_differences(folder, sorted(expected.items())[part::parts]))
 
 
-def set_aside(folder: Path) -> Path:
+def quarantine(folder: Path) -> Path:
     """Renames a damaged checkpoint, so that it counts no more and can be looked at."""
     target, number = folder.with_name(SET_ASIDE + folder.name), 1
     while target.exists():
@@ -71,7 +78,9 @@ def _measure(path: Path) -> dict[str, int | str]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    yield from sorted(path for path in folder.rglob("*") if path.is_file() and not path.match(_SUMS))
+    yield from sorted(
+        path for path in folder.rglob("*") if path.is_file() and not path.match(_SUMS)
+    )
 
 
 def _name(folder: Path, path: Path) -> str:

@@ -28,7 +28,7 @@ from tokenrec.models.backbones.tokenformer import layer_windows, stack_sizes
 from tokenrec.models.heads import CodeHead
 from tokenrec.ops.tables.lookup import Stack
 from tokenrec.sharding import make_mesh
-from tokenrec.state import Model, TrainState, abstract_state, merge
+from tokenrec.state import ModelSpec, TrainState, abstract_state, bind_params
 from tokenrec.tokens.embed import ITEM_ROWS
 from tokenrec.tokens.makers import Transforms
 from tokenrec.tokens.textual import TextMaker
@@ -56,7 +56,7 @@ class Keys(NamedTuple):
         return Keys(kind, held, reserved + len(held), reserved, axis)
 
 
-class Matched(NamedTuple):
+class MatchedRows(NamedTuple):
     """Rows that stand for the same: `source` there, `target` here, `[n] int64` each; `known` are not reserved ones."""
 
     source: np.ndarray
@@ -64,7 +64,7 @@ class Matched(NamedTuple):
     known: int
 
 
-class Place(NamedTuple):
+class WeightLocation(NamedTuple):
     """Where a dense weight lies: an array of the state, and the layer in it where layers are stacked."""
 
     array: str
@@ -72,8 +72,8 @@ class Place(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """One of the two runs. Made by `describe_side`.
+class RunWeights:
+    """One of the two runs. Made by `describe_run_weights`.
 
     Attributes:
       data: folder of the data set that its rows are named by.
@@ -83,10 +83,10 @@ class Side:
       makers: weights that begin with a name are made for these features, or codes.
     """
 
-    model: Model
+    model: ModelSpec
     data: Path
     abstract: TrainState
-    places: dict[str, Place]
+    places: dict[str, WeightLocation]
     keys: dict[str, Keys]
     makers: dict[str, tuple[str, ...]]
 
@@ -96,15 +96,22 @@ class Side:
         return shape if place.layer is None else shape[1:]
 
 
-def describe_side(model: Model, data: Path) -> Side:
+def describe_run_weights(model: ModelSpec, data: Path) -> RunWeights:
     """Raises InputError if the data set lacks what names the entries of a weight."""
     # One device holds any shape: the mesh in use need not divide what that of the other run did.
     with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
         abstract = abstract_state(model)
-    return Side(model, data, abstract, _places(model, abstract), _weight_keys(model, data), _makers(model, abstract))
+    return RunWeights(
+        model,
+        data,
+        abstract,
+        _places(model, abstract),
+        _weight_keys(model, data),
+        _makers(model, abstract),
+    )
 
 
-def match_keys(there: Keys, here: Keys) -> Matched | str:
+def match_keys(there: Keys, here: Keys) -> MatchedRows | str:
     """The rows that stand for the same on both sides, or why none can.
 
     >>> match_keys(Keys.of("values", ["a", "c"], 2), Keys.of("values", ["a", "b", "c"], 2)).target
@@ -115,21 +122,31 @@ def match_keys(there: Keys, here: Keys) -> Matched | str:
     if there.values is None or here.values is None:
         rows = np.arange(here.rows)
         same = there.rows == here.rows
-        return Matched(rows, rows, len(rows)) if same else f"{there.rows} rows there, {here.rows} here"
+        return (
+            MatchedRows(rows, rows, len(rows))
+            if same
+            else f"{there.rows} rows there, {here.rows} here"
+        )
     if there.values.type != here.values.type and len(there.values) and len(here.values):
         return f"{there.kind} are {there.values.type} there, {here.values.type} here"
-    found = pc.fill_null(pc.index_in(here.values, value_set=there.values), -1).to_numpy()
+    found = pc.fill_null(
+        pc.index_in(here.values, value_set=there.values), -1
+    ).to_numpy()
     target, reserved = np.flatnonzero(found >= 0), np.arange(here.reserved)
     source = np.concatenate([reserved, there.reserved + found[target]])
-    return Matched(source, np.concatenate([reserved, here.reserved + target]), len(target))
+    return MatchedRows(
+        source, np.concatenate([reserved, here.reserved + target]), len(target)
+    )
 
 
-def stack_of(model: Model, table: str) -> Stack:
+def stack_of(model: ModelSpec, table: str) -> Stack:
     """The stack that holds a table."""
-    return next(stack for stack in model.embedder.stacks.values() if table in stack.offsets)
+    return next(
+        stack for stack in model.embedder.stacks.values() if table in stack.offsets
+    )
 
 
-def match_table(name: str, there: Side, here: Side) -> Matched | str:
+def match_table(name: str, there: RunWeights, here: RunWeights) -> MatchedRows | str:
     """Rows of a table of the model here that are in the one there, or why none is.
 
     Raises:
@@ -143,7 +160,9 @@ def match_table(name: str, there: Side, here: Side) -> Matched | str:
     return match_keys(_table_keys(name, there), _table_keys(name, here))
 
 
-def match_weight(name: str, there: Side, here: Side) -> Matched | str | None:
+def match_weight(
+    name: str, there: RunWeights, here: RunWeights
+) -> MatchedRows | str | None:
     """Entries of a dense weight, along the axis of its keys, that are there; None: it is the same as a whole; or why it
     is not.
     """
@@ -158,87 +177,118 @@ def match_weight(name: str, there: Side, here: Side) -> Matched | str | None:
         if np.delete(shapes[0], axis).tolist() == np.delete(shapes[1], axis).tolist():
             matched = match_keys(there.keys[name], here.keys[name])
             none = f"none of its {here.keys[name].kind} is there"
-            return none if isinstance(matched, Matched) and not matched.known else matched
-    return None if shapes[0] == shapes[1] else f"shape {shapes[0]} there, {shapes[1]} here"
+            return (
+                none
+                if isinstance(matched, MatchedRows) and not matched.known
+                else matched
+            )
+    return (
+        None if shapes[0] == shapes[1] else f"shape {shapes[0]} there, {shapes[1]} here"
+    )
 
 
-def other_window(name: str, there: Side, here: Side) -> str:
+def other_window(name: str, there: RunWeights, here: RunWeights) -> str:
     """What to say of a weight of a layer whose window is another; empty otherwise."""
     parts = name.split("/")
     if parts[:2] != ["backbone", "layers"]:
         return ""
-    windows = [layer_windows(side.model.config.model)[int(parts[2])] for side in (there, here)]
+    windows = [
+        layer_windows(side.model.config.model)[int(parts[2])] for side in (there, here)
+    ]
     said = ["all rows" if window is None else f"window {window}" for window in windows]
     return f"{said[0]} there, {said[1]} here" if said[0] != said[1] else ""
 
 
 def _difference(before: tuple[str, ...], now: tuple[str, ...]) -> str:
-    only = [", ".join(name for name in one if name not in other) for one, other in ((before, now), (now, before))]
+    only = [
+        ", ".join(name for name in one if name not in other)
+        for one, other in ((before, now), (now, before))
+    ]
     if not any(only):
         return "made of the same features in another order"
     return "made of other features: " + "; ".join(
-        f"only {where} {names}" for where, names in zip(("there", "here"), only, strict=True) if names
+        f"only {where} {names}"
+        for where, names in zip(("there", "here"), only, strict=True)
+        if names
     )
 
 
-def _places(model: Model, abstract: TrainState) -> dict[str, Place]:
+def _places(model: ModelSpec, abstract: TrainState) -> dict[str, WeightLocation]:
     sizes, kind = stack_sizes(model.config.model), model.config.model.kind
     first = np.cumsum([0, *sizes]).tolist()
     found = {}
     for name in abstract.params:
         if kind != "tokenformer" and name.startswith("backbone/"):
             # Weights of one name mean something else in a backbone of another kind.
-            found[f"{kind}/{name}"] = Place(name)
+            found[f"{kind}/{name}"] = WeightLocation(name)
             continue
         if not name.startswith("backbone/blocks/"):
-            found[name] = Place(name)
+            found[name] = WeightLocation(name)
             continue
         number, rest = name.removeprefix("backbone/blocks/").split("/", 1)
         size = sizes[int(number)]
         for layer in range(size):
-            place = Place(name, layer if size > 1 else None)
+            place = WeightLocation(name, layer if size > 1 else None)
             found[f"backbone/layers/{first[int(number)] + layer}/{rest}"] = place
     return found
 
 
-def _weight_keys(model: Model, data: Path) -> dict[str, Keys]:
+def _weight_keys(model: ModelSpec, data: Path) -> dict[str, Keys]:
     config, keys = model.config, {}
     if config.data.objective == "ranking":
-        keys = {"head/kernel": Keys.of("tasks", model.tasks, axis=1), "head/bias": Keys.of("tasks", model.tasks)}
+        keys = {
+            "head/kernel": Keys.of("tasks", model.tasks, axis=1),
+            "head/bias": Keys.of("tasks", model.tasks),
+        }
     elif config.head.retrieval == "next_item" and not config.head.negatives:
         keys = {"head/items": _item_keys(data)}
     words = sorted({word for text in model.literals for word in text})
     if words:
         tokens = _tokens(data)
-        keys["words"] = Keys.of("tokens", [tokens[word - FIRST_KNOWN] for word in words])
+        keys["words"] = Keys.of(
+            "tokens", [tokens[word - FIRST_KNOWN] for word in words]
+        )
     return keys
 
 
-def _makers(model: Model, abstract: TrainState) -> dict[str, tuple[str, ...]]:
+def _makers(model: ModelSpec, abstract: TrainState) -> dict[str, tuple[str, ...]]:
     found = {}
-    module = merge(model, abstract.params)  # of shapes instead of weights
+    module = bind_params(model, abstract.params)  # of shapes instead of weights
     for path, part in nnx.iter_modules(module):
         if isinstance(part, Transforms):
-            made_of = tuple(f"{f.feature.name} ({f.feature.kind}, {f.width} wide)" for f in part.items)
+            made_of = tuple(
+                f"{f.feature.name} ({f.feature.kind}, {f.width} wide)"
+                for f in part.items
+            )
             found["/".join(map(str, path[:-1]))] = made_of
         elif isinstance(part, TextMaker):
-            found["/".join(map(str, path))] = tuple(f"{f.name} ({f.kind}, {f.length} tokens)" for f in part.features)
+            found["/".join(map(str, path))] = tuple(
+                f"{f.name} ({f.kind}, {f.length} tokens)" for f in part.features
+            )
     if isinstance(module.head, CodeHead):
         levels = " x ".join(map(str, model.schema.levels))
         found["head"] = (f"codes {levels} of digest {model.schema.codes_digest[:12]}",)
     return found
 
 
-def _table_keys(name: str, side: Side) -> Keys:
+def _table_keys(name: str, side: RunWeights) -> Keys:
     model, rows = side.model, side.model.embedder.tables[name]
-    features = [f for f in model.schema.features if f.is_integer and f.table_name == name]
+    features = [
+        f for f in model.schema.features if f.is_integer and f.table_name == name
+    ]
     if name == ITEM_ROWS.name and not features:
         keys = _item_keys(side.data)
     elif name == TEXT_TABLE and features[0].kind == "text":
         keys = Keys.of("tokens", _tokens(side.data), FIRST_KNOWN)
     elif features[0].kind == "semantic_id":
-        digest = model.schema.codes_digest if any(f.name == SEMANTIC_ID for f in features) else ""
-        hashed = " by hashed prefix" if model.config.tokens.semantic_id == "prefix" else ""
+        digest = (
+            model.schema.codes_digest
+            if any(f.name == SEMANTIC_ID for f in features)
+            else ""
+        )
+        hashed = (
+            " by hashed prefix" if model.config.tokens.semantic_id == "prefix" else ""
+        )
         kind = f"semantic ids of {features[0].length} levels of {features[0].codes} codes{hashed}"
         return Keys(kind + (f", digest {digest[:12]}" if digest else ""), None, rows)
     else:
@@ -254,7 +304,9 @@ def _table_keys(name: str, side: Side) -> Keys:
 def _item_keys(data: Path) -> Keys:
     path = data / ITEMS / "item_id.npy"
     if not path.is_file():
-        raise InputError(f"data '{data}' lacks {ITEMS}/{path.name}, which names its items; prepare it again")
+        raise InputError(
+            f"data '{data}' lacks {ITEMS}/{path.name}, which names its items; prepare it again"
+        )
     return Keys.of("items", np.load(path, allow_pickle=False))
 
 

@@ -74,7 +74,10 @@ def _explain(error: BaseException) -> int | None:
             # jax.errors.JaxRuntimeError, which the verbs without JAX need not import.
             message, code = f"out of device memory: {error}", EXIT_MEMORY
         case Stopped():
-            message, code = str(error), EXIT_PREEMPTED if error.signal == signal.SIGTERM else EXIT_INTERRUPTED
+            message, code = (
+                str(error),
+                EXIT_PREEMPTED if error.signal == signal.SIGTERM else EXIT_INTERRUPTED,
+            )
         case KeyboardInterrupt():
             message, code = "interrupted", EXIT_INTERRUPTED
         case _:
@@ -92,7 +95,9 @@ def _run(argv: list[str]) -> int:
             verb.refuse_unknown_flags(arguments[len(words) :])
     args = parser.parse_args(arguments)
     if overrides and "config" not in args:
-        raise InputError(f"tokenrec {args.verb} takes no --config.{overrides[0]}; the run's own config.json decides")
+        raise InputError(
+            f"tokenrec {args.verb} takes no --config.{overrides[0]}; the run's own config.json decides"
+        )
     args.overrides = overrides
     if not absl_flags.FLAGS.is_parsed():
         absl_flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which argparse leaves alone.
@@ -106,14 +111,14 @@ def _run(argv: list[str]) -> int:
 def _run_with_others(args: argparse.Namespace) -> None:
     from tokenrec.runtime import distributed
 
-    distributed.join(hears_stop=args.run is _train)
+    distributed.initialize(hears_stop=args.run is _train)
     try:
         args.run(args)
     except BaseException as error:  # noqa: BLE001 - the process ends
         code = _explain(error)
         if code is None:
             traceback.print_exception(error)
-        distributed.abandon(EXIT_FAULT if code is None else code)
+        distributed.exit_immediately(EXIT_FAULT if code is None else code)
 
 
 def _config(args: argparse.Namespace) -> Config:
@@ -129,16 +134,31 @@ def _prepare(args: argparse.Namespace) -> None:
     if args.beam:
         from tokenrec.data.beam.prepare import prepare_with_beam
 
-        beam = {"work": args.beam_work, "arguments": shlex.split(args.beam_options or "")}
-        prepared = prepare_with_beam(args.make_source(args), args.out, overwrite=args.overwrite, **given, **beam)
+        beam = {
+            "work": args.beam_work,
+            "arguments": shlex.split(args.beam_options or ""),
+        }
+        prepared = prepare_with_beam(
+            args.make_source(args), args.out, overwrite=args.overwrite, **given, **beam
+        )
     else:
         from tokenrec.data.preparation.prepare import prepare
 
-        for flag, value in (("--beam-options", args.beam_options), ("--beam-work", args.beam_work)):
+        for flag, value in (
+            ("--beam-options", args.beam_options),
+            ("--beam-work", args.beam_work),
+        ):
             if value is not None:
-                raise InputError(f"{flag}={value} is for Apache Beam; add --beam, or leave it out")
-        prepared = prepare(args.make_source(args), args.out, overwrite=args.overwrite, **given)
-    print(f"{args.out}: " + ", ".join(f"{name} {count:,}" for name, count in prepared.counts.items()))
+                raise InputError(
+                    f"{flag}={value} is for Apache Beam; add --beam, or leave it out"
+                )
+        prepared = prepare(
+            args.make_source(args), args.out, overwrite=args.overwrite, **given
+        )
+    print(
+        f"{args.out}: "
+        + ", ".join(f"{name} {count:,}" for name, count in prepared.counts.items())
+    )
 
 
 def _kuairand(args: argparse.Namespace) -> Source:
@@ -166,7 +186,9 @@ def _synthetic(args: argparse.Namespace) -> Source:
 
     if args.static_rank is None:
         if args.static_weight is not None:
-            raise InputError(f"--static-weight={args.static_weight} is of profiles; say how many with --static-rank")
+            raise InputError(
+                f"--static-weight={args.static_weight} is of profiles; say how many with --static-rank"
+            )
         return SyntheticSource(args.rows)
     weight = 1.0 if args.static_weight is None else args.static_weight
     return ProfilesSource(args.rows, args.static_rank, static_weight=weight)
@@ -175,54 +197,69 @@ def _synthetic(args: argparse.Namespace) -> Source:
 def _delimited(args: argparse.Namespace) -> Source:
     from tokenrec.data.sources.delimited import DelimitedSource
 
-    return DelimitedSource(args.schema, args.log, args.users, args.items, args.valid_from, args.test_from)
+    return DelimitedSource(
+        args.schema, args.log, args.users, args.items, args.valid_from, args.test_from
+    )
 
 
-def _in_all_processes(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+def _in_all_processes(
+    args: argparse.Namespace,
+) -> contextlib.AbstractContextManager[None]:
     if not args.distributed:
         return contextlib.nullcontext()
-    from tokenrec.runtime.distributed import all_or_none
+    from tokenrec.runtime.distributed import raise_on_all_processes
 
-    return all_or_none()
+    return raise_on_all_processes()
 
 
 def _train(args: argparse.Namespace) -> None:
     with _in_all_processes(args):
         config = _config(args)
-    from tokenrec.runtime.distributed import is_first
+    from tokenrec.runtime.distributed import is_first_process
     from tokenrec.runtime.metric_writer import format_table, result_rows
     from tokenrec.train import train
 
     summary = train(config, args.workdir, progress=not args.quiet)
-    if not is_first():
+    if not is_first_process():
         return
     print(f"{args.workdir}: step {summary['step']}, best step {summary['best_step']}")
     if summary["evaluation"]:
-        print(format_table(result_rows({config.train.eval_split: summary["evaluation"]})))
+        print(
+            format_table(result_rows({config.train.eval_split: summary["evaluation"]}))
+        )
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from tokenrec.evaluation.evaluate import evaluate_run
-    from tokenrec.runtime.distributed import is_first
+    from tokenrec.runtime.distributed import is_first_process
     from tokenrec.runtime.metric_writer import format_table, result_rows
 
     result = evaluate_run(
-        args.workdir, args.split, args.checkpoint, args.data, baselines=args.baselines, limit=args.samples
+        args.workdir,
+        args.split,
+        args.checkpoint,
+        args.data,
+        baselines=args.baselines,
+        limit=args.samples,
     )
-    if not is_first():
+    if not is_first_process():
         return
     if args.json:
         write_json(args.json, result)
-    print(f"{args.workdir}: {result['split']} at step {result['step']} ({result['checkpoint']})")
-    print(format_table(result_rows({"this run": result, **result.get("baselines", {})})))
+    print(
+        f"{args.workdir}: {result['split']} at step {result['step']} ({result['checkpoint']})"
+    )
+    print(
+        format_table(result_rows({"this run": result, **result.get("baselines", {})}))
+    )
 
 
 def _predict(args: argparse.Namespace) -> None:
     from tokenrec.evaluation.predict import predict_run
-    from tokenrec.runtime.distributed import is_first
+    from tokenrec.runtime.distributed import is_first_process
 
     rows = predict_run(args.workdir, args.split, args.checkpoint, args.data, args.out)
-    if is_first():
+    if is_first_process():
         print(f"{args.out}: {rows:,} rows")
 
 
@@ -233,7 +270,9 @@ def _replay(args: argparse.Namespace) -> None:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    report = replay_run(args.workdir, args.step, args.checkpoint, args.data, args.mesh, say=say)
+    report = replay_run(
+        args.workdir, args.step, args.checkpoint, args.data, args.mesh, say=say
+    )
     if args.json:
         write_json(args.json, report)
     print(to_text(report))
@@ -254,15 +293,17 @@ def _semantic_ids(args: argparse.Namespace) -> None:
     )
     sizes = " x ".join(map(str, report["codes_per_level"]))
     alike = report["collisions"]["items"]
-    print(f"{args.out}: {report['items']:,} items, codes {sizes}; {alike:,} items needed the last level")
+    print(
+        f"{args.out}: {report['items']:,} items, codes {sizes}; {alike:,} items needed the last level"
+    )
 
 
 def _describe(args: argparse.Namespace) -> None:
     config = _config(args)
     from tokenrec.planner.describe import describe, to_text
-    from tokenrec.planner.planned_schema import known_schema
+    from tokenrec.planner.planned_schema import resolve_schema
 
-    schema, origin = known_schema(config)
+    schema, origin = resolve_schema(config)
     description = describe(config, schema)
     if args.json:
         write_json(args.json, description)
@@ -277,25 +318,34 @@ def _compile(args: argparse.Namespace) -> None:
     from tokenrec.planner.sweep import compile_best
 
     if args.sweep:
-        found = compile_best(config, args.topology, args.slices, say=lambda line: print(line, file=sys.stderr))
+        found = compile_best(
+            config,
+            args.topology,
+            args.slices,
+            say=lambda line: print(line, file=sys.stderr),
+        )
     else:
         found = [compile_config(config, args.topology, args.slices, args.mesh)]
     if args.json:
         write_json(args.json, found if args.sweep else found[0])
     print(sweep_text(found) if args.sweep else to_text(found[0]))
     if not any(result["fits"] for result in found):
-        raise MemoryError(f"the step does not fit {found[0]['device_kind']}; see the largest arrays above")
+        raise MemoryError(
+            f"the step does not fit {found[0]['device_kind']}; see the largest arrays above"
+        )
 
 
 def _study(args: argparse.Namespace) -> None:
     from tokenrec.analysis.figure_style import require_matplotlib
     from tokenrec.analysis.report import write_report
-    from tokenrec.study.jobs import Spent
+    from tokenrec.study.jobs import BudgetSpent
     from tokenrec.study.plan import load_study
     from tokenrec.study.runner import run_study
 
     if args.overrides:
-        raise InputError(f"tokenrec study takes no --config.{args.overrides[0]}; the study's file sets the fields")
+        raise InputError(
+            f"tokenrec study takes no --config.{args.overrides[0]}; the study's file sets the fields"
+        )
     require_matplotlib()  # before hours of training that the report would end
     data = f" --data={args.data}" if args.data else ""
     command = f"tokenrec study --config={args.config}{data} --out={args.out}"
@@ -310,7 +360,7 @@ def _study(args: argparse.Namespace) -> None:
             side_by_side=max(1, args.side_by_side),
             tables_only=args.tables_only,
         )
-    except Spent as spent:
+    except BudgetSpent as spent:
         try:
             print(write_report([args.out], args.out))
         except InputError as error:  # too little is done for a page

@@ -12,7 +12,7 @@ from tokenrec.config import BackboneKind, Config, ModelConfig
 _ALWAYS = ("kind", "width", "layers", "dropout", "dtype", "windows")
 
 
-class Kind(NamedTuple):
+class BackboneCapabilities(NamedTuple):
     """A rival.
 
     Attributes:
@@ -33,30 +33,47 @@ class Kind(NamedTuple):
     target_tokens: bool = False
 
 
-RIVAL_KINDS: dict[BackboneKind, Kind] = {
-    "hstu": Kind(("heads", "needed_rows", "time_bias"), windows=True, retrieval=True, prompt=True, target_tokens=True),
-    "onetrans": Kind(("heads", "ffn_width", "rope_base", "attention"), uc=False, target_tokens=True),
-    "longer": Kind(("heads", "ffn_width", "rope_base", "attention", "qk_norm", "merge"), uc=False, target_tokens=True),
-    "rankmixer": Kind(("heads", "ffn_width"), tensor=False),
-    "din": Kind(("ffn_width",), tensor=False),
-    "dcnv2": Kind(("ffn_width",), tensor=False),
-    "sasrec": Kind(("heads", "ffn_width", "attention", "qk_norm"), retrieval=True),
+RIVAL_KINDS: dict[BackboneKind, BackboneCapabilities] = {
+    "hstu": BackboneCapabilities(
+        ("heads", "needed_rows", "time_bias"),
+        windows=True,
+        retrieval=True,
+        prompt=True,
+        target_tokens=True,
+    ),
+    "onetrans": BackboneCapabilities(
+        ("heads", "ffn_width", "rope_base", "attention"), uc=False, target_tokens=True
+    ),
+    "longer": BackboneCapabilities(
+        ("heads", "ffn_width", "rope_base", "attention", "qk_norm", "merge"),
+        uc=False,
+        target_tokens=True,
+    ),
+    "rankmixer": BackboneCapabilities(("heads", "ffn_width"), tensor=False),
+    "din": BackboneCapabilities(("ffn_width",), tensor=False),
+    "dcnv2": BackboneCapabilities(("ffn_width",), tensor=False),
+    "sasrec": BackboneCapabilities(
+        ("heads", "ffn_width", "attention", "qk_norm"), retrieval=True
+    ),
 }
 
 
-def reads_times(config: ModelConfig) -> bool:
+def reads_event_ages(config: ModelConfig) -> bool:
     """Whether the backbone asks for `Batch.ages`."""
     return config.kind == "hstu" and config.time_bias
 
 
-def reads_heads(config: ModelConfig) -> bool:
+def uses_heads(config: ModelConfig) -> bool:
     """Whether the backbone has attention heads, or token mixing by heads: its width is a multiple of their number."""
     return config.kind == "tokenformer" or "heads" in RIVAL_KINDS[config.kind].reads
 
 
-def turns_heads(config: ModelConfig) -> bool:
+def uses_rope(config: ModelConfig) -> bool:
     """Whether the rows of a head are turned in pairs by rotary positions (of SASRec by 0, in the shared attention)."""
-    return config.kind in ("tokenformer", "sasrec") or "rope_base" in RIVAL_KINDS[config.kind].reads
+    return (
+        config.kind in ("tokenformer", "sasrec")
+        or "rope_base" in RIVAL_KINDS[config.kind].reads
+    )
 
 
 def splits_heads(config: ModelConfig) -> bool:

@@ -21,8 +21,9 @@ Compression = Literal["none", "mlp", "attention"]
 AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn"]
 Remat = Literal["none", "dots", "full"]
 Positions = Literal["rope", "additive"]
-BackboneKind = Literal["tokenformer", "hstu", "onetrans", "longer", "rankmixer", "din", "dcnv2", "sasrec"]
-TablesBackend = Literal["exchange", "sparsecore"]
+BackboneKind = Literal[
+    "tokenformer", "hstu", "onetrans", "longer", "rankmixer", "din", "dcnv2", "sasrec"
+]
 
 
 @dataclasses.dataclass
@@ -89,8 +90,6 @@ class TokensConfig:
       embedding_dims: table name -> width.
       replicate_rows: tables of at most so many rows lie whole on every device; the rows of longer ones are spread over
         all devices (ops/exchange.py). Where a row is stored does not depend on the mesh.
-      tables_backend: what moves the rows of tables that no device holds whole: "exchange", collectives of XLA, or
-        "sparsecore", which no train step can use yet.
       user_tokens: N tokens of one maker over all user features; 0 makes one token per static field.
       target_tokens: K tokens per candidate; the last one is read out.
       fused: one token per event instead of a state and an action token. Not for ranking in UC.
@@ -113,7 +112,6 @@ class TokensConfig:
     embedding_dim: int = 16
     embedding_dims: dict[str, int] = dataclasses.field(default_factory=dict)
     replicate_rows: int = 100_000
-    tables_backend: TablesBackend = "exchange"
     user_tokens: int = 0
     target_tokens: int = 1
     fused: bool = False
@@ -283,7 +281,9 @@ class TrainConfig:
     keep_every: int = 0
     log_every: int = 20
     log_states: bool = False
-    best_metric: Literal["auto", "macro_auc", "macro_gauc", "loss", "recall@10", "ndcg@10"] = "auto"
+    best_metric: Literal[
+        "auto", "macro_auc", "macro_gauc", "loss", "recall@10", "ndcg@10"
+    ] = "auto"
     patience: int = 0
     hang_seconds: float = 1800.0
     keep_compiled: bool = True
@@ -312,7 +312,9 @@ def data_directory(config: Config) -> Path:
         return Path(config.data.path)
     if config.data.name:
         return Path(os.environ.get("TOKENREC_DATA", "data")) / config.data.name
-    raise InputError("data.path is empty and so is data.name; give --data DIR or --config.data.path=DIR")
+    raise InputError(
+        "data.path is empty and so is data.name; give --data DIR or --config.data.path=DIR"
+    )
 
 
 def semantic_ids_path(config: Config) -> str:
@@ -343,26 +345,37 @@ def read_config(path: Path) -> Config:
     try:
         return from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"config file '{path}' cannot be read: {error.strerror}; check the path") from error
-    except ValueError as error:  # an InputError, which lacks the path, or a UnicodeDecodeError
+        raise InputError(
+            f"config file '{path}' cannot be read: {error.strerror}; check the path"
+        ) from error
+    except (
+        ValueError
+    ) as error:  # an InputError, which lacks the path, or a UnicodeDecodeError
         raise InputError(f"config file '{path}': {error}") from error
 
 
 def _build[T](kind: type[T], value: Any, prefix: str) -> T:
     if not isinstance(value, dict):
-        raise InputError(f"config '{prefix.rstrip('.')}' is {value!r}, not a JSON object of its fields")
+        raise InputError(
+            f"config '{prefix.rstrip('.')}' is {value!r}, not a JSON object of its fields"
+        )
     hints = typing.get_type_hints(kind)
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     built: dict[str, Any] = {}
     for key, item in value.items():
         if key not in known:
-            raise InputError(f"config field '{prefix}{key}' does not exist{suggest(key, known)}")
+            raise InputError(
+                f"config field '{prefix}{key}' does not exist{suggest(key, known)}"
+            )
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
             item = _build(typing.cast(type, hint), item, f"{prefix}{key}.")
         elif typing.get_origin(hint) is tuple and isinstance(item, list):
             item = tuple(item)
         elif hint == dict[str, tuple[str, ...]] and isinstance(item, dict):
-            item = {name: tuple(values) if isinstance(values, list) else values for name, values in item.items()}
+            item = {
+                name: tuple(values) if isinstance(values, list) else values
+                for name, values in item.items()
+            }
         built[key] = item
     return kind(**built)

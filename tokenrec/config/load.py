@@ -63,23 +63,36 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def shipped_configs() -> dict[str, Path]:
     """Name -> file of the configs that come with tokenrec, installed or in a clone."""
-    return {file.stem: file for file in sorted(shipped_folder().glob("*.py")) if file.stem != "__init__"}
+    return {
+        file.stem: file
+        for file in sorted(shipped_folder().glob("*.py"))
+        if file.stem != "__init__"
+    }
 
 
 def shipped_folder() -> Path:
     """Folder of the shipped configs and planned schemas."""
     here = Path(__file__).parents[1]
     # A wheel holds the clone's `configs/` as `tokenrec/configs/`; a clone and an editable install keep it beside us.
-    return next((f for f in (here / "configs", here.parent / "configs") if f.is_dir()), here / "configs")
+    return next(
+        (f for f in (here / "configs", here.parent / "configs") if f.is_dir()),
+        here / "configs",
+    )
 
 
 def _find(path_or_name: str) -> Path:
     path, shipped = Path(path_or_name), shipped_configs()
     if path.is_file():
         return path
-    if path.stem in shipped and path in (Path(path.stem), Path(path.name), Path("configs", path.name)):
+    if path.stem in shipped and path in (
+        Path(path.stem),
+        Path(path.name),
+        Path("configs", path.name),
+    ):
         return shipped[path.stem]
-    raise InputError(f"--config={path_or_name} is neither a file nor a shipped config{suggest(path.stem, shipped)}")
+    raise InputError(
+        f"--config={path_or_name} is neither a file nor a shipped config{suggest(path.stem, shipped)}"
+    )
 
 
 def _parse_flag(config: Config, argument: str) -> Config:
@@ -87,9 +100,13 @@ def _parse_flag(config: Config, argument: str) -> Config:
     values = flags.FlagValues()
     try:
         # Not DEFINE_config_file (1.1.0): it runs all files in one module, so a second file sees the names of the first.
-        config_flags.DEFINE_config_dataclass("config", config, "", values, sys_argv=[argument], parse_fn=_read_file)
+        config_flags.DEFINE_config_dataclass(
+            "config", config, "", values, sys_argv=[argument], parse_fn=_read_file
+        )
         values(["tokenrec", argument])
-    except flags.IllegalFlagValueError as error:  # absl's message wraps that of the parser, which says more
+    except (
+        flags.IllegalFlagValueError
+    ) as error:  # absl's message wraps that of the parser, which says more
         raise error.__context__ or error from None
     return values.config
 
@@ -99,14 +116,20 @@ def _override(config: Config, field: str, text: str) -> Config:
     target, value = field, _unquote(text)
     owner, _, key = field.rpartition(".")
     try:
-        if get_origin(fields.get(owner)) is dict:  # data.tasks.is_click=0.5; ml_collections adds no key to a mapping
+        if (
+            get_origin(fields.get(owner)) is dict
+        ):  # data.tasks.is_click=0.5; ml_collections adds no key to a mapping
             target, value = owner, str({**attrgetter(owner)(config), key: value})
         if target in fields:
             return _parse_flag(config, f"--config.{target}={value}")
     except TypeError as error:  # what the config file holds
         raise InputError(f"config field '{field}': {error}") from error
     except ValueError as error:
-        reason = f"{text!r} is not {_EXPECTED[fields[target]]}" if fields[target] in _EXPECTED else error
+        reason = (
+            f"{text!r} is not {_EXPECTED[fields[target]]}"
+            if fields[target] in _EXPECTED
+            else error
+        )
         raise InputError(f"config field '{field}': {reason}") from None
     raise InputError(f"config field '{field}' does not exist{_near(field, fields)}")
 
@@ -135,14 +158,20 @@ def run_file[Made](path: Path, what: str, function: str, kind: type[Made]) -> Ma
     try:
         make = runpy.run_path(str(path)).get(function)
         if not callable(make):
-            raise InputError(f"{what} file {path} defines no {function}(); add one that returns a {wanted}")
+            raise InputError(
+                f"{what} file {path} defines no {function}(); add one that returns a {wanted}"
+            )
         made = make()
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{what} file {path}{_line(error, str(path))}: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"{what} file {path}{_line(error, str(path))}: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(made, kind):
-        raise InputError(f"{what} file {path}: {function}() returned {type(made).__name__}, not {wanted}")
+        raise InputError(
+            f"{what} file {path}: {function}() returned {type(made).__name__}, not {wanted}"
+        )
     return made
 
 
@@ -178,7 +207,9 @@ class _ElementsParser(flags.ArgumentParser):
         self.origin, self.kinds = get_origin(kind), get_args(kind)
 
     def parse(self, argument: Any) -> Any:
-        if not isinstance(argument, str):  # what the config file holds; `validate` checks it
+        if not isinstance(
+            argument, str
+        ):  # what the config file holds; `validate` checks it
             return argument
         text = argument.strip()
         if text[:1] + text[-1:] in (["{}"] if self.origin is dict else ["()", "[]"]):
@@ -188,8 +219,13 @@ class _ElementsParser(flags.ArgumentParser):
             return tuple(_element(self.kinds[0], part) for part in parts)
         pairs = [part.partition(":") for part in parts]
         if not all(colon for _, colon, _ in pairs):
-            raise ValueError(f"{argument!r} is not a mapping; write {{name: value, ...}}")
-        return {_element(self.kinds[0], key): _element(self.kinds[1], value) for key, _, value in pairs}
+            raise ValueError(
+                f"{argument!r} is not a mapping; write {{name: value, ...}}"
+            )
+        return {
+            _element(self.kinds[0], key): _element(self.kinds[1], value)
+            for key, _, value in pairs
+        }
 
 
 def _element(kind: type, text: str) -> Any:
@@ -202,13 +238,19 @@ def _element(kind: type, text: str) -> Any:
 
 def _unquote(text: str) -> str:
     text = text.strip()
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    return (
+        text[1:-1]
+        if len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        else text
+    )
 
 
 _EXPECTED = {int: "a whole number", float: "a finite number", bool: "true or false"}
 
 # ml_collections reads no mappings and no choices, and does not look into its tuples.
-config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())  # `validate` knows the choices
+config_flags.register_flag_parser_for_type(
+    Literal, flags.ArgumentParser()
+)  # `validate` knows the choices
 for _kind in dict(_fields(Config, "")).values():
     if get_origin(_kind) in (tuple, dict):
         config_flags.register_flag_parser_for_type(_kind, _ElementsParser(_kind))

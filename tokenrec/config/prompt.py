@@ -59,7 +59,9 @@ def parse_prompt(config: Config) -> tuple[Segment, ...]:
             own = True
         elif kind not in get_args(SegmentKind) or (kind == "text") != bool(text):
             known = [name for name in get_args(SegmentKind) if name != "text"]
-            raise InputError(f"tokens.prompt: '{word}'{suggest(word, [*known, BAR])}; literal text is 'text:...'")
+            raise InputError(
+                f"tokens.prompt: '{word}'{suggest(word, [*known, BAR])}; literal text is 'text:...'"
+            )
         else:
             segments.append(Segment(kind, own, text))  # type: ignore[arg-type]
     _check(config, words, segments)
@@ -71,18 +73,33 @@ def _check(config: Config, words: tuple[str, ...], segments: list[Segment]) -> N
     where = f"tokens.prompt={words}"
     for kind in ("user", "history", "query", "title", "candidate"):
         if kinds.count(kind) > 1:
-            raise InputError(f"{where} holds '{kind}' {kinds.count(kind)} times; keep one")
+            raise InputError(
+                f"{where} holds '{kind}' {kinds.count(kind)} times; keep one"
+            )
     if "history" not in kinds:
         raise InputError(f"{where} holds no 'history'; add it")
     shared = [segment.kind for segment in segments if not segment.own]
-    if any(segment.own and segment.kind not in ("text", "title", "candidate") for segment in segments):
-        raise InputError(f"{where}: right of '{BAR}' only text, title and candidate can stand; move the others left")
+    if any(
+        segment.own and segment.kind not in ("text", "title", "candidate")
+        for segment in segments
+    ):
+        raise InputError(
+            f"{where}: right of '{BAR}' only text, title and candidate can stand; move the others left"
+        )
     if any(kind in ("title", "candidate") for kind in shared):
         raise InputError(f"{where}: title and candidate belong right of '{BAR}'")
-    ranks_candidates = config.data.objective == "ranking" and config.data.paradigm == "nio"
+    ranks_candidates = (
+        config.data.objective == "ranking" and config.data.paradigm == "nio"
+    )
     if ranks_candidates and kinds[-1] != "candidate":
-        raise InputError(f"{where} must end with 'candidate', whose last token is read out")
+        raise InputError(
+            f"{where} must end with 'candidate', whose last token is read out"
+        )
     if not ranks_candidates and len(shared) < len(kinds):
-        raise InputError(f"{where}: only ranking with data.paradigm='nio' has candidates; leave out '{BAR}' and after")
+        raise InputError(
+            f"{where}: only ranking with data.paradigm='nio' has candidates; leave out '{BAR}' and after"
+        )
     if config.data.paradigm == "uc" and shared[-1] != "history":
-        raise InputError(f"{where} must end with 'history' where data.paradigm='uc', as every event is read out")
+        raise InputError(
+            f"{where} must end with 'history' where data.paradigm='uc', as every event is read out"
+        )

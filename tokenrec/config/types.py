@@ -18,13 +18,21 @@ def has_type(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in args
     if origin is tuple:
-        return isinstance(value, (tuple, list)) and all(has_type(v, args[0]) for v in value)
+        return isinstance(value, (tuple, list)) and all(
+            has_type(v, args[0]) for v in value
+        )
     if origin is dict:
-        return isinstance(value, dict) and all(has_type(k, args[0]) and has_type(v, args[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            has_type(k, args[0]) and has_type(v, args[1]) for k, v in value.items()
+        )
     if origin is types.UnionType:
         return any(has_type(value, a) for a in args)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value)
+        return (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and _is_finite(value)
+        )
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)
@@ -34,7 +42,11 @@ def hint_name(hint: Any) -> str:
     """The annotation in words, for messages."""
     if hint is float:
         return "a finite number"
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+    return (
+        getattr(hint, "__name__", str(hint))
+        if typing.get_origin(hint) is None
+        else str(hint)
+    )
 
 
 def _is_finite(value: float) -> bool:

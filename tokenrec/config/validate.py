@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 from tokenrec.config import Config
-from tokenrec.config.backbones import kind_problems, reads_heads, turns_heads
+from tokenrec.config.backbones import kind_problems, uses_heads, uses_rope
 from tokenrec.config.prompt import ENTITIES, default_prompt, parse_prompt
 from tokenrec.config.types import has_type, hint_name
 from tokenrec.errors import InputError, suggest
@@ -49,7 +49,10 @@ def _problems(c: Config) -> Iterator[str]:
         "train.log_every": c.train.log_every,
         "train.keep": c.train.keep,
     }
-    positive |= {f"tokens.embedding_dims['{name}']": width for name, width in c.tokens.embedding_dims.items()}
+    positive |= {
+        f"tokens.embedding_dims['{name}']": width
+        for name, width in c.tokens.embedding_dims.items()
+    }
     for field, value in positive.items():
         if value < 1:
             yield f"{field}={value} must be at least 1"
@@ -76,9 +79,9 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"tokens.replicate_rows={c.tokens.replicate_rows} must not be negative; 0 spreads every table"
     if any(value < 1 for value in positive.values()):
         return
-    if reads_heads(c.model) and c.model.width % c.model.heads:
+    if uses_heads(c.model) and c.model.width % c.model.heads:
         yield f"model.heads={c.model.heads} does not divide model.width={c.model.width}"
-    elif turns_heads(c.model) and (c.model.width // c.model.heads) % 2:
+    elif uses_rope(c.model) and (c.model.width // c.model.heads) % 2:
         yield f"model.width / model.heads = {c.model.width // c.model.heads} is odd; rotary positions need an even head"
     if len(c.model.windows) > c.model.layers:
         yield f"model.windows has {len(c.model.windows)} entries for model.layers={c.model.layers}; drop some"
@@ -92,7 +95,12 @@ def _problems(c: Config) -> Iterator[str]:
     if not 0 <= c.model.dropout < 1:
         yield f"model.dropout={c.model.dropout} must be in [0, 1)"
     ranking = c.data.objective == "ranking"
-    if ranking and c.data.paradigm == "nio" and sliding and sliding[-1] <= c.tokens.target_tokens + 1:
+    if (
+        ranking
+        and c.data.paradigm == "nio"
+        and sliding
+        and sliding[-1] <= c.tokens.target_tokens + 1
+    ):
         yield (
             f"model.windows: {sliding[-1]} holds no event: it must exceed tokens.target_tokens + 1 = "
             f"{c.tokens.target_tokens + 1}"
@@ -107,11 +115,6 @@ def _problems(c: Config) -> Iterator[str]:
     for bucket in c.data.buckets:
         if not 0 < bucket < c.data.events:
             yield f"data.buckets: {bucket} must lie between 1 and data.events - 1 = {c.data.events - 1}"
-    if c.tokens.tables_backend == "sparsecore":
-        yield (
-            "tokens.tables_backend='sparsecore': no train step or checkpoint stores tables in the format of sparse "
-            "cores yet, only tokenrec/ops/sparsecore.py alone; use 'exchange'"
-        )
     if c.data.batch_size % c.optim.accumulate:
         yield f"optim.accumulate={c.optim.accumulate} does not divide data.batch_size={c.data.batch_size}"
     if not 0 <= c.optim.warmup_steps <= c.optim.steps:
@@ -211,9 +214,17 @@ def _of_prompt(c: Config) -> Iterator[str]:
             yield f"tokens.compressed={c.tokens.compressed} is more than the {older} older events; lower it"
         if c.tokens.history_cap:
             yield "tokens.history_cap cuts the same events that tokens.compression keeps; use one of them"
-    if c.model.prefix == "bidirectional" and sum(w > 0 for w in c.model.windows) == c.model.layers:
+    if (
+        c.model.prefix == "bidirectional"
+        and sum(w > 0 for w in c.model.windows) == c.model.layers
+    ):
         yield "model.prefix='bidirectional' is of full layers, and every layer has a window; drop some of model.windows"
-    if c.tokens.random_tokens and c.data.objective == "retrieval" and c.head.retrieval == "next_item" and c.head.tied:
+    if (
+        c.tokens.random_tokens
+        and c.data.objective == "retrieval"
+        and c.head.retrieval == "next_item"
+        and c.head.tied
+    ):
         yield "tokens.random_tokens with head.tied=True: trained item vectors would be added to events; use tied=False"
 
 
@@ -241,7 +252,11 @@ def _type_problems(value: Any, prefix: str) -> Iterator[str]:
     """Values that an override or a config file set to the wrong type."""
     hints = typing.get_type_hints(type(value))
     for field in dataclasses.fields(value):
-        name, got, hint = prefix + field.name, getattr(value, field.name), hints[field.name]
+        name, got, hint = (
+            prefix + field.name,
+            getattr(value, field.name),
+            hints[field.name],
+        )
         if dataclasses.is_dataclass(hint):
             if not isinstance(got, hint):  # type: ignore[arg-type]
                 yield f"{name}={got!r} must be a {hint.__name__}"  # type: ignore[union-attr]
@@ -249,5 +264,9 @@ def _type_problems(value: Any, prefix: str) -> Iterator[str]:
                 yield from _type_problems(got, name + ".")
         elif not has_type(got, hint):
             choices = get_args(hint) if typing.get_origin(hint) is Literal else ()
-            reason = suggest(str(got), choices) if choices else f", which is not {hint_name(hint)}"
+            reason = (
+                suggest(str(got), choices)
+                if choices
+                else f", which is not {hint_name(hint)}"
+            )
             yield f"{name}={got!r}{reason}"

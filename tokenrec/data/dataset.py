@@ -31,19 +31,25 @@ class Dataset:
       splits: names of the splits that hold a chunk.
     """
 
-    def __init__(self, directory: Path, exclude: Sequence[str], semantic_ids: str = "") -> None:
+    def __init__(
+        self, directory: Path, exclude: Sequence[str], semantic_ids: str = ""
+    ) -> None:
         self.directory = Path(directory)
         self._manifest = load_manifest(self.directory)
         self.metadata = self._manifest.metadata
         known = self.metadata.schema
         self._codes = None
         if semantic_ids:
-            self._codes = align(load_semantic_ids(Path(semantic_ids)), self._items("item_id"))
+            self._codes = align(
+                load_semantic_ids(Path(semantic_ids)), self._items("item_id")
+            )
             known = with_semantic_id(known, self._codes)
         self.schema: Schema = known.without(exclude)
         self._manifest.check("features.json")  # it is tensorflow-datasets that reads it
         self._shards = records.shard_lengths(self._manifest.check("dataset_info.json"))
-        self.splits: tuple[str, ...] = tuple(s for s in SPLITS if sum(self._shards.get(s, ())))
+        self.splits: tuple[str, ...] = tuple(
+            s for s in SPLITS if sum(self._shards.get(s, ()))
+        )
         self.catalogue = self._load_catalogue()
         self._rows: dict[str, np.ndarray] = {}
 
@@ -61,7 +67,11 @@ class Dataset:
         if split not in self._rows:
             name = f"{records.INDEX}/{split}.npy"
             rows = self._load_array(name)
-            if rows.shape != (expected,) or rows.dtype != np.int64 or not ((rows > 0) & (rows <= MOST_ROWS)).all():
+            if (
+                rows.shape != (expected,)
+                or rows.dtype != np.int64
+                or not ((rows > 0) & (rows <= MOST_ROWS)).all()
+            ):
                 raise InputError(
                     f"data: '{self.directory / name}' has the shape {rows.shape} of {rows.dtype}, not a number of rows "
                     f"for each of {expected} chunks; prepare the data set again"
@@ -78,43 +88,72 @@ class Dataset:
         chunks = self.chunks(split)
         stop = chunks if stop is None else stop
         if not 0 <= start <= stop <= chunks:
-            raise InputError(f"split '{split}' has chunks 0 to {chunks}; [{start}, {stop}) does not lie within")
+            raise InputError(
+                f"split '{split}' has chunks 0 to {chunks}; [{start}, {stop}) does not lie within"
+            )
         full = self.metadata.schema
         offsets = np.concatenate([[0], np.cumsum(self.rows(split)[start:stop])])
         row, user = records.row_dtype(full), records.user_dtype(full)
-        picked = {group: _kept(full.group(group), self.schema.group(group)) for group in _GROUPS}
+        picked = {
+            group: _kept(full.group(group), self.schema.group(group))
+            for group in _GROUPS
+        }
         strings = self.metadata.key_types["user_id"] == "string"
-        widths = {group: (len(ids), len(dense)) for group, (ids, dense) in picked.items()}
+        widths = {
+            group: (len(ids), len(dense)) for group, (ids, dense) in picked.items()
+        }
         try:
-            out = _empty_log(offsets, widths, len(full.tasks), object if strings else np.int64)
+            out = _empty_log(
+                offsets, widths, len(full.tasks), object if strings else np.int64
+            )
         except MemoryError as error:
             raise InputError(
                 f"data '{self.directory}', split '{split}': {offsets[-1]} rows do not fit in memory; use a smaller "
                 f"data.window_rows, or prepare the data set again if it has no such chunks"
             ) from error
         at = 0
-        for block in records.read_records(self.directory, split, self._lengths(split), start, stop):
-            u, r = slice(at, at + len(block)), slice(int(offsets[at]), int(offsets[at + len(block)]))
+        for block in records.read_records(
+            self.directory, split, self._lengths(split), start, stop
+        ):
+            u, r = (
+                slice(at, at + len(block)),
+                slice(int(offsets[at]), int(offsets[at + len(block)])),
+            )
             where = f"data '{self.directory}', split '{split}', chunks {start + at} to {start + at + len(block) - 1}"
             decoded = _decode(block, str if strings else int, where)
-            rows = _from_bytes([c.rows for c in decoded], row, np.diff(offsets[at : at + len(block) + 1]), where)
-            users = _from_bytes([c.user for c in decoded], user, np.ones(len(block), np.int64), where)
+            rows = _from_bytes(
+                [c.rows for c in decoded],
+                row,
+                np.diff(offsets[at : at + len(block) + 1]),
+                where,
+            )
+            users = _from_bytes(
+                [c.user for c in decoded], user, np.ones(len(block), np.int64), where
+            )
             at += len(block)
             out.user_id[u] = [c.user_id for c in decoded]
-            for group, source, into in zip(_GROUPS, (users, rows, rows), (u, r, r), strict=True):
+            for group, source, into in zip(
+                _GROUPS, (users, rows, rows), (u, r, r), strict=True
+            ):
                 ids, dense = picked[group]
                 getattr(out, f"{group}_ids")[into] = source[f"{group}_ids"][:, ids]
-                getattr(out, f"{group}_dense")[into] = source[f"{group}_dense"][:, dense]
+                getattr(out, f"{group}_dense")[into] = source[f"{group}_dense"][
+                    :, dense
+                ]
             for name in ("time", "item", "flags", "request", "labels"):
                 getattr(out, name)[r] = rows[name]
-        where = f"data '{self.directory}', split '{split}', chunks {start} to {stop - 1}"
+        where = (
+            f"data '{self.directory}', split '{split}', chunks {start} to {stop - 1}"
+        )
         check_log(out, self.schema, len(self.catalogue.item_id), where)
         return out
 
     def _lengths(self, split: str) -> list[int]:
         if split not in self.splits:
             reason = "is empty" if split in SPLITS else "is unknown"
-            raise InputError(f"split '{split}' of '{self.directory}' {reason}{suggest(split, self.splits)}")
+            raise InputError(
+                f"split '{split}' of '{self.directory}' {reason}{suggest(split, self.splits)}"
+            )
         return self._shards[split]
 
     def _load_catalogue(self) -> Catalogue:
@@ -122,13 +161,19 @@ class Dataset:
         whole = Catalogue(*(self._items(name) for name in ("item_id", "ids", "dense")))
         check_catalogue(whole, full, f"data '{self.directory / ITEMS}'")
         ids, dense = whole.ids, whole.dense
-        stored = [f for f in self.schema.group("catalogue") if f.name != SEMANTIC_ID or self._codes is None]
+        stored = [
+            f
+            for f in self.schema.group("catalogue")
+            if f.name != SEMANTIC_ID or self._codes is None
+        ]
         kept_ids, kept_dense = _kept(full.group("catalogue"), stored)
         if len(kept_ids) < ids.shape[1]:
             ids = ids[:, kept_ids]
         if len(kept_dense) < dense.shape[1]:
             dense = dense[:, kept_dense]
-        if self._codes is not None and any(f.name == SEMANTIC_ID for f in self.schema.features):
+        if self._codes is not None and any(
+            f.name == SEMANTIC_ID for f in self.schema.features
+        ):
             ids = np.concatenate([ids, semantic_columns(self._codes)], axis=1)
         return Catalogue(whole.item_id, ids, dense, self._codes)
 
@@ -140,15 +185,27 @@ class Dataset:
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, EOFError, *_HEADER_ERRORS) as error:
-            raise InputError(f"data: cannot read '{path}': {error}; prepare the data set again") from error
+            raise InputError(
+                f"data: cannot read '{path}': {error}; prepare the data set again"
+            ) from error
 
 
 # What NumPy lets through when the header of a .npy file is no Python dictionary of the right entries.
-_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError, MemoryError, RecursionError)
+_HEADER_ERRORS = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    tokenize.TokenError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
 _GROUPS: tuple[Group, ...] = ("user", "row", "action")
 
 
-def open_dataset(directory: Path, exclude: Sequence[str] = (), semantic_ids: str = "") -> Dataset:
+def open_dataset(
+    directory: Path, exclude: Sequence[str] = (), semantic_ids: str = ""
+) -> Dataset:
     """Opens a prepared data set; columns of the features in `exclude` are dropped everywhere.
 
     `semantic_ids`, a file or folder that `tokenrec semantic-ids` wrote, adds the item feature `semantic_id` and the
@@ -161,7 +218,9 @@ def open_dataset(directory: Path, exclude: Sequence[str] = (), semantic_ids: str
     return Dataset(directory, exclude, semantic_ids)
 
 
-def _kept(features: Sequence[Feature], kept: Sequence[Feature]) -> tuple[np.ndarray, np.ndarray]:
+def _kept(
+    features: Sequence[Feature], kept: Sequence[Feature]
+) -> tuple[np.ndarray, np.ndarray]:
     """Columns of `kept` in the `ids` and `dense` matrices of `features`."""
     layout: Columns = columns(features)
     ids = [np.arange(*layout.ids[f.name]) for f in kept if f.is_integer]
@@ -170,7 +229,12 @@ def _kept(features: Sequence[Feature], kept: Sequence[Feature]) -> tuple[np.ndar
     return np.concatenate([none, *ids]), np.concatenate([none, *dense])
 
 
-def _empty_log(start: np.ndarray, widths: Mapping[Group, tuple[int, int]], tasks: int, user_id: type) -> Log:
+def _empty_log(
+    start: np.ndarray,
+    widths: Mapping[Group, tuple[int, int]],
+    tasks: int,
+    user_id: type,
+) -> Log:
     """Arrays to be filled; `widths` are the columns of `ids` and `dense` of each group."""
     chunks, rows = len(start) - 1, int(start[-1])
     matrices = {}
@@ -194,7 +258,9 @@ def _decode(block: list[bytes], id_type: type, where: str) -> list[records.Chunk
     try:
         decoded = [records.decode(record) for record in block]
     except ValueError as error:
-        raise InputError(f"{where}: a record is not a chunk of rows: {error}; prepare the data set again") from error
+        raise InputError(
+            f"{where}: a record is not a chunk of rows: {error}; prepare the data set again"
+        ) from error
     for chunk in decoded:
         if not isinstance(chunk.user_id, id_type):
             raise InputError(
@@ -204,11 +270,17 @@ def _decode(block: list[bytes], id_type: type, where: str) -> list[records.Chunk
     return decoded
 
 
-def _from_bytes(parts: list[bytes], dtype: np.dtype, counts: np.ndarray, where: str) -> np.ndarray:
+def _from_bytes(
+    parts: list[bytes], dtype: np.dtype, counts: np.ndarray, where: str
+) -> np.ndarray:
     """The rows of all parts; `counts: [parts]`, how many each one holds."""
     found = np.fromiter(map(len, parts), np.int64, len(parts))
     if (found != counts * dtype.itemsize).any():
         raise InputError(
             f"{where}: a record does not fit the schema or the index of chunks; prepare the data set again"
         )
-    return np.frombuffer(b"".join(parts), dtype) if dtype.itemsize else np.zeros(int(counts.sum()), dtype)
+    return (
+        np.frombuffer(b"".join(parts), dtype)
+        if dtype.itemsize
+        else np.zeros(int(counts.sum()), dtype)
+    )

@@ -52,8 +52,14 @@ def gather(
             state=_state(log, catalogue, rows, valid),
             action=_signals(log.action_ids, log.action_dense, rows, valid),
             valid=valid,
-            target=_state(log, catalogue, reads, read) if isinstance(samples, Requests) else None,
-            labels=np.where(read[..., None], np.take(log.labels, reads, axis=0, mode="clip"), np.int8(-1)),
+            target=_state(log, catalogue, reads, read)
+            if isinstance(samples, Requests)
+            else None,
+            labels=np.where(
+                read[..., None],
+                np.take(log.labels, reads, axis=0, mode="clip"),
+                np.int8(-1),
+            ),
             weight=read.astype(np.float32),
         )
     if ages:
@@ -61,7 +67,9 @@ def gather(
     return HostBatch(made, np.where(read, reads + first_row, -1))
 
 
-def rows_read(samples: Samples, chosen: np.ndarray, *, length: int, candidates: int, goals: bool) -> np.ndarray:
+def rows_read(
+    samples: Samples, chosen: np.ndarray, *, length: int, candidates: int, goals: bool
+) -> np.ndarray:
     """Rows of the log that the chosen samples read, -1 where none: what `gather` calls `HostBatch.rows`."""
     at = _places(samples, chosen, length, candidates, goals=goals)
     return np.where(at.read, at.reads, -1)
@@ -80,39 +88,70 @@ class _Places(NamedTuple):
     read: np.ndarray
 
 
-def _places(samples: Samples, chosen: np.ndarray, length: int, candidates: int, *, goals: bool) -> _Places:
+def _places(
+    samples: Samples, chosen: np.ndarray, length: int, candidates: int, *, goals: bool
+) -> _Places:
     present = chosen >= 0
     picked = np.where(present, chosen, 0)
     lengths = np.where(present, samples.length[picked], 0)
     if isinstance(samples, Requests):
-        rows, valid = _right_aligned(samples.event_rows, samples.stop[picked], lengths, length)
+        rows, valid = _right_aligned(
+            samples.event_rows, samples.stop[picked], lengths, length
+        )
         reads, read = _candidates(samples, picked, present, candidates)
-        return _Places(picked, present, rows, valid, *((reads[:, None], read[:, None]) if goals else (reads, read)))
+        return _Places(
+            picked,
+            present,
+            rows,
+            valid,
+            *((reads[:, None], read[:, None]) if goals else (reads, read)),
+        )
     if not goals:
         rows, valid, read = _stream(samples, picked, lengths, present, length)
         return _Places(picked, present, rows, valid, rows, read)
     # A stream holds one event more than the model reads; what an event is to find is the event after it.
     rows, valid, read = _stream(samples, picked, lengths, present, length + 1)
     is_goal = (read[:, 1:] & valid[:, :-1])[..., None]
-    return _Places(picked, present, rows[:, :-1], valid[:, :-1], rows[:, 1:, None], is_goal)
+    return _Places(
+        picked, present, rows[:, :-1], valid[:, :-1], rows[:, 1:, None], is_goal
+    )
 
 
 def _ages(log: Log, samples: Samples, at: _Places) -> np.ndarray:
     """`[B, T] int32`, as `Batch.ages`. Rows of a request have one time."""
-    newest = at.reads.reshape(len(at.reads), -1)[:, :1] if isinstance(samples, Requests) else at.rows[:, -1:]
+    newest = (
+        at.reads.reshape(len(at.reads), -1)[:, :1]
+        if isinstance(samples, Requests)
+        else at.rows[:, -1:]
+    )
     # Cut to seconds before the difference is taken: how far two events lie apart must not depend on what follows them.
-    newest_s, event_s = (np.take(log.time, rows, mode="clip") // 1000 for rows in (newest, at.rows))
-    return np.where(at.valid, np.minimum(newest_s - event_s, np.iinfo(np.int32).max), 0).astype(np.int32)
+    newest_s, event_s = (
+        np.take(log.time, rows, mode="clip") // 1000 for rows in (newest, at.rows)
+    )
+    return np.where(
+        at.valid, np.minimum(newest_s - event_s, np.iinfo(np.int32).max), 0
+    ).astype(np.int32)
 
 
-def _gather_goals(log: Log, catalogue: Catalogue, samples: Samples, at: _Places, context: ContextColumns) -> Batch:
+def _gather_goals(
+    log: Log,
+    catalogue: Catalogue,
+    samples: Samples,
+    at: _Places,
+    context: ContextColumns,
+) -> Batch:
     picked, present, rows, valid, goal_rows, is_goal = at
     target = None
     if isinstance(samples, Requests):
         target = _state(log, catalogue, goal_rows[:, 0, :1], is_goal[:, 0, :1])
-        target = Signals(np.where(context.ids, target.ids, 0), np.where(context.dense, target.dense, np.nan))
+        target = Signals(
+            np.where(context.ids, target.ids, 0),
+            np.where(context.dense, target.dense, np.nan),
+        )
     items = np.take(log.item, rows, mode="clip")
-    goals = np.where(is_goal, np.take(log.item, goal_rows, mode="clip"), -1).astype(np.int32)
+    goals = np.where(is_goal, np.take(log.item, goal_rows, mode="clip"), -1).astype(
+        np.int32
+    )
     codes = None
     if catalogue.codes is not None:
         codes = np.where(is_goal[..., None], catalogue.codes[goals], np.int32(-1))
@@ -140,14 +179,25 @@ def _candidates(
 
 
 def _stream(
-    samples: Streams, picked: np.ndarray, lengths: np.ndarray, present: np.ndarray, length: int
+    samples: Streams,
+    picked: np.ndarray,
+    lengths: np.ndarray,
+    present: np.ndarray,
+    length: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Log rows `[B, T]` of the streams, which of them exist, and which are read."""
     sibling, first_read = samples.sibling[picked], samples.first_read[picked]
     # A sibling's own row stands where the event after its run would stand.
-    rows, valid = _right_aligned(samples.event_rows, samples.stop[picked] + sibling, lengths, length)
+    rows, valid = _right_aligned(
+        samples.event_rows, samples.stop[picked] + sibling, lengths, length
+    )
     rows[sibling, -1] = first_read[sibling]
-    read = valid & np.take(samples.readable, rows, mode="clip") & (rows >= first_read[:, None]) & ~sibling[:, None]
+    read = (
+        valid
+        & np.take(samples.readable, rows, mode="clip")
+        & (rows >= first_read[:, None])
+        & ~sibling[:, None]
+    )
     read[:, -1] |= sibling & present
     return rows, valid, read
 
@@ -157,10 +207,14 @@ def _right_aligned(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Log rows `[B, T]` of the events before `stop`, and which of them are among the newest `lengths`."""
     slots = np.arange(-length, 0)
-    return np.take(event_rows, stop[:, None] + slots, mode="clip"), slots >= -lengths[:, None]
+    return np.take(event_rows, stop[:, None] + slots, mode="clip"), slots >= -lengths[
+        :, None
+    ]
 
 
-def _state(log: Log, catalogue: Catalogue, rows: np.ndarray, valid: np.ndarray) -> Signals:
+def _state(
+    log: Log, catalogue: Catalogue, rows: np.ndarray, valid: np.ndarray
+) -> Signals:
     """Catalogue columns first, as in `Schema.state`."""
     items = np.take(log.item, rows, mode="clip")
     ids = _joined(catalogue.ids, items, log.row_ids, rows)
@@ -168,18 +222,24 @@ def _state(log: Log, catalogue: Catalogue, rows: np.ndarray, valid: np.ndarray) 
     return Signals(_blanked(ids, 0, valid), _blanked(dense, np.nan, valid))
 
 
-def _signals(ids: np.ndarray, dense: np.ndarray, rows: np.ndarray, valid: np.ndarray) -> Signals:
+def _signals(
+    ids: np.ndarray, dense: np.ndarray, rows: np.ndarray, valid: np.ndarray
+) -> Signals:
     ids, dense = (np.take(matrix, rows, axis=0, mode="clip") for matrix in (ids, dense))
     return Signals(_blanked(ids, 0, valid), _blanked(dense, np.nan, valid))
 
 
-def _joined(left: np.ndarray, left_rows: np.ndarray, right: np.ndarray, right_rows: np.ndarray) -> np.ndarray:
+def _joined(
+    left: np.ndarray, left_rows: np.ndarray, right: np.ndarray, right_rows: np.ndarray
+) -> np.ndarray:
     """Rows of two matrices side by side."""
     if not right.shape[1]:
         return np.take(left, left_rows, axis=0, mode="clip")
     if not left.shape[1]:
         return np.take(right, right_rows, axis=0, mode="clip")
-    halves = np.empty(left_rows.shape, [("left", _row_type(left)), ("right", _row_type(right))])
+    halves = np.empty(
+        left_rows.shape, [("left", _row_type(left)), ("right", _row_type(right))]
+    )
     halves["left"] = np.take(_as_rows(left), left_rows, mode="clip")
     halves["right"] = np.take(_as_rows(right), right_rows, mode="clip")
     return halves.view(left.dtype).reshape(*left_rows.shape, -1)

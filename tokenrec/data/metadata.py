@@ -66,7 +66,10 @@ class Metadata:
         """Writes `tokenrec.json`, last of the files of a prepared data set: it holds the digests of the others."""
         files = sorted(path for pattern in CHECKED for path in directory.glob(pattern))
         value = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
-        value["files"] = {path.relative_to(directory).as_posix(): _digest_of_file(path) for path in files}
+        value["files"] = {
+            path.relative_to(directory).as_posix(): _digest_of_file(path)
+            for path in files
+        }
         value["digest"] = _digest_of_value(value)
         (directory / METADATA_FILE).write_text(json.dumps(value, indent=1) + "\n")
 
@@ -98,7 +101,9 @@ class Manifest(NamedTuple):
         if not self.files:
             return path
         if name not in self.files:
-            raise InputError(f"data: '{path}' is not a file that the data set was prepared with; {_AGAIN}")
+            raise InputError(
+                f"data: '{path}' is not a file that the data set was prepared with; {_AGAIN}"
+            )
         found = _digest_of_file(path)
         if found != self.files[name]:
             raise InputError(
@@ -113,20 +118,30 @@ def load_manifest(directory: Path) -> Manifest:
     directory = Path(directory)
     path = directory / METADATA_FILE
     if not path.exists():
-        raise InputError(f"data '{directory}' is not a prepared data set (no {METADATA_FILE}); run `tokenrec prepare`")
+        raise InputError(
+            f"data '{directory}' is not a prepared data set (no {METADATA_FILE}); run `tokenrec prepare`"
+        )
     value = read_json(path, "data:", _AGAIN)
     if not isinstance(value, dict):
-        raise InputError(f"data: '{path}' holds a {type(value).__name__} and no JSON object; {_AGAIN}")
+        raise InputError(
+            f"data: '{path}' holds a {type(value).__name__} and no JSON object; {_AGAIN}"
+        )
     version = value.get("format_version")
     if version != FORMAT_VERSION:
-        raise InputError(f"data '{directory}' has format version {version!r}, not {FORMAT_VERSION}; prepare it again")
+        raise InputError(
+            f"data '{directory}' has format version {version!r}, not {FORMAT_VERSION}; prepare it again"
+        )
     digest = value.pop("digest", None)
     if digest is not None and digest != _digest_of_value(value):
-        raise InputError(f"data: '{path}' is damaged or was changed after the data set was made; {_AGAIN}")
+        raise InputError(
+            f"data: '{path}' is damaged or was changed after the data set was made; {_AGAIN}"
+        )
     del value["format_version"]
     files = value.pop("files", {})
     if not has_type(files, dict[str, str]):
-        raise InputError(f"data: '{path}': 'files' is {files!r}, not SHA-256 digests by name; {_AGAIN}")
+        raise InputError(
+            f"data: '{path}': 'files' is {files!r}, not SHA-256 digests by name; {_AGAIN}"
+        )
     return Manifest(directory, _metadata(value, path), files)
 
 
@@ -150,12 +165,20 @@ def _metadata(value: dict[str, Any], path: Path) -> Metadata:
         if name not in value:
             raise InputError(f"data: '{path}' has no '{name}'; {_AGAIN}")
     for name, held in value.items():
-        if name != "schema" and (name not in _HINTS or not has_type(held, _HINTS[name])):
-            reason = f"must be {hint_name(_HINTS[name])}" if name in _HINTS else "is no field of it"
+        if name != "schema" and (
+            name not in _HINTS or not has_type(held, _HINTS[name])
+        ):
+            reason = (
+                f"must be {hint_name(_HINTS[name])}"
+                if name in _HINTS
+                else "is no field of it"
+            )
             raise InputError(f"data: '{path}': '{name}' {reason}; {_AGAIN}")
     items, keys = value["counts"].get("items"), value["key_types"]
     if items is None or items < 1:
-        raise InputError(f"data: '{path}': counts['items']={items} must be at least 1; {_AGAIN}")
+        raise InputError(
+            f"data: '{path}': counts['items']={items} must be at least 1; {_AGAIN}"
+        )
     for key in ("user_id", "item_id"):
         if keys.get(key) not in ("int64", "string"):
             raise InputError(
@@ -167,7 +190,9 @@ def _metadata(value: dict[str, Any], path: Path) -> Metadata:
         schema = Schema.from_json(value["schema"] | {"items": items})
         for feature in schema.features:
             if feature.is_integer and feature.table_name not in schema.tables:
-                raise InputError(f"schema: feature '{feature.name}' has no size of its table '{feature.table_name}'")
+                raise InputError(
+                    f"schema: feature '{feature.name}' has no size of its table '{feature.table_name}'"
+                )
     except InputError as error:
         raise InputError(f"data: '{path}': {error}; {_AGAIN}") from error
     return Metadata(**(value | {"schema": schema}))
@@ -183,4 +208,6 @@ def _digest_of_file(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"data: '{path}' cannot be read: {error.strerror}; {_AGAIN}") from error
+        raise InputError(
+            f"data: '{path}' cannot be read: {error.strerror}; {_AGAIN}"
+        ) from error

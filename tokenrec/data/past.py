@@ -21,8 +21,12 @@ class PastCounts:
         self._bits = self._span.bit_length()
         self._key, rank = np.unique(key, return_inverse=True)
         if len(self._key).bit_length() + self._bits > 62:
-            raise OverflowError(f"{len(self._key)} keys over a span of {self._span} do not pack into 63 bits")
-        self._pairs = np.sort(rank.astype(np.int64) << self._bits | (time - self._first))
+            raise OverflowError(
+                f"{len(self._key)} keys over a span of {self._span} do not pack into 63 bits"
+            )
+        self._pairs = np.sort(
+            rank.astype(np.int64) << self._bits | (time - self._first)
+        )
 
     def before(self, key: np.ndarray, time: np.ndarray) -> np.ndarray:
         """`key, time: [Q] -> [Q] int64`; an unseen key counts 0."""
@@ -32,5 +36,7 @@ class PastCounts:
         seen = self._key[np.minimum(rank, len(self._key) - 1)] == key
         pair = rank << self._bits
         low = np.searchsorted(self._pairs, pair)
-        high = np.searchsorted(self._pairs, pair | np.clip(time - self._first, 0, self._span))
+        high = np.searchsorted(
+            self._pairs, pair | np.clip(time - self._first, 0, self._span)
+        )
         return np.where(seen, high - low, 0)

@@ -74,11 +74,15 @@ def task_names(schema: Schema, config: DataConfig) -> tuple[str, ...]:
         )
     for name in config.tasks:
         if name not in known:
-            raise InputError(f"data.tasks: the data set has no task '{name}'{suggest(name, known)}")
+            raise InputError(
+                f"data.tasks: the data set has no task '{name}'{suggest(name, known)}"
+            )
     return tuple(config.tasks) or known
 
 
-def batch_shapes(schema: Schema, config: DataConfig, *, batch_size: int, ages: bool = False) -> dict[int, Batch]:
+def batch_shapes(
+    schema: Schema, config: DataConfig, *, batch_size: int, ages: bool = False
+) -> dict[int, Batch]:
     """Stream length -> `Batch` of `jax.ShapeDtypeStruct`, for every length that a pipeline yields; `ages` as there."""
     tasks = len(task_names(schema, config))
     retrieval = config.objective == "retrieval"
@@ -102,11 +106,17 @@ def batch_shapes(schema: Schema, config: DataConfig, *, batch_size: int, ages: b
             action=signals(schema.group("action"), batch_size, length),
             valid=jax.ShapeDtypeStruct((batch_size, length), np.bool_),
             target=signals(schema.state, batch_size, read) if nio else None,
-            labels=None if retrieval else jax.ShapeDtypeStruct((batch_size, read, tasks), np.int8),
+            labels=None
+            if retrieval
+            else jax.ShapeDtypeStruct((batch_size, read, tasks), np.int8),
             weight=jax.ShapeDtypeStruct((batch_size, read), np.float32),
-            items=jax.ShapeDtypeStruct((batch_size, length), np.int32) if retrieval else None,
+            items=jax.ShapeDtypeStruct((batch_size, length), np.int32)
+            if retrieval
+            else None,
             goals=jax.ShapeDtypeStruct(goals, np.int32) if retrieval else None,
-            codes=jax.ShapeDtypeStruct((*goals, len(schema.levels)), np.int32) if retrieval and schema.levels else None,
+            codes=jax.ShapeDtypeStruct((*goals, len(schema.levels)), np.int32)
+            if retrieval and schema.levels
+            else None,
             ages=jax.ShapeDtypeStruct((batch_size, length), np.int32) if ages else None,
         )
 
@@ -120,7 +130,9 @@ def stream_lengths(config: DataConfig) -> tuple[int, ...]:
 
 def steps_per_epoch(dataset: LogReader, config: DataConfig) -> int:
     """Full training batches of one epoch. Reads the split once."""
-    return _TrainOrder(_Windows(dataset, config, "train", train=True), 0).steps_per_epoch
+    return _TrainOrder(
+        _Windows(dataset, config, "train", train=True), 0
+    ).steps_per_epoch
 
 
 def train_batches(
@@ -147,8 +159,12 @@ def train_batches(
       InputError: no full batch, a split or task that is not there, shorter chunk heads than the config's history.
     """
     order = _TrainOrder(_Windows(dataset, config, "train", train=True, ages=ages), seed)
-    batches = grain.MapDataset.range(start, steps).map(lambda step: order.batch(int(step), own))
-    options = grain.ReadOptions(num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD)
+    batches = grain.MapDataset.range(start, steps).map(
+        lambda step: order.batch(int(step), own)
+    )
+    options = grain.ReadOptions(
+        num_threads=READ_THREADS, prefetch_buffer_size=BATCHES_AHEAD
+    )
     return iter(batches.to_iter_dataset(options))
 
 
@@ -175,7 +191,9 @@ def eval_batches(
     """
     windows = _Windows(dataset, config, split, train=False, ages=ages)
     total = sum(span.requests for span in windows.spans)
-    wanted = np.arange(limit) * total // limit if 0 < limit < total else np.arange(total)
+    wanted = (
+        np.arange(limit) * total // limit if 0 < limit < total else np.arange(total)
+    )
     return _eval_batches(windows, wanted, config.eval_batch_size, own)
 
 
@@ -196,7 +214,10 @@ def _eval_batches(
                 full = np.full(size, -1, np.int64)
                 part = members[start : start + size]
                 full[: len(part)] = part
-                yield windows.gather(number, _part(full, own), length), windows.identify(number, full, length)
+                yield (
+                    windows.gather(number, _part(full, own), length),
+                    windows.identify(number, full, length),
+                )
 
 
 def _part(chosen: np.ndarray, own: np.ndarray | None) -> np.ndarray:
@@ -247,14 +268,28 @@ class _NewestTwo[K, V]:
 class _Windows:
     """The windows of a split, of which the newest two are held in memory. Safe to use from several threads."""
 
-    def __init__(self, dataset: LogReader, config: DataConfig, split: str, *, train: bool, ages: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: LogReader,
+        config: DataConfig,
+        split: str,
+        *,
+        train: bool,
+        ages: bool = False,
+    ) -> None:
         if split not in dataset.splits:
-            raise InputError(f"the data set has no rows in split '{split}'{suggest(split, dataset.splits)}")
+            raise InputError(
+                f"the data set has no rows in split '{split}'{suggest(split, dataset.splits)}"
+            )
         _check_heads(dataset.metadata, config)
         self.config, self.lengths, self.split = config, stream_lengths(config), split
         self._dataset, self._train, self._ages = dataset, train, ages
         self._catalogue = _contiguous(dataset.catalogue)
-        self._context = _context_columns(dataset.schema) if config.objective == "retrieval" else None
+        self._context = (
+            _context_columns(dataset.schema)
+            if config.objective == "retrieval"
+            else None
+        )
         names = [task.name for task in dataset.schema.tasks]
         self._tasks = [names.index(name) for name in task_names(dataset.schema, config)]
         self._held = _NewestTwo(self._read)
@@ -281,18 +316,35 @@ class _Windows:
         """Who is read by samples of a window."""
         window, first_row = self.load(number), self.spans[number].first_row
         log, goals = window.log, self._context is not None
-        rows = rows_read(window.samples, chosen, length=length, candidates=self.config.candidates, goals=goals)
+        rows = rows_read(
+            window.samples,
+            chosen,
+            length=length,
+            candidates=self.config.candidates,
+            goals=goals,
+        )
         read = rows[rows >= 0]
         chunk, item = np.searchsorted(log.start, read, side="right") - 1, log.item[read]
         rows = np.where(rows >= 0, rows + first_row, -1)
-        return ReadRows(rows, log.user_id[chunk], self._catalogue.item_id[item], log.time[read], item, log.labels[read])
+        return ReadRows(
+            rows,
+            log.user_id[chunk],
+            self._catalogue.item_id[item],
+            log.time[read],
+            item,
+            log.labels[read],
+        )
 
     def _read(self, chunks: tuple[int, int]) -> _Window:
         log = self._dataset.load(self.split, *chunks)
         log = _contiguous(dataclasses.replace(log, labels=log.labels[:, self._tasks]))
         samples = cut_samples(log, self.config, train=self._train)
-        longest = samples.length - isinstance(samples, Streams) * (self.config.objective == "retrieval")
-        return _Window(log, samples, np.searchsorted(self.lengths, longest).astype(np.int8))
+        longest = samples.length - isinstance(samples, Streams) * (
+            self.config.objective == "retrieval"
+        )
+        return _Window(
+            log, samples, np.searchsorted(self.lengths, longest).astype(np.int8)
+        )
 
     def _plan(self) -> list[_Span]:
         """Cuts the split into windows of about equal size, and reads each once to count its samples."""
@@ -304,13 +356,25 @@ class _Windows:
         for start, stop in itertools.pairwise(edges):
             first_row = int(ends[start - 1]) if start else 0
             samples = self._held.get((start, stop)).samples
-            spans.append(_Span(start, stop, first_row, len(samples.length), int(samples.opens.sum())))
+            spans.append(
+                _Span(
+                    start,
+                    stop,
+                    first_row,
+                    len(samples.length),
+                    int(samples.opens.sum()),
+                )
+            )
         return spans
 
 
 def _contiguous[T: (Log, Catalogue)](arrays: T) -> T:
     """The arrays in C order, as `gather` needs them: leaving columns out, for one, gives another order."""
-    held = {name: np.ascontiguousarray(array) for name, array in vars(arrays).items() if array is not None}
+    held = {
+        name: np.ascontiguousarray(array)
+        for name, array in vars(arrays).items()
+        if array is not None
+    }
     return dataclasses.replace(arrays, **held)
 
 
@@ -319,7 +383,9 @@ def _context_columns(schema: Schema) -> ContextColumns:
     known = [f for f in schema.state if f.entity == "context"]
     ids, dense = np.zeros(place.ids_width, bool), np.zeros(place.dense_width, bool)
     for f in known:
-        (ids if f.is_integer else dense)[slice(*(place.ids if f.is_integer else place.dense)[f.name])] = True
+        (ids if f.is_integer else dense)[
+            slice(*(place.ids if f.is_integer else place.dense)[f.name])
+        ] = True
     return ContextColumns(ids, dense)
 
 
@@ -328,7 +394,9 @@ def _check_heads(metadata: Metadata, config: DataConfig) -> None:
     head = metadata.options.get("overlap")
     # Retrieval is evaluated request by request, each with its own history, whatever it learns from.
     streams = config.paradigm == "uc" and config.objective == "ranking"
-    field, needed = ("overlap", config.overlap) if streams else ("events", config.events)
+    field, needed = (
+        ("overlap", config.overlap) if streams else ("events", config.events)
+    )
     if head is not None and needed > head:
         raise InputError(
             f"data.{field}={needed} exceeds the {head} earlier events that the data set keeps at the head of a chunk; "
@@ -362,15 +430,22 @@ class _TrainOrder:
         number = int(visits[visit])
         buckets, chosen = self._held.get((epoch, number))
         at = step - int(ends[visit]) + len(buckets)
-        return self._windows.gather(number, _part(chosen[at], own), self._windows.lengths[buckets[at]])
+        return self._windows.gather(
+            number, _part(chosen[at], own), self._windows.lengths[buckets[at]]
+        )
 
     def _deal(self, visit: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Bucket `[n]` and samples `[n, batch_size]` of the n batches of an epoch in a window."""
         epoch, number = visit
-        random, bucket = self._random(epoch, number + 1), self._windows.load(number).bucket
+        random, bucket = (
+            self._random(epoch, number + 1),
+            self._windows.load(number).bucket,
+        )
         left, buckets, chosen = np.empty(0, np.int64), [], []
         for index in range(len(self._windows.lengths)):
-            members = random.permutation(np.concatenate([left, np.flatnonzero(bucket == index)]))
+            members = random.permutation(
+                np.concatenate([left, np.flatnonzero(bucket == index)])
+            )
             count = len(members) // self._size
             chosen.append(members[: count * self._size].reshape(count, self._size))
             buckets.append(np.full(count, index))
@@ -379,4 +454,6 @@ class _TrainOrder:
         return np.concatenate(buckets)[order], np.concatenate(chosen)[order]
 
     def _random(self, epoch: int, stream: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch, stream))))
+        return np.random.Generator(
+            np.random.Philox(np.random.SeedSequence((self._seed, epoch, stream)))
+        )

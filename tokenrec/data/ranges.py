@@ -18,16 +18,44 @@ _REMEDY = "it was changed, or belongs to another schema; prepare the data set ag
 
 def check_log(log: Log, schema: Schema, items: int, where: str) -> None:
     """Raises an InputError that names the first wrong value of a log. `items`: rows of the catalogue."""
-    _check_range(log.item, 0, items - 1, f"{where}: the item", "the catalogue has this many rows")
-    _check_range(log.labels, -1, 1, f"{where}: a label", "a label is 1, 0, or -1 where it is unknown")
-    _check_range(log.flags, 0, EVENT | SCORED | LEARNED, f"{where}: flags", "no other flag is known")
+    _check_range(
+        log.item, 0, items - 1, f"{where}: the item", "the catalogue has this many rows"
+    )
+    _check_range(
+        log.labels,
+        -1,
+        1,
+        f"{where}: a label",
+        "a label is 1, 0, or -1 where it is unknown",
+    )
+    _check_range(
+        log.flags,
+        0,
+        EVENT | SCORED | LEARNED,
+        f"{where}: flags",
+        "no other flag is known",
+    )
     if len(log.request):
-        _check_range(log.request, -1, np.iinfo(np.int64).max, f"{where}: request", "-1 is a request of one row")
+        _check_range(
+            log.request,
+            -1,
+            np.iinfo(np.int64).max,
+            f"{where}: request",
+            "-1 is a request of one row",
+        )
     for name, group in (("user", "user"), ("row", "row"), ("action", "action")):
         features = schema.group(group)  # type: ignore[arg-type]
-        _check_features(getattr(log, f"{name}_ids"), getattr(log, f"{name}_dense"), features, schema, where)
+        _check_features(
+            getattr(log, f"{name}_ids"),
+            getattr(log, f"{name}_dense"),
+            features,
+            schema,
+            where,
+        )
     later = log.time[1:] >= log.time[:-1]
-    later[log.start[(log.start > 0) & (log.start < log.rows)] - 1] = True  # another chunk begins
+    later[log.start[(log.start > 0) & (log.start < log.rows)] - 1] = (
+        True  # another chunk begins
+    )
     if not later.all():
         row = int(later.argmin()) + 1
         raise InputError(
@@ -45,26 +73,52 @@ def check_catalogue(catalogue: Catalogue, schema: Schema, where: str) -> None:
         ("ids", catalogue.ids, ("int32",), (schema.items, width.ids_width)),
         ("dense", catalogue.dense, ("float32",), (schema.items, width.dense_width)),
     ):
-        if array.shape != shape or (array.dtype.name if array.dtype.kind != "U" else "str") not in kinds:
-            raise InputError(f"{where}: {name} has the shape {array.shape} of {array.dtype}, not {shape}; {_REMEDY}")
+        if (
+            array.shape != shape
+            or (array.dtype.name if array.dtype.kind != "U" else "str") not in kinds
+        ):
+            raise InputError(
+                f"{where}: {name} has the shape {array.shape} of {array.dtype}, not {shape}; {_REMEDY}"
+            )
     _check_features(catalogue.ids, catalogue.dense, features, schema, where)
 
 
 def _check_features(
-    ids: np.ndarray, dense: np.ndarray, features: Sequence[Feature], schema: Schema, where: str
+    ids: np.ndarray,
+    dense: np.ndarray,
+    features: Sequence[Feature],
+    schema: Schema,
+    where: str,
 ) -> None:
     if ids.size:
-        tables = [(f, schema.tables[f.table_name]) for f in features if f.is_integer for _ in range(f.length)]
+        tables = [
+            (f, schema.tables[f.table_name])
+            for f in features
+            if f.is_integer
+            for _ in range(f.length)
+        ]
         # As an unsigned number a negative id is a large one.
-        wrong = ids.view(np.uint32).max(axis=0) >= np.array([rows for _, rows in tables], np.uint32)
+        wrong = ids.view(np.uint32).max(axis=0) >= np.array(
+            [rows for _, rows in tables], np.uint32
+        )
         if wrong.any():
             feature, rows = tables[int(wrong.argmax())]
             start, stop = columns(features).ids[feature.name]
             reason = f"its table '{feature.table_name}' has this many rows"
-            _check_range(ids[:, start:stop], 0, rows - 1, f"{where}: an id of the feature '{feature.name}'", reason)
+            _check_range(
+                ids[:, start:stop],
+                0,
+                rows - 1,
+                f"{where}: an id of the feature '{feature.name}'",
+                reason,
+            )
     if np.isinf(dense).any():
         place = int(np.isinf(dense).any(axis=0).argmax())
-        name = next(name for name, (start, stop) in columns(features).dense.items() if start <= place < stop)
+        name = next(
+            name
+            for name, (start, stop) in columns(features).dense.items()
+            if start <= place < stop
+        )
         row = int(np.isinf(dense[:, place]).argmax())
         raise InputError(
             f"{where}: feature '{name}' is {dense[row, place]} in row {row} of those read; a missing value is NaN, any "
@@ -72,10 +126,14 @@ def _check_features(
         )
 
 
-def _check_range(values: np.ndarray, least: int, most: int, what: str, reason: str) -> None:
+def _check_range(
+    values: np.ndarray, least: int, most: int, what: str, reason: str
+) -> None:
     if not values.size or (values.min() >= least and values.max() <= most):
         return
-    at = np.unravel_index(int(((values < least) | (values > most)).argmax()), values.shape)
+    at = np.unravel_index(
+        int(((values < least) | (values > most)).argmax()), values.shape
+    )
     raise InputError(
         f"{what} is {values[at]} in row {at[0]} of those read, which is not {least} to {most} ({reason}); {_REMEDY}"
     )

@@ -40,9 +40,13 @@ class PastRates:
       strength: rows of evidence that the overall rate g is worth.
     """
 
-    def __init__(self, keys: Sequence[RateKey], tasks: Sequence[str], *, strength: float = 20.0) -> None:
+    def __init__(
+        self, keys: Sequence[RateKey], tasks: Sequence[str], *, strength: float = 20.0
+    ) -> None:
         if not strength > 0:
-            raise InputError(f"strength={strength} must be above 0: a rate of few rows needs a prior")
+            raise InputError(
+                f"strength={strength} must be above 0: a rate of few rows needs a prior"
+            )
         self.keys = tuple(keys)
         self.tasks = tuple(tasks)
         self.strength = strength
@@ -56,8 +60,19 @@ class PastRates:
         features: list[Feature] = []
         for key in self.keys:
             item = key.entity == "item"
-            features += [Feature(f"rate_{key.name}_{t}", "dense", key.entity, per_row=item) for t in self.tasks]
-            features += [Feature(f"count_{key.name}", "dense", key.entity, transform="log1p", per_row=item)]
+            features += [
+                Feature(f"rate_{key.name}_{t}", "dense", key.entity, per_row=item)
+                for t in self.tasks
+            ]
+            features += [
+                Feature(
+                    f"count_{key.name}",
+                    "dense",
+                    key.entity,
+                    transform="log1p",
+                    per_row=item,
+                )
+            ]
         return tuple(features)
 
     def update(
@@ -79,9 +94,15 @@ class PastRates:
           Feature name -> `[R] float32`. A rate is NaN without a known label before it, all are NaN without a key.
         """
         if not len(time_ms):
-            return {feature.name: np.zeros(0, np.float32) for feature in self.features()}
-        if (np.diff(time_ms) < 0).any() or (self._latest is not None and time_ms[0] <= self._latest):
-            raise InputError(f"time_ms={time_ms[0]} follows {self._latest}: rates need rows in the order of time")
+            return {
+                feature.name: np.zeros(0, np.float32) for feature in self.features()
+            }
+        if (np.diff(time_ms) < 0).any() or (
+            self._latest is not None and time_ms[0] <= self._latest
+        ):
+            raise InputError(
+                f"time_ms={time_ms[0]} follows {self._latest}: rates need rows in the order of time"
+            )
         self._latest = int(time_ms[-1])
         entering = np.ones(len(time_ms), bool) if counted is None else counted
         values = np.empty((len(time_ms), 1 + 2 * len(self.tasks)), np.int32)
@@ -100,11 +121,15 @@ class PastRates:
                 known, positive = 1 + 2 * index, 2 + 2 * index
                 # One imaginary positive and negative keep g inside (0, 1) at the very start.
                 share = (overall[:, positive] + 1.0) / (overall[:, known] + 2.0)
-                rate = (before[:, positive] + self.strength * share) / (before[:, known] + self.strength)
+                rate = (before[:, positive] + self.strength * share) / (
+                    before[:, known] + self.strength
+                )
                 value = np.log(rate / (1 - rate)) - np.log(share / (1 - share))
                 value[~present | (before[:, known] == 0)] = np.nan
                 features[f"rate_{key.name}_{task}"] = value.astype(np.float32)
-            features[f"count_{key.name}"] = np.where(present, before[:, 0], np.nan).astype(np.float32)
+            features[f"count_{key.name}"] = np.where(
+                present, before[:, 0], np.nan
+            ).astype(np.float32)
         return features
 
     def _before(
@@ -121,12 +146,18 @@ class PastRates:
         group_start[1:] = key[rows][1:] != key[rows][:-1]
         ids = key[rows][group_start]
         group = np.cumsum(group_start) - 1
-        before[rows] = self._counters[name].get(ids)[group] + _earlier(group_start, time_ms[rows], values[rows])
-        self._counters[name].add(ids, np.add.reduceat(values[rows], np.flatnonzero(group_start)))
+        before[rows] = self._counters[name].get(ids)[group] + _earlier(
+            group_start, time_ms[rows], values[rows]
+        )
+        self._counters[name].add(
+            ids, np.add.reduceat(values[rows], np.flatnonzero(group_start))
+        )
         return before, present
 
 
-def _earlier(group_start: np.ndarray, time_ms: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _earlier(
+    group_start: np.ndarray, time_ms: np.ndarray, values: np.ndarray
+) -> np.ndarray:
     """Sums of `values: [R, width]` over the rows of the same group (a run of rows) with a strictly earlier time."""
     exclusive = np.cumsum(values, axis=0, dtype=np.int64) - values
     index = np.arange(len(values))
@@ -194,13 +225,18 @@ def _spill(batches: Iterable[pa.RecordBatch], folder: Path) -> dict[int, Path]:
             for span in np.unique(span_of).tolist():
                 if span not in writers:
                     if len(writers) == _MOST_SPILLS:
-                        low, high = (t * SPILL_MS // 86_400_000 for t in (min(writers), max(writers)))
+                        low, high = (
+                            t * SPILL_MS // 86_400_000
+                            for t in (min(writers), max(writers))
+                        )
                         raise InputError(
                             f"time_ms lies in more than {_MOST_SPILLS} spans of 6 hours, between days {low} and {high} "
                             "of 1970; check that it is in milliseconds, or prepare the log without rates"
                         )
                     paths[span] = folder / f"{span}.arrow"
-                    writers[span] = pa.ipc.new_stream(str(paths[span]), batch.schema, options=options)
+                    writers[span] = pa.ipc.new_stream(
+                        str(paths[span]), batch.schema, options=options
+                    )
                 writers[span].write_batch(batch.filter(pa.array(span_of == span)))
     finally:
         for writer in writers.values():

@@ -58,7 +58,12 @@ def row_dtype(schema: Schema) -> np.dtype:
 def user_dtype(schema: Schema) -> np.dtype:
     """A user's features."""
     user: Columns = columns(schema.group("user"))
-    return np.dtype([("user_ids", "<i4", (user.ids_width,)), ("user_dense", "<f4", (user.dense_width,))])
+    return np.dtype(
+        [
+            ("user_ids", "<i4", (user.ids_width,)),
+            ("user_dense", "<f4", (user.dense_width,)),
+        ]
+    )
 
 
 class Chunk(NamedTuple):
@@ -139,8 +144,16 @@ def decode(record: bytes) -> Chunk:
     try:
         feature = _example_type().FromString(record).features.feature
         user = feature["user_id"]
-        user_id = user.int64_list.value[0] if user.HasField("int64_list") else user.bytes_list.value[0].decode()
-        return Chunk(user_id, feature["user"].bytes_list.value[0], feature["rows"].bytes_list.value[0])
+        user_id = (
+            user.int64_list.value[0]
+            if user.HasField("int64_list")
+            else user.bytes_list.value[0].decode()
+        )
+        return Chunk(
+            user_id,
+            feature["user"].bytes_list.value[0],
+            feature["rows"].bytes_list.value[0],
+        )
     except (_decode_error(), IndexError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from error
 
@@ -167,24 +180,37 @@ def record_features(schema: Schema, user_id_type: str) -> Any:
     user, rows = user_dtype(schema), row_dtype(schema)
     return tfds.features.FeaturesDict(
         {
-            "user_id": tfds.features.Scalar(np.object_ if user_id_type == "string" else np.int64),
-            "user": tfds.features.Scalar(np.object_, doc=f"np.frombuffer(user, {user.descr})"),
-            "rows": tfds.features.Scalar(np.object_, doc=f"np.frombuffer(rows, {rows.descr})"),
+            "user_id": tfds.features.Scalar(
+                np.object_ if user_id_type == "string" else np.int64
+            ),
+            "user": tfds.features.Scalar(
+                np.object_, doc=f"np.frombuffer(user, {user.descr})"
+            ),
+            "rows": tfds.features.Scalar(
+                np.object_, doc=f"np.frombuffer(rows, {rows.descr})"
+            ),
         }
     )
 
 
-def write_metadata(directory: Path, shards: dict[str, Shards], metadata: Metadata) -> None:
+def write_metadata(
+    directory: Path, shards: dict[str, Shards], metadata: Metadata
+) -> None:
     """Writes `dataset_info.json` and `features.json`, so that `tfds.builder_from_directory(directory)` opens it."""
     import tensorflow_datasets as tfds
 
-    template = tfds.core.ShardedFileTemplate(data_dir=directory, dataset_name=NAME, filetype_suffix="array_record")
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=directory, dataset_name=NAME, filetype_suffix="array_record"
+    )
     tfds.folder_dataset.write_metadata(
         data_dir=directory,
         features=record_features(metadata.schema, metadata.key_types["user_id"]),
         split_infos=[
             tfds.core.SplitInfo(
-                name=split, shard_lengths=written.lengths, num_bytes=written.num_bytes, filename_template=template
+                name=split,
+                shard_lengths=written.lengths,
+                num_bytes=written.num_bytes,
+                filename_template=template,
             )
             for split, written in shards.items()
         ],
@@ -208,7 +234,10 @@ def shard_lengths(info: Path) -> dict[str, list[int]]:
     """
     value = read_json(info, "data:", "prepare the data set again")
     try:
-        return {str(s["name"]): [int(n) for n in s["shardLengths"]] for s in value.get("splits", ())}
+        return {
+            str(s["name"]): [int(n) for n in s["shardLengths"]]
+            for s in value.get("splits", ())
+        }
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"data: '{info}' does not tell the records of each shard ({type(error).__name__}: {error}); prepare the "
@@ -216,7 +245,9 @@ def shard_lengths(info: Path) -> dict[str, list[int]]:
         ) from error
 
 
-def read_records(directory: Path, split: str, lengths: list[int], start: int, stop: int) -> Iterator[list[bytes]]:
+def read_records(
+    directory: Path, split: str, lengths: list[int], start: int, stop: int
+) -> Iterator[list[bytes]]:
     """Records [start, stop) of a split, at most `READ_CHUNKS` at a time.
 
     Raises:
@@ -227,19 +258,27 @@ def read_records(directory: Path, split: str, lengths: list[int], start: int, st
         begin, end = max(start - first, 0), min(stop - first, length)
         first += length
         if begin < end:
-            yield from _read_shard(shard_path(directory, split, shard, len(lengths)), length, begin, end)
+            yield from _read_shard(
+                shard_path(directory, split, shard, len(lengths)), length, begin, end
+            )
 
 
 def _read_shard(path: Path, length: int, begin: int, end: int) -> Iterator[list[bytes]]:
     if not path.is_file():
-        raise InputError(f"data: the shard '{path}' is missing; prepare the data set again")
+        raise InputError(
+            f"data: the shard '{path}' is missing; prepare the data set again"
+        )
     try:
-        with contextlib.closing(ArrayRecordReader(os.fspath(path), RANDOM_ACCESS)) as reader:
+        with contextlib.closing(
+            ArrayRecordReader(os.fspath(path), RANDOM_ACCESS)
+        ) as reader:
             held = reader.num_records()
             for at in range(begin, end if held == length else begin, READ_CHUNKS):
                 yield reader.read(at, min(at + READ_CHUNKS, end))
     except RuntimeError as error:
-        raise InputError(f"data: the shard '{path}' is damaged: {error}; prepare the data set again") from error
+        raise InputError(
+            f"data: the shard '{path}' is damaged: {error}; prepare the data set again"
+        ) from error
     if held != length:
         raise InputError(
             f"data: the shard '{path}' holds {held} records, not {length}; it belongs to another data set, so prepare "

@@ -87,7 +87,9 @@ def cut_samples(log: Log, config: DataConfig, *, train: bool) -> Samples:
     known = (log.labels >= 0).any(axis=1)
     if config.paradigm == "nio":
         scored = (log.flags & SCORED) != 0
-        return _cut_requests(log, scored & known if train else scored, config.events, config.candidates)
+        return _cut_requests(
+            log, scored & known if train else scored, config.events, config.candidates
+        )
     stray = np.flatnonzero((log.flags & (SCORED | EVENT)) == SCORED)
     if stray.size:
         raise InputError(
@@ -109,29 +111,47 @@ def _cut_goals(log: Log, config: DataConfig, *, train: bool) -> Samples:
         return _cut_requests(log, goal, config.events, config.candidates)
     _, before = _events(log)
     goal &= (log.flags & EVENT) != 0
-    goal &= before[:-1] > before[log.start[:-1]][_chunks(log)]  # an event must come before it to be read
+    goal &= (
+        before[:-1] > before[log.start[:-1]][_chunks(log)]
+    )  # an event must come before it to be read
     # One event more than the model reads: the last one of a stream is a goal only.
     return _cut_streams(log, goal, config.events + 1, config.overlap, siblings=False)
 
 
-def _cut_requests(log: Log, scored: np.ndarray, events: int, candidates: int) -> Requests:
+def _cut_requests(
+    log: Log, scored: np.ndarray, events: int, candidates: int
+) -> Requests:
     event_rows, before = _events(log)
     group = _time_groups(log)
     rows = np.flatnonzero(scored)
     rows = rows[np.lexsort((log.request[rows], group[rows]))]
     groups, requests = group[rows], log.request[rows]
     opens = np.ones(len(rows), bool)
-    opens[1:] = (groups[1:] != groups[:-1]) | (requests[1:] != requests[:-1]) | (requests[1:] < 0)
+    opens[1:] = (
+        (groups[1:] != groups[:-1])
+        | (requests[1:] != requests[:-1])
+        | (requests[1:] < 0)
+    )
     rank = np.arange(len(rows))
     rank -= np.maximum.accumulate(np.where(opens, rank, 0))
     first = np.flatnonzero(rank % candidates == 0)
     chunk = _chunks(log)[rows[first]]
     stop = before[groups[first]]
     length = np.minimum(events, stop - before[log.start[chunk]]).astype(np.int32)
-    return Requests(event_rows, chunk, stop, length, np.append(first, len(rows)), rows, rank[first] == 0)
+    return Requests(
+        event_rows,
+        chunk,
+        stop,
+        length,
+        np.append(first, len(rows)),
+        rows,
+        rank[first] == 0,
+    )
 
 
-def _cut_streams(log: Log, read: np.ndarray, events: int, overlap: int, *, siblings: bool) -> Streams:
+def _cut_streams(
+    log: Log, read: np.ndarray, events: int, overlap: int, *, siblings: bool
+) -> Streams:
     event_rows, before = _events(log)
     group = _time_groups(log)
     # The first event of a group of equal time is the one with as many events before it as before the whole group.
@@ -147,8 +167,14 @@ def _cut_streams(log: Log, read: np.ndarray, events: int, overlap: int, *, sibli
     own_chunk = _chunks(log)[rows]
     own_length = np.minimum(events - 1, earlier[rows] - begin[own_chunk]) + 1
     sibling = np.repeat([False, True], [len(chunk), len(rows)])
-    chunk, stop = np.concatenate([chunk, own_chunk]), np.concatenate([stop, earlier[rows]])
-    length, first_read = np.concatenate([length, own_length]), np.concatenate([first_read, rows])
+    chunk, stop = (
+        np.concatenate([chunk, own_chunk]),
+        np.concatenate([stop, earlier[rows]]),
+    )
+    length, first_read = (
+        np.concatenate([length, own_length]),
+        np.concatenate([first_read, rows]),
+    )
     order = np.argsort(first_read, kind="stable")
     return Streams(
         event_rows,
@@ -180,7 +206,9 @@ def _cut_greedily(
         found.append((active, stop, stop - start, read))
         pointer[active] = np.searchsorted(positions, stop)
         active = active[pointer[active] < limit[active]]
-    chunk, stop, length, read = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    chunk, stop, length, read = (
+        np.concatenate(parts) for parts in zip(*found, strict=True)
+    )
     return chunk, stop, length, read
 
 

@@ -34,7 +34,9 @@ MOST_ROWS = 2**31 - 1  # of a table: its ids are int32
 LONGEST = 1 << 16  # values of one feature in a row
 _LONGEST_NAME = 200  # bytes, as a file of the vocabularies bears the name of its table
 
-Kind = Literal["categorical", "multi_valued", "dense", "embedding", "semantic_id", "text"]
+Kind = Literal[
+    "categorical", "multi_valued", "dense", "embedding", "semantic_id", "text"
+]
 Entity = Literal["user", "context", "item", "action"]
 Group = Literal["user", "catalogue", "row", "action"]
 Transform = Literal["identity", "log1p"]
@@ -129,7 +131,10 @@ def columns(features: Iterable[Feature]) -> Columns:
     for feature in features:
         start = widths[feature.is_integer]
         widths[feature.is_integer] = start + feature.length
-        (ids if feature.is_integer else dense)[feature.name] = (start, start + feature.length)
+        (ids if feature.is_integer else dense)[feature.name] = (
+            start,
+            start + feature.length,
+        )
     return Columns(ids, dense)
 
 
@@ -168,7 +173,9 @@ class Schema:
         for feature in self.features:
             if feature.name == name:
                 return feature
-        raise InputError(f"feature '{name}' is not in the schema{suggest(name, (f.name for f in self.features))}")
+        raise InputError(
+            f"feature '{name}' is not in the schema{suggest(name, (f.name for f in self.features))}"
+        )
 
     def without(self, names: Iterable[str]) -> Schema:
         """The schema less the named features, and less the tables that only they used."""
@@ -182,7 +189,9 @@ class Schema:
         value = dataclasses.asdict(self)
         for name in ("codes_digest", "ids_digest"):
             if not value[name]:
-                del value[name]  # nothing to tell apart; runs from before there was one stay as they are
+                del value[
+                    name
+                ]  # nothing to tell apart; runs from before there was one stay as they are
         return value
 
     @staticmethod
@@ -209,12 +218,20 @@ def _from_dict[T](kind: type[T], value: Any) -> T:
     hints = typing.get_type_hints(kind)
     for key, held in value.items():
         if key not in hints:
-            raise InputError(f"schema: {kind.__name__} has no field '{key}'{suggest(key, hints)}")
-        choices = get_args(hints[key]) if typing.get_origin(hints[key]) is Literal else ()
-        if not has_type(held, hints[key]) and not (choices and isinstance(held, str)):  # `_problems` knows the choices
+            raise InputError(
+                f"schema: {kind.__name__} has no field '{key}'{suggest(key, hints)}"
+            )
+        choices = (
+            get_args(hints[key]) if typing.get_origin(hints[key]) is Literal else ()
+        )
+        if not has_type(held, hints[key]) and not (
+            choices and isinstance(held, str)
+        ):  # `_problems` knows the choices
             kinds = "one of " + ", ".join(choices) if choices else hint_name(hints[key])
             named = f" '{value['name']}'" if "name" in value else ""
-            raise InputError(f"schema: {kind.__name__}{named}: {key}={held!r} is not {kinds}")
+            raise InputError(
+                f"schema: {kind.__name__}{named}: {key}={held!r} is not {kinds}"
+            )
     try:
         return kind(**value)
     except TypeError as error:
@@ -237,7 +254,11 @@ def _problems(schema: Schema) -> Iterable[str]:
         if not FIRST_KNOWN <= rows <= MOST_ROWS:
             yield f"table '{name}': rows={rows} must be {FIRST_KNOWN} to {MOST_ROWS}"
     for f in schema.features:
-        for field, kind in (("kind", Kind), ("entity", Entity), ("transform", Transform)):
+        for field, kind in (
+            ("kind", Kind),
+            ("entity", Entity),
+            ("transform", Transform),
+        ):
             value = getattr(f, field)
             if value not in get_args(kind):
                 yield f"feature '{f.name}': {field}={value!r}{suggest(str(value), get_args(kind))}"
@@ -272,7 +293,11 @@ def _text_problems(features: tuple[Feature, ...]) -> Iterable[str]:
     texts = [f for f in features if f.kind == "text"]
     for f in texts:
         if f.group not in ("user", "catalogue"):
-            where = "is an item feature with per_row" if f.per_row else f"has the entity {f.entity}"
+            where = (
+                "is an item feature with per_row"
+                if f.per_row
+                else f"has the entity {f.entity}"
+            )
             yield f"feature '{f.name}': {where}, but a text belongs to a user or to an item of the catalogue"
         if f.codes < BYTES:
             yield f"feature '{f.name}': codes={f.codes}; a text needs its vocabulary size, at least {BYTES}"

@@ -23,14 +23,20 @@ def with_semantic_id(schema: Schema, codes: np.ndarray) -> Schema:
       InputError: the schema has a feature of that name already.
     """
     if any(f.name == SEMANTIC_ID for f in schema.features):
-        raise InputError(f"data.semantic_ids: the data set has a feature '{SEMANTIC_ID}' of its own; leave one out")
+        raise InputError(
+            f"data.semantic_ids: the data set has a feature '{SEMANTIC_ID}' of its own; leave one out"
+        )
     levels = tuple(int(top) + 1 for top in codes.max(axis=0))
-    feature = Feature(SEMANTIC_ID, "semantic_id", "item", length=len(levels), codes=max(levels))
+    feature = Feature(
+        SEMANTIC_ID, "semantic_id", "item", length=len(levels), codes=max(levels)
+    )
     # Columns of a group lie in the order of its features: last in the catalogue is last in the catalogue's columns.
     features = (*schema.features, feature)
     tables = schema.tables | {SEMANTIC_ID: semantic_rows(feature)}
     digest = hashlib.sha256(np.ascontiguousarray(codes, "<i4")).hexdigest()
-    return dataclasses.replace(schema, features=features, tables=tables, levels=levels, codes_digest=digest)
+    return dataclasses.replace(
+        schema, features=features, tables=tables, levels=levels, codes_digest=digest
+    )
 
 
 def semantic_columns(codes: np.ndarray) -> np.ndarray:

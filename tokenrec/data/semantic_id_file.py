@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokenrec.errors import InputError
-from tokenrec.runtime.files import replacing
+from tokenrec.runtime.files import atomic_replace
 
 SEMANTIC_IDS = "semantic_ids.parquet"
 _DIGEST = b"sha256"
@@ -34,12 +34,16 @@ def load_semantic_ids(path: Path) -> SemanticIds:
     """
     file = Path(path) / SEMANTIC_IDS if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise InputError(f"semantic ids '{file}' do not exist; make them with `tokenrec semantic-ids`")
+        raise InputError(
+            f"semantic ids '{file}' do not exist; make them with `tokenrec semantic-ids`"
+        )
     try:
         table = pq.read_table(file, page_checksum_verification=True)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise InputError(f"semantic ids '{file}' are not a Parquet file: {error}; make them again") from error
+        raise InputError(
+            f"semantic ids '{file}' are not a Parquet file: {error}; make them again"
+        ) from error
     if set(table.column_names) != {"item_id", "codes"}:
         raise InputError(
             f"semantic ids '{file}' have the columns {', '.join(table.column_names)}, not item_id and codes; "
@@ -47,9 +51,13 @@ def load_semantic_ids(path: Path) -> SemanticIds:
         )
     item_id = _item_ids(table["item_id"], file)
     ids = SemanticIds(item_id, _codes(table["codes"], item_id, file))
-    written = (table.schema.metadata or {}).get(_DIGEST)  # None in a file of another's, or from before there was one
+    written = (table.schema.metadata or {}).get(
+        _DIGEST
+    )  # None in a file of another's, or from before there was one
     if written not in (None, _digest(ids)):
-        raise InputError(f"semantic ids '{file}' are damaged: not what was written; make them again")
+        raise InputError(
+            f"semantic ids '{file}' are damaged: not what was written; make them again"
+        )
     return _checked(ids, f"semantic ids '{file}'")
 
 
@@ -58,10 +66,16 @@ def save_semantic_ids(ids: SemanticIds, file: Path) -> None:
     _checked(ids, "semantic ids")
     rows, levels = ids.codes.shape
     offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * levels)
-    codes = pa.ListArray.from_arrays(offsets, pa.array(ids.codes.ravel().astype(np.int32)))
-    item_id = pa.array(ids.item_id, pa.int64() if ids.item_id.dtype.kind == "i" else pa.string())
-    table = pa.table({"item_id": item_id, "codes": codes}).replace_schema_metadata({_DIGEST: _digest(ids)})
-    with replacing(file) as partial:
+    codes = pa.ListArray.from_arrays(
+        offsets, pa.array(ids.codes.ravel().astype(np.int32))
+    )
+    item_id = pa.array(
+        ids.item_id, pa.int64() if ids.item_id.dtype.kind == "i" else pa.string()
+    )
+    table = pa.table({"item_id": item_id, "codes": codes}).replace_schema_metadata(
+        {_DIGEST: _digest(ids)}
+    )
+    with atomic_replace(file) as partial:
         pq.write_table(table, partial, write_page_checksum=True)
 
 
@@ -118,13 +132,19 @@ def _item_ids(column: pa.ChunkedArray, file: Path) -> np.ndarray:
 
 def _codes(column: pa.ChunkedArray, item_id: np.ndarray, file: Path) -> np.ndarray:
     kind = column.type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
-        raise InputError(f"semantic ids '{file}': codes has the type {kind}; it holds a list of int32 in each row")
+    if not (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    ) or not pa.types.is_integer(kind.value_type):
+        raise InputError(
+            f"semantic ids '{file}': codes has the type {kind}; it holds a list of int32 in each row"
+        )
     array = column.combine_chunks()
     lengths = np.diff(array.offsets.to_numpy())
     flat = array.flatten()
     if array.null_count or flat.null_count:
-        raise InputError(f"semantic ids '{file}': codes holds a null; give every item its codes")
+        raise InputError(
+            f"semantic ids '{file}': codes holds a null; give every item its codes"
+        )
     if len(lengths) and (lengths != lengths[0]).any():
         row = int((lengths != lengths[0]).argmax())
         raise InputError(
@@ -134,14 +154,18 @@ def _codes(column: pa.ChunkedArray, item_id: np.ndarray, file: Path) -> np.ndarr
     try:
         values = flat.cast(pa.int32()).to_numpy()
     except pa.ArrowInvalid as error:
-        raise InputError(f"semantic ids '{file}': a code is no int32: {error}; make them again") from error
+        raise InputError(
+            f"semantic ids '{file}': a code is no int32: {error}; make them again"
+        ) from error
     return values.reshape(len(lengths), int(lengths[0]) if len(lengths) else 0)
 
 
 def _checked(ids: SemanticIds, where: str) -> SemanticIds:
     item_id, codes = ids.item_id, ids.codes
     if not codes.size:
-        raise InputError(f"{where}: no item has a code; make them with `tokenrec semantic-ids`")
+        raise InputError(
+            f"{where}: no item has a code; make them with `tokenrec semantic-ids`"
+        )
     negative = (codes < 0).any(axis=1)
     if negative.any():
         row = int(negative.argmax())
@@ -151,7 +175,9 @@ def _checked(ids: SemanticIds, where: str) -> SemanticIds:
     order = np.argsort(item_id, kind="stable")
     twice = np.flatnonzero(item_id[order][1:] == item_id[order][:-1])
     if len(twice):
-        raise InputError(f"{where}: item_id={item_id[order][twice[0]].item()!r} occurs twice; keep one row of it")
+        raise InputError(
+            f"{where}: item_id={item_id[order][twice[0]].item()!r} occurs twice; keep one row of it"
+        )
     group = collision_groups(codes)
     order = np.argsort(group, kind="stable")
     twice = np.flatnonzero(group[order][1:] == group[order][:-1])

@@ -62,7 +62,7 @@ class Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class LogPart:
     """A run of a source's rows that can be read apart from the others, on any machine: it pickles.
 
     `name` says in messages where the rows are.
@@ -72,14 +72,14 @@ class Part:
     read: Callable[[], Iterator[pa.RecordBatch]]
 
 
-class PartedSource(Source, Protocol):
+class PartitionedSource(Source, Protocol):
     """A raw log that many machines can read at once, and whose users need not fit into one."""
 
-    def row_parts(self) -> Sequence[Part]:
+    def row_parts(self) -> Sequence[LogPart]:
         """Parts whose batches, part after part, are those of `rows`."""
         ...
 
-    def user_parts(self) -> Sequence[Part]:
+    def user_parts(self) -> Sequence[LogPart]:
         """Parts whose batches, part after part, are `users`."""
         ...
 

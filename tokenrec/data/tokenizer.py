@@ -21,7 +21,7 @@ import numpy as np
 from tokenrec.data.metadata import checked_file
 from tokenrec.data.schema import BYTES, FIRST_KNOWN, MISSING
 from tokenrec.errors import InputError
-from tokenrec.runtime.files import write_whole
+from tokenrec.runtime.files import write_text_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,10 +53,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
       InputError: `vocabulary` is below 256, or the library is not installed.
     """
     if vocabulary < BYTES:
-        raise InputError(f"vocabulary={vocabulary} is below {BYTES}, the number of bytes; make it larger")
+        raise InputError(
+            f"vocabulary={vocabulary} is below {BYTES}, the number of bytes; make it larger"
+        )
     lib = tokenizers_library()
     tokenizer = lib.Tokenizer(lib.models.BPE())
-    tokenizer.normalizer = lib.normalizers.Sequence([lib.normalizers.NFKC(), lib.normalizers.Lowercase()])
+    tokenizer.normalizer = lib.normalizers.Sequence(
+        [lib.normalizers.NFKC(), lib.normalizers.Lowercase()]
+    )
     # The space in front makes a word one token wherever it stands.
     tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = lib.decoders.ByteLevel()
@@ -78,7 +82,7 @@ def table_rows(tokenizer: Tokenizer) -> int:
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> Path:
     """Writes `tokenizer.json`, whole or not at all; returns its path."""
     path = Path(directory) / TOKENIZER_FILE
-    write_whole(path, tokenizer.to_str(pretty=True) + "\n")
+    write_text_atomically(path, tokenizer.to_str(pretty=True) + "\n")
     return path
 
 
@@ -98,10 +102,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     try:
         return library.Tokenizer.from_file(os.fspath(path))
     except Exception as error:  # the library raises no finer one
-        raise InputError(f"data: cannot read '{path}': {error}; prepare the data set again") from error
+        raise InputError(
+            f"data: cannot read '{path}': {error}; prepare the data set again"
+        ) from error
 
 
-def encode_text(tokenizer: Tokenizer, text: str, length: int | None = None) -> np.ndarray:
+def encode_text(
+    tokenizer: Tokenizer, text: str, length: int | None = None
+) -> np.ndarray:
     """Ids of one text: `[length] int32`, cut at the right end or filled up with 0; without a length all of its tokens.
 
     Raises:
@@ -110,17 +118,23 @@ def encode_text(tokenizer: Tokenizer, text: str, length: int | None = None) -> n
     try:
         tokens = tokenizer.encode(text, add_special_tokens=False).ids
     except TypeError as error:
-        raise InputError(f"text {text!r} is no Unicode string: {error}; correct it") from error
+        raise InputError(
+            f"text {text!r} is no Unicode string: {error}; correct it"
+        ) from error
     ids = np.full(len(tokens) if length is None else length, MISSING, np.int32)
     kept = tokens[: len(ids)]
     ids[: len(kept)] = np.array(kept, np.int32) + FIRST_KNOWN
     return ids
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str | None], length: int) -> np.ndarray:
+def encode_texts(
+    tokenizer: Tokenizer, texts: Sequence[str | None], length: int
+) -> np.ndarray:
     """Ids of many texts: `[n, length] int32`, as by `encode_text`; all 0 where None."""
     present = [i for i, text in enumerate(texts) if text is not None]
-    encoded = tokenizer.encode_batch_fast([texts[i] for i in present], add_special_tokens=False)
+    encoded = tokenizer.encode_batch_fast(
+        [texts[i] for i in present], add_special_tokens=False
+    )
     ids = np.full((len(texts), length), MISSING, np.int32)
     for i, encoding in zip(present, encoded, strict=True):
         kept = encoding.ids[:length]

@@ -70,13 +70,23 @@ class ValueIndex:
             return np.full(len(values), -1, np.int32)
         kind = "int64" if pa.types.is_int64(values.type) else "string"
         if self.type not in ("", kind):
-            raise InputError(f"{where} holds {kind} values, but {self.type} values came before; give it one type")
+            raise InputError(
+                f"{where} holds {kind} values, but {self.type} values came before; give it one type"
+            )
         self.type = kind
         encoded = values.dictionary_encode()
         distinct = encoded.dictionary
         table = np.full(len(distinct) + 1, -1, np.int32)  # the last entry is for nulls
-        table[:-1] = self._add_integers(distinct.to_numpy()) if kind == "int64" else self._add(distinct.to_pylist())
-        indices = encoded.indices.fill_null(len(distinct)) if encoded.null_count else encoded.indices
+        table[:-1] = (
+            self._add_integers(distinct.to_numpy())
+            if kind == "int64"
+            else self._add(distinct.to_pylist())
+        )
+        indices = (
+            encoded.indices.fill_null(len(distinct))
+            if encoded.null_count
+            else encoded.indices
+        )
         return table[indices.to_numpy(zero_copy_only=False)]
 
     def values(self) -> np.ndarray:
@@ -90,7 +100,9 @@ class ValueIndex:
 
     def _add(self, values: Iterable[str]) -> np.ndarray:
         strings = self._strings
-        codes = np.array([strings.setdefault(value, len(strings)) for value in values], np.int32)
+        codes = np.array(
+            [strings.setdefault(value, len(strings)) for value in values], np.int32
+        )
         self.size = len(strings)
         return codes
 
@@ -108,7 +120,9 @@ class ValueIndex:
             self.size += len(new)
             by_value = new[np.argsort(values[new])]
             self._runs.append((values[by_value], out[by_value]))
-            while len(self._runs) > 1 and 2 * len(self._runs[-1][0]) > len(self._runs[-2][0]):
+            while len(self._runs) > 1 and 2 * len(self._runs[-1][0]) > len(
+                self._runs[-2][0]
+            ):
                 self._runs.append(_merge(*self._runs.pop(), *self._runs.pop()))
         return out
 
@@ -136,7 +150,9 @@ class TableValues:
         order = marked[np.argsort(values[marked], kind="stable")]
         final = np.full(len(values) + FIRST_KNOWN, UNKNOWN, np.int32)
         final[MISSING] = MISSING
-        final[order + FIRST_KNOWN] = np.arange(FIRST_KNOWN, FIRST_KNOWN + len(order), dtype=np.int32)
+        final[order + FIRST_KNOWN] = np.arange(
+            FIRST_KNOWN, FIRST_KNOWN + len(order), dtype=np.int32
+        )
         return values[order], final
 
 
@@ -190,7 +206,9 @@ def load_vocabulary(directory: Path, table: str) -> np.ndarray:
         values.validate(full=True)
         return values.to_numpy()
     except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
-        raise InputError(f"data: cannot read '{path}': {error}; prepare the data set again") from error
+        raise InputError(
+            f"data: cannot read '{path}': {error}; prepare the data set again"
+        ) from error
 
 
 def canonical(values: pa.Array, where: str) -> pa.Array:
@@ -205,10 +223,14 @@ def canonical(values: pa.Array, where: str) -> pa.Array:
         try:
             return values.cast(pa.int64())
         except pa.ArrowInvalid as error:
-            raise InputError(f"{where} holds a value that is not an int64: {error}; write it as a string") from error
+            raise InputError(
+                f"{where} holds a value that is not an int64: {error}; write it as a string"
+            ) from error
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return values.cast(pa.string())
-    raise InputError(f"{where} has the type {kind}, but ids are int64 or string; cast it")
+    raise InputError(
+        f"{where} has the type {kind}, but ids are int64 or string; cast it"
+    )
 
 
 def _merge(

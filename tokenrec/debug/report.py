@@ -11,27 +11,33 @@ import numpy as np
 from tokenrec.data.batch import Batch, HostBatch, Signals
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.schema import Feature, columns
-from tokenrec.ops.tables.exchange import ids_of, stored_rows
-from tokenrec.state import Model
+from tokenrec.ops.tables.exchange import from_storage_index, stored_rows
+from tokenrec.state import ModelSpec
 
 LISTED = 10  # weights and samples in the report
 EXTREMES = 3  # numbers of a sample
 
 
 def table_gradients(
-    model: Model, places: dict[str, np.ndarray], by_row: dict[str, np.ndarray]
+    model: ModelSpec, places: dict[str, np.ndarray], by_row: dict[str, np.ndarray]
 ) -> Iterator[dict[str, Any]]:
     """Of each table: the norm of its rows' gradients, each row once, and how many numbers of them are not finite."""
     for name, stack in model.embedder.stacks.items():
         rows = stored_rows(stack.rows) if stack.spread else stack.rows
         real = places[name] < rows
         at = places[name][real]
-        ids, inverse = np.unique(ids_of(at, rows) if stack.spread else at, return_inverse=True)
+        ids, inverse = np.unique(
+            from_storage_index(at, rows) if stack.spread else at, return_inverse=True
+        )
         total = np.zeros((len(ids), stack.width))
         with np.errstate(all="ignore"):
-            np.add.at(total, inverse, by_row[name][real])  # batch shards have gradients of one row each
+            np.add.at(
+                total, inverse, by_row[name][real]
+            )  # batch shards have gradients of one row each
             for table, first in stack.offsets.items():
-                own = total[(ids >= first) & (ids < first + model.embedder.tables[table])]
+                own = total[
+                    (ids >= first) & (ids < first + model.embedder.tables[table])
+                ]
                 yield {
                     "table": table,
                     "gradient_norm": jsonable(np.sqrt(np.sum(np.square(own)))),
@@ -46,24 +52,48 @@ def first_not_finite(
     """Where the first number that is not finite is, on the way forward and then back, and of which samples."""
     *layers, read = samples["layers"]
     stages = [
-        {f"feature '{name}' of {part}": bad for part, of in samples["features"].items() for name, bad in of.items()},
+        {
+            f"feature '{name}' of {part}": bad
+            for part, of in samples["features"].items()
+            for name, bad in of.items()
+        },
         {f"tokens of {role}": bad for role, bad in samples["tokens"].items()},
-        *({f"layer {number} (0 to {len(layers) - 1})": bad} for number, bad in enumerate(layers)),
+        *(
+            {f"layer {number} (0 to {len(layers) - 1})": bad}
+            for number, bad in enumerate(layers)
+        ),
         {"the norm above the layers": read},
         {"the head and its loss": ~np.isfinite(samples["losses"])},
     ]
     for stage in stages:
-        found = {name: np.flatnonzero(bad) for name, bad in stage.items() if np.any(bad)}
+        found = {
+            name: np.flatnonzero(bad) for name, bad in stage.items() if np.any(bad)
+        }
         if found:
-            return {"where": sorted(found), "samples": sorted({int(n) for of in found.values() for n in of})}
-    names = [f"gradient of {of.get('weight', of.get('table'))}" for of in (*weights, *tables) if of["not_finite"]]
-    return {"where": names or ["the gradient norm, whose parts are finite: their squares are not"], "samples": []}
+            return {
+                "where": sorted(found),
+                "samples": sorted({int(n) for of in found.values() for n in of}),
+            }
+    names = [
+        f"gradient of {of.get('weight', of.get('table'))}"
+        for of in (*weights, *tables)
+        if of["not_finite"]
+    ]
+    return {
+        "where": names
+        or ["the gradient norm, whose parts are finite: their squares are not"],
+        "samples": [],
+    }
 
 
-def worst_samples(model: Model, dataset: Dataset, host: HostBatch, losses: np.ndarray) -> Iterator[dict[str, Any]]:
+def worst_samples(
+    model: ModelSpec, dataset: Dataset, host: HostBatch, losses: np.ndarray
+) -> Iterator[dict[str, Any]]:
     """The samples of the largest losses, those that are not finite first: whose they are, and their extreme numbers."""
     ends = np.cumsum(dataset.rows("train"))
-    for sample in sorted(range(len(losses)), key=lambda n: rank(jsonable(losses[n])))[:LISTED]:
+    for sample in sorted(range(len(losses)), key=lambda n: rank(jsonable(losses[n])))[
+        :LISTED
+    ]:
         read = host.rows[sample]
         rows = np.unique(read[read >= 0]).tolist()
         user = None
@@ -79,7 +109,7 @@ def worst_samples(model: Model, dataset: Dataset, host: HostBatch, losses: np.nd
         }
 
 
-def _extremes(model: Model, batch: Batch, sample: int) -> list[dict[str, Any]]:
+def _extremes(model: ModelSpec, batch: Batch, sample: int) -> list[dict[str, Any]]:
     """The numbers of a sample that lie furthest from the mean of their feature, in its deviations; of an embedding,
     from 0. One of each feature and part.
     """
@@ -92,7 +122,9 @@ def _extremes(model: Model, batch: Batch, sample: int) -> list[dict[str, Any]]:
     }
     for part, signals in parts.items():
         features = model.embedder.parts[part]
-        for name, (start, stop) in columns(features).dense.items() if signals is not None else ():
+        for name, (start, stop) in (
+            columns(features).dense.items() if signals is not None else ()
+        ):
             assert signals is not None
             values = signals.dense[sample, ..., start:stop]
             away = _distance(values, model.schema.feature(name))
@@ -137,21 +169,47 @@ def to_text(report: dict[str, Any]) -> str:
         + ("" if report["applied"] else "; the update was not made")
     ]
     if report["skipped_before"]:
-        lines.append(f"of the steps before it, these made no update: {report['skipped_before']}")
+        lines.append(
+            f"of the steps before it, these made no update: {report['skipped_before']}"
+        )
     bad = report["first_not_finite"]
     if bad:
-        whose = f", samples {', '.join(map(str, bad['samples'][:LISTED]))} of the batch" if bad["samples"] else ""
-        lines.append(f"first number that is not finite: {', '.join(bad['where'][:LISTED])}{whose}")
+        whose = (
+            f", samples {', '.join(map(str, bad['samples'][:LISTED]))} of the batch"
+            if bad["samples"]
+            else ""
+        )
+        lines.append(
+            f"first number that is not finite: {', '.join(bad['where'][:LISTED])}{whose}"
+        )
     lines.append(f"  {'gradients, largest first':48} {'norm':>12} {'bad':>8}")
-    named = [(f"table {of['table']}", of, f"{of['rows']:,} rows") for of in report["tables"]]
-    named += [(of["weight"], of, f"weight {shown(of['weight_norm'])}") for of in report["weights"]]
-    lines += [f"  {name:48} {shown(of['gradient_norm']):>12} {of['not_finite']:8,}  {more}" for name, of, more in named]
+    named = [
+        (f"table {of['table']}", of, f"{of['rows']:,} rows") for of in report["tables"]
+    ]
+    named += [
+        (of["weight"], of, f"weight {shown(of['weight_norm'])}")
+        for of in report["weights"]
+    ]
+    lines += [
+        f"  {name:48} {shown(of['gradient_norm']):>12} {of['not_finite']:8,}  {more}"
+        for name, of, more in named
+    ]
     lines.append("samples, largest loss first")
     for of in report["samples"]:
-        rows = ", ".join(map(str, of["rows"][:4])) + (", ..." if len(of["rows"]) > 4 else "")
-        lines.append(f"  sample {of['sample']}: loss {shown(of['loss'])}, user {of['user_id']}, rows {rows or 'none'}")
+        rows = ", ".join(map(str, of["rows"][:4])) + (
+            ", ..." if len(of["rows"]) > 4 else ""
+        )
+        lines.append(
+            f"  sample {of['sample']}: loss {shown(of['loss'])}, user {of['user_id']}, rows {rows or 'none'}"
+        )
         for value in of["extremes"]:
-            where = f"{value['part']} {value['position']}" if "position" in value else value["part"]
+            where = (
+                f"{value['part']} {value['position']}"
+                if "position" in value
+                else value["part"]
+            )
             far = shown(value["deviations"])
-            lines.append(f"    {value['feature']} ({where}) = {shown(value['value'])}, {far} deviations from the mean")
+            lines.append(
+                f"    {value['feature']} ({where}) = {shown(value['value'])}, {far} deviations from the mean"
+            )
     return "\n".join(lines)

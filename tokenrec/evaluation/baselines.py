@@ -46,10 +46,14 @@ def repeat_scores(log: Log) -> np.ndarray:
     chunk = np.repeat(np.arange(log.chunks), np.diff(log.start))
     key = chunk * (int(log.item.max(initial=0)) + 1) + log.item
     event = log.flags & EVENT > 0
-    return PastCounts(key[event], log.time[event]).before(key, log.time).astype(np.float64)
+    return (
+        PastCounts(key[event], log.time[event]).before(key, log.time).astype(np.float64)
+    )
 
 
-def fit_probability(scores: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def fit_probability(
+    scores: np.ndarray, labels: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
     """Fits `P(label = 1) = sigmoid(a + b log(1 + score))` by Newton's method.
 
     `scores: [N] >= 0`, `labels: [N]` of 0 and 1. The slope carries a penalty that is felt only where the labels leave
@@ -59,11 +63,17 @@ def fit_probability(scores: np.ndarray, labels: np.ndarray) -> Callable[[np.ndar
     >>> probability(np.array([0, 9])).round(3).tolist()
     [0.25, 0.75]
     """
-    probability = fit_logistic(np.log1p(np.asarray(scores, np.float64))[:, None], labels)
-    return lambda new_scores: probability(np.log1p(np.asarray(new_scores, np.float64))[:, None])
+    probability = fit_logistic(
+        np.log1p(np.asarray(scores, np.float64))[:, None], labels
+    )
+    return lambda new_scores: probability(
+        np.log1p(np.asarray(new_scores, np.float64))[:, None]
+    )
 
 
-def fit_logistic(x: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def fit_logistic(
+    x: np.ndarray, labels: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
     """Fits `P(label = 1) = sigmoid(a + b x)` by Newton's method, with the penalty that `fit_probability` describes.
 
     `x: [N, F] float64`, `labels: [N]` of 0 and 1; the result maps `[M, F]` to `[M]`.
@@ -71,12 +81,19 @@ def fit_logistic(x: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np
     positives, (rows, features) = float(labels.sum()), x.shape
     share = (positives + 0.5) / (rows + 1)
     weights = np.array([np.log(share / (1 - share)), *np.zeros(features)])
-    center, spread = (x.mean(axis=0), x.std(axis=0)) if rows else (np.zeros(features), np.zeros(features))
+    center, spread = (
+        (x.mean(axis=0), x.std(axis=0))
+        if rows
+        else (np.zeros(features), np.zeros(features))
+    )
     scale = np.where(spread > 0, spread, 1.0)
 
     def inputs(x: np.ndarray) -> np.ndarray:
         # A feature that is the same in all rows tells nothing, whatever it is later.
-        return np.concatenate([np.ones((len(x), 1)), np.where(spread > 0, (x - center) / scale, 0)], axis=1)
+        return np.concatenate(
+            [np.ones((len(x), 1)), np.where(spread > 0, (x - center) / scale, 0)],
+            axis=1,
+        )
 
     if 0 < positives < rows and spread.any():
         # The intercept's penalty too: where labels can be told apart wholly, nothing else holds the weights.
@@ -84,7 +101,9 @@ def fit_logistic(x: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np
         for _ in range(NEWTON_STEPS):
             p = _sigmoid(z @ weights)
             gradient = z.T @ (p - labels) + penalty * weights
-            step = np.linalg.solve((z.T * (p * (1 - p))) @ z + np.diag(penalty), gradient)
+            step = np.linalg.solve(
+                (z.T * (p * (1 - p))) @ z + np.diag(penalty), gradient
+            )
             # Where every p is nearly 0 or 1 the curvature is almost nothing, and a whole step leads anywhere.
             weights -= step * min(1.0, LONGEST_STEP / max(np.abs(step).max(), 1e-30))
             if np.abs(step).max() < 1e-9:
@@ -92,7 +111,9 @@ def fit_logistic(x: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np
     return lambda new: _sigmoid(inputs(np.asarray(new, np.float64)) @ weights)
 
 
-def past_rates(train: Log, keys: np.ndarray, task: int, log: Log, wanted: np.ndarray) -> np.ndarray:
+def past_rates(
+    train: Log, keys: np.ndarray, task: int, log: Log, wanted: np.ndarray
+) -> np.ndarray:
     """Rate of positives, in log-odds and smoothed towards the overall one, and `log(1 + n)` of the n known labels.
 
     They count rows of `train` that may be learned from, have a row's key, and are strictly earlier: `[R, 2] float64`.
@@ -101,7 +122,11 @@ def past_rates(train: Log, keys: np.ndarray, task: int, log: Log, wanted: np.nda
       keys: `[rows of train]` integers; wanted: `[R]`, those of the rows of `log`.
     """
     learned = _learned(train, task)
-    key, time, positive = keys[learned], train.time[learned], train.labels[learned, task] > 0
+    key, time, positive = (
+        keys[learned],
+        train.time[learned],
+        train.labels[learned, task] > 0,
+    )
     known = PastCounts(key, time).before(wanted, log.time)
     positives = PastCounts(key[positive], time[positive]).before(wanted, log.time)
     share = (positive.sum() + 0.5) / (len(positive) + 1)
@@ -109,7 +134,9 @@ def past_rates(train: Log, keys: np.ndarray, task: int, log: Log, wanted: np.nda
     return np.stack([np.log(rate / (1 - rate)), np.log1p(known)], axis=1)
 
 
-def row_keys(log: Log, users: np.ndarray, attributes: np.ndarray | None, context: Sequence[int]) -> list[np.ndarray]:
+def row_keys(
+    log: Log, users: np.ndarray, attributes: np.ndarray | None, context: Sequence[int]
+) -> list[np.ndarray]:
     """What rows are alike in: user, item, both, attributes of the item, context; `[R] int64` each.
 
     `users`: all ids of users, ascending; the other arguments as in `baselines`.
@@ -147,32 +174,52 @@ def baselines(
     keys, wanted = (row_keys(one, users, attributes, context) for one in (train, log))
     repeats, repeats_train = repeat_scores(log)[scored], repeat_scores(train)
     result = {
-        name: np.empty((int(scored.sum()), len(tasks))) for name in ("popularity", "item_rate", "repeat", "rates")
+        name: np.empty((int(scored.sum()), len(tasks)))
+        for name in ("popularity", "item_rate", "repeat", "rates")
     }
     for column, task in enumerate(tasks):
         learned = _learned(train, task)
-        item, label = train.item[learned], train.labels[learned, task].astype(np.float64)
+        item, label = (
+            train.item[learned],
+            train.labels[learned, task].astype(np.float64),
+        )
         positives, known = _item_counts(train, task, _items(train, log))
         others = positives[item] - label
         share = float(label.mean()) if len(label) else 0.0
         for name, fitted_on, scores in (
             ("popularity", others, positives[log.item][scored]),
-            ("item_rate", _smooth(others, known[item] - 1, share), _smooth(positives, known)[log.item][scored]),
+            (
+                "item_rate",
+                _smooth(others, known[item] - 1, share),
+                _smooth(positives, known)[log.item][scored],
+            ),
             ("repeat", repeats_train[learned], repeats),
         ):
             result[name][:, column] = fit_probability(fitted_on, label)(scores)
         of_train, of_log = (
-            np.concatenate([past_rates(train, key, task, one, at) for key, at in zip(keys, some, strict=True)], axis=1)
+            np.concatenate(
+                [
+                    past_rates(train, key, task, one, at)
+                    for key, at in zip(keys, some, strict=True)
+                ],
+                axis=1,
+            )
             for one, some in ((train, keys), (log, wanted))
         )
-        result["rates"][:, column] = fit_logistic(of_train[learned], label)(of_log[scored])
+        result["rates"][:, column] = fit_logistic(of_train[learned], label)(
+            of_log[scored]
+        )
     return result
 
 
-def baselines_of(dataset: Dataset, split: str, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+def baselines_of(
+    dataset: Dataset, split: str, tasks: Sequence[str]
+) -> dict[str, np.ndarray]:
     """`baselines` of the scored rows of a split, for tasks by name; alike are items and contexts of one category."""
     names = [task.name for task in dataset.schema.tasks]
-    of_item, context = (_categorical(dataset.schema.group(group)) for group in ("catalogue", "row"))
+    of_item, context = (
+        _categorical(dataset.schema.group(group)) for group in ("catalogue", "row")
+    )
     return baselines(
         dataset.load("train"),
         dataset.load(split),
@@ -184,14 +231,22 @@ def baselines_of(dataset: Dataset, split: str, tasks: Sequence[str]) -> dict[str
 
 def goal_counts(train: Log, items: int, task: int | None) -> np.ndarray:
     """How often each item is what a retrieval run learns to say, a positive of `task` if there is one: `[items]`."""
-    learned = (train.flags & LEARNED > 0) if task is None else _learned(train, task) & (train.labels[:, task] > 0)
+    learned = (
+        (train.flags & LEARNED > 0)
+        if task is None
+        else _learned(train, task) & (train.labels[:, task] > 0)
+    )
     return np.bincount(train.item[learned], minlength=items).astype(np.float32)
 
 
 def _categorical(features: Sequence[Feature]) -> list[int]:
     """Columns of an `ids` matrix with one value per row."""
     place = columns(features)
-    return [place.ids[feature.name][0] for feature in features if feature.kind == "categorical"]
+    return [
+        place.ids[feature.name][0]
+        for feature in features
+        if feature.kind == "categorical"
+    ]
 
 
 def _learned(log: Log, task: int) -> np.ndarray:
@@ -210,7 +265,9 @@ def _item_counts(train: Log, task: int, items: int) -> tuple[np.ndarray, np.ndar
     return positives, np.bincount(item, minlength=items).astype(np.float64)
 
 
-def _smooth(positives: np.ndarray, known: np.ndarray, share: float | None = None) -> np.ndarray:
+def _smooth(
+    positives: np.ndarray, known: np.ndarray, share: float | None = None
+) -> np.ndarray:
     """Shares pulled towards `share`, by default the overall one."""
     if share is None:
         share = float(positives.sum() / max(known.sum(), 1.0))

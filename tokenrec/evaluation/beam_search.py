@@ -20,7 +20,9 @@ from tokenrec.sharding import RULES
 
 NO_ITEM = -1
 LAST = np.iinfo(np.int32).max  # an order behind every item
-LOWEST = float(np.finfo(np.float32).min)  # log-probability of what exists and cannot be: above what does not exist
+LOWEST = float(
+    np.finfo(np.float32).min
+)  # log-probability of what exists and cannot be: above what does not exist
 
 # `(codes so far [B, w, l], level l) -> log-probabilities of the next code [B, w, C]`.
 NextLogProbs = Callable[[jax.Array, int], jax.Array]
@@ -43,7 +45,9 @@ class Level(NamedTuple):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["levels"], meta_fields=["most_children", "code_counts"]
+    jax.tree_util.register_dataclass,
+    data_fields=["levels"],
+    meta_fields=["most_children", "code_counts"],
 )
 @dataclasses.dataclass(frozen=True)
 class Trie:
@@ -83,8 +87,14 @@ def build_trie(codes: np.ndarray) -> Trie:
       InputError: `codes` has another shape or type, a negative code, or two equal rows.
     """
     codes = np.asarray(codes)
-    if codes.ndim != 2 or 0 in codes.shape or not np.issubdtype(codes.dtype, np.integer):
-        raise InputError(f"codes is {codes.dtype} {list(codes.shape)}: expected integers [N, L], one row per item")
+    if (
+        codes.ndim != 2
+        or 0 in codes.shape
+        or not np.issubdtype(codes.dtype, np.integer)
+    ):
+        raise InputError(
+            f"codes is {codes.dtype} {list(codes.shape)}: expected integers [N, L], one row per item"
+        )
     if codes.min() < 0 or codes.max() > LAST:
         row, level = np.argwhere((codes < 0) | (codes > LAST))[0]
         raise InputError(
@@ -92,7 +102,9 @@ def build_trie(codes: np.ndarray) -> Trie:
         )
     order = np.lexsort(codes.T[::-1])
     ordered = codes[order].astype(np.int32)
-    fresh = np.zeros(len(codes), bool)  # whether a row's codes up to a level differ from those of the row before
+    fresh = np.zeros(
+        len(codes), bool
+    )  # whether a row's codes up to a level differ from those of the row before
     fresh[0] = True
     above, levels = np.zeros(len(codes), np.int32), []
     for level in range(codes.shape[1]):
@@ -101,7 +113,14 @@ def build_trie(codes: np.ndarray) -> Trie:
         child_count = np.bincount(above[first]).astype(np.int32)
         first_child = (np.cumsum(child_count) - child_count).astype(np.int32)
         item = np.minimum.reduceat(order, first).astype(np.int32)
-        levels.append(Level(*(jnp.asarray(part) for part in (first_child, child_count, ordered[first, level], item))))
+        levels.append(
+            Level(
+                *(
+                    jnp.asarray(part)
+                    for part in (first_child, child_count, ordered[first, level], item)
+                )
+            )
+        )
         above = (np.cumsum(fresh) - 1).astype(np.int32)
     if not fresh.all():
         second = int(np.flatnonzero(~fresh)[0])
@@ -113,7 +132,9 @@ def build_trie(codes: np.ndarray) -> Trie:
     most = tuple(int(np.max(level.child_count)) for level in levels)
     trie = Trie(tuple(levels), most, tuple(int(top) + 1 for top in codes.max(axis=0)))
     mesh = jax.sharding.get_mesh()
-    return jax.device_put(trie, None if mesh.empty else jax.NamedSharding(mesh, RULES()))
+    return jax.device_put(
+        trie, None if mesh.empty else jax.NamedSharding(mesh, RULES())
+    )
 
 
 class _Paths(NamedTuple):
@@ -124,11 +145,15 @@ class _Paths(NamedTuple):
     codes: jax.Array
 
 
-def _best(scores: jax.Array, order: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+def _best(
+    scores: jax.Array, order: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
     """The `count` highest `scores: [B, n]`, equal ones by lower `order: [B, n]`; and their places."""
     places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
 
-    def sort(scores: jax.Array, order: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def sort(
+        scores: jax.Array, order: jax.Array, places: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         negated, _, places = jax.lax.sort((-scores, order, places), num_keys=2)
         return -negated[:, :count], places[:, :count]
 
@@ -137,7 +162,11 @@ def _best(scores: jax.Array, order: jax.Array, count: int) -> tuple[jax.Array, j
     top, at = jax.lax.top_k(scores, count + 1)
 
     def of_top() -> tuple[jax.Array, jax.Array]:
-        return sort(top[:, :count], jnp.take_along_axis(order, at[:, :count], axis=1), at[:, :count])
+        return sort(
+            top[:, :count],
+            jnp.take_along_axis(order, at[:, :count], axis=1),
+            at[:, :count],
+        )
 
     # A sort of all is needed only where a tie straddles the cut: it takes 100 ms for 32 x 12,800 scores on two cores,
     # and `top_k` takes 3 ms.
@@ -146,7 +175,12 @@ def _best(scores: jax.Array, order: jax.Array, count: int) -> tuple[jax.Array, j
 
 
 def _descend(
-    paths_log_probs: tuple[_Paths, jax.Array], level: Level, *, most_children: int, width: int, renormalize: bool
+    paths_log_probs: tuple[_Paths, jax.Array],
+    level: Level,
+    *,
+    most_children: int,
+    width: int,
+    renormalize: bool,
 ) -> _Paths:
     """The best `width` continuations of the paths by one code, those that exist only.
 
@@ -160,15 +194,21 @@ def _descend(
     node = level.first_child[paths.nodes][..., None] + jnp.minimum(slot, count - 1)
     code = level.code[node]
     # Bounded from below, so that what exists comes before what does not.
-    gain = jnp.maximum(jnp.take_along_axis(log_probs.astype(jnp.float32), code, axis=2), LOWEST)
+    gain = jnp.maximum(
+        jnp.take_along_axis(log_probs.astype(jnp.float32), code, axis=2), LOWEST
+    )
     if renormalize:
         gain = gain - jax.nn.logsumexp(gain, axis=2, keepdims=True, where=exists)
-    score = jnp.where(exists, jnp.maximum(paths.scores[..., None] + gain, LOWEST), -jnp.inf)
+    score = jnp.where(
+        exists, jnp.maximum(paths.scores[..., None] + gain, LOWEST), -jnp.inf
+    )
     order = jnp.where(exists, level.item[node], LAST)
     flat = (batch, beams * most_children)
     scores, at = _best(score.reshape(flat), order.reshape(flat), width)
     before = jnp.take_along_axis(paths.codes, (at // most_children)[..., None], axis=1)
-    nodes, added = (jnp.take_along_axis(part.reshape(flat), at, axis=1) for part in (node, code))
+    nodes, added = (
+        jnp.take_along_axis(part.reshape(flat), at, axis=1) for part in (node, code)
+    )
     return _Paths(scores, nodes, jnp.concatenate([before, added[..., None]], axis=2))
 
 
@@ -183,18 +223,30 @@ def _finish(paths: _Paths, level: Level, *, width: int) -> Beams:
     )
 
 
-def _per_request[T](compute: Callable[[Any, Level], T], of_requests: Any, level: Level) -> T:
+def _per_request[T](
+    compute: Callable[[Any, Level], T], of_requests: Any, level: Level
+) -> T:
     """`compute` on every device for its own requests: sorting along beams needs no others."""
     if jax.sharding.get_abstract_mesh().empty:
         return compute(of_requests, level)
-    of_requests = jax.tree.map(lambda x: jax.sharding.reshard(x, RULES("batch", *[None] * (x.ndim - 1))), of_requests)
+    of_requests = jax.tree.map(
+        lambda x: jax.sharding.reshard(x, RULES("batch", *[None] * (x.ndim - 1))),
+        of_requests,
+    )
     level = jax.tree.map(lambda x: jax.sharding.reshard(x, RULES(None)), level)
     split, whole = RULES("batch"), RULES()
-    return jax.shard_map(compute, in_specs=(split, whole), out_specs=split, check_vma=False)(of_requests, level)
+    return jax.shard_map(
+        compute, in_specs=(split, whole), out_specs=split, check_vma=False
+    )(of_requests, level)
 
 
 def beam_search(
-    next_log_probs: NextLogProbs, trie: Trie, *, batch: int, width: int, renormalize: bool = False
+    next_log_probs: NextLogProbs,
+    trie: Trie,
+    *,
+    batch: int,
+    width: int,
+    renormalize: bool = False,
 ) -> Beams:
     """The items with the most probable codes, found by keeping the best `width` code prefixes at each level.
 
@@ -222,11 +274,19 @@ def beam_search(
         spec = None if mesh.empty else RULES("batch", *[None] * (len(shape) - 1))
         return jnp.zeros(shape, dtype, out_sharding=spec)
 
-    paths = _Paths(start((batch, 1), jnp.float32), start((batch, 1), jnp.int32), start((batch, 1, 0), jnp.int32))
+    paths = _Paths(
+        start((batch, 1), jnp.float32),
+        start((batch, 1), jnp.int32),
+        start((batch, 1, 0), jnp.int32),
+    )
     for number, level in enumerate(trie.levels):
         log_probs = next_log_probs(paths.codes, number)
         wanted, codes = paths.nodes.shape, trie.code_counts[number]
-        if log_probs.shape[:2] != wanted or log_probs.ndim != 3 or log_probs.shape[2] < codes:
+        if (
+            log_probs.shape[:2] != wanted
+            or log_probs.ndim != 3
+            or log_probs.shape[2] < codes
+        ):
             raise InputError(
                 f"next_log_probs returns {list(log_probs.shape)} at level {number}: expected {[*wanted, codes]}, or "
                 "more codes"

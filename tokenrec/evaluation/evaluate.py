@@ -13,20 +13,25 @@ from jax.sharding import Mesh
 
 from tokenrec.checkpoint.run_folder import load_run_config, open_run
 from tokenrec.config import Config
-from tokenrec.config.backbones import reads_times
+from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.log import SCORED
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.evaluation.baselines import baselines_of, goal_counts
 from tokenrec.evaluation.beam_search import build_trie
-from tokenrec.evaluation.catalogue import find_by_counts, find_split, find_step, summarize
-from tokenrec.evaluation.generate import compiled_generate_step
-from tokenrec.evaluation.sharded_top_k import Found
+from tokenrec.evaluation.catalogue import (
+    rank_by_counts,
+    rank_catalogue,
+    rank_split,
+    summarize,
+)
+from tokenrec.evaluation.generate import jit_generate_step
+from tokenrec.evaluation.sharded_top_k import RetrievalResult
 from tokenrec.metrics.binary import ScoreStore, group_codes
 from tokenrec.runtime import distributed
-from tokenrec.sharding import RULES, make_mesh, own_rows, to_devices, to_host
-from tokenrec.state import Model, TrainState
+from tokenrec.sharding import RULES, local_batch_indices, make_mesh, to_devices, to_host
+from tokenrec.state import ModelSpec, TrainState
 from tokenrec.step import eval_step
 
 
@@ -45,34 +50,51 @@ class Scores(NamedTuple):
     probabilities: np.ndarray
 
 
-def compiled_eval_step(model: Model) -> Callable[[TrainState, Batch], jax.Array]:
+def jit_eval_step(model: ModelSpec) -> Callable[[TrainState, Batch], jax.Array]:
     return jax.jit(functools.partial(eval_step, model))
 
 
-def finder(model: Model, dataset: Dataset) -> Callable[[TrainState, Batch], Found]:
+def make_retrieval_step(
+    model: ModelSpec, dataset: Dataset
+) -> Callable[[TrainState, Batch], RetrievalResult]:
     """The compiled step that answers a retrieval batch; make it under the mesh that it runs on."""
     if model.config.head.retrieval == "next_item":
-        return jax.jit(functools.partial(find_step, model))
+        return jax.jit(functools.partial(rank_catalogue, model))
     assert dataset.catalogue.codes is not None
-    return compiled_generate_step(model, build_trie(dataset.catalogue.codes))
+    return jit_generate_step(model, build_trie(dataset.catalogue.codes))
 
 
-def assessor(model: Model, dataset: Dataset, mesh: Mesh) -> Callable[..., dict[str, Any]]:
+def make_evaluator(
+    model: ModelSpec, dataset: Dataset, mesh: Mesh
+) -> Callable[..., dict[str, Any]]:
     """`assess(state, split, limit=0, pulse=None) -> report`, of ranking or of retrieval; compiled once. Call it under
     the mesh. `pulse()` is called after every batch; what it raises ends the evaluation.
     """
     config = model.config
     if config.data.objective == "retrieval":
-        find = finder(model, dataset)
+        find = make_retrieval_step(model, dataset)
         listed = config.head.beams if config.head.retrieval == "semantic_id" else None
         return lambda state, split, limit=0, pulse=None: summarize(
-            _pulsed(find_split(functools.partial(find, state), config, dataset, split, mesh, limit=limit), pulse),
+            _pulsed(
+                rank_split(
+                    functools.partial(find, state),
+                    config,
+                    dataset,
+                    split,
+                    mesh,
+                    limit=limit,
+                ),
+                pulse,
+            ),
             model.schema.items,
             listed=listed,
         )
-    step = compiled_eval_step(model)
+    step = jit_eval_step(model)
     return lambda state, split, limit=0, pulse=None: evaluate(
-        _pulsed(score_split(step, state, config, dataset, split, mesh, limit=limit), pulse), model.tasks
+        _pulsed(
+            score_split(step, state, config, dataset, split, mesh, limit=limit), pulse
+        ),
+        model.tasks,
     )
 
 
@@ -97,11 +119,25 @@ def score_split(
 
     A process gathers and computes its own samples of a batch; all of them get the scores of all.
     """
-    own = own_rows(mesh, config.data.eval_batch_size, "data.eval_batch_size")
-    for host, who in eval_batches(dataset, config.data, split, limit=limit, own=own, ages=reads_times(config.model)):
+    own = local_batch_indices(mesh, config.data.eval_batch_size, "data.eval_batch_size")
+    for host, who in eval_batches(
+        dataset,
+        config.data,
+        split,
+        limit=limit,
+        own=own,
+        ages=reads_event_ages(config.model),
+    ):
         read = who.rows >= 0
         probabilities = to_host(step(state, to_devices(host.batch, mesh)))
-        yield Scores(who.rows[read], who.user_id, who.item_id, who.time, who.labels, probabilities[read])
+        yield Scores(
+            who.rows[read],
+            who.user_id,
+            who.item_id,
+            who.time,
+            who.labels,
+            probabilities[read],
+        )
 
 
 def evaluate(scores: Iterator[Scores], tasks: tuple[str, ...]) -> dict[str, Any]:
@@ -113,36 +149,54 @@ def evaluate(scores: Iterator[Scores], tasks: tuple[str, ...]) -> dict[str, Any]
 
 
 def evaluate_run(
-    workdir: Path, split: str, checkpoint: str, data: Path | None, *, baselines: bool = False, limit: int = 0
+    workdir: Path,
+    split: str,
+    checkpoint: str,
+    data: Path | None,
+    *,
+    baselines: bool = False,
+    limit: int = 0,
 ) -> dict[str, Any]:
     """`tokenrec evaluate`: the run's metrics on a split, with those of the baselines on the same rows if asked."""
-    with distributed.all_or_none():
+    with distributed.raise_on_all_processes():
         config = load_run_config(workdir, data)
         mesh = make_mesh(config.mesh)
-    distributed.agree({"--split": split, "--baselines": baselines, "--samples": limit})
+    distributed.assert_same_on_all_processes(
+        {"--split": split, "--baselines": baselines, "--samples": limit}
+    )
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
         if config.data.objective == "retrieval":
-            found = assessor(run.model, run.dataset, mesh)(run.state, split, limit)
+            found = make_evaluator(run.model, run.dataset, mesh)(
+                run.state, split, limit
+            )
             if baselines:
-                found["baselines"] = retrieval_baselines(run.model.config, run.dataset, split, mesh, limit=limit)
+                found["baselines"] = retrieval_baselines(
+                    run.model.config, run.dataset, split, mesh, limit=limit
+                )
             return {"split": split, "step": run.step, "checkpoint": checkpoint} | found
         rows: list[np.ndarray] = []
 
         def noted() -> Iterator[Scores]:
-            step = compiled_eval_step(run.model)
-            for part in score_split(step, run.state, config, run.dataset, split, mesh, limit=limit):
+            step = jit_eval_step(run.model)
+            for part in score_split(
+                step, run.state, config, run.dataset, split, mesh, limit=limit
+            ):
                 rows.append(part.row)
                 yield part
 
         found = evaluate(noted(), run.model.tasks)
     report = {"split": split, "step": run.step, "checkpoint": checkpoint} | found
     if baselines:
-        report["baselines"] = evaluate_baselines(run.dataset, split, run.model.tasks, np.concatenate(rows))
+        report["baselines"] = evaluate_baselines(
+            run.dataset, split, run.model.tasks, np.concatenate(rows)
+        )
     return report
 
 
-def evaluate_baselines(dataset: Dataset, split: str, tasks: tuple[str, ...], rows: np.ndarray) -> dict[str, Any]:
+def evaluate_baselines(
+    dataset: Dataset, split: str, tasks: tuple[str, ...], rows: np.ndarray
+) -> dict[str, Any]:
     """Metrics of the data set's baselines on the given rows of a split, by name."""
     names = [task.name for task in dataset.schema.tasks]
     columns = [names.index(task) for task in tasks]
@@ -171,7 +225,9 @@ def retrieval_baselines(
     learned = jax.device_put(counts, jax.NamedSharding(mesh, RULES(None)))
     found = {}
     for name, repeat in (("popularity", False), ("repeat", True)):
-        find = functools.partial(jax.jit(functools.partial(find_by_counts, config.head, repeat)), learned)
-        answers = find_split(find, config, dataset, split, mesh, limit=limit)
+        find = functools.partial(
+            jax.jit(functools.partial(rank_by_counts, config.head, repeat)), learned
+        )
+        answers = rank_split(find, config, dataset, split, mesh, limit=limit)
         found[name] = summarize(answers, dataset.schema.items)
     return found

@@ -10,26 +10,28 @@ import jax.numpy as jnp
 
 from tokenrec.data.batch import Batch
 from tokenrec.evaluation.beam_search import Beams, Trie, beam_search
-from tokenrec.evaluation.sharded_top_k import Found
-from tokenrec.models.backbones.tokenformer import Backbone
+from tokenrec.evaluation.sharded_top_k import RetrievalResult
+from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.models.heads import CodeHead
 from tokenrec.sharding import RULES
-from tokenrec.state import Model, TrainState, merge
+from tokenrec.state import ModelSpec, TrainState, bind_params
 
 
-def generate(model: Model, state: TrainState, batch: Batch, trie: Trie) -> Beams:
+def generate(model: ModelSpec, state: TrainState, batch: Batch, trie: Trie) -> Beams:
     """The items whose semantic ids the model finds most probable after each history, `head.beams` of them.
 
     The prompt is computed once; a level computes the codes of the beams alone.
     """
     entities = model.embedder.look_up(state.tables, batch)
-    module = merge(model, state.params)
+    module = bind_params(model, state.params)
     head, backbone = module.head, module.backbone
     assert isinstance(head, CodeHead)
-    assert isinstance(backbone, Backbone)
+    assert isinstance(backbone, TokenFormer)
     events = batch.valid.shape[1]
     prompt = model.layout(events, serving=True, candidates=1)
-    cache, read = backbone.prefill(module.shared_tokens(entities, batch), prompt, batch.valid)
+    cache, read = backbone.prefill(
+        module.shared_tokens(entities, batch), prompt, batch.valid
+    )
 
     def next_log_probs(codes: jax.Array, level: int) -> jax.Array:
         if level == 0:
@@ -37,13 +39,19 @@ def generate(model: Model, state: TrainState, batch: Batch, trie: Trie) -> Beams
         size, beams = codes.shape[:2]
         layout = model.layout(events, serving=True, candidates=beams, codes=level)
         every = jnp.ones((size, beams), bool, out_sharding=RULES("batch", None))
-        out = backbone.extend(cache, module.code_tokens(codes), layout, batch.valid, every)
+        out = backbone.extend(
+            cache, module.code_tokens(codes), layout, batch.valid, every
+        )
         return head.log_probs(out.reshape(size, beams, level, -1)[:, :, -1], level)
 
-    return beam_search(next_log_probs, trie, batch=batch.valid.shape[0], width=model.config.head.beams)
+    return beam_search(
+        next_log_probs, trie, batch=batch.valid.shape[0], width=model.config.head.beams
+    )
 
 
-def generate_step(model: Model, state: TrainState, batch: Batch, trie: Trie) -> Found:
+def generate_step(
+    model: ModelSpec, state: TrainState, batch: Batch, trie: Trie
+) -> RetrievalResult:
     """Answers of a head "semantic_id": the beams, best first."""
     beams = generate(model, state, batch, trie)
     items, scores = beams.items, beams.scores
@@ -58,10 +66,12 @@ def generate_step(model: Model, state: TrainState, batch: Batch, trie: Trie) -> 
     place = jnp.argmax(hit, axis=1).astype(jnp.float32) + 1
     ranks = jnp.where(goals < 0, 0.0, jnp.where(jnp.any(hit, axis=1), place, jnp.inf))
     count = model.config.head.top_k
-    return Found(items[:, :count], scores[:, :count], ranks)
+    return RetrievalResult(items[:, :count], scores[:, :count], ranks)
 
 
-def compiled_generate_step(model: Model, trie: Trie) -> Callable[[TrainState, Batch], Found]:
+def jit_generate_step(
+    model: ModelSpec, trie: Trie
+) -> Callable[[TrainState, Batch], RetrievalResult]:
     """The answers of a batch, as one program; the trie is an argument of it, not a constant in it."""
     step = jax.jit(functools.partial(generate_step, model))
     return lambda state, batch: step(state, batch, trie)

@@ -11,11 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tokenrec.ops.tables.exchange import BATCH_AXES, ids_of, places_of
+from tokenrec.ops.tables.exchange import (
+    BATCH_AXES,
+    from_storage_index,
+    to_storage_index,
+)
 from tokenrec.sharding import AXES, RULES
 
 
-class Found(NamedTuple):
+class RetrievalResult(NamedTuple):
     """Answers of a batch. `items: [B, k] int32`, rows of the catalogue, best first, -1 where there are fewer;
     `scores: [B, k]`; `ranks: [B, P] float32` of the goals, 1 the best, `inf` outside of the list, 0 fills.
     """
@@ -25,7 +29,7 @@ class Found(NamedTuple):
     ranks: jax.Array
 
 
-def search_spread(
+def sharded_top_k(
     queries: jax.Array,
     table: jax.Array,
     goals: jax.Array,
@@ -35,7 +39,7 @@ def search_spread(
     items: int,
     count: int,
     key: Callable[[jax.Array], jax.Array],
-) -> Found:
+) -> RetrievalResult:
     """Scores `query . key(row)` of all items.
 
     Args:
@@ -45,28 +49,43 @@ def search_spread(
       key: of rows, as the head scores them.
     """
 
-    def local(queries: jax.Array, table: jax.Array, goals: jax.Array, seen: jax.Array | None) -> Found:
+    def local(
+        queries: jax.Array, table: jax.Array, goals: jax.Array, seen: jax.Array | None
+    ) -> RetrievalResult:
         size = queries.shape[0]
-        queries, goals, seen = jax.lax.all_gather((queries, goals, seen), BATCH_AXES, tiled=True)
+        queries, goals, seen = jax.lax.all_gather(
+            (queries, goals, seen), BATCH_AXES, tiled=True
+        )
         own = table.shape[0]
         begin, rows = jax.lax.axis_index(AXES) * own, own * jax.lax.axis_size(AXES)
-        item = ids_of(begin + jnp.arange(own, dtype=jnp.int32), rows) - first
+        item = (
+            from_storage_index(begin + jnp.arange(own, dtype=jnp.int32), rows) - first
+        )
         real = (item >= 0) & (item < items)
         scores = jnp.where(real, jnp.einsum("bd,vd->bv", queries, key(table)), -jnp.inf)
         if seen is not None:
-            at = places_of(jnp.maximum(seen, 0) + first, rows) - begin
+            at = to_storage_index(jnp.maximum(seen, 0) + first, rows) - begin
             at = jnp.where((seen >= 0) & (at >= 0), at, own)
-            scores = scores.at[jnp.arange(len(at))[:, None], at].set(-jnp.inf, mode="drop")
+            scores = scores.at[jnp.arange(len(at))[:, None], at].set(
+                -jnp.inf, mode="drop"
+            )
         values, at = jax.lax.top_k(scores, min(count, own))
         values, best = jax.lax.all_gather((values, item[at]), AXES, axis=1, tiled=True)
         values, at = jax.lax.top_k(values, min(count, items))
         best = jnp.where(values > -jnp.inf, jnp.take_along_axis(best, at, axis=1), -1)
-        found = Found(best, values, _ranks(scores, item, goals))
+        found = RetrievalResult(best, values, _ranks(scores, item, goals))
         mine = jax.lax.axis_index(BATCH_AXES) * size
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, mine, size), found)
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, mine, size), found
+        )
 
     batch = RULES("batch", None)
-    made = jax.shard_map(local, in_specs=(batch, RULES("rows", None), batch, batch), out_specs=batch, check_vma=False)
+    made = jax.shard_map(
+        local,
+        in_specs=(batch, RULES("rows", None), batch, batch),
+        out_specs=batch,
+        check_vma=False,
+    )
     queries, goals, seen = jax.sharding.reshard((queries, goals, seen), batch)
     return made(queries, table, goals, seen)
 
@@ -76,8 +95,13 @@ def _ranks(scores: jax.Array, item: jax.Array, goals: jax.Array) -> jax.Array:
     ranks = []
     for p in range(goals.shape[1]):  # one at a time: [B, P, own] need not fit in memory
         goal = goals[:, p : p + 1]
-        own = jax.lax.pmax(jnp.max(jnp.where(item == goal, scores, -jnp.inf), axis=1, keepdims=True), AXES)
-        higher, equal = jax.lax.psum((jnp.sum(scores > own, axis=1), jnp.sum(scores == own, axis=1)), AXES)
+        own = jax.lax.pmax(
+            jnp.max(jnp.where(item == goal, scores, -jnp.inf), axis=1, keepdims=True),
+            AXES,
+        )
+        higher, equal = jax.lax.psum(
+            (jnp.sum(scores > own, axis=1), jnp.sum(scores == own, axis=1)), AXES
+        )
         rank = jnp.where(own[:, 0] > -jnp.inf, higher + (equal + 1) / 2, jnp.inf)
         ranks.append(jnp.where(goal[:, 0] < 0, 0.0, rank))
     return jnp.stack(ranks, axis=1)

@@ -11,7 +11,17 @@ from typing import Any
 
 import yaml
 
-from tokenrec.launch.job import DATA, FINAL_EXITS, MOST_RENAMED, MOUNT, RUNS, SAVED_EXIT, USER_ID, Job, check_label
+from tokenrec.launch.job import (
+    DATA,
+    FINAL_EXITS,
+    MOST_RENAMED,
+    MOUNT,
+    RUNS,
+    SAVED_EXIT,
+    USER_ID,
+    LaunchJob,
+    check_label,
+)
 
 _CONTAINER = "tokenrec"
 _CONFIG_FILE = PurePosixPath("/config/config.py")
@@ -21,7 +31,7 @@ _PORTS = (8471, 8080)
 _FINAL_MESSAGE = f"exit code ({'|'.join(map(str, FINAL_EXITS))}) matching"
 
 
-def manifests(job: Job, *, namespace: str, service_account: str) -> str:
+def manifests(job: LaunchJob, *, namespace: str, service_account: str) -> str:
     """The job as YAML for `kubectl apply`.
 
     Args:
@@ -37,7 +47,7 @@ def manifests(job: Job, *, namespace: str, service_account: str) -> str:
     return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1_000)
 
 
-def job_set(job: Job, namespace: str, service_account: str) -> dict[str, Any]:
+def job_set(job: LaunchJob, namespace: str, service_account: str) -> dict[str, Any]:
     """The JobSet: a Job for each slice, with a pod for each host."""
     hosts = job.slice.hosts
     replicated = {
@@ -56,7 +66,9 @@ def job_set(job: Job, namespace: str, service_account: str) -> dict[str, Any]:
     }
     metadata: dict[str, Any] = {"name": job.name, "namespace": namespace}
     if hosts > 1:  # a node pool is one slice, so that no two Jobs may share one
-        metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+        metadata["annotations"] = {
+            "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+        }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -65,7 +77,7 @@ def job_set(job: Job, namespace: str, service_account: str) -> dict[str, Any]:
     }
 
 
-def _failure_policy(job: Job) -> dict[str, Any]:
+def _failure_policy(job: LaunchJob) -> dict[str, Any]:
     """The first rule that matches decides; a failure that none matches restarts and counts."""
     return {
         "maxRestarts": job.max_restarts,
@@ -91,23 +103,37 @@ def _pod_rules() -> list[dict[str, Any]]:
     by_exit = [
         {
             "action": "FailJob",
-            "onExitCodes": {"containerName": _CONTAINER, "operator": "In", "values": sorted(codes)},
+            "onExitCodes": {
+                "containerName": _CONTAINER,
+                "operator": "In",
+                "values": sorted(codes),
+            },
         }
         for codes in (FINAL_EXITS, (SAVED_EXIT,))
     ]
-    evicted = {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    evicted = {
+        "action": "FailJob",
+        "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+    }
     return [*by_exit, evicted]
 
 
-def _pod(job: Job, service_account: str) -> dict[str, Any]:
+def _pod(job: LaunchJob, service_account: str) -> dict[str, Any]:
     chips = str(job.slice.chips_per_host)
     container: dict[str, Any] = {
         "name": _CONTAINER,
         "image": job.image,
-        "args": job.command(_CONFIG_FILE),  # not `command`, which would replace the image's init
-        "env": [{"name": name, "value": value} for name, value in job.environment.items()],
+        "args": job.command(
+            _CONFIG_FILE
+        ),  # not `command`, which would replace the image's init
+        "env": [
+            {"name": name, "value": value} for name, value in job.environment.items()
+        ],
         "ports": [{"containerPort": port} for port in _PORTS],
-        "resources": {"limits": {"google.com/tpu": chips}, "requests": {"google.com/tpu": chips}},
+        "resources": {
+            "limits": {"google.com/tpu": chips},
+            "requests": {"google.com/tpu": chips},
+        },
         "volumeMounts": [
             {"name": DATA, "mountPath": str(MOUNT / DATA), "readOnly": True},
             {"name": RUNS, "mountPath": str(MOUNT / RUNS)},
@@ -124,7 +150,9 @@ def _pod(job: Job, service_account: str) -> dict[str, Any]:
         ),
     ]
     if job.config_text is not None:
-        container["volumeMounts"].append({"name": "config", "mountPath": str(_CONFIG_FILE.parent)})
+        container["volumeMounts"].append(
+            {"name": "config", "mountPath": str(_CONFIG_FILE.parent)}
+        )
         volumes.append({"name": "config", "configMap": {"name": f"{job.name}-config"}})
     selector = {
         "cloud.google.com/gke-tpu-accelerator": job.slice.generation.label,
@@ -145,14 +173,20 @@ def _pod(job: Job, service_account: str) -> dict[str, Any]:
     }
 
 
-def _folder(bucket: str, folder: str, *options: str, read_only: bool = False) -> dict[str, Any]:
+def _folder(
+    bucket: str, folder: str, *options: str, read_only: bool = False
+) -> dict[str, Any]:
     owner = (f"only-dir={folder}", "implicit-dirs", f"uid={USER_ID}", f"gid={USER_ID}")
     attributes = {"bucketName": bucket, "mountOptions": ",".join((*owner, *options))}
-    csi = {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": read_only, "volumeAttributes": attributes}
+    csi = {
+        "driver": "gcsfuse.csi.storage.gke.io",
+        "readOnly": read_only,
+        "volumeAttributes": attributes,
+    }
     return {"name": folder, "csi": csi}
 
 
-def _config_map(job: Job, namespace: str) -> dict[str, Any]:
+def _config_map(job: LaunchJob, namespace: str) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -169,7 +203,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    )
 
 
 _Dumper.add_representer(str, _represent_text)

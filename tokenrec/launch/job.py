@@ -9,7 +9,13 @@ from pathlib import Path, PurePosixPath
 
 from tokenrec.config import Config, data_directory
 from tokenrec.config.load import shipped_configs
-from tokenrec.errors import EXIT_BAD_STEPS, EXIT_INPUT, EXIT_MEMORY, EXIT_PREEMPTED, InputError
+from tokenrec.errors import (
+    EXIT_BAD_STEPS,
+    EXIT_INPUT,
+    EXIT_MEMORY,
+    EXIT_PREEMPTED,
+    InputError,
+)
 from tokenrec.launch.slices import Slice, parse_slice
 
 # Where a host mounts the two folders of the bucket, by Cloud Storage FUSE: tokenrec, Orbax and ArrayRecord take plain
@@ -29,11 +35,13 @@ SAVED_EXIT = EXIT_PREEMPTED
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LABEL_LENGTH = 63
 _BUCKET = re.compile(r"[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]")
-_IMAGE = re.compile(r"(?P<host>[a-z0-9.-]+(:\d+)?)(/[a-z0-9._-]+)+(:(?P<tag>\w[\w.-]*)|@sha256:[0-9a-f]{64})")
+_IMAGE = re.compile(
+    r"(?P<host>[a-z0-9.-]+(:\d+)?)(/[a-z0-9._-]+)+(:(?P<tag>\w[\w.-]*)|@sha256:[0-9a-f]{64})"
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class LaunchJob:
     """A run of `tokenrec train` on `slices` equal slices.
 
     Attributes:
@@ -69,7 +77,11 @@ class Job:
         return [
             *("tokenrec", "train", "--distributed", f"--config={config}"),
             *(f"--config.{override}" for override in self.overrides),
-            *(f"--data={MOUNT / DATA / self.data}", f"--workdir={self.workdir}", "--quiet"),
+            *(
+                f"--data={MOUNT / DATA / self.data}",
+                f"--workdir={self.workdir}",
+                "--quiet",
+            ),
         ]
 
     @property
@@ -95,8 +107,8 @@ def plan_job(
     max_restarts: int,
     grace_seconds: int,
     spot: bool,
-) -> Job:
-    """Checks what is asked for, and returns it as a `Job`.
+) -> LaunchJob:
+    """Checks what is asked for, and returns it as a `LaunchJob`.
 
     Args:
       config: of `source` with `overrides` applied.
@@ -117,7 +129,7 @@ def plan_job(
     stem, text = _config_file(source)
     # A pod's name is the longest: JobSet, replicated job, slice and host, and five characters of Kubernetes' own.
     longest = _LABEL_LENGTH - len(f"-slice-{slices - 1}-{piece.hosts - 1}-xxxxx")
-    return Job(
+    return LaunchJob(
         name=check_label("name", name or stem.replace("_", "-").lower(), longest),
         image=_check_image(image),
         bucket=_check_bucket(bucket),
@@ -155,7 +167,10 @@ def check_mesh(config: Config, devices: int, slices: int) -> None:
         )
     shards = data * mesh.fsdp
     for field, size in (
-        ("data.batch_size / optim.accumulate", config.data.batch_size // config.optim.accumulate),
+        (
+            "data.batch_size / optim.accumulate",
+            config.data.batch_size // config.optim.accumulate,
+        ),
         ("data.eval_batch_size", config.data.eval_batch_size),
     ):
         if size % shards:
@@ -179,7 +194,10 @@ def _config_file(source: str) -> tuple[str, str | None]:
     """The config's name, and its text unless it is installed with tokenrec."""
     path = Path(source)
     shipped = {file.resolve() for file in shipped_configs().values()}
-    return path.stem, path.read_text() if path.is_file() and path.resolve() not in shipped else None
+    return (
+        path.stem,
+        path.read_text() if path.is_file() and path.resolve() not in shipped else None,
+    )
 
 
 def check_label(field: str, value: str, longest: int = _LABEL_LENGTH) -> str:
@@ -198,7 +216,9 @@ def check_label(field: str, value: str, longest: int = _LABEL_LENGTH) -> str:
 
 def _check_image(image: str | None) -> str:
     if not image:
-        raise InputError("image is not given; build launch/Dockerfile, push it, and give --image HOST/PATH/NAME:TAG")
+        raise InputError(
+            "image is not given; build launch/Dockerfile, push it, and give --image HOST/PATH/NAME:TAG"
+        )
     found = _IMAGE.fullmatch(image)
     if not found or found["tag"] == "latest":
         raise InputError(
@@ -210,7 +230,11 @@ def _check_image(image: str | None) -> str:
 
 def _check_bucket(bucket: str | None) -> str:
     if not bucket:
-        raise InputError("bucket is not given; make one for data and runs, and give --bucket NAME (launch/README.md)")
+        raise InputError(
+            "bucket is not given; make one for data and runs, and give --bucket NAME (launch/README.md)"
+        )
     if not _BUCKET.fullmatch(bucket):
-        raise InputError(f"bucket='{bucket}' is not the name of a bucket; give the name alone, without gs:// or folder")
+        raise InputError(
+            f"bucket='{bucket}' is not the name of a bucket; give the name alone, without gs:// or folder"
+        )
     return bucket

@@ -12,7 +12,18 @@ import math
 from tokenrec.errors import InputError, suggest
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+_DEEP = (
+    "2x2x1",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
+    "4x4x4",
+    "4x4x8",
+    "4x8x8",
+    "8x8x8",
+    "8x8x16",
+    "8x16x16",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +52,33 @@ class Generation:
 
 
 GENERATIONS = {
-    "v5e": Generation("tpu-v5-lite-podslice", _FLAT, 256, 8, vm_type="v5litepod", runtime="v2-alpha-tpuv5-lite"),
-    "v6e": Generation("tpu-v6e-slice", _FLAT, 256, 8, vm_type="v6e", runtime="v2-alpha-tpuv6e"),
-    "v5p": Generation("tpu-v5p-slice", _DEEP, 6144, 4, vm_type="v5p", units_per_chip=2, runtime="v2-alpha-tpuv5"),
+    "v5e": Generation(
+        "tpu-v5-lite-podslice",
+        _FLAT,
+        256,
+        8,
+        vm_type="v5litepod",
+        runtime="v2-alpha-tpuv5-lite",
+    ),
+    "v6e": Generation(
+        "tpu-v6e-slice", _FLAT, 256, 8, vm_type="v6e", runtime="v2-alpha-tpuv6e"
+    ),
+    "v5p": Generation(
+        "tpu-v5p-slice",
+        _DEEP,
+        6144,
+        4,
+        vm_type="v5p",
+        units_per_chip=2,
+        runtime="v2-alpha-tpuv5",
+    ),
     "tpu7x": Generation("tpu7x", ("1x1x1", *_DEEP), 9216, 4, devices_per_chip=2),
 }
-TOPOLOGIES = tuple(f"{name}:{size}" for name, generation in GENERATIONS.items() for size in generation.sizes)
+TOPOLOGIES = tuple(
+    f"{name}:{size}"
+    for name, generation in GENERATIONS.items()
+    for size in generation.sizes
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +116,19 @@ class Slice:
         Raises:
           InputError: that service has no such slice.
         """
-        of, named = self.generation, f"topology='{self.kind}:{self.shape}' with target='tpu-vm'"
+        of, named = (
+            self.generation,
+            f"topology='{self.kind}:{self.shape}' with target='tpu-vm'",
+        )
         if not of.vm_type:
-            raise InputError(f"{named}: the TPU VM service does not serve {self.kind}; use --target gke")
+            raise InputError(
+                f"{named}: the TPU VM service does not serve {self.kind}; use --target gke"
+            )
         if self.shape not in of.sizes:
             sizes = ", ".join(of.sizes)
-            raise InputError(f"{named}: an accelerator type has one shape; use one of {sizes}, or --target gke")
+            raise InputError(
+                f"{named}: an accelerator type has one shape; use one of {sizes}, or --target gke"
+            )
         return f"{of.vm_type}-{self.chips * of.units_per_chip}"
 
 
@@ -103,17 +142,27 @@ def parse_slice(topology: str) -> Slice:
       InputError: no such slice can be rented.
     """
     kind, _, shape = topology.partition(":")
-    if kind not in GENERATIONS or not (shape in GENERATIONS[kind].sizes or _is_larger(GENERATIONS[kind], shape)):
-        raise InputError(f"topology='{topology}' is not a slice that can be rented{suggest(topology, TOPOLOGIES)}")
+    if kind not in GENERATIONS or not (
+        shape in GENERATIONS[kind].sizes or _is_larger(GENERATIONS[kind], shape)
+    ):
+        raise InputError(
+            f"topology='{topology}' is not a slice that can be rented{suggest(topology, TOPOLOGIES)}"
+        )
     return Slice(kind, shape)
 
 
 def _is_larger(of: Generation, shape: str) -> bool:
     """Slices of three dimensions above 64 chips: any ascending multiples of 4."""
     parts = shape.split("x")
-    if of.sizes[-1].count("x") != 2 or len(parts) != 3 or not all(part.isdecimal() for part in parts):
+    if (
+        of.sizes[-1].count("x") != 2
+        or len(parts) != 3
+        or not all(part.isdecimal() for part in parts)
+    ):
         return False
     sides = [int(part) for part in parts]
     return (
-        sides == sorted(sides) and all(side and side % 4 == 0 for side in sides) and math.prod(sides) <= of.most_chips
+        sides == sorted(sides)
+        and all(side and side % 4 == 0 for side in sides)
+        and math.prod(sides) <= of.most_chips
     )

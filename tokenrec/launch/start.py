@@ -11,8 +11,8 @@ from typing import Literal
 from tokenrec.config import Config
 from tokenrec.errors import InputError
 from tokenrec.launch import gke, tpu_vm
-from tokenrec.launch.job import Job
-from tokenrec.runtime.files import write_whole
+from tokenrec.launch.job import LaunchJob
+from tokenrec.runtime.files import write_text_atomically
 
 Target = Literal["gke", "tpu-vm"]
 
@@ -23,7 +23,7 @@ _INSTALL = {
 
 
 def render(
-    job: Job,
+    job: LaunchJob,
     target: Target,
     *,
     service_account: str | None,
@@ -38,15 +38,23 @@ def render(
     """
     if target == "gke":
         _refuse(target, project=project, zone=zone)
-        return gke.manifests(job, namespace=namespace or "default", service_account=service_account or "default")
+        return gke.manifests(
+            job,
+            namespace=namespace or "default",
+            service_account=service_account or "default",
+        )
     _refuse(target, namespace=namespace)
-    return tpu_vm.script(job, project=project, zone=zone, service_account=service_account)
+    return tpu_vm.script(
+        job, project=project, zone=zone, service_account=service_account
+    )
 
 
 def _refuse(target: Target, **given: str | None) -> None:
     for field, value in given.items():
         if value is not None:
-            raise InputError(f"{field}='{value}' says nothing to target='{target}'; leave --{field} out")
+            raise InputError(
+                f"{field}='{value}' says nothing to target='{target}'; leave --{field} out"
+            )
 
 
 def check_fits(config: Config, topology: str, slices: int) -> str:
@@ -89,9 +97,17 @@ def start(text: str, path: Path, target: Target, tool: str) -> None:
     """
     path = path.with_name(path.name + {"gke": ".yaml", "tpu-vm": ".sh"}[target])
     if path.exists() and path.read_text() != text:
-        raise InputError(f"'{path}' holds another job; remove it if that one has ended, or give another --name")
-    write_whole(path, text)
-    command = [tool, "apply", "--filename", str(path)] if target == "gke" else ["bash", str(path), "up"]
+        raise InputError(
+            f"'{path}' holds another job; remove it if that one has ended, or give another --name"
+        )
+    write_text_atomically(path, text)
+    command = (
+        [tool, "apply", "--filename", str(path)]
+        if target == "gke"
+        else ["bash", str(path), "up"]
+    )
     code = subprocess.run(command, check=False).returncode
     if code:
-        raise InputError(f"`{shlex.join(command)}` failed with exit code {code}; its own message says why")
+        raise InputError(
+            f"`{shlex.join(command)}` failed with exit code {code}; its own message says why"
+        )

@@ -19,7 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.errors import InputError
-from tokenrec.metrics.exact_auc import auc_of_sorted, gauc_terms, group_stop, loss_of_sorted, sort_keys
+from tokenrec.metrics.exact_auc import (
+    auc_of_sorted,
+    gauc_terms,
+    group_stop,
+    loss_of_sorted,
+    sort_keys,
+)
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
@@ -53,9 +59,15 @@ def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float | 
     """
     labels, scores = _checked(labels, scores)
     if np.shape(groups) != labels.shape:
-        raise InputError(f"groups have shape {np.shape(groups)}, labels {labels.shape}; give one group per label")
+        raise InputError(
+            f"groups have shape {np.shape(groups)}, labels {labels.shape}; give one group per label"
+        )
     codes = _ids(groups).dictionary_encode().indices.to_numpy()
-    order = scores if scores.dtype == np.float32 else np.unique(scores, return_inverse=True)[1].astype(np.uint32)
+    order = (
+        scores
+        if scores.dtype == np.float32
+        else np.unique(scores, return_inverse=True)[1].astype(np.uint32)
+    )
     return _gauc_of_sorted(np.sort(sort_keys(codes, order, labels)))
 
 
@@ -71,7 +83,11 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
     0.490415
     """
     labels, probabilities = _checked(labels, probabilities)
-    return loss_of_sorted(*_classes(labels, probabilities)) / len(labels) if len(labels) else None
+    return (
+        loss_of_sorted(*_classes(labels, probabilities)) / len(labels)
+        if len(labels)
+        else None
+    )
 
 
 def normalized_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
@@ -82,10 +98,17 @@ def normalized_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float |
     >>> normalized_entropy(np.array([1, 0]), np.array([0.5, 0.5]))
     1.0
     """
-    return _normalized(log_loss(labels, probabilities), int(np.count_nonzero(labels)), len(labels))
+    return _normalized(
+        log_loss(labels, probabilities), int(np.count_nonzero(labels)), len(labels)
+    )
 
 
-def summarize(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray, tasks: Sequence[str]) -> dict[str, Any]:
+def summarize(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    users: np.ndarray,
+    tasks: Sequence[str],
+) -> dict[str, Any]:
     """Metrics per task and their means over the tasks where they are defined, as plain Python values for JSON.
 
     `labels: [N, K] int8`, -1 where unknown (the row is left out of that task), `probabilities: [N, K] float32`,
@@ -95,7 +118,11 @@ def summarize(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray, 
     >>> result["macro_auc"], result["tasks"]["click"]["gauc"], result["tasks"]["click"]["examples"]
     (1.0, 1.0, 2)
     """
-    labels, probabilities, users = np.asarray(labels), np.asarray(probabilities), np.asarray(users)
+    labels, probabilities, users = (
+        np.asarray(labels),
+        np.asarray(probabilities),
+        np.asarray(users),
+    )
     _check_shapes(labels, probabilities, users, tasks)
     reports = {}
     for k, task in enumerate(tasks):
@@ -118,7 +145,10 @@ def group_codes(ids: np.ndarray) -> np.ndarray:
     if pa.types.is_integer(array.type):
         return array.to_numpy().astype(np.int64)
     encoded = array.dictionary_encode()
-    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in encoded.dictionary.to_pylist()]
+    digests = [
+        hashlib.blake2b(name.encode(), digest_size=8).digest()
+        for name in encoded.dictionary.to_pylist()
+    ]
     return np.frombuffer(b"".join(digests), "<i8")[encoded.indices.to_numpy()]
 
 
@@ -130,40 +160,66 @@ class ScoreStore:
     each) and with the rows of one user. `directory` is where the temporary files lie; None leaves it to the system.
     """
 
-    def __init__(self, tasks: Sequence[str], *, memory_rows: int = 4_000_000, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        memory_rows: int = 4_000_000,
+        directory: Path | None = None,
+    ) -> None:
         if memory_rows < 1:
             raise InputError(f"memory_rows={memory_rows} must be at least 1")
         self.tasks = tuple(tasks)
         self.rows = 0
         self._memory_rows = memory_rows
         self._directory = directory
-        self._row = np.dtype([("label", "i1", (len(tasks),)), ("score", "f4", (len(tasks),)), ("group", "i8")])
+        self._row = np.dtype(
+            [
+                ("label", "i1", (len(tasks),)),
+                ("score", "f4", (len(tasks),)),
+                ("group", "i8"),
+            ]
+        )
         self._spilled: list[np.ndarray] = []
         self._fresh: list[np.ndarray] = []
 
-    def append(self, labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray) -> None:
+    def append(
+        self, labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray
+    ) -> None:
         """Adds rows. `labels: [N, K]` 1, 0 or -1, `probabilities: [N, K]`, kept as float32, `users: [N]` ids.
 
         Raises:
           InputError: shapes differ, a label is none of 1, 0, -1, or the probability of a known label is NaN.
         """
-        labels, probabilities, users = np.asarray(labels), np.asarray(probabilities), np.asarray(users)
+        labels, probabilities, users = (
+            np.asarray(labels),
+            np.asarray(probabilities),
+            np.asarray(users),
+        )
         _check_shapes(labels, probabilities, users, self.tasks)
         known = labels != -1
         _checked(labels[known], probabilities[known])
         block = np.empty(len(labels), self._row)
-        block["label"], block["score"], block["group"] = labels, probabilities, group_codes(users)
+        block["label"], block["score"], block["group"] = (
+            labels,
+            probabilities,
+            group_codes(users),
+        )
         self._fresh.append(block)
         self.rows += len(block)
         waiting = self.rows - sum(map(len, self._spilled))
         if waiting >= self._memory_rows:
-            self._spilled.append(np.concatenate(self._fresh, out=self._file_array(waiting, self._row)))
+            self._spilled.append(
+                np.concatenate(self._fresh, out=self._file_array(waiting, self._row))
+            )
             self._fresh = []
 
     def merge(self, other: ScoreStore) -> None:
         """Adds the rows of another store of the same tasks."""
         if other.tasks != self.tasks:
-            raise InputError(f"cannot merge scores of tasks {other.tasks} into {self.tasks}; give the same tasks")
+            raise InputError(
+                f"cannot merge scores of tasks {other.tasks} into {self.tasks}; give the same tasks"
+            )
         for block in list(other.blocks()):
             self.append(*block)
 
@@ -178,13 +234,25 @@ class ScoreStore:
     def summarize(self) -> dict[str, Any]:
         """Exact metrics of all rows, in the form of `metrics.summarize`."""
         users = np.empty(0, np.int64)
-        for waiting in itertools.batched((group for _, _, group in self.blocks()), 1000):
-            users = np.union1d(users, np.concatenate([np.unique(group) for group in waiting]))
-        return _with_macro({task: self._task_report(k, users) for k, task in enumerate(self.tasks)})
+        for waiting in itertools.batched(
+            (group for _, _, group in self.blocks()), 1000
+        ):
+            users = np.union1d(
+                users, np.concatenate([np.unique(group) for group in waiting])
+            )
+        return _with_macro(
+            {task: self._task_report(k, users) for k, task in enumerate(self.tasks)}
+        )
 
     def _task_report(self, k: int, users: np.ndarray) -> dict[str, float | int | None]:
         negatives, positives = (
-            self._array(sum(int(np.count_nonzero(label[:, k] == value)) for label, _, _ in self.blocks()), np.float32)
+            self._array(
+                sum(
+                    int(np.count_nonzero(label[:, k] == value))
+                    for label, _, _ in self.blocks()
+                ),
+                np.float32,
+            )
             for value in (0, 1)
         )
         keys = self._array(len(negatives) + len(positives), np.uint64)
@@ -192,7 +260,9 @@ class ScoreStore:
         for label, score, group in self.blocks():
             known = label[:, k] != -1
             y, s = label[known, k], score[known, k]
-            keys[n + p : n + p + len(y)] = sort_keys(np.searchsorted(users, group[known]), s, y)
+            keys[n + p : n + p + len(y)] = sort_keys(
+                np.searchsorted(users, group[known]), s, y
+            )
             low, high = s[y == 0], s[y == 1]
             negatives[n : n + len(low)], positives[p : p + len(high)] = low, high
             n, p = n + len(low), p + len(high)
@@ -201,21 +271,32 @@ class ScoreStore:
         return _report(positives, negatives, _gauc_of_sorted(keys, self._memory_rows))
 
     def _array(self, length: int, dtype: Any) -> np.ndarray:
-        return np.empty(length, dtype) if length <= self._memory_rows else self._file_array(length, dtype)
+        return (
+            np.empty(length, dtype)
+            if length <= self._memory_rows
+            else self._file_array(length, dtype)
+        )
 
     def _file_array(self, length: int, dtype: Any) -> np.ndarray:
         """An array in an unnamed file, which is freed with the array."""
         size = length * np.dtype(dtype).itemsize
         with tempfile.TemporaryFile(dir=self._directory) as file:
             try:
-                if hasattr(os, "posix_fallocate"):  # a full disk must fail here: in a memory map it kills the process
+                if hasattr(
+                    os, "posix_fallocate"
+                ):  # a full disk must fail here: in a memory map it kills the process
                     os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 where = self._directory or tempfile.gettempdir()
                 raise InputError(
                     f"directory={where} has no room for {size} bytes of scores ({error}); free some"
                 ) from error
-            return np.memmap(file, dtype, "r+" if hasattr(os, "posix_fallocate") else "w+", shape=(length,))
+            return np.memmap(
+                file,
+                dtype,
+                "r+" if hasattr(os, "posix_fallocate") else "w+",
+                shape=(length,),
+            )
 
 
 def _classes(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +314,11 @@ def _gauc_of_sorted(keys: np.ndarray, block: int = 4_000_000) -> float | None:
         rows += mixed_rows
         start = stop
     # fsum rounds once, so that neither the order of the groups nor the blocks matter.
-    return math.fsum(itertools.chain.from_iterable(part.tolist() for part in parts)) / rows if rows else None
+    return (
+        math.fsum(itertools.chain.from_iterable(part.tolist() for part in parts)) / rows
+        if rows
+        else None
+    )
 
 
 def _normalized(loss: float | None, positives: int, examples: int) -> float | None:
@@ -243,7 +328,9 @@ def _normalized(loss: float | None, positives: int, examples: int) -> float | No
     return loss / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
 
 
-def _report(positives: np.ndarray, negatives: np.ndarray, grouped: float | None) -> dict[str, float | int | None]:
+def _report(
+    positives: np.ndarray, negatives: np.ndarray, grouped: float | None
+) -> dict[str, float | int | None]:
     """Metrics of one task from the sorted probabilities of each class."""
     examples = len(positives) + len(negatives)
     loss = loss_of_sorted(positives, negatives) / examples if examples else None
@@ -260,7 +347,9 @@ def _report(positives: np.ndarray, negatives: np.ndarray, grouped: float | None)
 def _with_macro(reports: dict[str, dict[str, float | int | None]]) -> dict[str, Any]:
     macro = {}
     for name in ("auc", "gauc"):
-        defined = [value for report in reports.values() if (value := report[name]) is not None]
+        defined = [
+            value for report in reports.values() if (value := report[name]) is not None
+        ]
         macro[f"macro_{name}"] = math.fsum(defined) / len(defined) if defined else None
     return {**macro, "tasks": reports}
 
@@ -269,23 +358,36 @@ def _checked(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nda
     """Both as vectors, scores as float32 or float64."""
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 1 or labels.shape != scores.shape:
-        raise InputError(f"labels have shape {labels.shape}, scores {scores.shape}; give two equal vectors")
+        raise InputError(
+            f"labels have shape {labels.shape}, scores {scores.shape}; give two equal vectors"
+        )
     wrong = (labels != 0) & (labels != 1)
     if wrong.any():
-        raise InputError(f"labels hold {labels[wrong][0]}, which is neither 0 nor 1; leave unknown labels out")
+        raise InputError(
+            f"labels hold {labels[wrong][0]}, which is neither 0 nor 1; leave unknown labels out"
+        )
     if scores.dtype != np.float32:
         scores = scores.astype(np.float64)
     missing = np.isnan(scores)
     if missing.any():
-        raise InputError(f"scores hold NaN at row {int(missing.argmax())}, which has no rank; look for it in the model")
+        raise InputError(
+            f"scores hold NaN at row {int(missing.argmax())}, which has no rank; look for it in the model"
+        )
     return labels, scores
 
 
-def _check_shapes(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray, tasks: Sequence[str]) -> None:
+def _check_shapes(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    users: np.ndarray,
+    tasks: Sequence[str],
+) -> None:
     need = (len(users), len(tasks))
     for name, array in (("labels", labels), ("probabilities", probabilities)):
         if array.shape != need:
-            raise InputError(f"{name} have shape {array.shape}; {need[0]} users and {need[1]} tasks need {need}")
+            raise InputError(
+                f"{name} have shape {array.shape}; {need[0]} users and {need[1]} tasks need {need}"
+            )
 
 
 def _ids(ids: np.ndarray) -> pa.Array:
@@ -293,9 +395,15 @@ def _ids(ids: np.ndarray) -> pa.Array:
     try:
         array = pa.array(np.asarray(ids))
     except pa.ArrowException as error:
-        raise InputError(f"groups cannot be read: {error}; give integers or strings") from error
+        raise InputError(
+            f"groups cannot be read: {error}; give integers or strings"
+        ) from error
     if array.null_count:
-        raise InputError(f"groups hold {array.null_count} nulls; give each row its group")
-    if len(array) and not (pa.types.is_integer(array.type) or pa.types.is_string(array.type)):
+        raise InputError(
+            f"groups hold {array.null_count} nulls; give each row its group"
+        )
+    if len(array) and not (
+        pa.types.is_integer(array.type) or pa.types.is_string(array.type)
+    ):
         raise InputError(f"groups are of type {array.type}; give integers or strings")
     return array

@@ -29,7 +29,9 @@ def auc_of_sorted(positives: np.ndarray, negatives: np.ndarray) -> float | None:
         part = positives[start : start + _BLOCK]
         twice_wins += int(np.searchsorted(negatives, part, "left").sum())
         twice_wins += int(np.searchsorted(negatives, part, "right").sum())
-    return twice_wins / (2 * len(positives) * len(negatives))  # integers of any size, rounded once
+    return twice_wins / (
+        2 * len(positives) * len(negatives)
+    )  # integers of any size, rounded once
 
 
 def loss_of_sorted(positives: np.ndarray, negatives: np.ndarray) -> float:
@@ -41,7 +43,9 @@ def loss_of_sorted(positives: np.ndarray, negatives: np.ndarray) -> float:
                 f"probabilities span {values[0]:g} to {values[-1]:g}, outside [0, 1]; give sigmoids, not logits"
             )
         for start in range(0, len(values), _BLOCK):
-            p = np.clip(values[start : start + _BLOCK].astype(np.float64), CLIP, 1 - CLIP)
+            p = np.clip(
+                values[start : start + _BLOCK].astype(np.float64), CLIP, 1 - CLIP
+            )
             total -= float((np.log(p) if label else np.log1p(-p)).sum())
     return total
 
@@ -56,9 +60,13 @@ def sort_keys(codes: np.ndarray, scores: np.ndarray, labels: np.ndarray) -> np.n
     [2, 1, 0]
     """
     if len(codes) and int(codes.max()) >= MAX_GROUPS:
-        raise InputError(f"groups: {int(codes.max()) + 1} distinct ones; GAUC holds {MAX_GROUPS}, give fewer")
+        raise InputError(
+            f"groups: {int(codes.max()) + 1} distinct ones; GAUC holds {MAX_GROUPS}, give fewer"
+        )
     if scores.dtype == np.float32:
-        bits = (scores + np.float32(0)).view(np.uint32)  # + 0 turns -0 into 0, its equal
+        bits = (scores + np.float32(0)).view(
+            np.uint32
+        )  # + 0 turns -0 into 0, its equal
         scores = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
     keys = codes.astype(np.uint64) << np.uint64(32)
     keys |= scores
@@ -78,9 +86,16 @@ def gauc_terms(keys: np.ndarray) -> tuple[np.ndarray, int]:
     below = np.cumsum(negatives) - negatives
     below -= np.repeat(below[groups], np.diff(groups, append=len(ties)))
     twice_wins = np.add.reduceat(positives * (2 * below + negatives), groups)
-    positives, negatives = np.add.reduceat(positives, groups), np.add.reduceat(negatives, groups)
+    positives, negatives = (
+        np.add.reduceat(positives, groups),
+        np.add.reduceat(negatives, groups),
+    )
     mixed = (positives > 0) & (negatives > 0)
-    twice_wins, positives, negatives = twice_wins[mixed], positives[mixed], negatives[mixed]
+    twice_wins, positives, negatives = (
+        twice_wins[mixed],
+        positives[mixed],
+        negatives[mixed],
+    )
     rows = positives + negatives
     return rows * (twice_wins / (2 * positives * negatives)), int(rows.sum())
 
@@ -89,7 +104,9 @@ def group_stop(keys: np.ndarray, stop: int) -> int:
     """Moves `stop` on to the end of the group that it cuts, in sorted keys."""
     if stop >= len(keys):
         return len(keys)
-    last = (int(keys[stop - 1]) >> GROUP_SHIFT << GROUP_SHIFT) | ((1 << GROUP_SHIFT) - 1)
+    last = (int(keys[stop - 1]) >> GROUP_SHIFT << GROUP_SHIFT) | (
+        (1 << GROUP_SHIFT) - 1
+    )
     return stop + int(np.searchsorted(keys[stop:], np.uint64(last), "right"))
 
 

@@ -25,15 +25,29 @@ def ranks_of(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     array([[1. , 2.5, 0. ]])
     """
     scores, relevant = np.asarray(scores), np.asarray(relevant)
-    if scores.ndim != 2 or relevant.shape[:1] != scores.shape[:1] or relevant.ndim not in (1, 2):
-        raise InputError(f"scores have shape {scores.shape}, relevant {relevant.shape}; give [N, V] and [N] or [N, R]")
-    if relevant.size and not (relevant.min() >= -1 and relevant.max() < scores.shape[1]):
-        raise InputError(f"relevant spans {relevant.min()} to {relevant.max()}; columns are 0 to {scores.shape[1] - 1}")
+    if (
+        scores.ndim != 2
+        or relevant.shape[:1] != scores.shape[:1]
+        or relevant.ndim not in (1, 2)
+    ):
+        raise InputError(
+            f"scores have shape {scores.shape}, relevant {relevant.shape}; give [N, V] and [N] or [N, R]"
+        )
+    if relevant.size and not (
+        relevant.min() >= -1 and relevant.max() < scores.shape[1]
+    ):
+        raise InputError(
+            f"relevant spans {relevant.min()} to {relevant.max()}; columns are 0 to {scores.shape[1] - 1}"
+        )
     if np.isnan(scores).any():
-        raise InputError("scores hold NaN, which has no rank; find where the model made it")
+        raise InputError(
+            "scores hold NaN, which has no rank; find where the model made it"
+        )
     columns = relevant if relevant.ndim == 2 else relevant[:, None]
     ranks = np.zeros(columns.shape)
-    for r in range(columns.shape[1]):  # one column at a time: [N, R, V] need not fit in memory
+    for r in range(
+        columns.shape[1]
+    ):  # one column at a time: [N, R, V] need not fit in memory
         column = columns[:, r : r + 1]
         own = np.take_along_axis(scores, np.maximum(column, 0), axis=1)
         higher, equal = (scores > own).sum(1), (scores == own).sum(1)
@@ -58,7 +72,9 @@ def recall_at(ranks: np.ndarray, k: int) -> float | None:
     0.75
     """
     ranks, counts = _queries(ranks, k)
-    return float((_within(ranks, k).sum(axis=1) / counts).mean()) if len(counts) else None
+    return (
+        float((_within(ranks, k).sum(axis=1) / counts).mean()) if len(counts) else None
+    )
 
 
 def ndcg_at(ranks: np.ndarray, k: int) -> float | None:
@@ -73,7 +89,9 @@ def ndcg_at(ranks: np.ndarray, k: int) -> float | None:
     if not len(counts):
         return None
     within = _within(ranks, k)
-    gains = np.where(within, 1 / np.log2(1 + np.where(within, ranks, 1)), 0.0).sum(axis=1)
+    gains = np.where(within, 1 / np.log2(1 + np.where(within, ranks, 1)), 0.0).sum(
+        axis=1
+    )
     best = np.cumsum(1 / np.log2(1 + np.arange(1, int(counts.max()) + 1)))
     return float((gains / best[np.minimum(counts, k) - 1]).mean())
 
@@ -85,7 +103,11 @@ def mrr(ranks: np.ndarray) -> float | None:
     0.75
     """
     ranks, counts = _queries(ranks, 1)
-    return float((1 / np.where(ranks > 0, ranks, np.inf).min(axis=1)).mean()) if len(counts) else None
+    return (
+        float((1 / np.where(ranks > 0, ranks, np.inf).min(axis=1)).mean())
+        if len(counts)
+        else None
+    )
 
 
 def _within(ranks: np.ndarray, k: int) -> np.ndarray:
@@ -102,6 +124,8 @@ def _queries(ranks: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     ranks = ranks if ranks.ndim == 2 else ranks[:, None]
     wrong = ~((ranks == 0) | (ranks >= 1))  # also true of NaN
     if wrong.any():
-        raise InputError(f"ranks hold {ranks[wrong][0]}; a rank is at least 1, and 0 fills rows with fewer items")
+        raise InputError(
+            f"ranks hold {ranks[wrong][0]}; a rank is at least 1, and 0 fills rows with fewer items"
+        )
     counts = (ranks > 0).sum(axis=1)
     return ranks[counts > 0], counts[counts > 0]

@@ -19,8 +19,14 @@ from tokenrec.models.heads import CodeHead, ItemHead
 from tokenrec.ops.layers import Linear, as_rows, dropout, split_key, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Entity
-from tokenrec.tokens.history import History, history_rows, merged, soft_features, text_features
-from tokenrec.tokens.layout import Layout, Part, lay_out
+from tokenrec.tokens.history import (
+    History,
+    history_stream_part,
+    merged,
+    soft_features,
+    text_features,
+)
+from tokenrec.tokens.layout import Layout, StreamPart, lay_out
 from tokenrec.tokens.makers import FieldMakers, Maker
 from tokenrec.tokens.textual import TextMaker, token_count
 
@@ -41,13 +47,16 @@ def query_features(schema: Schema) -> tuple[Feature, ...]:
     return tuple(f for f in schema.state if f.entity == "context")
 
 
-def candidate_features(schema: Schema, segments: tuple[Segment, ...]) -> tuple[Feature, ...]:
+def candidate_features(
+    schema: Schema, segments: tuple[Segment, ...]
+) -> tuple[Feature, ...]:
     """Features of the candidate's tokens: item and context, less what other segments of the prompt say."""
     said = {segment.kind for segment in segments}
     return tuple(
         f
         for f in schema.state
-        if not ("query" in said and f.entity == "context") and not ("title" in said and f.kind == "text")
+        if not ("query" in said and f.entity == "context")
+        and not ("title" in said and f.kind == "text")
     )
 
 
@@ -76,34 +85,55 @@ def stream_layout(
     segments = parse_prompt(config)
     words = iter(literals)
 
-    def part(segment: Segment) -> Part:
+    def part(segment: Segment) -> StreamPart:
         if segment.kind == "history":
-            return history_rows(config, schema, events)
+            return history_stream_part(config, schema, events)
         if segment.kind == "text":
-            return Part.of("text", len(next(words)), ordered=True)
+            return StreamPart.of("text", len(next(words)), ordered=True)
         if segment.kind == "user":
-            return Part.of("user", user_token_count(config, schema))
+            return StreamPart.of("user", user_token_count(config, schema))
         if segment.kind == "title":
-            return Part.of("title", token_count(title_features(schema)), ordered=True)
+            return StreamPart.of(
+                "title", token_count(title_features(schema)), ordered=True
+            )
         if segment.kind == "query":
-            return Part.of("query", _query_tokens(config, schema))
+            return StreamPart.of("query", _query_tokens(config, schema))
         if segment.kind == "candidate":
-            return Part.of("target", _target_tokens(config, schema, segments))
-        return Part.of("sep", 1)
+            return StreamPart.of("target", _target_tokens(config, schema, segments))
+        return StreamPart.of("sep", 1)
 
     parts = [(segment.own, part(segment)) for segment in segments]
-    shared, own = ([made for is_own, made in parts if is_own == wanted] for wanted in (False, True))
-    prefix, discard = config.model.prefix == "bidirectional", config.model.discard_static
+    shared, own = (
+        [made for is_own, made in parts if is_own == wanted] for wanted in (False, True)
+    )
+    prefix, discard = (
+        config.model.prefix == "bidirectional",
+        config.model.discard_static,
+    )
     if config.data.objective == "ranking":
         if config.data.paradigm == "uc":
-            return lay_out(shared, own, events=events, candidates=0, read="states", discard=discard)
+            return lay_out(
+                shared, own, events=events, candidates=0, read="states", discard=discard
+            )
         count = config.data.candidates if candidates is None else candidates
-        return lay_out(shared, own, events=events, candidates=count, read="own", prefix=prefix, discard=discard)
+        return lay_out(
+            shared,
+            own,
+            events=events,
+            candidates=count,
+            read="own",
+            prefix=prefix,
+            discard=discard,
+        )
     every = config.data.paradigm == "uc" and not serving
     if candidates is None:
         candidates = events if every else config.data.candidates
     if config.head.retrieval == "semantic_id":
-        own.append(Part.of("code", len(schema.levels) - 1 if codes is None else codes, ordered=True))
+        own.append(
+            StreamPart.of(
+                "code", len(schema.levels) - 1 if codes is None else codes, ordered=True
+            )
+        )
     return lay_out(
         shared,
         own,
@@ -122,9 +152,13 @@ def _query_tokens(config: Config, schema: Schema) -> int:
     return int(bool(features))
 
 
-def _target_tokens(config: Config, schema: Schema, segments: tuple[Segment, ...]) -> int:
+def _target_tokens(
+    config: Config, schema: Schema, segments: tuple[Segment, ...]
+) -> int:
     if "candidate" in config.tokens.text:
-        return token_count(text_features(config, "candidate", candidate_features(schema, segments)))
+        return token_count(
+            text_features(config, "candidate", candidate_features(schema, segments))
+        )
     return config.tokens.target_tokens
 
 
@@ -135,25 +169,56 @@ class Recommender(nnx.Module):
     are told apart by their place alone; fused events and longer targets have makers of their own.
     """
 
-    def __init__(self, config: Config, schema: Schema, tasks: int, literals: Literals = (), *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        schema: Schema,
+        tasks: int,
+        literals: Literals = (),
+        *,
+        rngs: nnx.Rngs,
+    ):
         self.config, self.schema, self.literals = config, schema, literals
         self.segments = parse_prompt(config)
         tokens, width = config.tokens, config.model.width
         kinds = [segment.kind for segment in self.segments]
-        self.user = self._maker("user", schema.group("user"), user_token_count(config, schema), rngs)
+        self.user = self._maker(
+            "user", schema.group("user"), user_token_count(config, schema), rngs
+        )
         self.history = History(config, schema, rngs=rngs)
-        self.query = self._maker("query", query_features(schema), 1, rngs) if "query" in kinds else None
+        self.query = (
+            self._maker("query", query_features(schema), 1, rngs)
+            if "query" in kinds
+            else None
+        )
         features = candidate_features(schema, self.segments)
         named = "candidate" in tokens.text or "candidate" in tokens.soft
-        own_target = tokens.fused or tokens.target_tokens > 1 or named or features != schema.state
+        own_target = (
+            tokens.fused
+            or tokens.target_tokens > 1
+            or named
+            or features != schema.state
+        )
         has_own = "candidate" in kinds and own_target
-        self.target = self._maker("candidate", features, tokens.target_tokens, rngs) if has_own else None
-        self.title = TextMaker(title_features(schema), width, tokens, rngs=rngs) if "title" in kinds else None
+        self.target = (
+            self._maker("candidate", features, tokens.target_tokens, rngs)
+            if has_own
+            else None
+        )
+        self.title = (
+            TextMaker(title_features(schema), width, tokens, rngs=rngs)
+            if "title" in kinds
+            else None
+        )
         seps = kinds.count("sep")
-        self.separators = weight(rngs, (seps, width), None, None, inputs=width) if seps else None
+        self.separators = (
+            weight(rngs, (seps, width), None, None, inputs=width) if seps else None
+        )
         ids = sorted({word for text in literals for word in text})
         self.vocabulary = tuple(ids)
-        self.words = weight(rngs, (len(ids), width), None, None, inputs=width) if ids else None
+        self.words = (
+            weight(rngs, (len(ids), width), None, None, inputs=width) if ids else None
+        )
         longest = stream_layout(config, schema, config.data.events, literals)
         self.backbone = make_backbone(config.model, longest, rngs=rngs)
         self.head: Linear | ItemHead | CodeHead
@@ -169,7 +234,9 @@ class Recommender(nnx.Module):
     ) -> Maker | FieldMakers | TextMaker | None:
         tokens, width = self.config.tokens, self.config.model.width
         if entity in tokens.text:
-            return TextMaker(text_features(self.config, entity, features), width, tokens, rngs=rngs)
+            return TextMaker(
+                text_features(self.config, entity, features), width, tokens, rngs=rngs
+            )
         features = soft_features(self.config, entity, features)
         if not features and entity in ("user", "query"):
             return None
@@ -177,7 +244,9 @@ class Recommender(nnx.Module):
             return FieldMakers(features, width, tokens, rngs=rngs)
         return Maker(features, count, width, tokens, rngs=rngs)
 
-    def __call__(self, entities: dict[str, Entity], batch: Batch, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, entities: dict[str, Entity], batch: Batch, key: jax.Array | None
+    ) -> jax.Array:
         """What the head reads, `[B, R', d] float32`: rows of `Layout.readout`.
 
         Args:
@@ -187,7 +256,9 @@ class Recommender(nnx.Module):
         token_key, backbone_key = split_key(key, 2)
         x, layout = self.stream(entities, batch)
         x = dropout(x, self.config.model.dropout, token_key)
-        return self.backbone(x, *self._known(layout, batch, backbone_key)).astype(jnp.float32)
+        return self.backbone(x, *self._known(layout, batch, backbone_key)).astype(
+            jnp.float32
+        )
 
     def trace(
         self, entities: dict[str, Entity], batch: Batch, key: jax.Array | None
@@ -198,22 +269,33 @@ class Recommender(nnx.Module):
         token_key, backbone_key = split_key(key, 2)
         tokens, layout = self.stream(entities, batch)
         x = dropout(tokens, self.config.model.dropout, token_key)
-        outputs = self.backbone.layer_outputs(x, *self._known(layout, batch, backbone_key))
+        outputs = self.backbone.layer_outputs(
+            x, *self._known(layout, batch, backbone_key)
+        )
         return tokens, [*outputs[:-1], outputs[-1].astype(jnp.float32)]
 
-    def _known(self, layout: Layout, batch: Batch, key: jax.Array | None) -> tuple[Any, ...]:
+    def _known(
+        self, layout: Layout, batch: Batch, key: jax.Array | None
+    ) -> tuple[Any, ...]:
         """What a backbone is told beside the tokens; HSTU alone, when the events were."""
         known = layout, batch.valid, candidate_mask(batch), key
         return (*known, batch.ages) if isinstance(self.backbone, HSTU) else known
 
-    def stream(self, entities: dict[str, Entity], batch: Batch) -> tuple[jax.Array, Layout]:
+    def stream(
+        self, entities: dict[str, Entity], batch: Batch
+    ) -> tuple[jax.Array, Layout]:
         """Tokens of the whole stream, `[B, S, d]`, and their order."""
-        shared, own = self.shared_tokens(entities, batch), self.own_tokens(entities, batch)
+        shared, own = (
+            self.shared_tokens(entities, batch),
+            self.own_tokens(entities, batch),
+        )
         if self.config.tokens.random_tokens:
             shared = jax.lax.stop_gradient(shared)
             # Codes are no makers' tokens but the head's.
             own = own if isinstance(self.head, CodeHead) else jax.lax.stop_gradient(own)
-        return jnp.concatenate([shared, *own], axis=1), batch_layout(self.config, self.schema, self.literals, batch)
+        return jnp.concatenate([shared, *own], axis=1), batch_layout(
+            self.config, self.schema, self.literals, batch
+        )
 
     def shared_tokens(self, entities: dict[str, Entity], batch: Batch) -> jax.Array:
         """The rows left of `||`, `[B, P, d]`, in the order of `stream_layout`."""
@@ -223,17 +305,29 @@ class Recommender(nnx.Module):
                 break
             if segment.kind == "sep":
                 assert self.separators is not None
-                parts.append(self._repeated(self.separators[...][seps : seps + 1], batch))
+                parts.append(
+                    self._repeated(self.separators[...][seps : seps + 1], batch)
+                )
                 seps += 1
             elif segment.kind == "text":
                 parts.append(self._literal(next(literals), batch))
             elif segment.kind == "history":
-                parts.append(self.history(entities, batch.valid, self._dtype, self._item_vectors(entities, batch)))
+                parts.append(
+                    self.history(
+                        entities,
+                        batch.valid,
+                        self._dtype,
+                        self._item_vectors(entities, batch),
+                    )
+                )
             elif segment.kind == "user" and self.user is not None:
                 parts.append(as_rows(self.user(*merged(entities["user"]), self._dtype)))
             elif segment.kind == "query" and self.query is not None:
                 values, ids = merged(entities["target"])
-                first = {name: value[:, :1] for name, value in values.items()}, {n: v[:, :1] for n, v in ids.items()}
+                first = (
+                    {name: value[:, :1] for name, value in values.items()},
+                    {n: v[:, :1] for n, v in ids.items()},
+                )
                 parts.append(as_rows(self.query(*first, self._dtype)))
         return jnp.concatenate(parts, axis=1)
 
@@ -243,7 +337,9 @@ class Recommender(nnx.Module):
             assert batch.codes is not None
             read = batch.codes[..., :-1]  # the last level is only said
             return [self.code_tokens(as_rows(read))]
-        shared = sum(segment.kind == "text" and not segment.own for segment in self.segments)
+        shared = sum(
+            segment.kind == "text" and not segment.own for segment in self.segments
+        )
         literals, parts = iter(self.literals[shared:]), []
         for segment in self.segments:
             if not segment.own:
@@ -252,7 +348,11 @@ class Recommender(nnx.Module):
             if segment.kind == "text":
                 words = self._literal(next(literals), batch)[:, None]
                 shape = (words.shape[0], batch.weight.shape[1], *words.shape[2:])
-                parts.append(jnp.broadcast_to(words, shape, out_sharding=RULES("batch", None, None, None)))
+                parts.append(
+                    jnp.broadcast_to(
+                        words, shape, out_sharding=RULES("batch", None, None, None)
+                    )
+                )
             elif segment.kind == "title":
                 assert self.title is not None
                 parts.append(self.title(values, ids, self._dtype))
@@ -274,37 +374,67 @@ class Recommender(nnx.Module):
     def _repeated(self, rows: jax.Array, batch: Batch) -> jax.Array:
         shape = (batch.valid.shape[0], *rows.shape)
         # `broadcast_to` would forget its `out_sharding` where the batch is of one.
-        return jax.sharding.reshard(jnp.broadcast_to(rows.astype(self._dtype), shape), RULES("batch", None, None))
+        return jax.sharding.reshard(
+            jnp.broadcast_to(rows.astype(self._dtype), shape),
+            RULES("batch", None, None),
+        )
 
     def _literal(self, words: tuple[int, ...], batch: Batch) -> jax.Array:
         assert self.words is not None
-        return self._repeated(self.words[...][np.searchsorted(self.vocabulary, words)], batch)
+        return self._repeated(
+            self.words[...][np.searchsorted(self.vocabulary, words)], batch
+        )
 
-    def _item_vectors(self, entities: dict[str, Entity], batch: Batch) -> jax.Array | None:
+    def _item_vectors(
+        self, entities: dict[str, Entity], batch: Batch
+    ) -> jax.Array | None:
         """`[B, T, d]`: what a tied head adds to the tokens of the events."""
-        if not isinstance(self.head, ItemHead) or not self.config.head.tied or "history" in self.config.tokens.text:
+        if (
+            not isinstance(self.head, ItemHead)
+            or not self.config.head.tied
+            or "history" in self.config.tokens.text
+        ):
             return None
         assert batch.items is not None
         if self.head.items is not None:
             return self.head.rows(batch.items)
-        return jnp.where((batch.items >= 0)[..., None], entities["items"].values["catalogue_item"][..., 0, :], 0)
+        return jnp.where(
+            (batch.items >= 0)[..., None],
+            entities["items"].values["catalogue_item"][..., 0, :],
+            0,
+        )
 
 
-def batch_layout(config: Config, schema: Schema, literals: Literals, batch: Batch) -> Layout:
+def batch_layout(
+    config: Config, schema: Schema, literals: Literals, batch: Batch
+) -> Layout:
     """The streams of a batch."""
     serving = batch.goals is not None and batch.goals.shape[1] == 1
-    return stream_layout(config, schema, batch.valid.shape[1], literals, serving=serving, candidates=_count(batch))
+    return stream_layout(
+        config,
+        schema,
+        batch.valid.shape[1],
+        literals,
+        serving=serving,
+        candidates=_count(batch),
+    )
 
 
 def candidate_mask(batch: Batch) -> jax.Array | None:
     """`[B, C] bool`: real candidates, or goals; others are padding, which no row sees. None where there are none."""
     if batch.codes is not None:
         return as_rows(batch.codes[..., :1])[..., 0] >= 0
-    return batch.weight > 0 if batch.target is not None and batch.goals is None else None
+    return (
+        batch.weight > 0 if batch.target is not None and batch.goals is None else None
+    )
 
 
 def _count(batch: Batch) -> int | None:
     """Candidates of a stream, as `candidate_mask` counts them."""
     if batch.codes is not None:
         return batch.codes.shape[1] * batch.codes.shape[2]
-    return batch.weight.shape[1] if batch.target is not None and batch.goals is None else None
+    return (
+        batch.weight.shape[1]
+        if batch.target is not None and batch.goals is None
+        else None
+    )

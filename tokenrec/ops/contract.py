@@ -12,7 +12,9 @@ from tokenrec.sharding import RULES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def contract(equation: str, x: jax.Array, w: jax.Array, spec: PartitionSpec) -> jax.Array:
+def contract(
+    equation: str, x: jax.Array, w: jax.Array, spec: PartitionSpec
+) -> jax.Array:
     """`einsum(equation, x, w)`, laid over the mesh by `spec`; `w` is cast to the dtype of `x`.
 
     A weight in shards over `fsdp` is gathered after the cast, forward and again backward, so that only the shard is
@@ -37,7 +39,10 @@ def _forward(
     equation: str, x: jax.Array, w: jax.Array, spec: PartitionSpec
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # Not `contract`: a remat policy sees a product, and keeps its result, only where it stands open.
-    return jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec), (x, w)
+    return jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec), (
+        x,
+        w,
+    )
 
 
 def _backward(
@@ -47,7 +52,9 @@ def _backward(
     inputs, output = equation.split("->")
     of_x, of_w = inputs.split(",")
     whole = gathered(w.astype(x.dtype))
-    by_x = jnp.einsum(f"{output},{of_w}->{of_x}", g, whole, out_sharding=jax.typeof(x).sharding.spec)
+    by_x = jnp.einsum(
+        f"{output},{of_w}->{of_x}", g, whole, out_sharding=jax.typeof(x).sharding.spec
+    )
     # Laid out as the shard at once: XLA for TPU then scatters the sum, and asked for the whole first it does not.
     by_w = jnp.einsum(
         f"{of_x},{output}->{of_w}",

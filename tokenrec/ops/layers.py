@@ -14,18 +14,24 @@ from tokenrec.ops.contract import contract
 from tokenrec.sharding import RULES
 
 
-def weight(rngs: nnx.Rngs, shape: Sequence[int], *axes: str | None, inputs: int) -> nnx.Param:
+def weight(
+    rngs: nnx.Rngs, shape: Sequence[int], *axes: str | None, inputs: int
+) -> nnx.Param:
     """Float32, uniform with variance 1 / inputs, laid out over the mesh by its logical axes."""
     return nnx.Param(draw(rngs.params(), tuple(shape), inputs**-0.5, RULES(*axes)))
 
 
 def constant(value: float, shape: Sequence[int], *axes: str | None) -> nnx.Param:
     """Float32 and everywhere `value` at the start."""
-    return nnx.Param(jnp.full(tuple(shape), value, jnp.float32, out_sharding=RULES(*axes)))
+    return nnx.Param(
+        jnp.full(tuple(shape), value, jnp.float32, out_sharding=RULES(*axes))
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def draw(key: jax.Array, shape: tuple[int, ...], deviation: float, spec: PartitionSpec) -> jax.Array:
+def draw(
+    key: jax.Array, shape: tuple[int, ...], deviation: float, spec: PartitionSpec
+) -> jax.Array:
     """Uniform numbers of mean 0, made in place on every device.
 
     A program of its own per shape: random numbers compile slowly, and layers share shapes.
@@ -37,20 +43,36 @@ def draw(key: jax.Array, shape: tuple[int, ...], deviation: float, spec: Partiti
 class Linear(nnx.Module):
     """`y = x W + b`, `[..., i] -> [..., o]`; every device holds all of W, unless `axis` names the logical axis of o."""
 
-    def __init__(self, inputs: int, outputs: int, *, axis: str | None = None, bias: bool = True, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        axis: str | None = None,
+        bias: bool = True,
+        rngs: nnx.Rngs,
+    ):
         self.kernel = weight(rngs, (inputs, outputs), None, axis, inputs=inputs)
         self.bias = constant(0.0, (outputs,), None) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         lead = "bst"[: x.ndim - 1]
-        y = contract(f"{lead}i,io->{lead}o", x, self.kernel[...], PartitionSpec(*spec_of(x)[:-1], None))
+        y = contract(
+            f"{lead}i,io->{lead}o",
+            x,
+            self.kernel[...],
+            PartitionSpec(*spec_of(x)[:-1], None),
+        )
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 def rms_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     """`x / sqrt(mean(x^2) + epsilon)` over the last axis, in float32, back in the dtype of `x`."""
     wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+    return (
+        wide
+        * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    ).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from tokenrec.config import Config, MeshConfig
-from tokenrec.config.backbones import reads_times
+from tokenrec.config.backbones import reads_event_ages
 from tokenrec.config.validate import validate
 from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import batch_shapes, task_names
@@ -25,12 +25,18 @@ from tokenrec.data.schema import Schema
 from tokenrec.models.backbones.block import check_mesh
 from tokenrec.planner.flops import Work, step_flops, step_work
 from tokenrec.planner.hlo import Collective, read_program
-from tokenrec.planner.memory import listed_buffers, padded_state_bytes, refused_bytes, state_bytes, traced_buffers
-from tokenrec.planner.planned_schema import known_schema
+from tokenrec.planner.memory import (
+    listed_buffers,
+    padded_state_bytes,
+    refused_bytes,
+    state_bytes,
+    traced_buffers,
+)
+from tokenrec.planner.planned_schema import resolve_schema
 from tokenrec.planner.roofline import Roofline, chip, network_seconds
-from tokenrec.planner.topology import described_mesh
-from tokenrec.sharding import check_batch_sizes, compiler_options, laid_out
-from tokenrec.state import Model, abstract_state, build_model
+from tokenrec.planner.topology import topology_mesh
+from tokenrec.sharding import check_batch_sizes, compiler_options, with_batch_sharding
+from tokenrec.state import ModelSpec, abstract_state, build_model
 from tokenrec.step import train_step
 
 
@@ -74,15 +80,19 @@ def compile_config(
     Raises:
       InputError: config, topology, mesh and batch do not go together, or there is no schema.
     """
-    config = validate(config if mesh is None else dataclasses.replace(config, mesh=mesh))
-    schema, origin = known_schema(config) if schema is None else (schema, "given")
+    config = validate(
+        config if mesh is None else dataclasses.replace(config, mesh=mesh)
+    )
+    schema, origin = resolve_schema(config) if schema is None else (schema, "given")
     schema = schema.without(config.data.exclude)
-    over = described_mesh(topology, config.mesh, slices)
+    over = topology_mesh(topology, config.mesh, slices)
     check_batch_sizes(config, over)
     check_mesh(config.model, over)
     model = build_model(config, schema, task_names(schema, config.data))
-    ages = reads_times(config.model)
-    shapes = batch_shapes(schema, config.data, batch_size=config.data.batch_size, ages=ages)[config.data.events]
+    ages = reads_event_ages(config.model)
+    shapes = batch_shapes(
+        schema, config.data, batch_size=config.data.batch_size, ages=ages
+    )[config.data.events]
     with jax.set_mesh(over):
         state = abstract_state(model)
     work, layers = step_work(model, over, shapes)
@@ -99,7 +109,9 @@ def compile_config(
         "schema": origin,
         "parameters": {
             "dense": sum(leaf.size for leaf in state.params.values()),
-            "tables": sum(stack.rows * stack.width for stack in model.embedder.stacks.values()),
+            "tables": sum(
+                stack.rows * stack.width for stack in model.embedder.stacks.values()
+            ),
         },
         "attention": layers,
         "memory_per_device": int(of.hbm_bytes),
@@ -114,19 +126,32 @@ def compile_config(
         found = _refused(str(error), state_bytes(state))
     else:
         flops = step_flops(model, over, shapes, work)
-        found = _measured(report(compiled, over, work, flops), state_bytes(state), padded_state_bytes(state, compiled))
+        found = _measured(
+            report(compiled, over, work, flops),
+            state_bytes(state),
+            padded_state_bytes(state, compiled),
+        )
         found |= _speed(found["roofline_seconds"], result)
     total = found["bytes_per_device"]["total"]
     fits = "problem" not in found and total <= of.hbm_bytes
-    result |= {"fits": fits, "headroom": None if total is None else 1 - total / of.hbm_bytes}
+    result |= {
+        "fits": fits,
+        "headroom": None if total is None else 1 - total / of.hbm_bytes,
+    }
     result |= {"compile_seconds": time.perf_counter() - begin} | found
     if not fits:
         result["largest_by"] = "by XLA's account"
     if not fits and not result.get("largest"):
         with jax.set_mesh(over):
-            traced = jax.make_jaxpr(train_step, static_argnums=0)(model, state, laid_out(shapes, over))
-        result["largest"] = [buffer._asdict() for buffer in traced_buffers(traced.jaxpr, state)]
-        result["largest_by"] = "of the state and as traced, before XLA fuses or drops any"
+            traced = jax.make_jaxpr(train_step, static_argnums=0)(
+                model, state, with_batch_sharding(shapes, over)
+            )
+        result["largest"] = [
+            buffer._asdict() for buffer in traced_buffers(traced.jaxpr, state)
+        ]
+        result["largest_by"] = (
+            "of the state and as traced, before XLA fuses or drops any"
+        )
     return result
 
 
@@ -136,13 +161,20 @@ def _examples(config: Config, shapes: Batch) -> int:
     return streams * (read - config.data.overlap)
 
 
-def _measured(found: dict[str, Any], plain: dict[str, int], padded: dict[str, int]) -> dict[str, Any]:
+def _measured(
+    found: dict[str, Any], plain: dict[str, int], padded: dict[str, int]
+) -> dict[str, Any]:
     parts, roofline = found["bytes"], found["roofline"]
-    held = padded | {"inputs": parts["arguments"] - sum(padded.values()), "activations": parts["temporaries"]}
+    held = padded | {
+        "inputs": parts["arguments"] - sum(padded.values()),
+        "activations": parts["temporaries"],
+    }
     held |= {"program": parts["total"] - sum(held.values()), "total": parts["total"]}
     return {
         "bytes_per_device": held,
-        "padding_per_device": {name: padded[name] - size for name, size in plain.items()},
+        "padding_per_device": {
+            name: padded[name] - size for name, size in plain.items()
+        },
         "flops_per_device": found["flops"],
         "bytes_moved_per_device": found["bytes_accessed"],
         "collective_bytes": found["collective_bytes"],
@@ -168,8 +200,20 @@ _UNKNOWN = (
         "collectives",
         "custom_calls",
     ),
-    *("compute_seconds", "memory_seconds", "network_seconds", "roofline_seconds", "bound"),
-    *("mfu_bound", "mfu_if_serial", "examples_per_second", "tokens_per_second", "padding_per_device"),
+    *(
+        "compute_seconds",
+        "memory_seconds",
+        "network_seconds",
+        "roofline_seconds",
+        "bound",
+    ),
+    *(
+        "mfu_bound",
+        "mfu_if_serial",
+        "examples_per_second",
+        "tokens_per_second",
+        "padding_per_device",
+    ),
 )
 
 
@@ -177,7 +221,8 @@ def _refused(message: str, plain: dict[str, int]) -> dict[str, Any]:
     needed = refused_bytes(message)
     return dict.fromkeys(_UNKNOWN) | {
         "problem": message.strip(),
-        "bytes_per_device": plain | {"inputs": None, "activations": None, "program": None, "total": needed},
+        "bytes_per_device": plain
+        | {"inputs": None, "activations": None, "program": None, "total": needed},
         "largest": [buffer._asdict() for buffer in listed_buffers(message)],
     }
 
@@ -189,7 +234,7 @@ def _speed(seconds: float, result: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def compile_train_step(model: Model, mesh: Mesh, shapes: Batch) -> Compiled:
+def compile_train_step(model: ModelSpec, mesh: Mesh, shapes: Batch) -> Compiled:
     """The train step as `train` compiles it; `shapes` are of `data.pipeline.batch_shapes`.
 
     Raises:
@@ -197,11 +242,15 @@ def compile_train_step(model: Model, mesh: Mesh, shapes: Batch) -> Compiled:
     """
     with jax.set_mesh(mesh):
         step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
-        lowered = step.lower(model, abstract_state(model), laid_out(shapes, mesh))
+        lowered = step.lower(
+            model, abstract_state(model), with_batch_sharding(shapes, mesh)
+        )
         return lowered.compile(compiler_options(mesh))
 
 
-def report(compiled: Compiled, mesh: Mesh, work: Work, flops: float | None = None) -> dict[str, Any]:
+def report(
+    compiled: Compiled, mesh: Mesh, work: Work, flops: float | None = None
+) -> dict[str, Any]:
     """Memory, FLOPs, collectives and roofline of a compiled program, per device.
 
     Args:
@@ -237,9 +286,13 @@ def report(compiled: Compiled, mesh: Mesh, work: Work, flops: float | None = Non
         "temporaries": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
     }
-    total = sum(parts.values()) - 2 * parts["aliased"]  # outputs that lie in donated arguments are not there twice
+    total = (
+        sum(parts.values()) - 2 * parts["aliased"]
+    )  # outputs that lie in donated arguments are not there twice
     if flops is None:
-        flops = (compiled.cost_analysis() or {}).get("flops", 0.0) + work.kernel_flops / len(devices)
+        flops = (compiled.cost_analysis() or {}).get(
+            "flops", 0.0
+        ) + work.kernel_flops / len(devices)
     accessed = program.memory_bytes + work.kernel_bytes / len(devices)
     network = network_seconds(program.collectives, devices, of)
     roofline = Roofline(flops / of.flops, accessed / of.hbm_bandwidth, network)
@@ -252,7 +305,9 @@ def report(compiled: Compiled, mesh: Mesh, work: Work, flops: float | None = Non
         "bytes_accessed": accessed,
         "model_flops": work.model_flops / len(devices),
         "collective_bytes": dict(sorted(moved.items())),
-        "collective_bytes_by_axis": {axes: dict(sorted(kinds.items())) for axes, kinds in sorted(by_axis.items())},
+        "collective_bytes_by_axis": {
+            axes: dict(sorted(kinds.items())) for axes, kinds in sorted(by_axis.items())
+        },
         "collectives": dict(sorted(times.items())),
         "custom_calls": program.custom_calls,
         "loops": list(program.loops),

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec.config import Config, MeshConfig
-from tokenrec.config.backbones import reads_times
+from tokenrec.config.backbones import reads_event_ages
 from tokenrec.config.validate import validate
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
@@ -42,16 +42,31 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
         state = abstract_state(model)
     shards = batch_shards(mesh)
     samples = max(config.data.batch_size // shards, 1) * shards
-    shapes = batch_shapes(schema, config.data, batch_size=samples, ages=reads_times(config.model))[config.data.events]
+    shapes = batch_shapes(
+        schema, config.data, batch_size=samples, ages=reads_event_ages(config.model)
+    )[config.data.events]
     work, layers = step_work(model, mesh, shapes)
-    widths = {table: stack.width for stack in model.embedder.stacks.values() for table in stack.offsets}
+    widths = {
+        table: stack.width
+        for stack in model.embedder.stacks.values()
+        for table in stack.offsets
+    }
     return {
         "parameters": {
             "dense": sum(leaf.size for leaf in state.params.values()),
-            "tables": sum(stack.rows * stack.width for stack in model.embedder.stacks.values()),
+            "tables": sum(
+                stack.rows * stack.width for stack in model.embedder.stacks.values()
+            ),
             "by_part": _by_part(state.params),
-            "by_table": {t: schema.tables[t] * widths[t] for t in sorted(schema.tables)},
-            "spread": sorted(t for stack in model.embedder.stacks.values() if stack.spread for t in stack.offsets),
+            "by_table": {
+                t: schema.tables[t] * widths[t] for t in sorted(schema.tables)
+            },
+            "spread": sorted(
+                t
+                for stack in model.embedder.stacks.values()
+                if stack.spread
+                for t in stack.offsets
+            ),
         },
         "objective": config.data.objective,
         "paradigm": config.data.paradigm,
@@ -67,7 +82,9 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
 def _mesh(config: MeshConfig) -> Mesh:
     """The config's mesh, or one device where it is made for more than there are: no figure depends on it."""
     devices = jax.devices()
-    fits = math.prod(max(size, 1) for size in (config.data, config.fsdp, config.tensor)) <= len(devices)
+    fits = math.prod(
+        max(size, 1) for size in (config.data, config.fsdp, config.tensor)
+    ) <= len(devices)
     return make_mesh(config) if fits else make_mesh(MeshConfig(), devices[:1])
 
 
@@ -76,33 +93,53 @@ def to_text(description: dict[str, Any]) -> str:
     parameters = description["parameters"]
     drawn = " ".join(
         name if count == 1 else f"{name} x {count}"
-        for name, count in ((run["tokens"], run["repeats"]) for run in description["layout"])
+        for name, count in (
+            (run["tokens"], run["repeats"]) for run in description["layout"]
+        )
     )
     lines = [
         f"{description['paradigm'].upper()}, {description['objective']}"
-        + (f", tasks {', '.join(description['tasks'])}" if description["tasks"] else ""),
+        + (
+            f", tasks {', '.join(description['tasks'])}" if description["tasks"] else ""
+        ),
         "",
         f"parameters  {parameters['dense']:>14,} dense   {parameters['tables']:>14,} in tables",
         *(f"  {name:<22}{size:>12,}" for name, size in parameters["by_part"].items()),
         "tables",
         *(
-            f"  {name:<22}{size:>12,}" + "   spread over all devices" * (name in parameters["spread"])
+            f"  {name:<22}{size:>12,}"
+            + "   spread over all devices" * (name in parameters["spread"])
             for name, size in parameters["by_table"].items()
         ),
         "",
         f"stream      {description['tokens']} tokens",
         f"  {drawn}",
-        "history     {events} events in, {tokens} tokens out: {how}".format(**description["history"]),
+        "history     {events} events in, {tokens} tokens out: {how}".format(
+            **description["history"]
+        ),
         "",
         "layer  sees                     rows computed  rows seen  attention",
     ]
     for layer in description["layers"]:
-        sees = "everything before" if layer["window"] is None else f"{layer['window']} rows, itself included"
+        sees = (
+            "everything before"
+            if layer["window"] is None
+            else f"{layer['window']} rows, itself included"
+        )
         rows = f"{layer['queries']:>15}{layer['keys']:>11}"
-        lines.append(f"{layer['layer']:>5}  {sees:<23}{rows}  {layer['implementation']}")
-    refused = [f"  not {name}: {why}" for layer in description["layers"] for name, why in layer["refused"].items()]
+        lines.append(
+            f"{layer['layer']:>5}  {sees:<23}{rows}  {layer['implementation']}"
+        )
+    refused = [
+        f"  not {name}: {why}"
+        for layer in description["layers"]
+        for name, why in layer["refused"].items()
+    ]
     lines += dict.fromkeys(refused)
-    lines += ["", f"forward     {description['flops_per_example'] / 1e6:,.2f} MFLOP per sample"]
+    lines += [
+        "",
+        f"forward     {description['flops_per_example'] / 1e6:,.2f} MFLOP per sample",
+    ]
     return "\n".join(lines)
 
 
@@ -111,14 +148,24 @@ def _history(config: Config, schema: Schema, layout: Layout) -> dict[str, Any]:
     rows = len(layout.rows_of("state", "action", "event"))
     if "history" in config.tokens.text:
         whole = config.data.events * layout.stride
-        how = f"text, {layout.stride} tokens an event" + (f", cut from {whole}" if rows < whole else "")
+        how = f"text, {layout.stride} tokens an event" + (
+            f", cut from {whole}" if rows < whole else ""
+        )
     elif config.tokens.compression == "none":
-        how = "one token an event" if config.tokens.fused else "a state and an action token an event"
+        how = (
+            "one token an event"
+            if config.tokens.fused
+            else "a state and an action token an event"
+        )
         if rows < config.data.events:
             how += f", cut from {config.data.events}"
     else:
         plan = compression_plan(config)
-        by = "an MLP over time" if plan.kind == "mlp" else f"attention pooling in groups of {plan.group}"
+        by = (
+            "an MLP over time"
+            if plan.kind == "mlp"
+            else f"attention pooling in groups of {plan.group}"
+        )
         how = f"{plan.older} older events into {rows - plan.recent} by {by}, the newest {plan.recent} kept"
     return {"events": config.data.events, "tokens": rows, "how": how}
 
@@ -141,4 +188,6 @@ def _runs(layout: Layout) -> list[dict[str, Any]]:
         step = 2 if names[at] == "state" else 1
         groups.append(" ".join(names[at : at + step]))
         at += step
-    return [{"tokens": name, "repeats": len(list(run))} for name, run in groupby(groups)]
+    return [
+        {"tokens": name, "repeats": len(list(run))} for name, run in groupby(groups)
+    ]

@@ -15,7 +15,17 @@ from typing import NamedTuple
 _ITEM_BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^}]*\})?")
 # Names for other arrays, control flow whose bodies are counted themselves, and ends of what counts where it starts.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+}
 _FREE |= {"partition-id", "replica-id", "opt-barrier", "custom-call", "send", "recv"}
 _READS_PART = {"dynamic-slice", "gather", "slice"}
 _WRITES_PART = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that is written
@@ -49,7 +59,9 @@ def array_bytes(shape: str) -> list[float]:
 def _arrays(shape: str) -> Iterator[tuple[float, bool]]:
     """Bytes of each array, and whether it lies in the device's memory."""
     for kind, dims, layout in _ARRAY.findall(shape):
-        bits = _ITEM_BITS[kind] if kind in _ITEM_BITS else int(re.findall(r"\d+", kind)[0])
+        bits = (
+            _ITEM_BITS[kind] if kind in _ITEM_BITS else int(re.findall(r"\d+", kind)[0])
+        )
         size = bits / 8 * math.prod(int(n) for n in dims.split(",") if n)
         yield size, not re.search(r"S\([1-9]", layout)
 
@@ -63,14 +75,18 @@ def memory_bytes(shape: str) -> float:
     return sum(size for size, in_memory in _arrays(shape) if in_memory)
 
 
-def moved_bytes(one: Instruction, shapes: dict[str, str], computations: Computations) -> float:
+def moved_bytes(
+    one: Instruction, shapes: dict[str, str], computations: Computations
+) -> float:
     """What an instruction that is not inside a fusion reads and writes; `shapes` are those of its computation."""
     if one.opcode in _FREE or one.opcode.endswith("-done"):
         return 0.0
     if one.opcode == "slice-start":  # ((source), part, counter)
         part = list(_arrays(one.shape))[1]
         return part[0] + (part[0] if part[1] else 0.0)
-    if one.opcode.endswith("-start"):  # operands and results, and counters that do not lie there
+    if one.opcode.endswith(
+        "-start"
+    ):  # operands and results, and counters that do not lie there
         return memory_bytes(one.shape)
     operands = [shapes.get(name, "") for name in one.operands]
     if one.opcode in _READS_PART:
@@ -83,17 +99,26 @@ def moved_bytes(one: Instruction, shapes: dict[str, str], computations: Computat
     return memory_bytes(one.shape) + sum(map(memory_bytes, operands))
 
 
-def _fusion_bytes(one: Instruction, operands: list[str], computations: Computations) -> float:
+def _fusion_bytes(
+    one: Instruction, operands: list[str], computations: Computations
+) -> float:
     body = _body(one, computations)
     shapes = {inner.name: inner.shape for inner in body}
     total, in_place = 0.0, 0.0
     for parameter in body:
-        whole = memory_bytes(operands[_number(parameter)]) if parameter.opcode == "parameter" else 0.0
+        whole = (
+            memory_bytes(operands[_number(parameter)])
+            if parameter.opcode == "parameter"
+            else 0.0
+        )
         if not whole:
             continue
         uses = list(_uses(parameter.name, body))
         if uses and all(use.opcode in _WRITES_PART and at == 0 for use, at in uses):
-            total += sum(sum(array_bytes(shapes[use.operands[_WRITES_PART[use.opcode]]])) for use, _ in uses)
+            total += sum(
+                sum(array_bytes(shapes[use.operands[_WRITES_PART[use.opcode]]]))
+                for use, _ in uses
+            )
             in_place += whole
         else:
             part = _part_read(parameter.name, body, computations)
@@ -102,7 +127,9 @@ def _fusion_bytes(one: Instruction, operands: list[str], computations: Computati
     return total + max(memory_bytes(one.shape) - in_place, 0.0)
 
 
-def _part_read(name: str, body: list[Instruction], computations: Computations) -> float | None:
+def _part_read(
+    name: str, body: list[Instruction], computations: Computations
+) -> float | None:
     """Bytes of the parts that are read of an array inside a fusion; None: all of it."""
     total = 0.0
     for use, at in _uses(name, body):
@@ -110,7 +137,9 @@ def _part_read(name: str, body: list[Instruction], computations: Computations) -
             total += sum(array_bytes(use.shape))
             continue
         inner = _body(use, computations) if use.opcode == "fusion" else []
-        numbered = [each for each in inner if each.opcode == "parameter" and _number(each) == at]
+        numbered = [
+            each for each in inner if each.opcode == "parameter" and _number(each) == at
+        ]
         part = _part_read(numbered[0].name, inner, computations) if numbered else None
         if part is None:
             return None

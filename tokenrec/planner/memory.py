@@ -39,12 +39,17 @@ class Buffer(NamedTuple):
 
 def state_parts(state: TrainState) -> dict[str, Any]:
     """The arrays, or what stands for each, by `STATE_PARTS`."""
-    return dict(zip(STATE_PARTS, (state.params, state.tables, state.opt_state), strict=True))
+    return dict(
+        zip(STATE_PARTS, (state.params, state.tables, state.opt_state), strict=True)
+    )
 
 
 def state_bytes(state: TrainState) -> dict[str, int]:
     """Bytes of each part on one device by shape and sharding, without what a layout pads."""
-    return {name: sum(map(_shard_bytes, jax.tree.leaves(part))) for name, part in state_parts(state).items()}
+    return {
+        name: sum(map(_shard_bytes, jax.tree.leaves(part)))
+        for name, part in state_parts(state).items()
+    }
 
 
 def padded_state_bytes(state: TrainState, compiled: Compiled) -> dict[str, int]:
@@ -62,10 +67,17 @@ def _shard_bytes(leaf: Any) -> int:
 
 def _laid_out_bytes(leaf: Any, form: Any) -> int:
     shape = leaf.sharding.shard_shape(leaf.shape)
-    return tiled_elements(shape, form.layout.major_to_minor, form.layout.tiling or ()) * leaf.dtype.itemsize
+    return (
+        tiled_elements(shape, form.layout.major_to_minor, form.layout.tiling or ())
+        * leaf.dtype.itemsize
+    )
 
 
-def tiled_elements(shape: tuple[int, ...], major_to_minor: tuple[int, ...], tiling: tuple[tuple[int, ...], ...]) -> int:
+def tiled_elements(
+    shape: tuple[int, ...],
+    major_to_minor: tuple[int, ...],
+    tiling: tuple[tuple[int, ...], ...],
+) -> int:
     """Elements that an array takes in tiles: the first tile rounds the minor dimensions up, later ones only reorder.
 
     A table of 16 columns in tiles of 8 x 128: little is lost with the rows innermost, seven eighths with the columns.
@@ -100,11 +112,14 @@ def listed_buffers(message: str) -> list[Buffer]:
     for found in _ALLOCATION.finditer(message):
         operator = found["operator"] or ""
         named, place, line = (
-            re.search(rf'{key}="?([^"\s]*)', operator) for key in ("op_name", "source_file", "source_line")
+            re.search(rf'{key}="?([^"\s]*)', operator)
+            for key in ("op_name", "source_file", "source_line")
         )
         source = ":".join(part[1] for part in (place, line) if part)
         size = int(float(found["size"]) * _UNITS[found["unit"]])
-        buffers.append(Buffer(size, found["shape"].strip(), named[1] if named else "", source))
+        buffers.append(
+            Buffer(size, found["shape"].strip(), named[1] if named else "", source)
+        )
     return buffers
 
 
@@ -113,14 +128,19 @@ def traced_buffers(jaxpr: Jaxpr, state: TrainState, count: int = 8) -> list[Buff
 
     Equal shapes of one operation and line count once.
     """
-    held = [_held(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+    held = [
+        _held(jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    ]
     found = dict.fromkeys([*held, *_outputs(jaxpr)])
     return sorted(found, key=lambda buffer: -buffer.bytes)[:count]
 
 
 def _held(name: str, leaf: Any) -> Buffer:
     shape = leaf.sharding.shard_shape(leaf.shape)
-    return Buffer(_shard_bytes(leaf), _shape_text(leaf.dtype, shape), f"state{name}", "")
+    return Buffer(
+        _shard_bytes(leaf), _shape_text(leaf.dtype, shape), f"state{name}", ""
+    )
 
 
 def _shape_text(dtype: Any, shape: tuple[int, ...]) -> str:
@@ -138,10 +158,17 @@ def _outputs(jaxpr: Jaxpr) -> Iterator[Buffer]:
             aval: Any = variable.aval
             if hasattr(aval, "sharding") and hasattr(aval.dtype, "itemsize"):
                 shape = _local_shape(aval)
-                source = source_info_util.summarize(equation.source_info).partition(" (")[0]
+                source = source_info_util.summarize(equation.source_info).partition(
+                    " ("
+                )[0]
                 source = source.removeprefix(f"{_ROOT}/")
                 text = _shape_text(aval.dtype, shape)
-                yield Buffer(math.prod(shape) * aval.dtype.itemsize, text, equation.primitive.name, source)
+                yield Buffer(
+                    math.prod(shape) * aval.dtype.itemsize,
+                    text,
+                    equation.primitive.name,
+                    source,
+                )
 
 
 def _local_shape(aval: Any) -> tuple[int, ...]:

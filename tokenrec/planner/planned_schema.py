@@ -17,14 +17,18 @@ from tokenrec.errors import InputError, suggest
 from tokenrec.runtime.files import read_json
 
 
-def known_schema(config: Config) -> tuple[Schema, str]:
+def resolve_schema(config: Config) -> tuple[Schema, str]:
     """The whole schema of a config's data set, and where it was found: the prepared data set, or `data.schema`.
 
     Raises:
       InputError: neither is there, a folder given as `data.path` is not a data set, or the file is no schema.
     """
     directory = data_directory(config)
-    planned = config.data.schema and not config.data.path and not (directory / METADATA_FILE).is_file()
+    planned = (
+        config.data.schema
+        and not config.data.path
+        and not (directory / METADATA_FILE).is_file()
+    )
     if not planned:
         schema = open_dataset(directory, semantic_ids=semantic_ids_path(config)).schema
         return schema, f"prepared data set {directory}"
@@ -60,4 +64,6 @@ def _find(name: str) -> Path:
     if (shipped / name).is_file():
         return shipped / name
     known = (file.name for file in shipped.glob("*.json"))
-    raise InputError(f"data.schema='{name}' is neither a file nor a shipped schema{suggest(name, known)}")
+    raise InputError(
+        f"data.schema='{name}' is neither a file nor a shipped schema{suggest(name, known)}"
+    )

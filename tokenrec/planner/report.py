@@ -11,14 +11,18 @@ MIB = 2**20
 def to_text(result: dict[str, Any]) -> str:
     """One compiled step: what lies on a device, what it does, what it sends, and how fast at most."""
     memory, held = result["memory_per_device"], result["bytes_per_device"]
-    layers = Counter(f"{layer['implementation']} {layer['queries']}x{layer['keys']}" for layer in result["attention"])
+    layers = Counter(
+        f"{layer['implementation']} {layer['queries']}x{layer['keys']}"
+        for layer in result["attention"]
+    )
     lines = [
         f"{_pod(result)}, mesh {mesh_text(result['mesh'])}",
         result["schema"],
         f"parameters    {result['parameters']['dense']:,} dense, {result['parameters']['tables']:,} in tables",
         f"batch         {result['batch']:,} streams of {result['stream_tokens']:,} tokens, "
         f"{result['examples_per_step']:,} examples",
-        "attention     " + ", ".join(f"{count} x {name}" for name, count in layers.items()),
+        "attention     "
+        + ", ".join(f"{count} x {name}" for name, count in layers.items()),
         "",
         "per device    MiB",
         *(f"  {name:<12}{_mib(size):>12}" for name, size in held.items()),
@@ -35,7 +39,8 @@ def to_text(result: dict[str, Any]) -> str:
         f"memory        {_ms(result['memory_seconds'])}  {_mib(result['bytes_moved_per_device'])} MiB",
         f"network       {_ms(result['network_seconds'])}  {_mib(sum(result['collective_bytes'].values()))} MiB",
         *(
-            f"  {axes:<20}" + ", ".join(f"{kind} {_mib(size)} MiB" for kind, size in kinds.items())
+            f"  {axes:<20}"
+            + ", ".join(f"{kind} {_mib(size)} MiB" for kind, size in kinds.items())
             for axes, kinds in result["collective_bytes_by_axis"].items()
         ),
         "",
@@ -51,7 +56,17 @@ def to_text(result: dict[str, Any]) -> str:
 
 def sweep_text(results: list[dict[str, Any]]) -> str:
     """A table of compiled meshes, in the order given."""
-    rows = [["mesh", "step ms", "limit", "MFU bound", "memory", "examples/s", "predicted ms"]]
+    rows = [
+        [
+            "mesh",
+            "step ms",
+            "limit",
+            "MFU bound",
+            "memory",
+            "examples/s",
+            "predicted ms",
+        ]
+    ]
     for result in results:
         share = "-" if result["headroom"] is None else f"{1 - result['headroom']:.0%}"
         if not result["fits"]:
@@ -70,7 +85,16 @@ def sweep_text(results: list[dict[str, Any]]) -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     head = f"{_pod(results[0])}, {results[0]['batch']:,} streams a step; {results[0]['schema']}"
-    return "\n".join([head, "", *("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)])
+    return "\n".join(
+        [
+            head,
+            "",
+            *(
+                "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
+                for row in rows
+            ),
+        ]
+    )
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
@@ -83,7 +107,9 @@ def mesh_text(mesh: dict[str, int]) -> str:
 
 def _pod(result: dict[str, Any]) -> str:
     slices = f"{result['slices']} slices of " if result["slices"] > 1 else ""
-    return f"{slices}{result['topology']}: {result['devices']} x {result['device_kind']}"
+    return (
+        f"{slices}{result['topology']}: {result['devices']} x {result['device_kind']}"
+    )
 
 
 def _headroom(share: float | None) -> str:
@@ -93,8 +119,14 @@ def _headroom(share: float | None) -> str:
 
 
 def _largest(result: dict[str, Any]) -> list[str]:
-    rows = [f"  {_mib(b['bytes']):>12}  {b['shape']}  {b['operation']}  {b['source']}" for b in result["largest"]]
-    return [f"DOES NOT FIT; its largest arrays on a device, MiB, {result['largest_by']}", *rows]
+    rows = [
+        f"  {_mib(b['bytes']):>12}  {b['shape']}  {b['operation']}  {b['source']}"
+        for b in result["largest"]
+    ]
+    return [
+        f"DOES NOT FIT; its largest arrays on a device, MiB, {result['largest_by']}",
+        *rows,
+    ]
 
 
 def _mib(size: float | None) -> str:

@@ -78,27 +78,49 @@ FORWARD_PRODUCTS, BACKWARD_PRODUCTS, MODEL_BACKWARD_PRODUCTS = 2, 5, 4
 
 def visible_pairs(pattern: Pattern, window: int | None) -> int:
     """Sum of `pattern.visible(window)`, in O((Q + K) log K) time and O(Q + K) memory."""
-    query, key = pattern.rows(pattern.query_rows, window), pattern.rows(pattern.key_rows, window)
+    query, key = (
+        pattern.rows(pattern.query_rows, window),
+        pattern.rows(pattern.key_rows, window),
+    )
     span = int(pattern.index.max(initial=0)) + 2
     # Indices in (low, high] are seen; negative ones would count as another candidate's.
-    low = np.full(len(query.index), -1) if window is None else np.maximum(query.index - window, -1)
+    low = (
+        np.full(len(query.index), -1)
+        if window is None
+        else np.maximum(query.index - window, -1)
+    )
     total = 0
     for static in (False, True):
         kept = static and pattern.keeps_static(window)
-        seeing = query.static if static and window is not None and not kept else np.ones(len(query.index), bool)
+        seeing = (
+            query.static
+            if static and window is not None and not kept
+            else np.ones(len(query.index), bool)
+        )
         least = np.full_like(low, -1) if kept else low
         for own in (False, True):
             some = (key.static == static) & ((key.candidate >= 0) == own)
-            place = np.sort(key.index[some] + (key.candidate[some] * span if own else 0))
+            place = np.sort(
+                key.index[some] + (key.candidate[some] * span if own else 0)
+            )
             by = seeing & (query.candidate >= 0) if own else seeing
             start = query.candidate[by] * span if own else 0
             last = (query.index if own else query.reach)[by]
             high = np.searchsorted(place, start + last, side="right")
-            total += int((high - np.searchsorted(place, start + np.minimum(least[by], last), side="right")).sum())
+            total += int(
+                (
+                    high
+                    - np.searchsorted(
+                        place, start + np.minimum(least[by], last), side="right"
+                    )
+                ).sum()
+            )
     return total
 
 
-def visible_tiles(pattern: Pattern, window: int | None, block_q: int, block_k: int) -> int:
+def visible_tiles(
+    pattern: Pattern, window: int | None, block_q: int, block_k: int
+) -> int:
     """Tiles of `block_q x block_k` with a visible pair: what a kernel computes that skips the others.
 
     Holds `[block_q, K]` booleans.
@@ -106,8 +128,14 @@ def visible_tiles(pattern: Pattern, window: int | None, block_q: int, block_k: i
     starts = np.arange(0, len(pattern.key_rows), block_k)
     count = 0
     for first in range(0, len(pattern.query_rows), block_q):
-        strip = dataclasses.replace(pattern, query_rows=pattern.query_rows[first : first + block_q])
-        count += int(np.add.reduceat(strip.visible(window).any(axis=0), starts).astype(bool).sum())
+        strip = dataclasses.replace(
+            pattern, query_rows=pattern.query_rows[first : first + block_q]
+        )
+        count += int(
+            np.add.reduceat(strip.visible(window).any(axis=0), starts)
+            .astype(bool)
+            .sum()
+        )
     return count
 
 
@@ -116,7 +144,9 @@ def attention_flops(pairs: int, heads: int, head_dim: int, products: int) -> flo
     return 2.0 * products * pairs * heads * head_dim
 
 
-def attention_bytes(queries: int, keys: int, heads: int, head_dim: int, itemsize: int, *, backward: bool) -> float:
+def attention_bytes(
+    queries: int, keys: int, heads: int, head_dim: int, itemsize: int, *, backward: bool
+) -> float:
     """Least bytes to and from memory of one stream: every array once.
 
     Forward q, k, v, o and the float32 logsumexp; backward those, and the gradients of o, q, k and v.
@@ -125,7 +155,9 @@ def attention_bytes(queries: int, keys: int, heads: int, head_dim: int, itemsize
     return float(heads * (rows * head_dim * itemsize + 4 * queries))
 
 
-def network_seconds(collectives: Sequence[Collective], devices: Sequence[Any], of: Chip) -> float:
+def network_seconds(
+    collectives: Sequence[Collective], devices: Sequence[Any], of: Chip
+) -> float:
     """Time of all collectives, one after another, at full use of the links that lead into the busiest device.
 
     Hops and contention are not counted, so that it is a lower bound.
@@ -149,7 +181,9 @@ def _collective_seconds(one: Collective, devices: Sequence[Any], of: Chip) -> fl
         # Inside its slice a device handles the whole, between slices its part of it.
         ici = ring_bytes(one.kind, one.size, len(local)) if len(local) > 1 else 0.0
         dcn = ring_bytes(one.kind, one.size / len(local), slices) if slices > 1 else 0.0
-        seconds.append(ici / (of.ici_link * _links(local, inside, of)) + dcn / of.dcn_bandwidth)
+        seconds.append(
+            ici / (of.ici_link * _links(local, inside, of)) + dcn / of.dcn_bandwidth
+        )
     return one.trips * max(seconds)
 
 
@@ -159,11 +193,16 @@ def _slice(device: Any) -> int:
 
 def _links(group: Sequence[Any], devices: Sequence[Any], of: Chip) -> int:
     """Links into a corner of the group: an axis that it fills gives two if it is a ring; an axis it spans, one."""
-    places, every = (np.array([getattr(d, "coords", None) or (0,) for d in some]) for some in (group, devices))
+    places, every = (
+        np.array([getattr(d, "coords", None) or (0,) for d in some])
+        for some in (group, devices)
+    )
     links = 0
     for axis in range(places.shape[1]):
         length, full = len(np.unique(places[:, axis])), len(np.unique(every[:, axis]))
-        links += 0 if length == 1 else 2 if length == full and full % of.ring == 0 else 1
+        links += (
+            0 if length == 1 else 2 if length == full and full % of.ring == 0 else 1
+        )
     return max(links, 1)
 
 
@@ -176,7 +215,10 @@ class Roofline:
     network_seconds: float
 
     def _named(self) -> Iterator[tuple[float, str]]:
-        yield from ((getattr(self, f"{name}_seconds"), name) for name in ("compute", "memory", "network"))
+        yield from (
+            (getattr(self, f"{name}_seconds"), name)
+            for name in ("compute", "memory", "network")
+        )
 
     @property
     def bound(self) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec.config import Config, MeshConfig
-from tokenrec.config.backbones import reads_times, splits_heads
+from tokenrec.config.backbones import reads_event_ages, splits_heads
 from tokenrec.config.validate import validate
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
@@ -27,9 +27,9 @@ from tokenrec.models.backbones.block import ffn_width, mesh_splits
 from tokenrec.planner.compile import compile_config
 from tokenrec.planner.flops import step_work
 from tokenrec.planner.hlo import Collective
-from tokenrec.planner.planned_schema import known_schema
+from tokenrec.planner.planned_schema import resolve_schema
 from tokenrec.planner.roofline import chip, network_seconds
-from tokenrec.planner.topology import described_mesh
+from tokenrec.planner.topology import topology_mesh
 from tokenrec.sharding import AXES
 from tokenrec.state import TrainState, abstract_state, build_model
 
@@ -74,20 +74,33 @@ def compile_best(
       InputError: as `compile_config`; or no mesh splits heads, FFN, width and batch.
     """
     predictions = rank(config, topology, slices, schema)
-    say(f"{len(predictions)} meshes ranked; compiling {min(count, len(predictions))}, each takes a minute or more")
+    say(
+        f"{len(predictions)} meshes ranked; compiling {min(count, len(predictions))}, each takes a minute or more"
+    )
     results = []
     for one in predictions[:count]:
-        say(f"{_named(one.mesh)}: {1e3 * one.seconds:.2f} ms, {one.bytes / 2**30:.2f} GiB a device by formula")
+        say(
+            f"{_named(one.mesh)}: {1e3 * one.seconds:.2f} ms, {one.bytes / 2**30:.2f} GiB a device by formula"
+        )
         result = compile_config(config, topology, slices, one.mesh, schema)
-        results.append(result | {"predicted_seconds": one.seconds, "predicted_bytes": one.bytes})
-    return sorted(results, key=lambda result: (not result["fits"], result["roofline_seconds"] or math.inf))
+        results.append(
+            result | {"predicted_seconds": one.seconds, "predicted_bytes": one.bytes}
+        )
+    return sorted(
+        results,
+        key=lambda result: (not result["fits"], result["roofline_seconds"] or math.inf),
+    )
 
 
-def rank(config: Config, topology: str, slices: int = 1, schema: Schema | None = None) -> list[Prediction]:
+def rank(
+    config: Config, topology: str, slices: int = 1, schema: Schema | None = None
+) -> list[Prediction]:
     """Every mesh of the pod that splits the model, best first; nothing is compiled."""
     config = validate(config)
-    schema = (known_schema(config)[0] if schema is None else schema).without(config.data.exclude)
-    first = described_mesh(topology, MeshConfig(), slices)
+    schema = (resolve_schema(config)[0] if schema is None else schema).without(
+        config.data.exclude
+    )
+    first = topology_mesh(topology, MeshConfig(), slices)
     model = build_model(config, schema, task_names(schema, config.data))
     shapes = list(mesh_shapes(config, first.size, slices))
     if not shapes:
@@ -96,15 +109,22 @@ def rank(config: Config, topology: str, slices: int = 1, schema: Schema | None =
             f"{config.model.width}, data.batch_size={config.data.batch_size} and data.eval_batch_size="
             f"{config.data.eval_batch_size}; make the batches multiples of the devices"
         )
-    over = described_mesh(topology, shapes[0], slices)
+    over = topology_mesh(topology, shapes[0], slices)
     with jax.set_mesh(over):
         state = abstract_state(model)
-    ages = reads_times(config.model)
-    batch = batch_shapes(schema, config.data, batch_size=config.data.batch_size, ages=ages)[config.data.events]
+    ages = reads_event_ages(config.model)
+    batch = batch_shapes(
+        schema, config.data, batch_size=config.data.batch_size, ages=ages
+    )[config.data.events]
     flops = step_work(model, over, batch)[0].model_flops
     tokens = config.data.batch_size * model.layout(config.data.events).rows
-    found = [predict(config, state, flops, tokens, described_mesh(topology, shape, slices)) for shape in shapes]
-    return sorted(found, key=lambda one: (not one.fits, one.seconds, one.network_seconds))
+    found = [
+        predict(config, state, flops, tokens, topology_mesh(topology, shape, slices))
+        for shape in shapes
+    ]
+    return sorted(
+        found, key=lambda one: (not one.fits, one.seconds, one.network_seconds)
+    )
 
 
 def mesh_shapes(config: Config, devices: int, slices: int = 1) -> Iterator[MeshConfig]:
@@ -116,13 +136,20 @@ def mesh_shapes(config: Config, devices: int, slices: int = 1) -> Iterator[MeshC
     [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2)]
     """
     model, micro = config.model, config.data.batch_size // config.optim.accumulate
-    for data in (n for n in range(devices, 0, -1) if devices % n == 0 and n % slices == 0):
-        for fsdp in (n for n in range(devices // data, 0, -1) if (devices // data) % n == 0):
+    for data in (
+        n for n in range(devices, 0, -1) if devices % n == 0 and n % slices == 0
+    ):
+        for fsdp in (
+            n for n in range(devices // data, 0, -1) if (devices // data) % n == 0
+        ):
             tensor = devices // data // fsdp
             splits = (
                 (micro, data * fsdp),
                 (config.data.eval_batch_size, data * fsdp),
-                *((size, {"fsdp": fsdp, "tensor": tensor}[axis]) for _, size, axis in mesh_splits(model)),
+                *(
+                    (size, {"fsdp": fsdp, "tensor": tensor}[axis])
+                    for _, size, axis in mesh_splits(model)
+                ),
             )
             if tensor > 1 and not splits_heads(model):
                 continue
@@ -130,19 +157,29 @@ def mesh_shapes(config: Config, devices: int, slices: int = 1) -> Iterator[MeshC
                 yield MeshConfig(data, fsdp, tensor)
 
 
-def predict(config: Config, state: TrainState, model_flops: float, tokens: int, mesh: Mesh) -> Prediction:
+def predict(
+    config: Config, state: TrainState, model_flops: float, tokens: int, mesh: Mesh
+) -> Prediction:
     """The formula. `model_flops` and `tokens` are those of the whole batch."""
     of = chip(mesh.devices.flat[0].device_kind)
     flops = model_flops * _STEP_OVER_MODEL[config.model.remat] / mesh.size
-    network = network_seconds(expected_collectives(config, state, tokens, mesh), list(mesh.devices.flat), of)
+    network = network_seconds(
+        expected_collectives(config, state, tokens, mesh), list(mesh.devices.flat), of
+    )
     weights = _bytes(state.params, mesh)
-    held = weights * 2 + _bytes((state.tables, state.opt_state), mesh)  # twice: the gradients
-    held += activation_bytes(config, tokens // config.optim.accumulate, dict(mesh.shape))
+    held = weights * 2 + _bytes(
+        (state.tables, state.opt_state), mesh
+    )  # twice: the gradients
+    held += activation_bytes(
+        config, tokens // config.optim.accumulate, dict(mesh.shape)
+    )
     shape = MeshConfig(*(mesh.shape[axis] for axis in AXES))
     return Prediction(shape, flops / of.flops, network, held, held <= of.hbm_bytes)
 
 
-def expected_collectives(config: Config, state: TrainState, tokens: int, mesh: Mesh) -> list[Collective]:
+def expected_collectives(
+    config: Config, state: TrainState, tokens: int, mesh: Mesh
+) -> list[Collective]:
     """What a step must send: weights over `fsdp`, gradients over `fsdp` and `data`, activations over `tensor`."""
     sizes, itemsize = mesh.shape, jnp.dtype(config.model.dtype).itemsize
     gathered = reduced = 0
@@ -150,8 +187,12 @@ def expected_collectives(config: Config, state: TrainState, tokens: int, mesh: M
         names = _axes(leaf)
         whole = leaf.size // (sizes["tensor"] if "tensor" in names else 1)
         gathered += whole * itemsize if "fsdp" in names else 0
-        reduced += whole * leaf.dtype.itemsize // (sizes["fsdp"] if "fsdp" in names else 1)
-    activation = tokens // (sizes["data"] * sizes["fsdp"]) * config.model.width * itemsize
+        reduced += (
+            whole * leaf.dtype.itemsize // (sizes["fsdp"] if "fsdp" in names else 1)
+        )
+    activation = (
+        tokens // (sizes["data"] * sizes["fsdp"]) * config.model.width * itemsize
+    )
     passes, remat = config.optim.accumulate, config.model.remat
     wanted = (
         ("all-gather", gathered, "fsdp", _GATHERS[remat] * passes),
@@ -182,18 +223,29 @@ def activation_bytes(config: Config, tokens: int, sizes: dict[str, int]) -> int:
 def _bytes(tree: Any, mesh: Mesh) -> int:
     """Of one device, by the axes of the leaves' shardings and the sizes of this mesh."""
     return sum(
-        leaf.size * leaf.dtype.itemsize // math.prod(mesh.shape[axis] for axis in _axes(leaf))
+        leaf.size
+        * leaf.dtype.itemsize
+        // math.prod(mesh.shape[axis] for axis in _axes(leaf))
         for leaf in jax.tree.leaves(tree)
     )
 
 
 def _axes(leaf: Any) -> set[str]:
-    return {name for part in leaf.sharding.spec if part for name in ((part,) if isinstance(part, str) else part)}
+    return {
+        name
+        for part in leaf.sharding.spec
+        if part
+        for name in ((part,) if isinstance(part, str) else part)
+    }
 
 
 def _groups(mesh: Mesh, axis: str) -> tuple[tuple[int, ...], ...]:
-    places = np.moveaxis(np.arange(mesh.size).reshape(mesh.devices.shape), AXES.index(axis), -1)
-    return tuple(tuple(map(int, group)) for group in places.reshape(-1, mesh.shape[axis]))
+    places = np.moveaxis(
+        np.arange(mesh.size).reshape(mesh.devices.shape), AXES.index(axis), -1
+    )
+    return tuple(
+        tuple(map(int, group)) for group in places.reshape(-1, mesh.shape[axis])
+    )
 
 
 def _named(mesh: MeshConfig) -> str:

@@ -20,12 +20,28 @@ from tokenrec.sharding import AXES, make_mesh
 DIMENSIONS = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3}
 _SIZES = {
     2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    3: ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
+    3: (
+        "1x1x1",
+        "2x2x1",
+        "2x2x2",
+        "2x2x4",
+        "2x4x4",
+        "4x4x4",
+        "4x4x8",
+        "4x8x8",
+        "8x8x8",
+        "8x8x16",
+        "8x16x16",
+    ),
 }
-TOPOLOGIES = tuple(f"{kind}:{size}" for kind, dimensions in DIMENSIONS.items() for size in _SIZES[dimensions])
+TOPOLOGIES = tuple(
+    f"{kind}:{size}"
+    for kind, dimensions in DIMENSIONS.items()
+    for size in _SIZES[dimensions]
+)
 
 
-def described_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
+def topology_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
     """Mesh `(data, fsdp, tensor)` over the devices of a pod that is described, not there; for compiling only.
 
     Args:
@@ -36,11 +52,20 @@ def described_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
     Raises:
       InputError: an unknown topology, sizes that do not fit it, or no libtpu.
     """
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise InputError(f"topology='{topology}': compiling for a TPU needs libtpu; pip install 'tokenrec[tpu]'")
+    if (
+        importlib.util.find_spec("libtpu") is None
+        and "TPU_LIBRARY_PATH" not in os.environ
+    ):
+        raise InputError(
+            f"topology='{topology}': compiling for a TPU needs libtpu; pip install 'tokenrec[tpu]'"
+        )
     kind, _, size = topology.partition(":")
-    if kind not in DIMENSIONS or not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (DIMENSIONS[kind] - 1), size):
-        raise InputError(f"topology='{topology}' is not known{suggest(topology, TOPOLOGIES)}")
+    if kind not in DIMENSIONS or not re.fullmatch(
+        r"[1-9]\d*" + r"x[1-9]\d*" * (DIMENSIONS[kind] - 1), size
+    ):
+        raise InputError(
+            f"topology='{topology}' is not known{suggest(topology, TOPOLOGIES)}"
+        )
     # libtpu reads both when it is first used. It would else ask a cloud for this machine's metadata, and lock out every
     # other process, as on a machine with a TPU it should.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -52,13 +77,19 @@ def described_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
         options = {"num_slices": slices} if slices > 1 else {}
         devices = list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"topology='{topology}', refused by libtpu: {error}{suggest(topology, TOPOLOGIES)}") from error
+        raise InputError(
+            f"topology='{topology}', refused by libtpu: {error}{suggest(topology, TOPOLOGIES)}"
+        ) from error
     if slices > 1:
         return _hybrid_mesh(mesh, devices, slices)
     try:
         return make_mesh(mesh, devices)
     except NotImplementedError:  # an axis that no whole axes of the torus make up
-        return Mesh(_split_devices(_shape(mesh, len(devices)), devices), AXES, axis_types=(AxisType.Explicit,) * 3)
+        return Mesh(
+            _split_devices(_shape(mesh, len(devices)), devices),
+            AXES,
+            axis_types=(AxisType.Explicit,) * 3,
+        )
 
 
 def _shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
@@ -66,10 +97,16 @@ def _shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
     return (devices // fixed if mesh.data == -1 else mesh.data, mesh.fsdp, mesh.tensor)
 
 
-def _split_devices(shape: tuple[int, int, int], devices: list[jax.Device]) -> np.ndarray:
+def _split_devices(
+    shape: tuple[int, int, int], devices: list[jax.Device]
+) -> np.ndarray:
     try:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    except NotImplementedError:  # two devices a chip, which JAX takes for an axis of its own
+        return mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
+    except (
+        NotImplementedError
+    ):  # two devices a chip, which JAX takes for an axis of its own
         return np.array(devices).reshape(shape)
 
 
@@ -82,5 +119,8 @@ def _hybrid_mesh(mesh: MeshConfig, devices: list[jax.Device], slices: int) -> Me
             f"{len(devices) // slices}; mesh.data=-1 takes what is left"
         )
     inside = (data // slices, fsdp, tensor)
-    parts = [_split_devices(inside, [d for d in devices if d.slice_index == n]) for n in range(slices)]
+    parts = [
+        _split_devices(inside, [d for d in devices if d.slice_index == n])
+        for n in range(slices)
+    ]
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Explicit,) * 3)

@@ -15,7 +15,7 @@ FOLDER = "compiled"
 
 
 @contextlib.contextmanager
-def kept_programs(workdir: Path, wanted: bool) -> Iterator[None]:
+def persistent_compilation_cache(workdir: Path, wanted: bool) -> Iterator[None]:
     """Within it JAX's persistent compilation cache lies in `WORKDIR/compiled`, unless it is not wanted or one is in use
     already, such as that of `JAX_COMPILATION_CACHE_DIR`.
 
@@ -44,5 +44,10 @@ def _processor() -> str:
     told = {platform.machine(), platform.processor()}
     with contextlib.suppress(FileNotFoundError):  # Linux alone has the file
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        told |= {line for line in lines if line.split("\t")[0].strip().lower() in ("flags", "features", "model name")}
+        told |= {
+            line
+            for line in lines
+            if line.split("\t")[0].strip().lower()
+            in ("flags", "features", "model name")
+        }
     return hashlib.sha256("\n".join(sorted(told)).encode()).hexdigest()[:12]

@@ -26,7 +26,7 @@ _LAST_WORDS_SECONDS = 2
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def join(*, hears_stop: bool = False) -> None:
+def initialize(*, hears_stop: bool = False) -> None:
     """Joins the other processes, once; call it before anything else of JAX. If they do not come within 300 seconds,
     JAX aborts the process.
 
@@ -46,7 +46,10 @@ def join(*, hears_stop: bool = False) -> None:
     try:
         if all(given):
             address, *numbers = given
-            count, index = (_number(name, text) for name, text in zip(_VARIABLES[1:], numbers, strict=True))
+            count, index = (
+                _number(name, text)
+                for name, text in zip(_VARIABLES[1:], numbers, strict=True)
+            )
             jax.distributed.initialize(
                 address,
                 count,
@@ -57,7 +60,11 @@ def join(*, hears_stop: bool = False) -> None:
         else:
             jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
-        known = ", ".join(f"{name}={value!r}" for name, value in zip(_VARIABLES, given, strict=True) if value)
+        known = ", ".join(
+            f"{name}={value!r}"
+            for name, value in zip(_VARIABLES, given, strict=True)
+            if value
+        )
         raise InputError(
             f"--distributed: cannot join the other processes ({known or 'no variable set'}); set "
             f"{', '.join(_VARIABLES)} in each of them, or start them on a TPU pod or under Slurm. JAX says: {error}"
@@ -70,17 +77,17 @@ def _number(name: str, text: str | None) -> int:
     return int(text)
 
 
-def is_first() -> bool:
+def is_first_process() -> bool:
     """Whether this is the process that writes the files that all have in common, and speaks."""
     return jax.process_index() == 0
 
 
-def of_first(value: int) -> int:
+def broadcast_from_first(value: int) -> int:
     """The value of the first process."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def of_all(text: str) -> list[str]:
+def gather_from_all(text: str) -> list[str]:
     """The texts of all processes."""
     if jax.process_count() == 1:
         return [text]
@@ -89,11 +96,14 @@ def of_all(text: str) -> list[str]:
     padded = np.zeros(max(int(np.max(lengths)), 1), np.uint8)
     padded[: len(data)] = data
     texts = np.asarray(multihost_utils.process_allgather(padded))
-    return [row[:length].tobytes().decode() for row, length in zip(texts, lengths, strict=True)]
+    return [
+        row[:length].tobytes().decode()
+        for row, length in zip(texts, lengths, strict=True)
+    ]
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
+def raise_on_all_processes() -> Iterator[None]:
     """Wrong input that any process finds inside is an InputError in every process at the end. Nothing inside may
     wait for another process.
     """
@@ -106,14 +116,16 @@ def all_or_none() -> Iterator[None]:
         problem = error
     if jax.process_count() == 1:
         return
-    problems = of_all("" if problem is None else f"process {jax.process_index()}: {problem}")
+    problems = gather_from_all(
+        "" if problem is None else f"process {jax.process_index()}: {problem}"
+    )
     if problem is not None:
         raise problem
     if any(problems):
         raise InputError("\n".join(text for text in problems if text))
 
 
-def agree(values: Mapping[str, object]) -> None:
+def assert_same_on_all_processes(values: Mapping[str, object]) -> None:
     """Checks that the values are those of the first process.
 
     Raises:
@@ -121,29 +133,40 @@ def agree(values: Mapping[str, object]) -> None:
     """
     if jax.process_count() == 1:
         return
-    own = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
+    own = {
+        name: json.dumps(value, sort_keys=True, default=str)
+        for name, value in values.items()
+    }
     first = json.loads(_text_of_first(json.dumps(own)))
-    differing = [name for name in sorted(own.keys() | first.keys()) if own.get(name) != first.get(name)]
-    with all_or_none():
+    differing = [
+        name
+        for name in sorted(own.keys() | first.keys())
+        if own.get(name) != first.get(name)
+    ]
+    with raise_on_all_processes():
         if differing:
             listed = "".join(
                 f"\n  {name}: {first.get(name)} in process 0, {own.get(name)} in process {jax.process_index()}"
                 for name in differing
             )
-            raise InputError(f"the processes were not started alike; make these equal:{listed}")
+            raise InputError(
+                f"the processes were not started alike; make these equal:{listed}"
+            )
 
 
-def abandon(code: int) -> NoReturn:
+def exit_immediately(code: int) -> NoReturn:
     """Ends this process at once with an exit code, instead of waiting for the others as an orderly exit does."""
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:
-        time.sleep(_LAST_WORDS_SECONDS)  # the others end with the first: let them say what they found
+        time.sleep(
+            _LAST_WORDS_SECONDS
+        )  # the others end with the first: let them say what they found
     os._exit(code)
 
 
 def _text_of_first(text: str) -> str:
     data = np.frombuffer(text.encode(), np.uint8)
-    length = of_first(len(data))
-    mine = data if is_first() else np.zeros(length, np.uint8)
+    length = broadcast_from_first(len(data))
+    mine = data if is_first_process() else np.zeros(length, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes().decode()

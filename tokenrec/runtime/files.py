@@ -12,24 +12,26 @@ from typing import Any
 from tokenrec.errors import InputError
 
 
-def write_json(path: Path, value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+def write_json(
+    path: Path, value: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+) -> None:
     """Writes `value` and the folders above `path`. No reader sees half a file, and a failed write changes nothing.
 
     Raises:
       ValueError: a number is not finite, which JSON cannot say.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write_text_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text_atomically(path: Path, text: str) -> None:
     """Writes a text file in UTF-8. No reader sees half of it, and a failed write changes nothing."""
-    with replacing(path) as partial:
+    with atomic_replace(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_replace(path: Path) -> Iterator[Path]:
     """Where to write a file of any kind, which takes the place of `path` at once if nothing was raised."""
     partial = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
@@ -47,7 +49,10 @@ def parse_json(text: str | bytes, what: str, remedy: str) -> Any:
     """
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also a UnicodeDecodeError, or a number of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also a UnicodeDecodeError, or a number of thousands of digits
         raise InputError(f"{what} is not JSON: {error}; {remedy}") from error
 
 
@@ -60,5 +65,7 @@ def read_json(path: Path, what: str, remedy: str) -> Any:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{what} '{path}' cannot be read: {error.strerror}; {remedy}") from error
+        raise InputError(
+            f"{what} '{path}' cannot be read: {error.strerror}; {remedy}"
+        ) from error
     return parse_json(text, f"{what} '{path}'", remedy)

@@ -42,17 +42,25 @@ class Logbook:
       InputError: `metrics.jsonl` of an earlier run cannot be read, or nothing can be written there, now or later.
     """
 
-    def __init__(self, workdir: Path, *, progress: bool, total_steps: int, start_step: int) -> None:
+    def __init__(
+        self, workdir: Path, *, progress: bool, total_steps: int, start_step: int
+    ) -> None:
         self._path = Path(workdir) / METRICS_FILE
         self._total_steps, self._start_step = total_steps, start_step
         self._began, self._logs, self._progress = time.monotonic(), 0, progress
         with _writing(self._path.parent):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             _rewrite(self._path, lambda record: 0 < start_step >= record["step"])
-            self._repeated = [record for record in read_log(self._path) if record["step"] == start_step]
+            self._repeated = [
+                record
+                for record in read_log(self._path)
+                if record["step"] == start_step
+            ]
             self._file = self._path.open("a", encoding="utf-8")
             folder = str(Path(workdir) / TENSORBOARD_FOLDER)
-            self._tensorboard = SummaryWriter(folder, purge_step=start_step + 1 if start_step else 0)
+            self._tensorboard = SummaryWriter(
+                folder, purge_step=start_step + 1 if start_step else 0
+            )
         self._bar: tqdm | None = None
         if progress and sys.stderr.isatty():
             self._bar = tqdm(
@@ -64,17 +72,28 @@ class Logbook:
                 file=sys.stderr,
             )
 
-    def log(self, step: int, values: Mapping[str, SupportsFloat | None], prefix: str = "train") -> None:
+    def log(
+        self,
+        step: int,
+        values: Mapping[str, SupportsFloat | None],
+        prefix: str = "train",
+    ) -> None:
         """Records the values of a step, numbers or zero-dimensional arrays, under `prefix`."""
         numbers = {name: _finite(value) for name, value in values.items()}
-        line = {"step": step, "time": round(time.time(), 3)} | {f"{prefix}/{k}": v for k, v in numbers.items()}
+        line = {"step": step, "time": round(time.time(), 3)} | {
+            f"{prefix}/{k}": v for k, v in numbers.items()
+        }
         with _writing(self._path.parent):
-            if step == self._start_step and any(_has_prefix(record, prefix) for record in self._repeated):
+            if step == self._start_step and any(
+                _has_prefix(record, prefix) for record in self._repeated
+            ):
                 self._drop_repeated(prefix)
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
             for name, number in numbers.items():
-                if number is not None:  # TensorBoard has no null, and the writer complains about NaN
+                if (
+                    number is not None
+                ):  # TensorBoard has no null, and the writer complains about NaN
                     self._tensorboard.add_scalar(f"{prefix}/{name}", number, step)
         if self._progress:
             self._show(step, numbers, prefix)
@@ -83,7 +102,10 @@ class Logbook:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -97,14 +119,27 @@ class Logbook:
 
     def _drop_repeated(self, prefix: str) -> None:
         """An evaluation at the step of the checkpoint was logged before the stop, and runs again after the restart."""
-        self._repeated = [record for record in self._repeated if not _has_prefix(record, prefix)]
+        self._repeated = [
+            record for record in self._repeated if not _has_prefix(record, prefix)
+        ]
         self._file.close()
-        _rewrite(self._path, lambda record: record["step"] != self._start_step or not _has_prefix(record, prefix))
+        _rewrite(
+            self._path,
+            lambda record: (
+                record["step"] != self._start_step or not _has_prefix(record, prefix)
+            ),
+        )
         self._file = self._path.open("a", encoding="utf-8")
 
-    def _show(self, step: int, numbers: Mapping[str, float | None], prefix: str) -> None:
+    def _show(
+        self, step: int, numbers: Mapping[str, float | None], prefix: str
+    ) -> None:
         if prefix != "train":
-            text = "  ".join(f"{name} {_text(number)}" for name, number in numbers.items() if "/" not in name)
+            text = "  ".join(
+                f"{name} {_text(number)}"
+                for name, number in numbers.items()
+                if "/" not in name
+            )
             self._print(f"{prefix} at step {step:,}: {text}")
             return
         shown = []
@@ -119,7 +154,9 @@ class Logbook:
         if self._logs % _LOGS_PER_LINE == 0 or step == self._total_steps:
             done = step - self._start_step
             if done > 0:
-                left = (time.monotonic() - self._began) * (self._total_steps - step) / done
+                left = (
+                    (time.monotonic() - self._began) * (self._total_steps - step) / done
+                )
                 shown.append(f"{tqdm.format_interval(left)} left")
             self._print("  ".join([f"step {step:,}/{self._total_steps:,}", *shown]))
         self._logs += 1
@@ -168,7 +205,11 @@ class Throughput:
 
     def average(self) -> float | None:
         """Examples per second over all calls of `rate` so far; None if no time passed."""
-        return self._total_examples / self._total_seconds if self._total_seconds > 0 else None
+        return (
+            self._total_examples / self._total_seconds
+            if self._total_seconds > 0
+            else None
+        )
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -187,13 +228,19 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[_text(row.get(name)) for name in names] for row in rows]
     number = [not any(isinstance(row.get(name), str) for row in rows) for name in names]
-    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
+    widths = [
+        max(len(name), *(len(line[i]) for line in cells))
+        for i, name in enumerate(names)
+    ]
     lines = [names, ["-" * width for width in widths]]
     for i, line in enumerate(cells):
         same = len(names) > 1 and i > 0 and line[0] == cells[i - 1][0]
         lines.append(["" if same else line[0], *line[1:]])
     aligned = (
-        "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(line, widths, number, strict=True))
+        "  ".join(
+            c.rjust(w) if right else c.ljust(w)
+            for c, w, right in zip(line, widths, number, strict=True)
+        )
         for line in lines
     )
     return "\n".join(line.rstrip() for line in aligned)
@@ -205,7 +252,11 @@ def result_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
     `results`: model name -> summary in the form of `metrics.summarize` or `retrieval.summarize`; a report may lack
     metrics.
     """
-    found = [(model, summary["retrieval"]) for model, summary in results.items() if "retrieval" in summary]
+    found = [
+        (model, summary["retrieval"])
+        for model, summary in results.items()
+        if "retrieval" in summary
+    ]
     if found:
         return [{"model": model} | report for model, report in found]
     columns = {
@@ -217,7 +268,8 @@ def result_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
         "examples": "examples",
     }
     return [
-        {"model": model, "task": task} | {column: report.get(key) for column, key in columns.items()}
+        {"model": model, "task": task}
+        | {column: report.get(key) for column, key in columns.items()}
         for model, summary in results.items()
         for task, report in summary["tasks"].items()
     ]
@@ -259,7 +311,11 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
       InputError: another line is not a JSON object with a step.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        if path.exists()
+        else []
+    )
     for i, line in enumerate(lines):
         try:
             record = json.loads(line)
@@ -275,7 +331,9 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
 
 def _rewrite(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
     """Keeps some lines; the file is replaced at once, so that a kill leaves the old or the new one."""
-    kept = "".join(json.dumps(record) + "\n" for record in read_log(path) if keep(record))
+    kept = "".join(
+        json.dumps(record) + "\n" for record in read_log(path) if keep(record)
+    )
     if not path.exists() or path.read_text(encoding="utf-8", errors="replace") == kept:
         return
     part = path.with_suffix(".part")

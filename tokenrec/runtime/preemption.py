@@ -11,11 +11,11 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Heard(Exception):
+class StopRequested(Exception):
     """Raised where work that takes long is to be left."""
 
 
-class Interruption:
+class StopSignals:
     """Hears SIGTERM, by which schedulers announce the end, and Ctrl-C. A context manager: leaving it takes the earlier
     handlers back.
 
@@ -29,14 +29,20 @@ class Interruption:
         self._calls = 0
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Interruption:
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+    def __enter__(self) -> StopSignals:
+        if (
+            jax.process_count() == 1
+            and threading.current_thread() is threading.main_thread()
+        ):
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -52,7 +58,7 @@ class Interruption:
     def obey(self) -> None:
         """As `asked`; raises Heard instead."""
         if self.asked() is not None:
-            raise Heard
+            raise StopRequested
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.heard is not None:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from importlib import metadata
 
-PACKAGES = ("tokenrec", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pyarrow")
+PACKAGES = (
+    "tokenrec",
+    "jax",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "numpy",
+    "pyarrow",
+)
 
 
 def versions() -> dict[str, str]:

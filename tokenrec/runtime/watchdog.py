@@ -27,11 +27,20 @@ class Watchdog:
     or its machine is gone.
     """
 
-    def __init__(self, seconds: float, workdir: Path, index: int = 0, count: int = 1) -> None:
-        self._seconds, self._folder, self._index, self._count = seconds, Path(workdir) / FOLDER, index, count
+    def __init__(
+        self, seconds: float, workdir: Path, index: int = 0, count: int = 1
+    ) -> None:
+        self._seconds, self._folder, self._index, self._count = (
+            seconds,
+            Path(workdir) / FOLDER,
+            index,
+            count,
+        )
         self._phase, self._since = "start", time.monotonic()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch, name="watchdog", daemon=True
+        )
 
     def __enter__(self) -> Watchdog:
         if self._seconds:
@@ -40,7 +49,10 @@ class Watchdog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         self._over.set()
         if self._thread.is_alive():
@@ -68,7 +80,9 @@ class Watchdog:
         )
         faulthandler.dump_traceback(sys.stderr)
         try:
-            write_json(self._word(self._index), {"phase": phase, "seconds": round(waited)})
+            write_json(
+                self._word(self._index), {"phase": phase, "seconds": round(waited)}
+            )
             if self._count > 1:
                 time.sleep(4 * nap)  # for the word of the others, who look as often
                 print("\n".join(map(self._told, range(self._count))), file=sys.stderr)

@@ -73,7 +73,9 @@ def build_semantic_ids(
     by_popularity = unknown[np.argsort(-popularity[unknown], kind="stable")]
     prefixes[by_popularity] = number_items(len(unknown), levels, codes)
     full = disambiguate(prefixes, popularity)
-    book_sizes = [codes] * levels + [int(full[:, -1].max()) + 1] * (full.shape[1] - levels)
+    book_sizes = [codes] * levels + [int(full[:, -1].max()) + 1] * (
+        full.shape[1] - levels
+    )
     neighbours = report.describe_neighbours(dataset, taken, prefixes, popularity, seed)
     clock.append(time.monotonic())
     result: dict[str, Any] = {
@@ -86,12 +88,16 @@ def build_semantic_ids(
         "codes_per_level": book_sizes,
         "per_level": report.describe_codes(full, book_sizes),
         "collisions": report.describe_collisions(prefixes),
-        "reconstruction": report.describe_reconstruction(quantized, taken.values[known]),
+        "reconstruction": report.describe_reconstruction(
+            quantized, taken.values[known]
+        ),
         "never_seen": int((popularity == 0).sum()),
         "without_vector": len(unknown),
         "seconds": {
             stage: round(end - start, 2)
-            for stage, start, end in zip(("vectors", "quantize", "report"), clock[:-1], clock[1:], strict=True)
+            for stage, start, end in zip(
+                ("vectors", "quantize", "report"), clock[:-1], clock[1:], strict=True
+            )
         },
         "neighbours": neighbours,
     }
@@ -112,19 +118,34 @@ def number_items(count: int, levels: int, codes: int) -> np.ndarray:
     """
     digits = codes ** np.arange(levels - 1)[::-1]
     numbers = np.arange(count)[:, None] // digits % codes
-    return np.concatenate([np.full((count, 1), codes - 1), numbers], axis=1).astype(np.int32)
+    return np.concatenate([np.full((count, 1), codes - 1), numbers], axis=1).astype(
+        np.int32
+    )
 
 
-def _quantize(method: Method, values: np.ndarray, sizes: list[int], seed: int) -> Quantized:
-    return fit_rq_kmeans(values, sizes, seed) if method == "rq_kmeans" else fit_rq_vae(values, sizes, seed)
+def _quantize(
+    method: Method, values: np.ndarray, sizes: list[int], seed: int
+) -> Quantized:
+    return (
+        fit_rq_kmeans(values, sizes, seed)
+        if method == "rq_kmeans"
+        else fit_rq_vae(values, sizes, seed)
+    )
 
 
 def _check(method: str, vectors: str, levels: int, codes: int, seed: int) -> None:
-    for name, value, choices in (("method", method, get_args(Method)), ("vectors", vectors, get_args(VectorKind))):
+    for name, value, choices in (
+        ("method", method, get_args(Method)),
+        ("vectors", vectors, get_args(VectorKind)),
+    ):
         if value not in choices:
-            raise InputError(f"{name}='{value}' is not a choice{suggest(value, choices)}")
+            raise InputError(
+                f"{name}='{value}' is not a choice{suggest(value, choices)}"
+            )
     if not 1 <= levels <= 8:
-        raise InputError(f"levels={levels} must be from 1 to 8; items that stay alike get one more level by themselves")
+        raise InputError(
+            f"levels={levels} must be from 1 to 8; items that stay alike get one more level by themselves"
+        )
     if not 2 <= codes <= 65536:
         raise InputError(f"codes={codes} must be from 2 to 65536; 256 is usual")
     if not 0 <= seed < 2**32:
@@ -133,7 +154,11 @@ def _check(method: str, vectors: str, levels: int, codes: int, seed: int) -> Non
 
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
-        raise InputError(f"out='{out}' is a file; give the folder to write {SEMANTIC_IDS} and {REPORT} to")
+        raise InputError(
+            f"out='{out}' is a file; give the folder to write {SEMANTIC_IDS} and {REPORT} to"
+        )
     for name in (SEMANTIC_IDS, REPORT):
         if (out / name).exists() and not overwrite:
-            raise InputError(f"out='{out}' holds {name}; give another folder, or replace it with --overwrite")
+            raise InputError(
+                f"out='{out}' holds {name}; give another folder, or replace it with --overwrite"
+            )

@@ -21,7 +21,9 @@ def disambiguate(codes: np.ndarray, popularity: np.ndarray) -> np.ndarray:
         return codes
     order = np.lexsort((np.arange(len(codes)), -np.asarray(popularity), group))
     opens = np.flatnonzero(np.diff(group[order], prepend=-1))
-    position = np.arange(len(codes)) - np.repeat(opens, np.diff(opens, append=len(codes)))
+    position = np.arange(len(codes)) - np.repeat(
+        opens, np.diff(opens, append=len(codes))
+    )
     last = np.empty(len(codes), codes.dtype)
     last[order] = position
     return np.concatenate([codes, last[:, None]], axis=1)

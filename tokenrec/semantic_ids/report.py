@@ -31,7 +31,12 @@ def describe_codes(codes: np.ndarray, sizes: Sequence[int]) -> list[dict[str, fl
         share = counts[counts > 0] / len(codes)
         entropy = max(float(-(share * np.log2(share)).sum()), 0.0)
         levels.append(
-            {"codes": size, "used": len(share), "perplexity": round(2**entropy, 3), "entropy_bits": round(entropy, 4)}
+            {
+                "codes": size,
+                "used": len(share),
+                "perplexity": round(2**entropy, 3),
+                "entropy_bits": round(entropy, 4),
+            }
         )
     return levels
 
@@ -43,21 +48,37 @@ def describe_collisions(codes: np.ndarray) -> dict[str, Any]:
     different prefixes of l + 1 codes.
     """
     counts = np.bincount(collision_groups(codes))
-    distinct = [int(collision_groups(codes[:, : level + 1]).max()) + 1 for level in range(codes.shape[1])]
-    return {"items": int(counts[counts > 1].sum()), "largest": int(counts.max()), "distinct": distinct}
+    distinct = [
+        int(collision_groups(codes[:, : level + 1]).max()) + 1
+        for level in range(codes.shape[1])
+    ]
+    return {
+        "items": int(counts[counts > 1].sum()),
+        "largest": int(counts.max()),
+        "distinct": distinct,
+    }
 
 
-def describe_reconstruction(quantized: Quantized, values: np.ndarray) -> list[dict[str, float]]:
+def describe_reconstruction(
+    quantized: Quantized, values: np.ndarray
+) -> list[dict[str, float]]:
     """Per level: mean squared distance from the vectors `values: [N, D]`, and the share of their variance explained."""
     variance = float(np.square(values - values.mean(axis=0)).sum(axis=1).mean())
     return [
-        {"mse": float(error), "explained_variance": float(1 - error / variance) if variance > 0 else 0.0}
+        {
+            "mse": float(error),
+            "explained_variance": float(1 - error / variance) if variance > 0 else 0.0,
+        }
         for error in quantized.errors
     ]
 
 
 def describe_neighbours(
-    dataset: Dataset, vectors: ItemVectors, codes: np.ndarray, popularity: np.ndarray, seed: int
+    dataset: Dataset,
+    vectors: ItemVectors,
+    codes: np.ndarray,
+    popularity: np.ndarray,
+    seed: int,
 ) -> list[dict[str, Any]]:
     """For some items with a vector: the nearest by vector, and those that share the longest prefix of codes.
 
@@ -65,8 +86,14 @@ def describe_neighbours(
     `sharing` counts all of them.
     """
     known = np.flatnonzero(vectors.known)
-    rows = np.sort(np.random.default_rng(seed).choice(known, min(SAMPLES, len(known)), replace=False))
-    nearest = known[nearest_rows(vectors.values[rows], vectors.values[known], NEIGHBOURS + 1)]
+    rows = np.sort(
+        np.random.default_rng(seed).choice(
+            known, min(SAMPLES, len(known)), replace=False
+        )
+    )
+    nearest = known[
+        nearest_rows(vectors.values[rows], vectors.values[known], NEIGHBOURS + 1)
+    ]
     samples = []
     for row, near in zip(rows, nearest, strict=True):
         same = np.cumprod(codes == codes[row], axis=1).sum(axis=1)
@@ -78,22 +105,37 @@ def describe_neighbours(
             _named(dataset, row, popularity)
             | {
                 "codes": codes[row].tolist(),
-                "nearest": [_named(dataset, other, popularity) for other in near[near != row][:NEIGHBOURS]],
+                "nearest": [
+                    _named(dataset, other, popularity)
+                    for other in near[near != row][:NEIGHBOURS]
+                ],
                 "shared_levels": longest,
                 "sharing": len(sharing),
-                "shared_by": [_named(dataset, other, popularity) for other in sharing[:NEIGHBOURS]],
+                "shared_by": [
+                    _named(dataset, other, popularity) for other in sharing[:NEIGHBOURS]
+                ],
             }
         )
     return _with_texts(dataset, samples)
 
 
 def _named(dataset: Dataset, row: int, popularity: np.ndarray) -> dict[str, Any]:
-    return {"row": int(row), "item_id": dataset.catalogue.item_id[row].item(), "train_events": int(popularity[row])}
+    return {
+        "row": int(row),
+        "item_id": dataset.catalogue.item_id[row].item(),
+        "train_events": int(popularity[row]),
+    }
 
 
-def _with_texts(dataset: Dataset, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_texts(
+    dataset: Dataset, samples: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Puts the text of each item, where it has one, in the place of its row."""
-    named = [item for sample in samples for item in (sample, *sample["nearest"], *sample["shared_by"])]
+    named = [
+        item
+        for sample in samples
+        for item in (sample, *sample["nearest"], *sample["shared_by"])
+    ]
     texts = item_texts(dataset, np.array([item["row"] for item in named], np.int64))
     for item, text in zip(named, texts, strict=True):
         del item["row"]

@@ -12,9 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tokenrec.semantic_ids.rq_kmeans import CHUNK_ROWS, Quantized, fit_kmeans, nearest_code
+from tokenrec.semantic_ids.rq_kmeans import (
+    CHUNK_ROWS,
+    Quantized,
+    fit_kmeans,
+    nearest_code,
+)
 
-HIDDEN = (512, 256, 128)  # of the encoder; the decoder mirrors it (Rajput et al. 2023, section 4.1)
+HIDDEN = (
+    512,
+    256,
+    128,
+)  # of the encoder; the decoder mirrors it (Rajput et al. 2023, section 4.1)
 LATENT = 32
 BETA = 0.25  # weight of the commitment loss
 STEPS = 4000
@@ -45,7 +54,9 @@ class _Residual(NamedTuple):
     loss: jax.Array
 
 
-def fit_rq_vae(values: np.ndarray, sizes: Sequence[int], seed: int, steps: int = STEPS) -> Quantized:
+def fit_rq_vae(
+    values: np.ndarray, sizes: Sequence[int], seed: int, steps: int = STEPS
+) -> Quantized:
     """Trains an RQ-VAE on `values: [N, D] float32` and quantises them with it.
 
     `loss = |x - x'|^2 + sum_l |sg(r_l) - e_l|^2 + beta |r_l - sg(e_l)|^2`, each a mean over entries, with a
@@ -69,7 +80,13 @@ def fit_rq_vae(values: np.ndarray, sizes: Sequence[int], seed: int, steps: int =
     for first in range(0, steps, RESTART_STEPS):
         count = min(RESTART_STEPS, steps - first)
         restarts = jnp.asarray(first + count <= RESTART_SHARE * steps)
-        weights, opt_state = train(weights, opt_state, table, (jax.random.fold_in(key, first + 1), restarts), count)
+        weights, opt_state = train(
+            weights,
+            opt_state,
+            table,
+            (jax.random.fold_in(key, first + 1), restarts),
+            count,
+        )
     codes, errors = [], np.zeros(len(sizes))
     for at in range(0, len(table), CHUNK_ROWS):
         part_codes, part_errors = _quantize_chunk(weights, table[at : at + CHUNK_ROWS])
@@ -82,7 +99,9 @@ def _start(table: jax.Array, sizes: Sequence[int], key: jax.Array) -> Weights:
     widths = (table.shape[1], *HIDDEN, LATENT)
     encoder_key, decoder_key, batch_key, book_key = jax.random.split(key, 4)
     encoder, decoder = _layers(widths, encoder_key), _layers(widths[::-1], decoder_key)
-    first_batch = jax.random.permutation(batch_key, len(table))[: max(BATCH, FIRST_BATCH_ROWS * max(sizes))]
+    first_batch = jax.random.permutation(batch_key, len(table))[
+        : max(BATCH, FIRST_BATCH_ROWS * max(sizes))
+    ]
     residual = np.asarray(_apply(encoder, table[first_batch]))
     books = []
     for level, size in enumerate(sizes):
@@ -96,7 +115,8 @@ def _layers(widths: Sequence[int], key: jax.Array) -> Layers:
     """Linear maps between the widths; He-initialised, biases zero."""
     return [
         {
-            "kernel": jax.random.normal(jax.random.fold_in(key, n), (inputs, outputs)) * (2 / inputs) ** 0.5,
+            "kernel": jax.random.normal(jax.random.fold_in(key, n), (inputs, outputs))
+            * (2 / inputs) ** 0.5,
             "bias": jnp.zeros(outputs),
         }
         for n, (inputs, outputs) in enumerate(itertools.pairwise(widths))
@@ -114,7 +134,9 @@ def _quantize(books: Sequence[jax.Array], z: jax.Array) -> _Residual:
     codes, inputs, sums = [], [], []
     residual, total, loss = z, jnp.zeros_like(z), jnp.zeros(())
     for book in books:
-        code, _ = nearest_code(jax.lax.stop_gradient(residual), jax.lax.stop_gradient(book))
+        code, _ = nearest_code(
+            jax.lax.stop_gradient(residual), jax.lax.stop_gradient(book)
+        )
         word = book[code]
         fixed = jax.lax.stop_gradient(word)
         loss += jnp.mean(jnp.square(jax.lax.stop_gradient(residual) - word))
@@ -126,11 +148,16 @@ def _quantize(books: Sequence[jax.Array], z: jax.Array) -> _Residual:
     return _Residual(codes, inputs, sums, loss)
 
 
-def _loss(weights: Weights, x: jax.Array) -> tuple[jax.Array, tuple[list[jax.Array], list[jax.Array]]]:
+def _loss(
+    weights: Weights, x: jax.Array
+) -> tuple[jax.Array, tuple[list[jax.Array], list[jax.Array]]]:
     z = _apply(weights.encoder, x)
     quantized = _quantize(weights.books, z)
     rebuilt = _apply(weights.decoder, z + jax.lax.stop_gradient(quantized.sums[-1] - z))
-    used = [jnp.zeros(len(b), bool).at[c].set(True) for b, c in zip(weights.books, quantized.codes, strict=True)]
+    used = [
+        jnp.zeros(len(b), bool).at[c].set(True)
+        for b, c in zip(weights.books, quantized.codes, strict=True)
+    ]
     return jnp.mean(jnp.square(x - rebuilt)) + quantized.loss, (used, quantized.inputs)
 
 
@@ -145,7 +172,9 @@ def _train_block(
     """Some updates, then restarts of the codes that none of them used, if `draws = (key, restarts)` says so."""
     key, restarts = draws
 
-    def update(carry: tuple[Any, ...], step_key: jax.Array) -> tuple[tuple[Any, ...], None]:
+    def update(
+        carry: tuple[Any, ...], step_key: jax.Array
+    ) -> tuple[tuple[Any, ...], None]:
         weights, opt_state, used = carry
         batch = table[jax.random.randint(step_key, (BATCH,), 0, len(table))]
         gradients, (chosen, _) = jax.grad(_loss, has_aux=True)(weights, batch)
@@ -155,12 +184,18 @@ def _train_block(
 
     unused = [jnp.zeros(len(book), bool) for book in weights.books]
     keys = jax.random.split(key, steps + 1)
-    (weights, opt_state, used), _ = jax.lax.scan(update, (weights, opt_state, unused), keys[:-1])
+    (weights, opt_state, used), _ = jax.lax.scan(
+        update, (weights, opt_state, unused), keys[:-1]
+    )
     batch = table[jax.random.randint(keys[-1], (BATCH,), 0, len(table))]
     _, (_, inputs) = _loss(weights, batch)
     books = []
-    for level, (book, chosen, residual) in enumerate(zip(weights.books, used, inputs, strict=True)):
-        rows = jax.random.randint(jax.random.fold_in(keys[-1], level), (len(book),), 0, BATCH)
+    for level, (book, chosen, residual) in enumerate(
+        zip(weights.books, used, inputs, strict=True)
+    ):
+        rows = jax.random.randint(
+            jax.random.fold_in(keys[-1], level), (len(book),), 0, BATCH
+        )
         books.append(jnp.where((restarts & ~chosen)[:, None], residual[rows], book))
     return weights._replace(books=books), opt_state
 
@@ -169,5 +204,8 @@ def _train_block(
 def _quantize_chunk(weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Codes `[B, L]`, and the summed squared error of what the first l codes rebuild, `[L]`."""
     quantized = _quantize(weights.books, _apply(weights.encoder, x))
-    errors = [jnp.sum(jnp.square(x - _apply(weights.decoder, total))) for total in quantized.sums]
+    errors = [
+        jnp.sum(jnp.square(x - _apply(weights.decoder, total)))
+        for total in quantized.sums
+    ]
     return jnp.stack(quantized.codes, axis=1), jnp.stack(errors)

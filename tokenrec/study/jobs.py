@@ -20,14 +20,19 @@ from typing import NamedTuple
 
 from tokenrec.config import Config, read_config, to_json
 from tokenrec.errors import EXIT_BAD_STEPS, InputError, Stopped
-from tokenrec.runtime.files import read_json, write_json, write_whole
+from tokenrec.runtime.files import read_json, write_json, write_text_atomically
 
 TOKENREC = (sys.executable, "-m", "tokenrec")
 RUN, FIGURES_FILE = "run", "figures.json"
-_CONFIG, _TRAINED, _DIVERGED, _BUDGET = "config.json", "trained.json", "diverged.json", "budget.json"
+_CONFIG, _TRAINED, _DIVERGED, _BUDGET = (
+    "config.json",
+    "trained.json",
+    "diverged.json",
+    "budget.json",
+)
 
 
-class Task(NamedTuple):
+class RunRequest(NamedTuple):
     """A run's folder, its config, the splits whose scores are wanted, and whether its figures are."""
 
     folder: Path
@@ -37,7 +42,7 @@ class Task(NamedTuple):
     described: bool = False
 
 
-class Spent(InputError):
+class BudgetSpent(InputError):
     """The CPU-hours are used up; the message says how far the study came."""
 
 
@@ -48,7 +53,11 @@ class Budget:
 
     def __init__(self, folder: Path, hours: float) -> None:
         self._path, self._hours, self._lock = folder / _BUDGET, hours, threading.Lock()
-        known = read_json(self._path, "budget", "remove it to count anew") if self._path.is_file() else {}
+        known = (
+            read_json(self._path, "budget", "remove it to count anew")
+            if self._path.is_file()
+            else {}
+        )
         self.spent: float = known.get("cpu_hours", 0.0)
 
     def add(self, seconds: float) -> None:
@@ -59,23 +68,23 @@ class Budget:
     def check(self, left: int) -> None:
         """Raises Spent if nothing is left for the `left` runs that are not done."""
         if self.spent >= self._hours:
-            raise Spent(
+            raise BudgetSpent(
                 f"{self.spent:.2f} CPU-hours are spent of cpu_hours={self._hours:g}, and {left} runs are not done; "
                 "raise it in the study's file and start the study again, which goes on"
             )
 
 
-def is_done(task: Task) -> bool:
+def is_done(task: RunRequest) -> bool:
     """Whether what the task wants is there; never of a run that diverged."""
     return not _missing(task)
 
 
-def diverged(task: Task) -> bool:
+def diverged(task: RunRequest) -> bool:
     """Whether its training ended with steps that are not finite. It has no scores, and is not tried again."""
     return (task.folder / _DIVERGED).is_file()
 
 
-def finish(tasks: Sequence[Task], budget: Budget, side_by_side: int) -> None:
+def finish(tasks: Sequence[RunRequest], budget: Budget, side_by_side: int) -> None:
     """Runs what is not done, `side_by_side` runs at a time, and says so on stderr. A run whose steps are not finite, as
     one of too high a learning rate, is left without scores, and the others go on.
 
@@ -90,7 +99,9 @@ def finish(tasks: Sequence[Task], budget: Budget, side_by_side: int) -> None:
     with _Children() as children, ThreadPoolExecutor(side_by_side) as pool:
         made = []
         for number, task in enumerate(left):
-            made.append(pool.submit(_finish, task, budget, children, len(left) - number))
+            made.append(
+                pool.submit(_finish, task, budget, children, len(left) - number)
+            )
         try:
             for future in made:
                 future.result()
@@ -101,48 +112,61 @@ def finish(tasks: Sequence[Task], budget: Budget, side_by_side: int) -> None:
         raise Stopped("the study was stopped; the same command goes on", children.heard)
 
 
-def _finish(task: Task, budget: Budget, children: _Children, left: int) -> None:
+def _finish(task: RunRequest, budget: Budget, children: _Children, left: int) -> None:
     if children.heard is not None:
         return
     budget.check(left)
     task.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(task.folder / _CONFIG, to_json(task.config))
+    write_text_atomically(task.folder / _CONFIG, to_json(task.config))
     print(f"study: {task.folder}, {left} to do", file=sys.stderr)
     for what in _missing(task):
         ended = children.run(_line(task, what), task.folder / f"{what}.log", budget)
         if ended == EXIT_BAD_STEPS and what == "train":
             write_json(task.folder / _DIVERGED, {"config": _CONFIG, "code": ended})
-            print(f"study: {task.folder} diverged, see train.log there; the others go on", file=sys.stderr)
+            print(
+                f"study: {task.folder} diverged, see train.log there; the others go on",
+                file=sys.stderr,
+            )
             return
         if ended and children.heard is None:
             words = (task.folder / f"{what}.log").read_text(errors="replace").strip()
-            raise InputError(f"{task.folder}: {what} ended with code {ended}: {words[-1_000:]}")
+            raise InputError(
+                f"{task.folder}: {what} ended with code {ended}: {words[-1_000:]}"
+            )
         if ended:
             return
         if what == "train":
             write_json(task.folder / _TRAINED, {"config": _CONFIG})
 
 
-def _check(task: Task) -> None:
+def _check(task: RunRequest) -> None:
     path = task.folder / _CONFIG
     if path.is_file() and read_config(path) != task.config:
-        raise InputError(f"'{path}' is of other settings than the study's now; give another --out, or move it away")
+        raise InputError(
+            f"'{path}' is of other settings than the study's now; give another --out, or move it away"
+        )
 
 
-def _missing(task: Task) -> list[str]:
+def _missing(task: RunRequest) -> list[str]:
     """Commands to make: "describe", "train", and a split for each whose scores are not there."""
     files = {"describe": FIGURES_FILE} if task.described else {}
     files |= {"train": _TRAINED} | {split: f"{split}.parquet" for split in task.splits}
     return [what for what, file in files.items() if not (task.folder / file).is_file()]
 
 
-def _line(task: Task, what: str) -> list[str]:
+def _line(task: RunRequest, what: str) -> list[str]:
     run, config = f"--workdir={task.folder / RUN}", f"--config={task.folder / _CONFIG}"
     if what == "describe":
         return ["describe", config, f"--json={task.folder / FIGURES_FILE}"]
     if what == "train":
         return ["train", config, run, "--quiet"]
-    return ["predict", run, f"--split={what}", f"--checkpoint={task.checkpoint}", f"--out={task.folder / what}.parquet"]
+    return [
+        "predict",
+        run,
+        f"--split={what}",
+        f"--checkpoint={task.checkpoint}",
+        f"--out={task.folder / what}.parquet",
+    ]
 
 
 class _Children(contextlib.AbstractContextManager["_Children"]):

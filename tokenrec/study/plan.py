@@ -56,7 +56,7 @@ class Study:
         return self.own_rates.get(model, self.learning_rates)
 
 
-class Job(NamedTuple):
+class TrainingRun(NamedTuple):
     """One run of a study."""
 
     model: str
@@ -66,7 +66,9 @@ class Job(NamedTuple):
     @property
     def folder(self) -> Path:
         """Below the study's folder."""
-        return Path("runs", self.model, f"lr-{self.learning_rate:g}", f"seed-{self.seed}")
+        return Path(
+            "runs", self.model, f"lr-{self.learning_rate:g}", f"seed-{self.seed}"
+        )
 
 
 def load_study(path: Path) -> Study:
@@ -75,10 +77,18 @@ def load_study(path: Path) -> Study:
     Raises:
       InputError: no such file, it does not return a Study, or `check_study` refuses it.
     """
-    shipped = {file.stem: file for file in sorted((shipped_folder() / "studies").glob("*.py"))}
+    shipped = {
+        file.stem: file for file in sorted((shipped_folder() / "studies").glob("*.py"))
+    }
     file = path if path.is_file() else shipped.get(path.stem)
-    if file is None or path not in (file, Path(path.stem), Path("configs", "studies", path.name)):
-        raise InputError(f"--config={path} is neither a file nor a shipped study{suggest(path.stem, shipped)}")
+    if file is None or path not in (
+        file,
+        Path(path.stem),
+        Path("configs", "studies", path.name),
+    ):
+        raise InputError(
+            f"--config={path} is neither a file nor a shipped study{suggest(path.stem, shipped)}"
+        )
     study = run_file(file, "study", "get_study", Study)
     check_study(study)
     return study
@@ -100,13 +110,17 @@ def check_study(study: Study) -> None:
         if not _NAME.fullmatch(name)
     ]
     if study.reference not in study.models:
-        problems.append(f"reference='{study.reference}' is none of its models{suggest(study.reference, study.models)}")
+        problems.append(
+            f"reference='{study.reference}' is none of its models{suggest(study.reference, study.models)}"
+        )
     problems += [
         f"own_rates: '{name}' is none of its models{suggest(name, study.models)}"
         for name in study.own_rates
         if name not in study.models
     ]
-    lists = {field: getattr(study, field) for field in ("learning_rates", "seeds", "splits")}
+    lists = {
+        field: getattr(study, field) for field in ("learning_rates", "seeds", "splits")
+    }
     lists |= {f"own_rates['{name}']": rates for name, rates in study.own_rates.items()}
     for field, values in lists.items():
         if not values or len(set(values)) < len(values):
@@ -115,7 +129,9 @@ def check_study(study: Study) -> None:
         problems.append(f"seeds={study.seeds!r} must not be negative")
     wrong = set(study.splits) - set(SPLITS)
     if wrong or CHOSEN_BY not in study.splits:
-        problems.append(f"splits={study.splits!r} must be of {', '.join(SPLITS)}, with {CHOSEN_BY}, which chooses")
+        problems.append(
+            f"splits={study.splits!r} must be of {', '.join(SPLITS)}, with {CHOSEN_BY}, which chooses"
+        )
     if study.cpu_hours <= 0:
         problems.append(f"cpu_hours={study.cpu_hours} must be above 0")
     if study.draws < 100:
@@ -123,7 +139,9 @@ def check_study(study: Study) -> None:
     for name, fields in study.models.items():
         own = {_RATE, "seed"} & {*fields, *study.overrides}
         if own:
-            problems.append(f"models: '{name}' sets {', '.join(sorted(own))}, which the study sets")
+            problems.append(
+                f"models: '{name}' sets {', '.join(sorted(own))}, which the study sets"
+            )
     if problems:
         raise InputError("the study has problems:\n  " + "\n  ".join(problems))
     for job in first_jobs(study):
@@ -132,22 +150,37 @@ def check_study(study: Study) -> None:
         except InputError as error:
             raise InputError(f"study, model '{job.model}': {error}") from error
         if config.data.objective != "ranking":
-            raise InputError(f"study, model '{job.model}': data.objective is retrieval; studies compare rankers")
+            raise InputError(
+                f"study, model '{job.model}': data.objective is retrieval; studies compare rankers"
+            )
 
 
-def first_jobs(study: Study) -> list[Job]:
+def first_jobs(study: Study) -> list[TrainingRun]:
     """Of the search: every model and learning rate, with the first seed."""
-    return [Job(name, rate, study.seeds[0]) for name in study.models for rate in study.rates_of(name)]
+    return [
+        TrainingRun(name, rate, study.seeds[0])
+        for name in study.models
+        for rate in study.rates_of(name)
+    ]
 
 
-def final_jobs(study: Study, chosen: Mapping[str, float]) -> list[Job]:
+def final_jobs(study: Study, chosen: Mapping[str, float]) -> list[TrainingRun]:
     """Every seed of each model at its chosen learning rate."""
-    return [Job(name, chosen[name], seed) for name in study.models if name in chosen for seed in study.seeds]
+    return [
+        TrainingRun(name, chosen[name], seed)
+        for name in study.models
+        if name in chosen
+        for seed in study.seeds
+    ]
 
 
-def job_config(study: Study, job: Job, data: Path | None) -> Config:
+def job_config(study: Study, job: TrainingRun, data: Path | None) -> Config:
     """The checked config of a run, which reads `data` if given."""
-    return _config(study, {**study.models[job.model], _RATE: job.learning_rate, "seed": job.seed}, data)
+    return _config(
+        study,
+        {**study.models[job.model], _RATE: job.learning_rate, "seed": job.seed},
+        data,
+    )
 
 
 def base_config(study: Study, data: Path | None) -> Config:
@@ -156,7 +189,10 @@ def base_config(study: Study, data: Path | None) -> Config:
 
 
 def _config(study: Study, fields: Mapping[str, Any], data: Path | None) -> Config:
-    config = load_config(study.base, [f"{name}={value}" for name, value in {**study.overrides, **fields}.items()])
+    config = load_config(
+        study.base,
+        [f"{name}={value}" for name, value in {**study.overrides, **fields}.items()],
+    )
     if data is not None:
         config.data.path = str(data)
     return config

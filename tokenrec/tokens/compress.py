@@ -51,20 +51,34 @@ class CompressionPlan:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Compression):
-            raise InputError(f"compression={self.kind!r} is not known{suggest(self.kind, get_args(Compression))}")
+            raise InputError(
+                f"compression={self.kind!r} is not known{suggest(self.kind, get_args(Compression))}"
+            )
         if not 0 <= self.absent <= self.events:
-            raise InputError(f"a stream of {self.length} events is not within 0 to events={self.events}")
+            raise InputError(
+                f"a stream of {self.length} events is not within 0 to events={self.events}"
+            )
         if self.kind == "none":
             return
         if not 0 <= self.recent < self.events:
             raise InputError(
                 f"recent={self.recent} of events={self.events} leaves nothing to compress; use 0 to {self.events - 1}"
             )
-        name, most = ("compressed", self.events - self.recent) if self.kind == "mlp" else ("group", None)
+        name, most = (
+            ("compressed", self.events - self.recent)
+            if self.kind == "mlp"
+            else ("group", None)
+        )
         value = getattr(self, name)
         if value < 1 or (most is not None and value > most):
-            allowed = "at least 1" if most is None else f"1 to {most}, the number of older events"
-            raise InputError(f"{name}={value} of compression={self.kind!r} must be {allowed}")
+            allowed = (
+                "at least 1"
+                if most is None
+                else f"1 to {most}, the number of older events"
+            )
+            raise InputError(
+                f"{name}={value} of compression={self.kind!r} must be {allowed}"
+            )
 
     def of(self, length: int) -> CompressionPlan:
         """The plan of a stream of `length` events, at most `events`: the tokens whose events it does not have are gone.
@@ -119,7 +133,9 @@ class OverTime(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Fewer rows than `inputs` are the newest ones, as if zeros stood before them."""
         kernel = self.kernel[...][self.kernel.shape[0] - x.shape[1] :]
-        return contract("btd,to->bod", x, kernel, spec_of(x)) + self.bias[...].astype(x.dtype)
+        return contract("btd,to->bod", x, kernel, spec_of(x)) + self.bias[...].astype(
+            x.dtype
+        )
 
 
 class MlpOverTime(nnx.Module):
@@ -136,7 +152,9 @@ class MlpOverTime(nnx.Module):
     def __init__(self, events: int, tokens: int, hidden: int, *, rngs: nnx.Rngs):
         plan = CompressionPlan(events, "mlp", compressed=tokens)
         self.events = events
-        self.span = tuple(np.searchsorted(plan.event, np.arange(events)).tolist())  # the token of each event
+        self.span = tuple(
+            np.searchsorted(plan.event, np.arange(events)).tolist()
+        )  # the token of each event
         self.inner = OverTime(events, hidden, rngs=rngs)
         self.output = OverTime(hidden, tokens, rngs=rngs)
 
@@ -146,8 +164,15 @@ class MlpOverTime(nnx.Module):
         mixed = self.output(jax.nn.gelu(self.inner(x)))
         # The means are fixed: on a made-up regression (T = 50, M' = 5, three seeds) the squared error was 0.017 so,
         # 0.021 where the skip started as means and was learned, and 0.026 without a skip.
-        own = np.array(self.span)[self.events - x.shape[1] :, None] == np.arange(mixed.shape[1])
-        counts = contract("bt,to->bo", valid.astype(jnp.float32), jnp.asarray(own, jnp.float32), spec_of(valid))
+        own = np.array(self.span)[self.events - x.shape[1] :, None] == np.arange(
+            mixed.shape[1]
+        )
+        counts = contract(
+            "bt,to->bo",
+            valid.astype(jnp.float32),
+            jnp.asarray(own, jnp.float32),
+            spec_of(valid),
+        )
         sums = contract("btd,to->bod", x, jnp.asarray(own, x.dtype), spec_of(x))
         return sums / jnp.maximum(counts, 1)[..., None].astype(x.dtype) + mixed
 
@@ -166,14 +191,24 @@ class AttentionPool(nnx.Module):
 
     def __init__(self, width: int, heads: int, group: int, *, rngs: nnx.Rngs):
         if width % heads:
-            raise InputError(f"heads={heads} does not divide width={width}; use a divisor")
+            raise InputError(
+                f"heads={heads} does not divide width={width}; use a divisor"
+            )
         each = width // heads
         self.group = group
         self.place = weight(rngs, (group, width), None, None, inputs=width)
-        self.query = weight(rngs, (width, heads, each), "embed", "heads", None, inputs=width)
-        self.key = weight(rngs, (width, heads, each), "embed", "heads", None, inputs=width)
-        self.value = weight(rngs, (width, heads, each), "embed", "heads", None, inputs=width)
-        self.output = weight(rngs, (heads, each, width), "heads", None, "embed", inputs=width)
+        self.query = weight(
+            rngs, (width, heads, each), "embed", "heads", None, inputs=width
+        )
+        self.key = weight(
+            rngs, (width, heads, each), "embed", "heads", None, inputs=width
+        )
+        self.value = weight(
+            rngs, (width, heads, each), "embed", "heads", None, inputs=width
+        )
+        self.output = weight(
+            rngs, (heads, each, width), "heads", None, "embed", inputs=width
+        )
         self.attention_norm = RMSNorm(width)
         self.ffn_norm = RMSNorm(width)
         self.inner = weight(rngs, (width, 2 * width), "embed", "ffn", inputs=width)
@@ -187,20 +222,32 @@ class AttentionPool(nnx.Module):
         missing = groups * self.group - events
         x = jnp.pad(jnp.where(valid[..., None], x, 0), ((0, 0), (missing, 0), (0, 0)))
         x = x.reshape(batch, groups, self.group, width)
-        valid = jnp.pad(valid, ((0, 0), (missing, 0))).reshape(batch, groups, self.group)
+        valid = jnp.pad(valid, ((0, 0), (missing, 0))).reshape(
+            batch, groups, self.group
+        )
         return self._read(self._mix(x, valid), valid)
 
     def _mix(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """The Transformer layer, on `x: [B, G, k, d]`."""
-        rows, of_heads = RULES("batch", None, None, None), RULES("batch", None, None, "heads", None)
+        rows, of_heads = (
+            RULES("batch", None, None, None),
+            RULES("batch", None, None, "heads", None),
+        )
 
         def project(kernel: nnx.Param) -> jax.Array:
             return contract("bgkd,dhe->bgkhe", normed, kernel[...], of_heads)
 
         normed = self.attention_norm(x) + self.place[...].astype(x.dtype)
         q, k, v = project(self.query), project(self.key), project(self.value)
-        logits = jnp.einsum("bgqhe,bgkhe->bghqk", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(valid[:, :, None, None, :], logits, MASKED), axis=-1)
+        logits = jnp.einsum(
+            "bgqhe,bgkhe->bghqk",
+            q * q.shape[-1] ** -0.5,
+            k,
+            preferred_element_type=jnp.float32,
+        )
+        weights = jax.nn.softmax(
+            jnp.where(valid[:, :, None, None, :], logits, MASKED), axis=-1
+        )
         seen = jnp.einsum("bghqk,bgkhe->bgqhe", weights.astype(v.dtype), v)
         x = x + contract("bgqhe,hed->bgqd", seen, self.output[...], rows)
         wide = RULES("batch", None, None, "ffn")
@@ -210,7 +257,9 @@ class AttentionPool(nnx.Module):
     def _read(self, x: jax.Array, valid: jax.Array) -> jax.Array:
         """The learned queries, on `x: [B, G, k, d] -> [B, G, d]`."""
         rows = RULES("batch", None, None, None)
-        logits = contract("bgkd,dh->bgkh", rms_normalize(x), self.reader[...], rows).astype(jnp.float32)
+        logits = contract(
+            "bgkd,dh->bgkh", rms_normalize(x), self.reader[...], rows
+        ).astype(jnp.float32)
         weights = jax.nn.softmax(jnp.where(valid[..., None], logits, MASKED), axis=2)
         # Of an empty group every weight is 1 / k: without the mask its token would be made of padding.
         weights = jnp.where(valid[..., None], weights, 0).astype(x.dtype)
@@ -219,10 +268,18 @@ class AttentionPool(nnx.Module):
         return read.reshape(*read.shape[:2], x.shape[-1])
 
 
-def _pool(plan: CompressionPlan, width: int, heads: int, rngs: nnx.Rngs) -> MlpOverTime | AttentionPool | None:
+def _pool(
+    plan: CompressionPlan, width: int, heads: int, rngs: nnx.Rngs
+) -> MlpOverTime | AttentionPool | None:
     if plan.kind == "mlp":
-        return MlpOverTime(plan.events - plan.recent, plan.compressed, 4 * plan.compressed, rngs=rngs)
-    return AttentionPool(width, heads, plan.group, rngs=rngs) if plan.kind == "attention" else None
+        return MlpOverTime(
+            plan.events - plan.recent, plan.compressed, 4 * plan.compressed, rngs=rngs
+        )
+    return (
+        AttentionPool(width, heads, plan.group, rngs=rngs)
+        if plan.kind == "attention"
+        else None
+    )
 
 
 class Compressor(nnx.Module):
@@ -231,7 +288,9 @@ class Compressor(nnx.Module):
     The inner width of "mlp" is four times its number of tokens. Weights do not depend on the length of a stream.
     """
 
-    def __init__(self, plan: CompressionPlan, width: int, heads: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, plan: CompressionPlan, width: int, heads: int, *, rngs: nnx.Rngs
+    ):
         self.plan = plan
         self.pool = _pool(plan, width, heads, rngs)
 

@@ -13,12 +13,14 @@ from tokenrec.errors import InputError, suggest
 from tokenrec.ops.layers import as_rows
 from tokenrec.tokens.compress import CompressionPlan, Compressor
 from tokenrec.tokens.embed import Entity
-from tokenrec.tokens.layout import Part, history_part
+from tokenrec.tokens.layout import StreamPart, history_part
 from tokenrec.tokens.makers import Maker, Values
 from tokenrec.tokens.textual import TextMaker, token_count, truncate
 
 
-def text_features(config: Config, entity: str, features: tuple[Feature, ...]) -> tuple[Feature, ...]:
+def text_features(
+    config: Config, entity: str, features: tuple[Feature, ...]
+) -> tuple[Feature, ...]:
     """The features of `tokens.text[entity]`, in its order.
 
     Raises:
@@ -27,7 +29,9 @@ def text_features(config: Config, entity: str, features: tuple[Feature, ...]) ->
     return _chosen(f"tokens.text['{entity}']", config.tokens.text[entity], features)
 
 
-def soft_features(config: Config, entity: str, features: tuple[Feature, ...]) -> tuple[Feature, ...]:
+def soft_features(
+    config: Config, entity: str, features: tuple[Feature, ...]
+) -> tuple[Feature, ...]:
     """The features of `tokens.soft[entity]`, in its order, or all where it does not name the entity.
 
     Raises:
@@ -38,33 +42,43 @@ def soft_features(config: Config, entity: str, features: tuple[Feature, ...]) ->
     return _chosen(f"tokens.soft['{entity}']", config.tokens.soft[entity], features)
 
 
-def _chosen(field: str, names: tuple[str, ...], features: tuple[Feature, ...]) -> tuple[Feature, ...]:
+def _chosen(
+    field: str, names: tuple[str, ...], features: tuple[Feature, ...]
+) -> tuple[Feature, ...]:
     known = {f.name: f for f in features}
     for name in names:
         if name not in known:
-            raise InputError(f"{field} names the feature '{name}'{suggest(name, known)}")
+            raise InputError(
+                f"{field} names the feature '{name}'{suggest(name, known)}"
+            )
     return tuple(known[name] for name in names)
 
 
 def compression_plan(config: Config) -> CompressionPlan:
     tokens = config.tokens
     return CompressionPlan(
-        config.data.events, tokens.compression, tokens.recent, group=tokens.group, compressed=tokens.compressed
+        config.data.events,
+        tokens.compression,
+        tokens.recent,
+        group=tokens.group,
+        compressed=tokens.compressed,
     )
 
 
-def history_rows(config: Config, schema: Schema, events: int) -> Part:
+def history_stream_part(config: Config, schema: Schema, events: int) -> StreamPart:
     """Rows of the history of a stream with `events` events."""
     if "history" in config.tokens.text:
-        features = text_features(config, "history", schema.state + schema.group("action"))
+        features = text_features(
+            config, "history", schema.state + schema.group("action")
+        )
         each = token_count(features)
         kept = _kept(config, events * each)
         event = np.repeat(np.arange(events), each)[kept]
-        return Part.history("event", event, each)
+        return StreamPart.history("event", event, each)
     if not config.tokens.fused:
         return history_part(events=events, fused=False)
     event = compression_plan(config).of(events).event[_kept(config, events)]
-    return Part.history("event", event)
+    return StreamPart.history("event", event)
 
 
 def _kept(config: Config, rows: int) -> slice:
@@ -73,12 +87,16 @@ def _kept(config: Config, rows: int) -> slice:
 
 def merged(*entities: Entity) -> tuple[Values, Values]:
     """Values and ids of several parts of a batch together."""
-    values = {name: value for entity in entities for name, value in entity.values.items()}
-    return values, {name: value for entity in entities for name, value in entity.ids.items()}
+    values = {
+        name: value for entity in entities for name, value in entity.values.items()
+    }
+    return values, {
+        name: value for entity in entities for name, value in entity.ids.items()
+    }
 
 
 class History(nnx.Module):
-    """Events -> `[B, rows, d]`, the rows of `history_rows`.
+    """Events -> `[B, rows, d]`, the rows of `history_stream_part`.
 
     `state` is the maker of an event's item and context where events are interleaved; targets may share it.
     """
@@ -95,24 +113,42 @@ class History(nnx.Module):
         # Modules are assigned once: NNX takes an attribute that begins as None for a constant.
         self.event: Maker | TextMaker | None
         if "history" in tokens.text:
-            self.event = TextMaker(text_features(config, "history", state + action), width, tokens, rngs=rngs)
+            self.event = TextMaker(
+                text_features(config, "history", state + action),
+                width,
+                tokens,
+                rngs=rngs,
+            )
         else:
             made_of = soft_features(config, "history", state + action)
-            self.event = Maker(made_of, 1, width, tokens, rngs=rngs) if tokens.fused else None
+            self.event = (
+                Maker(made_of, 1, width, tokens, rngs=rngs) if tokens.fused else None
+            )
         self.state = None if self.event else Maker(state, 1, width, tokens, rngs=rngs)
         self.action = None if self.event else Maker(action, 1, width, tokens, rngs=rngs)
         plan = compression_plan(config)
-        self.compressor = None if plan.kind == "none" else Compressor(plan, width, config.model.heads, rngs=rngs)
+        self.compressor = (
+            None
+            if plan.kind == "none"
+            else Compressor(plan, width, config.model.heads, rngs=rngs)
+        )
 
     def __call__(
-        self, entities: dict[str, Entity], valid: jax.Array, dtype: jnp.dtype, items: jax.Array | None = None
+        self,
+        entities: dict[str, Entity],
+        valid: jax.Array,
+        dtype: jnp.dtype,
+        items: jax.Array | None = None,
     ) -> jax.Array:
         """`valid: [B, T] bool`; `items: [B, T, d]` is added to the token of each event."""
         state, action = entities["state"], entities["action"]
         if self.event is None:
             assert self.state is not None
             assert self.action is not None
-            pairs = [self.state(*merged(state), dtype), self.action(*merged(action), dtype)]
+            pairs = [
+                self.state(*merged(state), dtype),
+                self.action(*merged(action), dtype),
+            ]
             return as_rows(jnp.concatenate(pairs, axis=2))
         made = self.event(*merged(state, action), dtype)
         if items is not None:

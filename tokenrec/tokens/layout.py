@@ -15,7 +15,18 @@ import numpy as np
 
 from tokenrec.ops.attention.pattern import Pattern
 
-Role = Literal["text", "user", "sep", "state", "action", "event", "query", "title", "target", "code"]
+Role = Literal[
+    "text",
+    "user",
+    "sep",
+    "state",
+    "action",
+    "event",
+    "query",
+    "title",
+    "target",
+    "code",
+]
 ROLES: tuple[Role, ...] = (
     "text",
     "user",
@@ -30,7 +41,7 @@ ROLES: tuple[Role, ...] = (
 )
 
 
-class Part(NamedTuple):
+class StreamPart(NamedTuple):
     """A run of rows. `event: [n]`, the newest event that each stands for, of the rows of a history; None elsewhere.
 
     `ordered` rows have positions one after another, as words do; `stride` is how many of them an event has.
@@ -42,12 +53,12 @@ class Part(NamedTuple):
     stride: int = 1
 
     @staticmethod
-    def of(role: Role, rows: int, *, ordered: bool = False) -> Part:
-        return Part((role,) * rows, ordered=ordered)
+    def of(role: Role, rows: int, *, ordered: bool = False) -> StreamPart:
+        return StreamPart((role,) * rows, ordered=ordered)
 
     @staticmethod
-    def history(role: Role, event: np.ndarray, stride: int = 1) -> Part:
-        return Part((role,) * len(event), event, stride=stride)
+    def history(role: Role, event: np.ndarray, stride: int = 1) -> StreamPart:
+        return StreamPart((role,) * len(event), event, stride=stride)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,16 +105,27 @@ class Layout:
         return int(np.sum(self.candidate < 0))
 
     def rows_of(self, *roles: Role) -> np.ndarray:
-        return np.flatnonzero(np.isin(self.roles, [ROLES.index(role) for role in roles]))
+        return np.flatnonzero(
+            np.isin(self.roles, [ROLES.index(role) for role in roles])
+        )
 
     def pattern(self, query_rows: np.ndarray, key_rows: np.ndarray) -> Pattern:
         return Pattern(
-            query_rows, key_rows, self.index, self.static, self.candidate, self.prefix, self.reach, self.discard
+            query_rows,
+            key_rows,
+            self.index,
+            self.static,
+            self.candidate,
+            self.prefix,
+            self.reach,
+            self.discard,
         )
 
     def valid(self, events: jax.Array, candidates: jax.Array | None) -> jax.Array:
         """`[B, S] bool` from `events: [B, T]` and `candidates: [B, C]` (or None); other rows are always valid."""
-        known = jnp.pad(events, ((0, 0), (1, 0)), constant_values=True)  # column 0 stands for the other rows
+        known = jnp.pad(
+            events, ((0, 0), (1, 0)), constant_values=True
+        )  # column 0 stands for the other rows
         source = np.where(self.event >= 0, 1 + self.event, 0)
         own = np.zeros_like(self.candidate)
         if candidates is not None:
@@ -136,8 +158,8 @@ class Layout:
 
 
 def lay_out(
-    shared: Sequence[Part],
-    own: Sequence[Part],
+    shared: Sequence[StreamPart],
+    own: Sequence[StreamPart],
     *,
     events: int,
     candidates: int,
@@ -156,7 +178,9 @@ def lay_out(
       discard: sliding layers hide static rows from others.
     """
     roles = [ROLES.index(role) for part in shared for role in part.roles]
-    event = np.concatenate([np.full(len(p.roles), -1) if p.event is None else p.event for p in shared])
+    event = np.concatenate(
+        [np.full(len(p.roles), -1) if p.event is None else p.event for p in shared]
+    )
     past = np.flatnonzero(event >= 0)
     static = np.arange(len(roles)) < (past[0] if len(past) else len(roles))
     stride = max(part.stride for part in shared)
@@ -164,11 +188,19 @@ def lay_out(
     index = np.arange(len(roles))
     candidate = np.full(len(roles), -1)
 
-    anchors = np.flatnonzero(np.array(roles) == ROLES.index("event")) if read == "events" else [len(roles) - 1]
+    anchors = (
+        np.flatnonzero(np.array(roles) == ROLES.index("event"))
+        if read == "events"
+        else [len(roles) - 1]
+    )
     of_candidate = np.asarray(anchors)[np.arange(candidates) % len(anchors)]
-    own_roles = np.array([ROLES.index(role) for part in own for role in part.roles], int)
+    own_roles = np.array(
+        [ROLES.index(role) for part in own for role in part.roles], int
+    )
     continues = read in ("last", "events")
-    own_offset = np.cumsum([continues, *([part.ordered for part in own for _ in part.roles])])[: len(own_roles)]
+    own_offset = np.cumsum(
+        [continues, *([part.ordered for part in own for _ in part.roles])]
+    )[: len(own_roles)]
     count = len(own_roles)
 
     def repeated(first: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -190,7 +222,9 @@ def lay_out(
         reach=np.concatenate([index, own_reach]),
         candidate=np.concatenate([candidate, repeated(np.arange(candidates), none)]),
         event=np.concatenate([event, repeated(own_event, none)]),
-        offset=np.concatenate([offset, repeated(offset[of_candidate] * continues, own_offset)]),
+        offset=np.concatenate(
+            [offset, repeated(offset[of_candidate] * continues, own_offset)]
+        ),
         static=np.concatenate([static, np.zeros(candidates * count, bool)]),
         readout=readout,
         events=events,
@@ -201,7 +235,7 @@ def lay_out(
     )
 
 
-def _counted(part: Part) -> np.ndarray:
+def _counted(part: StreamPart) -> np.ndarray:
     """Offsets within a part."""
     rows = np.arange(len(part.roles))
     if part.event is not None:
@@ -210,25 +244,33 @@ def _counted(part: Part) -> np.ndarray:
     return rows if part.ordered else np.zeros_like(rows)
 
 
-def history_part(*, events: int, fused: bool) -> Part:
+def history_part(*, events: int, fused: bool) -> StreamPart:
     """Events as one row each, or as a state and an action."""
     if fused:
-        return Part.history("event", np.arange(events))
+        return StreamPart.history("event", np.arange(events))
     pair: tuple[Role, ...] = ("state", "action")
-    return Part(pair * events, np.repeat(np.arange(events), 2))
+    return StreamPart(pair * events, np.repeat(np.arange(events), 2))
 
 
-def build_layout(*, user_tokens: int, events: int, fused: bool, candidates: int, target_tokens: int) -> Layout:
+def build_layout(
+    *, user_tokens: int, events: int, fused: bool, candidates: int, target_tokens: int
+) -> Layout:
     """TokenFormer's stream `[F.., sep, events.., sep, targets..]`; `candidates=0` is UC, which ends with the events."""
-    shared = [Part.of("user", user_tokens), Part.of("sep", 1), history_part(events=events, fused=fused)]
+    shared = [
+        StreamPart.of("user", user_tokens),
+        StreamPart.of("sep", 1),
+        history_part(events=events, fused=fused),
+    ]
     if not candidates:
         return lay_out(shared, [], events=events, candidates=0, read="states")
-    shared.append(Part.of("sep", 1))
-    own = [Part.of("target", target_tokens)]
+    shared.append(StreamPart.of("sep", 1))
+    own = [StreamPart.of("target", target_tokens)]
     return lay_out(shared, own, events=events, candidates=candidates, read="own")
 
 
-def needed_rows(layout: Layout, windows: tuple[int | None, ...]) -> tuple[np.ndarray, ...]:
+def live_positions(
+    layout: Layout, windows: tuple[int | None, ...]
+) -> tuple[np.ndarray, ...]:
     """Rows whose values matter at the input of each layer and at the output: `len(windows) + 1` ascending arrays.
 
     A row matters at the input of layer l if a row that matters at its output may see it. For NIO with windows
@@ -238,11 +280,14 @@ def needed_rows(layout: Layout, windows: tuple[int | None, ...]) -> tuple[np.nda
     every = np.arange(layout.rows)
     for window in reversed(windows):
         pattern = layout.pattern(needed[0], every)
-        needed.insert(0, np.flatnonzero((pattern.visible(window) | pattern.diagonal()).any(axis=0)))
+        needed.insert(
+            0,
+            np.flatnonzero((pattern.visible(window) | pattern.diagonal()).any(axis=0)),
+        )
     return tuple(needed)
 
 
-def take_rows(x: jax.Array, rows: np.ndarray, among: np.ndarray) -> jax.Array:
+def select_positions(x: jax.Array, rows: np.ndarray, among: np.ndarray) -> jax.Array:
     """Rows `rows` of `x: [B, len(among), ...]`, whose own rows are `among`; a strided slice where that can say it."""
     at = np.searchsorted(among, rows)
     if len(at) == x.shape[1]:

@@ -17,7 +17,7 @@ from tokenrec.config import TokensConfig
 from tokenrec.data.schema import Feature
 from tokenrec.errors import InputError
 from tokenrec.ops.layers import Linear, weight
-from tokenrec.ops.tables.lookup import spread_rows
+from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.tokens.makers import Values
 from tokenrec.tokens.transforms import normalize_dense, table_widths
 
@@ -64,14 +64,18 @@ def truncate(tokens: int, cap: int) -> slice:
     (slice(10, 60, None), slice(0, 48, None))
     """
     if cap < 0:
-        raise InputError(f"cap={cap} must not be negative; it is the number of tokens that are kept")
+        raise InputError(
+            f"cap={cap} must not be negative; it is the number of tokens that are kept"
+        )
     return slice(max(tokens - cap, 0), tokens)
 
 
 def dense_buckets(values: jax.Array, feature: Feature) -> jax.Array:
     """`[..., 1]` raw numbers -> `[..., 1] int32`: the bucket of the normalised number, `BINS` where it is missing."""
     normalised = normalize_dense(values, feature)
-    bucket = jnp.sum(normalised[..., :1] >= EDGES, axis=-1, keepdims=True, dtype=jnp.int32)
+    bucket = jnp.sum(
+        normalised[..., :1] >= EDGES, axis=-1, keepdims=True, dtype=jnp.int32
+    )
     return jnp.where(normalised[..., 1:] > 0, BINS, bucket)
 
 
@@ -83,7 +87,14 @@ class TextMaker(nnx.Module):
     their own.
     """
 
-    def __init__(self, features: tuple[Feature, ...], width: int, config: TokensConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        features: tuple[Feature, ...],
+        width: int,
+        config: TokensConfig,
+        *,
+        rngs: nnx.Rngs,
+    ):
         if not features:
             raise InputError(
                 "a text maker has no features; keep at least one feature of its entity, or fewer in data.exclude"
@@ -91,12 +102,22 @@ class TextMaker(nnx.Module):
         self.features = features
         self.tokens = token_count(features)
         self.width = width
-        narrow = {name: rows for name, rows in table_widths(features, config).items() if rows != width}
+        narrow = {
+            name: rows
+            for name, rows in table_widths(features, config).items()
+            if rows != width
+        }
         self.widened = tuple(narrow)
-        self.widen = nnx.List([Linear(rows, width, bias=False, rngs=rngs) for rows in narrow.values()])
+        self.widen = nnx.List(
+            [Linear(rows, width, bias=False, rngs=rngs) for rows in narrow.values()]
+        )
         self.numbers = tuple(f for f in features if f.kind == "dense")
         shape = (len(self.numbers), BINS + 1, width)
-        self.buckets = weight(rngs, shape, None, None, None, inputs=width) if self.numbers else None
+        self.buckets = (
+            weight(rngs, shape, None, None, None, inputs=width)
+            if self.numbers
+            else None
+        )
 
     def __call__(self, values: Values, ids: Values, dtype: jnp.dtype) -> jax.Array:
         """`values`: rows `[..., length, w]` of an integer kind, otherwise numbers `[..., 1]`, by feature name.
@@ -105,7 +126,11 @@ class TextMaker(nnx.Module):
         """
         dense = self._dense_rows(values, dtype) if self.numbers else {}
         return jnp.concatenate(
-            [self._rows(f, values, dtype) if f.is_integer else dense[f.name] for f in self.features], axis=-2
+            [
+                self._rows(f, values, dtype) if f.is_integer else dense[f.name]
+                for f in self.features
+            ],
+            axis=-2,
         )
 
     def _rows(self, feature: Feature, values: Values, dtype: jnp.dtype) -> jax.Array:
@@ -118,6 +143,11 @@ class TextMaker(nnx.Module):
         """`[..., 1, d]` of every number, by feature name; one look-up for all of them."""
         assert self.buckets is not None
         table = self.buckets[...].astype(dtype)
-        found = [dense_buckets(values[f.name], f) + i * (BINS + 1) for i, f in enumerate(self.numbers)]
-        rows = spread_rows(table.reshape(-1, self.width), jnp.concatenate(found, axis=-1))
+        found = [
+            dense_buckets(values[f.name], f) + i * (BINS + 1)
+            for i, f in enumerate(self.numbers)
+        ]
+        rows = expand_rows(
+            table.reshape(-1, self.width), jnp.concatenate(found, axis=-1)
+        )
         return {f.name: rows[..., i : i + 1, :] for i, f in enumerate(self.numbers)}

@@ -16,7 +16,10 @@ LIMIT = 5.0  # normalised dense values are clipped to +- this
 def table_widths(features: tuple[Feature, ...], config: TokensConfig) -> dict[str, int]:
     """Table name -> width of its rows."""
     names = {f.table_name for f in features if f.is_integer}
-    return {name: config.embedding_dims.get(name, config.embedding_dim) for name in sorted(names)}
+    return {
+        name: config.embedding_dims.get(name, config.embedding_dim)
+        for name in sorted(names)
+    }
 
 
 def prefix_ids(ids: jax.Array, rows: int) -> jax.Array:
@@ -32,7 +35,11 @@ def prefix_ids(ids: jax.Array, rows: int) -> jax.Array:
         present &= code != MISSING
         hashed = (hashed ^ code.astype(jnp.uint32)) * jnp.uint32(0x9E3779B1)
         hashed ^= hashed >> 15
-        out.append(jnp.where(present, 2 + (hashed % jnp.uint32(rows - 2)).astype(jnp.int32), MISSING))
+        out.append(
+            jnp.where(
+                present, 2 + (hashed % jnp.uint32(rows - 2)).astype(jnp.int32), MISSING
+            )
+        )
     return jnp.stack(out, axis=-1)
 
 
@@ -71,7 +78,11 @@ class Transform(nnx.Module):
             assert ids is not None
             present = (ids != MISSING)[..., None]
             total = jnp.sum(jnp.where(present, values, 0), axis=-2)
-            return total / jnp.maximum(jnp.sum(present, axis=-2), 1) if self.pooling == "mean" else total
+            return (
+                total / jnp.maximum(jnp.sum(present, axis=-2), 1)
+                if self.pooling == "mean"
+                else total
+            )
         if self.levels == "concat":
             return values.reshape(*values.shape[:-2], self.width)
         return jnp.sum(values, axis=-2)

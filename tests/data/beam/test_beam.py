@@ -22,7 +22,7 @@ from tokenrec.data.dataset import open_dataset
 from tokenrec.data.preparation.intake import PARTITION_ROWS
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import Feature, Schema, Task
-from tokenrec.data.source import Part
+from tokenrec.data.source import LogPart
 from tokenrec.data.sources.delimited import DelimitedSource
 from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError
@@ -39,8 +39,20 @@ SCHEMA: dict[str, Any] = {
         {"name": "sku", "kind": "categorical", "entity": "item"},
         {"name": "tags", "kind": "multi_valued", "entity": "item", "length": 3},
         {"name": "title", "kind": "text", "entity": "item", "length": 4, "codes": 300},
-        {"name": "code", "kind": "semantic_id", "entity": "item", "length": 2, "codes": 4},
-        {"name": "seen", "kind": "multi_valued", "entity": "context", "length": 2, "table": "tags"},
+        {
+            "name": "code",
+            "kind": "semantic_id",
+            "entity": "item",
+            "length": 2,
+            "codes": 4,
+        },
+        {
+            "name": "seen",
+            "kind": "multi_valued",
+            "entity": "context",
+            "length": 2,
+            "table": "tags",
+        },
         {"name": "device", "kind": "categorical", "entity": "context"},
         {"name": "place", "kind": "dense", "entity": "item", "per_row": True},
         {"name": "seconds", "kind": "dense", "entity": "action", "transform": "log1p"},
@@ -61,14 +73,18 @@ class Files:
         table = pa.table(
             {
                 "uid": [f"u{i}é" for i in user],
-                "sku": [f"s{i}" for i in draw.integers(0, 25, rows) + 5 * (time > 200)],  # later items are unknown
+                "sku": [
+                    f"s{i}" for i in draw.integers(0, 25, rows) + 5 * (time > 200)
+                ],  # later items are unknown
                 "at": time,
                 "page": np.where(draw.random(rows) < 0.5, -1, time),
                 "seen": [["red", "x", "y"][: i % 4] or None for i in time.tolist()],
                 "device": [None if i % 7 == 0 else f"d{i % 90}" for i in time.tolist()],
                 "place": pa.array(draw.random(rows), mask=draw.random(rows) < 0.2),
                 "seconds": pa.array(draw.random(rows) * 100),
-                "click": pa.array(draw.integers(0, 2, rows), mask=draw.random(rows) < 0.2),
+                "click": pa.array(
+                    draw.integers(0, 2, rows), mask=draw.random(rows) < 0.2
+                ),
             }
         )
         # Of rows that repeat one the first stays, and tells its place by its labels and features.
@@ -79,19 +95,43 @@ class Files:
             self._csv("c.csv", pa.concat_tables([table.slice(600), repeats])),
         ]
         pq.write_table(table.slice(250, 350), self.logs[1])
-        users = [f"u{i}é" for i in range(5, 60)]  # some users of the log are absent, some never occur in it
+        users = [
+            f"u{i}é" for i in range(5, 60)
+        ]  # some users of the log are absent, some never occur in it
         self.users = self._csv(
-            "users.csv", pa.table({"uid": users, "plan": [f"p{i % 3}" for i in range(55)], "age": range(55)})
+            "users.csv",
+            pa.table(
+                {
+                    "uid": users,
+                    "plan": [f"p{i % 3}" for i in range(55)],
+                    "age": range(55),
+                }
+            ),
         )
         codes = [[i % 4, 3] for i in range(20)]
-        items = {"sku": [f"s{i}" for i in range(20)], "tags": [["red", f"t{i}"] for i in range(20)]}
+        items = {
+            "sku": [f"s{i}" for i in range(20)],
+            "tags": [["red", f"t{i}"] for i in range(20)],
+        }
         self.items = self._csv(
-            "items.csv", pa.table(items | {"title": [f"A mug, no. {i}" for i in range(20)], "code": codes})
+            "items.csv",
+            pa.table(
+                items | {"title": [f"A mug, no. {i}" for i in range(20)], "code": codes}
+            ),
         )
         (folder / "schema.json").write_text(json.dumps(SCHEMA))
 
-    def source(self, valid_from: str = "200", test_from: str = "250") -> DelimitedSource:
-        return DelimitedSource(self.folder / "schema.json", self.logs, self.users, self.items, valid_from, test_from)
+    def source(
+        self, valid_from: str = "200", test_from: str = "250"
+    ) -> DelimitedSource:
+        return DelimitedSource(
+            self.folder / "schema.json",
+            self.logs,
+            self.users,
+            self.items,
+            valid_from,
+            test_from,
+        )
 
     def replace(self, name: str, old: str, new: str) -> None:
         path = self.folder / name
@@ -100,7 +140,10 @@ class Files:
         path.write_text(text.replace(old, new, 1))
 
     def _csv(self, name: str, table: pa.Table) -> Path:
-        rows = [table.column_names, *(map(_field, row.values()) for row in table.to_pylist())]
+        rows = [
+            table.column_names,
+            *(map(_field, row.values()) for row in table.to_pylist()),
+        ]
         (self.folder / name).write_text("".join(",".join(row) + "\n" for row in rows))
         return self.folder / name
 
@@ -117,12 +160,18 @@ def files(tmp_path: Path) -> Files:
 
 
 def synthetic() -> SyntheticSource:
-    return SyntheticSource(3_000, users=150, items=60, requests=3, batch_rows=300)  # three parts
+    return SyntheticSource(
+        3_000, users=150, items=60, requests=3, batch_rows=300
+    )  # three parts
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Path -> bytes of every file."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 def chunks(folder: Path) -> dict[str, list[records.Chunk]]:
@@ -132,7 +181,9 @@ def chunks(folder: Path) -> dict[str, list[records.Chunk]]:
             for block in records.read_records(folder, split, lengths, 0, sum(lengths))
             for record in block
         ]
-        for split, lengths in records.shard_lengths(folder / "dataset_info.json").items()
+        for split, lengths in records.shard_lengths(
+            folder / "dataset_info.json"
+        ).items()
     }
 
 
@@ -150,34 +201,57 @@ def assert_equal_but_for_order(local: Path, beam: Path) -> None:
     assert by_user(local) == by_user(beam)
     for split in records.shard_lengths(beam / "dataset_info.json"):
         row_bytes = records.row_dtype(open_dataset(beam).metadata.schema).itemsize
-        assert [len(c.rows) // row_bytes for c in chunks(beam)[split]] == open_dataset(beam).rows(split).tolist()
+        assert [len(c.rows) // row_bytes for c in chunks(beam)[split]] == open_dataset(
+            beam
+        ).rows(split).tolist()
     assert contents(local).keys() == contents(beam).keys()
-    same = [n for n in contents(local) if n.startswith(("items/", "vocab", "tokenizer", "features", "dataset_info"))]
+    same = [
+        n
+        for n in contents(local)
+        if n.startswith(("items/", "vocab", "tokenizer", "features", "dataset_info"))
+    ]
     assert {n: contents(local)[n] for n in same} == {n: contents(beam)[n] for n in same}
     one, other = (open_dataset(f).metadata for f in (local, beam))
     for a, b in zip(one.schema.features, other.schema.features, strict=True):
         # Sums in another order: 3e-16 was measured.
         assert (b.mean, b.deviation) == pytest.approx((a.mean, a.deviation), rel=1e-13)
-    plain = [dataclasses.replace(f, mean=0.0, deviation=1.0) for f in one.schema.features]
-    schemas = [dataclasses.replace(m.schema, features=tuple(plain)) for m in (one, other)]
-    assert dataclasses.replace(one, schema=schemas[0]) == dataclasses.replace(other, schema=schemas[1])
+    plain = [
+        dataclasses.replace(f, mean=0.0, deviation=1.0) for f in one.schema.features
+    ]
+    schemas = [
+        dataclasses.replace(m.schema, features=tuple(plain)) for m in (one, other)
+    ]
+    assert dataclasses.replace(one, schema=schemas[0]) == dataclasses.replace(
+        other, schema=schemas[1]
+    )
 
 
-def test_a_log_of_one_partition_gives_the_files_of_the_local_path(tmp_path: Path, files: Files) -> None:
+def test_a_log_of_one_partition_gives_the_files_of_the_local_path(
+    tmp_path: Path, files: Files
+) -> None:
     for name, make in (("synthetic", synthetic), ("delimited", files.source)):
         local, beam = tmp_path / name / "local", tmp_path / name / "beam"
         prepare(make(), local, **SMALL)
         prepare_with_beam(make(), beam, **SMALL, **ONE)
         assert contents(local) == contents(beam), "byte for byte, shards too"
-        assert sum(open_dataset(local).rows("train")) < PARTITION_ROWS, "the local path must not have spilled"
-        assert {path.name for path in (tmp_path / name).iterdir()} == {"local", "beam"}, "nothing is left behind"
+        assert sum(open_dataset(local).rows("train")) < PARTITION_ROWS, (
+            "the local path must not have spilled"
+        )
+        assert {path.name for path in (tmp_path / name).iterdir()} == {
+            "local",
+            "beam",
+        }, "nothing is left behind"
 
 
-def test_many_partitions_give_the_same_chunks_in_another_order(tmp_path: Path, files: Files) -> None:
+def test_many_partitions_give_the_same_chunks_in_another_order(
+    tmp_path: Path, files: Files
+) -> None:
     prepare(files.source(), tmp_path / "local", **SMALL)
     found = prepare_with_beam(files.source(), tmp_path / "beam", **SMALL, **MANY)
     assert_equal_but_for_order(tmp_path / "local", tmp_path / "beam")
-    assert list(by_user(tmp_path / "beam")["train"]) != list(by_user(tmp_path / "local")["train"])
+    assert list(by_user(tmp_path / "beam")["train"]) != list(
+        by_user(tmp_path / "local")["train"]
+    )
     assert found.counts["repeats_dropped"] >= 60
     assert found.counts["users"] == 60, "those of the log and those of the table alone"
 
@@ -186,7 +260,14 @@ def test_workers_of_other_processes_give_the_same(tmp_path: Path) -> None:
     prepare(synthetic(), tmp_path / "local", **SMALL)
     workers = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
     work = tmp_path / "shared"
-    prepare_with_beam(synthetic(), tmp_path / "beam", **SMALL, **MANY, arguments=workers, work=str(work))
+    prepare_with_beam(
+        synthetic(),
+        tmp_path / "beam",
+        **SMALL,
+        **MANY,
+        arguments=workers,
+        work=str(work),
+    )
     assert_equal_but_for_order(tmp_path / "local", tmp_path / "beam")
     assert list(work.iterdir()) == []
 
@@ -199,7 +280,9 @@ def problem(source: Any, out: Path) -> str:
     return str(caught.value)
 
 
-def test_a_malformed_row_is_named_by_file_and_line_as_locally(tmp_path: Path, files: Files) -> None:
+def test_a_malformed_row_is_named_by_file_and_line_as_locally(
+    tmp_path: Path, files: Files
+) -> None:
     third = (files.folder / "c.csv").read_text().splitlines()[3]
     files.replace("c.csv", third, third.replace(third.split(",")[2], "noon", 1))
     found = problem(files.source(), tmp_path / "set")
@@ -212,22 +295,38 @@ def test_a_malformed_row_is_named_by_file_and_line_as_locally(tmp_path: Path, fi
 def test_the_first_of_several_problems_is_told(tmp_path: Path, files: Files) -> None:
     files.replace("c.csv", "\nu", "\n,u")
     files.replace("a.csv", "\nu", "\n,u")
-    assert f"{files.folder}/a.csv, line 2: 10 fields" in problem(files.source(), tmp_path / "set")
+    assert f"{files.folder}/a.csv, line 2: 10 fields" in problem(
+        files.source(), tmp_path / "set"
+    )
     files.replace("users.csv", "\nu", "\nu6é,p1,3\nu")
     assert "user_id='u6é' occurs twice" in problem(
-        DelimitedSource(files.folder / "schema.json", files.logs[1:2], files.users, files.items, "200", "250"),
+        DelimitedSource(
+            files.folder / "schema.json",
+            files.logs[1:2],
+            files.users,
+            files.items,
+            "200",
+            "250",
+        ),
         tmp_path / "set",
     )
 
 
 def test_what_only_the_whole_log_shows_is_refused(tmp_path: Path, files: Files) -> None:
-    assert "leaves valid empty" in problem(files.source("5000", "6000"), tmp_path / "set")
+    assert "leaves valid empty" in problem(
+        files.source("5000", "6000"), tmp_path / "set"
+    )
     text = (files.folder / "a.csv").read_text()
     header = text.partition("\n")[0]
-    for name, at in (("d.csv", "7"), ("e.csv", "8")):  # one request, two times, two files
+    for name, at in (
+        ("d.csv", "7"),
+        ("e.csv", "8"),
+    ):  # one request, two times, two files
         (files.folder / name).write_text(f"{header}\nsame,s1,{at},777,,d1,,1,0\n")
         files.logs.append(files.folder / name)
-    assert "request 777 of one user has rows at time_ms 7 and 8" in problem(files.source(), tmp_path / "set")
+    assert "request 777 of one user has rows at time_ms 7 and 8" in problem(
+        files.source(), tmp_path / "set"
+    )
 
 
 @dataclasses.dataclass
@@ -236,11 +335,14 @@ class Changing(MemorySource):
 
     others: tuple[MemorySource, ...] = ()
 
-    def row_parts(self) -> list[Part]:
-        return [Part(f"part {i}", s.rows) for i, s in enumerate((MemorySource(self.row_columns), *self.others))]
+    def row_parts(self) -> list[LogPart]:
+        return [
+            LogPart(f"part {i}", s.rows)
+            for i, s in enumerate((MemorySource(self.row_columns), *self.others))
+        ]
 
-    def user_parts(self) -> list[Part]:
-        return [Part("users", functools.partial(_batches, self.users()))]
+    def user_parts(self) -> list[LogPart]:
+        return [LogPart("users", functools.partial(_batches, self.users()))]
 
     def check_times(self, earliest: int, latest: int) -> None: ...
 
@@ -252,16 +354,38 @@ def _batches(table: pa.Table) -> Iterator[pa.RecordBatch]:
 @pytest.mark.parametrize(
     ("rows", "other", "message"),
     [
-        ({"user_id": [1, 1]}, {"user_id": [1], "split": [3]}, r"part 1: rows\(\): column 'split' is 3 in row 0"),
-        ({"user_id": [1], "tab": [1]}, {"user_id": [1], "tab": ["x"]}, r"table 'tab' holds int64 .* string"),
+        (
+            {"user_id": [1, 1]},
+            {"user_id": [1], "split": [3]},
+            r"part 1: rows\(\): column 'split' is 3 in row 0",
+        ),
+        (
+            {"user_id": [1], "tab": [1]},
+            {"user_id": [1], "tab": ["x"]},
+            r"table 'tab' holds int64 .* string",
+        ),
         ({"user_id": [1]}, {"user_id": ["x"]}, r"user_id.*int64.*string"),
-        ({"user_id": [1]}, {"user_id": [1], "item_id": ["x"]}, r"item_id.*int64.*string"),
-        ({"user_id": [1], "split": [1]}, {"user_id": [1], "split": [2]}, r"no row has split 0"),
-        ({"user_id": [1], "event": [False], "scored": [False]}, None, r"nothing to learn from"),
+        (
+            {"user_id": [1]},
+            {"user_id": [1], "item_id": ["x"]},
+            r"item_id.*int64.*string",
+        ),
+        (
+            {"user_id": [1], "split": [1]},
+            {"user_id": [1], "split": [2]},
+            r"no row has split 0",
+        ),
+        (
+            {"user_id": [1], "event": [False], "scored": [False]},
+            None,
+            r"nothing to learn from",
+        ),
         ({"user_id": pa.array([], pa.int64())}, None, r"rows\(\) is empty"),
     ],
 )
-def test_a_bad_part_is_named(tmp_path: Path, rows: dict, other: dict | None, message: str) -> None:
+def test_a_bad_part_is_named(
+    tmp_path: Path, rows: dict, other: dict | None, message: str
+) -> None:
     others = () if other is None else (MemorySource(other),)
     with pytest.raises(InputError, match=message):
         prepare_with_beam(Changing(rows, others=others), tmp_path / "set", **MANY)
@@ -276,11 +400,24 @@ def test_a_source_without_parts_and_a_text_of_users_are_refused(tmp_path: Path) 
         prepare_with_beam(Changing({"user_id": [1]}, schema=schema), tmp_path / "set")
 
 
-def test_the_command_line_runs_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_runs_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, command = tmp_path / "beam", ["prepare", "synthetic", "--rows", "600"]
     assert main([*command, "--out", str(tmp_path / "local")]) == 0
     local = capsys.readouterr().out.partition(":")[2]
-    assert main([*command, "--out", str(out), "--beam", "--beam-options=--direct_num_workers=1"]) == 0
+    assert (
+        main(
+            [
+                *command,
+                "--out",
+                str(out),
+                "--beam",
+                "--beam-options=--direct_num_workers=1",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.partition(":")[2] == local
     assert main([*command, "--out", str(out), "--beam"]) == 2
     assert "exists" in capsys.readouterr().err

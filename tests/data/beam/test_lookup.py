@@ -15,7 +15,13 @@ from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import Feature
 from tokenrec.data.vocabulary import TableValues, ValueIndex
 
-WORDS = sorted({f"{a}{b}" for a in ("", "a", "é", "z\0", "\U0001f600") for b in ("", "0", "9é", "x" * 40)})
+WORDS = sorted(
+    {
+        f"{a}{b}"
+        for a in ("", "a", "é", "z\0", "\U0001f600")
+        for b in ("", "0", "9é", "x" * 40)
+    }
+)
 
 
 def index_of(values: list) -> ValueIndex:
@@ -24,7 +30,9 @@ def index_of(values: list) -> ValueIndex:
     return index
 
 
-@pytest.mark.parametrize("known", [[], ["m"], WORDS, WORDS[1::2], [-5, 7], list(range(-30, 900, 3))])
+@pytest.mark.parametrize(
+    "known", [[], ["m"], WORDS, WORDS[1::2], [-5, 7], list(range(-30, 900, 3))]
+)
 def test_positions_are_those_of_the_sorted_values(tmp_path: Path, known: list) -> None:
     kind = object if known and isinstance(known[0], str) else np.int64
     save_values(str(tmp_path), "known.arrow", np.array(known, kind))
@@ -32,7 +40,12 @@ def test_positions_are_those_of_the_sorted_values(tmp_path: Path, known: list) -
     asked = [*WORDS, "zz", "b"] if kind is object else list(range(-40, 40))
     expected = [known.index(value) if value in known else -1 for value in asked]
     assert positions(index_of(asked), mapped).tolist() == expected
-    assert positions(index_of([1, 2] if isinstance(asked[0], str) else ["a"]), mapped).max() == -1, "another type"
+    assert (
+        positions(
+            index_of([1, 2] if isinstance(asked[0], str) else ["a"]), mapped
+        ).max()
+        == -1
+    ), "another type"
     assert len(positions(ValueIndex(), mapped)) == 0
 
 
@@ -41,23 +54,37 @@ def test_final_ids_are_those_of_the_local_path() -> None:
     provisional = table.provisional(pa.array(["b", None, "c", "a", "d"]), "values")
     table.mark(provisional[[0, 3]])
     known, final = table.finish()
-    assert final_ids(table, pa.array(known, pa.large_string())).tolist() == final.tolist()
+    assert (
+        final_ids(table, pa.array(known, pa.large_string())).tolist() == final.tolist()
+    )
 
 
 def test_a_user_has_one_partition_on_every_machine() -> None:
     """The figures are fixed: a worker whose hash differed would take a user apart."""
     assert partition_of(pa.array([0, 7, -1, 2**62]), 1000).tolist() == [0, 789, 289, 72]
-    assert partition_of(pa.array(["u1", "", "é", "u1"]), 1000).tolist() == [178, 0, 819, 178]
-    for same in (pa.array([0, 7, -1], pa.int32()), pa.array([0, 7, -1]).dictionary_encode()):
+    assert partition_of(pa.array(["u1", "", "é", "u1"]), 1000).tolist() == [
+        178,
+        0,
+        819,
+        178,
+    ]
+    for same in (
+        pa.array([0, 7, -1], pa.int32()),
+        pa.array([0, 7, -1]).dictionary_encode(),
+    ):
         assert partition_of(same, 1000).tolist() == [0, 789, 289]
-    counts = np.bincount(partition_of(pa.array(1000 + 7 * np.arange(10_000)), 16), minlength=16)
+    counts = np.bincount(
+        partition_of(pa.array(1000 + 7 * np.arange(10_000)), 16), minlength=16
+    )
     assert counts.min() > 500, "ids in steps spread"
 
 
 def test_spreading_keeps_every_row_and_its_order() -> None:
     user = np.random.default_rng(0).integers(0, 50, 1000)
     pieces = dict(spread_log(LogBlock((0, 0), pa.array(user), np.arange(1000)), 7))
-    assert sorted(np.concatenate([piece.rows for piece in pieces.values()]).tolist()) == list(range(1000))
+    assert sorted(
+        np.concatenate([piece.rows for piece in pieces.values()]).tolist()
+    ) == list(range(1000))
     for partition, piece in pieces.items():
         assert (np.diff(piece.rows) > 0).all()
         assert piece.user_id.to_numpy().tolist() == user[piece.rows].tolist()
@@ -65,7 +92,10 @@ def test_spreading_keeps_every_row_and_its_order() -> None:
 
 
 def test_moments_merge_as_if_added_together() -> None:
-    features = (Feature("age", "dense", "user"), Feature("rare", "dense", "user", transform="log1p"))
+    features = (
+        Feature("age", "dense", "user"),
+        Feature("rare", "dense", "user", transform="log1p"),
+    )
     rows = np.random.default_rng(0).normal(1e4, 1, (300, 2)).astype(np.float32)
     rows[:200, 1] = np.nan
     whole, merged = Moments(features), Moments(features)
@@ -76,7 +106,9 @@ def test_moments_merge_as_if_added_together() -> None:
         merged.merge(some)
     for name, feature in whole.features().items():
         other = merged.features()[name]
-        assert (other.mean, other.deviation) == pytest.approx((feature.mean, feature.deviation), rel=1e-12)
+        assert (other.mean, other.deviation) == pytest.approx(
+            (feature.mean, feature.deviation), rel=1e-12
+        )
     alone = Moments(features)
     alone.merge(whole)
     assert alone.features() == whole.features(), "one part is taken as it is"

@@ -27,7 +27,10 @@ BAD_ROWS = [
     ({"split": [0, 3]}, r"'split' is 3 in row 1; it must be 0 to 2"),
     ({"split": [1, 1]}, r"no row has split 0"),
     ({"request": [-1, -2]}, r"'request' is -2 in row 1"),
-    ({"request": [4, 4], "time_ms": [1, 2]}, r"request 4 of one user has rows at time_ms 1 and 2"),
+    (
+        {"request": [4, 4], "time_ms": [1, 2]},
+        r"request 4 of one user has rows at time_ms 1 and 2",
+    ),
     ({"event": [1, 0]}, r"'event' has the type int64"),
     ({"price": [1.0, float("inf")]}, r"'price' is inf in row 1"),
     ({"price": [1.0, -1e300]}, r"'price' is -1e\+300 in row 1"),
@@ -39,7 +42,9 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_ROWS)
-def test_a_bad_row_is_named_and_leaves_nothing_behind(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_bad_row_is_named_and_leaves_nothing_behind(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         prepare(MemorySource({"user_id": [1, 1]} | change), tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
@@ -63,30 +68,57 @@ def test_a_missing_column_and_a_changed_type_are_named(tmp_path: Path) -> None:
 
 BAD_ENTITIES = [
     ({"user_columns": {"user_id": [3, 4, 3]}}, r"users\(\): user_id=3 occurs twice"),
-    ({"user_columns": {"user_id": ["1"]}}, r"column 'user_id' holds int64 values, but string values came before"),
-    ({"item_columns": {"item_id": [1], "duration": [float("-inf")]}}, r"items\(\): column 'duration' is -inf"),
-    ({"item_columns": {"item_id": [1], "tags": [5]}}, r"'tags' has the type int64, but a multi_valued feature is a"),
-    ({"item_columns": {"item_id": [1], "colour": [5]}}, r"items\(\): unknown column 'colour'"),
+    (
+        {"user_columns": {"user_id": ["1"]}},
+        r"column 'user_id' holds int64 values, but string values came before",
+    ),
+    (
+        {"item_columns": {"item_id": [1], "duration": [float("-inf")]}},
+        r"items\(\): column 'duration' is -inf",
+    ),
+    (
+        {"item_columns": {"item_id": [1], "tags": [5]}},
+        r"'tags' has the type int64, but a multi_valued feature is a",
+    ),
+    (
+        {"item_columns": {"item_id": [1], "colour": [5]}},
+        r"items\(\): unknown column 'colour'",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), BAD_ENTITIES)
-def test_a_bad_user_or_item_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_bad_user_or_item_is_named(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         prepare(MemorySource(ONE_ROW, **change), tmp_path / "set")
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [([0, 10], r"the code 10 in row 0; codes are 0 to 9"), ([0], r"has 1 values in row 0; its length is 2")],
+    [
+        ([0, 10], r"the code 10 in row 0; codes are 0 to 9"),
+        ([0], r"has 1 values in row 0; its length is 2"),
+    ],
 )
-def test_a_bad_semantic_id_is_named(tmp_path: Path, value: list[int], message: str) -> None:
-    schema = Schema((Feature("sid", "semantic_id", "context", length=2, codes=10),), (Task("click"),))
+def test_a_bad_semantic_id_is_named(
+    tmp_path: Path, value: list[int], message: str
+) -> None:
+    schema = Schema(
+        (Feature("sid", "semantic_id", "context", length=2, codes=10),),
+        (Task("click"),),
+    )
     with pytest.raises(InputError, match=message):
-        prepare(MemorySource({"user_id": [1], "sid": [value]}, schema=schema), tmp_path / "set")
+        prepare(
+            MemorySource({"user_id": [1], "sid": [value]}, schema=schema),
+            tmp_path / "set",
+        )
 
 
-def test_an_existing_folder_is_kept_unless_it_is_a_data_set_to_overwrite(tmp_path: Path) -> None:
+def test_an_existing_folder_is_kept_unless_it_is_a_data_set_to_overwrite(
+    tmp_path: Path,
+) -> None:
     out = tmp_path / "set"
     prepare(MemorySource(ONE_ROW), out)
     with pytest.raises(InputError, match="exists"):
@@ -105,13 +137,19 @@ def test_an_existing_folder_is_kept_unless_it_is_a_data_set_to_overwrite(tmp_pat
     ("error", "expected"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), InputError),
-        (RuntimeError("write() failed: No space left on device; writing x"), InputError),
+        (
+            RuntimeError("write() failed: No space left on device; writing x"),
+            InputError,
+        ),
         (KeyboardInterrupt(), KeyboardInterrupt),
         (OSError(errno.EIO, "Input/output error"), OSError),
     ],
 )
 def test_a_failure_while_writing_leaves_the_previous_data_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: type[BaseException]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    expected: type[BaseException],
 ) -> None:
     out = tmp_path / "set"
     before = prepare(MemorySource(ONE_ROW), out)
@@ -127,13 +165,19 @@ def test_a_failure_while_writing_leaves_the_previous_data_set(
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
-def test_what_a_dead_process_left_is_removed_and_its_moved_data_set_put_back(tmp_path: Path) -> None:
+def test_what_a_dead_process_left_is_removed_and_its_moved_data_set_put_back(
+    tmp_path: Path,
+) -> None:
     out, dead = tmp_path / "set", 2**22 + 1  # above the largest process id of Linux
     before = prepare(MemorySource(ONE_ROW), out)
     out.rename(tmp_path / f"set.previous-{dead}")
     (tmp_path / f"set.incomplete-{dead}").mkdir()
     (tmp_path / "set.incomplete-1").mkdir()  # of a living process
     with pytest.raises(InputError, match="time_ms"):
-        prepare(MemorySource({"user_id": [1], "time_ms": ["x"]}), tmp_path / "set", overwrite=True)
+        prepare(
+            MemorySource({"user_id": [1], "time_ms": ["x"]}),
+            tmp_path / "set",
+            overwrite=True,
+        )
     assert open_dataset(out).metadata == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set", "set.incomplete-1"]

@@ -31,7 +31,9 @@ class Server:
     def __init__(self) -> None:
         self.body = BODY
         self.ranges = True
-        self.cuts: list[int] = []  # bytes sent of each of the next answers before the connection drops
+        self.cuts: list[
+            int
+        ] = []  # bytes sent of each of the next answers before the connection drops
         self.statuses: list[int] = []  # errors of the next answers
         self.asked: list[str | None] = []
         self.url = ""
@@ -45,7 +47,11 @@ def handler_of(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
             if server.statuses:
                 self.send_error(server.statuses.pop(0))
                 return
-            start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and server.ranges else 0
+            start = (
+                int(wanted.removeprefix("bytes=").removesuffix("-"))
+                if wanted and server.ranges
+                else 0
+            )
             total = len(server.body)
             if start >= total:
                 self.send_response(416)
@@ -73,7 +79,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     state = Server()
     with http.server.HTTPServer(("127.0.0.1", 0), handler_of(state)) as listener:
         state.url = f"http://127.0.0.1:{listener.server_port}/data.tar.gz"
-        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
+        thread = threading.Thread(
+            target=listener.serve_forever, kwargs={"poll_interval": 0.01}
+        )
         thread.start()
         try:
             yield state
@@ -82,46 +90,72 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             thread.join(timeout=10)
 
 
-def fetch(server: Server, target: Path, *, sha256: str | None = SHA256, attempts: int = 3) -> str:
-    return download(server.url, target, sha256=sha256, attempts=attempts, backoff_s=0.0, timeout_s=10.0)
+def fetch(
+    server: Server, target: Path, *, sha256: str | None = SHA256, attempts: int = 3
+) -> str:
+    return download(
+        server.url,
+        target,
+        sha256=sha256,
+        attempts=attempts,
+        backoff_s=0.0,
+        timeout_s=10.0,
+    )
 
 
-def test_a_whole_download_lands_with_its_digest_beside_it(server: Server, tmp_path: Path) -> None:
+def test_a_whole_download_lands_with_its_digest_beside_it(
+    server: Server, tmp_path: Path
+) -> None:
     target = tmp_path / "new" / "data.tar.gz"
-    assert download(server.url, target, sha256=SHA256.upper(), md5=MD5, size=len(BODY)) == SHA256
+    assert (
+        download(server.url, target, sha256=SHA256.upper(), md5=MD5, size=len(BODY))
+        == SHA256
+    )
     assert target.read_bytes() == BODY
-    assert (tmp_path / "new" / "data.tar.gz.sha256").read_text() == f"{SHA256}  data.tar.gz\n"
+    assert (
+        tmp_path / "new" / "data.tar.gz.sha256"
+    ).read_text() == f"{SHA256}  data.tar.gz\n"
     assert not target.with_name("data.tar.gz.part").exists()
 
 
-def test_a_cut_connection_resumes_where_it_broke(server: Server, tmp_path: Path) -> None:
+def test_a_cut_connection_resumes_where_it_broke(
+    server: Server, tmp_path: Path
+) -> None:
     server.cuts = [100_000, 50_000]
     fetch(server, tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == BODY
     assert server.asked == [None, "bytes=100000-", "bytes=150000-"]
 
 
-def test_a_later_run_resumes_the_part_of_an_earlier_one(server: Server, tmp_path: Path) -> None:
+def test_a_later_run_resumes_the_part_of_an_earlier_one(
+    server: Server, tmp_path: Path
+) -> None:
     (tmp_path / "f.part").write_bytes(BODY[:123_456])
     fetch(server, tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == BODY
     assert server.asked == ["bytes=123456-"]
 
 
-def test_a_part_that_is_already_whole_is_only_verified(server: Server, tmp_path: Path) -> None:
+def test_a_part_that_is_already_whole_is_only_verified(
+    server: Server, tmp_path: Path
+) -> None:
     (tmp_path / "f.part").write_bytes(BODY)
     fetch(server, tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == BODY
 
 
-def test_a_part_longer_than_the_file_is_fetched_anew(server: Server, tmp_path: Path) -> None:
+def test_a_part_longer_than_the_file_is_fetched_anew(
+    server: Server, tmp_path: Path
+) -> None:
     (tmp_path / "f.part").write_bytes(BODY + b"more")
     fetch(server, tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == BODY
     assert server.asked == [f"bytes={len(BODY) + 4}-", None]
 
 
-def test_a_server_without_ranges_is_read_from_the_start_again(server: Server, tmp_path: Path) -> None:
+def test_a_server_without_ranges_is_read_from_the_start_again(
+    server: Server, tmp_path: Path
+) -> None:
     server.ranges = False
     server.cuts = [200_000]
     fetch(server, tmp_path / "f")
@@ -129,9 +163,13 @@ def test_a_server_without_ranges_is_read_from_the_start_again(server: Server, tm
     assert len(server.asked) == 2
 
 
-def test_tries_without_progress_are_bounded_and_keep_the_part(server: Server, tmp_path: Path) -> None:
+def test_tries_without_progress_are_bounded_and_keep_the_part(
+    server: Server, tmp_path: Path
+) -> None:
     server.cuts = [1000] + [0] * 20
-    with pytest.raises(InputError, match=r"could not be fetched in 3 tries .*place the file at"):
+    with pytest.raises(
+        InputError, match=r"could not be fetched in 3 tries .*place the file at"
+    ):
         fetch(server, tmp_path / "f")
     assert len(server.asked) == 4
     assert (tmp_path / "f.part").read_bytes() == BODY[:1000]
@@ -161,12 +199,22 @@ def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "f").read_bytes() == BODY
 
 
-def test_no_network_is_one_readable_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network_is_one_readable_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as listener:
+    with http.server.HTTPServer(
+        ("127.0.0.1", 0), http.server.BaseHTTPRequestHandler
+    ) as listener:
         port = listener.server_port  # closed below: nobody listens there
     with pytest.raises(InputError, match=r"could not be fetched in 2 tries .*refused"):
-        download(f"http://127.0.0.1:{port}/f", tmp_path / "f", sha256=SHA256, attempts=2, backoff_s=0.0)
+        download(
+            f"http://127.0.0.1:{port}/f",
+            tmp_path / "f",
+            sha256=SHA256,
+            attempts=2,
+            backoff_s=0.0,
+        )
     with pytest.raises(InputError, match="neither http nor https"):
         download("file:///etc/hosts", tmp_path / "f")
 
@@ -182,7 +230,9 @@ def test_an_unchecked_download_says_so_and_distrusts_an_old_part(
     assert SHA256 in caplog.text
 
 
-def test_an_existing_file_is_verified_and_not_fetched(server: Server, tmp_path: Path) -> None:
+def test_an_existing_file_is_verified_and_not_fetched(
+    server: Server, tmp_path: Path
+) -> None:
     (tmp_path / "f").write_bytes(BODY)
     fetch(server, tmp_path / "f")
     (tmp_path / "f").write_bytes(BODY[:-1])
@@ -192,7 +242,11 @@ def test_an_existing_file_is_verified_and_not_fetched(server: Server, tmp_path: 
     assert (tmp_path / "f").exists()
 
 
-def tar_of(path: Path, *members: tuple[str, bytes], change: Callable[[tarfile.TarInfo], None] | None = None) -> Path:
+def tar_of(
+    path: Path,
+    *members: tuple[str, bytes],
+    change: Callable[[tarfile.TarInfo], None] | None = None,
+) -> Path:
     with tarfile.open(path, "w:gz") as bundle:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -204,8 +258,19 @@ def tar_of(path: Path, *members: tuple[str, bytes], change: Callable[[tarfile.Ta
 
 
 def test_extract_strips_folders_and_takes_only_what_is_wanted(tmp_path: Path) -> None:
-    archive = tar_of(tmp_path / "a.tar.gz", ("top/data/a.csv", b"a"), ("top/data/b.csv", b"b"), ("top/c.py", b"c"))
-    paths = extract(archive, tmp_path / "out", max_bytes=10, strip=1, wanted=lambda p: p.suffix == ".csv")
+    archive = tar_of(
+        tmp_path / "a.tar.gz",
+        ("top/data/a.csv", b"a"),
+        ("top/data/b.csv", b"b"),
+        ("top/c.py", b"c"),
+    )
+    paths = extract(
+        archive,
+        tmp_path / "out",
+        max_bytes=10,
+        strip=1,
+        wanted=lambda p: p.suffix == ".csv",
+    )
     assert paths == [tmp_path / "out/data/a.csv", tmp_path / "out/data/b.csv"]
     assert [p.read_bytes() for p in paths] == [b"a", b"b"]
     assert not (tmp_path / "out/c.py").exists()
@@ -214,11 +279,15 @@ def test_extract_strips_folders_and_takes_only_what_is_wanted(tmp_path: Path) ->
 def test_extract_reads_zip(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as bundle:
         bundle.writestr("d/a.txt", "hello")
-    assert extract(tmp_path / "a.zip", tmp_path / "out", max_bytes=10) == [tmp_path / "out/d/a.txt"]
+    assert extract(tmp_path / "a.zip", tmp_path / "out", max_bytes=10) == [
+        tmp_path / "out/d/a.txt"
+    ]
     assert (tmp_path / "out/d/a.txt").read_text() == "hello"
 
 
-@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "C:\\evil", "a\\..\\evil"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "/etc/evil", "a/../../evil", "C:\\evil", "a\\..\\evil"]
+)
 def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     tar_of(tmp_path / "a.tar.gz", ("good", b"g"), (name, b"e"))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as bundle:
@@ -261,7 +330,9 @@ def test_a_truncated_archive_leaves_no_folder(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_extraction_does_not_look_whole_and_can_be_repeated(tmp_path: Path) -> None:
+def test_an_interrupted_extraction_does_not_look_whole_and_can_be_repeated(
+    tmp_path: Path,
+) -> None:
     archive = tar_of(tmp_path / "a.tar.gz", ("a", b"1"), ("b", b"2"))
 
     def interrupt(path: object) -> bool:

@@ -37,7 +37,16 @@ VIDEO_COLUMNS = (
 )
 START_MS = 1_651_334_400_000  # 1 May 2022, 00:00 in China
 DAY_MS = 86_400_000
-OUTCOMES = ("is_click", "long_view", "is_like", "is_follow", "is_comment", "is_forward", "play_time_ms", "played_share")
+OUTCOMES = (
+    "is_click",
+    "long_view",
+    "is_like",
+    "is_follow",
+    "is_comment",
+    "is_forward",
+    "play_time_ms",
+    "played_share",
+)
 
 
 class Log:
@@ -66,22 +75,38 @@ class Log:
         return lines
 
 
-def write(folder: Path, log: Log, history: Sequence[Mapping[str, object]] | None = None) -> Path:
+def write(
+    folder: Path, log: Log, history: Sequence[Mapping[str, object]] | None = None
+) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LOG).write_text("\n".join(log.lines()) + "\n")
-    users = [f'{u},full_active,0,1,1,514,500+,150,"[100,1k)",34,"[30,60)",799,730+,' for u in range(10)]
-    users = [line + ",".join("" if i == 4 else str(i) for i in range(18)) for line in users]
-    (folder / "user_features_pure.csv").write_text("\n".join([USER_COLUMNS, *users]) + "\n")
+    users = [
+        f'{u},full_active,0,1,1,514,500+,150,"[100,1k)",34,"[30,60)",799,730+,'
+        for u in range(10)
+    ]
+    users = [
+        line + ",".join("" if i == 4 else str(i) for i in range(18)) for line in users
+    ]
+    (folder / "user_features_pure.csv").write_text(
+        "\n".join([USER_COLUMNS, *users]) + "\n"
+    )
     videos = [
         f"{v},{100 + v % 5},NORMAL,2022-04-{10 + v},Web,0.0,{'' if v == 3 else 1000.0 * (v + 2)},720.0,1280.0,9155,9.0,"
         + ("" if v == 4 else f'"{v % 4},67"')
         for v in range(18)
     ]
-    (folder / "video_features_basic_pure.csv").write_text("\n".join([VIDEO_COLUMNS, *videos]) + "\n")
-    (folder / "video_features_statistic_pure.csv").write_text("video_id,show_cnt\n0,1\n")
+    (folder / "video_features_basic_pure.csv").write_text(
+        "\n".join([VIDEO_COLUMNS, *videos]) + "\n"
+    )
+    (folder / "video_features_statistic_pure.csv").write_text(
+        "video_id,show_cnt\n0,1\n"
+    )
     (folder / "log_random_4_22_to_5_08_pure.csv").write_text("not,read\n")
     if history is not None:
-        pq.write_table(pa.Table.from_pylist([dict(row) for row in history]), folder / "history_to_4_30_pure.parquet")
+        pq.write_table(
+            pa.Table.from_pylist([dict(row) for row in history]),
+            folder / "history_to_4_30_pure.parquet",
+        )
     return folder
 
 
@@ -89,7 +114,9 @@ def read(folder: Path, rates: bool = True) -> dict[str, np.ndarray]:
     """Rows, ordered by (time, user, video), with NaN for null."""
     source = KuaiRandSource(folder, "2022-05-03", "2022-05-05", rates=rates)
     table = pa.Table.from_batches(list(source.rows()))
-    columns = {name: np.array(table[name].to_pylist(), float) for name in table.column_names}
+    columns = {
+        name: np.array(table[name].to_pylist(), float) for name in table.column_names
+    }
     order = np.lexsort((columns["item_id"], columns["user_id"], columns["time_ms"]))
     return {name: values[order] for name, values in columns.items()}
 
@@ -99,11 +126,17 @@ def test_rows_carry_splits_labels_and_context(tmp_path: Path) -> None:
     rows = read(write(tmp_path / "data", log).parent)
     order = np.lexsort((log.video, log.user, log.time))
     day = (log.time[order] - START_MS) // DAY_MS
-    np.testing.assert_array_equal(rows["split"], np.select([day < 2, day < 4], [0, 1], 2))
+    np.testing.assert_array_equal(
+        rows["split"], np.select([day < 2, day < 4], [0, 1], 2)
+    )
     np.testing.assert_array_equal(rows["label_is_click"], log.label[order, 0])
     np.testing.assert_array_equal(rows["label_long_view"], log.label[order, 6])
-    np.testing.assert_array_equal(rows["weekday"], (6 + day) % 7)  # 1 May 2022 was a Sunday
-    np.testing.assert_array_equal(rows["hour"], (log.time[order] - START_MS) % DAY_MS // 3_600_000)
+    np.testing.assert_array_equal(
+        rows["weekday"], (6 + day) % 7
+    )  # 1 May 2022 was a Sunday
+    np.testing.assert_array_equal(
+        rows["hour"], (log.time[order] - START_MS) % DAY_MS // 3_600_000
+    )
     assert rows["event"].all()
     assert rows["scored"].all()
     assert (rows["request"] == -1).all()
@@ -116,8 +149,14 @@ def test_rows_carry_splits_labels_and_context(tmp_path: Path) -> None:
 def test_users_and_items_hold_the_declared_features(tmp_path: Path) -> None:
     source = KuaiRandSource(write(tmp_path, Log()), "2022-05-03", "2022-05-05")
     users, items = source.users(), source.items()
-    assert set(users.column_names) == {"user_id", *(f.name for f in source.schema.group("user"))}
-    assert set(items.column_names) == {"item_id", *(f.name for f in source.schema.group("catalogue"))}
+    assert set(users.column_names) == {
+        "user_id",
+        *(f.name for f in source.schema.group("user")),
+    }
+    assert set(items.column_names) == {
+        "item_id",
+        *(f.name for f in source.schema.group("catalogue")),
+    }
     assert users.num_rows == 10
     assert users["onehot_feat4"].null_count == 10
     assert users["fans_user_num_range"][0].as_py() == "[100,1k)"
@@ -129,7 +168,9 @@ def test_users_and_items_hold_the_declared_features(tmp_path: Path) -> None:
     assert len(set(buckets)) > 3
 
 
-def test_features_of_a_row_do_not_depend_on_its_outcomes_or_the_future(tmp_path: Path) -> None:
+def test_features_of_a_row_do_not_depend_on_its_outcomes_or_the_future(
+    tmp_path: Path,
+) -> None:
     log, other = Log(), Log()
     moment = np.sort(log.time)[200]
     now = log.time >= moment
@@ -138,20 +179,32 @@ def test_features_of_a_row_do_not_depend_on_its_outcomes_or_the_future(tmp_path:
     before, after = read(write(tmp_path / "a", log)), read(write(tmp_path / "b", other))
     shown = before["time_ms"] <= moment
     for name in before.keys() - {f"label_{task}" for task in OUTCOMES} - set(OUTCOMES):
-        np.testing.assert_array_equal(before[name][shown], after[name][shown], err_msg=name)
-    assert (before["rate_video_is_click"][~shown] != after["rate_video_is_click"][~shown]).any()
+        np.testing.assert_array_equal(
+            before[name][shown], after[name][shown], err_msg=name
+        )
+    assert (
+        before["rate_video_is_click"][~shown] != after["rate_video_is_click"][~shown]
+    ).any()
 
 
 def test_the_order_of_lines_and_files_does_not_matter(tmp_path: Path) -> None:
     log, other = Log(), Log()
-    log.label[[7, 300]], log.played[[7, 300]], log.tab[[7, 300]] = log.label[[8, 301]], 5, 1
+    log.label[[7, 300]], log.played[[7, 300]], log.tab[[7, 300]] = (
+        log.label[[8, 301]],
+        5,
+        1,
+    )
     log.played[[8, 301]], log.tab[[8, 301]] = 5, 1
     other.label, other.played, other.tab = log.label, log.played, log.tab
     other.order = np.random.default_rng(5).permutation(len(log.time))
     a, b = write(tmp_path / "a", log), write(tmp_path / "b", other)
     head, *lines = (b / LOG).read_text().splitlines()
-    (b / "log_standard_4_22_to_5_08_pure_part1.csv").write_text("\n".join([head, *lines[:150]]) + "\n")
-    (b / "log_standard_4_22_to_5_08_pure_part2.csv").write_text("\n".join([head, *lines[150:]]) + "\n")
+    (b / "log_standard_4_22_to_5_08_pure_part1.csv").write_text(
+        "\n".join([head, *lines[:150]]) + "\n"
+    )
+    (b / "log_standard_4_22_to_5_08_pure_part2.csv").write_text(
+        "\n".join([head, *lines[150:]]) + "\n"
+    )
     (b / LOG).unlink()
     before, after = read(a), read(b)
     for name in before:
@@ -167,7 +220,10 @@ def test_rates_count_each_earlier_impression_once(tmp_path: Path) -> None:
                                   for i in range(1, len(time))])  # fmt: skip
     assert (~unique).sum() >= 2
     for name, key in (("video", video), ("user", user)):
-        counts = [np.sum(unique & (time < time[i]) & (key == key[i])) for i in range(len(time))]
+        counts = [
+            np.sum(unique & (time < time[i]) & (key == key[i]))
+            for i in range(len(time))
+        ]
         np.testing.assert_array_equal(rows[f"count_{name}"], counts)
     author = [np.sum(unique & (time < t) & (video < 18) & (video % 5 == v % 5)) if v < 18 else np.nan
               for t, v in zip(time, video, strict=True)]  # fmt: skip
@@ -188,7 +244,9 @@ HISTORY: Sequence[Mapping[str, object]] = [
 ]  # fmt: skip
 
 
-def test_history_events_come_before_the_log_with_the_labels_that_are_settled(tmp_path: Path) -> None:
+def test_history_events_come_before_the_log_with_the_labels_that_are_settled(
+    tmp_path: Path,
+) -> None:
     log = Log()
     rows = read(write(tmp_path, log, HISTORY))
     old = rows["scored"] == 0
@@ -202,11 +260,22 @@ def test_history_events_come_before_the_log_with_the_labels_that_are_settled(tmp
     for user in (1, 2, 77):
         mine = old & (rows["user_id"] == user)
         count = len(want_item[user])
-        np.testing.assert_array_equal(rows["time_ms"][mine], want_last[user] - np.arange(count)[::-1])
+        np.testing.assert_array_equal(
+            rows["time_ms"][mine], want_last[user] - np.arange(count)[::-1]
+        )
         np.testing.assert_array_equal(rows["item_id"][mine], want_item[user])
         np.testing.assert_array_equal(rows["label_long_view"][mine], want_view[user])
         np.testing.assert_array_equal(rows["label_is_like"][mine], want_like[user])
-    unknown = ("label_is_click", "is_click", "tab", "hour", "weekday", "play_time_ms", "played_share", "count_video")
+    unknown = (
+        "label_is_click",
+        "is_click",
+        "tab",
+        "hour",
+        "weekday",
+        "play_time_ms",
+        "played_share",
+        "count_video",
+    )
     for name in unknown:
         assert np.isnan(rows[name][old]).all(), name
     assert not np.isnan(rows["count_video"][~old]).any()
@@ -215,15 +284,22 @@ def test_history_events_come_before_the_log_with_the_labels_that_are_settled(tmp
 
 def test_history_labels_enter_the_rates_of_later_rows(tmp_path: Path) -> None:
     log = Log()
-    with_history, without = read(write(tmp_path / "a", log, HISTORY)), read(write(tmp_path / "b", log))
+    with_history, without = (
+        read(write(tmp_path / "a", log, HISTORY)),
+        read(write(tmp_path / "b", log)),
+    )
     logged = with_history["scored"] == 1
-    earliest = int(np.flatnonzero((without["item_id"] == 7) & (without["count_video"] == 0))[0])
+    earliest = int(
+        np.flatnonzero((without["item_id"] == 7) & (without["count_video"] == 0))[0]
+    )
     assert with_history["count_video"][logged][earliest] == 1
     assert with_history["rate_video_long_view"][logged][earliest] > 0
     assert np.isnan(with_history["rate_video_is_click"][logged][earliest])
     for user in (3, 4):
         mine = without["user_id"] == user
-        np.testing.assert_array_equal(with_history["count_user"][logged][mine], without["count_user"][mine])
+        np.testing.assert_array_equal(
+            with_history["count_user"][logged][mine], without["count_user"][mine]
+        )
 
 
 def test_settled_labels_equal_the_enumeration_of_all_embeddings() -> None:
@@ -231,14 +307,27 @@ def test_settled_labels_equal_the_enumeration_of_all_embeddings() -> None:
     unsettled = 0
     for _ in range(300):
         watched = rng.integers(0, 3, rng.integers(1, 8))
-        chosen = np.sort(rng.permutation(len(watched))[: rng.integers(0, len(watched) + 1)])
+        chosen = np.sort(
+            rng.permutation(len(watched))[: rng.integers(0, len(watched) + 1)]
+        )
         marked = watched[chosen]
         ways = [
-            c for c in itertools.combinations(range(len(watched)), len(marked)) if (watched[list(c)] == marked).all()
+            c
+            for c in itertools.combinations(range(len(watched)), len(marked))
+            if (watched[list(c)] == marked).all()
         ]
-        share = np.mean([[i in way for i in range(len(watched))] for way in ways], axis=0)
-        label, outside = settle(watched[None], np.array([len(watched)]), marked[None], np.array([len(marked)]))
-        np.testing.assert_array_equal(label[0], np.select([share == 1, share == 0], [1, 0], -1))
+        share = np.mean(
+            [[i in way for i in range(len(watched))] for way in ways], axis=0
+        )
+        label, outside = settle(
+            watched[None],
+            np.array([len(watched)]),
+            marked[None],
+            np.array([len(marked)]),
+        )
+        np.testing.assert_array_equal(
+            label[0], np.select([share == 1, share == 0], [1, 0], -1)
+        )
         assert outside[0] == 0
         unsettled += int((label == -1).any())
     assert unsettled > 30
@@ -246,7 +335,10 @@ def test_settled_labels_equal_the_enumeration_of_all_embeddings() -> None:
 
 def test_a_history_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
     wrong = [dict(HISTORY[0], long_watch_seq=[7, 6])]
-    with pytest.raises(InputError, match="1 values of 'long_watch_seq' of user_id=1 are not in its 'watch_seq'"):
+    with pytest.raises(
+        InputError,
+        match="1 values of 'long_watch_seq' of user_id=1 are not in its 'watch_seq'",
+    ):
         read(write(tmp_path, Log(), wrong))
 
 
@@ -261,7 +353,9 @@ def test_a_history_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         ("time_ms", "soon", "time_ms"),
     ],
 )
-def test_a_malformed_row_names_its_file_and_line(tmp_path: Path, column: str, value: str, message: str) -> None:
+def test_a_malformed_row_names_its_file_and_line(
+    tmp_path: Path, column: str, value: str, message: str
+) -> None:
     folder = write(tmp_path, Log())
     lines = (folder / LOG).read_text().splitlines()
     fields = lines[5].split(",")
@@ -290,17 +384,23 @@ def test_wrong_folders_and_dates_are_refused(tmp_path: Path) -> None:
 
 
 def test_prepare_takes_the_source(tmp_path: Path) -> None:
-    source = KuaiRandSource(write(tmp_path / "raw", Log(), HISTORY), "2022-05-03", "2022-05-05")
+    source = KuaiRandSource(
+        write(tmp_path / "raw", Log(), HISTORY), "2022-05-03", "2022-05-05"
+    )
     metadata = prepare(source, tmp_path / "out")
     assert metadata.counts["repeats_dropped"] >= 2
-    scored = sum(metadata.counts[f"scored_{split}"] for split in ("train", "valid", "test"))
+    scored = sum(
+        metadata.counts[f"scored_{split}"] for split in ("train", "valid", "test")
+    )
     assert scored + metadata.counts["repeats_dropped"] == 400
     assert set(metadata.checksums) == {file.name for file in source.provenance.files}
     assert "video_features_statistic_pure.csv" not in metadata.checksums
     assert metadata.schema.tables["video_id"] <= 20
 
 
-def test_fetch_unpacks_only_the_files_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_unpacks_only_the_files_that_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     write(tmp_path / "site" / "KuaiRand-Pure" / "data", Log())
     archive = tmp_path / "site" / "KuaiRand-Pure.tar.gz"
@@ -314,11 +414,15 @@ def test_fetch_unpacks_only_the_files_that_are_read(tmp_path: Path, monkeypatch:
 
     handler = functools.partial(Quiet, directory=str(tmp_path / "site"))
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread = threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.01}
+        )
         thread.start()
         try:
             record = f"http://127.0.0.1:{server.server_port}"
-            with pytest.raises(InputError, match="expected 0820331067a3784d9691136f772b35a7"):
+            with pytest.raises(
+                InputError, match="expected 0820331067a3784d9691136f772b35a7"
+            ):
                 fetch("pure", tmp_path / "root", record=record)
             out = fetch("pure", tmp_path / "root", record=record, md5=md5)
         finally:

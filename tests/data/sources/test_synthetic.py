@@ -30,7 +30,9 @@ def times_by_user(rows: pa.Table) -> list[np.ndarray]:
 @pytest.mark.parametrize("requests", [1, 4])
 def test_rows_do_not_depend_on_the_batch_size(requests):
     whole = table(SyntheticSource(1000, users=7, items=20, requests=requests))
-    pieces = table(SyntheticSource(1000, users=7, items=20, requests=requests, batch_rows=13))
+    pieces = table(
+        SyntheticSource(1000, users=7, items=20, requests=requests, batch_rows=13)
+    )
     assert len(whole) == 1000
     assert pieces.combine_chunks() == whole.combine_chunks()
 
@@ -40,7 +42,9 @@ def test_rows_are_yielded_batch_by_batch():
 
 
 def test_a_seed_decides_every_draw():
-    first, again, other = (table(SyntheticSource(2000, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (
+        table(SyntheticSource(2000, seed=seed)) for seed in (0, 0, 1)
+    )
     assert first == again
     for name in ("item_id", "time_ms", "label_click", "reaction", "seconds", "place"):
         assert first.column(name) != other.column(name)
@@ -53,13 +57,23 @@ def test_columns_are_those_of_the_schema(requests):
     labels = {f"label_{t.name}" for t in source.schema.tasks}
     features = {f.name for g in ("row", "action") for f in source.schema.group(g)}
     assert set(table(source).column_names) == keys | labels | features
-    assert set(source.users().column_names) == {"user_id"} | {f.name for f in source.schema.group("user")}
-    assert set(source.items().column_names) == {"item_id"} | {f.name for f in source.schema.group("catalogue")}
+    assert set(source.users().column_names) == {"user_id"} | {
+        f.name for f in source.schema.group("user")
+    }
+    assert set(source.items().column_names) == {"item_id"} | {
+        f.name for f in source.schema.group("catalogue")
+    }
 
 
 def test_every_kind_entity_and_group_is_there():
     features = SyntheticSource.schema.features
-    assert {f.kind for f in features} == {"categorical", "multi_valued", "dense", "embedding", "semantic_id"}
+    assert {f.kind for f in features} == {
+        "categorical",
+        "multi_valued",
+        "dense",
+        "embedding",
+        "semantic_id",
+    }
     assert {f.group for f in features} == {"user", "catalogue", "row", "action"}
     assert any(f.per_row for f in features)
 
@@ -114,7 +128,10 @@ def test_rows_of_a_request_share_user_and_time_and_are_no_events():
 
 def test_purchases_have_an_action_and_no_label_and_candidates_have_neither():
     rows = table(SyntheticSource(5000, requests=4))
-    events, shown = rows.filter(rows.column("event")), rows.filter(rows.column("scored"))
+    events, shown = (
+        rows.filter(rows.column("event")),
+        rows.filter(rows.column("scored")),
+    )
     assert events.column("label_click").null_count == len(events)
     assert events.column("reaction").null_count == 0
     assert shown.column("reaction").null_count == len(shown)
@@ -130,8 +147,20 @@ def test_an_action_holds_the_click_of_its_own_row():
 def test_the_last_user_and_item_have_no_features():
     source = SyntheticSource(ROWS, users=10, items=10)
     rows = table(source)
-    assert len(set(rows.column("user_id").to_pylist()) - set(source.users().column("user_id").to_pylist())) == 1
-    assert len(set(rows.column("item_id").to_pylist()) - set(source.items().column("item_id").to_pylist())) == 1
+    assert (
+        len(
+            set(rows.column("user_id").to_pylist())
+            - set(source.users().column("user_id").to_pylist())
+        )
+        == 1
+    )
+    assert (
+        len(
+            set(rows.column("item_id").to_pylist())
+            - set(source.items().column("item_id").to_pylist())
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("requests", [1, 4])
@@ -142,24 +171,46 @@ def test_labels_are_drawn_with_the_probabilities_told(requests):
     for k in range(2):
         for value in np.unique(p[:, k].round(6)):
             drawn = labels[(p[:, k].round(6) == value) & (labels[:, k] >= 0), k]
-            assert drawn.mean() == pytest.approx(value, abs=5 * 0.5 / np.sqrt(len(drawn)))
+            assert drawn.mean() == pytest.approx(
+                value, abs=5 * 0.5 / np.sqrt(len(drawn))
+            )
 
 
 @pytest.mark.parametrize("requests", [1, 4])
-def test_the_probability_is_a_function_of_static_fields_and_the_latest_earlier_event(requests):
+def test_the_probability_is_a_function_of_static_fields_and_the_latest_earlier_event(
+    requests,
+):
     """Recomputed from the rows and tables alone, event by event."""
     source = SyntheticSource(3000, users=9, items=30, requests=requests)
-    segment = dict(zip(*source.users().select(["user_id", "segment"]).to_pydict().values(), strict=True))
-    genre = dict(zip(*source.items().select(["item_id", "genre"]).to_pydict().values(), strict=True))
+    segment = dict(
+        zip(
+            *source.users().select(["user_id", "segment"]).to_pydict().values(),
+            strict=True,
+        )
+    )
+    genre = dict(
+        zip(
+            *source.items().select(["item_id", "genre"]).to_pydict().values(),
+            strict=True,
+        )
+    )
     told = source.probabilities(np.arange(3000))
     rows = table(source).to_pylist()
     seen: dict[tuple, float] = {}
     for i, row in enumerate(rows):
         earlier = [
-            e for e in rows[:i] if e["event"] and e["user_id"] == row["user_id"] and e["time_ms"] < row["time_ms"]
+            e
+            for e in rows[:i]
+            if e["event"]
+            and e["user_id"] == row["user_id"]
+            and e["time_ms"] < row["time_ms"]
         ]
         latest = [e for e in earlier if e["time_ms"] == earlier[-1]["time_ms"]]
-        one = (genre.get(latest[0]["item_id"]), latest[0]["reaction"]) if len(latest) == 1 else (None, None)
+        one = (
+            (genre.get(latest[0]["item_id"]), latest[0]["reaction"])
+            if len(latest) == 1
+            else (None, None)
+        )
         key = (segment.get(row["user_id"]), genre.get(row["item_id"]), *one)
         assert seen.setdefault(key, told[i, 0]) == told[i, 0], key
     assert len(seen) > 100
@@ -178,7 +229,9 @@ def test_the_best_auc_needs_both_the_static_fields_and_the_history():
 
     def lookup(*names: str) -> float:
         """AUC of the mean label of each combination of values: what these columns alone can do."""
-        codes = np.unique(np.stack([known[n] for n in names], -1), axis=0, return_inverse=True)[1].ravel()
+        codes = np.unique(
+            np.stack([known[n] for n in names], -1), axis=0, return_inverse=True
+        )[1].ravel()
         mean = np.bincount(codes, p) / np.bincount(codes)
         return auc(label[kept], mean[codes][kept])
 
@@ -186,8 +239,12 @@ def test_the_best_auc_needs_both_the_static_fields_and_the_history():
     segment = dict(zip(users["user_id"], users["segment"], strict=True))
     genre = dict(zip(items["item_id"], items["genre"], strict=True))
     known = {
-        "segment": np.array([segment.get(u, -1) for u in rows.column("user_id").to_pylist()]),
-        "genre": np.array([genre.get(i, -1) for i in rows.column("item_id").to_pylist()]),
+        "segment": np.array(
+            [segment.get(u, -1) for u in rows.column("user_id").to_pylist()]
+        ),
+        "genre": np.array(
+            [genre.get(i, -1) for i in rows.column("item_id").to_pylist()]
+        ),
         "place": column(rows, "place"),
         "hour": column(rows, "hour"),
     }

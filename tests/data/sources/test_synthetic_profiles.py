@@ -12,15 +12,24 @@ from tokenrec.errors import InputError
 
 def one_hot(source: ProfilesSource) -> np.ndarray:
     users = source.users()
-    columns = [users.column(name).to_numpy() for name in users.column_names if name.startswith(("field_", "segment"))]
-    made = np.concatenate([column[:, None] == np.unique(column) for column in columns], axis=1).astype(float)
+    columns = [
+        users.column(name).to_numpy()
+        for name in users.column_names
+        if name.startswith(("field_", "segment"))
+    ]
+    made = np.concatenate(
+        [column[:, None] == np.unique(column) for column in columns], axis=1
+    ).astype(float)
     return made - made.mean(axis=0)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 16])
 def test_static_fields_have_the_rank_asked_for(rank):
     source = ProfilesSource(100, rank, static_fields=9, users=300)
-    assert len([f for f in source.schema.group("user") if f.name.startswith("field_")]) == 9
+    assert (
+        len([f for f in source.schema.group("user") if f.name.startswith("field_")])
+        == 9
+    )
     assert np.linalg.matrix_rank(one_hot(source)) == rank - 1
 
 
@@ -46,7 +55,9 @@ def test_events_are_those_of_the_plain_log():
 
 
 def test_a_weight_of_any_size_gives_probabilities():
-    p = ProfilesSource(1_000, 2, static_weight=1_000.0, users=50).probabilities(np.arange(1_000))
+    p = ProfilesSource(1_000, 2, static_weight=1_000.0, users=50).probabilities(
+        np.arange(1_000)
+    )
     assert set(p[:, 0].round(3)) >= {0.0, 1.0}
 
 

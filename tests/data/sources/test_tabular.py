@@ -22,7 +22,9 @@ def write(path: Path, text: str) -> Path:
 
 
 def rows(path: Path, types=TYPES, **options) -> list[dict]:
-    return [row for batch in read_csv(path, types, **options) for row in batch.to_pylist()]
+    return [
+        row for batch in read_csv(path, types, **options) for row in batch.to_pylist()
+    ]
 
 
 def problem(path: Path, types=TYPES, **options) -> str:
@@ -40,7 +42,10 @@ def test_columns_come_in_the_order_asked_with_their_types(tmp_path):
     path = write(tmp_path / "a.csv", HEADER + "ann,x,0.5,3\nbob,y,-1,4\n")
     (batch,) = read_csv(path, TYPES)
     assert batch.schema == pa.schema(TYPES)
-    assert batch.to_pylist() == [{"time": 3, "user": "ann", "score": 0.5}, {"time": 4, "user": "bob", "score": -1}]
+    assert batch.to_pylist() == [
+        {"time": 3, "user": "ann", "score": 0.5},
+        {"time": 4, "user": "bob", "score": -1},
+    ]
 
 
 def test_an_empty_field_is_null_and_the_word_null_is_a_value(tmp_path):
@@ -72,7 +77,11 @@ def test_a_block_is_yielded_before_the_next_is_read(tmp_path):
 def test_lists_are_separated_by_bars(tmp_path):
     path = write(tmp_path / "a.csv", "v,w\n1|2|3,a|b\n4,\n,c\n")
     got = rows(path, {"v": pa.list_(pa.int64()), "w": pa.list_(pa.string())})
-    assert got == [{"v": [1, 2, 3], "w": ["a", "b"]}, {"v": [4], "w": None}, {"v": None, "w": ["c"]}]
+    assert got == [
+        {"v": [1, 2, 3], "w": ["a", "b"]},
+        {"v": [4], "w": None},
+        {"v": None, "w": ["c"]},
+    ]
 
 
 def test_a_compressed_file_reads_as_the_plain_one(tmp_path):
@@ -85,11 +94,15 @@ def test_a_compressed_file_reads_as_the_plain_one(tmp_path):
 
 def test_a_missing_column_names_the_near_one(tmp_path):
     path = write(tmp_path / "a.csv", HEADER)
-    assert "no column 'scor'; did you mean 'score'?" in problem(path, {"scor": pa.float32()})
+    assert "no column 'scor'; did you mean 'score'?" in problem(
+        path, {"scor": pa.float32()}
+    )
 
 
 def test_a_repeated_column_is_refused(tmp_path):
-    assert "2 columns 'user'" in problem(write(tmp_path / "a.csv", "user,user\n1,2\n"), {"user": pa.string()})
+    assert "2 columns 'user'" in problem(
+        write(tmp_path / "a.csv", "user,user\n1,2\n"), {"user": pa.string()}
+    )
 
 
 def test_an_empty_file_asks_for_a_header_and_a_header_alone_has_no_rows(tmp_path):
@@ -108,10 +121,14 @@ def test_an_empty_file_asks_for_a_header_and_a_header_alone_has_no_rows(tmp_path
         ("u,x,1,1,9\n", ["5 fields", "header has 4"]),
     ],
 )
-def test_a_malformed_row_deep_in_the_file_is_named_by_its_line(tmp_path, bad, words, block_bytes):
+def test_a_malformed_row_deep_in_the_file_is_named_by_its_line(
+    tmp_path, bad, words, block_bytes
+):
     lines = many(500)
     lines[400:400] = ["\n", bad]  # a blank line counts as a line too
-    message = problem(write(tmp_path / "a.csv", HEADER + "".join(lines)), block_bytes=block_bytes)
+    message = problem(
+        write(tmp_path / "a.csv", HEADER + "".join(lines)), block_bytes=block_bytes
+    )
     for word in ["line 403:", *words]:
         assert word in message
 
@@ -129,14 +146,19 @@ def test_a_malformed_row_outside_the_named_columns_does_not_matter(tmp_path):
 
 
 def test_a_malformed_list_is_named_by_its_line(tmp_path):
-    message = problem(write(tmp_path / "a.csv", "v\n1|2\n3;4\n"), {"v": pa.list_(pa.int64())})
+    message = problem(
+        write(tmp_path / "a.csv", "v\n1|2\n3;4\n"), {"v": pa.list_(pa.int64())}
+    )
     for word in ("line 3", "'3;4'", "a list of int64", "'|'"):
         assert word in message
 
 
 def test_a_line_that_cannot_be_split_is_named(tmp_path):
     path = tmp_path / "log.csv"
-    for body, words in (("a,b\n1,x\n,\r1\n", "line 3: cannot be split"), ("a\rb,c\n", "line 1: is no header")):
+    for body, words in (
+        ("a,b\n1,x\n,\r1\n", "line 3: cannot be split"),
+        ("a\rb,c\n", "line 1: is no header"),
+    ):
         path.write_bytes(body.encode())
         with pytest.raises(InputError, match=words):
             list(read_csv(path, {"a": pa.int64()}))
@@ -193,31 +215,47 @@ def parquet_problem(path: Path, types) -> str:
 def test_parquet_columns_are_cast_and_ordered(tmp_path):
     path = parquet(
         tmp_path / "a.parquet",
-        {"label": [True, None, False], "user": pa.array([7, 8, 9], pa.int32()), "v": [[1, 2], None, []]},
+        {
+            "label": [True, None, False],
+            "user": pa.array([7, 8, 9], pa.int32()),
+            "v": [[1, 2], None, []],
+        },
     )
     types = {"user": pa.string(), "v": pa.list_(pa.float32()), "label": pa.int8()}
     table = read_table(path, types)
     assert table.schema == pa.schema(types)
-    assert table.to_pydict() == {"user": ["7", "8", "9"], "v": [[1.0, 2.0], None, []], "label": [1, None, 0]}
+    assert table.to_pydict() == {
+        "user": ["7", "8", "9"],
+        "v": [[1.0, 2.0], None, []],
+        "label": [1, None, 0],
+    }
 
 
 def test_parquet_is_streamed_in_batches(tmp_path):
-    path = parquet(tmp_path / "a.parquet", {"user": list(range(150_000))}, row_group_size=40_000)
+    path = parquet(
+        tmp_path / "a.parquet", {"user": list(range(150_000))}, row_group_size=40_000
+    )
     batches = list(read_parquet(path, {"user": pa.int64()}))
     assert len(batches) > 1
-    assert pa.Table.from_batches(batches).column("user").to_pylist() == list(range(150_000))
+    assert pa.Table.from_batches(batches).column("user").to_pylist() == list(
+        range(150_000)
+    )
 
 
 def test_a_parquet_value_that_does_not_fit_is_named_by_its_row(tmp_path):
     values = [str(i) for i in range(100_000)]
     values[90_000] = "abc"
-    message = parquet_problem(parquet(tmp_path / "a.parquet", {"user": values}), {"user": pa.int64()})
+    message = parquet_problem(
+        parquet(tmp_path / "a.parquet", {"user": values}), {"user": pa.int64()}
+    )
     for word in ("row 90001", "column 'user'", "'abc'", "int64", "correct"):
         assert word in message
 
 
 def test_a_parquet_fraction_is_not_rounded_to_an_integer(tmp_path):
-    message = parquet_problem(parquet(tmp_path / "a.parquet", {"n": [1.0, 2.5]}), {"n": pa.int64()})
+    message = parquet_problem(
+        parquet(tmp_path / "a.parquet", {"n": [1.0, 2.5]}), {"n": pa.int64()}
+    )
     assert "row 2" in message
     assert "2.5" in message
 
@@ -227,8 +265,16 @@ def test_a_parquet_timestamp_is_not_taken_for_a_number(tmp_path):
     assert "milliseconds" in parquet_problem(path, {"time": pa.int64()})
 
 
-def test_a_missing_parquet_column_and_a_file_of_another_format_are_input_errors(tmp_path):
+def test_a_missing_parquet_column_and_a_file_of_another_format_are_input_errors(
+    tmp_path,
+):
     path = parquet(tmp_path / "a.parquet", {"user": [1]})
-    assert "no column 'usr'; did you mean 'user'?" in parquet_problem(path, {"usr": pa.int64()})
-    assert "cannot be read as Parquet" in parquet_problem(write(tmp_path / "b.parquet", HEADER), TYPES)
-    assert "cannot be read as Parquet" in parquet_problem(tmp_path / "absent.parquet", TYPES)
+    assert "no column 'usr'; did you mean 'user'?" in parquet_problem(
+        path, {"usr": pa.int64()}
+    )
+    assert "cannot be read as Parquet" in parquet_problem(
+        write(tmp_path / "b.parquet", HEADER), TYPES
+    )
+    assert "cannot be read as Parquet" in parquet_problem(
+        tmp_path / "absent.parquet", TYPES
+    )

@@ -14,13 +14,19 @@ from tokenrec.models.backbones.hstu import HSTU
 from tokenrec.models.backbones.registry import RIVALS
 from tokenrec.models.recommender import candidate_mask, stream_layout
 from tokenrec.sharding import RULES
-from tokenrec.state import build_model, init_state, merge
+from tokenrec.state import bind_params, build_model, init_state
 
 
 def rival(kind, **options):
     """A small config of a kind; its streams are longer than those that some tests feed it."""
-    model = {"kind": kind, "layers": 2, "windows": (6,) if RIVAL_KINDS[kind].windows else ()}
-    return validate(tiny(**{"events": 20, "model": model, "tokens": {"user_tokens": 2}} | options))
+    model = {
+        "kind": kind,
+        "layers": 2,
+        "windows": (6,) if RIVAL_KINDS[kind].windows else (),
+    }
+    return validate(
+        tiny(**{"events": 20, "model": model, "tokens": {"user_tokens": 2}} | options)
+    )
 
 
 class Backbone:
@@ -28,17 +34,26 @@ class Backbone:
 
     def __init__(self, config):
         self.config = config
-        self.graph, weights = nnx.split(RIVALS[config.model.kind](config.model, self.layout(), nnx.Rngs(0)))
+        self.graph, weights = nnx.split(
+            RIVALS[config.model.kind](config.model, self.layout(), nnx.Rngs(0))
+        )
         random = np.random.default_rng(1)
-        self.weights = jax.tree.map(lambda w: w + 0.3 * random.normal(size=w.shape).astype(np.float32), weights)
+        self.weights = jax.tree.map(
+            lambda w: w + 0.3 * random.normal(size=w.shape).astype(np.float32), weights
+        )
         self.run = jax.jit(self.read, static_argnums=4)
 
     def layout(self, events=None):
-        return stream_layout(self.config, SCHEMA, self.config.data.events if events is None else events)
+        return stream_layout(
+            self.config, SCHEMA, self.config.data.events if events is None else events
+        )
 
     def named(self):
         """Weights by the path of their names."""
-        return {"/".join(map(str, path)): np.asarray(w[...]) for path, w in nnx.to_flat_state(self.weights)}
+        return {
+            "/".join(map(str, path)): np.asarray(w[...])
+            for path, w in nnx.to_flat_state(self.weights)
+        }
 
     def read(self, weights, x, valid, candidates, layout):
         return call(nnx.merge(self.graph, weights), x, layout, valid, candidates)
@@ -52,19 +67,28 @@ def call(module, x, layout, valid, candidates, key=None):
     known = layout, valid, candidates, key
     if not isinstance(module, HSTU):
         return module(x, *known)
-    return module(x, *known, jnp.where(valid, 3 ** np.arange(layout.events, dtype=np.int32)[::-1], 0))
+    return module(
+        x,
+        *known,
+        jnp.where(valid, 3 ** np.arange(layout.events, dtype=np.int32)[::-1], 0),
+    )
 
 
 def split(*batch):
     """Arrays or None, as a batch lies on a mesh."""
-    return [x if x is None else jax.device_put(x, RULES("batch", *[None] * (x.ndim - 1))) for x in batch]
+    return [
+        x if x is None else jax.device_put(x, RULES("batch", *[None] * (x.ndim - 1)))
+        for x in batch
+    ]
 
 
 def noisy(params, scale=0.3):
     """Off zero and one, so that no bias and no norm hides anything; NumPy arrays."""
     random = np.random.default_rng(1)
     return {
-        n: np.asarray(w) + np.float32(scale) * random.normal(size=w.shape).astype(np.float32) for n, w in params.items()
+        n: np.asarray(w)
+        + np.float32(scale) * random.normal(size=w.shape).astype(np.float32)
+        for n, w in params.items()
     }
 
 
@@ -82,12 +106,16 @@ def forward_layers(model, params, batch, mesh):
 
     @jax.jit
     def read(params, batch):
-        module = merge(model, params)
+        module = bind_params(model, params)
         x, layout = module.stream(model.embedder.look_up(state.tables, batch), batch)
         mask = candidate_mask(batch)
         known = layout, batch.valid, mask, None
         timed = isinstance(module.backbone, HSTU)
-        out = module.backbone(x, *known, batch.ages) if timed else module.backbone(x, *known)
+        out = (
+            module.backbone(x, *known, batch.ages)
+            if timed
+            else module.backbone(x, *known)
+        )
         return x, layout.valid(batch.valid, mask), out
 
     x, valid, out = (np.asarray(part) for part in read(params, batch))
@@ -111,4 +139,6 @@ def turned(x, position):
     half = len(x) // 2
     angle = position * 10_000.0 ** (-np.arange(half) * 2 / len(x))
     a, b = x[:half], x[half:]
-    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
+    return np.concatenate(
+        [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)]
+    )

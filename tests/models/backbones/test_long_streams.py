@@ -9,36 +9,51 @@ import numpy as np
 from tests.models.test_recommender import build, value_and_gradients
 from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
 from tokenrec.data.pipeline import batch_shapes
-from tokenrec.sharding import laid_out
+from tokenrec.sharding import with_batch_sharding
 from tokenrec.state import abstract_state, build_model
 from tokenrec.step import train_step
 
 
 def long(paradigm, events=160, **model):
-    return tiny(paradigm=paradigm, events=events, model={"layers": 2, "windows": (20,)} | model)
+    return tiny(
+        paradigm=paradigm, events=events, model={"layers": 2, "windows": (20,)} | model
+    )
 
 
 def assert_same_gradients(config, others, mesh):
     with jax.set_mesh(mesh):
         model, state, params = build(config)
-        batch = place(random_batch(config, lengths=[0, 1, 30, 90, 120, 159, 160, 160]), mesh)
+        batch = place(
+            random_batch(config, lengths=[0, 1, 30, 90, 120, 159, 160, 160]), mesh
+        )
         expected = value_and_gradients(model, params, state.tables, batch)
         for other in others:
-            got = value_and_gradients(build_model(other, SCHEMA, TASKS), params, state.tables, batch)
+            got = value_and_gradients(
+                build_model(other, SCHEMA, TASKS), params, state.tables, batch
+            )
             # float32 sums in another order: the largest difference measured was 2e-6 of the largest entry of an array.
-            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-                np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, np.abs(b).max()))
+            for a, b in zip(
+                jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
+            ):
+                np.testing.assert_allclose(
+                    a, b, rtol=0, atol=1e-5 * max(1.0, np.abs(b).max())
+                )
 
 
 def test_attention_in_tiles_trains_like_dense_attention_on_a_mesh():
     config = long("uc", attention="blocked")
-    dense = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="dense"))
+    dense = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, attention="dense")
+    )
     assert_same_gradients(dense, [config], mesh_of(2, 2, 2))
 
 
 def test_remat_changes_no_gradient():
     config = long("uc", attention="blocked")
-    others = [dataclasses.replace(config, model=dataclasses.replace(config.model, remat=r)) for r in ("dots", "full")]
+    others = [
+        dataclasses.replace(config, model=dataclasses.replace(config.model, remat=r))
+        for r in ("dots", "full")
+    ]
     assert_same_gradients(config, others, one_device())
 
 
@@ -48,9 +63,16 @@ def temporary_bytes(events, remat, attention="auto"):
     with jax.set_mesh(one_device()):
         mesh = jax.sharding.get_mesh()
         model = build_model(config, SCHEMA, TASKS)
-        batch = laid_out(batch_shapes(SCHEMA, config.data, batch_size=2)[events], mesh)
+        batch = with_batch_sharding(
+            batch_shapes(SCHEMA, config.data, batch_size=2)[events], mesh
+        )
         step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
-        return step.lower(model, abstract_state(model), batch).compile().memory_analysis().temp_size_in_bytes
+        return (
+            step.lower(model, abstract_state(model), batch)
+            .compile()
+            .memory_analysis()
+            .temp_size_in_bytes
+        )
 
 
 def test_memory_of_a_train_step_grows_linearly():
@@ -59,7 +81,9 @@ def test_memory_of_a_train_step_grows_linearly():
 
 
 def test_remat_holds_less():
-    none, dots, full = (temporary_bytes(512, remat) for remat in ("none", "dots", "full"))
+    none, dots, full = (
+        temporary_bytes(512, remat) for remat in ("none", "dots", "full")
+    )
     assert max(dots, full) < none
 
 
@@ -68,7 +92,11 @@ def test_the_train_step_lowers_for_cuda():
     with jax.set_mesh(one_device()):
         mesh = jax.sharding.get_mesh()
         model = build_model(config, SCHEMA, TASKS)
-        batch = laid_out(batch_shapes(SCHEMA, config.data, batch_size=8)[160], mesh)
-        traced = jax.jit(train_step, static_argnums=0, donate_argnums=1).trace(model, abstract_state(model), batch)
+        batch = with_batch_sharding(
+            batch_shapes(SCHEMA, config.data, batch_size=8)[160], mesh
+        )
+        traced = jax.jit(train_step, static_argnums=0, donate_argnums=1).trace(
+            model, abstract_state(model), batch
+        )
         lowered = traced.lower(lowering_platforms=("cuda",))
     assert "bf16" in lowered.as_text()

@@ -20,14 +20,23 @@ def score(w, inputs):
     """h of a target whose inputs lie side by side."""
     part = -(-len(inputs) // TOKENS)
     cut = np.append(inputs, np.zeros(part * TOKENS - len(inputs))).reshape(TOKENS, part)
-    x = np.stack([cut[i] @ w["tokenize/kernel"][i] + w["tokenize/bias"][i] for i in range(TOKENS)])
+    x = np.stack(
+        [
+            cut[i] @ w["tokenize/kernel"][i] + w["tokenize/bias"][i]
+            for i in range(TOKENS)
+        ]
+    )
     width = x.shape[1] // TOKENS
     for number in range(LAYERS):
         of = f"blocks/{number}"
-        heads = [np.concatenate([x[i, h * width : (h + 1) * width] for i in range(TOKENS)]) for h in range(TOKENS)]
+        heads = [
+            np.concatenate([x[i, h * width : (h + 1) * width] for i in range(TOKENS)])
+            for h in range(TOKENS)
+        ]
         s = rms(np.stack(heads) + x) * w[f"{of}/mix_norm/scale"]
         made = [
-            gelu(s[i] @ w[f"{of}/inner/kernel"][i] + w[f"{of}/inner/bias"][i]) @ w[f"{of}/output/kernel"][i]
+            gelu(s[i] @ w[f"{of}/inner/kernel"][i] + w[f"{of}/inner/bias"][i])
+            @ w[f"{of}/output/kernel"][i]
             + w[f"{of}/output/bias"][i]
             for i in range(TOKENS)
         ]
@@ -37,13 +46,22 @@ def score(w, inputs):
 
 def test_values_are_those_of_the_equations():
     model = {"kind": "rankmixer", "layers": LAYERS, "heads": TOKENS, "windows": ()}
-    config = tiny(events=12, fused=True, candidates=2, model=model, tokens={"user_tokens": 2})
+    config = tiny(
+        events=12, fused=True, candidates=2, model=model, tokens={"user_tokens": 2}
+    )
     backbone = Backbone(config)
     layout, w = backbone.layout(), backbone.named()
-    x = np.random.default_rng(0).normal(size=(2, layout.rows, config.model.width)).astype(np.float32)
+    x = (
+        np.random.default_rng(0)
+        .normal(size=(2, layout.rows, config.model.width))
+        .astype(np.float32)
+    )
     read = backbone(x, np.arange(12) >= [[5], [0]], np.ones((2, 2), bool), layout)
     for sample, length in enumerate([7, 12]):
-        user, events = x[sample][layout.rows_of("user")], x[sample][layout.rows_of("event")][12 - length :]
+        user, events = (
+            x[sample][layout.rows_of("user")],
+            x[sample][layout.rows_of("event")][12 - length :],
+        )
         pools = [events.mean(axis=0), events[-10:].mean(axis=0), events[-1]]
         for candidate, row in enumerate(layout.rows_of("target")):
             wanted = score(w, np.concatenate([user.ravel(), *pools, x[sample, row]]))

@@ -15,8 +15,8 @@ from tokenrec.models.backbones.registry import RIVALS
 from tokenrec.models.recommender import stream_layout
 from tokenrec.optim import decays
 from tokenrec.planner.describe import describe, to_text
-from tokenrec.sharding import laid_out
-from tokenrec.tokens.layout import Part, lay_out
+from tokenrec.sharding import with_batch_sharding
+from tokenrec.tokens.layout import StreamPart, lay_out
 
 UC = [name for name, kind in RIVAL_KINDS.items() if kind.uc]
 
@@ -29,12 +29,17 @@ def mesh():
 
 def lengths(batch, events):
     """`[B, T] bool` of right-aligned histories."""
-    return np.arange(events) >= events - np.resize([0, 1, 2, 3, 5, 9, 10, 10], batch)[:, None]
+    return (
+        np.arange(events)
+        >= events - np.resize([0, 1, 2, 3, 5, 9, 10, 10], batch)[:, None]
+    )
 
 
 def close(found, wanted):
     """Equal but for sums in another order: up to 1e-5 of the largest value, which no norm bounds in some rivals."""
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
+    np.testing.assert_allclose(
+        found, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max())
+    )
 
 
 @pytest.mark.parametrize("kind", RIVALS)
@@ -45,7 +50,9 @@ def test_neither_padding_nor_other_candidates_change_a_read_out(kind):
     x = random.normal(size=(8, layout.rows, 16)).astype(np.float32)
     valid, real = lengths(8, 20), np.ones((8, 3), bool)
     read = backbone(x, valid, real, layout)
-    assert np.abs(read[:, 0] - read[:, 1]).max(axis=-1).min() > 1e-3  # the target matters
+    assert (
+        np.abs(read[:, 0] - read[:, 1]).max(axis=-1).min() > 1e-3
+    )  # the target matters
 
     other, some = x.copy(), real.copy()
     other[:, layout.candidate == 2] += 1
@@ -82,7 +89,9 @@ def test_gradients_reach_every_weight_and_figures_are_counted(kind):
     layout = backbone.layout()
     x = np.random.default_rng(0).normal(size=(8, layout.rows, 16)).astype(np.float32)
     batch = split(x, lengths(8, 12), np.ones((8, 1), bool))
-    made = jax.jit(jax.grad(lambda w: jnp.sum(jnp.sin(backbone.read(w, *batch, layout)))))(backbone.weights)
+    made = jax.jit(
+        jax.grad(lambda w: jnp.sum(jnp.sin(backbone.read(w, *batch, layout))))
+    )(backbone.weights)
     gradients = nnx.to_flat_state(made)
     assert all(np.isfinite(g[...]).all() for _, g in gradients)
     assert not [path for path, g in gradients if not np.any(g[...])]
@@ -96,15 +105,31 @@ def test_gradients_reach_every_weight_and_figures_are_counted(kind):
     assert "MFLOP per sample" in to_text(figures)
 
 
-@pytest.mark.parametrize("kind", [name for name, kind in RIVAL_KINDS.items() if kind.retrieval])
+@pytest.mark.parametrize(
+    "kind", [name for name, kind in RIVAL_KINDS.items() if kind.retrieval]
+)
 def test_retrieval_reads_events_without_later_ones(kind):
-    history = Part.history("event", np.arange(6))
-    layout = lay_out([Part.of("user", 1), Part.of("sep", 1), history], [], events=6, candidates=0, read="events")
-    last = lay_out([Part.of("user", 1), Part.of("sep", 1), history], [], events=6, candidates=0, read="last")
+    history = StreamPart.history("event", np.arange(6))
+    layout = lay_out(
+        [StreamPart.of("user", 1), StreamPart.of("sep", 1), history],
+        [],
+        events=6,
+        candidates=0,
+        read="events",
+    )
+    last = lay_out(
+        [StreamPart.of("user", 1), StreamPart.of("sep", 1), history],
+        [],
+        events=6,
+        candidates=0,
+        read="last",
+    )
     backbone = RIVALS[kind](rival(kind).model, layout, nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, layout.rows, 16))
     events = jnp.array([[True] * 6, [False] * 2 + [True] * 4])
-    read = jax.jit(lambda x, layout: call(backbone, x, layout, events, None), static_argnums=1)
+    read = jax.jit(
+        lambda x, layout: call(backbone, x, layout, events, None), static_argnums=1
+    )
     every = read(x, layout)
     assert every.shape == (2, 6, 16)
     changed = read(x.at[:, 2 + 4 :].add(1.0), layout)
@@ -123,14 +148,26 @@ def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
     with jax.set_mesh(mesh_of(*shape)):
 
         def read(weights, x, valid, real):
-            return jnp.sum(call(nnx.merge(graph, weights), x, layout, valid, real, jax.random.key(0)))
+            return jnp.sum(
+                call(
+                    nnx.merge(graph, weights), x, layout, valid, real, jax.random.key(0)
+                )
+            )
 
-        graph, weights = nnx.split(nnx.eval_shape(lambda: RIVALS[kind](config.model, layout, nnx.Rngs(0))))
+        graph, weights = nnx.split(
+            nnx.eval_shape(lambda: RIVALS[kind](config.model, layout, nnx.Rngs(0)))
+        )
         shapes = {(8, layout.rows, 16): jnp.float32, (8, 6): bool, (8, 2): bool}
         batch = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes.items()]
-        gradients = jax.eval_shape(jax.grad(read), weights, *laid_out(batch, jax.sharding.get_mesh()))
+        gradients = jax.eval_shape(
+            jax.grad(read),
+            weights,
+            *with_batch_sharding(batch, jax.sharding.get_mesh()),
+        )
     axes = {axis for g in jax.tree.leaves(gradients) for axis in g.sharding.spec}
-    assert {"fsdp", "tensor"} & axes == ({"fsdp", "tensor"} if RIVAL_KINDS[kind].tensor else {"fsdp"})
+    assert {"fsdp", "tensor"} & axes == (
+        {"fsdp", "tensor"} if RIVAL_KINDS[kind].tensor else {"fsdp"}
+    )
 
 
 def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
@@ -144,9 +181,19 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
 
     for mesh in (one_device(), mesh_of(2, 2, 2)):
         with jax.set_mesh(mesh):
-            like = nnx.state(nnx.eval_shape(lambda: RIVALS["hstu"](backbone.config.model, layout, nnx.Rngs(0))))
-            laid = jax.tree.map(lambda w, to: jax.device_put(w, to.sharding.spec), backbone.weights, like)
-            found.append(jax.jit(jax.value_and_grad(loss))(laid, *split(x, lengths(8, 6))))
+            like = nnx.state(
+                nnx.eval_shape(
+                    lambda: RIVALS["hstu"](backbone.config.model, layout, nnx.Rngs(0))
+                )
+            )
+            laid = jax.tree.map(
+                lambda w, to: jax.device_put(w, to.sharding.spec),
+                backbone.weights,
+                like,
+            )
+            found.append(
+                jax.jit(jax.value_and_grad(loss))(laid, *split(x, lengths(8, 6)))
+            )
     for one, many in zip(*(jax.tree.leaves(values) for values in found), strict=True):
         # Sums in another order through weights that no norm bounds: 5e-5 of the largest value was seen.
         np.testing.assert_allclose(many, one, rtol=0, atol=2e-4 * np.abs(one).max())
@@ -163,14 +210,49 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
         ),
         ("hstu", "model.remat", "full", "model.remat='full'"),
         ("hstu", "model.prefix", "bidirectional", "model.prefix='bidirectional'"),
-        ("din", "model.windows", (6,), "model.windows=(6,) with model.kind='din', which has no sliding layers; use ()"),
-        ("onetrans", "data.paradigm", "uc", "data.paradigm='uc' with model.kind='onetrans'"),
-        ("longer", "data.objective", "retrieval", "data.objective='retrieval' with model.kind='longer'"),
-        ("sasrec", "tokens.target_tokens", 2, "tokens.target_tokens=2 with model.kind='sasrec'"),
-        ("dcnv2", "mesh.tensor", 2, "mesh.tensor=2 with model.kind='dcnv2', which has no attention heads to split"),
-        ("rankmixer", "tokens.prompt", ("history", "||", "candidate"), "tokens.prompt=('history', '||', 'candidate')"),
+        (
+            "din",
+            "model.windows",
+            (6,),
+            "model.windows=(6,) with model.kind='din', which has no sliding layers; use ()",
+        ),
+        (
+            "onetrans",
+            "data.paradigm",
+            "uc",
+            "data.paradigm='uc' with model.kind='onetrans'",
+        ),
+        (
+            "longer",
+            "data.objective",
+            "retrieval",
+            "data.objective='retrieval' with model.kind='longer'",
+        ),
+        (
+            "sasrec",
+            "tokens.target_tokens",
+            2,
+            "tokens.target_tokens=2 with model.kind='sasrec'",
+        ),
+        (
+            "dcnv2",
+            "mesh.tensor",
+            2,
+            "mesh.tensor=2 with model.kind='dcnv2', which has no attention heads to split",
+        ),
+        (
+            "rankmixer",
+            "tokens.prompt",
+            ("history", "||", "candidate"),
+            "tokens.prompt=('history', '||', 'candidate')",
+        ),
         ("tokenformer", "model.merge", 5, "model.merge=5 is for model.kind='longer'"),
-        ("tokenformer", "model.time_bias", False, "model.time_bias=False is for model.kind='hstu'; leave it at True"),
+        (
+            "tokenformer",
+            "model.time_bias",
+            False,
+            "model.time_bias=False is for model.kind='hstu'; leave it at True",
+        ),
     ],
 )
 def test_what_a_rival_cannot_do_is_refused(kind, field, value, message):
@@ -191,7 +273,10 @@ def test_what_a_rival_cannot_do_is_refused(kind, field, value, message):
         ("rankmixer", 15, 3, None),
         ("hstu", 16, 3, "model.heads=3 does not divide model.width=16"),
         ("rankmixer", 16, 3, "model.heads=3 does not divide model.width=16"),
-        *((kind, 15, 3, "model.width / model.heads = 5 is odd") for kind in ("onetrans", "longer", "sasrec")),
+        *(
+            (kind, 15, 3, "model.width / model.heads = 5 is odd")
+            for kind in ("onetrans", "longer", "sasrec")
+        ),
     ],
 )
 def test_a_width_is_asked_to_fit_the_heads_that_a_kind_has(kind, width, heads, message):
@@ -211,8 +296,14 @@ def test_a_width_is_asked_to_fit_the_heads_that_a_kind_has(kind, width, heads, m
 @pytest.mark.parametrize("kind", RIVALS)
 def test_no_bias_decays(kind):
     config = rival(kind, candidates=2, events=6)
-    weights = nnx.eval_shape(lambda: RIVALS[kind](config.model, stream_layout(config, SCHEMA, 6), nnx.Rngs(0)))
-    names = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(weights))}
+    weights = nnx.eval_shape(
+        lambda: RIVALS[kind](
+            config.model, stream_layout(config, SCHEMA, 6), nnx.Rngs(0)
+        )
+    )
+    names = {
+        "/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(weights))
+    }
     decaying = {name for name, wanted in decays(dict.fromkeys(names)).items() if wanted}
     assert decaying
     assert not [name for name in decaying if "bias" in name or "scale" in name]

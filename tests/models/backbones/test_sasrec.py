@@ -22,17 +22,28 @@ def encoded(w, events):
     """h of each of `events: [n, d]`, oldest first."""
     x = events + w["positions"][: len(events)]
     for number in range(LAYERS):
-        of = {name.removeprefix(f"blocks/{number}/"): value for name, value in w.items()}
+        of = {
+            name.removeprefix(f"blocks/{number}/"): value for name, value in w.items()
+        }
         normed = rms(x) * of["attention_norm/scale"]
-        q, k, v = (np.einsum("td,dhk->thk", normed, of[f"attention/{name}"]) for name in ("query", "key", "value"))
+        q, k, v = (
+            np.einsum("td,dhk->thk", normed, of[f"attention/{name}"])
+            for name in ("query", "key", "value")
+        )
         branch = np.zeros_like(x)
         for t in range(len(x)):
             for head in range(HEADS):
                 logits = k[: t + 1, head] @ q[t, head] / math.sqrt(q.shape[2])
                 share = np.exp(logits - logits.max())
-                branch[t] += (share / share.sum()) @ v[: t + 1, head] @ of["attention/output"][head]
+                branch[t] += (
+                    (share / share.sum())
+                    @ v[: t + 1, head]
+                    @ of["attention/output"][head]
+                )
         x = x + branch
-        inner = np.maximum(rms(x) * of["ffn_norm/scale"] @ of["inner"] + of["inner_bias"], 0)
+        inner = np.maximum(
+            rms(x) * of["ffn_norm/scale"] @ of["inner"] + of["inner_bias"], 0
+        )
         x = x + inner @ of["output"] + of["output_bias"]
     return rms(x) * w["norm/scale"]
 
@@ -42,10 +53,20 @@ def test_values_are_those_of_the_equations():
     config = tiny(paradigm="uc", events=5, model=model)
     backbone = Backbone(config)
     layout, w = backbone.layout(), backbone.named()
-    x = np.random.default_rng(0).normal(size=(2, layout.rows, config.model.width)).astype(np.float32)
+    x = (
+        np.random.default_rng(0)
+        .normal(size=(2, layout.rows, config.model.width))
+        .astype(np.float32)
+    )
     read = backbone(x, np.arange(5) >= [[2], [0]], None, layout)
     for sample, length in enumerate([3, 5]):
-        states, actions = (x[sample][layout.rows_of(role)][5 - length :] for role in ("state", "action"))
+        states, actions = (
+            x[sample][layout.rows_of(role)][5 - length :]
+            for role in ("state", "action")
+        )
         # The target is the state of the event after the one that is read.
-        wanted = np.concatenate([w["start"][None], encoded(w, states + actions)[:-1]]) * states
+        wanted = (
+            np.concatenate([w["start"][None], encoded(w, states + actions)[:-1]])
+            * states
+        )
         np.testing.assert_allclose(read[sample, 5 - length :], wanted, atol=3e-5)

@@ -7,19 +7,28 @@ import pytest
 from flax import nnx
 
 from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
-from tokenrec.models.backbones.tokenformer import Backbone, layer_windows, stack_sizes
+from tokenrec.models.backbones.tokenformer import (
+    TokenFormer,
+    layer_windows,
+    stack_sizes,
+)
 from tokenrec.models.recommender import candidate_mask
 from tokenrec.sharding import to_devices
-from tokenrec.state import build_model, init_state, merge
+from tokenrec.state import bind_params, build_model, init_state
 
 
 def config_of(scan, **model):
-    return tiny(paradigm="uc", model={"layers": 5, "windows": (4,), "scan": scan} | model)
+    return tiny(
+        paradigm="uc", model={"layers": 5, "windows": (4,), "scan": scan} | model
+    )
 
 
 def loss_and_gradient(config, mesh):
     """Of the backbone on random tokens: a loss, and its gradient layer by layer, by the names of single layers."""
-    random, layout = np.random.default_rng(0), build_model(config, SCHEMA, TASKS).layout(12)
+    random, layout = (
+        np.random.default_rng(0),
+        build_model(config, SCHEMA, TASKS).layout(12),
+    )
     x = random.normal(size=(8, layout.rows, config.model.width)).astype(np.float32)
     events = np.arange(12) >= random.integers(0, 12, (8, 1))
 
@@ -27,15 +36,19 @@ def loss_and_gradient(config, mesh):
         return jnp.sum(jnp.sin(nnx.merge(graph, weights)(x, layout, events, None, key)))
 
     with jax.set_mesh(mesh):
-        graph, weights = nnx.split(Backbone(config.model, rngs=nnx.Rngs(0)))
-        value, found = jax.jit(jax.value_and_grad(loss))(weights, *to_devices((x, events), mesh), jax.random.key(1))
+        graph, weights = nnx.split(TokenFormer(config.model, rngs=nnx.Rngs(0)))
+        value, found = jax.jit(jax.value_and_grad(loss))(
+            weights, *to_devices((x, events), mesh), jax.random.key(1)
+        )
     sizes = stack_sizes(config.model)
     first, by_layer = np.cumsum((0, *sizes)), {}
     for (*path, last), leaf in nnx.to_flat_state(found):
         if path[0] != "blocks":
             by_layer["/".join([*path, last])] = np.asarray(leaf[...])
             continue
-        layers = np.asarray(leaf[...]) if sizes[path[1]] > 1 else [np.asarray(leaf[...])]
+        layers = (
+            np.asarray(leaf[...]) if sizes[path[1]] > 1 else [np.asarray(leaf[...])]
+        )
         for number, layer in enumerate(layers, first[path[1]]):
             by_layer["/".join(map(str, ["blocks", number, *path[2:], last]))] = layer
     return float(value), by_layer
@@ -54,7 +67,9 @@ def test_values_gradients_and_dropout_are_those_of_single_layers(shape, model):
     assert found.keys() == wanted.keys()
     for name in wanted:
         scale = np.abs(wanted[name]).max()
-        np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-5 * scale + 1e-9, err_msg=name)
+        np.testing.assert_allclose(
+            found[name], wanted[name], rtol=0, atol=1e-5 * scale + 1e-9, err_msg=name
+        )
 
 
 def test_a_program_with_more_layers_is_no_longer():
@@ -63,16 +78,24 @@ def test_a_program_with_more_layers_is_no_longer():
         layout = build_model(config, SCHEMA, TASKS).layout(12)
         x = jnp.zeros((8, layout.rows, config.model.width))
         with jax.set_mesh(one_device()):
-            backbone = nnx.eval_shape(lambda: Backbone(config.model, rngs=nnx.Rngs(0)))
+            backbone = nnx.eval_shape(
+                lambda: TokenFormer(config.model, rngs=nnx.Rngs(0))
+            )
             graph, weights = nnx.split(backbone)
-            traced = jax.make_jaxpr(lambda w: nnx.merge(graph, w)(x, layout, jnp.ones((8, 12), bool), None, None))
+            traced = jax.make_jaxpr(
+                lambda w: nnx.merge(graph, w)(
+                    x, layout, jnp.ones((8, 12), bool), None, None
+                )
+            )
             return str(traced(weights)).count("dot_general")
 
     assert products(4) == products(12)
 
 
 def test_the_prefix_cache_serves_layers_with_stacked_weights():
-    config = tiny(candidates=3, fused=True, model={"layers": 5, "windows": (), "scan": 3})
+    config = tiny(
+        candidates=3, fused=True, model={"layers": 5, "windows": (), "scan": 3}
+    )
     mesh = one_device()
     with jax.set_mesh(mesh):
         model = build_model(config, SCHEMA, TASKS)
@@ -80,10 +103,15 @@ def test_the_prefix_cache_serves_layers_with_stacked_weights():
 
         @jax.jit
         def both(state, batch):
-            entities, module = model.embedder.look_up(state.tables, batch), merge(model, state.params)
+            entities, module = (
+                model.embedder.look_up(state.tables, batch),
+                bind_params(model, state.params),
+            )
             x, layout = module.stream(entities, batch)
             candidates = candidate_mask(batch)
-            cache, _ = module.backbone.prefill(module.shared_tokens(entities, batch), layout, batch.valid)
+            cache, _ = module.backbone.prefill(
+                module.shared_tokens(entities, batch), layout, batch.valid
+            )
             (own,) = module.own_tokens(entities, batch)
             cached = module.backbone.extend(cache, own, layout, batch.valid, candidates)
             return module.backbone(x, layout, batch.valid, candidates, None), cached
@@ -92,7 +120,10 @@ def test_the_prefix_cache_serves_layers_with_stacked_weights():
     np.testing.assert_allclose(cached, whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("scan", "sizes"), [(0, (1,) * 7), (3, (3, 1, 2, 1)), (4, (3, 1, 1, 1, 1)), (5, (1,) * 7)])
+@pytest.mark.parametrize(
+    ("scan", "sizes"),
+    [(0, (1,) * 7), (3, (3, 1, 2, 1)), (4, (3, 1, 1, 1, 1)), (5, (1,) * 7)],
+)
 def test_the_top_layer_of_each_run_stands_alone(scan, sizes):
     config = config_of(scan, layers=7, windows=(4, 4, 4)).model
     assert stack_sizes(config) == sizes

@@ -48,8 +48,14 @@ def test_matches_the_definition_with_static_rows_candidates_and_padding():
     for b, a, j in np.ndindex(see.shape):
         i = a + 3
         apart = pattern.index[i] - pattern.index[j]
-        seen = valid[b, j] and apart >= 0 and pattern.candidate[j] in (-1, pattern.candidate[i])
-        see[b, a, j] = i == j or (seen and apart < 4 and (pattern.static[i] or not pattern.static[j]))
+        seen = (
+            valid[b, j]
+            and apart >= 0
+            and pattern.candidate[j] in (-1, pattern.candidate[i])
+        )
+        see[b, a, j] = i == j or (
+            seen and apart < 4 and (pattern.static[i] or not pattern.static[j])
+        )
     got = attention(q, k, v, window=4, pattern=pattern, valid=jnp.asarray(valid))
     np.testing.assert_allclose(got, slow_attention(q, k, v, see), atol=2e-6)
 
@@ -77,12 +83,18 @@ def test_static_rows_that_stay_in_sight_are_for_dense_alone():
     rows = np.arange(40)
     pattern = Pattern(rows, rows, rows, rows < 2, np.full(40, -1), discard=False)
     q = heads(0, rows=40)
-    with pytest.raises(InputError, match="'blocked' cannot serve: static rows stay in sight"):
+    with pytest.raises(
+        InputError, match="'blocked' cannot serve: static rows stay in sight"
+    ):
         attention(q, q, q, window=4, pattern=pattern, implementation="blocked")
     assert choose(q, q, window=4, pattern=pattern).name == "dense"
-    see = (rows[None] <= rows[:, None]) & ((rows[:, None] - rows[None] < 4) | (rows[None] < 2))
+    see = (rows[None] <= rows[:, None]) & (
+        (rows[:, None] - rows[None] < 4) | (rows[None] < 2)
+    )
     expected = slow_attention(q, q, q, np.broadcast_to(see, (2, 40, 40)))
-    np.testing.assert_allclose(attention(q, q, q, window=4, pattern=pattern), expected, atol=2e-6)
+    np.testing.assert_allclose(
+        attention(q, q, q, window=4, pattern=pattern), expected, atol=2e-6
+    )
 
 
 def test_more_queries_than_keys_is_an_error():

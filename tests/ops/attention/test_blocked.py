@@ -11,7 +11,7 @@ from tokenrec.ops.attention.bands import Band, find_band
 from tokenrec.ops.attention.blocked import blocked_attention
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
 from tokenrec.ops.attention.tiles import find_tiles
-from tokenrec.tokens.layout import needed_rows
+from tokenrec.tokens.layout import live_positions
 
 # Largest differences measured over all cases below, float32: values 5.4e-7, gradients 3.4e-6.
 VALUES, GRADIENTS = 2e-6, 1e-5
@@ -19,7 +19,15 @@ VALUES, GRADIENTS = 2e-6, 1e-5
 
 def assert_equals_dense(pattern, window, valid=None):
     def attend(q, k, v, valid):
-        return attention(q, k, v, window=window, implementation="blocked", pattern=pattern, valid=valid)
+        return attention(
+            q,
+            k,
+            v,
+            window=window,
+            implementation="blocked",
+            pattern=pattern,
+            valid=valid,
+        )
 
     values, gradients = apart(attend, pattern, window, valid)
     assert values < VALUES
@@ -28,7 +36,15 @@ def assert_equals_dense(pattern, window, valid=None):
 
 @pytest.mark.parametrize(
     ("queries", "keys", "window"),
-    [(300, 300, 1), (300, 300, 64), (300, 300, 300), (100, 333, 40), (333, 333, None), (47, 500, None), (9, 9, 4)],
+    [
+        (300, 300, 1),
+        (300, 300, 64),
+        (300, 300, 300),
+        (100, 333, 40),
+        (333, 333, None),
+        (47, 500, None),
+        (9, 9, 4),
+    ],
 )
 def test_plain_causal_order_equals_dense(queries, keys, window):
     assert_equals_dense(*plain(queries, keys, window))
@@ -52,15 +68,19 @@ def test_padded_streams_with_static_rows_equal_dense(kind, every_row):
 
 def test_a_bidirectional_prefix_equals_dense():
     rows = np.arange(200)
-    pattern = Pattern(rows, rows, rows, np.zeros(200, bool), np.full(200, -1), prefix=90)
+    pattern = Pattern(
+        rows, rows, rows, np.zeros(200, bool), np.full(200, -1), prefix=90
+    )
     assert pattern.visible(None)[3, 80]
     assert_equals_dense(pattern, None)
 
 
 def test_codes_that_continue_every_event_equal_dense():
     layout, valid = continued(events=70)
-    rows = [np.arange(layout.rows), *needed_rows(layout, (None, 20))[1:]]
-    for (keys, queries), window in zip(itertools.pairwise(rows), (None, 20), strict=True):
+    rows = [np.arange(layout.rows), *live_positions(layout, (None, 20))[1:]]
+    for (keys, queries), window in zip(
+        itertools.pairwise(rows), (None, 20), strict=True
+    ):
         assert_equals_dense(layout.pattern(queries, keys), window, valid[:, keys])
 
 
@@ -69,7 +89,9 @@ def test_streams_in_groups_equal_one_group(monkeypatch):
     q = jax.random.normal(jax.random.key(0), (3, 300, 2, 8))
 
     def gradients():
-        return jax.grad(lambda q: jnp.sum(blocked_attention(q, q, q, pattern, window, None) ** 2))(q)
+        return jax.grad(
+            lambda q: jnp.sum(blocked_attention(q, q, q, pattern, window, None) ** 2)
+        )(q)
 
     whole = gradients()
     monkeypatch.setattr(blocked, "GROUP_LOGITS", 2 * find_band(pattern, window).held)
@@ -81,7 +103,9 @@ def test_a_fully_padded_stream_is_finite_with_finite_gradients():
     for window in (None, 20):
         padded = jnp.zeros((2, 300), bool)
         pattern = causal_pattern(300, 300)
-        gradient = jax.grad(lambda q: blocked_attention(q, q, q, pattern, window, padded).sum())(q)  # noqa: B023
+        gradient = jax.grad(
+            lambda q: blocked_attention(q, q, q, pattern, window, padded).sum()  # noqa: B023
+        )(q)
         assert np.isfinite(gradient).all()
 
 
@@ -89,7 +113,9 @@ def test_bfloat16_keeps_its_dtype_and_comes_close_to_dense():
     q = jax.random.normal(jax.random.key(0), (1, 300, 2, 16), jnp.bfloat16)
     for window in (None, 30):
         got = attention(q, q, q, window=window, implementation="blocked")
-        expected = attention(*[q.astype(jnp.float32)] * 3, window=window, implementation="dense")
+        expected = attention(
+            *[q.astype(jnp.float32)] * 3, window=window, implementation="dense"
+        )
         assert got.dtype == jnp.bfloat16
         # measured .008 at outputs up to 3.6, where numbers of this type are .016 apart
         np.testing.assert_allclose(got.astype(np.float32), expected, atol=0.02)
@@ -111,7 +137,9 @@ def test_no_array_of_the_program_holds_all_logits():
     rows = 1536
     q = jax.ShapeDtypeStruct((1, rows, 1, 8), jnp.float32)
     for window in (None, 64):
-        step = jax.grad(lambda q: attention(q, q, q, window=window, implementation="blocked").sum())  # noqa: B023
+        step = jax.grad(
+            lambda q: attention(q, q, q, window=window, implementation="blocked").sum()  # noqa: B023
+        )
         text = jax.jit(step).lower(q).as_text()
         assert f"{rows}x{rows}" not in text
 
@@ -122,7 +150,10 @@ def test_short_streams_are_left_to_dense_with_a_reason():
     choice = choose(q, q, window=8, pattern=pattern)
     assert choice.name == "dense"
     assert "60 x 60 rows" in choice.refused["blocked"]
-    assert choose(q, q, window=8, pattern=pattern, implementation="blocked").name == "blocked"
+    assert (
+        choose(q, q, window=8, pattern=pattern, implementation="blocked").name
+        == "blocked"
+    )
 
 
 def test_long_streams_take_the_blocked_path_unasked():

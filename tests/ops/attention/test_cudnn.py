@@ -33,7 +33,9 @@ def test_plain_causal_order_equals_dense(window):
     assert_equals_dense(*plain(30, 40, window))
 
 
-@pytest.mark.parametrize("kind", [{"candidates": 1, "fused": True}, {"candidates": 0}], ids=["NIO", "UC"])
+@pytest.mark.parametrize(
+    "kind", [{"candidates": 1, "fused": True}, {"candidates": 0}], ids=["NIO", "UC"]
+)
 def test_padded_streams_equal_dense_where_it_serves(kind):
     layout, valid = stream(**kind, events=20)
     for pattern, window in layers(layout)[1:3]:
@@ -42,7 +44,10 @@ def test_padded_streams_equal_dense_where_it_serves(kind):
 
 
 def words(pattern, window):
-    q, k = (jax.ShapeDtypeStruct((2, len(rows), 2, 8), jnp.bfloat16) for rows in (pattern.query_rows, pattern.key_rows))
+    q, k = (
+        jax.ShapeDtypeStruct((2, len(rows), 2, 8), jnp.bfloat16)
+        for rows in (pattern.query_rows, pattern.key_rows)
+    )
     return refusal(q, k, pattern, window)
 
 
@@ -51,12 +56,15 @@ def test_what_it_cannot_serve_is_refused_in_words():
     layout, _ = stream(candidates=3)
     full = layers(layout, every_row=True)[1]
     assert "several candidates" in words(*full)
-    assert "bidirectional" in words(Pattern(rows, rows, rows, rows < 0, rows * 0 - 1, prefix=5), None)
+    assert "bidirectional" in words(
+        Pattern(rows, rows, rows, rows < 0, rows * 0 - 1, prefix=5), None
+    )
     one, _ = stream(candidates=1)
     assert "static rows" in words(*layers(one, every_row=True)[2])
     assert "2 queries of 20" in words(causal_pattern(2, 20), None)
     assert "rows are missing" in words(
-        Pattern(rows[:8], rows[:8] * 2, np.arange(40), np.arange(40) < 0, -np.ones(40)), 3
+        Pattern(rows[:8], rows[:8] * 2, np.arange(40), np.arange(40) < 0, -np.ones(40)),
+        3,
     )
 
 
@@ -66,5 +74,7 @@ def test_without_the_library_cudnn_says_so_itself():
 
 def test_asked_for_on_another_platform_it_is_refused():
     q = jnp.zeros((1, 8, 1, 8), jnp.bfloat16)
-    with pytest.raises(InputError, match="does not run on cpu; use one of: blocked, dense"):
+    with pytest.raises(
+        InputError, match="does not run on cpu; use one of: blocked, dense"
+    ):
         attention(q, q, q, implementation="cudnn")

@@ -16,7 +16,7 @@ from tokenrec.ops.attention.splash import (
     visible_spans,
     visited_tiles,
 )
-from tokenrec.tokens.layout import build_layout, needed_rows
+from tokenrec.tokens.layout import build_layout, live_positions
 
 
 def every_row(layout):
@@ -26,21 +26,47 @@ def every_row(layout):
 
 def many_patterns():
     """Patterns of every layer of small models, with and without the short cut of needed rows."""
-    for user, (fused, candidates, tokens) in ((user, kind) for user in (0, 3) for kind in KINDS):
-        layout = build_layout(user_tokens=user, events=20, fused=fused, candidates=candidates, target_tokens=tokens)
-        for windows in ((None, None, 6, 5), (None, 9, 4, 1), (5, 5, 5, 5), (1, 1, 40, 3)):
-            rows = needed_rows(layout, windows)
+    for user, (fused, candidates, tokens) in (
+        (user, kind) for user in (0, 3) for kind in KINDS
+    ):
+        layout = build_layout(
+            user_tokens=user,
+            events=20,
+            fused=fused,
+            candidates=candidates,
+            target_tokens=tokens,
+        )
+        for windows in (
+            (None, None, 6, 5),
+            (None, 9, 4, 1),
+            (5, 5, 5, 5),
+            (1, 1, 40, 3),
+        ):
+            rows = live_positions(layout, windows)
             for window, keys, queries in zip(windows, rows, rows[1:], strict=False):
                 yield layout.pattern(queries, keys), window
                 yield every_row(layout), window
 
 
-KINDS = ((True, 1, 1), (True, 4, 3), (False, 1, 3), (False, 4, 1), (False, 0, 0))  # fused, candidates, target tokens
+KINDS = (
+    (True, 1, 1),
+    (True, 4, 3),
+    (False, 1, 3),
+    (False, 4, 1),
+    (False, 0, 0),
+)  # fused, candidates, target tokens
 
 
 def with_prefix(rows, prefix):
     plain = causal_pattern(rows, rows)
-    return Pattern(plain.query_rows, plain.key_rows, plain.index, plain.static, plain.candidate, prefix)
+    return Pattern(
+        plain.query_rows,
+        plain.key_rows,
+        plain.index,
+        plain.static,
+        plain.candidate,
+        prefix,
+    )
 
 
 def test_numbers_of_queries_say_what_the_pattern_says():
@@ -55,9 +81,20 @@ def test_numbers_of_queries_say_what_the_pattern_says():
 def test_visited_tiles_are_those_with_something_visible():
     for pattern, window in many_patterns():
         visible = pattern.visible(window)
-        visible = np.pad(visible, [(0, -size % side) for size, side in zip(visible.shape, (4, 8), strict=True)])
-        tiles = visible.reshape(visible.shape[0] // 4, 4, visible.shape[1] // 8, 8).any((1, 3))
-        np.testing.assert_array_equal(visited_tiles(visible_spans(pattern, window), len(pattern.key_rows), 4, 8), tiles)
+        visible = np.pad(
+            visible,
+            [
+                (0, -size % side)
+                for size, side in zip(visible.shape, (4, 8), strict=True)
+            ],
+        )
+        tiles = visible.reshape(visible.shape[0] // 4, 4, visible.shape[1] // 8, 8).any(
+            (1, 3)
+        )
+        np.testing.assert_array_equal(
+            visited_tiles(visible_spans(pattern, window), len(pattern.key_rows), 4, 8),
+            tiles,
+        )
 
 
 def test_a_window_computes_a_number_of_tiles_linear_in_length():
@@ -74,10 +111,21 @@ def results(attend, pattern, valid, dtype=jnp.float32):
     """Output on rows that are no padding, and the gradients of a random sum of it."""
     queries, keys = len(pattern.query_rows), len(pattern.key_rows)
     batch = 1 if valid is None else len(valid)
-    shapes = [(batch, rows, 2 if batch == 1 else 1, 8) for rows in (queries, keys, keys, queries)]
-    q, k, v, weights = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(shapes))
+    shapes = [
+        (batch, rows, 2 if batch == 1 else 1, 8)
+        for rows in (queries, keys, keys, queries)
+    ]
+    q, k, v, weights = (
+        jax.random.normal(jax.random.key(i), shape).astype(dtype)
+        for i, shape in enumerate(shapes)
+    )
     if valid is not None:
-        weights = weights * valid[:, np.searchsorted(pattern.key_rows, pattern.query_rows), None, None]
+        weights = (
+            weights
+            * valid[
+                :, np.searchsorted(pattern.key_rows, pattern.query_rows), None, None
+            ]
+        )
     out, pullback = jax.vjp(attend, q, k, v)
     return jnp.where(weights == 0, 0, out), *pullback(weights)
 
@@ -85,11 +133,19 @@ def results(attend, pattern, valid, dtype=jnp.float32):
 def assert_equals_dense(pattern, window, valid=None, blocks=(128, 128)):
     valid = None if valid is None else jnp.asarray(valid)
     got = results(
-        lambda *qkv: splash_attention(*qkv, pattern, window, valid, blocks=blocks, interpret=True), pattern, valid
+        lambda *qkv: splash_attention(
+            *qkv, pattern, window, valid, blocks=blocks, interpret=True
+        ),
+        pattern,
+        valid,
     )
-    expected = results(lambda *qkv: dense_attention(*qkv, pattern, window, valid), pattern, valid)
+    expected = results(
+        lambda *qkv: dense_attention(*qkv, pattern, window, valid), pattern, valid
+    )
     for mine, reference in zip(got, expected, strict=True):
-        np.testing.assert_allclose(mine, reference, atol=4e-6)  # measured: at most 1.2e-6
+        np.testing.assert_allclose(
+            mine, reference, atol=4e-6
+        )  # measured: at most 1.2e-6
 
 
 @pytest.mark.parametrize("window", [None, 1, 64, 300])
@@ -99,15 +155,19 @@ def test_windows_count_keys_with_self(window):
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_static_rows_candidates_and_padding(window):
-    layout = build_layout(user_tokens=5, events=200, fused=True, candidates=4, target_tokens=3)
+    layout = build_layout(
+        user_tokens=5, events=200, fused=True, candidates=4, target_tokens=3
+    )
     valid = np.ones((2, layout.rows), bool)
     valid[0, 6:150] = valid[1, -3:] = False
     assert_equals_dense(every_row(layout), window, valid)
 
 
 def test_every_second_row_asks_in_uc_and_padding_stays_out():
-    layout = build_layout(user_tokens=3, events=70, fused=False, candidates=0, target_tokens=0)
-    rows = needed_rows(layout, (None, 20))
+    layout = build_layout(
+        user_tokens=3, events=70, fused=False, candidates=0, target_tokens=0
+    )
+    rows = live_positions(layout, (None, 20))
     valid = np.ones((2, len(rows[1])), bool)
     valid[0, :30] = False
     assert set(np.diff(rows[2])) == {2}
@@ -115,8 +175,10 @@ def test_every_second_row_asks_in_uc_and_padding_stays_out():
 
 
 def test_few_needed_rows_over_all_keys():
-    layout = build_layout(user_tokens=5, events=140, fused=True, candidates=4, target_tokens=1)
-    rows = needed_rows(layout, (None, 6))
+    layout = build_layout(
+        user_tokens=5, events=140, fused=True, candidates=4, target_tokens=1
+    )
+    rows = live_positions(layout, (None, 6))
     assert (len(rows[1]), len(rows[0])) == (9, 151)
     assert_equals_dense(layout.pattern(rows[1], rows[0]), None, blocks=None)
 
@@ -126,7 +188,10 @@ def test_a_prefix_sees_itself_both_ways():
 
 
 def test_a_fully_padded_stream_is_finite_with_finite_gradients():
-    q, valid = jax.random.normal(jax.random.key(0), (1, 140, 1, 8)), jnp.zeros((1, 140), bool)
+    q, valid = (
+        jax.random.normal(jax.random.key(0), (1, 140, 1, 8)),
+        jnp.zeros((1, 140), bool),
+    )
     pattern = causal_pattern(140, 140)
 
     def total(x):
@@ -139,11 +204,20 @@ def test_a_fully_padded_stream_is_finite_with_finite_gradients():
 
 def test_bfloat16_stays_bfloat16():
     pattern = causal_pattern(140, 140)
-    got = results(lambda *qkv: splash_attention(*qkv, pattern, 9, None, interpret=True), pattern, None, jnp.bfloat16)
-    expected = results(lambda *qkv: dense_attention(*qkv, pattern, 9, None), pattern, None)
+    got = results(
+        lambda *qkv: splash_attention(*qkv, pattern, 9, None, interpret=True),
+        pattern,
+        None,
+        jnp.bfloat16,
+    )
+    expected = results(
+        lambda *qkv: dense_attention(*qkv, pattern, 9, None), pattern, None
+    )
     for mine, reference in zip(got, expected, strict=True):
         assert mine.dtype == jnp.bfloat16
-        np.testing.assert_allclose(mine.astype(np.float32), reference, atol=0.03)  # measured: 0.019, and of dense too
+        np.testing.assert_allclose(
+            mine.astype(np.float32), reference, atol=0.03
+        )  # measured: 0.019, and of dense too
 
 
 def pattern_of(**change):
@@ -166,7 +240,10 @@ def pattern_of(**change):
         ({"candidate": np.array([-1] * 5 + [0, 1, 0])}, "one candidate after another"),
         ({"index": np.array([0, 2, 1, 3, 4, 5, 6, 6])}, "does not ascend"),
         ({"static": np.arange(8) == 3}, "static rows are not the first"),
-        ({"index": np.array([0, 1, 2, 3, 4, 5, 4, 6])}, "does not see the last shared rows"),
+        (
+            {"index": np.array([0, 1, 2, 3, 4, 5, 4, 6])},
+            "does not see the last shared rows",
+        ),
     ],
 )
 def test_what_is_not_two_runs_of_keys_is_refused_in_words(change, reason):
@@ -176,7 +253,9 @@ def test_what_is_not_two_runs_of_keys_is_refused_in_words(change, reason):
 
 def ask(queries, keys, window=None, pattern=None, dtype=jnp.float32, question=refusal):
     q, k = (jax.ShapeDtypeStruct((2, rows, 2, 8), dtype) for rows in (queries, keys))
-    return question(q, k, causal_pattern(queries, keys) if pattern is None else pattern, window)
+    return question(
+        q, k, causal_pattern(queries, keys) if pattern is None else pattern, window
+    )
 
 
 def test_what_fits_one_tile_is_served_only_when_asked_for():
@@ -191,6 +270,12 @@ def test_dtypes_without_a_kernel_are_refused():
 
 def test_more_than_a_query_number_holds_is_refused():
     rows = 1 << 17
-    pattern = Pattern(np.arange(rows), np.arange(rows), np.arange(rows), np.arange(rows) < 9, np.full(rows, -1))
+    pattern = Pattern(
+        np.arange(rows),
+        np.arange(rows),
+        np.arange(rows),
+        np.arange(rows) < 9,
+        np.full(rows, -1),
+    )
     assert "33 bits" in ask(rows, rows, 1 << 16, pattern)
     assert not ask(rows, rows, 64, pattern)

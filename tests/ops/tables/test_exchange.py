@@ -8,8 +8,15 @@ from tests.worlds import mesh_of
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.ops.tables import exchange
-from tokenrec.ops.tables.api import stored
-from tokenrec.ops.tables.exchange import CYCLE, Exchange, ids_of, places_of, plan_exchange, stored_rows
+from tokenrec.ops.tables.api import storage_spec
+from tokenrec.ops.tables.exchange import (
+    CYCLE,
+    ExchangePlan,
+    from_storage_index,
+    plan_exchange,
+    stored_rows,
+    to_storage_index,
+)
 from tokenrec.ops.tables.lookup import RowsState, build_stacks
 from tokenrec.sharding import RULES, make_mesh
 
@@ -19,59 +26,84 @@ RANDOM = np.random.default_rng(0)
 TABLE = RANDOM.normal(size=(ROWS, WIDTH)).astype(np.float32)
 TOTAL = RANDOM.random(ROWS).astype(np.float32)
 # Two arrays of ids, as of two parts of a batch; some rows are read by several shards, some often by one.
-IDS = [RANDOM.integers(0, 60, (BATCH,)).astype(np.int32), RANDOM.integers(0, ROWS, (BATCH, 3)).astype(np.int32)]
+IDS = [
+    RANDOM.integers(0, 60, (BATCH,)).astype(np.int32),
+    RANDOM.integers(0, ROWS, (BATCH, 3)).astype(np.int32),
+]
 TARGETS = [RANDOM.normal(size=(*ids.shape, WIDTH)).astype(np.float32) for ids in IDS]
 # All on one device, whatever the mesh: the first places.
-FIRST = np.asarray(ids_of(np.arange(40), ROWS)).astype(np.int32)
-CROWDED = [FIRST[np.arange(BATCH) % 7], FIRST[np.arange(BATCH * 3) * 3 % 40].reshape(BATCH, 3)]
+FIRST = np.asarray(from_storage_index(np.arange(40), ROWS)).astype(np.int32)
+CROWDED = [
+    FIRST[np.arange(BATCH) % 7],
+    FIRST[np.arange(BATCH * 3) * 3 % 40].reshape(BATCH, 3),
+]
 
 
-def step(plan: Exchange, table, total, ids, targets, apply):
+def step(plan: ExchangePlan, table, total, ids, targets, apply):
     """The gradient of `sum(rows * targets)` and its update, by exchange: `(rows read, table, sums, norm^2, rounds)`."""
     at, inverses = exchange.route(plan, ids)
     rows = exchange.fetch(plan, table, at)
 
     def loss(rows):
-        read = [exchange.spread_local(rows, inverse) for inverse in inverses]
-        return sum(jnp.sum(some * target) for some, target in zip(read, targets, strict=True)), read
+        read = [exchange.expand_rows(rows, inverse) for inverse in inverses]
+        return sum(
+            jnp.sum(some * target) for some, target in zip(read, targets, strict=True)
+        ), read
 
     gradients, read = jax.grad(loss, has_aux=True)(rows)
     collected = exchange.collect(plan, at, gradients)
     norm = jnp.sum(jnp.square(collected.gradients)) + collected.squares
     table, state = exchange.update_spread(
-        plan, table, RowsState(total), at, gradients, collected, rate=jnp.float32(0.1), decay=0.01, apply=apply
+        plan,
+        table,
+        RowsState(total),
+        at,
+        gradients,
+        collected,
+        rate=jnp.float32(0.1),
+        decay=0.01,
+        apply=apply,
     )
     return read, table, state.sum, norm, at.rounds
 
 
 def run(sizes, ids, *, capacity=None, apply=True):
     """`step` on a mesh, tables stored as they are to be; what comes back is in the order of row numbers."""
-    order = np.asarray(places_of(np.arange(ROWS), ROWS))
-    stored, sums = np.empty_like(TABLE), np.empty_like(TOTAL)
-    stored[order], sums[order] = TABLE, TOTAL
+    order = np.asarray(to_storage_index(np.arange(ROWS), ROWS))
+    storage_spec, sums = np.empty_like(TABLE), np.empty_like(TOTAL)
+    storage_spec[order], sums[order] = TABLE, TOTAL
     mesh = mesh_of(*sizes)
     put = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, RULES(*axes)))  # noqa: E731
     batch = lambda x: put(x, "batch", *[None] * (x.ndim - 1))  # noqa: E731
     with jax.set_mesh(mesh):
         plan = plan_exchange(ROWS, sum(part.size for part in ids))
         if capacity:
-            plan = Exchange(plan.rows, plan.shards, plan.shares, capacity)
+            plan = ExchangePlan(plan.rows, plan.shards, plan.shares, capacity)
         read, table, total, norm, rounds = jax.jit(step, static_argnums=0)(
             plan,
-            put(stored, "rows", None),
+            put(storage_spec, "rows", None),
             put(sums, "rows"),
             [batch(part) for part in ids],
             [batch(target) for target in TARGETS],
             jnp.bool_(apply),
         )
-    return [np.asarray(part) for part in read], np.asarray(table)[order], np.asarray(total)[order], norm, int(rounds)
+    return (
+        [np.asarray(part) for part in read],
+        np.asarray(table)[order],
+        np.asarray(total)[order],
+        norm,
+        int(rounds),
+    )
 
 
 def check(found, ids):
     read, table, total, norm, _ = found
     for part, rows in zip(ids, read, strict=True):
         assert np.array_equal(rows, TABLE[part])
-    flat, targets = np.concatenate([part.ravel() for part in ids]), np.concatenate([t.reshape(-1, 4) for t in TARGETS])
+    flat, targets = (
+        np.concatenate([part.ravel() for part in ids]),
+        np.concatenate([t.reshape(-1, 4) for t in TARGETS]),
+    )
     expected, sums = dense_adagrad(TABLE, TOTAL, flat, targets, 0.1, 0.01)
     np.testing.assert_allclose(table, expected, atol=1e-6)
     np.testing.assert_allclose(total, sums, rtol=1e-5)
@@ -103,14 +135,21 @@ def test_a_refused_update_changes_no_bit():
 
 def test_places_are_a_permutation_that_deals_neighbours_to_different_devices():
     rows = stored_rows(100_000)
-    places = np.asarray(places_of(np.arange(rows), rows))
+    places = np.asarray(to_storage_index(np.arange(rows), rows))
     assert np.array_equal(np.sort(places), np.arange(rows))
     for devices in (8, 256, 768):
         owners = places // (rows // devices)
-        assert np.array_equal(np.bincount(owners[:CYCLE]), np.full(devices, CYCLE // devices))
+        assert np.array_equal(
+            np.bincount(owners[:CYCLE]), np.full(devices, CYCLE // devices)
+        )
         for first in (0, 777, 50_000):  # the first rows are often the most popular ones
-            assert np.bincount(owners[first : first + 4 * devices], minlength=devices).max() <= 6
-    assert np.array_equal(ids_of(places, rows), np.arange(rows))
+            assert (
+                np.bincount(
+                    owners[first : first + 4 * devices], minlength=devices
+                ).max()
+                <= 6
+            )
+    assert np.array_equal(from_storage_index(places, rows), np.arange(rows))
 
 
 def test_what_cannot_be_dealt_out_is_refused():
@@ -123,5 +162,8 @@ def test_what_cannot_be_dealt_out_is_refused():
 def test_devices_that_rows_cannot_be_dealt_to_are_refused_before_a_table_is_made():
     stack = build_stacks({"video": 5000}, {"video": 8}, 100)["width_8_spread"]
     mesh = make_mesh(MeshConfig(), jax.devices()[:5])
-    with jax.set_mesh(mesh), pytest.raises(InputError, match=r"5 devices.*tokens.replicate_rows"):
-        stored(stack)
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(InputError, match=r"5 devices.*tokens.replicate_rows"),
+    ):
+        storage_spec(stack)

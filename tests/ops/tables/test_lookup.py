@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from tests.worlds import one_device
-from tokenrec.ops.tables.lookup import RowsState, build_stacks, gather_rows, spread_rows, unique_ids, update_rows
+from tokenrec.ops.tables.lookup import (
+    RowsState,
+    build_stacks,
+    expand_rows,
+    gather_rows,
+    unique_ids,
+    update_rows,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +31,9 @@ def dense_adagrad(table, total, ids, gradients, rate, decay):
     return table - rate * step, total
 
 
-@pytest.mark.parametrize("rows", [7, 500])  # fewer and more rows than ids: touched whole, and sorted
+@pytest.mark.parametrize(
+    "rows", [7, 500]
+)  # fewer and more rows than ids: touched whole, and sorted
 def test_row_updates_equal_the_dense_gradient(rows):
     random = np.random.default_rng(0)
     ids = random.integers(0, rows, 40).astype(np.int32)
@@ -34,7 +43,7 @@ def test_row_updates_equal_the_dense_gradient(rows):
     unique = unique_ids(jnp.asarray(ids), rows)
 
     def loss(some):
-        return jnp.sum(spread_rows(some, unique.inverse) * target)
+        return jnp.sum(expand_rows(some, unique.inverse) * target)
 
     gradients = jax.grad(loss)(gather_rows(jnp.asarray(table), unique.ids))
     new, state = update_rows(
@@ -57,7 +66,13 @@ def test_a_refused_update_changes_no_bit(rows):
     table, total = jnp.ones((rows, 4)), jnp.full((rows,), 2.0)
     gradients = jnp.full((len(ids), 4), jnp.nan)
     new, state = update_rows(
-        table, RowsState(total), ids, gradients, rate=jnp.float32(1), decay=0.1, apply=jnp.bool_(False)
+        table,
+        RowsState(total),
+        ids,
+        gradients,
+        rate=jnp.float32(1),
+        decay=0.1,
+        apply=jnp.bool_(False),
     )
     assert np.array_equal(new, table)
     assert np.array_equal(state.sum, total)
@@ -67,7 +82,10 @@ def test_every_id_finds_its_row_again():
     ids = jnp.array([5, 300, 5, 0, 499], jnp.int32)
     table = jnp.arange(500.0)[:, None]
     unique = unique_ids(ids, 500)
-    assert spread_rows(gather_rows(table, unique.ids), unique.inverse)[:, 0].tolist() == ids.tolist()
+    assert (
+        expand_rows(gather_rows(table, unique.ids), unique.inverse)[:, 0].tolist()
+        == ids.tolist()
+    )
 
 
 def test_tables_of_one_width_share_a_stack():

@@ -19,11 +19,15 @@ STORED = stored_rows(ROWS)
 OWN = STORED // DEVICES  # 13,824: a shape that nothing else has
 
 # A line of HLO: `[ROOT] %name = type opcode(operands)...`. A type is `f32[2,3]{1,0}` or a tuple of such in brackets.
-LINE = re.compile(r"^\s*(?:ROOT )?%?(?P<name>\S+) = (?P<type>\([^()]*\)|\S+) (?P<opcode>[\w-]+)\(")
+LINE = re.compile(
+    r"^\s*(?:ROOT )?%?(?P<name>\S+) = (?P<type>\([^()]*\)|\S+) (?P<opcode>[\w-]+)\("
+)
 
 
 @functools.cache
-def compiled_step(decay: float, accumulate: int, sizes=(1, 1, 1), replicate_rows: int = ROWS) -> str:
+def compiled_step(
+    decay: float, accumulate: int, sizes=(1, 1, 1), replicate_rows: int = ROWS
+) -> str:
     """HLO text of the train step with a large table `video`, its state donated as in `train`."""
     optim = {"table_weight_decay": decay, "accumulate": accumulate}
     tokens = {"embedding_dims": {"video": WIDTH}, "replicate_rows": replicate_rows}
@@ -42,17 +46,27 @@ def writers(text: str, shape: str) -> list[str]:
     entry = text[text.index("\nENTRY ") :]
     found = [LINE.match(line) for line in entry.splitlines()[2:]]
     whole = re.compile(re.escape(shape) + r"(?:\{[\d,]*\})?")
-    made = [m for m in found if m and m["opcode"] != "parameter" and whole.fullmatch(m["type"])]
-    return [m["opcode"] if m["opcode"] != "fusion" else _root(text, m.string) for m in made]
+    made = [
+        m
+        for m in found
+        if m and m["opcode"] != "parameter" and whole.fullmatch(m["type"])
+    ]
+    return [
+        m["opcode"] if m["opcode"] != "fusion" else _root(text, m.string) for m in made
+    ]
 
 
 def _root(text: str, call: str) -> str:
     """Opcode of the last operation of the computation that a fusion calls."""
     called = re.search(r"calls=%?([\w.-]+)", call)
     assert called
-    body = re.search(rf"^%?{re.escape(called[1])} .*?^\}}", text, re.MULTILINE | re.DOTALL)
+    body = re.search(
+        rf"^%?{re.escape(called[1])} .*?^\}}", text, re.MULTILINE | re.DOTALL
+    )
     assert body
-    root = next(line for line in body[0].splitlines() if line.lstrip().startswith("ROOT "))
+    root = next(
+        line for line in body[0].splitlines() if line.lstrip().startswith("ROOT ")
+    )
     match = LINE.match(root)
     assert match
     return match["opcode"]
@@ -65,14 +79,28 @@ def test_a_large_table_is_only_written_in_place(decay, accumulate):
     assert writers(text, f"f32[{ROWS},{WIDTH}]") == ["scatter"]
     assert writers(text, f"f32[{ROWS}]") == ["scatter"]
     sized = re.compile(rf"\[(?:\d+,)*{ROWS}(?:,\d+)*\]")
-    within = [LINE.match(line) for line in text.splitlines() if sized.search(line.split(" = ")[-1].split("(")[0])]
-    assert {m["opcode"] for m in within if m} <= {"parameter", "scatter", "fusion", "tuple"}
+    within = [
+        LINE.match(line)
+        for line in text.splitlines()
+        if sized.search(line.split(" = ")[-1].split("(")[0])
+    ]
+    assert {m["opcode"] for m in within if m} <= {
+        "parameter",
+        "scatter",
+        "fusion",
+        "tuple",
+    }
 
 
 def test_the_new_table_takes_the_memory_of_the_old_one():
     """Donated: parameter and result share a buffer, so that a scatter in place needs no second table."""
     text = compiled_step(0.0, 1)
-    aliased = {int(number) for number in re.findall(r"\((\d+), \{\}, (?:may|must)-alias\)", text.splitlines()[0])}
+    aliased = {
+        int(number)
+        for number in re.findall(
+            r"\((\d+), \{\}, (?:may|must)-alias\)", text.splitlines()[0]
+        )
+    }
     entry = text[text.index("\nENTRY ") :]
     tables = re.findall(rf"= f32\[{ROWS}[^\n]* parameter\((\d+)\)", entry)
     assert len(tables) == 2
@@ -90,9 +118,19 @@ def test_a_spread_table_never_leaves_the_devices_that_own_it():
     """Of the whole table nothing is made on any device, of the own rows nothing but themselves, written in place."""
     text = compiled_step(0.1, 1, (2, 2, 2), replicate_rows=100)
     assert not opcodes(text, STORED) | opcodes(text, ROWS)
-    in_place = {"parameter", "scatter", "fusion", "tuple", "get-tuple-element", "while", "conditional"}
+    in_place = {
+        "parameter",
+        "scatter",
+        "fusion",
+        "tuple",
+        "get-tuple-element",
+        "while",
+        "conditional",
+    }
     assert {"parameter", "scatter"} <= opcodes(text, OWN) <= in_place
-    exchanged = re.findall(r"= \(?(\S+?)\{[^=]*? (all-to-all|all-gather|all-reduce|reduce-scatter)\(", text)
+    exchanged = re.findall(
+        r"= \(?(\S+?)\{[^=]*? (all-to-all|all-gather|all-reduce|reduce-scatter)\(", text
+    )
     assert any(kind == "all-to-all" for _, kind in exchanged)
 
 

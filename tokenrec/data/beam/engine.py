@@ -38,4 +38,6 @@ def pipeline_options(arguments: Sequence[str]) -> Any:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     chosen = any(argument.partition("=")[0] == "--runner" for argument in arguments)
-    return PipelineOptions([*arguments, *(() if chosen else (f"--runner={LOCAL_RUNNER}",))])
+    return PipelineOptions(
+        [*arguments, *(() if chosen else (f"--runner={LOCAL_RUNNER}",))]
+    )

@@ -29,13 +29,20 @@ def positions(index: ValueIndex, known: pa.Array) -> np.ndarray:
 def final_ids(table: TableValues, known: pa.Array) -> np.ndarray:
     """`[size + 2] int32`, provisional id -> id in the vocabulary `known`."""
     at = positions(table.index, known)
-    return np.concatenate([[MISSING, UNKNOWN], np.where(at < 0, UNKNOWN, at + FIRST_KNOWN)]).astype(np.int32)
+    return np.concatenate(
+        [[MISSING, UNKNOWN], np.where(at < 0, UNKNOWN, at + FIRST_KNOWN)]
+    ).astype(np.int32)
 
 
-def load_finals(work: str, tables: dict[str, TableValues], features: Sequence[Feature]) -> dict[str, np.ndarray]:
+def load_finals(
+    work: str, tables: dict[str, TableValues], features: Sequence[Feature]
+) -> dict[str, np.ndarray]:
     """`final_ids` of every table of `features`, from the vocabularies that the driver left in `work`."""
     names = dict.fromkeys(f.table_name for f in features if f.has_vocabulary)
-    return {name: final_ids(tables[name], load_values(work, vocabulary_name(name))) for name in names}
+    return {
+        name: final_ids(tables[name], load_values(work, vocabulary_name(name)))
+        for name in names
+    }
 
 
 def vocabulary_name(table: str) -> str:
@@ -43,16 +50,30 @@ def vocabulary_name(table: str) -> str:
     return f"vocabularies/{table.encode().hex()}.arrow"
 
 
-ITEM_IDS = "items.arrow"  # name in `work` of the original ids of the catalogue, row after row
+ITEM_IDS = (
+    "items.arrow"  # name in `work` of the original ids of the catalogue, row after row
+)
 
 
 def _find_strings(values: pa.Array, known: pa.Array) -> np.ndarray:
     """NumPy would search only a copy of `known` as Python objects; taking the middles leaves it where it is mapped."""
-    low, high = np.zeros(len(values), np.int64), np.full(len(values), len(known))  # the first that is not less
+    low, high = (
+        np.zeros(len(values), np.int64),
+        np.full(len(values), len(known)),
+    )  # the first that is not less
     while (low < high).any():
         middle = (low + high) // 2
-        less = pc.less(known.take(pa.array(np.minimum(middle, len(known) - 1))), values).to_numpy(zero_copy_only=False)
+        less = pc.less(
+            known.take(pa.array(np.minimum(middle, len(known) - 1))), values
+        ).to_numpy(zero_copy_only=False)
         less &= low < high
-        low, high = np.where(less, middle + 1, low), np.where(less, high, np.where(low < high, middle, high))
+        low, high = (
+            np.where(less, middle + 1, low),
+            np.where(less, high, np.where(low < high, middle, high)),
+        )
     at = np.minimum(low, len(known) - 1)
-    return np.where(pc.equal(known.take(pa.array(at)), values).to_numpy(zero_copy_only=False), at, -1)
+    return np.where(
+        pc.equal(known.take(pa.array(at)), values).to_numpy(zero_copy_only=False),
+        at,
+        -1,
+    )

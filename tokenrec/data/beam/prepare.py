@@ -38,7 +38,7 @@ from tokenrec.data.preparation.intake import BLOCK_ROWS, check_rows
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.preparation.partition import Tally
 from tokenrec.data.preparation.staging import staged
-from tokenrec.data.source import SPLITS, PartedSource, Source
+from tokenrec.data.source import SPLITS, PartitionedSource, Source
 from tokenrec.data.vocabulary import TableValues, load_vocabulary, value_tables
 from tokenrec.errors import InputError
 
@@ -60,7 +60,7 @@ def prepare_with_beam(
     Of more than one partition, shards hold users in another order, and means and deviations differ by rounding.
 
     Args:
-      source: the raw log; it must come in parts (`PartedSource`), and none of its user features may be a text.
+      source: the raw log; it must come in parts (`PartitionedSource`), and none of its user features may be a text.
       out: folder to make, on a disk of this machine.
       chunk_events, overlap, overwrite: as in `prepare`.
       work: folder or bucket address for temporary files that this machine and all workers see; default: within `out`.
@@ -77,7 +77,10 @@ def prepare_with_beam(
     with staged(Path(out), overwrite) as folder:
         checksums = checksums_of(source.provenance)
         # A name of its own for each run: a process keeps open what it has mapped (exchange.load_values).
-        place = epath.Path(folder if work is None else work) / f"{Path(out).name}.work-{uuid.uuid4().hex}"
+        place = (
+            epath.Path(folder if work is None else work)
+            / f"{Path(out).name}.work-{uuid.uuid4().hex}"
+        )
         place.mkdir(parents=True)
         try:
             metadata = _prepare(
@@ -96,7 +99,7 @@ def prepare_with_beam(
 
 
 def _prepare(
-    source: PartedSource,
+    source: PartitionedSource,
     folder: Path,
     work: str,
     checksums: dict[str, str],
@@ -114,11 +117,16 @@ def _prepare(
     if found.rows is None:
         check_rows(0, False)
         raise AssertionError
-    check_rows(found.rows.rows, any(d.table is None and d.trained.any() for d in found.distinct))
+    check_rows(
+        found.rows.rows,
+        any(d.table is None and d.trained.any() for d in found.distinct),
+    )
     source.check_times(found.rows.earliest, found.rows.latest)
     if not found.rows.splits:
         raise InputError(NOTHING_TO_LEARN)
-    user_id_type = _one_type("rows(): column 'user_id'", [count.type for count in found.users])
+    user_id_type = _one_type(
+        "rows(): column 'user_id'", [count.type for count in found.users]
+    )
     _take_in(found.distinct, items, tables)
 
     moments = [Moments(schema.group("user")), Moments(schema.group("catalogue"))]
@@ -134,21 +142,33 @@ def _prepare(
     save_values(work, ITEM_IDS, np.sort(items.index.values()))
     key_types = {"user_id": user_id_type, "item_id": items.index.type}
     tally = Tally.empty(schema)
-    tally.counts["items"], tally.counts["users"] = items.index.size, sum(count.users for count in found.users)
+    tally.counts["items"], tally.counts["users"] = (
+        items.index.size,
+        sum(count.users for count in found.users),
+    )
     del items, finals
 
-    partitions = builder.count_partitions(schema, found.rows.rows, partition_bytes or builder.PARTITION_BYTES)
-    job = builder.Job(schema, settings["chunk_events"], settings["overlap"], partitions, work)
+    partitions = builder.count_partitions(
+        schema, found.rows.rows, partition_bytes or builder.PARTITION_BYTES
+    )
+    job = builder.BuildOptions(
+        schema, settings["chunk_events"], settings["overlap"], partitions, work
+    )
     splits = [name for name in SPLITS if name in found.rows.splits]
     shards, built, reports = builder.build(source, job, splits, user_id_type, options)
     for report in reports:
         tally.merge(report.tally)
-    sizes = {name: [r.sizes[name] for r in reports if name in r.sizes] for name in splits}
+    sizes = {
+        name: [r.sizes[name] for r in reports if name in r.sizes] for name in splits
+    }
     write_chunk_index(folder, sizes)
     for name in splits:
         for shard in range(len(shards[name].lengths)):
             target = records.shard_path(folder, name, shard, len(shards[name].lengths))
-            with (epath.Path(built) / target.name).open("rb") as written, target.open("wb") as file:
+            with (
+                (epath.Path(built) / target.name).open("rb") as written,
+                target.open("wb") as file,
+            ):
                 shutil.copyfileobj(written, file)
     metadata = describe(
         folder,
@@ -167,8 +187,10 @@ def _prepare(
     return metadata
 
 
-def _parted(source: Source) -> PartedSource:
-    if not all(hasattr(source, name) for name in ("row_parts", "user_parts", "check_times")):
+def _parted(source: Source) -> PartitionedSource:
+    if not all(
+        hasattr(source, name) for name in ("row_parts", "user_parts", "check_times")
+    ):
         raise InputError(
             f"source '{source.provenance.name}' does not come in parts, so --beam cannot read it; leave --beam out, or "
             f"write its rows to Parquet files and use the source delimited"
@@ -182,23 +204,31 @@ def _parted(source: Source) -> PartedSource:
     return source  # type: ignore[return-value]
 
 
-def _take_in(distinct: Sequence[Distinct], items: Entities, tables: dict[str, TableValues]) -> None:
+def _take_in(
+    distinct: Sequence[Distinct], items: Entities, tables: dict[str, TableValues]
+) -> None:
     """Adds the values that the scan found to the items and the tables, and marks those of training rows."""
     for name in dict.fromkeys(d.table for d in distinct):
         where = "rows(): column 'item_id'" if name is None else f"table '{name}'"
         known = [] if name is not None or not items.index.type else [items.index.type]
         _one_type(where, [*known, *(d.type for d in distinct if d.table == name)])
     for found in distinct:
-        values = pa.array(found.values, pa.string() if found.type == "string" else pa.int64())
+        values = pa.array(
+            found.values, pa.string() if found.type == "string" else pa.int64()
+        )
         if found.table is None:
             items.trained.add(items.codes(values, "rows()", 0)[found.trained])
         else:
-            tables[found.table].mark(tables[found.table].provisional(values, f"table '{found.table}'"))
+            tables[found.table].mark(
+                tables[found.table].provisional(values, f"table '{found.table}'")
+            )
     items.complete()
 
 
 def _one_type(where: str, types: Sequence[str]) -> str:
     different = sorted({kind for kind in types if kind})
     if len(different) > 1:
-        raise InputError(f"{where} holds {' values here and '.join(different)} values there; give it one type")
+        raise InputError(
+            f"{where} holds {' values here and '.join(different)} values there; give it one type"
+        )
     return different[0]

@@ -14,21 +14,30 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.beam.engine import beam_library
-from tokenrec.data.beam.shared_files import load, save
-from tokenrec.data.beam.users import LogBlock, UserBlock, gather_users, read_users, spread_log, spread_users
+from tokenrec.data.beam.shared_files import load, save_records
+from tokenrec.data.beam.users import (
+    LogBlock,
+    UserBlock,
+    gather_users,
+    read_users,
+    spread_log,
+    spread_users,
+)
 from tokenrec.data.log import SCORED
 from tokenrec.data.preparation.chunks import TRAIN
 from tokenrec.data.preparation.intake import RowEncoder, blocks
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import Schema
-from tokenrec.data.source import SPLITS, Part, PartedSource
+from tokenrec.data.source import SPLITS, LogPart, PartitionedSource
 from tokenrec.data.vocabulary import Marks, ValueIndex
 from tokenrec.errors import InputError
 
 USER_PARTITIONS = 256
 _ITEMS, _TABLE = "items", "table"
 
-Values = tuple[np.ndarray, np.ndarray]  # distinct values, int64 or object, and which of them training rows use
+Values = tuple[
+    np.ndarray, np.ndarray
+]  # distinct values, int64 or object, and which of them training rows use
 
 
 class Distinct(NamedTuple):
@@ -66,7 +75,12 @@ class Scan(NamedTuple):
     distinct: list[Distinct]
 
 
-def scan(source: PartedSource, work: str, options: Any, user_partitions: int = USER_PARTITIONS) -> Scan:
+def scan(
+    source: PartitionedSource,
+    work: str,
+    options: Any,
+    user_partitions: int = USER_PARTITIONS,
+) -> Scan:
     """Runs the pass on Apache Beam; `work` is a folder that all workers see.
 
     Raises:
@@ -80,19 +94,27 @@ def scan(source: PartedSource, work: str, options: Any, user_partitions: int = U
             pipeline
             | "Row parts" >> beam.Create(list(enumerate(source.row_parts())))
             | "Spread row parts" >> beam.Reshuffle()
-            | "Scan rows" >> beam.FlatMap(_scan_rows, schema, user_partitions).with_outputs("problems", *tags)
+            | "Scan rows"
+            >> beam.FlatMap(_scan_rows, schema, user_partitions).with_outputs(
+                "problems", *tags
+            )
         )
         table = (
             pipeline
             | "User parts" >> beam.Create(list(enumerate(source.user_parts())))
             | "Spread user parts" >> beam.Reshuffle()
             | "Scan user table"
-            >> beam.FlatMap(spread_user_part, schema, user_partitions).with_outputs("problems", "users")
+            >> beam.FlatMap(spread_user_part, schema, user_partitions).with_outputs(
+                "problems", "users"
+            )
         )
         users = (
             {"table": table.users, "log": rows.users}
             | "Join users" >> beam.CoGroupByKey()
-            | "Scan users" >> beam.FlatMap(_scan_users, schema).with_outputs("problems", "values", "counted")
+            | "Scan users"
+            >> beam.FlatMap(_scan_users, schema).with_outputs(
+                "problems", "values", "counted"
+            )
         )
         _ = (
             (rows.values, users.values)
@@ -100,7 +122,11 @@ def scan(source: PartedSource, work: str, options: Any, user_partitions: int = U
             | "Distinct" >> beam.CombinePerKey(_union)
             | "Save values" >> beam.Map(_save_values, work)
         )
-        _ = rows.counted | "Count" >> beam.CombineGlobally(_sum) | "Save count" >> beam.Map(_save, work, "rows")
+        _ = (
+            rows.counted
+            | "Count" >> beam.CombineGlobally(_sum)
+            | "Save count" >> beam.Map(_save, work, "rows")
+        )
         _ = (
             users.counted
             | "All user counts" >> beam.combiners.ToList()
@@ -109,11 +135,15 @@ def scan(source: PartedSource, work: str, options: Any, user_partitions: int = U
         save_first_problem((table.problems, rows.problems, users.problems), work)
     raise_problem(work)
     counted = next(load(work, "scan/rows"), None)
-    users_counted = sorted(next(load(work, "scan/users"), ()), key=lambda u: u.partition)
+    users_counted = sorted(
+        next(load(work, "scan/users"), ()), key=lambda u: u.partition
+    )
     return Scan(counted, users_counted, list(load(work, "scan/values")))
 
 
-def spread_user_part(numbered: tuple[int, Part], schema: Schema, partitions: int) -> Iterator[Any]:
+def spread_user_part(
+    numbered: tuple[int, LogPart], schema: Schema, partitions: int
+) -> Iterator[Any]:
     """Blocks of a part of the table of users by partition, tagged "users"; a problem of the input, "problems"."""
     tagged = _tagger()
     try:
@@ -133,7 +163,8 @@ def save_first_problem(problems: Sequence[Any], work: str) -> None:
     _ = (
         problems
         | "All problems" >> beam.Flatten()
-        | "First problem" >> beam.CombineGlobally(functools.partial(min, default=None)).without_defaults()
+        | "First problem"
+        >> beam.CombineGlobally(functools.partial(min, default=None)).without_defaults()
         | "Save problem" >> beam.Map(_save, work, "problem")
     )
 
@@ -144,7 +175,9 @@ def raise_problem(work: str) -> None:
         raise InputError(message)
 
 
-def _scan_rows(numbered: tuple[int, Part], schema: Schema, partitions: int) -> Iterator[Any]:
+def _scan_rows(
+    numbered: tuple[int, LogPart], schema: Schema, partitions: int
+) -> Iterator[Any]:
     tagged = _tagger()
     number, part = numbered
     first = 0
@@ -158,11 +191,26 @@ def _scan_rows(numbered: tuple[int, Part], schema: Schema, partitions: int) -> I
             for name, table in encoder.tables.items():
                 if table.index.type:
                     known, _ = table.finish()
-                    yield tagged("values", ((_TABLE, name, table.index.type), (known, np.ones(len(known), bool))))
+                    yield tagged(
+                        "values",
+                        (
+                            (_TABLE, name, table.index.type),
+                            (known, np.ones(len(known), bool)),
+                        ),
+                    )
             items = encoder.items
-            yield tagged("values", ((_ITEMS, "", items.index.type), (items.index.values(), items.in_training())))
+            yield tagged(
+                "values",
+                (
+                    (_ITEMS, "", items.index.type),
+                    (items.index.values(), items.in_training()),
+                ),
+            )
             users = pa.array(encoder.users.index.values())
-            for piece in spread_log(LogBlock((number, first), users, encoder.users.in_training()), partitions):
+            for piece in spread_log(
+                LogBlock((number, first), users, encoder.users.in_training()),
+                partitions,
+            ):
                 yield tagged("users", piece)
             yield tagged("counted", _count(out))
             first += batch.num_rows
@@ -170,7 +218,9 @@ def _scan_rows(numbered: tuple[int, Part], schema: Schema, partitions: int) -> I
         yield tagged("problems", ((1, number), str(error)))
 
 
-def _scan_users(grouped: tuple[int, dict[str, Iterable[Any]]], schema: Schema) -> Iterator[Any]:
+def _scan_users(
+    grouped: tuple[int, dict[str, Iterable[Any]]], schema: Schema
+) -> Iterator[Any]:
     tagged = _tagger()
     partition, group = grouped
     table: Iterable[UserBlock] = group["table"]
@@ -185,10 +235,15 @@ def _scan_users(grouped: tuple[int, dict[str, Iterable[Any]]], schema: Schema) -
     for name, values in tables.items():
         if values.index.type:
             known, _ = values.finish()
-            yield tagged("values", ((_TABLE, name, values.index.type), (known, np.ones(len(known), bool))))
+            yield tagged(
+                "values",
+                ((_TABLE, name, values.index.type), (known, np.ones(len(known), bool))),
+            )
     moments = Moments(users.features)
     moments.add(users.dense[users.in_training()])
-    yield tagged("counted", UserCount(partition, users.index.size, users.index.type, moments))
+    yield tagged(
+        "counted", UserCount(partition, users.index.size, users.index.type, moments)
+    )
 
 
 def _tagger() -> Any:
@@ -223,9 +278,9 @@ def _union(parts: Iterable[Values]) -> Values:
 def _save_values(keyed: tuple[tuple[str, str, str], Values], work: str) -> None:
     (what, name, kind), (values, trained) = keyed
     found = Distinct(name if what == _TABLE else None, kind, values, trained)
-    save(work, f"scan/values/{what}-{name.encode().hex()}-{kind}", found)
+    save_records(work, f"scan/values/{what}-{name.encode().hex()}-{kind}", found)
 
 
 def _save(value: Any, work: str, name: str) -> None:
     if value is not None:
-        save(work, f"scan/{name}/all", value)
+        save_records(work, f"scan/{name}/all", value)

@@ -20,7 +20,7 @@ import pyarrow as pa
 from etils import epath
 
 
-def save(work: str, name: str, value: Any) -> None:
+def save_records(work: str, name: str, value: Any) -> None:
     """Pickles `value` to `work/name`. Of two workers that do the same work, either file is right."""
     path = epath.Path(work) / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def save(work: str, name: str, value: Any) -> None:
 
 
 def load(work: str, folder: str) -> Iterator[Any]:
-    """What `save` wrote to `work/folder`, by name."""
+    """What `save_records` wrote to `work/folder`, by name."""
     directory = epath.Path(work) / folder
     if directory.exists():
         for path in sorted(directory.iterdir(), key=lambda p: p.name):
@@ -40,11 +40,16 @@ def load(work: str, folder: str) -> Iterator[Any]:
 
 def save_values(work: str, name: str, values: np.ndarray) -> None:
     """Writes distinct values, sorted, `[n]` int64 or object (strings), for `load_values`."""
-    array = pa.array(values, pa.large_string() if values.dtype == object else pa.int64())
+    array = pa.array(
+        values, pa.large_string() if values.dtype == object else pa.int64()
+    )
     batch = pa.record_batch({"value": array})
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder, "values.arrow")
-        with pa.OSFile(os.fspath(local), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+        with (
+            pa.OSFile(os.fspath(local), "wb") as file,
+            pa.ipc.new_file(file, batch.schema) as writer,
+        ):
             writer.write_batch(batch)
         path = epath.Path(work) / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,11 +13,13 @@ from tokenrec.data.preparation.encode import check_columns, encode_features, joi
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.intake import BLOCK_ROWS, blocks
 from tokenrec.data.schema import Schema
-from tokenrec.data.source import Part
+from tokenrec.data.source import LogPart
 from tokenrec.data.vocabulary import TableValues, canonical, value_tables
 from tokenrec.errors import InputError
 
-Place = tuple[int, int]  # number of the part, and of the block's first row in it: the order of the local path
+Place = tuple[
+    int, int
+]  # number of the part, and of the block's first row in it: the order of the local path
 
 
 class UserBlock(NamedTuple):
@@ -37,7 +39,7 @@ class LogBlock(NamedTuple):
     rows: np.ndarray
 
 
-def read_users(numbered: tuple[int, Part], schema: Schema) -> Iterator[UserBlock]:
+def read_users(numbered: tuple[int, LogPart], schema: Schema) -> Iterator[UserBlock]:
     """The blocks of a part of the source's table of users, checked.
 
     Raises:
@@ -47,25 +49,43 @@ def read_users(numbered: tuple[int, Part], schema: Schema) -> Iterator[UserBlock
     features, first = schema.group("user"), 0
     for batch in blocks(part.read()):
         try:
-            check_columns(batch.schema.names, list(dict.fromkeys(["user_id", *(f.name for f in features)])), "users()")
+            check_columns(
+                batch.schema.names,
+                list(dict.fromkeys(["user_id", *(f.name for f in features)])),
+                "users()",
+            )
             Entities("user_id", (), {}).codes(batch.column("user_id"), "users()", first)
             encode_features(batch, features, value_tables(features), "users()", first)
         except InputError as error:
             raise InputError(f"{part.name}: {error}") from error
-        yield UserBlock((number, first), part.name, np.arange(first, first + batch.num_rows), batch)
+        yield UserBlock(
+            (number, first), part.name, np.arange(first, first + batch.num_rows), batch
+        )
         first += batch.num_rows
 
 
 def spread_users(block: UserBlock, partitions: int) -> Iterator[tuple[int, UserBlock]]:
     """The block's rows by partition of the user."""
-    for partition, chosen in _split(partition_of(block.batch.column("user_id"), partitions)):
-        yield partition, block._replace(numbers=block.numbers[chosen], batch=block.batch.take(pa.array(chosen)))
+    for partition, chosen in _split(
+        partition_of(block.batch.column("user_id"), partitions)
+    ):
+        yield (
+            partition,
+            block._replace(
+                numbers=block.numbers[chosen], batch=block.batch.take(pa.array(chosen))
+            ),
+        )
 
 
 def spread_log(block: LogBlock, partitions: int) -> Iterator[tuple[int, LogBlock]]:
     """The block's rows by partition of the user."""
     for partition, chosen in _split(partition_of(block.user_id, partitions)):
-        yield partition, block._replace(user_id=block.user_id.take(pa.array(chosen)), rows=block.rows[chosen])
+        yield (
+            partition,
+            block._replace(
+                user_id=block.user_id.take(pa.array(chosen)), rows=block.rows[chosen]
+            ),
+        )
 
 
 def partition_of(user_id: pa.Array, partitions: int) -> np.ndarray:
@@ -75,7 +95,9 @@ def partition_of(user_id: pa.Array, partitions: int) -> np.ndarray:
         hashed = _mix(user_id.to_numpy().view(np.uint64))
     else:
         encoded = user_id.dictionary_encode()
-        distinct = [zlib.crc32(value.encode()) for value in encoded.dictionary.to_pylist()]
+        distinct = [
+            zlib.crc32(value.encode()) for value in encoded.dictionary.to_pylist()
+        ]
         hashed = _mix(np.array(distinct, np.uint64))[encoded.indices.to_numpy()]
     return (hashed % np.uint64(partitions)).astype(np.int64)
 
@@ -97,18 +119,31 @@ def gather_users(
     ordered = sorted(table, key=lambda block: block.place)
     if ordered:
         _refuse_repeats(ordered)
-        users.read(pa.Table.from_batches([join([b.batch for b in ordered], "users()")]), "users()", BLOCK_ROWS)
+        users.read(
+            pa.Table.from_batches([join([b.batch for b in ordered], "users()")]),
+            "users()",
+            BLOCK_ROWS,
+        )
     blocks_of_log = sorted(log, key=lambda block: block.place)
-    numbered = [(block, users.codes(block.user_id, "rows()", block.place[1])) for block in blocks_of_log]
+    numbered = [
+        (block, users.codes(block.user_id, "rows()", block.place[1]))
+        for block in blocks_of_log
+    ]
     return users, tables, numbered
 
 
 def _refuse_repeats(ordered: Sequence[UserBlock]) -> None:
     seen: set[object] = set()
     for block in ordered:
-        for value, number in zip(block.batch.column("user_id").to_pylist(), block.numbers.tolist(), strict=True):
+        for value, number in zip(
+            block.batch.column("user_id").to_pylist(),
+            block.numbers.tolist(),
+            strict=True,
+        ):
             if value in seen:
-                raise InputError(f"{block.part}: users(): user_id={value!r} occurs twice (row {number}); keep one")
+                raise InputError(
+                    f"{block.part}: users(): user_id={value!r} occurs twice (row {number}); keep one"
+                )
             seen.add(value)
 
 

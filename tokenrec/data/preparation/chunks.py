@@ -22,12 +22,16 @@ class Cut(NamedTuple):
     repeated: np.ndarray
 
 
-def order_rows(user: np.ndarray, time: np.ndarray, request: np.ndarray, item: np.ndarray) -> np.ndarray:
+def order_rows(
+    user: np.ndarray, time: np.ndarray, request: np.ndarray, item: np.ndarray
+) -> np.ndarray:
     """Order by user, time, request, item; rows equal in all of these stay in the order they came in."""
     return np.lexsort((item, request, time, user))
 
 
-def first_of_repeats(user: np.ndarray, time: np.ndarray, item: np.ndarray, scored: np.ndarray) -> np.ndarray:
+def first_of_repeats(
+    user: np.ndarray, time: np.ndarray, item: np.ndarray, scored: np.ndarray
+) -> np.ndarray:
     """`[n] bool`, False for a row that repeats the (user, time, item, scored) of an earlier one."""
     keys = (scored, item, time, user)
     order = np.lexsort(keys)
@@ -76,11 +80,15 @@ def cut_chunks(
     after at most `overlap` of the latest events before them. Events of earlier splits are history, wherever they fall.
     """
     event, inside = (flags & EVENT) > 0, split == wanted_split
-    users = np.flatnonzero(np.diff(user, prepend=user[:1] - 1))  # first row of each user
+    users = np.flatnonzero(
+        np.diff(user, prepend=user[:1] - 1)
+    )  # first row of each user
     if not len(users):
         return Cut(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, bool))
     counts = np.diff(users, append=len(user))
-    matters = inside & ((flags & (EVENT | SCORED | LEARNED if wanted_split == TRAIN else SCORED)) > 0)
+    matters = inside & (
+        (flags & (EVENT | SCORED | LEARNED if wanted_split == TRAIN else SCORED)) > 0
+    )
     has_chunks = np.repeat(np.logical_or.reduceat(matters, users), counts)
     rows = np.flatnonzero(has_chunks & (inside | (event & (split < wanted_split))))
     if not len(rows):
@@ -100,13 +108,18 @@ def cut_chunks(
     ranges = np.zeros((len(segment), 4), np.int64)
     ranges[:, 2], ranges[:, 3] = begin, end
     if not whole.all():
-        boundary = np.flatnonzero((np.diff(user, prepend=user[:1] - 1) != 0) | (np.diff(time, prepend=time[:1]) != 0))
+        boundary = np.flatnonzero(
+            (np.diff(user, prepend=user[:1] - 1) != 0)
+            | (np.diff(time, prepend=time[:1]) != 0)
+        )
         boundary = np.append(boundary, len(rows))
         new_before = np.concatenate([[0], np.cumsum(new)])
         parts = [
             ranges[i : i + 1]
             if whole[i]
-            else _cut_long(begin[i], end[i], events, boundary, new_before, chunk_events, overlap)
+            else _cut_long(
+                begin[i], end[i], events, boundary, new_before, chunk_events, overlap
+            )
             for i in range(len(segment))
         ]
         ranges = np.concatenate(parts)
@@ -134,11 +147,18 @@ def _cut_long(
     at = int(begin)
     while at < end:
         # The last place that leaves at most chunk_events new rows, moved back to the start of its group of equal time.
-        stop = int(np.searchsorted(new_before, new_before[at] + chunk_events, side="right")) - 1
+        stop = (
+            int(
+                np.searchsorted(new_before, new_before[at] + chunk_events, side="right")
+            )
+            - 1
+        )
         stop = min(stop, int(end))
         if stop < end:
             stop = int(boundary[np.searchsorted(boundary, stop, side="right") - 1])
-            if new_before[max(stop, at)] == new_before[at]:  # the next group alone is larger than a chunk
+            if (
+                new_before[max(stop, at)] == new_before[at]
+            ):  # the next group alone is larger than a chunk
                 grown = int(np.searchsorted(new_before, new_before[at] + 1))
                 stop = min(int(boundary[np.searchsorted(boundary, grown)]), int(end))
         high = int(np.searchsorted(events, at)) if out else 0

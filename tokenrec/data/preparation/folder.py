@@ -19,8 +19,20 @@ from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import TEXT_TABLE, Feature, Schema
 from tokenrec.data.source import Provenance
-from tokenrec.data.tokenizer import TOKENIZER_FILE, save_tokenizer, table_rows, tokenizers_library, train_tokenizer
-from tokenrec.data.vocabulary import TableValues, load_vocabulary, save_vocabulary, semantic_rows, value_tables
+from tokenrec.data.tokenizer import (
+    TOKENIZER_FILE,
+    save_tokenizer,
+    table_rows,
+    tokenizers_library,
+    train_tokenizer,
+)
+from tokenrec.data.vocabulary import (
+    TableValues,
+    load_vocabulary,
+    save_vocabulary,
+    semantic_rows,
+    value_tables,
+)
 from tokenrec.errors import InputError
 
 LONGEST_ITEM_ID = 1024  # characters
@@ -29,7 +41,10 @@ NOTHING_TO_LEARN = "rows(): no row is an event, scored, or has a label, so there
 
 def check_options(schema: Schema, chunk_events: int, overlap: int) -> None:
     """Raises an InputError if an option is too small, or the library that the schema's texts need is missing."""
-    for name, value, least in (("chunk_events", chunk_events, 1), ("overlap", overlap, 0)):
+    for name, value, least in (
+        ("chunk_events", chunk_events, 1),
+        ("overlap", overlap, 0),
+    ):
         if value < least:
             raise InputError(f"{name}={value} must be at least {least}")
     if any(f.kind == "text" for f in schema.features):
@@ -46,8 +61,12 @@ def checksums_of(provenance: Provenance) -> dict[str, str]:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise InputError(f"source: cannot read '{os.fspath(path)}': {error.strerror}") from error
-        out[f"{path.parent.name}/{path.name}" if path.name in twice else path.name] = digest
+            raise InputError(
+                f"source: cannot read '{os.fspath(path)}': {error.strerror}"
+            ) from error
+        out[f"{path.parent.name}/{path.name}" if path.name in twice else path.name] = (
+            digest
+        )
     return out
 
 
@@ -67,7 +86,9 @@ def write_vocabularies(
     return finals, rows
 
 
-def write_tokenizer(folder: Path, schema: Schema, entities: Sequence[Entities]) -> dict[str, int]:
+def write_tokenizer(
+    folder: Path, schema: Schema, entities: Sequence[Entities]
+) -> dict[str, int]:
     """Trains on the texts of training entities, if the schema has any, and gives every text its ids.
 
     Returns the rows of the table of all texts, by its name; nothing if the schema has no text.
@@ -75,7 +96,9 @@ def write_tokenizer(folder: Path, schema: Schema, entities: Sequence[Entities]) 
     codes = [f.codes for f in schema.features if f.kind == "text"]
     if not codes:
         return {}
-    tokenizer = train_tokenizer(itertools.chain(*(some.training_texts() for some in entities)), codes[0])
+    tokenizer = train_tokenizer(
+        itertools.chain(*(some.training_texts() for some in entities)), codes[0]
+    )
     for some in entities:
         some.encode_texts(tokenizer)
     save_tokenizer(tokenizer, folder)
@@ -90,7 +113,10 @@ def write_catalogue(folder: Path, items: Entities) -> np.ndarray:
     rows[order] = np.arange(len(order), dtype=np.int32)
     target = folder / ITEMS
     target.mkdir()
-    np.save(target / "item_id.npy", _fixed_width(values[order]) if values.dtype == object else values[order])
+    np.save(
+        target / "item_id.npy",
+        _fixed_width(values[order]) if values.dtype == object else values[order],
+    )
     np.save(target / "ids.npy", items.ids[order])
     np.save(target / "dense.npy", items.dense[order])
     return rows
@@ -99,7 +125,11 @@ def write_catalogue(folder: Path, items: Entities) -> np.ndarray:
 def _fixed_width(item_id: np.ndarray) -> np.ndarray:
     """Strings as NumPy stores them: each as wide as the longest, and filled up with NUL."""
     for value in item_id.tolist():
-        reason = f"{len(value)} characters, more than {LONGEST_ITEM_ID}" if len(value) > LONGEST_ITEM_ID else ""
+        reason = (
+            f"{len(value)} characters, more than {LONGEST_ITEM_ID}"
+            if len(value) > LONGEST_ITEM_ID
+            else ""
+        )
         if reason or value.endswith("\0"):
             raise InputError(
                 f"item_id={value[:40]!r} has {reason or 'a NUL at its end, which is not kept'}; give it another id"
@@ -111,7 +141,10 @@ def write_chunk_index(folder: Path, sizes: Mapping[str, Sequence[np.ndarray]]) -
     """Writes, for each split, the rows of each chunk, from arrays that follow one another."""
     (folder / records.INDEX).mkdir()
     for split, parts in sizes.items():
-        np.save(folder / records.INDEX / f"{split}.npy", np.concatenate(parts).astype(np.int64))
+        np.save(
+            folder / records.INDEX / f"{split}.npy",
+            np.concatenate(parts).astype(np.int64),
+        )
 
 
 def digest_ids(folder: Path, schema: Schema) -> str:
@@ -120,8 +153,13 @@ def digest_ids(folder: Path, schema: Schema) -> str:
     Of values and not of files, which another version of their library may write otherwise.
     """
     whole = hashlib.sha256()
-    values = {f"table {name}": load_vocabulary(folder, name) for name in value_tables(schema.features)}
-    values["items"] = np.load(folder / ITEMS / "item_id.npy", mmap_mode="r", allow_pickle=False)
+    values = {
+        f"table {name}": load_vocabulary(folder, name)
+        for name in value_tables(schema.features)
+    }
+    values["items"] = np.load(
+        folder / ITEMS / "item_id.npy", mmap_mode="r", allow_pickle=False
+    )
     for name, array in sorted(values.items()):
         whole.update(f"{name}: {len(array)} {array.dtype.kind}\n".encode())
         if array.dtype.kind == "i":
@@ -152,18 +190,30 @@ def describe(
     missing: dict[str, int] = {}
     for some in moments:
         normalised |= some.features()
-        missing |= {f"missing_train_{name}": count for name, count in some.missing.items() if count}
+        missing |= {
+            f"missing_train_{name}": count
+            for name, count in some.missing.items()
+            if count
+        }
     features = tuple(normalised.get(f.name, f) for f in schema.features)
-    chunks = {f"chunks_{split}": sum(written.lengths) for split, written in shards.items()}
+    chunks = {
+        f"chunks_{split}": sum(written.lengths) for split, written in shards.items()
+    }
     return Metadata(
         schema=dataclasses.replace(
-            schema, features=features, tables=tables, items=counts["items"], ids_digest=digest_ids(folder, schema)
+            schema,
+            features=features,
+            tables=tables,
+            items=counts["items"],
+            ids_digest=digest_ids(folder, schema),
         ),
         source=provenance.name,
         licence=provenance.licence,
         citation=provenance.citation,
         checksums=checksums,
-        counts=dict(sorted({**counts, **chunks, **missing, **provenance.counts}.items())),
+        counts=dict(
+            sorted({**counts, **chunks, **missing, **provenance.counts}.items())
+        ),
         options=dict(options),
         key_types=key_types,
     )

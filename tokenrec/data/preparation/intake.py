@@ -44,7 +44,10 @@ class RowEncoder:
         Raises:
           InputError: a column or a value is wrong; names it.
         """
-        features = {"row": self.schema.group("row"), "action": self.schema.group("action")}
+        features = {
+            "row": self.schema.group("row"),
+            "action": self.schema.group("action"),
+        }
         names = ["user_id", "item_id", "time_ms", "split", "event", "scored", "request"]
         names += [f"label_{t.name}" for t in self.schema.tasks]
         names += [f.name for group in features.values() for f in group]
@@ -57,13 +60,18 @@ class RowEncoder:
         row["time"] = encode.integers(batch, "time_ms", first)
         out["split"] = encode.integers(batch, "split", first, 0, len(SPLITS) - 1)
         row["request"] = encode.integers(batch, "request", first, -1)
-        event, scored = encode.flags(batch, "event", first), encode.flags(batch, "scored", first)
+        event, scored = (
+            encode.flags(batch, "event", first),
+            encode.flags(batch, "scored", first),
+        )
         row["flags"] = event * np.uint8(EVENT) | scored * np.uint8(SCORED)
         for i, task in enumerate(self.schema.tasks):
             row["labels"][:, i] = encode.labels(batch, f"label_{task.name}", first)
         train = out["split"] == TRAIN
         for group, members in features.items():
-            ids, dense = encode.encode_features(batch, members, self.tables, "rows()", first)
+            ids, dense = encode.encode_features(
+                batch, members, self.tables, "rows()", first
+            )
             row[f"{group}_ids"], row[f"{group}_dense"] = ids, dense
             for name, place in columns(members).ids.items():
                 table = self.tables.get(self.schema.feature(name).table_name)
@@ -104,7 +112,9 @@ def check_rows(rows: int, any_training: bool) -> None:
     if not rows:
         raise InputError("rows() is empty; a data set needs at least one row")
     if not any_training:
-        raise InputError("rows(): no row has split 0 (train), where vocabularies come from; move the split")
+        raise InputError(
+            "rows(): no row has split 0 (train), where vocabularies come from; move the split"
+        )
 
 
 def blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

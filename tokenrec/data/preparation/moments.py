@@ -48,7 +48,11 @@ class Moments:
             self.missing[name] += count
         for i in range(len(self._columns)):
             if not self._count[i]:  # as it is: the update below would round
-                self._count[i], self._mean[i], self._squares[i] = other._count[i], other._mean[i], other._squares[i]
+                self._count[i], self._mean[i], self._squares[i] = (
+                    other._count[i],
+                    other._mean[i],
+                    other._squares[i],
+                )
             elif other._count[i]:
                 self._add(i, other._count[i], other._mean[i], other._squares[i])
 
@@ -63,7 +67,15 @@ class Moments:
         """The dense features with `mean` and `deviation`; a constant one has deviation 1, an absent one mean 0 too."""
         out = {}
         for i, (f, _) in enumerate(self._columns):
-            deviation = float(np.sqrt(self._squares[i] / self._count[i])) if self._count[i] else 0.0
-            negligible = deviation <= 1e-7 * abs(float(self._mean[i]))  # float32 rounding of a constant
-            out[f.name] = dataclasses.replace(f, mean=float(self._mean[i]), deviation=1.0 if negligible else deviation)
+            deviation = (
+                float(np.sqrt(self._squares[i] / self._count[i]))
+                if self._count[i]
+                else 0.0
+            )
+            negligible = deviation <= 1e-7 * abs(
+                float(self._mean[i])
+            )  # float32 rounding of a constant
+            out[f.name] = dataclasses.replace(
+                f, mean=float(self._mean[i]), deviation=1.0 if negligible else deviation
+            )
         return out

@@ -11,7 +11,14 @@ import numpy as np
 
 from tokenrec.data import records
 from tokenrec.data.log import EVENT, LEARNED, SCORED
-from tokenrec.data.preparation.chunks import TRAIN, check_requests, cut_chunks, first_of_repeats, learned, order_rows
+from tokenrec.data.preparation.chunks import (
+    TRAIN,
+    check_requests,
+    cut_chunks,
+    first_of_repeats,
+    learned,
+    order_rows,
+)
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import Schema
@@ -28,7 +35,9 @@ class Tally:
 
     @staticmethod
     def empty(schema: Schema) -> Tally:
-        return Tally(Counter(), Moments(schema.group("row")), Moments(schema.group("action")))
+        return Tally(
+            Counter(), Moments(schema.group("row")), Moments(schema.group("action"))
+        )
 
     def merge(self, other: Tally) -> None:
         """Adds what `other` counted."""
@@ -37,7 +46,7 @@ class Tally:
         self.action.merge(other.action)
 
 
-class Run(NamedTuple):
+class ChunkRun(NamedTuple):
     """Chunks of one split, back to back. `rows: [n]` of `row_dtype`, `start: [U + 1]`, `user: [U]` codes."""
 
     split: str
@@ -48,7 +57,9 @@ class Run(NamedTuple):
 
 def part_dtype(schema: Schema) -> np.dtype:
     """A row on its way to a chunk: the code of its user, its split, and its columns."""
-    return np.dtype([("user", "<i4"), ("split", "u1"), ("row", records.row_dtype(schema))])
+    return np.dtype(
+        [("user", "<i4"), ("split", "u1"), ("row", records.row_dtype(schema))]
+    )
 
 
 def finish(part: np.ndarray, schema: Schema, tally: Tally) -> np.ndarray:
@@ -60,7 +71,9 @@ def finish(part: np.ndarray, schema: Schema, tally: Tally) -> np.ndarray:
     row = part["row"]
     part = part[order_rows(part["user"], row["time"], row["request"], row["item"])]
     row = part["row"]
-    first = first_of_repeats(part["user"], row["time"], row["item"], row["flags"] & SCORED)
+    first = first_of_repeats(
+        part["user"], row["time"], row["item"], row["flags"] & SCORED
+    )
     tally.counts["repeats_dropped"] += int((~first).sum())
     part = part[first]
     split, row = part["split"], part["row"]
@@ -71,9 +84,13 @@ def finish(part: np.ndarray, schema: Schema, tally: Tally) -> np.ndarray:
         scored = inside & ((row["flags"] & SCORED) > 0)
         tally.counts[f"rows_{name}"] += int(inside.sum())
         tally.counts[f"scored_{name}"] += int(scored.sum())
-        tally.counts[f"events_{name}"] += int((inside & ((row["flags"] & EVENT) > 0)).sum())
+        tally.counts[f"events_{name}"] += int(
+            (inside & ((row["flags"] & EVENT) > 0)).sum()
+        )
         for i, task in enumerate(schema.tasks):
-            tally.counts[f"positives_{name}_{task.name}"] += int((row["labels"][scored, i] == 1).sum())
+            tally.counts[f"positives_{name}_{task.name}"] += int(
+                (row["labels"][scored, i] == 1).sum()
+            )
     tally.counts["learned_train"] += int(((row["flags"] & LEARNED) > 0).sum())
     train = split == TRAIN
     tally.row.add(row["row_dense"][train])
@@ -81,15 +98,17 @@ def finish(part: np.ndarray, schema: Schema, tally: Tally) -> np.ndarray:
     return part
 
 
-def cut(part: np.ndarray, chunk_events: int, overlap: int) -> Iterator[Run]:
+def cut(part: np.ndarray, chunk_events: int, overlap: int) -> Iterator[ChunkRun]:
     """Chunks of what `finish` returned, for each split that has any."""
     user, split, row = part["user"], part["split"], part["row"]
     for number, name in enumerate(SPLITS):
-        found = cut_chunks(user, row["time"], split, row["flags"], number, chunk_events, overlap)
+        found = cut_chunks(
+            user, row["time"], split, row["flags"], number, chunk_events, overlap
+        )
         if len(found.rows):
             rows = row[found.rows]
             rows["flags"][found.repeated] = EVENT
-            yield Run(name, rows, found.start, user[found.rows[found.start[:-1]]])
+            yield ChunkRun(name, rows, found.start, user[found.rows[found.start[:-1]]])
 
 
 def user_rows(users: Entities, schema: Schema) -> np.ndarray:
@@ -99,10 +118,14 @@ def user_rows(users: Entities, schema: Schema) -> np.ndarray:
     return out
 
 
-def chunks_of(run: Run, user_ids: np.ndarray, user_rows: np.ndarray) -> Iterator[records.Chunk]:
+def chunks_of(
+    run: ChunkRun, user_ids: np.ndarray, user_rows: np.ndarray
+) -> Iterator[records.Chunk]:
     """Chunks of a run. `user_ids: [users]` original ids and `user_rows: [users]` of `user_dtype`, both by code."""
     data, size = memoryview(run.rows.tobytes()), run.rows.dtype.itemsize
-    for begin, end, code in zip(run.start[:-1].tolist(), run.start[1:].tolist(), run.user.tolist(), strict=True):
+    for begin, end, code in zip(
+        run.start[:-1].tolist(), run.start[1:].tolist(), run.user.tolist(), strict=True
+    ):
         user_id = user_ids[code]
         yield records.Chunk(
             user_id if isinstance(user_id, str) else int(user_id),

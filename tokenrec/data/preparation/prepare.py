@@ -27,7 +27,14 @@ from tokenrec.data.preparation.folder import (
 )
 from tokenrec.data.preparation.intake import Intake
 from tokenrec.data.preparation.moments import Moments
-from tokenrec.data.preparation.partition import Run, Tally, chunks_of, cut, finish, user_rows
+from tokenrec.data.preparation.partition import (
+    ChunkRun,
+    Tally,
+    chunks_of,
+    cut,
+    finish,
+    user_rows,
+)
 from tokenrec.data.preparation.staging import scratch_folder, staged
 from tokenrec.data.source import SPLITS, Provenance, Source
 from tokenrec.errors import InputError
@@ -59,7 +66,11 @@ def prepare(
     check_options(source.schema, chunk_events, overlap)
     with staged(Path(out), overwrite) as folder:
         checksums = checksums_of(source.provenance)
-        work = folder / "scratch" if scratch is None else scratch_folder(Path(scratch), Path(out))
+        work = (
+            folder / "scratch"
+            if scratch is None
+            else scratch_folder(Path(scratch), Path(out))
+        )
         try:
             intake = Intake(source.schema, work)
             intake.read(source)
@@ -83,19 +94,33 @@ class _Output:
         self.table_rows: dict[str, int] = {}
         self.writers: dict[str, records.SplitWriter] = {}
         self.tally = Tally.empty(self.schema)
-        self.moments = [Moments(self.schema.group(group)) for group in ("user", "catalogue")]
+        self.moments = [
+            Moments(self.schema.group(group)) for group in ("user", "catalogue")
+        ]
 
     def write_entities(self) -> None:
         """Vocabularies, the tokenizer and the catalogue; from here on ids are final."""
-        for entities, moments in zip((self.users, self.items), self.moments, strict=True):
+        for entities, moments in zip(
+            (self.users, self.items), self.moments, strict=True
+        ):
             moments.add(entities.dense[entities.in_training()])
-        self.finals, self.table_rows = write_vocabularies(self.folder, self.schema, self.intake.encoder.tables)
-        self.table_rows |= write_tokenizer(self.folder, self.schema, (self.users, self.items))
+        self.finals, self.table_rows = write_vocabularies(
+            self.folder, self.schema, self.intake.encoder.tables
+        )
+        self.table_rows |= write_tokenizer(
+            self.folder, self.schema, (self.users, self.items)
+        )
         for entities in (self.users, self.items):
             to_final(entities.ids, entities.features, self.finals)
         self.item_rows = write_catalogue(self.folder, self.items)
-        self.tally.counts["items"], self.tally.counts["users"] = self.items.index.size, self.users.index.size
-        self.user_ids, self.user_rows = self.users.index.values(), user_rows(self.users, self.schema)
+        self.tally.counts["items"], self.tally.counts["users"] = (
+            self.items.index.size,
+            self.users.index.size,
+        )
+        self.user_ids, self.user_rows = (
+            self.users.index.values(),
+            user_rows(self.users, self.schema),
+        )
         self.items.ids, self.items.dense = self.items.ids[:0], self.items.dense[:0]
 
     def write_chunks(self, chunk_events: int, overlap: int) -> None:
@@ -107,7 +132,9 @@ class _Output:
                 row["item"] = self.item_rows[row["item"]]
                 for group in ("row", "action"):
                     to_final(row[f"{group}_ids"], self.schema.group(group), self.finals)
-                for run in cut(finish(part, self.schema, self.tally), chunk_events, overlap):
+                for run in cut(
+                    finish(part, self.schema, self.tally), chunk_events, overlap
+                ):
                     self._write(run)
                     sizes[run.split].append(np.diff(run.start))
             for writer in self.writers.values():
@@ -119,14 +146,19 @@ class _Output:
             raise InputError(NOTHING_TO_LEARN)
         write_chunk_index(self.folder, {name: sizes[name] for name in self.writers})
 
-    def _write(self, run: Run) -> None:
+    def _write(self, run: ChunkRun) -> None:
         if run.split not in self.writers:
             self.writers[run.split] = records.SplitWriter(self.folder, run.split)
         for chunk in chunks_of(run, self.user_ids, self.user_rows):
             self.writers[run.split].write(chunk)
 
-    def write_metadata(self, provenance: Provenance, checksums: dict[str, str], options: dict[str, int]) -> Metadata:
-        shards = {name: records.Shards(w.shard_lengths, w.num_bytes) for name, w in self.writers.items()}
+    def write_metadata(
+        self, provenance: Provenance, checksums: dict[str, str], options: dict[str, int]
+    ) -> Metadata:
+        shards = {
+            name: records.Shards(w.shard_lengths, w.num_bytes)
+            for name, w in self.writers.items()
+        }
         moments = (*self.moments, self.tally.row, self.tally.action)
         key_types = {e.key: e.index.type for e in (self.users, self.items)}
         metadata = describe(

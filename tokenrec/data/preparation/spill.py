@@ -18,8 +18,15 @@ class Partitions:
     that is larger than `limit` is split again by the next digit. Rows of a user keep their order.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype, limit: int, level: int = 0) -> None:
-        self._folder, self._dtype, self._limit, self._level = folder, dtype, limit, level
+    def __init__(
+        self, folder: Path, dtype: np.dtype, limit: int, level: int = 0
+    ) -> None:
+        self._folder, self._dtype, self._limit, self._level = (
+            folder,
+            dtype,
+            limit,
+            level,
+        )
         self._kept: list[np.ndarray] = []
         self._rows = 0
         self._counts = np.zeros(FAN_OUT, np.int64)
@@ -47,12 +54,18 @@ class Partitions:
             return
         for part in np.flatnonzero(self._counts):
             path = self._path(int(part))
-            if self._counts[part] <= self._limit or self._level + 1 == LEVELS or self._holds_one_user(path):
+            if (
+                self._counts[part] <= self._limit
+                or self._level + 1 == LEVELS
+                or self._holds_one_user(path)
+            ):
                 rows = np.fromfile(path, self._dtype)
                 path.unlink()
                 yield rows
                 continue
-            finer = Partitions(path.with_suffix(""), self._dtype, self._limit, self._level + 1)
+            finer = Partitions(
+                path.with_suffix(""), self._dtype, self._limit, self._level + 1
+            )
             for block in self._blocks(path):
                 finer.add(block)
             path.unlink()

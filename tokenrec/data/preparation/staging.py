@@ -31,12 +31,17 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"out='{out}': cannot make '{folder}': {error.strerror}; choose another folder") from error
+        raise InputError(
+            f"out='{out}': cannot make '{folder}': {error.strerror}; choose another folder"
+        ) from error
     try:
         yield folder
         _sync(folder)
         _publish(folder, out, overwrite)
-    except (OSError, RuntimeError) as error:  # ArrayRecordWriter reports a full disk as a RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # ArrayRecordWriter reports a full disk as a RuntimeError
         if not _is_full_disk(error):
             raise
         raise InputError(
@@ -58,10 +63,14 @@ def _check(out: Path, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     if not overwrite:
-        raise InputError(f"out='{out}' exists; give another folder, or overwrite it with --overwrite")
+        raise InputError(
+            f"out='{out}' exists; give another folder, or overwrite it with --overwrite"
+        )
     is_empty = out.is_dir() and not any(out.iterdir())
     if out.is_symlink() or not (is_empty or (out / METADATA_FILE).is_file()):
-        raise InputError(f"out='{out}' is not a prepared data set, so it is not overwritten; give another folder")
+        raise InputError(
+            f"out='{out}' is not a prepared data set, so it is not overwritten; give another folder"
+        )
 
 
 def _clean(out: Path) -> None:
@@ -113,7 +122,9 @@ def _is_full_disk(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in _FULL_DISK:
         return True
     text = str(error)  # ndarray.tofile says only "2000 requested and 512 written"
-    return any(os.strerror(code) in text for code in _FULL_DISK) or ("requested and" in text and "written" in text)
+    return any(os.strerror(code) in text for code in _FULL_DISK) or (
+        "requested and" in text and "written" in text
+    )
 
 
 def _is_alive(pid: int) -> bool:

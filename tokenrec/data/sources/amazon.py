@@ -52,30 +52,44 @@ class AmazonSource:
       InputError: a file is missing or does not hold what it should; names file and line.
     """
 
-    def __init__(self, root: Path, name: str, attributes: int = 8, held_out: int = 2) -> None:
+    def __init__(
+        self, root: Path, name: str, attributes: int = 8, held_out: int = 2
+    ) -> None:
         if attributes < 1:
-            raise InputError(f"attributes={attributes} must be at least 1; remove the file of attributes to have none")
+            raise InputError(
+                f"attributes={attributes} must be at least 1; remove the file of attributes to have none"
+            )
         if held_out not in (1, 2):
-            raise InputError(f"held_out={held_out} must be 2, valid and test, or 1, test alone")
+            raise InputError(
+                f"held_out={held_out} must be 2, valid and test, or 1, test alone"
+            )
         root, self._held_out = Path(root), held_out
         self._path = root / f"{name}.txt"
         if not self._path.is_file():
-            there = ", ".join(sorted(path.stem for path in root.glob("*.txt"))) or "none"
+            there = (
+                ", ".join(sorted(path.stem for path in root.glob("*.txt"))) or "none"
+            )
             raise InputError(
                 f"name='{name}': '{root}' holds no {self._path.name}, a line `user item item ...` per user; name one "
                 f"of its data sets ({there}), or the folder where S3-Rec's files lie"
             )
         described = root / f"{name}_item2attributes.json"
         files = (self._path, described) if described.is_file() else (self._path,)
-        counts = {"short_users": int((np.diff(self._sequences.start) <= held_out).sum())}
+        counts = {
+            "short_users": int((np.diff(self._sequences.start) <= held_out).sum())
+        }
         features = [Feature("item_id", "categorical", "item")]
         self._attributes: dict[int, list[int]] = {}
         if described in files:
             found = _read_attributes(described)
             longest = max(map(len, found.values()), default=0)
             length = min(max(longest, 1), attributes)
-            features.append(Feature("attributes", "multi_valued", "item", length=length))
-            counts["attributes_cut"] = sum(max(len(values) - length, 0) for values in found.values())
+            features.append(
+                Feature("attributes", "multi_valued", "item", length=length)
+            )
+            counts["attributes_cut"] = sum(
+                max(len(values) - length, 0) for values in found.values()
+            )
             self._attributes = {item: values[:length] for item, values in found.items()}
         self.schema = Schema(tuple(features), ())
         self.provenance = Provenance(
@@ -100,14 +114,22 @@ class AmazonSource:
         return pa.table(columns)
 
     def rows(self) -> Iterator[pa.RecordBatch]:
-        user, start, item = self._sequences.user, self._sequences.start, self._sequences.item
+        user, start, item = (
+            self._sequences.user,
+            self._sequences.start,
+            self._sequences.item,
+        )
         length = np.diff(start)
         for first in range(0, len(item), ROWS_PER_BATCH):
             row = np.arange(first, min(first + ROWS_PER_BATCH, len(item)))
             owner = np.searchsorted(start, row, side="right") - 1
             position, remaining = row - start[owner], start[owner + 1] - row
             # The last item is test, however many are held out.
-            held_out = np.where(remaining <= self._held_out, len(SPLITS) - remaining, SPLITS.index("train"))
+            held_out = np.where(
+                remaining <= self._held_out,
+                len(SPLITS) - remaining,
+                SPLITS.index("train"),
+            )
             held_out *= length[owner] > self._held_out
             yes = np.ones(len(row), bool)
             yield pa.RecordBatch.from_pydict(
@@ -153,10 +175,14 @@ def read_sequences(path: Path) -> Sequences:
             for field in fields:
                 if not field.isdigit() or int(field) > LARGEST_ID:
                     shown = field.decode(errors="replace")
-                    raise InputError(f"{place}: '{shown}' is not an id; ids are whole numbers from 0 to 2^63 - 1")
+                    raise InputError(
+                        f"{place}: '{shown}' is not an id; ids are whole numbers from 0 to 2^63 - 1"
+                    )
             user, *sequence = map(int, fields)
             if not sequence:
-                raise InputError(f"{place}: user {user} has no item; complete or remove the line")
+                raise InputError(
+                    f"{place}: user {user} has no item; complete or remove the line"
+                )
             if user in line_of:
                 raise InputError(
                     f"{place}: user {user} has a sequence in line {line_of[user]}; join the two, or renumber the user"
@@ -167,20 +193,32 @@ def read_sequences(path: Path) -> Sequences:
         raise InputError(f"{path} holds no sequence; a line is `user item item ...`")
     lengths = np.array([len(sequence) for sequence in items])
     return Sequences(
-        np.fromiter(line_of, np.int64, len(line_of)), np.concatenate(items), np.concatenate([[0], np.cumsum(lengths)])
+        np.fromiter(line_of, np.int64, len(line_of)),
+        np.concatenate(items),
+        np.concatenate([[0], np.cumsum(lengths)]),
     )
 
 
 def _read_attributes(path: Path) -> dict[int, list[int]]:
     """Item -> different attributes, in the order of the file."""
-    value = read_json(path, "attributes", "correct it, or remove it to have no attributes")
+    value = read_json(
+        path, "attributes", "correct it, or remove it to have no attributes"
+    )
     if not isinstance(value, dict):
-        raise InputError(f'{path} holds a {type(value).__name__}; it must map items to lists, {{"4": [1, 2]}}')
+        raise InputError(
+            f'{path} holds a {type(value).__name__}; it must map items to lists, {{"4": [1, 2]}}'
+        )
     out: dict[int, list[int]] = {}
     for item, attributes in value.items():
         if not (item.isascii() and item.isdigit()):
-            raise InputError(f"{path}: the item '{item}' is not a whole number, as in the sequences; renumber it")
-        if not isinstance(attributes, list) or not all(type(one) is int for one in attributes):
-            raise InputError(f"{path}: item {item} has {attributes!r}; attributes are a list of whole numbers")
+            raise InputError(
+                f"{path}: the item '{item}' is not a whole number, as in the sequences; renumber it"
+            )
+        if not isinstance(attributes, list) or not all(
+            type(one) is int for one in attributes
+        ):
+            raise InputError(
+                f"{path}: item {item} has {attributes!r}; attributes are a list of whole numbers"
+            )
         out[int(item)] = list(dict.fromkeys(attributes))
     return out

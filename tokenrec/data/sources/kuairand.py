@@ -22,7 +22,13 @@ from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import Provenance
 from tokenrec.data.sources.download import download, extract
 from tokenrec.data.sources.kuairand_history import HISTORY_TYPES, history_rows
-from tokenrec.data.sources.kuairand_log import LOG_TYPES, TASKS, first_times, parse_date, read_log
+from tokenrec.data.sources.kuairand_log import (
+    LOG_TYPES,
+    TASKS,
+    first_times,
+    parse_date,
+    read_log,
+)
 from tokenrec.data.sources.tabular import read_csv, read_parquet
 from tokenrec.errors import InputError, suggest
 
@@ -37,7 +43,9 @@ RATE_KEYS = (
     RateKey("tab", "context"),
 )
 DURATION_EDGES_S = np.geomspace(3.0, 1200.0, 20)
-PLAYED_EDGES = np.array([0.02, 0.1, 0.25, 0.5, 0.75, 0.95, 1.05, 1.5, 2.0])  # shares of the video's duration
+PLAYED_EDGES = np.array(
+    [0.02, 0.1, 0.25, 0.5, 0.75, 0.95, 1.05, 1.5, 2.0]
+)  # shares of the video's duration
 CHINA_MS = 8 * 3_600_000  # dates of the files are local dates, UTC+8
 
 CITATION = (
@@ -52,7 +60,9 @@ VARIANTS = {
     "1k": ("KuaiRand-1K", "6b0b9c8222d67fcd4c676218edca3f1f", 10**10),
     "27k": ("KuaiRand-27K", "3e3c799a24e2d23a4d2c757fbf9adf59", 10**11),
 }
-_NEEDED = re.compile(r"^(log_standard_.*|user_features_.*|video_features_basic_.*)\.csv$|^LICENSE")
+_NEEDED = re.compile(
+    r"^(log_standard_.*|user_features_.*|video_features_basic_.*)\.csv$|^LICENSE"
+)
 
 _USER_CATEGORIES = (
     "user_active_degree",
@@ -66,7 +76,13 @@ _USER_CATEGORIES = (
     *(f"onehot_feat{i}" for i in range(18)),
 )
 _USER_NUMBERS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
-_VIDEO_CATEGORIES = ("music_id", "upload_type", "video_type", "music_type", "visible_status")
+_VIDEO_CATEGORIES = (
+    "music_id",
+    "upload_type",
+    "video_type",
+    "music_type",
+    "visible_status",
+)
 
 _MOST_TAGS = 3
 _OUT_ROWS = 1 << 16
@@ -85,12 +101,23 @@ class KuaiRandSource:
       InputError: a file is missing, or files of more than one variant lie together.
     """
 
-    def __init__(self, root: Path, valid_from: str, test_from: str, rates: bool = True) -> None:
+    def __init__(
+        self, root: Path, valid_from: str, test_from: str, rates: bool = True
+    ) -> None:
         self._valid_from = _date_number("valid_from", valid_from)
         self._test_from = _date_number("test_from", test_from)
         if self._test_from < self._valid_from:
-            raise InputError(f"test_from={test_from} lies before valid_from={valid_from}; exchange them")
-        folder = next((d for d in (Path(root), Path(root) / "data") if any(d.glob("log_standard_*.csv"))), None)
+            raise InputError(
+                f"test_from={test_from} lies before valid_from={valid_from}; exchange them"
+            )
+        folder = next(
+            (
+                d
+                for d in (Path(root), Path(root) / "data")
+                if any(d.glob("log_standard_*.csv"))
+            ),
+            None,
+        )
         if folder is None:
             raise InputError(
                 f"root '{root}' holds no log_standard_*.csv (nor does its 'data'); fetch the official files"
@@ -100,17 +127,28 @@ class KuaiRandSource:
         self._videos = _side_files(folder, "video_features_basic_*.csv")
         self._histories = sorted(folder.glob("history_to_*.parquet"))
         files = (*self._logs, *self._users, *self._videos, *self._histories)
-        variants = {match[1] for f in files if (match := re.search(r"_(pure|1k|27k)(?:_part\d+)?\.", f.name.lower()))}
+        variants = {
+            match[1]
+            for f in files
+            if (match := re.search(r"_(pure|1k|27k)(?:_part\d+)?\.", f.name.lower()))
+        }
         if len(variants) > 1:
-            raise InputError(f"folder '{folder}' mixes {sorted(variants)}, whose ids differ; keep one variant a folder")
+            raise InputError(
+                f"folder '{folder}' mixes {sorted(variants)}, whose ids differ; keep one variant a folder"
+            )
         self._rates = rates
         self.schema = Schema(features(rates=rates), tuple(Task(name) for name in TASKS))
         self.provenance = Provenance("kuairand", LICENCE, CITATION, files)
 
     def users(self) -> pa.Table:
         types = {"user_id": pa.int64()}
-        types |= {name: pa.string() for name in _USER_CATEGORIES} | {name: pa.float64() for name in _USER_NUMBERS}
-        return pa.Table.from_batches([b for f in self._users for b in read_csv(f, types)], schema=pa.schema(types))
+        types |= {name: pa.string() for name in _USER_CATEGORIES} | {
+            name: pa.float64() for name in _USER_NUMBERS
+        }
+        return pa.Table.from_batches(
+            [b for f in self._users for b in read_csv(f, types)],
+            schema=pa.schema(types),
+        )
 
     def items(self) -> pa.Table:
         table = self._read_videos()
@@ -121,7 +159,9 @@ class KuaiRandSource:
                 "item_id": table["video_id"],
                 "video_id": table["video_id"],
                 "author_id": table["author_id"],
-                "tag": pc.list_slice(pc.split_pattern(table["tag"], ","), 0, _MOST_TAGS),
+                "tag": pc.list_slice(
+                    pc.split_pattern(table["tag"], ","), 0, _MOST_TAGS
+                ),
                 **{name: table[name] for name in _VIDEO_CATEGORIES},
                 "duration_bucket": _bucket(seconds, DURATION_EDGES_S),
                 "video_duration": duration,
@@ -138,15 +178,24 @@ class KuaiRandSource:
         rates = PastRates(RATE_KEYS, RATE_TASKS)
         for table in time_ordered(raw):
             labels = {task: _int(table[task]) for task in RATE_TASKS}
-            past = rates.update(table["time_ms"].to_numpy(), self._rate_keys(table), labels, ~_repeats(table))
+            past = rates.update(
+                table["time_ms"].to_numpy(),
+                self._rate_keys(table),
+                labels,
+                ~_repeats(table),
+            )
             for start in range(0, table.num_rows, _OUT_ROWS):
                 part = slice(start, start + _OUT_ROWS)
-                yield self._finish(table[part], {name: values[part] for name, values in past.items()})
+                yield self._finish(
+                    table[part], {name: values[part] for name, values in past.items()}
+                )
 
     def _log(self) -> Iterator[pa.RecordBatch]:
         for batch in itertools.chain.from_iterable(map(read_log, self._logs)):
             date = batch.column("date").to_numpy()
-            split = (date >= self._valid_from).astype(np.int8) + (date >= self._test_from).astype(np.int8)
+            split = (date >= self._valid_from).astype(np.int8) + (
+                date >= self._test_from
+            ).astype(np.int8)
             yield _raw(batch, split, np.ones(len(date), bool))
 
     def _history(self) -> Iterator[pa.RecordBatch]:
@@ -156,7 +205,11 @@ class KuaiRandSource:
         for path in self._histories:
             for batch in read_parquet(path, HISTORY_TYPES):
                 rows = history_rows(batch, users, first_ms, path)
-                yield _raw(rows, np.zeros(rows.num_rows, np.int8), np.zeros(rows.num_rows, bool))
+                yield _raw(
+                    rows,
+                    np.zeros(rows.num_rows, np.int8),
+                    np.zeros(rows.num_rows, bool),
+                )
 
     def _read_videos(self) -> pa.Table:
         types = {
@@ -167,13 +220,20 @@ class KuaiRandSource:
             "upload_dt": pa.date32(),
             **{name: pa.string() for name in _VIDEO_CATEGORIES},
         }
-        return pa.Table.from_batches([b for f in self._videos for b in read_csv(f, types)], schema=pa.schema(types))
+        return pa.Table.from_batches(
+            [b for f in self._videos for b in read_csv(f, types)],
+            schema=pa.schema(types),
+        )
 
     @functools.cached_property
     def _catalogue(self) -> dict[str, np.ndarray]:
         """Per video, ascending by `id`: codes of its author and first tag (-1: none), upload time in ms (NaN: none)."""
-        table = self._read_videos().select(["video_id", "author_id", "tag", "upload_dt"])
-        table = table.take(pa.array(np.argsort(table["video_id"].to_numpy(), kind="stable")))
+        table = self._read_videos().select(
+            ["video_id", "author_id", "tag", "upload_dt"]
+        )
+        table = table.take(
+            pa.array(np.argsort(table["video_id"].to_numpy(), kind="stable"))
+        )
         tag = pc.list_element(pc.split_pattern(pc.fill_null(table["tag"], ""), ","), 0)
         day = pc.cast(pc.cast(table["upload_dt"], pa.int32()), pa.float64()).to_numpy()
         return {
@@ -194,7 +254,10 @@ class KuaiRandSource:
 
     def _rate_keys(self, table: pa.Table) -> dict[str, np.ndarray]:
         user, video = table["user_id"].to_numpy(), table["video_id"].to_numpy()
-        author, tag = self._of_video("author", video, -1), self._of_video("tag", video, -1)
+        author, tag = (
+            self._of_video("author", video, -1),
+            self._of_video("tag", video, -1),
+        )
         return {
             "video": video,
             "author": author,
@@ -210,10 +273,14 @@ class KuaiRandSource:
         logged = table["scored"].to_numpy()
         rows = len(logged)
         time_ms = table["time_ms"].to_numpy()
-        age_ms = time_ms - self._of_video("upload_ms", table["video_id"].to_numpy(), np.nan)
+        age_ms = time_ms - self._of_video(
+            "upload_ms", table["video_id"].to_numpy(), np.nan
+        )
         duration = table["duration_ms"].to_numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
-            played = np.where(duration > 0, table["play_time_ms"].to_numpy() / duration, np.nan)
+            played = np.where(
+                duration > 0, table["play_time_ms"].to_numpy() / duration, np.nan
+            )
         columns = {
             "user_id": table["user_id"],
             "item_id": table["video_id"],
@@ -226,11 +293,16 @@ class KuaiRandSource:
             "tab": pc.cast(table["tab"], pa.int64()),
             "hour": pc.divide(pc.cast(table["hourmin"], pa.int64()), 100),
             "weekday": _weekdays(table["date"]),
-            "video_age_days": _nullable(np.where(logged, np.maximum(age_ms, 0.0) / 86_400_000, np.nan)),
+            "video_age_days": _nullable(
+                np.where(logged, np.maximum(age_ms, 0.0) / 86_400_000, np.nan)
+            ),
             **{task: pc.cast(table[task], pa.int64()) for task in TASKS},
             "play_time_ms": table["play_time_ms"],
             "played_share": _bucket(played, PLAYED_EDGES),
-            **{name: _nullable(np.where(logged, values, np.float32(np.nan))) for name, values in past.items()},
+            **{
+                name: _nullable(np.where(logged, values, np.float32(np.nan)))
+                for name, values in past.items()
+            },
         }
         return pa.table(columns).combine_chunks().to_batches()[0]
 
@@ -261,7 +333,9 @@ def features(*, rates: bool) -> tuple[Feature, ...]:
 
 def _side_files(folder: Path, pattern: str) -> list[Path]:
     if not (files := sorted(folder.glob(pattern))):
-        raise InputError(f"folder '{folder}' holds no {pattern}; it belongs to the official files, place it there")
+        raise InputError(
+            f"folder '{folder}' holds no {pattern}; it belongs to the official files, place it there"
+        )
     return files
 
 
@@ -269,22 +343,33 @@ def _date_number(field: str, value: str) -> int:
     try:
         return int(datetime.date.fromisoformat(value).strftime("%Y%m%d"))
     except ValueError as error:
-        raise InputError(f"{field}='{value}' is not a date; write it as 2022-05-03") from error
+        raise InputError(
+            f"{field}='{value}' is not a date; write it as 2022-05-03"
+        ) from error
 
 
 def _weekdays(dates: pa.ChunkedArray) -> pa.Array:
     numbers, inverse = np.unique(_int(dates), return_inverse=True)
-    days = [-1 if number < 0 else parse_date(number).weekday() for number in numbers.tolist()]
+    days = [
+        -1 if number < 0 else parse_date(number).weekday()
+        for number in numbers.tolist()
+    ]
     weekday = np.array(days, np.int64)[inverse]
     return pa.array(weekday, mask=weekday < 0)
 
 
-def _raw(batch: pa.RecordBatch, split: np.ndarray, scored: np.ndarray) -> pa.RecordBatch:
+def _raw(
+    batch: pa.RecordBatch, split: np.ndarray, scored: np.ndarray
+) -> pa.RecordBatch:
     """Log and history rows alike: the columns of the log, null where absent, with `split` and `scored`."""
     names = batch.schema.names
-    columns = [batch.column(n) if n in names else pa.nulls(batch.num_rows, t) for n, t in LOG_TYPES.items()]
+    columns = [
+        batch.column(n) if n in names else pa.nulls(batch.num_rows, t)
+        for n, t in LOG_TYPES.items()
+    ]
     return pa.RecordBatch.from_arrays(
-        [*columns, pa.array(split), pa.array(scored)], names=[*LOG_TYPES, "split", "scored"]
+        [*columns, pa.array(split), pa.array(scored)],
+        names=[*LOG_TYPES, "split", "scored"],
     )
 
 
@@ -312,19 +397,26 @@ def _codes(values: pa.ChunkedArray) -> np.ndarray:
 def _pair(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """One key for two; -1 where the second is missing."""
     if first.max() >= 1 << 31 or second.max() >= 1 << 31:
-        raise InputError(f"user_id={first.max()} is too large to be combined with another key; prepare without rates")
+        raise InputError(
+            f"user_id={first.max()} is too large to be combined with another key; prepare without rates"
+        )
     return np.where(second < 0, -1, (first << 31) | second)
 
 
 def _bucket(values: np.ndarray, edges: np.ndarray) -> pa.Array:
-    return pa.array(np.searchsorted(edges, values, side="right").astype(np.int64), mask=np.isnan(values))
+    return pa.array(
+        np.searchsorted(edges, values, side="right").astype(np.int64),
+        mask=np.isnan(values),
+    )
 
 
 def _nullable(values: np.ndarray) -> pa.Array:
     return pa.array(values, mask=np.isnan(values))
 
 
-def fetch(variant: str, root: Path, *, record: str = RECORD, md5: str | None = None) -> Path:
+def fetch(
+    variant: str, root: Path, *, record: str = RECORD, md5: str | None = None
+) -> Path:
     """Downloads and unpacks the official archive of "pure", "1k" or "27k" below `root`; returns the folder to prepare.
 
     An interrupted download resumes; a folder that is there already is returned as it is. The statistics files and the
@@ -334,7 +426,9 @@ def fetch(variant: str, root: Path, *, record: str = RECORD, md5: str | None = N
       InputError: as `download` and `extract` do.
     """
     if variant not in VARIANTS:
-        raise InputError(f"variant '{variant}' is not known{suggest(variant, VARIANTS)}")
+        raise InputError(
+            f"variant '{variant}' is not known{suggest(variant, VARIANTS)}"
+        )
     name, official_md5, max_bytes = VARIANTS[variant]
     out = Path(root) / name
     if not out.exists():

@@ -21,7 +21,9 @@ _LABELS = {"long_view": "long_watch_seq", "is_like": "like_seq"}
 _USERS_AT_ONCE = 4096
 
 
-def history_rows(batch: pa.RecordBatch, users: np.ndarray, first_ms: np.ndarray, path: Path) -> pa.RecordBatch:
+def history_rows(
+    batch: pa.RecordBatch, users: np.ndarray, first_ms: np.ndarray, path: Path
+) -> pa.RecordBatch:
     """One row per watched video: `user_id, video_id, time_ms`, and `long_view, is_like`, null where not settled.
 
     The i-th of n events gets the time `last_time_ms - (n - 1 - i)`, which keeps the order and nothing more; where that
@@ -37,7 +39,9 @@ def history_rows(batch: pa.RecordBatch, users: np.ndarray, first_ms: np.ndarray,
     """
     for name in HISTORY_TYPES:
         if batch.column(name).null_count:
-            raise InputError(f"{path}: column '{name}' holds nulls; write an empty list where nothing was watched")
+            raise InputError(
+                f"{path}: column '{name}' holds nulls; write an empty list where nothing was watched"
+            )
     user = batch.column("user_id").to_numpy()
     last = batch.column("last_time_ms").to_numpy().copy()
     at = np.searchsorted(users, user)
@@ -52,17 +56,26 @@ def history_rows(batch: pa.RecordBatch, users: np.ndarray, first_ms: np.ndarray,
         "time_ms": pa.array(np.repeat(last, length) - before_last),
     }
     for task, name in _LABELS.items():
-        label = np.concatenate([_settle_users(batch, name, user, path, s) for s in range(0, len(user), _USERS_AT_ONCE)])
+        label = np.concatenate(
+            [
+                _settle_users(batch, name, user, path, s)
+                for s in range(0, len(user), _USERS_AT_ONCE)
+            ]
+        )
         columns[task] = pa.array(label, mask=label < 0)
     return pa.RecordBatch.from_pydict(columns)
 
 
-def _settle_users(batch: pa.RecordBatch, name: str, user: np.ndarray, path: Path, start: int) -> np.ndarray:
+def _settle_users(
+    batch: pa.RecordBatch, name: str, user: np.ndarray, path: Path, start: int
+) -> np.ndarray:
     part = batch.slice(start, _USERS_AT_ONCE)
     watched, watched_length = _padded(part.column("watch_seq"))
     marked, marked_length = _padded(part.column(name))
     label, outside = settle(watched, watched_length, marked, marked_length)
-    wrong = np.flatnonzero(outside > part.column("history_len").to_numpy() - watched_length)
+    wrong = np.flatnonzero(
+        outside > part.column("history_len").to_numpy() - watched_length
+    )
     if len(wrong):
         raise InputError(
             f"{path}: {outside[wrong[0]]} values of '{name}' of user_id={user[start + wrong[0]]} are not in its "
@@ -72,7 +85,10 @@ def _settle_users(batch: pa.RecordBatch, name: str, user: np.ndarray, path: Path
 
 
 def settle(
-    watched: np.ndarray, watched_length: np.ndarray, marked: np.ndarray, marked_length: np.ndarray
+    watched: np.ndarray,
+    watched_length: np.ndarray,
+    marked: np.ndarray,
+    marked_length: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels of the last watched events, of which only the subsequence of marked ones is known.
 
@@ -99,7 +115,11 @@ def settle(
     latest = np.full(marked.shape, -1)
     tail = marked_length - 1
     for t in reversed(range(width if most else 0)):
-        hit = (t < watched_length) & (tail >= 0) & (watched[:, t] == marked[rows, np.maximum(tail, 0)])
+        hit = (
+            (t < watched_length)
+            & (tail >= 0)
+            & (watched[:, t] == marked[rows, np.maximum(tail, 0)])
+        )
         latest[rows[hit], tail[hit]] = t
         tail = tail - hit
     outside = tail + 1

@@ -68,14 +68,39 @@ def parse_date(number: int) -> datetime.date:
 def _check(batch: pa.RecordBatch, path: Path, line: int) -> None:
     """Refuses values that parse and still cannot be; `line` is that of the batch's first row."""
     for name in _REQUIRED:
-        _refuse(pc.is_null(batch.column(name)), batch, name, path, line, "is needed in every row")
+        _refuse(
+            pc.is_null(batch.column(name)),
+            batch,
+            name,
+            path,
+            line,
+            "is needed in every row",
+        )
     for name in ("user_id", "video_id"):
-        _refuse(pc.less(batch.column(name), 0), batch, name, path, line, "is negative, ids are not")
+        _refuse(
+            pc.less(batch.column(name), 0),
+            batch,
+            name,
+            path,
+            line,
+            "is negative, ids are not",
+        )
     for name in TASKS:
-        allowed = pc.is_in(batch.column(name), value_set=pa.array([0, 1, None], pa.int8()))
-        _refuse(pc.invert(allowed), batch, name, path, line, "is neither 0 nor 1, nor empty")
+        allowed = pc.is_in(
+            batch.column(name), value_set=pa.array([0, 1, None], pa.int8())
+        )
+        _refuse(
+            pc.invert(allowed), batch, name, path, line, "is neither 0 nor 1, nor empty"
+        )
     hour = batch.column("hourmin")
-    _refuse(pc.or_(pc.less(hour, 0), pc.greater(hour, 2359)), batch, "hourmin", path, line, "is not in 0 to 2359")
+    _refuse(
+        pc.or_(pc.less(hour, 0), pc.greater(hour, 2359)),
+        batch,
+        "hourmin",
+        path,
+        line,
+        "is not in 0 to 2359",
+    )
     for date in pc.unique(batch.column("date")).to_pylist():
         try:
             parse_date(date)
@@ -84,8 +109,17 @@ def _check(batch: pa.RecordBatch, path: Path, line: int) -> None:
             _refuse(wrong, batch, "date", path, line, "is not a date like 20220425")
 
 
-def _refuse(wrong: pa.Array, batch: pa.RecordBatch, name: str, path: Path, line: int, reason: str) -> None:
+def _refuse(
+    wrong: pa.Array,
+    batch: pa.RecordBatch,
+    name: str,
+    path: Path,
+    line: int,
+    reason: str,
+) -> None:
     at = pc.index(wrong, True).as_py()
     if at >= 0:
         value = batch.column(name)[at].as_py()
-        raise InputError(f"{path}, line {line + at}: {name}={'' if value is None else value} {reason}; correct the row")
+        raise InputError(
+            f"{path}, line {line + at}: {name}={'' if value is None else value} {reason}; correct the row"
+        )

@@ -38,12 +38,16 @@ class Promotions:
     def product(self) -> np.ndarray:
         return self.key & ((1 << PRODUCT) - 1)
 
-    def find(self, store: np.ndarray, week: np.ndarray, product: np.ndarray) -> np.ndarray:
+    def find(
+        self, store: np.ndarray, week: np.ndarray, product: np.ndarray
+    ) -> np.ndarray:
         """Row of each (store, week, product): `[N] int64`, -1 where it is not promoted."""
         wanted = pack(store, week, product)
         if not len(self.key):
             return np.full(len(wanted), -1)
-        order = np.argsort(wanted)  # neighbours in the search are then neighbours in memory
+        order = np.argsort(
+            wanted
+        )  # neighbours in the search are then neighbours in memory
         at = np.empty(len(wanted), np.int64)
         at[order] = np.searchsorted(self.key, wanted[order])
         at[at == len(self.key)] = 0
@@ -58,7 +62,9 @@ def check_packs(path: Path, name: str, values: np.ndarray) -> None:
     """Raises an InputError unless the ids fit the bits that a packed key has for them."""
     wrong = values[(values < 0) | (values >= 1 << BITS[name])]
     if len(wrong):
-        raise InputError(f"{path}: {name}={wrong[0]} is outside 0..{(1 << BITS[name]) - 1}; is this Complete Journey?")
+        raise InputError(
+            f"{path}: {name}={wrong[0]} is outside 0..{(1 << BITS[name]) - 1}; is this Complete Journey?"
+        )
 
 
 def read_promotions(path: Path) -> Promotions:
@@ -76,11 +82,16 @@ def read_promotions(path: Path) -> Promotions:
     for batch in read_parquet(path, types):
         for name in types:
             if batch.column(name).null_count:
-                raise InputError(f"{path}: {name} is null in a line; every promotion needs its {', '.join(types)}")
+                raise InputError(
+                    f"{path}: {name} is null in a line; every promotion needs its {', '.join(types)}"
+                )
         ids = [batch.column(name).to_numpy() for name in BITS]
         for name, values in zip(BITS, ids, strict=True):
             check_packs(path, name, values)
-        display, mailer = (_letters(path, name, batch.column(name)) for name in ("display_location", "mailer_location"))
+        display, mailer = (
+            _letters(path, name, batch.column(name))
+            for name in ("display_location", "mailer_location")
+        )
         parts.append((pack(*ids) << PLACE | display) << PLACE | mailer)
     keys = np.concatenate(parts)
     del parts
@@ -99,15 +110,24 @@ def read_promotions(path: Path) -> Promotions:
 def _letters(path: Path, name: str, column: pa.StringArray) -> np.ndarray:
     """The bytes of one-letter strings, read from the buffer itself: `[N] int64`."""
     _, offsets, data = column.buffers()
-    ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+    ends = np.frombuffer(offsets, np.int32)[
+        column.offset : column.offset + len(column) + 1
+    ]
     if not (np.diff(ends) == 1).all():
         wrong = next(value for value in column.to_pylist() if len(value.encode()) != 1)
-        raise InputError(f"{path}: {name}='{wrong}' is not one letter or digit; is this Complete Journey?")
+        raise InputError(
+            f"{path}: {name}='{wrong}' is not one letter or digit; is this Complete Journey?"
+        )
     return np.frombuffer(data, np.uint8)[ends[0] : ends[-1]].astype(np.int64)
 
 
 def draw_negatives(
-    promotions: Promotions, basket: np.ndarray, at: np.ndarray, sales: np.ndarray, negatives: int, seed: int
+    promotions: Promotions,
+    basket: np.ndarray,
+    at: np.ndarray,
+    sales: np.ndarray,
+    negatives: int,
+    seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws `negatives` per positive from what its store promoted in its week and its basket does not hold.
 
@@ -125,20 +145,31 @@ def draw_negatives(
     count = np.bincount(basket, minlength=baskets)
     shelf = np.empty(baskets, np.int64)
     shelf[basket] = promotions.key[at] >> PRODUCT
-    start, stop = (np.searchsorted(promotions.key, key << PRODUCT) for key in (shelf, shelf + 1))
+    start, stop = (
+        np.searchsorted(promotions.key, key << PRODUCT) for key in (shelf, shelf + 1)
+    )
     cumulative = np.zeros(rows + 1, np.int64)
     np.cumsum(sales, out=cumulative[1:])
     mass = cumulative[stop] - cumulative[start]
     rng = np.random.default_rng(seed)
 
     def by_sales(owner: np.ndarray) -> np.ndarray:
-        drawn = cumulative[start[owner]] + (rng.random(len(owner)) * mass[owner]).astype(np.int64)
+        drawn = cumulative[start[owner]] + (
+            rng.random(len(owner)) * mass[owner]
+        ).astype(np.int64)
         return np.searchsorted(cumulative, drawn, side="right") - 1
 
     def uniform(owner: np.ndarray) -> np.ndarray:
-        return start[owner] + (rng.random(len(owner)) * (stop - start)[owner]).astype(np.int64)
+        return start[owner] + (rng.random(len(owner)) * (stop - start)[owner]).astype(
+            np.int64
+        )
 
-    def fill(taken: np.ndarray, need: np.ndarray, draw: Callable[[np.ndarray], np.ndarray], even: bool) -> np.ndarray:
+    def fill(
+        taken: np.ndarray,
+        need: np.ndarray,
+        draw: Callable[[np.ndarray], np.ndarray],
+        even: bool,
+    ) -> np.ndarray:
         """Adds what is needed to the sorted `basket * rows + row`. Rejecting repeats draws without replacement."""
         for _ in range(REDRAWS):
             if not need.any():
@@ -159,7 +190,9 @@ def draw_negatives(
         return np.sort(np.concatenate(rest))
 
     positives = np.sort(basket * rows + at)
-    taken = fill(positives, np.where(mass > 0, negatives * count // 2, 0), by_sales, even=False)
+    taken = fill(
+        positives, np.where(mass > 0, negatives * count // 2, 0), by_sales, even=False
+    )
     missing = (negatives + 1) * count - np.bincount(taken // rows, minlength=baskets)
     taken = fill(taken, missing, uniform, even=True)
     owner, row = np.divmod(taken[~_holds(positives, taken)], rows)
@@ -171,4 +204,7 @@ def _holds(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
     hash packed keys badly: 0.7 s where a sort takes 0.02.)"""
     if not len(ordered):
         return np.zeros(len(values), bool)
-    return ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
+    return (
+        ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)]
+        == values
+    )

@@ -44,7 +44,10 @@ class ProfilesSource(SyntheticSource):
         items: int = 100,
         seed: int = 0,
     ) -> None:
-        for name, value in {"static_rank": static_rank, "static_fields": static_fields}.items():
+        for name, value in {
+            "static_rank": static_rank,
+            "static_fields": static_fields,
+        }.items():
             if value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
         if not math.isfinite(static_weight):
@@ -52,13 +55,19 @@ class ProfilesSource(SyntheticSource):
         super().__init__(rows, users, items, seed)
         self._fields = [f"field_{number}" for number in range(static_fields)]
         features = tuple(Feature(name, "categorical", "user") for name in self._fields)
-        self.schema = dataclasses.replace(self.schema, features=features + self.schema.features)
+        self.schema = dataclasses.replace(
+            self.schema, features=features + self.schema.features
+        )
         self._rank = static_rank
         self._profile = self._draw("profile", np.arange(users), static_rank)
         # The last user is in no table, and what is known of nobody says nothing.
-        self._segment = np.where(np.arange(users) == users - 1, -1, self._profile % SEGMENTS)
+        self._segment = np.where(
+            np.arange(users) == users - 1, -1, self._profile % SEGMENTS
+        )
         scores = np.linspace(-1, 1, static_rank) if static_rank > 1 else np.zeros(1)
-        self._added = static_weight * np.where(self._segment < 0, 0, scores[self._profile])
+        self._added = static_weight * np.where(
+            self._segment < 0, 0, scores[self._profile]
+        )
 
     def users(self) -> pa.Table:
         table = super().users()

@@ -19,7 +19,9 @@ _LONGEST_LINE = 64 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_csv(path: Path, types: Mapping[str, pa.DataType], *, block_bytes: int = 16 << 20) -> Iterator[pa.RecordBatch]:
+def read_csv(
+    path: Path, types: Mapping[str, pa.DataType], *, block_bytes: int = 16 << 20
+) -> Iterator[pa.RecordBatch]:
     """Streams the named columns of a CSV file, in the order of `types`.
 
     The file is UTF-8, separated by commas, with a header; a name that ends in `.gz` is decompressed. An empty field is
@@ -41,10 +43,14 @@ def read_csv(path: Path, types: Mapping[str, pa.DataType], *, block_bytes: int =
             if batch.num_rows:
                 yield batch
     if not names:
-        raise InputError(f"{path}: the file is empty; line 1 must be a header with {', '.join(types)}")
+        raise InputError(
+            f"{path}: the file is empty; line 1 must be a header with {', '.join(types)}"
+        )
 
 
-def read_parquet(path: Path, types: Mapping[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+def read_parquet(
+    path: Path, types: Mapping[str, pa.DataType]
+) -> Iterator[pa.RecordBatch]:
     """Streams the named columns of a Parquet file, in the order of `types`, cast without loss.
 
     Raises:
@@ -56,29 +62,44 @@ def read_parquet(path: Path, types: Mapping[str, pa.DataType]) -> Iterator[pa.Re
         with pa.parquet.ParquetFile(path) as file:
             _require(Path(path), types, file.schema_arrow.names)
             for field in schema:
-                _refuse_time_as_number(Path(path), field, file.schema_arrow.field(field.name).type)
+                _refuse_time_as_number(
+                    Path(path), field, file.schema_arrow.field(field.name).type
+                )
             for batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=schema.names):
-                batch.validate(full=True)  # Arrow reads strings as they stand, UTF-8 or not
-                columns = [_cast_located(batch.column(f.name), f, Path(path), first_row) for f in schema]
+                batch.validate(
+                    full=True
+                )  # Arrow reads strings as they stand, UTF-8 or not
+                columns = [
+                    _cast_located(batch.column(f.name), f, Path(path), first_row)
+                    for f in schema
+                ]
                 yield pa.RecordBatch.from_arrays(columns, schema=schema)
                 first_row += batch.num_rows
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as Parquet: {_first_sentence(error)}; {_FILE_REMEDY}") from error
+        raise InputError(
+            f"{path}: cannot be read as Parquet: {_first_sentence(error)}; {_FILE_REMEDY}"
+        ) from error
 
 
-def read_batches(path: Path, types: Mapping[str, pa.DataType]) -> Iterator[pa.RecordBatch]:
+def read_batches(
+    path: Path, types: Mapping[str, pa.DataType]
+) -> Iterator[pa.RecordBatch]:
     """`read_csv` or `read_parquet`, by the suffix of `path`: .csv, .csv.gz or .parquet."""
     name = Path(path).name.lower()
     if name.endswith(".parquet"):
         return read_parquet(path, types)
     if name.endswith((".csv", ".csv.gz")):
         return read_csv(path, types)
-    raise InputError(f"{path}: the suffix says neither CSV nor Parquet; name the file .csv, .csv.gz or .parquet")
+    raise InputError(
+        f"{path}: the suffix says neither CSV nor Parquet; name the file .csv, .csv.gz or .parquet"
+    )
 
 
 def read_table(path: Path, types: Mapping[str, pa.DataType]) -> pa.Table:
     """The whole of a small file (users, items) in memory; errors as in `read_batches`."""
-    return pa.Table.from_batches(list(read_batches(path, types)), schema=pa.schema(types))
+    return pa.Table.from_batches(
+        list(read_batches(path, types)), schema=pa.schema(types)
+    )
 
 
 _FILE_REMEDY = "check the path and that the file is whole"
@@ -98,9 +119,13 @@ def _blocks(path: Path, block_bytes: int) -> Iterator[bytes]:
                 rest.append(block[cut:])
                 held += len(block) - cut
                 if held > max(_LONGEST_LINE, block_bytes):
-                    raise InputError(f"{path}: a line is longer than {_LONGEST_LINE >> 20} MiB; is this a CSV file?")
+                    raise InputError(
+                        f"{path}: a line is longer than {_LONGEST_LINE >> 20} MiB; is this a CSV file?"
+                    )
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read: {_first_sentence(error)}; {_FILE_REMEDY}") from error
+        raise InputError(
+            f"{path}: cannot be read: {_first_sentence(error)}; {_FILE_REMEDY}"
+        ) from error
     if last := b"".join(rest):
         yield last
 
@@ -116,8 +141,12 @@ def _header(path: Path, line: bytes) -> list[str]:
         return next(csv.reader([line.decode()]), [])
     except UnicodeDecodeError as error:
         raise InputError(_encoding_problem(path, 1, error)) from error
-    except csv.Error as error:  # a carriage return inside the line, or a value of 128 KiB
-        raise InputError(f"{path}, line 1: is no header: {error}; is this a CSV file?") from error
+    except (
+        csv.Error
+    ) as error:  # a carriage return inside the line, or a value of 128 KiB
+        raise InputError(
+            f"{path}, line 1: is no header: {error}; is this a CSV file?"
+        ) from error
 
 
 def _require(path: Path, types: Mapping[str, pa.DataType], names: list[str]) -> None:
@@ -125,10 +154,14 @@ def _require(path: Path, types: Mapping[str, pa.DataType], names: list[str]) -> 
         if name not in names:
             raise InputError(f"{path}: has no column '{name}'{suggest(name, names)}")
         if names.count(name) > 1:
-            raise InputError(f"{path}: has {names.count(name)} columns '{name}'; rename all but one")
+            raise InputError(
+                f"{path}: has {names.count(name)} columns '{name}'; rename all but one"
+            )
 
 
-def _parse(block: bytes, names: list[str], types: Mapping[str, pa.DataType]) -> pa.Table:
+def _parse(
+    block: bytes, names: list[str], types: Mapping[str, pa.DataType]
+) -> pa.Table:
     """Raises pa.ArrowException, or ValueError where a value spans lines."""
     if not block.strip(b"\r\n"):
         return pa.schema(types).empty_table()
@@ -137,13 +170,18 @@ def _parse(block: bytes, names: list[str], types: Mapping[str, pa.DataType]) -> 
         read_options=pa.csv.ReadOptions(column_names=names, block_size=len(block) + 1),
         convert_options=pa.csv.ConvertOptions(
             include_columns=list(types),
-            column_types={name: pa.string() if pa.types.is_list(t) else t for name, t in types.items()},
+            column_types={
+                name: pa.string() if pa.types.is_list(t) else t
+                for name, t in types.items()
+            },
             null_values=[""],
             strings_can_be_null=True,
         ),
     )
     lines = block.count(b"\n") + (not block.endswith(b"\n"))
-    if table.num_rows != lines and table.num_rows != sum(1 for line in _lines(block) if line.strip(b"\r\n")):
+    if table.num_rows != lines and table.num_rows != sum(
+        1 for line in _lines(block) if line.strip(b"\r\n")
+    ):
         raise ValueError("a value spans lines")
     for position, (name, wanted) in enumerate(types.items()):
         if pa.types.is_list(wanted):
@@ -153,17 +191,31 @@ def _parse(block: bytes, names: list[str], types: Mapping[str, pa.DataType]) -> 
 
 
 def _parse_located(
-    block: bytes, names: list[str], types: Mapping[str, pa.DataType], path: Path, first_line: int
+    block: bytes,
+    names: list[str],
+    types: Mapping[str, pa.DataType],
+    path: Path,
+    first_line: int,
 ) -> pa.Table:
     try:
         return _parse(block, names, types)
     except (pa.ArrowException, ValueError) as error:
         lines = _lines(block)
-        bad = _first_bad(len(lines), lambda lo, hi: _parse(b"".join(lines[lo:hi]), names, types))
-        raise InputError(_line_problem(lines[bad], names, types, path, first_line + bad)) from error
+        bad = _first_bad(
+            len(lines), lambda lo, hi: _parse(b"".join(lines[lo:hi]), names, types)
+        )
+        raise InputError(
+            _line_problem(lines[bad], names, types, path, first_line + bad)
+        ) from error
 
 
-def _line_problem(line: bytes, names: list[str], types: Mapping[str, pa.DataType], path: Path, number: int) -> str:
+def _line_problem(
+    line: bytes,
+    names: list[str],
+    types: Mapping[str, pa.DataType],
+    path: Path,
+    number: int,
+) -> str:
     """What is wrong with the one line that does not parse."""
     try:
         fields = next(csv.reader([line.decode()]), [])
@@ -186,12 +238,19 @@ def _line_problem(line: bytes, names: list[str], types: Mapping[str, pa.DataType
     return f"{path}, line {number}: continues a quoted value of an earlier line; remove line breaks from values"
 
 
-def _cast_located(values: pa.Array, field: pa.Field, path: Path, first_row: int) -> pa.Array:
+def _cast_located(
+    values: pa.Array, field: pa.Field, path: Path, first_row: int
+) -> pa.Array:
     try:
         return values.cast(field.type)
     except pa.ArrowException as error:
         bad = _first_bad(len(values), lambda lo, hi: values[lo:hi].cast(field.type))
-        problem = _value_problem(f"{path}, row {first_row + bad}", field.name, values[bad].as_py(), field.type)
+        problem = _value_problem(
+            f"{path}, row {first_row + bad}",
+            field.name,
+            values[bad].as_py(),
+            field.type,
+        )
         raise InputError(problem) from error
 
 
@@ -219,7 +278,11 @@ def _refuse_time_as_number(path: Path, field: pa.Field, stored: pa.DataType) -> 
 
 
 def _value_problem(place: str, column: str, value: object, wanted: pa.DataType) -> str:
-    remedy = f"separate its values with '{LIST_SEPARATOR}'" if pa.types.is_list(wanted) else "correct the value"
+    remedy = (
+        f"separate its values with '{LIST_SEPARATOR}'"
+        if pa.types.is_list(wanted)
+        else "correct the value"
+    )
     return f"{place}: column '{column}': {value!r} is not {_type_name(wanted)}; {remedy}, or leave it empty if unknown"
 
 

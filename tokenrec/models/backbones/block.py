@@ -15,9 +15,16 @@ from tokenrec.errors import InputError
 from tokenrec.ops.attention import attention
 from tokenrec.ops.attention.rotary import Rotation, rotate
 from tokenrec.ops.contract import contract
-from tokenrec.ops.layers import RMSNorm, constant, dropout, rms_normalize, split_key, weight
+from tokenrec.ops.layers import (
+    RMSNorm,
+    constant,
+    dropout,
+    rms_normalize,
+    split_key,
+    weight,
+)
 from tokenrec.sharding import RULES
-from tokenrec.tokens.layout import Layout, take_rows
+from tokenrec.tokens.layout import Layout, select_positions
 
 
 def ffn_width(config: ModelConfig) -> int:
@@ -50,9 +57,11 @@ class KeysValues(NamedTuple):
     keys: jax.Array
     values: jax.Array
 
-    def then(self, later: KeysValues) -> KeysValues:
+    def concat(self, later: KeysValues) -> KeysValues:
         """These rows and behind them `later`."""
-        return KeysValues(*(jnp.concatenate(parts, axis=1) for parts in zip(self, later, strict=True)))
+        return KeysValues(
+            *(jnp.concatenate(parts, axis=1) for parts in zip(self, later, strict=True))
+        )
 
 
 class Stream(NamedTuple):
@@ -72,7 +81,10 @@ class Stream(NamedTuple):
 
     def rotate(self, x: jax.Array, rows: np.ndarray) -> jax.Array:
         """RoPE of `x: [B, rows, H, h]`."""
-        return rotate(x, Rotation(*(take_rows(part, rows, self.rows) for part in self.turn)))
+        return rotate(
+            x,
+            Rotation(*(select_positions(part, rows, self.rows) for part in self.turn)),
+        )
 
 
 class Attention(nnx.Module):
@@ -91,10 +103,17 @@ class Attention(nnx.Module):
     def keys_values(self, x: jax.Array, rows: np.ndarray, stream: Stream) -> KeysValues:
         """What `x: [B, rows, d]` shows to the queries."""
         k, v = self._project(x, self.key), self._project(x, self.value)
-        return KeysValues(stream.rotate(rms_normalize(k) if self.qk_norm else k, rows), v)
+        return KeysValues(
+            stream.rotate(rms_normalize(k) if self.qk_norm else k, rows), v
+        )
 
     def __call__(
-        self, x: jax.Array, queries: np.ndarray, shown: KeysValues, keys: np.ndarray, stream: Stream
+        self,
+        x: jax.Array,
+        queries: np.ndarray,
+        shown: KeysValues,
+        keys: np.ndarray,
+        stream: Stream,
     ) -> jax.Array:
         """`x: [B, queries, d]` -> `[B, queries, d]`, looking at what the rows `keys` show."""
         q = self._project(x, self.query)
@@ -104,12 +123,16 @@ class Attention(nnx.Module):
             window=self.window,
             implementation=self.implementation,
             pattern=stream.layout.pattern(queries, keys),
-            valid=take_rows(stream.valid, keys, np.arange(stream.layout.rows)),
+            valid=select_positions(stream.valid, keys, np.arange(stream.layout.rows)),
         )
-        return contract("bqhk,hkd->bqd", seen, self.output[...], RULES("batch", None, None))
+        return contract(
+            "bqhk,hkd->bqd", seen, self.output[...], RULES("batch", None, None)
+        )
 
     def _project(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
-        return contract("bsd,dhk->bshk", x, kernel[...], RULES("batch", None, "heads", None))
+        return contract(
+            "bsd,dhk->bshk", x, kernel[...], RULES("batch", None, "heads", None)
+        )
 
 
 class SwiGLU(nnx.Module):
@@ -124,7 +147,12 @@ class SwiGLU(nnx.Module):
         inner = RULES("batch", None, "ffn")
         gate = contract("bsd,df->bsf", x, self.gate[...], inner)
         up = contract("bsd,df->bsf", x, self.up[...], inner)
-        return contract("bsf,fd->bsd", jax.nn.silu(gate) * up, self.down[...], RULES("batch", None, None))
+        return contract(
+            "bsf,fd->bsd",
+            jax.nn.silu(gate) * up,
+            self.down[...],
+            RULES("batch", None, None),
+        )
 
 
 class Gate(nnx.Module):
@@ -151,12 +179,17 @@ class Block(nnx.Module):
         self.ffn = SwiGLU(config.width, ffn_width(config), rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, queries: np.ndarray, keys: np.ndarray, stream: Stream, key: jax.Array | None
+        self,
+        x: jax.Array,
+        queries: np.ndarray,
+        keys: np.ndarray,
+        stream: Stream,
+        key: jax.Array | None,
     ) -> jax.Array:
         """`x: [B, keys, d]` -> `[B, queries, d]`, rows that are among them; `key` of dropout, None in evaluation."""
-        return self.advance(x, queries, keys, stream, key)[0]
+        return self.forward_with_kv(x, queries, keys, stream, key)[0]
 
-    def advance(
+    def forward_with_kv(
         self,
         x: jax.Array,
         queries: np.ndarray,
@@ -175,9 +208,11 @@ class Block(nnx.Module):
         made = self.attention.keys_values(normed, own, stream)
         if not len(queries):  # the top of a prefix from which nothing is read
             return x[:, :0], made
-        shown = made if past is None else past.then(made)
-        branch = self.attention(take_rows(normed, queries, own), queries, shown, keys, stream)
-        x = take_rows(x, queries, own)
+        shown = made if past is None else past.concat(made)
+        branch = self.attention(
+            select_positions(normed, queries, own), queries, shown, keys, stream
+        )
+        x = select_positions(x, queries, own)
         if self.gate is not None:
             branch = self.gate(x) * branch
         x = x + dropout(branch, self.rate, key_attention)

@@ -21,7 +21,7 @@ from flax import nnx
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import ffn_width
 from tokenrec.models.backbones.fields import Deep, Fields, fields_of
-from tokenrec.models.backbones.interface import Rival
+from tokenrec.models.backbones.interface import Backbone
 from tokenrec.models.backbones.tokenformer import AttentionLayer
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import Linear, constant, split_key, weight
@@ -36,7 +36,9 @@ class ActivationUnit(nnx.Module):
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         # Of the event, the target, their difference, their product.
-        self.kernel = weight(rngs, (4, width, UNITS), None, None, None, inputs=4 * width)
+        self.kernel = weight(
+            rngs, (4, width, UNITS), None, None, None, inputs=4 * width
+        )
         self.bias = constant(0.0, (UNITS,), None)
         self.output = weight(rngs, (UNITS,), None, inputs=UNITS)
         self.output_bias = constant(0.0, ())
@@ -50,19 +52,28 @@ class ActivationUnit(nnx.Module):
         of_target = contract("bnd,dk->bnk", targets, kernel[1] - kernel[2], rows)
         turned = targets[..., None] * kernel[3].astype(dtype)
         of_both = jnp.einsum("btd,bndk->bntk", events, turned, out_sharding=pairs)
-        hidden = of_both + of_event[:, None] + of_target[:, :, None] + self.bias[...].astype(dtype)
-        made = jnp.einsum("bntk,k->bnt", jax.nn.silu(hidden), self.output[...].astype(dtype))
+        hidden = (
+            of_both
+            + of_event[:, None]
+            + of_target[:, :, None]
+            + self.bias[...].astype(dtype)
+        )
+        made = jnp.einsum(
+            "bntk,k->bnt", jax.nn.silu(hidden), self.output[...].astype(dtype)
+        )
         return made + self.output_bias[...].astype(dtype)
 
 
-class DIN(Rival):
+class DIN(Backbone):
     """Target attention over events, and an MLP."""
 
     def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
         d, inner = config.width, ffn_width(config)
         self.unit = ActivationUnit(d, rngs=rngs)
         users = len(longest.rows_of("user"))
-        self.deep = Deep((users + 2) * d, (inner,) * config.layers, config.dropout, rngs=rngs)
+        self.deep = Deep(
+            (users + 2) * d, (inner,) * config.layers, config.dropout, rngs=rngs
+        )
         self.output = Linear(inner, d, axis="embed", rngs=rngs)
 
     def interests(self, fields: Fields, events: jax.Array) -> jax.Array:
@@ -72,7 +83,12 @@ class DIN(Rival):
         return jnp.einsum("bnt,btd->bnd", weights, fields.events)
 
     def layer_outputs(
-        self, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None, key: jax.Array | None
+        self,
+        x: jax.Array,
+        layout: Layout,
+        events: jax.Array,
+        candidates: jax.Array | None,
+        key: jax.Array | None,
     ) -> list[jax.Array]:
         """The interests, the last hidden layer and what is read."""
         (one,) = split_key(key, 1)

@@ -10,7 +10,7 @@ from tokenrec.models.backbones.tokenformer import AttentionLayer
 from tokenrec.tokens.layout import Layout
 
 
-class Rival(nnx.Module):
+class Backbone(nnx.Module):
     """Stands where `Backbone` stands: `[B, S, d]` tokens -> `[B, R, d]` read-outs.
 
     A rival computes the same for a history however much padding stands before it: sizes come from `longest`, the
@@ -21,13 +21,23 @@ class Rival(nnx.Module):
         raise NotImplementedError
 
     def __call__(
-        self, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None, key: jax.Array | None
+        self,
+        x: jax.Array,
+        layout: Layout,
+        events: jax.Array,
+        candidates: jax.Array | None,
+        key: jax.Array | None,
     ) -> jax.Array:
         """`events: [B, T] bool`, `candidates: [B, C] bool` or None: which are real; `key` of dropout."""
         return self.layer_outputs(x, layout, events, candidates, key)[-1]
 
     def layer_outputs(
-        self, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None, key: jax.Array | None
+        self,
+        x: jax.Array,
+        layout: Layout,
+        events: jax.Array,
+        candidates: jax.Array | None,
+        key: jax.Array | None,
     ) -> list[jax.Array]:
         """What comes out of each layer of `__call__`, and last what it returns."""
         raise NotImplementedError

@@ -26,16 +26,16 @@ from flax import nnx
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import Block, Stream
 from tokenrec.models.backbones.fields import fields_of
-from tokenrec.models.backbones.interface import Rival
-from tokenrec.models.backbones.sequence_first import other_rows, sequence_first
+from tokenrec.models.backbones.interface import Backbone
+from tokenrec.models.backbones.sequence_first import other_positions, sequence_first
 from tokenrec.models.backbones.tokenformer import AttentionLayer
 from tokenrec.ops.attention.rotary import rotation
 from tokenrec.ops.layers import RMSNorm, split_key
 from tokenrec.tokens.compress import AttentionPool
-from tokenrec.tokens.layout import Layout, Part
+from tokenrec.tokens.layout import Layout, StreamPart
 
 
-class LONGER(Rival):
+class LONGER(Backbone):
     """Merged events below, few of them above."""
 
     def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
@@ -43,18 +43,36 @@ class LONGER(Rival):
         self.asking = -(-longest.events // self.group) // 2
         self.pool = AttentionPool(config.width, config.heads, self.group, rngs=rngs)
         plain = dataclasses.replace(config, gate=False)
-        self.blocks = nnx.List([Block(plain, None, rngs=rngs) for _ in range(config.layers)])
+        self.blocks = nnx.List(
+            [Block(plain, None, rngs=rngs) for _ in range(config.layers)]
+        )
         self.norm = RMSNorm(config.width)
 
     def layer_outputs(
-        self, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None, key: jax.Array | None
+        self,
+        x: jax.Array,
+        layout: Layout,
+        events: jax.Array,
+        candidates: jax.Array | None,
+        key: jax.Array | None,
     ) -> list[jax.Array]:
-        merged, stream = self.pool(fields_of(x, layout).events, events), self._stream(layout)
-        x = jnp.concatenate([merged, x[:, other_rows(layout)]], axis=1)
-        turn = rotation(stream.positions(events), self.config.width // self.config.heads, self.config.rope_base)
-        shared = Stream(stream, np.arange(stream.rows), turn, stream.valid(events, candidates))
+        merged, stream = (
+            self.pool(fields_of(x, layout).events, events),
+            self._stream(layout),
+        )
+        x = jnp.concatenate([merged, x[:, other_positions(layout)]], axis=1)
+        turn = rotation(
+            stream.positions(events),
+            self.config.width // self.config.heads,
+            self.config.rope_base,
+        )
+        shared = Stream(
+            stream, np.arange(stream.rows), turn, stream.valid(events, candidates)
+        )
         made, keys = [], split_key(key, len(self.blocks))
-        for block, layer, one in zip(self.blocks, self.attention_layers(layout), keys, strict=True):
+        for block, layer, one in zip(
+            self.blocks, self.attention_layers(layout), keys, strict=True
+        ):
             x = block(x, layer.pattern.query_rows, layer.pattern.key_rows, shared, one)
             made.append(x)
         return [*made, self.norm(x)]
@@ -63,10 +81,17 @@ class LONGER(Rival):
         stream = self._stream(layout)
         merged = int(np.sum(stream.event >= 0))
         some = np.arange(max(merged - self.asking, 0), stream.rows)
-        rows = [np.arange(stream.rows), *[some] * (len(self.blocks) - 1), stream.readout]
-        return tuple(AttentionLayer(stream.pattern(queries, keys)) for keys, queries in itertools.pairwise(rows))
+        rows = [
+            np.arange(stream.rows),
+            *[some] * (len(self.blocks) - 1),
+            stream.readout,
+        ]
+        return tuple(
+            AttentionLayer(stream.pattern(queries, keys))
+            for keys, queries in itertools.pairwise(rows)
+        )
 
     def _stream(self, layout: Layout) -> Layout:
         """Groups end at the newest event; each has its position."""
         newest = np.arange(layout.events - 1, -1, -self.group)[::-1]
-        return sequence_first(layout, Part.history("event", newest))
+        return sequence_first(layout, StreamPart.history("event", newest))

@@ -27,8 +27,12 @@ from flax import nnx
 
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import ffn_width
-from tokenrec.models.backbones.interface import Rival
-from tokenrec.models.backbones.sequence_first import history_of, other_rows, sequence_first
+from tokenrec.models.backbones.interface import Backbone
+from tokenrec.models.backbones.sequence_first import (
+    history_of,
+    other_positions,
+    sequence_first,
+)
 from tokenrec.models.backbones.tokenformer import AttentionLayer
 from tokenrec.ops.attention import attention
 from tokenrec.ops.attention.pattern import Pattern
@@ -36,9 +40,11 @@ from tokenrec.ops.attention.rotary import Rotation, rotate, rotation
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
 from tokenrec.sharding import RULES
-from tokenrec.tokens.layout import Layout, take_rows
+from tokenrec.tokens.layout import Layout, select_positions
 
-SHARED = -1  # number of the map that all rows of the sequence meet; the others count tokens
+SHARED = (
+    -1
+)  # number of the map that all rows of the sequence meet; the others count tokens
 
 
 class Mixed(nnx.Module):
@@ -58,18 +64,26 @@ class Mixed(nnx.Module):
     ):
         self.axes = axes
         self.own = weight(rngs, (own, inputs, *outputs), None, *axes, inputs=inputs)
-        self.shared = weight(rngs, (inputs, *outputs), *axes, inputs=inputs) if shared else None
+        self.shared = (
+            weight(rngs, (inputs, *outputs), *axes, inputs=inputs) if shared else None
+        )
 
     def __call__(self, x: jax.Array, maps: np.ndarray) -> jax.Array:
         """`maps: [rows]`, number of the map of each row; those of the sequence stand first."""
         letters, count = "oh"[: len(self.axes) - 1], int(np.sum(maps == SHARED))
-        spec = RULES("batch", None, *("heads" if axis == "heads" else None for axis in self.axes[1:]))
+        spec = RULES(
+            "batch",
+            None,
+            *("heads" if axis == "heads" else None for axis in self.axes[1:]),
+        )
         own = self.own[...]
         each = jnp.concatenate([own[number : number + 1] for number in maps[count:]])
         made = contract(f"bsi,si{letters}->bs{letters}", x[:, count:], each, spec)
         if self.shared is None:
             return made
-        of_sequence = contract(f"bsi,i{letters}->bs{letters}", x[:, :count], self.shared[...], spec)
+        of_sequence = contract(
+            f"bsi,i{letters}->bs{letters}", x[:, :count], self.shared[...], spec
+        )
         return jnp.concatenate([of_sequence, made], axis=1)
 
 
@@ -97,7 +111,9 @@ class OneTransBlock(nnx.Module):
         self.query = Mixed(d, of_heads, in_heads, asked, shared, rngs)
         self.key = Mixed(d, of_heads, in_heads, own, True, rngs)
         self.value = Mixed(d, of_heads, in_heads, own, True, rngs)
-        self.output = weight(rngs, (heads, d // heads, d), "heads", None, "embed", inputs=d)
+        self.output = weight(
+            rngs, (heads, d // heads, d), "heads", None, "embed", inputs=d
+        )
         self.inner = Mixed(d, (inner,), (None, None), asked, shared, rngs)
         self.inner_bias = MixedBias(inner, asked, shared)
         self.outer = Mixed(inner, (d,), (None, "embed"), asked, shared, rngs)
@@ -113,47 +129,85 @@ class OneTransBlock(nnx.Module):
         key: jax.Array | None,
     ) -> jax.Array:
         """`x: [B, K, d]` -> `[B, Q, d]`; `maps: [S]`, `valid: [B, S] bool` and `turn` are of all rows of the stream."""
-        queries, keys, every = pattern.query_rows, pattern.key_rows, np.arange(len(maps))
+        queries, keys, every = (
+            pattern.query_rows,
+            pattern.key_rows,
+            np.arange(len(maps)),
+        )
         of_attention, of_ffn = split_key(key, 2)
         normed = self.attention_norm(x)
         k, v = self.key(normed, maps[keys]), self.value(normed, maps[keys])
-        normed, x = (take_rows(rows, queries, keys) for rows in (normed, x))
+        normed, x = (select_positions(rows, queries, keys) for rows in (normed, x))
         asked = np.zeros(len(queries), int) if self.top else maps[queries]
         q = self.query(normed, asked)
         q, k = (
-            rotate(part, Rotation(*(take_rows(angles, rows, every) for angles in turn)))
+            rotate(
+                part,
+                Rotation(*(select_positions(angles, rows, every) for angles in turn)),
+            )
             for part, rows in ((q, queries), (k, keys))
         )
-        shown = take_rows(valid, keys, every)
-        seen = attention(q, k, v, implementation=self.implementation, pattern=pattern, valid=shown)
-        branch = contract("bqhk,hkd->bqd", seen, self.output[...], RULES("batch", None, None))
+        shown = select_positions(valid, keys, every)
+        seen = attention(
+            q, k, v, implementation=self.implementation, pattern=pattern, valid=shown
+        )
+        branch = contract(
+            "bqhk,hkd->bqd", seen, self.output[...], RULES("batch", None, None)
+        )
         x = x + dropout(branch, self.rate, of_attention)
         inner = jax.nn.gelu(self.inner_bias(self.inner(self.ffn_norm(x), asked), asked))
-        return x + dropout(self.outer_bias(self.outer(inner, asked), asked), self.rate, of_ffn)
+        return x + dropout(
+            self.outer_bias(self.outer(inner, asked), asked), self.rate, of_ffn
+        )
 
 
-class OneTrans(Rival):
+class OneTrans(Backbone):
     """The pyramid of mixed layers."""
 
     def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
         self.config = config
         self.longest = len(history_of(longest).roles)
-        self.users, self.own = len(longest.rows_of("user")), int(np.sum(longest.candidate == 0))
+        self.users, self.own = (
+            len(longest.rows_of("user")),
+            int(np.sum(longest.candidate == 0)),
+        )
         count = config.layers
         self.blocks = nnx.List(
-            [OneTransBlock(config, self.users + self.own, top, rngs=rngs) for top in [False] * (count - 1) + [True]]
+            [
+                OneTransBlock(config, self.users + self.own, top, rngs=rngs)
+                for top in [False] * (count - 1) + [True]
+            ]
         )
         self.norm = RMSNorm(config.width)
 
     def layer_outputs(
-        self, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None, key: jax.Array | None
+        self,
+        x: jax.Array,
+        layout: Layout,
+        events: jax.Array,
+        candidates: jax.Array | None,
+        key: jax.Array | None,
     ) -> list[jax.Array]:
         history = np.flatnonzero((layout.event >= 0) & (layout.candidate < 0))
-        order, stream = np.concatenate([history, other_rows(layout)]), sequence_first(layout, history_of(layout))
-        turn = rotation(stream.positions(events), self.config.width // self.config.heads, self.config.rope_base)
-        x, maps, valid, made = x[:, order], self._maps(stream), stream.valid(events, candidates), []
+        order, stream = (
+            np.concatenate([history, other_positions(layout)]),
+            sequence_first(layout, history_of(layout)),
+        )
+        turn = rotation(
+            stream.positions(events),
+            self.config.width // self.config.heads,
+            self.config.rope_base,
+        )
+        x, maps, valid, made = (
+            x[:, order],
+            self._maps(stream),
+            stream.valid(events, candidates),
+            [],
+        )
         keys = split_key(key, len(self.blocks))
-        for block, layer, one in zip(self.blocks, self.attention_layers(layout), keys, strict=True):
+        for block, layer, one in zip(
+            self.blocks, self.attention_layers(layout), keys, strict=True
+        ):
             x = block(x, layer.pattern, maps, valid, turn, one)
             made.append(x)
         return [*made, self.norm(x)]
@@ -162,13 +216,23 @@ class OneTrans(Rival):
         stream, count = sequence_first(layout, history_of(layout)), len(self.blocks)
         others = np.arange(np.sum(stream.event >= 0), stream.rows)
         kept = [-(-self.longest * (count - layer) // count) for layer in range(count)]
-        rows = [np.concatenate([np.arange(others[0])[-some:], others]) for some in kept] + [stream.readout]
-        return tuple(AttentionLayer(stream.pattern(queries, keys)) for keys, queries in itertools.pairwise(rows))
+        rows = [
+            np.concatenate([np.arange(others[0])[-some:], others]) for some in kept
+        ] + [stream.readout]
+        return tuple(
+            AttentionLayer(stream.pattern(queries, keys))
+            for keys, queries in itertools.pairwise(rows)
+        )
 
     def _maps(self, stream: Layout) -> np.ndarray:
         """`[S]`: which map the rows of a stream meet."""
         others = stream.event < 0
-        own = np.concatenate([np.arange(self.users), self.users + np.tile(np.arange(self.own), stream.candidates)])
+        own = np.concatenate(
+            [
+                np.arange(self.users),
+                self.users + np.tile(np.arange(self.own), stream.candidates),
+            ]
+        )
         maps = np.full(stream.rows, SHARED)
         maps[others] = own
         return maps

@@ -23,7 +23,7 @@ from flax import nnx
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import ffn_width
 from tokenrec.models.backbones.fields import fields_of, mean_events
-from tokenrec.models.backbones.interface import Rival
+from tokenrec.models.backbones.interface import Backbone
 from tokenrec.models.backbones.tokenformer import AttentionLayer
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
@@ -37,8 +37,18 @@ ROWS = ("batch", None, None, None)
 class PerToken(nnx.Module):
     """A linear map of its own for each token, `[B, N, H, i] -> [B, N, H, o]`."""
 
-    def __init__(self, tokens: int, inputs: int, outputs: int, axis: str | None, *, rngs: nnx.Rngs):
-        self.kernel = weight(rngs, (tokens, inputs, outputs), None, None, axis, inputs=inputs)
+    def __init__(
+        self,
+        tokens: int,
+        inputs: int,
+        outputs: int,
+        axis: str | None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = weight(
+            rngs, (tokens, inputs, outputs), None, None, axis, inputs=inputs
+        )
         self.bias = constant(0.0, (tokens, outputs), None, None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -73,29 +83,45 @@ class MixerBlock(nnx.Module):
         return self.ffn_norm(dropout(made, self.rate, key) + mixed)
 
 
-class RankMixer(Rival):
+class RankMixer(Backbone):
     """Blocks of token mixing over pooled fields."""
 
     def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
         self.tokens, d = config.heads, config.width
         inputs = (len(longest.rows_of("user")) + len(POOLS) + 1) * d
-        self.tokenize = PerToken(self.tokens, -(-inputs // self.tokens), d, "embed", rngs=rngs)
-        self.blocks = nnx.List([MixerBlock(config, rngs=rngs) for _ in range(config.layers)])
+        self.tokenize = PerToken(
+            self.tokens, -(-inputs // self.tokens), d, "embed", rngs=rngs
+        )
+        self.blocks = nnx.List(
+            [MixerBlock(config, rngs=rngs) for _ in range(config.layers)]
+        )
 
     def layer_outputs(
-        self, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None, key: jax.Array | None
+        self,
+        x: jax.Array,
+        layout: Layout,
+        events: jax.Array,
+        candidates: jax.Array | None,
+        key: jax.Array | None,
     ) -> list[jax.Array]:
         """What comes out of each block, `[B, N H, d]`, and what is read."""
         fields = fields_of(x, layout)
-        flat = fields.beside(*(mean_events(fields, events, newest) for newest in POOLS), fields.targets)
+        flat = fields.beside(
+            *(mean_events(fields, events, newest) for newest in POOLS), fields.targets
+        )
         flat = jnp.pad(flat, ((0, 0), (0, 0), (0, -flat.shape[2] % self.tokens)))
         shape, rows = (*flat.shape[:2], self.tokens, -1), RULES(*ROWS)
         x = self.tokenize(jnp.reshape(flat, shape, out_sharding=rows))
         made = []
-        for block, one in zip(self.blocks, split_key(key, len(self.blocks)), strict=True):
+        for block, one in zip(
+            self.blocks, split_key(key, len(self.blocks)), strict=True
+        ):
             x = block(x, one)
             made.append(x)
-        return [*(part.reshape(part.shape[0], -1, part.shape[3]) for part in made), jnp.mean(x, axis=2)]
+        return [
+            *(part.reshape(part.shape[0], -1, part.shape[3]) for part in made),
+            jnp.mean(x, axis=2),
+        ]
 
     def attention_layers(self, layout: Layout) -> tuple[AttentionLayer, ...]:
         """None: its products are seen where it is traced."""

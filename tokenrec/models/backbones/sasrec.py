@@ -21,19 +21,19 @@ from flax import nnx
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import Attention, Stream, ffn_width
 from tokenrec.models.backbones.fields import fields_of
-from tokenrec.models.backbones.interface import Rival
+from tokenrec.models.backbones.interface import Backbone
 from tokenrec.models.backbones.tokenformer import AttentionLayer
 from tokenrec.ops.attention.rotary import Rotation, rotation
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
-from tokenrec.ops.tables.lookup import spread_rows
+from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
-from tokenrec.tokens.layout import Layout, Part, lay_out, take_rows
+from tokenrec.tokens.layout import Layout, StreamPart, lay_out, select_positions
 
 
 def event_layout(layout: Layout) -> Layout:
     """A stream of the events alone, one row each."""
-    history = Part.history("event", np.arange(layout.events))
+    history = StreamPart.history("event", np.arange(layout.events))
     return lay_out([history], [], events=layout.events, candidates=0, read="last")
 
 
@@ -50,42 +50,75 @@ class SASRecBlock(nnx.Module):
         self.output = weight(rngs, (inner, d), "ffn", "embed", inputs=inner)
         self.output_bias = constant(0.0, (d,), None)
 
-    def __call__(self, x: jax.Array, queries: np.ndarray, stream: Stream, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, queries: np.ndarray, stream: Stream, key: jax.Array | None
+    ) -> jax.Array:
         """`[B, T, d]` -> `[B, queries, d]`."""
         of_attention, of_ffn = split_key(key, 2)
         normed = self.attention_norm(x)
         shown = self.attention.keys_values(normed, stream.rows, stream)
-        normed, x = (take_rows(rows, queries, stream.rows) for rows in (normed, x))
-        x = x + dropout(self.attention(normed, queries, shown, stream.rows, stream), self.rate, of_attention)
-        inner = contract("bsd,df->bsf", self.ffn_norm(x), self.inner[...], RULES("batch", None, "ffn"))
+        normed, x = (
+            select_positions(rows, queries, stream.rows) for rows in (normed, x)
+        )
+        x = x + dropout(
+            self.attention(normed, queries, shown, stream.rows, stream),
+            self.rate,
+            of_attention,
+        )
+        inner = contract(
+            "bsd,df->bsf",
+            self.ffn_norm(x),
+            self.inner[...],
+            RULES("batch", None, "ffn"),
+        )
         active = jax.nn.relu(inner + self.inner_bias[...].astype(x.dtype))
-        made = contract("bsf,fd->bsd", active, self.output[...], RULES("batch", None, None))
-        return x + dropout(made + self.output_bias[...].astype(x.dtype), self.rate, of_ffn)
+        made = contract(
+            "bsf,fd->bsd", active, self.output[...], RULES("batch", None, None)
+        )
+        return x + dropout(
+            made + self.output_bias[...].astype(x.dtype), self.rate, of_ffn
+        )
 
 
-class SASRec(Rival):
+class SASRec(Backbone):
     """A causal transformer over events."""
 
     def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
         self.config = config
-        self.positions = weight(rngs, (longest.events, config.width), None, None, inputs=config.width)
+        self.positions = weight(
+            rngs, (longest.events, config.width), None, None, inputs=config.width
+        )
         self.start = weight(rngs, (config.width,), None, inputs=1)
-        self.blocks = nnx.List([SASRecBlock(config, rngs=rngs) for _ in range(config.layers)])
+        self.blocks = nnx.List(
+            [SASRecBlock(config, rngs=rngs) for _ in range(config.layers)]
+        )
         self.norm = RMSNorm(config.width)
 
     def layer_outputs(
-        self, x: jax.Array, layout: Layout, events: jax.Array, candidates: jax.Array | None, key: jax.Array | None
+        self,
+        x: jax.Array,
+        layout: Layout,
+        events: jax.Array,
+        candidates: jax.Array | None,
+        key: jax.Array | None,
     ) -> list[jax.Array]:
         fields, only = fields_of(x, layout), event_layout(layout)
-        every, number = np.arange(layout.events), jnp.maximum(only.positions(events) - 1, 0)
-        stream = Stream(only, every, self._no_rotation(number), only.valid(events, None))
-        x = fields.events + spread_rows(self.positions[...], number).astype(x.dtype)
+        every, number = (
+            np.arange(layout.events),
+            jnp.maximum(only.positions(events) - 1, 0),
+        )
+        stream = Stream(
+            only, every, self._no_rotation(number), only.valid(events, None)
+        )
+        x = fields.events + expand_rows(self.positions[...], number).astype(x.dtype)
         made, rows = [], self._rows(layout)
-        for block, queries, one in zip(self.blocks, rows, split_key(key, len(self.blocks)), strict=True):
+        for block, queries, one in zip(
+            self.blocks, rows, split_key(key, len(self.blocks)), strict=True
+        ):
             x = block(x, queries, stream, one)
             made.append(x)
         ranks = bool(np.isin(layout.readout, layout.rows_of("state", "target")).all())
-        read, known = self.norm(x), take_rows(events, rows[-1], every)
+        read, known = self.norm(x), select_positions(events, rows[-1], every)
         if ranks and not layout.candidates:
             # At a state, the newest event is the one before it.
             read = jnp.pad(read[:, :-1], ((0, 0), (1, 0), (0, 0)))
@@ -95,7 +128,10 @@ class SASRec(Rival):
 
     def attention_layers(self, layout: Layout) -> tuple[AttentionLayer, ...]:
         only, every = event_layout(layout), np.arange(layout.events)
-        return tuple(AttentionLayer(only.pattern(queries, every)) for queries in self._rows(layout))
+        return tuple(
+            AttentionLayer(only.pattern(queries, every))
+            for queries in self._rows(layout)
+        )
 
     def _rows(self, layout: Layout) -> list[np.ndarray]:
         """Rows out of each layer; only the newest event is read above the last, unless every event is."""
@@ -104,4 +140,8 @@ class SASRec(Rival):
         return [every] * (len(self.blocks) - 1) + [every if read_all else every[-1:]]
 
     def _no_rotation(self, positions: jax.Array) -> Rotation:
-        return rotation(jnp.zeros_like(positions), self.config.width // self.config.heads, self.config.rope_base)
+        return rotation(
+            jnp.zeros_like(positions),
+            self.config.width // self.config.heads,
+            self.config.rope_base,
+        )

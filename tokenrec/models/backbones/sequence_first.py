@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokenrec.tokens.layout import ROLES, Layout, Part, lay_out
+from tokenrec.tokens.layout import ROLES, Layout, StreamPart, lay_out
 
 
-def history_of(layout: Layout) -> Part:
+def history_of(layout: Layout) -> StreamPart:
     """The rows of the history as they stand."""
     rows = np.flatnonzero((layout.event >= 0) & (layout.candidate < 0))
-    return Part(tuple(ROLES[role] for role in layout.roles[rows]), layout.event[rows], stride=layout.stride)
+    return StreamPart(
+        tuple(ROLES[role] for role in layout.roles[rows]),
+        layout.event[rows],
+        stride=layout.stride,
+    )
 
 
-def other_rows(layout: Layout) -> np.ndarray:
+def other_positions(layout: Layout) -> np.ndarray:
     """Rows of the user and of the candidates, `[n]`, in the order in which they follow the history."""
-    return np.concatenate([layout.rows_of("user"), np.flatnonzero(layout.candidate >= 0)])
+    return np.concatenate(
+        [layout.rows_of("user"), np.flatnonzero(layout.candidate >= 0)]
+    )
 
 
-def sequence_first(layout: Layout, history: Part) -> Layout:
+def sequence_first(layout: Layout, history: StreamPart) -> Layout:
     """The stream `[history, user, candidates]` of the same tokens, for a history of other rows perhaps.
 
     The tokens of the user see the history, candidates see both and not each other, and all of them have the position
@@ -26,8 +32,8 @@ def sequence_first(layout: Layout, history: Part) -> Layout:
     """
     user, own = len(layout.rows_of("user")), int(np.sum(layout.candidate == 0))
     return lay_out(
-        [history, Part.of("user", user)],
-        [Part.of("target", own)],
+        [history, StreamPart.of("user", user)],
+        [StreamPart.of("target", own)],
         events=layout.events,
         candidates=layout.candidates,
         read="own",

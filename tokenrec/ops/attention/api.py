@@ -24,7 +24,9 @@ __all__ = [
 ]
 
 
-def refusal(name: str, q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
+def refusal(
+    name: str, q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None
+) -> str:
     """Why an implementation cannot serve, or ""."""
     if name != "dense" and pattern.keeps_static(window):
         return "static rows stay in sight of a sliding layer (model.discard_static=False), which is two runs of keys"
@@ -53,11 +55,17 @@ IMPLEMENTATIONS = {
     "dense": Implementation(dense.dense_attention, _never),
     "blocked": Implementation(blocked.blocked_attention, _never, blocked.unprofitable),
     "cudnn": Implementation(cudnn.cudnn_attention, cudnn.refusal),
-    "splash": Implementation(splash.splash_attention, splash.refusal, splash.unprofitable),
+    "splash": Implementation(
+        splash.splash_attention, splash.refusal, splash.unprofitable
+    ),
 }
 
 # In order, by platform; the first that neither refuses nor is unprofitable serves.
-PREFERRED = {"cpu": ("blocked", "dense"), "gpu": ("cudnn", "blocked", "dense"), "tpu": ("splash", "blocked", "dense")}
+PREFERRED = {
+    "cpu": ("blocked", "dense"),
+    "gpu": ("cudnn", "blocked", "dense"),
+    "tpu": ("splash", "blocked", "dense"),
+}
 
 
 class Choice(NamedTuple):
@@ -75,7 +83,12 @@ def platform() -> str:
 
 
 def choose(
-    q: jax.Array, k: jax.Array, *, window: int | None, pattern: Pattern, implementation: str | None = None
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    window: int | None,
+    pattern: Pattern,
+    implementation: str | None = None,
 ) -> Choice:
     """Which implementation serves these shapes on the platform of the mesh in use.
 
@@ -90,14 +103,20 @@ def choose(
         here = platform()
         if implementation not in PREFERRED.get(here, PREFERRED["cpu"]):
             others = ", ".join(PREFERRED.get(here, PREFERRED["cpu"]))
-            raise InputError(f"implementation={implementation!r} does not run on {here}; use one of: {others}")
+            raise InputError(
+                f"implementation={implementation!r} does not run on {here}; use one of: {others}"
+            )
         if reason := refusal(implementation, q, k, pattern, window):
-            raise InputError(f"implementation={implementation!r} cannot serve: {reason}; leave it out to fall through")
+            raise InputError(
+                f"implementation={implementation!r} cannot serve: {reason}; leave it out to fall through"
+            )
         return Choice(implementation, {})
     refused: dict[str, str] = {}
     for name in PREFERRED.get(platform(), PREFERRED["cpu"]):
         unprofitable = IMPLEMENTATIONS[name].unprofitable
-        reason = refusal(name, q, k, pattern, window) or unprofitable(q, k, pattern, window)
+        reason = refusal(name, q, k, pattern, window) or unprofitable(
+            q, k, pattern, window
+        )
         if not reason:
             return Choice(name, refused)
         refused[name] = reason
@@ -131,18 +150,31 @@ def attention(
       InputError: an unknown implementation or one that cannot serve, a window below 1, or shapes that do not agree.
     """
     if window is not None and window < 1:
-        raise InputError(f"window={window}: a window counts the row itself, so it is at least 1")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.shape[1] > k.shape[1]:
-        raise InputError(f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B, Q, H, h], [B, K, H, h] twice, Q <= K")
+        raise InputError(
+            f"window={window}: a window counts the row itself, so it is at least 1"
+        )
+    if (
+        k.shape != v.shape
+        or q.shape[0] != k.shape[0]
+        or q.shape[2:] != k.shape[2:]
+        or q.shape[1] > k.shape[1]
+    ):
+        raise InputError(
+            f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B, Q, H, h], [B, K, H, h] twice, Q <= K"
+        )
     pattern = causal_pattern(q.shape[1], k.shape[1]) if pattern is None else pattern
     if (len(pattern.query_rows), len(pattern.key_rows)) != (q.shape[1], k.shape[1]):
         raise InputError(
             f"pattern is for {len(pattern.query_rows)} x {len(pattern.key_rows)} rows, q {q.shape} k {k.shape}"
         )
-    name = choose(q, k, window=window, pattern=pattern, implementation=implementation).name
+    name = choose(
+        q, k, window=window, pattern=pattern, implementation=implementation
+    ).name
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, *valid: jax.Array) -> jax.Array:
-        return IMPLEMENTATIONS[name].attend(q, k, v, pattern, window, valid[0] if valid else None)
+        return IMPLEMENTATIONS[name].attend(
+            q, k, v, pattern, window, valid[0] if valid else None
+        )
 
     inputs = (q, k, v) if valid is None else (q, k, v, valid)
     mesh = jax.sharding.get_abstract_mesh()
@@ -151,5 +183,9 @@ def attention(
     heads, rows = RULES("batch", None, "heads", None), RULES("batch", None)
     specs = (heads, heads, heads, rows)[: len(inputs)]
     # Inside, a device has whole streams and whole heads, so nothing is exchanged and replication need not be tracked.
-    inputs = tuple(jax.sharding.reshard(x, spec) for x, spec in zip(inputs, specs, strict=True))
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(*inputs)
+    inputs = tuple(
+        jax.sharding.reshard(x, spec) for x, spec in zip(inputs, specs, strict=True)
+    )
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(
+        *inputs
+    )

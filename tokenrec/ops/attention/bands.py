@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.ops.attention.dense import MASKED
-from tokenrec.ops.attention.pattern import NO_KEY, NO_QUERY, Pattern, Rows, sees, take_or
+from tokenrec.ops.attention.pattern import (
+    NO_KEY,
+    NO_QUERY,
+    Pattern,
+    Rows,
+    sees,
+    take_or,
+)
 from tokenrec.ops.attention.softmax import pull_back
 
 TILE = 64  # query rows; wider ones hold more logits outside the window, narrower ones make matrix products small
@@ -55,19 +62,26 @@ def _reach(query: Rows, key: Rows, window: int) -> tuple[np.ndarray, np.ndarray]
     """First and last key position that each query may see, `[Q]` each; None for an order that is not a layout's."""
     shared = int(np.sum(key.candidate == -1))
     static = int(np.sum(key.static))
-    in_order = np.all(np.diff(key.candidate) >= 0) and np.all(np.diff(key.index[:shared]) > 0)
+    in_order = np.all(np.diff(key.candidate) >= 0) and np.all(
+        np.diff(key.index[:shared]) > 0
+    )
     if not in_order or not key.static[:static].all():
         return None
     own = np.searchsorted(key.row, query.row)
     low = np.searchsorted(key.index[:shared], query.index - window + 1)
     low = np.where(query.static, low, np.maximum(low, static))
-    own_first = np.maximum(np.searchsorted(key.candidate, query.candidate), own - window + 1)
+    own_first = np.maximum(
+        np.searchsorted(key.candidate, query.candidate), own - window + 1
+    )
     return np.where(low < shared, np.minimum(low, own), np.minimum(own_first, own)), own
 
 
 def find_band(pattern: Pattern, window: int) -> Band | None:
     """The band of a sliding layer, None where the rows are in no order that has one."""
-    query, key = pattern.rows(pattern.query_rows, window), pattern.rows(pattern.key_rows, window)
+    query, key = (
+        pattern.rows(pattern.query_rows, window),
+        pattern.rows(pattern.key_rows, window),
+    )
     reach = _reach(query, key, window)
     if reach is None:
         return None
@@ -76,7 +90,9 @@ def find_band(pattern: Pattern, window: int) -> Band | None:
     start = np.arange(0, len(first), tile)
     tiles = len(start)
     low, high = np.minimum.reduceat(first, start), np.maximum.reduceat(last, start)
-    advance = np.arange(tiles) * (max(1, int(np.median(np.diff(last[start])))) if tiles > 1 else 0)
+    advance = np.arange(tiles) * (
+        max(1, int(np.median(np.diff(last[start])))) if tiles > 1 else 0
+    )
     offset = int((low - advance).min())
     width = int((high - advance).max()) - offset + 1
     stride = int(advance[1]) if tiles > 1 else width
@@ -88,7 +104,9 @@ def find_band(pattern: Pattern, window: int) -> Band | None:
 
 def _tiles(x: jax.Array, band: Band) -> jax.Array:
     """Query rows `[G, Q, ...]` -> `[G, n, tile, ...]`, zeros behind the last."""
-    x = jnp.pad(x, ((0, 0), (0, band.tiles * band.tile - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
+    x = jnp.pad(
+        x, ((0, 0), (0, band.tiles * band.tile - x.shape[1]), *[(0, 0)] * (x.ndim - 2))
+    )
     return x.reshape(x.shape[0], band.tiles, band.tile, *x.shape[2:])
 
 
@@ -101,19 +119,27 @@ def _spans(x: jax.Array, band: Band) -> jax.Array:
     """Key rows `[G, K, ...]` -> the span of each tile `[G, n, width, ...]`, zeros where there is no key."""
     rows, before = (band.tiles + band.steps - 1) * band.stride, max(0, -band.offset)
     x = x[:, max(0, band.offset) :][:, : rows - before]
-    x = jnp.pad(x, ((0, 0), (before, rows - before - x.shape[1]), *[(0, 0)] * (x.ndim - 2)))
+    x = jnp.pad(
+        x, ((0, 0), (before, rows - before - x.shape[1]), *[(0, 0)] * (x.ndim - 2))
+    )
     strides = x.reshape(x.shape[0], -1, band.stride, *x.shape[2:])
-    return jnp.concatenate([strides[:, a : a + band.tiles] for a in range(band.steps)], axis=2)
+    return jnp.concatenate(
+        [strides[:, a : a + band.tiles] for a in range(band.steps)], axis=2
+    )
 
 
 def _unspans(x: jax.Array, band: Band, keys: int) -> jax.Array:
     """The transpose of `_spans`: spans overlap, and what they say of one key is added up."""
     rest = [(0, 0)] * (x.ndim - 2)
     parts = enumerate(jnp.split(x, band.steps, axis=2))
-    strides = (jnp.pad(part, ((0, 0), (a, band.steps - 1 - a), *rest)) for a, part in parts)
+    strides = (
+        jnp.pad(part, ((0, 0), (a, band.steps - 1 - a), *rest)) for a, part in parts
+    )
     x = functools.reduce(jnp.add, strides)
     before = max(0, band.offset)
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, max(0, -band.offset) :][:, : keys - before]
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, max(0, -band.offset) :][
+        :, : keys - before
+    ]
     return jnp.pad(x, ((0, 0), (before, keys - before - x.shape[1]), *rest[1:]))
 
 
@@ -121,12 +147,19 @@ def band_mask(band: Band) -> jax.Array:
     """`[n, tile, width] bool`: what each tile sees of its span, less padding."""
     # The barriers keep XLA from folding a mask of the stream's length into the program, and from comparing rows again
     # for every stream and head.
-    query, key = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, (band.query, band.key)))
-    column, row = Rows(*(part[:, :, None] for part in query)), Rows(*(part[:, None, :] for part in key))
+    query, key = jax.lax.optimization_barrier(
+        jax.tree.map(jnp.asarray, (band.query, band.key))
+    )
+    column, row = (
+        Rows(*(part[:, :, None] for part in query)),
+        Rows(*(part[:, None, :] for part in key)),
+    )
     return jax.lax.optimization_barrier(sees(column, row, band.window))
 
 
-def _logits(band: Band, seen: jax.Array, q: jax.Array, k: jax.Array, valid: jax.Array | None) -> jax.Array:
+def _logits(
+    band: Band, seen: jax.Array, q: jax.Array, k: jax.Array, valid: jax.Array | None
+) -> jax.Array:
     """Masked logits `[G, n, tile, width] float32` of tiles `q` and spans `k`, for `valid: [G, K]`.
 
     A row that sees nothing, which only padding does, has equal logits and is not NaN.
@@ -138,7 +171,12 @@ def _logits(band: Band, seen: jax.Array, q: jax.Array, k: jax.Array, valid: jax.
 
 
 def band_forward(
-    band: Band, seen: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None
+    band: Band,
+    seen: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Output `[G, Q, h]` and log of the softmax's denominator `[G, Q] float32`.
 
@@ -149,7 +187,15 @@ def band_forward(
     weights = jnp.exp(logits - most)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     spans = _spans(v, band)
-    out = jnp.einsum("gnqk,gnkd->gnqd", weights.astype(v.dtype), spans, preferred_element_type=jnp.float32) / total
+    out = (
+        jnp.einsum(
+            "gnqk,gnkd->gnqd",
+            weights.astype(v.dtype),
+            spans,
+            preferred_element_type=jnp.float32,
+        )
+        / total
+    )
     log_sum = (most + jnp.log(total))[..., 0]
     return _untiles(out.astype(q.dtype), q.shape[1]), _untiles(log_sum, q.shape[1])
 
@@ -166,9 +212,17 @@ def band_backward(
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v, float32, given that of the output; `inner: [G, Q]` is the sum of output x gradient."""
-    queries, pull, log_total, along = (_tiles(x, band) for x in (q, gradient, log_sum, inner))
+    queries, pull, log_total, along = (
+        _tiles(x, band) for x in (q, gradient, log_sum, inner)
+    )
     k_spans, v_spans = _spans(k, band), _spans(v, band)
     logits = _logits(band, seen, queries, k_spans, valid)
-    by_q, by_k, by_v = pull_back(logits, log_total, along, queries, k_spans, v_spans, pull)
+    by_q, by_k, by_v = pull_back(
+        logits, log_total, along, queries, k_spans, v_spans, pull
+    )
     keys = k.shape[1]
-    return _untiles(by_q, q.shape[1]), _unspans(by_k, band, keys), _unspans(by_v, band, keys)
+    return (
+        _untiles(by_q, q.shape[1]),
+        _unspans(by_k, band, keys),
+        _unspans(by_v, band, keys),
+    )

@@ -20,7 +20,10 @@ FEWEST_QUERIES = 0.5
 
 def refusal(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
     """Why the kernels cannot serve, in cuDNN's words where it is the one that says so."""
-    query, key = pattern.rows(pattern.query_rows, window), pattern.rows(pattern.key_rows, window)
+    query, key = (
+        pattern.rows(pattern.query_rows, window),
+        pattern.rows(pattern.key_rows, window),
+    )
     if (key.candidate > 0).any():
         return "several candidates share a stream, and cuDNN knows causal order only"
     if (key.reach != key.index).any():
@@ -33,7 +36,9 @@ def refusal(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) ->
         return f"{len(query.row)} queries of {len(key.row)} rows, and cuDNN computes all rows"
 
     def fused(q: jax.Array, k: jax.Array) -> jax.Array:
-        return jax.nn.dot_product_attention(q, k, k, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q, k, k, is_causal=True, implementation="cudnn"
+        )
 
     whole = jax.ShapeDtypeStruct(k.shape, k.dtype)
     try:
@@ -55,13 +60,18 @@ def cudnn_attention(
 ) -> jax.Array:
     """Attention by fused kernels, arguments as in `attention`; `kernels="xla"` computes the same call anywhere."""
     at = np.searchsorted(pattern.key_rows, pattern.query_rows)
-    queries = jnp.zeros_like(k).at[:, at].set(q, unique_indices=True, indices_are_sorted=True)
+    queries = (
+        jnp.zeros_like(k).at[:, at].set(q, unique_indices=True, indices_are_sorted=True)
+    )
     if valid is None:
         lengths, order = None, None
     else:
         lengths = jnp.sum(valid, axis=1, dtype=jnp.int32)
         order = jnp.argsort(~valid, axis=1, stable=True)
-        queries, k, v = (jnp.take_along_axis(x, order[..., None, None], axis=1) for x in (queries, k, v))
+        queries, k, v = (
+            jnp.take_along_axis(x, order[..., None, None], axis=1)
+            for x in (queries, k, v)
+        )
     out = jax.nn.dot_product_attention(
         queries,
         k,
@@ -74,6 +84,10 @@ def cudnn_attention(
     )
     if lengths is not None and order is not None:
         # What a kernel leaves behind the end of a stream is not defined.
-        out = jnp.where((jnp.arange(k.shape[1]) < lengths[:, None])[..., None, None], out, 0)
-        out = jnp.take_along_axis(out, jnp.argsort(order, axis=1)[..., None, None], axis=1)
+        out = jnp.where(
+            (jnp.arange(k.shape[1]) < lengths[:, None])[..., None, None], out, 0
+        )
+        out = jnp.take_along_axis(
+            out, jnp.argsort(order, axis=1)[..., None, None], axis=1
+        )
     return out[:, at]

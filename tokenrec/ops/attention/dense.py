@@ -12,12 +12,19 @@ MASKED = -1e30
 
 
 def dense_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, window: int | None, valid: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pattern: Pattern,
+    window: int | None,
+    valid: jax.Array | None,
 ) -> jax.Array:
     """`softmax(q k^T / sqrt(h) + mask) v`; arguments as in `attention`."""
     visible, diagonal = pattern.visible(window), pattern.diagonal()
     scale = q.shape[-1] ** -0.5
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "bqhd,bkhd->bhqk", q * scale, k, preferred_element_type=jnp.float32
+    )
     if valid is None:
         see = jnp.asarray(visible | diagonal)[None, None]
     else:

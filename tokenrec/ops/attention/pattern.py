@@ -40,7 +40,9 @@ def sees(query: Rows, key: Rows, window: int | None) -> Any:
 
 # Rows that fill up a tile: they see nothing, and nothing sees them.
 NO_QUERY = Rows(row=-1, index=-1, reach=-1, static=False, candidate=-2)
-NO_KEY = Rows(row=-2, index=np.iinfo(np.int32).max, reach=-1, static=False, candidate=-1)
+NO_KEY = Rows(
+    row=-2, index=np.iinfo(np.int32).max, reach=-1, static=False, candidate=-1
+)
 
 
 def take_or(rows: Rows, at: np.ndarray, otherwise: Rows) -> Rows:
@@ -48,9 +50,12 @@ def take_or(rows: Rows, at: np.ndarray, otherwise: Rows) -> Rows:
     count = len(rows.row)
     inside = (at >= 0) & (at < count)
     taken = [
-        np.where(inside, part[np.clip(at, 0, count - 1)], other) for part, other in zip(rows, otherwise, strict=True)
+        np.where(inside, part[np.clip(at, 0, count - 1)], other)
+        for part, other in zip(rows, otherwise, strict=True)
     ]
-    return Rows(*(part if part.dtype == bool else part.astype(np.int32) for part in taken))
+    return Rows(
+        *(part if part.dtype == bool else part.astype(np.int32) for part in taken)
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,14 +92,28 @@ class Pattern:
 
     def visible(self, window: int | None) -> np.ndarray:
         """`[Q, K] bool`: `see` without `valid_j` and the diagonal."""
-        query, key = self.rows(self.query_rows, window), self.rows(self.key_rows, window)
-        query, key = Rows(*(part[:, None] for part in query)), Rows(*(part[None, :] for part in key))
+        query, key = (
+            self.rows(self.query_rows, window),
+            self.rows(self.key_rows, window),
+        )
+        query, key = (
+            Rows(*(part[:, None] for part in query)),
+            Rows(*(part[None, :] for part in key)),
+        )
         seen = sees(query, key, window)
-        return seen | (key.static & sees(query, key, None)) if self.keeps_static(window) else seen
+        return (
+            seen | (key.static & sees(query, key, None))
+            if self.keeps_static(window)
+            else seen
+        )
 
     def keeps_static(self, window: int | None) -> bool:
         """Whether a layer shows static rows beside its window."""
-        return not self.discard and window is not None and bool(self.static[self.key_rows].any())
+        return (
+            not self.discard
+            and window is not None
+            and bool(self.static[self.key_rows].any())
+        )
 
     def diagonal(self) -> np.ndarray:
         """`[Q, K] bool`: a row sees itself even when it is padding, so that no softmax is empty."""
@@ -104,4 +123,6 @@ class Pattern:
 def causal_pattern(queries: int, keys: int) -> Pattern:
     """Plain causal order over `keys` rows; the queries are the last of them."""
     rows = np.arange(keys)
-    return Pattern(rows[keys - queries :], rows, rows, np.zeros(keys, bool), np.full(keys, -1))
+    return Pattern(
+        rows[keys - queries :], rows, rows, np.zeros(keys, bool), np.full(keys, -1)
+    )

@@ -17,7 +17,9 @@ class Rotation(NamedTuple):
 
 def rotation(positions: jax.Array, head_width: int, base: float) -> Rotation:
     """Angles `p * base^(-2 i / h)` for `positions: [B, S]` and i in [0, h / 2)."""
-    frequencies = base ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    frequencies = base ** (
+        -jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
+    )
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
@@ -25,5 +27,7 @@ def rotation(positions: jax.Array, head_width: int, base: float) -> Rotation:
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
     """Rotates `x: [B, S, H, h]`; the pair of element i is element i + h / 2. Keeps the dtype, computes in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1)
+    turned = jnp.concatenate(
+        [first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1
+    )
     return turned.astype(x.dtype)

@@ -22,9 +22,20 @@ def pull_back(
       inner: `[..., q]`, sum of output x gradient; q, gradient: `[..., q, d]`; k, v: `[..., k, d]`.
     """
     weights = jnp.exp(logits - log_sum[..., None])
-    by_weight = jnp.einsum("...qd,...kd->...qk", gradient, v, preferred_element_type=jnp.float32)
+    by_weight = jnp.einsum(
+        "...qd,...kd->...qk", gradient, v, preferred_element_type=jnp.float32
+    )
     by_logit = (weights * (by_weight - inner[..., None])).astype(q.dtype)
-    by_v = jnp.einsum("...qk,...qd->...kd", weights.astype(q.dtype), gradient, preferred_element_type=jnp.float32)
-    by_k = jnp.einsum("...qk,...qd->...kd", by_logit, q, preferred_element_type=jnp.float32)
-    by_q = jnp.einsum("...qk,...kd->...qd", by_logit, k, preferred_element_type=jnp.float32)
+    by_v = jnp.einsum(
+        "...qk,...qd->...kd",
+        weights.astype(q.dtype),
+        gradient,
+        preferred_element_type=jnp.float32,
+    )
+    by_k = jnp.einsum(
+        "...qk,...qd->...kd", by_logit, q, preferred_element_type=jnp.float32
+    )
+    by_q = jnp.einsum(
+        "...qk,...kd->...qd", by_logit, k, preferred_element_type=jnp.float32
+    )
     return by_q, by_k, by_v

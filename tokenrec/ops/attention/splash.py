@@ -18,7 +18,12 @@ import numpy as np
 from tokenrec.ops.attention.pattern import ATTENTION_RESULT, Pattern
 
 LANES = 128  # of a vector register: the least side of a tile
-SIDES = (128, 256, 384, 512)  # the backward of 512 x 512 is the largest that sits well in the kernel's 16 MiB
+SIDES = (
+    128,
+    256,
+    384,
+    512,
+)  # the backward of 512 x 512 is the largest that sits well in the kernel's 16 MiB
 # Fixed cost of a grid step, in logits. An estimate, for no TPU was at hand: some 0.35 us against 2e11 logits a second.
 STEP_COST = 1 << 16
 BITS = 31  # of a query's number, which must not be negative
@@ -44,12 +49,21 @@ class Spans(NamedTuple):
     def of(self, queries: np.ndarray) -> Spans:
         """Those of some queries."""
         own = self.own_start[queries], self.own_stop[queries]
-        return Spans(self.self_at[queries], self.start[queries], self.stop[queries], *own, self.border)
+        return Spans(
+            self.self_at[queries],
+            self.start[queries],
+            self.stop[queries],
+            *own,
+            self.border,
+        )
 
 
 def visible_spans(pattern: Pattern, window: int | None) -> Spans | str:
     """What each query sees less padding, found without a Q x K matrix; or why it is not two runs of keys."""
-    query, key = pattern.rows(pattern.query_rows, window), pattern.rows(pattern.key_rows, window)
+    query, key = (
+        pattern.rows(pattern.query_rows, window),
+        pattern.rows(pattern.key_rows, window),
+    )
     self_at = np.searchsorted(key.row, query.row)
     if (self_at == len(key.row)).any() or (key.row[self_at] != query.row).any():
         return "some query rows are not among the key rows, and would see nothing where they are padding"
@@ -58,12 +72,19 @@ def visible_spans(pattern: Pattern, window: int | None) -> Spans | str:
     shared, own_run = key.index[:border], _numbered_runs(key.candidate[border:])
     if not of_candidate[border:].all() or own_run is None:
         return "the keys are not in the order shared rows, then one candidate after another"
-    lowest = np.zeros_like(query.index) if window is None else np.maximum(query.index - window + 1, 0)
+    lowest = (
+        np.zeros_like(query.index)
+        if window is None
+        else np.maximum(query.index - window + 1, 0)
+    )
     width = int(pattern.index.max()) + 1
     own = own_run * width + key.index[border:]  # ascends, as each candidate's keys do
     if (np.diff(shared) < 0).any() or (np.diff(own) <= 0).any():
         return "the index of the keys does not ascend within the shared rows or within a candidate"
-    start, stop = np.searchsorted(shared, lowest), np.searchsorted(shared, query.reach, side="right")
+    start, stop = (
+        np.searchsorted(shared, lowest),
+        np.searchsorted(shared, query.reach, side="right"),
+    )
     if window is not None and key.static.any():
         static = int(np.argmin(np.append(key.static, False)))
         if key.static[static:].any() or static > border:
@@ -77,7 +98,10 @@ def visible_spans(pattern: Pattern, window: int | None) -> Spans | str:
     own_start = border + np.searchsorted(own, run * width + lowest)
     own_stop = border + np.searchsorted(own, run * width + query.index, side="right")
     none = (query.candidate < 0) | (own_stop <= own_start)
-    own_start, own_stop = np.where(none, border, own_start), np.where(none, border, own_stop)
+    own_start, own_stop = (
+        np.where(none, border, own_start),
+        np.where(none, border, own_stop),
+    )
     unseen = stop <= start
     start, stop = np.where(unseen, border, start), np.where(unseen, border, stop)
     if (~none & (stop < border)).any():
@@ -117,7 +141,10 @@ class Sight:
         if self.near_bits:
             near, query = query & ((1 << self.near_bits) - 1), query >> self.near_bits
         if self.depth_bits:
-            depth, query = query & ((1 << self.depth_bits) - 1), query >> self.depth_bits
+            depth, query = (
+                query & ((1 << self.depth_bits) - 1),
+                query >> self.depth_bits,
+            )
         back = query - key
         seen = back >= 0
         if depth is not None:
@@ -152,7 +179,13 @@ def encode(spans: Spans, keys: int) -> tuple[Sight, np.ndarray]:
         numbers = numbers << depth_bits | deep
     if near_bits:
         numbers = numbers << near_bits | spread
-    return Sight(depth, depth_bits, near, near_bits, spans.border if spans.border < keys else None), numbers
+    return Sight(
+        depth,
+        depth_bits,
+        near,
+        near_bits,
+        spans.border if spans.border < keys else None,
+    ), numbers
 
 
 def padded(rows: int, side: int) -> int:
@@ -163,7 +196,13 @@ def padded(rows: int, side: int) -> int:
 def visited_tiles(spans: Spans, keys: int, block_q: int, block_kv: int) -> np.ndarray:
     """`[query blocks, key blocks] bool`: tiles with something visible, the only ones that are computed."""
     block = np.arange(len(spans.start)) // block_q
-    count = np.zeros((padded(len(spans.start), block_q) // block_q, padded(keys, block_kv) // block_kv + 1), np.int64)
+    count = np.zeros(
+        (
+            padded(len(spans.start), block_q) // block_q,
+            padded(keys, block_kv) // block_kv + 1,
+        ),
+        np.int64,
+    )
     for start, stop in ((spans.start, spans.stop), (spans.own_start, spans.own_stop)):
         some = stop > start
         np.add.at(count, (block[some], start[some] // block_kv), 1)
@@ -181,7 +220,9 @@ def block_sizes(spans: Spans, keys: int) -> tuple[int, int]:
 
     def cost(sides: tuple[int, int]) -> int:
         tiles = visited_tiles(spans, keys, *sides)
-        steps = len(tiles) * int(tiles.sum(axis=1).max())  # the grid is as wide as its fullest row
+        steps = len(tiles) * int(
+            tiles.sum(axis=1).max()
+        )  # the grid is as wide as its fullest row
         return steps * STEP_COST + int(tiles.sum()) * sides[0] * sides[1]
 
     return min(((q, kv) for q in SIDES for kv in SIDES), key=cost)
@@ -200,7 +241,9 @@ def refusal(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) ->
     return ""
 
 
-def unprofitable(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
+def unprofitable(
+    q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None
+) -> str:
     """Why another way is likely to be faster, or "".
 
     The grid goes through streams and heads one by one, and XLA computes such small products for all of them at once.
@@ -221,9 +264,15 @@ def _mask_class() -> type[Any]:
         """`Sight` over rows with fill. The spans alone tell of most tiles that all or nothing of them is visible."""
 
         def __init__(self, sight: Sight, numbers: np.ndarray, spans: Spans, keys: int):
-            self.mask_function, self.q_sequence = sight, numbers  # the names under which the kernels look for them
+            self.mask_function, self.q_sequence = (
+                sight,
+                numbers,
+            )  # the names under which the kernels look for them
             runs = (spans.start, spans.stop), (spans.own_start, spans.own_stop)
-            self.runs, self.keys = [(start, stop) for start, stop in runs if (stop > start).any()], keys
+            self.runs, self.keys = (
+                [(start, stop) for start, stop in runs if (stop > start).any()],
+                keys,
+            )
 
         @property
         def shape(self) -> tuple[int, ...]:
@@ -233,7 +282,11 @@ def _mask_class() -> type[Any]:
             rows, columns = tile
             seen = np.zeros(rows.stop - rows.start, np.int64)
             for start, stop in self.runs:
-                seen += np.maximum(np.minimum(stop[rows], columns.stop) - np.maximum(start[rows], columns.start), 0)
+                seen += np.maximum(
+                    np.minimum(stop[rows], columns.stop)
+                    - np.maximum(start[rows], columns.start),
+                    0,
+                )
             # One element stands for a whole tile, of which `any` and `all` are asked: there are S^2 / side^2 tiles.
             if not seen.any():
                 return np.zeros((1, 1), bool)
@@ -279,12 +332,17 @@ def splash_attention(
     if isinstance(spans, str):
         raise AssertionError(spans)
     block_q, block_kv = block_sizes(spans, keys) if blocks is None else blocks
-    more_q, more_kv = padded(q.shape[1], block_q) - q.shape[1], padded(keys, block_kv) - keys
+    more_q, more_kv = (
+        padded(q.shape[1], block_q) - q.shape[1],
+        padded(keys, block_kv) - keys,
+    )
     sight, numbers = encode(spans, keys)
     # Rows of fill repeat the last query, as one that saw nothing would be NaN; nothing sees the keys of fill.
     filled = np.minimum(np.arange(q.shape[1] + more_q), q.shape[1] - 1)
     spans, numbers = spans.of(filled), numbers[filled].astype(np.int32)
-    mask = splash.MultiHeadMask([_mask_class()(sight, numbers, spans, keys + more_kv)] * q.shape[2])
+    mask = splash.MultiHeadMask(
+        [_mask_class()(sight, numbers, spans, keys + more_kv)] * q.shape[2]
+    )
     # Not the fused backward: it holds a gradient of all queries for every block of keys, which is quadratic in length,
     # and it visits empty tiles too.
     sizes = splash.BlockSizes(
@@ -296,18 +354,27 @@ def splash_attention(
         block_kv_dq=block_kv,
     )
     kernel = splash.make_splash_mha_single_device(
-        mask, block_sizes=sizes, residual_checkpoint_name=ATTENTION_RESULT, interpret=interpret
+        mask,
+        block_sizes=sizes,
+        residual_checkpoint_name=ATTENTION_RESULT,
+        interpret=interpret,
     )
 
     def heads_first(x: jax.Array, fill: int) -> jax.Array:
         return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, fill), (0, 0)))
 
     # The kernels do not scale the logits.
-    inputs = heads_first(q * q.shape[-1] ** -0.5, more_q), heads_first(k, more_kv), heads_first(v, more_kv)
+    inputs = (
+        heads_first(q * q.shape[-1] ** -0.5, more_q),
+        heads_first(k, more_kv),
+        heads_first(v, more_kv),
+    )
     if valid is None:
         out = jax.vmap(kernel)(*inputs)
     else:
         real = valid.astype(jnp.int32)
-        segments = splash.SegmentIds(q=real[:, spans.self_at], kv=jnp.pad(real, ((0, 0), (0, more_kv))))
+        segments = splash.SegmentIds(
+            q=real[:, spans.self_at], kv=jnp.pad(real, ((0, 0), (0, more_kv)))
+        )
         out = jax.vmap(kernel)(*inputs, segments)
     return jnp.swapaxes(out[:, :, : q.shape[1]], 1, 2)

@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.ops.attention.dense import MASKED
-from tokenrec.ops.attention.pattern import NO_KEY, NO_QUERY, Pattern, Rows, sees, take_or
+from tokenrec.ops.attention.pattern import (
+    NO_KEY,
+    NO_QUERY,
+    Pattern,
+    Rows,
+    sees,
+    take_or,
+)
 from tokenrec.ops.attention.softmax import pull_back
 
 
@@ -51,7 +58,10 @@ def _tile_rows(rows: int) -> int:
 
 def find_tiles(pattern: Pattern, window: int | None) -> Tiles:
     """Key tiles of every query tile; a tile that is left out holds no visible pair."""
-    query, key = pattern.rows(pattern.query_rows, window), pattern.rows(pattern.key_rows, window)
+    query, key = (
+        pattern.rows(pattern.query_rows, window),
+        pattern.rows(pattern.key_rows, window),
+    )
     tile = _tile_rows(len(key.row))
 
     def cut(rows: Rows, none: Rows) -> Rows:
@@ -79,13 +89,17 @@ def _may_see(query: Rows, key: Rows, window: int | None) -> np.ndarray:
     furthest = np.maximum(query.reach, query.index)
     may = least(key.index, real_k)[None, :] <= most(furthest, real_q)[:, None]
     shared = (key.candidate == -1).any(axis=1)
-    meet = (least(key.candidate, real_k)[None] <= most(query.candidate, real_q)[:, None]) & (
-        most(key.candidate, real_k)[None] >= least(query.candidate, real_q)[:, None]
-    )
+    meet = (
+        least(key.candidate, real_k)[None] <= most(query.candidate, real_q)[:, None]
+    ) & (most(key.candidate, real_k)[None] >= least(query.candidate, real_q)[:, None])
     may &= shared[None] | meet
     if window is not None:
-        may &= least(query.index, real_q)[:, None] - most(key.index, real_k)[None] < window
-        may &= query.static.any(axis=1)[:, None] | (~key.static & real_k).any(axis=1)[None]
+        may &= (
+            least(query.index, real_q)[:, None] - most(key.index, real_k)[None] < window
+        )
+        may &= (
+            query.static.any(axis=1)[:, None] | (~key.static & real_k).any(axis=1)[None]
+        )
     return may
 
 
@@ -101,16 +115,28 @@ def _join(x: jax.Array, rows: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :rows]
 
 
-def _logits(plan: Tiles, q: jax.Array, k: jax.Array, valid: jax.Array | None, query: Rows, key: Rows) -> jax.Array:
+def _logits(
+    plan: Tiles,
+    q: jax.Array,
+    k: jax.Array,
+    valid: jax.Array | None,
+    query: Rows,
+    key: Rows,
+) -> jax.Array:
     """Masked logits of a tile, `[G, tile, tile] float32`; `valid: [G, tile]`.
 
     A row that sees nothing, which only padding does, has equal logits and is not NaN.
     """
-    column, row = Rows(*(part[:, None] for part in query)), Rows(*(part[None, :] for part in key))
+    column, row = (
+        Rows(*(part[:, None] for part in query)),
+        Rows(*(part[None, :] for part in key)),
+    )
     # Without the barrier XLA would compare the rows again for every stream and head.
     seen = jax.lax.optimization_barrier(sees(column, row, plan.window))
     logits = jnp.einsum("gqd,gkd->gqk", q, k, preferred_element_type=jnp.float32)
-    return jnp.where(seen if valid is None else seen & valid[:, None, :], logits, MASKED)
+    return jnp.where(
+        seen if valid is None else seen & valid[:, None, :], logits, MASKED
+    )
 
 
 def tile_forward(
@@ -129,15 +155,33 @@ def tile_forward(
             most, total, out = held
             j = chosen[a]
             logits = _logits(
-                plan, queries, keys[j], None if known is None else known[j], query, jax.tree.map(lambda x: x[j], of_key)
+                plan,
+                queries,
+                keys[j],
+                None if known is None else known[j],
+                query,
+                jax.tree.map(lambda x: x[j], of_key),
             )
             new = jnp.maximum(most, jnp.max(logits, axis=-1))
             weights, fade = jnp.exp(logits - new[..., None]), jnp.exp(most - new)
-            part = jnp.einsum("gqk,gkd->gqd", weights.astype(v.dtype), values[j], preferred_element_type=jnp.float32)
-            return new, total * fade + jnp.sum(weights, axis=-1), out * fade[..., None] + part
+            part = jnp.einsum(
+                "gqk,gkd->gqd",
+                weights.astype(v.dtype),
+                values[j],
+                preferred_element_type=jnp.float32,
+            )
+            return (
+                new,
+                total * fade + jnp.sum(weights, axis=-1),
+                out * fade[..., None] + part,
+            )
 
         shape = queries.shape[:2]
-        start = jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(queries.shape, jnp.float32)
+        start = (
+            jnp.full(shape, MASKED),
+            jnp.zeros(shape),
+            jnp.zeros(queries.shape, jnp.float32),
+        )
         most, total, out = jax.lax.fori_loop(0, count, key_tile, start)
         return None, ((out / total[..., None]).astype(q.dtype), most + jnp.log(total))
 
@@ -169,16 +213,28 @@ def tile_backward(
             by_q, by_k, by_v = held
             j = chosen[a]
             logits = _logits(
-                plan, queries, keys[j], None if known is None else known[j], query, jax.tree.map(lambda x: x[j], of_key)
+                plan,
+                queries,
+                keys[j],
+                None if known is None else known[j],
+                query,
+                jax.tree.map(lambda x: x[j], of_key),
             )
             tile = logits, log_total, along, queries, keys[j], values[j], pull
             more_q, more_k, more_v = pull_back(*tile)
             return by_q + more_q, by_k.at[j].add(more_k), by_v.at[j].add(more_v)
 
-        by_q, *sums = jax.lax.fori_loop(0, count, key_tile, (jnp.zeros(queries.shape, jnp.float32), *sums))
+        by_q, *sums = jax.lax.fori_loop(
+            0, count, key_tile, (jnp.zeros(queries.shape, jnp.float32), *sums)
+        )
         return tuple(sums), by_q
 
-    parts = (*(_cut(x, plan.tile, n) for x in (q, gradient, log_sum, inner)), plan.query, plan.chosen, plan.counts)
+    parts = (
+        *(_cut(x, plan.tile, n) for x in (q, gradient, log_sum, inner)),
+        plan.query,
+        plan.chosen,
+        plan.counts,
+    )
     zeros = jnp.zeros(keys.shape, jnp.float32)
     (by_k, by_v), by_q = jax.lax.scan(query_tile, (zeros, zeros), parts)
     return _join(by_q, q.shape[1]), _join(by_k, k.shape[1]), _join(by_v, k.shape[1])

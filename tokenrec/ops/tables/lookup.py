@@ -26,7 +26,9 @@ class Stack:
     spread: bool = False
 
 
-def build_stacks(tables: dict[str, int], widths: dict[str, int], replicate_rows: int) -> dict[str, Stack]:
+def build_stacks(
+    tables: dict[str, int], widths: dict[str, int], replicate_rows: int
+) -> dict[str, Stack]:
     """Stacks the tables (name -> rows) by width (name -> width); those of more than `replicate_rows` rows are spread.
 
     >>> stacks = build_stacks({"tab": 5, "day": 7, "video": 100}, {"tab": 16, "day": 16, "video": 16}, 50)
@@ -34,7 +36,9 @@ def build_stacks(tables: dict[str, int], widths: dict[str, int], replicate_rows:
     ({'day': 0, 'tab': 7}, {'video': 0})
     """
     stacks: dict[str, Stack] = {}
-    for width, spread in sorted({(widths[name], rows > replicate_rows) for name, rows in tables.items()}):
+    for width, spread in sorted(
+        {(widths[name], rows > replicate_rows) for name, rows in tables.items()}
+    ):
         offsets, rows = {}, 0
         for name in sorted(tables):
             if (widths[name], tables[name] > replicate_rows) == (width, spread):
@@ -59,16 +63,20 @@ def unique_ids(ids: jax.Array, rows: int) -> Unique:
     """
     if rows <= ids.shape[0]:
         return Unique(jnp.arange(rows, dtype=jnp.int32), ids)
-    values, inverse = jnp.unique(ids, size=ids.shape[0], fill_value=rows, return_inverse=True)
+    values, inverse = jnp.unique(
+        ids, size=ids.shape[0], fill_value=rows, return_inverse=True
+    )
     return Unique(values, inverse.astype(jnp.int32))
 
 
 def gather_rows(stack: jax.Array, ids: jax.Array) -> jax.Array:
     """`[u, width]` rows of the stack; zeros where an id is out of range."""
-    return stack.at[ids].get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
+    return stack.at[ids].get(
+        mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
+    )
 
 
-def spread_rows(rows: jax.Array, inverse: jax.Array) -> jax.Array:
+def expand_rows(rows: jax.Array, inverse: jax.Array) -> jax.Array:
     """`[..., width]`: the row of every entry of `inverse: [...]`, laid over the mesh like it.
 
     Its transpose sums the gradients of each unique row.
@@ -103,7 +111,9 @@ def update_rows(
     """
     squared = jnp.mean(jnp.square(gradients), axis=-1)
     ids = jnp.where(apply, ids, stack.shape[0])
-    total = state.sum.at[ids].get(mode="fill", fill_value=0, unique_indices=True) + squared
+    total = (
+        state.sum.at[ids].get(mode="fill", fill_value=0, unique_indices=True) + squared
+    )
     step = gradients / (jnp.sqrt(total)[:, None] + epsilon)
     if decay:
         touched = (squared > 0)[:, None]
@@ -111,4 +121,6 @@ def update_rows(
     stack = stack.at[ids].add(-rate * step, mode="drop", unique_indices=True)
     # Set, not add: what is written then needs what was read, so that XLA cannot order the write first and keep the old
     # memory in a copy (tried with add: two copies of it a step).
-    return stack, RowsState(state.sum.at[ids].set(total, mode="drop", unique_indices=True))
+    return stack, RowsState(
+        state.sum.at[ids].set(total, mode="drop", unique_indices=True)
+    )
