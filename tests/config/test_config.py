@@ -34,6 +34,10 @@ RETRIEVAL = {"data__objective": "retrieval", "tokens__fused": True}
 WRONG = [
     ({"seed": -1}, "seed=-1"),
     ({"data__events": 0}, "data.events=0"),
+    (
+        {"model__kind": "hstuu"},
+        "model.kind='hstuu' is no backbone; did you mean 'hstu'",
+    ),
     ({"data__batch_size": 0}, "data.batch_size=0"),
     ({"data__window_rows": 0}, "data.window_rows=0"),
     ({"data__buckets": (50,)}, "data.buckets: 50"),

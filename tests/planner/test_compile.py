@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.worlds import SCHEMA, TABLES, TASKS, mesh_of
 from tokenrec.config import MeshConfig
 from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.config.validate import validate
@@ -27,8 +28,6 @@ from tokenrec.planner.flops import (
 from tokenrec.planner.topology import TOPOLOGIES, topology_mesh
 from tokenrec.sharding import RULES
 from tokenrec.state import abstract_state, build_model
-
-from .worlds import SCHEMA, TABLES, TASKS, mesh_of
 
 needs_libtpu = [
     pytest.mark.tpu_compiler,

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.planner.test_compile import tpu_compiler
+from tests.worlds import mesh_of
 from tokenrec.cli.main import main
 from tokenrec.config import MeshConfig
 from tokenrec.config.load import load_config
@@ -15,9 +17,6 @@ from tokenrec.errors import InputError
 from tokenrec.planner.compile import compile_config, mesh_axes
 from tokenrec.planner.hlo import Collective
 from tokenrec.planner.report import sweep_text, to_text
-
-from .test_compile import tpu_compiler
-from .worlds import mesh_of
 
 CONTRACT = {
     *(

@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from tests.worlds import SCHEMA, TASKS, tiny
 from tokenrec.config import MeshConfig, ModelConfig
 from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.planner.compile import described_mesh
 from tokenrec.planner.hlo import read_program
 from tokenrec.sharding import RULES, compiler_options, with_batch_sharding
 from tokenrec.state import build_model
-
-from .worlds import SCHEMA, TASKS, tiny
 
 LAYERS = 4
 CONFIG = ModelConfig(

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.worlds import mesh_of
 from tokenrec.planner.memory import (
     Buffer,
     listed_buffers,
@@ -14,8 +15,6 @@ from tokenrec.planner.memory import (
 )
 from tokenrec.sharding import RULES
 from tokenrec.state import TrainState
-
-from .worlds import mesh_of
 
 # The form in which the TPU compiler lists allocations; sizes and names are made up.
 LISTED = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. Exceeded by 5.75G.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.ops.attention.cases import continued
+from tests.worlds import mesh_of
 from tokenrec.errors import InputError
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
 from tokenrec.planner.hlo import Collective, read_program, ring_bytes
@@ -25,8 +26,6 @@ from tokenrec.planner.roofline import (
 )
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import build_layout
-
-from .worlds import mesh_of
 
 P = jax.sharding.PartitionSpec
 

@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.planner.test_compile import tpu_compiler
+from tests.worlds import SCHEMA, TABLES, mesh_of, tiny
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.planner.roofline import CHIPS
 from tokenrec.planner.sweep import expected_collectives, mesh_shapes, predict, rank
 from tokenrec.sharding import RULES
 from tokenrec.state import TrainState
-
-from .test_compile import tpu_compiler
-from .worlds import SCHEMA, TABLES, mesh_of, tiny
 
 ITEMS = dataclasses.replace(SCHEMA, items=TABLES["video"])
 

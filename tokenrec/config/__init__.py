@@ -1,7 +1,6 @@
 """Run configuration: dataclasses, loading, validation."""
 
 from tokenrec.config.config import (
-    BackboneKind,
     Compression,
     Config,
     DataConfig,
@@ -20,7 +19,6 @@ from tokenrec.config.config import (
 )
 
 __all__ = [
-    "BackboneKind",
     "Compression",
     "Config",
     "DataConfig",

@@ -1,119 +1,220 @@
-"""What each backbone can do, and reads of `ModelConfig`: the part of validation that depends on `model.kind`."""
+"""The registry of backbones: the class behind each `model.kind`, and what a config may ask of it.
+
+A backbone is added by one entry in `BACKBONES` and one file in
+`tokenrec/models/backbones/` (docs/guides/backbones.md). This module imports no JAX,
+so that a config is read and checked quickly; a class is imported on first use.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-from tokenrec.config import BackboneKind, Config, ModelConfig
+if TYPE_CHECKING:
+    from tokenrec.config.config import Config, ModelConfig
+    from tokenrec.models.backbones.interface import Backbone
 
-# Every kind reads these, or `kind_problems` has words of its own for them.
-_ALWAYS = ("kind", "width", "layers", "dropout", "dtype", "windows")
+# Every backbone reads these fields of `ModelConfig`, or `backbone_problems` checks them
+# with a message of their own.
+_ALWAYS_READ = ("kind", "width", "layers", "dropout", "dtype", "windows")
 
 
-class BackboneCapabilities(NamedTuple):
-    """A rival.
+@dataclasses.dataclass(frozen=True)
+class BackboneSpec:
+    """A backbone's class and its capabilities.
 
     Attributes:
-      reads: fields of `ModelConfig`, besides those that every kind reads.
-      windows: its top layers can slide.
-      uc: it scores every event of a user stream. retrieval: it predicts the next item.
-      tensor: its weights split over `mesh.tensor`.
-      prompt: it reads any stream of tokens, not just user, history and one target.
-      target_tokens: it reads several tokens of a target.
+      path: module and class, `package.module:Class`; the class implements `Backbone`
+        of `tokenrec.models.backbones.interface`.
+      reads: fields of `ModelConfig` that it uses, besides those that all backbones use.
+        A field that it does not read must keep its default.
+      windows: its top layers can use sliding windows (`model.windows`).
+      uc: it scores every event of a user-centric stream.
+      retrieval: it predicts the next item.
+      generates: it has a prefix cache, which beam search over semantic ids needs.
+      tensor_parallel: its weights split over `mesh.tensor`.
+      any_prompt: it reads any stream of tokens, not only user, history and one target.
+      target_tokens: it reads several tokens per target.
+      rope: queries and keys are rotated in pairs, so the width of a head is even.
+      event_states: its layers have a state per event, for `train.log_states`.
     """
 
+    path: str
     reads: tuple[str, ...]
     windows: bool = False
     uc: bool = True
     retrieval: bool = False
-    tensor: bool = True
-    prompt: bool = False
+    generates: bool = False
+    tensor_parallel: bool = True
+    any_prompt: bool = False
     target_tokens: bool = False
+    rope: bool = False
+    event_states: bool = False
+
+    def load(self) -> type[Backbone]:
+        """Import the class."""
+        module, _, name = self.path.partition(":")
+        return getattr(importlib.import_module(module), name)
 
 
-RIVAL_KINDS: dict[BackboneKind, BackboneCapabilities] = {
-    "hstu": BackboneCapabilities(
-        ("heads", "needed_rows", "time_bias"),
+_FOLDER = "tokenrec.models.backbones"
+BACKBONES: dict[str, BackboneSpec] = {
+    "tokenformer": BackboneSpec(
+        f"{_FOLDER}.tokenformer:TokenFormer",
+        reads=(
+            "heads",
+            "discard_static",
+            "positions",
+            "prefix",
+            "gate",
+            "gate_bias",
+            "ffn_width",
+            "qk_norm",
+            "rope_base",
+            "needed_rows",
+            "attention",
+            "remat",
+            "scan",
+        ),
         windows=True,
         retrieval=True,
-        prompt=True,
+        generates=True,
+        any_prompt=True,
+        target_tokens=True,
+        rope=True,
+        event_states=True,
+    ),
+    "hstu": BackboneSpec(
+        f"{_FOLDER}.hstu:HSTU",
+        reads=("heads", "needed_rows", "time_bias"),
+        windows=True,
+        retrieval=True,
+        any_prompt=True,
         target_tokens=True,
     ),
-    "onetrans": BackboneCapabilities(
-        ("heads", "ffn_width", "rope_base", "attention"), uc=False, target_tokens=True
-    ),
-    "longer": BackboneCapabilities(
-        ("heads", "ffn_width", "rope_base", "attention", "qk_norm", "merge"),
+    "onetrans": BackboneSpec(
+        f"{_FOLDER}.onetrans:OneTrans",
+        reads=("heads", "ffn_width", "rope_base", "attention"),
         uc=False,
         target_tokens=True,
+        rope=True,
     ),
-    "rankmixer": BackboneCapabilities(("heads", "ffn_width"), tensor=False),
-    "din": BackboneCapabilities(("ffn_width",), tensor=False),
-    "dcnv2": BackboneCapabilities(("ffn_width",), tensor=False),
-    "sasrec": BackboneCapabilities(
-        ("heads", "ffn_width", "attention", "qk_norm"), retrieval=True
+    "longer": BackboneSpec(
+        f"{_FOLDER}.longer:LONGER",
+        reads=("heads", "ffn_width", "rope_base", "attention", "qk_norm", "merge"),
+        uc=False,
+        target_tokens=True,
+        rope=True,
+    ),
+    "rankmixer": BackboneSpec(
+        f"{_FOLDER}.rankmixer:RankMixer",
+        reads=("heads", "ffn_width"),
+        tensor_parallel=False,
+    ),
+    "din": BackboneSpec(
+        f"{_FOLDER}.din:DIN", reads=("ffn_width",), tensor_parallel=False
+    ),
+    "dcnv2": BackboneSpec(
+        f"{_FOLDER}.dcnv2:DCNv2", reads=("ffn_width",), tensor_parallel=False
+    ),
+    "sasrec": BackboneSpec(
+        f"{_FOLDER}.sasrec:SASRec",
+        reads=("heads", "ffn_width", "attention", "qk_norm"),
+        retrieval=True,
+        # It shares TokenFormer's attention and rotates by an angle of zero.
+        rope=True,
     ),
 }
 
 
 def reads_event_ages(config: ModelConfig) -> bool:
-    """Whether the backbone asks for `Batch.ages`."""
-    return config.kind == "hstu" and config.time_bias
+    """Whether batches must hold the ages of events (`Batch.ages`)."""
+    return "time_bias" in BACKBONES[config.kind].reads and config.time_bias
 
 
 def uses_heads(config: ModelConfig) -> bool:
-    """Whether the backbone has attention heads, or token mixing by heads: its width is a multiple of their number."""
-    return config.kind == "tokenformer" or "heads" in RIVAL_KINDS[config.kind].reads
+    """Whether the width must be a multiple of `model.heads`."""
+    return "heads" in BACKBONES[config.kind].reads
 
 
 def uses_rope(config: ModelConfig) -> bool:
-    """Whether the rows of a head are turned in pairs by rotary positions (of SASRec by 0, in the shared attention)."""
-    return (
-        config.kind in ("tokenformer", "sasrec")
-        or "rope_base" in RIVAL_KINDS[config.kind].reads
-    )
+    """Whether rotary positions rotate the entries of a head in pairs."""
+    return BACKBONES[config.kind].rope
 
 
-def splits_heads(config: ModelConfig) -> bool:
-    """Whether `mesh.tensor` has something to split."""
-    return config.kind == "tokenformer" or RIVAL_KINDS[config.kind].tensor
+def supports_tensor_parallelism(config: ModelConfig) -> bool:
+    """Whether weights can be split over `mesh.tensor`."""
+    return BACKBONES[config.kind].tensor_parallel
 
 
-def kind_problems(c: Config) -> Iterator[str]:
-    """What of a config its kind of backbone cannot do."""
-    name, usual = c.model.kind, ModelConfig()
-    if name == "tokenformer":
-        for own, owner in (("merge", "longer"), ("time_bias", "hstu")):
-            value, default = getattr(c.model, own), getattr(usual, own)
-            if value != default:
-                yield f"model.{own}={value} is for model.kind='{owner}'; leave it at {default}"
+def backbone_problems(config: Config) -> Iterator[str]:
+    """Yield a message for each option that the chosen backbone does not support."""
+    model, data, tokens = config.model, config.data, config.tokens
+    spec, suffix = BACKBONES[model.kind], f"with model.kind='{model.kind}'"
+    defaults = type(model)()
+    for field in dataclasses.fields(model):
+        value, default = getattr(model, field.name), getattr(defaults, field.name)
+        if field.name not in (*_ALWAYS_READ, *spec.reads) and value != default:
+            yield (
+                f"model.{field.name}={value!r} {suffix}, which does not read it; "
+                f"leave it at {default!r}"
+            )
+    if model.windows and not spec.windows:
+        yield (
+            f"model.windows={model.windows} {suffix}, which has no sliding layers; "
+            "use ()"
+        )
+    if data.paradigm == "uc" and not spec.uc:
+        yield (
+            f"data.paradigm='uc' {suffix}, which reads out the newest tokens of a "
+            "history only; use 'nio'"
+        )
+    if data.objective == "retrieval" and not spec.retrieval:
+        yield (
+            f"data.objective='retrieval' {suffix}, which scores a target that is part "
+            "of its input; use 'ranking'"
+        )
+    if (
+        data.objective == "retrieval"
+        and config.head.retrieval == "semantic_id"
+        and not spec.generates
+    ):
+        yield (
+            f"head.retrieval='semantic_id' {suffix}, which has no prefix cache to "
+            "generate from; use 'next_item'"
+        )
+    if config.mesh.tensor != 1 and not spec.tensor_parallel:
+        yield (
+            f"mesh.tensor={config.mesh.tensor} {suffix}, which has no attention heads "
+            "to split; use mesh.tensor=1, and mesh.data or mesh.fsdp instead"
+        )
+    if config.train.log_states and not spec.event_states:
+        yield (
+            f"train.log_states=True {suffix}, whose layers have no state per event; "
+            "use False"
+        )
+    if tokens.target_tokens > 1 and not spec.target_tokens:
+        yield (
+            f"tokens.target_tokens={tokens.target_tokens} {suffix}, which reads one "
+            "token per target; use 1"
+        )
+    if spec.any_prompt:
         return
-    kind, says = RIVAL_KINDS[name], f"with model.kind='{name}'"
-    for field in dataclasses.fields(ModelConfig):
-        value, default = getattr(c.model, field.name), getattr(usual, field.name)
-        if field.name not in (*_ALWAYS, *kind.reads) and value != default:
-            yield f"model.{field.name}={value!r} {says}, which does not read it; leave it at {default!r}"
-    if c.model.windows and not kind.windows:
-        yield f"model.windows={c.model.windows} {says}, which has no sliding layers; use ()"
-    if c.data.paradigm == "uc" and not kind.uc:
-        yield f"data.paradigm='uc' {says}, which keeps only the newest rows of a history; use 'nio'"
-    if c.data.objective == "retrieval" and not kind.retrieval:
-        yield f"data.objective='retrieval' {says}, which scores a target that it reads; use 'ranking'"
-    if c.data.objective == "retrieval" and c.head.retrieval == "semantic_id":
-        yield f"head.retrieval='semantic_id' {says}, which has no prefix cache to generate from; use 'next_item'"
-    if c.mesh.tensor != 1 and not splits_heads(c.model):
-        yield f"mesh.tensor={c.mesh.tensor} {says}, which has no attention heads to split; use 1, and data or fsdp"
-    if c.train.log_states:
-        yield f"train.log_states=True {says}, whose states are not events'; leave it out"
-    if c.tokens.target_tokens > 1 and not kind.target_tokens:
-        yield f"tokens.target_tokens={c.tokens.target_tokens} {says}, which reads one token of a target; use 1"
-    if not kind.prompt:
-        for field_name in ("prompt", "text"):
-            if value := getattr(c.tokens, field_name):
-                yield f"tokens.{field_name}={value!r} {says}, which reads user, events and targets alone; leave it out"
-        if c.tokens.compression != "none":
-            yield f"tokens.compression='{c.tokens.compression}' {says}, which reads single events; use 'none'"
-        if c.tokens.history_cap:
-            yield f"tokens.history_cap={c.tokens.history_cap} {says}; lower data.events instead"
+    for name in ("prompt", "text"):
+        if value := getattr(tokens, name):
+            yield (
+                f"tokens.{name}={value!r} {suffix}, which reads user, event and target "
+                "tokens only; leave it empty"
+            )
+    if tokens.compression != "none":
+        yield (
+            f"tokens.compression='{tokens.compression}' {suffix}, which reads single "
+            "events; use 'none'"
+        )
+    if tokens.history_cap:
+        yield (
+            f"tokens.history_cap={tokens.history_cap} {suffix}, which does not support "
+            "it; lower data.events instead"
+        )

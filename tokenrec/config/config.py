@@ -21,9 +21,6 @@ Compression = Literal["none", "mlp", "attention"]
 AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn"]
 Remat = Literal["none", "dots", "full"]
 Positions = Literal["rope", "additive"]
-BackboneKind = Literal[
-    "tokenformer", "hstu", "onetrans", "longer", "rankmixer", "din", "dcnv2", "sasrec"
-]
 
 
 @dataclasses.dataclass
@@ -153,7 +150,7 @@ class ModelConfig:
       time_bias: relative bias of times, of "hstu" alone.
     """
 
-    kind: BackboneKind = "tokenformer"
+    kind: str = "tokenformer"
     width: int = 64
     heads: int = 2
     layers: int = 4

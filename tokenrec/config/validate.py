@@ -9,7 +9,12 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 from tokenrec.config import Config
-from tokenrec.config.backbones import kind_problems, uses_heads, uses_rope
+from tokenrec.config.backbones import (
+    BACKBONES,
+    backbone_problems,
+    uses_heads,
+    uses_rope,
+)
 from tokenrec.config.prompt import ENTITIES, default_prompt, parse_prompt
 from tokenrec.config.types import has_type, hint_name
 from tokenrec.errors import InputError, suggest
@@ -21,7 +26,11 @@ def validate(config: Config) -> Config:
     Raises:
       InputError: every problem, a line each, with field, value, reason and remedy.
     """
-    problems = list(_type_problems(config, "")) or list(_problems(config))
+    problems = list(_type_problems(config, ""))
+    if not problems and config.model.kind not in BACKBONES:
+        known = suggest(config.model.kind, BACKBONES)
+        problems = [f"model.kind={config.model.kind!r} is no backbone{known}"]
+    problems = problems or list(_problems(config))
     if problems:
         raise InputError("the config has problems:\n  " + "\n  ".join(problems))
     return config
@@ -107,7 +116,7 @@ def _problems(c: Config) -> Iterator[str]:
         )
     yield from _of_uc(c) if c.data.paradigm == "uc" else _of_nio(c)
     yield from _of_prompt(c)
-    yield from kind_problems(c)
+    yield from backbone_problems(c)
     if not ranking:
         yield from _of_retrieval(c)
     elif c.data.positive:

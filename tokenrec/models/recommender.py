@@ -13,8 +13,7 @@ from tokenrec.config import Config
 from tokenrec.config.prompt import Segment, parse_prompt
 from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Feature, Schema
-from tokenrec.models.backbones.hstu import HSTU
-from tokenrec.models.backbones.registry import make_backbone
+from tokenrec.models.backbones.interface import make_backbone
 from tokenrec.models.heads import CodeHead, ItemHead
 from tokenrec.ops.layers import Linear, as_rows, dropout, split_key, weight
 from tokenrec.sharding import RULES
@@ -256,9 +255,9 @@ class Recommender(nnx.Module):
         token_key, backbone_key = split_key(key, 2)
         x, layout = self.stream(entities, batch)
         x = dropout(x, self.config.model.dropout, token_key)
-        return self.backbone(x, *self._known(layout, batch, backbone_key)).astype(
-            jnp.float32
-        )
+        return self.backbone(
+            x, *self._backbone_inputs(layout, batch, backbone_key)
+        ).astype(jnp.float32)
 
     def trace(
         self, entities: dict[str, Entity], batch: Batch, key: jax.Array | None
@@ -270,16 +269,15 @@ class Recommender(nnx.Module):
         tokens, layout = self.stream(entities, batch)
         x = dropout(tokens, self.config.model.dropout, token_key)
         outputs = self.backbone.layer_outputs(
-            x, *self._known(layout, batch, backbone_key)
+            x, *self._backbone_inputs(layout, batch, backbone_key)
         )
         return tokens, [*outputs[:-1], outputs[-1].astype(jnp.float32)]
 
-    def _known(
+    def _backbone_inputs(
         self, layout: Layout, batch: Batch, key: jax.Array | None
     ) -> tuple[Any, ...]:
-        """What a backbone is told beside the tokens; HSTU alone, when the events were."""
-        known = layout, batch.valid, candidate_mask(batch), key
-        return (*known, batch.ages) if isinstance(self.backbone, HSTU) else known
+        """Inputs of the backbone besides the tokens."""
+        return layout, batch.valid, candidate_mask(batch), key, batch.ages
 
     def stream(
         self, entities: dict[str, Entity], batch: Batch

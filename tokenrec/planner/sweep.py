@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec.config import Config, MeshConfig
-from tokenrec.config.backbones import reads_event_ages, splits_heads
+from tokenrec.config.backbones import reads_event_ages, supports_tensor_parallelism
 from tokenrec.config.validate import validate
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
@@ -151,7 +151,7 @@ def mesh_shapes(config: Config, devices: int, slices: int = 1) -> Iterator[MeshC
                     for _, size, axis in mesh_splits(model)
                 ),
             )
-            if tensor > 1 and not splits_heads(model):
+            if tensor > 1 and not supports_tensor_parallelism(model):
                 continue
             if all(size % parts == 0 for size, parts in splits):
                 yield MeshConfig(data, fsdp, tensor)

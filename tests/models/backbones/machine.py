@@ -8,10 +8,8 @@ import numpy as np
 from flax import nnx
 
 from tests.worlds import SCHEMA, TASKS, place, tiny
-from tokenrec.config.backbones import RIVAL_KINDS
+from tokenrec.config.backbones import BACKBONES
 from tokenrec.config.validate import validate
-from tokenrec.models.backbones.hstu import HSTU
-from tokenrec.models.backbones.registry import RIVALS
 from tokenrec.models.recommender import candidate_mask, stream_layout
 from tokenrec.sharding import RULES
 from tokenrec.state import bind_params, build_model, init_state
@@ -22,7 +20,7 @@ def rival(kind, **options):
     model = {
         "kind": kind,
         "layers": 2,
-        "windows": (6,) if RIVAL_KINDS[kind].windows else (),
+        "windows": (6,) if BACKBONES[kind].windows else (),
     }
     return validate(
         tiny(**{"events": 20, "model": model, "tokens": {"user_tokens": 2}} | options)
@@ -35,7 +33,9 @@ class Backbone:
     def __init__(self, config):
         self.config = config
         self.graph, weights = nnx.split(
-            RIVALS[config.model.kind](config.model, self.layout(), nnx.Rngs(0))
+            BACKBONES[config.model.kind].load()(
+                config.model, self.layout(), rngs=nnx.Rngs(0)
+            )
         )
         random = np.random.default_rng(1)
         self.weights = jax.tree.map(
@@ -64,14 +64,8 @@ class Backbone:
 
 def call(module, x, layout, valid, candidates, key=None):
     """What a backbone reads out; where it reads times, the n-th newest event is 3^n seconds old."""
-    known = layout, valid, candidates, key
-    if not isinstance(module, HSTU):
-        return module(x, *known)
-    return module(
-        x,
-        *known,
-        jnp.where(valid, 3 ** np.arange(layout.events, dtype=np.int32)[::-1], 0),
-    )
+    ages = jnp.where(valid, 3 ** np.arange(layout.events, dtype=np.int32)[::-1], 0)
+    return module(x, layout, valid, candidates, key, ages)
 
 
 def split(*batch):
@@ -109,13 +103,7 @@ def forward_layers(model, params, batch, mesh):
         module = bind_params(model, params)
         x, layout = module.stream(model.embedder.look_up(state.tables, batch), batch)
         mask = candidate_mask(batch)
-        known = layout, batch.valid, mask, None
-        timed = isinstance(module.backbone, HSTU)
-        out = (
-            module.backbone(x, *known, batch.ages)
-            if timed
-            else module.backbone(x, *known)
-        )
+        out = module.backbone(x, layout, batch.valid, mask, None, batch.ages)
         return x, layout.valid(batch.valid, mask), out
 
     x, valid, out = (np.asarray(part) for part in read(params, batch))

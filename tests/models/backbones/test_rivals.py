@@ -1,5 +1,7 @@
 """What holds for every rival: padding, candidates, causality, gradients, figures, meshes, refusals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,17 +10,19 @@ from flax import nnx
 
 from tests.models.backbones.machine import Backbone, call, rival, split
 from tests.worlds import SCHEMA, mesh_of, one_device, tiny
-from tokenrec.config.backbones import RIVAL_KINDS
+from tokenrec.config import ModelConfig
+from tokenrec.config.backbones import BACKBONES
 from tokenrec.config.validate import validate
 from tokenrec.errors import InputError
-from tokenrec.models.backbones.registry import RIVALS
+from tokenrec.models.backbones.interface import Backbone as BackboneInterface
 from tokenrec.models.recommender import stream_layout
 from tokenrec.optim import decays
 from tokenrec.planner.describe import describe, to_text
 from tokenrec.sharding import with_batch_sharding
 from tokenrec.tokens.layout import StreamPart, lay_out
 
-UC = [name for name, kind in RIVAL_KINDS.items() if kind.uc]
+RIVALS = sorted(BACKBONES.keys() - {"tokenformer"})
+UC = [name for name in RIVALS if BACKBONES[name].uc]
 
 
 @pytest.fixture(autouse=True)
@@ -105,9 +109,7 @@ def test_gradients_reach_every_weight_and_figures_are_counted(kind):
     assert "MFLOP per sample" in to_text(figures)
 
 
-@pytest.mark.parametrize(
-    "kind", [name for name, kind in RIVAL_KINDS.items() if kind.retrieval]
-)
+@pytest.mark.parametrize("kind", [name for name in RIVALS if BACKBONES[name].retrieval])
 def test_retrieval_reads_events_without_later_ones(kind):
     history = StreamPart.history("event", np.arange(6))
     layout = lay_out(
@@ -124,7 +126,7 @@ def test_retrieval_reads_events_without_later_ones(kind):
         candidates=0,
         read="last",
     )
-    backbone = RIVALS[kind](rival(kind).model, layout, nnx.Rngs(0))
+    backbone = BACKBONES[kind].load()(rival(kind).model, layout, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, layout.rows, 16))
     events = jnp.array([[True] * 6, [False] * 2 + [True] * 4])
     read = jax.jit(
@@ -143,7 +145,7 @@ def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
     """Traced only: a wrong sharding is an error then."""
     config = rival(kind, candidates=2, events=6)
     config.model.dropout = 0.1
-    shape = (2, 2, 2) if RIVAL_KINDS[kind].tensor else (4, 2, 1)
+    shape = (2, 2, 2) if BACKBONES[kind].tensor_parallel else (4, 2, 1)
     layout = stream_layout(config, SCHEMA, 6)
     with jax.set_mesh(mesh_of(*shape)):
 
@@ -155,7 +157,9 @@ def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
             )
 
         graph, weights = nnx.split(
-            nnx.eval_shape(lambda: RIVALS[kind](config.model, layout, nnx.Rngs(0)))
+            nnx.eval_shape(
+                lambda: BACKBONES[kind].load()(config.model, layout, rngs=nnx.Rngs(0))
+            )
         )
         shapes = {(8, layout.rows, 16): jnp.float32, (8, 6): bool, (8, 2): bool}
         batch = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes.items()]
@@ -166,7 +170,7 @@ def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
         )
     axes = {axis for g in jax.tree.leaves(gradients) for axis in g.sharding.spec}
     assert {"fsdp", "tensor"} & axes == (
-        {"fsdp", "tensor"} if RIVAL_KINDS[kind].tensor else {"fsdp"}
+        {"fsdp", "tensor"} if BACKBONES[kind].tensor_parallel else {"fsdp"}
     )
 
 
@@ -183,7 +187,9 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
         with jax.set_mesh(mesh):
             like = nnx.state(
                 nnx.eval_shape(
-                    lambda: RIVALS["hstu"](backbone.config.model, layout, nnx.Rngs(0))
+                    lambda: BACKBONES["hstu"].load()(
+                        backbone.config.model, layout, rngs=nnx.Rngs(0)
+                    )
                 )
             )
             laid = jax.tree.map(
@@ -246,12 +252,12 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
             ("history", "||", "candidate"),
             "tokens.prompt=('history', '||', 'candidate')",
         ),
-        ("tokenformer", "model.merge", 5, "model.merge=5 is for model.kind='longer'"),
+        ("tokenformer", "model.merge", 5, "model.merge=5 with model.kind='tokenformer', which does not read it"),
         (
             "tokenformer",
             "model.time_bias",
             False,
-            "model.time_bias=False is for model.kind='hstu'; leave it at True",
+            "model.time_bias=False with model.kind='tokenformer', which does not read it; leave it at True",
         ),
     ],
 )
@@ -287,7 +293,7 @@ def test_a_width_is_asked_to_fit_the_heads_that_a_kind_has(kind, width, heads, m
             validate(config)
         return
     layout = stream_layout(validate(config), SCHEMA, 6)
-    backbone = RIVALS[kind](config.model, layout, nnx.Rngs(0))
+    backbone = BACKBONES[kind].load()(config.model, layout, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(2, layout.rows, width)).astype(np.float32)
     batch = split(x, np.ones((2, 6), bool), np.ones((2, 2), bool))
     assert call(backbone, batch[0], layout, *batch[1:]).shape == (2, 2, width)
@@ -297,7 +303,7 @@ def test_a_width_is_asked_to_fit_the_heads_that_a_kind_has(kind, width, heads, m
 def test_no_bias_decays(kind):
     config = rival(kind, candidates=2, events=6)
     weights = nnx.eval_shape(
-        lambda: RIVALS[kind](
+        lambda: BACKBONES[kind].load()(
             config.model, stream_layout(config, SCHEMA, 6), nnx.Rngs(0)
         )
     )
@@ -309,5 +315,8 @@ def test_no_bias_decays(kind):
     assert not [name for name in decaying if "bias" in name or "scale" in name]
 
 
-def test_every_kind_has_a_class_and_its_limits():
-    assert RIVALS.keys() == RIVAL_KINDS.keys()
+def test_every_entry_of_the_registry_is_a_backbone_and_names_fields():
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    for spec in BACKBONES.values():
+        assert issubclass(spec.load(), BackboneInterface)
+        assert set(spec.reads) <= fields

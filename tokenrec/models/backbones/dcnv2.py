@@ -19,8 +19,7 @@ from flax import nnx
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import ffn_width
 from tokenrec.models.backbones.fields import Deep, fields_of, mean_events
-from tokenrec.models.backbones.interface import Backbone
-from tokenrec.models.backbones.tokenformer import AttentionLayer
+from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.ops.layers import Linear, split_key
 from tokenrec.tokens.layout import Layout
 
@@ -28,7 +27,7 @@ from tokenrec.tokens.layout import Layout
 class DCNv2(Backbone):
     """A cross network beside an MLP."""
 
-    def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs):
         d, inner = config.width, ffn_width(config)
         inputs = (len(longest.rows_of("user")) + 2) * d
         # Each a multiple of d wide, and so in shards where the width of the model is.
@@ -48,6 +47,7 @@ class DCNv2(Backbone):
         events: jax.Array,
         candidates: jax.Array | None,
         key: jax.Array | None,
+        ages: jax.Array | None = None,
     ) -> list[jax.Array]:
         """What comes out of each cross layer, `[B, N, D]`, and what is read."""
         (one,) = split_key(key, 1)

@@ -21,8 +21,7 @@ from flax import nnx
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import ffn_width
 from tokenrec.models.backbones.fields import Deep, Fields, fields_of
-from tokenrec.models.backbones.interface import Backbone
-from tokenrec.models.backbones.tokenformer import AttentionLayer
+from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import Linear, constant, split_key, weight
 from tokenrec.sharding import RULES
@@ -67,7 +66,7 @@ class ActivationUnit(nnx.Module):
 class DIN(Backbone):
     """Target attention over events, and an MLP."""
 
-    def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs):
         d, inner = config.width, ffn_width(config)
         self.unit = ActivationUnit(d, rngs=rngs)
         users = len(longest.rows_of("user"))
@@ -89,6 +88,7 @@ class DIN(Backbone):
         events: jax.Array,
         candidates: jax.Array | None,
         key: jax.Array | None,
+        ages: jax.Array | None = None,
     ) -> list[jax.Array]:
         """The interests, the last hidden layer and what is read."""
         (one,) = split_key(key, 1)

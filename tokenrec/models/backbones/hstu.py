@@ -28,9 +28,8 @@ import numpy as np
 from flax import nnx
 
 from tokenrec.config import ModelConfig
-from tokenrec.models.backbones.interface import Backbone
+from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.models.backbones.tokenformer import (
-    AttentionLayer,
     layer_positions,
     layer_windows,
 )
@@ -183,25 +182,13 @@ def _project(x: jax.Array, kernel: nnx.Param) -> jax.Array:
 class HSTU(Backbone):
     """HSTU layers over the rows of the layout, whatever they are."""
 
-    def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs):
         self.config = config
         windows = layer_windows(config)
         self.blocks = nnx.List(
             [HSTULayer(config, window, longest.rows, rngs=rngs) for window in windows]
         )
         self.norm = RMSNorm(config.width)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        layout: Layout,
-        events: jax.Array,
-        candidates: jax.Array | None,
-        key: jax.Array | None,
-        ages: jax.Array | None = None,
-    ) -> jax.Array:
-        """As `Backbone` says; `ages: [B, T] int32` are those of the events, which `model.time_bias` needs."""
-        return self.layer_outputs(x, layout, events, candidates, key, ages)[-1]
 
     def layer_outputs(
         self,

@@ -1,23 +1,45 @@
-"""What every rival is to the machine around it."""
+"""The interface of all backbones, and `make_backbone`, which builds the one of a config."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from tokenrec.config import ModelConfig
-from tokenrec.models.backbones.tokenformer import AttentionLayer
+from tokenrec.config.backbones import BACKBONES
+from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.tokens.layout import Layout
 
 
-class Backbone(nnx.Module):
-    """Stands where `Backbone` stands: `[B, S, d]` tokens -> `[B, R, d]` read-outs.
+class AttentionLayer(NamedTuple):
+    """One attention of a backbone over a stream, from which its FLOPs are counted.
 
-    A rival computes the same for a history however much padding stands before it: sizes come from `longest`, the
-    layout of the longest stream of the config, never from the stream at hand.
+    Attributes:
+      pattern: which queries see which keys.
+      window: keys that a query of a sliding layer sees; None for full attention.
+      implementation: name of an attention that is no softmax, which the chooser of
+        `tokenrec.ops.attention` does not know; empty otherwise.
     """
 
-    def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
+    pattern: Pattern
+    window: int | None = None
+    implementation: str = ""
+
+
+class Backbone(nnx.Module):
+    """Map tokens `[B, S, d]` to read-outs `[B, R, d]`.
+
+    Padding before a history must not change its result: a backbone takes its sizes
+    from `longest`, never from the stream at hand.
+
+    Args:
+      config: `model` of the run's config.
+      longest: layout of the longest stream that the backbone will read.
+    """
+
+    def __init__(self, config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs):
         raise NotImplementedError
 
     def __call__(
@@ -27,9 +49,23 @@ class Backbone(nnx.Module):
         events: jax.Array,
         candidates: jax.Array | None,
         key: jax.Array | None,
+        ages: jax.Array | None = None,
     ) -> jax.Array:
-        """`events: [B, T] bool`, `candidates: [B, C] bool` or None: which are real; `key` of dropout."""
-        return self.layer_outputs(x, layout, events, candidates, key)[-1]
+        """Compute the read-outs.
+
+        Args:
+          x: `[B, S, d]`, tokens.
+          layout: roles and order of the S tokens.
+          events: `[B, T] bool`, False for padding.
+          candidates: `[B, C] bool`, False for padding; None without candidates.
+          key: PRNG key of dropout; None in evaluation.
+          ages: `[B, T] int32`, seconds between each event and the request, for backbones
+            that read `model.time_bias`; None for all others.
+
+        Returns:
+          `[B, R, d]`, the tokens of `layout.readout` after the last layer.
+        """
+        return self.layer_outputs(x, layout, events, candidates, key, ages)[-1]
 
     def layer_outputs(
         self,
@@ -38,10 +74,16 @@ class Backbone(nnx.Module):
         events: jax.Array,
         candidates: jax.Array | None,
         key: jax.Array | None,
+        ages: jax.Array | None = None,
     ) -> list[jax.Array]:
-        """What comes out of each layer of `__call__`, and last what it returns."""
+        """Compute the output of each layer; the last entry is the result of `__call__`."""
         raise NotImplementedError
 
     def attention_layers(self, layout: Layout) -> tuple[AttentionLayer, ...]:
-        """The attentions of `__call__`, of which no FLOPs are seen where it is traced (work.py)."""
+        """List the attentions of `__call__`, bottom first, for the FLOP count."""
         raise NotImplementedError
+
+
+def make_backbone(config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs) -> Backbone:
+    """Build the backbone of `model.kind`; `longest` is the longest stream it will read."""
+    return BACKBONES[config.kind].load()(config, longest, rngs=rngs)

@@ -26,9 +26,8 @@ from flax import nnx
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import Block, Stream
 from tokenrec.models.backbones.fields import fields_of
-from tokenrec.models.backbones.interface import Backbone
+from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.models.backbones.sequence_first import other_positions, sequence_first
-from tokenrec.models.backbones.tokenformer import AttentionLayer
 from tokenrec.ops.attention.rotary import rotation
 from tokenrec.ops.layers import RMSNorm, split_key
 from tokenrec.tokens.compress import AttentionPool
@@ -38,7 +37,7 @@ from tokenrec.tokens.layout import Layout, StreamPart
 class LONGER(Backbone):
     """Merged events below, few of them above."""
 
-    def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs):
         self.config, self.group = config, config.merge
         self.asking = -(-longest.events // self.group) // 2
         self.pool = AttentionPool(config.width, config.heads, self.group, rngs=rngs)
@@ -55,6 +54,7 @@ class LONGER(Backbone):
         events: jax.Array,
         candidates: jax.Array | None,
         key: jax.Array | None,
+        ages: jax.Array | None = None,
     ) -> list[jax.Array]:
         merged, stream = (
             self.pool(fields_of(x, layout).events, events),

@@ -27,13 +27,12 @@ from flax import nnx
 
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import ffn_width
-from tokenrec.models.backbones.interface import Backbone
+from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.models.backbones.sequence_first import (
     history_of,
     other_positions,
     sequence_first,
 )
-from tokenrec.models.backbones.tokenformer import AttentionLayer
 from tokenrec.ops.attention import attention
 from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.ops.attention.rotary import Rotation, rotate, rotation
@@ -164,7 +163,7 @@ class OneTransBlock(nnx.Module):
 class OneTrans(Backbone):
     """The pyramid of mixed layers."""
 
-    def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs):
         self.config = config
         self.longest = len(history_of(longest).roles)
         self.users, self.own = (
@@ -187,6 +186,7 @@ class OneTrans(Backbone):
         events: jax.Array,
         candidates: jax.Array | None,
         key: jax.Array | None,
+        ages: jax.Array | None = None,
     ) -> list[jax.Array]:
         history = np.flatnonzero((layout.event >= 0) & (layout.candidate < 0))
         order, stream = (

@@ -23,8 +23,7 @@ from flax import nnx
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import ffn_width
 from tokenrec.models.backbones.fields import fields_of, mean_events
-from tokenrec.models.backbones.interface import Backbone
-from tokenrec.models.backbones.tokenformer import AttentionLayer
+from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
 from tokenrec.sharding import RULES
@@ -86,7 +85,7 @@ class MixerBlock(nnx.Module):
 class RankMixer(Backbone):
     """Blocks of token mixing over pooled fields."""
 
-    def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs):
         self.tokens, d = config.heads, config.width
         inputs = (len(longest.rows_of("user")) + len(POOLS) + 1) * d
         self.tokenize = PerToken(
@@ -103,6 +102,7 @@ class RankMixer(Backbone):
         events: jax.Array,
         candidates: jax.Array | None,
         key: jax.Array | None,
+        ages: jax.Array | None = None,
     ) -> list[jax.Array]:
         """What comes out of each block, `[B, N H, d]`, and what is read."""
         fields = fields_of(x, layout)

@@ -21,8 +21,7 @@ from flax import nnx
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import Attention, Stream, ffn_width
 from tokenrec.models.backbones.fields import fields_of
-from tokenrec.models.backbones.interface import Backbone
-from tokenrec.models.backbones.tokenformer import AttentionLayer
+from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.ops.attention.rotary import Rotation, rotation
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
@@ -83,7 +82,7 @@ class SASRecBlock(nnx.Module):
 class SASRec(Backbone):
     """A causal transformer over events."""
 
-    def __init__(self, config: ModelConfig, longest: Layout, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs):
         self.config = config
         self.positions = weight(
             rngs, (longest.events, config.width), None, None, inputs=config.width
@@ -101,6 +100,7 @@ class SASRec(Backbone):
         events: jax.Array,
         candidates: jax.Array | None,
         key: jax.Array | None,
+        ages: jax.Array | None = None,
     ) -> list[jax.Array]:
         fields, only = fields_of(x, layout), event_layout(layout)
         every, number = (

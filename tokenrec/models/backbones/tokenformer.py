@@ -17,11 +17,12 @@ import numpy as np
 from flax import nnx
 
 from tokenrec.config import ModelConfig
+from tokenrec.config.backbones import BACKBONES
 from tokenrec.errors import InputError
 from tokenrec.models.backbones.additive_positions import AdditivePositions
 from tokenrec.models.backbones.block import Block, KeysValues, Stream
+from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.models.backbones.stacking import apply_remat, stack_blocks, unstack_blocks
-from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.ops.attention.rotary import rotation
 from tokenrec.ops.layers import RMSNorm, split_key
 from tokenrec.tokens.layout import Layout, live_positions, select_positions
@@ -49,7 +50,7 @@ def stack_sizes(config: ModelConfig) -> tuple[int, ...]:
     >>> stack_sizes(ModelConfig(layers=14, windows=(32, 16), scan=8))
     (11, 1, 1, 1)
     """
-    if config.kind != "tokenformer":
+    if "scan" not in BACKBONES[config.kind].reads:
         return (1,) * config.layers
     runs = [len(list(run)) for _, run in groupby(layer_windows(config))]
     sizes = [(run - 1, 1) if 0 < config.scan <= run else (1,) * run for run in runs]
@@ -123,26 +124,13 @@ def prefix_positions(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, .
     return tuple(needed)
 
 
-class AttentionLayer(NamedTuple):
-    """An attention that a backbone computes over a stream: who sees whom, which says its FLOPs.
-
-    Attributes:
-      pattern: its queries and keys; window: of a sliding layer.
-      implementation: its name where it is no softmax, which `ops/attention.py` would choose an implementation of.
-    """
-
-    pattern: Pattern
-    window: int | None = None
-    implementation: str = ""
-
-
 class PrefixCache(NamedTuple):
     """What the prefix of a request shows to the rows behind it, by layer: the rows of `cached_positions`."""
 
     layers: tuple[KeysValues, ...]
 
 
-class TokenFormer(nnx.Module):
+class TokenFormer(Backbone):
     """`[B, S, d]` tokens -> `[B, R, d]` normalised read-outs.
 
     Args:
@@ -196,6 +184,7 @@ class TokenFormer(nnx.Module):
         events: jax.Array,
         candidates: jax.Array | None,
         key: jax.Array | None,
+        ages: jax.Array | None = None,
     ) -> jax.Array:
         """`events: [B, T] bool`, `candidates: [B, C] bool` or None: which are real; `key` of dropout."""
         every = np.arange(layout.rows)
@@ -230,6 +219,7 @@ class TokenFormer(nnx.Module):
         events: jax.Array,
         candidates: jax.Array | None,
         key: jax.Array | None,
+        ages: jax.Array | None = None,
     ) -> list[jax.Array]:
         """What comes out of each layer of `__call__`, `[B, rows needed of it, d]`, and last what it returns."""
         every = np.arange(layout.rows)
