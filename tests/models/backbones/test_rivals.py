@@ -304,7 +304,7 @@ def test_no_bias_decays(kind):
     config = rival(kind, candidates=2, events=6)
     weights = nnx.eval_shape(
         lambda: BACKBONES[kind].load()(
-            config.model, stream_layout(config, SCHEMA, 6), nnx.Rngs(0)
+            config.model, stream_layout(config, SCHEMA, 6), rngs=nnx.Rngs(0)
         )
     )
     names = {
