@@ -27,7 +27,9 @@ from absl import flags  # noqa: E402
 flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which nobody parses under pytest.
 
 # Apache Beam lives in an environment of its own (constraints-beam.txt); `make test-beam` runs this file there.
-collect_ignore = [] if importlib.util.find_spec("apache_beam") else ["test_beam.py"]
+collect_ignore = (
+    [] if importlib.util.find_spec("apache_beam") else ["data/beam/test_beam.py"]
+)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

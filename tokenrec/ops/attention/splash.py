@@ -213,7 +213,7 @@ def visited_tiles(spans: Spans, keys: int, block_q: int, block_kv: int) -> np.nd
 def block_sizes(spans: Spans, keys: int) -> tuple[int, int]:
     """Queries and keys of a tile: the least estimated time, as wide tiles waste logits and narrow ones grid steps.
 
-    >>> from tokenrec.ops.pattern import causal_pattern
+    >>> from tokenrec.ops.attention.pattern import causal_pattern
     >>> [block_sizes(visible_spans(causal_pattern(2048, 2048), window), 2048) for window in (None, 64)]
     [(512, 512), (256, 256)]
     """
