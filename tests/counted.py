@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import tokenrec.train as loop
+from tokenrec import active_run
 from tokenrec.data.pipeline import train_batches
 
 
@@ -25,4 +25,4 @@ def count_rows(seen: Callable[[list[int]], object]) -> Callable[..., Iterator[An
 def count_in_file(path: str) -> None:
     """Every later run of this process adds a line for each of its batches to the file at `path`."""
     file = open(path, "a", buffering=1)  # noqa: SIM115 - it lives as long as the process, which may be killed
-    loop.train_batches = count_rows(lambda rows: print(rows, file=file))  # type: ignore[assignment]
+    active_run.train_batches = count_rows(lambda rows: print(rows, file=file))  # type: ignore[assignment]

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-import tokenrec.train as loop
 from tests.counted import count_rows
+from tokenrec import active_run
 from tokenrec.checkpoint.checkpointer import CheckpointReader
 from tokenrec.checkpoint.run_folder import (
     create_or_check_run,
@@ -119,14 +119,14 @@ def test_no_sample_is_lost_or_repeated_when_half_of_the_devices_go_on(
     dataset = open_dataset(data)
     config.optim.steps = steps = steps_per_epoch(dataset, config.data)
     whole, parts = [], []
-    monkeypatch.setattr(loop, "train_batches", count_rows(whole.append))
+    monkeypatch.setattr(active_run, "train_batches", count_rows(whole.append))
     train(config, tmp_path / "whole", progress=False)
-    monkeypatch.setattr(loop, "train_batches", count_rows(parts.append))
+    monkeypatch.setattr(active_run, "train_batches", count_rows(parts.append))
     config.train.stop_at = steps // 2
     train(config, tmp_path / "parts", progress=False)
     config.train.stop_at = 0
     monkeypatch.setattr(
-        loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:4])
+        active_run, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:4])
     )
     train(config, tmp_path / "parts", progress=False)
     assert len(parts) == steps > 20
@@ -152,7 +152,9 @@ def test_sigterm_stops_after_the_step_saved_and_the_run_goes_on_bit_for_bit(
 
     sender = threading.Thread(target=send)
     sender.start()
-    with pytest.raises(Stopped, match=r"SIGTERM: stopped at step \d+, which is saved"):
+    with pytest.raises(
+        Stopped, match=r"SIGTERM: stopped at step \d+; checkpoint saved; rerun"
+    ):
         train(config, parts, progress=False)
     sender.join()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -204,19 +206,22 @@ def test_a_finished_run_is_left_as_it_is(data, tmp_path):
     )
 
 
-def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(
-    data, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(
-        loop,
-        "state_watch",
-        lambda *_: lambda state: {"rank": {"layer_0": float(state.step)}},
-    )
+def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(data, tmp_path):
     config = small(
         data, optim__steps=8, train__eval_every=2, train__save_every=2, train__keep=1
     )
     config.train.log_states = True
-    summary = train(config, tmp_path, progress=False)
+    with pytest.raises(
+        ValueError, match=r"train\.log_states=True and make_state_logger"
+    ):
+        train(config, tmp_path, progress=False)
+
+    def make_state_logger(*_):
+        return lambda state: {"rank": {"layer_0": float(state.step)}}
+
+    summary = train(
+        config, tmp_path, progress=False, make_state_logger=make_state_logger
+    )
     values, watched = {}, {}
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -227,6 +232,7 @@ def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(
     assert watched == {2: 2.0, 4: 4.0, 6: 6.0, 8: 8.0}
     best = max(values, key=lambda step: values[step])
     assert summary["best_step"] == best
+    assert summary["best_evaluation"]["macro_auc"] == values[best]
     with CheckpointReader(tmp_path) as checkpoints:
         assert set(checkpoints.steps) == {best, 8}
     report = evaluate_run(tmp_path, "valid", "best", None)
@@ -245,6 +251,10 @@ def test_patience_stops_the_run(data, tmp_path):
     config.optim.table_learning_rate = 1e-12
     summary = train(config, tmp_path, progress=False)
     assert summary["step"] < 50
+    again = train(config, tmp_path, progress=False)
+    assert again["step"] == summary["step"]  # a run that has ended stays as it is
+    config.train.patience = 4
+    assert summary["step"] < train(config, tmp_path, progress=False)["step"] < 50
 
 
 def test_a_bad_step_stops_the_run_and_names_step_and_rows(data, tmp_path):

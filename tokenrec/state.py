@@ -187,3 +187,25 @@ def abstract_state(model: ModelSpec) -> TrainState:
         )
 
     return jax.tree.map(placed, jax.eval_shape(lambda: init_state(model, 0)))
+
+
+def table_statistics(state: TrainState) -> dict[str, float]:
+    """Measure the tables of a state, under the mesh in use, on all processes.
+
+    Returns:
+      For each stack of tables, `STACK/rms`, the root mean square of its entries, and
+      `STACK/trained_rows`, the share of its rows that have had a gradient.
+    """
+    values = jax.device_get(_measure_tables(state.tables, state.opt_state["rows"]))
+    return {name: float(value) for name, value in values.items()}
+
+
+@jax.jit
+def _measure_tables(
+    tables: dict[str, jax.Array], rows: dict[str, RowsState]
+) -> dict[str, jax.Array]:
+    values = {}
+    for name, table in tables.items():
+        values[f"{name}/rms"] = jnp.sqrt(jnp.mean(jnp.square(table)))
+        values[f"{name}/trained_rows"] = jnp.mean(rows[name].sum > 0)
+    return values

@@ -188,7 +188,9 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(
     ] == [True, False]
     counted: dict[Path, list[list[int]]] = {one: [], alone: []}
     for workdir, seen in counted.items():
-        monkeypatch.setattr("tokenrec.train.train_batches", count_rows(seen.append))
+        monkeypatch.setattr(
+            "tokenrec.active_run.train_batches", count_rows(seen.append)
+        )
         assert main(train_line(data, workdir, **stop).split()) == 0
     for line in use("one"):
         assert main(line.split()) == 0

@@ -33,15 +33,18 @@ _LEFT_OUT = "..."
 _SHORT = 1 << 16  # bytes
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Progress:
-    """What the loop knows of a run besides its state.
+    """State of the training loop besides weights and optimizer.
 
     Attributes:
-      best: the best evaluation, higher is better; None before any.
-      best_step, waited: its step, and evaluations since then.
+      best: value of the best evaluation, higher is better; None before the first.
+      best_step: step of that evaluation; -1 before the first.
+      waited: evaluations since the best one, for `train.patience`.
       skipped: steps whose update was not made.
-      assessed: False if the run was stopped before the evaluation that was due at this step.
+      assessed: False if a signal stopped the run before the evaluation that was due at
+        this step; a resumed run then repeats it.
+      step: updates made. A checkpoint does not repeat it: its folder is named by it.
     """
 
     best: float | None = None
@@ -49,6 +52,21 @@ class Progress:
     waited: int = 0
     skipped: int = 0
     assessed: bool = True
+    step: int = 0
+
+    def after_evaluation(self, value: float | None) -> Progress:
+        """Progress after an evaluation of this step; `value` is None if undefined."""
+        if value is not None and (self.best is None or value > self.best):
+            return dataclasses.replace(
+                self, best=value, best_step=self.step, waited=0, assessed=True
+            )
+        return dataclasses.replace(self, waited=self.waited + 1, assessed=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON value kept beside a checkpoint."""
+        values = dataclasses.asdict(self)
+        del values["step"]
+        return values
 
 
 class CheckpointReader:
@@ -243,8 +261,7 @@ class Checkpointer(CheckpointReader):
                 {"state": state},
                 force=True,
                 metrics=metrics,
-                custom_metadata={"progress": dataclasses.asdict(progress)}
-                | self._about,
+                custom_metadata={"progress": progress.to_json()} | self._about,
             ),
         )
 

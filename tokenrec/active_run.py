@@ -1,0 +1,440 @@
+"""A training run in progress: its compiled step, input, evaluation, checkpoints and logs.
+
+`train.py` calls these functions in order. Each names its phase to the watchdog before
+it waits for anything, so that a run that hangs says where it stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+from jax.sharding import Mesh
+
+from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
+from tokenrec.checkpoint.run_folder import create_or_check_run, run_identity
+from tokenrec.checkpoint.warm_start import first_state
+from tokenrec.config import Config, data_directory, semantic_ids_path
+from tokenrec.config.backbones import reads_event_ages
+from tokenrec.config.validate import validate
+from tokenrec.data.batch import HostBatch
+from tokenrec.data.dataset import Dataset, open_dataset
+from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
+from tokenrec.errors import Stopped
+from tokenrec.evaluation.evaluate import make_evaluator
+from tokenrec.evaluation.selection import flatten_report, selection_value
+from tokenrec.metrics_buffer import MetricsBuffer
+from tokenrec.models.backbones.block import check_mesh
+from tokenrec.optim import schedule
+from tokenrec.runtime import distributed
+from tokenrec.runtime.compilation_cache import persistent_compilation_cache
+from tokenrec.runtime.metric_writer import Logbook, Throughput
+from tokenrec.runtime.preemption import StopRequested, StopSignals
+from tokenrec.runtime.watchdog import Watchdog
+from tokenrec.sharding import (
+    check_batch_sizes,
+    compiler_options,
+    local_batch_indices,
+    make_mesh,
+    to_devices,
+)
+from tokenrec.state import (
+    ModelSpec,
+    TrainState,
+    abstract_state,
+    build_model,
+    table_statistics,
+)
+from tokenrec.step import Metrics, train_step
+
+# Values of the inside of a model by kind and name, such as {"rank": {"layer_0": 12.3}}.
+StateLogger = Callable[[TrainState], dict[str, dict[str, float | None]]]
+MakeStateLogger = Callable[[ModelSpec, Dataset, Mesh], StateLogger]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run is made of before it starts; the same in all processes.
+
+    Attributes:
+      config: the validated config.
+      workdir: the run's folder.
+      dataset: the prepared data set.
+      model: the static half of the model.
+      mesh: all devices.
+    """
+
+    config: Config
+    workdir: Path
+    dataset: Dataset
+    model: ModelSpec
+    mesh: Mesh
+
+    @property
+    def last_step(self) -> int:
+        """Step after which the loop ends."""
+        return self.config.train.stop_at or self.config.optim.steps
+
+    @property
+    def has_eval_split(self) -> bool:
+        """Whether the data set has the split that the run is evaluated on."""
+        return self.config.train.eval_split in self.dataset.splits
+
+
+def set_up(config: Config, workdir: Path) -> Setup:
+    """Validate the config, open the data set, and create or check the run's folder.
+
+    Raises:
+      InputError: on all processes, if the config, the data set, the mesh or the run in
+        `workdir` do not fit together on any of them.
+    """
+    with distributed.raise_on_all_processes():
+        config = validate(config)
+        dataset = open_dataset(
+            data_directory(config), config.data.exclude, semantic_ids_path(config)
+        )
+        tasks = task_names(dataset.schema, config.data)
+        model = build_model(config, dataset.schema, tasks)
+        mesh = make_mesh(config.mesh)
+        check_batch_sizes(config, mesh)
+        check_mesh(config.model, mesh)
+    distributed.assert_same_on_all_processes(run_identity(config, dataset))
+    create_or_check_run(config, dataset.schema, workdir)
+    return Setup(config, Path(workdir), dataset, model, mesh)
+
+
+@contextlib.contextmanager
+def run_context(
+    setup: Setup,
+    *,
+    show_progress: bool = True,
+    make_state_logger: MakeStateLogger | None = None,
+) -> Iterator[ActiveRun]:
+    """Hold the resources of a run: mesh, compile cache, signals, watchdog, checkpoints.
+
+    Leaving the context waits for the checkpoint being written and closes everything,
+    however the run ended.
+
+    Args:
+      setup: what `set_up` returned.
+      show_progress: print a progress bar, or lines where stderr is no terminal.
+      make_state_logger: makes the function that measures the states of the model at
+        each evaluation; needed with `train.log_states`.
+    """
+    train = setup.config.train
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(setup.mesh))
+        stack.enter_context(
+            persistent_compilation_cache(setup.workdir, train.keep_compiled)
+        )
+        signals = stack.enter_context(StopSignals())
+        watchdog = stack.enter_context(
+            Watchdog(
+                train.hang_seconds,
+                setup.workdir,
+                jax.process_index(),
+                jax.process_count(),
+            )
+        )
+        state_logger = None
+        if setup.has_eval_split and train.log_states:
+            if make_state_logger is None:
+                raise ValueError(
+                    "train.log_states=True and make_state_logger=None; pass "
+                    "tokenrec.analysis.watch.make_state_logger, or call tokenrec.train"
+                )
+            state_logger = make_state_logger(setup.model, setup.dataset, setup.mesh)
+        checkpoints = stack.enter_context(
+            Checkpointer(
+                setup.workdir,
+                keep=train.keep,
+                keep_every=train.keep_every,
+                about=dataclasses.asdict(setup.config),
+            )
+        )
+        yield ActiveRun(
+            setup, stack, signals, watchdog, checkpoints, state_logger, show_progress
+        )
+
+
+class ActiveRun:
+    """The resources of a run, and one method for each thing that its loop does.
+
+    Made by `run_context`. The methods keep no state of the run but what must live on
+    the host between two steps: metrics that have not been fetched from the devices,
+    and stream lengths whose step is compiled.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        stack: contextlib.ExitStack,
+        signals: StopSignals,
+        watchdog: Watchdog,
+        checkpoints: Checkpointer,
+        state_logger: StateLogger | None,
+        show_progress: bool,
+    ) -> None:
+        self.setup = setup
+        self._train = setup.config.train
+        self._stack = stack
+        self._signals = signals
+        self._watchdog = watchdog
+        self._checkpoints = checkpoints
+        self._state_logger = state_logger
+        self._show_progress = show_progress
+        self._evaluate = make_evaluator(setup.model, setup.dataset, setup.mesh)
+        self._learning_rate = schedule(
+            setup.config.optim, setup.config.optim.learning_rate
+        )
+        self._throughput = Throughput()
+        self._metrics = MetricsBuffer(self._throughput, setup.config.optim)
+        self._writer: Logbook | None = None
+        self._last_report: dict[str, Any] | None = None
+        self._best_report: dict[str, Any] | None = None
+        # The step whose evaluation and checkpoint are complete: nothing is due there.
+        self._completed_step = 0
+
+        # One program per stream length and no other: a batch of another shape would
+        # compile again in silence. The counter is global over the runs of a process.
+        chex.clear_trace_counter()
+        counted_step = chex.assert_max_traces(
+            train_step, n=len(stream_lengths(setup.config.data))
+        )
+        self._step = jax.jit(
+            counted_step,
+            static_argnums=0,
+            donate_argnums=1,
+            compiler_options=compiler_options(setup.mesh),
+        )
+        self._compiled_shapes: set[tuple[int, ...]] = set()
+
+    def restore_or_initialize(self) -> tuple[TrainState, Progress]:
+        """Load the latest checkpoint; without one, start from another run or a seed."""
+        self._watchdog.at("restoring the latest checkpoint")
+        restored = self._checkpoints.restore(abstract_state(self.setup.model))
+        if restored is None:
+            return first_state(self.setup.model, self.setup.workdir), Progress()
+        step, state, progress = restored
+        # A run that was stopped before an evaluation that was due repeats it.
+        self._completed_step = step if progress.assessed else -1
+        return state, dataclasses.replace(progress, step=step)
+
+    def open_input(self, start: int) -> Iterator[HostBatch]:
+        """Open the stream of training batches at a step.
+
+        Each process reads the samples that lie on its own devices. The batch of a step
+        is a function of the seed and the step, so no iterator state is restored.
+        """
+        config, mesh = self.setup.config, self.setup.mesh
+        with distributed.raise_on_all_processes():
+            batches = train_batches(
+                self.setup.dataset,
+                config.data,
+                start=start,
+                steps=config.optim.steps,
+                seed=config.seed,
+                own=local_batch_indices(
+                    mesh, config.data.batch_size, "data.batch_size"
+                ),
+                ages=reads_event_ages(config.model),
+            )
+        self._stack.callback(batches.close)
+        return batches
+
+    def open_log(self, start: int) -> None:
+        """Open the logs in the first process; lines after step `start` are dropped."""
+        with distributed.raise_on_all_processes():
+            if distributed.is_first_process():
+                writer = Logbook(
+                    self.setup.workdir,
+                    progress=self._show_progress,
+                    total_steps=self.setup.last_step,
+                    start_step=start,
+                )
+                self._writer = self._stack.enter_context(writer)
+
+    def finished(self, progress: Progress) -> bool:
+        """Whether the last step is reached, or `train.patience` is used up."""
+        patience_used_up = 0 < self._train.patience <= progress.waited
+        return progress.step >= self.setup.last_step or patience_used_up
+
+    def next_batch(self, batches: Iterator[HostBatch], progress: Progress) -> HostBatch:
+        """Wait for the next batch of the input pipeline."""
+        self._watchdog.at(f"step {progress.step:,}: waiting for the input")
+        began = time.perf_counter()
+        batch = next(batches)
+        self._metrics.add_input_wait(time.perf_counter() - began)
+        return batch
+
+    def train_step(
+        self, state: TrainState, host: HostBatch, progress: Progress
+    ) -> tuple[TrainState, Progress]:
+        """Make one update, asynchronously but for the step that compiles.
+
+        The metrics stay on the devices until `flush_metrics`.
+        """
+        batch = to_devices(host.batch, self.setup.mesh)
+        compiled = batch.valid.shape in self._compiled_shapes
+        metrics: Metrics
+        if compiled:
+            self._watchdog.at(f"step {progress.step:,}: handing it to the devices")
+            state, metrics = self._step(self.setup.model, state, batch)
+        else:
+            self._watchdog.at(
+                f"step {progress.step:,}: compiling it, and waiting for the devices"
+            )
+            with self._throughput.excluded():
+                state, metrics = jax.block_until_ready(
+                    self._step(self.setup.model, state, batch)
+                )
+            self._compiled_shapes.add(batch.valid.shape)
+        self._metrics.add(metrics, host.rows, timed=compiled)
+        return state, dataclasses.replace(progress, step=progress.step + 1)
+
+    def log_due(self, progress: Progress) -> bool:
+        """Whether a log line is due: every `train.log_every` steps, and the last one."""
+        due = progress.step % self._train.log_every == 0
+        return due or progress.step == self.setup.last_step
+
+    def flush_metrics(self, progress: Progress) -> Progress:
+        """Wait for the devices, check the steps since the last flush, and log them.
+
+        Raises:
+          NonFiniteError: more steps were skipped than `optim.max_skipped` allows.
+        """
+        self._watchdog.at(f"step {progress.step:,}: waiting for the devices")
+        values, progress = self._metrics.flush(progress)
+        timings = self._metrics.timings()
+        learning_rate = float(self._learning_rate(progress.step - 1))
+        self._log(progress.step, values | timings | {"learning_rate": learning_rate})
+        return progress
+
+    def is_complete(self, progress: Progress) -> bool:
+        """Whether evaluation and checkpoint of this step were made already."""
+        return progress.step == self._completed_step
+
+    def stop_signal(self) -> int | None:
+        """Signal that asks the run to stop; all processes must call it equally often."""
+        return self._signals.asked()
+
+    def evaluation_due(self, progress: Progress) -> bool:
+        """Whether this step is evaluated: every `train.eval_every`, and the last one."""
+        last = progress.step >= self.setup.last_step
+        due = last or _is_multiple(progress.step, self._train.eval_every)
+        return self.setup.has_eval_split and due
+
+    def evaluate(
+        self, state: TrainState, progress: Progress
+    ) -> tuple[Progress, float | None, int | None]:
+        """Evaluate on `train.eval_split`; a stop signal ends it between two batches.
+
+        Returns:
+          The progress (`assessed` is False if a signal came first), the value that
+          decides the best checkpoint (None if it is undefined or was not reached), and
+          the signal.
+        """
+        step, config = progress.step, self.setup.config
+        progress = dataclasses.replace(progress, assessed=False)
+        value = None
+
+        def between_batches() -> None:
+            self._watchdog.at(f"step {step:,}: evaluation")
+            self._signals.obey()
+
+        with self._throughput.excluded(), contextlib.suppress(StopRequested):
+            self._watchdog.at(
+                f"step {step:,}: waiting for the devices, then evaluation"
+            )
+            _, progress = self._metrics.flush(progress)
+            self._signals.obey()
+            report = self._evaluate(
+                state, self._train.eval_split, self._train.eval_samples, between_batches
+            )
+            self._log(step, flatten_report(report), self._train.eval_split)
+            inside = self._state_logger(state) if self._state_logger else {}
+            for kind, by_layer in inside.items():
+                self._log(step, by_layer, kind)
+            self._log(step, table_statistics(state), "tables")
+            value = selection_value(report, config)
+            progress = progress.after_evaluation(value)
+            self._last_report = report
+            if progress.best_step == step:
+                self._best_report = report
+        return progress, value, self._signals.heard
+
+    def save_due(self, progress: Progress, stop_signal: int | None) -> bool:
+        """Whether to save: the last step, the best so far, a stop, or `save_every`."""
+        return (
+            self.finished(progress)
+            or progress.best_step == progress.step
+            or stop_signal is not None
+            or _is_multiple(progress.step, self._train.save_every)
+        )
+
+    def save(
+        self, state: TrainState, progress: Progress, value: float | None
+    ) -> Progress:
+        """Write a checkpoint in the background, once the one before it is complete.
+
+        Steps are checked first: a checkpoint never holds the result of a bad step
+        without its count.
+        """
+        step = progress.step
+        with self._throughput.excluded():
+            self._watchdog.at(
+                f"step {step:,}: waiting for the devices and the save before"
+            )
+            _, progress = self._metrics.flush(progress)
+            began = time.perf_counter()
+            self._checkpoints.save(step, state, progress, value)
+            self._log(step, {"blocked_seconds": time.perf_counter() - began}, "save")
+        return progress
+
+    def stop(self, number: int, progress: Progress) -> None:
+        """End the run at the request of a signal, after its checkpoint is complete.
+
+        Raises:
+          Stopped: always.
+        """
+        self.wait_for_checkpoints(progress)
+        name = signal.Signals(number).name
+        saved = "checkpoint saved" if progress.step else "there was nothing to save yet"
+        raise Stopped(
+            f"{name}: stopped at step {progress.step:,}; {saved}; rerun the command to "
+            "resume",
+            number,
+        )
+
+    def wait_for_checkpoints(self, progress: Progress) -> None:
+        """Wait until the last checkpoint is completely on disk."""
+        self._watchdog.at(f"step {progress.step:,}: the last save")
+        self._checkpoints.wait()
+
+    def summary(self, progress: Progress) -> dict[str, Any]:
+        """Result of the run, as `train` returns it."""
+        return {
+            "step": progress.step,
+            "best_step": progress.best_step,
+            "best": progress.best,
+            "skipped": progress.skipped,
+            "examples_per_second": self._throughput.average(),
+            "evaluation": self._last_report,
+            "best_evaluation": self._best_report,
+        }
+
+    def _log(self, step: int, values: dict[str, Any], prefix: str = "train") -> None:
+        # Only the first process has a writer.
+        if self._writer is not None:
+            self._writer.log(step, values, prefix)
+
+
+def _is_multiple(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,38 @@
+"""The value of an evaluation that decides which checkpoint is the best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tokenrec.config import Config
+
+
+def selection_value(report: dict[str, Any], config: Config) -> float | None:
+    """Value of `train.best_metric` in a report; higher is better.
+
+    `auto` is NDCG@10 for retrieval and the mean AUC of the tasks for ranking. The loss
+    is the mean log loss of the tasks, negated.
+
+    Returns:
+      None if the metric is undefined, such as the AUC of a task without positives.
+    """
+    metric = config.train.best_metric
+    if config.data.objective == "retrieval":
+        return report["retrieval"]["ndcg@10" if metric == "auto" else metric]
+    if metric != "loss":
+        return report["macro_auc" if metric == "auto" else metric]
+    losses = [task["log_loss"] for task in report["tasks"].values()]
+    defined = [loss for loss in losses if loss is not None]
+    return -float(np.mean(defined)) if defined else None
+
+
+def flatten_report(report: dict[str, Any]) -> dict[str, float | None]:
+    """Report as one flat mapping for the logs, `TASK/METRIC` for values of a task."""
+    if "retrieval" in report:
+        return dict(report["retrieval"])
+    flat = {name: value for name, value in report.items() if name != "tasks"}
+    for task, values in report["tasks"].items():
+        flat |= {f"{task}/{name}": value for name, value in values.items()}
+    return flat
