@@ -1,4 +1,12 @@
-"""Pure steps: loss, train step, evaluation step."""
+"""Pure functions of one step: loss, gradients, train step, evaluation step.
+
+A train step looks up each distinct table row of its batch once, takes gradients with
+respect to the dense weights and to these rows, clips them by their joint norm, and
+updates the weights with AdamW and the rows with row-wise AdaGrad. A table itself is never
+differentiated: its gradient would be as large as the table.
+
+B samples, N scored positions of each, K tasks, u distinct rows of a stack of tables.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +14,36 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from tokenrec.data.batch import Batch
-from tokenrec.models.heads import CodeHead, ItemHead
-from tokenrec.models.recommender import Recommender
+from tokenrec.losses import label_counts, sample_losses, with_negatives
 from tokenrec.ops.tables.api import UniqueRows, collect_gradients, update_rows
 from tokenrec.optim import clip_scale, dense_optimizer, global_norm, schedule
 from tokenrec.sharding import RULES
 from tokenrec.state import ModelSpec, TrainState, bind_params
-from tokenrec.tokens.embed import ITEM_ROWS, Entity, inverses, samples_items
+from tokenrec.tokens.embed import inverses
 
+# For each entity and stack, the index of every id of the batch into the unique rows.
 Inverses = dict[str, dict[str, jax.Array]]
-NORM_RATE = 0.01  # of the running mean of gradient norms: its memory is some 100 steps
-TRAINED = ("backbone/", "head/")  # weights that random tokens leave to be trained
+
+# Rate of the running mean of gradient norms: it remembers about 100 steps.
+NORM_RATE = 0.01
+
+# With `tokens.random_tokens`, only weights with these prefixes are trained.
+TRAINED_WITH_RANDOM_TOKENS = ("backbone/", "head/")
 
 
 class Metrics(NamedTuple):
-    """Scalars of a step, on the device until the loop logs. `applied` False: the update was not made, because loss or
-    gradient was not finite or a spike. `rounds`: how often rows of spread tables were exchanged, 1 unless the ids fell
-    on few devices, 0 without such tables.
+    """Scalars of a step. They stay on the devices until the loop fetches them.
+
+    Attributes:
+      loss: mean loss of the batch.
+      grad_norm: norm of all gradients before clipping.
+      examples: positions that carry loss.
+      applied: False if the update was not made, because loss or gradient was not finite
+        or the gradient was a spike (`optim.spike_norm`).
+      rounds: rounds in which the rows of spread tables were exchanged: 0 without such
+        tables, 1 as a rule, more if the ids of a batch lie on few devices.
     """
 
     loss: jax.Array
@@ -35,266 +53,254 @@ class Metrics(NamedTuple):
     rounds: jax.Array
 
 
-def known_labels(batch: Batch) -> jax.Array:
-    """What carries loss. `[B, N, K] float32`: 1 where a row is read and its label is known; `[B, R, P]`: the goals."""
-    if batch.labels is None:
-        return (batch.goals >= 0).astype(jnp.float32)
-    return batch.weight[..., None] * (batch.labels >= 0)
+class Inputs(NamedTuple):
+    """Inputs of the loss of a train step besides the dense weights.
 
+    Attributes:
+      batch: the batch, with drawn negatives if the softmax is sampled.
+      key: PRNG key of dropout.
+      unique: which rows of each stack of tables the batch reads.
+      rows: `[u, width]` per stack, these rows.
+      counts: `label_counts` of the batch.
+    """
 
-def label_counts(batch: Batch) -> jax.Array:
-    """`[K]` known labels of each task, or `[1]` goals: what the sums of a step's loss are divided by."""
-    known = known_labels(batch)
-    return (
-        jnp.sum(known, axis=(0, 1))
-        if batch.labels is not None
-        else jnp.sum(known)[None]
-    )
+    batch: Batch
+    key: jax.Array
+    unique: dict[str, UniqueRows]
+    rows: dict[str, jax.Array]
+    counts: jax.Array
 
 
 def forward(
     model: ModelSpec,
     params: dict[str, jax.Array],
     rows: dict[str, jax.Array],
-    reads: Inverses,
+    row_indices: Inverses,
     batch: Batch,
     key: jax.Array | None,
 ) -> jax.Array:
-    """Logits `[B, N, K] float32` of ranking; `rows` are the unique table rows of the batch."""
+    """Compute the logits of ranking.
+
+    Args:
+      model: the static half of the model.
+      params: dense weights by name.
+      rows: `[u, width]` per stack, the distinct table rows of the batch.
+      row_indices: which of these rows each id of the batch is.
+      batch: features and masks.
+      key: PRNG key of dropout; None in evaluation.
+
+    Returns:
+      `[B, N, K] float32`.
+    """
     module = bind_params(model, params)
-    return module.head(module(model.embedder.entities(rows, reads, batch), batch, key))
+    entities = model.embedder.entities(rows, row_indices, batch)
+    return module.head(module(entities, batch, key))
 
 
 def loss_fn(
     params: dict[str, jax.Array],
     rows: dict[str, jax.Array],
     model: ModelSpec,
-    reads: Inverses,
+    row_indices: Inverses,
     batch: Batch,
     counts: jax.Array,
     key: jax.Array | None,
 ) -> jax.Array:
-    """Summed loss over counts of the whole step, `counts` being `label_counts` of it.
+    """Compute the loss of a batch, or its share of the loss for a micro-batch.
 
-    Ranking: sum over tasks of weight x (summed BCE / known labels). Retrieval: cross-entropy, all levels of a semantic
-    id together.
+    Args:
+      params: dense weights by name.
+      rows: `[u, width]` per stack, the distinct table rows of the batch.
+      model: the static half of the model.
+      row_indices: which of these rows each id of the batch is.
+      batch: features, masks, labels or goals.
+      counts: `label_counts` of the whole step.
+      key: PRNG key of dropout; None for none.
+
+    Returns:
+      `[] float32`.
     """
     module = bind_params(model, params)
-    entities = model.embedder.entities(rows, reads, batch)
-    return jnp.sum(
-        sample_losses(
-            model, module, module(entities, batch, key), entities, batch, counts
-        )
-    )
+    entities = model.embedder.entities(rows, row_indices, batch)
+    readouts = module(entities, batch, key)
+    return jnp.sum(sample_losses(model, module, readouts, entities, batch, counts))
 
 
-def sample_losses(
-    model: ModelSpec,
-    module: Recommender,
-    read: jax.Array,
-    entities: dict[str, Entity],
-    batch: Batch,
-    counts: jax.Array,
-) -> jax.Array:
-    """`[B] float32`: what each sample adds to the loss of the step; `read` is what the heads read."""
-    if batch.labels is None:
-        return retrieval_losses(module, read, entities, batch) / jnp.maximum(
-            counts[0], 1
-        )
-    losses = optax.sigmoid_binary_cross_entropy(
-        module.head(read), jnp.maximum(batch.labels, 0).astype(jnp.float32)
-    )
-    return jnp.sum(losses * known_labels(batch), axis=1) @ (
-        task_weights(model) / jnp.maximum(counts, 1)
-    )
-
-
-def retrieval_losses(
-    module: Recommender, read: jax.Array, entities: dict[str, Entity], batch: Batch
-) -> jax.Array:
-    """`[B]`: summed cross-entropy of the goals of each sample."""
-    head = module.head
-    if isinstance(head, CodeHead):
-        return head.losses(read, batch.codes)
-    assert isinstance(head, ItemHead)
-    if batch.negatives is None:
-        return head.full_losses(read, batch.goals)
-    of_goals = entities["goals"].values[ITEM_ROWS.name][..., 0, :]
-    drawn = entities["negatives"].values[ITEM_ROWS.name]
-    of_negatives = jax.sharding.reshard(drawn, RULES(*[None] * drawn.ndim)).reshape(
-        -1, drawn.shape[-1]
-    )
-    negatives = jax.sharding.reshard(batch.negatives, RULES(None, None)).reshape(-1)
-    return head.sampled_losses(read, batch.goals, of_goals, negatives, of_negatives)
-
-
-def with_negatives(model: ModelSpec, batch: Batch, key: jax.Array) -> Batch:
-    """The batch with the items of a sampled softmax, drawn uniformly; unchanged where the softmax is full."""
-    if not samples_items(model.config):
-        return batch
-    size = batch.valid.shape[0]
-    shape = (size, model.config.head.negatives // size)
-    drawn = jax.random.randint(
-        key, shape, 0, model.schema.items, jnp.int32, out_sharding=RULES("batch", None)
-    )
-    return batch._replace(negatives=drawn)
-
-
-def task_weights(model: ModelSpec) -> jax.Array:
-    given = model.config.data.tasks or {
-        task.name: task.weight for task in model.schema.tasks
-    }
-    return jnp.array([given[name] for name in model.tasks], jnp.float32)
+def step_inputs(model: ModelSpec, state: TrainState, batch: Batch) -> Inputs:
+    """Prepare the inputs of the next step: draw keys and negatives, look up table rows."""
+    # The key is a function of seed and step, so a resumed run draws the same numbers.
+    key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
+    # Micro-batch i folds in i; the negatives take the first number that is left.
+    negatives_key = jax.random.fold_in(key, model.config.optim.accumulate)
+    batch = with_negatives(model, batch, negatives_key)
+    unique = model.embedder.find(batch)
+    rows = model.embedder.gather(state.tables, unique)
+    return Inputs(batch, key, unique, rows, label_counts(batch))
 
 
 def micro_batches(tree: Any, count: int) -> Any:
-    """`[B, ...]` -> `[count, B / count, ...]`; takes every count-th sample, so that nothing moves between devices."""
+    """Split a batch: `[B, ...]` -> `[count, B / count, ...]`.
 
-    def cut(leaf: jax.Array) -> jax.Array:
+    A micro-batch takes every count-th sample, so that each device keeps its samples.
+    """
+
+    def split(leaf: jax.Array) -> jax.Array:
         shape = (leaf.shape[0] // count, count, *leaf.shape[1:])
         spec = RULES("batch", *[None] * (len(shape) - 1))
         return jnp.moveaxis(jnp.reshape(leaf, shape, out_sharding=spec), 1, 0)
 
-    return jax.tree.map(cut, tree)
-
-
-class Inputs(NamedTuple):
-    """What a train step computes its loss from, besides the dense weights. `rows` are those `found`, of every stack;
-    `counts` the `label_counts` of the batch, which holds the negatives; `key` that of the step's dropout.
-    """
-
-    batch: Batch
-    key: jax.Array
-    found: dict[str, UniqueRows]
-    rows: dict[str, jax.Array]
-    counts: jax.Array
-
-
-def step_inputs(model: ModelSpec, state: TrainState, batch: Batch) -> Inputs:
-    """The inputs of the next step of `state`."""
-    key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
-    batch = with_negatives(
-        model, batch, jax.random.fold_in(key, model.config.optim.accumulate)
-    )
-    found = model.embedder.find(batch)
-    return Inputs(
-        batch,
-        key,
-        found,
-        model.embedder.gather(state.tables, found),
-        label_counts(batch),
-    )
+    return jax.tree.map(split, tree)
 
 
 def gradients(
     model: ModelSpec, params: dict[str, jax.Array], inputs: Inputs
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
-    """Loss of a step, and its gradients by dense weight and by row of `inputs.rows`."""
-    batch, key, found, rows, counts = inputs
-    reads, count = inverses(found), model.config.optim.accumulate
-    gradient = jax.value_and_grad(loss_fn, argnums=(0, 1))
-    if count == 1:
-        return gradient(params, rows, model, reads, batch, counts, key)
+    """Compute the loss of a step and its gradients.
 
+    Returns:
+      The loss, `[]`; and the gradients of the dense weights by name and of the table
+      rows, `[u, width]` per stack.
+    """
+    batch, key, unique, rows, counts = inputs
+    row_indices = inverses(unique)
+    micro_batch_count = model.config.optim.accumulate
+    loss_and_gradients = jax.value_and_grad(loss_fn, argnums=(0, 1))
+    if micro_batch_count == 1:
+        return loss_and_gradients(params, rows, model, row_indices, batch, counts, key)
+
+    # Losses are divided by the counts of the whole step, so the shares just add up.
     def add(total: Any, piece: tuple[Batch, Inverses, jax.Array]) -> tuple[Any, None]:
-        part, inverse, number = piece
-        made = gradient(
-            params, rows, model, inverse, part, counts, jax.random.fold_in(key, number)
+        part, part_indices, number = piece
+        part_key = jax.random.fold_in(key, number)
+        share = loss_and_gradients(
+            params, rows, model, part_indices, part, counts, part_key
         )
-        return jax.tree.map(jnp.add, total, made), None
+        return jax.tree.map(jnp.add, total, share), None
 
     zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (params, rows)))
-    return jax.lax.scan(
-        add, zero, (*micro_batches((batch, reads), count), jnp.arange(count))
-    )[0]
+    pieces = micro_batches((batch, row_indices), micro_batch_count)
+    return jax.lax.scan(add, zero, (*pieces, jnp.arange(micro_batch_count)))[0]
 
 
 def train_step(
     model: ModelSpec, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
-    """One update. A step whose loss or gradient is not finite, or whose gradient is a spike, changes nothing but the
-    step number.
+    """Make one update.
+
+    A step whose loss or gradient is not finite, or whose gradient is a spike, changes
+    nothing but the step number.
     """
     optim = model.config.optim
+
+    # 1. Gradients of dense weights and of the distinct rows of the batch.
     inputs = step_inputs(model, state, batch)
-    batch, found = inputs.batch, inputs.found
     loss, (dense, by_row) = gradients(model, state.params, inputs)
-    summed = {
-        name: collect_gradients(state.tables[name], found[name], by_row[name])
-        for name in found
+
+    # 2. Gradients of a row that several devices looked up are summed.
+    collected = {
+        name: collect_gradients(state.tables[name], unique, by_row[name])
+        for name, unique in inputs.unique.items()
     }
-    norm = global_norm(dense, summed)
-    applied = jnp.isfinite(loss) & jnp.isfinite(norm)
-    mean = {}
-    if optim.spike_norm:
-        before = state.opt_state["norm"]
-        applied &= (before == 0) | (norm <= optim.spike_norm * before)
-        now = jnp.where(before == 0, norm, before + NORM_RATE * (norm - before))
-        mean = {"norm": jnp.where(applied, now, before)}
+
+    # 3. The joint norm decides whether the update is made and how far it is clipped.
+    norm = global_norm(dense, collected)
+    applied, norm_mean = _check_norm(model, state, loss, norm)
     scale = jnp.where(applied, clip_scale(norm, optim.clip_norm), 0.0)
-    # 0 x inf is NaN, so gradients of a bad step are replaced, not scaled; they are small beside a table.
-    scaled = {name: some.gradients for name, some in summed.items()}
-    dense, by_row, scaled = jax.tree.map(
-        lambda g: jnp.where(applied, g * scale, 0.0), (dense, by_row, scaled)
+    # Gradients of a bad step are replaced, not scaled: 0 x inf is NaN.
+    row_gradients = {name: of.gradients for name, of in collected.items()}
+    dense, by_row, row_gradients = jax.tree.map(
+        lambda g: jnp.where(applied, g * scale, 0.0), (dense, by_row, row_gradients)
     )
 
-    updates, dense_state = dense_optimizer(optim).update(
-        dense, state.opt_state["dense"], state.params
+    # 4. AdamW on the dense weights.
+    params, dense_state = _update_params(model, state, dense, applied)
+
+    # 5. Row-wise AdaGrad on the rows. A skipped step sends their ids out of range, so
+    # that no table is copied.
+    rate = schedule(optim, optim.table_learning_rate)(state.step)
+    tables = dict(state.tables)
+    rows_state = dict(state.opt_state["rows"])
+    for name, unique in inputs.unique.items():
+        tables[name], rows_state[name] = update_rows(
+            tables[name],
+            rows_state[name],
+            unique,
+            by_row[name],
+            collected[name]._replace(gradients=row_gradients[name]),
+            rate=rate,
+            decay=optim.table_weight_decay,
+            apply=applied,
+        )
+
+    rounds = jnp.int32(0)
+    if inputs.unique:
+        rounds = jnp.max(jnp.stack([u.rounds for u in inputs.unique.values()]))
+    opt_state = {"dense": dense_state, "rows": rows_state} | norm_mean
+    new_state = TrainState(state.step + 1, params, tables, opt_state)
+    examples = jnp.sum(inputs.batch.weight)
+    return new_state, Metrics(loss, norm, examples, applied, rounds)
+
+
+def _check_norm(
+    model: ModelSpec, state: TrainState, loss: jax.Array, norm: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Decide whether to apply the update; keep the running mean of gradient norms.
+
+    Returns:
+      `[] bool`; and the new `"norm"` of the optimizer state, empty without
+      `optim.spike_norm`.
+    """
+    spike_norm = model.config.optim.spike_norm
+    applied = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if not spike_norm:
+        return applied, {}
+    mean = state.opt_state["norm"]
+    # The mean is 0 before the first step, which cannot be a spike.
+    applied &= (mean == 0) | (norm <= spike_norm * mean)
+    updated = jnp.where(mean == 0, norm, mean + NORM_RATE * (norm - mean))
+    return applied, {"norm": jnp.where(applied, updated, mean)}
+
+
+def _update_params(
+    model: ModelSpec, state: TrainState, dense: dict[str, jax.Array], applied: jax.Array
+) -> tuple[dict[str, jax.Array], Any]:
+    """Apply AdamW, or keep weights and optimizer state where `applied` is False."""
+    old_state = state.opt_state["dense"]
+    updates, new_state = dense_optimizer(model.config.optim).update(
+        dense, old_state, state.params
     )
     if model.config.tokens.random_tokens:
-        # Weight decay would move what has no gradient.
+        # Weight decay would move weights that have no gradient.
         updates = {
-            name: u if name.startswith(TRAINED) else jnp.zeros_like(u)
+            name: u
+            if name.startswith(TRAINED_WITH_RANDOM_TOKENS)
+            else jnp.zeros_like(u)
             for name, u in updates.items()
         }
     params = jax.tree.map(
         lambda w, u: jnp.where(applied, w + u, w), state.params, updates
     )
-    dense_state = jax.tree.map(
-        lambda new, old: jnp.where(applied, new, old),
-        dense_state,
-        state.opt_state["dense"],
+    kept_state = jax.tree.map(
+        lambda new, old: jnp.where(applied, new, old), new_state, old_state
     )
-    rate = schedule(optim, optim.table_learning_rate)(state.step)
-    tables, rows_state = dict(state.tables), dict(state.opt_state["rows"])
-    for name in found:
-        tables[name], rows_state[name] = update_rows(
-            tables[name],
-            rows_state[name],
-            found[name],
-            by_row[name],
-            summed[name]._replace(gradients=scaled[name]),
-            rate=rate,
-            decay=optim.table_weight_decay,
-            apply=applied,
-        )
-    rounds = (
-        jnp.max(jnp.stack([of.rounds for of in found.values()]))
-        if found
-        else jnp.int32(0)
-    )
-    new = TrainState(
-        state.step + 1,
-        params,
-        tables,
-        {"dense": dense_state, "rows": rows_state} | mean,
-    )
-    return new, Metrics(loss, norm, jnp.sum(batch.weight), applied, rounds)
+    return params, kept_state
 
 
 def step_loss(model: ModelSpec, state: TrainState, batch: Batch) -> jax.Array:
-    """The forward pass of a train step, without dropout: what `work` counts the products of."""
+    """Forward pass of a train step without dropout, for counting its FLOPs."""
     batch = with_negatives(model, batch, jax.random.key(0))
-    found = model.embedder.find(batch)
-    rows = model.embedder.gather(state.tables, found)
-    return loss_fn(
-        state.params, rows, model, inverses(found), batch, label_counts(batch), None
-    )
+    unique = model.embedder.find(batch)
+    rows = model.embedder.gather(state.tables, unique)
+    counts = label_counts(batch)
+    return loss_fn(state.params, rows, model, inverses(unique), batch, counts, None)
 
 
 def eval_step(model: ModelSpec, state: TrainState, batch: Batch) -> jax.Array:
-    """Probabilities `[B, N, K] float32` of every row; the caller drops those of weight 0."""
-    found = model.embedder.find(batch)
-    rows = model.embedder.gather(state.tables, found)
-    logits = forward(model, state.params, rows, inverses(found), batch, None)
+    """Compute probabilities, `[B, N, K] float32`.
+
+    Positions of weight 0 are padding; the caller drops them.
+    """
+    unique = model.embedder.find(batch)
+    rows = model.embedder.gather(state.tables, unique)
+    logits = forward(model, state.params, rows, inverses(unique), batch, None)
     return jax.nn.sigmoid(logits)

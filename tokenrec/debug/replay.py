@@ -31,6 +31,7 @@ from tokenrec.debug.report import (
     worst_samples,
 )
 from tokenrec.errors import InputError
+from tokenrec.losses import sample_losses
 from tokenrec.models.recommender import batch_layout
 from tokenrec.ops.tables.exchange import RowRoute
 from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, to_devices
@@ -46,7 +47,6 @@ from tokenrec.step import (
     Inverses,
     gradients,
     micro_batches,
-    sample_losses,
     step_inputs,
     train_step,
 )
@@ -180,7 +180,7 @@ def _look(model: ModelSpec, state: TrainState, batch: Batch) -> dict[str, Any]:
         },
         "places": {
             name: found.rows.places if isinstance(found.rows, RowRoute) else found.rows
-            for name, found in inputs.found.items()
+            for name, found in inputs.unique.items()
         },
         "by_row": by_row,
         "samples": _samples(model, state.params, inputs),
@@ -223,7 +223,7 @@ def _samples(
             "layers": [_bad(output) for output in outputs],
         }
 
-    count, reads = model.config.optim.accumulate, inverses(inputs.found)
+    count, reads = model.config.optim.accumulate, inverses(inputs.unique)
     if count == 1:
         return of(inputs.batch, reads, inputs.key)
     pieces = (*micro_batches((inputs.batch, reads), count), jnp.arange(count))

@@ -1,0 +1,117 @@
+"""Losses of ranking and retrieval, per sample.
+
+Ranking with K tasks, labels `y` and logits `z` (docs/methods.md section 2, "Tasks"):
+
+    L = sum_k w_k / n_k * sum_i BCE(z_ik, y_ik)
+
+n_k counts the known labels of task k in the whole step, over all devices and
+micro-batches, so that how a batch is split does not change its loss. Unknown labels are
+-1 and carry no loss. Retrieval uses the cross-entropy of the next item, or of the codes
+of its semantic id, divided by the number of goals in the step.
+
+B samples, N scored positions of each, K tasks, R read-outs, P goals of each.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tokenrec.data.batch import Batch
+from tokenrec.models.heads import CodeHead, ItemHead
+from tokenrec.models.recommender import Recommender
+from tokenrec.sharding import RULES
+from tokenrec.state import ModelSpec
+from tokenrec.tokens.embed import ITEM_ROWS, Entity, samples_items
+
+
+def known_labels(batch: Batch) -> jax.Array:
+    """Mask of what carries loss.
+
+    Returns:
+      Ranking: `[B, N, K] float32`, 1 where a position is scored and its label is known.
+      Retrieval: `[B, R, P] float32`, 1 for real goals.
+    """
+    if batch.labels is None:
+        return (batch.goals >= 0).astype(jnp.float32)
+    return batch.weight[..., None] * (batch.labels >= 0)
+
+
+def label_counts(batch: Batch) -> jax.Array:
+    """Count the known labels of each task, `[K]`, or the goals, `[1]`."""
+    known = known_labels(batch)
+    if batch.labels is None:
+        return jnp.sum(known)[None]
+    return jnp.sum(known, axis=(0, 1))
+
+
+def sample_losses(
+    model: ModelSpec,
+    module: Recommender,
+    readouts: jax.Array,
+    entities: dict[str, Entity],
+    batch: Batch,
+    counts: jax.Array,
+) -> jax.Array:
+    """Compute what each sample adds to the loss of the step.
+
+    Args:
+      model: the static half of the model.
+      module: the model with its weights.
+      readouts: `[B, R, d] float32`, input of the heads.
+      entities: values of the batch's features, for the vectors of sampled items.
+      batch: labels or goals.
+      counts: `label_counts` of the whole step.
+
+    Returns:
+      `[B] float32`; its sum over all samples of a step is the loss.
+    """
+    if batch.labels is None:
+        losses = retrieval_losses(module, readouts, entities, batch)
+        return losses / jnp.maximum(counts[0], 1)
+    labels = jnp.maximum(batch.labels, 0).astype(jnp.float32)
+    losses = optax.sigmoid_binary_cross_entropy(module.head(readouts), labels)
+    by_task = jnp.sum(losses * known_labels(batch), axis=1)
+    return by_task @ (task_weights(model) / jnp.maximum(counts, 1))
+
+
+def retrieval_losses(
+    module: Recommender, readouts: jax.Array, entities: dict[str, Entity], batch: Batch
+) -> jax.Array:
+    """Sum the cross-entropies of the goals of each sample: `[B, R, d]` -> `[B]`."""
+    head = module.head
+    if isinstance(head, CodeHead):
+        return head.losses(readouts, batch.codes)
+    assert isinstance(head, ItemHead)
+    if batch.negatives is None:
+        return head.full_losses(readouts, batch.goals)
+
+    # Every sample is scored against the negatives of all samples, so these are gathered.
+    goal_vectors = entities["goals"].values[ITEM_ROWS.name][..., 0, :]
+    drawn = entities["negatives"].values[ITEM_ROWS.name]
+    negative_vectors = jax.sharding.reshard(drawn, RULES(*[None] * drawn.ndim))
+    negative_vectors = negative_vectors.reshape(-1, drawn.shape[-1])
+    negatives = jax.sharding.reshard(batch.negatives, RULES(None, None)).reshape(-1)
+    return head.sampled_losses(
+        readouts, batch.goals, goal_vectors, negatives, negative_vectors
+    )
+
+
+def with_negatives(model: ModelSpec, batch: Batch, key: jax.Array) -> Batch:
+    """Add uniformly drawn items for a sampled softmax; a full softmax needs none."""
+    if not samples_items(model.config):
+        return batch
+    size = batch.valid.shape[0]
+    shape = (size, model.config.head.negatives // size)
+    drawn = jax.random.randint(
+        key, shape, 0, model.schema.items, jnp.int32, out_sharding=RULES("batch", None)
+    )
+    return batch._replace(negatives=drawn)
+
+
+def task_weights(model: ModelSpec) -> jax.Array:
+    """Weights of the tasks in the loss, `[K] float32`: of `data.tasks`, or the schema."""
+    defaults = {task.name: task.weight for task in model.schema.tasks}
+    weights = model.config.data.tasks or defaults
+    return jnp.array([weights[name] for name in model.tasks], jnp.float32)
