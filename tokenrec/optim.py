@@ -1,4 +1,12 @@
-"""Schedules, AdamW for the dense weights, and the joint clip norm. Row-wise AdaGrad is in `ops/lookup.py`."""
+"""Schedules, AdamW for the dense weights, and the joint clip norm.
+
+AdamW (Loshchilov and Hutter, arXiv 1711.05101) updates the dense weights; row-wise
+AdaGrad, in `ops/tables/lookup.py`, the embedding tables. Both follow one schedule: linear
+warm-up to the peak rate r, then a cosine to a fraction f of it.
+
+    t < warmup:  r * (t + 1) / warmup
+    else:        r * (f + (1 - f) / 2 * (1 + cos(pi * (t - warmup) / (steps - warmup))))
+"""
 
 from __future__ import annotations
 
@@ -9,42 +17,53 @@ import optax
 from tokenrec.config import OptimConfig
 from tokenrec.ops.tables.exchange import CollectedGradients
 
-# Last part of the name of weights that decay would only bias, besides those that end in "bias".
-UNDECAYED = ("scale", "separators", "start")
+# Last part of the names of weights that are excluded from weight decay, besides all
+# names that end in "bias": norm scales, separator tokens and the generative start token.
+NO_DECAY_NAMES = ("scale", "separators", "start")
 
 
 def schedule(config: OptimConfig, peak: float) -> optax.Schedule:
-    """Linear warm-up from 0 over `warmup_steps`, then cosine to `final_fraction * peak` at `steps`.
+    """Linear warm-up over `warmup_steps`, then a cosine that ends at `steps`.
+
+    Args:
+      config: `steps`, `warmup_steps` and `final_fraction`.
+      peak: the rate at the end of the warm-up.
+
+    Returns:
+      A function of the step number, a Python integer or a traced array.
 
     >>> rate = schedule(OptimConfig(steps=100, warmup_steps=10), 1.0)
     >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 55, 100)]
     [0.1, 0.6, 1.0, 0.5, 0.0]
     """
-    warmup, steps = config.warmup_steps, config.steps
+    warmup = config.warmup_steps
+    decay_steps = max(config.steps - warmup, 1)
+    final = config.final_fraction
 
     def rate(step: jax.Array | int) -> jax.Array:
         rising = (jnp.asarray(step, jnp.float32) + 1) / max(warmup, 1)
-        share = jnp.clip(
-            (jnp.asarray(step, jnp.float32) - warmup) / max(steps - warmup, 1), 0, 1
-        )
-        cosine = config.final_fraction + (1 - config.final_fraction) * 0.5 * (
-            1 + jnp.cos(jnp.pi * share)
-        )
+        share = (jnp.asarray(step, jnp.float32) - warmup) / decay_steps
+        share = jnp.clip(share, 0, 1)
+        cosine = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * share))
         return peak * jnp.where(share > 0, cosine, jnp.minimum(rising, 1.0))
 
     return rate
 
 
 def decays(params: dict[str, jax.Array]) -> dict[str, bool]:
-    """Which weights decay: matrices, less biases (the gate's included), norm scales and separators."""
+    """Mask of the weights that decay: all but biases, norm scales and separators."""
     return {
-        name: not name.endswith("bias") and name.rsplit("/", 1)[-1] not in UNDECAYED
+        name: not name.endswith("bias")
+        and name.rsplit("/", 1)[-1] not in NO_DECAY_NAMES
         for name in params
     }
 
 
 def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, 2019) on a flat dict of weights; clipping happens before, jointly with the rows."""
+    """AdamW on a flat dict of weights.
+
+    Gradients arrive clipped: the clip norm covers dense weights and table rows together.
+    """
     return optax.adamw(
         schedule(config, config.learning_rate),
         b1=config.beta1,
@@ -58,16 +77,24 @@ def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 def global_norm(
     gradients: dict[str, jax.Array], rows: dict[str, CollectedGradients]
 ) -> jax.Array:
-    """Euclidean norm of the dense gradients and of the gradient of each row, together."""
-    leaves = [*gradients.values(), *(some.gradients for some in rows.values())]
+    """Compute the Euclidean norm of all gradients together.
+
+    Args:
+      gradients: of the dense weights, by name.
+      rows: of the table rows, by stack; each distinct row counts once, however often it
+        occurs in the batch.
+
+    Returns:
+      `[] float32`.
+    """
+    leaves = [*gradients.values(), *(stack.gradients for stack in rows.values())]
     squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves]
-    return jnp.sqrt(sum(squares) + sum(some.squares for some in rows.values()))
+    # Rows of spread tables are summed where they are collected.
+    return jnp.sqrt(sum(squares) + sum(stack.squares for stack in rows.values()))
 
 
 def clip_scale(norm: jax.Array, limit: float) -> jax.Array:
-    """Factor that brings a gradient of this norm to at most `limit`; 1 where `limit` is 0."""
-    return (
-        jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
-        if limit
-        else jnp.ones_like(norm)
-    )
+    """Factor that scales gradients of norm `norm` to at most `limit`; 1 if it is 0."""
+    if not limit:
+        return jnp.ones_like(norm)
+    return jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))

@@ -1,7 +1,13 @@
-"""The whole of parallelism: a mesh of three axes, and rules from logical axes to mesh axes.
+"""Parallelism: a mesh of three axes, and rules from logical axes to mesh axes.
 
-`data` splits the batch; `fsdp` splits the batch and the weights, which are gathered where they are used; `tensor`
-splits attention heads and the FFN. Model code names logical axes only, through `Rules`.
+    axis     splits
+    data     the batch
+    fsdp     the batch, and the weights, which are gathered where they are used
+    tensor   attention heads and the inner width of the FFN
+
+Model code names logical axes only (`batch`, `embed`, `heads`, `ffn`, `rows`), through
+`RULES`. The mesh axes are explicit (`AxisType.Explicit`), so a wrong sharding is an error
+when a function is traced, on eight virtual CPU devices as on a pod.
 """
 
 from __future__ import annotations
@@ -21,7 +27,14 @@ AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Logical axis -> mesh axes. A misspelt logical axis is an AttributeError.
+    """Mesh axes of each logical axis. A misspelt logical axis is an AttributeError.
+
+    Attributes:
+      batch: samples.
+      embed: width of the model, in weights.
+      heads: attention heads.
+      ffn: inner width of the FFN.
+      rows: rows of tables that are spread over all devices.
 
     >>> Rules()("batch", None, "heads")
     P(('data', 'fsdp'), None, 'tensor')
@@ -31,25 +44,27 @@ class Rules:
     embed: tuple[str, ...] | str | None = "fsdp"
     heads: tuple[str, ...] | str | None = "tensor"
     ffn: tuple[str, ...] | str | None = "tensor"
-    rows: tuple[str, ...] | str | None = AXES  # of tables that no device holds whole
+    rows: tuple[str, ...] | str | None = AXES
 
     def __call__(self, *axes: str | None) -> PartitionSpec:
-        """The partition of an array whose dimensions carry these logical axes (None: not split).
+        """Partition of an array whose dimensions carry these logical axes.
+
+        Args:
+          axes: a logical axis per dimension; None for a dimension that is not split.
 
         Raises:
-          AttributeError: an axis that is not a field of this class.
-          ValueError: two dimensions that would lie on one mesh axis.
+          AttributeError: an axis is not a field of this class.
+          ValueError: two dimensions would be split over one mesh axis.
         """
         parts = [None if axis is None else getattr(self, axis) for axis in axes]
-        flat = [
-            name
-            for part in parts
-            if part
-            for name in ((part,) if isinstance(part, str) else part)
-        ]
-        if len(flat) != len(set(flat)):
+        mesh_axes: list[str] = []
+        for part in parts:
+            if part is not None:
+                mesh_axes.extend([part] if isinstance(part, str) else part)
+        if len(mesh_axes) != len(set(mesh_axes)):
             raise ValueError(
-                f"axes {axes} put two dimensions on one mesh axis: {parts}; leave one of them out"
+                f"axes {axes} put two dimensions on one mesh axis: {parts}; leave one "
+                "of them out"
             )
         return PartitionSpec(*parts)
 
@@ -58,7 +73,11 @@ RULES = Rules()
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Explicit mesh `(data, fsdp, tensor)` over all devices, or over those given.
+    """Build the explicit mesh `(data, fsdp, tensor)`.
+
+    Args:
+      config: sizes of the axes; `data=-1` takes the devices that the others leave.
+      devices: devices of the mesh; all by default.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
@@ -69,92 +88,129 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     data = count // fixed if config.data == -1 else config.data
     if data * fixed != count:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
-        wrong = f"mesh.data={config.data} mesh.fsdp={config.fsdp} mesh.tensor={config.tensor}"
         raise InputError(
-            f"{wrong} do not multiply to {count} devices; use sizes from {divisors}, or mesh.data=-1"
+            f"mesh.data={config.data} mesh.fsdp={config.fsdp} "
+            f"mesh.tensor={config.tensor} do not multiply to {count} devices; use "
+            f"sizes from {divisors}, or mesh.data=-1"
         )
     shape = (data, config.fsdp, config.tensor)
-    return jax.make_mesh(
-        shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
-    )
+    axis_types = (AxisType.Explicit,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
 
 
-# libtpu 0.0.50 aborts the process ("Color count is less than local dma pipe shard count") when it writes the small
-# all-reduces of a data-parallel step over 16 chips or more with this emitter, on v5e, v6e and v5p alike.
+# With this emitter libtpu 0.0.50 aborts the process ("Color count is less than local dma
+# pipe shard count") when it writes the small all-reduces of a data-parallel step over 16
+# chips or more, on v5e, v6e and v5p alike.
 _TPU_OPTIONS: dict[str, bool | str] = {"xla_tpu_enable_pincer_short_emitter": False}
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
-    """What `jax.jit` must tell the compiler of the mesh's platform."""
+    """Compiler options of `jax.jit` for the platform of the mesh; None for none."""
     return _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
 
 
-def with_batch_sharding[T](shapes: T, mesh: Mesh) -> T:
-    """A tree of abstract arrays whose first dimension is the batch, as it lies on the mesh."""
-
-    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = RULES("batch", *[None] * (len(leaf.shape) - 1))
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec)
-        )
-
-    return jax.tree.map(place, shapes)
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts that a batch is split into; batch sizes are multiples of it."""
+    return int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))
 
 
 def check_divides_batch(mesh: Mesh, size: int, field: str) -> None:
-    """Raises InputError if the devices cannot share a batch of `size` equally; `field` names the size."""
+    """Check that a batch splits evenly over the mesh.
+
+    Args:
+      mesh: the mesh.
+      size: samples of the batch.
+      field: config field of the size, for the message.
+
+    Raises:
+      InputError: the size is not a multiple of the number of parts.
+    """
     shards = batch_shards(mesh)
     if size % shards:
         raise InputError(
-            f"{field} = {size} is not a multiple of the {shards} devices that share a batch; make it one"
+            f"{field} = {size} is not a multiple of the {shards} devices that share a "
+            "batch; make it one"
         )
 
 
 def check_batch_sizes(config: Config, mesh: Mesh) -> None:
-    """Raises InputError where the batches of a config do not split evenly over the mesh."""
-    micro = config.data.batch_size // config.optim.accumulate
-    check_divides_batch(mesh, micro, "data.batch_size / optim.accumulate")
+    """Check that training and evaluation batches split evenly over the mesh.
+
+    Raises:
+      InputError: `data.batch_size / optim.accumulate` or `data.eval_batch_size` is not a
+        multiple of the devices that share a batch.
+    """
+    micro_batch = config.data.batch_size // config.optim.accumulate
+    check_divides_batch(mesh, micro_batch, "data.batch_size / optim.accumulate")
     check_divides_batch(mesh, config.data.eval_batch_size, "data.eval_batch_size")
 
 
-def local_batch_indices(mesh: Mesh, size: int, field: str) -> np.ndarray:
-    """Which samples of a batch of `size` lie on this process's devices, ascending; `field` names the size.
+def batch_sharding(mesh: Mesh, ndim: int) -> jax.NamedSharding:
+    """Sharding of an array of `ndim` dimensions whose first one is the batch."""
+    return jax.NamedSharding(mesh, RULES("batch", *[None] * (ndim - 1)))
 
-    Processes that hold the same part of the batch, a `tensor` axis reaching over them, have the same samples.
+
+def with_batch_sharding[T](shapes: T, mesh: Mesh) -> T:
+    """Add the sharding of a batch to a tree of abstract arrays `[B, ...]`."""
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = batch_sharding(mesh, len(leaf.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes)
+
+
+def local_batch_indices(mesh: Mesh, size: int, field: str) -> np.ndarray:
+    """Indices of the samples of a batch that lie on this process's devices.
+
+    Processes that hold the same part of the batch, because a `tensor` axis spans them,
+    get the same indices.
+
+    Args:
+      mesh: the mesh.
+      size: samples of the batch.
+      field: config field of the size, for the message.
+
+    Returns:
+      `[n] int64`, ascending.
 
     Raises:
-      InputError: the devices cannot share the batch.
+      InputError: the batch does not split evenly over the mesh.
     """
     check_divides_batch(mesh, size, field)
-    sharding = jax.NamedSharding(mesh, RULES("batch"))
-    places = sharding.addressable_devices_indices_map((size,)).values()
-    parts = {place[0].indices(size) for place in places if place is not None}
-    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+    sharding = batch_sharding(mesh, 1)
+    slices = sharding.addressable_devices_indices_map((size,)).values()
+    ranges = {index[0].indices(size) for index in slices if index is not None}
+    return np.concatenate([np.arange(*bounds) for bounds in sorted(ranges)])
 
 
 def to_devices[T](batch: T, mesh: Mesh) -> T:
-    """The global batch from the samples `local_batch_indices` of it, split over the devices that share the batch."""
+    """Place a batch on the mesh.
+
+    Args:
+      batch: a tree of NumPy arrays `[n, ...]`, the n samples of `local_batch_indices`.
+      mesh: the mesh.
+
+    Returns:
+      The tree of global arrays `[B, ...]`, split over the devices that share a batch.
+    """
 
     def place(leaf: np.ndarray) -> jax.Array:
-        sharding = jax.NamedSharding(mesh, RULES("batch", *[None] * (leaf.ndim - 1)))
+        sharding = batch_sharding(mesh, leaf.ndim)
         return jax.make_array_from_process_local_data(sharding, leaf)
 
     return jax.tree.map(place, batch)
 
 
 def to_host(tree: Any) -> Any:
-    """The whole of every array of a tree, on every process: NumPy arrays."""
+    """Fetch the whole of every array of a tree, on every process, as NumPy arrays."""
     leaves = jax.tree.leaves(tree)
     if not all(leaf.is_fully_addressable for leaf in leaves):
-        everywhere = jax.NamedSharding(leaves[0].sharding.mesh, RULES())
-        tree = jax.jit(_same, out_shardings=everywhere)(tree)
+        # Parts that lie on devices of other processes are gathered first.
+        replicated = jax.NamedSharding(leaves[0].sharding.mesh, RULES())
+        tree = jax.jit(_identity, out_shardings=replicated)(tree)
     return jax.device_get(tree)
 
 
-def _same[T](tree: T) -> T:
+def _identity[T](tree: T) -> T:
     return tree
-
-
-def batch_shards(mesh: Mesh) -> int:
-    """Number of parts the batch is split into; batch sizes must be multiples of it."""
-    return int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))

@@ -1,4 +1,11 @@
-"""The train state and the one description of it; the only place that splits and merges modules."""
+"""The train state, and the one description of it from which everything derives.
+
+`ModelSpec` is the static half of a run: config, schema and lookup plan. `init_state`
+makes the arrays. `abstract_state` is the shapes and shardings of what `init_state` would
+make; restoring a checkpoint, compiling ahead of time and exporting all start from it.
+This is the only module that splits Flax modules into graph and weights and binds them
+again; elsewhere weights are a flat dict.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +33,8 @@ from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Embedder
 from tokenrec.tokens.layout import Layout
 
-TABLE_DEVIATION = 0.05  # of the numbers that table rows start from
+# Standard deviation of the numbers that table rows start from.
+TABLE_DEVIATION = 0.05
 
 
 @jax.tree_util.register_dataclass
@@ -36,10 +44,12 @@ class TrainState:
 
     Attributes:
       step: `[] int32`, updates made.
-      params: dense weights by name ("backbone/blocks/0/gate/bias").
-      tables: stacks of embedding tables, `[rows, width]`, as they are stored (ops/tables.py).
-      opt_state: `{"dense": optax state, "rows": {stack: RowsState}}`, and with `optim.spike_norm` `"norm": []`, the
-        running mean of gradient norms, 0 before the first.
+      params: dense weights by name, such as "backbone/blocks/0/gate/bias".
+      tables: stacks of embedding tables, `[rows, width]` each, as they are stored (see
+        `tokenrec/ops/tables/api.py`).
+      opt_state: `"dense"`, the optax state; `"rows"`, a `RowsState` per stack; and with
+        `optim.spike_norm` `"norm"`, `[] float32`, the running mean of gradient norms, 0
+        before the first step.
     """
 
     step: jax.Array
@@ -50,7 +60,17 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelSpec:
-    """The static half of a run: what does not change from step to step."""
+    """The static half of a model. Made by `build_model`.
+
+    It is hashed by identity, so that it can be a static argument of a jitted function.
+
+    Attributes:
+      config: config of the run.
+      schema: features of the data set, without those that `data.exclude` leaves out.
+      tasks: names of the labels that are learned.
+      embedder: plan of all table lookups.
+      literals: token ids of each literal text of the prompt, in order.
+    """
 
     config: Config
     schema: Schema
@@ -66,7 +86,7 @@ class ModelSpec:
         candidates: int | None = None,
         codes: int | None = None,
     ) -> Layout:
-        """`stream_layout` of this model."""
+        """Layout of this model's streams; see `stream_layout` for the arguments."""
         return stream_layout(
             self.config,
             self.schema,
@@ -79,38 +99,47 @@ class ModelSpec:
 
 
 def build_model(config: Config, schema: Schema, tasks: tuple[str, ...]) -> ModelSpec:
-    """The model of a config on a data set; `schema` is without the excluded features.
+    """Build the model of a config on a data set.
+
+    Args:
+      config: a validated config.
+      schema: schema of the data set without the excluded features.
+      tasks: names of the labels to learn.
 
     Raises:
-      InputError: the prompt has literal text, and the data set no tokenizer; or the last window holds no event.
+      InputError: the prompt has literal text and the data set no tokenizer, or the last
+        sliding window holds no event.
     """
-    model = ModelSpec(
-        config, schema, tasks, Embedder.build(schema, config), prompt_literals(config)
-    )
-    _check_window(model)
+    embedder = Embedder.build(schema, config)
+    model = ModelSpec(config, schema, tasks, embedder, prompt_literals(config))
+    _check_last_window(model)
     return model
 
 
-def _check_window(model: ModelSpec) -> None:
-    """How many rows a candidate has, a title's words among them, is known once the data set is."""
+def _check_last_window(model: ModelSpec) -> None:
+    """Check that a candidate sees an event in the last sliding layer.
+
+    The number of a candidate's tokens depends on the data set (the words of a title), so
+    validation of the config alone cannot check this.
+    """
     config = model.config
-    sliding = [window for window in config.model.windows if window]
-    if (
-        config.data.objective != "ranking"
-        or config.data.paradigm != "nio"
-        or not sliding
-    ):
+    windows = [window for window in config.model.windows if window]
+    if config.data.objective != "ranking" or config.data.paradigm != "nio":
         return
-    own = int(np.sum(model.layout(config.data.events, candidates=1).candidate == 0))
-    if sliding[-1] <= own + 1:
+    if not windows:
+        return
+    layout = model.layout(config.data.events, candidates=1)
+    candidate_tokens = int(np.sum(layout.candidate == 0))
+    if windows[-1] <= candidate_tokens + 1:
         raise InputError(
-            f"model.windows: {sliding[-1]} holds no event: a candidate of this prompt has {own} "
-            f"tokens; use at least {own + 2}, or drop the window"
+            f"model.windows: {windows[-1]} holds no event: a candidate of this prompt "
+            f"has {candidate_tokens} tokens; use at least {candidate_tokens + 2}, or "
+            "drop the window"
         )
 
 
 def prompt_literals(config: Config) -> Literals:
-    """Token ids of the literal texts of the prompt, by the tokenizer of the data set."""
+    """Encode the literal texts of the prompt with the data set's tokenizer."""
     texts = [segment.text for segment in parse_prompt(config) if segment.kind == "text"]
     if not texts:
         return ()
@@ -118,75 +147,59 @@ def prompt_literals(config: Config) -> Literals:
     return tuple(tuple(encode_text(tokenizer, text).tolist()) for text in texts)
 
 
-def _module(model: ModelSpec, key: jax.Array) -> Recommender:
-    return Recommender(
-        model.config,
-        model.schema,
-        len(model.tasks),
-        model.literals,
-        rngs=nnx.Rngs(params=key),
-    )
-
-
-@functools.lru_cache(maxsize=16)
-def _structure(model: ModelSpec) -> tuple[Any, tuple[tuple[Any, ...], ...]]:
-    """The graph of the model's modules and the path of each weight in it."""
-    graph, weights = nnx.split(
-        nnx.eval_shape(lambda: _module(model, jax.random.key(0)))
-    )
-    return graph, tuple(path for path, _ in nnx.to_flat_state(weights))
-
-
-def _name(path: tuple[Any, ...]) -> str:
-    return "/".join(map(str, path))
-
-
 def bind_params(model: ModelSpec, params: dict[str, jax.Array]) -> Recommender:
-    """The module with these weights. Cheap and pure: call it inside a traced function."""
-    graph, paths = _structure(model)
-    return nnx.merge(
-        graph,
-        nnx.from_flat_state([(path, nnx.Param(params[_name(path)])) for path in paths]),
-    )
+    """Build the module with these weights.
+
+    It is cheap and pure; call it inside a traced function.
+    """
+    graph, paths = _module_structure(model)
+    weights = [(path, nnx.Param(params[_weight_name(path)])) for path in paths]
+    return nnx.merge(graph, nnx.from_flat_state(weights))
 
 
 def init_state(model: ModelSpec, seed: int) -> TrainState:
-    """A fresh state, under the mesh in use: every array is made where it will lie."""
+    """Draw a fresh state under the mesh in use.
+
+    Every array is made where it will lie: no device ever holds more than its part.
+    """
     weights_key, tables_key = jax.random.split(jax.random.key(seed))
-    _, weights = nnx.split(_module(model, weights_key))
-    params = {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(weights)}
-    tables, rows = {}, {}
+    _, weights = nnx.split(_make_module(model, weights_key))
+    params = {
+        _weight_name(path): leaf[...] for path, leaf in nnx.to_flat_state(weights)
+    }
+
+    tables: dict[str, jax.Array] = {}
+    rows: dict[str, RowsState] = {}
+    # The order of the names decides the keys, so it must not depend on the schema's.
     for number, (name, stack) in enumerate(sorted(model.embedder.stacks.items())):
         key = jax.random.fold_in(tables_key, number)
         shape, spec = storage_spec(stack)
         tables[name] = draw(key, shape, TABLE_DEVIATION, spec)
-        rows[name] = RowsState(
-            jnp.zeros(shape[:1], out_sharding=PartitionSpec(spec[0]))
-        )
+        sums = jnp.zeros(shape[:1], out_sharding=PartitionSpec(spec[0]))
+        rows[name] = RowsState(sums)
+
+    optim = model.config.optim
     opt_state: dict[str, Any] = {
-        "dense": dense_optimizer(model.config.optim).init(params),
+        "dense": dense_optimizer(optim).init(params),
         "rows": rows,
     }
-    if model.config.optim.spike_norm:
+    if optim.spike_norm:
         opt_state["norm"] = jnp.zeros((), out_sharding=RULES())
-    return TrainState(
-        jnp.zeros((), jnp.int32, out_sharding=RULES()), params, tables, opt_state
-    )
+    step = jnp.zeros((), jnp.int32, out_sharding=RULES())
+    return TrainState(step, params, tables, opt_state)
 
 
 def abstract_state(model: ModelSpec) -> TrainState:
-    """Shapes, dtypes and shardings of the state, under the mesh in use: the source for restore and compile."""
+    """Shapes, dtypes and shardings of the state under the mesh in use; no arrays."""
     mesh = jax.sharding.get_mesh()
 
-    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = (
-            RULES() if leaf.sharding is None else leaf.sharding.spec
-        )  # a scalar carries none
-        return jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec)
-        )
+    def with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A scalar made by optax carries no sharding; it is replicated.
+        spec = RULES() if leaf.sharding is None else leaf.sharding.spec
+        sharding = jax.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(placed, jax.eval_shape(lambda: init_state(model, 0)))
+    return jax.tree.map(with_sharding, jax.eval_shape(lambda: init_state(model, 0)))
 
 
 def table_statistics(state: TrainState) -> dict[str, float]:
@@ -209,3 +222,25 @@ def _measure_tables(
         values[f"{name}/rms"] = jnp.sqrt(jnp.mean(jnp.square(table)))
         values[f"{name}/trained_rows"] = jnp.mean(rows[name].sum > 0)
     return values
+
+
+def _make_module(model: ModelSpec, key: jax.Array) -> Recommender:
+    return Recommender(
+        model.config,
+        model.schema,
+        len(model.tasks),
+        model.literals,
+        rngs=nnx.Rngs(params=key),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _module_structure(model: ModelSpec) -> tuple[Any, tuple[tuple[Any, ...], ...]]:
+    """Graph of the model's modules, and the path of each weight in it."""
+    module = nnx.eval_shape(lambda: _make_module(model, jax.random.key(0)))
+    graph, weights = nnx.split(module)
+    return graph, tuple(path for path, _ in nnx.to_flat_state(weights))
+
+
+def _weight_name(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
