@@ -1,0 +1,325 @@
+"""The functions of `import tokenrec`: each verb of the command line as a call.
+
+Everything is imported inside the functions, so that `import tokenrec` stays light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenrec.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from jax.sharding import Mesh
+
+    from tokenrec.checkpoint.run_folder import OpenedRun
+    from tokenrec.config import Config, MeshConfig
+    from tokenrec.data.batch import Batch
+    from tokenrec.data.metadata import Metadata
+    from tokenrec.data.source import Source
+
+
+def prepare(
+    source: str | Source, out: str | Path, *, overwrite: bool = False, **options: Any
+) -> Metadata:
+    """Prepare a data set.
+
+    Args:
+      source: a `Source`, or the name of one: "synthetic", "complete_journey", "kuairand",
+        "amazon", "delimited".
+      out: folder to make.
+      overwrite: replace the prepared data set in `out`.
+      options: arguments of the named source, such as `rows` of `SyntheticSource`.
+
+    Returns:
+      Metadata of the data set: schema, counts, provenance.
+
+    Raises:
+      InputError: an unknown name, or anything that the source refuses.
+    """
+    from tokenrec.data.preparation.prepare import prepare as prepare_source
+
+    if isinstance(source, str):
+        source = _make_source(source, options)
+    elif options:
+        names = ", ".join(options)
+        raise InputError(f"{names}: arguments of a named source; source is an object")
+    return prepare_source(source, Path(out), overwrite=overwrite)
+
+
+def train(
+    config: Config, workdir: str | Path, *, progress: bool = True
+) -> dict[str, Any]:
+    """Train a run, or resume it where `workdir` holds one.
+
+    Args:
+      config: what to train.
+      workdir: folder of the run.
+      progress: show a progress bar.
+
+    Returns:
+      See `tokenrec.train_loop.train`.
+    """
+    from tokenrec.analysis.watch import make_state_logger
+    from tokenrec.train_loop import train as train_run
+
+    return train_run(
+        config, Path(workdir), progress=progress, make_state_logger=make_state_logger
+    )
+
+
+def evaluate(
+    workdir: str | Path,
+    split: str = "valid",
+    *,
+    checkpoint: str = "best",
+    data: str | Path | None = None,
+    baselines: bool = False,
+    samples: int = 0,
+) -> dict[str, Any]:
+    """Compute the metrics of a run on a split.
+
+    Args:
+      workdir: folder of the run.
+      split: "train", "valid" or "test".
+      checkpoint: "best", "latest" or a step.
+      data: folder of the data set, if it has moved.
+      baselines: add the metrics of baselines on the same log rows.
+      samples: evaluate this many samples, spread evenly over the split; 0 for all.
+
+    Returns:
+      The JSON value that `tokenrec evaluate --json` writes.
+    """
+    from tokenrec.evaluation.evaluate import evaluate_run
+
+    return evaluate_run(
+        Path(workdir),
+        split,
+        checkpoint,
+        _optional_path(data),
+        baselines=baselines,
+        limit=samples,
+    )
+
+
+def predict(
+    workdir: str | Path,
+    split: str,
+    out: str | Path,
+    *,
+    checkpoint: str = "best",
+    data: str | Path | None = None,
+) -> int:
+    """Write the scores of a split to a Parquet file.
+
+    Args:
+      workdir: folder of the run.
+      split: "train", "valid" or "test".
+      out: file to write.
+      checkpoint: "best", "latest" or a step.
+      data: folder of the data set, if it has moved.
+
+    Returns:
+      The number of log rows, or of recommended items.
+    """
+    from tokenrec.evaluation.predict import predict_run
+
+    return predict_run(
+        Path(workdir), split, checkpoint, _optional_path(data), Path(out)
+    )
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """Count parameters, tokens and FLOPs of a config; see `tokenrec describe --json`."""
+    from tokenrec.planner.describe import describe as describe_config
+    from tokenrec.planner.planned_schema import resolve_schema
+
+    schema, _ = resolve_schema(config)
+    return describe_config(config, schema)
+
+
+def compile(
+    config: Config,
+    topology: str,
+    *,
+    slices: int = 1,
+    mesh: MeshConfig | None = None,
+) -> dict[str, Any]:
+    """Compile the train step ahead of time for a TPU topology; no TPU is needed.
+
+    Args:
+      config: what to compile.
+      topology: chips of a slice, such as "v5p:8x8x8".
+      slices: number of slices.
+      mesh: replaces the mesh of the config.
+
+    Returns:
+      Bytes, FLOPs, collectives and bounds per device; see `tokenrec compile --json`.
+    """
+    from tokenrec.planner.compile import compile_config
+
+    return compile_config(config, topology, slices, mesh)
+
+
+def load(
+    workdir: str | Path, checkpoint: str = "best", *, data: str | Path | None = None
+) -> LoadedRun:
+    """Load a trained run.
+
+    Args:
+      workdir: folder of the run.
+      checkpoint: "best", "latest" or a step.
+      data: folder of the data set, if it has moved.
+
+    Raises:
+      InputError: there is no such run or checkpoint, or the data set does not fit it.
+    """
+    import jax
+
+    from tokenrec.checkpoint.run_folder import load_run_config, open_run
+    from tokenrec.sharding import make_mesh
+
+    folder = Path(workdir)
+    config = load_run_config(folder, _optional_path(data))
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        return LoadedRun(open_run(folder, checkpoint, _optional_path(data)), mesh)
+
+
+class LoadedRun:
+    """A trained run in memory. Made by `tokenrec.load`.
+
+    Attributes:
+      config: config that the run was trained with.
+      checkpoint_step: step of the loaded checkpoint.
+      dataset: the data set.
+      mesh: devices that hold the weights.
+    """
+
+    def __init__(self, run: OpenedRun, mesh: Mesh) -> None:
+        self.config = run.model.config
+        self.checkpoint_step = run.step
+        self.dataset = run.dataset
+        self.mesh = mesh
+        self._run = run
+        self._jitted_step: Any = None
+
+    def evaluate(
+        self, split: str = "valid", *, baselines: bool = False, samples: int = 0
+    ) -> dict[str, Any]:
+        """Compute metrics of a split; see `tokenrec.evaluate`."""
+        from tokenrec.evaluation.evaluate import evaluate_opened
+
+        return evaluate_opened(
+            self._run, self.mesh, split, baselines=baselines, limit=samples
+        )
+
+    def predict(self, split: str = "valid") -> pa.Table:
+        """Score a split.
+
+        Returns:
+          Ranking: a row per impression with `user_id, item_id, time_ms`, and
+          `label_TASK` and `score_TASK` of each task. Retrieval: `head.top_k` rows per
+          request with `user_id, rank, item_id, score, time_ms`.
+        """
+        import jax
+        import pyarrow as pa
+
+        from tokenrec.evaluation.predict import prediction_tables
+
+        with jax.set_mesh(self.mesh):
+            return pa.concat_tables(prediction_tables(self._run, split, self.mesh))
+
+    def item_vectors(self) -> pa.Table:
+        """Vectors of the catalogue.
+
+        For retrieval of the next item these are the vectors that a read-out is scored
+        against. For other runs they are the embedding of the item's id, if the data set
+        has such a feature.
+
+        Returns:
+          Columns `item_id`, the original ids in the order of the catalogue, and
+          `vector`, `[d] float32`.
+
+        Raises:
+          InputError: the model has no vector per item.
+        """
+        import jax
+
+        from tokenrec.evaluation.item_vectors import item_vectors
+
+        with jax.set_mesh(self.mesh):
+            return item_vectors(self._run)
+
+    def batches(self, split: str = "valid", *, samples: int = 0) -> Iterator[Batch]:
+        """Batches of a split as NumPy arrays, for `step`.
+
+        Args:
+          split: "train", "valid" or "test".
+          samples: number of samples, spread evenly over the split; 0 for all.
+        """
+        from tokenrec.config.backbones import reads_event_ages
+        from tokenrec.data.pipeline import eval_batches
+
+        ages = reads_event_ages(self.config.model)
+        for host, _ in eval_batches(
+            self.dataset, self.config.data, split, limit=samples, ages=ages
+        ):
+            yield host.batch
+
+    def step(self, batch: Batch) -> Any:
+        """Run the model on one batch.
+
+        Args:
+          batch: NumPy arrays, as `batches` yields them.
+
+        Returns:
+          Ranking: probabilities `[B, N, K] float32` of the scored positions; those with
+          `batch.weight` 0 are padding. Retrieval: a `RetrievalResult` with items and
+          scores `[B, k]`.
+        """
+        import jax
+
+        from tokenrec.evaluation.evaluate import jit_eval_step, make_retrieval_step
+        from tokenrec.sharding import to_devices, to_host
+
+        with jax.set_mesh(self.mesh):
+            if self._jitted_step is None:
+                ranking = self.config.data.objective == "ranking"
+                self._jitted_step = (
+                    jit_eval_step(self._run.model)
+                    if ranking
+                    else make_retrieval_step(self._run.model, self.dataset)
+                )
+            return to_host(
+                self._jitted_step(self._run.state, to_devices(batch, self.mesh))
+            )
+
+
+def _make_source(name: str, options: dict[str, Any]) -> Source:
+    from tokenrec.data.sources.amazon import AmazonSource
+    from tokenrec.data.sources.complete_journey import CompleteJourneySource
+    from tokenrec.data.sources.delimited import DelimitedSource
+    from tokenrec.data.sources.kuairand import KuaiRandSource
+    from tokenrec.data.sources.synthetic import SyntheticSource
+
+    sources: dict[str, Any] = {
+        "amazon": AmazonSource,
+        "complete_journey": CompleteJourneySource,
+        "delimited": DelimitedSource,
+        "kuairand": KuaiRandSource,
+        "synthetic": SyntheticSource,
+    }
+    if name not in sources:
+        raise InputError(f"source='{name}' does not exist{suggest(name, sources)}")
+    try:
+        return sources[name](**options)
+    except TypeError as error:
+        raise InputError(f"source='{name}': {error}; see {sources[name].__name__}") from error
+
+
+def _optional_path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

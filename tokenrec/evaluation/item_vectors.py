@@ -1,0 +1,81 @@
+"""Vectors of the catalogue, by original item id."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from tokenrec.checkpoint.run_folder import OpenedRun
+from tokenrec.data.schema import FIRST_KNOWN, columns
+from tokenrec.errors import InputError
+from tokenrec.models.heads import ItemHead
+from tokenrec.ops.tables.exchange import to_storage_index
+from tokenrec.sharding import to_host
+from tokenrec.state import bind_params
+from tokenrec.tokens.embed import ITEM_ROWS
+
+
+def item_vectors(run: OpenedRun) -> pa.Table:
+    """Collect the vector of each item; call it under the run's mesh.
+
+    Retrieval of the next item: the output vectors, from the dense weights (full softmax)
+    or from the row-wise tables (sampled softmax). Other runs: the table rows of the
+    item's id, which is the categorical item feature with a value of its own for every
+    item.
+
+    Returns:
+      `item_id` and `vector: [V, d] float32`, in the order of the catalogue.
+
+    Raises:
+      InputError: no feature tells all items apart, so that there is no vector per item.
+    """
+    head = bind_params(run.model, run.state.params).head
+    catalogue = run.dataset.catalogue
+    count = len(catalogue.item_id)
+    if isinstance(head, ItemHead) and head.items is not None:
+        vectors = np.asarray(to_host(head.items[...]))
+    elif isinstance(head, ItemHead):
+        vectors = _table_rows(run, ITEM_ROWS.name, np.arange(count))
+    else:
+        table, ids = _item_id_feature(run)
+        vectors = _table_rows(run, table, ids)
+    width = vectors.shape[1]
+    flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
+    return pa.table(
+        {
+            "item_id": pa.array(np.asarray(catalogue.item_id)),
+            "vector": pa.FixedSizeListArray.from_arrays(flat, width),
+        }
+    )
+
+
+def _item_id_feature(run: OpenedRun) -> tuple[str, np.ndarray]:
+    """Table and row ids, `[V]`, of the feature that tells all items apart."""
+    features = run.model.schema.group("catalogue")
+    spans = columns(features).ids
+    for feature in features:
+        if feature.kind != "categorical":
+            continue
+        start, _ = spans[feature.name]
+        ids = np.asarray(run.dataset.catalogue.ids[:, start])
+        # Items that the training days lack share the id for unknown values.
+        known = ids[ids >= FIRST_KNOWN]
+        if len(known) and len(np.unique(known)) == len(known):
+            return feature.table_name, ids
+    names = ", ".join(feature.name for feature in features)
+    raise InputError(
+        "the model has no vector per item: no categorical item feature has a value of "
+        f"its own for every item (it reads {names}); train with the item's id among the "
+        "features, or with data.objective=retrieval"
+    )
+
+
+def _table_rows(run: OpenedRun, table: str, ids: np.ndarray) -> np.ndarray:
+    """Rows `[n, width]` of a table, wherever they are stored."""
+    for name, stack in run.model.embedder.stacks.items():
+        if table in stack.offsets:
+            stored = np.asarray(to_host(run.state.tables[name]))
+            rows = ids + stack.offsets[table]
+            # Rows of a spread stack are dealt out over the devices in another order.
+            return stored[to_storage_index(rows, len(stored)) if stack.spread else rows]
+    raise InputError(f"table '{table}' is in no stack; it has no rows to return")
