@@ -30,8 +30,10 @@ from tokenrec.evaluation.evaluate import make_evaluator
 from tokenrec.models.backbones.block import check_mesh
 from tokenrec.runtime import distributed
 from tokenrec.runtime.compilation_cache import persistent_compilation_cache
-from tokenrec.runtime.metric_writer import Logbook, Throughput
 from tokenrec.runtime.preemption import StopRequested, StopSignals
+from tokenrec.runtime.progress import ProgressDisplay
+from tokenrec.runtime.run_log import open_run_log
+from tokenrec.runtime.throughput import Throughput
 from tokenrec.runtime.watchdog import Watchdog
 from tokenrec.sharding import (
     check_batch_sizes,
@@ -125,13 +127,24 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
                 ages=reads_event_ages(config.model),
             )
             stack.callback(data.close)
+            throughput = Throughput()
+            display = ProgressDisplay(
+                throughput,
+                total_steps=stop_at,
+                start_step=step,
+                enabled=progress and distributed.is_first_process(),
+            )
             log = _ignore
             if distributed.is_first_process():
-                logbook = Logbook(
-                    workdir, progress=progress, total_steps=stop_at, start_step=step
-                )
-                log = stack.enter_context(logbook).log
-        throughput = Throughput()
+                with throughput.excluded():
+                    run_log = open_run_log(
+                        workdir,
+                        start_step=step,
+                        config=dataclasses.asdict(config),
+                        trackers=config.train.trackers,
+                        more=[display],
+                    )
+                log = stack.enter_context(run_log).write
         pending, compiled, report = _Pending(throughput, config), set(), None
         fresh = (
             restored is None or not reached.assessed
@@ -200,8 +213,10 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
                 state, metrics = step_fn(model, state, batch)
             else:
                 watch.at(f"step {step:,}: compiling it, and waiting for the devices")
+                display.show_phase("compiling")
                 with throughput.excluded():
                     state, metrics = jax.block_until_ready(step_fn(model, state, batch))
+                display.show_phase()
                 compiled.add(batch.valid.shape)
             pending.add(metrics, host.rows, timed)
             step, fresh = step + 1, True
