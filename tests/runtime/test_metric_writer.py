@@ -1,8 +1,7 @@
-"""What a run leaves on disk and on stderr, across kills and restarts; the throughput timer; the results table."""
+"""What a run leaves in its log on disk, across kills and restarts."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import struct
@@ -14,22 +13,11 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from tokenrec.errors import InputError
-from tokenrec.runtime import metric_writer
-from tokenrec.runtime.metric_writer import (
-    Logbook,
-    Throughput,
-    format_table,
-    result_rows,
-)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def open_logbook(workdir: Path, start_step: int = 0, progress: bool = False) -> Logbook:
-    return Logbook(workdir, progress=progress, total_steps=100, start_step=start_step)
+from tokenrec.runtime import files
+from tokenrec.runtime.metric_writer import JsonlWriter
+from tokenrec.runtime.progress import ProgressDisplay
+from tokenrec.runtime.run_log import open_run_log
+from tokenrec.runtime.throughput import Throughput
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -64,8 +52,8 @@ def scalars(workdir: Path) -> list[tuple[int, str, float]]:
 
 
 def test_each_log_is_a_line_at_once_and_a_tensorboard_scalar(tmp_path):
-    with open_logbook(tmp_path / "run") as book:
-        book.log(10, {"loss": 0.5, "examples_per_second": np.float32(100)})
+    with open_run_log(tmp_path / "run") as log:
+        log.write(10, {"loss": 0.5, "examples_per_second": np.float32(100)})
         (line,) = lines(tmp_path / "run")
         assert line.pop("time") > 0
         assert line == {
@@ -73,7 +61,7 @@ def test_each_log_is_a_line_at_once_and_a_tensorboard_scalar(tmp_path):
             "train/loss": 0.5,
             "train/examples_per_second": 100.0,
         }
-        book.log(10, {"macro_auc": 0.75, "is_click/auc": 0.75}, prefix="valid")
+        log.write(10, {"macro_auc": 0.75, "is_click/auc": 0.75}, prefix="valid")
     assert lines(tmp_path / "run")[1]["valid/is_click/auc"] == 0.75
     assert scalars(tmp_path / "run") == [
         (10, "train/loss", 0.5),
@@ -84,8 +72,8 @@ def test_each_log_is_a_line_at_once_and_a_tensorboard_scalar(tmp_path):
 
 
 def test_undefined_and_non_finite_values_are_null(tmp_path):
-    with open_logbook(tmp_path) as book:
-        book.log(1, {"loss": math.nan, "norm": math.inf, "auc": None, "rate": 0.1})
+    with open_run_log(tmp_path) as log:
+        log.write(1, {"loss": math.nan, "norm": math.inf, "auc": None, "rate": 0.1})
     (line,) = lines(tmp_path)
     assert [line[f"train/{name}"] for name in ("loss", "norm", "auc", "rate")] == [
         None,
@@ -97,13 +85,13 @@ def test_undefined_and_non_finite_values_are_null(tmp_path):
 
 
 def test_resume_leaves_each_step_once(tmp_path):
-    with open_logbook(tmp_path) as book:
+    with open_run_log(tmp_path) as log:
         for step in (10, 20, 30, 40):
-            book.log(step, {"loss": step})
-    with open_logbook(tmp_path, start_step=20) as book:
+            log.write(step, {"loss": step})
+    with open_run_log(tmp_path, start_step=20) as log:
         assert steps(tmp_path) == [10, 20]
         for step in (30, 40):
-            book.log(step, {"loss": -step})
+            log.write(step, {"loss": -step})
     assert [(line["step"], line["train/loss"]) for line in lines(tmp_path)] == [
         (10, 10),
         (20, 20),
@@ -115,13 +103,13 @@ def test_resume_leaves_each_step_once(tmp_path):
 
 
 def test_an_evaluation_repeated_at_the_restored_step_replaces_the_old_line(tmp_path):
-    with open_logbook(tmp_path) as book:
-        book.log(20, {"loss": 1})
-        book.log(20, {"is_click/auc": 0.1}, prefix="valid")
-        book.log(20, {"is_click/auc": 0.2}, prefix="test")
-    with open_logbook(tmp_path, start_step=20) as book:
-        book.log(20, {"is_click/auc": 0.3}, prefix="valid")
-        book.log(30, {"loss": 2})
+    with open_run_log(tmp_path) as log:
+        log.write(20, {"loss": 1})
+        log.write(20, {"is_click/auc": 0.1}, prefix="valid")
+        log.write(20, {"is_click/auc": 0.2}, prefix="test")
+    with open_run_log(tmp_path, start_step=20) as log:
+        log.write(20, {"is_click/auc": 0.3}, prefix="valid")
+        log.write(30, {"loss": 2})
     values = [
         {k: v for k, v in line.items() if k != "time"} for line in lines(tmp_path)
     ]
@@ -134,18 +122,18 @@ def test_an_evaluation_repeated_at_the_restored_step_replaces_the_old_line(tmp_p
 
 
 def test_a_run_from_the_beginning_drops_the_lines_of_an_earlier_one(tmp_path):
-    with open_logbook(tmp_path) as book:
-        book.log(0, {"auc": 0.5}, prefix="valid")
-        book.log(10, {"loss": 1})
-    with open_logbook(tmp_path):
+    with open_run_log(tmp_path) as log:
+        log.write(0, {"auc": 0.5}, prefix="valid")
+        log.write(10, {"loss": 1})
+    with open_run_log(tmp_path):
         assert lines(tmp_path) == []
 
 
 def test_the_torn_last_line_of_a_killed_run_is_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 10, "time": 1.0, "train/loss": 1.0}\n{"step": 20, "tim')
-    with open_logbook(tmp_path, start_step=20) as book:
-        book.log(30, {"loss": 3})
+    with open_run_log(tmp_path, start_step=20) as log:
+        log.write(30, {"loss": 3})
     assert steps(tmp_path) == [10, 30]
 
 
@@ -158,141 +146,73 @@ def test_a_foreign_line_is_an_error_that_names_file_and_line_and_leaves_the_file
     with pytest.raises(
         InputError, match=r"metrics\.jsonl: line 2 .*move the file away"
     ):
-        open_logbook(tmp_path, start_step=20)
+        open_run_log(tmp_path, start_step=20)
     assert (tmp_path / "metrics.jsonl").read_text() == text
 
 
 def test_a_kill_during_the_rewrite_leaves_the_old_file(tmp_path, monkeypatch):
-    with open_logbook(tmp_path) as book:
+    with open_run_log(tmp_path) as log:
         for step in (10, 20):
-            book.log(step, {"loss": step})
+            log.write(step, {"loss": step})
 
     def killed(descriptor):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metric_writer.os, "fsync", killed)
+    monkeypatch.setattr(files.os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        open_logbook(tmp_path, start_step=10)
+        open_run_log(tmp_path, start_step=10)
     assert steps(tmp_path) == [10, 20]
 
 
 def test_everything_is_closed_when_the_run_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    book = open_logbook(tmp_path, progress=True)
-    book.log(10, {"loss": 0.25})
-    with pytest.raises(ArithmeticError), book:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    display = ProgressDisplay(Throughput(), total_steps=100)
+    log = open_run_log(tmp_path, more=[display])
+    log.write(10, {"loss": 0.25})
+    with pytest.raises(ArithmeticError), log:
         raise ArithmeticError
-    assert book._file.closed
-    assert book._bar is not None
-    assert book._bar.disable  # tqdm's mark of a closed bar
+    assert display._bar is not None
+    assert display._bar.disable  # tqdm's mark of a closed bar
+    with pytest.raises(ValueError, match="closed file"):
+        log.write(20, {"loss": 0.25})
     assert scalars(tmp_path) == [(10, "train/loss", 0.25)]
-    book.close()
+    log.close()
 
 
 @pytest.mark.skipif(
     not Path("/dev/full").exists(), reason="the disk that is always full is Linux's"
 )
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
-    book = open_logbook(tmp_path)
-    words = rf"the log in '{tmp_path}' cannot be written: No space left.*goes on"
+    writer = JsonlWriter(tmp_path)
+    words = rf"the log in '{tmp_path}' cannot be written: No space left.*rerun"
     with Path("/dev/full").open("w") as full:
-        book._file.close()
-        monkeypatch.setattr(book, "_file", full)
+        writer._file.close()
+        monkeypatch.setattr(writer, "_file", full)
         with pytest.raises(InputError, match=words):
-            book.log(1, {"loss": 0.5})
-        with pytest.raises(
-            InputError, match=words
-        ):  # what could not be written is tried again
-            book.close()
+            writer.write(1, {"loss": 0.5})
+        # What could not be written is tried again.
+        with pytest.raises(InputError, match=words):
+            writer.close()
 
 
-def test_a_terminal_shows_a_bar_with_step_loss_speed_and_time_left(
-    tmp_path, monkeypatch
-):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with open_logbook(tmp_path, start_step=40, progress=True) as book:
-        book.log(50, {"loss": 0.5, "examples_per_second": 1234.4})
-        book.log(50, {"macro_auc": 0.75, "is_click/auc": 0.5}, prefix="valid")
-        book.log(60, {"loss": 0.25, "examples_per_second": 4321})
-    shown = terminal.getvalue()
-    assert "valid at step 50: macro_auc 0.7500\n" in shown
-    last = shown.split("\r")[-1]
-    assert "60/100 steps" in last
-    assert "loss 0.2500  4,321 examples/s" in last
-    assert " left]" in last
+def test_a_writer_that_cannot_be_closed_does_not_keep_the_others_open(tmp_path):
+    closed = []
+
+    class Writer:
+        def write(self, step, values, prefix="train"):
+            pass
+
+        def close(self):
+            closed.append(self)
+            raise InputError("no space left")
+
+    with pytest.raises(InputError, match="no space left"):
+        open_run_log(tmp_path, more=[Writer(), Writer()]).close()
+    assert len(closed) == 2
 
 
-def test_without_a_terminal_progress_is_a_plain_line_every_few_logs(tmp_path, capsys):
-    with open_logbook(tmp_path, progress=True) as book:
-        for step in range(10, 110, 10):
-            book.log(step, {"loss": 1 / step, "examples_per_second": 2000})
-        book.log(100, {"macro_auc": None}, prefix="valid")
-    out, err = capsys.readouterr()
-    assert out == ""
-    first, second, last, valid = err.splitlines()
-    assert first.startswith("step 10/100  loss 0.1000  2,000 examples/s  ")
-    assert first.endswith(" left")
-    assert second.startswith("step 60/100 ")
-    assert last.startswith("step 100/100 ")
-    assert valid == "valid at step 100: macro_auc -"
-
-
-def test_without_progress_nothing_is_printed(tmp_path, capsys):
-    with open_logbook(tmp_path) as book:
-        book.log(10, {"loss": 1})
-        book.log(10, {"auc": 1}, prefix="valid")
-    assert capsys.readouterr() == ("", "")
-
-
-def test_throughput_counts_only_the_time_of_training():
-    now = [0.0]
-    throughput = Throughput(clock=lambda: now[0])
-    with throughput.excluded():
-        now[0] += 60  # compilation
-    assert throughput.rate() is None
-    for _ in range(2):
-        throughput.add(300)
-        now[0] += 1
-
-    def evaluate():
-        now[0] += 100
-        raise OSError("disk")
-
-    with pytest.raises(OSError, match="disk"), throughput.excluded():
-        evaluate()
-    now[0] += 1
-    assert throughput.rate() == 200
-    throughput.add(100)
-    now[0] += 1
-    assert throughput.rate() == 100
-    assert throughput.average() == 175
-    assert Throughput(clock=lambda: 0.0).average() is None
-
-
-def test_results_table_groups_models_and_aligns_tasks():
-    report = {
-        "auc": 0.75,
-        "gauc": None,
-        "log_loss": 0.5,
-        "normalized_entropy": 0.9,
-        "positives": 1200,
-        "examples": 5000,
-    }
-    other = report | {"auc": 0.5, "positives": 7}
-    table = format_table(
-        result_rows(
-            {
-                "tokenrec": {"tasks": {"is_click": report, "is_like": other}},
-                "rates": {"tasks": {"is_click": other}},
-            }
-        )
-    )
-    assert table.splitlines() == [
-        "model     task         AUC  GAUC  log loss      NE  positives  examples",
-        "--------  --------  ------  ----  --------  ------  ---------  --------",
-        "tokenrec  is_click  0.7500     -    0.5000  0.9000      1,200     5,000",
-        "          is_like   0.5000     -    0.5000  0.9000          7     5,000",
-        "rates     is_click  0.5000     -    0.5000  0.9000          7     5,000",
-    ]
-    assert format_table([]) == ""
+def test_tensorboard_shows_the_config_as_text(tmp_path):
+    open_run_log(tmp_path, config={"model": {"width": 64}}).close()
+    (event,) = [e for e in events(tmp_path) if e.summary.value]
+    assert event.summary.value[0].tag == "config/text_summary"
+    assert b'"width": 64' in event.summary.value[0].tensor.string_val[0]

@@ -216,7 +216,7 @@ def _train(args: argparse.Namespace) -> None:
     with _in_all_processes(args):
         config = _config(args)
     from tokenrec.runtime.distributed import is_first_process
-    from tokenrec.runtime.metric_writer import format_table, result_rows
+    from tokenrec.runtime.result_table import format_table, result_rows
     from tokenrec.train import train
 
     summary = train(config, args.workdir, progress=not args.quiet)
@@ -232,7 +232,7 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from tokenrec.evaluation.evaluate import evaluate_run
     from tokenrec.runtime.distributed import is_first_process
-    from tokenrec.runtime.metric_writer import format_table, result_rows
+    from tokenrec.runtime.result_table import format_table, result_rows
 
     result = evaluate_run(
         args.workdir,

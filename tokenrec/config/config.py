@@ -264,6 +264,8 @@ class TrainConfig:
         step with its compilation) says where it stands and ends; 0 never.
       keep_compiled: compiled programs are kept in `WORKDIR/compiled`, so that a restart need not compile them again;
         JAX_COMPILATION_CACHE_DIR names another folder, for several runs.
+      trackers: experiment trackers that also get the metrics: "wandb", "mlflow" (extras of the same names).
+      profile_steps: steps to profile after the first ones, which compile; the trace is in `WORKDIR/profile`. 0: none.
       warm_start: folder of another run, whose weights this one starts from if it has no checkpoint yet (warm_start.py).
       warm_start_checkpoint: best, latest or a step of that run.
       warm_start_data: folder of the data set of that run, if it is not where that run found it.
@@ -284,6 +286,8 @@ class TrainConfig:
     patience: int = 0
     hang_seconds: float = 1800.0
     keep_compiled: bool = True
+    trackers: tuple[str, ...] = ()
+    profile_steps: int = 0
     warm_start: str = ""
     warm_start_checkpoint: str = "best"
     warm_start_data: str = ""

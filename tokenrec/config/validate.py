@@ -79,6 +79,7 @@ def _problems(c: Config) -> Iterator[str]:
         "train.patience": c.train.patience,
         "train.keep_every": c.train.keep_every,
         "train.hang_seconds": c.train.hang_seconds,
+        "train.profile_steps": c.train.profile_steps,
         "optim.max_skipped": c.optim.max_skipped,
     }
     for field, number in natural.items():
@@ -150,6 +151,9 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"mesh.data={c.mesh.data} must be at least 1, or -1 for all that is left"
     if ranking and c.train.best_metric in ("recall@10", "ndcg@10"):
         yield f"train.best_metric='{c.train.best_metric}' is for data.objective='retrieval'; use 'macro_auc'"
+    for tracker in c.train.trackers:
+        if tracker not in ("wandb", "mlflow"):
+            yield f"train.trackers: '{tracker}' is not supported; use 'wandb', 'mlflow' or both"
     for name, weight in c.data.tasks.items():
         if not weight > 0:
             yield f"data.tasks['{name}']={weight} must be above 0; leave a task out instead"

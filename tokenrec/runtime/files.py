@@ -1,4 +1,8 @@
-"""Files that are there whole or not at all, and what may stand in a JSON file."""
+"""Write files atomically, and read and write JSON.
+
+A file that is written here is replaced in one step (`rename` in the same folder), so a
+reader or a run that was killed sees the old contents or the new ones, never a part.
+"""
 
 from __future__ import annotations
 
@@ -15,52 +19,79 @@ from tokenrec.errors import InputError
 def write_json(
     path: Path, value: Mapping[str, Any] | Sequence[Mapping[str, Any]]
 ) -> None:
-    """Writes `value` and the folders above `path`. No reader sees half a file, and a failed write changes nothing.
+    """Write `value` as JSON; missing parent folders are created.
 
     Raises:
-      ValueError: a number is not finite, which JSON cannot say.
+      ValueError: a number is NaN or infinite, which JSON cannot represent.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8. No reader sees half of it, and a failed write changes nothing."""
+    """Write a text file in UTF-8; if the write fails, `path` keeps its contents."""
     with atomic_replace(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def atomic_replace(path: Path) -> Iterator[Path]:
-    """Where to write a file of any kind, which takes the place of `path` at once if nothing was raised."""
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends.
+
+    If the block raises, `path` keeps its contents and the temporary file is deleted. If
+    the block writes no file, `path` keeps its contents too.
+    """
+    # The process id keeps two processes that write the same file apart.
     partial = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
         yield partial
-        partial.replace(path)
+        if partial.exists():
+            _flush_to_disk(partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def _flush_to_disk(path: Path) -> None:
+    # Without this a power failure after the rename can leave an empty file.
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def parse_json(text: str | bytes, what: str, remedy: str) -> Any:
-    """The value that a JSON text holds; `what` and `remedy` are for the message.
+    """Parse JSON.
+
+    Args:
+      text: the JSON text.
+      what: name of the text for error messages.
+      remedy: what the user can do, for error messages.
+
+    Returns:
+      The parsed value.
 
     Raises:
-      InputError: the text is not JSON, not UTF-8, or nested too deeply to be read.
+      InputError: the text is not JSON, not UTF-8, or nested too deeply.
     """
     try:
         return json.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also a UnicodeDecodeError, or a number of thousands of digits
+    # ValueError covers UnicodeDecodeError, and numbers of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{what} is not JSON: {error}; {remedy}") from error
 
 
 def read_json(path: Path, what: str, remedy: str) -> Any:
-    """`parse_json` of a file; `what` is followed by its path in messages.
+    """Read and parse a JSON file.
+
+    Args:
+      path: the file.
+      what: name of the file for error messages; its path is added.
+      remedy: what the user can do, for error messages.
+
+    Returns:
+      The parsed value.
 
     Raises:
-      InputError: the file is missing or cannot be read, or `parse_json` refuses its text.
+      InputError: the file is missing, cannot be read, or is not JSON.
     """
     try:
         text = path.read_bytes()

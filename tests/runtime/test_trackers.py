@@ -1,0 +1,171 @@
+"""Metrics in Weights & Biases and MLflow, without a network."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tokenrec.config import Config
+from tokenrec.config.validate import validate
+from tokenrec.errors import InputError
+from tokenrec.runtime.run_log import open_run_log
+
+CONFIG = {"model": {"width": 64, "windows": (32, 16)}, "train": {"trackers": ()}}
+# Trackers import packages that warn on their own.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No tracker reaches a server, nor files outside the test's folder."""
+    for name in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+def write_run(workdir: Path, tracker: str, start_step: int = 0) -> None:
+    with open_run_log(
+        workdir, start_step=start_step, config=CONFIG, trackers=(tracker,)
+    ) as log:
+        for step in (start_step + 10, start_step + 20):
+            log.write(step, {"loss": 1 / step, "norm": float("nan"), "auc": None})
+        log.write(start_step + 20, {"recall@10": 0.25}, prefix="valid")
+
+
+def wandb_payloads(file: Path) -> Iterator[bytes]:
+    """Records of an offline file: a file header, then LevelDB's log format."""
+    data, position, parts = file.read_bytes(), 7, b""
+    while position < len(data):
+        # A header does not cross the end of a block of 32 KiB.
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, position)
+        parts += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # a whole record, or its last part
+            yield parts
+            parts = b""
+
+
+def wandb_records(folder: Path) -> tuple[set[str], dict[int, dict[str, float]]]:
+    """Run ids and, for each step, the metrics that an offline folder holds."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.glob("*.wandb")
+    run_ids, steps = set(), {}
+    for payload in wandb_payloads(file):
+        record = wandb_internal_pb2.Record.FromString(payload)
+        if record.WhichOneof("record_type") == "run":
+            run_ids.add(record.run.run_id)
+        if record.WhichOneof("record_type") != "history":
+            continue
+        values = {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        metrics = {name: value for name, value in values.items() if "/" in name}
+        steps.setdefault(int(values["_step"]), {}).update(metrics)
+    return run_ids, steps
+
+
+def test_wandb_gets_every_step_and_a_resumed_run_goes_on_in_the_same_one(
+    offline, tmp_path
+):
+    pytest.importorskip("wandb")
+    workdir = tmp_path / "run"
+    write_run(workdir, "wandb")
+    # W&B names an offline folder by the second in which it starts.
+    second = time.strftime("%S")
+    while time.strftime("%S") == second:
+        time.sleep(0.05)
+    write_run(workdir, "wandb", start_step=20)
+    folders = sorted((workdir / "wandb").glob("offline-run-*"))
+    (first_ids, first), (second_ids, second) = map(wandb_records, folders)
+    assert first_ids == second_ids
+    assert len(first_ids) == 1
+    assert first == {
+        10: {"train/loss": 0.1},
+        20: {"train/loss": 0.05, "valid/recall@10": 0.25},
+    }
+    assert sorted(second) == [30, 40]
+
+
+def test_mlflow_gets_every_step_and_a_resumed_run_goes_on_in_the_same_one(
+    offline, tmp_path
+):
+    mlflow = pytest.importorskip("mlflow")
+    workdir = tmp_path / "run"
+    write_run(workdir, "mlflow")
+    write_run(workdir, "mlflow", start_step=20)
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workdir / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tokenrec")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "run"
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.width"] == "64"
+    assert run.data.params["model.windows"] == "[32, 16]"
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert {point.step: point.value for point in history} == {
+        10: 0.1,
+        20: 0.05,
+        30: 1 / 30,
+        40: 0.025,
+    }
+    history = client.get_metric_history(run.info.run_id, "valid/recall_at_10")
+    assert [point.step for point in history] == [20, 40]
+    assert set(run.data.metrics) == {"train/loss", "valid/recall_at_10"}
+
+
+def test_a_tracker_that_fails_later_does_not_end_the_run(
+    offline, tmp_path, monkeypatch, capsys
+):
+    mlflow = pytest.importorskip("mlflow")
+    with open_run_log(tmp_path / "run", trackers=("mlflow",)) as log:
+        log.write(10, {"loss": 1})
+
+        def fail(*_, **__):
+            raise mlflow.exceptions.MlflowException("connection refused")
+
+        monkeypatch.setattr(mlflow.MlflowClient, "log_batch", fail)
+        for step in (20, 30):
+            log.write(step, {"loss": 1})
+    warning = capsys.readouterr().err
+    assert warning.count("mlflow failed and gets no more metrics of this run") == 1
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_names_its_extra(
+    tmp_path, monkeypatch, tracker
+):
+    monkeypatch.setitem(sys.modules, tracker, None)
+    with pytest.raises(InputError, match=rf"pip install '\.\[{tracker}\]'"):
+        open_run_log(tmp_path, trackers=(tracker,))
+
+
+def test_a_damaged_file_of_run_ids_is_named(offline, tmp_path):
+    pytest.importorskip("mlflow")
+    (tmp_path / "trackers.json").write_text("{")
+    with pytest.raises(InputError, match=r"trackers\.json' is not JSON.*delete it"):
+        open_run_log(tmp_path, trackers=("mlflow",))
+
+
+def test_a_config_with_an_unknown_tracker_is_refused():
+    config = Config()
+    config.train.trackers = ("wandb", "comet")
+    with pytest.raises(InputError, match=r"train\.trackers: 'comet' is not supported"):
+        validate(config)

@@ -1,0 +1,92 @@
+"""Text tables of evaluation results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_RANKING_COLUMNS = {
+    "AUC": "auc",
+    "GAUC": "gauc",
+    "log loss": "log_loss",
+    "NE": "normalized_entropy",
+    "positives": "positives",
+    "examples": "examples",
+}
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Format rows as a text table with aligned columns.
+
+    Columns are in order of first appearance; a value that is None or absent is "-".
+    Consecutive rows with the same value in the first column show it once.
+
+    >>> print(format_table([
+    ...     {"model": "ours", "task": "click", "AUC": 0.75},
+    ...     {"model": "ours", "task": "like"},
+    ... ]))
+    model  task      AUC
+    -----  -----  ------
+    ours   click  0.7500
+           like        -
+    """
+    if not rows:
+        return ""
+    # 1. The text of every cell, and the layout of every column.
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[format_cell(row.get(name)) for name in names] for row in rows]
+    is_number = [
+        not any(isinstance(row.get(name), str) for row in rows) for name in names
+    ]
+    widths = [
+        max(len(name), *(len(line[i]) for line in cells))
+        for i, name in enumerate(names)
+    ]
+    # 2. Header, rule, and the rows with repeated first cells left blank.
+    lines = [names, ["-" * width for width in widths]]
+    for i, line in enumerate(cells):
+        repeats = len(names) > 1 and i > 0 and line[0] == cells[i - 1][0]
+        lines.append(["" if repeats else line[0], *line[1:]])
+    # 3. Numbers to the right, text to the left.
+    aligned = []
+    for line in lines:
+        padded = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, is_number, strict=True)
+        ]
+        aligned.append("  ".join(padded).rstrip())
+    return "\n".join(aligned)
+
+
+def result_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for `format_table`: one per model and task, or per model of retrieval.
+
+    Args:
+      results: model name -> summary as the evaluation returns it, `{"tasks": {TASK:
+        report}}` or `{"retrieval": report}`; a report may lack metrics.
+
+    Returns:
+      Column name -> value, for each row.
+    """
+    retrieval = [
+        {"model": model} | summary["retrieval"]
+        for model, summary in results.items()
+        if "retrieval" in summary
+    ]
+    if retrieval:
+        return retrieval
+    return [
+        {"model": model, "task": task}
+        | {column: report.get(key) for column, key in _RANKING_COLUMNS.items()}
+        for model, summary in results.items()
+        for task, report in summary["tasks"].items()
+    ]
+
+
+def format_cell(value: Any) -> str:
+    """Format a value: integers with thousands separators, floats with four digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,109 @@
+"""The log of a run: pass metrics to every metric writer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, SupportsFloat
+
+from tokenrec.runtime.metric_writer import (
+    JsonlWriter,
+    MetricWriter,
+    TensorBoardWriter,
+    finite_values,
+)
+
+
+class RunLog:
+    """Write metrics to several writers; a context manager that closes them.
+
+    Args:
+      writers: all of them get the same metrics, in this order. A run whose process is
+        not the first one has no writers, and `write` does nothing.
+    """
+
+    def __init__(self, writers: Sequence[MetricWriter] = ()) -> None:
+        self._writers = tuple(writers)
+
+    def write(
+        self,
+        step: int,
+        values: Mapping[str, SupportsFloat | None],
+        prefix: str = "train",
+    ) -> None:
+        """Write the metrics of a step; see `MetricWriter.write`."""
+        if not self._writers:
+            return
+        # Converted once: a value may be an array that is fetched from a device.
+        numbers = finite_values(values)
+        for writer in self._writers:
+            writer.write(step, numbers, prefix)
+
+    def close(self) -> None:
+        """Close all writers, the last one first, even if one of them fails."""
+        with contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_run_log(
+    workdir: Path,
+    *,
+    start_step: int = 0,
+    config: Mapping[str, Any] | None = None,
+    trackers: Sequence[str] = (),
+    more: Sequence[MetricWriter] = (),
+) -> RunLog:
+    """Open the writers of a run: `metrics.jsonl`, TensorBoard and experiment trackers.
+
+    Args:
+      workdir: folder of the run.
+      start_step: step at which the run starts; later metrics of an interrupted run are
+        dropped or hidden.
+      config: the run's config, for TensorBoard and the trackers.
+      trackers: `train.trackers`, names of `TRACKERS`.
+      more: further writers, such as the progress display; the log closes them.
+
+    Raises:
+      InputError: the folder cannot be written, or the package of a tracker is missing.
+    """
+    with contextlib.ExitStack() as opened:
+        writers: list[MetricWriter] = []
+
+        def add(writer: MetricWriter) -> None:
+            writers.append(writer)
+            opened.callback(writer.close)
+
+        for writer in more:
+            opened.callback(writer.close)
+        add(JsonlWriter(workdir, start_step=start_step))
+        add(TensorBoardWriter(workdir, start_step=start_step, config=config))
+        for name in trackers:
+            add(_open_tracker(name, workdir, config or {}))
+        # All are open: the log closes them from now on.
+        opened.pop_all()
+    return RunLog([*writers, *more])
+
+
+def _open_tracker(name: str, workdir: Path, config: Mapping[str, Any]) -> MetricWriter:
+    # Imported on use: most runs have no tracker, and a tracker is an optional package.
+    if name == "wandb":
+        from tokenrec.runtime.wandb_writer import WandbWriter
+
+        return WandbWriter(workdir, config=config)
+    from tokenrec.runtime.mlflow_writer import MlflowWriter
+
+    return MlflowWriter(workdir, config=config)
