@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.counted import count_rows
-from tokenrec import active_run
+from tokenrec import active_run, run_setup
 from tokenrec.checkpoint.checkpointer import CheckpointReader
 from tokenrec.checkpoint.run_folder import (
     create_or_check_run,
@@ -32,6 +32,7 @@ from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError, NonFiniteError, Stopped
 from tokenrec.evaluation.evaluate import evaluate_run
+from tokenrec.planner.mfu import GPU_PEAK_FLOPS
 from tokenrec.sharding import make_mesh
 from tokenrec.train import train
 
@@ -126,7 +127,7 @@ def test_no_sample_is_lost_or_repeated_when_half_of_the_devices_go_on(
     train(config, tmp_path / "parts", progress=False)
     config.train.stop_at = 0
     monkeypatch.setattr(
-        active_run, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:4])
+        run_setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:4])
     )
     train(config, tmp_path / "parts", progress=False)
     assert len(parts) == steps > 20
@@ -329,3 +330,44 @@ def test_training_learns_most_of_what_can_be_known(tmp_path):
     best = source.best_auc("click", "valid")
     # Nothing beats the true probabilities by more than sampling noise; measured .72 of .82.
     assert 0.5 + 0.6 * (best - 0.5) < report["tasks"]["click"]["auc"] < best + 0.01
+
+
+def test_logs_hold_what_a_run_is_watched_by(data, tmp_path, monkeypatch):
+    # No peak is known of a CPU: one is given, so that the path of a GPU or TPU runs.
+    monkeypatch.setitem(GPU_PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
+    config = small(data, train__log_every=2, train__profile_steps=2)
+    train(config, tmp_path, progress=False)
+    lines = [
+        json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    trained = [line for line in lines if "train/loss" in line]
+    # The first line holds a step that compiled, which counts for no rate.
+    for name in ("learning_rate", "grad_norm", "examples_per_second"):
+        assert all(f"train/{name}" in line for line in trained)
+    last = trained[-1]
+    assert 0 <= last["train/input_seconds"] <= last["train/step_seconds"]
+    assert 0 < last["train/mfu"] < 1
+    assert last["train/learning_rate"] < max(x["train/learning_rate"] for x in trained)
+    tables = [line for line in lines if any(n.startswith("tables/") for n in line)]
+    assert [line["step"] for line in tables] == [8]
+    assert any(n.endswith("/trained_rows") and 0 < v <= 1 for n, v in tables[0].items())
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert list((tmp_path / "tensorboard" / "result").glob("events.*"))
+
+
+def test_a_line_of_skipped_steps_alone_says_how_many(data, tmp_path):
+    config = small(
+        data,
+        optim__learning_rate=1e30,
+        optim__clip_norm=0.0,
+        optim__max_skipped=100,
+        train__log_every=1,
+    )
+    config.optim.warmup_steps = 0
+    skipped = train(config, tmp_path, progress=False)["skipped"]
+    lines = [
+        json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    empty = [x for x in lines if "train/learning_rate" in x and "train/loss" not in x]
+    assert skipped
+    assert [x["train/skipped"] for x in empty] == list(range(1, skipped + 1))

@@ -11,7 +11,6 @@ import dataclasses
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -19,37 +18,37 @@ import jax
 from jax.sharding import Mesh
 
 from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
-from tokenrec.checkpoint.run_folder import create_or_check_run, run_identity
 from tokenrec.checkpoint.warm_start import first_state
-from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.config.backbones import reads_event_ages
-from tokenrec.config.validate import validate
-from tokenrec.data.batch import HostBatch
-from tokenrec.data.dataset import Dataset, open_dataset
-from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
+from tokenrec.config.flatten import flatten_fields
+from tokenrec.data.batch import Batch, HostBatch
+from tokenrec.data.dataset import Dataset
+from tokenrec.data.pipeline import stream_lengths, train_batches
 from tokenrec.errors import Stopped
 from tokenrec.evaluation.evaluate import make_evaluator
 from tokenrec.evaluation.selection import flatten_report, selection_value
 from tokenrec.metrics_buffer import MetricsBuffer
-from tokenrec.models.backbones.block import check_mesh
 from tokenrec.optim import schedule
+from tokenrec.planner.flops import step_work
+from tokenrec.planner.mfu import mfu, peak_flops
+from tokenrec.run_setup import Setup
 from tokenrec.runtime import distributed
 from tokenrec.runtime.compilation_cache import persistent_compilation_cache
-from tokenrec.runtime.metric_writer import Logbook, Throughput
 from tokenrec.runtime.preemption import StopRequested, StopSignals
+from tokenrec.runtime.profiler import StepProfiler, profile_steps
+from tokenrec.runtime.progress import ProgressDisplay
+from tokenrec.runtime.run_log import RunLog, open_run_log
+from tokenrec.runtime.throughput import Throughput
 from tokenrec.runtime.watchdog import Watchdog
 from tokenrec.sharding import (
-    check_batch_sizes,
     compiler_options,
     local_batch_indices,
-    make_mesh,
     to_devices,
 )
 from tokenrec.state import (
     ModelSpec,
     TrainState,
     abstract_state,
-    build_model,
     table_statistics,
 )
 from tokenrec.step import Metrics, train_step
@@ -57,57 +56,6 @@ from tokenrec.step import Metrics, train_step
 # Values of the inside of a model by kind and name, such as {"rank": {"layer_0": 12.3}}.
 StateLogger = Callable[[TrainState], dict[str, dict[str, float | None]]]
 MakeStateLogger = Callable[[ModelSpec, Dataset, Mesh], StateLogger]
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What a run is made of before it starts; the same in all processes.
-
-    Attributes:
-      config: the validated config.
-      workdir: the run's folder.
-      dataset: the prepared data set.
-      model: the static half of the model.
-      mesh: all devices.
-    """
-
-    config: Config
-    workdir: Path
-    dataset: Dataset
-    model: ModelSpec
-    mesh: Mesh
-
-    @property
-    def last_step(self) -> int:
-        """Step after which the loop ends."""
-        return self.config.train.stop_at or self.config.optim.steps
-
-    @property
-    def has_eval_split(self) -> bool:
-        """Whether the data set has the split that the run is evaluated on."""
-        return self.config.train.eval_split in self.dataset.splits
-
-
-def set_up(config: Config, workdir: Path) -> Setup:
-    """Validate the config, open the data set, and create or check the run's folder.
-
-    Raises:
-      InputError: on all processes, if the config, the data set, the mesh or the run in
-        `workdir` do not fit together on any of them.
-    """
-    with distributed.raise_on_all_processes():
-        config = validate(config)
-        dataset = open_dataset(
-            data_directory(config), config.data.exclude, semantic_ids_path(config)
-        )
-        tasks = task_names(dataset.schema, config.data)
-        model = build_model(config, dataset.schema, tasks)
-        mesh = make_mesh(config.mesh)
-        check_batch_sizes(config, mesh)
-        check_mesh(config.model, mesh)
-    distributed.assert_same_on_all_processes(run_identity(config, dataset))
-    create_or_check_run(config, dataset.schema, workdir)
-    return Setup(config, Path(workdir), dataset, model, mesh)
 
 
 @contextlib.contextmanager
@@ -196,7 +144,10 @@ class ActiveRun:
         )
         self._throughput = Throughput()
         self._metrics = MetricsBuffer(self._throughput, setup.config.optim)
-        self._writer: Logbook | None = None
+        # Processes but the first have no writers, and show nothing.
+        self._run_log = RunLog()
+        self._display: ProgressDisplay | None = None
+        self._profiler: StepProfiler | None = None
         self._last_report: dict[str, Any] | None = None
         self._best_report: dict[str, Any] | None = None
         # The step whose evaluation and checkpoint are complete: nothing is due there.
@@ -214,7 +165,9 @@ class ActiveRun:
             donate_argnums=1,
             compiler_options=compiler_options(setup.mesh),
         )
-        self._compiled_shapes: set[tuple[int, ...]] = set()
+        # Model FLOPs of the step by the shape of its batch; a shape is here once its
+        # program is compiled. They are 0 where no peak is known to compare them with.
+        self._model_flops: dict[tuple[int, ...], float] = {}
 
     def restore_or_initialize(self) -> tuple[TrainState, Progress]:
         """Load the latest checkpoint; without one, start from another run or a seed."""
@@ -250,16 +203,31 @@ class ActiveRun:
         return batches
 
     def open_log(self, start: int) -> None:
-        """Open the logs in the first process; lines after step `start` are dropped."""
-        with distributed.raise_on_all_processes():
+        """Open the logs in the first process; metrics after step `start` are dropped.
+
+        A trace of `train.profile_steps` begins when all programs are compiled.
+        """
+        config, workdir = self.setup.config, self.setup.workdir
+        with distributed.raise_on_all_processes(), self._throughput.excluded():
             if distributed.is_first_process():
-                writer = Logbook(
-                    self.setup.workdir,
-                    progress=self._show_progress,
+                self._display = ProgressDisplay(
+                    self._throughput,
                     total_steps=self.setup.last_step,
                     start_step=start,
+                    enabled=self._show_progress,
                 )
-                self._writer = self._stack.enter_context(writer)
+                run_log = open_run_log(
+                    workdir,
+                    start_step=start,
+                    config=dataclasses.asdict(config),
+                    trackers=config.train.trackers,
+                    more=[self._display],
+                )
+                self._run_log = self._stack.enter_context(run_log)
+        first = start + 1 + len(stream_lengths(config.data))
+        self._profiler = self._stack.enter_context(
+            profile_steps(workdir, first, config.train.profile_steps)
+        )
 
     def finished(self, progress: Progress) -> bool:
         """Whether the last step is reached, or `train.patience` is used up."""
@@ -281,23 +249,47 @@ class ActiveRun:
 
         The metrics stay on the devices until `flush_metrics`.
         """
+        assert self._profiler is not None
+        step = progress.step
         batch = to_devices(host.batch, self.setup.mesh)
-        compiled = batch.valid.shape in self._compiled_shapes
+        shape = batch.valid.shape
+        compiled = shape in self._model_flops
+        self._profiler.before_step(step)
         metrics: Metrics
         if compiled:
-            self._watchdog.at(f"step {progress.step:,}: handing it to the devices")
+            self._watchdog.at(f"step {step:,}: handing it to the devices")
             state, metrics = self._step(self.setup.model, state, batch)
         else:
-            self._watchdog.at(
-                f"step {progress.step:,}: compiling it, and waiting for the devices"
-            )
-            with self._throughput.excluded():
-                state, metrics = jax.block_until_ready(
-                    self._step(self.setup.model, state, batch)
+            state, metrics = self._compile_and_step(state, batch, step)
+        self._profiler.after_step(step, metrics)
+        flops = self._model_flops[shape]
+        self._metrics.add(metrics, host.rows, timed=compiled, model_flops=flops)
+        return state, dataclasses.replace(progress, step=step + 1)
+
+    def _compile_and_step(
+        self, state: TrainState, batch: Batch, step: int
+    ) -> tuple[TrainState, Metrics]:
+        self._watchdog.at(f"step {step:,}: compiling it, and waiting for the devices")
+        if self._display is not None:
+            self._display.show_phase("compiling")
+        with self._throughput.excluded():
+            if peak_flops(self._device_kind) is None:
+                flops = 0.0
+            else:
+                shapes = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch
                 )
-            self._compiled_shapes.add(batch.valid.shape)
-        self._metrics.add(metrics, host.rows, timed=compiled)
-        return state, dataclasses.replace(progress, step=progress.step + 1)
+                work, _ = step_work(self.setup.model, self.setup.mesh, shapes)
+                flops = work.model_flops
+            outputs = jax.block_until_ready(self._step(self.setup.model, state, batch))
+        self._model_flops[batch.valid.shape] = flops
+        if self._display is not None:
+            self._display.show_phase()
+        return outputs
+
+    @property
+    def _device_kind(self) -> str:
+        return self.setup.mesh.devices.flat[0].device_kind
 
     def log_due(self, progress: Progress) -> bool:
         """Whether a log line is due: every `train.log_every` steps, and the last one."""
@@ -314,7 +306,12 @@ class ActiveRun:
         values, progress = self._metrics.flush(progress)
         timings = self._metrics.timings()
         learning_rate = float(self._learning_rate(progress.step - 1))
-        self._log(progress.step, values | timings | {"learning_rate": learning_rate})
+        logged = values | timings | {"learning_rate": learning_rate}
+        flops_per_second = timings.get("model_flops_per_second")
+        if flops_per_second is not None:
+            per_device = flops_per_second / self.setup.mesh.size
+            logged["mfu"] = mfu(per_device, 1.0, self._device_kind)
+        self._run_log.write(progress.step, logged)
         return progress
 
     def is_complete(self, progress: Progress) -> bool:
@@ -358,11 +355,11 @@ class ActiveRun:
             report = self._evaluate(
                 state, self._train.eval_split, self._train.eval_samples, between_batches
             )
-            self._log(step, flatten_report(report), self._train.eval_split)
+            self._run_log.write(step, flatten_report(report), self._train.eval_split)
             inside = self._state_logger(state) if self._state_logger else {}
             for kind, by_layer in inside.items():
-                self._log(step, by_layer, kind)
-            self._log(step, table_statistics(state), "tables")
+                self._run_log.write(step, by_layer, kind)
+            self._run_log.write(step, table_statistics(state), "tables")
             value = selection_value(report, config)
             progress = progress.after_evaluation(value)
             self._last_report = report
@@ -395,7 +392,9 @@ class ActiveRun:
             _, progress = self._metrics.flush(progress)
             began = time.perf_counter()
             self._checkpoints.save(step, state, progress, value)
-            self._log(step, {"blocked_seconds": time.perf_counter() - began}, "save")
+            self._run_log.write(
+                step, {"blocked_seconds": time.perf_counter() - began}, "save"
+            )
         return progress
 
     def stop(self, number: int, progress: Progress) -> None:
@@ -419,7 +418,10 @@ class ActiveRun:
         self._checkpoints.wait()
 
     def summary(self, progress: Progress) -> dict[str, Any]:
-        """Result of the run, as `train` returns it."""
+        """Log the best evaluation beside the config; result as `train` returns it."""
+        if self._best_report is not None:
+            config = flatten_fields(dataclasses.asdict(self.setup.config))
+            self._run_log.write_result(config, flatten_report(self._best_report))
         return {
             "step": progress.step,
             "best_step": progress.best_step,
@@ -429,11 +431,6 @@ class ActiveRun:
             "evaluation": self._last_report,
             "best_evaluation": self._best_report,
         }
-
-    def _log(self, step: int, values: dict[str, Any], prefix: str = "train") -> None:
-        # Only the first process has a writer.
-        if self._writer is not None:
-            self._writer.log(step, values, prefix)
 
 
 def _is_multiple(step: int, every: int) -> bool:

@@ -318,7 +318,9 @@ def _make_source(name: str, options: dict[str, Any]) -> Source:
     try:
         return sources[name](**options)
     except TypeError as error:
-        raise InputError(f"source='{name}': {error}; see {sources[name].__name__}") from error
+        raise InputError(
+            f"source='{name}': {error}; see {sources[name].__name__}"
+        ) from error
 
 
 def _optional_path(path: str | Path | None) -> Path | None:

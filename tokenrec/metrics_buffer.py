@@ -13,7 +13,7 @@ from tokenrec.checkpoint.checkpointer import Progress
 from tokenrec.config import OptimConfig
 from tokenrec.errors import NonFiniteError
 from tokenrec.runtime import distributed
-from tokenrec.runtime.metric_writer import Throughput
+from tokenrec.runtime.throughput import Throughput
 from tokenrec.step import Metrics
 
 _LISTED_ROWS = 8
@@ -23,6 +23,7 @@ class _Entry(NamedTuple):
     metrics: Metrics
     log_rows: np.ndarray
     timed: bool
+    model_flops: float
 
 
 class MetricsBuffer:
@@ -39,9 +40,17 @@ class MetricsBuffer:
         self._entries: list[_Entry] = []
         self._timed_steps = 0
         self._timed_examples = 0
+        self._timed_flops = 0.0
         self._input_seconds = 0.0
 
-    def add(self, metrics: Metrics, log_rows: np.ndarray, *, timed: bool) -> None:
+    def add(
+        self,
+        metrics: Metrics,
+        log_rows: np.ndarray,
+        *,
+        timed: bool,
+        model_flops: float = 0.0,
+    ) -> None:
         """Keep the metrics of a step.
 
         Args:
@@ -49,8 +58,9 @@ class MetricsBuffer:
           log_rows: `[B, T] int64`, rows of the training log that this process read for
             the batch, negative for padding.
           timed: False for a step that compiled, which counts for no rate.
+          model_flops: FLOPs that the step needs, over all devices; 0 if unknown.
         """
-        self._entries.append(_Entry(metrics, log_rows, timed))
+        self._entries.append(_Entry(metrics, log_rows, timed, model_flops))
 
     def add_input_wait(self, seconds: float) -> None:
         """Count seconds that the host waited for a batch."""
@@ -83,6 +93,7 @@ class MetricsBuffer:
                 self._throughput.add(int(metrics.examples))
                 self._timed_steps += 1
                 self._timed_examples += int(metrics.examples)
+                self._timed_flops += entry.model_flops
             if not metrics.applied:
                 skipped = progress.skipped + 1
                 progress = dataclasses.replace(progress, skipped=skipped)
@@ -104,16 +115,21 @@ class MetricsBuffer:
         """Speed since the last call, without compilation, evaluation and saves.
 
         Returns:
-          `examples_per_second`; `step_seconds`, the mean time of a step; and
-          `input_seconds`, the part of it in which the host waited for a batch.
+          `examples_per_second`; `step_seconds`, the mean time of a step;
+          `input_seconds`, the part of it in which the host waited for a batch; and, if
+          FLOPs are known, `model_flops_per_second`, over all devices.
         """
         rate = self._throughput.rate()
         values: dict[str, float | None] = {"examples_per_second": rate}
         if rate and self._timed_steps:
-            values["step_seconds"] = self._timed_examples / rate / self._timed_steps
+            seconds = self._timed_examples / rate
+            values["step_seconds"] = seconds / self._timed_steps
             values["input_seconds"] = self._input_seconds / self._timed_steps
+            if self._timed_flops:
+                values["model_flops_per_second"] = self._timed_flops / seconds
         self._timed_steps = 0
         self._timed_examples = 0
+        self._timed_flops = 0.0
         self._input_seconds = 0.0
         return values
 

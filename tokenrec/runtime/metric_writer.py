@@ -161,6 +161,30 @@ class TensorBoardWriter:
                 if value is not None:
                     self._writer.add_scalar(f"{prefix}/{name}", value, step)
 
+    def write_result(
+        self, config: Mapping[str, Any], result: Mapping[str, SupportsFloat | None]
+    ) -> None:
+        """Write the result of the run beside its config, for the tab "HPARAMS".
+
+        Args:
+          config: values of the config by dotted name; TensorBoard takes numbers,
+            booleans and texts, so others are written as text.
+          result: metrics of the best evaluation by name.
+        """
+        hparams = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in config.items()
+        }
+        metrics = {
+            f"result/{name}": value
+            for name, value in finite_values(result).items()
+            if value is not None
+        }
+        with raise_write_errors(self._folder):
+            # The name is that of a subfolder; by default it is the time, and a resumed
+            # run would leave one for each start.
+            self._writer.add_hparams(hparams, metrics, name="result")
+
     def close(self) -> None:
         """Flush and close the event file; further calls do nothing."""
         with raise_write_errors(self._folder):

@@ -41,6 +41,14 @@ class RunLog:
         for writer in self._writers:
             writer.write(step, numbers, prefix)
 
+    def write_result(
+        self, config: Mapping[str, Any], result: Mapping[str, SupportsFloat | None]
+    ) -> None:
+        """Write the result of the run with the writers that have a place for it."""
+        for writer in self._writers:
+            if isinstance(writer, TensorBoardWriter):
+                writer.write_result(config, result)
+
     def close(self) -> None:
         """Close all writers, the last one first, even if one of them fails."""
         with contextlib.ExitStack() as stack:
