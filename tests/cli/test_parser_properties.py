@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz_targets import SCHEMA
 from tokenrec.config import Config, from_json, to_json
-from tokenrec.config.load import load_config, split_overrides
+from tokenrec.config.load import load_config
+from tokenrec.config.overrides import split_overrides
 from tokenrec.config.prompt import BAR, SegmentKind, parse_prompt
 from tokenrec.config.validate import validate
 from tokenrec.data.sources.delimited import DelimitedSource

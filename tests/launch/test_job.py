@@ -9,7 +9,7 @@ import yaml
 
 from tests.launch.conftest import TPU_VM, Launch
 from tokenrec.cli.main import _parsers
-from tokenrec.config.load import split_overrides
+from tokenrec.config.overrides import split_overrides
 
 DRY = ("--dry-run", "--skip-compile")
 

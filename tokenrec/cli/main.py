@@ -17,7 +17,8 @@ from absl import flags as absl_flags
 
 from tokenrec.cli.parser import Parser, build_parser
 from tokenrec.config import Config
-from tokenrec.config.load import load_config, split_overrides
+from tokenrec.config.load import load_config
+from tokenrec.config.overrides import split_overrides
 from tokenrec.errors import (
     EXIT_BAD_STEPS,
     EXIT_DONE,
