@@ -21,30 +21,24 @@ from tokenrec.config.validate import validate
 from tokenrec.errors import InputError, suggest
 
 
-def load_config(path_or_name: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path_or_name: str | None, overrides: Sequence[str] = ()) -> Config:
     """Load and check a config.
 
     Args:
-      path_or_name: Python or JSON file, or the name of a shipped config.
+      path_or_name: Python or JSON file, or the name of a shipped config; None for the
+        defaults.
       overrides: fields to set, such as `model.width=128`.
 
     Raises:
       InputError: there is no such config or field, the file does not return a Config, or
         values are wrong. All problems with fields are reported together.
     """
-    config, problems = _read(find_config(path_or_name))
+    config = Config()
+    problems: list[ConfigProblem] = []
+    if path_or_name is not None:
+        config, problems = _read(find_config(path_or_name))
     config, more = apply_overrides(config, overrides)
     return validate(config, [*problems, *more])
-
-
-def default_config(overrides: Sequence[str]) -> Config:
-    """Check the config of all defaults, with fields set by overrides.
-
-    Raises:
-      InputError: a field does not exist, or values are wrong.
-    """
-    config, problems = apply_overrides(Config(), overrides)
-    return validate(config, problems)
 
 
 def shipped_configs() -> dict[str, Path]:
