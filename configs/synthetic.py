@@ -1,9 +1,13 @@
 """Synthetic log with a known best AUC: a run of seconds that shows every part working.
 
+Command:
     tokenrec prepare synthetic --rows 20000 --out data/synthetic
     tokenrec train --config=configs/synthetic.py --workdir=runs/synthetic
-
-Hardware and time: a CPU, well under a minute. Expected figures: see benchmarks/results.
+Hardware: 1 CPU core.
+Time: well under a minute.
+Score: valid AUC click 0.52, buy 0.52: 200 steps are too few to learn this log. The best
+    possible AUC is 0.8157 and 0.8242.
+Source: the command above; `SyntheticSource.best_auc` for the best possible AUC.
 """
 
 from tokenrec.config import (
