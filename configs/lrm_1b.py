@@ -1,4 +1,4 @@
-r"""A large recommendation model for a TPU pod: 1.27 billion dense weights, KuaiRand-27K.
+r"""Large recommendation model for a TPU pod: 1.27 billion dense weights, KuaiRand-27K.
 
 Command:
     tokenrec compile --config=configs/lrm_1b.py --topology v5p:8x8x8
@@ -12,9 +12,9 @@ Source: benchmarks/results/pods.md.
 
 A user-centric causal decoder without windows or gate. A stream has 2,048 tokens: 15
 soft tokens of the user, a separator, and a state and an action token for each of 1,016
-events. Heads of width 128 suit the attention kernels. Until the data set is prepared, `compile`
-and `describe` read table sizes from configs/schemas/kuairand_27k.json; some of them are
-assumptions.
+events. Heads of width 128 suit the attention kernels. Until the data set is prepared,
+`compile` and `describe` read table sizes from configs/schemas/kuairand_27k.json; some
+of them are assumptions.
 """
 
 from tokenrec.config import (
