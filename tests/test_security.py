@@ -1,4 +1,4 @@
-"""No reader can run code that it reads, except of config and study files, which are code."""
+"""No reader can run what it reads, except of config and study files, which are code."""
 
 from __future__ import annotations
 

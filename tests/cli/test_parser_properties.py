@@ -1,4 +1,7 @@
-"""Any text gives a value or an `InputError`, whatever reads it. One seed, so one result (derandomize)."""
+"""Any text gives a value or an `InputError`, whatever reads it.
+
+Hypothesis runs with one seed (derandomize), so that a run gives one result.
+"""
 
 from __future__ import annotations
 

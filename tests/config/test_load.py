@@ -1,4 +1,4 @@
-"""Config files and overrides: what is read, what is refused, and what the refusal says."""
+"""Config files and overrides are read, or refused with field, value and remedy."""
 
 from __future__ import annotations
 

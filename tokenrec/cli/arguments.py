@@ -76,8 +76,8 @@ def add_distributed_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distributed",
         action="store_true",
-        help="join the other processes of a pod or cluster; start all of them with this "
-        "same command",
+        help="join the other processes of a pod or cluster; start all of them with "
+        "this same command",
     )
 
 

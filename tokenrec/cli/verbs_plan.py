@@ -1,4 +1,7 @@
-"""Verbs that plan a run before it starts: config, describe, compile, launch."""
+"""Verbs that plan a run before it starts: config, describe, compile, launch.
+
+A verb imports what it calls when it runs, so that the others need no JAX.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,22 @@ if TYPE_CHECKING:
 
 def add_verbs(verbs: VerbParsers) -> dict[str, Parser]:
     """Add the verbs of this module; return their parsers by the words of the verb."""
-    config = add_verb(
+    return {
+        "config": _add_config(verbs),
+        "describe": _add_describe(verbs),
+        "compile": _add_compile(verbs),
+        "launch": _add_launch(verbs),
+    }
+
+
+def _add_config(verbs: VerbParsers) -> Parser:
+    parser = add_verb(
         verbs,
         "config",
         _config,
         "list the config fields: values, types, documentation",
     )
-    config.add_argument(
+    parser.add_argument(
         "config",
         nargs="?",
         metavar="NAME_OR_FILE",
@@ -39,27 +51,62 @@ def add_verbs(verbs: VerbParsers) -> dict[str, Parser]:
         f"config.json; or one of {', '.join(shipped_configs())} (default: a config of "
         "all defaults). --config.FIELD=VALUE overrides a field",
     )
-    config.add_argument(
+    parser.add_argument(
         "--diff",
         action="store_true",
         help="list only the fields that differ from their defaults",
     )
-    config.add_argument(
+    parser.add_argument(
         "--json", action="store_true", help="print a JSON list of the fields"
     )
+    return parser
 
-    describe = add_verb(
+
+def _config(args: argparse.Namespace) -> None:
+    from tokenrec.config import reference
+
+    config = load_config(args.config, args.overrides)
+    # Without a config and overrides the JSON documents the fields alone.
+    has_values = bool(args.config or args.overrides)
+    if args.json:
+        records = reference.to_records(config if has_values else None, diff=args.diff)
+        print(json.dumps(records, indent=1))
+    elif args.diff:
+        print(reference.to_diff(config))
+    else:
+        print(reference.to_text(config))
+
+
+def _add_describe(verbs: VerbParsers) -> Parser:
+    parser = add_verb(
         verbs,
         "describe",
         _describe,
         "print the size, token layout, attention and FLOPs of a config",
-        "It reads the schema of the data set, or the planned schema of data.schema, and "
-        "runs no model.",
+        "It reads the schema of the data set, or the planned schema of data.schema, "
+        "and runs no model.",
     )
-    add_config_flags(describe)
-    describe.add_argument("--json", type=Path, help="write the figures to this file")
+    add_config_flags(parser)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser
 
-    compile_ = add_verb(
+
+def _describe(args: argparse.Namespace) -> None:
+    # A wrong config is reported before JAX is imported, which takes seconds.
+    config = config_from_flags(args)
+    from tokenrec.planner.describe import describe, to_text
+    from tokenrec.planner.planned_schema import resolve_schema
+
+    schema, origin = resolve_schema(config)
+    description = describe(config, schema)
+    if args.json:
+        write_json(args.json, description)
+    print(origin)
+    print(to_text(description))
+
+
+def _add_compile(verbs: VerbParsers) -> Parser:
+    parser = add_verb(
         verbs,
         "compile",
         _compile,
@@ -67,25 +114,6 @@ def add_verbs(verbs: VerbParsers) -> dict[str, Parser]:
         "It reports the memory of a device, the collectives and a roofline, and ends "
         "with exit code 3 if the step does not fit.",
     )
-    _add_compile_flags(compile_)
-
-    launch = add_verb(
-        verbs,
-        "launch",
-        _launch,
-        "start a training job on Cloud TPUs, on GKE or on TPU VMs",
-        "The train step is compiled for the topology first, to see that it fits.",
-    )
-    _add_launch_flags(launch)
-    return {
-        "config": config,
-        "describe": describe,
-        "compile": compile_,
-        "launch": launch,
-    }
-
-
-def _add_compile_flags(parser: Parser) -> None:
     add_config_flags(parser)
     add_topology_flags(parser)
     shapes = parser.add_mutually_exclusive_group()
@@ -104,9 +132,42 @@ def _add_compile_flags(parser: Parser) -> None:
         type=Path,
         help="write the figures to this file; with --sweep a list of them",
     )
+    return parser
 
 
-def _add_launch_flags(parser: Parser) -> None:
+def _compile(args: argparse.Namespace) -> None:
+    config = config_from_flags(args)
+    from tokenrec.planner.compile import compile_config
+    from tokenrec.planner.report import sweep_text, to_text
+    from tokenrec.planner.sweep import compile_best
+
+    if args.sweep:
+        results = compile_best(
+            config,
+            args.topology,
+            args.slices,
+            say=lambda line: print(line, file=sys.stderr),
+        )
+    else:
+        results = [compile_config(config, args.topology, args.slices, args.mesh)]
+    if args.json:
+        write_json(args.json, results if args.sweep else results[0])
+    print(sweep_text(results) if args.sweep else to_text(results[0]))
+    if not any(result["fits"] for result in results):
+        raise MemoryError(
+            f"the train step does not fit {results[0]['device_kind']}; see the largest "
+            "arrays above"
+        )
+
+
+def _add_launch(verbs: VerbParsers) -> Parser:
+    parser = add_verb(
+        verbs,
+        "launch",
+        _launch,
+        "start a training job on Cloud TPUs, on GKE or on TPU VMs",
+        "The train step is compiled for the topology first, to see that it fits.",
+    )
     add_config_flags(parser)
     add_topology_flags(parser)
     parser.add_argument(
@@ -128,16 +189,7 @@ def _add_launch_flags(parser: Parser) -> None:
         "--bucket",
         help="Cloud Storage bucket: data sets in data/, checkpoints and logs in runs/",
     )
-    parser.add_argument(
-        "--service-account",
-        help="account that may use the bucket: its name on GKE, its e-mail address on "
-        "TPU VMs",
-    )
-    parser.add_argument(
-        "--namespace", help="Kubernetes namespace, for GKE (default: default)"
-    )
-    parser.add_argument("--project", help="Google Cloud project, for TPU VMs")
-    parser.add_argument("--zone", help="Google Cloud zone, for TPU VMs")
+    _add_cloud_flags(parser)
     parser.add_argument(
         "--spot",
         action="store_true",
@@ -164,58 +216,20 @@ def _add_launch_flags(parser: Parser) -> None:
         action="store_true",
         help="do not compile the train step first",
     )
+    return parser
 
 
-def _config(args: argparse.Namespace) -> None:
-    from tokenrec.config import reference
-
-    config = load_config(args.config, args.overrides)
-    has_values = bool(args.config or args.overrides)
-    if args.json:
-        records = reference.to_records(config if has_values else None, diff=args.diff)
-        print(json.dumps(records, indent=1))
-    elif args.diff:
-        print(reference.to_diff(config))
-    else:
-        print(reference.to_text(config))
-
-
-def _describe(args: argparse.Namespace) -> None:
-    config = config_from_flags(args)
-    from tokenrec.planner.describe import describe, to_text
-    from tokenrec.planner.planned_schema import resolve_schema
-
-    schema, origin = resolve_schema(config)
-    description = describe(config, schema)
-    if args.json:
-        write_json(args.json, description)
-    print(origin)
-    print(to_text(description))
-
-
-def _compile(args: argparse.Namespace) -> None:
-    config = config_from_flags(args)
-    from tokenrec.planner.compile import compile_config
-    from tokenrec.planner.report import sweep_text, to_text
-    from tokenrec.planner.sweep import compile_best
-
-    if args.sweep:
-        results = compile_best(
-            config,
-            args.topology,
-            args.slices,
-            say=lambda line: print(line, file=sys.stderr),
-        )
-    else:
-        results = [compile_config(config, args.topology, args.slices, args.mesh)]
-    if args.json:
-        write_json(args.json, results if args.sweep else results[0])
-    print(sweep_text(results) if args.sweep else to_text(results[0]))
-    if not any(result["fits"] for result in results):
-        raise MemoryError(
-            f"the train step does not fit {results[0]['device_kind']}; see the largest "
-            "arrays above"
-        )
+def _add_cloud_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--service-account",
+        help="account that may use the bucket: its name on GKE, its e-mail address on "
+        "TPU VMs",
+    )
+    parser.add_argument(
+        "--namespace", help="Kubernetes namespace, for GKE (default: default)"
+    )
+    parser.add_argument("--project", help="Google Cloud project, for TPU VMs")
+    parser.add_argument("--zone", help="Google Cloud zone, for TPU VMs")
 
 
 def _launch(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The registry of backbones: the class behind each `model.kind`, and what a config may ask of it.
+"""The registry of backbones: the class and the capabilities of each `model.kind`.
 
 A backbone is added by one entry in `BACKBONES` and one file in
 `tokenrec/models/backbones/` (docs/guides/backbones.md). This module imports no JAX,

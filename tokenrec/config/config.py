@@ -19,8 +19,8 @@ class Config:
     """Configuration of a run: the data, the model and how to train it."""
 
     seed: int = field(0, at_least=0)
-    """Random seed of initial weights, sample order, dropout and negatives. A run is equal
-    bit for bit to another one with its seed on the same mesh."""
+    """Random seed of initial weights, sample order, dropout and negatives. A run is
+    equal bit for bit to another one with its seed on the same mesh."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     tokens: TokensConfig = dataclasses.field(default_factory=TokensConfig)

@@ -1,4 +1,4 @@
-"""Config section `data`: the prepared data set, and the samples that are cut from it."""
+"""Config section `data`: the prepared data set, and the samples cut from it."""
 
 # ml_collections reads the annotations as types: they must not be postponed.
 
@@ -13,7 +13,7 @@ Paradigm = Literal["nio", "uc"]
 
 @dataclasses.dataclass
 class DataConfig:
-    """The prepared data set, and the samples that are cut from it."""
+    """The prepared data set, and the samples cut from it."""
 
     name: str = ""
     """Name of the prepared data set: its folder under the environment variable
@@ -43,8 +43,8 @@ class DataConfig:
     every task of the data set, with the weight in its schema."""
 
     objective: Objective = "ranking"
-    """`ranking` predicts the labels of an impression. `retrieval` predicts the next item
-    among the whole catalogue; `head` configures how."""
+    """`ranking` predicts the labels of an impression. `retrieval` predicts the next
+    item among the whole catalogue; `head` configures how."""
 
     positive: str = ""
     """Retrieval only: task whose positive labels mark the items to retrieve. Empty:
@@ -71,8 +71,9 @@ class DataConfig:
     `objective='retrieval'`: the most items to predict from one history."""
 
     buckets: tuple[int, ...] = ()
-    """Stream lengths below `events`, in events. A batch is padded to the shortest length
-    that holds it, so short histories cost less. Each length is compiled once more."""
+    """Stream lengths below `events`, in events. A batch is padded to the shortest
+    length that holds it, so short histories cost less. Each length is compiled once
+    more."""
 
     batch_size: int = field(256, at_least=1)
     """Samples of a training step, over all devices. A sample is a stream: in `uc` it

@@ -148,6 +148,7 @@ def list_sections(config_type: type, prefix: str = "") -> Iterator[tuple[str, ty
 @functools.cache
 def field_texts(section: type) -> dict[str, str]:
     """Read the documentation of a dataclass's own fields: the string below each one."""
+    # Python keeps no strings below fields: read them from the source.
     (definition,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(definition, ast.ClassDef)
     texts: dict[str, str] = {}

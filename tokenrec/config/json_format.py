@@ -98,6 +98,7 @@ def _build[T](
         problems.append(ConfigProblem(name, text))
         return section_type()
     hints = typing.get_type_hints(section_type)
+    # Fields that are missing keep their defaults: they are newer than the file.
     fields: dict[str, Any] = {}
     for key, item in value.items():
         name = f"{prefix}{key}"

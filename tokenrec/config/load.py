@@ -30,8 +30,8 @@ def load_config(path_or_name: str | None, overrides: Sequence[str] = ()) -> Conf
       overrides: fields to set, such as `model.width=128`.
 
     Raises:
-      InputError: there is no such config or field, the file does not return a Config, or
-        values are wrong. All problems with fields are reported together.
+      InputError: there is no such config or field, the file does not return a Config,
+        or values are wrong. All problems with fields are reported together.
     """
     config = Config()
     problems: list[ConfigProblem] = []

@@ -42,8 +42,8 @@ class ModelConfig:
         (32, 16), at_least=1, special={0: "a full layer among sliding ones"}
     )
     """Sliding windows of the top layers, bottom to top, in tokens, the token itself
-    included (BFTS: full attention below, shrinking windows above). Layers below are full
-    and causal. Smaller windows cost less; an event takes two tokens unless
+    included (BFTS: full attention below, shrinking windows above). Layers below are
+    full and causal. Smaller windows cost less; an event takes two tokens unless
     `tokens.fused`. () makes all layers full."""
 
     discard_static: bool = True
@@ -97,15 +97,15 @@ class ModelConfig:
     run."""
 
     remat: Remat = "none"
-    """What the backward pass recomputes to save memory: `none`; `dots`, all but matrix
-    products with weights and the attention result; or `full`, each block from its input.
-    Try `dots` when activations do not fit."""
+    """Activations that the backward pass recomputes to save memory: `none`; `dots`, all
+    but matrix products with weights and the attention result; or `full`, each block
+    from its input. Try `dots` when activations do not fit."""
 
     scan: int = field(8, at_least=3, special={0: "no loop"})
-    """Fewest consecutive layers with one window that are compiled as a loop over stacked
-    weights; the top one of them stays outside the loop. Compile time then does not grow
-    with depth. The results are the same, but weights are stored under other names, so a
-    run cannot resume with another value."""
+    """Fewest consecutive layers with one window that are compiled as a loop over
+    stacked weights; the top one of them stays outside the loop. Compile time then does
+    not grow with depth. The results are the same, but weights are stored under other
+    names, so a run cannot resume with another value."""
 
     merge: int = field(4, at_least=1)
     """`longer` only: neighbouring events that are merged into one token."""
@@ -120,8 +120,8 @@ class HeadConfig:
     section 2). Ranking has one linear head per task and no options."""
 
     retrieval: Retrieval = "next_item"
-    """`next_item` scores every item by `h . e / temperature`. `semantic_id` predicts the
-    codes of the item one level after the other; it needs `data.semantic_ids`."""
+    """`next_item` scores every item by `h . e / temperature`. `semantic_id` predicts
+    the codes of the item one level after the other; it needs `data.semantic_ids`."""
 
     negatives: int = field(
         0, at_least=1, special={0: "full softmax over the catalogue"}

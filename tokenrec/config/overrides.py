@@ -85,25 +85,29 @@ def _owner(field: str) -> str:
 def _override(config: Config, field: str, text: str) -> Config:
     """Return a copy of a config with a field set from the text of its value."""
     owner, value = _owner(field), _unquote(text)
+    # 1. Name the field that was meant.
     if not owner:
         raise InputError(_unknown_field(field))
     try:
+        # 2. ml_collections adds no key to a mapping: replace the whole mapping.
         if owner != field:
-            # ml_collections adds no key to a mapping: replace the whole mapping.
             key = field.rpartition(".")[2]
             value = str({**attrgetter(owner)(config), key: value})
+        # 3. Parse the value by the type of the field.
         return _parse_flag(config, f"{PREFIX}{owner}={value}")
     except TypeError as error:
         # The value in the config file has the wrong type.
         raise InputError(f"{field}: {error}") from error
     except ValueError as error:
         hint = _TYPES[owner]
+        # Parsers of tuples and mappings name the element that is wrong.
         if get_origin(hint) is None:
             raise InputError(f"{field}={text!r} is not {hint_name(hint)}") from None
         raise InputError(f"{field}={text!r}: {error}") from None
 
 
 def _parse_flag(config: Config, argument: str) -> Config:
+    # Flags of their own, so that one config does not change the flags of another.
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dataclass(

@@ -48,7 +48,7 @@ class Segment(NamedTuple):
 
 
 def default_prompt(config: Config) -> tuple[str, ...]:
-    """TokenFormer's layout (docs/methods.md section 3), or its form without a target."""
+    """TokenFormer's layout (docs/methods.md section 3), or that without a target."""
     if config.data.paradigm == "uc":
         return ("user", "sep", "history")
     if config.data.objective == "retrieval":
@@ -111,7 +111,8 @@ def _order_problems(
     ranks_candidates = data.objective == "ranking" and data.paradigm == "nio"
     if ranks_candidates and kinds[-1:] != ["candidate"]:
         yield (
-            f"{where} must end with 'candidate', whose last token is read out with {task}"
+            f"{where} must end with 'candidate', whose last token is read out with "
+            f"{task}"
         )
     if not ranks_candidates and own:
         yield (

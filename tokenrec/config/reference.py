@@ -45,6 +45,7 @@ class FieldRow(NamedTuple):
 
 def field_rows() -> list[FieldRow]:
     """List all config fields, section by section."""
+    # Texts of top-level fields, then those of each section under its full names.
     texts = field_texts(Config)
     for prefix, section in list_sections(Config):
         texts = texts | {
@@ -58,8 +59,8 @@ def to_markdown() -> str:
     parts = [
         "# Config fields",
         "Every field of a config, for readers who write one or override fields on the "
-        "command line (`--config.model.width=128`). `tokenrec config` prints this list, "
-        "and `tokenrec config NAME` the values of a config.",
+        "command line (`--config.model.width=128`). `tokenrec config` prints this "
+        "list, and `tokenrec config NAME` the values of a config.",
     ]
     rows = field_rows()
     for section, description in section_texts().items():
@@ -170,6 +171,7 @@ def _value_line(row: FieldRow, value: Any) -> str:
 
 
 def _type_name(hint: Any) -> str:
+    # Choices are listed apart.
     if get_origin(hint) is Literal:
         return "str"
     if isinstance(hint, types.GenericAlias):

@@ -80,16 +80,18 @@ def suggest_field(name: str, known: Iterable[str]) -> str:
     fields = sorted(known)
     section, _, leaf = name.rpartition(".")
     inside = [field for field in fields if section == _section(field)]
-    leaves = [leaf, *_other_names(leaf)]
-    for leaf_name in leaves:
+    # 1. The right name in the wrong section, or another name for the field.
+    for leaf_name in (leaf, *_other_names(leaf)):
         for candidates in (inside, fields):
             same = [field for field in candidates if _leaf(field) == leaf_name]
             if same:
                 return suggest(name, same) if len(same) > 1 else _did_you_mean(same[0])
+    # 2. A misspelt name, first in the section given, which is right more often.
     for candidates in (inside if section else [], fields):
         closest = _closest_leaf(leaf, candidates)
         if closest:
             return _did_you_mean(closest)
+    # 3. Nothing is close: the fields of the section are few, all fields are too many.
     if section and inside:
         return f"; known: {', '.join(inside)}"
     return "; `tokenrec config` lists all fields"

@@ -1,4 +1,4 @@
-"""Config section `tokens`: features to soft tokens (docs/methods.md, sections 2 and 3)."""
+"""Config section `tokens`: from features to tokens (docs/methods.md, section 2)."""
 
 # ml_collections reads the annotations as types: they must not be postponed.
 
@@ -13,7 +13,7 @@ Compression = Literal["none", "mlp", "attention"]
 
 @dataclasses.dataclass
 class TokensConfig:
-    """How features become tokens, and the order of the tokens in a stream."""
+    """Tokens made from features, and their order in a stream."""
 
     prompt: tuple[str, ...] = ()
     """Segments of the stream, in order: user, sep, history, query, title, candidate,
@@ -63,7 +63,8 @@ class TokensConfig:
     replicate_rows: int = field(100_000, at_least=1, special={0: "spread every table"})
     """Tables with at most this many rows are replicated on every device; the rows of
     longer ones are spread over all devices. Lower it if tables fill the memory. The
-    placement of rows does not depend on the mesh, so checkpoints move between meshes."""
+    placement of rows does not depend on the mesh, so checkpoints move between
+    meshes."""
 
     user_tokens: int = field(0, at_least=1, special={0: "one token per user feature"})
     """N, tokens that one maker makes of all user features together."""
@@ -78,7 +79,8 @@ class TokensConfig:
 
     maker: MakerKind = "mlp"
     """Network that maps the features of an entity to its tokens: `mlp` (linear, GELU,
-    linear), `linear`, or `transformer` (features as tokens, read by learned queries)."""
+    linear), `linear`, or `transformer` (features as tokens, read by learned
+    queries)."""
 
     hidden: int = field(0, at_least=1, special={0: "twice model.width"})
     """Inner width of an `mlp` maker."""
@@ -87,8 +89,8 @@ class TokensConfig:
     """Makers return `s * RMSNorm(z)` with a learned scale s, instead of z."""
 
     multi_valued: Literal["mean", "sum"] = "mean"
-    """How the embeddings of a multi-valued feature are pooled."""
+    """Pooling of the embeddings of a multi-valued feature."""
 
     semantic_id: Literal["concat", "sum", "prefix"] = "concat"
-    """How the levels of a semantic id become one vector: `concat` or `sum` of an
-    embedding per level, or `prefix`, the sum of hashed embeddings of each code prefix."""
+    """Combination of the levels of a semantic id: `concat` or `sum` of an embedding
+    per level, or `prefix`, the sum of a hashed embedding of each code prefix."""

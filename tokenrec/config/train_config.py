@@ -21,8 +21,8 @@ class OptimConfig:
     """Peak learning rate of the dense weights. The first field to tune."""
 
     table_learning_rate: float = field(0.05, above=0)
-    """Peak learning rate of the embedding tables. Item vectors of a sampled softmax want
-    more, about 0.3."""
+    """Peak learning rate of the embedding tables. Item vectors of a sampled softmax
+    want more, about 0.3."""
 
     warmup_steps: int = field(100, at_least=0)
     """Steps of linear warm-up of both learning rates."""
@@ -35,7 +35,8 @@ class OptimConfig:
     gate are excluded."""
 
     table_weight_decay: float = field(0.0, at_least=0)
-    """L2 weight decay of the table rows that a batch reads; other rows do not change."""
+    """L2 weight decay of the table rows that a batch reads; other rows do not
+    change."""
 
     beta1: float = field(0.9, at_least=0, below=1)
     """AdamW decay of the mean gradient."""
@@ -51,8 +52,8 @@ class OptimConfig:
     table row counted once."""
 
     accumulate: int = field(1, at_least=1)
-    """Micro-batches per step, among which `data.batch_size` is split. The result is that
-    of the whole batch; raise it when activations do not fit."""
+    """Micro-batches per step, among which `data.batch_size` is split. The result is
+    that of the whole batch; raise it when activations do not fit."""
 
     spike_norm: float = field(0.0, above=1, special={0: "off"})
     """Skip a step whose gradient norm is more than this many times its running mean.
@@ -73,8 +74,8 @@ class MeshConfig:
     reach across slices of a pod."""
 
     fsdp: int = field(1, at_least=1)
-    """Splits the batch, and keeps each weight in shards that are gathered for use. Raise
-    it when weights and optimizer state do not fit."""
+    """Splits the batch, and keeps each weight in shards that are gathered for use.
+    Raise it when weights and optimizer state do not fit."""
 
     tensor: int = field(1, at_least=1)
     """Splits heads and feed-forward networks. Raise it when a single layer does not
@@ -92,8 +93,8 @@ class TrainConfig:
     """Steps between evaluations on `eval_split`."""
 
     eval_split: str = "valid"
-    """Split that the loop evaluates; `valid` chooses the best checkpoint without looking
-    at `test`."""
+    """Split that the loop evaluates; `valid` chooses the best checkpoint without
+    looking at `test`."""
 
     eval_samples: int = field(0, at_least=1, special={0: "all"})
     """Samples that an evaluation of the loop scores, spread evenly over the split.
@@ -114,15 +115,15 @@ class TrainConfig:
     devices, so small values slow short steps down."""
 
     log_states: bool = False
-    """Each evaluation also logs the effective rank of the event states and the mean gate
-    of every layer, to watch for collapse."""
+    """Each evaluation also logs the effective rank of the event states and the mean
+    gate of every layer, to watch for collapse."""
 
     best_metric: Literal[
         "auto", "macro_auc", "macro_gauc", "loss", "recall@10", "ndcg@10"
     ] = "auto"
     """Metric that decides the best checkpoint and early stopping. Ranking: `macro_auc`,
-    `macro_gauc` or `loss` (lower is better). Retrieval: `recall@10` or `ndcg@10`. `auto`
-    is `macro_auc`, or `ndcg@10` for retrieval."""
+    `macro_gauc` or `loss` (lower is better). Retrieval: `recall@10` or `ndcg@10`.
+    `auto` is `macro_auc`, or `ndcg@10` for retrieval."""
 
     patience: int = field(0, at_least=1, special={0: "no early stopping"})
     """Evaluations without a better value after which training ends."""

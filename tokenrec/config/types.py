@@ -51,6 +51,7 @@ def has_type(value: Any, hint: Any) -> bool:
         )
     if origin is types.UnionType:
         return any(has_type(value, a) for a in args)
+    # In Python a boolean is an integer; in a config it is a mistake.
     if hint is float:
         return (
             isinstance(value, (int, float))

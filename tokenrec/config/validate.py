@@ -81,6 +81,7 @@ def _field_problems(section: Any, prefix: str) -> Iterator[ConfigProblem]:
 
 def _value_problem(name: str, value: Any, hint: Any, bounds: Bounds) -> str:
     """Message for a value that a field cannot have; empty if it can."""
+    # A wrong word gets the closest choice, a value of another type gets the type.
     if bounds.choices and isinstance(value, str):
         if value in bounds.choices:
             return ""
