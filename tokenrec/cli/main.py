@@ -133,8 +133,8 @@ def _run(argv: list[str]) -> int:
     args = parser.parse_args(arguments)
     if overrides and "config" not in args:
         raise InputError(
-            f"tokenrec {args.verb} takes no --config.{overrides[0]}; it uses the "
-            "config.json of the run"
+            f"{args.verb} takes no --config.{overrides[0]}; it uses the config.json of "
+            "the run"
         )
     args.overrides = overrides
     # 3. Grain reads absl flags, which argparse does not parse.

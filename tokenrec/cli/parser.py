@@ -19,7 +19,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raise an InputError instead of ending the process."""
-        raise InputError(f"{message}; see `{self.prog} --help`")
+        # A suggestion ends with a question mark.
+        see = " See" if message.endswith("?") else "; see"
+        raise InputError(f"{message}{see} `{self.prog} --help`")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:

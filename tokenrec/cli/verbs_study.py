@@ -70,8 +70,8 @@ def _study(args: argparse.Namespace) -> None:
 
     if args.overrides:
         raise InputError(
-            f"tokenrec study takes no --config.{args.overrides[0]}; the study file "
-            "sets the fields of its runs"
+            f"study takes no --config.{args.overrides[0]}; the study file sets the "
+            "fields of its runs"
         )
     # The command that the page and study.json name: flags that do not change the results
     # are left out.
