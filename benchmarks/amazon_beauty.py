@@ -34,7 +34,7 @@ from tokenrec.evaluation.evaluate import make_evaluator
 from tokenrec.runtime.files import write_json
 from tokenrec.semantic_ids.build import build_semantic_ids
 from tokenrec.sharding import make_mesh
-from tokenrec.train import train
+from tokenrec.train_loop import train
 
 # Of configs/, and how many last items of a user are not learned.
 CONFIGS = {

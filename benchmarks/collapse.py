@@ -37,7 +37,7 @@ from tokenrec.data.sources.synthetic_profiles import ProfilesSource
 from tokenrec.errors import InputError
 from tokenrec.evaluation.evaluate import evaluate_run
 from tokenrec.runtime.files import write_json
-from tokenrec.train import train
+from tokenrec.train_loop import train
 
 RESULT = Path(__file__).parent / "results" / "collapse"
 RECORD = "collapse.json"

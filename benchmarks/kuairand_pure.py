@@ -22,7 +22,7 @@ from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.kuairand import KuaiRandSource
 from tokenrec.evaluation.evaluate import evaluate_run
 from tokenrec.runtime.files import write_json
-from tokenrec.train import train
+from tokenrec.train_loop import train
 
 METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
 

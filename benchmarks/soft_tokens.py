@@ -47,7 +47,7 @@ from tokenrec.runtime.files import write_json
 from tokenrec.runtime.metric_writer import METRICS_FILE
 from tokenrec.sharding import make_mesh
 from tokenrec.state import ModelSpec, build_model
-from tokenrec.train import train
+from tokenrec.train_loop import train
 
 RESULTS = Path(__file__).parent / "results"
 RECORD = "result.json"

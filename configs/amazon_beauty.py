@@ -1,12 +1,16 @@
-"""Amazon Beauty: the next item of a user, among all 12,101.
+"""Amazon Beauty: predict the next item of a user among all 12,101 items.
 
+Command:
     tokenrec prepare amazon --root DIR --name Beauty --out data/amazon_beauty
     tokenrec train --config=configs/amazon_beauty.py --workdir=runs/amazon_beauty
-    tokenrec evaluate --workdir=runs/amazon_beauty --split test --json runs/amazon_beauty/test.json
+    tokenrec evaluate --workdir=runs/amazon_beauty --split=test
+Hardware: 1 CPU core.
+Time: about 5 minutes.
+Score: test Recall@10 0.0782 ± 0.0014, NDCG@10 0.0480 ± 0.0011 (3 seeds).
+Source: benchmarks/results/amazon_beauty.md.
 
-Hardware and time: a CPU core, about 5 minutes. Figures: benchmarks/results/amazon_beauty.md.
-
-Leave-one-out: the last item of a user is test, the one before it valid. Every event is asked for the next one.
+The split is leave-one-out: the last item of a user is test, the one before it valid.
+Every event of a stream predicts the next one.
 """
 
 from tokenrec.config import (
@@ -34,7 +38,7 @@ def get_config() -> Config:
         ),
         tokens=TokensConfig(embedding_dim=16, fused=True),
         model=ModelConfig(width=64, heads=2, layers=2, windows=(), dropout=0.4),
-        # No one reviews an item twice here, so that seen ones need no place among the ten.
+        # Nobody reviews an item twice here, so seen items need no place in the ranking.
         head=HeadConfig(negatives=1_024, cosine=True, temperature=0.07, drop_seen=True),
         optim=OptimConfig(
             steps=5_250,

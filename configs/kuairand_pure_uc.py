@@ -1,12 +1,17 @@
-r"""KuaiRand-Pure, user-centric: one stream of a user's impressions, a prediction at every one of them.
+r"""KuaiRand-Pure, user-centric: streams of a user's impressions, a prediction at each.
 
-    tokenrec prepare kuairand --root DIR --out data/kuairand_pure --valid-from 2022-05-03 --test-from 2022-05-05
+Command:
+    tokenrec prepare kuairand --root DIR --out data/kuairand_pure \
+        --valid-from 2022-05-03 --test-from 2022-05-05
     tokenrec train --config=configs/kuairand_pure_uc.py --workdir=runs/kuairand_pure_uc
+    tokenrec evaluate --workdir=runs/kuairand_pure_uc --split=valid
+Hardware: 2 CPU cores.
+Time: about 4 minutes.
+Score: valid AUC is_click 0.7522 ± 0.0006, long_view 0.7536 ± 0.0010 (3 seeds).
+Source: benchmarks/results/kuairand_pure.md.
 
-Hardware and time: a CPU with 2 cores, about 4 minutes. Expected figures: benchmarks/results/kuairand_pure.md.
-
-One epoch: in single runs a second one gained nothing, with a user embedding or without. Earlier events whose long view
-is known carry loss too.
+It trains for one epoch: in single runs a second one gained nothing, with or without a
+user embedding. Earlier events whose long-view label is known carry loss too.
 """
 
 from tokenrec.config import (
@@ -18,8 +23,8 @@ from tokenrec.config import (
     TrainConfig,
 )
 
-# What a user did lately is in the stream already, and the rates of long views do not know the history file, which most
-# of a user's events are from.
+# Rates of the user are excluded: the stream already holds what the user did lately, and
+# the rates of long views lack the history file, from which most of its events come.
 USER_RATES = tuple(
     f"{figure}_{key}{label}"
     for key in ("user", "user_author", "user_tag")

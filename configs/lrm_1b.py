@@ -1,16 +1,20 @@
-r"""A large recommendation model: 1.2 billion dense weights over soft tokens of KuaiRand-27K, for a pod.
+r"""Large recommendation model for a TPU pod: 1.27 billion dense weights, KuaiRand-27K.
 
+Command:
     tokenrec compile --config=configs/lrm_1b.py --topology v5p:8x8x8
-    tokenrec prepare kuairand --root DIR --download 27k --out data/kuairand_27k --valid-from 2022-05-03 \
-        --test-from 2022-05-05
+    tokenrec prepare kuairand --root DIR --download 27k --out data/kuairand_27k \
+        --valid-from 2022-05-03 --test-from 2022-05-05
     tokenrec train --config=configs/lrm_1b.py --workdir=runs/lrm_1b --distributed
+Hardware: 512 TPU v5p chips.
+Time: at least 150 ms per step, by the roofline of the compiled step.
+Score: none. Nobody has trained it; the number of steps is a plan.
+Source: benchmarks/results/pods.md.
 
-Hardware: 512 TPU v5p chips. Nobody has trained it: benchmarks/results/pods.md has what the compiler says of it, and
-`steps` is a plan. Before the data is prepared, `compile` and `describe` read the sizes of its tables from
-configs/schemas/kuairand_27k.json, where some are assumptions.
-
-User-centric, as a causal decoder without windows or gate: 15 soft tokens of the user, a separator, and 1,016 events of
-a state and an action token each, 2,048 tokens in all. Attention heads of 128 are what the kernels like best.
+A user-centric causal decoder without windows or gate. A stream has 2,048 tokens: 15
+soft tokens of the user, a separator, and a state and an action token for each of 1,016
+events. Heads of width 128 suit the attention kernels. Until the data set is prepared,
+`compile` and `describe` read table sizes from configs/schemas/kuairand_27k.json; some
+of them are assumptions.
 """
 
 from tokenrec.config import (
@@ -24,7 +28,8 @@ from tokenrec.config import (
 )
 
 CHIPS = 512
-STREAMS = 4  # of a chip
+# Streams per chip.
+STREAMS = 4
 
 
 def get_config() -> Config:

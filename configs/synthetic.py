@@ -1,9 +1,13 @@
-"""First look: a made-up log whose best possible AUC is known.
+"""First look: a synthetic log whose best possible AUC is known.
 
+A click depends on the user's segment, the item's genre, and the genre and reaction of the
+user's latest event: a model has to read static fields and history together. Short windows
+on top make the latest event easy to find.
+
+Command:
     tokenrec prepare synthetic --rows 60000 --out data/synthetic
     tokenrec train --config=configs/synthetic.py --workdir=runs/synthetic
     tokenrec evaluate --workdir=runs/synthetic --split valid --baselines
-
 Hardware: 2 CPU cores.
 """
 
@@ -28,12 +32,12 @@ def get_config() -> Config:
             eval_batch_size=64,
         ),
         tokens=TokensConfig(embedding_dim=16),
-        model=ModelConfig(width=32, heads=2, layers=2, windows=(8,)),
+        model=ModelConfig(width=32, heads=2, layers=2, windows=(3,)),
         optim=OptimConfig(
-            steps=1000,
+            steps=800,
             warmup_steps=40,
             learning_rate=6e-3,
             table_learning_rate=0.5,
         ),
-        train=TrainConfig(eval_every=250, save_every=250, log_every=20),
+        train=TrainConfig(eval_every=200, save_every=200),
     )

@@ -92,9 +92,7 @@ def test_item_vectors_are_the_rows_of_the_items_whatever_their_order(
     tokenrec.train(config, tmp_path, progress=False)
     run = tokenrec.load(tmp_path)
     vectors = run.item_vectors()
-    assert (
-        vectors["item_id"].to_pylist() == run.dataset.catalogue.item_id.tolist()
-    )
+    assert vectors["item_id"].to_pylist() == run.dataset.catalogue.item_id.tolist()
     found = np.stack(vectors["vector"].to_numpy(zero_copy_only=False))
     assert found.shape == (24, 4)
     # Looked up as the model does, in a batch whose targets are the whole catalogue.
@@ -126,9 +124,11 @@ def lookup_of_items(run: tokenrec.LoadedRun, batch: object) -> np.ndarray:
 
 def test_a_source_is_named_or_an_object(tmp_path: Path) -> None:
     tokenrec.prepare(SyntheticSource(600), tmp_path / "object")
-    with pytest.raises(InputError, match="source='synthetik'.*did you mean 'synthetic'"):
+    with pytest.raises(
+        InputError, match=r"source='synthetik'.*did you mean 'synthetic'"
+    ):
         tokenrec.prepare("synthetik", tmp_path / "x")
-    with pytest.raises(InputError, match="source='synthetic': .*row"):
+    with pytest.raises(InputError, match=r"source='synthetic': .*row"):
         tokenrec.prepare("synthetic", tmp_path / "x", row=600)
     with pytest.raises(InputError, match="rows: arguments of a named source"):
         tokenrec.prepare(SyntheticSource(600), tmp_path / "x", rows=600)
@@ -153,7 +153,7 @@ def test_every_public_name_is_there_and_importing_loads_no_jax() -> None:
 
 
 def test_training_after_the_submodules_are_imported_is_still_a_function() -> None:
-    import tokenrec.train_loop  # noqa: F401
+    import tokenrec.train_loop
 
     assert callable(tokenrec.train)
     assert callable(tokenrec.compile)

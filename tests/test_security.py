@@ -1,4 +1,4 @@
-"""Nothing that is read can run code, but a config file, which is code."""
+"""No reader can run what it reads, except of config and study files, which are code."""
 
 from __future__ import annotations
 
@@ -23,19 +23,15 @@ MODULES = {
 CALLS = {"eval", "exec", "compile", "__import__"}
 
 ALLOWED = {
-    (
-        "tokenrec/config/load.py",
-        "runpy",
-    ),  # config and study files: README.md says that they are run
-    (
-        "tokenrec/data/beam/shared_files.py",
-        "pickle",
-    ),  # between workers of one pipeline: docs/beam.md says whom to trust
+    # Config and study files are run, as README.md says.
+    ("tokenrec/config/load.py", "runpy"),
+    # Between the workers of one pipeline; docs/guides/beam.md says whom to trust.
+    ("tokenrec/data/beam/shared_files.py", "pickle"),
 }
 
 
 def risks(tree: ast.AST) -> Iterator[str]:
-    """Modules and calls that run what they read."""
+    """Yield the modules and calls of a program that can run what they read."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (

@@ -1,6 +1,6 @@
 """A training run in progress: its compiled step, input, evaluation, checkpoints and logs.
 
-`train.py` calls these functions in order. Each names its phase to the watchdog before
+`train_loop.py` calls these functions in order. Each names its phase to the watchdog before
 it waits for anything, so that a run that hangs says where it stands.
 """
 

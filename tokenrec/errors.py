@@ -10,19 +10,29 @@ EXIT_INPUT = 2
 EXIT_MEMORY = 3
 EXIT_BAD_STEPS = 4
 EXIT_HUNG = 5
-EXIT_PREEMPTED = 75  # sysexits.h: try again
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: a later attempt may succeed
 
 
 class InputError(ValueError):
-    """Wrong input: the message names the field, the value, the reason and the remedy."""
+    """Wrong input.
+
+    The message names the field, its value, the reason and the remedy.
+    """
 
 
 class NonFiniteError(ArithmeticError):
-    """A step produced a loss or gradient that is not finite; the message names the step and the batch."""
+    """A training step whose loss or gradient is not finite.
+
+    The message names the step and the log rows of its batch.
+    """
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; the message names the step, which is saved."""
+    """A training run that a signal stopped after it had saved a checkpoint.
+
+    Attributes:
+      signal: number of the signal, which decides the exit code.
+    """
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -30,15 +40,15 @@ class Stopped(Exception):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns `"; did you mean 'x'?"` for the known name nearest to `name`, or the list of known names.
+    """Return `"; did you mean 'x'?"` for the closest known name, else the known names.
 
     >>> suggest("widht", ["width", "heads"])
     "; did you mean 'width'?"
     >>> suggest("zzz", ["width", "heads"])
     '; known: heads, width'
     """
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"; did you mean '{near[0]}'?"
-    return f"; known: {', '.join(known)}"
+    candidates = sorted(known)
+    closest = difflib.get_close_matches(name, candidates, n=1)
+    if closest:
+        return f"; did you mean '{closest[0]}'?"
+    return f"; known: {', '.join(candidates)}"

@@ -1,13 +1,15 @@
-"""Complete Journey: how much history, from 10 to 500 purchases.
+r"""Complete Journey: history length, from 10 to 500 purchases.
 
+Command:
     tokenrec prepare complete_journey --out data/complete_journey
-    tokenrec study --config=configs/studies/complete_journey_length.py --data data/complete_journey \
-        --out studies/complete_journey_length
+    tokenrec study --config=configs/studies/complete_journey_length.py \
+        --data data/complete_journey --out studies/complete_journey_length
+Hardware: 2 CPU cores.
+Time: 5 runs of 1 to 6 CPU-minutes; rerun the command to resume.
+Score: benchmarks/results/studies/complete_journey_length.md.
 
-Hardware and time: a CPU with 2 cores, some 1 to 6 CPU-minutes a run, 5 runs, one seed; it goes on when it is started
-again.
-
-The lowest layers see all of the history, the upper ones its newest 32 and 16 rows, however long it is.
+One seed. The lowest layers see the whole history, the upper ones its newest 32 and 16
+tokens, however long it is.
 """
 
 from tokenrec.study.plan import Study

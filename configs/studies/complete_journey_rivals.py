@@ -1,14 +1,18 @@
-"""Complete Journey: TokenFormer and rivals on baskets, 20 candidates a stream.
+r"""Complete Journey: TokenFormer and other backbones on baskets of 20 candidates.
 
+Command:
     tokenrec prepare complete_journey --out data/complete_journey
-    tokenrec study --config=configs/studies/complete_journey_rivals.py --data data/complete_journey \
-        --out studies/complete_journey_rivals --side-by-side 2
+    tokenrec study --config=configs/studies/complete_journey_rivals.py \
+        --data data/complete_journey --out studies/complete_journey_rivals \
+        --side-by-side 2
+Hardware: 2 CPU cores.
+Time: 24 runs of about 1 CPU-minute; rerun the command to resume.
+Score: benchmarks/results/studies/complete_journey_rivals.md.
 
-Hardware and time: a CPU with 2 cores, some 1 CPU-minute a run, 24 runs; it goes on when it is started again.
-
-A quarter of the steps of `complete_journey`, and of the three rates of `kuairand_pure_rivals` the two that were best
-there, for all alike. "interleaved" gives an event two tokens, state and action, as the paper does, where the others
-have one, and its windows count twice the rows.
+A quarter of the steps of `complete_journey`. All models try the two learning rates that
+were best of the three in `kuairand_pure_rivals`. "interleaved" gives an event two
+tokens, state and action, as in the paper, where the others have one; its windows count
+twice the tokens.
 """
 
 from tokenrec.study.plan import Study

@@ -1,13 +1,16 @@
-"""Complete Journey: the best of `complete_journey_rivals` after all the steps of the config, four times as many.
+r"""Complete Journey: the best models of `complete_journey_rivals` with all steps.
 
+Command:
     tokenrec prepare complete_journey --out data/complete_journey
-    tokenrec study --config=configs/studies/complete_journey_rivals_full.py --data data/complete_journey \
-        --out studies/complete_journey_rivals_full --side-by-side 2
+    tokenrec study --config=configs/studies/complete_journey_rivals_full.py \
+        --data data/complete_journey --out studies/complete_journey_rivals_full \
+        --side-by-side 2
+Hardware: 2 CPU cores.
+Time: 13 runs of about 3 CPU-minutes; rerun the command to resume.
+Score: benchmarks/results/studies/complete_journey_rivals_full.md.
 
-Hardware and time: a CPU with 2 cores, some 3 CPU-minutes a run, 13 runs, three seeds; it goes on when it is
-started again.
-
-Rates are those that `complete_journey_rivals` chose; TokenFormer tries both.
+All the steps of the config, four times as many as in `complete_journey_rivals`, with
+three seeds. The learning rates are those that study chose; TokenFormer tries both.
 """
 
 from tokenrec.study.plan import Study

@@ -1,13 +1,15 @@
-"""Complete Journey: width and depth against quality, at equal data.
+r"""Complete Journey: quality against width and depth, at equal data.
 
+Command:
     tokenrec prepare complete_journey --out data/complete_journey
-    tokenrec study --config=configs/studies/complete_journey_scaling.py --data data/complete_journey \
-        --out studies/complete_journey_scaling
+    tokenrec study --config=configs/studies/complete_journey_scaling.py \
+        --data data/complete_journey --out studies/complete_journey_scaling
+Hardware: 2 CPU cores.
+Time: 17 runs of 1 to 3 CPU-minutes; rerun the command to resume.
+Score: benchmarks/results/studies/complete_journey_scaling.md.
 
-Hardware and time: a CPU with 2 cores, some 1 to 3 CPU-minutes a run, 17 runs, three seeds; it goes on when it is
-started again.
-
-`wWIDTH-lLAYERS`; half of the layers slide, as in the base. The largest two try a lower learning rate, too.
+Three seeds. Models are named `wWIDTH-lLAYERS`; half of their layers have windows, as in
+the base config. The largest two also try a lower learning rate.
 """
 
 from tokenrec.study.plan import Study

@@ -1,14 +1,18 @@
-"""KuaiRand-Pure, user-centric: the paper's ablations of the backbone and of the stream.
+r"""KuaiRand-Pure, user-centric: the ablations of the paper, of backbone and stream.
 
-    tokenrec prepare kuairand --root DIR --out data/kuairand_pure --valid-from 2022-05-03 --test-from 2022-05-05
-    tokenrec study --config=configs/studies/kuairand_pure_ablations.py --data data/kuairand_pure \
-        --out studies/kuairand_pure_ablations --side-by-side 2
+Command:
+    tokenrec prepare kuairand --root DIR --out data/kuairand_pure \
+        --valid-from 2022-05-03 --test-from 2022-05-05
+    tokenrec study --config=configs/studies/kuairand_pure_ablations.py \
+        --data data/kuairand_pure --out studies/kuairand_pure_ablations --side-by-side 2
+Hardware: 2 CPU cores.
+Time: 36 runs of about 3 CPU-minutes; rerun the command to resume.
+Score: benchmarks/results/studies/kuairand_pure_ablations.md.
 
-Hardware and time: a CPU with 2 cores, some 3 CPU-minutes a run, 36 runs; it goes on when it is started again.
-
-One learning rate, the best of TokenFormer and of the transformer in `kuairand_pure_rivals`, which has BFTS alone and
-NLIR alone, too. `XFYS` has X full layers below Y sliding ones, 2S2F sliding ones below. Windows count rows, of which an
-event has two.
+One learning rate, the best one of TokenFormer and of the transformer in
+`kuairand_pure_rivals`, which also has BFTS alone and NLIR alone. `XFYS` has X full
+layers below Y layers with windows; 2S2F has the windows below. Windows count tokens, of
+which an event has two.
 """
 
 from tokenrec.study.plan import Study
@@ -16,7 +20,8 @@ from tokenrec.study.plan import Study
 PLAIN = {"model.gate": False, "model.windows": ()}
 
 MODELS = {
-    "tokenformer": {},  # 2F2S with the gate, windows 32 and 16
+    # 2F2S with the gate, windows 32 and 16.
+    "tokenformer": {},
     "transformer": PLAIN,
     "4F-no-static": {**PLAIN, "tokens.prompt": ("history",)},
     "4S": {"model.windows": (64, 64, 32, 16)},
@@ -38,9 +43,8 @@ def get_study() -> Study:
         reference="tokenformer",
         learning_rates=(1e-3,),
         seeds=(0, 1, 2),
-        splits=(
-            "valid",
-        ),  # the part of the log that targets are stated for ends on 4 May
+        # The figures of other systems are for valid, which ends on 4 May.
+        splits=("valid",),
         overrides={
             "train.eval_samples": 1_000,
             "train.eval_every": 219,

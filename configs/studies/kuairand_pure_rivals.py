@@ -1,16 +1,18 @@
-"""KuaiRand-Pure, user-centric: learning rates for TokenFormer, its parts, and the rivals that score each event.
+r"""KuaiRand-Pure, user-centric: learning rates of backbones that score every event.
 
-One seed; `kuairand_pure_rivals_seeds` trains with three what is found here.
+Command:
+    tokenrec prepare kuairand --root DIR --out data/kuairand_pure \
+        --valid-from 2022-05-03 --test-from 2022-05-05
+    tokenrec study --config=configs/studies/kuairand_pure_rivals.py \
+        --data data/kuairand_pure --out studies/kuairand_pure_rivals --side-by-side 2
+Hardware: 2 CPU cores.
+Time: 30 runs of 3 to 6 CPU-minutes; rerun the command to resume.
+Score: benchmarks/results/studies/kuairand_pure_rivals.md.
 
-    tokenrec prepare kuairand --root DIR --out data/kuairand_pure --valid-from 2022-05-03 --test-from 2022-05-05
-    tokenrec study --config=configs/studies/kuairand_pure_rivals.py --data data/kuairand_pure \
-        --out studies/kuairand_pure_rivals --side-by-side 2
-
-Hardware and time: a CPU with 2 cores, some 3 to 6 CPU-minutes a run, 30 runs; it goes on when it is started again.
-
-All have the same inputs, makers, head, losses, table rate, dropout, width, batches and steps. Where a rival's own shape
-is a choice (layers, heads), docs/rivals.md says which was made. OneTrans and LONGER read one target a stream, and stand
-in `kuairand_pure_rivals_nio`.
+One seed; `kuairand_pure_rivals_seeds` trains the rates found here with three. All
+models have the same inputs, makers, head, losses, table learning rate, dropout, width,
+batches and steps. docs/guides/backbones.md explains the layers and heads chosen for
+each. OneTrans and LONGER read one target per stream: see `kuairand_pure_rivals_nio`.
 """
 
 from tokenrec.study.plan import Study
@@ -18,7 +20,8 @@ from tokenrec.study.plan import Study
 ALL_FULL = {"model.windows": ()}
 
 MODELS = {
-    "tokenformer": {},  # 2F2S with the gate, windows 32 and 16
+    # 2F2S with the gate, windows 32 and 16.
+    "tokenformer": {},
     "transformer": {**ALL_FULL, "model.gate": False},
     "bfts": {"model.gate": False},
     "nlir": ALL_FULL,
@@ -43,9 +46,8 @@ def get_study() -> Study:
         reference="tokenformer",
         learning_rates=(4e-4, 1e-3, 2.5e-3),
         seeds=(0,),
-        splits=(
-            "valid",
-        ),  # the part of the log that targets are stated for ends on 4 May
+        # The figures of other systems are for valid, which ends on 4 May.
+        splits=("valid",),
         overrides={"train.eval_samples": 1_000, "train.eval_every": 219},
         cpu_hours=3.5,
     )

@@ -1,13 +1,18 @@
-"""KuaiRand-Pure, one stream per impression: TokenFormer and the rivals that read one target a stream.
+r"""KuaiRand-Pure, one stream per impression: backbones that read one target.
 
-    tokenrec prepare kuairand --root DIR --out data/kuairand_pure --valid-from 2022-05-03 --test-from 2022-05-05
-    tokenrec study --config=configs/studies/kuairand_pure_rivals_nio.py --data data/kuairand_pure \
-        --out studies/kuairand_pure_rivals_nio --side-by-side 2
+Command:
+    tokenrec prepare kuairand --root DIR --out data/kuairand_pure \
+        --valid-from 2022-05-03 --test-from 2022-05-05
+    tokenrec study --config=configs/studies/kuairand_pure_rivals_nio.py \
+        --data data/kuairand_pure --out studies/kuairand_pure_rivals_nio \
+        --side-by-side 2
+Hardware: 2 CPU cores.
+Time: 16 runs of about 3 CPU-minutes; rerun the command to resume.
+Score: benchmarks/results/studies/kuairand_pure_rivals_nio.md.
 
-Hardware and time: a CPU with 2 cores, some 3 CPU-minutes a run, 16 runs; it goes on when it is started again.
-
-Half of the steps of `kuairand_pure_nio`, and of the three rates of `kuairand_pure_rivals` the two that were best there,
-for all alike. DIN stands for those that score events, too; `kuairand_pure_rivals` has the others.
+Half of the steps of `kuairand_pure_nio`. All models try the two learning rates that
+were best of the three in `kuairand_pure_rivals`. DIN stands for the models that score
+every event; `kuairand_pure_rivals` has the others.
 """
 
 from tokenrec.study.plan import Study
@@ -29,9 +34,8 @@ def get_study() -> Study:
         reference="tokenformer",
         learning_rates=(1e-3, 2.5e-3),
         seeds=(0, 1, 2),
-        splits=(
-            "valid",
-        ),  # the part of the log that targets are stated for ends on 4 May
+        # The figures of other systems are for valid, which ends on 4 May.
+        splits=("valid",),
         overrides={
             "optim.steps": 256,
             "train.eval_samples": 1_000,

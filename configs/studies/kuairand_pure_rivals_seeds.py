@@ -1,14 +1,18 @@
-"""KuaiRand-Pure, user-centric: the models of `kuairand_pure_rivals` at the learning rates that it found, three seeds.
+r"""KuaiRand-Pure, user-centric: the models of `kuairand_pure_rivals` with three seeds.
 
-    tokenrec prepare kuairand --root DIR --out data/kuairand_pure --valid-from 2022-05-03 --test-from 2022-05-05
-    tokenrec study --config=configs/studies/kuairand_pure_rivals_seeds.py --data data/kuairand_pure \
-        --out studies/kuairand_pure_rivals_seeds --side-by-side 2
+Command:
+    tokenrec prepare kuairand --root DIR --out data/kuairand_pure \
+        --valid-from 2022-05-03 --test-from 2022-05-05
+    tokenrec study --config=configs/studies/kuairand_pure_rivals_seeds.py \
+        --data data/kuairand_pure --out studies/kuairand_pure_rivals_seeds \
+        --side-by-side 2
+Hardware: 2 CPU cores.
+Time: 36 runs of about 3 CPU-minutes; rerun the command to resume.
+Score: benchmarks/results/studies/kuairand_pure_rivals_seeds.md.
 
-Hardware and time: a CPU with 2 cores, some 3 CPU-minutes a run, 36 runs; it goes on when it is started again.
-
-Each model has the rate that was best of the three in `kuairand_pure_rivals`, whose table is in
-benchmarks/results/studies. Five models had it at the upper edge; they try twice as much here, too. The semi-local HSTU
-tries its second best again, since some of its biases decayed when the search ran.
+Each model has the best of its three learning rates in `kuairand_pure_rivals`. Five
+models had it at the upper edge and also try twice that rate. The semi-local HSTU also
+tries its second best, because some of its biases decayed when the search ran.
 """
 
 from tokenrec.study.plan import Study
@@ -16,7 +20,8 @@ from tokenrec.study.plan import Study
 ALL_FULL = {"model.windows": ()}
 
 MODELS = {
-    "tokenformer": {"train.log_states": True},  # 2F2S with the gate, windows 32 and 16
+    # 2F2S with the gate, windows 32 and 16.
+    "tokenformer": {"train.log_states": True},
     "transformer": {**ALL_FULL, "model.gate": False, "train.log_states": True},
     "bfts": {"model.gate": False},
     "nlir": ALL_FULL,
@@ -46,9 +51,8 @@ def get_study() -> Study:
             "hstu-semi-local": (1e-3, 2.5e-3),
         },
         seeds=(0, 1, 2),
-        splits=(
-            "valid",
-        ),  # the part of the log that targets are stated for ends on 4 May
+        # The figures of other systems are for valid, which ends on 4 May.
+        splits=("valid",),
         overrides={"train.eval_samples": 1_000, "train.eval_every": 219},
         cpu_hours=3.5,
     )

@@ -1,8 +1,8 @@
-"""The smallest study: TokenFormer and a plain transformer on the synthetic log.
+"""The smallest study: TokenFormer beside a plain transformer on a synthetic log.
 
+Command:
     tokenrec prepare synthetic --rows 60000 --out data/synthetic
     tokenrec study --config=configs/studies/synthetic.py --out=studies/synthetic
-
 Hardware: 2 CPU cores.
 """
 

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tests.test_train import small
+from tests.test_train_loop import small
 from tests.worlds import mesh_of
 from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
 from tokenrec.checkpoint.run_folder import create_or_check_run
@@ -24,7 +24,7 @@ from tokenrec.errors import InputError
 from tokenrec.evaluation.evaluate import jit_eval_step, score_split
 from tokenrec.ops.tables.exchange import stored_rows, to_storage_index
 from tokenrec.state import build_model, init_state
-from tokenrec.train import train
+from tokenrec.train_loop import train
 
 STEP = 5  # of the checkpoint that runs start from
 EXCLUDED = ("age", "load", "price", "vector", "seconds")

@@ -1,7 +1,8 @@
-"""The command line: its contract, its exit codes, and what it says to a user who errs."""
+"""The command line: its verbs, its exit codes, and its messages to a user who errs."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -41,14 +42,15 @@ Replace = Callable[..., None]
 
 @pytest.fixture
 def replace(monkeypatch: pytest.MonkeyPatch) -> Replace:
-    """Puts a module with the given functions in the place of one that a verb imports."""
+    """Replace a module that a verb imports by one with the given functions."""
 
     def put(name: str, **functions: Any) -> None:
         module = ModuleType(name)
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
         package, _, leaf = name.rpartition(".")
-        monkeypatch.setattr(sys.modules[package], leaf, module, raising=False)
+        parent = importlib.import_module(package)
+        monkeypatch.setattr(parent, leaf, module, raising=False)
 
     return put
 
@@ -71,7 +73,7 @@ def test_train_gets_the_config_with_overrides_and_data(
         seen.append((config, workdir, progress))
         return {"step": 20, "best_step": 10, "evaluation": {"tasks": {"click": TASK}}}
 
-    replace("tokenrec.train", train=train)
+    replace("tokenrec.train_loop", train=train)
     assert (
         main(
             [
@@ -94,9 +96,34 @@ def test_train_gets_the_config_with_overrides_and_data(
     assert (workdir, progress, default_progress) == (Path("run"), False, True)
     assert (other.seed, other.data.name) == (6, "synthetic")
     printed = capsys.readouterr().out
-    assert all(
-        part in printed for part in ("step 20", "best step 10", "click", "0.7500")
-    )
+    assert "run: trained to step 20\nbest checkpoint: step 10\n" in printed
+    assert all(part in printed for part in ("last evaluation: step 20", "0.7500"))
+
+
+def test_train_prints_the_metrics_of_the_best_step(
+    replace: Replace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = {
+        "step": 1_000,
+        "best_step": 750,
+        "evaluation": {"tasks": {"click": TASK | {"auc": 0.6125}}},
+        "best_evaluation": {"tasks": {"click": TASK}},
+    }
+    replace("tokenrec.train_loop", train=lambda *_, **__: summary)
+    assert main(TRAIN) == 0
+    printed = capsys.readouterr().out
+    assert "best checkpoint: step 750; its metrics on valid:" in printed
+    assert "0.7500" in printed
+    assert "0.6125" not in printed
+
+
+def test_train_prints_no_table_if_nothing_was_evaluated(
+    replace: Replace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = {"step": 20, "best_step": -1, "evaluation": None}
+    replace("tokenrec.train_loop", train=lambda *_, **__: summary)
+    assert main(TRAIN) == 0
+    assert capsys.readouterr().out == "run: trained to step 20\n"
 
 
 def test_evaluate_passes_its_flags_and_writes_whole_json(
@@ -215,7 +242,7 @@ def test_each_failure_has_its_exit_code_and_one_message(
     code: int,
     message: str,
 ) -> None:
-    replace("tokenrec.train", train=raising(error))
+    replace("tokenrec.train_loop", train=raising(error))
     assert main(TRAIN) == code
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -231,7 +258,7 @@ def test_each_failure_has_its_exit_code_and_one_message(
 def test_an_unexpected_failure_keeps_its_traceback(
     replace: Replace, error: Exception
 ) -> None:
-    replace("tokenrec.train", train=raising(error))
+    replace("tokenrec.train_loop", train=raising(error))
     with pytest.raises(type(error)):
         main(TRAIN)
 
@@ -256,7 +283,10 @@ WRONG_LINES = {
     "prepare kuairnd --out=x": "did you mean 'kuairand'",
     "prepare synthetic --out=x --row=5": "did you mean '--rows'",
     "prepare synthetic --out=x --rows=5.5": "'5.5' is not a whole number",
-    "prepare synthetic --out=x --rows=5 --static-weight=2": "say how many with --static-rank",
+    "prepare synthetic --out=x --rows=5 --static-weight=2": "set their number with --static-rank",
+    "config synthetik": "did you mean 'synthetic'",
+    "config --config.optim.lr=1": "did you mean 'optim.learning_rate'",
+    "config --dif": "did you mean '--diff'",
     "prepare kuairand --root=r --out=x --valid-from=2022-05-33 --test-from=2022-05-05": "'2022-05-33' is not a day",
     "prepare kuairand --root=r --out=x --download=pur": "did you mean 'pure'",
 }
@@ -296,6 +326,11 @@ def test_a_missing_data_set_names_the_folder_and_the_remedy(
         "describe",
         "compile",
         "report",
+        "config",
+        "replay",
+        "semantic-ids",
+        "study",
+        "launch",
     ],
 )
 def test_every_verb_explains_itself(
@@ -348,6 +383,108 @@ def test_beam_is_asked_for_by_flag_and_needs_its_extra(
         "--beam-work=shared is for Apache Beam; add --beam" in capsys.readouterr().err
     )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def study(replace: Replace) -> list[Path]:
+    """A study whose runs are done at once, and a page writer; folders of the pages."""
+    pages: list[Path] = []
+    replace("tokenrec.study.plan", load_study=lambda path: path)
+    replace("tokenrec.study.runner", run_study=lambda *_, **__: None)
+    replace("tokenrec.study.jobs", BudgetSpent=BudgetSpent)
+    replace(
+        "tokenrec.analysis.report",
+        write_report=lambda folders, out: pages.append(out) or out / "report.html",
+    )
+    return pages
+
+
+class BudgetSpent(InputError):
+    """The error of a study without CPU-hours left."""
+
+
+STUDY = ["study", "--config=synthetic", "--out=out"]
+
+
+def test_study_writes_its_page(
+    study: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(STUDY) == 0
+    assert capsys.readouterr().out == "out/report.html\n"
+    assert study == [Path("out")]
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+PAGE_LATER = (
+    "out: tables written; the page needs matplotlib: run "
+    '`pip install ".[report]"` and `tokenrec report --study out --out out`\n'
+)
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_study_without_matplotlib_runs_and_says_how_to_get_the_page(
+    study: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(STUDY) == 0
+    assert capsys.readouterr().out == PAGE_LATER
+    assert study == []
+
+
+@pytest.mark.usefixtures("no_matplotlib", "study")
+def test_spent_budget_without_matplotlib_keeps_its_message_and_exit_code(
+    replace: Replace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace("tokenrec.study.runner", run_study=raising(BudgetSpent("no hours left")))
+    assert main(STUDY) == 2
+    assert capsys.readouterr() == ("", "tokenrec: no hours left\n")
+
+
+def test_config_lists_the_fields_of_a_config_with_overrides(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["config"]) == 0
+    defaults = capsys.readouterr().out
+    assert "model.width = 64\n    int, at least 1\n    d, width of a token" in defaults
+    assert main(["config", "synthetic", "--config.model.layers=3"]) == 0
+    printed = capsys.readouterr().out
+    for name, value, default in (("width", 32, 64), ("layers", 3, 4)):
+        (line,) = [x for x in printed.splitlines() if x.startswith(f"model.{name} =")]
+        assert line.split() == f"model.{name} = {value} (default {default})".split()
+
+
+def test_config_diff_and_json_can_be_combined(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["config", "--diff", "--json", "--config.optim.steps=700"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert (record["name"], record["value"]) == ("optim.steps", 700)
+    assert (record["type"], record["default"]) == ("int", 1000)
+    assert main(["config", "--json"]) == 0
+    assert "value" not in json.loads(capsys.readouterr().out)[0]
+    assert main(["config", "--diff"]) == 0
+    assert capsys.readouterr().out == "every field has its default\n"
+
+
+def test_config_of_a_run_is_read_from_its_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"seed": 9}')
+    assert main(["config", str(tmp_path / "config.json"), "--diff"]) == 0
+    assert capsys.readouterr().out.split() == ["seed", "=", "9", "(default", "0)"]
+
+
+def test_all_problems_of_a_command_line_are_reported_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wrong = ["--config.model.widht=8", "--config.seed=x", "--config.model.dropout=2"]
+    assert main([*TRAIN, *wrong]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("tokenrec: the config has 3 problems:\n")
+    assert all(name in error for name in ("model.width", "seed='x'", "model.dropout"))
 
 
 def test_verbs_work_together_from_log_to_scores(
@@ -445,4 +582,4 @@ def test_module_runs_as_a_program_and_returns_the_exit_code(tmp_path: Path) -> N
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 2
-    assert done.stderr == "tokenrec: config field 'seed': 'x' is not a whole number\n"
+    assert done.stderr == "tokenrec: seed='x' is not a whole number\n"

@@ -1,4 +1,7 @@
-"""Any text gives a value or an `InputError`, whatever reads it. One seed, so one result (derandomize)."""
+"""Any text gives a value or an `InputError`, whatever reads it.
+
+Hypothesis runs with one seed (derandomize), so that a run gives one result.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz_targets import SCHEMA
 from tokenrec.config import Config, from_json, to_json
-from tokenrec.config.load import load_config, split_overrides
+from tokenrec.config.load import load_config
+from tokenrec.config.overrides import split_overrides
 from tokenrec.config.prompt import BAR, SegmentKind, parse_prompt
 from tokenrec.config.validate import validate
 from tokenrec.data.sources.delimited import DelimitedSource

@@ -1,14 +1,21 @@
-"""`validate` refuses what cannot run, all of it at once, and a config survives its JSON."""
+"""`validate` refuses what cannot run, all of it at once; a config survives its JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tokenrec.config import Config, data_directory, from_json, to_json
+from tokenrec.config import (
+    Config,
+    data_directory,
+    from_json,
+    read_config,
+    to_json,
+)
 from tokenrec.config.validate import validate
 from tokenrec.errors import InputError
 
@@ -36,7 +43,7 @@ WRONG = [
     ({"data__events": 0}, "data.events=0"),
     (
         {"model__kind": "hstuu"},
-        "model.kind='hstuu' is no backbone; did you mean 'hstu'",
+        "model.kind='hstuu' is not a choice; did you mean 'hstu'",
     ),
     ({"data__batch_size": 0}, "data.batch_size=0"),
     ({"data__window_rows": 0}, "data.window_rows=0"),
@@ -68,7 +75,7 @@ WRONG = [
     ({"optim__learning_rate": 0.0}, "optim.learning_rate=0.0"),
     (
         {"optim__learning_rate": float("inf")},
-        "optim.learning_rate=inf, which is not a finite number",
+        "optim.learning_rate=inf is not a finite number",
     ),
     ({"data__tasks": {"click": float("nan")}}, "data.tasks={'click': nan}"),
     ({"optim__weight_decay": -0.1}, "optim.weight_decay=-0.1"),
@@ -114,13 +121,58 @@ def test_wrong_value_is_refused_by_name(fields: dict[str, Any], part: str) -> No
     assert part in str(caught.value)
 
 
-def test_all_problems_are_reported_at_once() -> None:
+def problems_of(config: Config) -> list[str]:
+    """The problems that `validate` reports, without the line above them."""
     with pytest.raises(InputError) as caught:
-        validate(edited(model__dropout=2.0, data__overlap=1, optim__clip_norm=-1.0))
-    assert all(
-        part in str(caught.value)
-        for part in ("model.dropout", "data.overlap", "optim.clip_norm")
+        validate(config)
+    first, *problems = str(caught.value).split("\n  ")
+    return problems or [first]
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    config = edited(
+        data__events="many",
+        model__kind="hstuu",
+        model__dtype="float23",
+        model__dropout=2.0,
+        data__overlap=1,
+        optim__steps=50,
     )
+    names = ["events", "kind", "dtype", "dropout", "overlap", "warmup_steps"]
+    problems = problems_of(config)
+    assert len(problems) == len(names)
+    for name in names:
+        assert sum(f".{name}=" in problem for problem in problems) == 1
+
+
+@pytest.mark.parametrize(("fields", "part"), WRONG, ids=[part for _, part in WRONG])
+def test_a_type_problem_does_not_hide_another_one(
+    fields: dict[str, Any], part: str
+) -> None:
+    problems = problems_of(edited(train__eval_split=3, **fields))
+    assert "train.eval_split=3 is not a string" in problems
+    assert any(part in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        # 50 events, the default, would exclude both buckets.
+        ({"data__events": "a", "data__buckets": (60,)}, "data.events='a'"),
+        # The default paradigm, nio, has no overlap.
+        ({"data__paradigm": "ucc", "data__overlap": 8}, "data.paradigm='ucc'"),
+        # 5 heads do not divide the default width.
+        ({"model__width": 0, "model__heads": 5}, "model.width=0"),
+        # The default backbone divides its width by heads, which DIN does not.
+        ({"model__kind": "dim", "model__heads": 5}, "model.kind='dim'"),
+        ({"optim": None, "train__stop_at": 2_000}, "optim=None"),
+    ],
+)
+def test_a_field_without_a_usable_value_causes_no_other_problem(
+    fields: dict[str, Any], problem: str
+) -> None:
+    (only,) = problems_of(edited(**fields))
+    assert only.startswith(problem)
 
 
 def test_json_round_trip_keeps_every_field_and_type() -> None:
@@ -138,15 +190,45 @@ def test_json_round_trip_keeps_every_field_and_type() -> None:
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ('{"model": {"widht": 3}}', "did you mean 'width'"),
+        ('{"model": {"widht": 3}}', "did you mean 'model.width'"),
         ('{"sede": 3}', "did you mean 'seed'"),
-        ('{"model": 3}', "'model'"),
+        ('{"model": {"n_heads": 3}}', "did you mean 'model.heads'"),
+        ('{"optim": {"lr": 3}}', "did you mean 'optim.learning_rate'"),
+        ('{"lr": 3}', "did you mean 'optim.learning_rate'"),
+        ('{"modell": {"width": 3}}', "did you mean 'model'"),
+        ('{"model": 3}', "model=3 is not a JSON object"),
         ("{", "not JSON"),
     ],
 )
 def test_json_that_is_no_config_is_refused(text: str, part: str) -> None:
     with pytest.raises(InputError, match=part):
         from_json(text)
+
+
+def test_all_unknown_fields_of_a_json_config_are_named() -> None:
+    with pytest.raises(InputError) as caught:
+        from_json('{"sede": 3, "model": {"widht": 3, "layers": 2}, "optim": 1}')
+    message = str(caught.value)
+    assert all(part in message for part in ("'seed'", "'model.width'", "optim=1"))
+
+
+def test_a_removed_field_opens_with_its_only_value() -> None:
+    text = '{"seed": 3, "tokens": {"tables_backend": "exchange", "fused": true}}'
+    assert from_json(text) == edited(seed=3, tokens__fused=True)
+    with pytest.raises(InputError, match=r"removed.*behave as with 'exchange'.*delete"):
+        from_json('{"tokens": {"tables_backend": "sparsecore"}}')
+
+
+def test_a_run_of_an_earlier_version_opens(tmp_path: Path) -> None:
+    value = dataclasses.asdict(Config())
+    value["tokens"]["tables_backend"] = "exchange"
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(value))
+    assert read_config(file) == Config()
+    value["tokens"]["tables_backend"] = "sparsecore"
+    file.write_text(json.dumps(value))
+    with pytest.raises(InputError, match=r"config\.json.*tables_backend='sparsecore'"):
+        read_config(file)
 
 
 def test_data_directory_prefers_path_over_name_under_the_data_root(

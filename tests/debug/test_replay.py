@@ -16,7 +16,7 @@ from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.debug.replay import replay_run
 from tokenrec.errors import NonFiniteError
-from tokenrec.train import train
+from tokenrec.train_loop import train
 
 
 @pytest.fixture(scope="module")

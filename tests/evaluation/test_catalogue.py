@@ -39,7 +39,7 @@ from tokenrec.ops.tables.exchange import CYCLE
 from tokenrec.sharding import to_devices
 from tokenrec.state import init_state
 from tokenrec.step import train_step
-from tokenrec.train import train
+from tokenrec.train_loop import train
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from tests.launch.conftest import TPU_VM, Launch
-from tokenrec.cli.main import _parsers
-from tokenrec.config.load import split_overrides
+from tokenrec.cli.main import build_parsers
+from tokenrec.config.overrides import split_overrides
 
 DRY = ("--dry-run", "--skip-compile")
 
@@ -164,7 +164,7 @@ def test_hosts_train_an_installed_config_by_name_on_data_of_the_bucket(
         *("--data=/gcs/data/set_7", "--workdir=/gcs/runs/trial", "--quiet"),
     ]
     arguments, _ = split_overrides(command(out)[1:])
-    assert _parsers()[0].parse_args(arguments).distributed
+    assert build_parsers()[0].parse_args(arguments).distributed
     _, again, _ = launch(*DRY, config="configs/synthetic.py", name="trial")
     assert command(again)[3:5] == ["--config=synthetic", "--data=/gcs/data/synthetic"]
 

@@ -83,8 +83,11 @@ def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
         ({"splits": ("test",)}, "with valid, which chooses"),
         ({"cpu_hours": 0}, "cpu_hours=0 must be above 0"),
         ({"draws": 5}, "too few"),
-        ({"seeds": 3}, r"seeds=3 is not tuple\[int"),
-        ({"learning_rates": 1e-3}, r"learning_rates=0.001 is not tuple\[float"),
+        ({"seeds": 3}, "seeds=3 is not a list of whole numbers"),
+        (
+            {"learning_rates": 1e-3},
+            "learning_rates=0.001 is not a list of finite numbers",
+        ),
         ({"checkpoint": "newest"}, "checkpoint='newest' is not .*'latest', 'best'"),
         (
             {"models": {"a": {"seed": 4}}, "reference": "a"},

@@ -1,22 +1,15 @@
-"""Run configuration: dataclasses, loading, validation."""
+"""Run configuration: the dataclasses and their JSON.
 
-from tokenrec.config.config import (
-    Compression,
-    Config,
-    DataConfig,
-    HeadConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    Remat,
-    TokensConfig,
-    TrainConfig,
-    data_directory,
-    from_json,
-    read_config,
-    semantic_ids_path,
-    to_json,
-)
+`tokenrec.config.load` reads config files and command-line overrides,
+`tokenrec.config.validate` checks them, `tokenrec.config.reference` lists the fields.
+"""
+
+from tokenrec.config.config import Config, data_directory, semantic_ids_path
+from tokenrec.config.data_config import DataConfig
+from tokenrec.config.json_format import from_json, read_config, to_json
+from tokenrec.config.model_config import HeadConfig, ModelConfig, Remat
+from tokenrec.config.tokens_config import Compression, TokensConfig
+from tokenrec.config.train_config import MeshConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "Compression",

@@ -1,4 +1,4 @@
-"""The registry of backbones: the class behind each `model.kind`, and what a config may ask of it.
+"""The registry of backbones: the class and the capabilities of each `model.kind`.
 
 A backbone is added by one entry in `BACKBONES` and one file in
 `tokenrec/models/backbones/` (docs/guides/backbones.md). This module imports no JAX,
@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tokenrec.config.config import Config, ModelConfig
+    from tokenrec.config.config import Config
+    from tokenrec.config.model_config import ModelConfig
+    from tokenrec.config.tokens_config import TokensConfig
     from tokenrec.models.backbones.interface import Backbone
 
 # Every backbone reads these fields of `ModelConfig`, or `backbone_problems` checks them
@@ -151,16 +153,9 @@ def supports_tensor_parallelism(config: ModelConfig) -> bool:
 
 def backbone_problems(config: Config) -> Iterator[str]:
     """Yield a message for each option that the chosen backbone does not support."""
-    model, data, tokens = config.model, config.data, config.tokens
+    model, data = config.model, config.data
     spec, suffix = BACKBONES[model.kind], f"with model.kind='{model.kind}'"
-    defaults = type(model)()
-    for field in dataclasses.fields(model):
-        value, default = getattr(model, field.name), getattr(defaults, field.name)
-        if field.name not in (*_ALWAYS_READ, *spec.reads) and value != default:
-            yield (
-                f"model.{field.name}={value!r} {suffix}, which does not read it; "
-                f"leave it at {default!r}"
-            )
+    yield from _unread_fields(model, spec, suffix)
     if model.windows and not spec.windows:
         yield (
             f"model.windows={model.windows} {suffix}, which has no sliding layers; "
@@ -195,6 +190,27 @@ def backbone_problems(config: Config) -> Iterator[str]:
             f"train.log_states=True {suffix}, whose layers have no state per event; "
             "use False"
         )
+    yield from _unsupported_tokens(config.tokens, spec, suffix)
+
+
+def _unread_fields(
+    model: ModelConfig, spec: BackboneSpec, suffix: str
+) -> Iterator[str]:
+    """Yield a message for each model field that is set and has no effect."""
+    defaults = type(model)()
+    for field in dataclasses.fields(model):
+        value, default = getattr(model, field.name), getattr(defaults, field.name)
+        if field.name not in (*_ALWAYS_READ, *spec.reads) and value != default:
+            yield (
+                f"model.{field.name}={value!r} {suffix}, which does not read it; "
+                f"leave it at {default!r}"
+            )
+
+
+def _unsupported_tokens(
+    tokens: TokensConfig, spec: BackboneSpec, suffix: str
+) -> Iterator[str]:
+    """Yield a message for each option of the stream that the backbone cannot read."""
     if tokens.target_tokens > 1 and not spec.target_tokens:
         yield (
             f"tokens.target_tokens={tokens.target_tokens} {suffix}, which reads one "

@@ -1,4 +1,7 @@
-"""Whether a value has the type of an annotation: for what comes from JSON, from a config file or from a flag."""
+"""Check values against type annotations, and name types in error messages.
+
+The values come from JSON files, config files and command-line flags.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,33 @@ import types
 import typing
 from typing import Any, Literal, get_args
 
+_ONE: dict[Any, str] = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a string",
+    type(None): "null",
+    Any: "any value",
+}
+_SEVERAL: dict[Any, str] = {
+    int: "whole numbers",
+    float: "finite numbers",
+    bool: "booleans",
+    str: "strings",
+    Any: "any values",
+}
+
 
 def has_type(value: Any, hint: Any) -> bool:
-    """Tuples may be lists, as JSON has no tuple; a float is finite, and may be written as an integer.
+    """Whether a value has the type of an annotation.
 
-    >>> has_type([1, 2], tuple[int, ...]), has_type(True, int), has_type(math.inf, float), has_type("a", Literal["b"])
-    (True, False, False, False)
+    A list passes for a tuple, because JSON has no tuples. A float must be finite and
+    may be written as an integer. A boolean is no integer.
+
+    >>> has_type([1, 2], tuple[int, ...]), has_type(True, int)
+    (True, False)
+    >>> has_type(math.inf, float), has_type("a", Literal["b"])
+    (False, False)
     """
     origin, args = typing.get_origin(hint), get_args(hint)
     if origin is Literal:
@@ -27,6 +51,7 @@ def has_type(value: Any, hint: Any) -> bool:
         )
     if origin is types.UnionType:
         return any(has_type(value, a) for a in args)
+    # In Python a boolean is an integer; in a config it is a mistake.
     if hint is float:
         return (
             isinstance(value, (int, float))
@@ -39,18 +64,38 @@ def has_type(value: Any, hint: Any) -> bool:
 
 
 def hint_name(hint: Any) -> str:
-    """The annotation in words, for messages."""
-    if hint is float:
-        return "a finite number"
-    return (
-        getattr(hint, "__name__", str(hint))
-        if typing.get_origin(hint) is None
-        else str(hint)
-    )
+    """Name the type of an annotation in words, for error messages.
+
+    >>> hint_name(int), hint_name(float | None)
+    ('a whole number', 'a finite number or null')
+    >>> hint_name(tuple[int, ...]), hint_name(dict[str, float])
+    ('a list of whole numbers', 'a mapping of strings to finite numbers')
+    """
+    return _name(hint, _ONE, "a list", "a mapping")
+
+
+def _name(hint: Any, words: dict[Any, str], many: str, mapping: str) -> str:
+    origin, args = typing.get_origin(hint), get_args(hint)
+    if hint in words:
+        return words[hint]
+    if origin is types.UnionType:
+        return " or ".join(_name(arg, words, many, mapping) for arg in args)
+    if origin is tuple:
+        return f"{many} of {_names(args[0])}"
+    if origin is dict:
+        return f"{mapping} of {_names(args[0])} to {_names(args[1])}"
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    return getattr(hint, "__name__", str(hint))
+
+
+def _names(hint: Any) -> str:
+    return _name(hint, _SEVERAL, "lists", "mappings")
 
 
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond the largest float
+    except OverflowError:
+        # An integer beyond the largest float.
         return False

@@ -34,7 +34,7 @@ from tokenrec.errors import InputError, NonFiniteError, Stopped
 from tokenrec.evaluation.evaluate import evaluate_run
 from tokenrec.planner.mfu import GPU_PEAK_FLOPS
 from tokenrec.sharding import make_mesh
-from tokenrec.train import train
+from tokenrec.train_loop import train
 
 
 @pytest.fixture(scope="module")

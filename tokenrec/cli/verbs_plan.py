@@ -1,0 +1,268 @@
+"""Verbs that plan a run before it starts: config, describe, compile, launch.
+
+A verb imports what it calls when it runs, so that the others need no JAX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenrec.cli.arguments import (
+    add_config_flags,
+    add_topology_flags,
+    config_from_flags,
+    mesh,
+    whole_number,
+)
+from tokenrec.cli.parser import Parser, add_verb
+from tokenrec.config.load import load_config, shipped_configs
+from tokenrec.runtime.files import write_json
+
+if TYPE_CHECKING:
+    from tokenrec.cli.parser import VerbParsers
+
+
+def add_verbs(verbs: VerbParsers) -> dict[str, Parser]:
+    """Add the verbs of this module; return their parsers by the words of the verb."""
+    return {
+        "config": _add_config(verbs),
+        "describe": _add_describe(verbs),
+        "compile": _add_compile(verbs),
+        "launch": _add_launch(verbs),
+    }
+
+
+def _add_config(verbs: VerbParsers) -> Parser:
+    parser = add_verb(
+        verbs,
+        "config",
+        _config,
+        "list the config fields: values, types, documentation",
+    )
+    parser.add_argument(
+        "config",
+        nargs="?",
+        metavar="NAME_OR_FILE",
+        help="config whose values are listed: a Python file, which is run; a run's "
+        f"config.json; or one of {', '.join(shipped_configs())} (default: a config of "
+        "all defaults). --config.FIELD=VALUE overrides a field",
+    )
+    parser.add_argument(
+        "--diff",
+        action="store_true",
+        help="list only the fields that differ from their defaults",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON list of the fields"
+    )
+    return parser
+
+
+def _config(args: argparse.Namespace) -> None:
+    from tokenrec.config import reference
+
+    config = load_config(args.config, args.overrides)
+    # Without a config and overrides the JSON documents the fields alone.
+    has_values = bool(args.config or args.overrides)
+    if args.json:
+        records = reference.to_records(config if has_values else None, diff=args.diff)
+        print(json.dumps(records, indent=1))
+    elif args.diff:
+        print(reference.to_diff(config))
+    else:
+        print(reference.to_text(config))
+
+
+def _add_describe(verbs: VerbParsers) -> Parser:
+    parser = add_verb(
+        verbs,
+        "describe",
+        _describe,
+        "print the size, token layout, attention and FLOPs of a config",
+        "It reads the schema of the data set, or the planned schema of data.schema, "
+        "and runs no model.",
+    )
+    add_config_flags(parser)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser
+
+
+def _describe(args: argparse.Namespace) -> None:
+    # A wrong config is reported before JAX is imported, which takes seconds.
+    config = config_from_flags(args)
+    from tokenrec.planner.describe import describe, to_text
+    from tokenrec.planner.planned_schema import resolve_schema
+
+    schema, origin = resolve_schema(config)
+    description = describe(config, schema)
+    if args.json:
+        write_json(args.json, description)
+    print(origin)
+    print(to_text(description))
+
+
+def _add_compile(verbs: VerbParsers) -> Parser:
+    parser = add_verb(
+        verbs,
+        "compile",
+        _compile,
+        "compile the train step ahead of time for a TPU topology; no TPU needed",
+        "It reports the memory of a device, the collectives and a roofline, and ends "
+        "with exit code 3 if the step does not fit.",
+    )
+    add_config_flags(parser)
+    add_topology_flags(parser)
+    shapes = parser.add_mutually_exclusive_group()
+    shapes.add_argument(
+        "--mesh",
+        type=mesh,
+        help="mesh to use instead of the config's, such as data=8,fsdp=64",
+    )
+    shapes.add_argument(
+        "--sweep",
+        action="store_true",
+        help="rank all meshes by a formula, and compile the best five",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        help="write the figures to this file; with --sweep a list of them",
+    )
+    return parser
+
+
+def _compile(args: argparse.Namespace) -> None:
+    config = config_from_flags(args)
+    from tokenrec.planner.compile import compile_config
+    from tokenrec.planner.report import sweep_text, to_text
+    from tokenrec.planner.sweep import compile_best
+
+    if args.sweep:
+        results = compile_best(
+            config,
+            args.topology,
+            args.slices,
+            say=lambda line: print(line, file=sys.stderr),
+        )
+    else:
+        results = [compile_config(config, args.topology, args.slices, args.mesh)]
+    if args.json:
+        write_json(args.json, results if args.sweep else results[0])
+    print(sweep_text(results) if args.sweep else to_text(results[0]))
+    if not any(result["fits"] for result in results):
+        raise MemoryError(
+            f"the train step does not fit {results[0]['device_kind']}; see the largest "
+            "arrays above"
+        )
+
+
+def _add_launch(verbs: VerbParsers) -> Parser:
+    parser = add_verb(
+        verbs,
+        "launch",
+        _launch,
+        "start a training job on Cloud TPUs, on GKE or on TPU VMs",
+        "The train step is compiled for the topology first, to see that it fits.",
+    )
+    add_config_flags(parser)
+    add_topology_flags(parser)
+    parser.add_argument(
+        "--target",
+        choices=("gke", "tpu-vm"),
+        required=True,
+        help="service that runs the job",
+    )
+    parser.add_argument(
+        "--name",
+        help="name of the job, and of its folder in the bucket (default: that of the "
+        "config)",
+    )
+    parser.add_argument(
+        "--image",
+        help="container image, HOST/PATH/NAME:TAG; launch/Dockerfile builds one",
+    )
+    parser.add_argument(
+        "--bucket",
+        help="Cloud Storage bucket: data sets in data/, checkpoints and logs in runs/",
+    )
+    _add_cloud_flags(parser)
+    parser.add_argument(
+        "--spot",
+        action="store_true",
+        help="use Spot capacity, which is cheaper and may be taken away",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=whole_number,
+        default=10,
+        help="restarts after a crash; preemptions do not count (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--grace-seconds",
+        type=whole_number,
+        default=300,
+        help="seconds from SIGTERM until the process is killed, in which it saves a "
+        "checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the job and start nothing"
+    )
+    parser.add_argument(
+        "--skip-compile",
+        action="store_true",
+        help="do not compile the train step first",
+    )
+    return parser
+
+
+def _add_cloud_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--service-account",
+        help="account that may use the bucket: its name on GKE, its e-mail address on "
+        "TPU VMs",
+    )
+    parser.add_argument(
+        "--namespace", help="Kubernetes namespace, for GKE (default: default)"
+    )
+    parser.add_argument("--project", help="Google Cloud project, for TPU VMs")
+    parser.add_argument("--zone", help="Google Cloud zone, for TPU VMs")
+
+
+def _launch(args: argparse.Namespace) -> None:
+    config = config_from_flags(args)
+    from tokenrec.launch.job import plan_job
+    from tokenrec.launch.start import check_fits, find_tool, render, start
+
+    job = plan_job(
+        config,
+        source=args.config,
+        overrides=tuple(args.overrides),
+        topology=args.topology,
+        slices=args.slices,
+        name=args.name,
+        image=args.image,
+        bucket=args.bucket,
+        max_restarts=args.max_restarts,
+        grace_seconds=args.grace_seconds,
+        spot=args.spot,
+    )
+    text = render(
+        job,
+        args.target,
+        service_account=args.service_account,
+        namespace=args.namespace,
+        project=args.project,
+        zone=args.zone,
+    )
+    # The tool is looked for before the step is compiled, which takes minutes.
+    tool = None if args.dry_run else find_tool(args.target)
+    if not args.skip_compile:
+        print(check_fits(config, args.topology, args.slices), file=sys.stderr)
+    if tool is None:
+        print(text, end="")
+    else:
+        start(text, Path(job.name), args.target, tool)

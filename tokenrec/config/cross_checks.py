@@ -1,0 +1,207 @@
+"""Checks of config fields against each other.
+
+Each check reads fields whose own values are allowed. Its message names every field that
+it read, so that `validate` can drop it when one of them was a stand-in.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from tokenrec.config.backbones import backbone_problems, uses_heads, uses_rope
+from tokenrec.config.config import Config
+from tokenrec.config.stream_checks import (
+    check_compression,
+    check_entities,
+    check_prompt,
+    check_user_centric_tokens,
+)
+
+
+def cross_check(config: Config) -> Iterator[str]:
+    """Yield a message for each pair of fields that do not go together."""
+    yield from check_data(config)
+    if config.data.paradigm == "uc":
+        yield from check_user_centric(config)
+    if config.data.objective == "retrieval":
+        yield from check_retrieval(config)
+    yield from check_prompt(config)
+    yield from check_entities(config)
+    yield from check_compression(config)
+    yield from check_model(config)
+    yield from backbone_problems(config)
+    yield from check_optim(config)
+    yield from check_train(config)
+
+
+def check_data(config: Config) -> Iterator[str]:
+    """Check the data section against the objective, the paradigm and the optimizer."""
+    data = config.data
+    if data.paradigm == "nio" and data.overlap:
+        yield (
+            f"data.overlap={data.overlap} with data.paradigm='nio', whose samples each "
+            "have their own history; use 0"
+        )
+    if data.objective == "ranking" and data.positive:
+        yield (
+            f"data.positive='{data.positive}' is for data.objective='retrieval'; "
+            "leave it empty"
+        )
+    for bucket in data.buckets:
+        if not 0 < bucket < data.events:
+            yield (
+                f"data.buckets: {bucket} must lie between 1 and data.events - 1 = "
+                f"{data.events - 1}"
+            )
+    if data.batch_size % config.optim.accumulate:
+        yield (
+            f"data.batch_size={data.batch_size} is not a multiple of "
+            f"optim.accumulate={config.optim.accumulate}; use a multiple"
+        )
+
+
+def check_user_centric(config: Config) -> Iterator[str]:
+    """Check what `data.paradigm='uc'` needs: overlapping streams, causal attention."""
+    data, model = config.data, config.model
+    suffix = "with data.paradigm='uc'"
+    if data.candidates != 1:
+        yield (
+            f"data.candidates={data.candidates} {suffix}: a stream of events has no "
+            "candidates; use 1"
+        )
+    # An item can be retrieved only if an event comes before it.
+    least = 1 if data.objective == "retrieval" else 0
+    if not least <= data.overlap < data.events:
+        yield (
+            f"data.overlap={data.overlap} {suffix} and "
+            f"data.objective='{data.objective}' must be at least {least} and below "
+            f"data.events={data.events}"
+        )
+    if model.prefix != "causal":
+        yield (
+            f"model.prefix='{model.prefix}' {suffix}: it would show later events to "
+            "earlier ones; use 'causal'"
+        )
+    yield from check_user_centric_tokens(config)
+
+
+def check_retrieval(config: Config) -> Iterator[str]:
+    """Check what `data.objective='retrieval'` needs, the head included."""
+    tokens, head = config.tokens, config.head
+    suffix = "with data.objective='retrieval'"
+    if not tokens.fused:
+        yield (
+            f"tokens.fused=False {suffix}: items are predicted from the token of a "
+            "whole event; use True"
+        )
+    if tokens.target_tokens != 1:
+        yield (
+            f"tokens.target_tokens={tokens.target_tokens} {suffix}, which has no "
+            "target; use 1"
+        )
+    if head.retrieval == "semantic_id":
+        yield from _check_semantic_id_head(config)
+    if head.negatives % config.data.batch_size:
+        yield (
+            f"head.negatives={head.negatives} {suffix} must be a multiple of "
+            f"data.batch_size={config.data.batch_size}"
+        )
+    if config.train.best_metric in ("macro_auc", "macro_gauc", "loss"):
+        yield (
+            f"train.best_metric='{config.train.best_metric}' {suffix} is a metric of "
+            "ranking; use 'recall@10' or 'ndcg@10'"
+        )
+    if tokens.random_tokens and head.retrieval == "next_item" and head.tied:
+        yield (
+            f"tokens.random_tokens=True {suffix}, head.retrieval='next_item' and "
+            "head.tied=True: trained item vectors would be added to events; "
+            "use tied=False"
+        )
+
+
+def _check_semantic_id_head(config: Config) -> Iterator[str]:
+    head = config.head
+    suffix = "with head.retrieval='semantic_id'"
+    if not config.data.semantic_ids:
+        yield (
+            f"data.semantic_ids='' {suffix} and data.objective='retrieval'; name the "
+            "output of `tokenrec semantic-ids`"
+        )
+    if head.beams < head.top_k:
+        yield (
+            f"head.beams={head.beams} {suffix} finds fewer items than "
+            f"head.top_k={head.top_k}; use at least {head.top_k}"
+        )
+    if head.negatives:
+        yield f"head.negatives={head.negatives} {suffix}, which draws none; use 0"
+
+
+def check_model(config: Config) -> Iterator[str]:
+    """Check the heads and the windows."""
+    model = config.model
+    if uses_heads(model) and model.width % model.heads:
+        yield (
+            f"model.heads={model.heads} does not divide model.width={model.width}, "
+            f"which model.kind='{model.kind}' needs; use a multiple of {model.heads} "
+            "for the width"
+        )
+    elif uses_rope(model) and (model.width // model.heads) % 2:
+        yield (
+            f"model.width / model.heads = {model.width // model.heads} is odd; rotary "
+            f"positions of model.kind='{model.kind}' rotate pairs, use an even head"
+        )
+    if len(model.windows) > model.layers:
+        yield (
+            f"model.windows={model.windows} has more entries than "
+            f"model.layers={model.layers}; drop some"
+        )
+    sliding = tuple(window for window in model.windows if window)
+    if any(above > below for below, above in itertools.pairwise(sliding)):
+        yield (
+            f"model.windows={model.windows} grow from bottom to top; BFTS windows must "
+            "not, let them shrink"
+        )
+    # The target's tokens and the separator before them fill a window this small.
+    target = config.tokens.target_tokens
+    ranks_candidates = (
+        config.data.objective == "ranking" and config.data.paradigm == "nio"
+    )
+    if ranks_candidates and sliding and sliding[-1] <= target + 1:
+        yield (
+            f"model.windows: {sliding[-1]} holds no event with "
+            f"data.objective='ranking' and data.paradigm='nio'; it must exceed "
+            f"tokens.target_tokens + 1 = {target + 1}"
+        )
+    if model.prefix == "bidirectional" and len(sliding) == model.layers:
+        yield (
+            f"model.prefix='bidirectional' needs a full layer, and every layer has a "
+            f"window (model.windows={model.windows}, model.layers={model.layers}); "
+            "drop some windows"
+        )
+
+
+def check_optim(config: Config) -> Iterator[str]:
+    """Check the schedule."""
+    optim = config.optim
+    if optim.warmup_steps > optim.steps:
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps} must be at most "
+            f"optim.steps={optim.steps}"
+        )
+
+
+def check_train(config: Config) -> Iterator[str]:
+    """Check the end of the loop and the metric of the best checkpoint."""
+    train = config.train
+    if train.stop_at > config.optim.steps:
+        yield (
+            f"train.stop_at={train.stop_at} must be at most "
+            f"optim.steps={config.optim.steps}; use 0 to train all steps"
+        )
+    retrieval_metric = train.best_metric in ("recall@10", "ndcg@10")
+    if config.data.objective == "ranking" and retrieval_metric:
+        yield (
+            f"train.best_metric='{train.best_metric}' is for "
+            "data.objective='retrieval'; use 'macro_auc'"
+        )

@@ -1,0 +1,88 @@
+"""Config section `data`: the prepared data set, and the samples cut from it."""
+
+# ml_collections reads the annotations as types: they must not be postponed.
+
+import dataclasses
+from typing import Literal
+
+from tokenrec.config.fields import BOUNDS, Bounds, field
+
+Objective = Literal["ranking", "retrieval"]
+Paradigm = Literal["nio", "uc"]
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """The prepared data set, and the samples cut from it."""
+
+    name: str = ""
+    """Name of the prepared data set: its folder under the environment variable
+    `TOKENREC_DATA` (default `data/`). `path` takes precedence."""
+
+    path: str = ""
+    """Folder of the prepared data set. The flag `--data` sets it."""
+
+    schema: str = ""
+    """Planned schema, a JSON file or the name of one in `configs/schemas/`. `tokenrec
+    compile` and `tokenrec describe` read table sizes from it as long as there is no
+    prepared data set; training does not use it."""
+
+    exclude: tuple[str, ...] = ()
+    """Features that the model does not read."""
+
+    semantic_ids: str = ""
+    """Semantic ids of the items: the folder that `tokenrec semantic-ids` wrote, or its
+    `semantic_ids.parquet`; a relative path may also lie under `TOKENREC_DATA`. They add
+    the item feature `semantic_id`, and they are the codes that
+    `head.retrieval='semantic_id'` predicts."""
+
+    tasks: dict[str, float] = dataclasses.field(
+        default_factory=dict, metadata={BOUNDS: Bounds(above=0)}
+    )
+    """Tasks that are trained and evaluated, each with the weight of its loss. Empty:
+    every task of the data set, with the weight in its schema."""
+
+    objective: Objective = "ranking"
+    """`ranking` predicts the labels of an impression. `retrieval` predicts the next
+    item among the whole catalogue; `head` configures how."""
+
+    positive: str = ""
+    """Retrieval only: task whose positive labels mark the items to retrieve. Empty:
+    every scored log row is one."""
+
+    paradigm: Paradigm = "nio"
+    """`nio` (new impression only) builds a stream per request and predicts its
+    candidates. `uc` (user-centric) builds a stream per run of a user's events and
+    predicts at every event, which gives many more labels per stream; it needs a log
+    whose events include negatives. See docs/methods.md, section 3."""
+
+    events: int = field(50, at_least=1)
+    """T, the most events in a sample; the newest ones are kept. More history costs time
+    in proportion, and quadratically in layers without a window."""
+
+    overlap: int = field(0, at_least=0)
+    """User-centric only: events at the head of a continued stream that are history and
+    carry no loss. A scored event has at least this much history, if its user has it.
+    Higher is closer to `nio`, and each event is then computed more often."""
+
+    candidates: int = field(1, at_least=1)
+    """C, the most candidates of a request that share a stream and its history; larger
+    requests are split. 1 gives each impression its own stream. With
+    `objective='retrieval'`: the most items to predict from one history."""
+
+    buckets: tuple[int, ...] = ()
+    """Stream lengths below `events`, in events. A batch is padded to the shortest
+    length that holds it, so short histories cost less. Each length is compiled once
+    more."""
+
+    batch_size: int = field(256, at_least=1)
+    """Samples of a training step, over all devices. A sample is a stream: in `uc` it
+    carries many labels, so fewer samples make a batch of the same size."""
+
+    eval_batch_size: int = field(512, at_least=1)
+    """Samples of an evaluation step, over all devices. It does not change the metrics;
+    lower it if evaluation runs out of memory."""
+
+    window_rows: int = field(20_000_000, at_least=1)
+    """Log rows that each process holds in memory and shuffles together. Lower it if the
+    host runs out of memory; training then sees a less thoroughly shuffled epoch."""

@@ -1,0 +1,188 @@
+"""Command-line overrides of config fields, `--config.x.y=v`.
+
+ml_collections' config flags parse the values. Parsers for choices, mappings and tuples
+of typed elements are registered here, because it has none for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any, Literal, get_args, get_origin
+
+from absl import flags
+from ml_collections import config_flags
+
+from tokenrec.config.config import Config
+from tokenrec.config.fields import list_fields, list_sections
+from tokenrec.config.json_format import REMOVED_FIELDS
+from tokenrec.config.problems import ConfigProblem
+from tokenrec.config.suggestions import suggest_field
+from tokenrec.config.types import hint_name
+from tokenrec.errors import InputError
+
+PREFIX = "--config."
+
+_TYPES = {field.name: field.type for field in list_fields(Config)}
+_SECTIONS = dict(list_sections(Config))
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate `--config.x.y=v` and `--config.x.y v` from the other arguments.
+
+    >>> split_overrides(["train", "--config.model.width", "128", "--config.seed=1"])
+    (['train'], ['model.width=128', 'seed=1'])
+
+    Returns:
+      The other arguments, and the overrides as `x.y=v`.
+
+    Raises:
+      InputError: an override has no value.
+    """
+    others: list[str] = []
+    overrides: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if not argument.startswith(PREFIX):
+            others.append(argument)
+        elif "=" in argument:
+            overrides.append(argument.removeprefix(PREFIX))
+        else:
+            value = next(remaining, None)
+            if value is None or value.startswith("--"):
+                raise InputError(f"{argument} has no value; write {argument}=VALUE")
+            overrides.append(f"{argument.removeprefix(PREFIX)}={value}")
+    return others, overrides
+
+
+def apply_overrides(
+    config: Config, overrides: Sequence[str]
+) -> tuple[Config, list[ConfigProblem]]:
+    """Set fields of a config, and list the overrides that cannot be used.
+
+    Args:
+      config: the config before the overrides; it is not changed.
+      overrides: `model.width=128`, in order; the last one of a field wins.
+    """
+    problems: list[ConfigProblem] = []
+    for override in overrides:
+        field, _, text = override.partition("=")
+        try:
+            config = _override(config, field, text)
+        except InputError as error:
+            problems.append(ConfigProblem(_owner(field), str(error)))
+    return config, problems
+
+
+def _owner(field: str) -> str:
+    """Field that an override sets, for `data.tasks.like` the mapping; empty if none."""
+    mapping = field.rpartition(".")[0]
+    if get_origin(_TYPES.get(mapping)) is dict:
+        return mapping
+    return field if field in _TYPES else ""
+
+
+def _override(config: Config, field: str, text: str) -> Config:
+    """Return a copy of a config with a field set from the text of its value."""
+    owner, value = _owner(field), _unquote(text)
+    # 1. Name the field that was meant.
+    if not owner:
+        raise InputError(_unknown_field(field))
+    try:
+        # 2. ml_collections adds no key to a mapping: replace the whole mapping.
+        if owner != field:
+            key = field.rpartition(".")[2]
+            value = str({**attrgetter(owner)(config), key: value})
+        # 3. Parse the value by the type of the field.
+        return _parse_flag(config, f"{PREFIX}{owner}={value}")
+    except TypeError as error:
+        # The value in the config file has the wrong type.
+        raise InputError(f"{field}: {error}") from error
+    except ValueError as error:
+        hint = _TYPES[owner]
+        # Parsers of tuples and mappings name the element that is wrong.
+        if get_origin(hint) is None:
+            raise InputError(f"{field}={text!r} is not {hint_name(hint)}") from None
+        raise InputError(f"{field}={text!r}: {error}") from None
+
+
+def _parse_flag(config: Config, argument: str) -> Config:
+    # Flags of their own, so that one config does not change the flags of another.
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dataclass(
+            "config", config, "", values, sys_argv=[argument]
+        )
+        values(["tokenrec", argument])
+    except flags.IllegalFlagValueError as error:
+        # absl's message wraps that of the parser, which is the useful one.
+        raise error.__context__ or error from None
+    return values.config
+
+
+def _unknown_field(field: str) -> str:
+    if field in _SECTIONS:
+        first = next(name for name in _TYPES if name.startswith(f"{field}."))
+        return (
+            f"config field '{field}' is a section and has no value; set one of its "
+            f"fields, such as {first}"
+        )
+    if field in REMOVED_FIELDS:
+        return (
+            f"config field '{field}' was removed, and runs behave as with "
+            f"'{REMOVED_FIELDS[field]}'; leave it out"
+        )
+    return f"config field '{field}' does not exist{suggest_field(field, _TYPES)}"
+
+
+class _ElementsParser(flags.ArgumentParser):
+    """Parser of a tuple or a mapping of typed elements; strings need no quotes.
+
+    >>> _ElementsParser(tuple[int, ...]).parse("(32, 16)")
+    (32, 16)
+    >>> _ElementsParser(dict[str, float]).parse("click:1, like:.5")
+    {'click': 1.0, 'like': 0.5}
+    """
+
+    def __init__(self, kind: Any) -> None:
+        self.origin, self.kinds = get_origin(kind), get_args(kind)
+
+    def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str):
+            # The value in the config file, which `validate` checks.
+            return argument
+        text = argument.strip()
+        brackets = ["{}"] if self.origin is dict else ["()", "[]"]
+        if text[:1] + text[-1:] in brackets:
+            text = text[1:-1]
+        parts = [part for part in text.split(",") if part.strip()]
+        if self.origin is tuple:
+            return tuple(_element(self.kinds[0], part) for part in parts)
+        entries: dict[Any, Any] = {}
+        for part in parts:
+            key, colon, value = part.partition(":")
+            if not colon:
+                raise ValueError("not a mapping; write {name: value, ...}")
+            entries[_element(self.kinds[0], key)] = _element(self.kinds[1], value)
+        return entries
+
+
+def _element(kind: type, text: str) -> Any:
+    text = _unquote(text)
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not {hint_name(kind)}") from None
+
+
+def _unquote(text: str) -> str:
+    text = text.strip()
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+# `validate` checks choices.
+config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
+for _kind in _TYPES.values():
+    if get_origin(_kind) in (tuple, dict):
+        config_flags.register_flag_parser_for_type(_kind, _ElementsParser(_kind))
