@@ -1,11 +1,13 @@
 # make train   a trained ranker and its metrics, from a fresh clone
 # make test    the tests        make lint   ruff and mypy
 # make studies KUAIRAND=DIR   what the papers claim, tried: every study and one report; some 9 CPU-hours, and it goes on
+# make test-all    the tests with every extra installed, in an environment of its own: nothing is skipped but what needs a TPU or GPU
 # make test-beam   the tests of `prepare --beam`, in an environment of its own: Beam refuses the newest NumPy and Arrow
 
 PYTHON  ?= $(shell command -v python3.12 || command -v python3)
 VENV    ?= .venv
 BEAM    ?= .venv-beam
+ALL     ?= .venv-all
 DATA    ?= data/complete_journey
 RUN     ?= runs/complete_journey
 SPLIT   ?= test
@@ -16,7 +18,7 @@ INSTALL  = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # XLA on a CPU takes fresh memory for the temporaries of every step; huge pages make a step about 15 % shorter.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train studies has-kuairand test test-beam lint clean
+.PHONY: train studies has-kuairand test test-all test-beam lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.demo
@@ -50,6 +52,9 @@ has-kuairand:
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 8
 
+test-all: $(ALL)/.all
+	$(ALL)/bin/python -m pytest -n logical --maxprocesses 8 -rs
+
 test-beam: $(BEAM)/.beam
 	$(BEAM)/bin/python -m pytest tests/data/beam/test_beam.py
 
@@ -59,9 +64,9 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf $(VENV) $(BEAM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ALL) $(BEAM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-$(BIN)/python $(BEAM)/bin/python: %/bin/python:
+$(BIN)/python $(ALL)/bin/python $(BEAM)/bin/python: %/bin/python:
 	@test -n "$(PYTHON)" || { echo "tokenrec needs Python 3.12 or later: none found; set PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -c "import sys; v = sys.version.split()[0]; sys.version_info >= (3, 12) or sys.exit('tokenrec needs Python 3.12 or later, $(PYTHON) is ' + v + '; set PYTHON=/path/to/python3.12')"
 	$(PYTHON) -m venv $*
@@ -74,6 +79,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[demo,dev]"
 	touch $@ $(VENV)/.demo
+
+$(ALL)/.all: pyproject.toml constraints.txt | $(ALL)/bin/python
+	$(ALL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev,mlflow,peers,report,text,wandb]"
+	touch $@
 
 $(BEAM)/.beam: pyproject.toml constraints-beam.txt | $(BEAM)/bin/python
 	$(BEAM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints-beam.txt -e ".[beam]" pytest tokenizers

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import tokenrec
 from tokenrec.cli.main import main
 
 CLONE = Path(__file__).parents[1]
@@ -89,7 +90,9 @@ def test_constraints_are_plain_pins_of_every_dependency(
 def test_version_and_licence_are_the_same_everywhere() -> None:
     citation = (CLONE / "CITATION.cff").read_text()
     project = PROJECT["project"]
-    assert f"\nversion: {project['version']}\n" in citation
+    assert f"\nversion: {tokenrec.__version__}\n" in citation
+    changes = (CLONE / "CHANGELOG.md").read_text()
+    assert f"\n## {tokenrec.__version__} " in changes
     assert f"\nlicense: {project['license']}\n" in citation
     assert "Apache License" in (CLONE / "LICENSE").read_text()
     assert (CLONE / "tokenrec" / "py.typed").is_file()
