@@ -10,7 +10,7 @@ import pytest
 
 from tokenrec.data.beam.lookup import find_positions, vocabulary_ids
 from tokenrec.data.beam.shared_files import load_values, save_values
-from tokenrec.data.beam.users import LogBlock, partition_of_user, partition_log
+from tokenrec.data.beam.users import LogBlock, partition_log, partition_of_user
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import Feature
 from tokenrec.data.vocabulary import TableValues, ValueIndex

@@ -23,13 +23,10 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from tokenrec.data import records
-from tokenrec.data.beam.engine import beam_library, create_parts
+from tokenrec.data.beam.engine import beam_library, create_parts, tagged_output
 from tokenrec.data.beam.lookup import ITEM_IDS, find_positions, load_vocabulary_ids
-from tokenrec.data.beam.scan import (
-    partition_user_part,
-    raise_first_problem,
-    save_first_problem,
-)
+from tokenrec.data.beam.problems import raise_first_problem, save_first_problem
+from tokenrec.data.beam.scan import partition_user_part
 from tokenrec.data.beam.shared_files import load_records, load_values, save_records
 from tokenrec.data.beam.users import LogBlock, gather_users, partition_log
 from tokenrec.data.preparation.entities import to_vocabulary_ids
@@ -247,8 +244,7 @@ def _make_chunks(
     grouped: tuple[int, dict[str, Iterable[Any]]], options: BuildOptions
 ) -> Iterator[Any]:
     """Make the chunks of a partition of users; yield records by split, and a report."""
-    from apache_beam.pvalue import TaggedOutput
-
+    tagged = tagged_output()
     partition, group = grouped
     schema = options.schema
     # 1. Number the users of the partition, and give their features final ids.
@@ -270,7 +266,7 @@ def _make_chunks(
     try:
         rows = sort_and_deduplicate(rows, schema, counts)
     except InputError as error:
-        yield TaggedOutput("problems", ((3, partition), str(error)))
+        yield tagged("problems", ((3, partition), str(error)))
         return
     user_ids = users.index.values()
     user_features = pack_user_features(users, schema)
@@ -278,8 +274,8 @@ def _make_chunks(
         sizes[run.split] = np.diff(run.start)
         for position, chunk in enumerate(chunk_records(run, user_ids, user_features)):
             key = (partition << _POSITION_BITS) + position
-            yield TaggedOutput(run.split, (key, chunk._asdict()))
-    yield TaggedOutput("reports", (partition, PartitionReport(counts, sizes)))
+            yield tagged(run.split, (key, chunk._asdict()))
+    yield tagged("reports", (partition, PartitionReport(counts, sizes)))
 
 
 def _save_report(numbered: tuple[int, PartitionReport], work: str) -> None:

@@ -31,6 +31,13 @@ def beam_library() -> ModuleType:
     return apache_beam
 
 
+def tagged_output() -> Any:
+    """Return Beam's `TaggedOutput`, which names the output that a value belongs to."""
+    from apache_beam.pvalue import TaggedOutput
+
+    return TaggedOutput
+
+
 def pipeline_options(arguments: Sequence[str]) -> Any:
     """Make Beam's `PipelineOptions`; without a `--runner` it is the local one.
 

@@ -15,15 +15,15 @@ The driver then reads the shared folder.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.data.beam.engine import beam_library, create_parts
-from tokenrec.data.beam.shared_files import load_records, save_records
+from tokenrec.data.beam.engine import beam_library, create_parts, tagged_output
+from tokenrec.data.beam.problems import raise_first_problem, save_first_problem
+from tokenrec.data.beam.shared_files import load_records, save_records, save_scan_result
 from tokenrec.data.beam.users import (
     LogBlock,
     UserBlock,
@@ -140,12 +140,12 @@ def scan(
         _ = (
             rows.counted
             | "Count" >> beam.CombineGlobally(_add_summaries)
-            | "Save count" >> beam.Map(_save, work, "rows")
+            | "Save count" >> beam.Map(save_scan_result, work, "rows")
         )
         _ = (
             users.counted
             | "All user counts" >> beam.combiners.ToList()
-            | "Save user counts" >> beam.Map(_save, work, "users")
+            | "Save user counts" >> beam.Map(save_scan_result, work, "users")
         )
         save_first_problem((table.problems, rows.problems, users.problems), work)
     raise_first_problem(work)
@@ -199,7 +199,7 @@ def partition_user_part(
     Yields:
       Pieces of blocks tagged "users"; a problem of the input tagged "problems".
     """
-    tagged = _tagged_output()
+    tagged = tagged_output()
     try:
         for block in read_user_blocks(numbered, schema):
             for piece in partition_users(block, partitions):
@@ -208,38 +208,11 @@ def partition_user_part(
         yield tagged("problems", ((0, numbered[0]), str(error)))
 
 
-def save_first_problem(problems: Sequence[Any], work: str) -> None:
-    """Add the steps that save the first problem of a pass for `raise_first_problem`.
-
-    A problem is ((step, number of the part or partition), message); the least is first.
-    Problems travel as data because Beam retries an exception of a worker, and returns
-    it as text.
-
-    Args:
-      problems: collections of problems.
-      work: folder that all workers see.
-    """
-    beam = beam_library()
-    _ = (
-        problems
-        | "All problems" >> beam.Flatten()
-        | "First problem"
-        >> beam.CombineGlobally(functools.partial(min, default=None)).without_defaults()
-        | "Save problem" >> beam.Map(_save, work, "problem")
-    )
-
-
-def raise_first_problem(work: str) -> None:
-    """Raise an InputError with the problem that a pass saved in `work`, if any."""
-    for _, message in load_records(work, "scan/problem"):
-        raise InputError(message)
-
-
 def _scan_rows(
     numbered: tuple[int, LogPart], schema: Schema, partitions: int
 ) -> Iterator[Any]:
     """Check a part of the log; yield the values, users and summary of each block."""
-    tagged = _tagged_output()
+    tagged = tagged_output()
     number, part = numbered
     first = 0
     try:
@@ -270,7 +243,7 @@ def _scan_users(
     grouped: tuple[int, dict[str, Iterable[Any]]], schema: Schema
 ) -> Iterator[Any]:
     """Check the users of a partition; yield their feature values and their summary."""
-    tagged = _tagged_output()
+    tagged = tagged_output()
     partition, group = grouped
     table: Iterable[UserBlock] = group["table"]
     try:
@@ -296,12 +269,6 @@ def _tagged_values(tables: dict[str, TableValues], tagged: Any) -> Iterator[Any]
             known, _ = table.finish()
             key = (_TABLE, name, table.index.type)
             yield tagged("values", (key, (known, np.ones(len(known), bool))))
-
-
-def _tagged_output() -> Any:
-    from apache_beam.pvalue import TaggedOutput
-
-    return TaggedOutput
 
 
 def _summarise(rows: np.ndarray) -> RowSummary:
@@ -340,8 +307,3 @@ def _save_values(keyed: tuple[tuple[str, str, str], Values], work: str) -> None:
     (what, name, kind), (values, trained) = keyed
     distinct = DistinctValues(name if what == _TABLE else None, kind, values, trained)
     save_records(work, f"scan/values/{what}-{name.encode().hex()}-{kind}", distinct)
-
-
-def _save(value: Any, work: str, name: str) -> None:
-    if value is not None:
-        save_records(work, f"scan/{name}/all", value)

@@ -42,6 +42,18 @@ def save_records(work: str, name: str, value: Any) -> None:
     unique.replace(path)
 
 
+def save_scan_result(value: Any, work: str, name: str) -> None:
+    """Pickle a result of the scan to `scan/<name>`; None, for no result, is not saved.
+
+    Args:
+      value: the result; first, as `beam.Map` passes it.
+      work: folder that all workers see.
+      name: name of the result.
+    """
+    if value is not None:
+        save_records(work, f"scan/{name}/all", value)
+
+
 def load_records(work: str, folder: str) -> Iterator[Any]:
     """Yield the values that `save_records` wrote to `work/folder`, sorted by name."""
     directory = epath.Path(work) / folder

@@ -15,13 +15,10 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.data.preparation.encode import (
-    check_columns,
-    concatenate,
-    encode_features,
-)
+from tokenrec.data.preparation.encode import encode_features
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.intake import BLOCK_ROWS, rebatch
+from tokenrec.data.preparation.raw_columns import check_columns, concatenate
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import LogPart
 from tokenrec.data.vocabulary import TableValues, canonical, value_tables

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.data.preparation.encode import (
+from tokenrec.data.preparation.encode import encode_features
+from tokenrec.data.preparation.raw_columns import (
     check_columns,
-    encode_features,
     string_column,
     to_record_batch,
 )
@@ -116,8 +116,8 @@ class Entities:
         if values.null_count:
             null_row = int(values.is_null().to_numpy(zero_copy_only=False).argmax())
             raise InputError(
-                f"{where}: column '{self.key}' is null in row {first + null_row}; every "
-                "row needs one; fill it in or remove the row"
+                f"{where}: column '{self.key}' is null in row {first + null_row}; "
+                "every row needs one; fill it in or remove the row"
             )
         return self.index.codes(values, f"{where}: column '{self.key}'")
 

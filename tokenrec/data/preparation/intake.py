@@ -13,10 +13,17 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.log import EVENT, SCORED
-from tokenrec.data.preparation import encode
 from tokenrec.data.preparation.chunks import TRAIN
+from tokenrec.data.preparation.encode import encode_features
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.partition import encoded_row_dtype
+from tokenrec.data.preparation.raw_columns import (
+    bool_column,
+    check_columns,
+    concatenate,
+    integer_column,
+    label_column,
+)
 from tokenrec.data.preparation.spill import UserPartitions
 from tokenrec.data.schema import Schema, columns
 from tokenrec.data.source import SPLITS, Source
@@ -68,18 +75,16 @@ class LogEncoder:
         row = out["row"]
         out["user"] = self.users.codes(batch.column("user_id"), "rows()", first)
         row["item"] = self.items.codes(batch.column("item_id"), "rows()", first)
-        row["time"] = encode.integer_column(batch, "time_ms", first)
-        out["split"] = encode.integer_column(batch, "split", first, 0, len(SPLITS) - 1)
-        row["request"] = encode.integer_column(batch, "request", first, -1)
-        event = encode.bool_column(batch, "event", first)
-        scored = encode.bool_column(batch, "scored", first)
+        row["time"] = integer_column(batch, "time_ms", first)
+        out["split"] = integer_column(batch, "split", first, 0, len(SPLITS) - 1)
+        row["request"] = integer_column(batch, "request", first, -1)
+        event = bool_column(batch, "event", first)
+        scored = bool_column(batch, "scored", first)
         row["flags"] = event * np.uint8(EVENT) | scored * np.uint8(SCORED)
 
         # 2. Labels.
         for i, task in enumerate(self.schema.tasks):
-            row["labels"][:, i] = encode.label_column(
-                batch, f"label_{task.name}", first
-            )
+            row["labels"][:, i] = label_column(batch, f"label_{task.name}", first)
 
         # 3. Features. Only values of training rows will enter the vocabularies.
         in_train = out["split"] == TRAIN
@@ -88,9 +93,7 @@ class LogEncoder:
             "action": self.schema.group("action"),
         }
         for group, features in groups.items():
-            ids, dense = encode.encode_features(
-                batch, features, self.tables, "rows()", first
-            )
+            ids, dense = encode_features(batch, features, self.tables, "rows()", first)
             row[f"{group}_ids"] = ids
             row[f"{group}_dense"] = dense
             for name, place in columns(features).ids.items():
@@ -109,7 +112,7 @@ class LogEncoder:
             *(f.name for f in self.schema.group("row")),
             *(f.name for f in self.schema.group("action")),
         ]
-        encode.check_columns(names, list(dict.fromkeys(expected)), "rows()")
+        check_columns(names, list(dict.fromkeys(expected)), "rows()")
 
 
 class LogIngestion:
@@ -177,8 +180,8 @@ def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             waiting.append(batch.slice(first, BLOCK_ROWS))
             rows += waiting[-1].num_rows
             if rows >= BLOCK_ROWS:
-                yield encode.concatenate(waiting, "rows()")
+                yield concatenate(waiting, "rows()")
                 waiting = []
                 rows = 0
     if waiting:
-        yield encode.concatenate(waiting, "rows()")
+        yield concatenate(waiting, "rows()")

@@ -5,8 +5,8 @@ Memory depends on the number of distinct ids, not on the number of log rows.
 Two passes, the first over the log and the second over its encoded rows:
 
 1. Intake (`intake.py`). The source's tables and then its log rows stream past once.
-   Each value is checked and encoded with a provisional id (`encode.py`); users and
-   items get codes, and features of their own (`entities.py`).
+   Each value is checked (`raw_columns.py`) and encoded with a provisional id
+   (`encode.py`); users and items get codes, and features of their own (`entities.py`).
 2. Partitions by user (`spill.py`). The encoded rows are grouped by user: in memory
    while they are few, beyond that in temporary files.
 
