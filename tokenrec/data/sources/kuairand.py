@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 from tokenrec.data.rates import PastRates, RateKey, time_ordered
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import Provenance
-from tokenrec.data.sources.download import download, extract
+from tokenrec.data.sources.archive import extract
+from tokenrec.data.sources.download import download
 from tokenrec.data.sources.kuairand_history import HISTORY_TYPES, history_rows
 from tokenrec.data.sources.kuairand_log import (
     LOG_TYPES,
