@@ -18,7 +18,7 @@ import pytest
 
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.kuairand import KuaiRandSource, fetch
-from tokenrec.data.sources.kuairand_history import settle
+from tokenrec.data.sources.kuairand_history import settle_labels
 from tokenrec.errors import InputError
 
 LOG = "log_standard_4_22_to_5_08_pure.csv"
@@ -319,7 +319,7 @@ def test_settled_labels_equal_the_enumeration_of_all_embeddings() -> None:
         share = np.mean(
             [[i in way for i in range(len(watched))] for way in ways], axis=0
         )
-        label, outside = settle(
+        label, outside = settle_labels(
             watched[None],
             np.array([len(watched)]),
             marked[None],
