@@ -231,6 +231,7 @@ def _encode_rows(
         rows = encoder.encode(batch, first)
         row = rows["row"]
         item_ids = load_values(options.work, ITEM_IDS)
+        # From code of an item in this block to its row of the catalogue.
         row["item"] = find_positions(encoder.items.index, item_ids)[row["item"]]
         vocabulary_ids = load_vocabulary_ids(options.work, encoder.tables, all_features)
         for group, features in groups.items():

@@ -40,6 +40,7 @@ def find_positions(index: ValueIndex, known: pa.Array) -> np.ndarray:
     """
     values = index.values()
     kind = pa.large_string() if values.dtype == object else pa.int64()
+    # Values of another type than the vocabulary are unknown.
     if not len(known) or not len(values) or known.type != kind:
         return np.full(len(values), -1)
     if kind == pa.int64():

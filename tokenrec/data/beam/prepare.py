@@ -182,6 +182,7 @@ def _scan_log(
 
 def _check_log(source: PartitionedSource, result: ScanResult) -> RowSummary:
     """Check what only the whole log shows, and return its summary."""
+    # Without a row, no summary was saved.
     if result.rows is None:
         check_has_training_rows(0, False)
         raise AssertionError("check_has_training_rows refuses a log without rows")

@@ -225,6 +225,8 @@ def _scan_rows(
                 raise InputError(f"{part.name}: {error}") from error
             yield from _tagged_values(encoder.tables, tagged)
             items = encoder.items
+            # All items are sent: those that no training row uses are in the catalogue
+            # too.
             key = (_ITEMS, "", items.index.type)
             yield tagged("values", (key, (items.index.values(), items.in_training())))
             users = encoder.users
@@ -252,6 +254,7 @@ def _scan_users(
         yield tagged("problems", ((2, partition), str(error)))
         return
     for block, codes in log_blocks:
+        # The rows of a block of users are flags: True for a user of training rows.
         users.trained.add(codes[block.rows])
     users.complete()
     yield from _tagged_values(tables, tagged)
@@ -296,6 +299,7 @@ def _add_summaries(summaries: Iterable[RowSummary | None]) -> RowSummary | None:
 
 
 def _union_values(parts: Iterable[Values]) -> Values:
+    # A value that one part uses in training, and another does not, is marked.
     index, trained = ValueIndex(), Marks()
     for values, is_trained in parts:
         if len(values):

@@ -193,6 +193,7 @@ def _refuse_repeats(user_blocks: Sequence[UserBlock]) -> None:
 
 def _rows_by_partition(partition: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield each partition that occurs, and the positions where it does, in order."""
+    # Stable, so that the rows of a user keep the order of the log.
     order = np.argsort(partition, kind="stable")
     ordered = partition[order]
     starts = np.flatnonzero(np.diff(ordered, prepend=-1))

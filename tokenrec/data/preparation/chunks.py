@@ -103,6 +103,7 @@ def check_request_times(
       InputError: two rows of one user and one request >= 0 have different times.
     """
     grouped = np.flatnonzero(request >= 0)
+    # Rows of one request become neighbours, in the order of their times.
     order = grouped[np.lexsort((time[grouped], request[grouped], user[grouped]))]
     user, request, time = user[order], request[order], time[order]
     same_request = (user[1:] == user[:-1]) & (request[1:] == request[:-1])
@@ -184,6 +185,7 @@ def chunk_indices(
     offsets = ranges[:, 0::2] + [0, len(events)]
     source = np.concatenate([events, position])
     taken = source[_expand_ranges(offsets.ravel(), lengths.ravel())]
+    # Rows of a head are history, even those of this split: an earlier chunk has them.
     in_head = np.repeat(np.tile([True, False], len(ranges)), lengths.ravel())
     start = np.concatenate([[0], np.cumsum(lengths.sum(axis=1))])
     return ChunkIndices(rows[taken], start, in_head | ~is_new[taken])
@@ -230,6 +232,7 @@ def _chunk_ranges(
     # Most users fit into one chunk; they need no loop.
     new_rows = np.add.reduceat(is_new, user_start, dtype=np.int64)
     fits = new_rows <= chunk_events
+    # An empty head (0, 0) repeats nothing.
     ranges = np.zeros((len(user_start), 4), np.int64)
     ranges[:, 2] = begin
     ranges[:, 3] = end
@@ -240,6 +243,7 @@ def _chunk_ranges(
     changes = np.diff(user, prepend=user[:1] - 1) != 0
     changes |= np.diff(time, prepend=time[:1]) != 0
     boundary = np.append(np.flatnonzero(changes), len(user))
+    # The number of new rows in [a, b) is new_before[b] - new_before[a].
     new_before = np.concatenate([[0], np.cumsum(is_new)])
     parts = []
     for i in range(len(user_start)):

@@ -43,6 +43,7 @@ def encode_features(
     Raises:
       InputError: a value does not fit its feature; names column, value and row.
     """
+    # Integer and float features have columns of their own.
     layout = columns(features)
     rows = batch.num_rows
     ids = np.zeros((rows, layout.ids_width), np.int32)
@@ -150,6 +151,7 @@ def _flatten_lists(
     # `flatten` leaves out what lies under a null list, unlike `values.values`.
     flat = values.flatten()
     row = np.repeat(np.arange(len(values)), lengths)
+    # The running number of a value, less that of the first value of its list.
     position = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     kept = position < f.length
     if kept.all():

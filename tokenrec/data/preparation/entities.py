@@ -52,6 +52,7 @@ class Entities:
         self.features = features
         self.index = ValueIndex()
         self.trained = Marks()
+        # Shared by users, items and log: features of any of them may share a table.
         self._tables = tables
         self._layout = columns(features)
         self.ids = np.zeros((0, self._layout.ids_width), np.int32)
@@ -129,6 +130,7 @@ class Entities:
         """
         known, total = len(self.ids), self.index.size
         if known < total:
+            # Codes of the log's entities follow those of the table.
             missing_ids = np.zeros((total - known, self._layout.ids_width), np.int32)
             missing_dense = np.full(
                 (total - known, self._layout.dense_width), np.nan, np.float32
@@ -136,6 +138,7 @@ class Entities:
             self.ids = np.concatenate([self.ids, missing_ids])
             self.dense = np.concatenate([self.dense, missing_dense])
         for f in self.features:
+            # The key itself is never missing.
             if f.name == self.key and f.kind == "categorical" and known < total:
                 keys = pa.array(self.index.values()[known:])
                 column = self._layout.ids[f.name][0]

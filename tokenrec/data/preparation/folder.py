@@ -114,6 +114,7 @@ def write_vocabularies(
     for f in schema.features:
         if f.kind == "semantic_id":
             rows[f.table_name] = semantic_rows(f)
+        # Features may share a table; it is written once.
         elif f.has_vocabulary and f.table_name not in vocabulary_ids:
             known, vocabulary_ids[f.table_name] = tables[f.table_name].finish()
             # Two rows more than values: the ids for missing and unknown.
@@ -140,6 +141,7 @@ def write_tokenizer(
     codes = [f.codes for f in schema.features if f.kind == "text"]
     if not codes:
         return {}
+    # The schema gives all texts the same number of codes: they share the tokenizer.
     texts = itertools.chain(*(group.training_texts() for group in entities))
     tokenizer = train_tokenizer(texts, codes[0])
     for group in entities:
@@ -159,6 +161,7 @@ def write_catalogue(folder: Path, items: Entities) -> np.ndarray:
     """
     values = items.index.values()
     order = np.argsort(values, kind="stable")
+    # `rows` is the inverse of the permutation `order`.
     rows = np.empty(len(order), np.int32)
     rows[order] = np.arange(len(order), dtype=np.int32)
     item_id = values[order]
@@ -222,6 +225,7 @@ def digest_ids(folder: Path, schema: Schema) -> str:
     for name, array in sorted(values.items()):
         digest.update(f"{name}: {len(array)} {array.dtype.kind}\n".encode())
         if array.dtype.kind == "i":
+            # Little-endian int64 on every machine.
             digest.update(np.ascontiguousarray(array, "<i8"))
             continue
         for value in array.tolist():

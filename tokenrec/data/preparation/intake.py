@@ -73,6 +73,7 @@ class LogEncoder:
         # 1. Keys, times and flags.
         out = np.zeros(batch.num_rows, self.dtype)
         row = out["row"]
+        # Items are codes here; the second pass makes them rows of the catalogue.
         out["user"] = self.users.codes(batch.column("user_id"), "rows()", first)
         row["item"] = self.items.codes(batch.column("item_id"), "rows()", first)
         row["time"] = integer_column(batch, "time_ms", first)
@@ -80,6 +81,7 @@ class LogEncoder:
         row["request"] = integer_column(batch, "request", first, -1)
         event = bool_column(batch, "event", first)
         scored = bool_column(batch, "scored", first)
+        # A bool times a uint8 is a uint8; a Python int would make it an int64.
         row["flags"] = event * np.uint8(EVENT) | scored * np.uint8(SCORED)
 
         # 2. Labels.
@@ -176,6 +178,7 @@ def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     waiting: list[pa.RecordBatch] = []
     rows = 0
     for batch in batches:
+        # A large batch is cut, and small ones are collected.
         for first in range(0, batch.num_rows, BLOCK_ROWS):
             waiting.append(batch.slice(first, BLOCK_ROWS))
             rows += waiting[-1].num_rows

@@ -137,6 +137,7 @@ def _count_rows(partition: np.ndarray, schema: Schema, counts: Counter[str]) -> 
         counts[f"scored_{name}"] += int(scored.sum())
         counts[f"events_{name}"] += int(event.sum())
         for i, task in enumerate(schema.tasks):
+            # Labels of unscored rows enter no metric.
             positives = int((row["labels"][scored, i] == 1).sum())
             counts[f"positives_{name}_{task.name}"] += positives
     counts["learned_train"] += int(((row["flags"] & LEARNED) > 0).sum())
@@ -158,6 +159,7 @@ def cut_into_chunks(
             user, row["time"], split, row["flags"], number, chunk_events, overlap
         )
         if len(chunks.rows):
+            # A copy, so that the flags set below change no other split.
             rows = row[chunks.rows]
             # A row that is history here must be neither scored nor learned again.
             rows["flags"][chunks.history_only] = EVENT

@@ -140,6 +140,7 @@ class _FolderWriter:
         self.table_rows: dict[str, int] = {}
         self.split_writers: dict[str, records.SplitWriter] = {}
         self.counts = PreparationCounts.empty(self.schema)
+        # Moments of rows and actions are part of `counts`.
         self.moments = [
             Moments(self.schema.group(group)) for group in ("user", "catalogue")
         ]
@@ -174,6 +175,7 @@ class _FolderWriter:
         try:
             for partition in self.ingestion.partitions.read():
                 row = partition["row"]
+                # From code of an item to its row of the catalogue.
                 row["item"] = self.item_rows[row["item"]]
                 for group in ("row", "action"):
                     to_vocabulary_ids(

@@ -38,6 +38,7 @@ def check_columns(names: Sequence[str], expected: Sequence[str], where: str) -> 
                 f"{where}: column '{name}' is missing{suggest(name, names)}; add it, "
                 "or drop it from the schema if it is a feature"
             )
+    # All names are known and none is missing, so that only a repeat is left.
     if len(names) != len(expected):
         raise InputError(f"{where}: a column occurs twice in {list(names)}; drop one")
 

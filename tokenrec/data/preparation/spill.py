@@ -52,6 +52,7 @@ class UserPartitions:
             self._in_memory.append(rows)
             return
         if not self._spilled:
+            # It fails if the folder exists: another run's rows must not be mixed in.
             self._folder.mkdir(parents=True)
             self._spilled = True
             for earlier in self._in_memory:
@@ -81,6 +82,7 @@ class UserPartitions:
                 path.unlink()
                 yield rows
                 continue
+            # Too large: split by the next digit, in a folder beside the file.
             finer = UserPartitions(
                 path.with_suffix(""), self._dtype, self._limit, self._level + 1
             )

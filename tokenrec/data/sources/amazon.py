@@ -133,6 +133,7 @@ class AmazonSource:
         length = np.diff(start)
         for first in range(0, len(item), ROWS_PER_BATCH):
             row = np.arange(first, min(first + ROWS_PER_BATCH, len(item)))
+            # The user whose sequence holds the row.
             owner = np.searchsorted(start, row, side="right") - 1
             position = row - start[owner]
             remaining = start[owner + 1] - row
@@ -192,6 +193,7 @@ def read_sequences(path: Path) -> Sequences:
             if not fields:
                 continue
             place = f"{path}, line {number}"
+            # Fields are bytes: `isdigit` of a string accepts digits of other scripts.
             for field in fields:
                 if not field.isdigit() or int(field) > LARGEST_ID:
                     value = field.decode(errors="replace")

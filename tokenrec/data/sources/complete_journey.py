@@ -223,6 +223,7 @@ def _make_impressions(
       index of its promotion, and its label. `[I]` each.
     """
     positive = np.flatnonzero(promoted >= 0)
+    # Baskets are numbered 0, 1, ...; `first` is a positive of each.
     _, first, basket = np.unique(
         purchases.basket[positive], return_index=True, return_inverse=True
     )
@@ -237,6 +238,7 @@ def _make_impressions(
     owner, drawn = draw_negatives(
         promotions, basket, promoted[positive], sales, negatives, seed
     )
+    # Positives come first, before the sort below.
     owner = np.concatenate([basket, owner])
     promotion = np.concatenate([promoted[positive], drawn])
     label = (np.arange(len(owner)) < len(basket)).astype(np.int8)

@@ -67,6 +67,7 @@ def read_purchases(path: Path) -> Purchases:
                 f"{path}: {name} is null in {table[name].null_count} lines; a purchase "
                 "needs every column; fetch the file again"
             )
+    # Milliseconds to seconds.
     time = table["transaction_timestamp"].cast(pa.int64()).to_numpy() // 1000
     value = {
         name: table[name].to_numpy()

@@ -62,6 +62,7 @@ def read_columns(path: Path, specs: Sequence[ColumnSpec]) -> Iterator[pa.RecordB
         types.setdefault(spec.column, spec.type)
     label_columns = {spec.column for spec in specs if spec.is_label}
     schema = pa.schema([(spec.name, spec.type) for spec in specs])
+    # Messages count rows from 1.
     first_row = 1
     for batch in read_batches(path, types):
         if not batch.num_rows:
@@ -82,6 +83,7 @@ def read_columns(path: Path, specs: Sequence[ColumnSpec]) -> Iterator[pa.RecordB
                 ) from error
             if spec.name == "request":
                 values = values.fill_null(-1)
+            # Rules are checked in order, and the first row that breaks one is named.
             for wrong_rows, reason in _problems(spec, values):
                 if len(wrong_rows):
                     row = int(wrong_rows[0])

@@ -214,6 +214,7 @@ def _verify(
             actual_sha256.update(block)
             if md5 is not None:
                 actual_md5.update(block)
+    # A wrong size is named first: it explains a wrong digest.
     digest = actual_sha256.hexdigest()
     checks: tuple[tuple[str, str | int | None, str | int], ...] = (
         ("size", size, path.stat().st_size),

@@ -207,6 +207,7 @@ class KuaiRandSource:
         """Yield the events before the log, as `raw_rows`; they are train, unscored."""
         if not self._histories:
             return
+        # A pass over the log: events of the history must come before it.
         users, first_ms = first_times(self._logs)
         for path in self._histories:
             for batch in read_parquet(path, HISTORY_TYPES):

@@ -50,6 +50,8 @@ def first_times(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
     users, first_ms = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for path in paths:
         for batch in read_log(path):
+            # The first times so far are merged like rows, so that memory holds one per
+            # user.
             user = np.concatenate([users, batch.column("user_id").to_numpy()])
             time = np.concatenate([first_ms, batch.column("time_ms").to_numpy()])
             order = np.lexsort((time, user))

@@ -52,6 +52,7 @@ def is_repeat(table: pa.Table) -> np.ndarray:
     """Find rows that repeat user, video and time of an earlier row: `[n] bool`."""
     columns = [table[name].to_numpy() for name in ("video_id", "user_id", "time_ms")]
     order = np.lexsort(columns)
+    # The sort is stable: of equal rows the earliest comes first.
     same = np.ones(len(order) - 1, bool)
     for column in columns:
         same &= column[order][1:] == column[order][:-1]

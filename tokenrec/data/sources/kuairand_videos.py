@@ -50,6 +50,7 @@ class Videos:
         table = self._read()
         duration = table["video_duration"]
         seconds = duration.to_numpy() / 1000.0
+        # Tags are one field, separated by commas.
         tags = pc.list_slice(pc.split_pattern(table["tag"], ","), 0, MOST_TAGS)
         return pa.table(
             {
@@ -75,6 +76,7 @@ class Videos:
           `[n]`, -1 or NaN where the video has no such attribute.
         """
         ids, values = self._attributes["id"], self._attributes[name]
+        # An id beyond the last has the index V, which is out of range.
         index = np.searchsorted(ids, video)
         known = index < len(ids)
         known[known] = ids[index[known]] == video[known]

@@ -96,6 +96,7 @@ class SyntheticSource(SyntheticLog):
     def users(self) -> pa.Table:
         user = np.arange(self._users - 1)
         age = self._draws.uniform("age", user) * 50 + 18
+        # An index of its own for each of a user's interests.
         interests = self._draws.integers(
             "interests", user[:, None] * INTERESTS + np.arange(INTERESTS), GENRES
         )

@@ -51,9 +51,11 @@ def read_csv(
         names the line, of which the header is the first.
     """
     path = Path(path)
+    # Line 1 is the header.
     first_line = 2
     names: list[str] = []
     for block in _line_blocks(path, block_bytes):
+        # The first line of the first block is the header.
         if not names:
             header, _, block = block.removeprefix(_BYTE_ORDER_MARK).partition(b"\n")
             names = _parse_header(path, header)
