@@ -1,4 +1,4 @@
-"""Ids by binary search, and users by hash: what the workers of `prepare --beam` do without Apache Beam."""
+"""Tests of the functions of `prepare --beam` that need no Apache Beam."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_final_ids_are_those_of_the_local_path() -> None:
 
 
 def test_a_user_has_one_partition_on_every_machine() -> None:
-    """The figures are fixed: a worker whose hash differed would take a user apart."""
+    """The expected values are fixed: another hash would split a user's rows."""
     assert partition_of_user(pa.array([0, 7, -1, 2**62]), 1000).tolist() == [
         0,
         789,

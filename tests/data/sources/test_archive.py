@@ -1,4 +1,4 @@
-"""Archives: which files are unpacked, and which archives are refused."""
+"""Tests of unpacking: selected files, and archives that try to leave the folder."""
 
 from __future__ import annotations
 

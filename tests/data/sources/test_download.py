@@ -1,4 +1,4 @@
-"""Downloads from a local server that cuts connections, ignores ranges or is busy."""
+"""Tests of downloads from a server that cuts connections, ignores ranges or is busy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MD5 = hashlib.md5(BODY).hexdigest()
 
 
 class Server:
-    """What the server does, and what it was asked."""
+    """Behaviour of the server, and the ranges that it was asked for."""
 
     def __init__(self) -> None:
         self.body = BODY

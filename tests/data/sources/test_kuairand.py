@@ -1,4 +1,4 @@
-"""KuaiRand's files to rows: splits, histories, rates, and what must not leak."""
+"""Tests of the source kuairand: splits, histories, past rates, and no leaks."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ OUTCOMES = (
 
 
 class Log:
-    """A random log of five days, 1 to 5 May, with ties in time and two exact repeats."""
+    """A random log, 1 to 5 May, with ties in time and two exact repeats."""
 
     def __init__(self, rows: int = 400, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
@@ -111,7 +111,7 @@ def write(
 
 
 def read(folder: Path, rates: bool = True) -> dict[str, np.ndarray]:
-    """Rows, ordered by (time, user, video), with NaN for null."""
+    """Read all rows, ordered by time, user and video, with NaN for null."""
     source = KuaiRandSource(folder, "2022-05-03", "2022-05-05", rates=rates)
     table = pa.Table.from_batches(list(source.rows()))
     columns = {

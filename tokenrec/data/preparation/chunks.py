@@ -195,8 +195,7 @@ def _rows_for_split(
     user: np.ndarray, split: np.ndarray, flags: np.ndarray, wanted_split: int
 ) -> np.ndarray:
     """Select the rows of the split and earlier events, of users who have chunks."""
-    # The prepended code differs from the first one, so that row 0 begins a user as
-    # well.
+    # The prepended code differs from the first one: row 0 begins a user as well.
     user_start = np.flatnonzero(np.diff(user, prepend=user[:1] - 1))
     if not len(user_start):
         return np.zeros(0, np.int64)

@@ -2,7 +2,7 @@
 
 Memory depends on the number of distinct ids, not on the number of log rows.
 
-Two passes, the first over the log and the second over its encoded rows:
+Two passes: steps 1 and 2 read the log, steps 3 and 4 its encoded rows.
 
 1. Intake (`intake.py`). The source's tables and then its log rows stream past once.
    Each value is checked (`raw_columns.py`) and encoded with a provisional id

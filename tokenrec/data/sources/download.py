@@ -214,8 +214,8 @@ def _verify(
             actual_sha256.update(block)
             if md5 is not None:
                 actual_md5.update(block)
-    # A wrong size is named first: it explains a wrong digest.
     digest = actual_sha256.hexdigest()
+    # A wrong size is named first: it explains a wrong digest.
     checks: tuple[tuple[str, str | int | None, str | int], ...] = (
         ("size", size, path.stat().st_size),
         ("sha256", sha256.lower() if sha256 else None, digest),
