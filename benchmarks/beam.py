@@ -2,9 +2,9 @@
 
     python benchmarks/beam.py [--rows 1000000] [--out DIR]
 
-It needs the environment of the extra `beam` (docs/beam.md). Each variant is a process of
-its own; its seconds include the start of Python and the generation of the rows, which
-Beam does twice.
+It needs the environment of the extra `beam` (docs/beam.md). Each variant is a process
+of its own; its seconds include the start of Python and the generation of the rows,
+which Beam does twice.
 
 Writes beam.json and beam.md to `--out`, by default benchmarks/results. It takes about a
 minute on two cores.
@@ -28,7 +28,7 @@ VARIANTS = {"local": (), "beam, one process": ("--beam",)}
 
 
 def measure(rows: int, flags: tuple[str, ...]) -> dict[str, Any]:
-    """Prepare a synthetic log of `rows` rows by the command line; return the figures."""
+    """Prepare a synthetic log by the command line, and return the figures."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,

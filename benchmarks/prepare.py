@@ -2,10 +2,10 @@
 
     python benchmarks/prepare.py [--rows 1000000 4000000 16000000] [--out DIR]
 
-The number of users, items and values is fixed, so that memory must not grow with the log.
-Each length is prepared in a process of its own, whose peak resident memory the kernel
-reports: `peak_mib`, and `peak_mib_before` for the process before it reads the log.
-Seconds include the generation of the rows.
+The number of users, items and values is fixed, so that memory must not grow with the
+log. Each length is prepared in a process of its own, whose peak resident memory the
+kernel reports: `peak_mib`, and `peak_mib_before` for the process before it reads the
+log. Seconds include the generation of the rows.
 
 Writes prepare.json and prepare.md to `--out`, by default benchmarks/results. It takes
 about five minutes on one core and 4 GB of disk for the longest log.
