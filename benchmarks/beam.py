@@ -1,10 +1,13 @@
-"""`prepare --beam` on Beam's local runner against `prepare`, on one synthetic log.
+"""Compare `prepare --beam` on Beam's local runner with `prepare`, on one synthetic log.
 
-python benchmarks/beam.py [--rows 1000000] [--out benchmarks/results]
+    python benchmarks/beam.py [--rows 1000000] [--out DIR]
 
-Runs in the environment of the extra `beam` (docs/beam.md). Each way is a process of its own; its seconds include the
-start of Python and the generation of the rows, twice with Beam. Writes beam.json and
-beam.md. About a minute on two cores.
+It needs the environment of the extra `beam` (docs/beam.md). Each variant is a process
+of its own; its seconds include the start of Python and the generation of the rows,
+which Beam does twice.
+
+Writes beam.json and beam.md to `--out`, by default benchmarks/results. It takes about a
+minute on two cores.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ from typing import Any
 
 from report import write_result
 
-WAYS = {"local": (), "beam, one process": ("--beam",)}
+# Name of each variant in the table, and its flags.
+VARIANTS = {"local": (), "beam, one process": ("--beam",)}
 
 
 def measure(rows: int, flags: tuple[str, ...]) -> dict[str, Any]:
-    """Prepares a synthetic log by the command line."""
+    """Prepare a synthetic log by the command line, and return the figures."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -40,11 +44,10 @@ def measure(rows: int, flags: tuple[str, ...]) -> dict[str, Any]:
             [*command, "--out", str(Path(folder, "set")), *flags],
             stdout=subprocess.DEVNULL,
         )
+        # `wait4` reports the resources of this child alone.
         _, status, used = os.wait4(child.pid, 0)
-        wall, child.returncode = (
-            time.perf_counter() - wall,
-            os.waitstatus_to_exitcode(status),
-        )
+        wall = time.perf_counter() - wall
+        child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode:
             raise subprocess.CalledProcessError(child.returncode, child.args)
     cpu = used.ru_utime + used.ru_stime
@@ -54,7 +57,8 @@ def measure(rows: int, flags: tuple[str, ...]) -> dict[str, Any]:
         "cpu_seconds": round(cpu, 1),
         "rows_per_second": round(rows / wall),
         "rows_per_cpu_second": round(rows / cpu),
-        "peak_mib": round(used.ru_maxrss / 1024),  # kilobytes on Linux
+        # Linux reports kilobytes.
+        "peak_mib": round(used.ru_maxrss / 1024),
     }
 
 
@@ -66,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
     results = []
-    for name, flags in WAYS.items():
+    for name, flags in VARIANTS.items():
         results.append({"prepare": name} | measure(arguments.rows, flags))
         print(results[-1], flush=True)
     write_result(

@@ -30,8 +30,8 @@ from tokenrec.data.semantic_id_file import (
     load_semantic_ids,
     save_semantic_ids,
 )
+from tokenrec.data.sources.archive import extract
 from tokenrec.data.sources.delimited import DelimitedSource
-from tokenrec.data.sources.download import extract
 from tokenrec.data.tokenizer import encode_text, load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary
 

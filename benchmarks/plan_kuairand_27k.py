@@ -14,14 +14,10 @@ import json
 from tokenrec.config.load import shipped_folder
 from tokenrec.data.metadata import FORMAT_VERSION
 from tokenrec.data.schema import FIRST_KNOWN, Feature, Schema, Task
-from tokenrec.data.sources.kuairand import (
-    CITATION,
-    DURATION_EDGES_S,
-    LICENCE,
-    PLAYED_EDGES,
-    features,
-)
+from tokenrec.data.sources.kuairand import CITATION, LICENCE, features
 from tokenrec.data.sources.kuairand_log import TASKS
+from tokenrec.data.sources.kuairand_rows import PLAYED_EDGES
+from tokenrec.data.sources.kuairand_videos import DURATION_EDGES_S
 
 USERS, VIDEOS, ROWS = 27_285, 32_038_725, 322_278_385
 PUBLISHED = "published count"

@@ -1,10 +1,14 @@
-"""Peak memory and speed of `prepare` on generated logs of growing length, at a fixed number of users, items and values.
+"""Measure peak memory and speed of `prepare` on generated logs of growing length.
 
-python benchmarks/prepare.py [--rows 1000000 4000000 16000000] [--out benchmarks/results]
+    python benchmarks/prepare.py [--rows 1000000 4000000 16000000] [--out DIR]
 
-Each length is prepared in a process of its own, whose peak resident memory the kernel reports (peak_mib; before the
-log is touched it is peak_mib_before). Seconds include the generation of the rows. Writes prepare.json and prepare.md.
-About five minutes on one core; needs 4 GB of disk for the longest log.
+The number of users, items and values is fixed, so that memory must not grow with the
+log. Each length is prepared in a process of its own, whose peak resident memory the
+kernel reports: `peak_mib`, and `peak_mib_before` for the process before it reads the
+log. Seconds include the generation of the rows.
+
+Writes prepare.json and prepare.md to `--out`, by default benchmarks/results. It takes
+about five minutes on one core and 4 GB of disk for the longest log.
 """
 
 from __future__ import annotations
@@ -32,7 +36,10 @@ USERS, ITEMS, AUTHORS, BATCH_ROWS = 20_000, 50_000, 5_000, 50_000
 
 
 class GeneratedSource:
-    """Rows of random users and items, 16 columns: ids, time, split, flags, 2 labels, 7 features."""
+    """Log rows of random users and items.
+
+    A row has 16 columns: ids, time, split, flags, request, 2 labels and 7 features.
+    """
 
     provenance = Provenance("generated", "none", "", ())
     schema = Schema(
@@ -75,6 +82,7 @@ class GeneratedSource:
         cities = pa.array([f"city {i}" for i in range(300)])
         for first in range(0, self._rows, BATCH_ROWS):
             count = min(BATCH_ROWS, self._rows - first)
+            # Each batch has a generator of its own: nothing is kept between batches.
             random = np.random.default_rng(first)
             time_ms = random.integers(0, 10**10, count)
             columns: dict[str, Any] = {
@@ -100,7 +108,7 @@ class GeneratedSource:
 
 
 def measure(rows: int) -> dict[str, float]:
-    """Prepares a log of `rows` rows in this process."""
+    """Prepare a log of `rows` log rows in this process, and return the figures."""
     with tempfile.TemporaryDirectory() as folder:
         before = _peak_mib()
         cpu, wall = time.process_time(), time.perf_counter()
@@ -124,9 +132,8 @@ def measure(rows: int) -> dict[str, float]:
 
 
 def _peak_mib() -> float:
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )  # kilobytes on Linux
+    # Linux reports kilobytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""`prepare --beam` makes the data set of the local path. Runs where apache_beam is installed: `make test-beam`."""
+"""Tests of `prepare --beam`: it makes the data set of the local path.
+
+They run where apache_beam is installed: `make test-beam`.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ SCHEMA: dict[str, Any] = {
 
 
 class Files:
-    """A log of strings over several files, in which users, repeats and times straddle the files."""
+    """A log of strings in several files; users, repeats and times straddle the files."""
 
     def __init__(self, folder: Path, rows: int = 900) -> None:
         self.folder = folder
@@ -87,7 +90,8 @@ class Files:
                 ),
             }
         )
-        # Of rows that repeat one the first stays, and tells its place by its labels and features.
+        # Of rows that repeat one another the first stays; its labels and features show
+        # which one that was.
         repeats = table.slice(0, 60).set_column(5, "device", pa.array(["again"] * 60))
         self.logs = [
             self._csv("a.csv", table.slice(0, 250)),
@@ -166,7 +170,7 @@ def synthetic() -> SyntheticSource:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Path -> bytes of every file."""
+    """Read every file: path to bytes."""
     return {
         str(p.relative_to(folder)): p.read_bytes()
         for p in folder.rglob("*")
@@ -188,7 +192,7 @@ def chunks(folder: Path) -> dict[str, list[records.Chunk]]:
 
 
 def by_user(folder: Path) -> dict[str, dict[int | str, list[records.Chunk]]]:
-    """Split -> user -> its chunks, in the order of the records."""
+    """Read the chunks of each user, in the order of the records, by split and user."""
     out: dict[str, dict[int | str, list[records.Chunk]]] = {}
     for split, found in chunks(folder).items():
         out[split] = {}
@@ -292,7 +296,9 @@ def test_a_malformed_row_is_named_by_file_and_line_as_locally(
     assert str(caught.value) == found
 
 
-def test_the_first_of_several_problems_is_told(tmp_path: Path, files: Files) -> None:
+def test_the_first_of_several_problems_is_reported(
+    tmp_path: Path, files: Files
+) -> None:
     files.replace("c.csv", "\nu", "\n,u")
     files.replace("a.csv", "\nu", "\n,u")
     assert f"{files.folder}/a.csv, line 2: 10 fields" in problem(
@@ -331,7 +337,7 @@ def test_what_only_the_whole_log_shows_is_refused(tmp_path: Path, files: Files) 
 
 @dataclasses.dataclass
 class Changing(MemorySource):
-    """One part of each batch; the part's rows have the types of their own columns."""
+    """A source of several parts, whose columns may have different types."""
 
     others: tuple[MemorySource, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Ids by binary search, and users by hash: what the workers of `prepare --beam` do without Apache Beam."""
+"""Tests of the functions of `prepare --beam` that need no Apache Beam."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tokenrec.data.beam.lookup import final_ids, positions
+from tokenrec.data.beam.lookup import find_positions, vocabulary_ids
 from tokenrec.data.beam.shared_files import load_values, save_values
-from tokenrec.data.beam.users import LogBlock, partition_of, spread_log
+from tokenrec.data.beam.users import LogBlock, partition_log, partition_of_user
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import Feature
 from tokenrec.data.vocabulary import TableValues, ValueIndex
@@ -39,14 +39,14 @@ def test_positions_are_those_of_the_sorted_values(tmp_path: Path, known: list) -
     mapped = load_values(str(tmp_path), "known.arrow")
     asked = [*WORDS, "zz", "b"] if kind is object else list(range(-40, 40))
     expected = [known.index(value) if value in known else -1 for value in asked]
-    assert positions(index_of(asked), mapped).tolist() == expected
+    assert find_positions(index_of(asked), mapped).tolist() == expected
     assert (
-        positions(
+        find_positions(
             index_of([1, 2] if isinstance(asked[0], str) else ["a"]), mapped
         ).max()
         == -1
     ), "another type"
-    assert len(positions(ValueIndex(), mapped)) == 0
+    assert len(find_positions(ValueIndex(), mapped)) == 0
 
 
 def test_final_ids_are_those_of_the_local_path() -> None:
@@ -55,14 +55,20 @@ def test_final_ids_are_those_of_the_local_path() -> None:
     table.mark(provisional[[0, 3]])
     known, final = table.finish()
     assert (
-        final_ids(table, pa.array(known, pa.large_string())).tolist() == final.tolist()
+        vocabulary_ids(table, pa.array(known, pa.large_string())).tolist()
+        == final.tolist()
     )
 
 
 def test_a_user_has_one_partition_on_every_machine() -> None:
-    """The figures are fixed: a worker whose hash differed would take a user apart."""
-    assert partition_of(pa.array([0, 7, -1, 2**62]), 1000).tolist() == [0, 789, 289, 72]
-    assert partition_of(pa.array(["u1", "", "é", "u1"]), 1000).tolist() == [
+    """The expected values are fixed: another hash would split a user's rows."""
+    assert partition_of_user(pa.array([0, 7, -1, 2**62]), 1000).tolist() == [
+        0,
+        789,
+        289,
+        72,
+    ]
+    assert partition_of_user(pa.array(["u1", "", "é", "u1"]), 1000).tolist() == [
         178,
         0,
         819,
@@ -72,23 +78,23 @@ def test_a_user_has_one_partition_on_every_machine() -> None:
         pa.array([0, 7, -1], pa.int32()),
         pa.array([0, 7, -1]).dictionary_encode(),
     ):
-        assert partition_of(same, 1000).tolist() == [0, 789, 289]
+        assert partition_of_user(same, 1000).tolist() == [0, 789, 289]
     counts = np.bincount(
-        partition_of(pa.array(1000 + 7 * np.arange(10_000)), 16), minlength=16
+        partition_of_user(pa.array(1000 + 7 * np.arange(10_000)), 16), minlength=16
     )
     assert counts.min() > 500, "ids in steps spread"
 
 
 def test_spreading_keeps_every_row_and_its_order() -> None:
     user = np.random.default_rng(0).integers(0, 50, 1000)
-    pieces = dict(spread_log(LogBlock((0, 0), pa.array(user), np.arange(1000)), 7))
+    pieces = dict(partition_log(LogBlock((0, 0), pa.array(user), np.arange(1000)), 7))
     assert sorted(
         np.concatenate([piece.rows for piece in pieces.values()]).tolist()
     ) == list(range(1000))
     for partition, piece in pieces.items():
         assert (np.diff(piece.rows) > 0).all()
         assert piece.user_id.to_numpy().tolist() == user[piece.rows].tolist()
-        assert set(partition_of(piece.user_id, 7).tolist()) == {partition}
+        assert set(partition_of_user(piece.user_id, 7).tolist()) == {partition}
 
 
 def test_moments_merge_as_if_added_together() -> None:

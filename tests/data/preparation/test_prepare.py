@@ -1,4 +1,4 @@
-"""What `prepare` makes of a log: ids, statistics, chunks and counts, and what it refuses."""
+"""Tests of `prepare`: ids, statistics, chunks and counts."""
 
 from __future__ import annotations
 
@@ -331,7 +331,11 @@ def test_chunks_are_those_of_a_plain_loop(
 def expected_chunks(
     rows: dict[str, Any], split: int, chunk_events: int, overlap: int
 ) -> dict[int, list[Any]]:
-    """Of a log whose splits follow one another in time: user -> chunks of (row, flags)."""
+    """Cut chunks by a plain loop, for a log whose splits follow one another in time.
+
+    Returns:
+      By user, the chunks, each a list of (row, flags).
+    """
     out: dict[int, list[Any]] = {}
     flags = rows["event"] * EVENT + rows["scored"] * (
         SCORED + (LEARNED if split == 0 else 0)

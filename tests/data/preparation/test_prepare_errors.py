@@ -1,4 +1,4 @@
-"""What `prepare` refuses, by name, and what it leaves behind when it fails: nothing."""
+"""Tests of the errors of `prepare`: they name the value, and leave no files behind."""
 
 from __future__ import annotations
 

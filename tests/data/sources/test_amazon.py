@@ -1,4 +1,4 @@
-"""Amazon sequences: what becomes of a line, which item goes to which split, and what is refused."""
+"""Tests of the source amazon: lines to rows, leave-one-out splits, and refused files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_last_item_is_test_and_the_one_before_it_valid(tmp_path: Path) -> None:
 
 
 def test_the_last_item_alone_can_be_held_out(tmp_path: Path) -> None:
-    """What chooses no settings needs no valid split: its rows are train, and the test rows stay the same."""
+    """With `held_out=1` rows of valid become train, and the test rows stay the same."""
     source = AmazonSource(write(tmp_path), "Toys", held_out=1)
     assert [row["split"] for row in rows(source)] == [
         *(0, 0, 0, 2),

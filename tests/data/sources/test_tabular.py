@@ -1,4 +1,4 @@
-"""Reading CSV and Parquet: values, memory by blocks, and errors that lead to the very line."""
+"""Tests of reading CSV and Parquet: values, blocks, and errors that name the line."""
 
 from __future__ import annotations
 

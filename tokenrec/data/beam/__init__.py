@@ -1,0 +1,4 @@
+"""Prepare a log on Apache Beam, when one machine would take too long (docs/beam.md).
+
+`prepare.py` is the driver and lists the other files; read it first.
+"""

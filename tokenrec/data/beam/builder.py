@@ -1,8 +1,10 @@
-"""The second pass: rows get their final ids, meet their users, and become records of a tensorflow-datasets builder.
+"""Second pass on Beam: encode the log again with final ids, and build the records.
 
-The shuffle groups rows by a hash of the user's id into partitions of about `PARTITION_BYTES`; one worker holds one at a
-time, and passes it through the functions of the local path (partition.py). The builder's own writer then sorts the
-records by number, partition after partition, into shards.
+The shuffle groups log rows by a hash of the user's id into partitions of about
+`PARTITION_BYTES`. One worker holds one partition at a time and passes it through the
+functions of the local path (`preparation/partition.py`). The writer of the
+tensorflow-datasets builder then sorts the records by their numbers, partition after
+partition, into shards.
 """
 
 from __future__ import annotations
@@ -21,25 +23,42 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from tokenrec.data import records
-from tokenrec.data.beam.engine import beam_library
-from tokenrec.data.beam.lookup import ITEM_IDS, load_finals, positions
-from tokenrec.data.beam.scan import raise_problem, save_first_problem, spread_user_part
-from tokenrec.data.beam.shared_files import load, load_values, save_records
-from tokenrec.data.beam.users import LogBlock, gather_users, spread_log
-from tokenrec.data.preparation.entities import to_final
-from tokenrec.data.preparation.intake import RowEncoder, blocks
-from tokenrec.data.preparation.partition import Tally, chunks_of, cut, finish, user_rows
+from tokenrec.data.beam.engine import beam_library, create_parts, tagged_output
+from tokenrec.data.beam.lookup import ITEM_IDS, find_positions, load_vocabulary_ids
+from tokenrec.data.beam.problems import raise_first_problem, save_first_problem
+from tokenrec.data.beam.scan import partition_user_part
+from tokenrec.data.beam.shared_files import load_records, load_values, save_records
+from tokenrec.data.beam.users import LogBlock, gather_users, partition_log
+from tokenrec.data.preparation.entities import to_vocabulary_ids
+from tokenrec.data.preparation.intake import LogEncoder, rebatch
+from tokenrec.data.preparation.partition import (
+    PreparationCounts,
+    chunk_records,
+    cut_into_chunks,
+    pack_user_features,
+    sort_and_deduplicate,
+)
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import LogPart, PartitionedSource
 from tokenrec.errors import InputError
 
 PARTITION_BYTES = 64 << 20
-_KEY_BITS = 40  # a record's number: its partition, then its place there
+# A record's number has the number of its partition in the high bits, and its position
+# within the partition in these low bits.
+_POSITION_BITS = 40
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """What every worker of the second pass knows."""
+    """Options of the second pass, sent to every worker.
+
+    Attributes:
+      schema: features and tasks of the source.
+      chunk_events: the most new rows of a chunk.
+      overlap: the most events that a chunk repeats at its head.
+      partitions: number of partitions of the users.
+      work: folder that all workers see.
+    """
 
     schema: Schema
     chunk_events: int
@@ -48,109 +67,127 @@ class BuildOptions:
     work: str
 
 
-class Report(NamedTuple):
-    """What came out of a partition: counts, and for each split the rows of each chunk."""
+class PartitionReport(NamedTuple):
+    """Counts of one partition.
 
-    tally: Tally
+    Attributes:
+      counts: counts of its log rows and moments of their features.
+      sizes: by split, `[U] int64`, log rows of each chunk.
+    """
+
+    counts: PreparationCounts
     sizes: dict[str, np.ndarray]
 
 
 def count_partitions(
     schema: Schema, rows: int, partition_bytes: int = PARTITION_BYTES
 ) -> int:
-    """Partitions that hold about `partition_bytes` each."""
-    return max(1, -(-rows * records.row_dtype(schema).itemsize // partition_bytes))
+    """Compute how many partitions of about `partition_bytes` the log needs.
+
+    Args:
+      schema: features and tasks, which decide the size of a log row.
+      rows: log rows.
+      partition_bytes: bytes of encoded log rows of a partition.
+    """
+    log_bytes = rows * records.row_dtype(schema).itemsize
+    return max(1, -(-log_bytes // partition_bytes))
 
 
-def build(
+def build_shards(
     source: PartitionedSource,
-    job: BuildOptions,
+    options: BuildOptions,
     splits: Sequence[str],
     user_id_type: str,
-    options: Any,
-) -> tuple[dict[str, records.Shards], str, list[Report]]:
-    """Writes the shards of `splits` below `job.work`; returns them, their folder, and the partitions' reports in order.
+    pipeline_options: Any,
+) -> tuple[dict[str, records.Shards], str, list[PartitionReport]]:
+    """Run the second pass, and write the shards of `splits` below `options.work`.
+
+    Args:
+      source: the raw log.
+      options: options of the pass.
+      splits: names of the splits that have chunks.
+      user_id_type: "int64" or "string".
+      pipeline_options: Beam's `PipelineOptions`.
+
+    Returns:
+      The shards of each split, their folder, and the reports of the partitions in
+      order.
 
     Raises:
       InputError: rows of one request have different times.
     """
-    builder = Tokenrec(source, job, splits, user_id_type)
-    config = tfds.download.DownloadConfig(beam_options=options)
+    builder = Tokenrec(source, options, splits, user_id_type)
+    config = tfds.download.DownloadConfig(beam_options=pipeline_options)
     try:
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # it names a folder that is soon gone
+        # The builder prints the name of a folder that exists for this pass only.
+        with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(
                 download_config=config, file_format="array_record"
             )
-    except Exception:  # a split may be empty because of the problem, which says more
-        raise_problem(job.work)
+    except Exception:
+        # The builder refuses a split without records. If a problem of the input is why,
+        # its message says more.
+        raise_first_problem(options.work)
         raise
-    raise_problem(job.work)
-    shards = {
-        name: records.Shards(
-            list(builder.info.splits[name].shard_lengths),
-            builder.info.splits[name].num_bytes,
-        )
-        for name in splits
-    }
-    return shards, str(builder.data_path), list(load(job.work, "reports"))
+    raise_first_problem(options.work)
+    shards = {}
+    for name in splits:
+        info = builder.info.splits[name]
+        shards[name] = records.Shards(list(info.shard_lengths), info.num_bytes)
+    reports = list(load_records(options.work, "reports"))
+    return shards, str(builder.data_path), reports
 
 
 class Tokenrec(tfds.core.GeneratorBasedBuilder):
-    """Records of `tokenrec.data.records`, made on Apache Beam. Its name is the first part of the shards' names."""
+    """Build records of `tokenrec.data.records` on Apache Beam.
+
+    The name of the class is the first part of the shards' names.
+    """
 
     VERSION = tfds.core.Version(records.VERSION)
 
     def __init__(
         self,
         source: PartitionedSource,
-        job: BuildOptions,
+        options: BuildOptions,
         splits: Sequence[str],
         user_id_type: str,
     ) -> None:
-        self._source, self._job, self._splits, self._user_id_type = (
-            source,
-            job,
-            splits,
-            user_id_type,
-        )
-        super().__init__(data_dir=f"{job.work}/builder", file_format="array_record")
+        self._source = source
+        self._options = options
+        self._splits = splits
+        self._user_id_type = user_id_type
+        super().__init__(data_dir=f"{options.work}/builder", file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = records.record_features(self._job.schema, self._user_id_type)
+        features = records.record_features(self._options.schema, self._user_id_type)
+        # Without this the writer would order records by a hash of their numbers.
         return tfds.core.DatasetInfo(
             builder=self, features=features, disable_shuffling=True
         )
 
     def _split_generators(self, dl_manager: Any, pipeline: Any) -> dict[str, Any]:
-        beam, job = beam_library(), self._job
-        rows = (
-            pipeline
-            | "Row parts" >> beam.Create(list(enumerate(self._source.row_parts())))
-            | "Spread row parts" >> beam.Reshuffle()
-            | "Encode rows" >> beam.FlatMap(_encode_rows, job)
+        beam, options = beam_library(), self._options
+        rows = create_parts(pipeline, self._source.row_parts(), "Row") | (
+            "Encode rows" >> beam.FlatMap(_encode_rows, options)
         )
-        table = (
-            pipeline
-            | "User parts" >> beam.Create(list(enumerate(self._source.user_parts())))
-            | "Spread user parts" >> beam.Reshuffle()
-            | "Encode users"
-            >> beam.FlatMap(spread_user_part, job.schema, job.partitions).with_outputs(
-                "problems", "users"
-            )
+        table = create_parts(pipeline, self._source.user_parts(), "User") | (
+            "Encode users"
+            >> beam.FlatMap(
+                partition_user_part, options.schema, options.partitions
+            ).with_outputs("problems", "users")
         )
-        made = (
+        chunks = (
             {"table": table.users, "log": rows}
             | "Join users" >> beam.CoGroupByKey()
             | "Make chunks"
-            >> beam.FlatMap(_make_chunks, job).with_outputs(
+            >> beam.FlatMap(_make_chunks, options).with_outputs(
                 "problems", "reports", *self._splits
             )
         )
-        _ = made.reports | "Save reports" >> beam.Map(_save_report, job.work)
-        save_first_problem((table.problems, made.problems), job.work)
-        return {name: made[name] for name in self._splits}
+        _ = chunks.reports | "Save reports" >> beam.Map(_save_report, options.work)
+        save_first_problem((table.problems, chunks.problems), options.work)
+        return {name: chunks[name] for name in self._splits}
 
     def _example_writer(self) -> tfds.core.writer.ExampleWriter:
         return _ShardWriter(self.info.file_format)
@@ -162,79 +199,87 @@ class Tokenrec(tfds.core.GeneratorBasedBuilder):
 
 
 class _ShardWriter(tfds.core.writer.ExampleWriter):
-    """Writes records with the bytes of `records.encode` (the builder puts their fields in any order), and anywhere:
-    ArrayRecord opens local files only, so that a shard is made in one and copied."""
+    """Write the bytes of `records.encode` to any path.
+
+    The builder serialises the fields of a record in any order, so that records are
+    encoded again. ArrayRecord opens local files only, so that a shard is made in one
+    and copied.
+    """
 
     def write(self, path: Any, examples: Iterable[tuple[int, bytes]]) -> None:
+        encoded = (
+            (key, records.encode(records.decode(example))) for key, example in examples
+        )
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder, "shard")
-            super().write(
-                local,
-                (
-                    (key, records.encode(records.decode(example)))
-                    for key, example in examples
-                ),
-            )
-            with local.open("rb") as made, epath.Path(path).open("wb") as file:
-                shutil.copyfileobj(made, file)
+            super().write(local, encoded)
+            with local.open("rb") as shard, epath.Path(path).open("wb") as file:
+                shutil.copyfileobj(shard, file)
 
 
 def _encode_rows(
-    numbered: tuple[int, LogPart], job: BuildOptions
+    numbered: tuple[int, LogPart], options: BuildOptions
 ) -> Iterator[tuple[int, LogBlock]]:
+    """Encode a part of the log with final ids; yield its rows by partition of users."""
     number, part = numbered
-    groups = {group: job.schema.group(group) for group in ("row", "action")}
+    groups = {group: options.schema.group(group) for group in ("row", "action")}
+    all_features = [f for features in groups.values() for f in features]
     first = 0
-    for batch in blocks(part.read()):
-        encoder = RowEncoder(job.schema)
-        out = encoder.encode(batch, first)
-        row = out["row"]
-        row["item"] = positions(encoder.items.index, load_values(job.work, ITEM_IDS))[
-            row["item"]
-        ]
-        finals = load_finals(
-            job.work,
-            encoder.tables,
-            [f for features in groups.values() for f in features],
-        )
+    for batch in rebatch(part.read()):
+        # An encoder per block; its codes and provisional ids are replaced below.
+        encoder = LogEncoder(options.schema)
+        rows = encoder.encode(batch, first)
+        row = rows["row"]
+        item_ids = load_values(options.work, ITEM_IDS)
+        # From code of an item in this block to its row of the catalogue.
+        row["item"] = find_positions(encoder.items.index, item_ids)[row["item"]]
+        vocabulary_ids = load_vocabulary_ids(options.work, encoder.tables, all_features)
         for group, features in groups.items():
-            to_final(row[f"{group}_ids"], features, finals)
-        yield from spread_log(
-            LogBlock((number, first), batch.column("user_id"), out), job.partitions
-        )
+            to_vocabulary_ids(row[f"{group}_ids"], features, vocabulary_ids)
+        block = LogBlock((number, first), batch.column("user_id"), rows)
+        yield from partition_log(block, options.partitions)
         first += batch.num_rows
 
 
 def _make_chunks(
-    grouped: tuple[int, dict[str, Iterable[Any]]], job: BuildOptions
+    grouped: tuple[int, dict[str, Iterable[Any]]], options: BuildOptions
 ) -> Iterator[Any]:
-    from apache_beam.pvalue import TaggedOutput
-
+    """Make the chunks of a partition of users; yield records by split, and a report."""
+    tagged = tagged_output()
     partition, group = grouped
-    schema, tally, sizes = job.schema, Tally.empty(job.schema), {}
-    users, tables, numbered = gather_users(schema, group["table"], group["log"])
-    if not numbered:  # users of the table alone
+    schema = options.schema
+    # 1. Number the users of the partition, and give their features final ids.
+    users, tables, log_blocks = gather_users(schema, group["table"], group["log"])
+    if not log_blocks:
+        # Users who are in the table alone have no chunks.
         return
     users.complete()
-    to_final(users.ids, users.features, load_finals(job.work, tables, users.features))
-    part = np.concatenate([block.rows for block, _ in numbered])
-    part["user"] = np.concatenate([codes for _, codes in numbered])
-    del numbered
+    vocabulary_ids = load_vocabulary_ids(options.work, tables, users.features)
+    to_vocabulary_ids(users.ids, users.features, vocabulary_ids)
+
+    # 2. Collect the log rows in the order of the log.
+    rows = np.concatenate([block.rows for block, _ in log_blocks])
+    rows["user"] = np.concatenate([codes for _, codes in log_blocks])
+    del log_blocks  # the rows were copied; this is most of the partition's memory
+
+    # 3. The steps of the local path.
+    counts, sizes = PreparationCounts.empty(schema), {}
     try:
-        part = finish(part, schema, tally)
+        rows = sort_and_deduplicate(rows, schema, counts)
     except InputError as error:
-        yield TaggedOutput("problems", ((3, partition), str(error)))
+        yield tagged("problems", ((3, partition), str(error)))
         return
-    user_ids, features = users.index.values(), user_rows(users, schema)
-    for run in cut(part, job.chunk_events, job.overlap):
+    user_ids = users.index.values()
+    user_features = pack_user_features(users, schema)
+    for run in cut_into_chunks(rows, options.chunk_events, options.overlap):
         sizes[run.split] = np.diff(run.start)
-        for place, chunk in enumerate(chunks_of(run, user_ids, features)):
-            yield TaggedOutput(
-                run.split, ((partition << _KEY_BITS) + place, chunk._asdict())
-            )
-    yield TaggedOutput("reports", (partition, Report(tally, sizes)))
+        for position, chunk in enumerate(chunk_records(run, user_ids, user_features)):
+            key = (partition << _POSITION_BITS) + position
+            yield tagged(run.split, (key, chunk._asdict()))
+    yield tagged("reports", (partition, PartitionReport(counts, sizes)))
 
 
-def _save_report(numbered: tuple[int, Report], work: str) -> None:
+def _save_report(numbered: tuple[int, PartitionReport], work: str) -> None:
     partition, report = numbered
+    # Padded, so that `load_records` yields the reports in the order of partitions.
     save_records(work, f"reports/{partition:012d}", report)

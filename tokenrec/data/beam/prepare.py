@@ -1,45 +1,53 @@
-"""`prepare` on Apache Beam: the same data set from a log that one machine would take too long for.
+"""Run `prepare` on Apache Beam, for a log that one machine would take too long for.
 
-Two pipelines and, between and after them, the driver. The first (scan.py) checks every row and finds the distinct
-values; from these the driver writes vocabularies and the catalogue, with the functions of the local path. The second
-(builder.py) makes the records. The driver then moves the shards into the folder and describes them.
+The functions that check, encode, sort, cut and serialise log rows are those of the
+local path (`tokenrec/data/preparation/`). This package holds what is left without them:
+
+- `engine.py` imports Beam and chooses its runner;
+- `users.py` brings users and their log rows together in a shuffle;
+- `lookup.py` and `shared_files.py` give every worker the ids that the first pass found;
+- `problems.py` reports the first problem of the input, whichever worker met it;
+- `scan.py` and `builder.py` are the two pipelines, `entities.py` the step between them,
+  and this module is their driver.
+
+The steps:
+
+1. Scan (`scan.py`): check every row, collect distinct values, summarise.
+2. Driver (`entities.py`): write vocabularies, tokenizer and catalogue; share the ids.
+3. Build (`builder.py`): encode every row again with final ids, make chunks and shards.
+4. Driver: copy the shards into the folder, and write the index of chunks and metadata.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from etils import epath
 
 from tokenrec.data import records
 from tokenrec.data.beam.engine import pipeline_options
-from tokenrec.data.beam.lookup import ITEM_IDS, vocabulary_name
-from tokenrec.data.beam.scan import USER_PARTITIONS, Distinct, scan
-from tokenrec.data.beam.shared_files import save_values
+from tokenrec.data.beam.entities import WrittenEntities, write_entities
+from tokenrec.data.beam.scan import USER_PARTITIONS, RowSummary, ScanResult, scan
 from tokenrec.data.metadata import Metadata
-from tokenrec.data.preparation.entities import Entities, to_final
+from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.folder import (
     NOTHING_TO_LEARN,
     check_options,
-    checksums_of,
-    describe,
-    write_catalogue,
+    file_checksums,
+    make_metadata,
     write_chunk_index,
-    write_tokenizer,
-    write_vocabularies,
 )
-from tokenrec.data.preparation.intake import BLOCK_ROWS, check_rows
-from tokenrec.data.preparation.moments import Moments
-from tokenrec.data.preparation.partition import Tally
-from tokenrec.data.preparation.staging import staged
+from tokenrec.data.preparation.intake import BLOCK_ROWS, check_has_training_rows
+from tokenrec.data.preparation.staging import staged_folder
 from tokenrec.data.source import SPLITS, PartitionedSource, Source
-from tokenrec.data.vocabulary import TableValues, load_vocabulary, value_tables
+from tokenrec.data.vocabulary import value_tables
 from tokenrec.errors import InputError
 
 
@@ -55,180 +63,205 @@ def prepare_with_beam(
     partition_bytes: int | None = None,
     user_partitions: int = USER_PARTITIONS,
 ) -> Metadata:
-    """Writes what `tokenrec.data.preparation.prepare.prepare` writes, and returns its metadata.
+    """Write the data set that `tokenrec.data.preparation.prepare.prepare` writes.
 
-    Of more than one partition, shards hold users in another order, and means and deviations differ by rounding.
+    With more than one partition, shards hold users in another order, and means and
+    deviations differ by rounding (docs/beam.md).
 
     Args:
-      source: the raw log; it must come in parts (`PartitionedSource`), and none of its user features may be a text.
+      source: the raw log. It must come in parts (`PartitionedSource`), and none of its
+        user features may be a text.
       out: folder to make, on a disk of this machine.
-      chunk_events, overlap, overwrite: as in `prepare`.
-      work: folder or bucket address for temporary files that this machine and all workers see; default: within `out`.
-      arguments: options of Apache Beam, such as `--runner=FlinkRunner`; default: its local runner.
-      partition_bytes: rows that a worker of the second pass holds at a time; default `builder.PARTITION_BYTES`.
-      user_partitions: shares of the users in the first pass.
+      chunk_events: the most log rows of a chunk, as in `prepare`.
+      overlap: the most events repeated at the head of a chunk, as in `prepare`.
+      overwrite: replace `out` if it is a prepared data set.
+      work: folder or bucket address for temporary files that this machine and all
+        workers see; default: within the new folder.
+      arguments: options of Apache Beam, such as `--runner=FlinkRunner`; default: its
+        local runner.
+      partition_bytes: bytes of log rows that a worker of the second pass holds at a
+        time; default: `builder.PARTITION_BYTES`.
+      user_partitions: partitions of the users in the first pass.
+
+    Returns:
+      The metadata of the data set.
 
     Raises:
-      InputError: as in `prepare`; or the source has no parts, or Apache Beam is not installed.
+      InputError: as in `prepare`; or the source has no parts, or Apache Beam is not
+        installed.
     """
     check_options(source.schema, chunk_events, overlap)
-    parted = _parted(source)
-    options = pipeline_options(arguments)
-    with staged(Path(out), overwrite) as folder:
-        checksums = checksums_of(source.provenance)
-        # A name of its own for each run: a process keeps open what it has mapped (exchange.load_values).
-        place = (
-            epath.Path(folder if work is None else work)
-            / f"{Path(out).name}.work-{uuid.uuid4().hex}"
+    partitioned = _require_parts(source)
+    beam_options = pipeline_options(arguments)
+    with staged_folder(Path(out), overwrite) as folder:
+        checksums = file_checksums(source.provenance)
+        # Each run has a folder of its own: `load_values` keeps the files of earlier
+        # runs mapped, and caches them by their path.
+        parent = epath.Path(folder if work is None else work)
+        work_folder = parent / f"{Path(out).name}.work-{uuid.uuid4().hex}"
+        work_folder.mkdir(parents=True)
+        options = _Options(
+            chunk_events,
+            overlap,
+            os.fspath(work_folder),
+            beam_options,
+            partition_bytes,
+            user_partitions,
         )
-        place.mkdir(parents=True)
         try:
-            metadata = _prepare(
-                parted,
-                folder,
-                os.fspath(place),
-                checksums,
-                {"chunk_events": chunk_events, "overlap": overlap},
-                options,
-                partition_bytes,
-                user_partitions,
-            )
+            metadata = _run_passes(partitioned, folder, checksums, options)
         finally:
-            place.rmtree()
+            work_folder.rmtree()
     return metadata
 
 
-def _prepare(
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """Options of a run.
+
+    Attributes:
+      chunk_events: as in `prepare_with_beam`.
+      overlap: as in `prepare_with_beam`.
+      work: folder that all workers see, of this run alone.
+      pipeline: Beam's `PipelineOptions`.
+      partition_bytes: as in `prepare_with_beam`.
+      user_partitions: as in `prepare_with_beam`.
+    """
+
+    chunk_events: int
+    overlap: int
+    work: str
+    pipeline: Any
+    partition_bytes: int | None
+    user_partitions: int
+
+
+def _run_passes(
     source: PartitionedSource,
     folder: Path,
-    work: str,
     checksums: dict[str, str],
-    settings: dict[str, int],
-    options: object,
-    partition_bytes: int | None,
-    user_partitions: int,
+    options: _Options,
 ) -> Metadata:
-    from tokenrec.data.beam import builder  # tensorflow-datasets takes about a second
+    """Write all files of the data set to `folder`."""
+    rows, written = _scan_log(source, folder, options)
+    shards = _build_shards(source, folder, rows, written, options)
+    counts = written.counts
+    metadata = make_metadata(
+        folder,
+        source.schema,
+        written.table_rows,
+        (*written.moments, counts.row_moments, counts.action_moments),
+        counts.by_name,
+        shards,
+        written.key_types,
+        source.provenance,
+        checksums,
+        {"chunk_events": options.chunk_events, "overlap": options.overlap},
+    )
+    records.write_metadata(folder, shards, metadata)
+    # Last: it holds the digests of all other files but the shards.
+    metadata.save(folder)
+    return metadata
 
+
+def _scan_log(
+    source: PartitionedSource, folder: Path, options: _Options
+) -> tuple[RowSummary, WrittenEntities]:
+    """Run the first pass, and write what it found (steps 1 and 2)."""
     schema, tables = source.schema, value_tables(source.schema.features)
+    # The table of items is read before the log: it is small, and a problem in it ends
+    # the run soon.
     items = Entities("item_id", schema.group("catalogue"), tables)
-    items.read(source.items(), "items()", BLOCK_ROWS)
-    found = scan(source, work, options, user_partitions)
-    if found.rows is None:
-        check_rows(0, False)
-        raise AssertionError
-    check_rows(
-        found.rows.rows,
-        any(d.table is None and d.trained.any() for d in found.distinct),
-    )
-    source.check_times(found.rows.earliest, found.rows.latest)
-    if not found.rows.splits:
-        raise InputError(NOTHING_TO_LEARN)
-    user_id_type = _one_type(
-        "rows(): column 'user_id'", [count.type for count in found.users]
-    )
-    _take_in(found.distinct, items, tables)
+    items.read_table(source.items(), "items()", BLOCK_ROWS)
+    result = scan(source, options.work, options.pipeline, options.user_partitions)
+    rows = _check_log(source, result)
+    written = write_entities(folder, options.work, schema, items, tables, result)
+    # Items and values are freed on return; workers read theirs from the shared folder.
+    return rows, written
 
-    moments = [Moments(schema.group("user")), Moments(schema.group("catalogue"))]
-    for count in found.users:
-        moments[0].merge(count.moments)
-    moments[1].add(items.dense[items.in_training()])
-    finals, table_rows = write_vocabularies(folder, schema, tables)
-    table_rows |= write_tokenizer(folder, schema, (items,))
-    to_final(items.ids, items.features, finals)
-    write_catalogue(folder, items)
-    for name in tables:
-        save_values(work, vocabulary_name(name), load_vocabulary(folder, name))
-    save_values(work, ITEM_IDS, np.sort(items.index.values()))
-    key_types = {"user_id": user_id_type, "item_id": items.index.type}
-    tally = Tally.empty(schema)
-    tally.counts["items"], tally.counts["users"] = (
-        items.index.size,
-        sum(count.users for count in found.users),
-    )
-    del items, finals
+
+def _check_log(source: PartitionedSource, result: ScanResult) -> RowSummary:
+    """Check what only the whole log shows, and return its summary."""
+    # Without a row, no summary was saved.
+    if result.rows is None:
+        check_has_training_rows(0, False)
+        raise AssertionError("check_has_training_rows refuses a log without rows")
+    # Every training row has an item.
+    any_training = any(d.table is None and d.trained.any() for d in result.distinct)
+    check_has_training_rows(result.rows.rows, any_training)
+    source.check_times(result.rows.earliest, result.rows.latest)
+    if not result.rows.splits:
+        raise InputError(NOTHING_TO_LEARN)
+    return result.rows
+
+
+def _build_shards(
+    source: PartitionedSource,
+    folder: Path,
+    rows: RowSummary,
+    written: WrittenEntities,
+    options: _Options,
+) -> dict[str, records.Shards]:
+    """Run the second pass (steps 3 and 4); add its counts to `written.counts`."""
+    # Imported here: tensorflow-datasets takes about a second.
+    from tokenrec.data.beam import builder
 
     partitions = builder.count_partitions(
-        schema, found.rows.rows, partition_bytes or builder.PARTITION_BYTES
+        source.schema, rows.rows, options.partition_bytes or builder.PARTITION_BYTES
     )
-    job = builder.BuildOptions(
-        schema, settings["chunk_events"], settings["overlap"], partitions, work
+    build_options = builder.BuildOptions(
+        source.schema, options.chunk_events, options.overlap, partitions, options.work
     )
-    splits = [name for name in SPLITS if name in found.rows.splits]
-    shards, built, reports = builder.build(source, job, splits, user_id_type, options)
+    splits = [name for name in SPLITS if name in rows.splits]
+    shards, built, reports = builder.build_shards(
+        source, build_options, splits, written.key_types["user_id"], options.pipeline
+    )
+    # Reports come in the order of partitions, and so do the records of the shards: the
+    # index of chunks must have the same order.
+    sizes: dict[str, list[np.ndarray]] = {name: [] for name in splits}
     for report in reports:
-        tally.merge(report.tally)
-    sizes = {
-        name: [r.sizes[name] for r in reports if name in r.sizes] for name in splits
-    }
+        written.counts.merge(report.counts)
+        for name, chunk_rows in report.sizes.items():
+            sizes[name].append(chunk_rows)
     write_chunk_index(folder, sizes)
-    for name in splits:
-        for shard in range(len(shards[name].lengths)):
-            target = records.shard_path(folder, name, shard, len(shards[name].lengths))
+    _copy_shards(built, folder, shards)
+    return shards
+
+
+def _copy_shards(
+    built: str, folder: Path, shards: Mapping[str, records.Shards]
+) -> None:
+    """Copy shards from the shared folder, which may be a bucket, to the data set."""
+    for name, split_shards in shards.items():
+        count = len(split_shards.lengths)
+        for shard in range(count):
+            target = records.shard_path(folder, name, shard, count)
             with (
                 (epath.Path(built) / target.name).open("rb") as written,
                 target.open("wb") as file,
             ):
                 shutil.copyfileobj(written, file)
-    metadata = describe(
-        folder,
-        schema,
-        table_rows,
-        (*moments, tally.row, tally.action),
-        tally.counts,
-        shards,
-        key_types,
-        source.provenance,
-        checksums,
-        settings,
-    )
-    records.write_metadata(folder, shards, metadata)
-    metadata.save(folder)
-    return metadata
 
 
-def _parted(source: Source) -> PartitionedSource:
-    if not all(
+def _require_parts(source: Source) -> PartitionedSource:
+    """Return the source, if Beam can read it.
+
+    Raises:
+      InputError: it has no parts, or a text of users.
+    """
+    has_parts = all(
         hasattr(source, name) for name in ("row_parts", "user_parts", "check_times")
-    ):
+    )
+    if not has_parts:
         raise InputError(
-            f"source '{source.provenance.name}' does not come in parts, so --beam cannot read it; leave --beam out, or "
-            f"write its rows to Parquet files and use the source delimited"
+            f"source '{source.provenance.name}' does not come in parts, so --beam "
+            "cannot read it; leave --beam out, or write its rows to Parquet files and "
+            "use the source delimited"
         )
     texts = [f.name for f in source.schema.group("user") if f.kind == "text"]
     if texts:
         raise InputError(
-            f"feature '{texts[0]}' is a text of users, whom --beam never gathers in one place to train a tokenizer on; "
-            f"leave it out, or leave --beam out"
+            f"feature '{texts[0]}' is a text of users, whom --beam never gathers in "
+            "one place to train a tokenizer on; leave it out, or leave --beam out"
         )
     return source  # type: ignore[return-value]
-
-
-def _take_in(
-    distinct: Sequence[Distinct], items: Entities, tables: dict[str, TableValues]
-) -> None:
-    """Adds the values that the scan found to the items and the tables, and marks those of training rows."""
-    for name in dict.fromkeys(d.table for d in distinct):
-        where = "rows(): column 'item_id'" if name is None else f"table '{name}'"
-        known = [] if name is not None or not items.index.type else [items.index.type]
-        _one_type(where, [*known, *(d.type for d in distinct if d.table == name)])
-    for found in distinct:
-        values = pa.array(
-            found.values, pa.string() if found.type == "string" else pa.int64()
-        )
-        if found.table is None:
-            items.trained.add(items.codes(values, "rows()", 0)[found.trained])
-        else:
-            tables[found.table].mark(
-                tables[found.table].provisional(values, f"table '{found.table}'")
-            )
-    items.complete()
-
-
-def _one_type(where: str, types: Sequence[str]) -> str:
-    different = sorted({kind for kind in types if kind})
-    if len(different) > 1:
-        raise InputError(
-            f"{where} holds {' values here and '.join(different)} values there; give it one type"
-        )
-    return different[0]

@@ -1,47 +1,62 @@
-"""The first pass: every row and every user is checked and counted, and distinct values are gathered.
+"""First pass on Beam: check and count every row and user, and collect distinct values.
 
-Rows never leave the worker that reads them. What is shuffled are distinct values per block of rows: those of the
-embedding tables and of the items to one worker per table, those of the users to `USER_PARTITIONS` workers.
+Rows never leave the worker that reads them. Beam shuffles distinct values per block of
+rows instead: values of the embedding tables and items go to one worker per table, users
+to `USER_PARTITIONS` partitions. The steps:
+
+    row parts  -> _scan_rows -> values, summaries, users (of each block), problems
+    user parts -> partition_user_part -> users (of the table), problems
+    users of both, joined -> _scan_users -> values, summaries, problems
+    values -> _union_values per table -> shared folder
+    summaries -> shared folder;  problems -> the first one -> shared folder
+
+The driver then reads the shared folder.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.data.beam.engine import beam_library
-from tokenrec.data.beam.shared_files import load, save_records
+from tokenrec.data.beam.engine import beam_library, create_parts, tagged_output
+from tokenrec.data.beam.problems import raise_first_problem, save_first_problem
+from tokenrec.data.beam.shared_files import load_records, save_records, save_scan_result
 from tokenrec.data.beam.users import (
     LogBlock,
     UserBlock,
     gather_users,
-    read_users,
-    spread_log,
-    spread_users,
+    partition_log,
+    partition_users,
+    read_user_blocks,
 )
 from tokenrec.data.log import SCORED
 from tokenrec.data.preparation.chunks import TRAIN
-from tokenrec.data.preparation.intake import RowEncoder, blocks
+from tokenrec.data.preparation.intake import LogEncoder, rebatch
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import SPLITS, LogPart, PartitionedSource
-from tokenrec.data.vocabulary import Marks, ValueIndex
+from tokenrec.data.vocabulary import Marks, TableValues, ValueIndex
 from tokenrec.errors import InputError
 
 USER_PARTITIONS = 256
 _ITEMS, _TABLE = "items", "table"
 
-Values = tuple[
-    np.ndarray, np.ndarray
-]  # distinct values, int64 or object, and which of them training rows use
+# Distinct values, int64 or object, and a flag for each: a training row uses it.
+Values = tuple[np.ndarray, np.ndarray]
 
 
-class Distinct(NamedTuple):
-    """Distinct values of one embedding table, or of the items (`table` None), all of one `type`."""
+class DistinctValues(NamedTuple):
+    """Distinct values of one type, of an embedding table or of the items.
+
+    Attributes:
+      table: name of the table; None for the original ids of the items.
+      type: "int64" or "string".
+      values: `[n]`, int64 or object.
+      trained: `[n] bool`, True for a value that training rows use.
+    """
 
     table: str | None
     type: str
@@ -49,8 +64,15 @@ class Distinct(NamedTuple):
     trained: np.ndarray
 
 
-class RowCount(NamedTuple):
-    """Rows, their least and greatest time, and which splits have a row that a chunk can be made for."""
+class RowSummary(NamedTuple):
+    """Summary of some log rows.
+
+    Attributes:
+      rows: number of rows.
+      earliest: least `time_ms`.
+      latest: greatest `time_ms`.
+      splits: names of the splits that have a row for which a chunk is made.
+    """
 
     rows: int
     earliest: int
@@ -58,8 +80,15 @@ class RowCount(NamedTuple):
     splits: frozenset[str]
 
 
-class UserCount(NamedTuple):
-    """Users of a partition, the type of their ids, and the dense features of those in training rows."""
+class UserSummary(NamedTuple):
+    """Summary of the users of a partition.
+
+    Attributes:
+      partition: number of the partition.
+      users: number of users.
+      type: "int64" or "string", type of their ids.
+      moments: moments of the dense features of the users of training rows.
+    """
 
     partition: int
     users: int
@@ -67,12 +96,18 @@ class UserCount(NamedTuple):
     moments: Moments
 
 
-class Scan(NamedTuple):
-    """What the first pass found."""
+class ScanResult(NamedTuple):
+    """Result of the first pass.
 
-    rows: RowCount | None
-    users: list[UserCount]
-    distinct: list[Distinct]
+    Attributes:
+      rows: summary of the log; None if it has no row.
+      users: summaries of the partitions of users, by partition.
+      distinct: distinct values of all tables and of the items.
+    """
+
+    rows: RowSummary | None
+    users: list[UserSummary]
+    distinct: list[DistinctValues]
 
 
 def scan(
@@ -80,139 +115,127 @@ def scan(
     work: str,
     options: Any,
     user_partitions: int = USER_PARTITIONS,
-) -> Scan:
-    """Runs the pass on Apache Beam; `work` is a folder that all workers see.
+) -> ScanResult:
+    """Run the first pass on Apache Beam.
+
+    Args:
+      source: the raw log.
+      work: folder that all workers see.
+      options: Beam's `PipelineOptions`.
+      user_partitions: number of partitions of the users.
 
     Raises:
-      InputError: a part cannot be read, or a row or a user is wrong; names the part. Of several problems it is the
-        first one of the first part.
+      InputError: a part cannot be read, or a row or a user is wrong; names the part. Of
+        several problems it is the first one of the first part.
     """
     beam = beam_library()
-    schema, tags = source.schema, ("values", "counted", "users")
     with beam.Pipeline(options=options) as pipeline:
-        rows = (
-            pipeline
-            | "Row parts" >> beam.Create(list(enumerate(source.row_parts())))
-            | "Spread row parts" >> beam.Reshuffle()
-            | "Scan rows"
-            >> beam.FlatMap(_scan_rows, schema, user_partitions).with_outputs(
-                "problems", *tags
-            )
-        )
-        table = (
-            pipeline
-            | "User parts" >> beam.Create(list(enumerate(source.user_parts())))
-            | "Spread user parts" >> beam.Reshuffle()
-            | "Scan user table"
-            >> beam.FlatMap(spread_user_part, schema, user_partitions).with_outputs(
-                "problems", "users"
-            )
-        )
-        users = (
-            {"table": table.users, "log": rows.users}
-            | "Join users" >> beam.CoGroupByKey()
-            | "Scan users"
-            >> beam.FlatMap(_scan_users, schema).with_outputs(
-                "problems", "values", "counted"
-            )
-        )
+        rows, table, users = _scan_steps(pipeline, source, user_partitions)
         _ = (
             (rows.values, users.values)
             | "All values" >> beam.Flatten()
-            | "Distinct" >> beam.CombinePerKey(_union)
+            | "Distinct" >> beam.CombinePerKey(_union_values)
             | "Save values" >> beam.Map(_save_values, work)
         )
         _ = (
             rows.counted
-            | "Count" >> beam.CombineGlobally(_sum)
-            | "Save count" >> beam.Map(_save, work, "rows")
+            | "Count" >> beam.CombineGlobally(_add_summaries)
+            | "Save count" >> beam.Map(save_scan_result, work, "rows")
         )
         _ = (
             users.counted
             | "All user counts" >> beam.combiners.ToList()
-            | "Save user counts" >> beam.Map(_save, work, "users")
+            | "Save user counts" >> beam.Map(save_scan_result, work, "users")
         )
         save_first_problem((table.problems, rows.problems, users.problems), work)
-    raise_problem(work)
-    counted = next(load(work, "scan/rows"), None)
-    users_counted = sorted(
-        next(load(work, "scan/users"), ()), key=lambda u: u.partition
+    raise_first_problem(work)
+    row_summary = next(load_records(work, "scan/rows"), None)
+    user_summaries = next(load_records(work, "scan/users"), ())
+    return ScanResult(
+        row_summary,
+        sorted(user_summaries, key=lambda summary: summary.partition),
+        list(load_records(work, "scan/values")),
     )
-    return Scan(counted, users_counted, list(load(work, "scan/values")))
 
 
-def spread_user_part(
+def _scan_steps(
+    pipeline: Any, source: PartitionedSource, user_partitions: int
+) -> tuple[Any, Any, Any]:
+    """Add the steps that read parts; return the outputs of rows, table and users."""
+    beam, schema = beam_library(), source.schema
+    rows = create_parts(pipeline, source.row_parts(), "Row") | (
+        "Scan rows"
+        >> beam.FlatMap(_scan_rows, schema, user_partitions).with_outputs(
+            "problems", "values", "counted", "users"
+        )
+    )
+    table = create_parts(pipeline, source.user_parts(), "User") | (
+        "Scan user table"
+        >> beam.FlatMap(partition_user_part, schema, user_partitions).with_outputs(
+            "problems", "users"
+        )
+    )
+    users = (
+        {"table": table.users, "log": rows.users}
+        | "Join users" >> beam.CoGroupByKey()
+        | "Scan users"
+        >> beam.FlatMap(_scan_users, schema).with_outputs(
+            "problems", "values", "counted"
+        )
+    )
+    return rows, table, users
+
+
+def partition_user_part(
     numbered: tuple[int, LogPart], schema: Schema, partitions: int
 ) -> Iterator[Any]:
-    """Blocks of a part of the table of users by partition, tagged "users"; a problem of the input, "problems"."""
-    tagged = _tagger()
+    """Read a part of the table of users, and cut its blocks into partitions.
+
+    Args:
+      numbered: number of the part, and the part.
+      schema: features and tasks.
+      partitions: number of partitions of the users.
+
+    Yields:
+      Pieces of blocks tagged "users"; a problem of the input tagged "problems".
+    """
+    tagged = tagged_output()
     try:
-        for block in read_users(numbered, schema):
-            for piece in spread_users(block, partitions):
+        for block in read_user_blocks(numbered, schema):
+            for piece in partition_users(block, partitions):
                 yield tagged("users", piece)
     except InputError as error:
         yield tagged("problems", ((0, numbered[0]), str(error)))
 
 
-def save_first_problem(problems: Sequence[Any], work: str) -> None:
-    """Adds to the pipeline what keeps the least of all (place, message) for `raise_problem`.
-
-    Problems travel as data because an exception in a worker is tried again, and comes back as text.
-    """
-    beam = beam_library()
-    _ = (
-        problems
-        | "All problems" >> beam.Flatten()
-        | "First problem"
-        >> beam.CombineGlobally(functools.partial(min, default=None)).without_defaults()
-        | "Save problem" >> beam.Map(_save, work, "problem")
-    )
-
-
-def raise_problem(work: str) -> None:
-    """Raises an InputError with the problem that a pass left in `work`, if there is one."""
-    for _, message in load(work, "scan/problem"):
-        raise InputError(message)
-
-
 def _scan_rows(
     numbered: tuple[int, LogPart], schema: Schema, partitions: int
 ) -> Iterator[Any]:
-    tagged = _tagger()
+    """Check a part of the log; yield the values, users and summary of each block."""
+    tagged = tagged_output()
     number, part = numbered
     first = 0
     try:
-        for batch in blocks(part.read()):
-            encoder = RowEncoder(schema)
+        for batch in rebatch(part.read()):
+            # An encoder per block: its codes mean nothing beyond the block.
+            encoder = LogEncoder(schema)
             try:
-                out = encoder.encode(batch, first)
+                rows = encoder.encode(batch, first)
             except InputError as error:
                 raise InputError(f"{part.name}: {error}") from error
-            for name, table in encoder.tables.items():
-                if table.index.type:
-                    known, _ = table.finish()
-                    yield tagged(
-                        "values",
-                        (
-                            (_TABLE, name, table.index.type),
-                            (known, np.ones(len(known), bool)),
-                        ),
-                    )
+            yield from _tagged_values(encoder.tables, tagged)
             items = encoder.items
-            yield tagged(
-                "values",
-                (
-                    (_ITEMS, "", items.index.type),
-                    (items.index.values(), items.in_training()),
-                ),
+            # All items are sent: those that no training row uses are in the catalogue
+            # too.
+            key = (_ITEMS, "", items.index.type)
+            yield tagged("values", (key, (items.index.values(), items.in_training())))
+            users = encoder.users
+            block = LogBlock(
+                (number, first), pa.array(users.index.values()), users.in_training()
             )
-            users = pa.array(encoder.users.index.values())
-            for piece in spread_log(
-                LogBlock((number, first), users, encoder.users.in_training()),
-                partitions,
-            ):
+            for piece in partition_log(block, partitions):
                 yield tagged("users", piece)
-            yield tagged("counted", _count(out))
+            yield tagged("counted", _summarise(rows))
             first += batch.num_rows
     except InputError as error:
         yield tagged("problems", ((1, number), str(error)))
@@ -221,66 +244,70 @@ def _scan_rows(
 def _scan_users(
     grouped: tuple[int, dict[str, Iterable[Any]]], schema: Schema
 ) -> Iterator[Any]:
-    tagged = _tagger()
+    """Check the users of a partition; yield their feature values and their summary."""
+    tagged = tagged_output()
     partition, group = grouped
     table: Iterable[UserBlock] = group["table"]
     try:
-        users, tables, numbered = gather_users(schema, table, group["log"])
+        users, tables, log_blocks = gather_users(schema, table, group["log"])
     except InputError as error:
         yield tagged("problems", ((2, partition), str(error)))
         return
-    for block, codes in numbered:
+    for block, codes in log_blocks:
+        # The rows of a block of users are flags: True for a user of training rows.
         users.trained.add(codes[block.rows])
     users.complete()
-    for name, values in tables.items():
-        if values.index.type:
-            known, _ = values.finish()
-            yield tagged(
-                "values",
-                ((_TABLE, name, values.index.type), (known, np.ones(len(known), bool))),
-            )
+    yield from _tagged_values(tables, tagged)
     moments = Moments(users.features)
     moments.add(users.dense[users.in_training()])
     yield tagged(
-        "counted", UserCount(partition, users.index.size, users.index.type, moments)
+        "counted", UserSummary(partition, users.index.size, users.index.type, moments)
     )
 
 
-def _tagger() -> Any:
-    from apache_beam.pvalue import TaggedOutput
-
-    return TaggedOutput
-
-
-def _count(part: np.ndarray) -> RowCount:
-    time, flags = part["row"]["time"], part["row"]["flags"]
-    matters = np.where(part["split"] == TRAIN, flags > 0, (flags & SCORED) > 0)
-    splits = frozenset(SPLITS[number] for number in np.unique(part["split"][matters]))
-    return RowCount(len(part), int(time.min()), int(time.max()), splits)
+def _tagged_values(tables: dict[str, TableValues], tagged: Any) -> Iterator[Any]:
+    """Yield the marked values of each table that has any."""
+    for name, table in tables.items():
+        if table.index.type:
+            known, _ = table.finish()
+            key = (_TABLE, name, table.index.type)
+            yield tagged("values", (key, (known, np.ones(len(known), bool))))
 
 
-def _sum(counts: Iterable[RowCount | None]) -> RowCount | None:
-    given = [count for count in counts if count is not None]
-    if not given:
+def _summarise(rows: np.ndarray) -> RowSummary:
+    """Summarise `rows: [n]` of `encoded_row_dtype`."""
+    time, flags = rows["row"]["time"], rows["row"]["flags"]
+    # The rule of `chunks.chunk_indices`; LEARNED is not set yet, but such a row of
+    # train is an event or scored.
+    needs_chunk = np.where(rows["split"] == TRAIN, flags > 0, (flags & SCORED) > 0)
+    splits = np.unique(rows["split"][needs_chunk])
+    return RowSummary(
+        len(rows),
+        int(time.min()),
+        int(time.max()),
+        frozenset(SPLITS[number] for number in splits),
+    )
+
+
+def _add_summaries(summaries: Iterable[RowSummary | None]) -> RowSummary | None:
+    # Beam combines in stages; a stage without input yields None.
+    present = [summary for summary in summaries if summary is not None]
+    if not present:
         return None
-    rows, earliest, latest, splits = zip(*given, strict=True)
-    return RowCount(sum(rows), min(earliest), max(latest), frozenset().union(*splits))
+    rows, earliest, latest, splits = zip(*present, strict=True)
+    return RowSummary(sum(rows), min(earliest), max(latest), frozenset().union(*splits))
 
 
-def _union(parts: Iterable[Values]) -> Values:
+def _union_values(parts: Iterable[Values]) -> Values:
+    # A value that one part uses in training, and another does not, is marked.
     index, trained = ValueIndex(), Marks()
-    for values, marked in parts:
+    for values, is_trained in parts:
         if len(values):
-            trained.add(index.codes(pa.array(values), "values")[marked])
+            trained.add(index.codes(pa.array(values), "values")[is_trained])
     return index.values(), trained.array(index.size)
 
 
 def _save_values(keyed: tuple[tuple[str, str, str], Values], work: str) -> None:
     (what, name, kind), (values, trained) = keyed
-    found = Distinct(name if what == _TABLE else None, kind, values, trained)
-    save_records(work, f"scan/values/{what}-{name.encode().hex()}-{kind}", found)
-
-
-def _save(value: Any, work: str, name: str) -> None:
-    if value is not None:
-        save_records(work, f"scan/{name}/all", value)
+    distinct = DistinctValues(name if what == _TABLE else None, kind, values, trained)
+    save_records(work, f"scan/values/{what}-{name.encode().hex()}-{kind}", distinct)

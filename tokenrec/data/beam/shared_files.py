@@ -1,6 +1,8 @@
-"""Files through which the passes and their workers pass things on, in a folder that all of them see.
+"""Files through which the two passes and their workers exchange results.
 
-The folder may be a path on a shared disk or the address of a bucket, as `etils.epath` opens them.
+They lie in a folder that the driver and all workers see: a path on a shared disk, or
+the address of a bucket, as `etils.epath` opens it. Values are pickled, as Beam itself
+does; whoever can write to the folder can run code on the workers (docs/beam.md).
 """
 
 from __future__ import annotations
@@ -21,29 +23,61 @@ from etils import epath
 
 
 def save_records(work: str, name: str, value: Any) -> None:
-    """Pickles `value` to `work/name`. Of two workers that do the same work, either file is right."""
+    """Pickle a value for `load_records`.
+
+    Beam may run the same work on two workers. Both then write the same value, and
+    either file is right.
+
+    Args:
+      work: folder that all workers see.
+      name: path of the file in it.
+      value: the value.
+    """
     path = epath.Path(work) / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The rename makes the file appear complete; the unique name keeps two workers
+    # apart.
     unique = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     unique.write_bytes(pickle.dumps(value))
     unique.replace(path)
 
 
-def load(work: str, folder: str) -> Iterator[Any]:
-    """What `save_records` wrote to `work/folder`, by name."""
+def save_scan_result(value: Any, work: str, name: str) -> None:
+    """Pickle a result of the scan to `scan/<name>`; None, for no result, is not saved.
+
+    Args:
+      value: the result; first, as `beam.Map` passes it.
+      work: folder that all workers see.
+      name: name of the result.
+    """
+    if value is not None:
+        save_records(work, f"scan/{name}/all", value)
+
+
+def load_records(work: str, folder: str) -> Iterator[Any]:
+    """Yield the values that `save_records` wrote to `work/folder`, sorted by name."""
     directory = epath.Path(work) / folder
     if directory.exists():
         for path in sorted(directory.iterdir(), key=lambda p: p.name):
+            # A dot marks the file of a worker that was stopped while it wrote.
             if not path.name.startswith("."):
                 yield pickle.loads(path.read_bytes())
 
 
 def save_values(work: str, name: str, values: np.ndarray) -> None:
-    """Writes distinct values, sorted, `[n]` int64 or object (strings), for `load_values`."""
+    """Write distinct values for `load_values`.
+
+    Args:
+      work: folder that all workers see.
+      name: path of the file in it.
+      values: `[n]`, sorted, int64 or object (strings).
+    """
     array = pa.array(
         values, pa.large_string() if values.dtype == object else pa.int64()
     )
     batch = pa.record_batch({"value": array})
+    # Arrow writes local files only, so that a file for a bucket is made here and
+    # copied.
     with tempfile.TemporaryDirectory() as folder:
         local = Path(folder, "values.arrow")
         with (
@@ -59,15 +93,20 @@ def save_values(work: str, name: str, values: np.ndarray) -> None:
 
 @functools.cache
 def load_values(work: str, name: str) -> pa.Array:
-    """What `save_values` wrote, memory-mapped: worker processes of one machine share its memory."""
+    """Return the values that `save_values` wrote, memory-mapped: `[n]`.
+
+    Worker processes of one machine share the memory of the mapping. It stays open for
+    the life of the process, so each run needs a `work` of its own.
+    """
     path = epath.Path(work) / name
     if isinstance(path, Path):
-        return _mapped(os.fspath(path))
+        return _map_values(os.fspath(path))
     with tempfile.NamedTemporaryFile() as local, path.open("rb") as source:
         shutil.copyfileobj(source, local)
         local.flush()
-        return _mapped(local.name)  # the mapping outlives the name
+        # The mapping keeps the file's data after its name is gone.
+        return _map_values(local.name)
 
 
-def _mapped(path: str) -> pa.Array:
+def _map_values(path: str) -> pa.Array:
     return pa.ipc.open_file(pa.memory_map(path)).get_batch(0).column("value")

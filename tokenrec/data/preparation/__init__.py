@@ -1,0 +1,8 @@
+"""Prepare a raw log: `prepare.py` has the passes in order; read it first.
+
+Then, in the order in which they run: `intake.py` (first pass),
+`raw_columns.py`, `encode.py` and `entities.py` (values to ids), `spill.py` (grouping by
+user), `folder.py` (vocabularies, catalogue, metadata), `partition.py` and `chunks.py`
+(second pass), `moments.py` (normalisation), `staging.py` (a folder that appears when it
+is complete).
+"""

@@ -1,4 +1,11 @@
-"""Raw Arrow columns to the integer and float matrices of a schema, checked value by value, without a Python loop."""
+"""Encode the feature columns of a source as the matrices of a schema.
+
+Every value is checked against its feature, without a Python loop over rows. Integer
+kinds become *provisional* ids: codes in the order in which values first occur, because
+the vocabulary is known only when the whole log has been seen (`vocabulary.py`).
+
+Letters: n rows of a batch, I columns of integer features, D columns of float features.
+"""
 
 from __future__ import annotations
 
@@ -10,44 +17,7 @@ import pyarrow.compute as pc
 
 from tokenrec.data.schema import FIRST_KNOWN, MISSING, Feature, columns
 from tokenrec.data.vocabulary import TableValues
-from tokenrec.errors import InputError, suggest
-
-
-def check_columns(names: Sequence[str], expected: Sequence[str], where: str) -> None:
-    """Raises an InputError unless `names` are exactly the `expected` ones, in any order."""
-    for name in names:
-        if name not in expected:
-            raise InputError(
-                f"{where}: unknown column '{name}'{suggest(name, expected)}; add a feature to the schema or drop it"
-            )
-    for name in expected:
-        if name not in names:
-            raise InputError(
-                f"{where}: column '{name}' is missing{suggest(name, names)}"
-            )
-    if len(names) != len(expected):
-        raise InputError(f"{where}: a column occurs twice in {list(names)}; drop one")
-
-
-def join(batches: Sequence[pa.RecordBatch], where: str) -> pa.RecordBatch:
-    """One record batch out of several of the same columns; a column that is all null in some may have the type null."""
-    try:
-        table = pa.concat_tables(
-            [pa.Table.from_batches([b]) for b in batches], promote_options="default"
-        )
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise InputError(
-            f"{where}: batches disagree about a column's type: {error}; cast it"
-        ) from error
-    return as_batch(table)
-
-
-def as_batch(table: pa.Table) -> pa.RecordBatch:
-    """The whole table as one record batch."""
-    arrays = [
-        c.combine_chunks() if c.num_chunks != 1 else c.chunk(0) for c in table.columns
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=table.schema)
+from tokenrec.errors import InputError
 
 
 def encode_features(
@@ -57,20 +27,31 @@ def encode_features(
     where: str,
     first: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of `features` as matrices: `[n, I] int32` of provisional ids (vocabulary.py), `[n, D] float32`.
+    """Encode the columns of some features.
 
-    `first` is the number of the batch's first row, for messages. Ids of a text stay 0: its tokenizer is trained when
-    the whole log has been seen (`Entities.encode_texts`).
+    Args:
+      batch: raw values, a column for each feature.
+      features: features in the order of their columns.
+      tables: values of each embedding table; new values are added.
+      where: name of the table or log in messages.
+      first: number of the batch's first row, for messages.
+
+    Returns:
+      `[n, I] int32` provisional ids and `[n, D] float32`, NaN where missing. Ids of a
+      text stay 0: `Entities.encode_texts` fills them in when its tokenizer is trained.
 
     Raises:
       InputError: a value does not fit its feature; names column, value and row.
     """
+    # Integer and float features have columns of their own.
     layout = columns(features)
-    n = batch.num_rows
-    ids = np.zeros((n, layout.ids_width), np.int32)
-    dense = np.full((n, layout.dense_width), np.nan, np.float32)
+    rows = batch.num_rows
+    ids = np.zeros((rows, layout.ids_width), np.int32)
+    dense = np.full((rows, layout.dense_width), np.nan, np.float32)
     for f in features:
-        values, place = batch.column(f.name), f"{where}: column '{f.name}'"
+        values = batch.column(f.name)
+        place = f"{where}: column '{f.name}'"
+        # All missing (id 0, NaN) is what the matrices hold already.
         if pa.types.is_null(values.type) or f.kind == "text":
             continue
         out = (
@@ -81,120 +62,38 @@ def encode_features(
         if f.kind == "categorical":
             out[:, 0] = tables[f.table_name].provisional(values, place)
         elif f.kind == "dense":
-            out[:, 0] = _numbers(values, place, first, None)
+            out[:, 0] = _float_values(values, place, first, None)
         else:
-            flat, row, position = _lists(values, f, place, first)
+            flat, row, position = _flatten_lists(values, f, place, first)
             if f.kind == "multi_valued":
                 out[row, position] = tables[f.table_name].provisional(flat, place)
             elif f.kind == "embedding":
-                out[row, position] = _numbers(flat, place, first, row)
+                out[row, position] = _float_values(flat, place, first, row)
             else:
                 out[row, position] = _semantic_ids(flat, f, place, first, row, position)
     return ids, dense
 
 
-def integers(
-    batch: pa.RecordBatch,
-    name: str,
-    first: int,
-    least: int | None = None,
-    most: int | None = None,
-) -> np.ndarray:
-    """A column of `rows()` that holds an integer, `least` to `most`, in every row: `[n] int64`."""
-    values, where = _column(batch, name, first)
-    if not pa.types.is_integer(values.type):
-        raise InputError(
-            f"{where} has the type {values.type}, but must be int64; cast it"
-        )
-    out = values.cast(pa.int64(), safe=False).to_numpy(zero_copy_only=False)
-    wrong = np.zeros(len(out), bool)
-    if least is not None:
-        wrong |= out < least
-    if most is not None:
-        wrong |= out > most
-    if wrong.any():
-        at = int(wrong.argmax())
-        allowed = f"at least {least}" if most is None else f"{least} to {most}"
-        raise InputError(
-            f"{where} is {out[at]} in row {first + at}; it must be {allowed}"
-        )
-    return out
-
-
-def flags(batch: pa.RecordBatch, name: str, first: int) -> np.ndarray:
-    """A bool column of `rows()` without nulls: `[n] bool`."""
-    values, where = _column(batch, name, first)
-    if not pa.types.is_boolean(values.type):
-        raise InputError(
-            f"{where} has the type {values.type}, but must be bool; cast it"
-        )
-    return values.to_numpy(zero_copy_only=False)
-
-
-def labels(batch: pa.RecordBatch, name: str, first: int) -> np.ndarray:
-    """A label column of `rows()`: `[n] int8`, 1, 0, or -1 where it is -1 or null."""
-    values, where = batch.column(name), f"rows(): column '{name}'"
-    if pa.types.is_null(values.type):
-        return np.full(len(values), -1, np.int8)
-    if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
-        raise InputError(
-            f"{where} has the type {values.type}, but a label is int8: 1, 0, -1 or null; cast it"
-        )
-    out = (
-        values.cast(pa.int64(), safe=False).fill_null(-1).to_numpy(zero_copy_only=False)
-    )
-    wrong = (out < -1) | (out > 1)
-    if wrong.any():
-        at = int(wrong.argmax())
-        raise InputError(
-            f"{where} is {out[at]} in row {first + at}; a label is 1, 0, or -1 or null where unknown"
-        )
-    return out.astype(np.int8)
-
-
-def strings(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
-    """A text column of a source's table, null where missing: `[n]` strings.
-
-    Raises:
-      InputError: it holds something else; names the column.
-    """
-    values = table[name]
-    kind = (
-        values.type.value_type if pa.types.is_dictionary(values.type) else values.type
-    )
-    is_text = (
-        pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_string_view(kind)
-    )
-    if not (is_text or pa.types.is_null(kind)):
-        raise InputError(
-            f"{where}: column '{name}' has the type {values.type}, but a text is a string; cast it"
-        )
-    return values.cast(pa.large_string())
-
-
-def _column(batch: pa.RecordBatch, name: str, first: int) -> tuple[pa.Array, str]:
-    """A column that has a value in every row, and its name for messages."""
-    values, where = batch.column(name), f"rows(): column '{name}'"
-    if values.null_count:
-        at = first + int(values.is_null().to_numpy(zero_copy_only=False).argmax())
-        raise InputError(f"{where} is null in row {at}; every row needs a value")
-    return values, where
-
-
-def _numbers(
+def _float_values(
     values: pa.Array, where: str, first: int, row: np.ndarray | None
 ) -> np.ndarray:
-    """`[n] float32`, NaN where null. `row` maps positions of a flattened list to rows."""
+    """Return `[n] float32`, NaN where null.
+
+    Args:
+      values: `[n]`, a column or the flattened lists of one.
+      where: name of the column in messages.
+      first: number of the batch's first row, for messages.
+      row: `[n]`, row of each value of flattened lists; None for a column.
+    """
     kind = values.type
     if pa.types.is_null(kind):
         return np.full(len(values), np.nan, np.float32)
-    if not (
+    is_number = (
         pa.types.is_integer(kind)
         or pa.types.is_floating(kind)
         or pa.types.is_boolean(kind)
-    ):
+    )
+    if not is_number:
         raise InputError(
             f"{where} has the type {kind}, but must hold numbers; cast it to float32"
         )
@@ -203,29 +102,37 @@ def _numbers(
         .fill_null(np.nan)
         .to_numpy(zero_copy_only=False)
     )
+    # A number beyond float32 overflows to inf here, and is refused as one below.
     with np.errstate(over="ignore"):
         out = exact.astype(np.float32)
     if np.isinf(out).any():
-        at = int(np.isinf(out).argmax())
-        number = first + (at if row is None else int(row[at]))
+        wrong = int(np.isinf(out).argmax())
+        number = first + (wrong if row is None else int(row[wrong]))
         raise InputError(
-            f"{where} is {exact[at]} in row {number}, no finite float32; write null where it is missing"
+            f"{where} is {exact[wrong]} in row {number}, no finite float32; write null "
+            "where it is missing"
         )
     return out
 
 
-def _lists(
+def _flatten_lists(
     values: pa.Array, f: Feature, where: str, first: int
 ) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """Flat values of a list column, with the row and the position in its list of each."""
+    """Flatten a list column, at most `f.length` values of each list.
+
+    Returns:
+      The values, the row of each, and the position of each in its list.
+    """
     kind = values.type
-    if not (
+    is_list = (
         pa.types.is_list(kind)
         or pa.types.is_large_list(kind)
         or pa.types.is_fixed_size_list(kind)
-    ):
+    )
+    if not is_list:
         raise InputError(
-            f"{where} has the type {kind}, but a {f.kind} feature is a list; wrap each value in one"
+            f"{where} has the type {kind}, but a {f.kind} feature is a list; wrap each "
+            "value in one"
         )
     lengths = (
         pc.list_value_length(values)
@@ -235,12 +142,16 @@ def _lists(
     )
     wrong = (lengths != f.length) & ~values.is_null().to_numpy(zero_copy_only=False)
     if f.kind != "multi_valued" and wrong.any():
-        at = int(wrong.argmax())
+        row_of_batch = int(wrong.argmax())
         raise InputError(
-            f"{where} has {lengths[at]} values in row {first + at}; its length is {f.length}; write null where missing"
+            f"{where} has {lengths[row_of_batch]} values in row "
+            f"{first + row_of_batch}; its length is {f.length}; write null where "
+            "missing"
         )
+    # `flatten` leaves out what lies under a null list, unlike `values.values`.
     flat = values.flatten()
     row = np.repeat(np.arange(len(values)), lengths)
+    # The running number of a value, less that of the first value of its list.
     position = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     kept = position < f.length
     if kept.all():
@@ -256,6 +167,7 @@ def _semantic_ids(
     row: np.ndarray,
     position: np.ndarray,
 ) -> np.ndarray:
+    """Return ids of codes: each level has a range of `f.codes` ids of its own."""
     if pa.types.is_null(flat.type):
         return np.full(len(flat), MISSING, np.int32)
     if not pa.types.is_integer(flat.type):
@@ -268,10 +180,11 @@ def _semantic_ids(
     missing = flat.is_null().to_numpy(zero_copy_only=False)
     wrong = ~missing & ((codes < 0) | (codes >= f.codes))
     if wrong.any():
-        at = int(wrong.argmax())
+        index = int(wrong.argmax())
         raise InputError(
-            f"{where} has the code {codes[at]} in row {first + int(row[at])}; codes are 0 to {f.codes - 1}"
+            f"{where} has the code {codes[index]} in row {first + int(row[index])}; "
+            f"codes are 0 to {f.codes - 1}; correct it, or change codes={f.codes} of "
+            "the feature"
         )
-    return np.where(missing, MISSING, FIRST_KNOWN + position * f.codes + codes).astype(
-        np.int32
-    )
+    ids = FIRST_KNOWN + position * f.codes + codes
+    return np.where(missing, MISSING, ids).astype(np.int32)

@@ -1,4 +1,9 @@
-"""Users and items: their original ids, their features, and which of them occur in training rows."""
+"""Collect the users or the items of a log: original ids, features, use in training.
+
+An entity is a user or an item. Its *code* numbers entities in the order in which they
+first occur. Its key is the original id, `user_id` or `item_id`. Features of an entity
+come from the source's table; entities that occur in the log alone have missing ones.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.data.preparation.encode import (
-    as_batch,
+from tokenrec.data.preparation.encode import encode_features
+from tokenrec.data.preparation.raw_columns import (
     check_columns,
-    encode_features,
-    strings,
+    string_column,
+    to_record_batch,
 )
 from tokenrec.data.schema import Feature, columns
 from tokenrec.data.tokenizer import encode_texts
@@ -26,81 +31,119 @@ TEXTS_AT_ONCE = 65_536
 
 
 class Entities:
-    """The users or the items of a log, numbered in the order in which they came: first those of the source's table.
+    """The users or the items of a log, by code.
 
-    A categorical feature that bears the name of the key (`user_id`, `item_id`) is known for every entity.
+    A categorical feature that bears the name of the key (`user_id`, `item_id`) is known
+    for every entity, in the source's table or not.
+
+    Attributes:
+      key: `user_id` or `item_id`.
+      features: features of the entity, in the order of their columns.
+      index: original id to code; those of the source's table come first.
+      trained: codes of the entities that occur in training rows.
+      ids: `[size, I] int32`, provisional ids until `to_vocabulary_ids`.
+      dense: `[size, D] float32`, NaN where missing.
     """
 
     def __init__(
         self, key: str, features: Sequence[Feature], tables: dict[str, TableValues]
     ) -> None:
-        self.key, self.features = key, features
+        self.key = key
+        self.features = features
         self.index = ValueIndex()
         self.trained = Marks()
+        # Shared by users, items and log: features of any of them may share a table.
         self._tables = tables
         self._layout = columns(features)
         self.ids = np.zeros((0, self._layout.ids_width), np.int32)
         self.dense = np.zeros((0, self._layout.dense_width), np.float32)
         self._texts: dict[str, pa.ChunkedArray] = {}
 
-    def read(self, table: pa.Table, where: str, block_rows: int) -> None:
-        """Takes in the source's table, `where` in messages, some rows at a time.
+    def read_table(self, table: pa.Table, where: str, block_rows: int) -> None:
+        """Read the source's table of these entities.
+
+        Args:
+          table: one row per entity, a column of the key and one for each feature.
+          where: name of the table in messages, such as `users()`.
+          block_rows: rows to encode at a time.
 
         Raises:
-          InputError: a column is missing or unknown, a value does not fit, or a key is null or occurs twice.
+          InputError: a column is missing or unknown, a value does not fit its feature,
+            or a key is null or occurs twice.
         """
+        # The key may be a feature as well; it is one column then.
         expected = list(dict.fromkeys([self.key, *(f.name for f in self.features)]))
         check_columns(table.column_names, expected, where)
-        self.ids = np.zeros((table.num_rows, self._layout.ids_width), np.int32)
-        self.dense = np.full(
-            (table.num_rows, self._layout.dense_width), np.nan, np.float32
-        )
+        rows = table.num_rows
+        self.ids = np.zeros((rows, self._layout.ids_width), np.int32)
+        self.dense = np.full((rows, self._layout.dense_width), np.nan, np.float32)
+        # Strings are kept as they are: the tokenizer is trained after the log was read.
         self._texts = {
-            f.name: strings(table, f.name, where)
+            f.name: string_column(table, f.name, where)
             for f in self.features
             if f.kind == "text"
         }
-        for first in range(0, table.num_rows, block_rows):
-            batch = as_batch(table.slice(first, block_rows))
+        for first in range(0, rows, block_rows):
+            batch = to_record_batch(table.slice(first, block_rows))
             codes = self.codes(batch.column(self.key), where, first)
+            # A new key gets the next code, so that a repeat shows as a smaller one.
             wrong = codes != np.arange(first, first + len(codes))
             if wrong.any():
-                at = int(wrong.argmax())
-                value = batch.column(self.key)[at].as_py()
+                repeat = int(wrong.argmax())
+                value = batch.column(self.key)[repeat].as_py()
                 raise InputError(
-                    f"{where}: {self.key}={value!r} occurs twice (row {first + at}); keep one of them"
+                    f"{where}: {self.key}={value!r} occurs twice (row "
+                    f"{first + repeat}); keep one of them"
                 )
-            rows = slice(first, first + len(codes))
-            self.ids[rows], self.dense[rows] = encode_features(
+            block = slice(first, first + len(codes))
+            self.ids[block], self.dense[block] = encode_features(
                 batch, self.features, self._tables, where, first
             )
 
     def codes(self, values: pa.Array, where: str, first: int) -> np.ndarray:
-        """`[n] int32`, the number of each key; new keys are added. A null key is an InputError."""
+        """Return the code of each key, and add keys that are new.
+
+        Args:
+          values: `[n]`, original ids.
+          where: name of the table or log in messages.
+          first: number of the first of these rows, for messages.
+
+        Returns:
+          `[n] int32`.
+
+        Raises:
+          InputError: a key is null, or of another type than those before.
+        """
         if values.null_count:
-            at = first + int(values.is_null().to_numpy(zero_copy_only=False).argmax())
+            null_row = int(values.is_null().to_numpy(zero_copy_only=False).argmax())
             raise InputError(
-                f"{where}: column '{self.key}' is null in row {at}; every row needs one"
+                f"{where}: column '{self.key}' is null in row {first + null_row}; "
+                "every row needs one; fill it in or remove the row"
             )
         return self.index.codes(values, f"{where}: column '{self.key}'")
 
     def complete(self) -> None:
-        """Gives missing features to the entities that came without any, and marks the values that training rows use."""
+        """Give missing features to the entities that are in the log alone.
+
+        It also marks the feature values of the entities of training rows, which enter
+        the vocabularies. It is called once, after the whole log.
+        """
         known, total = len(self.ids), self.index.size
         if known < total:
-            new_dense = np.full(
+            # Codes of the log's entities follow those of the table.
+            missing_ids = np.zeros((total - known, self._layout.ids_width), np.int32)
+            missing_dense = np.full(
                 (total - known, self._layout.dense_width), np.nan, np.float32
             )
-            self.ids = np.concatenate(
-                [self.ids, np.zeros((total - known, self._layout.ids_width), np.int32)]
-            )
-            self.dense = np.concatenate([self.dense, new_dense])
+            self.ids = np.concatenate([self.ids, missing_ids])
+            self.dense = np.concatenate([self.dense, missing_dense])
         for f in self.features:
+            # The key itself is never missing.
             if f.name == self.key and f.kind == "categorical" and known < total:
-                new = pa.array(self.index.values()[known:])
-                place = self._layout.ids[f.name][0]
-                self.ids[known:, place] = self._tables[f.table_name].provisional(
-                    new, f"feature '{f.name}'"
+                keys = pa.array(self.index.values()[known:])
+                column = self._layout.ids[f.name][0]
+                self.ids[known:, column] = self._tables[f.table_name].provisional(
+                    keys, f"feature '{f.name}'"
                 )
         trained = self.in_training()
         for f in self.features:
@@ -110,34 +153,44 @@ class Entities:
                 )
 
     def training_texts(self) -> Iterator[str]:
-        """Texts of the entities that occur in training rows, feature after feature."""
+        """Yield the texts of the entities of training rows, feature after feature."""
         trained = self.in_training()
         for texts in self._texts.values():
-            for part in texts.filter(pa.array(trained[: len(texts)])).iterchunks():
-                yield from (text for text in part.to_pylist() if text is not None)
+            # Entities without a row in the source's table have no text.
+            in_table = pa.array(trained[: len(texts)])
+            for chunk in texts.filter(in_table).iterchunks():
+                yield from (text for text in chunk.to_pylist() if text is not None)
 
     def encode_texts(self, tokenizer: Tokenizer) -> None:
-        """Fills the ids of the text features, and lets go of the strings."""
+        """Fill in the ids of the text features, and free their strings."""
         for f in self.features:
             texts = self._texts.pop(f.name, None)
-            for first in range(0, 0 if texts is None else len(texts), TEXTS_AT_ONCE):
-                some = texts.slice(first, TEXTS_AT_ONCE).to_pylist()
-                place = slice(*self._layout.ids[f.name])
-                self.ids[first : first + len(some), place] = encode_texts(
-                    tokenizer, some, f.length
+            if texts is None:
+                continue
+            columns_of_text = slice(*self._layout.ids[f.name])
+            for first in range(0, len(texts), TEXTS_AT_ONCE):
+                block = texts.slice(first, TEXTS_AT_ONCE).to_pylist()
+                self.ids[first : first + len(block), columns_of_text] = encode_texts(
+                    tokenizer, block, f.length
                 )
 
     def in_training(self) -> np.ndarray:
-        """`[size] bool`."""
+        """Return `[size] bool`, True for an entity of a training row."""
         return self.trained.array(self.index.size)
 
 
-def to_final(
-    ids: np.ndarray, features: Sequence[Feature], finals: dict[str, np.ndarray]
+def to_vocabulary_ids(
+    ids: np.ndarray, features: Sequence[Feature], vocabulary_ids: dict[str, np.ndarray]
 ) -> None:
-    """Turns the provisional ids of a matrix into ids of the vocabularies, in place."""
+    """Replace the provisional ids of a matrix by ids of the vocabularies, in place.
+
+    Args:
+      ids: `[n, I] int32`, columns of `features`.
+      features: features of the matrix. Semantic ids and texts have final ids already.
+      vocabulary_ids: by table, `[size + 2] int32`, provisional id to vocabulary id.
+    """
     layout = columns(features)
     for f in features:
         if f.has_vocabulary:
             part = ids[:, slice(*layout.ids[f.name])]
-            part[...] = finals[f.table_name][part]
+            part[...] = vocabulary_ids[f.table_name][part]

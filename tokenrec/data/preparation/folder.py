@@ -1,4 +1,8 @@
-"""The parts of a prepared folder that are not shards: vocabularies, tokenizer, catalogue, index of chunks, metadata."""
+"""Write the files of a prepared folder that are not shards, and make its metadata.
+
+These are vocabularies, tokenizer, catalogue, index of chunks and `tokenrec.json`. The
+local path and Apache Beam both call these functions.
+"""
 
 from __future__ import annotations
 
@@ -36,109 +40,165 @@ from tokenrec.data.vocabulary import (
 from tokenrec.errors import InputError
 
 LONGEST_ITEM_ID = 1024  # characters
-NOTHING_TO_LEARN = "rows(): no row is an event, scored, or has a label, so there is nothing to learn from"
+NOTHING_TO_LEARN = (
+    "rows(): no row is an event, scored, or has a label, so there is nothing to learn "
+    "from; set `scored` for impressions and `event` for uses"
+)
 
 
 def check_options(schema: Schema, chunk_events: int, overlap: int) -> None:
-    """Raises an InputError if an option is too small, or the library that the schema's texts need is missing."""
+    """Check the options of `prepare` before the log is read.
+
+    Args:
+      schema: features and tasks of the source.
+      chunk_events: the most new rows of a chunk.
+      overlap: the most events that a chunk repeats at its head.
+
+    Raises:
+      InputError: an option is too small, or the schema has a text and the library
+        `tokenizers` is missing.
+    """
     for name, value, least in (
         ("chunk_events", chunk_events, 1),
         ("overlap", overlap, 0),
     ):
         if value < least:
-            raise InputError(f"{name}={value} must be at least {least}")
+            raise InputError(f"{name}={value} must be at least {least}; raise it")
     if any(f.kind == "text" for f in schema.features):
-        tokenizers_library()  # missing, it is to end the run now and not after the log
+        # Called for its error: the tokenizer is trained after the log was read.
+        tokenizers_library()
 
 
-def checksums_of(provenance: Provenance) -> dict[str, str]:
-    """File name -> SHA-256; a name that occurs twice gets its folder in front."""
+def file_checksums(provenance: Provenance) -> dict[str, str]:
+    """Compute the SHA-256 of each file of a source, by name.
+
+    A name that occurs twice gets the name of its folder in front.
+
+    Raises:
+      InputError: a file cannot be read.
+    """
     files = [Path(path) for path in provenance.files]
-    twice = {name for name, n in Counter(path.name for path in files).items() if n > 1}
-    out = {}
+    name_counts = Counter(path.name for path in files)
+    checksums = {}
     for path in files:
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise InputError(
-                f"source: cannot read '{os.fspath(path)}': {error.strerror}"
+                f"source: cannot read '{os.fspath(path)}': {error.strerror}; check the "
+                "path and its permissions"
             ) from error
-        out[f"{path.parent.name}/{path.name}" if path.name in twice else path.name] = (
-            digest
-        )
-    return out
+        is_unique = name_counts[path.name] == 1
+        name = path.name if is_unique else f"{path.parent.name}/{path.name}"
+        checksums[name] = digest
+    return checksums
 
 
 def write_vocabularies(
     folder: Path, schema: Schema, tables: Mapping[str, TableValues]
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Writes a file per table; returns, by table, provisional id -> id, and the number of rows, semantic ids' too."""
-    finals: dict[str, np.ndarray] = {}
+    """Write the vocabulary of each embedding table.
+
+    Args:
+      folder: the prepared folder.
+      schema: features and tasks.
+      tables: values of the whole log, by table.
+
+    Returns:
+      By table, `[size + 2] int32` from provisional id to vocabulary id; and the number
+      of rows of each embedding table, those of semantic ids too.
+    """
+    vocabulary_ids: dict[str, np.ndarray] = {}
     rows: dict[str, int] = {}
     for f in schema.features:
         if f.kind == "semantic_id":
             rows[f.table_name] = semantic_rows(f)
-        elif f.has_vocabulary and f.table_name not in finals:
-            known, finals[f.table_name] = tables[f.table_name].finish()
+        # Features may share a table; it is written once.
+        elif f.has_vocabulary and f.table_name not in vocabulary_ids:
+            known, vocabulary_ids[f.table_name] = tables[f.table_name].finish()
+            # Two rows more than values: the ids for missing and unknown.
             rows[f.table_name] = len(known) + 2
             save_vocabulary(folder, f.table_name, known)
-    return finals, rows
+    return vocabulary_ids, rows
 
 
 def write_tokenizer(
     folder: Path, schema: Schema, entities: Sequence[Entities]
 ) -> dict[str, int]:
-    """Trains on the texts of training entities, if the schema has any, and gives every text its ids.
+    """Train and write the tokenizer, and give every text its ids.
 
-    Returns the rows of the table of all texts, by its name; nothing if the schema has no text.
+    It is trained on the texts of the users and items of training rows.
+
+    Args:
+      folder: the prepared folder.
+      schema: features and tasks.
+      entities: users and items; ids of their texts are filled in.
+
+    Returns:
+      Rows of the table that all texts share, by its name; empty without a text feature.
     """
     codes = [f.codes for f in schema.features if f.kind == "text"]
     if not codes:
         return {}
-    tokenizer = train_tokenizer(
-        itertools.chain(*(some.training_texts() for some in entities)), codes[0]
-    )
-    for some in entities:
-        some.encode_texts(tokenizer)
+    # The schema gives all texts the same number of codes: they share the tokenizer.
+    texts = itertools.chain(*(group.training_texts() for group in entities))
+    tokenizer = train_tokenizer(texts, codes[0])
+    for group in entities:
+        group.encode_texts(tokenizer)
     save_tokenizer(tokenizer, folder)
     return {TEXT_TABLE: table_rows(tokenizer)}
 
 
 def write_catalogue(folder: Path, items: Entities) -> np.ndarray:
-    """Writes the items, whose ids are final, sorted by original id; returns `[items] int32`, code -> row."""
+    """Write the items, whose ids are vocabulary ids, sorted by original id.
+
+    Returns:
+      `[items] int32`, from code of an item to its row of the catalogue.
+
+    Raises:
+      InputError: an item id is too long, or ends in a NUL character.
+    """
     values = items.index.values()
     order = np.argsort(values, kind="stable")
+    # `rows` is the inverse of the permutation `order`.
     rows = np.empty(len(order), np.int32)
     rows[order] = np.arange(len(order), dtype=np.int32)
+    item_id = values[order]
+    if item_id.dtype == object:
+        item_id = _fixed_width(item_id)
     target = folder / ITEMS
     target.mkdir()
-    np.save(
-        target / "item_id.npy",
-        _fixed_width(values[order]) if values.dtype == object else values[order],
-    )
+    np.save(target / "item_id.npy", item_id)
     np.save(target / "ids.npy", items.ids[order])
     np.save(target / "dense.npy", items.dense[order])
     return rows
 
 
 def _fixed_width(item_id: np.ndarray) -> np.ndarray:
-    """Strings as NumPy stores them: each as wide as the longest, and filled up with NUL."""
+    """Convert strings to NumPy's fixed width, which can be memory-mapped.
+
+    Each takes the width of the longest, filled up with NUL, so that one long id would
+    make the file huge and a NUL at the end would be lost.
+    """
     for value in item_id.tolist():
-        reason = (
-            f"{len(value)} characters, more than {LONGEST_ITEM_ID}"
-            if len(value) > LONGEST_ITEM_ID
-            else ""
-        )
-        if reason or value.endswith("\0"):
-            raise InputError(
-                f"item_id={value[:40]!r} has {reason or 'a NUL at its end, which is not kept'}; give it another id"
-            )
+        if len(value) > LONGEST_ITEM_ID:
+            problem = f"{len(value)} characters, more than {LONGEST_ITEM_ID}"
+        elif value.endswith("\0"):
+            problem = "a NUL at its end, which is not kept"
+        else:
+            continue
+        raise InputError(f"item_id={value[:40]!r} has {problem}; give it another id")
     return item_id.astype(str)
 
 
 def write_chunk_index(folder: Path, sizes: Mapping[str, Sequence[np.ndarray]]) -> None:
-    """Writes, for each split, the rows of each chunk, from arrays that follow one another."""
+    """Write the number of log rows of each chunk, a file per split.
+
+    Args:
+      folder: the prepared folder.
+      sizes: by split, arrays `[chunks]` that follow one another.
+    """
     (folder / records.INDEX).mkdir()
     for split, parts in sizes.items():
         np.save(
@@ -148,11 +208,13 @@ def write_chunk_index(folder: Path, sizes: Mapping[str, Sequence[np.ndarray]]) -
 
 
 def digest_ids(folder: Path, schema: Schema) -> str:
-    """SHA-256 of what ids stand for: the values of each vocabulary, the tokenizer, and the original ids of the items.
+    """Compute a SHA-256 of the meaning of all ids.
 
-    Of values and not of files, which another version of their library may write otherwise.
+    It covers the values of each vocabulary, the tokenizer, and the original ids of the
+    items. Values are hashed and not files, because another version of a library may
+    write the same values as other bytes.
     """
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     values = {
         f"table {name}": load_vocabulary(folder, name)
         for name in value_tables(schema.features)
@@ -161,19 +223,21 @@ def digest_ids(folder: Path, schema: Schema) -> str:
         folder / ITEMS / "item_id.npy", mmap_mode="r", allow_pickle=False
     )
     for name, array in sorted(values.items()):
-        whole.update(f"{name}: {len(array)} {array.dtype.kind}\n".encode())
+        digest.update(f"{name}: {len(array)} {array.dtype.kind}\n".encode())
         if array.dtype.kind == "i":
-            whole.update(np.ascontiguousarray(array, "<i8"))
+            # Little-endian int64 on every machine.
+            digest.update(np.ascontiguousarray(array, "<i8"))
             continue
         for value in array.tolist():
             text = value.encode()
-            whole.update(len(text).to_bytes(4, "little") + text)
+            # The length in front keeps ["ab", "c"] and ["a", "bc"] apart.
+            digest.update(len(text).to_bytes(4, "little") + text)
     if TEXT_TABLE in {f.table_name for f in schema.features if f.kind == "text"}:
-        whole.update((folder / TOKENIZER_FILE).read_bytes())
-    return whole.hexdigest()
+        digest.update((folder / TOKENIZER_FILE).read_bytes())
+    return digest.hexdigest()
 
 
-def describe(
+def make_metadata(
     folder: Path,
     schema: Schema,
     tables: dict[str, int],
@@ -185,24 +249,39 @@ def describe(
     checksums: dict[str, str],
     options: Mapping[str, int],
 ) -> Metadata:
-    """Metadata of the folder, with the features normalised by `moments` and the chunks of each split counted."""
+    """Make the metadata of a folder whose other files are written.
+
+    Args:
+      folder: the prepared folder.
+      schema: features and tasks of the source.
+      tables: rows of each embedding table.
+      moments: moments of the dense features of users, items, rows and actions.
+      counts: numbers of log rows, users and items.
+      shards: shards of each split.
+      key_types: "int64" or "string" for `user_id` and `item_id`.
+      provenance: origin of the data.
+      checksums: SHA-256 of the raw files.
+      options: options of `prepare` that change its output.
+
+    Returns:
+      The metadata, with features normalised by `moments` and chunks counted.
+    """
     normalised: dict[str, Feature] = {}
     missing: dict[str, int] = {}
-    for some in moments:
-        normalised |= some.features()
-        missing |= {
-            f"missing_train_{name}": count
-            for name, count in some.missing.items()
-            if count
-        }
-    features = tuple(normalised.get(f.name, f) for f in schema.features)
+    for group in moments:
+        normalised |= group.features()
+        for name, count in group.missing.items():
+            if count:
+                missing[f"missing_train_{name}"] = count
     chunks = {
         f"chunks_{split}": sum(written.lengths) for split, written in shards.items()
     }
+    # What the source counted comes last: it wins where a name is the same.
+    all_counts = {**counts, **chunks, **missing, **provenance.counts}
     return Metadata(
         schema=dataclasses.replace(
             schema,
-            features=features,
+            features=tuple(normalised.get(f.name, f) for f in schema.features),
             tables=tables,
             items=counts["items"],
             ids_digest=digest_ids(folder, schema),
@@ -211,9 +290,7 @@ def describe(
         licence=provenance.licence,
         citation=provenance.citation,
         checksums=checksums,
-        counts=dict(
-            sorted({**counts, **chunks, **missing, **provenance.counts}.items())
-        ),
+        counts=dict(sorted(all_counts.items())),
         options=dict(options),
         key_types=key_types,
     )

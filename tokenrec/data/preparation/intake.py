@@ -1,4 +1,8 @@
-"""The first pass of `prepare`: rows are checked, encoded with provisional ids, and grouped by user."""
+"""First pass of `prepare`: check and encode every log row, and group the rows by user.
+
+The pass ends with everything that only the whole log can tell: the distinct values of
+each embedding table, all users and items, and which of them training rows use.
+"""
 
 from __future__ import annotations
 
@@ -9,124 +13,178 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.log import EVENT, SCORED
-from tokenrec.data.preparation import encode
 from tokenrec.data.preparation.chunks import TRAIN
+from tokenrec.data.preparation.encode import encode_features
 from tokenrec.data.preparation.entities import Entities
-from tokenrec.data.preparation.partition import part_dtype
-from tokenrec.data.preparation.spill import Partitions
+from tokenrec.data.preparation.partition import encoded_row_dtype
+from tokenrec.data.preparation.raw_columns import (
+    bool_column,
+    check_columns,
+    concatenate,
+    integer_column,
+    label_column,
+)
+from tokenrec.data.preparation.spill import UserPartitions
 from tokenrec.data.schema import Schema, columns
 from tokenrec.data.source import SPLITS, Source
 from tokenrec.data.vocabulary import TableValues, value_tables
 from tokenrec.errors import InputError
 
-BLOCK_ROWS = 65_536
-PARTITION_ROWS = 131_072
+BLOCK_ROWS = 65_536  # log rows that are encoded at a time
+PARTITION_ROWS = 131_072  # encoded log rows that stay in memory before they are spilled
 
 
-class RowEncoder:
-    """Raw rows to structured rows, and what it gathers on the way.
+class LogEncoder:
+    """Encode raw log rows, and collect distinct values, users and items on the way.
 
     Attributes:
+      schema: features and tasks.
+      dtype: `encoded_row_dtype` of the schema.
       tables: values of each embedding table.
-      users, items: ids and features, provisional until `to_final`.
+      users: ids and features of the users, provisional until `to_vocabulary_ids`.
+      items: ids and features of the items, provisional as well.
     """
 
     def __init__(self, schema: Schema) -> None:
-        self.schema, self.dtype = schema, part_dtype(schema)
+        self.schema = schema
+        self.dtype = encoded_row_dtype(schema)
         self.tables: dict[str, TableValues] = value_tables(schema.features)
         self.users = Entities("user_id", schema.group("user"), self.tables)
         self.items = Entities("item_id", schema.group("catalogue"), self.tables)
 
     def encode(self, batch: pa.RecordBatch, first: int) -> np.ndarray:
-        """A block of raw rows as `[n]` of `part_dtype` with provisional ids, which counts users and items as `users`
-        and `items` do; marks what training rows use. `first` is the number of the block's first row, for messages.
+        """Encode a block of raw log rows.
+
+        Users and items are numbered by their codes in `users` and `items`. Values,
+        users and items of training rows are marked.
+
+        Args:
+          batch: log rows with the columns of `Source.rows`.
+          first: number of the block's first row, for messages.
+
+        Returns:
+          `[n]` of `encoded_row_dtype`, with provisional ids.
 
         Raises:
           InputError: a column or a value is wrong; names it.
         """
-        features = {
+        self._check_columns(batch.schema.names)
+
+        # 1. Keys, times and flags.
+        out = np.zeros(batch.num_rows, self.dtype)
+        row = out["row"]
+        # Items are codes here; the second pass makes them rows of the catalogue.
+        out["user"] = self.users.codes(batch.column("user_id"), "rows()", first)
+        row["item"] = self.items.codes(batch.column("item_id"), "rows()", first)
+        row["time"] = integer_column(batch, "time_ms", first)
+        out["split"] = integer_column(batch, "split", first, 0, len(SPLITS) - 1)
+        row["request"] = integer_column(batch, "request", first, -1)
+        event = bool_column(batch, "event", first)
+        scored = bool_column(batch, "scored", first)
+        # A bool times a uint8 is a uint8; a Python int would make it an int64.
+        row["flags"] = event * np.uint8(EVENT) | scored * np.uint8(SCORED)
+
+        # 2. Labels.
+        for i, task in enumerate(self.schema.tasks):
+            row["labels"][:, i] = label_column(batch, f"label_{task.name}", first)
+
+        # 3. Features. Only values of training rows will enter the vocabularies.
+        in_train = out["split"] == TRAIN
+        groups = {
             "row": self.schema.group("row"),
             "action": self.schema.group("action"),
         }
-        names = ["user_id", "item_id", "time_ms", "split", "event", "scored", "request"]
-        names += [f"label_{t.name}" for t in self.schema.tasks]
-        names += [f.name for group in features.values() for f in group]
-        encode.check_columns(batch.schema.names, list(dict.fromkeys(names)), "rows()")
-
-        out = np.zeros(batch.num_rows, self.dtype)
-        row = out["row"]
-        out["user"] = self.users.codes(batch.column("user_id"), "rows()", first)
-        row["item"] = self.items.codes(batch.column("item_id"), "rows()", first)
-        row["time"] = encode.integers(batch, "time_ms", first)
-        out["split"] = encode.integers(batch, "split", first, 0, len(SPLITS) - 1)
-        row["request"] = encode.integers(batch, "request", first, -1)
-        event, scored = (
-            encode.flags(batch, "event", first),
-            encode.flags(batch, "scored", first),
-        )
-        row["flags"] = event * np.uint8(EVENT) | scored * np.uint8(SCORED)
-        for i, task in enumerate(self.schema.tasks):
-            row["labels"][:, i] = encode.labels(batch, f"label_{task.name}", first)
-        train = out["split"] == TRAIN
-        for group, members in features.items():
-            ids, dense = encode.encode_features(
-                batch, members, self.tables, "rows()", first
-            )
-            row[f"{group}_ids"], row[f"{group}_dense"] = ids, dense
-            for name, place in columns(members).ids.items():
+        for group, features in groups.items():
+            ids, dense = encode_features(batch, features, self.tables, "rows()", first)
+            row[f"{group}_ids"] = ids
+            row[f"{group}_dense"] = dense
+            for name, place in columns(features).ids.items():
+                # Semantic ids have no table of values: their codes are their ids.
                 table = self.tables.get(self.schema.feature(name).table_name)
-                if table is not None:  # semantic ids have no values to gather
-                    table.mark(ids[train, slice(*place)])
-        self.users.trained.add(out["user"][train])
-        self.items.trained.add(row["item"][train])
+                if table is not None:
+                    table.mark(ids[in_train, slice(*place)])
+        self.users.trained.add(out["user"][in_train])
+        self.items.trained.add(row["item"][in_train])
         return out
 
+    def _check_columns(self, names: list[str]) -> None:
+        expected = [
+            *("user_id", "item_id", "time_ms", "split", "event", "scored", "request"),
+            *(f"label_{task.name}" for task in self.schema.tasks),
+            *(f.name for f in self.schema.group("row")),
+            *(f.name for f in self.schema.group("action")),
+        ]
+        check_columns(names, list(dict.fromkeys(expected)), "rows()")
 
-class Intake:
-    """What the first pass gathers: values, users and items in `encoder`, and rows in `partitions`."""
+
+class LogIngestion:
+    """Read a log once and hold what the second pass needs.
+
+    Attributes:
+      schema: features and tasks.
+      encoder: distinct values, users and items of the log.
+      partitions: encoded log rows by user, in memory or in the folder `work`.
+    """
 
     def __init__(self, schema: Schema, work: Path) -> None:
-        self.schema, self.encoder = schema, RowEncoder(schema)
-        self.partitions = Partitions(work, self.encoder.dtype, PARTITION_ROWS)
+        self.schema = schema
+        self.encoder = LogEncoder(schema)
+        self.partitions = UserPartitions(work, self.encoder.dtype, PARTITION_ROWS)
 
     def read(self, source: Source) -> None:
-        """Streams the source once.
+        """Read the source once.
 
         Raises:
           InputError: a column or a value is wrong, or there is no training row.
         """
+        # The tables come first, so that their entities get the first codes and the rows
+        # of their matrices are those codes.
         users, items = self.encoder.users, self.encoder.items
-        users.read(source.users(), "users()", BLOCK_ROWS)
-        items.read(source.items(), "items()", BLOCK_ROWS)
+        users.read_table(source.users(), "users()", BLOCK_ROWS)
+        items.read_table(source.items(), "items()", BLOCK_ROWS)
         first = 0
-        for batch in blocks(source.rows()):
+        for batch in rebatch(source.rows()):
             self.partitions.add(self.encoder.encode(batch, first))
             first += batch.num_rows
-        check_rows(first, bool(users.in_training().any()))
+        check_has_training_rows(first, bool(users.in_training().any()))
         for entities in (users, items):
             entities.complete()
 
 
-def check_rows(rows: int, any_training: bool) -> None:
-    """Raises an InputError unless there are rows, and training rows among them."""
+def check_has_training_rows(rows: int, any_training: bool) -> None:
+    """Check that the log has rows, and that some of them are training rows.
+
+    Raises:
+      InputError: it has none.
+    """
     if not rows:
-        raise InputError("rows() is empty; a data set needs at least one row")
+        raise InputError(
+            "rows() is empty; a data set needs at least one row; check the files of "
+            "the source"
+        )
     if not any_training:
         raise InputError(
-            "rows(): no row has split 0 (train), where vocabularies come from; move the split"
+            "rows(): no row has split 0 (train), where vocabularies come from; move "
+            "the split"
         )
 
 
-def blocks(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The same rows in batches of about `BLOCK_ROWS`."""
+def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield the same log rows in batches of about `BLOCK_ROWS`.
+
+    Sources choose their own batch sizes; small ones would cost a dictionary encoding
+    and a merge of values each, large ones memory.
+    """
     waiting: list[pa.RecordBatch] = []
     rows = 0
     for batch in batches:
+        # A large batch is cut, and small ones are collected.
         for first in range(0, batch.num_rows, BLOCK_ROWS):
             waiting.append(batch.slice(first, BLOCK_ROWS))
             rows += waiting[-1].num_rows
             if rows >= BLOCK_ROWS:
-                yield encode.join(waiting, "rows()")
-                waiting, rows = [], 0
+                yield concatenate(waiting, "rows()")
+                waiting = []
+                rows = 0
     if waiting:
-        yield encode.join(waiting, "rows()")
+        yield concatenate(waiting, "rows()")

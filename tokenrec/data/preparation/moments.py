@@ -1,4 +1,15 @@
-"""Mean and deviation of dense features, gathered block by block."""
+"""Compute mean and standard deviation of dense features, block by block.
+
+Blocks are merged by the update of Chan, Golub and LeVeque (Updating Formulae and a
+Pairwise Algorithm for Computing Sample Variances, 1979). With count n, mean m and sum
+of squared deviations M of two blocks a and b:
+
+    n = n_a + n_b
+    m = m_a + (m_b - m_a) n_b / n
+    M = M_a + M_b + (m_b - m_a)^2 n_a n_b / n
+
+Unlike a sum of squares, it does not cancel where the mean is large.
+"""
 
 from __future__ import annotations
 
@@ -11,71 +22,80 @@ from tokenrec.data.schema import Feature, columns
 
 
 class Moments:
-    """Mean and deviation of each transformed dense feature, missing values left out but counted.
+    """Mean and deviation of each transformed dense feature, without missing values.
 
     Attributes:
-      missing: name of a dense feature or an embedding -> rows in which it, or a number of it, is missing.
-
-    Blocks are merged by the update of Chan, Golub and LeVeque (1979), which does not cancel.
+      missing: for each dense feature or embedding, the number of rows in which it, or
+        one of its numbers, is missing.
     """
 
     def __init__(self, features: Sequence[Feature]) -> None:
         layout = columns(features).dense
-        self._places = {name: slice(*place) for name, place in layout.items()}
+        self._slices = {name: slice(*place) for name, place in layout.items()}
         self.missing = dict.fromkeys(layout, 0)
+        # Embeddings are counted but not normalised: their maker applies an RMSNorm.
         self._columns = [(f, layout[f.name][0]) for f in features if f.kind == "dense"]
         self._count = np.zeros(len(self._columns))
         self._mean = np.zeros(len(self._columns))
-        self._squares = np.zeros(len(self._columns))
+        self._squared_deviations = np.zeros(len(self._columns))
 
     def add(self, dense: np.ndarray) -> None:
-        """Adds rows of the features' `[n, D] float32` matrix."""
-        for name, place in self._places.items():
+        """Add `dense: [n, D] float32`, rows of the features' matrix; NaN is missing."""
+        for name, place in self._slices.items():
             self.missing[name] += int(np.isnan(dense[:, place]).any(axis=1).sum())
-        for i, (f, column) in enumerate(self._columns):
+        for i, (feature, column) in enumerate(self._columns):
+            # float64: a sum of millions of float32 loses digits.
             values = dense[:, column].astype(np.float64)
             values = values[~np.isnan(values)]
             if not len(values):
                 continue
-            if f.transform == "log1p":
+            if feature.transform == "log1p":
                 values = np.sign(values) * np.log1p(np.abs(values))
             mean = values.mean()
-            self._add(i, len(values), mean, np.square(values - mean).sum())
+            self._merge(i, len(values), mean, np.square(values - mean).sum())
 
     def merge(self, other: Moments) -> None:
-        """Adds the rows that `other`, of the same features, has seen."""
+        """Add the rows of `other`, which has the same features."""
         for name, count in other.missing.items():
             self.missing[name] += count
         for i in range(len(self._columns)):
-            if not self._count[i]:  # as it is: the update below would round
-                self._count[i], self._mean[i], self._squares[i] = (
-                    other._count[i],
-                    other._mean[i],
-                    other._squares[i],
-                )
+            if not self._count[i]:
+                # Copy the first block: the update formula would round it.
+                self._count[i] = other._count[i]
+                self._mean[i] = other._mean[i]
+                self._squared_deviations[i] = other._squared_deviations[i]
             elif other._count[i]:
-                self._add(i, other._count[i], other._mean[i], other._squares[i])
+                self._merge(
+                    i, other._count[i], other._mean[i], other._squared_deviations[i]
+                )
 
-    def _add(self, i: int, count: float, mean: float, squares: float) -> None:
+    def _merge(
+        self, i: int, count: float, mean: float, squared_deviations: float
+    ) -> None:
+        """Apply the update of the module's docstring to feature `i`."""
         total = self._count[i] + count
         shift = mean - self._mean[i]
-        self._squares[i] += squares + shift**2 * self._count[i] * count / total
+        self._squared_deviations[i] += (
+            squared_deviations + shift**2 * self._count[i] * count / total
+        )
         self._mean[i] += shift * count / total
         self._count[i] = total
 
     def features(self) -> dict[str, Feature]:
-        """The dense features with `mean` and `deviation`; a constant one has deviation 1, an absent one mean 0 too."""
-        out = {}
-        for i, (f, _) in enumerate(self._columns):
-            deviation = (
-                float(np.sqrt(self._squares[i] / self._count[i]))
-                if self._count[i]
-                else 0.0
+        """Return the dense features with their `mean` and `deviation`.
+
+        The deviation of a constant feature is 1, so that normalisation maps it to 0. A
+        feature that never has a value gets mean 0 and deviation 1.
+        """
+        normalised = {}
+        for i, (feature, _) in enumerate(self._columns):
+            mean, deviation = float(self._mean[i]), 0.0
+            if self._count[i]:
+                deviation = float(np.sqrt(self._squared_deviations[i] / self._count[i]))
+            # Below this a deviation is no more than the float32 rounding of a constant.
+            if deviation <= 1e-7 * abs(mean):
+                deviation = 1.0
+            normalised[feature.name] = dataclasses.replace(
+                feature, mean=mean, deviation=deviation
             )
-            negligible = deviation <= 1e-7 * abs(
-                float(self._mean[i])
-            )  # float32 rounding of a constant
-            out[f.name] = dataclasses.replace(
-                f, mean=float(self._mean[i]), deviation=1.0 if negligible else deviation
-            )
-        return out
+        return normalised

@@ -1,4 +1,9 @@
-"""Rows of some users, all rows of each, become chunks: ordered, freed from repeats, counted, cut, encoded."""
+"""Turn the encoded log rows of some users into chunks: sort, deduplicate, count, cut.
+
+This is the second pass for one partition: the log rows of some users, all rows of each.
+The local path (`prepare.py`) and Apache Beam (`tokenrec/data/beam/builder.py`) call the
+same functions, which is why both make the same chunks.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,11 @@ from tokenrec.data import records
 from tokenrec.data.log import EVENT, LEARNED, SCORED
 from tokenrec.data.preparation.chunks import (
     TRAIN,
-    check_requests,
-    cut_chunks,
-    first_of_repeats,
-    learned,
-    order_rows,
+    check_request_times,
+    chunk_indices,
+    is_first_occurrence,
+    is_learned,
+    sort_order,
 )
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.moments import Moments
@@ -26,28 +31,41 @@ from tokenrec.data.source import SPLITS
 
 
 @dataclasses.dataclass(frozen=True)
-class Tally:
-    """What `finish` counts: of rows, by name, and of the dense features of training rows."""
+class PreparationCounts:
+    """Counts of log rows, and moments of their dense features; filled in by partition.
 
-    counts: Counter[str]
-    row: Moments
-    action: Moments
+    Attributes:
+      by_name: numbers of log rows by name, as in `counts` of `tokenrec.json`.
+      row_moments: moments of the features of the group `row`, over training rows.
+      action_moments: moments of the features of the group `action`, over training rows.
+    """
+
+    by_name: Counter[str]
+    row_moments: Moments
+    action_moments: Moments
 
     @staticmethod
-    def empty(schema: Schema) -> Tally:
-        return Tally(
+    def empty(schema: Schema) -> PreparationCounts:
+        return PreparationCounts(
             Counter(), Moments(schema.group("row")), Moments(schema.group("action"))
         )
 
-    def merge(self, other: Tally) -> None:
-        """Adds what `other` counted."""
-        self.counts.update(other.counts)
-        self.row.merge(other.row)
-        self.action.merge(other.action)
+    def merge(self, other: PreparationCounts) -> None:
+        """Add the counts of another partition."""
+        self.by_name.update(other.by_name)
+        self.row_moments.merge(other.row_moments)
+        self.action_moments.merge(other.action_moments)
 
 
 class ChunkRun(NamedTuple):
-    """Chunks of one split, back to back. `rows: [n]` of `row_dtype`, `start: [U + 1]`, `user: [U]` codes."""
+    """Chunks of one split, back to back.
+
+    Attributes:
+      split: name of the split.
+      rows: `[m]` of `records.row_dtype`, log rows, chunk after chunk.
+      start: `[U + 1] int64`, first log row of each chunk.
+      user: `[U] int32`, code of each chunk's user.
+    """
 
     split: str
     rows: np.ndarray
@@ -55,80 +73,131 @@ class ChunkRun(NamedTuple):
     user: np.ndarray
 
 
-def part_dtype(schema: Schema) -> np.dtype:
-    """A row on its way to a chunk: the code of its user, its split, and its columns."""
+def encoded_row_dtype(schema: Schema) -> np.dtype:
+    """Type of an encoded log row: the code of its user, its split, and its columns.
+
+    User and split are not part of a chunk's rows: a chunk has one user and one split.
+    """
     return np.dtype(
         [("user", "<i4"), ("split", "u1"), ("row", records.row_dtype(schema))]
     )
 
 
-def finish(part: np.ndarray, schema: Schema, tally: Tally) -> np.ndarray:
-    """Rows `[n]` of `part_dtype` with final ids, ordered, without repeats, LEARNED set; adds them to `tally`.
+def sort_and_deduplicate(
+    partition: np.ndarray, schema: Schema, counts: PreparationCounts
+) -> np.ndarray:
+    """Sort a partition, drop repeats, set the flag LEARNED, and count.
+
+    Args:
+      partition: `[n]` of `encoded_row_dtype`, with vocabulary ids, all rows of its
+        users.
+      schema: features and tasks.
+      counts: receives the counts and moments of this partition.
+
+    Returns:
+      `[m]` of `encoded_row_dtype`, sorted by user, time, request and item.
 
     Raises:
       InputError: rows of one request have different times.
     """
-    row = part["row"]
-    part = part[order_rows(part["user"], row["time"], row["request"], row["item"])]
-    row = part["row"]
-    first = first_of_repeats(
-        part["user"], row["time"], row["item"], row["flags"] & SCORED
+    # 1. Sort, and keep the first of rows that repeat one another.
+    row = partition["row"]
+    partition = partition[
+        sort_order(partition["user"], row["time"], row["request"], row["item"])
+    ]
+    row = partition["row"]
+    first = is_first_occurrence(
+        partition["user"], row["time"], row["item"], row["flags"] & SCORED
     )
-    tally.counts["repeats_dropped"] += int((~first).sum())
-    part = part[first]
-    split, row = part["split"], part["row"]
-    check_requests(part["user"], row["time"], row["request"])
-    row["flags"] |= learned(split, row["flags"], row["labels"]) * np.uint8(LEARNED)
+    counts.by_name["repeats_dropped"] += int((~first).sum())
+    partition = partition[first]
+
+    # 2. Check and mark what can be known only when all rows of a user are together.
+    row = partition["row"]
+    check_request_times(partition["user"], row["time"], row["request"])
+    learned = is_learned(partition["split"], row["flags"], row["labels"])
+    row["flags"] |= learned * np.uint8(LEARNED)
+
+    # 3. Count. Moments come from training rows alone: no look into valid or test.
+    _count_rows(partition, schema, counts.by_name)
+    in_train = partition["split"] == TRAIN
+    counts.row_moments.add(row["row_dense"][in_train])
+    counts.action_moments.add(row["action_dense"][in_train])
+    return partition
+
+
+def _count_rows(partition: np.ndarray, schema: Schema, counts: Counter[str]) -> None:
+    """Count rows, impressions, events and positive labels of each split."""
+    row = partition["row"]
     for number, name in enumerate(SPLITS):
-        inside = split == number
-        scored = inside & ((row["flags"] & SCORED) > 0)
-        tally.counts[f"rows_{name}"] += int(inside.sum())
-        tally.counts[f"scored_{name}"] += int(scored.sum())
-        tally.counts[f"events_{name}"] += int(
-            (inside & ((row["flags"] & EVENT) > 0)).sum()
-        )
+        in_split = partition["split"] == number
+        scored = in_split & ((row["flags"] & SCORED) > 0)
+        event = in_split & ((row["flags"] & EVENT) > 0)
+        counts[f"rows_{name}"] += int(in_split.sum())
+        counts[f"scored_{name}"] += int(scored.sum())
+        counts[f"events_{name}"] += int(event.sum())
         for i, task in enumerate(schema.tasks):
-            tally.counts[f"positives_{name}_{task.name}"] += int(
-                (row["labels"][scored, i] == 1).sum()
-            )
-    tally.counts["learned_train"] += int(((row["flags"] & LEARNED) > 0).sum())
-    train = split == TRAIN
-    tally.row.add(row["row_dense"][train])
-    tally.action.add(row["action_dense"][train])
-    return part
+            # Labels of unscored rows enter no metric.
+            positives = int((row["labels"][scored, i] == 1).sum())
+            counts[f"positives_{name}_{task.name}"] += positives
+    counts["learned_train"] += int(((row["flags"] & LEARNED) > 0).sum())
 
 
-def cut(part: np.ndarray, chunk_events: int, overlap: int) -> Iterator[ChunkRun]:
-    """Chunks of what `finish` returned, for each split that has any."""
-    user, split, row = part["user"], part["split"], part["row"]
+def cut_into_chunks(
+    partition: np.ndarray, chunk_events: int, overlap: int
+) -> Iterator[ChunkRun]:
+    """Yield the chunks of each split that has any.
+
+    Args:
+      partition: `[n]` of `encoded_row_dtype`, from `sort_and_deduplicate`.
+      chunk_events: the most new rows of a chunk.
+      overlap: the most events that a chunk repeats at its head.
+    """
+    user, split, row = partition["user"], partition["split"], partition["row"]
     for number, name in enumerate(SPLITS):
-        found = cut_chunks(
+        chunks = chunk_indices(
             user, row["time"], split, row["flags"], number, chunk_events, overlap
         )
-        if len(found.rows):
-            rows = row[found.rows]
-            rows["flags"][found.repeated] = EVENT
-            yield ChunkRun(name, rows, found.start, user[found.rows[found.start[:-1]]])
+        if len(chunks.rows):
+            # A copy, so that the flags set below change no other split.
+            rows = row[chunks.rows]
+            # A row that is history here must be neither scored nor learned again.
+            rows["flags"][chunks.history_only] = EVENT
+            chunk_user = user[chunks.rows[chunks.start[:-1]]]
+            yield ChunkRun(name, rows, chunks.start, chunk_user)
 
 
-def user_rows(users: Entities, schema: Schema) -> np.ndarray:
-    """`[users.index.size]` of `user_dtype`: features by code, once their ids are final."""
-    out = np.zeros(users.index.size, records.user_dtype(schema))
-    out["user_ids"], out["user_dense"] = users.ids, users.dense
-    return out
+def pack_user_features(users: Entities, schema: Schema) -> np.ndarray:
+    """Pack the features of all users, once their ids are vocabulary ids.
+
+    Returns:
+      `[users.index.size]` of `records.user_dtype`, by code of the user.
+    """
+    packed = np.zeros(users.index.size, records.user_dtype(schema))
+    packed["user_ids"] = users.ids
+    packed["user_dense"] = users.dense
+    return packed
 
 
-def chunks_of(
-    run: ChunkRun, user_ids: np.ndarray, user_rows: np.ndarray
+def chunk_records(
+    run: ChunkRun, user_ids: np.ndarray, user_features: np.ndarray
 ) -> Iterator[records.Chunk]:
-    """Chunks of a run. `user_ids: [users]` original ids and `user_rows: [users]` of `user_dtype`, both by code."""
-    data, size = memoryview(run.rows.tobytes()), run.rows.dtype.itemsize
-    for begin, end, code in zip(
+    """Yield the chunks of a run as records.
+
+    Args:
+      run: chunks of one split.
+      user_ids: `[users]`, original ids (int64 or object), by code.
+      user_features: `[users]` of `records.user_dtype`, by code.
+    """
+    # One copy of all bytes, sliced without further copies for each chunk.
+    data, row_bytes = memoryview(run.rows.tobytes()), run.rows.dtype.itemsize
+    chunks = zip(
         run.start[:-1].tolist(), run.start[1:].tolist(), run.user.tolist(), strict=True
-    ):
+    )
+    for begin, end, code in chunks:
         user_id = user_ids[code]
         yield records.Chunk(
             user_id if isinstance(user_id, str) else int(user_id),
-            user_rows[code].tobytes(),
-            bytes(data[begin * size : end * size]),
+            user_features[code].tobytes(),
+            bytes(data[begin * row_bytes : end * row_bytes]),
         )

@@ -1,8 +1,38 @@
-"""Any source to a prepared data set: rows stream once, and memory depends on distinct ids, not on rows.
+"""Turn the log of any `Source` into a prepared data set.
 
-First pass (intake.py): rows are checked, encoded with provisional ids (vocabulary.py) and grouped by user on disk
-(spill.py). Second pass, some users at a time: rows are given their final ids, ordered, freed from repeats and cut into
-chunks (partition.py), and written (records.py). The folder appears when it is whole (staging.py).
+Memory depends on the number of distinct ids, not on the number of log rows.
+
+Two passes: steps 1 and 2 read the log, steps 3 and 4 its encoded rows.
+
+1. Intake (`intake.py`). The source's tables and then its log rows stream past once.
+   Each value is checked (`raw_columns.py`) and encoded with a provisional id
+   (`encode.py`); users and items get codes, and features of their own (`entities.py`).
+2. Partitions by user (`spill.py`). The encoded rows are grouped by user: in memory
+   while they are few, beyond that in temporary files.
+
+   Between the passes, ids become final: the sorted values of training rows are the
+   vocabularies (`folder.py`, `vocabulary.py`).
+3. Chunks (`partition.py`, `chunks.py`). One partition at a time is sorted, freed from
+   repeats, counted and cut into chunks. Means and deviations of dense features are
+   gathered on the way (`moments.py`).
+4. Shards (`tokenrec/data/records.py`). Each chunk is written as one record.
+
+Memory holds, at any time:
+
+- the distinct values of each embedding table, and the features of all users and items;
+- `BLOCK_ROWS` (65,536) raw rows and at most `PARTITION_ROWS` (131,072) encoded rows,
+  more only where a single user has more;
+- the strings of text features, until the tokenizer is trained.
+
+| file of the folder | written |
+|---|---|
+| `scratch/` (encoded rows by user) | during 1 and 2; removed at the end |
+| `vocabularies/`, `tokenizer.json`, `items/` | between the passes |
+| shards | during 4 |
+| `chunks/` (rows of each chunk) | after the last shard |
+| `dataset_info.json`, `features.json`, `tokenrec.json` | last |
+
+All of this happens in a folder that gets its name when it is complete (`staging.py`).
 """
 
 from __future__ import annotations
@@ -14,28 +44,28 @@ import numpy as np
 
 from tokenrec.data import records
 from tokenrec.data.metadata import Metadata
-from tokenrec.data.preparation.entities import to_final
+from tokenrec.data.preparation.entities import to_vocabulary_ids
 from tokenrec.data.preparation.folder import (
     NOTHING_TO_LEARN,
     check_options,
-    checksums_of,
-    describe,
+    file_checksums,
+    make_metadata,
     write_catalogue,
     write_chunk_index,
     write_tokenizer,
     write_vocabularies,
 )
-from tokenrec.data.preparation.intake import Intake
+from tokenrec.data.preparation.intake import LogIngestion
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.preparation.partition import (
     ChunkRun,
-    Tally,
-    chunks_of,
-    cut,
-    finish,
-    user_rows,
+    PreparationCounts,
+    chunk_records,
+    cut_into_chunks,
+    pack_user_features,
+    sort_and_deduplicate,
 )
-from tokenrec.data.preparation.staging import scratch_folder, staged
+from tokenrec.data.preparation.staging import scratch_folder, staged_folder
 from tokenrec.data.source import SPLITS, Provenance, Source
 from tokenrec.errors import InputError
 
@@ -49,130 +79,159 @@ def prepare(
     overwrite: bool = False,
     scratch: Path | None = None,
 ) -> Metadata:
-    """Writes the prepared data set of `source` to the folder `out`, and returns its metadata.
+    """Write the prepared data set of `source` to the folder `out`.
 
     Args:
       source: the raw log.
       out: folder to make.
-      chunk_events: rows of a chunk, not counting the events repeated at its head.
-      overlap: the most events that are repeated at the head of a chunk: the longest history a row can have there.
+      chunk_events: the most log rows of a chunk, not counting the events repeated at
+        its head.
+      overlap: the most events that are repeated at the head of a chunk. It is the
+        longest history that a row there can have.
       overwrite: replace `out` if it is a prepared data set.
-      scratch: folder for temporary files, about as large as the data set; default: beside `out`.
+      scratch: folder for temporary files, which take about as much room as the data
+        set; default: within the new folder, beside `out`.
+
+    Returns:
+      The metadata of the data set.
 
     Raises:
-      InputError: `out` exists, an option or a value of the source is wrong, the disk is full, or the schema has a text
-        and the library `tokenizers` is missing. `out` is unchanged.
+      InputError: `out` exists, an option or a value of the source is wrong, the disk is
+        full, or the schema has a text and the library `tokenizers` is missing. `out` is
+        unchanged.
     """
     check_options(source.schema, chunk_events, overlap)
-    with staged(Path(out), overwrite) as folder:
-        checksums = checksums_of(source.provenance)
+    with staged_folder(Path(out), overwrite) as folder:
+        # A file that is missing or unreadable should end the run now, not after hours.
+        checksums = file_checksums(source.provenance)
         work = (
             folder / "scratch"
             if scratch is None
             else scratch_folder(Path(scratch), Path(out))
         )
         try:
-            intake = Intake(source.schema, work)
-            intake.read(source)
-            output = _Output(intake, folder)
-            output.write_entities()
-            output.write_chunks(chunk_events, overlap)
+            ingestion = LogIngestion(source.schema, work)
+            ingestion.read(source)
+            writer = _FolderWriter(ingestion, folder)
+            writer.write_entities()
+            writer.write_chunks(chunk_events, overlap)
             options = {"chunk_events": chunk_events, "overlap": overlap}
-            metadata = output.write_metadata(source.provenance, checksums, options)
+            metadata = writer.write_metadata(source.provenance, checksums, options)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return metadata
 
 
-class _Output:
-    """The second pass: what the intake holds becomes files in `folder`."""
+class _FolderWriter:
+    """Second pass: write what the first pass collected to `folder`.
 
-    def __init__(self, intake: Intake, folder: Path) -> None:
-        self.intake, self.folder, self.schema = intake, folder, intake.schema
-        self.users, self.items = intake.encoder.users, intake.encoder.items
-        self.finals: dict[str, np.ndarray] = {}
+    The three methods are called once each, in this order: `write_entities` makes the
+    ids final, `write_chunks` needs final ids, `write_metadata` describes what was
+    written.
+    """
+
+    def __init__(self, ingestion: LogIngestion, folder: Path) -> None:
+        self.ingestion = ingestion
+        self.folder = folder
+        self.schema = ingestion.schema
+        self.users = ingestion.encoder.users
+        self.items = ingestion.encoder.items
+        self.vocabulary_ids: dict[str, np.ndarray] = {}
         self.table_rows: dict[str, int] = {}
-        self.writers: dict[str, records.SplitWriter] = {}
-        self.tally = Tally.empty(self.schema)
+        self.split_writers: dict[str, records.SplitWriter] = {}
+        self.counts = PreparationCounts.empty(self.schema)
+        # Moments of rows and actions are part of `counts`.
         self.moments = [
             Moments(self.schema.group(group)) for group in ("user", "catalogue")
         ]
 
     def write_entities(self) -> None:
-        """Vocabularies, the tokenizer and the catalogue; from here on ids are final."""
+        """Write vocabularies, tokenizer and catalogue; ids are final from here on."""
+        # Each user and item of a training row counts once, however often it occurs.
         for entities, moments in zip(
             (self.users, self.items), self.moments, strict=True
         ):
             moments.add(entities.dense[entities.in_training()])
-        self.finals, self.table_rows = write_vocabularies(
-            self.folder, self.schema, self.intake.encoder.tables
+        self.vocabulary_ids, self.table_rows = write_vocabularies(
+            self.folder, self.schema, self.ingestion.encoder.tables
         )
         self.table_rows |= write_tokenizer(
             self.folder, self.schema, (self.users, self.items)
         )
         for entities in (self.users, self.items):
-            to_final(entities.ids, entities.features, self.finals)
+            to_vocabulary_ids(entities.ids, entities.features, self.vocabulary_ids)
         self.item_rows = write_catalogue(self.folder, self.items)
-        self.tally.counts["items"], self.tally.counts["users"] = (
-            self.items.index.size,
-            self.users.index.size,
-        )
-        self.user_ids, self.user_rows = (
-            self.users.index.values(),
-            user_rows(self.users, self.schema),
-        )
-        self.items.ids, self.items.dense = self.items.ids[:0], self.items.dense[:0]
+        self.counts.by_name["items"] = self.items.index.size
+        self.counts.by_name["users"] = self.users.index.size
+        self.user_ids = self.users.index.values()
+        self.user_features = pack_user_features(self.users, self.schema)
+        # The catalogue is on disk; free its matrices before the second pass.
+        self.items.ids = self.items.ids[:0]
+        self.items.dense = self.items.dense[:0]
 
     def write_chunks(self, chunk_events: int, overlap: int) -> None:
-        """Second pass."""
+        """Write the shards of all splits, and the index of chunks."""
         sizes: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
         try:
-            for part in self.intake.partitions.read():
-                row = part["row"]
+            for partition in self.ingestion.partitions.read():
+                row = partition["row"]
+                # From code of an item to its row of the catalogue.
                 row["item"] = self.item_rows[row["item"]]
                 for group in ("row", "action"):
-                    to_final(row[f"{group}_ids"], self.schema.group(group), self.finals)
-                for run in cut(
-                    finish(part, self.schema, self.tally), chunk_events, overlap
-                ):
-                    self._write(run)
+                    to_vocabulary_ids(
+                        row[f"{group}_ids"],
+                        self.schema.group(group),
+                        self.vocabulary_ids,
+                    )
+                partition = sort_and_deduplicate(partition, self.schema, self.counts)
+                for run in cut_into_chunks(partition, chunk_events, overlap):
+                    self._write_run(run)
                     sizes[run.split].append(np.diff(run.start))
-            for writer in self.writers.values():
-                writer.finish()
+            for split_writer in self.split_writers.values():
+                split_writer.finish()
         finally:
-            for writer in self.writers.values():
-                writer.close()
-        if not self.writers:
+            for split_writer in self.split_writers.values():
+                split_writer.close()
+        if not self.split_writers:
             raise InputError(NOTHING_TO_LEARN)
-        write_chunk_index(self.folder, {name: sizes[name] for name in self.writers})
+        write_chunk_index(
+            self.folder, {split: sizes[split] for split in self.split_writers}
+        )
 
-    def _write(self, run: ChunkRun) -> None:
-        if run.split not in self.writers:
-            self.writers[run.split] = records.SplitWriter(self.folder, run.split)
-        for chunk in chunks_of(run, self.user_ids, self.user_rows):
-            self.writers[run.split].write(chunk)
+    def _write_run(self, run: ChunkRun) -> None:
+        # A split without chunks has no shards, so that it is absent from the metadata.
+        if run.split not in self.split_writers:
+            self.split_writers[run.split] = records.SplitWriter(self.folder, run.split)
+        for chunk in chunk_records(run, self.user_ids, self.user_features):
+            self.split_writers[run.split].write(chunk)
 
     def write_metadata(
         self, provenance: Provenance, checksums: dict[str, str], options: dict[str, int]
     ) -> Metadata:
+        """Write the JSON files of the folder.
+
+        Args:
+          provenance: origin of the data.
+          checksums: SHA-256 of the raw files.
+          options: options of `prepare` that change its output.
+        """
         shards = {
-            name: records.Shards(w.shard_lengths, w.num_bytes)
-            for name, w in self.writers.items()
+            split: records.Shards(writer.shard_lengths, writer.num_bytes)
+            for split, writer in self.split_writers.items()
         }
-        moments = (*self.moments, self.tally.row, self.tally.action)
-        key_types = {e.key: e.index.type for e in (self.users, self.items)}
-        metadata = describe(
+        metadata = make_metadata(
             self.folder,
             self.schema,
             self.table_rows,
-            moments,
-            self.tally.counts,
+            (*self.moments, self.counts.row_moments, self.counts.action_moments),
+            self.counts.by_name,
             shards,
-            key_types,
+            {e.key: e.index.type for e in (self.users, self.items)},
             provenance,
             checksums,
             options,
         )
         records.write_metadata(self.folder, shards, metadata)
+        # Last: it holds the digests of all other files but the shards.
         metadata.save(self.folder)
         return metadata

@@ -1,4 +1,9 @@
-"""Rows grouped by user on disk, so that memory does not grow with their number."""
+"""Group encoded log rows by user on disk, so that memory does not grow with the log.
+
+A user's rows are anywhere in a log, but chunks need them together. Sorting the whole
+log would need room for it; instead, rows are spilled to files by a digit of the user's
+code (a radix partition), and a file that is still too large is split by the next digit.
+"""
 
 from __future__ import annotations
 
@@ -7,55 +12,69 @@ from pathlib import Path
 
 import numpy as np
 
-FAN_OUT = 64
-LEVELS = 6  # 64 ** 6 exceeds any int32 code
+FAN_OUT = 64  # files of a level: the base of the digits
+LEVELS = (
+    6  # 64 ** 6 exceeds any int32 code, so that the last level holds one user a file
+)
 
 
-class Partitions:
-    """Structured rows with an int32 field `user`; `add` them in any order, then read them back some users at a time.
+class UserPartitions:
+    """Log rows in partitions of some users each, all rows of a user in one partition.
 
-    Up to `limit` rows stay in memory. Beyond that they go to `FAN_OUT` files by a digit of the user's code, and a file
-    that is larger than `limit` is split again by the next digit. Rows of a user keep their order.
+    `add` rows in any order, then `read` the partitions once. Up to `limit` rows stay in
+    memory as one partition; beyond that rows go to `FAN_OUT` files. Rows of a user keep
+    their order.
+
+    Args:
+      folder: folder for temporary files; made when it is needed.
+      dtype: type of a row, with an int32 field `user`.
+      limit: rows that may be in memory. Only a single user with more rows exceeds it.
+      level: number of digits that the rows' users have in common, counted from the
+        lowest; 0 for the caller.
     """
 
     def __init__(
         self, folder: Path, dtype: np.dtype, limit: int, level: int = 0
     ) -> None:
-        self._folder, self._dtype, self._limit, self._level = (
-            folder,
-            dtype,
-            limit,
-            level,
-        )
-        self._kept: list[np.ndarray] = []
+        self._folder = folder
+        self._dtype = dtype
+        self._limit = limit
+        self._level = level
+        self._in_memory: list[np.ndarray] = []
         self._rows = 0
-        self._counts = np.zeros(FAN_OUT, np.int64)
+        self._rows_of_file = np.zeros(FAN_OUT, np.int64)
         self._spilled = False
 
     def add(self, rows: np.ndarray) -> None:
+        """Add `rows: [n]` of the structured dtype."""
         self._rows += len(rows)
         if not self._spilled and self._rows <= self._limit:
-            self._kept.append(rows)
+            self._in_memory.append(rows)
             return
         if not self._spilled:
+            # It fails if the folder exists: another run's rows must not be mixed in.
             self._folder.mkdir(parents=True)
             self._spilled = True
-            for kept in self._kept:
-                self._spill(kept)
-            self._kept = []
-        self._spill(rows)
+            for earlier in self._in_memory:
+                self._append_to_files(earlier)
+            self._in_memory = []
+        self._append_to_files(rows)
 
     def read(self) -> Iterator[np.ndarray]:
-        """Rows of some users at a time, all rows of each; files are removed as they are read. Can be called once."""
+        """Yield each partition, `[n]` of the structured dtype, and remove its file.
+
+        It can be called once.
+        """
         if not self._spilled:
-            if self._kept:
-                kept, self._kept = np.concatenate(self._kept), []
-                yield kept
+            if self._in_memory:
+                rows = np.concatenate(self._in_memory)
+                self._in_memory = []  # freed while the caller works on the copy
+                yield rows
             return
-        for part in np.flatnonzero(self._counts):
-            path = self._path(int(part))
+        for digit in np.flatnonzero(self._rows_of_file):
+            path = self._path(int(digit))
             if (
-                self._counts[part] <= self._limit
+                self._rows_of_file[digit] <= self._limit
                 or self._level + 1 == LEVELS
                 or self._holds_one_user(path)
             ):
@@ -63,7 +82,8 @@ class Partitions:
                 path.unlink()
                 yield rows
                 continue
-            finer = Partitions(
+            # Too large: split by the next digit, in a folder beside the file.
+            finer = UserPartitions(
                 path.with_suffix(""), self._dtype, self._limit, self._level + 1
             )
             for block in self._blocks(path):
@@ -71,18 +91,21 @@ class Partitions:
             path.unlink()
             yield from finer.read()
 
-    def _spill(self, rows: np.ndarray) -> None:
-        part = rows["user"] // FAN_OUT**self._level % FAN_OUT
-        order = np.argsort(part, kind="stable")
-        ordered = rows[order]
-        counts = np.bincount(part, minlength=FAN_OUT)
+    def _append_to_files(self, rows: np.ndarray) -> None:
+        """Append each row to the file of its user's digit."""
+        digit = rows["user"] // FAN_OUT**self._level % FAN_OUT
+        # A stable sort keeps the order of a user's rows.
+        ordered = rows[np.argsort(digit, kind="stable")]
+        counts = np.bincount(digit, minlength=FAN_OUT)
         ends = np.cumsum(counts)
         for i in np.flatnonzero(counts):
+            # Files do not stay open: over all levels that would be up to 384 of them.
             with self._path(int(i)).open("ab") as file:
                 file.write(ordered[ends[i] - counts[i] : ends[i]].view(np.uint8).data)
-        self._counts += counts
+        self._rows_of_file += counts
 
     def _blocks(self, path: Path) -> Iterator[np.ndarray]:
+        """Yield the rows of a file, at most `limit` at a time."""
         with path.open("rb") as file:
             while data := file.read(self._limit * self._dtype.itemsize):
                 yield np.frombuffer(data, self._dtype)
@@ -95,5 +118,5 @@ class Partitions:
                 return False
         return True
 
-    def _path(self, part: int) -> Path:
-        return self._folder / f"{part:02d}.rows"
+    def _path(self, digit: int) -> Path:
+        return self._folder / f"{digit:02d}.rows"

@@ -1,60 +1,63 @@
-"""A user's own log: CSV or Parquet files and a JSON schema. `docs/data.md` describes both."""
+"""Read your own log: CSV or Parquet files, described by a JSON schema.
+
+docs/data.md has a complete example. The files:
+
+- the log, one file or more: a row per impression or event, in any order, with
+  `user_id`, `item_id`, `time_ms`, a label per task, and features of the row and of the
+  action;
+- users (optional): a row per user, with `user_id` and features of the user;
+- items (optional): a row per item, with `item_id` and features of the item.
+
+The schema names the columns that are read (`delimited_schema.py`); all others are left
+out. Splits are made by time: rows before `valid_from` are train, rows before
+`test_from` valid, the rest test.
+
+Nothing can check here what a column means. A column that is known only after the item
+was shown (watch time, quantity, another label) must have the entity `action`, which the
+model sees for earlier events only. Licence and citation are those of the log's owner.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from tokenrec.data.schema import Feature, Schema
+from tokenrec.data.schema import Feature
 from tokenrec.data.source import LogPart, Provenance
-from tokenrec.data.sources.tabular import read_batches
-from tokenrec.errors import InputError, suggest
-from tokenrec.runtime.files import read_json
-
-_KEYS = ("user_id", "item_id", "time_ms")
-_OPTIONAL = {"request": pa.int64(), "event": pa.bool_(), "scored": pa.bool_()}
-_DEFAULTS = {"request": -1, "event": True, "scored": True}
-_RESERVED = (*_KEYS, *_OPTIONAL, "split")
-_KEY_FEATURES = (
-    ("user_id", "user"),
-    ("item_id", "catalogue"),
-)  # an id as a categorical feature of its own entity
-_NOT_FINITE = (
-    "is no finite float32; correct it, or leave the field empty where it is missing"
+from tokenrec.data.sources.delimited_columns import (
+    ColumnSpec,
+    read_columns,
+    refuse_repeats,
 )
-_KEY_TYPES = {"int64": pa.int64(), "string": pa.string()}
+from tokenrec.data.sources.delimited_schema import KEYS, OPTIONAL, read_schema
+from tokenrec.errors import InputError
 
-
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    """One column that the source yields: its name there, the column of the file, and its type."""
-
-    name: str
-    column: str
-    type: pa.DataType
-    feature: Feature | None = None
+# Values of the optional columns where the schema does not name them.
+_DEFAULTS = {"request": -1, "event": True, "scored": True}
 
 
 class DelimitedSource:
-    """Rows of the user's own files (data/source.py), split by `time_ms`.
+    """Log rows of the user's own files, as a `PartitionedSource`; a part is a file.
 
     Args:
-      schema_file: JSON with `features`, `tasks`, and optionally `columns` and `key_types`.
-      log: files of rows, .csv, .csv.gz or .parquet, in any order.
-      users, items: files with a row per user or item; None where the schema has no feature of them but the id itself.
-      valid_from, test_from: where valid and test begin: ISO date or time (UTC), or integer milliseconds. Without
-        `test_from` there is no test split.
+      schema_file: JSON with `features`, `tasks`, and optionally `columns` and
+        `key_types`.
+      log: files of log rows, .csv, .csv.gz or .parquet, in any order.
+      users: file with a row per user; None where users have no feature but their id.
+      items: file with a row per item; None where items have no feature but their id.
+      valid_from: first time of the valid split: ISO date or time (UTC), or integer
+        milliseconds.
+      test_from: first time of the test split; None for no test split.
 
     Raises:
-      InputError: the schema, a file or a value is wrong; rows and tables are checked while they are read.
+      InputError: the schema, a file or a value is wrong. Rows and tables are checked
+        while they are read.
     """
 
     def __init__(
@@ -66,371 +69,190 @@ class DelimitedSource:
         valid_from: str,
         test_from: str | None,
     ) -> None:
-        self._log, self._users, self._items = [Path(p) for p in log], users, items
+        # 1. Files.
+        self._log = [Path(path) for path in log]
+        self._users = users
+        self._items = items
         if not self._log:
             raise InputError("log is empty; name at least one CSV or Parquet file")
-        given = [Path(p) for p in (users, items) if p is not None]
-        for path in [Path(schema_file), *self._log, *given]:
+        tables = [Path(path) for path in (users, items) if path is not None]
+        for path in [Path(schema_file), *self._log, *tables]:
             if not path.is_file():
                 raise InputError(f"{path}: no such file; check the path")
+
+        # 2. Times of the splits.
         self._valid_from = _milliseconds("valid_from", valid_from)
         self._test_from = (
             None if test_from is None else _milliseconds("test_from", test_from)
         )
         if self._test_from is not None and self._test_from <= self._valid_from:
             raise InputError(
-                f"test_from={test_from} must be later than valid_from={valid_from}"
+                f"test_from={test_from} must be later than valid_from={valid_from}; "
+                "move one of them"
             )
-        self.schema, self._columns, self._types = _read_schema(Path(schema_file))
-        for file, group, role in (
-            (users, "user", "user_id"),
-            (items, "catalogue", "item_id"),
-        ):
-            features = self.schema.group(group)  # type: ignore[arg-type]
-            lost = [f.name for f in features if f.name != role]
-            if file is None and lost:
-                option = role.replace("_id", "s")
-                raise InputError(
-                    f"{option} is not given, but the schema has {', '.join(lost)} of them; add --{option}"
-                )
+
+        # 3. Schema.
+        self._schema_file = read_schema(Path(schema_file))
+        self.schema = self._schema_file.schema
+        self._require_tables()
         self.provenance = Provenance(
             name="delimited",
             licence="that of the log's owner",
             citation="the user's own log",
-            files=(Path(schema_file), *self._log, *given),
+            files=(Path(schema_file), *self._log, *tables),
         )
 
     def users(self) -> pa.Table:
-        return self._entities("user_id", self._users, self.schema.group("user"))
+        return self._read_table("user_id", self._users, self.schema.group("user"))
 
     def items(self) -> pa.Table:
-        return self._entities("item_id", self._items, self.schema.group("catalogue"))
+        return self._read_table("item_id", self._items, self.schema.group("catalogue"))
 
     def rows(self) -> Iterator[pa.RecordBatch]:
-        """Rows in the order of the files. Ends with an InputError if train or valid is empty."""
-        earliest, latest = None, None
+        """Yield the log rows in the order of the files.
+
+        Raises:
+          InputError: a value is wrong; or, at the end, train or valid is empty.
+        """
+        earliest: int | None = None
+        latest: int | None = None
         for path in self._log:
             for batch in self._read_log(path):
                 time = batch.column("time_ms").to_numpy()
-                earliest = int(
-                    time.min() if earliest is None else min(earliest, time.min())
-                )
-                latest = int(time.max() if latest is None else max(latest, time.max()))
+                first, last = int(time.min()), int(time.max())
+                earliest = first if earliest is None else min(earliest, first)
+                latest = last if latest is None else max(latest, last)
                 yield batch
         if earliest is None or latest is None:
             raise InputError(
-                f"{', '.join(map(str, self._log))}: no rows; a log needs at least a header and rows"
+                f"{', '.join(map(str, self._log))}: no rows; a log needs at least a "
+                "header and rows; check the files"
             )
         self.check_times(earliest, latest)
 
     def row_parts(self) -> list[LogPart]:
-        """A part for each file of the log."""
+        """Return a part for each file of the log."""
         return [
             LogPart(str(path), functools.partial(self._read_log, path))
             for path in self._log
         ]
 
     def user_parts(self) -> list[LogPart]:
-        """The file of users, if there is one."""
+        """Return a part for the file of users, if there is one."""
         if self._users is None:
             return []
-        outputs = self._entity_outputs("user_id", self.schema.group("user"))
-        return [
-            LogPart(
-                str(self._users), functools.partial(_read, Path(self._users), outputs)
-            )
-        ]
+        specs = self._table_specs("user_id", self.schema.group("user"))
+        # A partial and not a lambda: parts are pickled for the workers of Beam.
+        read = functools.partial(read_columns, Path(self._users), specs)
+        return [LogPart(str(self._users), read)]
 
     def check_times(self, earliest: int, latest: int) -> None:
-        """Raises an InputError if train or valid has no time between these two."""
-        empty = (
-            "train"
-            if earliest >= self._valid_from
-            else "valid"
-            if latest < self._valid_from
-            else ""
-        )
+        """Check that train and valid have rows.
+
+        Raises:
+          InputError: all times are in one of them, which is often a wrong unit of time.
+        """
+        empty = ""
+        if earliest >= self._valid_from:
+            empty = "train"
+        elif latest < self._valid_from:
+            empty = "valid"
         if empty:
+            column = self._schema_file.column("time_ms")
             raise InputError(
-                f"valid_from={_moment(self._valid_from)} leaves {empty} empty: column '{self._column('time_ms')}' runs "
-                f"from {_moment(earliest)} to {_moment(latest)}, read as milliseconds since 1970 UTC; move valid_from "
-                "or correct the times"
+                f"valid_from={_iso_time(self._valid_from)} leaves {empty} empty: "
+                f"column '{column}' runs from {_iso_time(earliest)} to "
+                f"{_iso_time(latest)}, read as milliseconds since 1970 UTC; move "
+                "valid_from or correct the times"
             )
 
-    def _read_log(self, path: Path) -> Iterator[pa.RecordBatch]:
-        outputs = [
-            _Output(name, self._column(name), self._type(name)) for name in _KEYS
-        ]
-        outputs += [
-            _Output(name, self._columns[name], t)
-            for name, t in _OPTIONAL.items()
-            if name in self._columns
-        ]
-        outputs += [
-            _Output(f"label_{t.name}", self._column(t.name), pa.int8())
-            for t in self.schema.tasks
-        ]
-        outputs += [
-            self._feature_output(f)
-            for f in (*self.schema.group("row"), *self.schema.group("action"))
-        ]
-        for batch in _read(path, outputs):
-            yield self._complete(batch)
+    def _require_tables(self) -> None:
+        """Check that each feature of a user or an item has a file to come from."""
+        for option, file, features, key in (
+            ("users", self._users, self.schema.group("user"), "user_id"),
+            ("items", self._items, self.schema.group("catalogue"), "item_id"),
+        ):
+            lost = [f.name for f in features if f.name != key]
+            if file is None and lost:
+                raise InputError(
+                    f"{option} is not given, but the schema has {', '.join(lost)} of "
+                    f"them; add --{option}"
+                )
 
-    def _complete(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+    def _read_log(self, path: Path) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of one file of the log."""
+        schema_file = self._schema_file
+        specs = [
+            ColumnSpec(name, schema_file.column(name), self._key_type(name))
+            for name in KEYS
+        ]
+        for name, kind in OPTIONAL.items():
+            if name in schema_file.columns:
+                specs.append(ColumnSpec(name, schema_file.column(name), kind))
+        for task in self.schema.tasks:
+            column = schema_file.column(task.name)
+            specs.append(ColumnSpec(f"label_{task.name}", column, pa.int8()))
+        features = (*self.schema.group("row"), *self.schema.group("action"))
+        specs += [self._feature_spec(feature) for feature in features]
+        for batch in read_columns(path, specs):
+            yield self._add_defaults_and_split(batch)
+
+    def _add_defaults_and_split(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         for name, default in _DEFAULTS.items():
             if name not in batch.schema.names:
-                batch = batch.append_column(
-                    name, pa.array(np.full(batch.num_rows, default))
-                )
+                values = pa.array(np.full(batch.num_rows, default))
+                batch = batch.append_column(name, values)
         time = batch.column("time_ms").to_numpy()
         split = (time >= self._valid_from).astype(np.int8)
         if self._test_from is not None:
             split += time >= self._test_from
         return batch.append_column("split", pa.array(split))
 
-    def _entities(
+    def _read_table(
         self, key: str, path: Path | None, features: Sequence[Feature]
     ) -> pa.Table:
-        outputs = self._entity_outputs(key, features)
-        schema = pa.schema([(o.name, o.type) for o in outputs])
-        if path is not None:
-            table = pa.Table.from_batches(
-                list(_read(Path(path), outputs)), schema=schema
-            )
-            _refuse_repeats(Path(path), outputs[0].column, table.column(key))
-            return table
-        return schema.empty_table()
+        """Read the table of users or items; an empty one where there is no file."""
+        specs = self._table_specs(key, features)
+        schema = pa.schema([(spec.name, spec.type) for spec in specs])
+        if path is None:
+            return schema.empty_table()
+        batches = list(read_columns(Path(path), specs))
+        table = pa.Table.from_batches(batches, schema=schema)
+        refuse_repeats(Path(path), specs[0].column, table.column(key))
+        return table
 
-    def _entity_outputs(self, key: str, features: Sequence[Feature]) -> list[_Output]:
-        outputs = [_Output(key, self._column(key), self._type(key))]
-        return outputs + [self._feature_output(f) for f in features if f.name != key]
+    def _table_specs(self, key: str, features: Sequence[Feature]) -> list[ColumnSpec]:
+        specs = [ColumnSpec(key, self._schema_file.column(key), self._key_type(key))]
+        # The id may be a feature as well; it is yielded once.
+        return specs + [self._feature_spec(f) for f in features if f.name != key]
 
-    def _column(self, name: str) -> str:
-        return self._columns.get(name, name)
+    def _key_type(self, name: str) -> pa.DataType:
+        return pa.int64() if name == "time_ms" else self._schema_file.value_type(name)
 
-    def _type(self, name: str) -> pa.DataType:
-        if name == "time_ms":
-            return pa.int64()
-        return _KEY_TYPES[_value_type(name, self.schema, self._columns, self._types)]
-
-    def _feature_output(self, feature: Feature) -> _Output:
+    def _feature_spec(self, feature: Feature) -> ColumnSpec:
         if feature.kind == "dense":
+            # Read as float64, so that a number beyond float32 is refused and not inf.
             kind = pa.float64()
         elif feature.kind == "embedding":
             kind = pa.list_(pa.float32())
         elif feature.kind == "semantic_id":
             kind = pa.list_(pa.int64())
+        elif feature.kind == "multi_valued":
+            kind = pa.list_(self._schema_file.value_type(feature.name))
         else:
-            value = self._type(feature.name)
-            kind = pa.list_(value) if feature.kind == "multi_valued" else value
-        return _Output(feature.name, self._column(feature.name), kind, feature)
-
-
-def _read(path: Path, outputs: Sequence[_Output]) -> Iterator[pa.RecordBatch]:
-    """Batches of the outputs, checked. Outputs may share a column: the first one's type reads it, others are cast."""
-    types: dict[str, pa.DataType] = {}
-    for output in outputs:
-        types.setdefault(output.column, output.type)
-    labels = {
-        o.column for o in outputs if o.name.startswith("label_") and o.feature is None
-    }
-    first_row = 1
-    for batch in read_batches(path, types):
-        if not batch.num_rows:
-            continue
-        arrays = []
-        for output in outputs:
-            values = batch.column(output.column)
-            if (
-                output.feature is not None and output.column in labels
-            ):  # a label that is unknown is a missing feature
-                values = pc.if_else(
-                    pc.equal(values, -1), pa.scalar(None, values.type), values
-                )
-            try:
-                values = values.cast(output.type)
-            except pa.ArrowException as error:
-                raise InputError(
-                    f"{path}: column '{output.column}' as {output.name}: {error}"
-                ) from error
-            if output.name == "request":
-                values = values.fill_null(-1)
-            for bad, reason in _problems(output, values):
-                if len(bad):
-                    row = int(bad[0])
-                    raise InputError(
-                        f"{path}, row {first_row + row} (the header not counted): column '{output.column}': "
-                        f"{values[row].as_py()!r} {reason}"
-                    )
-            arrays.append(values)
-        yield pa.RecordBatch.from_arrays(
-            arrays, schema=pa.schema([(o.name, o.type) for o in outputs])
+            kind = self._schema_file.value_type(feature.name)
+        return ColumnSpec(
+            feature.name, self._schema_file.column(feature.name), kind, feature
         )
-        first_row += batch.num_rows
-
-
-def _problems(output: _Output, values: pa.Array) -> Iterator[tuple[np.ndarray, str]]:
-    """Rows that break a rule, and the rule with its remedy."""
-    feature = output.feature
-    if feature is None and output.name.startswith("label_"):
-        known = pc.is_in(values, value_set=pa.array([1, 0, -1, None], pa.int8()))
-        yield (
-            _where(pc.invert(known)),
-            "is not a label; use 1, 0, or nothing where it is unknown",
-        )
-    elif feature is None:
-        yield _where(pc.is_null(values)), f"is no {output.name}; every row needs one"
-        if output.name == "request":
-            yield (
-                _where(pc.less(values, -1)),
-                "is negative; use an integer from 0, or nothing for a request of one row",
-            )
-    elif feature.kind == "dense":
-        yield _where(_too_large(values)), _NOT_FINITE
-    elif feature.kind in ("embedding", "semantic_id"):
-        wrong = pc.not_equal(pc.list_value_length(values), feature.length)
-        yield (
-            _where(wrong),
-            f"has not length={feature.length} values, which the schema says; correct one of them",
-        )
-        inner = pc.list_flatten(values)
-        bad = pc.is_null(inner)
-        if feature.kind == "embedding":
-            yield (
-                pc.list_parent_indices(values)
-                .filter(_too_large(inner).fill_null(False))
-                .to_numpy(),
-                _NOT_FINITE,
-            )
-        if feature.kind == "semantic_id":
-            outside = pc.or_(pc.less(inner, 0), pc.greater_equal(inner, feature.codes))
-            bad = pc.or_(bad, outside.fill_null(False))
-        rows = pc.list_parent_indices(values).filter(bad).to_numpy()
-        limit = (
-            f"codes must lie in 0 .. {feature.codes - 1}"
-            if feature.kind == "semantic_id"
-            else "a value is missing"
-        )
-        yield (
-            rows,
-            f"is not a whole {feature.kind}: {limit}; correct it or leave the field empty",
-        )
-
-
-def _too_large(values: pa.Array) -> pa.Array:
-    """Infinite, or so once it is stored as float32."""
-    return pc.greater(pc.abs(values), float(np.finfo(np.float32).max))
-
-
-def _where(mask: pa.Array) -> np.ndarray:
-    return np.flatnonzero(mask.fill_null(False).to_numpy(zero_copy_only=False))
-
-
-def _refuse_repeats(path: Path, column: str, keys: pa.ChunkedArray) -> None:
-    counts = pc.value_counts(keys)
-    repeated = counts.filter(pc.greater(counts.field("counts"), 1))
-    if len(repeated):
-        key, times = repeated[0]["values"].as_py(), repeated[0]["counts"].as_py()
-        raise InputError(
-            f"{path}: column '{column}': {key!r} has {times} rows; keep one row for each id"
-        )
-
-
-def _read_schema(path: Path) -> tuple[Schema, dict[str, str], dict[str, str]]:
-    """Schema, name -> column of the file, name -> "int64" or "string"; every name checked."""
-    value = read_json(path, "schema", "correct the schema file")
-    parts = {"features": list, "tasks": list, "columns": dict, "key_types": dict}
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object with {', '.join(parts)}")
-    _require_known(path, "schema", value, parts)
-    for part, kind in parts.items():
-        if not isinstance(value.get(part, kind()), kind):
-            raise InputError(
-                f"{path}: '{part}' must be a JSON {'array' if kind is list else 'object'}"
-            )
-    try:
-        schema = Schema.from_json(
-            {part: value.get(part, []) for part in ("features", "tasks")}
-        )
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    for feature in schema.features:
-        is_key = (
-            feature.kind == "categorical"
-            and (feature.name, feature.group) in _KEY_FEATURES
-        )
-        if feature.name in _RESERVED and not is_key:
-            raise InputError(
-                f"{path}: feature '{feature.name}' has the name of a key; give it another one, and its column under "
-                f'"columns": {{"another": "{feature.name}"}}'
-            )
-    columns, types = value.get("columns", {}), value.get("key_types", {})
-    names = [f.name for f in schema.features] + [t.name for t in schema.tasks]
-    _require_known(path, "columns", columns, [*_KEYS, *_OPTIONAL, *names])
-    typed = [
-        f.name for f in schema.features if f.kind in ("categorical", "multi_valued")
-    ]
-    _require_known(path, "key_types", types, ["user_id", "item_id", *typed])
-    for name, column in columns.items():
-        if not isinstance(column, str):
-            raise InputError(
-                f"{path}: columns['{name}']={column!r} must be the name of a column"
-            )
-    for name, kind in types.items():
-        if not isinstance(kind, str) or kind not in _KEY_TYPES:
-            raise InputError(
-                f"{path}: key_types['{name}']={kind!r}{suggest(str(kind), _KEY_TYPES)}"
-            )
-    _require_equal_types(path, schema, columns, types)
-    return schema, columns, types
-
-
-def _value_type(
-    name: str, schema: Schema, columns: Mapping[str, str], types: Mapping[str, str]
-) -> str:
-    """Type of an id or a categorical value: as declared, or that of a key or label in the same column, or string."""
-    if name in types:
-        return types[name]
-    column = columns.get(name, name)
-    for key in ("user_id", "item_id"):
-        if column == columns.get(key, key):
-            return types.get(key, "string")
-    is_label = column in {columns.get(t.name, t.name) for t in schema.tasks}
-    return "int64" if is_label else "string"
-
-
-def _require_equal_types(
-    path: Path, schema: Schema, columns: Mapping[str, str], types: Mapping[str, str]
-) -> None:
-    first: dict[str, str] = {}
-    for name, table in [
-        (f.name, f.table_name)
-        for f in schema.features
-        if f.kind in ("categorical", "multi_valued")
-    ]:
-        other = first.setdefault(table, name)
-        kinds = [_value_type(n, schema, columns, types) for n in (other, name)]
-        if kinds[0] != kinds[1]:
-            raise InputError(
-                f"{path}: features '{other}' ({kinds[0]}) and '{name}' ({kinds[1]}) share table '{table}'; "
-                "give them one type under key_types"
-            )
-
-
-def _require_known(
-    path: Path, part: str, value: Iterable[str], known: Iterable[str]
-) -> None:
-    for name in value:
-        if name not in set(known):
-            raise InputError(f"{path}: {part} has no '{name}'{suggest(name, known)}")
 
 
 def _milliseconds(field: str, value: Any) -> int:
-    """Milliseconds since 1970 UTC of an ISO date or time, or of an integer of milliseconds.
+    """Convert an ISO date or time, or an integer, to milliseconds since 1970 UTC.
 
-    >>> _milliseconds("valid_from", "2022-05-03"), _milliseconds("valid_from", "1651536000000")
-    (1651536000000, 1651536000000)
+    >>> _milliseconds("valid_from", "2022-05-03")
+    1651536000000
+    >>> _milliseconds("valid_from", "1651536000000")
+    1651536000000
     """
     try:
         return int(value)
@@ -440,15 +262,16 @@ def _milliseconds(field: str, value: Any) -> int:
         moment = datetime.datetime.fromisoformat(value)
     except ValueError as error:
         raise InputError(
-            f"{field}={value} is neither an ISO date or time (2022-05-03, 2022-05-03T12:00) nor integer milliseconds"
+            f"{field}={value} is neither an ISO date or time nor integer milliseconds; "
+            "write it as 2022-05-03, 2022-05-03T12:00 or 1651536000000"
         ) from error
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=datetime.UTC)
     return round(moment.timestamp() * 1000)
 
 
-def _moment(milliseconds: int) -> str:
-    """ISO time of a count of milliseconds; a count beyond the calendar as it is."""
+def _iso_time(milliseconds: int) -> str:
+    """Format milliseconds as ISO time; a number beyond the calendar stays a number."""
     try:
         return str(np.datetime64(milliseconds, "ms").astype("datetime64[s]")) + "Z"
     except (ValueError, OverflowError):

@@ -1,51 +1,39 @@
-"""Fetches an archive that may be cut off at any byte, and unpacks it without trusting it."""
+"""Download a file with resumption and checksums.
+
+A file that was cut off is continued, within a run or in a later one, and no byte is
+trusted before the checksum of the whole file is right.
+"""
 
 from __future__ import annotations
 
 import errno
-import gzip
 import hashlib
 import http.client
 import logging
-import lzma
 import os
 import shutil
-import stat
-import tarfile
 import time
 import urllib.error
 import urllib.request
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
-from typing import IO
+from pathlib import Path
 
 from tokenrec.errors import InputError
 
 BLOCK_BYTES = 1 << 20
-MAX_FILES = 10_000  # in an archive
-_LATER = (408, 425, 429)  # the server asks for another try; every other 4xx is final
 
-# What a socket does not say: the folder is at fault, and another try would not help.
-_DISK = (
+# Timeout, too early, too many requests: the server may answer another try. Every other
+# status 4xx is final.
+_RETRY_STATUSES = (408, 425, 429)
+
+# A socket does not report these: the folder is at fault, and another try would not
+# help.
+DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
     errno.EROFS,
     errno.EACCES,
     errno.EPERM,
-)
-
-# What the readers of archives raise where bytes are wrong, besides OSError. ValueError: a name or a number in a header.
-_DAMAGE = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    RuntimeError,
-    ValueError,
 )
 
 _log = logging.getLogger(__name__)
@@ -62,26 +50,34 @@ def download(
     backoff_s: float = 1.0,
     timeout_s: float = 60.0,
 ) -> str:
-    """Downloads `url` to `target` and returns its SHA-256; a cut download resumes, also in a later run.
+    """Download `url` to `target`; a cut download resumes, also in a later run.
 
-    Bytes gather in `target` + ".part", which is renamed when it is whole and its checksum is right; the digest is kept
-    in `target` + ".sha256". An existing `target` is checked, not fetched again. Without any checksum a warning says so,
-    and an old ".part" is not trusted.
+    Bytes gather in `target` + ".part", which is renamed when it is whole and its
+    checksum is right; the digest is kept in `target` + ".sha256". An existing `target`
+    is checked and not downloaded again. Without any checksum a warning says so, and a
+    ".part" of an earlier run is not trusted.
 
     Args:
       url: http or https.
-      sha256, md5: hexadecimal digests that the file must have.
+      target: path of the file to make.
+      sha256: hexadecimal digest that the file must have.
+      md5: hexadecimal digest that the file must have.
       size: bytes that the file must have.
-      attempts: tries in a row that bring no new byte before it gives up.
+      attempts: tries in a row without a new byte, after which it gives up.
       backoff_s: seconds before the second such try; doubles with each, up to a minute.
       timeout_s: seconds of silence after which a connection is given up.
 
+    Returns:
+      The SHA-256 of the file.
+
     Raises:
-      InputError: no such file, no network, wrong size or checksum, or not enough room on the disk.
+      InputError: there is no such file, no network, a wrong size or checksum, or not
+        enough room on the disk.
     """
     if not url.startswith(("https://", "http://")):
         raise InputError(
-            f"url '{url}' is neither http nor https; give the address of the file itself"
+            f"url '{url}' is neither http nor https; give the address of the file "
+            "itself"
         )
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +86,8 @@ def download(
     part = target.with_name(target.name + ".part")
     if sha256 is None and md5 is None:
         part.unlink(missing_ok=True)
+    # A try that brings new bytes starts the count again: a large file may take any
+    # number of connections, but a server that sends nothing is given up.
     reached = part.stat().st_size if part.exists() else 0
     failures = 0
     while True:
@@ -97,14 +95,15 @@ def download(
             _receive(url, part, timeout_s)
             break
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            reason = _reason(error, url, part)
+            reason = _retry_reason(error, url, part)
         now = part.stat().st_size if part.exists() else 0
         failures = 0 if now > reached else failures + 1
         reached = max(reached, now)
         if failures >= attempts:
             raise InputError(
-                f"url '{url}' could not be fetched in {attempts} tries ({reason}); check the network and run it again "
-                f"(it resumes), or place the file at '{target}' yourself"
+                f"url '{url}' could not be fetched in {attempts} tries ({reason}); "
+                "check the network and run it again (it resumes), or place the file at "
+                f"'{target}' yourself"
             )
         _log.warning("%s after %d bytes of %s; trying again", reason, now, url)
         time.sleep(min(60.0, backoff_s * 2.0 ** max(0, failures - 1)))
@@ -113,27 +112,33 @@ def download(
     return digest
 
 
-def _reason(error: Exception, url: str, part: Path) -> str:
-    """Why a try failed, if another may succeed; otherwise raises."""
+def _retry_reason(error: Exception, url: str, part: Path) -> str:
+    """Return the reason of a failed try, if another may succeed; otherwise raise."""
     if isinstance(error, urllib.error.HTTPError):
         error.close()
-        if 400 <= error.code < 500 and error.code not in _LATER:
+        if 400 <= error.code < 500 and error.code not in _RETRY_STATUSES:
             raise InputError(
                 f"url '{url}' answers {error.code} {error.msg}; check the address"
             )
         return f"the server answered {error.code}"
     if isinstance(error, urllib.error.URLError):
         return str(error.reason)
-    if isinstance(error, OSError) and error.errno in _DISK:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         raise InputError(
-            f"'{part}' cannot be written ({error.strerror}); make room or choose another folder"
+            f"'{part}' cannot be written ({error.strerror}); make room or choose "
+            "another folder"
         ) from error
     return str(error) or type(error).__name__
 
 
 def _receive(url: str, part: Path, timeout_s: float) -> None:
-    """Appends to `part` until the body ends; a body shorter than announced is an `http.client.IncompleteRead`."""
+    """Append to `part` until the body ends.
+
+    Raises:
+      http.client.IncompleteRead: the body is shorter than the server announced.
+    """
     offset = part.stat().st_size if part.exists() else 0
+    # Without "identity" a server may compress the body, and offsets would not fit.
     headers = {"User-Agent": "tokenrec", "Accept-Encoding": "identity"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
@@ -144,7 +149,8 @@ def _receive(url: str, part: Path, timeout_s: float) -> None:
     except urllib.error.HTTPError as error:
         if error.code != 416 or not offset:
             raise
-        # Nothing lies beyond what is here: it is whole, or it is not this file and must be fetched anew.
+        # 416: nothing lies beyond the bytes that are here. Either the file is whole, or
+        # it is another file and must be downloaded anew.
         error.close()
         if error.headers.get("Content-Range", "").rpartition("/")[2] != str(offset):
             part.unlink()
@@ -158,7 +164,8 @@ def _receive(url: str, part: Path, timeout_s: float) -> None:
             int(announced) if announced is not None and announced.isdigit() else None
         )
         if offset and not _continues(response, offset):
-            offset = 0  # the server sends the whole file, whatever was asked for
+            # The server ignores ranges and sends the file from its start.
+            offset = 0
         _check_room(part, remaining, offset)
         received = 0
         with open(part, "ab" if offset else "wb") as file:
@@ -170,19 +177,20 @@ def _receive(url: str, part: Path, timeout_s: float) -> None:
 
 
 def _continues(response: http.client.HTTPResponse, offset: int) -> bool:
-    return response.status == 206 and response.headers.get(
-        "Content-Range", ""
-    ).startswith(f"bytes {offset}-")
+    """Return whether a response begins at `offset`."""
+    content_range = response.headers.get("Content-Range", "")
+    return response.status == 206 and content_range.startswith(f"bytes {offset}-")
 
 
 def _check_room(part: Path, remaining: int | None, offset: int) -> None:
-    free = shutil.disk_usage(part.parent).free + (
-        part.stat().st_size - offset if part.exists() else 0
-    )
+    """Check that the disk has room for `remaining` bytes from `offset` on."""
+    # Bytes of `part` beyond the offset will be overwritten.
+    reused = part.stat().st_size - offset if part.exists() else 0
+    free = shutil.disk_usage(part.parent).free + reused
     if remaining is not None and remaining > free:
         raise InputError(
-            f"folder '{part.parent}' has {free / 1e9:.1f} GB free and the download needs {remaining / 1e9:.1f} GB; "
-            "make room or choose another folder"
+            f"folder '{part.parent}' has {free / 1e9:.1f} GB free and the download "
+            f"needs {remaining / 1e9:.1f} GB; make room or choose another folder"
         )
 
 
@@ -194,160 +202,43 @@ def _verify(
     md5: str | None,
     size: int | None,
 ) -> str:
-    """SHA-256 of `path`; a partial file with the wrong content is deleted, so that the next run starts anew."""
-    found_sha256, found_md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    """Check `path`, write its digest beside `target`, and return its SHA-256.
+
+    A partial file with the wrong content is deleted, so that the next run starts anew.
+    A `target` that was there before may be the user's own file and stays.
+    """
+    actual_sha256 = hashlib.sha256()
+    actual_md5 = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(BLOCK_BYTES):
-            found_sha256.update(block)
+            actual_sha256.update(block)
             if md5 is not None:
-                found_md5.update(block)
-    digest = found_sha256.hexdigest()
+                actual_md5.update(block)
+    digest = actual_sha256.hexdigest()
+    # A wrong size is named first: it explains a wrong digest.
     checks: tuple[tuple[str, str | int | None, str | int], ...] = (
         ("size", size, path.stat().st_size),
         ("sha256", sha256.lower() if sha256 else None, digest),
-        ("md5", md5.lower() if md5 else None, found_md5.hexdigest()),
+        ("md5", md5.lower() if md5 else None, actual_md5.hexdigest()),
     )
-    for name, wanted, found in checks:
-        if wanted is not None and found != wanted:
+    for name, expected, actual in checks:
+        if expected is not None and actual != expected:
+            remedy = "delete it and run again"
             if path != target:
                 path.unlink()
-                remedy = "the download was discarded; run it again, or check the expected value"
-            else:
-                remedy = "delete it and run again"
+                remedy = (
+                    "the download was discarded; run it again, or check the expected "
+                    "value"
+                )
             raise InputError(
-                f"'{target}' from '{url}' has {name} {found}, expected {wanted}; {remedy}"
+                f"'{target}' from '{url}' has {name} {actual}, expected {expected}; "
+                f"{remedy}"
             )
     if sha256 is None and md5 is None:
         _log.warning(
-            "NOT CHECKED: no checksum is known for %s; what came has sha256 %s",
+            "NOT CHECKED: no checksum is known for %s; the file has sha256 %s",
             url,
             digest,
         )
     target.with_name(target.name + ".sha256").write_text(f"{digest}  {target.name}\n")
     return digest
-
-
-def extract(
-    archive: Path,
-    out: Path,
-    *,
-    max_bytes: int,
-    strip: int = 0,
-    wanted: Callable[[PurePosixPath], bool] | None = None,
-) -> list[Path]:
-    """Unpacks regular files of a .tar.gz, .tgz, .tar or .zip into the new folder `out`; returns their paths.
-
-    The files gather in `out` + ".incomplete", which is renamed when it is whole.
-
-    Args:
-      max_bytes: most bytes that may come out, all files together.
-      strip: leading folders of each name to drop.
-      wanted: which names (after `strip`) to unpack; all by default.
-
-    Raises:
-      InputError: `out` exists, the archive is damaged or unpacks to more than `max_bytes` or `MAX_FILES`, or it
-        holds a link, a device, an absolute name, or a name that leaves `out`.
-    """
-    archive, out = Path(archive), Path(out)
-    if out.exists():
-        raise InputError(
-            f"folder '{out}' exists; delete it, or choose another folder to unpack '{archive}' into"
-        )
-    incomplete = out.with_name(out.name + ".incomplete")
-    if incomplete.exists():
-        shutil.rmtree(incomplete)
-    incomplete.mkdir(parents=True)
-    written: list[Path] = []
-    room = max_bytes
-    try:
-        for name, source in _members(archive):
-            path = PurePosixPath(*_safe_parts(name, archive)[strip:])
-            if not path.parts or (wanted is not None and not wanted(path)):
-                continue
-            if len(written) == MAX_FILES:
-                raise InputError(
-                    f"archive '{archive}' holds more than {MAX_FILES} files; is it the right file?"
-                )
-            target = incomplete / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "xb") as file:
-                while block := source.read(BLOCK_BYTES):
-                    room -= len(block)
-                    if room < 0:
-                        raise InputError(
-                            f"archive '{archive}' unpacks to more than max_bytes={max_bytes}; is it the right file?"
-                        )
-                    file.write(block)
-            written.append(out / path)
-    except InputError:
-        shutil.rmtree(incomplete)
-        raise
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        shutil.rmtree(incomplete)
-        raise InputError(
-            f"archive '{archive}' holds a name twice, or as a file and as a folder ({error.filename}); refused"
-        ) from error
-    except (OSError, *_DAMAGE) as error:
-        shutil.rmtree(incomplete)
-        if isinstance(error, OSError) and error.errno in _DISK:
-            raise InputError(
-                f"'{out}' cannot be written ({error.strerror}); make room or choose another folder"
-            ) from error
-        raise InputError(
-            f"archive '{archive}' cannot be read ({error}); delete it and fetch it again"
-        ) from error
-    os.replace(incomplete, out)
-    return written
-
-
-def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of each regular file, read once from front to back."""
-    with open(archive, "rb") as file:
-        magic = file.read(2)
-    if magic == b"PK":
-        with zipfile.ZipFile(archive) as bundle:
-            for info in bundle.infolist():
-                if info.is_dir():
-                    continue
-                mode = stat.S_IFMT(info.external_attr >> 16)
-                if mode not in (0, stat.S_IFREG):
-                    raise _refusal(archive, info.filename)
-                with bundle.open(info) as source:
-                    yield info.filename, source
-        return
-    is_gzip = magic == b"\x1f\x8b"
-    # The tarfile module would unpack gzip too, but without a look at its checksum.
-    with gzip.open(archive) if is_gzip else open(archive, "rb") as file:
-        with tarfile.open(fileobj=file, mode="r|" if is_gzip else "r|*") as bundle:
-            for member in bundle:
-                if member.isdir():
-                    continue
-                content = bundle.extractfile(member) if member.isreg() else None
-                if content is None:
-                    raise _refusal(archive, member.name)
-                with content:
-                    yield member.name, content
-        while file.read(BLOCK_BYTES):  # the checksum comes after the end of the tar
-            pass
-
-
-def _refusal(archive: Path, name: str) -> InputError:
-    return InputError(
-        f"archive '{archive}' holds '{name}', which is a link or a device; refused"
-    )
-
-
-def _safe_parts(name: str, archive: Path) -> tuple[str, ...]:
-    path = PurePosixPath(name)
-    unsafe = (
-        path.is_absolute()
-        or ".." in path.parts
-        or "\\" in name
-        or "\0" in name
-        or ":" in (path.parts or ("",))[0]
-    )
-    if unsafe:
-        raise InputError(
-            f"archive '{archive}' holds '{name}', a name that leaves the folder; refused"
-        )
-    return path.parts

@@ -1,4 +1,4 @@
-"""KuaiRand's log files, row by row as they are, and the checks that their types alone do not make."""
+"""Read KuaiRand's log files as they are, and check what their types alone do not."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _REQUIRED = ("user_id", "video_id", "date", "hourmin", "time_ms")
 
 
 def read_log(path: Path) -> Iterator[pa.RecordBatch]:
-    """Batches with the columns of `LOG_TYPES`; an unknown label is null.
+    """Yield batches with the columns of `LOG_TYPES`; an unknown label is null.
 
     Raises:
-      InputError: a value does not parse or cannot be; names the file and the line.
+      InputError: a value does not parse or is impossible; names the file and the line.
     """
     line = 2
     for batch in read_csv(path, LOG_TYPES):
@@ -42,10 +42,16 @@ def read_log(path: Path) -> Iterator[pa.RecordBatch]:
 
 
 def first_times(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Users of the log files, ascending, and the `time_ms` of each one's first row."""
+    """Find the time of each user's first row in the log files.
+
+    Returns:
+      `[U] int64`, users, ascending; and `[U] int64`, `time_ms` of each one's first row.
+    """
     users, first_ms = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for path in paths:
         for batch in read_log(path):
+            # The first times so far are merged like rows, so that memory holds one per
+            # user.
             user = np.concatenate([users, batch.column("user_id").to_numpy()])
             time = np.concatenate([first_ms, batch.column("time_ms").to_numpy()])
             order = np.lexsort((time, user))
@@ -55,71 +61,45 @@ def first_times(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def parse_date(number: int) -> datetime.date:
-    """Raises ValueError.
+    """Convert a date of the log, or raise ValueError.
 
     >>> parse_date(20220425)
     datetime.date(2022, 4, 25)
     """
+    # `strptime` would read 2022425 as well.
     if len(str(number)) != 8:
         raise ValueError(f"{number} has not 8 digits")
     return datetime.datetime.strptime(str(number), "%Y%m%d").date()
 
 
 def _check(batch: pa.RecordBatch, path: Path, line: int) -> None:
-    """Refuses values that parse and still cannot be; `line` is that of the batch's first row."""
+    """Refuse values that parse and still are impossible; `line` is that of row 0."""
+
+    def refuse(wrong: pa.Array, name: str, reason: str) -> None:
+        """Raise an InputError for the first row where `wrong: [n] bool` is True."""
+        row = pc.index(wrong, True).as_py()
+        if row >= 0:
+            value = batch.column(name)[row].as_py()
+            shown = "" if value is None else value
+            raise InputError(
+                f"{path}, line {line + row}: {name}={shown} {reason}; correct the row"
+            )
+
     for name in _REQUIRED:
-        _refuse(
-            pc.is_null(batch.column(name)),
-            batch,
-            name,
-            path,
-            line,
-            "is needed in every row",
-        )
+        refuse(pc.is_null(batch.column(name)), name, "is needed in every row")
     for name in ("user_id", "video_id"):
-        _refuse(
-            pc.less(batch.column(name), 0),
-            batch,
-            name,
-            path,
-            line,
-            "is negative, ids are not",
-        )
+        refuse(pc.less(batch.column(name), 0), name, "is negative, ids are not")
     for name in TASKS:
-        allowed = pc.is_in(
-            batch.column(name), value_set=pa.array([0, 1, None], pa.int8())
-        )
-        _refuse(
-            pc.invert(allowed), batch, name, path, line, "is neither 0 nor 1, nor empty"
-        )
+        allowed = pa.array([0, 1, None], pa.int8())
+        known = pc.is_in(batch.column(name), value_set=allowed)
+        refuse(pc.invert(known), name, "is neither 0 nor 1, nor empty")
     hour = batch.column("hourmin")
-    _refuse(
-        pc.or_(pc.less(hour, 0), pc.greater(hour, 2359)),
-        batch,
-        "hourmin",
-        path,
-        line,
-        "is not in 0 to 2359",
-    )
+    outside = pc.or_(pc.less(hour, 0), pc.greater(hour, 2359))
+    refuse(outside, "hourmin", "is not in 0 to 2359")
+    # A log has few dates, so that each is parsed once.
     for date in pc.unique(batch.column("date")).to_pylist():
         try:
             parse_date(date)
         except ValueError:
             wrong = pc.equal(batch.column("date"), date)
-            _refuse(wrong, batch, "date", path, line, "is not a date like 20220425")
-
-
-def _refuse(
-    wrong: pa.Array,
-    batch: pa.RecordBatch,
-    name: str,
-    path: Path,
-    line: int,
-    reason: str,
-) -> None:
-    at = pc.index(wrong, True).as_py()
-    if at >= 0:
-        value = batch.column(name)[at].as_py()
-        raise InputError(
-            f"{path}, line {line + at}: {name}={'' if value is None else value} {reason}; correct the row"
-        )
+            refuse(wrong, "date", "is not a date like 20220425")

@@ -1,31 +1,37 @@
-"""A made-up log for tests and demonstrations: a function of the row's number, with a known best AUC.
+"""Generate a synthetic log for tests and demonstrations, with a known best AUC.
 
-A label depends on the user's `segment` and the item's `genre` (static fields), and on the `genre` of the user's latest
-earlier event and the `reaction` to it (the history). Each of the four is worth nothing without its partners.
+There are no files and no licence conditions: the log is a function of the row's number
+(`synthetic_log.py`, where the equation of the labels is). A label depends on the user's
+`segment` and the item's `genre` (static fields), and on the `genre` of the user's
+latest earlier event and the `reaction` to it (the history). The other features carry no
+information: they are there to exercise every kind of feature.
+
+Outcomes (`reaction`, `clicked`, `seconds`) are `action` features, as in a real log.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.schema import Feature, Schema, Task
-from tokenrec.data.source import SPLITS, LogPart, Provenance
-from tokenrec.errors import InputError, suggest
-from tokenrec.metrics.binary import auc
+from tokenrec.data.source import LogPart, Provenance
+from tokenrec.data.sources.synthetic_log import (
+    GENRES,
+    HOUR_MS,
+    TASKS,
+    SyntheticLog,
+)
 
-START_MS = 1_640_995_200_000  # 2022-01-01 UTC
-HOUR_MS = 3_600_000
-SEGMENTS = GENRES = 4
-PLACES, VECTOR, LEVELS, CODES, INTERESTS = 3, 4, 2, 8, 3
-PART_BATCHES = 4
-
-# Per task: constant, weight of segment x genre, weight of latest genre x reaction x genre, share of known labels.
-_TASKS = {"click": (-0.2, 1.2, 1.2, 0.97), "buy": (-1.5, 0.5, 1.5, 0.8)}
+PLACES = 3  # display places
+VECTOR = 4  # numbers of an embedding
+LEVELS = 2  # levels of a semantic id
+CODES = 8  # codes of a level
+INTERESTS = 3  # the most interests of a user
+PART_BATCHES = 4  # batches of a part for Apache Beam
 
 _SCHEMA = Schema(
     features=(
@@ -44,23 +50,26 @@ _SCHEMA = Schema(
         Feature("clicked", "categorical", "action"),
         Feature("seconds", "dense", "action", transform="log1p"),
     ),
-    tasks=tuple(Task(name) for name in _TASKS),
+    tasks=tuple(Task(name) for name in TASKS),
 )
 
 
-class SyntheticSource:
-    """Rows 0, 1, ... of a made-up log (data/source.py), the same whatever the batch size.
+class SyntheticSource(SyntheticLog):
+    """Rows of the synthetic log as a `PartitionedSource`, the same for any batch size.
 
-    Users take turns. A user's visits are about an hour apart, about one in sixteen at the same time as the one before;
-    splits are by time, about 80, 10 and 10 %. The last user and the last item are in no table: features missing.
+    Users take turns. A user's visits are about an hour apart, about one in sixteen at
+    the same time as the one before; splits are by time, about 80, 10 and 10 %. The last
+    user and the last item are in no table, so that their features are missing.
 
     Args:
       rows: length of the log.
-      users, items: distinct ids. User ids are integers, item ids strings.
-      seed: of all draws.
-      requests: rows shown together. 1: every row is an event, and its action holds its own label. Above 1: a visit is
-        that many scored rows that are no events, of distinct items, with one request number, and then one unscored
-        event, the purchase of one of them, without labels.
+      users: distinct users; their ids are integers.
+      items: distinct items; their ids are strings.
+      seed: seed of all draws.
+      requests: rows shown together. 1: every row is an event, and its action holds its
+        own label. Above 1: a visit is that many scored rows that are no events, of
+        distinct items, with one request number, and then one unscored event, the
+        purchase of one of them, without labels.
       batch_rows: rows of a record batch.
 
     Raises:
@@ -81,51 +90,17 @@ class SyntheticSource:
         requests: int = 1,
         batch_rows: int = 1 << 16,
     ) -> None:
-        least = {
-            "rows": 1,
-            "users": 2,
-            "items": max(2 * requests, 2),
-            "requests": 1,
-            "batch_rows": 1,
-        }
-        given = {
-            "rows": rows,
-            "users": users,
-            "items": items,
-            "requests": requests,
-            "batch_rows": batch_rows,
-        }
-        for name, value in given.items():
-            if value < least[name]:
-                raise InputError(f"{name}={value} must be at least {least[name]}")
-        self._rows, self._users, self._items, self._batch_rows = (
-            rows,
-            users,
-            items,
-            batch_rows,
-        )
-        self._seed, self._requests = seed, requests
-        self._visit_rows = requests + (requests > 1)
-        user, item = np.arange(users), np.arange(items)
-        # The last user and item have no segment and no genre (-1): they are in no table.
-        self._segment = np.where(
-            user == users - 1, -1, self._draw("segment", user, SEGMENTS)
-        )
-        self._genre = np.where(item == items - 1, -1, self._draw("genre", item, GENRES))
+        super().__init__(rows, users, items, seed, requests, batch_rows)
         self._item_ids = pa.array([f"i{i:06d}" for i in range(items)])
-        visits = -(-rows // self._visit_rows)
-        length = -(-visits // users) * HOUR_MS
-        self._starts = np.array(
-            [START_MS + length * 8 // 10, START_MS + length * 9 // 10]
-        )
 
     def users(self) -> pa.Table:
         user = np.arange(self._users - 1)
-        age = self._uniform("age", user) * 50 + 18
-        interests = self._draw(
+        age = self._draws.uniform("age", user) * 50 + 18
+        # An index of its own for each of a user's interests.
+        interests = self._draws.integers(
             "interests", user[:, None] * INTERESTS + np.arange(INTERESTS), GENRES
         )
-        count = self._draw("interest count", user, INTERESTS + 1)
+        count = self._draws.integers("interest count", user, INTERESTS + 1)
         return pa.table(
             {
                 "user_id": _user_id(user),
@@ -134,7 +109,7 @@ class SyntheticSource:
                     list(values[:n]) or None
                     for values, n in zip(interests.tolist(), count, strict=True)
                 ],
-                "age": pa.array(age, mask=self._uniform("no age", user) < 0.2),
+                "age": pa.array(age, mask=self._draws.uniform("no age", user) < 0.2),
             },
             schema=pa.schema(
                 [
@@ -148,19 +123,20 @@ class SyntheticSource:
 
     def items(self) -> pa.Table:
         item = np.arange(self._items - 1)
-        vector = (
-            self._uniform("vector", item[:, None] * VECTOR + np.arange(VECTOR)) - 0.5
-        )
-        code = self._draw("code", item[:, None] * LEVELS + np.arange(LEVELS), CODES)
-        code[:, 0] = self._genre[:-1]  # a semantic id tells something
+        vector_index = item[:, None] * VECTOR + np.arange(VECTOR)
+        vector = self._draws.uniform("vector", vector_index) - 0.5
+        code_index = item[:, None] * LEVELS + np.arange(LEVELS)
+        code = self._draws.integers("code", code_index, CODES)
+        # The first code is the genre, so that a semantic id carries information.
+        code[:, 0] = self._genre[:-1]
         return pa.table(
             {
                 "item_id": self._item_ids[:-1],
                 "item": self._item_ids[:-1],
                 "genre": self._genre[:-1],
-                "price": np.exp(4 * self._uniform("price", item)),
-                "vector": _lists(vector.astype(np.float32)),
-                "code": _lists(code),
+                "price": np.exp(4 * self._draws.uniform("price", item)),
+                "vector": _list_column(vector.astype(np.float32)),
+                "code": _list_column(code),
             }
         )
 
@@ -168,6 +144,7 @@ class SyntheticSource:
         return self._read(0, self._rows)
 
     def row_parts(self) -> list[LogPart]:
+        """Return parts of `PART_BATCHES` batches each."""
         size = PART_BATCHES * self._batch_rows
         return [
             LogPart(
@@ -178,10 +155,11 @@ class SyntheticSource:
         ]
 
     def user_parts(self) -> list[LogPart]:
+        """Return one part, the whole table of users."""
         return [LogPart("users", self._user_batches)]
 
     def check_times(self, earliest: int, latest: int) -> None:
-        """Nothing: every span of times will do."""
+        """Accept any times."""
 
     def _user_batches(self) -> Iterator[pa.RecordBatch]:
         return iter(self.users().to_batches())
@@ -190,63 +168,21 @@ class SyntheticSource:
         for first in range(start, stop, self._batch_rows):
             yield self._batch(np.arange(first, min(first + self._batch_rows, stop)))
 
-    def probabilities(self, index: np.ndarray) -> np.ndarray:
-        """True probability of each task's label: `index: [n]` row numbers -> `[n, tasks] float64`."""
-        visit = index // self._visit_rows
-        genre = self._genre[self._item(index)]
-        segment = self._segment[visit % self._users]
-        static = np.where((segment < 0) | (genre < 0), 0, _sign(segment + genre))
-        latest_genre, reaction = self._latest_event(visit)
-        known = (latest_genre >= 0) & (genre >= 0)
-        history = np.where(known, _sign(latest_genre + genre) * (2 * reaction - 1), 0)
-        logits = [
-            constant + a * static + b * history for constant, a, b, _ in _TASKS.values()
-        ]
-        return 1 / (1 + np.exp(-np.stack(logits, axis=-1)))
-
-    def labels(self, index: np.ndarray) -> np.ndarray:
-        """Drawn labels, -1 where unknown: `[n, tasks] int8`."""
-        drawn = self.probabilities(index)
-        out = np.empty(drawn.shape, np.int8)
-        for k, (task, (_, _, _, share)) in enumerate(_TASKS.items()):
-            known = self._is_scored(index) & (
-                self._uniform(f"{task} known", index) < share
-            )
-            out[:, k] = np.where(known, self._uniform(task, index) < drawn[:, k], -1)
-        return out
-
-    def best_auc(self, task: str = "click", split: str = "valid") -> float:
-        """AUC of the true probability against the drawn labels of a split: what no model can exceed but by luck.
-
-        Raises:
-          InputError: no such task or split, or the split lacks one of the classes.
-        """
-        for name, known in ((task, list(_TASKS)), (split, SPLITS)):
-            if name not in known:
-                raise InputError(f"best_auc: '{name}' is unknown{suggest(name, known)}")
-        column, scores, labels = list(_TASKS).index(task), [], []
-        for first in range(0, self._rows, self._batch_rows):
-            index = np.arange(first, min(first + self._batch_rows, self._rows))
-            label = self.labels(index)[:, column]
-            kept = (label >= 0) & (self._split(index) == SPLITS.index(split))
-            labels.append(label[kept])
-            scores.append(self.probabilities(index[kept])[:, column])
-        value = auc(np.concatenate(labels), np.concatenate(scores))
-        if value is None:
-            raise InputError(
-                f"rows={self._rows}: split '{split}' lacks a class of '{task}'; use more rows"
-            )
-        return value
-
     def _batch(self, index: np.ndarray) -> pa.RecordBatch:
-        visit, time, item = (
-            index // self._visit_rows,
-            self._time(index),
-            self._item(index),
-        )
-        labels, scored = self.labels(index), self._is_scored(index)
-        event = ~scored if self._requests > 1 else scored
-        clicked = labels[:, list(_TASKS).index("click")].astype(np.int64)
+        """Make the rows with the numbers `index: [n]`."""
+        uniform, integers = self._draws.uniform, self._draws.integers
+        visit = index // self._visit_rows
+        time = self._time(index)
+        item = self._item(index)
+        labels = self.labels(index)
+        scored = self._is_scored(index)
+        request = np.full(len(index), -1)
+        event = scored
+        if self._requests > 1:
+            request = visit
+            event = ~scored
+        clicked = labels[:, list(TASKS).index("click")].astype(np.int64)
+        seconds = 60 * uniform("seconds", index) + 60 * (clicked > 0)
         columns = {
             "user_id": pa.array(_user_id(visit % self._users)),
             "item_id": self._item_ids.take(pa.array(item)),
@@ -254,100 +190,30 @@ class SyntheticSource:
             "split": pa.array(self._split(index)),
             "event": pa.array(event),
             "scored": pa.array(scored),
-            "request": pa.array(
-                visit if self._requests > 1 else np.full(len(index), -1)
-            ),
+            "request": pa.array(request),
             "hour": pa.array(time // HOUR_MS % 24),
+            # Values are missing now and then, as in a real log.
             "load": pa.array(
-                self._uniform("load", visit), mask=self._uniform("no load", visit) < 0.1
+                uniform("load", visit), mask=uniform("no load", visit) < 0.1
             ),
             "place": pa.array(
-                self._draw("place", index, PLACES),
-                mask=self._uniform("no place", index) < 0.3,
+                integers("place", index, PLACES), mask=uniform("no place", index) < 0.3
             ),
             "reaction": pa.array(self._reaction(visit), mask=~event),
             "clicked": pa.array(clicked, mask=~event | (clicked < 0)),
-            "seconds": pa.array(
-                60 * self._uniform("seconds", index) + 60 * (clicked > 0), mask=~event
-            ),
+            "seconds": pa.array(seconds, mask=~event),
         }
-        for k, task in enumerate(_TASKS):
+        for k, task in enumerate(TASKS):
             columns[f"label_{task}"] = pa.array(labels[:, k], mask=labels[:, k] < 0)
         return pa.RecordBatch.from_pydict(columns)
 
-    def _is_scored(self, index: np.ndarray) -> np.ndarray:
-        return index % self._visit_rows < self._requests
-
-    def _is_tied(self, visit: np.ndarray) -> np.ndarray:
-        """The visit has the time of the user's visit before it, which has not that of the one before."""
-        return (visit // self._users % 2 == 1) & (self._draw("tied", visit, 8) == 0)
-
-    def _time(self, index: np.ndarray) -> np.ndarray:
-        visit = index // self._visit_rows
-        visit = visit - np.where(self._is_tied(visit), self._users, 0)
-        return (
-            START_MS
-            + visit // self._users * HOUR_MS
-            + self._draw("minute", visit, HOUR_MS)
-        )
-
-    def _split(self, index: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self._starts, self._time(index), side="right").astype(
-            np.int8
-        )
-
-    def _item(self, index: np.ndarray) -> np.ndarray:
-        """Row of the catalogue. The items of a visit differ, and from those of a visit at the same time."""
-        visit, place = index // self._visit_rows, index % self._visit_rows
-        bought = self._draw("bought", visit, self._requests)
-        place = np.where(place < self._requests, place, bought)
-        tied = self._is_tied(visit)
-        first = self._draw("item", visit - np.where(tied, self._users, 0), self._items)
-        return (first + place + np.where(tied, self._requests, 0)) % self._items
-
-    def _reaction(self, visit: np.ndarray) -> np.ndarray:
-        return self._draw("reaction", visit, 2)
-
-    def _latest_event(self, visit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Genre (-1: none) of the one event at the user's latest earlier time, and the reaction to it.
-
-        Two events there have no order between them, so that neither counts: none.
-        """
-        latest = visit - self._users * (1 + self._is_tied(visit))
-        at = np.maximum(latest, 0)
-        genre = self._genre[self._item(at * self._visit_rows + self._visit_rows - 1)]
-        return np.where((latest < 0) | self._is_tied(at), -1, genre), self._reaction(at)
-
-    def _draw(self, stream: str, index: np.ndarray, bound: int) -> np.ndarray:
-        """Integers in [0, bound), a function of seed, stream and index: `[...] int64`."""
-        return (self._uniform(stream, index) * bound).astype(np.int64)
-
-    def _uniform(self, stream: str, index: np.ndarray) -> np.ndarray:
-        """Numbers in [0, 1), a function of seed, stream and index: `[...] float64`."""
-        key = hashlib.blake2b(f"{self._seed}/{stream}".encode(), digest_size=8).digest()
-        mixed = _mix(np.frombuffer(key, "<u8") + index.astype(np.uint64))
-        return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014). `x: [...] uint64`."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _sign(value: np.ndarray) -> np.ndarray:
-    """1 or -1, each for half of the residues: the sum of two fields tells it, neither field alone."""
-    return np.where(value % 4 < 2, 1, -1)
-
 
 def _user_id(user: np.ndarray) -> np.ndarray:
-    return (
-        1000 + 7 * user
-    )  # not the row's number, so that mistaking one for the other shows
+    # Not the user's number, so that mistaking one for the other shows.
+    return 1000 + 7 * user
 
 
-def _lists(values: np.ndarray) -> pa.Array:
+def _list_column(values: np.ndarray) -> pa.Array:
+    """Make a list column of `values: [n, L]`."""
     offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
     return pa.ListArray.from_arrays(offsets, values.ravel())
