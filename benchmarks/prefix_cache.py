@@ -24,11 +24,12 @@ from flax import nnx
 
 from benchmarks.report import run_script, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
+from tests.streams import build_layout
 from tokenrec.config import MeshConfig, ModelConfig
 from tokenrec.errors import InputError
 from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.sharding import RULES, make_mesh
-from tokenrec.tokens.layout import Layout, build_layout
+from tokenrec.tokens.layout import Layout
 
 STACKS = {
     "4F": ModelConfig(width=64, layers=4, windows=()),

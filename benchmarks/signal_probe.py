@@ -34,7 +34,7 @@ from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
 from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import ModelSpec, TrainState, bind_params, init_state
-from tokenrec.tokens.history import merged
+from tokenrec.tokens.history import merge_entities
 from tokenrec.tokens.makers import Maker
 
 
@@ -61,7 +61,7 @@ def newest_tokens(
     entities = model.embedder.look_up(state.tables, newest)
     maker = bind_params(model, state.params).history.event
     assert isinstance(maker, Maker)
-    values, ids = merged(entities["state"], entities["action"])
+    values, ids = merge_entities(entities["state"], entities["action"])
     made = maker(values, ids, jax.numpy.dtype(model.config.model.dtype))
     return made[:, 0], jax.numpy.concatenate(maker.transforms(values, ids), axis=-1)[
         :, 0

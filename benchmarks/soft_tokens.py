@@ -120,7 +120,7 @@ def baseline_metrics(workdir: Path) -> dict[str, dict[str, float | None]]:
 def prompt_tokens(config: Config) -> int:
     """Rows of the stream of a request with one candidate."""
     candidates = 1 if config.data.objective == "ranking" else None
-    return _model(config).layout(config.data.events, candidates=candidates).rows
+    return _model(config).layout(config.data.events, candidates=candidates).length
 
 
 def step_bytes(config: Config) -> int | None:

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from tokenrec.data.batch import Batch
-from tokenrec.models.heads import CodeHead, ItemHead
+from tokenrec.models.heads import NextItemHead, SemanticIdHead
 from tokenrec.models.recommender import Recommender
 from tokenrec.ops.tables.api import UniqueRows, collect_gradients, update_rows
 from tokenrec.optim import clip_scale, dense_optimizer, global_norm, schedule
 from tokenrec.sharding import RULES
 from tokenrec.state import ModelSpec, TrainState, bind_params
-from tokenrec.tokens.embed import ITEM_ROWS, Entity, inverses, samples_items
+from tokenrec.tokens.embed import ITEM_ROWS, EntityFeatures, inverses, samples_items
 
 Inverses = dict[str, dict[str, jax.Array]]
 NORM_RATE = 0.01  # of the running mean of gradient norms: its memory is some 100 steps
@@ -92,7 +92,7 @@ def sample_losses(
     model: ModelSpec,
     module: Recommender,
     read: jax.Array,
-    entities: dict[str, Entity],
+    entities: dict[str, EntityFeatures],
     batch: Batch,
     counts: jax.Array,
 ) -> jax.Array:
@@ -110,13 +110,16 @@ def sample_losses(
 
 
 def retrieval_losses(
-    module: Recommender, read: jax.Array, entities: dict[str, Entity], batch: Batch
+    module: Recommender,
+    read: jax.Array,
+    entities: dict[str, EntityFeatures],
+    batch: Batch,
 ) -> jax.Array:
     """`[B]`: summed cross-entropy of the goals of each sample."""
     head = module.head
-    if isinstance(head, CodeHead):
+    if isinstance(head, SemanticIdHead):
         return head.losses(read, batch.codes)
-    assert isinstance(head, ItemHead)
+    assert isinstance(head, NextItemHead)
     if batch.negatives is None:
         return head.full_losses(read, batch.goals)
     of_goals = entities["goals"].values[ITEM_ROWS.name][..., 0, :]

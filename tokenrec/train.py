@@ -27,7 +27,7 @@ from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import stream_lengths, task_names, train_batches
 from tokenrec.errors import NonFiniteError, Stopped
 from tokenrec.evaluation.evaluate import make_evaluator
-from tokenrec.models.backbones.block import check_mesh
+from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.runtime import distributed
 from tokenrec.runtime.compilation_cache import persistent_compilation_cache
 from tokenrec.runtime.metric_writer import Logbook, Throughput

@@ -11,12 +11,13 @@ import pytest
 from flax import nnx
 
 from benchmarks import prefix_cache
+from tests.streams import build_layout
 from tests.worlds import mesh_of, one_device
 from tokenrec.config import ModelConfig
 from tokenrec.errors import InputError
-from tokenrec.models.backbones.tokenformer import TokenFormer, cached_positions
+from tokenrec.models.backbones.bfts import cached_positions
+from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.sharding import RULES
-from tokenrec.tokens.layout import build_layout
 
 EVENTS = 30
 LENGTHS = (0, 1, 3, 7, 13, 20, 29, 30)  # real events of each stream
@@ -81,7 +82,7 @@ def build(config, longest=None):
 def inputs(layout, padded=True):
     """`x: [B, S, d]`, events and candidates, laid over the mesh; every other stream has a padded candidate."""
     random = np.random.default_rng(0)
-    x = random.normal(size=(len(LENGTHS), layout.rows, WIDTH)).astype(np.float32)
+    x = random.normal(size=(len(LENGTHS), layout.length, WIDTH)).astype(np.float32)
     events = np.arange(EVENTS)[None] >= EVENTS - np.array(LENGTHS)[:, None]
     candidates = np.ones((len(LENGTHS), layout.candidates), bool)
     candidates[::2, 1:][:, -1:] = not padded
@@ -216,7 +217,7 @@ def test_a_layer_keeps_what_some_row_behind_the_prefix_may_see_and_no_more():
         5,
         3,
     ]  # w - 1 in front of the first row
-    behind = np.arange(rows, layout.rows)
+    behind = np.arange(rows, layout.length)
     for window, some in zip((None, None, 6, 4), kept, strict=True):
         seen = layout.pattern(behind, np.arange(rows)).visible(window).any(axis=0)
         assert some.tolist() == np.flatnonzero(seen).tolist()
@@ -241,10 +242,10 @@ def test_what_does_not_fit_the_layout_is_named():
     backbone = build(stack("1F1S"))
     x, events, candidates = inputs(layout)
     rows = shared(layout)
-    with pytest.raises(InputError, match=f"has {rows} rows"):
+    with pytest.raises(InputError, match=f"has {rows} tokens"):
         backbone.prefill(x, layout, events)
     cache, _ = backbone.prefill(x[:, :rows], layout, events)
-    with pytest.raises(InputError, match="2 rows of the layout lie behind"):
+    with pytest.raises(InputError, match="2 tokens of the layout lie behind"):
         backbone.extend(cache, x, layout, events, candidates)
     other = build_layout(
         user_tokens=4, events=EVENTS, fused=True, candidates=2, target_tokens=1

@@ -167,7 +167,7 @@ def test_the_prompt_of_the_paper_stands_in_its_order():
     assert layout.candidate.tolist() == [-1] * 5 + [0] * 6 + [1] * 6
     assert layout.index.tolist() == [*range(11), *range(5, 11)]
     assert layout.static.tolist() == [True] * 2 + [False] * 15
-    positions = layout.positions(jnp.array([[False, True]]))[0].tolist()
+    positions = layout.rope_positions(jnp.array([[False, True]]))[0].tolist()
     assert positions == [0, 0, 0, 1, 2, *[2, 3, 4, 5, 6, 7] * 2]
     assert layout.readout.tolist() == [10, 16]
 
@@ -197,7 +197,7 @@ def test_text_is_counted_exactly_and_cut_from_the_left():
     ]  # two levels, a tab and a number each
     # Words of an event have places of their own, and what follows stands behind all of them.
     valid = jnp.ones((1, 12), bool)
-    positions = layout.positions(valid)[0]
+    positions = layout.rope_positions(valid)[0]
     assert positions[layout.event >= 0].tolist() == [
         39,
         40,
@@ -221,7 +221,7 @@ def test_only_a_bidirectional_prefix_looks_ahead_and_never_at_a_candidate(prefix
     model = model_of(config, SCHEMA)
     layout = model.layout(12)
     module = bind_params(model, shaken(init_state(model, 0).params))
-    rows = dataclasses.replace(layout, readout=np.arange(layout.rows))
+    rows = dataclasses.replace(layout, readout=np.arange(layout.length))
 
     def read(x):
         valid = jnp.ones((1, 12), bool, out_sharding=RULES("batch", None))
@@ -232,7 +232,9 @@ def test_only_a_bidirectional_prefix_looks_ahead_and_never_at_a_candidate(prefix
         )[0]
 
     x = jax.random.normal(
-        jax.random.key(2), (1, layout.rows, 16), out_sharding=RULES("batch", None, None)
+        jax.random.key(2),
+        (1, layout.length, 16),
+        out_sharding=RULES("batch", None, None),
     )
     moved = np.abs(jax.jit(jax.jacobian(read))(x)[:, 0]).sum(-1) > 0
     shared = layout.candidate < 0

@@ -10,7 +10,7 @@ import pytest
 
 from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
 from tokenrec.data.batch import Batch
-from tokenrec.models.recommender import stream_layout
+from tokenrec.models.stream_layout import stream_layout
 from tokenrec.sharding import RULES
 from tokenrec.state import bind_params, build_model, init_state
 from tokenrec.step import eval_step, forward, loss_fn
@@ -106,7 +106,7 @@ def influence(model, params, batch):
 
     x = jax.random.normal(
         jax.random.key(2),
-        (1, layout.rows, width),
+        (1, layout.length, width),
         out_sharding=RULES("batch", None, None),
     )
     gradient = jax.jit(jax.jacobian(read))(x, batch.valid, candidates)
@@ -163,7 +163,7 @@ def test_static_fields_reach_a_target_through_sliding_layers_alone_only_if_these
     )
     reached = seen[0, layout.static]
     assert not reached.any() if discard else reached.all()
-    near = layout.index > layout.rows - 1 - (6 - 1) - (4 - 1) - 1
+    near = layout.index > layout.length - 1 - (6 - 1) - (4 - 1) - 1
     assert np.array_equal(seen[0, ~layout.static], near[~layout.static])
 
 

@@ -2,15 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenrec.tokens.layout import (
-    ROLES,
-    StreamPart,
-    build_layout,
-    history_part,
-    lay_out,
-    live_positions,
-    select_positions,
-)
+from tests.streams import build_layout, history_part
+from tokenrec.tokens.layout import ROLES, live_positions, select_positions
+from tokenrec.tokens.stream_segments import StreamSegment, make_layout
 
 
 def names(layout):
@@ -66,21 +60,21 @@ def test_positions_count_valid_events_and_put_the_target_after_them():
         user_tokens=1, events=3, fused=False, candidates=1, target_tokens=1
     )
     valid = jnp.array([[False, True, True], [False, False, False]])
-    positions = np.asarray(layout.positions(valid))
+    positions = np.asarray(layout.rope_positions(valid))
     assert positions[0].tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
     assert positions[1, -2:].tolist() == [1, 1]
 
 
 def test_codes_continue_their_event_and_see_none_after_it():
-    shared = [StreamPart.of("user", 1), history_part(events=3, fused=True)]
-    layout = lay_out(
+    shared = [StreamSegment.tokens("user", 1), history_part(events=3, fused=True)]
+    layout = make_layout(
         shared,
-        [StreamPart.of("code", 2, ordered=True)],
+        [StreamSegment.tokens("code", 2, ordered=True)],
         events=3,
         candidates=3,
-        read="events",
+        readout="events",
     )
-    every = np.arange(layout.rows)
+    every = np.arange(layout.length)
     seen = layout.pattern(every, every).visible(None)
     user, events, codes = 0, np.array([1, 2, 3]), np.arange(4, 10).reshape(3, 2)
     for number, (first, second) in enumerate(codes):
@@ -97,7 +91,7 @@ def test_codes_continue_their_event_and_see_none_after_it():
         ]
     # One real event: it has position 1, the codes behind it 2 and 3.
     real = jnp.array([[False, False, True], [False, False, False]])
-    assert layout.positions(real)[0, [3, 8, 9]].tolist() == [1, 2, 3]
+    assert layout.rope_positions(real)[0, [3, 8, 9]].tolist() == [1, 2, 3]
     # A request without history: codes beside no event are valid as their goal is.
     assert layout.valid(real, jnp.array([[True] * 3, [False, False, True]]))[
         1
@@ -137,7 +131,7 @@ def test_needed_rows_of_uc_query_states_only_at_the_top_and_drop_static_rows_aft
     rows = live_positions(layout, (None, None, 8, 4))
     assert rows[-1].tolist() == layout.readout.tolist()
     assert not layout.static[rows[2]].any()
-    assert len(rows[1]) == layout.rows - 1  # nothing reads the last action
+    assert len(rows[1]) == layout.length - 1  # nothing reads the last action
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [1, 3], [2], [0, 1, 4]])

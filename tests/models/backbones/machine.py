@@ -10,7 +10,7 @@ from flax import nnx
 from tests.worlds import SCHEMA, TASKS, place, tiny
 from tokenrec.config.backbones import BACKBONES
 from tokenrec.config.validate import validate
-from tokenrec.models.recommender import candidate_mask, stream_layout
+from tokenrec.models.stream_layout import candidate_mask, stream_layout
 from tokenrec.sharding import RULES
 from tokenrec.state import bind_params, build_model, init_state
 
@@ -101,7 +101,9 @@ def forward_layers(model, params, batch, mesh):
     @jax.jit
     def read(params, batch):
         module = bind_params(model, params)
-        x, layout = module.stream(model.embedder.look_up(state.tables, batch), batch)
+        x, layout = module.make_stream(
+            model.embedder.look_up(state.tables, batch), batch
+        )
         mask = candidate_mask(batch)
         out = module.backbone(x, layout, batch.valid, mask, None, batch.ages)
         return x, layout.valid(batch.valid, mask), out

@@ -32,9 +32,9 @@ def layer(w, x, layout, valid, ages, window, rows):
         for name in ("gate", "value", "query", "key")
     )
     out = np.empty_like(x)
-    for i in range(layout.rows):
+    for i in range(layout.length):
         total = np.zeros_like(u[i])
-        for j in range(layout.rows):
+        for j in range(layout.length):
             near = window is None or (
                 layout.index[i] - layout.index[j] < window
                 and (layout.static[i] or not layout.static[j])
@@ -86,7 +86,7 @@ def test_values_are_those_of_the_equations(shape, windows, time_bias, mesh):
                 for name, value in params.items()
                 if name.startswith(prefix)
             }
-            rows = layer(w, rows, layout, valid[sample], ages, window, layout.rows)
+            rows = layer(w, rows, layout, valid[sample], ages, window, layout.length)
         wanted = rms(rows[layout.readout]) * params["backbone/norm/scale"]
         real = valid[sample][layout.readout]
         np.testing.assert_allclose(read[sample][real], wanted[real], atol=2e-5)

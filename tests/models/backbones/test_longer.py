@@ -102,7 +102,7 @@ def test_values_are_those_of_the_equations():
     layout, w = backbone.layout(), backbone.named()
     x = (
         np.random.default_rng(0)
-        .normal(size=(3, layout.rows, config.model.width))
+        .normal(size=(3, layout.length, config.model.width))
         .astype(np.float32)
     )
     lengths, candidates = [2, 5, 7], np.ones((3, 2), bool)
@@ -114,7 +114,8 @@ def test_values_are_those_of_the_equations():
     asking = math.ceil(EVENTS / GROUP) // 2
     for sample, length in enumerate(lengths):
         history = (
-            x[sample][layout.rows_of("state")] + x[sample][layout.rows_of("action")]
+            x[sample][layout.positions_of("state")]
+            + x[sample][layout.positions_of("action")]
         )[EVENTS - length :]
         ends = range(length, 0, -GROUP)
         rows = [
@@ -125,9 +126,10 @@ def test_values_are_those_of_the_equations():
             }
             for end in reversed(ends)
         ]
-        tokens_of = [(at, None) for at in layout.rows_of("user")]
+        tokens_of = [(at, None) for at in layout.positions_of("user")]
         tokens_of += [
-            (at, number // OWN) for number, at in enumerate(layout.rows_of("target"))
+            (at, number // OWN)
+            for number, at in enumerate(layout.positions_of("target"))
         ]
         rows += [
             {"x": x[sample, at], "position": length + 1, "candidate": c}

@@ -15,11 +15,11 @@ from tokenrec.config.backbones import BACKBONES
 from tokenrec.config.validate import validate
 from tokenrec.errors import InputError
 from tokenrec.models.backbones.interface import Backbone as BackboneInterface
-from tokenrec.models.recommender import stream_layout
+from tokenrec.models.stream_layout import stream_layout
 from tokenrec.optim import decays
 from tokenrec.planner.describe import describe, to_text
 from tokenrec.sharding import with_batch_sharding
-from tokenrec.tokens.layout import StreamPart, lay_out
+from tokenrec.tokens.stream_segments import StreamSegment, make_layout
 
 RIVALS = sorted(BACKBONES.keys() - {"tokenformer"})
 UC = [name for name in RIVALS if BACKBONES[name].uc]
@@ -51,7 +51,7 @@ def test_neither_padding_nor_other_candidates_change_a_read_out(kind):
     backbone = Backbone(rival(kind, candidates=3))
     layout, short = backbone.layout(), backbone.layout(10)
     random = np.random.default_rng(0)
-    x = random.normal(size=(8, layout.rows, 16)).astype(np.float32)
+    x = random.normal(size=(8, layout.length, 16)).astype(np.float32)
     valid, real = lengths(8, 20), np.ones((8, 3), bool)
     read = backbone(x, valid, real, layout)
     assert (
@@ -76,12 +76,12 @@ def test_neither_padding_nor_other_candidates_change_a_read_out(kind):
 def test_no_event_changes_an_earlier_read_out_and_no_action_its_own(kind):
     backbone = Backbone(rival(kind, paradigm="uc", events=10))
     layout = backbone.layout()
-    x = np.random.default_rng(0).normal(size=(8, layout.rows, 16)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(8, layout.length, 16)).astype(np.float32)
     valid = lengths(8, 10)
     read = backbone(x, valid, None, layout)
     other = x.copy()
-    other[:, layout.rows_of("state")[7:]] += 1
-    other[:, layout.rows_of("action")[6:]] += 1
+    other[:, layout.positions_of("state")[7:]] += 1
+    other[:, layout.positions_of("action")[6:]] += 1
     changed = backbone(other, valid, None, layout)
     close(changed[:, :7][valid[:, :7]], read[:, :7][valid[:, :7]])
     assert np.abs(changed[:, 7:] - read[:, 7:]).max(axis=-1)[valid[:, 7:]].min() > 1e-4
@@ -91,7 +91,7 @@ def test_no_event_changes_an_earlier_read_out_and_no_action_its_own(kind):
 def test_gradients_reach_every_weight_and_figures_are_counted(kind):
     backbone = Backbone(rival(kind, events=12))
     layout = backbone.layout()
-    x = np.random.default_rng(0).normal(size=(8, layout.rows, 16)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(8, layout.length, 16)).astype(np.float32)
     batch = split(x, lengths(8, 12), np.ones((8, 1), bool))
     made = jax.jit(
         jax.grad(lambda w: jnp.sum(jnp.sin(backbone.read(w, *batch, layout))))
@@ -111,23 +111,23 @@ def test_gradients_reach_every_weight_and_figures_are_counted(kind):
 
 @pytest.mark.parametrize("kind", [name for name in RIVALS if BACKBONES[name].retrieval])
 def test_retrieval_reads_events_without_later_ones(kind):
-    history = StreamPart.history("event", np.arange(6))
-    layout = lay_out(
-        [StreamPart.of("user", 1), StreamPart.of("sep", 1), history],
+    history = StreamSegment.history("event", np.arange(6))
+    layout = make_layout(
+        [StreamSegment.tokens("user", 1), StreamSegment.tokens("sep", 1), history],
         [],
         events=6,
         candidates=0,
-        read="events",
+        readout="events",
     )
-    last = lay_out(
-        [StreamPart.of("user", 1), StreamPart.of("sep", 1), history],
+    last = make_layout(
+        [StreamSegment.tokens("user", 1), StreamSegment.tokens("sep", 1), history],
         [],
         events=6,
         candidates=0,
-        read="last",
+        readout="last",
     )
     backbone = BACKBONES[kind].load()(rival(kind).model, layout, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (2, layout.rows, 16))
+    x = jax.random.normal(jax.random.key(0), (2, layout.length, 16))
     events = jnp.array([[True] * 6, [False] * 2 + [True] * 4])
     read = jax.jit(
         lambda x, layout: call(backbone, x, layout, events, None), static_argnums=1
@@ -161,7 +161,7 @@ def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
                 lambda: BACKBONES[kind].load()(config.model, layout, rngs=nnx.Rngs(0))
             )
         )
-        shapes = {(8, layout.rows, 16): jnp.float32, (8, 6): bool, (8, 2): bool}
+        shapes = {(8, layout.length, 16): jnp.float32, (8, 6): bool, (8, 2): bool}
         batch = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes.items()]
         gradients = jax.eval_shape(
             jax.grad(read),
@@ -178,7 +178,7 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
     """HSTU alone computes on every device by hand (shard_map)."""
     backbone = Backbone(rival("hstu", paradigm="uc", events=6))
     layout, found = backbone.layout(), []
-    x = np.random.default_rng(0).normal(size=(8, layout.rows, 16)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(8, layout.length, 16)).astype(np.float32)
 
     def loss(weights, x, valid):
         return jnp.sum(jnp.sin(backbone.read(weights, x, valid, None, layout)))
@@ -252,7 +252,12 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
             ("history", "||", "candidate"),
             "tokens.prompt=('history', '||', 'candidate')",
         ),
-        ("tokenformer", "model.merge", 5, "model.merge=5 with model.kind='tokenformer', which does not read it"),
+        (
+            "tokenformer",
+            "model.merge",
+            5,
+            "model.merge=5 with model.kind='tokenformer', which does not read it",
+        ),
         (
             "tokenformer",
             "model.time_bias",
@@ -294,7 +299,11 @@ def test_a_width_is_asked_to_fit_the_heads_that_a_kind_has(kind, width, heads, m
         return
     layout = stream_layout(validate(config), SCHEMA, 6)
     backbone = BACKBONES[kind].load()(config.model, layout, rngs=nnx.Rngs(0))
-    x = np.random.default_rng(0).normal(size=(2, layout.rows, width)).astype(np.float32)
+    x = (
+        np.random.default_rng(0)
+        .normal(size=(2, layout.length, width))
+        .astype(np.float32)
+    )
     batch = split(x, np.ones((2, 6), bool), np.ones((2, 2), bool))
     assert call(backbone, batch[0], layout, *batch[1:]).shape == (2, 2, width)
 

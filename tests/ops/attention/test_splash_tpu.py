@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
+from tests.streams import build_layout
 from tokenrec.config import MeshConfig
 from tokenrec.ops.attention import attention, choose
 from tokenrec.ops.attention.pattern import causal_pattern
 from tokenrec.sharding import RULES, make_mesh
-from tokenrec.tokens.layout import build_layout
 
 pytestmark = [
     pytest.mark.tpu_compiler,

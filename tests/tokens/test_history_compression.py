@@ -11,7 +11,8 @@ from flax import nnx
 from tests.worlds import mesh_of, one_device
 from tokenrec.errors import InputError
 from tokenrec.sharding import RULES
-from tokenrec.tokens.compress import AttentionPool, CompressionPlan, Compressor
+from tokenrec.tokens.compression_plan import CompressionPlan
+from tokenrec.tokens.history_compression import AttentionPooling, HistoryCompressor
 
 WIDTH, HEADS = 8, 2
 PLANS = {
@@ -33,7 +34,7 @@ def mesh():
 def build(plan):
     """A compressor's graph and its weights, off their starting values."""
     graph, weights = nnx.split(
-        Compressor(plan, WIDTH, HEADS, rngs=nnx.Rngs(params=jax.random.key(0)))
+        HistoryCompressor(plan, WIDTH, HEADS, rngs=nnx.Rngs(params=jax.random.key(0)))
     )
     random = np.random.default_rng(1)
 
@@ -136,7 +137,7 @@ def test_token_of_a_right_aligned_history_is_valid_where_its_group_holds_an_even
 @pytest.mark.parametrize("length", [1, 5, 6, 13, 30])
 def test_plan_of_a_shorter_stream_keeps_the_tokens_of_the_events_it_has(name, length):
     plan = PLANS[name]
-    short = plan.of(length)
+    short = plan.for_length(length)
     absent = plan.events - length
     assert (short.event + absent).tolist() == plan.event[plan.event >= absent].tolist()
     assert short.event[-1] == length - 1
@@ -149,7 +150,7 @@ def test_number_of_tokens_is_that_of_the_plan(name, length):
     graph, weights = build(plan)
     x, valid = histories(length, [length, 0])
     out = jax.eval_shape(functools.partial(apply, graph), weights, x, valid)
-    assert out.shape == (2, plan.of(length).tokens, WIDTH)
+    assert out.shape == (2, plan.for_length(length).tokens, WIDTH)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -184,7 +185,7 @@ def test_stream_without_the_padding_at_its_old_end_gives_the_same_tokens(name):
         compress(graph, weights, *histories(length, [20, 7, 0]))
         for length in (30, slots)
     )
-    known = np.asarray(histories(slots, [20, 7, 0])[1])[:, plan.of(slots).event]
+    known = np.asarray(histories(slots, [20, 7, 0])[1])[:, plan.for_length(slots).event]
     whole = whole[:, plan.tokens - short.shape[1] :]
     # The same sums, shaped otherwise: the largest difference measured was 1.2e-6.
     np.testing.assert_allclose(whole[known], short[known], rtol=0, atol=1e-5)
@@ -304,7 +305,7 @@ def fresh(name, shape):
     """Tokens and gradients of a compressor made on a mesh of this shape."""
     with jax.set_mesh(mesh_of(*shape)):
         graph, weights = nnx.split(
-            Compressor(
+            HistoryCompressor(
                 PLANS[name], WIDTH, HEADS, rngs=nnx.Rngs(params=jax.random.key(3))
             )
         )
@@ -349,11 +350,11 @@ def test_split_over_devices_equals_one_device(name, shape):
             "compressed=7 .* must be 1 to 6",
         ),
         (
-            lambda: CompressionPlan(10).of(11),
+            lambda: CompressionPlan(10).for_length(11),
             "a stream of 11 events is not within 0 to events=10",
         ),
         (
-            lambda: AttentionPool(8, 3, 2, rngs=nnx.Rngs(params=jax.random.key(0))),
+            lambda: AttentionPooling(8, 3, 2, rngs=nnx.Rngs(params=jax.random.key(0))),
             "heads=3 does not divide width=8",
         ),
     ],
