@@ -19,15 +19,15 @@ import numpy as np
 from flax import nnx
 
 from tokenrec.config import Config
-from tokenrec.config.prompt import SegmentKind, parse_prompt
+from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.batch import Batch
-from tokenrec.data.schema import Feature, Schema
+from tokenrec.data.schema import Schema
 from tokenrec.models.backbones.interface import make_backbone
+from tokenrec.models.entity_makers import make_entity_maker, make_target_maker
 from tokenrec.models.heads import NextItemHead, SemanticIdHead
 from tokenrec.models.stream_layout import (
     Literals,
     batch_layout,
-    candidate_features,
     candidate_mask,
     query_features,
     stream_layout,
@@ -38,14 +38,8 @@ from tokenrec.ops.layers import Linear, as_rows, dropout, split_key, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
 from tokenrec.tokens.embed import ITEM_ROWS, EntityFeatures
-from tokenrec.tokens.history import (
-    HistoryMaker,
-    merge_entities,
-    soft_features,
-    text_features,
-)
+from tokenrec.tokens.history import HistoryMaker, merge_entities
 from tokenrec.tokens.layout import Layout
-from tokenrec.tokens.makers import Maker, PerFieldMaker
 
 
 class Recommender(nnx.Module):
@@ -81,14 +75,16 @@ class Recommender(nnx.Module):
         # The order of these assignments is the order of the random draws.
         # 1. Makers, in the order of the prompt's parts.
         users = user_token_count(config, schema)
-        self.user = self._make_maker("user", schema.group("user"), users, rngs)
+        self.user = make_entity_maker(
+            config, "user", schema.group("user"), users, rngs=rngs
+        )
         self.history = HistoryMaker(config, schema, rngs=rngs)
         self.query = (
-            self._make_maker("query", query_features(schema), 1, rngs)
+            make_entity_maker(config, "query", query_features(schema), 1, rngs=rngs)
             if "query" in kinds
             else None
         )
-        self.target = self._make_target_maker(kinds, rngs)
+        self.target = make_target_maker(config, schema, self.segments, rngs=rngs)
         self.title = (
             DiscreteTokenMaker(title_features(schema), width, tokens, rngs=rngs)
             if "title" in kinds
@@ -114,39 +110,6 @@ class Recommender(nnx.Module):
         longest = stream_layout(config, schema, config.data.events, literals)
         self.backbone = make_backbone(config.model, longest, rngs=rngs)
         self.head = self._make_head(tasks, rngs)
-
-    def _make_maker(
-        self, entity: str, features: tuple[Feature, ...], count: int, rngs: nnx.Rngs
-    ) -> Maker | PerFieldMaker | DiscreteTokenMaker | None:
-        """Create the maker of `count` tokens; None if the entity has no features."""
-        tokens, width = self.config.tokens, self.config.model.width
-        if entity in tokens.text:
-            features = text_features(self.config, entity, features)
-            return DiscreteTokenMaker(features, width, tokens, rngs=rngs)
-        features = soft_features(self.config, entity, features)
-        if not features and entity in ("user", "query"):
-            return None
-        # TokenFormer's static fields: a token per feature.
-        if entity == "user" and not tokens.user_tokens:
-            return PerFieldMaker(features, width, tokens, rngs=rngs)
-        return Maker(features, count, width, tokens, rngs=rngs)
-
-    def _make_target_maker(
-        self, kinds: list[SegmentKind], rngs: nnx.Rngs
-    ) -> Maker | PerFieldMaker | DiscreteTokenMaker | None:
-        """Create the maker of candidates; None if the state maker serves them."""
-        tokens = self.config.tokens
-        features = candidate_features(self.schema, self.segments)
-        differs_from_states = (
-            tokens.fused
-            or tokens.target_tokens > 1
-            or "candidate" in tokens.text
-            or "candidate" in tokens.soft
-            or features != self.schema.state
-        )
-        if "candidate" not in kinds or not differs_from_states:
-            return None
-        return self._make_maker("candidate", features, tokens.target_tokens, rngs)
 
     def _make_head(
         self, tasks: int, rngs: nnx.Rngs
