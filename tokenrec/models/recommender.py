@@ -313,5 +313,6 @@ class Recommender(nnx.Module):
         if self.head.items is not None:
             return self.head.lookup(batch.items)
         # Sampled softmax: the vectors are rows of a table.
+        known = (batch.items >= 0)[..., None]
         vectors = entities["items"].values[ITEM_ROWS.name][..., 0, :]
-        return jnp.where((batch.items >= 0)[..., None], vectors, 0)
+        return jnp.where(known, vectors, 0)
