@@ -4,7 +4,7 @@ All arms of a task share backbone, learning rate, batch size and order of reques
 differ in the prompt and in when the run ends. The arms WH_SID, NO_FEAT, NO_FEAT_STRICT
 and WH_SID_NO_FEAT have the names of the ablations of Token Factory (Chen et al., arXiv
 2606.19635, 2026). The paper's definition of them was not available to us; `Arm.what` is
-our reading. """
+our reading."""
 
 from __future__ import annotations
 

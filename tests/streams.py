@@ -1,4 +1,4 @@
-"""Streams of TokenFormer without a config or a schema, for tests of layouts and attention."""
+"""TokenFormer streams without a config or a schema, for tests of layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts of a Token Factory LRM: text, query, title, compression, a bidirectional prefix, and the controls."""
+"""Prompts of Token Factory: text, query, title, compression, bidirectional prefix."""
 
 import copy
 import dataclasses
@@ -55,7 +55,7 @@ AS_TEXT = {
 
 
 def lrm(**changes):
-    """All layers full; `changes` to `tokens` and to the rest of `tiny`."""
+    """A config with full layers; `changes` are to `tokens` and the rest of `tiny`."""
     tokens = {"prompt": PAPER} | changes.pop("tokens", {})
     model = {"windows": ()} | changes.pop("model", {})
     return tiny(fused=True, tokens=tokens, model=model, **changes)
@@ -81,7 +81,7 @@ CONFIGS = {
 
 
 def model_of(config, schema=TITLED) -> ModelSpec:
-    """Without a data set there is no tokenizer, so that the words of the literals are given."""
+    """A model with made-up words as literal texts: there is no tokenizer here."""
     literals = tuple(
         (7, 3, 7)[: 1 + n]
         for n, s in enumerate(s for s in parse_prompt(config) if s.kind == "text")
@@ -195,7 +195,8 @@ def test_text_is_counted_exactly_and_cut_from_the_left():
         11,
         11,
     ]  # two levels, a tab and a number each
-    # Words of an event have places of their own, and what follows stands behind all of them.
+    # Words of an event have places of their own, and what follows stands behind all of
+    # them.
     valid = jnp.ones((1, 12), bool)
     positions = layout.rope_positions(valid)[0]
     assert positions[layout.event >= 0].tolist() == [

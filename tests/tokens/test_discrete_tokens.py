@@ -1,4 +1,4 @@
-"""Signals as discrete tokens: how many, in which order, and what moves them."""
+"""Discrete tokens: their number, their order, and the signals that change them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def tables(seed=0):
 
 
 def signals(lead, seed=0):
-    """Ids and numbers by feature name; a tenth of the numbers is missing."""
+    """Random ids and numbers by feature name; a tenth of the numbers is missing."""
     random = np.random.default_rng(seed)
     ids = {
         f.name: random.integers(0, ROWS[f.table_name], (*lead, f.length), np.int32)
@@ -136,7 +136,7 @@ def test_a_maker_without_features_is_refused() -> None:
 
 
 def test_tokens_stand_in_the_order_of_declaration() -> None:
-    """A change of one signal changes its own tokens and no others."""
+    """Changing one signal changes its own tokens and no others."""
     ids, numbers = signals((2,))
     numbers = {
         name: np.full_like(x, SCHEMA.feature(name).mean) for name, x in numbers.items()
@@ -251,7 +251,8 @@ def test_buckets_are_equally_likely_under_a_normal() -> None:
     counts = np.bincount(
         np.asarray(dense_buckets(jnp.asarray(drawn), AGE))[:, 0], minlength=BINS
     )
-    # 1,000 are expected in each, with a deviation of 31; the farthest of the 64 was 76 off.
+    # 1,000 are expected in each, with a deviation of 31; the farthest of the 64 was 76
+    # off.
     assert np.abs(counts - 1000).max() < 130
 
 
@@ -303,7 +304,8 @@ def test_sharded_tokens_and_gradients_equal_unsharded_ones() -> None:
 
     made, gradients = run(one_device())
     sharded, sharded_gradients = run(mesh_of(2, 2, 2))
-    # Products of other shapes sum in another order: the largest difference measured was 3.6e-7.
+    # Products of other shapes sum in another order: the largest difference measured was
+    # 3.6e-7.
     np.testing.assert_allclose(sharded, made, rtol=0, atol=2e-6)
     for a, b in zip(sharded_gradients, gradients, strict=True):
         # The largest difference measured was 5.2e-7 of the largest entry of an array.

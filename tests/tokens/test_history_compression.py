@@ -1,4 +1,4 @@
-"""Compression of histories: static lengths, which event a token stands for, and that padding tells nothing."""
+"""History compression: static lengths, events of the tokens, and padding invariance."""
 
 import functools
 
@@ -32,7 +32,7 @@ def mesh():
 
 @functools.cache
 def build(plan):
-    """A compressor's graph and its weights, off their starting values."""
+    """The graph of a compressor, and weights off their starting values."""
     graph, weights = nnx.split(
         HistoryCompressor(plan, WIDTH, HEADS, rngs=nnx.Rngs(params=jax.random.key(0)))
     )
@@ -75,7 +75,11 @@ def toward(plan, histories=3):
 
 
 def histories(events, lengths, seed=0, newest=60):
-    """Right-aligned histories that agree in their newest events whatever `events` is; padding holds noise."""
+    """Right-aligned histories that agree in their newest events for any number of
+    events.
+
+    Padding holds noise.
+    """
     random = np.random.default_rng(seed)
     x = random.normal(size=(len(lengths), newest, WIDTH)).astype(np.float32)[
         :, newest - events :
@@ -86,7 +90,7 @@ def histories(events, lengths, seed=0, newest=60):
 
 
 def laid(x):
-    """On the mesh in use, split by the batch."""
+    """Split an array by its batch over the mesh in use."""
     return jax.device_put(
         x,
         jax.NamedSharding(
@@ -266,7 +270,7 @@ def silenced(plan, *names):
     }
 
 
-def test_pooled_token_without_the_layer_and_with_an_even_reader_is_the_mean_of_its_events():
+def test_pooling_without_layer_and_with_even_queries_is_the_mean_of_the_events():
     x, valid = histories(6, [5])
     made = compress(
         *silenced(
@@ -324,7 +328,8 @@ def fresh(name, shape):
 @pytest.mark.parametrize("name", ["mlp", "attention"])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_split_over_devices_equals_one_device(name, shape):
-    # float32 sums in another order: the largest difference measured was 1.2e-6 of the largest entry of an array.
+    # float32 sums in another order: the largest difference measured was 1.2e-6 of the
+    # largest entry of an array.
     for a, b in zip(
         jax.tree.leaves(fresh(name, shape)),
         jax.tree.leaves(fresh(name, (1, 1, 1))),

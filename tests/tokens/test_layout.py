@@ -11,6 +11,40 @@ def names(layout):
     return [ROLES[r] for r in layout.roles]
 
 
+def test_the_arrays_are_those_of_the_picture_in_the_module():
+    layout = build_layout(
+        user_tokens=2, events=2, fused=False, candidates=2, target_tokens=1
+    )
+    assert names(layout) == [
+        *("user", "user", "sep"),
+        *("state", "action", "state", "action"),
+        *("sep", "target", "target"),
+    ]
+    assert layout.event.tolist() == [-1, -1, -1, 0, 0, 1, 1, -1, -1, -1]
+    assert layout.candidate.tolist() == [-1] * 8 + [0, 1]
+    assert layout.index.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 8]
+    assert layout.reach.tolist() == layout.index.tolist()
+    assert layout.static.tolist() == [True] * 3 + [False] * 7
+    assert layout.readout.tolist() == [8, 9]
+    positions = layout.rope_positions(jnp.ones((1, 2), bool))
+    assert positions[0].tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
+
+
+def test_live_positions_are_those_of_the_picture_in_bfts():
+    layout = build_layout(
+        user_tokens=2, events=12, fused=True, candidates=1, target_tokens=1
+    )
+    live = live_positions(layout, (None, None, 6, 4))
+    everything = list(range(17))
+    assert [positions.tolist() for positions in live] == [
+        everything,
+        everything,
+        list(range(8, 17)),
+        list(range(13, 17)),
+        [16],
+    ]
+
+
 def test_nio_stream_is_static_events_target_in_that_order():
     layout = build_layout(
         user_tokens=2, events=2, fused=False, candidates=1, target_tokens=1
@@ -98,11 +132,11 @@ def test_codes_continue_their_event_and_see_none_after_it():
     ].tolist() == [*(True, False, False, False, False, False, False, False, True, True)]
 
 
-def test_needed_rows_of_2f2s_are_the_published_short_cut():
+def test_live_positions_of_2f2s_are_those_of_the_documentation():
     layout = build_layout(
         user_tokens=26, events=50, fused=True, candidates=1, target_tokens=1
     )
-    assert [len(rows) for rows in live_positions(layout, (None, None, 32, 16))] == [
+    assert [len(live) for live in live_positions(layout, (None, None, 32, 16))] == [
         79,
         79,
         47,
@@ -111,33 +145,34 @@ def test_needed_rows_of_2f2s_are_the_published_short_cut():
     ]
 
 
-def test_needed_rows_of_many_candidates_share_the_tail_of_the_history():
+def test_live_positions_of_many_candidates_share_the_tail_of_the_history():
     one = build_layout(
         user_tokens=4, events=50, fused=True, candidates=1, target_tokens=1
     )
     many = build_layout(
         user_tokens=4, events=50, fused=True, candidates=20, target_tokens=1
     )
-    lengths = [len(rows) for rows in live_positions(one, (None, None, 32, 16))]
-    assert [len(rows) for rows in live_positions(many, (None, None, 32, 16))] == [
+    lengths = [len(live) for live in live_positions(one, (None, None, 32, 16))]
+    assert [len(live) for live in live_positions(many, (None, None, 32, 16))] == [
         length + 19 for length in lengths
     ]
 
 
-def test_needed_rows_of_uc_query_states_only_at_the_top_and_drop_static_rows_after_the_last_full_layer():
+def test_live_positions_of_uc_are_states_at_the_top_and_not_static_above_full_layers():
     layout = build_layout(
         user_tokens=4, events=20, fused=False, candidates=0, target_tokens=1
     )
-    rows = live_positions(layout, (None, None, 8, 4))
-    assert rows[-1].tolist() == layout.readout.tolist()
-    assert not layout.static[rows[2]].any()
-    assert len(rows[1]) == layout.length - 1  # nothing reads the last action
+    live = live_positions(layout, (None, None, 8, 4))
+    assert live[-1].tolist() == layout.readout.tolist()
+    assert not layout.static[live[2]].any()
+    # Nothing reads the last action.
+    assert len(live[1]) == layout.length - 1
 
 
-@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [1, 3], [2], [0, 1, 4]])
-def test_take_rows_is_indexing(rows):
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3, 4], [1, 3], [2], [0, 1, 4]])
+def test_select_positions_is_indexing(chosen):
     x = jnp.arange(10.0).reshape(1, 5, 2)
     among = np.array([10, 11, 12, 13, 14])
     assert np.array_equal(
-        select_positions(x, among[rows], among), np.asarray(x)[:, rows]
+        select_positions(x, among[chosen], among), np.asarray(x)[:, chosen]
     )

@@ -15,7 +15,7 @@ def mesh():
 
 
 def interest(w, events, target):
-    """u of `events: [n, d]` and `target: [d]`, event by event, over the concatenated inputs."""
+    """u of `events: [n, d]` and `target: [d]`, event by event."""
     total = np.zeros_like(target)
     for event in events:
         pair = np.concatenate([event, target, event - target, event * target])

@@ -24,7 +24,7 @@ def softmax(x):
 
 
 def merged(w, group):
-    """InnerTrans and the learned query: one token of the real events `group: [k', d]`, the last k' of its places."""
+    """Merge the real events `group: [k', d]`: InnerTrans, then the learned query."""
     x = group
     normed = rms(x) * w["attention_norm/scale"] + w["place"][GROUP - len(x) :]
     q, k, v = (
@@ -42,7 +42,10 @@ def merged(w, group):
 
 
 def layer(w, rows, asked):
-    """`rows`: dicts of x, position, candidate, in the order of the stream; those of `asked` are computed."""
+    """One layer, token by token.
+
+    `rows` are dicts of x, position and candidate in stream order; `asked` are the
+    outputs."""
     out = []
     for i in asked:
         row = rows[i]

@@ -19,7 +19,11 @@ def mesh():
 
 
 def layer(w, rows, asked, top):
-    """`rows`: dicts of x, position, map and who they are, oldest first; those of `asked` are computed."""
+    """One layer, token by token.
+
+    `rows` are dicts of x, position, weight set (`map`) and candidate in stream order;
+    `asked` are the outputs.
+    """
 
     def weights(name, row, of_top=False):
         if row["map"] is None:

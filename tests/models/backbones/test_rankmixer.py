@@ -17,7 +17,7 @@ def mesh():
 
 
 def score(w, inputs):
-    """h of a target whose inputs lie side by side."""
+    """Read-out of a target from its concatenated inputs."""
     part = -(-len(inputs) // TOKENS)
     cut = np.append(inputs, np.zeros(part * TOKENS - len(inputs))).reshape(TOKENS, part)
     x = np.stack(

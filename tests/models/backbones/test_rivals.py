@@ -1,4 +1,4 @@
-"""What holds for every rival: padding, candidates, causality, gradients, figures, meshes, refusals."""
+"""Properties of every rival: padding, candidates, causality, gradients, meshes."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def mesh():
 
 
 def lengths(batch, events):
-    """`[B, T] bool` of right-aligned histories."""
+    """Right-aligned histories of different lengths, `[B, T] bool`."""
     return (
         np.arange(events)
         >= events - np.resize([0, 1, 2, 3, 5, 9, 10, 10], batch)[:, None]
@@ -104,7 +104,8 @@ def test_gradients_reach_every_weight_and_figures_are_counted(kind):
     weights = sum(w.size for w in jax.tree.leaves(backbone.weights))
     parts = figures["parameters"]["by_part"].items()
     assert sum(size for name, size in parts if name.startswith("backbone")) == weights
-    # A weight is multiplied with something of a sample once at least, less what stands beside a product.
+    # A weight is multiplied with something of a sample once at least, less what stands
+    # beside a product.
     assert figures["flops_per_example"] > weights
     assert "MFLOP per sample" in to_text(figures)
 
@@ -142,7 +143,7 @@ def test_retrieval_reads_events_without_later_ones(kind):
 
 @pytest.mark.parametrize("kind", RIVALS)
 def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
-    """Traced only: a wrong sharding is an error then."""
+    """The program is only traced: a wrong sharding is an error then."""
     config = rival(kind, candidates=2, events=6)
     config.model.dropout = 0.1
     shape = (2, 2, 2) if BACKBONES[kind].tensor_parallel else (4, 2, 1)
@@ -175,7 +176,7 @@ def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
 
 
 def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
-    """HSTU alone computes on every device by hand (shard_map)."""
+    """HSTU alone has a manual region (`shard_map`)."""
     backbone = Backbone(rival("hstu", paradigm="uc", events=6))
     layout, found = backbone.layout(), []
     x = np.random.default_rng(0).normal(size=(8, layout.length, 16)).astype(np.float32)
@@ -201,7 +202,8 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
                 jax.jit(jax.value_and_grad(loss))(laid, *split(x, lengths(8, 6)))
             )
     for one, many in zip(*(jax.tree.leaves(values) for values in found), strict=True):
-        # Sums in another order through weights that no norm bounds: 5e-5 of the largest value was seen.
+        # Sums in another order through weights that no norm bounds: 5e-5 of the largest
+        # value was seen.
         np.testing.assert_allclose(many, one, rtol=0, atol=2e-4 * np.abs(one).max())
 
 
@@ -266,7 +268,9 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
         ),
     ],
 )
-def test_what_a_rival_cannot_do_is_refused(kind, field, value, message):
+def test_an_option_that_a_rival_does_not_support_is_refused(
+    kind, field, value, message
+):
     config = tiny() if kind == "tokenformer" else rival(kind)
     section, name = field.split(".")
     setattr(getattr(config, section), name, value)

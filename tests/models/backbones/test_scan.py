@@ -1,4 +1,4 @@
-"""Layers as a loop over stacked weights are the layers one by one."""
+"""A loop over stacked weights equals the layers one by one."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def config_of(scan, **model):
 
 
 def loss_and_gradient(config, mesh):
-    """Of the backbone on random tokens: a loss, and its gradient layer by layer, by the names of single layers."""
+    """A loss of the backbone on random tokens, and its gradient by layer."""
     random, layout = (
         np.random.default_rng(0),
         build_model(config, SCHEMA, TASKS).layout(12),
