@@ -1,5 +1,4 @@
-"""Effect of a user's newest labels on AUC and GAUC: histories frozen before the test
-days.
+"""Effect of a user's newest labels on AUC and GAUC: histories frozen before the test.
 
     python -m benchmarks.frozen_history --data DIR --runs DIR [--seeds 0 1 2]
 

@@ -311,8 +311,7 @@ def write_page(
     records: dict[str, list[dict[str, Any]]],
     baselines: dict[str, dict[str, float | None]],
 ) -> None:
-    """Write the result page: the table, the ratios to soft tokens, and the arms in
-    words.
+    """Write the result page: table, ratios to soft tokens, and the arms in words.
 
     Args:
       stem: path of the page without its suffix.

@@ -75,10 +75,9 @@ def toward(plan, histories=3):
 
 
 def histories(events, lengths, seed=0, newest=60):
-    """Right-aligned histories that agree in their newest events for any number of
-    events.
+    """Right-aligned histories that agree in their newest events.
 
-    Padding holds noise.
+    They agree for any number of events. Padding holds noise.
     """
     random = np.random.default_rng(seed)
     x = random.normal(size=(len(lengths), newest, WIDTH)).astype(np.float32)[

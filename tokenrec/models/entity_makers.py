@@ -43,8 +43,8 @@ def make_entity_maker(
       The maker; None for a user or a query without features.
 
     Raises:
-      InputError: `tokens.text` or `tokens.soft` names a feature that the entity lacks, or
-        a candidate has no features.
+      InputError: `tokens.text` or `tokens.soft` names a feature that the entity lacks,
+        or a candidate has no features.
     """
     tokens, width = config.tokens, config.model.width
     if entity in tokens.text:
@@ -82,8 +82,8 @@ def make_target_maker(
     """
     tokens = config.tokens
     features = candidate_features(schema, segments)
-    # A candidate is made like a state where both have one token of the same features, so
-    # that they differ by their positions alone.
+    # A candidate is made like a state where both have one token of the same features,
+    # so that they differ by their positions alone.
     differs_from_states = (
         tokens.fused
         or tokens.target_tokens > 1

@@ -209,8 +209,7 @@ def batch_layout(
 
 
 def candidate_mask(batch: Batch) -> jax.Array | None:
-    """The real candidates or goals of a batch, `[B, C] bool`; None if streams have
-    none.
+    """The real candidates or goals of a batch, `[B, C] bool`; None without any.
 
     The others are padding, which no other position sees.
     """

@@ -123,15 +123,17 @@ class Embedder:
         return unique_rows
 
     def gather(
-        self, stored: dict[str, jax.Array], found: dict[str, UniqueRows]
+        self, stored: dict[str, jax.Array], unique_rows: dict[str, UniqueRows]
     ) -> dict[str, jax.Array]:
         """Gather the vectors of distinct rows: stack name -> `[u, w]`.
 
         Args:
           stored: stack name -> `[rows, w]`, the tables of the train state.
-          found: the result of `find`.
+          unique_rows: the result of `find`.
         """
-        return {name: gather_rows(stored[name], found[name]) for name in self.stacks}
+        return {
+            name: gather_rows(stored[name], unique_rows[name]) for name in self.stacks
+        }
 
     def entities(
         self,
@@ -186,8 +188,9 @@ class Embedder:
         Returns:
           Part of the batch -> its features.
         """
-        found = self.find(batch)
-        return self.entities(self.gather(stored, found), inverses(found), batch)
+        unique_rows = self.find(batch)
+        rows = self.gather(stored, unique_rows)
+        return self.entities(rows, inverses(unique_rows), batch)
 
     def _stack_features(self, part: str, stack: Stack) -> list[Feature]:
         """Features of a part whose table lies in a stack."""
@@ -243,13 +246,13 @@ class Embedder:
         return [(name, signals) for name, signals in parts if signals is not None]
 
 
-def inverses(found: dict[str, UniqueRows]) -> dict[str, dict[str, jax.Array]]:
+def inverses(unique_rows: dict[str, UniqueRows]) -> dict[str, dict[str, jax.Array]]:
     """Index of each id among the distinct rows, for `Embedder.entities`.
 
     Returns:
       Stack name -> part of the batch -> `[B, ..., columns of the stack]`.
     """
-    return {name: unique_rows.inverses for name, unique_rows in found.items()}
+    return {name: of_stack.inverses for name, of_stack in unique_rows.items()}
 
 
 def _catalogue_signals(items: jax.Array) -> Signals:

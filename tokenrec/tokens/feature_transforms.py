@@ -42,8 +42,7 @@ def table_widths(features: tuple[Feature, ...], config: TokensConfig) -> dict[st
 
 
 def hashed_prefix_ids(ids: jax.Array, rows: int) -> jax.Array:
-    """Hash the prefixes of a semantic id to table rows: level l becomes
-    `hash(c_1..c_l)`.
+    """Hash the prefixes of a semantic id, `hash(c_1..c_l)` for level l, to table rows.
 
     Args:
       ids: `[..., L] int32`, one code per level, 0 where it is missing.

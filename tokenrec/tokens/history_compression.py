@@ -107,8 +107,7 @@ class MlpOverTime(nnx.Module):
 
 
 class AttentionPooling(nnx.Module):
-    """Pool each group of k events to one token: a Transformer layer, then learned
-    queries.
+    """Pool each group of k events: a Transformer layer, then learned queries.
 
         X   = X + Attention(RMSNorm(X) + P)          inside the group; P [k, d], learned
         X   = X + gelu(RMSNorm(X) W_1) W_2

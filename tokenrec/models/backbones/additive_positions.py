@@ -1,5 +1,4 @@
-"""Additive positions: a learned vector per position and one per role, added to the
-tokens.
+"""Additive positions: learned vectors of position and role, added to the tokens.
 
     X_0 = tokens + E_position[p] + E_role[role]           p: `Layout.rope_positions`
 

@@ -11,19 +11,19 @@ positions are computed, which is exact and the reason for the speed of the windo
 (docs/methods.md section 3, "Needed rows"). A stream of two user tokens, 12 fused events
 and one target with windows 6 and 4 (2F2S), seen from the read-out downwards:
 
-    position                user sep  events                      sep target
-                            0 1   2   3 4 5 6 7 8 9 . . . . 13 14  15   16
+                        user  sep  events                                sep target
+    position            0  1   2   3  4  5  6  7  8  9 10 11 12 13 14    15   16
 
-    output                  . .   .   . . . . . . . . . . . .  .   .    #      1 live
-    layer 4, window 4       . .   .   . . . . . . . . . . . #  #   #    #      4
-    layer 3, window 6       . .   .   . . . . . # # # # # # #  #   #    #      9
-    layer 2, full           # #   #   # # # # # # # # # # # #  #   #    #     17
-    layer 1, full           # #   #   # # # # # # # # # # # #  #   #    #     17
+    output              .  .   .   .  .  .  .  .  .  .  .  .  .  .  .     .    #    1
+    layer 4, window 4   .  .   .   .  .  .  .  .  .  .  .  .  .  #  #     #    #    4
+    layer 3, window 6   .  .   .   .  .  .  .  .  #  #  #  #  #  #  #     #    #    9
+    layer 2, full       #  #   #   #  #  #  #  #  #  #  #  #  #  #  #     #    #   17
+    layer 1, full       #  #   #   #  #  #  #  #  #  #  #  #  #  #  #     #    #   17
 
-A line shows the live inputs (#) of its layer. Layer l computes keys and values for
-these, and queries, gate and FFN for those of the line above. Below a sliding layer of
-window w at most w - 1 more positions are live than above it; static tokens (user, sep)
-leave after the last full layer.
+A line shows the live inputs (#) of its layer, and their number. Layer l computes keys
+and values for these, and queries, gate and FFN for those of the line above. Below a
+sliding layer of window w at most w - 1 more positions are live than above it; static
+tokens (user, sep) leave after the last full layer.
 
 Everything here is static NumPy. Letters: S stream length, P prefix length, w window.
 """

@@ -50,10 +50,10 @@ from tokenrec.tokens.layout import select_positions
 
 
 def ffn_width(config: ModelConfig) -> int:
-    """Inner width f of SwiGLU: `model.ffn_width`, or 8/3 d rounded up to a multiple of
-    8.
+    """Inner width f of SwiGLU: `model.ffn_width`, or about 8/3 d.
 
-    With 8/3 d its three matrices have as many weights as the two of a 4 d wide FFN.
+    With 8/3 d, rounded up to a multiple of 8, its three matrices have as many weights
+    as the two of a 4 d wide FFN.
     """
     return config.ffn_width or -(-8 * config.width // 3 // 8) * 8
 

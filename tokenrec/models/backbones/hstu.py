@@ -1,5 +1,4 @@
-"""HSTU: pointwise attention without a softmax, with relative biases of position and
-time.
+"""HSTU: attention without a softmax, with relative biases of position and time.
 
 *Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for
 Generative Recommendations* (Zhai et al., arXiv 2402.17152, 2024), section 3.2:

@@ -1,5 +1,4 @@
-"""OneTrans: one Transformer for the history and for feature tokens with weights of
-their own.
+"""OneTrans: one Transformer; the history shares weights, other tokens have their own.
 
 *OneTrans: Unified Feature Interaction and Sequence Modeling with One Transformer in
 Industrial Recommender* (Zhang et al., arXiv 2510.26104, 2025):
@@ -294,8 +293,8 @@ class OneTrans(Backbone):
         # left depends on the longest stream, not on this one: padding changes nothing.
         positions = []
         for layer in range(layers):
-            kept = -(-self.longest * (layers - layer) // layers)
-            positions.append(np.concatenate([history[-kept:], others]))
+            newest = -(-self.longest * (layers - layer) // layers)
+            positions.append(np.concatenate([history[-newest:], others]))
         positions.append(stream.readout)
         return tuple(
             AttentionLayer(stream.pattern(outputs, inputs))

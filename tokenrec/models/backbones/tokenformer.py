@@ -320,11 +320,11 @@ class TokenFormer(Backbone):
                 "prefix; pass those alone"
             )
         cached = cached_positions(self.config, layout)
-        found = [past.keys.shape[1] for past in cache.layers]
+        lengths = [past.keys.shape[1] for past in cache.layers]
         expected = [len(kept) for kept in cached]
-        if found != expected:
+        if lengths != expected:
             raise InputError(
-                f"the cache holds {found} tokens by layer and the prefix needs "
+                f"the cache holds {lengths} tokens by layer and the prefix needs "
                 f"{expected}; prefill it again"
             )
         x, stream = self.prepare_inputs(x, layout, behind, events, candidates)
