@@ -35,7 +35,7 @@ def cases():
     requests = build_layout(
         user_tokens=5, events=200, fused=True, candidates=4, target_tokens=3
     )
-    rows = np.arange(requests.rows)
+    rows = np.arange(requests.length)
     return {
         "full": (causal_pattern(300, 300), None, False),
         "windowed": (causal_pattern(700, 700), 64, False),
