@@ -1,12 +1,15 @@
-r"""KuaiRand-Pure with the history frozen at midnight before the evaluated days: what the newest labels do to AUC, GAUC.
+"""Effect of a user's newest labels on AUC and GAUC: histories frozen before the test.
 
     python -m benchmarks.frozen_history --data DIR --runs DIR [--seeds 0 1 2]
 
-`--runs` holds finished NIO runs of `benchmarks/kuairand_pure.py`. Each is evaluated twice: as it is, and with every
-impression of the evaluated split taken out of the histories. Nothing is trained again. A user has 2.6 impressions in
-the split, so a score that follows the user's labels of the same days is against the label inside the user: the others
-hold fewer of it. GAUC asks about just that order, AUC about the order of users too.
-"""
+`--runs` holds finished NIO runs of `benchmarks/kuairand_pure.py`. Each is evaluated
+twice: as it is, and with the impressions of the evaluated split removed from all
+histories. Nothing is trained again.
+
+Why the two metrics may move apart: a user has 2.6 impressions in the split. A score
+that follows the labels of the same days ranks users well, which AUC rewards. Inside a
+user it points the wrong way, because the remaining impressions hold fewer of the label;
+GAUC measures that order alone."""
 
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
 
 
 def without_scored_events(load: Any) -> Any:
-    """`Dataset.load`, but rows that are scored enter no history."""
+    """Wrap `Dataset.load` so that scored log rows enter no history."""
 
-    def frozen(
+    def load_frozen(
         self: Dataset, split: str, start: int = 0, stop: int | None = None
     ) -> Log:
         log = load(self, split, start, stop)
@@ -38,7 +41,7 @@ def without_scored_events(load: Any) -> Any:
         )
         return dataclasses.replace(log, flags=flags)
 
-    return frozen
+    return load_frozen
 
 
 def main() -> None:
@@ -54,7 +57,8 @@ def main() -> None:
         "--out", type=Path, default=Path("benchmarks/results/frozen_history")
     )
     arguments = parser.parse_args()
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    # (task, history) -> the metrics of each seed.
+    metrics_by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
         workdir = arguments.runs / f"nio_seed{seed}"
         for history in ("up to the impression", "frozen at midnight of 3 May"):
@@ -63,12 +67,13 @@ def main() -> None:
                 if history.startswith("up")
                 else without_scored_events(Dataset.load)
             )
+            # The evaluation opens its data set itself, so its `load` is patched.
             with mock.patch.object(Dataset, "load", load):
                 report = evaluate_run(workdir, "valid", "latest", arguments.data)
             for task, metrics in report["tasks"].items():
-                found.setdefault((task, history), []).append(metrics)
+                metrics_by_case.setdefault((task, history), []).append(metrics)
     rows = []
-    for (task, history), records in sorted(found.items()):
+    for (task, history), records in sorted(metrics_by_case.items()):
         row: dict[str, Any] = {"task": task, "history": history, "seeds": len(records)}
         for metric in METRICS:
             row[metric] = spread([record[metric] for record in records])

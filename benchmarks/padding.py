@@ -1,10 +1,11 @@
-"""Labelled rows that a second of training takes in, as the share of padding falls: streams in more and more buckets.
+"""Training speed against the share of padding, for more and more length buckets.
 
-    python -m benchmarks.padding --data DIR [--config kuairand_pure_uc] [--batches 24] [--repeats 5]
+    python -m benchmarks.padding --data DIR [--config kuairand_pure_uc] [--batches 24]
 
-The batches are those that training would read, of a prepared data set. A bucket is a stream length that shorter
-histories are padded to, and one more compilation, which is not timed. All settings take turns in one run.
-"""
+The batches are those that training would read from a prepared data set. A bucket
+(`data.buckets`) is a stream length that shorter histories are padded to; each one costs
+a compilation, which is not timed. All settings take turns in one run, so that load on
+the machine falls on each alike. Speed is in labelled log rows per second."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ from tokenrec.step import train_step
 
 
 def bucket_settings(config: Config) -> list[tuple[int, ...]]:
-    """No bucket, the config's own, and quarters and eighths of the longest stream."""
+    """Buckets to compare: none, halves, quarters, eighths, and those of the config."""
     longest = config.data.events
     parts = [
         tuple(sorted({longest * i // n for i in range(1, n)} - {0})) for n in (2, 4, 8)
@@ -42,7 +43,16 @@ def bucket_settings(config: Config) -> list[tuple[int, ...]]:
 
 
 def read_batches(config: Config, dataset: Dataset, count: int) -> list[HostBatch]:
-    """Batches from the start of the first epoch, whose order of lengths is shuffled."""
+    """Read the first batches of an epoch, in which lengths are shuffled.
+
+    Args:
+      config: the run's config.
+      dataset: a prepared data set.
+      count: number of batches.
+
+    Returns:
+      The batches, on the host.
+    """
     data = train_batches(
         dataset,
         config.data,
@@ -59,7 +69,17 @@ def read_batches(config: Config, dataset: Dataset, count: int) -> list[HostBatch
 def epoch_of_steps(
     config: Config, dataset: Dataset, batches: list[HostBatch], mesh: jax.sharding.Mesh
 ) -> Run:
-    """A run over all batches, with a state that training changes."""
+    """Create a timed run: a train step on each batch, one after another.
+
+    Args:
+      config: the run's config.
+      dataset: the data set of the batches.
+      batches: batches on the host; they are moved to the devices before the run.
+      mesh: the mesh.
+
+    Returns:
+      A function that trains on all batches and returns the last metrics.
+    """
     model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
     step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
     on_device = [to_devices(host.batch, mesh) for host in batches]
@@ -101,26 +121,29 @@ def main() -> None:
             )
             batches = read_batches(config, dataset, flags.batches)
             runs[buckets] = epoch_of_steps(config, dataset, batches, mesh)
-            held = sum(host.batch.valid.size for host in batches)
+            # Padded and real events together.
+            events = sum(host.batch.valid.size for host in batches)
             rows.append(
                 {
                     "stream lengths": ", ".join(
                         map(str, (*buckets, config.data.events))
                     ),
                     "padding": 1
-                    - sum(int(np.sum(host.batch.valid)) for host in batches) / held,
+                    - sum(int(np.sum(host.batch.valid)) for host in batches) / events,
                     "labelled rows": sum(
                         int(host.batch.weight.sum()) for host in batches
                     ),
                 }
             )
         seconds = take_turns(runs, flags.repeats)
-    first = seconds[()]
+    without_buckets = seconds[()]
     for row, taken in zip(rows, seconds.values(), strict=True):
         row["labelled rows/s"] = row["labelled rows"] / statistics.median(taken)
         row["best"] = row["labelled rows"] / min(taken)
         row["/ first line"] = (
-            row["labelled rows"] / rows[0]["labelled rows"] * paired_ratio(first, taken)
+            row["labelled rows"]
+            / rows[0]["labelled rows"]
+            * paired_ratio(without_buckets, taken)
         )
     stem = flags.out or Path(__file__).parent / "results" / f"padding_{flags.config}"
     params = {

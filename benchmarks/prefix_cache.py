@@ -1,12 +1,17 @@
-"""Time to score the candidates of a request with a prefix cache and without.
+"""Time to score the candidates of a request, with a prefix cache and without.
 
-python -m benchmarks.prefix_cache              # 1,024 candidates, histories of 128 and 512 rows
+    python -m benchmarks.prefix_cache    # 1,024 candidates, histories of 128 and 512
 
-A request has one history and many candidates, which are scored in slices of C. The cache computes the history once; the
-rivals are the history again with each slice, the history again with each candidate, and one stream of all candidates.
-Tokens are random and weights fresh; makers and head are left out, as they cost all variants the same. Every variant
-takes its turn within one run, so that load on the machine falls on each alike and their ratios hold.
-"""
+A request has one history and many candidates, which are scored in slices. Variants:
+
+    cached        the history once, then each slice against its cached keys and values
+    again         the history again with each slice
+    alone         the history again with each candidate
+    one stream    the history and all candidates in one stream
+
+Tokens are random and weights fresh. Makers and head are left out, as they cost all
+variants the same. The variants take turns within one run, so that load on the machine
+falls on each alike and their ratios hold."""
 
 from __future__ import annotations
 
@@ -28,7 +33,8 @@ from tokenrec.config import MeshConfig, ModelConfig
 from tokenrec.errors import InputError
 from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.sharding import RULES, make_mesh
-from tokenrec.tokens.layout import Layout, build_layout
+from tokenrec.tokens.layout import Layout
+from tokenrec.tokens.stream_segments import StreamSegment, make_layout
 
 STACKS = {
     "4F": ModelConfig(width=64, layers=4, windows=()),
@@ -38,71 +44,90 @@ STREAMS = 16  # streams of a lone candidate that are computed together
 
 
 def stream(history: int, candidates: int) -> Layout:
-    """`history` rows, two separators among them, then candidates of one row each."""
-    return build_layout(
-        user_tokens=0,
+    """Lay out a history of so many tokens, then candidates of one token each.
+
+    Two of the tokens of the history are separators, before and behind the events.
+    """
+    separator = StreamSegment.tokens("sep", 1)
+    events = StreamSegment.history("event", np.arange(history - 2))
+    return make_layout(
+        [separator, events, separator],
+        [StreamSegment.tokens("target", 1)],
         events=history - 2,
-        fused=True,
         candidates=candidates,
-        target_tokens=1,
+        readout="candidates",
     )
 
 
 class Request:
-    """Random tokens of requests with equally long histories, and the programs that score their candidates."""
+    """Random tokens of requests with equal histories, and programs that score them.
+
+    Args:
+      config: `model` of a config.
+      history: tokens of the history.
+      candidates: candidates of a request.
+      batch: number of requests.
+    """
 
     def __init__(self, config: ModelConfig, history: int, candidates: int, batch: int):
         backbone = TokenFormer(config, rngs=nnx.Rngs(params=jax.random.key(0)))
         graph, self.weights = nnx.split(backbone)
-        self.history, self.candidates, self.batch, width = (
-            history,
-            candidates,
-            batch,
-            config.width,
-        )
+        self.history = history
+        self.candidates = candidates
+        self.batch = batch
 
-        def normal(seed: int, rows: int) -> jax.Array:
+        def normal(seed: int, tokens: int) -> jax.Array:
             return jax.random.normal(
                 jax.random.key(seed),
-                (batch, rows, width),
+                (batch, tokens, config.width),
                 out_sharding=RULES("batch", None, None),
             )
 
         self.prefix, self.own = normal(1, history), normal(2, candidates)
         merge = functools.partial(nnx.merge, graph)
 
-        def real(x: jax.Array, count: int) -> jax.Array:
+        def all_real(x: jax.Array, count: int) -> jax.Array:
+            """`[B, count] bool`: no event and no candidate is padding."""
             return jnp.ones(
                 (x.shape[0], count), bool, out_sharding=RULES("batch", None)
             )
 
         @jax.jit
         def prefill(weights: Any, x: jax.Array) -> Any:
-            return merge(weights).prefill(x, stream(history, 1), real(x, history - 2))[
-                0
-            ]
+            return merge(weights).prefill(
+                x, stream(history, 1), all_real(x, history - 2)
+            )[0]
 
         @jax.jit
         def extend(weights: Any, cache: Any, x: jax.Array) -> jax.Array:
             count = x.shape[1]
             return merge(weights).extend(
-                cache, x, stream(history, count), real(x, history - 2), real(x, count)
+                cache,
+                x,
+                stream(history, count),
+                all_real(x, history - 2),
+                all_real(x, count),
             )
 
         @jax.jit
         def forward(weights: Any, x: jax.Array) -> jax.Array:
             count = x.shape[1] - history
             return merge(weights)(
-                x, stream(history, count), real(x, history - 2), real(x, count), None
+                x,
+                stream(history, count),
+                all_real(x, history - 2),
+                all_real(x, count),
+                None,
             )
 
         self._prefill, self._extend, self._forward = prefill, extend, forward
 
     def prefill(self) -> Any:
+        """Compute the prefix cache."""
         return self._prefill(self.weights, self.prefix)
 
     def cached(self, size: int) -> Callable[[], list[jax.Array]]:
-        """The history once, then slices of `size` candidates."""
+        """Create a run: the history once, then slices of `size` candidates."""
         slices = jnp.split(self.own, self.candidates // size, axis=1)
 
         def run() -> list[jax.Array]:
@@ -112,7 +137,7 @@ class Request:
         return run
 
     def again(self, size: int) -> Callable[[], list[jax.Array]]:
-        """The history with every slice."""
+        """Create a run: the history again with each slice of `size` candidates."""
         streams = [
             jnp.concatenate([self.prefix, own], axis=1)
             for own in jnp.split(self.own, self.candidates // size, axis=1)
@@ -120,7 +145,7 @@ class Request:
         return lambda: [self._forward(self.weights, x) for x in streams]
 
     def alone(self) -> Callable[[], list[jax.Array]]:
-        """The history with every candidate, `STREAMS` candidates at a time."""
+        """Create a run: the history again with each candidate, `STREAMS` at a time."""
         together = min(STREAMS, self.candidates)
         shape = (self.batch * together, self.history, self.prefix.shape[2])
         prefix = jnp.broadcast_to(
@@ -146,7 +171,20 @@ def bench(
     repeats: int,
     alone: bool,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each stack, history and size of slices."""
+    """Time all variants.
+
+    Args:
+      stacks: names of `STACKS`.
+      histories: tokens of the history.
+      slices: candidates of a slice.
+      candidates: candidates of a request.
+      batch: requests.
+      repeats: turns of each variant.
+      alone: also time the history again with each candidate, which is slow.
+
+    Yields:
+      A line of the result table for each stack, history and size of slices.
+    """
     for name in stacks:
         for history in histories:
             request = Request(STACKS[name], history, candidates, batch)
@@ -167,9 +205,9 @@ def bench(
                 for key, run in runs.items()
                 if key != "prefill"
             }
-            apart = max(
-                float(np.abs(made - scores["one stream"]).max())
-                for made in scores.values()
+            largest_difference = max(
+                float(np.abs(score - scores["one stream"]).max())
+                for score in scores.values()
             )
             for size in slices:
                 cached = seconds["cached", size]
@@ -187,7 +225,7 @@ def bench(
                     "history with each candidate / cached": (
                         paired_ratio(seconds["alone"], cached) if alone else None
                     ),
-                    "largest difference": apart,
+                    "largest difference": largest_difference,
                 }
 
 
@@ -200,14 +238,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         default=list(STACKS),
         choices=STACKS,
-        help="kinds of layers",
+        help="layers: all full, or two full and two sliding",
     )
     parser.add_argument(
         "--histories",
         nargs="+",
         type=int,
         default=[128, 512],
-        help="rows of the prefix",
+        help="tokens of the prefix",
     )
     parser.add_argument(
         "--slices",
@@ -224,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--no-alone",
         action="store_true",
-        help="leave out a stream per candidate, which is slow",
+        help="leave out the variant of a stream per candidate, which is slow",
     )
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "prefix_cache"
@@ -233,11 +271,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in (*flags.slices, min(STREAMS, flags.candidates)):
         if size < 1 or flags.candidates % size:
             raise InputError(
-                f"--candidates {flags.candidates} is no multiple of a slice of {size}; choose a divisor"
+                f"--candidates {flags.candidates} is no multiple of a slice of {size}; "
+                "choose a divisor"
             )
     if min(flags.histories) < 3:
         raise InputError(
-            f"--histories {min(flags.histories)}: two rows are separators; use at least 3"
+            f"--histories {min(flags.histories)}: two tokens are separators; use at "
+            "least 3"
         )
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         rows = list(

@@ -1,12 +1,17 @@
-"""How much of each signal of an event survives in its soft token: probes of a trained run, and of two controls.
+"""Signal probe: how much of each signal can be recovered from an event's soft token.
 
     python -m benchmarks.signal_probe --run RUN [--data DIR]
 
-`RUN` is a folder of `benchmarks/soft_tokens.py`, or any run whose events are one soft token each. An entity is the
-newest event of a request of the split; events that are alike in all signals count once, as the probes are judged on
-other events than they learn from. The controls have the same width: a fixed random map of the trained transforms, and
-the maker of the run as it was before training, tables included.
-"""
+`RUN` is a run of `benchmarks/soft_tokens.py`, or any other whose events are one soft
+token each. Probes are trained on the tokens of the newest event of requests of a split,
+and of two controls of the same width (docs/methods.md section 5, "Signal probe"):
+
+    soft         the trained maker
+    random map   a fixed random map of the trained feature transforms
+    untrained    the maker as it was before training, tables included
+
+Events that agree in all signals count once: probes are judged on events that they did
+not learn from."""
 
 from __future__ import annotations
 
@@ -34,13 +39,19 @@ from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
 from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import ModelSpec, TrainState, bind_params, init_state
-from tokenrec.tokens.history import merged
+from tokenrec.tokens.history import merge_entities
 from tokenrec.tokens.makers import Maker
 
 
 class Events(NamedTuple):
-    """Distinct events, n of them: `tokens, fresh: [n, N, d]` of the trained and the untrained maker, `transforms:
-    [n, e]` of the trained one, and the signals behind them.
+    """The distinct events that are probed, n of them.
+
+    Attributes:
+      tokens: `[n, N, d]`, soft tokens of the trained maker.
+      fresh: `[n, N, d]`, soft tokens of the untrained maker.
+      transforms: `[n, e]`, feature transforms of the trained maker.
+      signals: signal name -> its values.
+      step: training steps of the run.
     """
 
     tokens: np.ndarray
@@ -53,7 +64,16 @@ class Events(NamedTuple):
 def newest_tokens(
     model: ModelSpec, state: TrainState, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """Of the newest event of every stream: `[B, N, d]` tokens, and `[B, e]`, the transforms that they are made of."""
+    """Make the tokens of the newest event of each stream.
+
+    Args:
+      model: a model whose events are one soft token each.
+      state: its weights.
+      batch: a batch of B streams.
+
+    Returns:
+      `[B, N, d]`, the tokens, and `[B, e]`, the transforms that they are made of.
+    """
     newest = batch._replace(
         state=jax.tree.map(lambda x: x[:, -1:], batch.state),
         action=jax.tree.map(lambda x: x[:, -1:], batch.action),
@@ -61,23 +81,32 @@ def newest_tokens(
     entities = model.embedder.look_up(state.tables, newest)
     maker = bind_params(model, state.params).history.event
     assert isinstance(maker, Maker)
-    values, ids = merged(entities["state"], entities["action"])
-    made = maker(values, ids, jax.numpy.dtype(model.config.model.dtype))
-    return made[:, 0], jax.numpy.concatenate(maker.transforms(values, ids), axis=-1)[
-        :, 0
-    ]
+    values, ids = merge_entities(entities["state"], entities["action"])
+    tokens = maker(values, ids, jax.numpy.dtype(model.config.model.dtype))
+    transforms = jax.numpy.concatenate(maker.transforms(values, ids), axis=-1)
+    return tokens[:, 0], transforms[:, 0]
 
 
 def read_events(workdir: Path, data: Path | None, split: str, requests: int) -> Events:
-    """Newest events of requests that are spread evenly over a split.
+    """Read the newest events of requests that are spread evenly over a split.
+
+    Args:
+      workdir: folder of the run.
+      data: folder of the data set, if it is not where the run read it.
+      split: name of the split.
+      requests: number of requests.
+
+    Returns:
+      The distinct events.
 
     Raises:
-      InputError: no run there, or its events are not soft tokens of one maker.
+      InputError: there is no run, or its events are not soft tokens of one maker.
     """
     config = load_run_config(workdir, data)
     if not config.tokens.fused or "history" in config.tokens.text:
         raise InputError(
-            f"workdir '{workdir}': its events are not one soft token each; give a run with fused events"
+            f"workdir '{workdir}': its events are not one soft token each; give a run "
+            "with fused events"
         )
     if (
         config.data.objective == "retrieval"
@@ -85,20 +114,20 @@ def read_events(workdir: Path, data: Path | None, split: str, requests: int) -> 
         and config.head.tied
     ):
         raise InputError(
-            f"workdir '{workdir}': item vectors are added to its events (head.tied); give one without"
+            f"workdir '{workdir}': item vectors are added to its events (head.tied); "
+            "give one without"
         )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = open_run(workdir, "latest", data)
         step = jax.jit(functools.partial(newest_tokens, run.model))
         fresh = init_state(run.model, config.seed)
-        found: list[tuple[np.ndarray, ...]] = []
-        data_config, times = (
-            dataclasses.replace(config.data, buckets=()),
-            reads_event_ages(config.model),
-        )
+        parts: list[tuple[np.ndarray, ...]] = []
+        # One stream length, so that the step compiles once.
+        data_config = dataclasses.replace(config.data, buckets=())
+        ages = reads_event_ages(config.model)
         for host, _ in eval_batches(
-            run.dataset, data_config, split, limit=requests, ages=times
+            run.dataset, data_config, split, limit=requests, ages=ages
         ):
             batch = to_devices(host.batch, mesh)
             tokens, transforms = jax.device_get(step(run.state, batch))
@@ -106,7 +135,7 @@ def read_events(workdir: Path, data: Path | None, split: str, requests: int) -> 
             state, action = host.batch.state, host.batch.action
             columns = (state.ids, state.dense, action.ids, action.dense)
             real = host.batch.valid[:, -1]
-            found.append(
+            parts.append(
                 tuple(
                     part[real]
                     for part in (
@@ -118,8 +147,9 @@ def read_events(workdir: Path, data: Path | None, split: str, requests: int) -> 
                 )
             )
     tokens, untrained, transforms, *signals_of = (
-        np.concatenate(part) for part in zip(*found, strict=True)
+        np.concatenate(part) for part in zip(*parts, strict=True)
     )
+    # Events that agree in every column are one; NaN (missing) equals itself here.
     alike = np.concatenate([column.astype(np.float64) for column in signals_of], axis=1)
     first = np.sort(
         np.unique(np.nan_to_num(alike, nan=-1e300), axis=0, return_index=True)[1]
@@ -134,31 +164,39 @@ def read_events(workdir: Path, data: Path | None, split: str, requests: int) -> 
 
 
 def probe_rows(events: Events, seed: int) -> list[dict[str, Any]]:
-    """A row per signal: what a linear probe and an MLP find in each kind of token."""
+    """Probe each kind of token for each signal, with a linear probe and an MLP.
+
+    Args:
+      events: the events.
+      seed: seed of the halves, the probes and the random map.
+
+    Returns:
+      A line of the result table for each signal.
+    """
     count, width = events.tokens.shape[1:]
     kinds = {
         "soft": events.tokens,
         "random map": random_tokens(events.transforms, count, width, seed=seed),
         "untrained": events.fresh,
     }
-    found = {
+    scores = {
         kind: probe_signals(tokens, events.signals, seed=seed)
         for kind, tokens in kinds.items()
     }
     rows = []
     for name, signal in events.signals.items():
-        limit = found["soft"][name]["limit"]
+        limit = scores["soft"][name]["limit"]
         row: dict[str, Any] = {
             "signal": name,
             "unit": "R2" if signal.kind == "dense" else "nats",
             "limit": limit,
         }
-        for kind, probed in found.items():
+        for kind, probed in scores.items():
             row |= {
                 f"{kind}, {probe}": _defined(probed[name][probe])
                 for probe in ("linear", "mlp")
             }
-        rows.append(row | {"held-out events": int(found["soft"][name]["rows"])})
+        rows.append(row | {"held-out events": int(scores["soft"][name]["rows"])})
     return rows
 
 
@@ -176,14 +214,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        help="prepared data set, if it is not where the run reads it",
+        help="prepared data set, if it is not where the run read it",
     )
     parser.add_argument("--split", default="valid")
     parser.add_argument(
-        "--requests", type=int, default=8_192, help="whose newest events are probed"
+        "--requests",
+        type=int,
+        default=8_192,
+        help="number of requests whose newest events are probed",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the halves, the probes and the controls"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the halves, the probes and the controls",
     )
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "signal_probe"
@@ -200,7 +244,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "transforms": f"{events.transforms.shape[1]} numbers",
         "seed": flags.seed,
     }
-    command = f"python -m benchmarks.signal_probe --run RUN --split {flags.split} --requests {flags.requests}"
+    command = (
+        f"python -m benchmarks.signal_probe --run RUN --split {flags.split} "
+        f"--requests {flags.requests}"
+    )
     title = "What probes recover of each signal from the token of an event"
     write_result(
         flags.out,
@@ -212,9 +259,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = flags.out.with_name(flags.out.name + ".md")
     with page.open("a") as file:
         file.write(
-            "\nA number is judged by R2, a category by the cross-entropy gained over its marginal, in nats, of which "
-            "`limit` is the most. Probes are judged on events that they did not learn from. `random map` is a fixed "
-            "random map of the trained transforms, `untrained` the maker as it was before training.\n"
+            "\nA number is judged by R2, a category by the cross-entropy gained over its "
+            "marginal, in nats, of which `limit` is the most. Probes are judged on "
+            "events that they did not learn from. `random map` is a fixed random map of "
+            "the trained transforms, `untrained` the maker as it was before training.\n"
         )
     print(page.read_text())
 

@@ -1,13 +1,18 @@
-"""Soft tokens against text: tokens, FLOPs, time, memory and quality of equal runs that differ in the prompt alone.
+"""Soft tokens against the textualised prompt: cost and quality of otherwise equal runs.
 
     tokenrec semantic-ids --data DIR --out IDS --levels 7 --codes 64
-    python -m benchmarks.soft_tokens --task complete_journey --data DIR --semantic-ids IDS --work DIR
-    python -m benchmarks.soft_tokens --task complete_journey_retrieval --data DIR --work DIR
-    python -m benchmarks.soft_tokens --task kuairand_pure --data DIR --semantic-ids IDS --work DIR
+    python -m benchmarks.soft_tokens --task complete_journey --data DIR \\
+        --semantic-ids IDS --work DIR
+    python -m benchmarks.soft_tokens --task complete_journey_retrieval --data DIR \\
+        --work DIR
+    python -m benchmarks.soft_tokens --task kuairand_pure --data DIR \\
+        --semantic-ids IDS --work DIR
 
-Each arm (benchmarks/soft_tokens_arms.py) and seed is a process of its own, one after another, and a folder under
-`--work`. A run that was stopped goes on where it was, a finished one is only read. Nothing is chosen on the split that
-is reported: the last checkpoint is taken.
+The runs of a task differ in the prompt alone (the arms of
+benchmarks/soft_tokens_arms.py; docs/methods.md section 2). The result is a table of
+tokens, FLOPs, time, memory and metrics. Each arm and seed is a process of its own, one
+after another, with a folder under `--work`. A stopped run resumes, a finished one is
+read. Nothing is chosen on the split that is reported: the last checkpoint is evaluated.
 """
 
 from __future__ import annotations
@@ -51,7 +56,8 @@ from tokenrec.train_loop import train
 
 RESULTS = Path(__file__).parent / "results"
 RECORD = "result.json"
-# The longest default history with which a task takes about 40 minutes on a calm two-core machine.
+# The longest default history with which a task takes about 40 minutes on a calm
+# two-core machine.
 EVENTS = {"complete_journey": 32, "complete_journey_retrieval": 32, "kuairand_pure": 32}
 MIB = 2**20
 TITLES = {
@@ -73,11 +79,21 @@ COSTS = (
 
 
 def run_arm(config_text: str, workdir: Path) -> dict[str, Any]:
-    """Trains an arm, or goes on with it, measures it, and writes its record into `workdir`. For a fresh process."""
+    """Train an arm or resume it, measure it, and write its record into `workdir`.
+
+    It runs in a fresh process, whose peak memory is that of the arm.
+
+    Args:
+      config_text: the arm's config as JSON.
+      workdir: folder of the run.
+
+    Returns:
+      The record: costs by the names of `COSTS`, and metrics.
+    """
     config = from_json(config_text)
     summary = train(config, workdir)
     data = Path(config.data.path)
-    # A run that was stopped after its last checkpoint has been evaluated, but the report went with the process.
+    # A run that was stopped after its last checkpoint has no report of the evaluation.
     report = summary["evaluation"] or evaluate_run(
         workdir, "valid", "latest", data, limit=config.train.eval_samples
     )
@@ -105,28 +121,35 @@ def run_arm(config_text: str, workdir: Path) -> dict[str, Any]:
 
 
 def baseline_metrics(workdir: Path) -> dict[str, dict[str, float | None]]:
-    """The metrics of what needs no model, by name, on the requests that the run in `workdir` was evaluated on."""
-    kept = workdir / "baselines.json"
-    if not kept.is_file():
+    """Evaluate the baselines that need no model, on the requests of a run's evaluation.
+
+    Args:
+      workdir: folder of the run; the result is kept there.
+
+    Returns:
+      Baseline name -> metric -> value.
+    """
+    stored = workdir / "baselines.json"
+    if not stored.is_file():
         report = evaluate_run(
             workdir, "valid", "latest", None, baselines=True, limit=EVALUATED
         )
-        write_json(
-            kept, {name: quality(found) for name, found in report["baselines"].items()}
-        )
-    return json.loads(kept.read_text())
+        metrics = {name: quality(part) for name, part in report["baselines"].items()}
+        write_json(stored, metrics)
+    return json.loads(stored.read_text())
 
 
 def prompt_tokens(config: Config) -> int:
-    """Rows of the stream of a request with one candidate."""
+    """Tokens of the stream of a request with one candidate."""
     candidates = 1 if config.data.objective == "ranking" else None
-    return _model(config).layout(config.data.events, candidates=candidates).rows
+    return _model(config).layout(config.data.events, candidates=candidates).length
 
 
 def step_bytes(config: Config) -> int | None:
-    """Temporary memory of the compiled train step: activations, gradients and scratch, without state and batch.
+    """Temporary memory of the compiled train step, in bytes.
 
-    None where the platform does not say.
+    It holds activations, gradients and scratch, but neither state nor batch. None where
+    the platform does not report it.
     """
     model = _model(config)
     shapes = batch_shapes(model.schema, config.data, batch_size=config.data.batch_size)[
@@ -144,10 +167,8 @@ def _model(config: Config) -> ModelSpec:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held at once.
-
-    Linux hands a new process the `ru_maxrss` of the one that started it, so that `VmHWM` is read where there is one.
-    """
+    """Most memory that this process has held at once, in bytes."""
+    # Linux hands a new process the `ru_maxrss` of its parent, so `VmHWM` is preferred.
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
@@ -158,10 +179,11 @@ def peak_bytes() -> int:
 
 
 def step_seconds(workdir: Path) -> float | None:
-    """Median seconds of a step, from the times of the run's log; None if it has no two lines after the first steps.
+    """Median seconds of a step, from the times of the run's log.
 
-    The first interval begins after the first line, which waited for the compiler. Intervals with a checkpoint or a stop
-    in them are few, and the median passes over them.
+    None if the log has fewer than two lines. Intervals start behind the first line, so
+    that compilation is not counted; those with a checkpoint or a stop are few, and the
+    median ignores them.
     """
     lines = [
         json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()
@@ -172,29 +194,38 @@ def step_seconds(workdir: Path) -> float | None:
 
 
 def quality(report: dict[str, Any]) -> dict[str, float | None]:
-    """The metrics of the table."""
+    """The metrics of the table, from an evaluation report."""
     if "retrieval" in report:
-        found = report["retrieval"]
+        metrics = report["retrieval"]
         return {
-            "Recall@10": found["recall@10"],
-            "NDCG@10": found["ndcg@10"],
-            "Recall@50": found["recall@50"],
+            "Recall@10": metrics["recall@10"],
+            "NDCG@10": metrics["ndcg@10"],
+            "Recall@50": metrics["recall@50"],
         }
     return {"AUC": report["macro_auc"], "GAUC": report["macro_gauc"]}
 
 
 def measured(config: Config, workdir: Path) -> dict[str, Any]:
-    """The record of an arm, made in a process of its own unless it is there.
+    """Read the record of an arm, or measure the arm in a process of its own.
+
+    Args:
+      config: the arm's config.
+      workdir: folder of the run.
+
+    Returns:
+      The record of `run_arm`.
 
     Raises:
-      InputError: the record there is of another config.
+      InputError: the stored record is of another config.
     """
-    text, kept = to_json(config), workdir / RECORD
-    if kept.is_file():
-        record = json.loads(kept.read_text())
+    text = to_json(config)
+    stored = workdir / RECORD
+    if stored.is_file():
+        record = json.loads(stored.read_text())
         if record["config"] != json.loads(text):
             raise InputError(
-                f"work: '{kept}' was measured with other settings; give another --work, or move it away"
+                f"work: '{stored}' was measured with other settings; give another "
+                "--work, or move it away"
             )
         return record
     with ProcessPoolExecutor(
@@ -207,13 +238,21 @@ def table_rows(
     records: dict[str, list[dict[str, Any]]],
     baselines: dict[str, dict[str, float | None]],
 ) -> list[dict[str, Any]]:
-    """A row per arm: costs are means over seeds, metrics mean and sample deviation. Then a row per baseline."""
+    """Lines of the table: one per arm, then one per baseline.
+
+    Args:
+      records: arm -> the record of each seed.
+      baselines: baseline name -> metric -> value.
+
+    Returns:
+      Costs as means over seeds, metrics as mean and sample standard deviation.
+    """
     rows = []
-    for arm, of_arm in records.items():
-        row: dict[str, Any] = {"arm": arm, "seeds": len(of_arm)}
-        row |= {name: _mean([record[name] for record in of_arm]) for name in COSTS}
-        for metric in of_arm[0]["metrics"]:
-            row[metric] = spread([record["metrics"][metric] for record in of_arm])
+    for arm, arm_records in records.items():
+        row: dict[str, Any] = {"arm": arm, "seeds": len(arm_records)}
+        row |= {name: _mean([record[name] for record in arm_records]) for name in COSTS}
+        for metric in arm_records[0]["metrics"]:
+            row[metric] = spread([record["metrics"][metric] for record in arm_records])
         rows.append(row)
     for name, metrics in baselines.items():
         rows.append(
@@ -226,24 +265,31 @@ def table_rows(
 def ratio_rows(
     records: dict[str, list[dict[str, Any]]], to: str = "soft"
 ) -> list[dict[str, Any]]:
-    """A row per arm: costs as multiples of those of the arm `to`, metrics as differences seed by seed."""
+    """Lines of the table of ratios, one per arm.
+
+    Args:
+      records: arm -> the record of each seed.
+      to: the arm that the others are compared with.
+
+    Returns:
+      Costs as multiples of those of `to`, metrics as differences seed by seed. Empty if
+      `to` was not run.
+    """
     if to not in records:
         return []
     rows = []
-    for arm, of_arm in records.items():
+    for arm, arm_records in records.items():
         if arm == to:
             continue
         row: dict[str, Any] = {"arm": f"{arm} / {to}"}
         for name in COSTS:
-            mine, other = (
-                _mean([record[name] for record in some])
-                for some in (of_arm, records[to])
-            )
-            row[name] = None if mine is None or not other else mine / other
-        for metric in of_arm[0]["metrics"]:
+            cost = _mean([record[name] for record in arm_records])
+            reference = _mean([record[name] for record in records[to]])
+            row[name] = None if cost is None or not reference else cost / reference
+        for metric in arm_records[0]["metrics"]:
             pairs = [
                 (a["metrics"][metric], b["metrics"][metric])
-                for a, b in zip(of_arm, records[to], strict=True)
+                for a, b in zip(arm_records, records[to], strict=True)
             ]
             row[f"{metric}, difference"] = spread(
                 [None if None in pair else pair[0] - pair[1] for pair in pairs], "+"
@@ -265,7 +311,14 @@ def write_page(
     records: dict[str, list[dict[str, Any]]],
     baselines: dict[str, dict[str, float | None]],
 ) -> None:
-    """The table, the ratios to soft tokens, and what the arms are."""
+    """Write the result page: table, ratios to soft tokens, and the arms in words.
+
+    Args:
+      stem: path of the page without its suffix.
+      flags: the command line.
+      records: arm -> the record of each seed.
+      baselines: baseline name -> metric -> value.
+    """
     params = {
         "events": flags.events,
         "requests": flags.requests,
@@ -300,7 +353,7 @@ def write_page(
 
 
 def notes(task: str) -> list[str]:
-    """How to read the tables."""
+    """Notes of the result page for a reader of its tables."""
     written = "; ".join(
         f"{entity}: {', '.join(names)}" for entity, names in TASKS[task].text.items()
     )
@@ -323,10 +376,10 @@ def notes(task: str) -> list[str]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line.
+    """Parse the command line.
 
     Raises:
-      InputError: a number below one, or a seed twice.
+      InputError: a history is too short.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -336,13 +389,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--semantic-ids",
         type=Path,
-        help="output of `tokenrec semantic-ids`; retrieval needs none",
+        help="output of `tokenrec semantic-ids`; not needed for retrieval",
     )
     parser.add_argument("--work", required=True, type=Path, help="folder of the runs")
-    parser.add_argument("--arms", nargs="+", help="default: all of the task")
+    parser.add_argument(
+        "--arms", nargs="+", help="arms to run (default: all of the task)"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--events", type=int, help="longest history")
+    parser.add_argument("--events", type=int, help="events of the longest history")
     parser.add_argument(
         "--out",
         type=Path,

@@ -1,9 +1,10 @@
-"""The arms of `benchmarks/soft_tokens.py`: signals of a prompt as soft tokens or as text, and when a run ends.
+"""Arms of `benchmarks/soft_tokens.py`: which signals are soft tokens, which are text.
 
-All arms of a task have one backbone, learning rate, batch and order of requests. The arms WH_SID, NO_FEAT,
-NO_FEAT_STRICT and WH_SID_NO_FEAT have the names of the paper's ablations, which it does not define in what we read of
-it; `what` says our reading.
-"""
+All arms of a task share backbone, learning rate, batch size and order of requests; they
+differ in the prompt and in when the run ends. The arms WH_SID, NO_FEAT, NO_FEAT_STRICT
+and WH_SID_NO_FEAT have the names of the ablations of Token Factory (Chen et al., arXiv
+2606.19635, 2026). The paper's definition of them was not available to us; `Arm.what` is
+our reading."""
 
 from __future__ import annotations
 
@@ -33,24 +34,29 @@ from tokenrec.planner.describe import describe
 from tokenrec.planner.flops import STEP_OVER_FORWARD
 
 BATCH = 64
-EVALUATED = 2_000  # requests of the valid split, evenly spread over it
-LOGS, SAVES = 20, 4  # of a run
+# Requests of the valid split that are evaluated, evenly spread over it.
+EVALUATED = 2_000
+# Log lines and checkpoints of a run.
+LOGS, SAVES = 20, 4
 
-# Features of an entity: all, those of the task's text, or nothing but what names the item.
+# Features of an entity: all, those that the task writes as text, the semantic id and
+# the item id, or the semantic id alone.
 Choice = Literal["all", "text", "ids", "semantic_id"]
 Horizon = Literal["requests", "flops of soft", "flops of text"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A data set and what is asked of it.
+    """A data set and its objective.
 
     Attributes:
-      config: of `configs/`, whose data section names excluded features and tasks.
+      config: name of a file of `configs/`; its data section names excluded features and
+        the binary tasks.
       item: the feature that is the item's id.
-      text: entity -> features that text writes; an entity that is not named is written whole.
-      positive: of retrieval; empty: ranking.
-      candidates: that share a stream; of retrieval, goals of a request.
+      text: entity -> features that are written as text; entities that are not named are
+        written with all of their features.
+      positive: the task whose positives are retrieved; empty for ranking.
+      candidates: candidates that share a stream; in retrieval the goals of a request.
     """
 
     config: str
@@ -60,8 +66,9 @@ class Task:
     candidates: int
 
 
-# An item in text is a semantic id of up to 8 levels, a channel and three more values, or 5 tokens in retrieval. The
-# context of a request is its query, so that the candidate of Complete Journey has two numbers and a second channel.
+# As in the paper, the text of an item is a semantic id of up to 8 levels, a channel and
+# three dense values, or 5 tokens in retrieval. The context of a request is its query,
+# so the candidate of Complete Journey has two dense values and a second channel.
 TASKS: dict[str, Task] = {
     "complete_journey": Task(
         "complete_journey",
@@ -127,17 +134,19 @@ TASKS: dict[str, Task] = {
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A prompt and a budget.
+    """A prompt and a training budget.
 
     Attributes:
-      what: the arm in words.
-      text: entity -> its features that are written as discrete tokens.
-      soft: entity -> features that its soft tokens are made of; all, where neither names the entity.
+      what: the arm in words, for the result page.
+      text: entity -> features that are written as discrete tokens.
+      soft: entity -> features that its soft tokens are made of. An entity that neither
+        field names has soft tokens of all of its features.
       bare: the prompt is history and candidate alone, without user and query.
       capped: the history is cut from the left to one token per event.
-      compressed: the older half of the events by attention pooling in groups of 10.
-      random: the tokens stay as they are at the start.
-      horizon: the run ends after the given requests, or when the FLOPs of the arm "soft" or "text" are spent.
+      compressed: the older half of the events is pooled by attention in groups of 10.
+      random: makers are not trained.
+      horizon: the run ends after the given requests, or when it has spent the FLOPs of
+        the arm "soft" or "text".
     """
 
     what: str
@@ -222,7 +231,10 @@ RETRIEVAL_ARMS = (
 
 
 def task_arms(task: str) -> tuple[str, ...]:
-    """Arms of a task; the ablations are about semantic ids, which the text of retrieval does not use."""
+    """Names of the arms of a task.
+
+    Retrieval has no ablations of semantic ids, as its text does not use them.
+    """
     return RETRIEVAL_ARMS if TASKS[task].positive else tuple(ARMS)
 
 
@@ -236,24 +248,40 @@ def plan_arms(
     events: int,
     seed: int,
 ) -> dict[str, Config]:
-    """The config of each arm, with its horizon: `requests`, in whole batches, or what a budget of FLOPs buys.
+    """Plan the config of each arm, with the number of steps that its budget buys.
+
+    Args:
+      task: name of a task.
+      arms: names of arms.
+      data: folder of the prepared data set.
+      semantic_ids: output of `tokenrec semantic-ids`; None for retrieval.
+      requests: requests that an arm without a FLOP budget trains on, in whole batches.
+      events: longest history.
+      seed: random seed.
+
+    Returns:
+      Arm -> config.
 
     Raises:
-      InputError: the task has no such arm, needs semantic ids, or a budget is too small for a step.
+      InputError: the task has no such arm, needs semantic ids, or a budget is too small
+        for a step.
     """
     if unknown := [arm for arm in arms if arm not in task_arms(task)]:
         raise InputError(
-            f"arms: {task} has no {', '.join(unknown)}; choose of {', '.join(task_arms(task))}"
+            f"arms: {task} has no {', '.join(unknown)}; choose of "
+            f"{', '.join(task_arms(task))}"
         )
     if not TASKS[task].positive and semantic_ids is None:
         raise InputError(
-            f"semantic_ids: {task} writes items as semantic ids; give the output of tokenrec semantic-ids"
+            f"semantic_ids: {task} writes items as semantic ids; give the output of "
+            "tokenrec semantic-ids"
         )
     if requests < BATCH:
         raise InputError(
             f"requests={requests} is less than a batch of {BATCH}; give more"
         )
     schema = Metadata.load(data).schema
+    # Configs without a horizon: of the arms, and of those whose FLOPs are a budget.
     bases = {
         arm: arm_config(task, arm, data, semantic_ids, schema, events=events, seed=seed)
         for arm in {
@@ -263,6 +291,7 @@ def plan_arms(
         - {"requests"}
     }
     steps = requests // BATCH
+    # Arms whose FLOPs must be counted.
     needed = {arm for arm in arms if ARMS[arm].horizon != "requests"}
     needed |= {ARMS[arm].horizon.removeprefix("flops of ") for arm in needed}
     costs = {arm: request_flops(bases[arm]) for arm in sorted(needed)}
@@ -290,15 +319,25 @@ def arm_config(
     events: int,
     seed: int,
 ) -> Config:
-    """The config of an arm but for its horizon.
+    """Build the config of an arm, without its horizon.
 
     Args:
-      schema: of the data set as it was prepared. Features that no token of the arm is made of are excluded, so that
-        no arm pays for reading what it does not use.
+      task: name of the task.
+      arm: name of the arm.
+      data: folder of the prepared data set.
+      semantic_ids: output of `tokenrec semantic-ids`; None for retrieval.
+      schema: schema of the data set as it was prepared.
+      events: longest history.
+      seed: random seed.
+
+    Returns:
+      The config. It excludes the features that no token of the arm is made of, so that
+      no arm pays for reading what it does not use.
     """
     about, form = TASKS[task], ARMS[arm]
     base = load_config(about.config, [])
     ranking = not about.positive
+    # 1. The entities of the prompt and their features.
     segments = ("history",) if form.bare else ("user", "history", "query")
     known = _entity_features(
         schema.without(f.name for f in schema.features if f.name in base.data.exclude),
@@ -310,13 +349,14 @@ def arm_config(
     }
 
     def chosen(choices: Mapping[str, Choice]) -> dict[str, tuple[str, ...]]:
-        """An entity without features, as a user of whom nothing is known, is named by no field."""
+        """Features of each entity; entities without features are left out."""
         return {
             entity: _features(about, entity, choice, present[entity])
             for entity, choice in choices.items()
             if present.get(entity)
         }
 
+    # 2. What is written as text, what soft tokens are made of, and what is read at all.
     text, soft = chosen(form.text), chosen(form.soft)
     used = {
         name
@@ -350,8 +390,9 @@ def arm_config(
             user_tokens=1,
         ),
         model=ModelConfig(width=64, heads=2, layers=4, windows=(), dropout=0.1),
-        # Text has no event token that an item vector could be added to, so that no arm is tied.
-        # The full softmax: sampled, item vectors are still far below popularity after 300 steps.
+        # Not tied: text has no event token that an item vector could be added to. Full
+        # softmax: with a sampled one, item vectors are still far below the popularity
+        # baseline after 300 steps.
         head=HeadConfig(tied=False),
         optim=OptimConfig(learning_rate=1e-3, table_learning_rate=0.05),
         train=TrainConfig(eval_samples=EVALUATED, keep=1),
@@ -359,7 +400,7 @@ def arm_config(
 
 
 def with_horizon(config: Config, steps: int) -> Config:
-    """The config with a run of `steps`, a tenth of them warm-up."""
+    """Set the number of steps, a tenth of them warm-up, and validate the config."""
     optim = dataclasses.replace(config.optim, steps=steps, warmup_steps=steps // 10)
     train = dataclasses.replace(
         config.train, log_every=max(steps // LOGS, 1), save_every=max(steps // SAVES, 1)
@@ -368,13 +409,16 @@ def with_horizon(config: Config, steps: int) -> Config:
 
 
 def request_flops(config: Config) -> float:
-    """Model FLOPs that training on one request takes: three times those of its forward pass."""
+    """Model FLOPs of training on one request: three times those of its forward pass."""
     whole = open_dataset(Path(config.data.path), (), config.data.semantic_ids)
     return STEP_OVER_FORWARD * describe(config, whole.schema)["flops_per_example"]
 
 
 def _entity_features(schema: Schema, ranking: bool) -> dict[str, tuple[str, ...]]:
-    """Names of the features that each entity of a prompt has; a semantic id is one of an item's where it is ranked."""
+    """Feature names of each entity of a prompt.
+
+    Ranked items have their semantic id among them.
+    """
 
     def names(*entities: str) -> tuple[str, ...]:
         return tuple(f.name for f in schema.features if f.entity in entities)

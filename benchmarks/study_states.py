@@ -131,7 +131,7 @@ def mass_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
 
 def cell_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
     """Rows of `Cell`: the stream in at most `BLOCKS` blocks of rows."""
-    size = maps.layout.rows
+    size = maps.layout.length
     first = np.unique(
         np.linspace(0, size, min(size, BLOCKS), endpoint=False).astype(int)
     )

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import optax
 
 from tokenrec.data.batch import Batch
-from tokenrec.models.heads import CodeHead, ItemHead
+from tokenrec.models.heads import NextItemHead, SemanticIdHead
 from tokenrec.models.recommender import Recommender
 from tokenrec.sharding import RULES
 from tokenrec.state import ModelSpec
-from tokenrec.tokens.embed import ITEM_ROWS, Entity, samples_items
+from tokenrec.tokens.embed import ITEM_ROWS, EntityFeatures, samples_items
 
 
 def known_labels(batch: Batch) -> jax.Array:
@@ -50,7 +50,7 @@ def sample_losses(
     model: ModelSpec,
     module: Recommender,
     readouts: jax.Array,
-    entities: dict[str, Entity],
+    entities: dict[str, EntityFeatures],
     batch: Batch,
     counts: jax.Array,
 ) -> jax.Array:
@@ -77,13 +77,16 @@ def sample_losses(
 
 
 def retrieval_losses(
-    module: Recommender, readouts: jax.Array, entities: dict[str, Entity], batch: Batch
+    module: Recommender,
+    readouts: jax.Array,
+    entities: dict[str, EntityFeatures],
+    batch: Batch,
 ) -> jax.Array:
     """Sum the cross-entropies of the goals of each sample: `[B, R, d]` -> `[B]`."""
     head = module.head
-    if isinstance(head, CodeHead):
+    if isinstance(head, SemanticIdHead):
         return head.losses(readouts, batch.codes)
-    assert isinstance(head, ItemHead)
+    assert isinstance(head, NextItemHead)
     if batch.negatives is None:
         return head.full_losses(readouts, batch.goals)
 

@@ -12,7 +12,7 @@ from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names
-from tokenrec.models.backbones.block import check_mesh
+from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.runtime import distributed
 from tokenrec.sharding import check_batch_sizes, make_mesh
 from tokenrec.state import ModelSpec, build_model

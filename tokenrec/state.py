@@ -24,7 +24,8 @@ from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.schema import Schema
 from tokenrec.data.tokenizer import encode_text, load_tokenizer
 from tokenrec.errors import InputError
-from tokenrec.models.recommender import Literals, Recommender, stream_layout
+from tokenrec.models.recommender import Recommender
+from tokenrec.models.stream_layout import Literals, stream_layout
 from tokenrec.ops.layers import draw
 from tokenrec.ops.tables.api import storage_spec
 from tokenrec.ops.tables.lookup import RowsState

@@ -13,8 +13,8 @@ from tokenrec.analysis.attention_maps import (
     block_attention,
     stack_attention,
 )
-from tokenrec.models.backbones.block import Stream
-from tokenrec.models.recommender import batch_layout, candidate_mask
+from tokenrec.models.backbones.rope_attention import Stream
+from tokenrec.models.stream_layout import batch_layout, candidate_mask
 from tokenrec.ops.attention.rotary import rotation
 from tokenrec.sharding import RULES
 from tokenrec.state import bind_params, build_model, init_state
@@ -41,7 +41,9 @@ def world(config, mesh):
 
 def tokens(model, state, batch):
     module = bind_params(model, state.params)
-    return module, module.stream(model.embedder.look_up(state.tables, batch), batch)[0]
+    return module, module.make_stream(
+        model.embedder.look_up(state.tables, batch), batch
+    )[0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -49,12 +51,12 @@ def test_values_weighted_by_the_map_are_the_attention_of_every_block(name):
     mesh = one_device()
     with jax.set_mesh(mesh):
         model, state, batch, layout = world(CONFIGS[name](), mesh)
-        every = np.arange(layout.rows)
+        every = np.arange(layout.length)
 
         @jax.jit
         def both(state, batch):
             module, x = tokens(model, state, batch)
-            turn = rotation(layout.positions(batch.valid), 8, 1e4)
+            turn = rotation(layout.rope_positions(batch.valid), 8, 1e4)
             stream = Stream(
                 layout, every, turn, layout.valid(batch.valid, candidate_mask(batch))
             )
@@ -120,9 +122,9 @@ def test_maps_sum_to_one_and_show_nothing_that_is_hidden():
         maps, valid = jax.jit(batch_attention, static_argnums=0)(model, state, batch)
     for weights, window in zip(maps, (None, None, 6, 4), strict=True):
         weights = np.asarray(weights)
-        assert weights.shape == (8, 2, layout.rows, layout.rows)
+        assert weights.shape == (8, 2, layout.length, layout.length)
         np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-5)
-        every = np.arange(layout.rows)
+        every = np.arange(layout.length)
         pattern = layout.pattern(every, every)
         hidden = ~(
             pattern.visible(window) & np.asarray(valid)[:, None, :] | pattern.diagonal()
@@ -148,7 +150,7 @@ def test_mass_falls_where_the_weights_are():
     config = tiny(events=3, tokens={"user_tokens": 1})
     model = build_model(config, SCHEMA, TASKS)
     layout = model.layout(3)
-    weights = np.zeros((2, 1, layout.rows, layout.rows))
+    weights = np.zeros((2, 1, layout.length, layout.length))
     weights[..., 0] = 0.25  # the user
     weights[:, :, 2:8, 2] = 0.75  # all events to the state of the oldest
     weights[:, :, [0, 1, 8], 1] = 0.75
@@ -156,8 +158,8 @@ def test_mass_falls_where_the_weights_are():
         0.25  # the candidate to the actions of the oldest and the newest event,
     )
     weights[:, :, 9, 9] = 0.25  # and to itself
-    weights[1] = 1 / layout.rows
-    valid = np.ones((2, layout.rows), bool)
+    weights[1] = 1 / layout.length
+    valid = np.ones((2, layout.length), bool)
     valid[1] = False  # a request that is padding does not read
     mass = attention_mass(weights, layout, valid)
     assert set(mass) == {"user", "sep", "event", "target"}

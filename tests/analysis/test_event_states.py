@@ -126,9 +126,9 @@ def test_states_are_those_that_the_model_itself_computes_and_gates_those_of_thei
             block.gate(entered)
             for block, entered in zip(module.backbone.layers(), states, strict=False)
         ]
-        tokens, layout = module.stream(entities, batch)
+        tokens, layout = module.make_stream(entities, batch)
         placed = tokens + module.backbone.places(
-            layout.positions(batch.valid), layout.roles
+            layout.rope_positions(batch.valid), layout.roles
         )
         return (
             module(entities, batch, None),
@@ -143,7 +143,7 @@ def test_states_are_those_that_the_model_itself_computes_and_gates_those_of_thei
     assert [layer.shape for layer in run.states] == [(STREAMS, 8, 8)] * 3
     # Fused in one program and not in the other: the last digit may differ.
     np.testing.assert_allclose(
-        run.states[0], placed[:, run.model.layout(8).rows_of("state")], atol=1e-6
+        run.states[0], placed[:, run.model.layout(8).positions_of("state")], atol=1e-6
     )
     real = real_events(run.model, run.host.batch)
     assert real.any()

@@ -18,7 +18,7 @@ from tokenrec.analysis.signal_probe import (
 )
 from tokenrec.data.schema import columns
 from tokenrec.errors import InputError
-from tokenrec.tokens.transforms import normalize_dense
+from tokenrec.tokens.feature_transforms import normalize_dense
 
 ROWS = 512
 RANDOM = np.random.default_rng(0)

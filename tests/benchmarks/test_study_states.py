@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import study_states
 from tests.analysis.study_folder import NAME, write_about, write_study
+from tests.streams import build_layout
 from tokenrec.analysis.attention_maps import Maps
 from tokenrec.analysis.study_files import (
     TOKENS,
@@ -17,7 +18,6 @@ from tokenrec.analysis.study_files import (
 )
 from tokenrec.errors import InputError
 from tokenrec.study.plan import TrainingRun
-from tokenrec.tokens.layout import build_layout
 
 
 def test_tables_hold_what_was_measured_of_each_seed_at_the_chosen_rate(
@@ -40,13 +40,13 @@ def test_tables_hold_what_was_measured_of_each_seed_at_the_chosen_rate(
         layout = build_layout(
             user_tokens=1, events=2, fused=True, candidates=1, target_tokens=1
         )
-        weights = np.zeros((2, 2, layout.rows, layout.rows))
+        weights = np.zeros((2, 2, layout.length, layout.length))
         weights[:, 0, :, 0] = (
             1  # the first head sees the user, the second the newest event
         )
         weights[:, 1, :, 3] = 1
         return Maps(
-            (weights,), layout, np.ones((2, layout.rows), bool), np.arange(2), 4
+            (weights,), layout, np.ones((2, layout.length), bool), np.arange(2), 4
         )
 
     monkeypatch.setattr(study_states, "collapse_report", report)
@@ -86,7 +86,7 @@ def test_a_map_in_blocks_is_the_mean_over_real_rows_and_the_sum_over_what_they_r
     layout = build_layout(
         user_tokens=1, events=99, fused=True, candidates=1, target_tokens=1
     )
-    size = layout.rows
+    size = layout.length
     random = np.random.default_rng(0)
     weights = random.dirichlet(np.ones(size), (2, 2, size))
     valid = random.random((2, size)) < 0.7

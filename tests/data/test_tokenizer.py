@@ -41,7 +41,7 @@ from tokenrec.data.tokenizer import (
     train_tokenizer,
 )
 from tokenrec.errors import InputError
-from tokenrec.tokens.transforms import Transform, table_widths
+from tokenrec.tokens.feature_transforms import FeatureTransform, table_widths
 
 TEXTS = [
     "GREEN TEA 50 BAGS",
@@ -407,7 +407,7 @@ def test_a_soft_token_reads_a_text_as_its_rows_pooled_without_the_padding(
     feature = SCHEMA.feature("title")
     assert table_widths(SCHEMA.features, config)["text"] == 2
     with jax.set_mesh(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])):
-        transform = Transform(feature, config, rngs=nnx.Rngs(0))
+        transform = FeatureTransform(feature, config, rngs=nnx.Rngs(0))
         rows = jnp.array([[[1.0, 2.0], [3.0, 4.0], [50.0, 50.0], [50.0, 50.0]]])
         assert transform(rows, jnp.array([[7, 9, 0, 0]])).tolist() == [wanted]
         assert transform(rows, jnp.zeros((1, 4), jnp.int32)).tolist() == [[0.0, 0.0]]

@@ -34,7 +34,7 @@ from tokenrec.evaluation.evaluate import (
 )
 from tokenrec.evaluation.predict import predict_run
 from tokenrec.metrics.ranking import ranks_of
-from tokenrec.models.heads import ItemHead
+from tokenrec.models.heads import NextItemHead
 from tokenrec.ops.tables.exchange import CYCLE
 from tokenrec.sharding import to_devices
 from tokenrec.state import init_state
@@ -118,7 +118,7 @@ def test_a_sampled_softmax_that_draws_every_item_once_is_the_full_one(cosine):
     from tokenrec.config import HeadConfig
 
     with jax.set_mesh(one_device()):
-        head = ItemHead(
+        head = NextItemHead(
             HeadConfig(cosine=cosine, temperature=0.7), 8, 20, rngs=nnx.Rngs(0)
         )
         h = jax.random.normal(jax.random.key(1), (3, 4, 8))
@@ -127,7 +127,7 @@ def test_a_sampled_softmax_that_draws_every_item_once_is_the_full_one(cosine):
 
         def sampled(h):
             return head.sampled_losses(
-                h, goals, head.rows(goals), every, head.vectors()
+                h, goals, head.lookup(goals), every, head.vectors()
             ).sum()
 
         full = jax.value_and_grad(lambda h: head.full_losses(h, goals).sum())(h)
@@ -144,14 +144,14 @@ def test_a_sampled_softmax_estimates_the_partition_of_the_full_one():
     from tokenrec.config import HeadConfig
 
     with jax.set_mesh(one_device()):
-        head = ItemHead(HeadConfig(), 8, 50, rngs=nnx.Rngs(0))
+        head = NextItemHead(HeadConfig(), 8, 50, rngs=nnx.Rngs(0))
         h = jax.random.normal(jax.random.key(1), (1, 1, 8))
         goals = jnp.array([[[7]]])
 
         def loss(key):
             drawn = jax.random.randint(key, (10,), 0, 50)
             return head.sampled_losses(
-                h, goals, head.rows(goals), drawn, head.vectors()[drawn]
+                h, goals, head.lookup(goals), drawn, head.vectors()[drawn]
             ).sum()
 
         losses = jax.vmap(loss)(jax.random.split(jax.random.key(3), 4000))

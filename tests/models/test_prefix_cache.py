@@ -1,4 +1,4 @@
-"""The prefix cache: candidates that are scored against it read out what the whole stream would."""
+"""Prefix cache: scores from cached keys and values equal those of the whole stream."""
 
 import dataclasses
 import functools
@@ -11,12 +11,13 @@ import pytest
 from flax import nnx
 
 from benchmarks import prefix_cache
+from tests.streams import build_layout
 from tests.worlds import mesh_of, one_device
 from tokenrec.config import ModelConfig
 from tokenrec.errors import InputError
-from tokenrec.models.backbones.tokenformer import TokenFormer, cached_positions
+from tokenrec.models.backbones.bfts import cached_positions
+from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.sharding import RULES
-from tokenrec.tokens.layout import build_layout
 
 EVENTS = 30
 LENGTHS = (0, 1, 3, 7, 13, 20, 29, 30)  # real events of each stream
@@ -44,7 +45,7 @@ def stack(name, **model):
 
 
 def stream(candidates, tokens=1, *, fused=True, prefix_read=False, bidirectional=False):
-    """A layout; `prefix_read`: the last row of the prefix is read too."""
+    """A layout; with `prefix_read`, the end of the prefix is a read-out too."""
     layout = build_layout(
         user_tokens=3,
         events=EVENTS,
@@ -66,7 +67,7 @@ def shared(layout):
 
 
 def build(config, longest=None):
-    """A backbone whose weights are off their starting values, so that a zero gate or a unit norm hides nothing."""
+    """A backbone with noisy weights: a zero gate would hide errors."""
     graph, weights = nnx.split(
         TokenFormer(config, longest, rngs=nnx.Rngs(params=jax.random.key(0)))
     )
@@ -79,9 +80,12 @@ def build(config, longest=None):
 
 
 def inputs(layout, padded=True):
-    """`x: [B, S, d]`, events and candidates, laid over the mesh; every other stream has a padded candidate."""
+    """`x: [B, S, d]`, events and candidates on the mesh.
+
+    With `padded`, every other stream has a candidate that is padding.
+    """
     random = np.random.default_rng(0)
-    x = random.normal(size=(len(LENGTHS), layout.rows, WIDTH)).astype(np.float32)
+    x = random.normal(size=(len(LENGTHS), layout.length, WIDTH)).astype(np.float32)
     events = np.arange(EVENTS)[None] >= EVENTS - np.array(LENGTHS)[:, None]
     candidates = np.ones((len(LENGTHS), layout.candidates), bool)
     candidates[::2, 1:][:, -1:] = not padded
@@ -101,18 +105,19 @@ def uncached(backbone, layout, x, events, candidates):
 
 
 def cached(backbone, layout, x, events, candidates):
-    """Read-outs of the prefix, if any, and of candidates."""
-    rows = shared(layout)
+    """Read-outs of the prefix, if any, and of the candidates, with a cache."""
+    length = shared(layout)
 
     @jax.jit
     def both(x, events, candidates):
-        cache, read = backbone.prefill(x[:, :rows], layout, events)
-        return read, backbone.extend(cache, x[:, rows:], layout, events, candidates)
+        cache, read = backbone.prefill(x[:, :length], layout, events)
+        return read, backbone.extend(cache, x[:, length:], layout, events, candidates)
 
     return both(x, events, candidates)
 
 
-# Sums over keys in another order: the largest difference measured was 3.1e-6, on a mesh, and 2.4e-6 elsewhere.
+# Sums over keys in another order: the largest difference measured was 3.1e-6, on a
+# mesh, and 2.4e-6 elsewhere.
 assert_same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 
 
@@ -176,13 +181,13 @@ def test_slices_of_candidates_of_any_length_go_on_from_one_cache():
         whole, part = stream(4, tokens), stream(2, tokens)
         x, events, candidates = inputs(whole, padded=False)
         expected = uncached(backbone, whole, x, events, candidates)
-        rows = shared(whole)
-        cache, _ = prefill(x[:, :rows], events)
+        length = shared(whole)
+        cache, _ = prefill(x[:, :length], events)
         extend = jax.jit(
             lambda cache, x, e, c, part=part: backbone.extend(cache, x, part, e, c)
         )
         for c in (0, 2):
-            own = x[:, rows + tokens * c : rows + tokens * (c + 2)]
+            own = x[:, length + tokens * c : length + tokens * (c + 2)]
             assert_same(
                 extend(cache, own, events, candidates[:, c : c + 2]),
                 expected[:, c : c + 2],
@@ -208,17 +213,17 @@ def test_every_mesh_caches_the_same(shape):
 
 def test_a_layer_keeps_what_some_row_behind_the_prefix_may_see_and_no_more():
     layout = stream(2)
-    rows = shared(layout)
+    length = shared(layout)
     kept = cached_positions(stack("2F2S"), layout)
     assert [len(some) for some in kept] == [
-        rows,
-        rows,
+        length,
+        length,
         5,
         3,
-    ]  # w - 1 in front of the first row
-    behind = np.arange(rows, layout.rows)
+    ]  # w - 1 in front of the first candidate
+    behind = np.arange(length, layout.length)
     for window, some in zip((None, None, 6, 4), kept, strict=True):
-        seen = layout.pattern(behind, np.arange(rows)).visible(window).any(axis=0)
+        seen = layout.pattern(behind, np.arange(length)).visible(window).any(axis=0)
         assert some.tolist() == np.flatnonzero(seen).tolist()
 
 
@@ -240,22 +245,22 @@ def test_what_does_not_fit_the_layout_is_named():
     layout = stream(2)
     backbone = build(stack("1F1S"))
     x, events, candidates = inputs(layout)
-    rows = shared(layout)
-    with pytest.raises(InputError, match=f"has {rows} rows"):
+    length = shared(layout)
+    with pytest.raises(InputError, match=f"has {length} tokens"):
         backbone.prefill(x, layout, events)
-    cache, _ = backbone.prefill(x[:, :rows], layout, events)
-    with pytest.raises(InputError, match="2 rows of the layout lie behind"):
+    cache, _ = backbone.prefill(x[:, :length], layout, events)
+    with pytest.raises(InputError, match="2 tokens of the layout lie behind"):
         backbone.extend(cache, x, layout, events, candidates)
     other = build_layout(
         user_tokens=4, events=EVENTS, fused=True, candidates=2, target_tokens=1
     )
     with pytest.raises(InputError, match="prefill it again"):
-        backbone.extend(cache, x[:, rows:], other, events, candidates)
+        backbone.extend(cache, x[:, length:], other, events, candidates)
     inside = dataclasses.replace(
         layout, index=np.where(layout.candidate < 0, layout.index, 5)
     )
     with pytest.raises(InputError, match="a candidate begins at 5"):
-        backbone.prefill(x[:, :rows], inside, events)
+        backbone.prefill(x[:, :length], inside, events)
 
 
 def test_the_benchmark_scores_alike_with_and_without_the_cache(tmp_path):

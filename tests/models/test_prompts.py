@@ -1,4 +1,4 @@
-"""Prompts of a Token Factory LRM: text, query, title, compression, a bidirectional prefix, and the controls."""
+"""Prompts of Token Factory: text, query, title, compression, bidirectional prefix."""
 
 import copy
 import dataclasses
@@ -55,7 +55,7 @@ AS_TEXT = {
 
 
 def lrm(**changes):
-    """All layers full; `changes` to `tokens` and to the rest of `tiny`."""
+    """A config with full layers; `changes` are to `tokens` and the rest of `tiny`."""
     tokens = {"prompt": PAPER} | changes.pop("tokens", {})
     model = {"windows": ()} | changes.pop("model", {})
     return tiny(fused=True, tokens=tokens, model=model, **changes)
@@ -81,7 +81,7 @@ CONFIGS = {
 
 
 def model_of(config, schema=TITLED) -> ModelSpec:
-    """Without a data set there is no tokenizer, so that the words of the literals are given."""
+    """A model with made-up words as literal texts: there is no tokenizer here."""
     literals = tuple(
         (7, 3, 7)[: 1 + n]
         for n, s in enumerate(s for s in parse_prompt(config) if s.kind == "text")
@@ -167,7 +167,7 @@ def test_the_prompt_of_the_paper_stands_in_its_order():
     assert layout.candidate.tolist() == [-1] * 5 + [0] * 6 + [1] * 6
     assert layout.index.tolist() == [*range(11), *range(5, 11)]
     assert layout.static.tolist() == [True] * 2 + [False] * 15
-    positions = layout.positions(jnp.array([[False, True]]))[0].tolist()
+    positions = layout.rope_positions(jnp.array([[False, True]]))[0].tolist()
     assert positions == [0, 0, 0, 1, 2, *[2, 3, 4, 5, 6, 7] * 2]
     assert layout.readout.tolist() == [10, 16]
 
@@ -195,9 +195,10 @@ def test_text_is_counted_exactly_and_cut_from_the_left():
         11,
         11,
     ]  # two levels, a tab and a number each
-    # Words of an event have places of their own, and what follows stands behind all of them.
+    # Words of an event have places of their own, and what follows stands behind all of
+    # them.
     valid = jnp.ones((1, 12), bool)
-    positions = layout.positions(valid)[0]
+    positions = layout.rope_positions(valid)[0]
     assert positions[layout.event >= 0].tolist() == [
         39,
         40,
@@ -221,7 +222,7 @@ def test_only_a_bidirectional_prefix_looks_ahead_and_never_at_a_candidate(prefix
     model = model_of(config, SCHEMA)
     layout = model.layout(12)
     module = bind_params(model, shaken(init_state(model, 0).params))
-    rows = dataclasses.replace(layout, readout=np.arange(layout.rows))
+    rows = dataclasses.replace(layout, readout=np.arange(layout.length))
 
     def read(x):
         valid = jnp.ones((1, 12), bool, out_sharding=RULES("batch", None))
@@ -232,7 +233,9 @@ def test_only_a_bidirectional_prefix_looks_ahead_and_never_at_a_candidate(prefix
         )[0]
 
     x = jax.random.normal(
-        jax.random.key(2), (1, layout.rows, 16), out_sharding=RULES("batch", None, None)
+        jax.random.key(2),
+        (1, layout.length, 16),
+        out_sharding=RULES("batch", None, None),
     )
     moved = np.abs(jax.jit(jax.jacobian(read))(x)[:, 0]).sum(-1) > 0
     shared = layout.candidate < 0

@@ -1,4 +1,4 @@
-"""The machine as a whole: who influences whom, measured with gradients; short cuts against the plain computation."""
+"""The whole model: which token influences which score; short cuts are exact."""
 
 import copy
 import functools
@@ -10,7 +10,7 @@ import pytest
 
 from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
 from tokenrec.data.batch import Batch
-from tokenrec.models.recommender import stream_layout
+from tokenrec.models.stream_layout import stream_layout
 from tokenrec.sharding import RULES
 from tokenrec.state import bind_params, build_model, init_state
 from tokenrec.step import eval_step, forward, loss_fn
@@ -35,7 +35,7 @@ def mesh():
 
 
 def noisy(params, scale=0.3):
-    """Weights off their starting values, so that a zero gate or a unit norm hides nothing."""
+    """Weights off their starting values: a zero gate would hide errors."""
     key = jax.random.key(1)
     return {
         n: w + scale * jax.random.normal(jax.random.fold_in(key, i), w.shape)
@@ -78,13 +78,14 @@ def test_needed_rows_equal_all_rows_in_values_and_gradients(shape, mesh):
     fast, slow = (
         value_and_gradients(m, params, state.tables, batch) for m in (model, plain)
     )
-    # float32 sums in another order: the largest difference measured was 2e-6 of the largest entry of an array.
+    # float32 sums in another order: the largest difference measured was 2e-6 of the
+    # largest entry of an array.
     for a, b in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1.0, np.abs(b).max()))
 
 
 def influence(model, params, batch):
-    """`[R, S] bool`: does the token in row j move the logits read at row R_r? Measured by gradient, for one stream."""
+    """Which tokens move which read-outs of one stream, by gradient: `[R, S] bool`."""
     layout = stream_layout(model.config, SCHEMA, model.config.data.events)
     width = model.config.model.width
     candidates = (
@@ -106,7 +107,7 @@ def influence(model, params, batch):
 
     x = jax.random.normal(
         jax.random.key(2),
-        (1, layout.rows, width),
+        (1, layout.length, width),
         out_sharding=RULES("batch", None, None),
     )
     gradient = jax.jit(jax.jacobian(read))(x, batch.valid, candidates)
@@ -114,7 +115,7 @@ def influence(model, params, batch):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_row_is_influenced_by_a_later_row_or_another_candidate(shape, mesh):
+def test_no_position_is_influenced_by_a_later_one_or_another_candidate(shape, mesh):
     config = tiny(**SHAPES[shape])
     model, _, params = build(config)
     seen, layout = influence(
@@ -149,7 +150,7 @@ def test_full_layers_carry_static_fields_and_the_oldest_event_to_the_target():
 
 
 @pytest.mark.parametrize("discard", [True, False])
-def test_static_fields_reach_a_target_through_sliding_layers_alone_only_if_these_keep_them(
+def test_static_fields_reach_a_target_through_sliding_layers_if_these_keep_them(
     discard,
 ):
     config = tiny(
@@ -163,12 +164,12 @@ def test_static_fields_reach_a_target_through_sliding_layers_alone_only_if_these
     )
     reached = seen[0, layout.static]
     assert not reached.any() if discard else reached.all()
-    near = layout.index > layout.rows - 1 - (6 - 1) - (4 - 1) - 1
+    near = layout.index > layout.length - 1 - (6 - 1) - (4 - 1) - 1
     assert np.array_equal(seen[0, ~layout.static], near[~layout.static])
 
 
 def cut(batch: Batch, events: int) -> Batch:
-    """The same samples in streams of the newest `events` rows."""
+    """The same samples in streams of the newest `events` events."""
     return batch._replace(
         state=jax.tree.map(lambda x: x[:, -events:], batch.state),
         action=jax.tree.map(lambda x: x[:, -events:], batch.action),

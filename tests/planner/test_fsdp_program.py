@@ -51,7 +51,7 @@ def test_weights_are_gathered_in_bfloat16_and_gradients_scattered():
             weights,
         )
         shapes = (
-            jax.ShapeDtypeStruct((16, layout.rows, 512), jnp.bfloat16),
+            jax.ShapeDtypeStruct((16, layout.length, 512), jnp.bfloat16),
             jax.ShapeDtypeStruct((16, 12), bool),
         )
         lowered = jax.jit(jax.grad(loss)).lower(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.ops.attention.cases import continued
+from tests.streams import build_layout
 from tests.worlds import mesh_of
 from tokenrec.errors import InputError
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
@@ -25,7 +26,6 @@ from tokenrec.planner.roofline import (
     visible_tiles,
 )
 from tokenrec.sharding import RULES
-from tokenrec.tokens.layout import build_layout
 
 P = jax.sharding.PartitionSpec
 
@@ -48,8 +48,8 @@ def patterns():
     yield causal_pattern(7, 12)
     random = np.random.default_rng(0)
     for layout in layouts():
-        every = np.arange(layout.rows)
-        some = np.sort(random.choice(layout.rows, layout.rows // 2, replace=False))
+        every = np.arange(layout.length)
+        some = np.sort(random.choice(layout.length, layout.length // 2, replace=False))
         yield layout.pattern(every, every)
         yield layout.pattern(some, every)
         yield dataclasses.replace(layout, discard=False).pattern(some, every)

@@ -22,9 +22,10 @@ from tokenrec.checkpoint.run_folder import load_run_config, open_run
 from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
-from tokenrec.models.backbones.block import Block, Stream
+from tokenrec.models.backbones.block import Block
+from tokenrec.models.backbones.rope_attention import Stream
 from tokenrec.models.backbones.tokenformer import TokenFormer
-from tokenrec.models.recommender import batch_layout, candidate_mask
+from tokenrec.models.stream_layout import batch_layout, candidate_mask
 from tokenrec.ops.attention.dense import MASKED
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import rms_normalize
@@ -54,7 +55,7 @@ def batch_attention(
         raise InputError(
             f"model.kind='{model.config.model.kind}': attention maps are drawn of a run with model.kind='tokenformer'"
         )
-    x, layout = module.stream(entities, batch)
+    x, layout = module.make_stream(entities, batch)
     candidates = candidate_mask(batch)
     return stack_attention(
         module.backbone, x, layout, batch.valid, candidates
@@ -74,8 +75,8 @@ def stack_attention(
       x: `[B, S, d]` tokens; layout: their order.
       events: `[B, T] bool` and candidates: `[B, C] bool` or None: which are real.
     """
-    every, found = np.arange(layout.rows), []
-    x, stream = backbone.start(x, layout, every, events, candidates)
+    every, found = np.arange(layout.length), []
+    x, stream = backbone.prepare_inputs(x, layout, every, events, candidates)
     for block in backbone.layers():
         found.append(block_attention(block, x, stream))
         x = block(x, every, every, stream, None)
@@ -84,7 +85,7 @@ def stack_attention(
 
 def block_attention(block: Block, x: jax.Array, stream: Stream) -> jax.Array:
     """Attention weights `[B, H, S, S] float32` of one block, whose input is `x: [B, S, d]`, the rows of `stream`."""
-    attention, rows = block.attention, stream.rows
+    attention, rows = block.attention, stream.positions
     normed = block.attention_norm(x)
     q = contract(
         "bsd,dhk->bshk",

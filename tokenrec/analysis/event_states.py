@@ -21,7 +21,7 @@ from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
 from tokenrec.models.backbones.tokenformer import TokenFormer
-from tokenrec.models.recommender import batch_layout, candidate_mask
+from tokenrec.models.stream_layout import batch_layout, candidate_mask
 from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.tokens.layout import Layout
@@ -58,7 +58,7 @@ def all_rows(model: ModelSpec) -> ModelSpec:
 
 def event_rows(layout: Layout) -> np.ndarray:
     """`[R]` rows that stand for an event: its state, or the fused event."""
-    return layout.rows_of("state", "event")
+    return layout.positions_of("state", "event")
 
 
 def states_and_gates(
@@ -78,8 +78,8 @@ def states_and_gates(
         model.embedder.look_up(state.tables, batch), batch, None
     )
     layout = batch_layout(model.config, model.schema, model.literals, batch)
-    entered, _ = backbone.start(
-        tokens, layout, np.arange(layout.rows), batch.valid, candidate_mask(batch)
+    entered, _ = backbone.prepare_inputs(
+        tokens, layout, np.arange(layout.length), batch.valid, candidate_mask(batch)
     )
     rows = event_rows(layout)
     states = [layer[:, rows] for layer in (entered, *outputs[:-1])]

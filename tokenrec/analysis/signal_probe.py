@@ -17,7 +17,7 @@ import optax
 
 from tokenrec.data.schema import MISSING, Feature, columns
 from tokenrec.errors import InputError
-from tokenrec.tokens.transforms import normalize_dense
+from tokenrec.tokens.feature_transforms import normalize_dense
 
 CATEGORIES = 50  # the most frequent values that are told apart; all others are one more
 CLASSES = CATEGORIES + 1

@@ -24,14 +24,14 @@ from tokenrec.data.semantic import SEMANTIC_ID
 from tokenrec.data.tokenizer import load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError
-from tokenrec.models.backbones.tokenformer import layer_windows, stack_sizes
-from tokenrec.models.heads import CodeHead
+from tokenrec.models.backbones.bfts import layer_windows, stack_sizes
+from tokenrec.models.heads import SemanticIdHead
 from tokenrec.ops.tables.lookup import Stack
 from tokenrec.sharding import make_mesh
 from tokenrec.state import ModelSpec, TrainState, abstract_state, bind_params
+from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
 from tokenrec.tokens.embed import ITEM_ROWS
-from tokenrec.tokens.makers import Transforms
-from tokenrec.tokens.textual import TextMaker
+from tokenrec.tokens.makers import FeatureTransforms
 
 
 class Keys(NamedTuple):
@@ -255,17 +255,17 @@ def _makers(model: ModelSpec, abstract: TrainState) -> dict[str, tuple[str, ...]
     found = {}
     module = bind_params(model, abstract.params)  # of shapes instead of weights
     for path, part in nnx.iter_modules(module):
-        if isinstance(part, Transforms):
+        if isinstance(part, FeatureTransforms):
             made_of = tuple(
                 f"{f.feature.name} ({f.feature.kind}, {f.width} wide)"
                 for f in part.items
             )
             found["/".join(map(str, path[:-1]))] = made_of
-        elif isinstance(part, TextMaker):
+        elif isinstance(part, DiscreteTokenMaker):
             found["/".join(map(str, path))] = tuple(
                 f"{f.name} ({f.kind}, {f.length} tokens)" for f in part.features
             )
-    if isinstance(module.head, CodeHead):
+    if isinstance(module.head, SemanticIdHead):
         levels = " x ".join(map(str, model.schema.levels))
         found["head"] = (f"codes {levels} of digest {model.schema.codes_digest[:12]}",)
     return found

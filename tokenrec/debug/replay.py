@@ -32,7 +32,7 @@ from tokenrec.debug.report import (
 )
 from tokenrec.errors import InputError
 from tokenrec.losses import sample_losses
-from tokenrec.models.recommender import batch_layout
+from tokenrec.models.stream_layout import batch_layout
 from tokenrec.ops.tables.exchange import RowRoute
 from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, to_devices
 from tokenrec.state import (
@@ -203,7 +203,7 @@ def _samples(
         entities = model.embedder.entities(inputs.rows, reads, batch)
         tokens, outputs = module.trace(entities, batch, key)
         layout = batch_layout(model.config, model.schema, model.literals, batch)
-        roles = [role for role in ROLES if len(layout.rows_of(role))]
+        roles = [role for role in ROLES if len(layout.positions_of(role))]
         kinds = {
             part: {f.name: f.kind for f in features}
             for part, features in model.embedder.parts.items()
@@ -219,7 +219,9 @@ def _samples(
                 }
                 for part, entity in entities.items()
             },
-            "tokens": {role: _bad(tokens[:, layout.rows_of(role)]) for role in roles},
+            "tokens": {
+                role: _bad(tokens[:, layout.positions_of(role)]) for role in roles
+            },
             "layers": [_bad(output) for output in outputs],
         }
 

@@ -21,7 +21,7 @@ from tokenrec.data.pipeline import eval_batches
 from tokenrec.evaluation.sharded_top_k import RetrievalResult, sharded_top_k
 from tokenrec.metrics.binary import group_codes
 from tokenrec.metrics.ranking import mrr, ndcg_at, recall_at
-from tokenrec.models.heads import ItemHead
+from tokenrec.models.heads import NextItemHead
 from tokenrec.ops.tables.lookup import Stack
 from tokenrec.sharding import RULES, local_batch_indices, to_devices, to_host
 from tokenrec.state import ModelSpec, TrainState, bind_params
@@ -51,7 +51,7 @@ def rank_catalogue(
     """Every item of the catalogue scored, for a head "next_item"."""
     entities = model.embedder.look_up(state.tables, batch)
     module = bind_params(model, state.params)
-    assert isinstance(module.head, ItemHead)
+    assert isinstance(module.head, NextItemHead)
     h = module(entities, batch, None)
     settings, stack = model.config.head, _item_stack(model)
     if stack is not None and stack.spread:
@@ -113,7 +113,7 @@ def _item_stack(model: ModelSpec) -> Stack | None:
 
 
 def _vectors(
-    model: ModelSpec, head: ItemHead, state: TrainState, stack: Stack | None
+    model: ModelSpec, head: NextItemHead, state: TrainState, stack: Stack | None
 ) -> jax.Array:
     """`[V, d]` of all items."""
     if stack is None:

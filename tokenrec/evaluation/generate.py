@@ -12,7 +12,7 @@ from tokenrec.data.batch import Batch
 from tokenrec.evaluation.beam_search import Beams, Trie, beam_search
 from tokenrec.evaluation.sharded_top_k import RetrievalResult
 from tokenrec.models.backbones.tokenformer import TokenFormer
-from tokenrec.models.heads import CodeHead
+from tokenrec.models.heads import SemanticIdHead
 from tokenrec.sharding import RULES
 from tokenrec.state import ModelSpec, TrainState, bind_params
 
@@ -25,12 +25,12 @@ def generate(model: ModelSpec, state: TrainState, batch: Batch, trie: Trie) -> B
     entities = model.embedder.look_up(state.tables, batch)
     module = bind_params(model, state.params)
     head, backbone = module.head, module.backbone
-    assert isinstance(head, CodeHead)
+    assert isinstance(head, SemanticIdHead)
     assert isinstance(backbone, TokenFormer)
     events = batch.valid.shape[1]
     prompt = model.layout(events, serving=True, candidates=1)
     cache, read = backbone.prefill(
-        module.shared_tokens(entities, batch), prompt, batch.valid
+        module.prefix_tokens(entities, batch), prompt, batch.valid
     )
 
     def next_log_probs(codes: jax.Array, level: int) -> jax.Array:

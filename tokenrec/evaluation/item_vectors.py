@@ -8,7 +8,7 @@ import pyarrow as pa
 from tokenrec.checkpoint.run_folder import OpenedRun
 from tokenrec.data.schema import FIRST_KNOWN, columns
 from tokenrec.errors import InputError
-from tokenrec.models.heads import ItemHead
+from tokenrec.models.heads import NextItemHead
 from tokenrec.ops.tables.exchange import to_storage_index
 from tokenrec.sharding import to_host
 from tokenrec.state import bind_params
@@ -32,9 +32,9 @@ def item_vectors(run: OpenedRun) -> pa.Table:
     head = bind_params(run.model, run.state.params).head
     catalogue = run.dataset.catalogue
     count = len(catalogue.item_id)
-    if isinstance(head, ItemHead) and head.items is not None:
+    if isinstance(head, NextItemHead) and head.items is not None:
         vectors = np.asarray(to_host(head.items[...]))
-    elif isinstance(head, ItemHead):
+    elif isinstance(head, NextItemHead):
         vectors = _table_rows(run, ITEM_ROWS.name, np.arange(count))
     else:
         table, ids = _item_id_feature(run)

@@ -1,7 +1,22 @@
-"""Heads of retrieval: the next item, and the semantic id of the next item (methods.md section 2, "Tasks").
+"""Heads of retrieval: the next item, and the semantic id of the next item.
 
-B streams, R read-outs, P goals of a read-out, V items, L levels, C codes of a level.
-"""
+docs/methods.md section 2, "Tasks". For a read-out h and the goal g, the item that
+follows:
+
+    next item, full softmax      -log softmax_v(s(h, v))[g]       over the V items
+    next item, sampled softmax   over g and n uniform draws, with the log-Q correction
+    semantic id                  -sum_l log softmax_c(h_l . o_{l,c})[c_l]
+
+    s(h, v) = h . e_v / temperature, of unit vectors with `head.cosine`
+
+h_0 is the read-out, and h_l the output at the code of level l - 1 of the goal, so that
+the semantic id is predicted level by level (TIGER: Rajput et al., arXiv 2305.05065,
+2023).
+
+Ranking needs no class of its own: one linear layer scores its tasks.
+
+Letters: B batch, R read-outs, P goals of a read-out, V items, L levels, C_l codes of
+level l, n sampled items, d model width."""
 
 from __future__ import annotations
 
@@ -18,11 +33,24 @@ from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
 
 
-class ItemHead(nnx.Module):
-    """Scores `h . e_item / temperature`. With a sampled softmax the vectors lie among the tables, not in here."""
+class NextItemHead(nnx.Module):
+    """Score read-outs against the vectors of items.
+
+    Args:
+      config: `head` of the run's config.
+      width: d.
+      items: V.
+
+    Attributes:
+      items: item vectors `[V, d]` of a full softmax; None with a sampled softmax, whose
+        vectors are rows of an embedding table.
+    """
 
     def __init__(self, config: HeadConfig, width: int, items: int, *, rngs: nnx.Rngs):
-        self.config, self.count = config, items
+        self.config = config
+        self.count = items
+        # A sampled softmax reads some rows of a table per step; a full softmax
+        # multiplies with all of them, so that they are a dense weight.
         self.items = (
             None
             if config.negatives
@@ -30,86 +58,127 @@ class ItemHead(nnx.Module):
         )
 
     def vectors(self) -> jax.Array:
-        """`[V, d]`, of the full softmax."""
+        """All item vectors of a full softmax, `[V, d]`."""
         assert self.items is not None
         return gathered(self.items[...])
 
-    def rows(self, items: jax.Array) -> jax.Array:
-        """`[..., d]`, the vectors of `items: [...]`, zeros where -1."""
-        rows = expand_rows(self.vectors(), jnp.maximum(items, 0))
-        return jnp.where((items >= 0)[..., None], rows, 0)
+    def lookup(self, items: jax.Array) -> jax.Array:
+        """Look up the vectors `[..., d]` of `items: [...]`; zeros for -1."""
+        vectors = expand_rows(self.vectors(), jnp.maximum(items, 0))
+        return jnp.where((items >= 0)[..., None], vectors, 0)
 
     def scores(self, h: jax.Array, vectors: jax.Array) -> jax.Array:
-        """`[B, R, V] float32` from read-outs `[B, R, d]` and `[V, d]`."""
+        """Score `h: [B, R, d]` against `vectors: [V, d]`: `[B, R, V] float32`."""
         return contract(
             "brd,vd->brv", self.query(h), self.key(vectors), RULES("batch", None, None)
         )
 
     def full_losses(self, h: jax.Array, goals: jax.Array) -> jax.Array:
-        """`[B]`, summed cross-entropy of the goals `[B, R, P]`, -1 fills, each against the whole catalogue."""
+        """Compute the cross-entropy of each goal against the whole catalogue.
+
+        Args:
+          h: `[B, R, d]`, read-outs.
+          goals: `[B, R, P] int32`, -1 fills up.
+
+        Returns:
+          `[B] float32`, summed over the goals.
+        """
+        # One partition function per read-out serves all of its goals.
         partition = jax.nn.logsumexp(self.scores(h, self.vectors()), axis=-1)
-        own = self._own_scores(h, self.rows(goals))
-        return jnp.sum(
-            jnp.where(goals >= 0, partition[..., None] - own, 0), axis=(1, 2)
-        )
+        goal_scores = self._goal_scores(h, self.lookup(goals))
+        losses = jnp.where(goals >= 0, partition[..., None] - goal_scores, 0)
+        return jnp.sum(losses, axis=(1, 2))
 
     def sampled_losses(
         self,
         h: jax.Array,
         goals: jax.Array,
-        of_goals: jax.Array,
+        goal_vectors: jax.Array,
         negatives: jax.Array,
-        of_negatives: jax.Array,
+        negative_vectors: jax.Array,
     ) -> jax.Array:
-        """`[B]`, summed cross-entropy of each goal against itself and items drawn uniformly, with the log-Q correction.
+        """Compute the cross-entropy of each goal against sampled items.
 
-        Of n draws each item is expected n / V times, so that a drawn item's logit is lowered by `log(n / V)` (Bengio
-        and Senecal, 2008). A draw that is the goal itself does not count against it.
+        Of n uniform draws an item is expected n / V times, so the logit of a drawn item
+        is lowered by log(n / V) (log-Q correction; Bengio and Senécal, *Adaptive
+        Importance Sampling*, 2008). A draw that is the goal itself is left out.
 
         Args:
-          goals: `[B, R, P]`, -1 fills; of_goals: `[B, R, P, d]`, their vectors.
-          negatives: `[n]`, rows of the catalogue; of_negatives: `[n, d]`.
-        """
-        own = self._own_scores(h, of_goals)
-        drawn = self.scores(h, of_negatives) - math.log(negatives.shape[0] / self.count)
-        hit = goals[..., None] == negatives
-        others = jax.nn.logsumexp(jnp.where(hit, -jnp.inf, drawn[:, :, None]), axis=-1)
-        return jnp.sum(
-            jnp.where(goals >= 0, jnp.logaddexp(own, others) - own, 0), axis=(1, 2)
-        )
+          h: `[B, R, d]`, read-outs.
+          goals: `[B, R, P] int32`, -1 fills up.
+          goal_vectors: `[B, R, P, d]`.
+          negatives: `[n] int32`, the drawn items.
+          negative_vectors: `[n, d]`.
 
-    def _own_scores(self, h: jax.Array, of_goals: jax.Array) -> jax.Array:
-        return jnp.einsum("brd,brpd->brp", self.query(h), self.key(of_goals))
+        Returns:
+          `[B] float32`, summed over the goals.
+        """
+        goal_scores = self._goal_scores(h, goal_vectors)
+        # The goal itself is not drawn, so its logit is not corrected.
+        log_expected = math.log(negatives.shape[0] / self.count)
+        drawn = self.scores(h, negative_vectors) - log_expected
+        is_goal = goals[..., None] == negatives
+        others = jax.nn.logsumexp(
+            jnp.where(is_goal, -jnp.inf, drawn[:, :, None]), axis=-1
+        )
+        losses = jnp.where(
+            goals >= 0, jnp.logaddexp(goal_scores, others) - goal_scores, 0
+        )
+        return jnp.sum(losses, axis=(1, 2))
+
+    def _goal_scores(self, h: jax.Array, goal_vectors: jax.Array) -> jax.Array:
+        """Score each goal, `[B, R, P]`."""
+        # Item vectors of goals are gathered, not multiplied with the whole table.
+        return jnp.einsum("brd,brpd->brp", self.query(h), self.key(goal_vectors))
 
     def query(self, h: jax.Array) -> jax.Array:
-        """Read-outs as they are scored, temperature included."""
+        """Scale read-outs `[..., d]` for scoring, temperature included."""
+        # Logits are float32 whatever the compute dtype.
         h = h.astype(jnp.float32)
         return (_unit(h) if self.config.cosine else h) / self.config.temperature
 
     def key(self, vectors: jax.Array) -> jax.Array:
-        """Item vectors as they are scored."""
+        """Scale item vectors `[..., d]` for scoring."""
         return _unit(vectors) if self.config.cosine else vectors
 
 
-class CodeHead(nnx.Module):
-    """The token vocabulary of semantic ids: a vector per level and code, read in and scored against."""
+class SemanticIdHead(nnx.Module):
+    """The code vocabulary of semantic ids: input and output vectors of each level.
+
+    Args:
+      levels: number of codes of each level, C_l.
+      width: d.
+      tied: codes are read with the vectors that they are scored against.
+    """
 
     def __init__(
         self, levels: tuple[int, ...], width: int, *, tied: bool, rngs: nnx.Rngs
     ):
         self.levels = levels
+        # Every level takes as many rows as the largest, so that a row is found by
+        # multiplication.
         shape = (len(levels) * max(levels), width)
         self.outputs = weight(rngs, shape, None, "embed", inputs=width)
         self.inputs = None if tied else weight(rngs, shape, None, "embed", inputs=width)
 
     def tokens(self, codes: jax.Array) -> jax.Array:
-        """Codes of the first l levels, `[..., l] int32`, -1 fills -> `[..., l, d]`."""
+        """Look up the tokens of codes.
+
+        Args:
+          codes: `[..., l] int32`, codes of the first l levels; -1, which fills up,
+            reads code 0.
+
+        Returns:
+          `[..., l, d]`.
+        """
         table = self.outputs if self.inputs is None else self.inputs
         rows = jnp.arange(codes.shape[-1]) * max(self.levels) + jnp.maximum(codes, 0)
         return expand_rows(gathered(table[...]), rows)
 
     def log_probs(self, h: jax.Array, level: int) -> jax.Array:
-        """`[B, n, d]` -> `[B, n, C_level] float32`."""
+        """Log-probabilities of a level's codes: `[B, n, d]` to `[B, n, C_l]`."""
+        # Only the codes of this level compete, so the beam search is free of invalid
+        # levels.
         first = level * max(self.levels)
         table = gathered(self.outputs[...])[first : first + self.levels[level]]
         logits = contract(
@@ -118,30 +187,36 @@ class CodeHead(nnx.Module):
         return jax.nn.log_softmax(logits, axis=-1)
 
     def losses(self, h: jax.Array, codes: jax.Array) -> jax.Array:
-        """`[B]`, summed cross-entropy of all levels of all goals.
+        """Compute the cross-entropy of all levels of all goals.
 
         Args:
-          h: `[B, R + R P (L - 1), d]`: the read-outs, each of which says the first level of its goals, then the rows of
-            the goals' codes, each of which says the next level.
-          codes: `[B, R, P, L]`, -1 fills.
+          h: `[B, R + R P (L - 1), d]`: the read-outs, each of which predicts the first
+            level of its goals, then the outputs at the goals' codes, each of which
+            predicts the next level.
+          codes: `[B, R, P, L] int32`, -1 fills up.
+
+        Returns:
+          `[B] float32`, summed over the goals and levels.
         """
         reads, goals, levels = codes.shape[1:]
-        flat = as_rows(codes)
-        # Codes of one goal lie side by side, level after level.
-        rows = [jnp.repeat(h[:, :reads], goals, axis=1)] + [
+        flat_codes = as_rows(codes)
+        # Inputs of each level, `[B, R P, d]`. The codes of one goal lie side by side,
+        # so that a level is every (L - 1)-th output.
+        inputs = [jnp.repeat(h[:, :reads], goals, axis=1)] + [
             h[:, reads + k :: levels - 1] for k in range(levels - 1)
         ]
         total = jnp.zeros(codes.shape[0], out_sharding=RULES("batch"))
         for level in range(levels):
-            said, code = self.log_probs(rows[level], level), flat[..., level]
-            # A comparison instead of a gather: the levels are short, and its gradient is no scatter.
-            own = jnp.sum(
-                jnp.where(jnp.arange(said.shape[-1]) == code[..., None], said, 0),
-                axis=-1,
-            )
-            total -= jnp.sum(jnp.where(code >= 0, own, 0), axis=1)
+            log_probs = self.log_probs(inputs[level], level)
+            code = flat_codes[..., level]
+            # A comparison instead of a gather: levels are short, and its gradient is no
+            # scatter.
+            is_code = jnp.arange(log_probs.shape[-1]) == code[..., None]
+            log_prob = jnp.sum(jnp.where(is_code, log_probs, 0), axis=-1)
+            total -= jnp.sum(jnp.where(code >= 0, log_prob, 0), axis=1)
         return total
 
 
 def _unit(x: jax.Array) -> jax.Array:
+    """Scale vectors `[..., d]` to length 1."""
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)

@@ -22,7 +22,7 @@ from tokenrec.config.validate import validate
 from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
-from tokenrec.models.backbones.block import check_mesh
+from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.planner.flops import Work, step_flops, step_work
 from tokenrec.planner.hlo import Collective, read_program
 from tokenrec.planner.memory import (
@@ -104,7 +104,7 @@ def compile_config(
         "device_kind": over.devices.flat[0].device_kind,
         "mesh": dict(over.shape),
         "batch": config.data.batch_size,
-        "stream_tokens": model.layout(config.data.events).rows,
+        "stream_tokens": model.layout(config.data.events).length,
         "examples_per_step": _examples(config, shapes),
         "schema": origin,
         "parameters": {

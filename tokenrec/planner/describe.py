@@ -71,7 +71,7 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
         "objective": config.data.objective,
         "paradigm": config.data.paradigm,
         "tasks": list(model.tasks),
-        "tokens": layout.rows,
+        "tokens": layout.length,
         "layout": _runs(layout),
         "history": _history(config, model.schema, layout),
         "layers": [{"layer": number} | layer for number, layer in enumerate(layers)],
@@ -145,7 +145,7 @@ def to_text(description: dict[str, Any]) -> str:
 
 def _history(config: Config, schema: Schema, layout: Layout) -> dict[str, Any]:
     """Events in, tokens out, and how the ones become the others."""
-    rows = len(layout.rows_of("state", "action", "event"))
+    rows = len(layout.positions_of("state", "action", "event"))
     if "history" in config.tokens.text:
         whole = config.data.events * layout.stride
         how = f"text, {layout.stride} tokens an event" + (

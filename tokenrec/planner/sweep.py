@@ -23,7 +23,8 @@ from tokenrec.config.validate import validate
 from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
-from tokenrec.models.backbones.block import ffn_width, mesh_splits
+from tokenrec.models.backbones.block import ffn_width
+from tokenrec.models.backbones.mesh_check import sharded_sizes
 from tokenrec.planner.compile import compile_config
 from tokenrec.planner.flops import step_work
 from tokenrec.planner.hlo import Collective
@@ -117,7 +118,7 @@ def rank(
         schema, config.data, batch_size=config.data.batch_size, ages=ages
     )[config.data.events]
     flops = step_work(model, over, batch)[0].model_flops
-    tokens = config.data.batch_size * model.layout(config.data.events).rows
+    tokens = config.data.batch_size * model.layout(config.data.events).length
     found = [
         predict(config, state, flops, tokens, topology_mesh(topology, shape, slices))
         for shape in shapes
@@ -148,7 +149,7 @@ def mesh_shapes(config: Config, devices: int, slices: int = 1) -> Iterator[MeshC
                 (config.data.eval_batch_size, data * fsdp),
                 *(
                     (size, {"fsdp": fsdp, "tensor": tensor}[axis])
-                    for _, size, axis in mesh_splits(model)
+                    for _, size, axis in sharded_sizes(model)
                 ),
             )
             if tensor > 1 and not supports_tensor_parallelism(model):

@@ -1,4 +1,16 @@
-"""From the packed columns of a batch to named feature values: which stack, which row, which columns."""
+"""Embedding look-ups of a batch: packed feature columns to named feature values.
+
+The pipeline packs the features of each part of a batch into two matrices, `ids` and
+`dense` (`tokenrec.data.schema.columns`). All embedding tables of one width lie in one
+array, a *stack* (`tokenrec.ops.tables.lookup`), so that a step reads its table rows
+with one gather per stack, whatever the number of features:
+
+    find       ids of all parts -> distinct table rows of each stack
+    gather     distinct table rows -> their vectors; gradients are taken of these
+    entities   vectors -> feature name -> values, for each part of the batch
+
+Letters: B batch, T events, C candidates, u distinct rows of a stack, w width of a
+stack."""
 
 from __future__ import annotations
 
@@ -19,16 +31,18 @@ from tokenrec.ops.tables.api import (
     gather_rows,
 )
 from tokenrec.ops.tables.lookup import Stack, build_stacks
-from tokenrec.tokens.makers import Values
-from tokenrec.tokens.transforms import prefix_ids, table_widths
+from tokenrec.tokens.feature_transforms import hashed_prefix_ids, table_widths
+from tokenrec.tokens.makers import FeatureArrays
 
-# The table of a sampled softmax: a row per item of the catalogue, and no reserved ids.
+# The item table of a sampled softmax. It has a row for each item of the catalogue and,
+# unlike the tables of features, no reserved ids.
 ITEM_ROWS = Feature("catalogue_item", "categorical", "item")
+# Parts of a batch that are looked up in this table.
 CATALOGUE_PARTS = ("items", "goals", "negatives")
 
 
 def samples_items(config: Config) -> bool:
-    """The item vectors are rows of a table, of which a step reads some."""
+    """Whether the item vectors of the head are table rows, for a sampled softmax."""
     return (
         config.data.objective == "retrieval"
         and config.head.retrieval == "next_item"
@@ -36,19 +50,29 @@ def samples_items(config: Config) -> bool:
     )
 
 
-class Entity(NamedTuple):
-    """Feature values and raw ids of one part of a batch, by feature name."""
+class EntityFeatures(NamedTuple):
+    """The features of one part of a batch.
 
-    values: Values
-    ids: Values
+    Attributes:
+      values: feature name -> table rows `[..., length, w]`, or numbers `[..., length]`.
+      ids: name of an integer feature -> `[..., length] int32`.
+    """
+
+    values: FeatureArrays
+    ids: FeatureArrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedder:
-    """Static plan of all look-ups of a schema: one gather per stack and step.
+    """Static plan of the embedding look-ups of a schema.
 
-    A batch part is "user", "state", "action" or "target"; target shares the features of state. A sampled softmax has
-    its item vectors among the tables, and looks up "items", "goals" and "negatives", rows of the catalogue, there.
+    Attributes:
+      parts: part of a batch -> its features, in the order of its columns. Parts are
+        "user", "state", "action" and "target", which shares the features of "state",
+        and with a sampled softmax those of `CATALOGUE_PARTS`.
+      tables: table name -> number of rows.
+      stacks: stack name -> its tables.
+      hashed: semantic ids are looked up by the hashes of their prefixes.
     """
 
     parts: dict[str, tuple[Feature, ...]]
@@ -58,131 +82,182 @@ class Embedder:
 
     @staticmethod
     def build(schema: Schema, config: Config) -> Embedder:
+        """Plan the look-ups of a config; `schema` is without the excluded features."""
         parts = {
             "user": schema.group("user"),
             "state": schema.state,
             "action": schema.group("action"),
         }
-        tables, widths = schema.tables, table_widths(schema.features, config.tokens)
+        tables = schema.tables
+        widths = table_widths(schema.features, config.tokens)
         if samples_items(config):
+            # Item vectors have the model's width: they are scored against read-outs.
             parts |= dict.fromkeys(CATALOGUE_PARTS, (ITEM_ROWS,))
-            tables, widths = (
-                tables | {ITEM_ROWS.name: schema.items},
-                widths | {ITEM_ROWS.name: config.model.width},
-            )
-        stacks = build_stacks(tables, widths, config.tokens.replicate_rows)
+            tables = tables | {ITEM_ROWS.name: schema.items}
+            widths = widths | {ITEM_ROWS.name: config.model.width}
         return Embedder(
-            parts | {"target": schema.state},
-            tables,
-            stacks,
-            config.tokens.semantic_id == "prefix",
+            parts=parts | {"target": schema.state},
+            tables=tables,
+            stacks=build_stacks(tables, widths, config.tokens.replicate_rows),
+            hashed=config.tokens.semantic_id == "prefix",
         )
-
-    def _columns(self, part: str, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
-        """Columns of `ids` of a part that lie in a stack, and the stack row of id 0 for each."""
-        place = columns(self.parts[part]).ids
-        chosen = [
-            f
-            for f in self.parts[part]
-            if f.is_integer and f.table_name in stack.offsets
-        ]
-        at = [np.arange(*place[f.name]) for f in chosen]
-        offsets = [np.full(f.length, stack.offsets[f.table_name]) for f in chosen]
-        return np.concatenate([*at, np.zeros(0, int)]), np.concatenate(
-            [*offsets, np.zeros(0, int)]
-        )
-
-    def _table_ids(self, part: str, ids: jax.Array) -> jax.Array:
-        if not self.hashed:
-            return ids
-        for f in self.parts[part]:
-            if f.kind == "semantic_id":
-                start, stop = columns(self.parts[part]).ids[f.name]
-                ids = ids.at[..., start:stop].set(
-                    prefix_ids(ids[..., start:stop], self.tables[f.table_name])
-                )
-        return ids
 
     def find(self, batch: Batch) -> dict[str, UniqueRows]:
-        """Distinct rows of every stack that the batch reads; its inverses are by part."""
-        found = {}
+        """Find the distinct rows of each stack that a batch reads.
+
+        Returns:
+          Stack name -> its distinct rows; `inverses` of these are by part of the batch.
+        """
+        unique_rows = {}
         for name, stack in self.stacks.items():
-            rows = {}
+            rows_by_part = {}
             for part, signals in self._signals(batch):
-                at, offsets = self._columns(part, stack)
-                rows[part] = self._table_ids(part, signals.ids)[..., at] + jnp.asarray(
-                    offsets, jnp.int32
-                )
-            found[name] = find_unique_rows(stack, rows)
-        return found
+                id_columns, offsets = self._stack_columns(part, stack)
+                ids = self._table_ids(part, signals.ids)[..., id_columns]
+                # A stack is several tables one after another; the offset is where a
+                # table begins.
+                rows_by_part[part] = ids + jnp.asarray(offsets, jnp.int32)
+            # All parts together: a row that two parts read is gathered and updated
+            # once.
+            unique_rows[name] = find_unique_rows(stack, rows_by_part)
+        return unique_rows
 
     def gather(
-        self, stored: dict[str, jax.Array], found: dict[str, UniqueRows]
+        self, stored: dict[str, jax.Array], unique_rows: dict[str, UniqueRows]
     ) -> dict[str, jax.Array]:
-        """The rows that were found in every stack."""
-        return {name: gather_rows(stored[name], found[name]) for name in self.stacks}
+        """Gather the vectors of distinct rows: stack name -> `[u, w]`.
+
+        Args:
+          stored: stack name -> `[rows, w]`, the tables of the train state.
+          unique_rows: the result of `find`.
+        """
+        return {
+            name: gather_rows(stored[name], unique_rows[name]) for name in self.stacks
+        }
 
     def entities(
         self,
         rows: dict[str, jax.Array],
         inverses: dict[str, dict[str, jax.Array]],
         batch: Batch,
-    ) -> dict[str, Entity]:
-        """Values of the batch's parts from the rows that `gather` returned, and the inverses of `find`."""
+    ) -> dict[str, EntityFeatures]:
+        """Split the vectors and the packed columns of a batch into named features.
+
+        Args:
+          rows: stack name -> `[u, w]`, the result of `gather`.
+          inverses: stack name -> part -> `[B, ..., columns of the stack]`, index into
+            the distinct rows (`inverses` of this module).
+          batch: the batch.
+
+        Returns:
+          Part of the batch -> its features.
+        """
         entities = {}
         for part, signals in self._signals(batch):
-            place = columns(self.parts[part])
-            values: Values = {
-                n: signals.dense[..., slice(*at)] for n, at in place.dense.items()
+            packed = columns(self.parts[part])
+            values: FeatureArrays = {
+                name: signals.dense[..., slice(*span)]
+                for name, span in packed.dense.items()
             }
-            ids: Values = {
-                n: signals.ids[..., slice(*at)] for n, at in place.ids.items()
+            ids: FeatureArrays = {
+                name: signals.ids[..., slice(*span)]
+                for name, span in packed.ids.items()
             }
             for name, stack in self.stacks.items():
-                at, _ = self._columns(part, stack)
-                if not len(at):
+                features = self._stack_features(part, stack)
+                if not features:
                     continue
-                inverse = inverses[name][part]
-                read = expand_rows(stack, rows[name], inverse)
+                # One expansion for all features of the stack, then slices by feature.
+                vectors = expand_rows(stack, rows[name], inverses[name][part])
                 start = 0
-                for f in self.parts[part]:
-                    if f.is_integer and f.table_name in stack.offsets:
-                        values[f.name] = read[..., start : start + f.length, :]
-                        start += f.length
-            entities[part] = Entity(values, ids)
+                for f in features:
+                    values[f.name] = vectors[..., start : start + f.length, :]
+                    start += f.length
+            entities[part] = EntityFeatures(values, ids)
         return entities
 
-    def look_up(self, stored: dict[str, jax.Array], batch: Batch) -> dict[str, Entity]:
-        """Values of every part of the batch, for a pass that takes no gradient of the rows."""
-        found = self.find(batch)
-        return self.entities(self.gather(stored, found), inverses(found), batch)
+    def look_up(
+        self, stored: dict[str, jax.Array], batch: Batch
+    ) -> dict[str, EntityFeatures]:
+        """Look up all features of a batch at once, where no gradient of rows is needed.
+
+        Args:
+          stored: stack name -> `[rows, w]`, the tables of the train state.
+          batch: the batch.
+
+        Returns:
+          Part of the batch -> its features.
+        """
+        unique_rows = self.find(batch)
+        rows = self.gather(stored, unique_rows)
+        return self.entities(rows, inverses(unique_rows), batch)
+
+    def _stack_features(self, part: str, stack: Stack) -> list[Feature]:
+        """Features of a part whose table lies in a stack."""
+        return [
+            f
+            for f in self.parts[part]
+            if f.is_integer and f.table_name in stack.offsets
+        ]
+
+    def _stack_columns(self, part: str, stack: Stack) -> tuple[np.ndarray, np.ndarray]:
+        """Plan the look-ups of a part in a stack.
+
+        Returns:
+          `[n]` columns of the part's `ids`, and `[n]` stack rows of their id 0.
+        """
+        spans = columns(self.parts[part]).ids
+        features = self._stack_features(part, stack)
+        # The empty array keeps the type where there is nothing to concatenate.
+        empty = np.zeros(0, int)
+        id_columns = [np.arange(*spans[f.name]) for f in features]
+        offsets = [np.full(f.length, stack.offsets[f.table_name]) for f in features]
+        return np.concatenate([*id_columns, empty]), np.concatenate([*offsets, empty])
+
+    def _table_ids(self, part: str, ids: jax.Array) -> jax.Array:
+        """Ids as they index tables: with `hashed`, semantic-id codes become hashes."""
+        if not self.hashed:
+            return ids
+        # Other kinds keep their ids.
+        for f in self.parts[part]:
+            if f.kind == "semantic_id":
+                start, stop = columns(self.parts[part]).ids[f.name]
+                rows = self.tables[f.table_name]
+                hashes = hashed_prefix_ids(ids[..., start:stop], rows)
+                ids = ids.at[..., start:stop].set(hashes)
+        return ids
 
     def _signals(self, batch: Batch) -> list[tuple[str, Signals]]:
-        named = [
+        """The parts that a batch has, by name."""
+        parts = [
             ("user", batch.user),
             ("state", batch.state),
             ("action", batch.action),
             ("target", batch.target),
         ]
         if CATALOGUE_PARTS[0] in self.parts:
-            catalogue = zip(
+            for name, items in zip(
                 CATALOGUE_PARTS,
                 (batch.items, batch.goals, batch.negatives),
                 strict=True,
-            )
-            named += [
-                (name, _catalogue_rows(rows))
-                for name, rows in catalogue
-                if rows is not None
-            ]
-        return [(name, signals) for name, signals in named if signals is not None]
+            ):
+                if items is not None:
+                    parts.append((name, _catalogue_signals(items)))
+        return [(name, signals) for name, signals in parts if signals is not None]
 
 
-def inverses(found: dict[str, UniqueRows]) -> dict[str, dict[str, jax.Array]]:
-    """By stack and part, `[B, ..., columns of the stack]`: which of the rows found each id is."""
-    return {name: of.inverses for name, of in found.items()}
+def inverses(unique_rows: dict[str, UniqueRows]) -> dict[str, dict[str, jax.Array]]:
+    """Index of each id among the distinct rows, for `Embedder.entities`.
+
+    Returns:
+      Stack name -> part of the batch -> `[B, ..., columns of the stack]`.
+    """
+    return {name: of_stack.inverses for name, of_stack in unique_rows.items()}
 
 
-def _catalogue_rows(rows: jax.Array) -> Signals:
-    """Rows of the catalogue as the ids of a feature; -1 reads some row, for the reader to drop."""
-    return Signals(jnp.maximum(rows, 0)[..., None], jnp.zeros((*rows.shape, 0)))
+def _catalogue_signals(items: jax.Array) -> Signals:
+    """Catalogue rows `[...]` as the ids of a feature, `[..., 1]`.
+
+    -1, which fills up, reads row 0; the reader masks it.
+    """
+    return Signals(jnp.maximum(items, 0)[..., None], jnp.zeros((*items.shape, 0)))

@@ -1,4 +1,15 @@
-"""The history segment: events as tokens, soft or textual, compressed or cut."""
+"""History maker: the events of a user as tokens, soft or discrete, compressed or cut.
+
+An event has a state (item and context) and an action (feedback such as a click). Its
+tokens are, by config (docs/methods.md sections 2 and 3):
+
+    interleaved  s_1 a_1 s_2 a_2 ..    state and action token     tokens.fused=False
+    fused        e_1 e_2 ..            one soft token per event   tokens.fused=True
+    compressed   m_1 m_2 e_7 e_8       fewer for older events     tokens.compression
+    discrete     w_11 w_12 .. w_21 ..  one token per value        tokens.text["history"]
+
+Letters: B batch, T events, d model width.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +22,63 @@ from tokenrec.config import Config
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.errors import InputError, suggest
 from tokenrec.ops.layers import as_rows
-from tokenrec.tokens.compress import CompressionPlan, Compressor
-from tokenrec.tokens.embed import Entity
-from tokenrec.tokens.layout import StreamPart, history_part
-from tokenrec.tokens.makers import Maker, Values
-from tokenrec.tokens.textual import TextMaker, token_count, truncate
+from tokenrec.tokens.compression_plan import CompressionPlan
+from tokenrec.tokens.discrete_tokens import (
+    DiscreteTokenMaker,
+    token_count,
+    truncate_left,
+)
+from tokenrec.tokens.embed import EntityFeatures
+from tokenrec.tokens.history_compression import HistoryCompressor
+from tokenrec.tokens.layout import Role
+from tokenrec.tokens.makers import FeatureArrays, Maker
+from tokenrec.tokens.stream_segments import StreamSegment
 
 
 def text_features(
     config: Config, entity: str, features: tuple[Feature, ...]
 ) -> tuple[Feature, ...]:
-    """The features of `tokens.text[entity]`, in its order.
+    """Select the features of an entity that are written as discrete tokens.
+
+    Args:
+      config: the run's config.
+      entity: a key of `tokens.text`.
+      features: all features of the entity.
+
+    Returns:
+      The features of `tokens.text[entity]`, in its order.
 
     Raises:
       InputError: the entity has no such feature.
     """
-    return _chosen(f"tokens.text['{entity}']", config.tokens.text[entity], features)
+    names = config.tokens.text[entity]
+    return _select_features(f"tokens.text['{entity}']", names, features)
 
 
 def soft_features(
     config: Config, entity: str, features: tuple[Feature, ...]
 ) -> tuple[Feature, ...]:
-    """The features of `tokens.soft[entity]`, in its order, or all where it does not name the entity.
+    """Select the features of an entity that its soft tokens are made of.
+
+    Args:
+      config: the run's config.
+      entity: "user", "history", "query" or "candidate".
+      features: all features of the entity.
+
+    Returns:
+      The features of `tokens.soft[entity]`, in its order; all, if it is not named
+      there.
 
     Raises:
       InputError: the entity has no such feature.
     """
     if entity not in config.tokens.soft:
         return features
-    return _chosen(f"tokens.soft['{entity}']", config.tokens.soft[entity], features)
+    names = config.tokens.soft[entity]
+    return _select_features(f"tokens.soft['{entity}']", names, features)
 
 
-def _chosen(
+def _select_features(
     field: str, names: tuple[str, ...], features: tuple[Feature, ...]
 ) -> tuple[Feature, ...]:
     known = {f.name: f for f in features}
@@ -55,6 +91,7 @@ def _chosen(
 
 
 def compression_plan(config: Config) -> CompressionPlan:
+    """The history compression of a config, for its longest history."""
     tokens = config.tokens
     return CompressionPlan(
         config.data.events,
@@ -65,40 +102,61 @@ def compression_plan(config: Config) -> CompressionPlan:
     )
 
 
-def history_stream_part(config: Config, schema: Schema, events: int) -> StreamPart:
-    """Rows of the history of a stream with `events` events."""
+def history_segment(config: Config, schema: Schema, events: int) -> StreamSegment:
+    """The positions of the history in a stream.
+
+    Args:
+      config: the run's config.
+      schema: features, without the excluded ones.
+      events: T of this stream, at most `data.events`.
+
+    Returns:
+      The positions of the tokens that `HistoryMaker` makes of T events.
+    """
     if "history" in config.tokens.text:
-        features = text_features(
-            config, "history", schema.state + schema.group("action")
-        )
-        each = token_count(features)
-        kept = _kept(config, events * each)
-        event = np.repeat(np.arange(events), each)[kept]
-        return StreamPart.history("event", event, each)
+        all_features = schema.state + schema.group("action")
+        # Every token of an event represents that event, also after the cut.
+        per_event = token_count(text_features(config, "history", all_features))
+        event = np.repeat(np.arange(events), per_event)
+        event = event[_cap(config, len(event))]
+        return StreamSegment.history("event", event, per_event)
     if not config.tokens.fused:
-        return history_part(events=events, fused=False)
-    event = compression_plan(config).of(events).event[_kept(config, events)]
-    return StreamPart.history("event", event)
+        # State and action of an event share its RoPE position: the stride is 1.
+        pair: tuple[Role, ...] = ("state", "action")
+        return StreamSegment(pair * events, np.repeat(np.arange(events), 2))
+    event = compression_plan(config).for_length(events).event
+    return StreamSegment.history("event", event[_cap(config, events)])
 
 
-def _kept(config: Config, rows: int) -> slice:
-    return truncate(rows, config.tokens.history_cap or rows)
+def _cap(config: Config, tokens: int) -> slice:
+    """The tokens that `tokens.history_cap` keeps of a history of so many."""
+    return truncate_left(tokens, config.tokens.history_cap or tokens)
 
 
-def merged(*entities: Entity) -> tuple[Values, Values]:
-    """Values and ids of several parts of a batch together."""
-    values = {
-        name: value for entity in entities for name, value in entity.values.items()
-    }
-    return values, {
-        name: value for entity in entities for name, value in entity.ids.items()
-    }
+def merge_entities(
+    *entities: EntityFeatures,
+) -> tuple[FeatureArrays, FeatureArrays]:
+    """Merge parts of a batch that one maker reads: their values and their ids."""
+    values: FeatureArrays = {}
+    ids: FeatureArrays = {}
+    for entity in entities:
+        values.update(entity.values)
+        ids.update(entity.ids)
+    return values, ids
 
 
-class History(nnx.Module):
-    """Events -> `[B, rows, d]`, the rows of `history_stream_part`.
+class HistoryMaker(nnx.Module):
+    """Make the tokens of the history.
 
-    `state` is the maker of an event's item and context where events are interleaved; targets may share it.
+    Attributes:
+      event: the maker of whole events; None where events are interleaved.
+      state: the maker of state tokens; None where they are not interleaved. A target of
+        one token may be made by it too (`Recommender`).
+      action: the maker of action tokens, likewise.
+      compressor: history compression; None without it.
+
+    Raises:
+      InputError: events are interleaved, but have no action features.
     """
 
     def __init__(self, config: Config, schema: Schema, *, rngs: nnx.Rngs):
@@ -107,52 +165,66 @@ class History(nnx.Module):
         state, action = schema.state, schema.group("action")
         if not (tokens.fused or action):
             raise InputError(
-                "tokens.fused=False, but the schema has no action features: an action token needs at least one; "
-                "use fused=True, or drop some of data.exclude"
+                "tokens.fused=False, but the schema has no action features: an action "
+                "token needs at least one; use fused=True, or drop some of data.exclude"
             )
-        # Modules are assigned once: NNX takes an attribute that begins as None for a constant.
-        self.event: Maker | TextMaker | None
+        # Each attribute is assigned once: NNX takes one that begins as None for a
+        # constant.
+        self.event: Maker | DiscreteTokenMaker | None
         if "history" in tokens.text:
-            self.event = TextMaker(
-                text_features(config, "history", state + action),
-                width,
-                tokens,
-                rngs=rngs,
-            )
+            features = text_features(config, "history", state + action)
+            self.event = DiscreteTokenMaker(features, width, tokens, rngs=rngs)
+        elif tokens.fused:
+            features = soft_features(config, "history", state + action)
+            self.event = Maker(features, 1, width, tokens, rngs=rngs)
         else:
-            made_of = soft_features(config, "history", state + action)
-            self.event = (
-                Maker(made_of, 1, width, tokens, rngs=rngs) if tokens.fused else None
-            )
+            # `tokens.soft` may name a feature that does not exist.
+            soft_features(config, "history", state + action)
+            self.event = None
         self.state = None if self.event else Maker(state, 1, width, tokens, rngs=rngs)
         self.action = None if self.event else Maker(action, 1, width, tokens, rngs=rngs)
         plan = compression_plan(config)
         self.compressor = (
             None
             if plan.kind == "none"
-            else Compressor(plan, width, config.model.heads, rngs=rngs)
+            else HistoryCompressor(plan, width, config.model.heads, rngs=rngs)
         )
 
     def __call__(
         self,
-        entities: dict[str, Entity],
+        entities: dict[str, EntityFeatures],
         valid: jax.Array,
         dtype: jnp.dtype,
         items: jax.Array | None = None,
     ) -> jax.Array:
-        """`valid: [B, T] bool`; `items: [B, T, d]` is added to the token of each event."""
+        """Make the tokens, oldest event first.
+
+        Args:
+          entities: features of the parts "state" and "action", `[B, T, ...]`.
+          valid: `[B, T] bool`, real events.
+          dtype: of the computation and the tokens.
+          items: `[B, T, d]`, added to the token of each event (`head.tied`).
+
+        Returns:
+          `[B, n, d]`, the n tokens of `history_segment`.
+        """
+        # Padding events are computed too; attention and compression mask them.
         state, action = entities["state"], entities["action"]
         if self.event is None:
             assert self.state is not None
             assert self.action is not None
+            # [B, T, 2, d]: state and action of an event lie side by side.
             pairs = [
-                self.state(*merged(state), dtype),
-                self.action(*merged(action), dtype),
+                self.state(*merge_entities(state), dtype),
+                self.action(*merge_entities(action), dtype),
             ]
             return as_rows(jnp.concatenate(pairs, axis=2))
-        made = self.event(*merged(state, action), dtype)
+        event_tokens = self.event(*merge_entities(state, action), dtype)
         if items is not None:
-            made = made + items[:, :, None].astype(dtype)
-        rows = as_rows(made)
-        rows = rows if self.compressor is None else self.compressor(rows, valid)
-        return rows[:, _kept(self.config, rows.shape[1])]
+            # [B, T, 1, d] + [B, T, n, d]: tied item vectors reach every token of the
+            # event.
+            event_tokens = event_tokens + items[:, :, None].astype(dtype)
+        tokens = as_rows(event_tokens)
+        if self.compressor is not None:
+            tokens = self.compressor(tokens, valid)
+        return tokens[:, _cap(self.config, tokens.shape[1])]

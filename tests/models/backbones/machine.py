@@ -1,4 +1,4 @@
-"""What the tests of rivals share: a model with weights off their starting values, and what stands around it."""
+"""Test machine of backbones: noisy weights, and NumPy forms of shared parts."""
 
 import math
 
@@ -10,13 +10,13 @@ from flax import nnx
 from tests.worlds import SCHEMA, TASKS, place, tiny
 from tokenrec.config.backbones import BACKBONES
 from tokenrec.config.validate import validate
-from tokenrec.models.recommender import candidate_mask, stream_layout
+from tokenrec.models.stream_layout import candidate_mask, stream_layout
 from tokenrec.sharding import RULES
 from tokenrec.state import bind_params, build_model, init_state
 
 
 def rival(kind, **options):
-    """A small config of a kind; its streams are longer than those that some tests feed it."""
+    """A small config of a kind, with streams of up to 20 events."""
     model = {
         "kind": kind,
         "layers": 2,
@@ -28,7 +28,10 @@ def rival(kind, **options):
 
 
 class Backbone:
-    """A rival with weights off their starting values, jitted, on streams of `events` events at most."""
+    """A backbone with weights off their starting values, jitted.
+
+    Zero biases and unit norms would hide errors. Call it with arrays of a layout.
+    """
 
     def __init__(self, config):
         self.config = config
@@ -49,7 +52,7 @@ class Backbone:
         )
 
     def named(self):
-        """Weights by the path of their names."""
+        """Weights by name, `"blocks/0/kernel"`."""
         return {
             "/".join(map(str, path)): np.asarray(w[...])
             for path, w in nnx.to_flat_state(self.weights)
@@ -63,13 +66,13 @@ class Backbone:
 
 
 def call(module, x, layout, valid, candidates, key=None):
-    """What a backbone reads out; where it reads times, the n-th newest event is 3^n seconds old."""
+    """Read-outs of a backbone; the n-th newest event is 3^n seconds old."""
     ages = jnp.where(valid, 3 ** np.arange(layout.events, dtype=np.int32)[::-1], 0)
     return module(x, layout, valid, candidates, key, ages)
 
 
 def split(*batch):
-    """Arrays or None, as a batch lies on a mesh."""
+    """Arrays (or None) split over the mesh by their batch."""
     return [
         x if x is None else jax.device_put(x, RULES("batch", *[None] * (x.ndim - 1)))
         for x in batch
@@ -77,7 +80,7 @@ def split(*batch):
 
 
 def noisy(params, scale=0.3):
-    """Off zero and one, so that no bias and no norm hides anything; NumPy arrays."""
+    """Weights off their starting values, as NumPy arrays."""
     random = np.random.default_rng(1)
     return {
         n: np.asarray(w)
@@ -87,21 +90,23 @@ def noisy(params, scale=0.3):
 
 
 def build(config):
-    """The model, a fresh state, and weights to test with."""
+    """The model, a fresh state, and noisy weights."""
     model = build_model(config, SCHEMA, TASKS)
     state = init_state(model, 0)
     return model, state, noisy(state.params)
 
 
 def forward_layers(model, params, batch, mesh):
-    """Tokens `[B, S, d]`, their layout, `[B, S]` which are real, and what the backbone reads out, `[B, R, d]`."""
+    """Tokens `[B, S, d]`, their layout, validity `[B, S]` and read-outs `[B, R, d]`."""
     batch = place(batch, mesh)
     state = init_state(model, 0)
 
     @jax.jit
     def read(params, batch):
         module = bind_params(model, params)
-        x, layout = module.stream(model.embedder.look_up(state.tables, batch), batch)
+        x, layout = module.make_stream(
+            model.embedder.look_up(state.tables, batch), batch
+        )
         mask = candidate_mask(batch)
         out = module.backbone(x, layout, batch.valid, mask, None, batch.ages)
         return x, layout.valid(batch.valid, mask), out
@@ -123,7 +128,7 @@ def gelu(x):
 
 
 def turned(x, position):
-    """RoPE of one head."""
+    """RoPE of one head, `x: [h]`."""
     half = len(x) // 2
     angle = position * 10_000.0 ** (-np.arange(half) * 2 / len(x))
     a, b = x[:half], x[half:]

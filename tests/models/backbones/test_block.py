@@ -3,7 +3,7 @@ import pytest
 from tests.worlds import mesh_of
 from tokenrec.config import ModelConfig
 from tokenrec.errors import InputError
-from tokenrec.models.backbones.block import check_mesh
+from tokenrec.models.backbones.mesh_check import check_mesh
 
 
 @pytest.mark.parametrize(

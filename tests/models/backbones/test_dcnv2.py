@@ -40,14 +40,14 @@ def test_values_are_those_of_the_equations():
     layout, w = backbone.layout(), backbone.named()
     x = (
         np.random.default_rng(0)
-        .normal(size=(2, layout.rows, config.model.width))
+        .normal(size=(2, layout.length, config.model.width))
         .astype(np.float32)
     )
     read = backbone(x, np.arange(5) >= [[2], [0]], None, layout)
     for sample, length in enumerate([3, 5]):
-        user = x[sample][layout.rows_of("user")]
+        user = x[sample][layout.positions_of("user")]
         states, actions = (
-            x[sample][layout.rows_of(role)][5 - length :]
+            x[sample][layout.positions_of(role)][5 - length :]
             for role in ("state", "action")
         )
         for t in range(length):

@@ -15,7 +15,7 @@ def mesh():
 
 
 def interest(w, events, target):
-    """u of `events: [n, d]` and `target: [d]`, event by event, over the concatenated inputs."""
+    """u of `events: [n, d]` and `target: [d]`, event by event."""
     total = np.zeros_like(target)
     for event in events:
         pair = np.concatenate([event, target, event - target, event * target])
@@ -42,17 +42,17 @@ def test_values_are_those_of_the_equations(shape):
     layout, w, nio = backbone.layout(), backbone.named(), config.data.paradigm == "nio"
     x = (
         np.random.default_rng(0)
-        .normal(size=(2, layout.rows, config.model.width))
+        .normal(size=(2, layout.length, config.model.width))
         .astype(np.float32)
     )
     read = backbone(
         x, np.arange(5) >= [[2], [0]], np.ones((2, 2), bool) if nio else None, layout
     )
     for sample, length in enumerate([3, 5]):
-        user = x[sample][layout.rows_of("user")]
+        user = x[sample][layout.positions_of("user")]
         if nio:
-            events = x[sample][layout.rows_of("event")][5 - length :]
-            for c, row in enumerate(layout.rows_of("target")):
+            events = x[sample][layout.positions_of("event")][5 - length :]
+            for c, row in enumerate(layout.positions_of("target")):
                 np.testing.assert_allclose(
                     read[sample, c],
                     score(w, user, events, x[sample, row]),
@@ -61,7 +61,7 @@ def test_values_are_those_of_the_equations(shape):
                 )
             continue
         states, actions = (
-            x[sample][layout.rows_of(role)][5 - length :]
+            x[sample][layout.positions_of(role)][5 - length :]
             for role in ("state", "action")
         )
         for t in range(length):

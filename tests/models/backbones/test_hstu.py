@@ -19,22 +19,22 @@ def mesh():
         yield mesh
 
 
-def row_ages(ages, layout):
-    """Seconds before the request of every row, and of what stands for no event."""
+def token_ages(ages, layout):
+    """Seconds before the request of each token; 0 for tokens of no event."""
     return [int(ages[event]) if event >= 0 else 0 for event in layout.event]
 
 
 def layer(w, x, layout, valid, ages, window, rows):
-    """All rows of `x: [S, d]`, row by row."""
+    """One layer for all tokens of `x: [S, d]`, token by token."""
     normed = rms(x) * w["norm/scale"]
     u, v, q, k = (
         silu(np.einsum("sd,dhk->shk", normed, w[name]))
         for name in ("gate", "value", "query", "key")
     )
     out = np.empty_like(x)
-    for i in range(layout.rows):
+    for i in range(layout.length):
         total = np.zeros_like(u[i])
-        for j in range(layout.rows):
+        for j in range(layout.length):
             near = window is None or (
                 layout.index[i] - layout.index[j] < window
                 and (layout.static[i] or not layout.static[j])
@@ -77,7 +77,7 @@ def test_values_are_those_of_the_equations(shape, windows, time_bias, mesh):
     for sample in range(2):
         rows, ages = (
             x[sample],
-            row_ages(batch.ages[sample], layout) if time_bias else None,
+            token_ages(batch.ages[sample], layout) if time_bias else None,
         )
         for number, window in enumerate((None,) * (3 - len(windows)) + windows):
             prefix = f"backbone/blocks/{number}/"
@@ -86,7 +86,7 @@ def test_values_are_those_of_the_equations(shape, windows, time_bias, mesh):
                 for name, value in params.items()
                 if name.startswith(prefix)
             }
-            rows = layer(w, rows, layout, valid[sample], ages, window, layout.rows)
+            rows = layer(w, rows, layout, valid[sample], ages, window, layout.length)
         wanted = rms(rows[layout.readout]) * params["backbone/norm/scale"]
         real = valid[sample][layout.readout]
         np.testing.assert_allclose(read[sample][real], wanted[real], atol=2e-5)

@@ -1,4 +1,4 @@
-"""Streams that are long enough for attention in tiles, and what a train step of them holds in memory."""
+"""Streams long enough for attention in tiles: gradients and memory of a train step."""
 
 import dataclasses
 import functools
@@ -31,7 +31,8 @@ def assert_same_gradients(config, others, mesh):
             got = value_and_gradients(
                 build_model(other, SCHEMA, TASKS), params, state.tables, batch
             )
-            # float32 sums in another order: the largest difference measured was 2e-6 of the largest entry of an array.
+            # float32 sums in another order: the largest difference measured was 2e-6 of
+            # the largest entry of an array.
             for a, b in zip(
                 jax.tree.leaves(got), jax.tree.leaves(expected), strict=True
             ):

@@ -24,7 +24,7 @@ def softmax(x):
 
 
 def merged(w, group):
-    """InnerTrans and the learned query: one token of the real events `group: [k', d]`, the last k' of its places."""
+    """Merge the real events `group: [k', d]`: InnerTrans, then the learned query."""
     x = group
     normed = rms(x) * w["attention_norm/scale"] + w["place"][GROUP - len(x) :]
     q, k, v = (
@@ -42,7 +42,10 @@ def merged(w, group):
 
 
 def layer(w, rows, asked):
-    """`rows`: dicts of x, position, candidate, in the order of the stream; those of `asked` are computed."""
+    """One layer, token by token.
+
+    `rows` are dicts of x, position and candidate in stream order; `asked` are the
+    outputs."""
     out = []
     for i in asked:
         row = rows[i]
@@ -102,7 +105,7 @@ def test_values_are_those_of_the_equations():
     layout, w = backbone.layout(), backbone.named()
     x = (
         np.random.default_rng(0)
-        .normal(size=(3, layout.rows, config.model.width))
+        .normal(size=(3, layout.length, config.model.width))
         .astype(np.float32)
     )
     lengths, candidates = [2, 5, 7], np.ones((3, 2), bool)
@@ -114,7 +117,8 @@ def test_values_are_those_of_the_equations():
     asking = math.ceil(EVENTS / GROUP) // 2
     for sample, length in enumerate(lengths):
         history = (
-            x[sample][layout.rows_of("state")] + x[sample][layout.rows_of("action")]
+            x[sample][layout.positions_of("state")]
+            + x[sample][layout.positions_of("action")]
         )[EVENTS - length :]
         ends = range(length, 0, -GROUP)
         rows = [
@@ -125,9 +129,10 @@ def test_values_are_those_of_the_equations():
             }
             for end in reversed(ends)
         ]
-        tokens_of = [(at, None) for at in layout.rows_of("user")]
+        tokens_of = [(at, None) for at in layout.positions_of("user")]
         tokens_of += [
-            (at, number // OWN) for number, at in enumerate(layout.rows_of("target"))
+            (at, number // OWN)
+            for number, at in enumerate(layout.positions_of("target"))
         ]
         rows += [
             {"x": x[sample, at], "position": length + 1, "candidate": c}

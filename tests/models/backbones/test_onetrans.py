@@ -19,7 +19,11 @@ def mesh():
 
 
 def layer(w, rows, asked, top):
-    """`rows`: dicts of x, position, map and who they are, oldest first; those of `asked` are computed."""
+    """One layer, token by token.
+
+    `rows` are dicts of x, position, weight set (`map`) and candidate in stream order;
+    `asked` are the outputs.
+    """
 
     def weights(name, row, of_top=False):
         if row["map"] is None:
@@ -80,7 +84,7 @@ def test_values_are_those_of_the_equations():
     layout, params = backbone.layout(), backbone.named()
     x = (
         np.random.default_rng(0)
-        .normal(size=(2, layout.rows, config.model.width))
+        .normal(size=(2, layout.length, config.model.width))
         .astype(np.float32)
     )
     events, candidates = np.arange(4) >= [[2], [0]], np.ones((2, 2), bool)
@@ -101,7 +105,9 @@ def test_values_are_those_of_the_equations():
             }
 
         history = np.sort(
-            np.concatenate([layout.rows_of("state"), layout.rows_of("action")])
+            np.concatenate(
+                [layout.positions_of("state"), layout.positions_of("action")]
+            )
         )
         rows = [
             row(at, max(number // 2 - (4 - length) + 1, 0), None)
@@ -109,9 +115,9 @@ def test_values_are_those_of_the_equations():
         ]
         rows += [
             row(at, length + 1, number)
-            for number, at in enumerate(layout.rows_of("user"))
+            for number, at in enumerate(layout.positions_of("user"))
         ]
-        for number, at in enumerate(layout.rows_of("target")):
+        for number, at in enumerate(layout.positions_of("target")):
             rows.append(row(at, length + 1, USERS + number % OWN, number // OWN))
         rows = [
             r for r in rows if r.pop("real")

@@ -17,7 +17,7 @@ def mesh():
 
 
 def score(w, inputs):
-    """h of a target whose inputs lie side by side."""
+    """Read-out of a target from its concatenated inputs."""
     part = -(-len(inputs) // TOKENS)
     cut = np.append(inputs, np.zeros(part * TOKENS - len(inputs))).reshape(TOKENS, part)
     x = np.stack(
@@ -53,16 +53,16 @@ def test_values_are_those_of_the_equations():
     layout, w = backbone.layout(), backbone.named()
     x = (
         np.random.default_rng(0)
-        .normal(size=(2, layout.rows, config.model.width))
+        .normal(size=(2, layout.length, config.model.width))
         .astype(np.float32)
     )
     read = backbone(x, np.arange(12) >= [[5], [0]], np.ones((2, 2), bool), layout)
     for sample, length in enumerate([7, 12]):
         user, events = (
-            x[sample][layout.rows_of("user")],
-            x[sample][layout.rows_of("event")][12 - length :],
+            x[sample][layout.positions_of("user")],
+            x[sample][layout.positions_of("event")][12 - length :],
         )
         pools = [events.mean(axis=0), events[-10:].mean(axis=0), events[-1]]
-        for candidate, row in enumerate(layout.rows_of("target")):
+        for candidate, row in enumerate(layout.positions_of("target")):
             wanted = score(w, np.concatenate([user.ravel(), *pools, x[sample, row]]))
             np.testing.assert_allclose(read[sample, candidate], wanted, atol=2e-5)

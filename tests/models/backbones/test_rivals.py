@@ -1,4 +1,4 @@
-"""What holds for every rival: padding, candidates, causality, gradients, figures, meshes, refusals."""
+"""Properties of every rival: padding, candidates, causality, gradients, meshes."""
 
 import dataclasses
 
@@ -15,11 +15,11 @@ from tokenrec.config.backbones import BACKBONES
 from tokenrec.config.validate import validate
 from tokenrec.errors import InputError
 from tokenrec.models.backbones.interface import Backbone as BackboneInterface
-from tokenrec.models.recommender import stream_layout
+from tokenrec.models.stream_layout import stream_layout
 from tokenrec.optim import decays
 from tokenrec.planner.describe import describe, to_text
 from tokenrec.sharding import with_batch_sharding
-from tokenrec.tokens.layout import StreamPart, lay_out
+from tokenrec.tokens.stream_segments import StreamSegment, make_layout
 
 RIVALS = sorted(BACKBONES.keys() - {"tokenformer"})
 UC = [name for name in RIVALS if BACKBONES[name].uc]
@@ -32,7 +32,7 @@ def mesh():
 
 
 def lengths(batch, events):
-    """`[B, T] bool` of right-aligned histories."""
+    """Right-aligned histories of different lengths, `[B, T] bool`."""
     return (
         np.arange(events)
         >= events - np.resize([0, 1, 2, 3, 5, 9, 10, 10], batch)[:, None]
@@ -51,7 +51,7 @@ def test_neither_padding_nor_other_candidates_change_a_read_out(kind):
     backbone = Backbone(rival(kind, candidates=3))
     layout, short = backbone.layout(), backbone.layout(10)
     random = np.random.default_rng(0)
-    x = random.normal(size=(8, layout.rows, 16)).astype(np.float32)
+    x = random.normal(size=(8, layout.length, 16)).astype(np.float32)
     valid, real = lengths(8, 20), np.ones((8, 3), bool)
     read = backbone(x, valid, real, layout)
     assert (
@@ -76,12 +76,12 @@ def test_neither_padding_nor_other_candidates_change_a_read_out(kind):
 def test_no_event_changes_an_earlier_read_out_and_no_action_its_own(kind):
     backbone = Backbone(rival(kind, paradigm="uc", events=10))
     layout = backbone.layout()
-    x = np.random.default_rng(0).normal(size=(8, layout.rows, 16)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(8, layout.length, 16)).astype(np.float32)
     valid = lengths(8, 10)
     read = backbone(x, valid, None, layout)
     other = x.copy()
-    other[:, layout.rows_of("state")[7:]] += 1
-    other[:, layout.rows_of("action")[6:]] += 1
+    other[:, layout.positions_of("state")[7:]] += 1
+    other[:, layout.positions_of("action")[6:]] += 1
     changed = backbone(other, valid, None, layout)
     close(changed[:, :7][valid[:, :7]], read[:, :7][valid[:, :7]])
     assert np.abs(changed[:, 7:] - read[:, 7:]).max(axis=-1)[valid[:, 7:]].min() > 1e-4
@@ -91,7 +91,7 @@ def test_no_event_changes_an_earlier_read_out_and_no_action_its_own(kind):
 def test_gradients_reach_every_weight_and_figures_are_counted(kind):
     backbone = Backbone(rival(kind, events=12))
     layout = backbone.layout()
-    x = np.random.default_rng(0).normal(size=(8, layout.rows, 16)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(8, layout.length, 16)).astype(np.float32)
     batch = split(x, lengths(8, 12), np.ones((8, 1), bool))
     made = jax.jit(
         jax.grad(lambda w: jnp.sum(jnp.sin(backbone.read(w, *batch, layout))))
@@ -104,30 +104,31 @@ def test_gradients_reach_every_weight_and_figures_are_counted(kind):
     weights = sum(w.size for w in jax.tree.leaves(backbone.weights))
     parts = figures["parameters"]["by_part"].items()
     assert sum(size for name, size in parts if name.startswith("backbone")) == weights
-    # A weight is multiplied with something of a sample once at least, less what stands beside a product.
+    # A weight is multiplied with something of a sample once at least, less what stands
+    # beside a product.
     assert figures["flops_per_example"] > weights
     assert "MFLOP per sample" in to_text(figures)
 
 
 @pytest.mark.parametrize("kind", [name for name in RIVALS if BACKBONES[name].retrieval])
 def test_retrieval_reads_events_without_later_ones(kind):
-    history = StreamPart.history("event", np.arange(6))
-    layout = lay_out(
-        [StreamPart.of("user", 1), StreamPart.of("sep", 1), history],
+    history = StreamSegment.history("event", np.arange(6))
+    layout = make_layout(
+        [StreamSegment.tokens("user", 1), StreamSegment.tokens("sep", 1), history],
         [],
         events=6,
         candidates=0,
-        read="events",
+        readout="events",
     )
-    last = lay_out(
-        [StreamPart.of("user", 1), StreamPart.of("sep", 1), history],
+    last = make_layout(
+        [StreamSegment.tokens("user", 1), StreamSegment.tokens("sep", 1), history],
         [],
         events=6,
         candidates=0,
-        read="last",
+        readout="last",
     )
     backbone = BACKBONES[kind].load()(rival(kind).model, layout, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (2, layout.rows, 16))
+    x = jax.random.normal(jax.random.key(0), (2, layout.length, 16))
     events = jnp.array([[True] * 6, [False] * 2 + [True] * 4])
     read = jax.jit(
         lambda x, layout: call(backbone, x, layout, events, None), static_argnums=1
@@ -142,7 +143,7 @@ def test_retrieval_reads_events_without_later_ones(kind):
 
 @pytest.mark.parametrize("kind", RIVALS)
 def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
-    """Traced only: a wrong sharding is an error then."""
+    """The program is only traced: a wrong sharding is an error then."""
     config = rival(kind, candidates=2, events=6)
     config.model.dropout = 0.1
     shape = (2, 2, 2) if BACKBONES[kind].tensor_parallel else (4, 2, 1)
@@ -161,7 +162,7 @@ def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
                 lambda: BACKBONES[kind].load()(config.model, layout, rngs=nnx.Rngs(0))
             )
         )
-        shapes = {(8, layout.rows, 16): jnp.float32, (8, 6): bool, (8, 2): bool}
+        shapes = {(8, layout.length, 16): jnp.float32, (8, 6): bool, (8, 2): bool}
         batch = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes.items()]
         gradients = jax.eval_shape(
             jax.grad(read),
@@ -175,10 +176,10 @@ def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
 
 
 def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
-    """HSTU alone computes on every device by hand (shard_map)."""
+    """HSTU alone has a manual region (`shard_map`)."""
     backbone = Backbone(rival("hstu", paradigm="uc", events=6))
     layout, found = backbone.layout(), []
-    x = np.random.default_rng(0).normal(size=(8, layout.rows, 16)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(8, layout.length, 16)).astype(np.float32)
 
     def loss(weights, x, valid):
         return jnp.sum(jnp.sin(backbone.read(weights, x, valid, None, layout)))
@@ -201,7 +202,8 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
                 jax.jit(jax.value_and_grad(loss))(laid, *split(x, lengths(8, 6)))
             )
     for one, many in zip(*(jax.tree.leaves(values) for values in found), strict=True):
-        # Sums in another order through weights that no norm bounds: 5e-5 of the largest value was seen.
+        # Sums in another order through weights that no norm bounds: 5e-5 of the largest
+        # value was seen.
         np.testing.assert_allclose(many, one, rtol=0, atol=2e-4 * np.abs(one).max())
 
 
@@ -266,7 +268,9 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
         ),
     ],
 )
-def test_what_a_rival_cannot_do_is_refused(kind, field, value, message):
+def test_an_option_that_a_rival_does_not_support_is_refused(
+    kind, field, value, message
+):
     config = tiny() if kind == "tokenformer" else rival(kind)
     section, name = field.split(".")
     setattr(getattr(config, section), name, value)
@@ -299,7 +303,11 @@ def test_a_width_is_asked_to_fit_the_heads_that_a_kind_has(kind, width, heads, m
         return
     layout = stream_layout(validate(config), SCHEMA, 6)
     backbone = BACKBONES[kind].load()(config.model, layout, rngs=nnx.Rngs(0))
-    x = np.random.default_rng(0).normal(size=(2, layout.rows, width)).astype(np.float32)
+    x = (
+        np.random.default_rng(0)
+        .normal(size=(2, layout.length, width))
+        .astype(np.float32)
+    )
     batch = split(x, np.ones((2, 6), bool), np.ones((2, 2), bool))
     assert call(backbone, batch[0], layout, *batch[1:]).shape == (2, 2, width)
 

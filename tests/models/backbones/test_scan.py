@@ -1,4 +1,4 @@
-"""Layers as a loop over stacked weights are the layers one by one."""
+"""A loop over stacked weights equals the layers one by one."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,9 @@ import pytest
 from flax import nnx
 
 from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
-from tokenrec.models.backbones.tokenformer import (
-    TokenFormer,
-    layer_windows,
-    stack_sizes,
-)
-from tokenrec.models.recommender import candidate_mask
+from tokenrec.models.backbones.bfts import layer_windows, stack_sizes
+from tokenrec.models.backbones.tokenformer import TokenFormer
+from tokenrec.models.stream_layout import candidate_mask
 from tokenrec.sharding import to_devices
 from tokenrec.state import bind_params, build_model, init_state
 
@@ -24,12 +21,12 @@ def config_of(scan, **model):
 
 
 def loss_and_gradient(config, mesh):
-    """Of the backbone on random tokens: a loss, and its gradient layer by layer, by the names of single layers."""
+    """A loss of the backbone on random tokens, and its gradient by layer."""
     random, layout = (
         np.random.default_rng(0),
         build_model(config, SCHEMA, TASKS).layout(12),
     )
-    x = random.normal(size=(8, layout.rows, config.model.width)).astype(np.float32)
+    x = random.normal(size=(8, layout.length, config.model.width)).astype(np.float32)
     events = np.arange(12) >= random.integers(0, 12, (8, 1))
 
     def loss(weights, x, events, key):
@@ -76,7 +73,7 @@ def test_a_program_with_more_layers_is_no_longer():
     def products(layers):
         config = config_of(3, layers=layers, windows=())
         layout = build_model(config, SCHEMA, TASKS).layout(12)
-        x = jnp.zeros((8, layout.rows, config.model.width))
+        x = jnp.zeros((8, layout.length, config.model.width))
         with jax.set_mesh(one_device()):
             backbone = nnx.eval_shape(
                 lambda: TokenFormer(config.model, rngs=nnx.Rngs(0))
@@ -107,12 +104,12 @@ def test_the_prefix_cache_serves_layers_with_stacked_weights():
                 model.embedder.look_up(state.tables, batch),
                 bind_params(model, state.params),
             )
-            x, layout = module.stream(entities, batch)
+            x, layout = module.make_stream(entities, batch)
             candidates = candidate_mask(batch)
             cache, _ = module.backbone.prefill(
-                module.shared_tokens(entities, batch), layout, batch.valid
+                module.prefix_tokens(entities, batch), layout, batch.valid
             )
-            (own,) = module.own_tokens(entities, batch)
+            (own,) = module.candidate_tokens(entities, batch)
             cached = module.backbone.extend(cache, own, layout, batch.valid, candidates)
             return module.backbone(x, layout, batch.valid, candidates, None), cached
 

@@ -4,16 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.streams import build_layout, history_part
 from tokenrec.ops.attention import attention
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
-from tokenrec.tokens.layout import (
-    Layout,
-    StreamPart,
-    build_layout,
-    history_part,
-    lay_out,
-    live_positions,
-)
+from tokenrec.tokens.layout import Layout, live_positions
+from tokenrec.tokens.stream_segments import StreamSegment, make_layout
 
 WINDOWS = (None, None, 32, 16)
 
@@ -42,16 +37,16 @@ def stream(
 def continued(*, events: int) -> tuple[Layout, jax.Array]:
     """A stream whose every event is continued by three rows of its own, at the end: rows are not in order of index."""
     shared = [
-        StreamPart.of("user", 3),
-        StreamPart.of("sep", 1),
+        StreamSegment.tokens("user", 3),
+        StreamSegment.tokens("sep", 1),
         history_part(events=events, fused=True),
     ]
-    layout = lay_out(
+    layout = make_layout(
         shared,
-        [StreamPart.of("code", 3)],
+        [StreamSegment.tokens("code", 3)],
         events=events,
         candidates=events,
-        read="events",
+        readout="events",
     )
     real = np.arange(events)[None] >= np.array([[events // 3], [events - 3]])
     return layout, layout.valid(jnp.asarray(real), jnp.asarray(real))
@@ -62,7 +57,7 @@ def layers(
 ) -> list[tuple[Pattern, int | None]]:
     """Pattern and window of two full and two sliding layers, over the needed rows or over all."""
     rows = (
-        [np.arange(layout.rows)] * 5 if every_row else live_positions(layout, WINDOWS)
+        [np.arange(layout.length)] * 5 if every_row else live_positions(layout, WINDOWS)
     )
     return [
         (layout.pattern(queries, keys), window)

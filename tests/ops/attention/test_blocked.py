@@ -77,7 +77,7 @@ def test_a_bidirectional_prefix_equals_dense():
 
 def test_codes_that_continue_every_event_equal_dense():
     layout, valid = continued(events=70)
-    rows = [np.arange(layout.rows), *live_positions(layout, (None, 20))[1:]]
+    rows = [np.arange(layout.length), *live_positions(layout, (None, 20))[1:]]
     for (keys, queries), window in zip(
         itertools.pairwise(rows), (None, 20), strict=True
     ):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.streams import build_layout
 from tokenrec.ops.attention.dense import dense_attention
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
 from tokenrec.ops.attention.splash import (
@@ -16,11 +17,11 @@ from tokenrec.ops.attention.splash import (
     visible_spans,
     visited_tiles,
 )
-from tokenrec.tokens.layout import build_layout, live_positions
+from tokenrec.tokens.layout import live_positions
 
 
 def every_row(layout):
-    rows = np.arange(layout.rows)
+    rows = np.arange(layout.length)
     return layout.pattern(rows, rows)
 
 
@@ -158,7 +159,7 @@ def test_static_rows_candidates_and_padding(window):
     layout = build_layout(
         user_tokens=5, events=200, fused=True, candidates=4, target_tokens=3
     )
-    valid = np.ones((2, layout.rows), bool)
+    valid = np.ones((2, layout.length), bool)
     valid[0, 6:150] = valid[1, -3:] = False
     assert_equals_dense(every_row(layout), window, valid)
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
+from tests.streams import build_layout
 from tokenrec.config import MeshConfig
 from tokenrec.ops.attention import attention, choose
 from tokenrec.ops.attention.pattern import causal_pattern
 from tokenrec.sharding import RULES, make_mesh
-from tokenrec.tokens.layout import build_layout
 
 pytestmark = [
     pytest.mark.tpu_compiler,
@@ -35,7 +35,7 @@ def cases():
     requests = build_layout(
         user_tokens=5, events=200, fused=True, candidates=4, target_tokens=3
     )
-    rows = np.arange(requests.rows)
+    rows = np.arange(requests.length)
     return {
         "full": (causal_pattern(300, 300), None, False),
         "windowed": (causal_pattern(700, 700), 64, False),

@@ -1,6 +1,10 @@
-"""Additive positions: a learned vector of a row's position and one of its role, added to its token.
+"""Additive positions: learned vectors of position and role, added to the tokens.
 
-TokenFormer has neither, and rotates queries and keys (methods.md section 3, "Positions"); its paper compares the two.
+    X_0 = tokens + E_position[p] + E_role[role]           p: `Layout.rope_positions`
+
+TokenFormer has neither and rotates queries and keys instead (docs/methods.md section 3,
+"Positions"); its paper compares the two. `model.positions="additive"` chooses this
+form, with one table for positions, as in BERT (Devlin et al., arXiv 1810.04805, 2018).
 """
 
 from __future__ import annotations
@@ -15,16 +19,31 @@ from tokenrec.tokens.layout import Layout
 
 
 class AdditivePositions(nnx.Module):
-    """Vectors for the positions of `longest`, the longest stream of a config, and for its roles. S rows, width d."""
+    """Learned vectors of positions and roles.
+
+    Args:
+      width: d.
+      longest: layout of the longest stream, which has the highest position.
+    """
 
     def __init__(self, width: int, longest: Layout, *, rngs: nnx.Rngs):
+        # One vector per role that occurs, not per possible role: the number of weights
+        # is that of the config's stream.
         self.roles = tuple(np.unique(longest.roles).tolist())
-        self.positions = weight(
-            rngs, (longest.highest_position + 1, width), None, None, inputs=width
-        )
+        count = longest.highest_rope_position + 1
+        self.positions = weight(rngs, (count, width), None, None, inputs=width)
         self.types = weight(rngs, (len(self.roles), width), None, None, inputs=width)
 
     def __call__(self, positions: jax.Array, roles: np.ndarray) -> jax.Array:
-        """`positions: [B, S] int32`, `roles: [S]`, index into `ROLES`, to `[B, S, d]`."""
+        """Look up the vectors of n tokens.
+
+        Args:
+          positions: `[B, n] int32`.
+          roles: `[n]`, index into `ROLES`.
+
+        Returns:
+          `[B, n, d]`.
+        """
+        # Roles are static, so this gather has constant indices.
         types = self.types[...][np.searchsorted(self.roles, roles)]
         return expand_rows(self.positions[...], positions) + types

@@ -1,142 +1,70 @@
-"""The BFTS / NLIR block (TokenFormer; methods.md section 3, "Block")."""
+"""The TokenFormer block: gated attention, then SwiGLU, each behind an RMSNorm.
+
+One layer l maps the inputs X: [S, d] of a stream to X' (*TokenFormer: Unify the
+Multi-Field and Sequential Recommendation Worlds*, arXiv 2604.13737, 2026;
+docs/methods.md section 3, "Block" and "BFTS"):
+
+    Xn  = RMSNorm(X)                                       norm before attention
+    A   = softmax(RoPE(Xn W_q) RoPE(Xn W_k)^T / sqrt(h) + mask_l) (Xn W_v) W_o
+    G   = sigmoid(X W_g + b_g)                             NLIR gate
+    I   = X + G * A                                        gated residual
+    In  = RMSNorm(I)                                       norm before the FFN
+    X'  = I + (silu(In W_1) * (In W_2)) W_3                SwiGLU
+
+    *             elementwise product
+    RMSNorm(x)    s * x / sqrt(mean(x^2) + 1e-6), s: [d] learned; float32 inside
+    RoPE          rotary positions of queries and keys (rope_attention.py)
+    mask_l        -inf where query i does not see key j. BFTS (Bottom-Full-Top-Sliding)
+                  is its schedule over the layers: causal in the lower layers, causal
+                  sliding windows that shrink in the upper ones (bfts.py)
+    G             NLIR (Non-Linear Interaction Representation): a one-sided gate, from
+                  the layer's input X and not from A
+    W_q, W_k, W_v [d, H, h]; W_o [H, h, d]; W_g [d, d]; b_g [d]
+    W_1, W_2      [d, f], W_3 [f, d]; f = `model.ffn_width`, 8/3 d by default
+
+Ours, where the paper is silent: W_g = 0 and b_g = `model.gate_bias` = 1 at the start,
+so that the gate begins at sigmoid(1) = 0.73; b_g has no weight decay; dropout acts on
+both branches, after the gate. Options: no gate (`model.gate`), RMSNorm on queries and
+keys (`model.qk_norm`). Without gate and windows this is the pre-norm Transformer block
+of LLaMA (Touvron et al., arXiv 2302.13971, 2023).
+
+RMSNorm: Zhang and Sennrich, arXiv 1910.07467, 2019. SwiGLU: Shazeer, arXiv 2002.05202,
+2020.
+
+Letters: B batch, S stream length, Q queries, K keys, d model width, H heads, h = d / H,
+f inner width of the FFN.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from tokenrec.config import ModelConfig
-from tokenrec.errors import InputError
-from tokenrec.ops.attention import attention
-from tokenrec.ops.attention.rotary import Rotation, rotate
+from tokenrec.models.backbones.rope_attention import Attention, KeysValues, Stream
 from tokenrec.ops.contract import contract
-from tokenrec.ops.layers import (
-    RMSNorm,
-    constant,
-    dropout,
-    rms_normalize,
-    split_key,
-    weight,
-)
+from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
 from tokenrec.sharding import RULES
-from tokenrec.tokens.layout import Layout, select_positions
+from tokenrec.tokens.layout import select_positions
 
 
 def ffn_width(config: ModelConfig) -> int:
-    """Inner width of SwiGLU: as given, or 8/3 of the model's, rounded up to a multiple of 8."""
+    """Inner width f of SwiGLU: `model.ffn_width`, or about 8/3 d.
+
+    With 8/3 d, rounded up to a multiple of 8, its three matrices have as many weights
+    as the two of a 4 d wide FFN.
+    """
     return config.ffn_width or -(-8 * config.width // 3 // 8) * 8
 
 
-def mesh_splits(config: ModelConfig) -> tuple[tuple[str, int, str], ...]:
-    """What the mesh splits of a model: field, size, and the axis that must divide it."""
-    return (
-        ("model.width", config.width, "fsdp"),
-        ("model.heads", config.heads, "tensor"),
-        ("model.ffn_width", ffn_width(config), "tensor"),
-    )
-
-
-def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
-    """Raises InputError where an axis of the mesh does not divide what it splits."""
-    for field, size, axis in mesh_splits(config):
-        if size % mesh.shape[axis]:
-            raise InputError(
-                f"{field}={size} does not split over mesh.{axis}={mesh.shape[axis]}; use an axis that divides it, or "
-                f"another {field}"
-            )
-
-
-class KeysValues(NamedTuple):
-    """Keys, after qk-norm and RoPE, and values of some rows: `[B, K, H, h]` each."""
-
-    keys: jax.Array
-    values: jax.Array
-
-    def concat(self, later: KeysValues) -> KeysValues:
-        """These rows and behind them `later`."""
-        return KeysValues(
-            *(jnp.concatenate(parts, axis=1) for parts in zip(self, later, strict=True))
-        )
-
-
-class Stream(NamedTuple):
-    """What the blocks of one pass share.
-
-    Attributes:
-      layout: of the whole stream.
-      rows: `[n]`, rows that pass through the blocks: all, the prefix, or what follows it.
-      turn: RoPE of `rows`.
-      valid: `[B, S] bool`, rows of the stream that are not padding.
-    """
-
-    layout: Layout
-    rows: np.ndarray
-    turn: Rotation
-    valid: jax.Array
-
-    def rotate(self, x: jax.Array, rows: np.ndarray) -> jax.Array:
-        """RoPE of `x: [B, rows, H, h]`."""
-        return rotate(
-            x,
-            Rotation(*(select_positions(part, rows, self.rows) for part in self.turn)),
-        )
-
-
-class Attention(nnx.Module):
-    """RoPE attention of some rows over others: `X_n -> A` of the block equation."""
-
-    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
-        d, heads = config.width, config.heads
-        h = d // heads
-        self.window, self.qk_norm = window, config.qk_norm
-        self.implementation = None if config.attention == "auto" else config.attention
-        self.query = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
-        self.key = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
-        self.value = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
-        self.output = weight(rngs, (heads, h, d), "heads", None, "embed", inputs=d)
-
-    def keys_values(self, x: jax.Array, rows: np.ndarray, stream: Stream) -> KeysValues:
-        """What `x: [B, rows, d]` shows to the queries."""
-        k, v = self._project(x, self.key), self._project(x, self.value)
-        return KeysValues(
-            stream.rotate(rms_normalize(k) if self.qk_norm else k, rows), v
-        )
-
-    def __call__(
-        self,
-        x: jax.Array,
-        queries: np.ndarray,
-        shown: KeysValues,
-        keys: np.ndarray,
-        stream: Stream,
-    ) -> jax.Array:
-        """`x: [B, queries, d]` -> `[B, queries, d]`, looking at what the rows `keys` show."""
-        q = self._project(x, self.query)
-        seen = attention(
-            stream.rotate(rms_normalize(q) if self.qk_norm else q, queries),
-            *shown,
-            window=self.window,
-            implementation=self.implementation,
-            pattern=stream.layout.pattern(queries, keys),
-            valid=select_positions(stream.valid, keys, np.arange(stream.layout.rows)),
-        )
-        return contract(
-            "bqhk,hkd->bqd", seen, self.output[...], RULES("batch", None, None)
-        )
-
-    def _project(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
-        return contract(
-            "bsd,dhk->bshk", x, kernel[...], RULES("batch", None, "heads", None)
-        )
-
-
 class SwiGLU(nnx.Module):
-    """`(silu(X W_1) * (X W_2)) W_3`."""
+    """Gated feed-forward network: `(silu(x W_1) * (x W_2)) W_3`.
+
+    Args:
+      width: d.
+      inner: f.
+    """
 
     def __init__(self, width: int, inner: int, *, rngs: nnx.Rngs):
         self.gate = weight(rngs, (width, inner), "embed", "ffn", inputs=width)
@@ -144,9 +72,12 @@ class SwiGLU(nnx.Module):
         self.down = weight(rngs, (inner, width), "ffn", "embed", inputs=inner)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        inner = RULES("batch", None, "ffn")
-        gate = contract("bsd,df->bsf", x, self.gate[...], inner)
-        up = contract("bsd,df->bsf", x, self.up[...], inner)
+        """Map `[B, S, d]` to `[B, S, d]`."""
+        # f is split over `mesh.tensor`: up-projections need no communication, and the
+        # down-projection sums the parts.
+        by_ffn = RULES("batch", None, "ffn")
+        gate = contract("bsd,df->bsf", x, self.gate[...], by_ffn)
+        up = contract("bsd,df->bsf", x, self.up[...], by_ffn)
         return contract(
             "bsf,fd->bsd",
             jax.nn.silu(gate) * up,
@@ -156,24 +87,42 @@ class SwiGLU(nnx.Module):
 
 
 class Gate(nnx.Module):
-    """NLIR: `sigmoid(X W_g + b_g)`, from the layer's input and not from the attention output."""
+    """NLIR gate of the attention branch: `sigmoid(x W_g + b_g)`.
+
+    W_g starts at zero: at the start the gate is the same for every token and channel.
+
+    Args:
+      width: d.
+      bias: b_g at the start.
+    """
 
     def __init__(self, width: int, bias: float):
+        # `weight` would draw random numbers; the gate starts as a constant.
         self.kernel = constant(0.0, (width, width), None, "embed")
         self.bias = constant(bias, (width,), None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        made = contract("bsd,de->bse", x, self.kernel[...], RULES("batch", None, None))
-        return jax.nn.sigmoid(made + self.bias[...].astype(x.dtype))
+        """Compute the gate `[B, S, d]` in (0, 1) from the layer's input `[B, S, d]`."""
+        logits = contract(
+            "bsd,de->bse", x, self.kernel[...], RULES("batch", None, None)
+        )
+        return jax.nn.sigmoid(logits + self.bias[...].astype(x.dtype))
 
 
 class Block(nnx.Module):
-    """`I = X + gate(X) * A(RMSNorm(X))`, `X' = I + SwiGLU(RMSNorm(I))`."""
+    """One layer: `I = X + G * A(RMSNorm(X))`, `X' = I + SwiGLU(RMSNorm(I))`.
+
+    Args:
+      config: `model` of the run's config.
+      window: keys that a query of a sliding layer sees, itself included; None for full
+        attention.
+    """
 
     def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs):
         self.rate = config.dropout
         self.attention_norm = RMSNorm(config.width)
         self.attention = Attention(config, window, rngs=rngs)
+        # Without a gate this is the residual of a plain Transformer.
         self.gate = Gate(config.width, config.gate_bias) if config.gate else None
         self.ffn_norm = RMSNorm(config.width)
         self.ffn = SwiGLU(config.width, ffn_width(config), rngs=rngs)
@@ -181,39 +130,78 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        queries: np.ndarray,
-        keys: np.ndarray,
+        query_positions: np.ndarray,
+        key_positions: np.ndarray,
         stream: Stream,
-        key: jax.Array | None,
+        dropout_key: jax.Array | None,
     ) -> jax.Array:
-        """`x: [B, keys, d]` -> `[B, queries, d]`, rows that are among them; `key` of dropout, None in evaluation."""
-        return self.forward_with_kv(x, queries, keys, stream, key)[0]
+        """Compute the layer for some positions of its input.
+
+        Args:
+          x: `[B, K, d]`, inputs of all key positions.
+          query_positions: `[Q]`, stream positions whose outputs are needed, ascending.
+          key_positions: `[K]`, stream positions of `x`, ascending; they include the
+            queries.
+          stream: the stream.
+          dropout_key: PRNG key; None in evaluation.
+
+        Returns:
+          `[B, Q, d]`.
+        """
+        return self.forward_with_kv(
+            x, query_positions, key_positions, stream, dropout_key
+        )[0]
 
     def forward_with_kv(
         self,
         x: jax.Array,
-        queries: np.ndarray,
-        keys: np.ndarray,
+        query_positions: np.ndarray,
+        key_positions: np.ndarray,
         stream: Stream,
-        key: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
         past: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues]:
-        """As `__call__`, and what the rows of `x` show to queries.
+        """Compute the layer, and return the keys and values of its input.
 
-        `x` holds the last rows of `keys`, among which are the queries; `past` is what the rows before them show.
+        Args:
+          x: `[B, K', d]`, inputs of the last K' key positions.
+          query_positions: `[Q]`, stream positions whose outputs are needed, all of them
+            in `x`, ascending.
+          key_positions: `[K]`, stream positions of `past` and of `x`, ascending.
+          stream: the stream.
+          dropout_key: PRNG key; None in evaluation.
+          past: cached keys and values of the first K - K' key positions; None if `x`
+            holds all.
+
+        Returns:
+          Outputs `[B, Q, d]`, and the keys and values of `x`.
         """
-        key_attention, key_ffn = split_key(key, 2)
-        own = keys[len(keys) - x.shape[1] :]
+        attention_key, ffn_key = split_key(dropout_key, 2)
+        # `x` holds the last of the key positions; `past` holds those before them.
+        x_positions = key_positions[len(key_positions) - x.shape[1] :]
+        # 1. Keys and values of every input.
         normed = self.attention_norm(x)
-        made = self.attention.keys_values(normed, own, stream)
-        if not len(queries):  # the top of a prefix from which nothing is read
-            return x[:, :0], made
-        shown = made if past is None else past.concat(made)
+        keys_values = self.attention.keys_values(normed, x_positions, stream)
+        if not len(query_positions):
+            # The top layer of a prefix without read-outs: the cache holds its keys and
+            # values, and its outputs are not read.
+            return x[:, :0], keys_values
+        # Cached positions precede those of `x`, in the order of `key_positions`.
+        visible = keys_values if past is None else past.concat(keys_values)
+        # 2. The attention branch, at the queries only.
         branch = self.attention(
-            select_positions(normed, queries, own), queries, shown, keys, stream
+            select_positions(normed, query_positions, x_positions),
+            query_positions,
+            visible,
+            key_positions,
+            stream,
         )
-        x = select_positions(x, queries, own)
+        # From here on only the queries are computed: residual, gate and FFN are local
+        # to a position.
+        x = select_positions(x, query_positions, x_positions)
         if self.gate is not None:
             branch = self.gate(x) * branch
-        x = x + dropout(branch, self.rate, key_attention)
-        return x + dropout(self.ffn(self.ffn_norm(x)), self.rate, key_ffn), made
+        x = x + dropout(branch, self.rate, attention_key)
+        # 3. The FFN branch.
+        ffn = self.ffn(self.ffn_norm(x))
+        return x + dropout(ffn, self.rate, ffn_key), keys_values

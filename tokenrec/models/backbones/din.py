@@ -1,15 +1,21 @@
-"""DIN: *Deep Interest Network for Click-Through Rate Prediction* (Zhou et al., arXiv 1706.06978, 2018), section 4.3.
+"""DIN: attention from the target to each event, without a softmax.
 
-    a_t   = w_2 . f(W_1 [e_t, v, e_t - v, e_t * v] + b_1) + b_2       of each earlier event e_t and the target v
-    u     = sum_t a_t e_t                                            no softmax: how much interest there is stays
-    h     = MLP([user, u, v])
+*Deep Interest Network for Click-Through Rate Prediction* (Zhou et al., arXiv
+1706.06978, 2018), section 4.3:
 
-The paper's activation unit has 36 hidden units, ours too. Its f is Dice, which takes mean and variance of the batch;
-without them (mean 0, variance 1, slope 0) Dice is SiLU, which f is here and in the MLP. The difference e - v is the
-authors' code; the paper's figure has the product alone. The MLP has `model.layers` layers of `model.ffn_width`; their
-number and width are ours. In UC every state is a target of the events before it.
+    a_t    = w_2 . f(W_1 [e_t, v, e_t - v, e_t * v] + b_1) + b_2     activation unit
+    u      = sum_t a_t e_t               over the events e_t before the target v
+    output = MLP([user, u, v]) W + b
 
-B streams, N targets, T events, d width, k hidden units.
+There is no softmax over t: the sum of the weights tells how strong the interest is.
+
+The activation unit has 36 hidden units, as in the paper. The paper's f is Dice, which
+uses the mean and variance of the batch; with mean 0, variance 1 and slope 0 Dice is
+SiLU, which is f here and in the MLP. The difference e - v comes from the authors' code;
+the paper's figure has the product alone. The MLP has `model.layers` layers of
+`model.ffn_width` (ours). In UC each state is a target of the events before it.
+
+Letters: B batch, M user tokens, N targets, T events, d model width, k hidden units.
 """
 
 from __future__ import annotations
@@ -20,21 +26,22 @@ from flax import nnx
 
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import ffn_width
-from tokenrec.models.backbones.fields import Deep, Fields, fields_of
+from tokenrec.models.backbones.ctr_inputs import MLP, CTRInputs, split_stream
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import Linear, constant, split_key, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import Layout
 
-UNITS = 36  # of the activation unit
+# Hidden units k of the activation unit.
+UNITS = 36
 
 
 class ActivationUnit(nnx.Module):
-    """`a` of the equation."""
+    """Weight of an event for a target: a_t of the module's equations."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        # Of the event, the target, their difference, their product.
+        # W_1 in four parts: for the event, the target, their difference, their product.
         self.kernel = weight(
             rngs, (4, width, UNITS), None, None, None, inputs=4 * width
         )
@@ -43,43 +50,45 @@ class ActivationUnit(nnx.Module):
         self.output_bias = constant(0.0, ())
 
     def __call__(self, events: jax.Array, targets: jax.Array) -> jax.Array:
-        """`events: [B, T, d]`, `targets: [B, N, d]` -> `[B, N, T]`."""
+        """Weigh `events: [B, T, d]` for `targets: [B, N, d]`: `[B, N, T]`."""
         kernel, dtype = self.kernel[...], events.dtype
-        rows, pairs = RULES("batch", None, None), RULES("batch", None, None, None)
-        # The four parts of the product apart: nothing as large as N x T x 4 d is ever made.
-        of_event = contract("btd,dk->btk", events, kernel[0] + kernel[2], rows)
-        of_target = contract("bnd,dk->bnk", targets, kernel[1] - kernel[2], rows)
-        turned = targets[..., None] * kernel[3].astype(dtype)
-        of_both = jnp.einsum("btd,bndk->bntk", events, turned, out_sharding=pairs)
+        tokens, pairs = RULES("batch", None, None), RULES("batch", None, None, None)
+        # W_1 is linear, so that its parts are applied apart: W_e e + W_v v + W_d (e -
+        # v) = (W_e + W_d) e + (W_v - W_d) v. The [B, N, T, 4 d] concatenation never
+        # exists.
+        from_events = contract("btd,dk->btk", events, kernel[0] + kernel[2], tokens)
+        from_targets = contract("bnd,dk->bnk", targets, kernel[1] - kernel[2], tokens)
+        scaled = targets[..., None] * kernel[3].astype(dtype)
+        from_products = jnp.einsum("btd,bndk->bntk", events, scaled, out_sharding=pairs)
         hidden = (
-            of_both
-            + of_event[:, None]
-            + of_target[:, :, None]
+            from_products
+            + from_events[:, None]
+            + from_targets[:, :, None]
             + self.bias[...].astype(dtype)
         )
-        made = jnp.einsum(
+        weights = jnp.einsum(
             "bntk,k->bnt", jax.nn.silu(hidden), self.output[...].astype(dtype)
         )
-        return made + self.output_bias[...].astype(dtype)
+        return weights + self.output_bias[...].astype(dtype)
 
 
 class DIN(Backbone):
-    """Target attention over events, and an MLP."""
+    """Target attention over the events, then an MLP."""
 
     def __init__(self, config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs):
         d, inner = config.width, ffn_width(config)
         self.unit = ActivationUnit(d, rngs=rngs)
-        users = len(longest.rows_of("user"))
-        self.deep = Deep(
-            (users + 2) * d, (inner,) * config.layers, config.dropout, rngs=rngs
-        )
+        inputs = (len(longest.positions_of("user")) + 2) * d
+        self.deep = MLP(inputs, (inner,) * config.layers, config.dropout, rngs=rngs)
         self.output = Linear(inner, d, axis="embed", rngs=rngs)
 
-    def interests(self, fields: Fields, events: jax.Array) -> jax.Array:
-        """u, `[B, N, d]`."""
-        seen = jnp.asarray(fields.earlier) & events[:, None, :]
-        weights = jnp.where(seen, self.unit(fields.events, fields.targets), 0)
-        return jnp.einsum("bnt,btd->bnd", weights, fields.events)
+    def interests(self, inputs: CTRInputs, events: jax.Array) -> jax.Array:
+        """Compute u, `[B, N, d]`; `events: [B, T] bool` are the real ones."""
+        visible = jnp.asarray(inputs.earlier) & events[:, None, :]
+        # Zero, not -inf: the weights are not normalised, so a hidden event adds
+        # nothing.
+        weights = jnp.where(visible, self.unit(inputs.events, inputs.targets), 0)
+        return jnp.einsum("bnt,btd->bnd", weights, inputs.events)
 
     def layer_outputs(
         self,
@@ -90,13 +99,28 @@ class DIN(Backbone):
         key: jax.Array | None,
         ages: jax.Array | None = None,
     ) -> list[jax.Array]:
-        """The interests, the last hidden layer and what is read."""
-        (one,) = split_key(key, 1)
-        fields = fields_of(x, layout)
-        interests = self.interests(fields, events)
-        hidden = self.deep(fields.beside(interests, fields.targets), one)
+        """Compute the interests, the last hidden layer and the read-outs.
+
+        Args:
+          x: `[B, S, d]`, tokens.
+          layout: roles and order of the S tokens.
+          events: `[B, T] bool`, real events.
+          candidates: not read: each target is computed by itself.
+          key: PRNG key of dropout; None in evaluation.
+          ages: not read.
+
+        Returns:
+          `[B, N, d]`, `[B, N, f]` with f the width of the MLP, and `[B, N, d]`.
+        """
+        # A split key, so that the streams of random numbers differ from those of the
+        # tokens.
+        (mlp_key,) = split_key(key, 1)
+        inputs = split_stream(x, layout)
+        interests = self.interests(inputs, events)
+        features = inputs.concat_per_target(interests, inputs.targets)
+        hidden = self.deep(features, mlp_key)
         return [interests, hidden, self.output(hidden)]
 
     def attention_layers(self, layout: Layout) -> tuple[AttentionLayer, ...]:
-        """None: its products are seen where it is traced."""
+        """None: its products are counted from the trace."""
         return ()

@@ -1,21 +1,26 @@
-"""HSTU: *Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for Generative Recommendations*
-(Zhai et al., arXiv 2402.17152, 2024), section 3.2.
+"""HSTU: attention without a softmax, with relative biases of position and time.
 
-    U, V, Q, K = silu(X_n W)                            X_n = norm(X)
-    A_ij       = silu(q_i k_j + b(i - j) + c(t_i - t_j)) / N      for every j that i may see, and 0 elsewhere
-    X'         = X + (norm(A V) * U) W_o                no softmax, no FFN
+*Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for
+Generative Recommendations* (Zhai et al., arXiv 2402.17152, 2024), section 3.2:
 
-The paper divides by the length of the sequence. N is the number of rows of the config's longest stream, so that padding
-changes nothing; the norm behind it takes any such factor out again. The biases are the paper's relative ones of
-positions and of times, b and c, shared by the heads: a scalar per layer and distance, and a scalar per layer and bucket
-of the seconds between two rows, `floor(log(max(1, |t_i - t_j|)) / 0.301)` as in the authors' code. State and action
-have the time of their event; candidates, and what else follows the history, that of the request. The authors' code, for
-retrieval, takes the time of the event after i for t_i; ours is i's own. Static rows, which have no place in time, are
-one more distance, and c is 0 for them. `model.time_bias=False` leaves c out.
+    U, V, Q, K = silu(RMSNorm(X) W)
+    A_ij       = silu(Q_i . K_j + b(i - j) + c(t_i - t_j)) / N    where i sees j, else 0
+    X'         = X + (RMSNorm(A V) * U) W_o                       no FFN
 
-Norms are RMSNorm, as everywhere here. With `model.windows` the top layers are local: semi-local HSTU.
+    b   a scalar per layer and distance of positions
+    c   a scalar per layer and bucket of the seconds between two tokens:
+        bucket(s) = floor(log(max(1, |s|)) / 0.301), as in the authors' code
 
-B streams, Q query rows, K key rows, H heads, h = d / H.
+How it differs from the paper: it divides by the length of the sequence; here N is the
+length of the config's longest stream, so that padding changes nothing (the norm removes
+any such factor again). Norms are RMSNorm (paper: LayerNorm). State and action have the
+time of their event; candidates and all else behind the history that of the request. For
+retrieval the authors' code takes the time of the event after i as t_i; ours is i's own.
+Static tokens have no place in time: for them b has an entry of its own and c is 0.
+`model.time_bias=False` leaves c out. With `model.windows` the top layers are local, as
+in the authors' semi-local HSTU.
+
+Letters: B batch, S stream length, Q queries, K keys, H heads, h = d / H, d model width.
 """
 
 from __future__ import annotations
@@ -28,11 +33,8 @@ import numpy as np
 from flax import nnx
 
 from tokenrec.config import ModelConfig
+from tokenrec.models.backbones.bfts import layer_positions, layer_windows
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
-from tokenrec.models.backbones.tokenformer import (
-    layer_positions,
-    layer_windows,
-)
 from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
@@ -40,95 +42,131 @@ from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import Layout, select_positions
 
-# The authors' code has 128 buckets; seconds in an int32 fill the first 72 of them.
+# The authors' code has 128 buckets; seconds in an int32 reach the first 72 of them.
 BUCKET_WIDTH = 0.301
 BUCKETS = 1 + int(math.log(2**31 - 1) / BUCKET_WIDTH)
 
 
-def time_buckets(asking: jax.Array, shown: jax.Array, static: np.ndarray) -> jax.Array:
-    """Bucket of the time between a query and a key, `[B, Q, K] int32`; `BUCKETS` for static keys.
+def time_buckets(
+    query_ages: jax.Array, key_ages: jax.Array, static: np.ndarray
+) -> jax.Array:
+    """Bucket of the time between each query and key.
 
-    `asking: [B, Q]`, `shown: [B, K]` are ages in whole seconds, `static: [K] bool`.
+    Args:
+      query_ages: `[B, Q] int32`, seconds before the request.
+      key_ages: `[B, K] int32`, likewise.
+      static: `[K] bool`, keys without a time.
+
+    Returns:
+      `[B, Q, K] int32` in [0, BUCKETS), and `BUCKETS` for static keys.
 
     >>> ages = jnp.array([[0, 1, 2, 10, 86_400]])
-    >>> time_buckets(ages[:, :1], ages, np.array([True, False, False, False, False])).tolist()
+    >>> static = np.array([True, False, False, False, False])
+    >>> time_buckets(ages[:, :1], ages, static).tolist()
     [[[72, 0, 2, 7, 37]]]
     """
-    apart = jnp.maximum(jnp.abs(asking[:, :, None] - shown[:, None, :]), 1).astype(
-        jnp.float32
-    )
-    return jnp.where(static, BUCKETS, (jnp.log(apart) / BUCKET_WIDTH).astype(jnp.int32))
+    seconds = jnp.abs(query_ages[:, :, None] - key_ages[:, None, :])
+    seconds = jnp.maximum(seconds, 1).astype(jnp.float32)
+    buckets = (jnp.log(seconds) / BUCKET_WIDTH).astype(jnp.int32)
+    return jnp.where(static, BUCKETS, buckets)
+
+
+def relative_distances(pattern: Pattern, longest: int) -> np.ndarray:
+    """Distance of each query to each key, for the bias b.
+
+    Args:
+      pattern: the queries and keys.
+      longest: length of the longest stream, which no distance reaches.
+
+    Returns:
+      `[Q, K]`: how many indices a key lies before a query; `longest` for static keys; 0
+      for later keys, which no query sees.
+
+    >>> order, static = np.arange(4), np.array([True, False, False, False])
+    >>> pattern = Pattern(order[2:], order, order, static, np.full(4, -1))
+    >>> relative_distances(pattern, 9).tolist()
+    [[9, 1, 0, 0], [9, 2, 1, 0]]
+    """
+    query_index = pattern.index[pattern.query_rows]
+    key_index = pattern.index[pattern.key_rows]
+    distance = np.maximum(query_index[:, None] - key_index[None, :], 0)
+    return np.where(pattern.static[pattern.key_rows][None, :], longest, distance)
 
 
 def pointwise_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, see: jax.Array
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, visible: jax.Array
 ) -> jax.Array:
-    """`silu(q k^T + bias) v` over what is seen, `[B, Q, H, h]`, on every device for its own streams and heads.
+    """Compute `silu(q k^T + bias) v` over the visible keys.
+
+    Each device computes its own streams and heads (`jax.shard_map`), without
+    communication.
 
     Args:
-      q: `[B, Q, H, h]`; k, v: `[B, K, H, h]`; bias: `[B or 1, Q, K] float32`; see: `[B, Q, K] bool`.
+      q: `[B, Q, H, h]`.
+      k: `[B, K, H, h]`.
+      v: `[B, K, H, h]`.
+      bias: `[B or 1, Q, K] float32`, shared by the heads.
+      visible: `[B, Q, K] bool`.
+
+    Returns:
+      `[B, Q, H, h]`.
     """
 
     def local(
-        q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, see: jax.Array
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        bias: jax.Array,
+        visible: jax.Array,
     ) -> jax.Array:
-        logits = (
-            jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-            + bias[:, None]
+        """The same on the streams and heads of one device."""
+        # float32 logits, as in the softmax attentions.
+        products = jnp.einsum(
+            "bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32
         )
-        weights = jnp.where(see[:, None], jax.nn.silu(logits), 0)
+        logits = products + bias[:, None]
+        weights = jnp.where(visible[:, None], jax.nn.silu(logits), 0)
         return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
 
+    # Without a mesh there is nothing to split.
     if jax.sharding.get_abstract_mesh().empty:
-        return local(q, k, v, bias, see)
-    heads = RULES("batch", None, "heads", None)
-    specs = (
-        heads,
-        heads,
-        heads,
-        jax.typeof(bias).sharding.spec,
-        RULES("batch", None, None),
-    )
+        return local(q, k, v, bias, visible)
+    by_head = RULES("batch", None, "heads", None)
+    bias_spec = jax.typeof(bias).sharding.spec
+    specs = (by_head, by_head, by_head, bias_spec, RULES("batch", None, None))
     inputs = (
         jax.sharding.reshard(x, spec)
-        for x, spec in zip((q, k, v, bias, see), specs, strict=True)
+        for x, spec in zip((q, k, v, bias, visible), specs, strict=True)
     )
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(
+    return jax.shard_map(local, in_specs=specs, out_specs=by_head, check_vma=False)(
         *inputs
     )
 
 
-def distances(pattern: Pattern, count: int) -> np.ndarray:
-    """`[Q, K]`, how many rows a key lies before a query; `count` for static keys, 0 for later ones, which no row sees.
-
-    >>> order, static = np.arange(4), np.array([True, False, False, False])
-    >>> distances(Pattern(order[2:], order, order, static, np.full(4, -1)), 9).tolist()
-    [[9, 1, 0, 0], [9, 2, 1, 0]]
-    """
-    back = (
-        pattern.index[pattern.query_rows][:, None]
-        - pattern.index[pattern.key_rows][None, :]
-    )
-    return np.where(
-        pattern.static[pattern.key_rows][None, :], count, np.maximum(back, 0)
-    )
-
-
 class HSTULayer(nnx.Module):
-    """One layer; `rows` is N."""
+    """One layer of HSTU.
+
+    Args:
+      config: `model` of the run's config.
+      window: keys that a query of a local layer sees; None for all.
+      longest: N, the length of the longest stream.
+    """
 
     def __init__(
-        self, config: ModelConfig, window: int | None, rows: int, *, rngs: nnx.Rngs
+        self, config: ModelConfig, window: int | None, longest: int, *, rngs: nnx.Rngs
     ):
         d, heads = config.width, config.heads
         h = d // heads
-        self.window, self.rows, self.rate = window, rows, config.dropout
+        self.window = window
+        self.longest = longest
+        self.rate = config.dropout
         self.norm = RMSNorm(d)
-        self.query, self.key, self.value, self.gate = (
-            weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
-            for _ in range(4)
-        )
-        self.bias = constant(0.0, (rows + 1,), None)
+        self.query = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
+        self.key = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
+        self.value = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
+        self.gate = weight(rngs, (d, heads, h), "embed", "heads", None, inputs=d)
+        # b: distances 0 to N - 1, then the entry of static keys.
+        self.bias = constant(0.0, (longest + 1,), None)
         self.time_bias = constant(0.0, (BUCKETS,), None) if config.time_bias else None
         self.scale = constant(1.0, (heads, h), "heads", None)
         self.output = weight(rngs, (heads, h, d), "heads", None, "embed", inputs=d)
@@ -141,52 +179,72 @@ class HSTULayer(nnx.Module):
         ages: jax.Array | None,
         key: jax.Array | None,
     ) -> jax.Array:
-        """`x: [B, K, d]` -> `[B, Q, d]`; `valid: [B, K] bool`, `ages: [B, K] int32` where there is a bias of times."""
+        """Compute the layer for the queries of a pattern.
+
+        Args:
+          x: `[B, K, d]`, inputs of the keys, which include the queries.
+          pattern: which queries see which keys.
+          valid: `[B, K] bool`, keys that are not padding.
+          ages: `[B, K] int32`, seconds before the request; None without a bias of
+            times.
+          key: PRNG key of dropout; None in evaluation.
+
+        Returns:
+          `[B, Q, d]`.
+        """
+        query_positions, key_positions = pattern.query_rows, pattern.key_rows
         normed = self.norm(x)
-        k, v = _project(normed, self.key), _project(normed, self.value)
-        normed, x = (
-            select_positions(rows, pattern.query_rows, pattern.key_rows)
-            for rows in (normed, x)
-        )
-        q, u = _project(normed, self.query), _project(normed, self.gate)
-        bias = self.bias[...][distances(pattern, self.rows)][None]
+        # Keys and values of all inputs; queries and gate of the outputs only.
+        k, v = _silu_project(normed, self.key), _silu_project(normed, self.value)
+        normed = select_positions(normed, query_positions, key_positions)
+        x = select_positions(x, query_positions, key_positions)
+        q, u = _silu_project(normed, self.query), _silu_project(normed, self.gate)
+        bias = self.bias[...][relative_distances(pattern, self.longest)][None]
         if self.time_bias is not None:
             assert ages is not None, "model.time_bias, and a batch without ages"
-            asking = select_positions(ages, pattern.query_rows, pattern.key_rows)
-            buckets = time_buckets(asking, ages, pattern.static[pattern.key_rows])
+            query_ages = select_positions(ages, query_positions, key_positions)
+            buckets = time_buckets(query_ages, ages, pattern.static[key_positions])
+            # c of static keys is 0.
             table = jnp.append(self.time_bias[...], 0)
             bias = bias + expand_rows(table[:, None], buckets)[..., 0]
-        see = jnp.asarray(pattern.visible(self.window)) & valid[:, None, :]
-        seen = pointwise_attention(q, k, v, bias, see) / self.rows
-        y = contract(
+        visible = jnp.asarray(pattern.visible(self.window)) & valid[:, None, :]
+        # Divided by N, not by the number of visible keys: a constant that padding and
+        # `data.buckets` do not change.
+        attended = pointwise_attention(q, k, v, bias, visible) / self.longest
+        branch = contract(
             "bqhk,hkd->bqd",
-            self._normalize(seen) * u,
+            self._normalize(attended) * u,
             self.output[...],
             RULES("batch", None, None),
         )
-        return x + dropout(y, self.rate, key)
+        return x + dropout(branch, self.rate, key)
 
     def _normalize(self, x: jax.Array) -> jax.Array:
-        """RMSNorm over all heads of a row together."""
+        """RMSNorm of `[B, Q, H, h]` over all heads of a token together."""
+        # `RMSNorm` of ops.layers works on one axis; here heads stay split over
+        # `mesh.tensor`, and the mean over them is a sum across devices.
         wide = x.astype(jnp.float32)
         mean = jnp.mean(jnp.square(wide), axis=(-2, -1), keepdims=True)
         return (wide * jax.lax.rsqrt(mean + 1e-6) * self.scale[...]).astype(x.dtype)
 
 
-def _project(x: jax.Array, kernel: nnx.Param) -> jax.Array:
+def _silu_project(x: jax.Array, kernel: nnx.Param) -> jax.Array:
+    """`silu(x W)`, `[B, n, d]` to `[B, n, H, h]`."""
     return jax.nn.silu(
         contract("bsd,dhk->bshk", x, kernel[...], RULES("batch", None, "heads", None))
     )
 
 
 class HSTU(Backbone):
-    """HSTU layers over the rows of the layout, whatever they are."""
+    """A stack of HSTU layers over the tokens of any layout, then RMSNorm."""
 
     def __init__(self, config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs):
         self.config = config
-        windows = layer_windows(config)
         self.blocks = nnx.List(
-            [HSTULayer(config, window, longest.rows, rngs=rngs) for window in windows]
+            [
+                HSTULayer(config, window, longest.length, rngs=rngs)
+                for window in layer_windows(config)
+            ]
         )
         self.norm = RMSNorm(config.width)
 
@@ -199,31 +257,48 @@ class HSTU(Backbone):
         key: jax.Array | None,
         ages: jax.Array | None = None,
     ) -> list[jax.Array]:
-        every, valid, made = (
-            np.arange(layout.rows),
-            layout.valid(events, candidates),
-            [],
-        )
-        rows = layer_positions(self.config, layout)
-        x = select_positions(x, rows[0], every)
-        keys = split_key(key, len(self.blocks))
-        for block, layer, one in zip(
-            self.blocks, self.attention_layers(layout), keys, strict=True
+        """Compute the output of each layer at its live positions, and the read-outs.
+
+        Args:
+          x: `[B, S, d]`, tokens.
+          layout: roles and order of the S tokens.
+          events: `[B, T] bool`, real events.
+          candidates: `[B, C] bool`, real candidates; None without candidates.
+          key: PRNG key of dropout; None in evaluation.
+          ages: `[B, T] int32`, seconds between each event and the request; None without
+            `model.time_bias`.
+
+        Returns:
+          `[B, n_l, d]` of each layer, then `[B, R, d]`.
+        """
+        stream_positions = np.arange(layout.length)
+        valid = layout.valid(events, candidates)
+        positions = layer_positions(self.config, layout)
+        x = select_positions(x, positions[0], stream_positions)
+        layer_outputs = []
+        layer_keys = split_key(key, len(self.blocks))
+        for block, layer, layer_key in zip(
+            self.blocks, self.attention_layers(layout), layer_keys, strict=True
         ):
-            shown, of_rows = layer.pattern.key_rows, None
+            key_positions = layer.pattern.key_rows
+            # Batches have no ages without `model.time_bias`.
+            key_ages = None
             if ages is not None:
-                of_rows = select_positions(layout.ages(ages), shown, every)
-            x = block(
-                x, layer.pattern, select_positions(valid, shown, every), of_rows, one
-            )
-            made.append(x)
-        return [*made, self.norm(select_positions(x, layout.readout, rows[-1]))]
+                key_ages = select_positions(
+                    layout.ages(ages), key_positions, stream_positions
+                )
+            key_valid = select_positions(valid, key_positions, stream_positions)
+            x = block(x, layer.pattern, key_valid, key_ages, layer_key)
+            layer_outputs.append(x)
+        read = self.norm(select_positions(x, layout.readout, positions[-1]))
+        return [*layer_outputs, read]
 
     def attention_layers(self, layout: Layout) -> tuple[AttentionLayer, ...]:
-        rows = layer_positions(self.config, layout)
+        """The attention of each layer, bottom first."""
+        positions = layer_positions(self.config, layout)
         return tuple(
-            AttentionLayer(layout.pattern(queries, keys), window, "pointwise")
-            for keys, queries, window in zip(
-                rows, rows[1:], layer_windows(self.config), strict=False
+            AttentionLayer(layout.pattern(outputs, inputs), window, "pointwise")
+            for inputs, outputs, window in zip(
+                positions, positions[1:], layer_windows(self.config), strict=False
             )
         )

@@ -1,4 +1,4 @@
-"""The interface of all backbones, and `make_backbone`, which builds the one of a config."""
+"""The interface of all backbones, and the builder of a config's backbone."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Backbone(nnx.Module):
           events: `[B, T] bool`, False for padding.
           candidates: `[B, C] bool`, False for padding; None without candidates.
           key: PRNG key of dropout; None in evaluation.
-          ages: `[B, T] int32`, seconds between each event and the request, for backbones
-            that read `model.time_bias`; None for all others.
+          ages: `[B, T] int32`, seconds between each event and the request, for
+            backbones that read `model.time_bias`; None for all others.
 
         Returns:
           `[B, R, d]`, the tokens of `layout.readout` after the last layer.
@@ -76,7 +76,19 @@ class Backbone(nnx.Module):
         key: jax.Array | None,
         ages: jax.Array | None = None,
     ) -> list[jax.Array]:
-        """Compute the output of each layer; the last entry is the result of `__call__`."""
+        """Compute the output of each layer, `[B, n_l, d]`, and the read-outs.
+
+        Args:
+          x: as in `__call__`.
+          layout: as in `__call__`.
+          events: as in `__call__`.
+          candidates: as in `__call__`.
+          key: as in `__call__`.
+          ages: as in `__call__`.
+
+        Returns:
+          An array for each layer; the last entry is the result of `__call__`.
+        """
         raise NotImplementedError
 
     def attention_layers(self, layout: Layout) -> tuple[AttentionLayer, ...]:
@@ -85,5 +97,14 @@ class Backbone(nnx.Module):
 
 
 def make_backbone(config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs) -> Backbone:
-    """Build the backbone of `model.kind`; `longest` is the longest stream it will read."""
+    """Build the backbone of `model.kind`.
+
+    Args:
+      config: `model` of the run's config.
+      longest: layout of the longest stream that the backbone will read.
+      rngs: source of the initial weights.
+
+    Returns:
+      The backbone.
+    """
     return BACKBONES[config.kind].load()(config, longest, rngs=rngs)

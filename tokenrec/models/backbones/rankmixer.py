@@ -1,17 +1,22 @@
-"""RankMixer: *RankMixer: Scaling Up Ranking Models in Industrial Recommenders* (Zhu et al., arXiv 2507.15551, 2025).
+"""RankMixer: parameter-free token mixing and an FFN per token.
 
-    e    = [user, mean of all earlier events, of the newest 10, the newest one, target], cut into H equal parts
-    X_i  = e_i W_i + b_i                                    H tokens of width d
-    S    = norm(mix(X) + X)                                 mix: token h has head h of every token, no parameters
-    X'_i = norm(gelu(S_i W1_i + b1_i) W2_i + b2_i + S_i)    an FFN of its own for each token
-    h    = mean_i X'_i
+*RankMixer: Scaling Up Ranking Models in Industrial Recommenders* (Zhu et al., arXiv
+2507.15551, 2025):
 
-As in the paper there are as many tokens as heads, `model.heads` of them, and norms stand behind the sums; theirs is
-LayerNorm, ours RMSNorm. How histories enter is ours (the paper takes what a sequence module gives), so is the cut
-by position, where the paper groups features by meaning; an e that H does not divide gets zeros behind it. The FFN is
-dense: no mixture of experts. `model.ffn_width` is its inner width. In UC every state is a target of the events before.
+    e      = [user, mean of all earlier events, of the newest 10, of the newest, target]
+    X_i    = e_i W_i + b_i                       e cut into H equal parts: H tokens
+    S      = RMSNorm(mix(X) + X)                 mix: token h gets head h of every token
+    X'_i   = RMSNorm(gelu(S_i W1_i + b1_i) W2_i + b2_i + S_i)   an FFN per token
+    output = mean_i X'_i
 
-B streams, N targets, H tokens, d width.
+From the paper: as many tokens as heads (`model.heads`), the mixing without parameters,
+an FFN for each token, norms behind the sums. Ours: RMSNorm (paper: LayerNorm); the
+three pooled histories (the paper takes what a sequence module gives); e is cut by
+position (paper: features are grouped by meaning) and padded with zeros where H does not
+divide it; a dense FFN of inner width `model.ffn_width`, without the mixture of experts.
+In UC each state is a target of the events before it.
+
+Letters: B batch, M user tokens, N targets, H tokens and heads, d model width.
 """
 
 from __future__ import annotations
@@ -22,19 +27,28 @@ from flax import nnx
 
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import ffn_width
-from tokenrec.models.backbones.fields import fields_of, mean_events
+from tokenrec.models.backbones.ctr_inputs import mean_pool_events, split_stream
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import Layout
 
-POOLS = (None, 10, 1)  # newest events of each mean; None takes all
-ROWS = ("batch", None, None, None)
+# How many of the newest events each pooled history averages; None takes all.
+POOL_SIZES = (None, 10, 1)
+# Logical axes of `[B, N, H, d]`.
+TOKEN_AXES = ("batch", None, None, None)
 
 
-class PerToken(nnx.Module):
-    """A linear map of its own for each token, `[B, N, H, i] -> [B, N, H, o]`."""
+class PerTokenLinear(nnx.Module):
+    """A linear map for each token: `y_h = x_h W_h + b_h`.
+
+    Args:
+      tokens: H.
+      inputs: width of the inputs.
+      outputs: width of the outputs.
+      axis: logical axis of the outputs in the weights; None if they are not split.
+    """
 
     def __init__(
         self,
@@ -51,46 +65,52 @@ class PerToken(nnx.Module):
         self.bias = constant(0.0, (tokens, outputs), None, None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        made = contract("bnhi,hio->bnho", x, self.kernel[...], RULES(*ROWS))
-        return made + self.bias[...].astype(x.dtype)
+        """Map `[B, N, H, inputs]` to `[B, N, H, outputs]`."""
+        y = contract("bnhi,hio->bnho", x, self.kernel[...], RULES(*TOKEN_AXES))
+        return y + self.bias[...].astype(x.dtype)
 
 
-def mix(x: jax.Array) -> jax.Array:
-    """`[B, N, H, d]`: token h gets head h of every token, H heads of width d / H.
+def mix_tokens(x: jax.Array) -> jax.Array:
+    """Give token h the h-th head of every token, `[B, N, H, d]` to `[B, N, H, d]`.
 
-    >>> mix(jnp.arange(4).reshape(1, 1, 2, 2)).tolist()
+    A token has H heads of width d / H: this is a transpose of tokens and heads.
+
+    >>> mix_tokens(jnp.arange(4).reshape(1, 1, 2, 2)).tolist()
     [[[[0, 2], [1, 3]]]]
     """
     heads = x.shape[2]
-    parts = x.reshape(*x.shape[:2], heads, heads, -1)
-    return jnp.swapaxes(parts, 2, 3).reshape(x.shape)
+    by_head = x.reshape(*x.shape[:2], heads, heads, -1)
+    return jnp.swapaxes(by_head, 2, 3).reshape(x.shape)
 
 
 class MixerBlock(nnx.Module):
-    """Token mixing, then an FFN per token."""
+    """One layer: token mixing, then an FFN per token."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         tokens, d, inner = config.heads, config.width, ffn_width(config)
         self.rate = config.dropout
-        self.mix_norm, self.ffn_norm = RMSNorm(d), RMSNorm(d)
-        self.inner = PerToken(tokens, d, inner, None, rngs=rngs)
-        self.output = PerToken(tokens, inner, d, "embed", rngs=rngs)
+        # Post-norm: the norms are applied to the sums.
+        self.mix_norm = RMSNorm(d)
+        self.ffn_norm = RMSNorm(d)
+        self.inner = PerTokenLinear(tokens, d, inner, None, rngs=rngs)
+        self.output = PerTokenLinear(tokens, inner, d, "embed", rngs=rngs)
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        mixed = self.mix_norm(mix(x) + x)
-        made = self.output(jax.nn.gelu(self.inner(mixed)))
-        return self.ffn_norm(dropout(made, self.rate, key) + mixed)
+        """Map `[B, N, H, d]` to `[B, N, H, d]`; `key` of dropout or None."""
+        mixed = self.mix_norm(mix_tokens(x) + x)
+        ffn = self.output(jax.nn.gelu(self.inner(mixed)))
+        return self.ffn_norm(dropout(ffn, self.rate, key) + mixed)
 
 
 class RankMixer(Backbone):
-    """Blocks of token mixing over pooled fields."""
+    """Blocks of token mixing over user, pooled histories and target."""
 
     def __init__(self, config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs):
-        self.tokens, d = config.heads, config.width
-        inputs = (len(longest.rows_of("user")) + len(POOLS) + 1) * d
-        self.tokenize = PerToken(
-            self.tokens, -(-inputs // self.tokens), d, "embed", rngs=rngs
-        )
+        self.tokens = config.heads
+        d = config.width
+        inputs = (len(longest.positions_of("user")) + len(POOL_SIZES) + 1) * d
+        part = -(-inputs // self.tokens)
+        self.tokenize = PerTokenLinear(self.tokens, part, d, "embed", rngs=rngs)
         self.blocks = nnx.List(
             [MixerBlock(config, rngs=rngs) for _ in range(config.layers)]
         )
@@ -104,25 +124,40 @@ class RankMixer(Backbone):
         key: jax.Array | None,
         ages: jax.Array | None = None,
     ) -> list[jax.Array]:
-        """What comes out of each block, `[B, N H, d]`, and what is read."""
-        fields = fields_of(x, layout)
-        flat = fields.beside(
-            *(mean_events(fields, events, newest) for newest in POOLS), fields.targets
-        )
+        """Compute the output of each block and the read-outs.
+
+        Args:
+          x: `[B, S, d]`, tokens.
+          layout: roles and order of the S tokens.
+          events: `[B, T] bool`, real events.
+          candidates: not read: each target is computed by itself.
+          key: PRNG key of dropout; None in evaluation.
+          ages: not read.
+
+        Returns:
+          `[B, N H, d]` of each block, then `[B, N, d]`.
+        """
+        # 1. e, cut into H parts.
+        inputs = split_stream(x, layout)
+        pools = [mean_pool_events(inputs, events, newest) for newest in POOL_SIZES]
+        flat = inputs.concat_per_target(*pools, inputs.targets)
+        # Zeros at the end make the parts equal where H does not divide the width of e.
         flat = jnp.pad(flat, ((0, 0), (0, 0), (0, -flat.shape[2] % self.tokens)))
-        shape, rows = (*flat.shape[:2], self.tokens, -1), RULES(*ROWS)
-        x = self.tokenize(jnp.reshape(flat, shape, out_sharding=rows))
-        made = []
-        for block, one in zip(
-            self.blocks, split_key(key, len(self.blocks)), strict=True
-        ):
-            x = block(x, one)
-            made.append(x)
+        shape = (*flat.shape[:2], self.tokens, -1)
+        parts = jnp.reshape(flat, shape, out_sharding=RULES(*TOKEN_AXES))
+        # 2. The blocks.
+        x = self.tokenize(parts)
+        block_outputs = []
+        block_keys = split_key(key, len(self.blocks))
+        for block, block_key in zip(self.blocks, block_keys, strict=True):
+            x = block(x, block_key)
+            block_outputs.append(x)
         return [
-            *(part.reshape(part.shape[0], -1, part.shape[3]) for part in made),
+            # Layer outputs are `[B, n, d]`.
+            *(out.reshape(out.shape[0], -1, out.shape[3]) for out in block_outputs),
             jnp.mean(x, axis=2),
         ]
 
     def attention_layers(self, layout: Layout) -> tuple[AttentionLayer, ...]:
-        """None: its products are seen where it is traced."""
+        """None: it has no attention; its other products are counted from the trace."""
         return ()

@@ -1,4 +1,4 @@
-"""Compression of histories: static lengths, which event a token stands for, and that padding tells nothing."""
+"""History compression: static lengths, events of the tokens, and padding invariance."""
 
 import functools
 
@@ -11,7 +11,8 @@ from flax import nnx
 from tests.worlds import mesh_of, one_device
 from tokenrec.errors import InputError
 from tokenrec.sharding import RULES
-from tokenrec.tokens.compress import AttentionPool, CompressionPlan, Compressor
+from tokenrec.tokens.compression_plan import CompressionPlan
+from tokenrec.tokens.history_compression import AttentionPooling, HistoryCompressor
 
 WIDTH, HEADS = 8, 2
 PLANS = {
@@ -31,9 +32,9 @@ def mesh():
 
 @functools.cache
 def build(plan):
-    """A compressor's graph and its weights, off their starting values."""
+    """The graph of a compressor, and weights off their starting values."""
     graph, weights = nnx.split(
-        Compressor(plan, WIDTH, HEADS, rngs=nnx.Rngs(params=jax.random.key(0)))
+        HistoryCompressor(plan, WIDTH, HEADS, rngs=nnx.Rngs(params=jax.random.key(0)))
     )
     random = np.random.default_rng(1)
 
@@ -74,7 +75,10 @@ def toward(plan, histories=3):
 
 
 def histories(events, lengths, seed=0, newest=60):
-    """Right-aligned histories that agree in their newest events whatever `events` is; padding holds noise."""
+    """Right-aligned histories that agree in their newest events.
+
+    They agree for any number of events. Padding holds noise.
+    """
     random = np.random.default_rng(seed)
     x = random.normal(size=(len(lengths), newest, WIDTH)).astype(np.float32)[
         :, newest - events :
@@ -85,7 +89,7 @@ def histories(events, lengths, seed=0, newest=60):
 
 
 def laid(x):
-    """On the mesh in use, split by the batch."""
+    """Split an array by its batch over the mesh in use."""
     return jax.device_put(
         x,
         jax.NamedSharding(
@@ -136,7 +140,7 @@ def test_token_of_a_right_aligned_history_is_valid_where_its_group_holds_an_even
 @pytest.mark.parametrize("length", [1, 5, 6, 13, 30])
 def test_plan_of_a_shorter_stream_keeps_the_tokens_of_the_events_it_has(name, length):
     plan = PLANS[name]
-    short = plan.of(length)
+    short = plan.for_length(length)
     absent = plan.events - length
     assert (short.event + absent).tolist() == plan.event[plan.event >= absent].tolist()
     assert short.event[-1] == length - 1
@@ -149,7 +153,7 @@ def test_number_of_tokens_is_that_of_the_plan(name, length):
     graph, weights = build(plan)
     x, valid = histories(length, [length, 0])
     out = jax.eval_shape(functools.partial(apply, graph), weights, x, valid)
-    assert out.shape == (2, plan.of(length).tokens, WIDTH)
+    assert out.shape == (2, plan.for_length(length).tokens, WIDTH)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -184,7 +188,7 @@ def test_stream_without_the_padding_at_its_old_end_gives_the_same_tokens(name):
         compress(graph, weights, *histories(length, [20, 7, 0]))
         for length in (30, slots)
     )
-    known = np.asarray(histories(slots, [20, 7, 0])[1])[:, plan.of(slots).event]
+    known = np.asarray(histories(slots, [20, 7, 0])[1])[:, plan.for_length(slots).event]
     whole = whole[:, plan.tokens - short.shape[1] :]
     # The same sums, shaped otherwise: the largest difference measured was 1.2e-6.
     np.testing.assert_allclose(whole[known], short[known], rtol=0, atol=1e-5)
@@ -265,7 +269,7 @@ def silenced(plan, *names):
     }
 
 
-def test_pooled_token_without_the_layer_and_with_an_even_reader_is_the_mean_of_its_events():
+def test_pooling_without_layer_and_with_even_queries_is_the_mean_of_the_events():
     x, valid = histories(6, [5])
     made = compress(
         *silenced(
@@ -304,7 +308,7 @@ def fresh(name, shape):
     """Tokens and gradients of a compressor made on a mesh of this shape."""
     with jax.set_mesh(mesh_of(*shape)):
         graph, weights = nnx.split(
-            Compressor(
+            HistoryCompressor(
                 PLANS[name], WIDTH, HEADS, rngs=nnx.Rngs(params=jax.random.key(3))
             )
         )
@@ -323,7 +327,8 @@ def fresh(name, shape):
 @pytest.mark.parametrize("name", ["mlp", "attention"])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_split_over_devices_equals_one_device(name, shape):
-    # float32 sums in another order: the largest difference measured was 1.2e-6 of the largest entry of an array.
+    # float32 sums in another order: the largest difference measured was 1.2e-6 of the
+    # largest entry of an array.
     for a, b in zip(
         jax.tree.leaves(fresh(name, shape)),
         jax.tree.leaves(fresh(name, (1, 1, 1))),
@@ -349,11 +354,11 @@ def test_split_over_devices_equals_one_device(name, shape):
             "compressed=7 .* must be 1 to 6",
         ),
         (
-            lambda: CompressionPlan(10).of(11),
+            lambda: CompressionPlan(10).for_length(11),
             "a stream of 11 events is not within 0 to events=10",
         ),
         (
-            lambda: AttentionPool(8, 3, 2, rngs=nnx.Rngs(params=jax.random.key(0))),
+            lambda: AttentionPooling(8, 3, 2, rngs=nnx.Rngs(params=jax.random.key(0))),
             "heads=3 does not divide width=8",
         ),
     ],

@@ -1,4 +1,4 @@
-"""Signals as discrete tokens: how many, in which order, and what moves them."""
+"""Discrete tokens: their number, their order, and the signals that change them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tokenrec.data.schema import Feature
 from tokenrec.errors import InputError
 from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
-from tokenrec.tokens.textual import (
+from tokenrec.tokens.discrete_tokens import (
     BINS,
-    TextMaker,
+    DiscreteTokenMaker,
     dense_buckets,
-    describe_tokens,
     token_count,
-    truncate,
+    tokens_per_feature,
+    truncate_left,
 )
 
 WIDTH = 16
@@ -46,7 +46,7 @@ def tables(seed=0):
 
 
 def signals(lead, seed=0):
-    """Ids and numbers by feature name; a tenth of the numbers is missing."""
+    """Random ids and numbers by feature name; a tenth of the numbers is missing."""
     random = np.random.default_rng(seed)
     ids = {
         f.name: random.integers(0, ROWS[f.table_name], (*lead, f.length), np.int32)
@@ -75,7 +75,7 @@ def write(maker, tables, ids, numbers, dtype=jnp.float32):
 
 
 def maker(features=WRITABLE, seed=0):
-    return TextMaker(features, WIDTH, CONFIG, rngs=nnx.Rngs(seed))
+    return DiscreteTokenMaker(features, WIDTH, CONFIG, rngs=nnx.Rngs(seed))
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def mesh():
 
 
 def test_tokens_are_counted_exactly_for_every_kind() -> None:
-    assert describe_tokens(WRITABLE) == [
+    assert tokens_per_feature(WRITABLE) == [
         ("gender", 1),
         ("age", 1),
         ("video", 1),
@@ -123,7 +123,7 @@ def test_shape_is_the_count_for_every_leading_shape_and_dtype(lead) -> None:
 
 
 def test_an_embedding_cannot_be_written() -> None:
-    for refuse in (describe_tokens, token_count, lambda features: maker(features)):
+    for refuse in (tokens_per_feature, token_count, lambda features: maker(features)):
         with pytest.raises(
             InputError, match=r"'picture' is an embedding of 5 numbers.*data\.exclude"
         ):
@@ -136,7 +136,7 @@ def test_a_maker_without_features_is_refused() -> None:
 
 
 def test_tokens_stand_in_the_order_of_declaration() -> None:
-    """A change of one signal changes its own tokens and no others."""
+    """Changing one signal changes its own tokens and no others."""
     ids, numbers = signals((2,))
     numbers = {
         name: np.full_like(x, SCHEMA.feature(name).mean) for name, x in numbers.items()
@@ -144,7 +144,7 @@ def test_tokens_stand_in_the_order_of_declaration() -> None:
     module, rows = maker(), tables()
     before = write(module, rows, ids, numbers)
     first = 0
-    for name, count in describe_tokens(WRITABLE):
+    for name, count in tokens_per_feature(WRITABLE):
         changed = {**ids, name: (ids[name] + 1) % 3} if name in ids else ids
         moved = {**numbers, name: numbers[name] + 50} if name in numbers else numbers
         differs = np.any(
@@ -251,7 +251,8 @@ def test_buckets_are_equally_likely_under_a_normal() -> None:
     counts = np.bincount(
         np.asarray(dense_buckets(jnp.asarray(drawn), AGE))[:, 0], minlength=BINS
     )
-    # 1,000 are expected in each, with a deviation of 31; the farthest of the 64 was 76 off.
+    # 1,000 are expected in each, with a deviation of 31; the farthest of the 64 was 76
+    # off.
     assert np.abs(counts - 1000).max() < 130
 
 
@@ -272,14 +273,14 @@ def test_a_long_tailed_number_is_bucketed_after_its_transform() -> None:
     ],
 )
 def test_the_oldest_tokens_go_first(tokens: int, cap: int, kept: range) -> None:
-    assert np.arange(tokens)[truncate(tokens, cap)].tolist() == list(kept)
+    assert np.arange(tokens)[truncate_left(tokens, cap)].tolist() == list(kept)
 
 
 def test_an_event_may_be_cut_in_two_and_a_negative_cap_is_refused() -> None:
-    event = np.repeat(np.arange(5), 12)[truncate(5 * 12, 50)]
+    event = np.repeat(np.arange(5), 12)[truncate_left(5 * 12, 50)]
     assert np.bincount(event).tolist() == [2, 12, 12, 12, 12]
     with pytest.raises(InputError, match="cap=-1"):
-        truncate(5, -1)
+        truncate_left(5, -1)
 
 
 def test_sharded_tokens_and_gradients_equal_unsharded_ones() -> None:
@@ -303,7 +304,8 @@ def test_sharded_tokens_and_gradients_equal_unsharded_ones() -> None:
 
     made, gradients = run(one_device())
     sharded, sharded_gradients = run(mesh_of(2, 2, 2))
-    # Products of other shapes sum in another order: the largest difference measured was 3.6e-7.
+    # Products of other shapes sum in another order: the largest difference measured was
+    # 3.6e-7.
     np.testing.assert_allclose(sharded, made, rtol=0, atol=2e-6)
     for a, b in zip(sharded_gradients, gradients, strict=True):
         # The largest difference measured was 5.2e-7 of the largest entry of an array.

@@ -1,0 +1,166 @@
+"""BFTS, Bottom-Full-Top-Sliding: the window and the live positions of each layer.
+
+TokenFormer's lower layers use full causal attention and its upper layers causal sliding
+windows that shrink (arXiv 2604.13737, 2026; docs/methods.md section 3, "BFTS"). In a
+sliding layer no event or target sees a static token (`model.discard_static`). Full
+layers first mix the static fields into the events; the windows then keep the read-out
+close to the newest events.
+
+A position is *live* in a layer if it can still influence a read-out. Only live
+positions are computed, which is exact and the reason for the speed of the windows
+(docs/methods.md section 3, "Needed rows"). A stream of two user tokens, 12 fused events
+and one target with windows 6 and 4 (2F2S), seen from the read-out downwards:
+
+                        user  sep  events                                sep target
+    position            0  1   2   3  4  5  6  7  8  9 10 11 12 13 14    15   16
+
+    output              .  .   .   .  .  .  .  .  .  .  .  .  .  .  .     .    #    1
+    layer 4, window 4   .  .   .   .  .  .  .  .  .  .  .  .  .  #  #     #    #    4
+    layer 3, window 6   .  .   .   .  .  .  .  .  #  #  #  #  #  #  #     #    #    9
+    layer 2, full       #  #   #   #  #  #  #  #  #  #  #  #  #  #  #     #    #   17
+    layer 1, full       #  #   #   #  #  #  #  #  #  #  #  #  #  #  #     #    #   17
+
+A line shows the live inputs (#) of its layer, and their number. Layer l computes keys
+and values for these, and queries, gate and FFN for those of the line above. Below a
+sliding layer of window w at most w - 1 more positions are live than above it; static
+tokens (user, sep) leave after the last full layer.
+
+Everything here is static NumPy. Letters: S stream length, P prefix length, w window.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import numpy as np
+
+from tokenrec.config import ModelConfig
+from tokenrec.config.backbones import BACKBONES
+from tokenrec.errors import InputError
+from tokenrec.tokens.layout import Layout, live_positions
+
+
+def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
+    """Window of each layer from the bottom, None for full attention.
+
+    >>> layer_windows(ModelConfig(layers=4, windows=(32, 16)))
+    (None, None, 32, 16)
+    >>> layer_windows(ModelConfig(layers=4, windows=(32, 16, 0, 0)))
+    (32, 16, None, None)
+    """
+    # A window of 0 is a full layer between sliding ones.
+    full_layers = config.layers - len(config.windows)
+    return (None,) * full_layers + tuple(window or None for window in config.windows)
+
+
+def stack_sizes(config: ModelConfig) -> tuple[int, ...]:
+    """Number of layers in each entry of `TokenFormer.blocks`, from the bottom.
+
+    From `model.scan` layers of one window in a row, their weights are stacked and a
+    loop runs them. The top layer of such a run stays alone: a loop needs as many
+    positions out as in, and the layers above may need fewer of this one.
+
+    >>> stack_sizes(ModelConfig(layers=14, windows=(32, 16), scan=8))
+    (11, 1, 1, 1)
+    """
+    if "scan" not in BACKBONES[config.kind].reads:
+        return (1,) * config.layers
+    sizes: list[int] = []
+    # Only layers of one window can share a loop body: windows are static.
+    for _, run in groupby(layer_windows(config)):
+        length = len(list(run))
+        if 0 < config.scan <= length:
+            sizes += [length - 1, 1]
+        else:
+            sizes += [1] * length
+    return tuple(sizes)
+
+
+def layer_positions(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:
+    """Positions at the input of each layer, and at the output of the last.
+
+    Returns:
+      `layers + 1` ascending arrays: the live positions, or all of them without
+      `model.needed_rows`.
+    """
+    if config.needed_rows:
+        return live_positions(layout, layer_windows(config))
+    return (np.arange(layout.length),) * (config.layers + 1)
+
+
+def prefix_length(layout: Layout) -> int:
+    """P, the number of positions that belong to no candidate; they come first.
+
+    Raises:
+      InputError: a candidate does not continue the last position of the prefix, so that
+        a prefix cache cannot serve it.
+    """
+    count = int(np.sum(layout.candidate < 0))
+    # Compare indices, not positions: each candidate starts again behind the prefix.
+    last = layout.index[:count].max(initial=-1)
+    first = layout.index[count:].min(initial=layout.length)
+    if first <= last:
+        raise InputError(
+            f"layout.index: a candidate begins at {first} and the prefix ends at "
+            f"{last}; a prefix cache serves candidates that continue the whole prefix, "
+            "so cut the prefix where they begin"
+        )
+    return count
+
+
+def cached_positions(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:
+    """Prefix positions whose keys and values each layer caches.
+
+    These are the positions that any token behind the prefix may see: all of them in a
+    full layer, and the last w - 1 indices in a sliding layer, as the first token behind
+    the prefix looks back furthest. They depend on the prefix alone, not on the number
+    or length of the candidates.
+
+    Returns:
+      An ascending array for each layer. It always holds the last position of the
+      prefix, even if that is hidden, so that no layer has an empty cache.
+    """
+    count = prefix_length(layout)
+    if not config.needed_rows:
+        return (np.arange(count),) * config.layers
+    # Distance from the first token behind the prefix.
+    distance = layout.index[:count].max() + 1 - layout.index[:count]
+    static = layout.static[:count]
+    visible_static = static & (not layout.discard)
+    positions = []
+    for window in layer_windows(config):
+        if window is None:
+            positions.append(np.arange(count))
+        else:
+            # Distance 1 is the last position, which stays even if it is hidden.
+            in_window = ~static & (distance < window)
+            positions.append(
+                np.flatnonzero((distance == 1) | visible_static | in_window)
+            )
+    return tuple(positions)
+
+
+def prefix_positions(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:
+    """Prefix positions at the input of each layer, and those that are read out.
+
+    A prefix position is needed at the input of a layer if the layer caches its keys and
+    values, or if a position that is needed above sees it.
+
+    Returns:
+      `layers + 1` ascending arrays; the last one holds the read-outs in the prefix.
+    """
+    prefix = np.arange(prefix_length(layout))
+    read = np.sort(layout.readout[layout.readout < len(prefix)])
+    if not config.needed_rows:
+        return (prefix,) * config.layers + (read,)
+    # As in `live_positions`, from the top down, plus what a layer caches.
+    needed = [read]
+    for window, cached in zip(
+        reversed(layer_windows(config)),
+        reversed(cached_positions(config, layout)),
+        strict=True,
+    ):
+        pattern = layout.pattern(needed[0], prefix)
+        seen = (pattern.visible(window) | pattern.diagonal()).any(axis=0)
+        needed.insert(0, np.union1d(np.flatnonzero(seen), cached))
+    return tuple(needed)
