@@ -2,7 +2,7 @@
 
 Every colour is a CSS variable. A picture that stands in an `<img>` follows the colour
 scheme of the browser; one that the site puts into its pages follows the site's own
-switch (docs/assets/site.css), because a rule there is more specific than those here.
+switch (pictures.css).
 """
 
 from __future__ import annotations
@@ -60,6 +60,20 @@ type Anchor = Literal["start", "middle", "end"]
 def variables(colours: dict[str, str]) -> str:
     """Declarations of the colours as CSS variables."""
     return " ".join(f"--{name}: {value};" for name, value in colours.items())
+
+
+def site_style() -> str:
+    """Rules for pictures inside the pages of the site, where its own switch decides."""
+    shared = style().splitlines()[-2:]
+    return "\n".join(
+        [
+            f'[data-md-color-scheme="default"] .picture {{ {variables(LIGHT)} }}',
+            f'[data-md-color-scheme="slate"] .picture {{ {variables(DARK)} }}',
+            f".picture {{ font-family: {FONT}; }}",
+            *shared,
+            "",
+        ]
+    )
 
 
 def style() -> str:
