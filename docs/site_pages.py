@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import importlib.util
@@ -81,6 +82,7 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
 def pages() -> dict[str, str]:
     """Text of every generated page, by its path in the site."""
     made = {
+        "reference/api.md": api_page(),
         "reference/config.md": config_page(),
         "reference/cli.md": command_line_page(),
         **module_pages(),
@@ -174,6 +176,35 @@ def pictures_of_results() -> list[str]:
     """Figures that pages of results show."""
     folder = ROOT / "benchmarks" / "results"
     return [path.relative_to(ROOT).as_posix() for path in sorted(folder.rglob("*.png"))]
+
+
+def api_page() -> str:
+    """The page of the public API: its introduction, and every public name."""
+    introduction = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
+    parts = [introduction.rstrip(), ""]
+    for name, path in public_names().items():
+        parts += [f"::: {path}", "    options:", "      heading_level: 3"]
+        parts += [f'      heading: "tokenrec.{name}"', ""]
+    return "\n".join(parts)
+
+
+def public_names() -> dict[str, str]:
+    """Dotted path of the definition of each public name that `tokenrec` exports.
+
+    Names come from the imports in `tokenrec/__init__.py`, those under `TYPE_CHECKING`
+    included, and from functions and classes that are defined there.
+    """
+    tree = ast.parse((ROOT / "tokenrec" / "__init__.py").read_text(encoding="utf-8"))
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "tokenrec"
+        ):
+            for alias in node.names:
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names[node.name] = f"tokenrec.{node.name}"
+    return {name: path for name, path in names.items() if not name.startswith("_")}
 
 
 def config_page() -> str:
@@ -270,7 +301,10 @@ def module_pages() -> dict[str, str]:
     """One page for each package, and the list of them."""
     package = ROOT / "tokenrec"
     folders = sorted({path.parent for path in package.rglob("*.py")})
-    made, listing = {}, ["# Modules", "", "Every module of tokenrec, package by package.", ""]
+    made, listing = (
+        {},
+        ["# Modules", "", "Every module of tokenrec, package by package.", ""],
+    )
     for folder in folders:
         name = ".".join(folder.relative_to(ROOT).parts)
         modules = [
