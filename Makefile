@@ -2,6 +2,7 @@
 # make test    the tests        make lint   ruff and mypy
 # make studies KUAIRAND=DIR   what the papers claim, tried: every study and one report; some 9 CPU-hours, and it goes on
 # make test-all    the tests with every extra installed, in an environment of its own: nothing is skipped but what needs a TPU or GPU
+# make docs    the documentation as a site in site/, which needs no network
 # make test-beam   the tests of `prepare --beam`, in an environment of its own: Beam refuses the newest NumPy and Arrow
 
 PYTHON  ?= $(shell command -v python3.12 || command -v python3)
@@ -18,7 +19,7 @@ INSTALL  = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # XLA on a CPU takes fresh memory for the temporaries of every step; huge pages make a step about 15 % shorter.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train studies has-kuairand test test-all test-beam lint clean
+.PHONY: train studies has-kuairand test test-all test-beam lint docs clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.demo
@@ -46,7 +47,7 @@ studies: has-kuairand $(VENV)/.dev
 	    --out $(STUDIES)/report
 
 has-kuairand:
-	@test -d "$(KUAIRAND)" || { echo "make studies reads KuaiRand-Pure: KUAIRAND='$(KUAIRAND)' is no folder; see docs/data.md" >&2; exit 2; }
+	@test -d "$(KUAIRAND)" || { echo "make studies reads KuaiRand-Pure: KUAIRAND='$(KUAIRAND)' is no folder; see docs/guides/data.md" >&2; exit 2; }
 
 # A worker per core; each one runs XLA on eight virtual devices, so more than eight workers gain nothing.
 test: $(VENV)/.dev
@@ -63,8 +64,12 @@ lint: $(VENV)/.dev
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
+# The variable silences a notice of the theme about the next major version of MkDocs, which is not used.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(ALL) $(BEAM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ALL) $(BEAM) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(BIN)/python $(ALL)/bin/python $(BEAM)/bin/python: %/bin/python:
 	@test -n "$(PYTHON)" || { echo "tokenrec needs Python 3.12 or later: none found; set PYTHON=/path/to/python3.12" >&2; exit 2; }
@@ -82,6 +87,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 
 $(ALL)/.all: pyproject.toml constraints.txt | $(ALL)/bin/python
 	$(ALL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev,mlflow,peers,report,text,wandb]"
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) -e ".[docs]"
 	touch $@
 
 $(BEAM)/.beam: pyproject.toml constraints-beam.txt | $(BEAM)/bin/python

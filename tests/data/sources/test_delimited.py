@@ -397,18 +397,18 @@ def test_a_date_that_is_none_and_splits_in_the_wrong_order_are_refused(files):
     )
 
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "data.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "guides" / "data.md"
 
 
 def blocks(language: str) -> list[str]:
-    """Fenced blocks of docs/data.md."""
+    """Fenced blocks of docs/guides/data.md."""
     return re.findall(
         rf"^```{language}\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL
     )
 
 
 def test_every_example_of_the_documentation_runs(tmp_path, monkeypatch):
-    """Run files, command and Python of docs/data.md in order, from an empty folder."""
+    """Run files, command and Python of docs/guides/data.md in order, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     for name, text in zip(
         ("log.csv", "users.csv", "items.csv"), blocks("csv"), strict=True

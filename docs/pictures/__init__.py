@@ -1,0 +1,1 @@
+"""The pictures of the documentation, drawn as SVG: `python -m docs.pictures`."""

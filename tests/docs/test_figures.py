@@ -1,0 +1,96 @@
+"""Figures of the README are those of benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.docs.pages import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """Rows of a result."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text())["rows"]
+
+
+def row(name: str, **known: Any) -> dict[str, Any]:
+    """The row of a result with these values."""
+    (found,) = [r for r in rows(name) if all(r[k] == v for k, v in known.items())]
+    return found
+
+
+def journey() -> str:
+    scores = {r["model"]: r["auc"] for r in rows("complete_journey")}
+    ours = scores["tokenrec, configs/complete_journey.py"]
+    return f"{ours:.4f}; logistic regression on rates: {scores['rates']:.4f}"
+
+
+def kuairand() -> str:
+    click = row("kuairand_pure", config="uc", task="is_click")["auc"]
+    return f"{click} / {row('kuairand_pure', config='uc', task='long_view')['auc']}"
+
+
+def beauty() -> str:
+    scores = row("amazon_beauty", config="next_item")
+    return f"{scores['recall@10']} / {scores['ndcg@10']}"
+
+
+def soft_tokens() -> str:
+    soft, text = (
+        row("soft_tokens_complete_journey", arm=arm)["prompt tokens"]
+        for arm in ("soft", "text")
+    )
+    return f"{soft} against {text}"
+
+
+def attention() -> str:
+    band, blocks = (
+        row(
+            "attention_peers",
+            seq_len=2048,
+            window=64,
+            implementation=f"torch SDPA, {kind}",
+            **{"pass": "forward_backward"},
+        )["this / ours"]
+        for kind in ("band mask", "hand-chunked")
+    )
+    return (
+        f"{band:.1f} times as fast as PyTorch SDPA with a band mask, "
+        f"{blocks:.2f} times as fast as PyTorch on blocks cut by hand"
+    )
+
+
+def long_step() -> str:
+    ratio = row("step_long", stream="NIO, tiles, needed rows")["train / first line"]
+    return f"{ratio:.1f} times the rate of dense masks"
+
+
+def pod() -> str:
+    found = row("pods", config="lrm_1b", topology="v5p:8x8x8")
+    return (
+        f"{found['memory_share']:.0%} of memory; "
+        f"{found['mfu_if_serial']:.0%} MFU if nothing overlaps"
+    ).replace("%", " %")
+
+
+def faults() -> str:
+    result = json.loads((ROOT / "benchmarks" / "results" / "chaos.json").read_text())
+    (total,) = [r for r in result["rows"] if r["kind"] == "all"]
+    lost, bits = result["params"]["lost samples"], result["params"]["differing bits"]
+    return (
+        f"{lost} samples lost, {bits} bits different, {total['failed']} unclear message"
+    )
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [journey, kuairand, beauty, soft_tokens, attention, long_step, pod, faults],
+    ids=lambda f: f.__name__,
+)
+def test_a_figure_of_the_readme_is_that_of_its_result(figure: Any) -> None:
+    assert f"| {figure()} |" in README
