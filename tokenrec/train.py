@@ -19,7 +19,7 @@ import numpy as np
 from tokenrec.analysis.watch import make_state_logger
 from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
 from tokenrec.checkpoint.run_folder import create_or_check_run, run_identity
-from tokenrec.checkpoint.warm_start import first_state
+from tokenrec.checkpoint.warm_start import initial_state
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.config.validate import validate
@@ -109,12 +109,16 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
                 workdir,
                 keep=config.train.keep,
                 keep_every=config.train.keep_every,
-                about=dataclasses.asdict(config),
+                config=dataclasses.asdict(config),
             )
         )
-        watch.at("restoring the latest checkpoint")
+        watch.enter_phase("restoring the latest checkpoint")
         restored = checkpoints.restore(abstract_state(model))
-        step, state, reached = restored or (0, first_state(model, workdir), Progress())
+        step, state, reached = restored or (
+            0,
+            initial_state(model, workdir),
+            Progress(),
+        )
         with distributed.raise_on_all_processes():
             own = local_batch_indices(mesh, config.data.batch_size, "data.batch_size")
             data = train_batches(
@@ -151,13 +155,13 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
         )  # else a restored step was evaluated before it was saved
 
         def pulse() -> None:
-            watch.at(f"step {step:,}: evaluation")
-            interruption.obey()
+            watch.enter_phase(f"step {step:,}: evaluation")
+            interruption.raise_if_requested()
 
         while True:
             last, value = step >= stop_at, None
             best = stop = False
-            asked = interruption.asked()
+            asked = interruption.requested()
             if (
                 evaluates
                 and step
@@ -166,9 +170,11 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
             ):
                 reached = dataclasses.replace(reached, assessed=False)
                 with throughput.excluded(), contextlib.suppress(StopRequested):
-                    watch.at(f"step {step:,}: waiting for the devices, then evaluation")
+                    watch.enter_phase(
+                        f"step {step:,}: waiting for the devices, then evaluation"
+                    )
                     reached = pending.check(step, reached)[1]
-                    interruption.obey()
+                    interruption.raise_if_requested()
                     report = assess(
                         state, config.train.eval_split, config.train.eval_samples, pulse
                     )
@@ -180,11 +186,11 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
                     value = _value(report, config)
                     reached, best = _advance(reached, step, value)
                     stop = 0 < config.train.patience <= reached.waited
-                asked = interruption.heard
+                asked = interruption.signal_received
             due = last or best or stop or asked or _due(step, config.train.save_every)
             if step and fresh and due:
                 with throughput.excluded():
-                    watch.at(
+                    watch.enter_phase(
                         f"step {step:,}: waiting for the devices and the save before"
                     )
                     reached = pending.check(step, reached)[1]
@@ -192,7 +198,7 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
                     checkpoints.save(step, state, reached, value)
                     log(step, {"blocked_seconds": time.perf_counter() - began}, "save")
             if asked and not ((last or stop) and reached.assessed):
-                watch.at(f"step {step:,}: the last save")
+                watch.enter_phase(f"step {step:,}: the last save")
                 checkpoints.wait()
                 saved = (
                     "which is saved" if step else "before there was anything to save"
@@ -204,15 +210,17 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
                 )
             if last or stop:
                 break
-            watch.at(f"step {step:,}: waiting for the input")
+            watch.enter_phase(f"step {step:,}: waiting for the input")
             host = next(data)
             batch = to_devices(host.batch, mesh)
             timed = batch.valid.shape in compiled
             if timed:
-                watch.at(f"step {step:,}: handing it to the devices")
+                watch.enter_phase(f"step {step:,}: handing it to the devices")
                 state, metrics = step_fn(model, state, batch)
             else:
-                watch.at(f"step {step:,}: compiling it, and waiting for the devices")
+                watch.enter_phase(
+                    f"step {step:,}: compiling it, and waiting for the devices"
+                )
                 display.show_phase("compiling")
                 with throughput.excluded():
                     state, metrics = jax.block_until_ready(step_fn(model, state, batch))
@@ -221,12 +229,12 @@ def train(config: Config, workdir: Path, *, progress: bool = True) -> dict[str, 
             pending.add(metrics, host.rows, timed)
             step, fresh = step + 1, True
             if step % config.train.log_every == 0 or step == stop_at:
-                watch.at(f"step {step:,}: waiting for the devices")
+                watch.enter_phase(f"step {step:,}: waiting for the devices")
                 means, reached = pending.check(
                     step, reached
                 )  # the only host synchronisation
                 log(step, means | {"examples_per_second": throughput.rate()})
-        watch.at(f"step {step:,}: the last save")
+        watch.enter_phase(f"step {step:,}: the last save")
         checkpoints.wait()
         return {
             "step": step,

@@ -111,7 +111,7 @@ def _run(argv: list[str]) -> int:
 def _run_with_others(args: argparse.Namespace) -> None:
     from tokenrec.runtime import distributed
 
-    distributed.initialize(hears_stop=args.run is _train)
+    distributed.initialize(sigterm_stops_run=args.run is _train)
     try:
         args.run(args)
     except BaseException as error:  # noqa: BLE001 - the process ends
@@ -271,7 +271,7 @@ def _replay(args: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
 
     report = replay_run(
-        args.workdir, args.step, args.checkpoint, args.data, args.mesh, say=say
+        args.workdir, args.step, args.checkpoint, args.data, args.mesh, log=say
     )
     if args.json:
         write_json(args.json, report)
