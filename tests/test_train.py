@@ -277,7 +277,7 @@ def test_half_a_config_and_a_workdir_that_is_a_file_are_refused(data, tmp_path):
         train(small(data), tmp_path, progress=False)
     (tmp_path / "file").touch()
     with pytest.raises(
-        InputError, match=r"--workdir .*file' cannot be made: File exists"
+        InputError, match=r"--workdir .*file' cannot be created: File exists"
     ):
         train(small(data), tmp_path / "file", progress=False)
 
