@@ -1,18 +1,25 @@
-"""Faults into real runs: processes killed, stopped and starved, checkpoints and data damaged; and what is left of them.
+"""Inject faults into real runs and check that they lose nothing.
 
-python benchmarks/chaos.py [--faults 20] [--seed 0] [--steps 300] [--json FILE] [--kinds KIND ...] [--out STEM]
+    python benchmarks/chaos.py [--faults 20] [--seed 0] [--steps 300] [--json FILE]
+                               [--kinds KIND ...] [--out STEM]
 
-One small run is trained undisturbed, in one process and in two. The same runs are trained again under faults, started
-with the same command after each, and compared with it: every step's loss once in the log, and every bit of the last
-weights. Data sets that are prepared under faults are compared file by file, predictions byte for byte; a damaged data
-set must be refused by the name of the file, or make no difference.
+1. A small run is trained without faults, in one process and in two.
+2. The same runs are trained again under faults: processes are killed, stopped and
+   starved of disk space, and files of checkpoints and data sets are damaged. After each
+   fault the same command is given again.
+3. Both are compared: the loss of every step must be in the log once, and every bit of
+   the last weights must be equal. Data sets that are prepared under faults are compared
+   file by file, predictions byte by byte. A damaged data set must be refused by the name
+   of its file, or make no difference.
 
-Faults come in rounds through all kinds, in an order and at moments that the seed draws; when a process reaches a
-moment is up to the machine. FILE gets `{"faults", "survived", "refused_clearly", "lost_samples", "differing_bits",
-"by_kind"}`: "survived", the command given again went on; "refused_clearly", it ended with exit code 2 and one message
-that names what is wrong. What is neither is listed under "failed", with the process's last words, and the exit code is
-1. A full disk needs a file system of its own, which root alone can mount; for others that kind is left out, in words.
-Some 15 s a fault on two cores.
+Faults come in rounds through all kinds. The seed draws their order and moments; when a
+process reaches a moment depends on the machine. FILE gets `{"faults", "survived",
+"refused_clearly", "lost_samples", "differing_bits", "by_kind", "failed"}`: a fault is
+"survived" if the run resumes, and "refused_clearly" if the command ends with exit code 2
+and one message that names the reason. All other faults are listed under "failed" with
+the last lines of the process, and the exit code is 1. A full disk needs a file system of
+its own, which only root can mount; without that the kind is left out, and the output
+says so. A fault takes about 15 seconds on two cores.
 """
 
 from __future__ import annotations
@@ -34,7 +41,16 @@ from tokenrec.runtime.files import write_json
 
 
 def draw_kinds(kinds: list[str], faults: int, chance: random.Random) -> list[str]:
-    """`faults` kinds: rounds through all of them, each in another order."""
+    """Draw the kinds of the faults.
+
+    Args:
+      kinds: the kinds to draw from.
+      faults: number of faults.
+      chance: the generator of all draws.
+
+    Returns:
+      Rounds through all kinds, each in another order.
+    """
     drawn: list[str] = []
     while len(drawn) < faults:
         drawn += chance.sample(kinds, len(kinds))
@@ -44,6 +60,13 @@ def draw_kinds(kinds: list[str], faults: int, chance: random.Random) -> list[str
 def summarize(
     outcomes: list[tuple[str, Outcome]], lost_samples: int, differing_bits: int
 ) -> dict[str, object]:
+    """Count the outcomes.
+
+    Args:
+      outcomes: kind and outcome of each fault.
+      lost_samples: samples whose loss is missing or differs.
+      differing_bits: bits of the last states that differ.
+    """
     by_kind: dict[str, collections.Counter[str]] = {
         kind: collections.Counter() for kind, _ in sorted(outcomes)
     }
@@ -82,7 +105,8 @@ def main() -> int:
         "--out", type=Path, help="stem of the result files, .json and .md"
     )
     flags = parser.parse_args()
-    chance, begin = random.Random(flags.seed), time.monotonic()
+    chance = random.Random(flags.seed)
+    start = time.monotonic()
     with (
         tempfile.TemporaryDirectory() as folder,
         Lab(Path(folder), chance, flags.steps) as lab,
@@ -91,22 +115,20 @@ def main() -> int:
         outcomes: list[tuple[str, Outcome]] = []
         for number, kind in enumerate(draw_kinds(kinds, flags.faults, chance), 1):
             fault: Fault = KINDS[kind]
-            outcomes.append((kind, fault(lab)))
-            shown = outcomes[-1][1]
-            print(
-                f"{number}/{flags.faults} {kind}: {shown.ended}. {shown.words}"[:300],
-                file=sys.stderr,
-            )
+            outcome = fault(lab)
+            outcomes.append((kind, outcome))
+            line = f"{number}/{flags.faults} {kind}: {outcome.ended}. {outcome.words}"
+            print(line[:300], file=sys.stderr)
         lab.finish()
-        found = summarize(outcomes, lab.lost_samples, lab.differing_bits)
-    found["failed"] += lab.broken  # type: ignore[operator]
+        summary = summarize(outcomes, lab.lost_samples, lab.differing_bits)
+    summary["failed"] += lab.broken  # type: ignore[operator]
     if flags.json:
-        write_json(flags.json, found)
+        write_json(flags.json, summary)
     if flags.out:
         names = ("faults", "survived", "refused_clearly", "failed")
         rows = [
             {"kind": kind} | {n: counts.get(n, 0) for n in names}
-            for kind, counts in found["by_kind"].items()
+            for kind, counts in summary["by_kind"].items()
         ]  # type: ignore[attr-defined]
         rows.append({"kind": "all"} | {n: sum(row[n] for row in rows) for n in names})
         write_result(
@@ -118,12 +140,12 @@ def main() -> int:
                 "lost samples": lab.lost_samples,
                 "differing bits": lab.differing_bits,
             }
-            | {"minutes": round((time.monotonic() - begin) / 60, 1)},
+            | {"minutes": round((time.monotonic() - start) / 60, 1)},
             f"python benchmarks/chaos.py --faults {flags.faults} --seed {flags.seed} --out {flags.out}",
             title="Faults into real runs",
         )
-    print(json.dumps(found, indent=1))
-    return 1 if found["failed"] or lab.lost_samples or lab.differing_bits else 0
+    print(json.dumps(summary, indent=1))
+    return 1 if summary["failed"] or lab.lost_samples or lab.differing_bits else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The faults of `chaos.py`: each disturbs something real once, and says what came of it."""
+"""Faults of `chaos.py`: each disturbs a real process or file once, and judges the end."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import time
@@ -13,11 +14,17 @@ from chaos_lab import PATIENCE, Lab, Lineage, Process, losses
 
 from tokenrec.errors import EXIT_HUNG, EXIT_INPUT, EXIT_PREEMPTED
 
-DATA_STEPS = 40  # of the short run that reads a damaged data set
+# Steps of the short run that reads a damaged data set.
+DATA_STEPS = 40
 
 
 class Outcome(NamedTuple):
-    """`ended`: "survived", "refused_clearly" or "failed"; `words`: what happened, or what the process said."""
+    """Outcome of a fault.
+
+    Attributes:
+      ended: "survived", "refused_clearly" or "failed".
+      words: what happened, or the last lines of the process.
+    """
 
     ended: str
     words: str
@@ -35,34 +42,52 @@ def _failed(words: str) -> Outcome:
     return Outcome("failed", words)
 
 
-def _goes_on(lineage: Lineage, said: str = "") -> Outcome:
-    """The command given again must make another step, and is killed then; the comparison comes at the end."""
+def _resumes(lineage: Lineage, message: str = "") -> Outcome:
+    """Rerun the command, which must make a step; then kill it.
+
+    The run is compared with the undisturbed one when it has reached its end.
+
+    Args:
+      lineage: the disturbed run.
+      message: text that must be on stderr; empty for none.
+    """
     with lineage.started() as running:
-        begun = lineage.step()
-        there = losses(lineage.workdir)
-        moved = running[0].until(lambda: losses(lineage.workdir) != there)
+        first_step = lineage.step()
+        logged = losses(lineage.workdir)
+        moved = running[0].wait_until(lambda: losses(lineage.workdir) != logged)
         if not moved:
-            code = running[0].ended()
+            code = running[0].exit_code()
             lineage.done = code == 0
             if not lineage.done:
                 return _failed(
-                    f"started again at step {begun}, it ended with {code}: {running[0].words()}"
+                    f"started again at step {first_step}, it ended with {code}: "
+                    f"{running[0].words()}"
                 )
-        heard = running[0].words()
-        if said and said not in heard:
-            return _failed(f"it did not say '{said}': {heard}")
-    return _survived(heard if said else "")
+        words = running[0].words()
+        if message and message not in words:
+            return _failed(f"'{message}' is not in its output: {words}")
+    return _survived(words if message else "")
 
 
 def _disturbed(
     lab: Lab, when: Callable[[Lineage, Process], bool], signals: Sequence[int]
 ) -> Outcome | Lineage:
-    """A run of one process that a signal reached at a moment; the lineage, once it ended by it."""
+    """Send signals to a run of one process and wait for its end.
+
+    Args:
+      lab: the lab.
+      when: waits for the moment of the signals; False if the process ended before.
+      signals: sent one after another; the last one decides the exit code.
+
+    Returns:
+      The run, or a failure.
+    """
     while True:
         lineage = lab.lineage()
         with lineage.started() as (process,):
             if not when(lineage, process):
-                if process.popen.poll() == 0:  # the run came to its end first
+                # The run may have reached its last step first: try the next one.
+                if process.popen.poll() == 0:
                     lineage.done = True
                     continue
                 return _failed(
@@ -70,24 +95,22 @@ def _disturbed(
                 )
             for number in signals:
                 process.popen.send_signal(number)
-            code = process.ended()
+            code = process.exit_code()
             if code == 0:
                 lineage.done = True
                 continue
         expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: EXIT_PREEMPTED}[
             signal.Signals(signals[-1])
         ]
-        return (
-            lineage
-            if code == expected
-            else _failed(f"exit code {code}, not {expected}: {process.words()}")
-        )
+        if code != expected:
+            return _failed(f"exit code {code}, not {expected}: {process.words()}")
+        return lineage
 
 
 def _in_a_step(lineage: Lineage, process: Process) -> bool:
-    begun = lineage.step()
-    if not process.until(lambda: lineage.step() > begun):
-        # The log is cut back to the checkpoint first, and may grow to the same step again.
+    # The log is cut back to the checkpoint first, and may grow to the same step again.
+    first_step = lineage.step()
+    if not process.wait_until(lambda: lineage.step() > first_step):
         return False
     time.sleep(lineage.lab.chance.uniform(0, 1.0))
     return process.popen.poll() is None
@@ -99,7 +122,9 @@ def _at_start(lineage: Lineage, process: Process) -> bool:
 
 
 def _in_a_save(lineage: Lineage, process: Process) -> bool:
-    if not _in_a_step(lineage, process) or not process.until(lineage.saving, 0.0005):
+    if not _in_a_step(lineage, process) or not process.wait_until(
+        lineage.saving, 0.0005
+    ):
         return False
     time.sleep(lineage.lab.chance.uniform(0, 0.03))
     return process.popen.poll() is None
@@ -127,15 +152,14 @@ def _preempted(lab: Lab) -> Outcome:
 
 def _damaged_checkpoint(damage: Callable[[Lab, Path], str]) -> Fault:
     def fault(lab: Lab) -> Outcome:
-        lineage = _disturbed(
-            lab, _in_a_step, [signal.SIGTERM]
-        )  # saves, with the sums of the files
+        # SIGTERM saves a checkpoint with the checksums of its files.
+        lineage = _disturbed(lab, _in_a_step, [signal.SIGTERM])
         if isinstance(lineage, Outcome):
             return lineage
         latest = lineage.checkpoints()[-1]
         harmed = damage(lab, latest)
-        told = _goes_on(lineage, f"checkpoint {latest.name} is damaged")
-        return told._replace(words=f"{harmed}: {told.words}")
+        outcome = _resumes(lineage, f"checkpoint {latest.name} is damaged")
+        return outcome._replace(words=f"{harmed}: {outcome.words}")
 
     return fault
 
@@ -143,8 +167,8 @@ def _damaged_checkpoint(damage: Callable[[Lab, Path], str]) -> Fault:
 def _flip(lab: Lab, folder: Path) -> str:
     file = _some_file(lab, folder)
     data = bytearray(file.read_bytes())
-    at = lab.chance.randrange(len(data))
-    data[at] ^= 1 << lab.chance.randrange(8)
+    position = lab.chance.randrange(len(data))
+    data[position] ^= 1 << lab.chance.randrange(8)
     file.write_bytes(data)
     return f"one bit of {file.name}"
 
@@ -163,7 +187,7 @@ def _remove(lab: Lab, folder: Path) -> str:
 
 
 def _unreadable(lab: Lab, folder: Path) -> str:
-    """A folder in the file's place, which root cannot read either."""
+    """Put a folder in the file's place: root can read any file, but not a folder."""
     file = _some_file(lab, folder)
     file.unlink()
     file.mkdir()
@@ -171,11 +195,14 @@ def _unreadable(lab: Lab, folder: Path) -> str:
 
 
 def _some_file(lab: Lab, folder: Path) -> Path:
-    """Weighed by nothing but their number: the sums of a checkpoint's files are left alone, or nothing were known."""
+    """Draw a file, all with equal probability.
+
+    The checksum files of a checkpoint are left alone: without them no damage is known.
+    """
     files = [
-        p
-        for p in folder.rglob("*")
-        if p.is_file() and p.stat().st_size and not p.match("sums.*.json")
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.stat().st_size and not path.match("sums.*.json")
     ]
     return lab.chance.choice(sorted(files))
 
@@ -183,22 +210,22 @@ def _some_file(lab: Lab, folder: Path) -> Path:
 def _damaged_data(damage: Callable[[Lab, Path], str]) -> Fault:
     def fault(lab: Lab) -> Outcome:
         lab.started += 1
-        copy, workdir = (
-            lab.folder / f"{name}-{lab.started}" for name in ("copy", "short")
-        )
+        copy = lab.folder / f"copy-{lab.started}"
+        workdir = lab.folder / f"short-{lab.started}"
         shutil.copytree(lab.data, copy)
         harmed = damage(lab, copy)
         with Process(
             lab, lab.train_line(workdir, copy, train__stop_at=DATA_STEPS)
         ) as process:
-            code, words = process.ended(), process.words()
-        found = losses(workdir)
+            code = process.exit_code()
+            words = process.words()
+        logged = losses(workdir)
         shutil.rmtree(copy)
         shutil.rmtree(workdir, ignore_errors=True)
         if code == EXIT_INPUT and str(copy) in words:
             return Outcome("refused_clearly", f"{harmed}: {words}")
         expected = losses(lab.whole(1).workdir)
-        if code == 0 and found == {
+        if code == 0 and logged == {
             step: expected[step] for step in range(1, DATA_STEPS + 1)
         }:
             return _survived(f"{harmed}: makes no difference")
@@ -218,20 +245,22 @@ def _full_disk(lab: Lab) -> Outcome:
                 if lineage.done:
                     continue
                 return _failed(f"ended before the fault: {process.words()}")
-            with filler.open("wb", buffering=0) as file:
-                try:
-                    while True:
-                        file.write(bytes(1 << 16))
-                except OSError:
-                    pass  # full, which is the fault
-            code, words = process.ended(), process.words()
+            # The error that the disk is full is the fault.
+            with (
+                filler.open("wb", buffering=0) as file,
+                contextlib.suppress(OSError),
+            ):
+                while True:
+                    file.write(bytes(1 << 16))
+            code = process.exit_code()
+            words = process.words()
         filler.unlink()
         if code == 0:
             lineage.done = True
             continue
         if code != EXIT_INPUT or str(lab.disk) not in words:
             return _failed(f"exit code {code}: {words}")
-        return _goes_on(lineage)._replace(words=words)
+        return _resumes(lineage)._replace(words=words)
 
 
 def _of_two(number: signal.Signals) -> Fault:
@@ -241,20 +270,23 @@ def _of_two(number: signal.Signals) -> Fault:
             victim = lab.chance.randrange(2)
             with lineage.started() as running:
                 if not _in_a_step(lineage, running[0]):
-                    if running[0].ended() == 0:
+                    if running[0].exit_code() == 0:
                         lineage.done = True
                         continue
                     return _failed(f"ended before the fault: {running[0].words()}")
                 running[victim].popen.send_signal(number)
-                code, words = running[1 - victim].ended(), running[1 - victim].words()
+                other = 1 - victim
+                code = running[other].exit_code()
+                words = running[other].words()
             if code == 0:
                 lineage.done = True
                 continue
             if code is None:
-                return _failed(f"process {1 - victim} went on waiting for {PATIENCE} s")
+                return _failed(f"process {other} still waits after {PATIENCE} s")
+            # The watchdog must notice a process that is stopped but not dead.
             if number == signal.SIGSTOP and code != EXIT_HUNG:
-                return _failed(f"process {1 - victim} ended with {code}: {words}")
-            return _survived(f"process {1 - victim} ended with {code}: {words}")
+                return _failed(f"process {other} ended with {code}: {words}")
+            return _survived(f"process {other} ended with {code}: {words}")
 
     return fault
 
@@ -264,12 +296,12 @@ def _preempted_two(lab: Lab) -> Outcome:
         lineage = lab.lineage(2)
         with lineage.started() as running:
             if not _in_a_step(lineage, running[0]):
-                if running[0].ended() == 0:
+                if running[0].exit_code() == 0:
                     lineage.done = True
                     continue
                 return _failed(f"ended before the fault: {running[0].words()}")
             running[lab.chance.randrange(2)].popen.send_signal(signal.SIGTERM)
-            codes = [process.ended() for process in running]
+            codes = [process.exit_code() for process in running]
         if codes == [0, 0]:
             lineage.done = True
             continue
@@ -286,20 +318,18 @@ def _killed_prepare(lab: Lab) -> Outcome:
     with Process(lab, lab.prepare_line(out)) as process:
         time.sleep(lab.chance.uniform(0, 2.0))
         process.popen.send_signal(signal.SIGKILL)
-        process.ended()
+        process.exit_code()
     if out.exists() and _contents(out) != _contents(lab.data):
         return _failed("a killed prepare left part of a data set under its name")
     again = [*lab.prepare_line(out), "--overwrite"]
     with Process(lab, again) as process:
-        code = process.ended()
+        code = process.exit_code()
     same = code == 0 and _contents(out) == _contents(lab.data)
     left = [path.name for path in lab.folder.glob(f".*{out.name}*")]
     shutil.rmtree(out, ignore_errors=True)
-    return (
-        _survived(f"left {left}" if left else "")
-        if same
-        else _failed(f"exit code {code}: {process.words()}")
-    )
+    if not same:
+        return _failed(f"exit code {code}: {process.words()}")
+    return _survived(f"left {left}" if left else "")
 
 
 def _killed_predict(lab: Lab) -> Outcome:
@@ -321,7 +351,7 @@ def _killed_predict(lab: Lab) -> Outcome:
     with Process(lab, lines[0]) as process:
         time.sleep(lab.chance.uniform(0, 9.0))
         process.popen.send_signal(signal.SIGKILL)
-        process.ended()
+        process.exit_code()
     lab.run(lines[1])
     if outs[0].exists() and outs[0].read_bytes() != outs[1].read_bytes():
         return _failed("a killed predict left part of its output under its name")
@@ -359,7 +389,7 @@ KINDS: dict[str, Fault] = {
 
 
 def usable_kinds(kinds: Sequence[str], lab: Lab) -> list[str]:
-    """Without the full disk where none can be mounted; says so."""
+    """Leave out the full disk if none can be mounted, and print that."""
     if lab.disk is None and "full disk" in kinds:
         print("full disk: left out, because this user may not mount a file system")
         return [kind for kind in kinds if kind != "full disk"]

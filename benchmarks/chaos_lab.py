@@ -1,4 +1,4 @@
-"""The runs that `chaos.py` disturbs, and the undisturbed ones that they are compared with."""
+"""Runs of `chaos.py`: those under faults, and the undisturbed ones for comparison."""
 
 from __future__ import annotations
 
@@ -22,85 +22,102 @@ from tokenrec.config import from_json
 from tokenrec.runtime.metric_writer import METRICS_FILE, read_log
 from tokenrec.sharding import make_mesh
 
-BATCH, SAVE_EVERY = 16, 5
+BATCH = 16
+# Log rows of the data set.
+ROWS = 1_500
+# Devices of each process.
+DEVICES = 2
+# A process that takes longer counts as hung; the watchdog must end it before that.
+PATIENCE = 300
 HANG_SECONDS = 45
-PATIENCE = 300  # seconds that a process may take before it counts as hung
-ROWS, USERS, ITEMS = 1_500, 40, 30
-DEVICES = 2  # of each process
 TINY = {
-    **{
-        "model.width": 4,
-        "model.layers": 1,
-        "model.windows": "()",
-        "tokens.maker": "linear",
-        "data.events": 4,
-    },
-    **{"data.batch_size": BATCH, "data.eval_batch_size": 32, "optim.warmup_steps": 1},
-    **{
-        "train.save_every": SAVE_EVERY,
-        "train.log_every": 1,
-        "train.eval_every": 50,
-        "train.keep": 3,
-    },
-    **{"train.hang_seconds": HANG_SECONDS},
+    "model.width": 4,
+    "model.layers": 1,
+    "model.windows": "()",
+    "tokens.maker": "linear",
+    "data.events": 4,
+    "data.batch_size": BATCH,
+    "data.eval_batch_size": 32,
+    "optim.warmup_steps": 1,
+    "train.save_every": 5,
+    "train.log_every": 1,
+    "train.eval_every": 50,
+    "train.keep": 3,
+    "train.hang_seconds": HANG_SECONDS,
 }
 
 
 class Lineage:
-    """A run and all that happens to it. `processes` of the run's command are started together."""
+    """A run from its first start to its end, with all faults in between.
+
+    Args:
+      lab: the lab that owns the run.
+      workdir: folder of the run.
+      processes: number of processes that train it together.
+
+    Attributes:
+      done: whether the run has reached its last step.
+    """
 
     def __init__(self, lab: Lab, workdir: Path, processes: int) -> None:
-        self.lab, self.workdir, self.processes = lab, workdir, processes
+        self.lab = lab
+        self.workdir = workdir
+        self.processes = processes
         self.done = False
 
     @contextlib.contextmanager
     def started(self) -> Iterator[list[Process]]:
-        """The run's processes; none outlives the block."""
+        """Start the run's processes; the end of the block kills them."""
         line = self.lab.train_line(self.workdir)
         with contextlib.ExitStack() as stack:
-            where: dict[str, str] = {}
+            variables: dict[str, str] = {}
             if self.processes > 1:
                 line = [*line, "--distributed"]
-                where = stack.enter_context(_coordinator(self.processes))
-            yield [
-                stack.enter_context(
-                    Process(
-                        self.lab,
-                        line,
-                        where | ({"JAX_PROCESS_ID": str(i)} if where else {}),
-                    )
-                )
-                for i in range(self.processes)
-            ]
+                variables = stack.enter_context(_coordinator(self.processes))
+            running = []
+            for index in range(self.processes):
+                if variables:
+                    variables = variables | {"JAX_PROCESS_ID": str(index)}
+                process = Process(self.lab, line, variables)
+                running.append(stack.enter_context(process))
+            yield running
 
     def step(self) -> int:
-        """The last step in the log."""
+        """Last step in the log."""
         return max(losses(self.workdir), default=0)
 
     def checkpoints(self) -> list[Path]:
-        found = [
+        """Folders of the complete checkpoints, in the order of their steps."""
+        folders = [
             path for path in self.workdir.glob("checkpoints/*") if path.name.isdecimal()
         ]
-        return sorted(found, key=lambda path: int(path.name))
+        return sorted(folders, key=lambda path: int(path.name))
 
     def saving(self) -> bool:
+        """Whether a checkpoint is being written."""
         return any(
             not path.name.isdecimal() for path in self.workdir.glob("checkpoints/*tmp*")
         )
 
 
 class Process:
-    """A tokenrec command in a process of its own. A context manager: leaving it kills what still runs."""
+    """A tokenrec command in a process of its own; leaving the context kills it.
+
+    Args:
+      lab: the lab, which has the environment of all processes.
+      line: arguments of the command.
+      variables: further environment variables.
+    """
 
     def __init__(
-        self, lab: Lab, line: Sequence[str], more: dict[str, str] | None = None
+        self, lab: Lab, line: Sequence[str], variables: dict[str, str] | None = None
     ) -> None:
         lab.started += 1
         self.errors = lab.folder / f"{lab.started}.err"
         with self.errors.open("w") as errors:
             self.popen = subprocess.Popen(
                 [sys.executable, "-m", "tokenrec", *map(str, line)],
-                env=lab.environment | (more or {}),
+                env=lab.environment | (variables or {}),
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
             )
@@ -117,52 +134,74 @@ class Process:
         self.popen.kill()
         self.popen.wait()
 
-    def until(self, seen: Callable[[], bool], nap: float = 0.005) -> bool:
-        """Waits until something is seen; False if the process ended before."""
+    def wait_until(
+        self, condition: Callable[[], bool], interval: float = 0.005
+    ) -> bool:
+        """Wait until a condition holds; return False if the process ends before.
+
+        Args:
+          condition: checked again and again.
+          interval: seconds between two checks.
+        """
         deadline = time.monotonic() + PATIENCE
-        while not seen():
+        while not condition():
             if self.popen.poll() is not None or time.monotonic() > deadline:
                 return False
-            time.sleep(nap)
+            time.sleep(interval)
         return True
 
-    def ended(self) -> int | None:
-        """The exit code; None if it hangs."""
+    def exit_code(self) -> int | None:
+        """Wait for the exit code; None if the process hangs."""
         try:
             return self.popen.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             return None
 
     def words(self) -> str:
-        """The last lines that it said."""
+        """Last lines on stderr: messages of tokenrec, or any lines without these."""
         lines = self.errors.read_text(errors="replace").strip().splitlines()
-        own = [line for line in lines if line.startswith("tokenrec: ")]
-        return " | ".join(own[-2:] or lines[-3:])
+        messages = [line for line in lines if line.startswith("tokenrec: ")]
+        return " | ".join(messages[-2:] or lines[-3:])
 
 
 class Lab:
-    """A folder with a data set, undisturbed runs of `steps`, and runs of one process and of two that suffer."""
+    """A folder with a data set, the undisturbed runs, and the runs under faults.
+
+    Args:
+      folder: an empty folder.
+      chance: the generator of all draws.
+      steps: number of steps of each run.
+
+    Attributes:
+      started: number of processes and runs started so far, for unique names.
+      lost_samples: samples whose loss is missing or differs in a compared run.
+      differing_bits: bits of the last states that differ in compared runs.
+      broken: messages of runs that could not be finished.
+      disk: a small file system; None if it cannot be mounted.
+    """
 
     def __init__(self, folder: Path, chance: random.Random, steps: int) -> None:
-        self.folder, self.chance, self.steps = folder, chance, steps
+        self.folder = folder
+        self.chance = chance
+        self.steps = steps
         self.started = 0
-        self.lost_samples = self.differing_bits = 0
+        self.lost_samples = 0
+        self.differing_bits = 0
         self.broken: list[str] = []
         self.data = folder / "data"
-        self.environment = {
+        # The caller's settings of JAX must not change the runs.
+        inherited = {
             name: value
             for name, value in os.environ.items()
             if not name.startswith("JAX_")
-        } | {
-            **{
-                "JAX_PLATFORMS": "cpu",
-                "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            },
-            **{
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "PYTHONPATH": str(Path(__file__).parents[1]),
-            },
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0",
+        }
+        self.environment = inherited | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES} "
+            "--xla_backend_optimization_level=0",
         }
         self._whole: dict[int, Lineage] = {}
         self._current: dict[int, Lineage] = {}
@@ -183,7 +222,7 @@ class Lab:
             subprocess.run(["umount", self.disk], check=True)
 
     def _mount(self) -> Path | None:
-        """A disk of 64 MiB; None where this user may not mount one."""
+        """Mount a disk of 64 MiB; return None if this user may not."""
         disk = self.folder / "disk"
         disk.mkdir()
         options = ["-t", "tmpfs", "-o", "size=64m", "tokenrec", str(disk)]
@@ -195,16 +234,21 @@ class Lab:
         return disk
 
     def prepare_line(self, out: Path) -> list[str]:
+        """Command line that prepares the data set in `out`."""
         return ["prepare", "synthetic", "--rows", str(ROWS), "--out", str(out)]
 
     def train_line(
         self, workdir: Path, data: Path | None = None, **fields: object
     ) -> list[str]:
-        values = (
-            TINY
-            | {"optim.steps": self.steps}
-            | {name.replace("__", "."): value for name, value in fields.items()}
-        )
+        """Command line of a training run.
+
+        Args:
+          workdir: folder of the run.
+          data: folder of the data set; None for that of the lab.
+          fields: further config fields, with "__" for ".".
+        """
+        overrides = {name.replace("__", "."): value for name, value in fields.items()}
+        values = TINY | {"optim.steps": self.steps} | overrides
         line = [
             "train",
             "--config=synthetic",
@@ -215,20 +259,20 @@ class Lab:
         return line + [f"--config.{name}={value}" for name, value in values.items()]
 
     def run(self, line: Sequence[str]) -> Process:
-        """A command that must do its work."""
+        """Run a command that must succeed."""
         with Process(self, line) as process:
-            if process.ended() != 0:
+            if process.exit_code() != 0:
                 raise RuntimeError(
                     f"{' '.join(map(str, line))}: {process.errors.read_text()}"
                 )
         return process
 
     def whole(self, processes: int) -> Lineage:
-        """The undisturbed run."""
+        """Return the undisturbed run with this number of processes; train it once."""
         if processes not in self._whole:
             lineage = Lineage(self, self.folder / f"whole-{processes}", processes)
             with lineage.started() as running:
-                codes = [process.ended() for process in running]
+                codes = [process.exit_code() for process in running]
                 if any(codes):
                     raise RuntimeError(
                         f"the undisturbed run ended with {codes}: {running[0].words()}"
@@ -237,7 +281,7 @@ class Lab:
         return self._whole[processes]
 
     def lineage(self, processes: int = 1) -> Lineage:
-        """The run to disturb: a new one when the last is done."""
+        """Return the run to disturb; a new one if the last one is done."""
         self.whole(processes)
         known = self._current.get(processes)
         if known is None or known.done:
@@ -253,10 +297,10 @@ class Lab:
         return self._current[processes]
 
     def finish(self) -> None:
-        """Lets the runs come to their end, and compares them."""
+        """Train the disturbed runs to their end, and compare them."""
         for lineage in self._current.values():
             with lineage.started() as running:
-                codes = [process.ended() for process in running]
+                codes = [process.exit_code() for process in running]
                 if any(codes):
                     self.broken.append(
                         f"a run ended with {codes}: {running[0].words()}"
@@ -271,37 +315,34 @@ class Lab:
 
 
 def losses(workdir: Path) -> dict[int, list[float]]:
-    """The losses that the log holds for each step."""
-    found: dict[int, list[float]] = {}
+    """Losses in the log by step; a step that is logged twice has two."""
+    by_step: dict[int, list[float]] = {}
     for record in read_log(workdir / METRICS_FILE):
         if "train/loss" in record:
-            found.setdefault(record["step"], []).append(record["train/loss"])
-    return found
+            by_step.setdefault(record["step"], []).append(record["train/loss"])
+    return by_step
 
 
 def lost_samples(whole: Path, other: Path) -> int:
-    """Samples of steps that are not in the other log once and with the same loss, bit for bit."""
-    expected, found = losses(whole), losses(other)
-    return BATCH * sum(
-        expected.get(step) != found.get(step) for step in expected.keys() | found.keys()
-    )
+    """Count the samples of steps whose loss differs, is missing or is logged twice."""
+    expected, logged = losses(whole), losses(other)
+    steps = expected.keys() | logged.keys()
+    return BATCH * sum(expected.get(step) != logged.get(step) for step in steps)
 
 
 def differing_bits(whole: Path, other: Path) -> int:
-    """Of the whole state at the last step; another step counts as all bits."""
+    """Count the bits of the last states that differ; the step is one of the arrays."""
     count = 0
-    states = [_state(path) for path in (whole, other)]
+    states = [_last_state(path) for path in (whole, other)]
     for a, b in zip(*states, strict=True):
-        same = a.shape == b.shape and a.dtype == b.dtype
-        count += (
-            int(np.bitwise_count(a.view(np.uint8) ^ b.view(np.uint8)).sum())
-            if same
-            else 8 * a.nbytes
-        )
+        if a.shape == b.shape and a.dtype == b.dtype:
+            count += int(np.bitwise_count(a.view(np.uint8) ^ b.view(np.uint8)).sum())
+        else:
+            count += 8 * a.nbytes
     return count
 
 
-def _state(workdir: Path) -> list[np.ndarray]:
+def _last_state(workdir: Path) -> list[np.ndarray]:
     config = from_json((workdir / "config.json").read_text())
     config.mesh.data = 1
     with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:1])):
@@ -311,7 +352,9 @@ def _state(workdir: Path) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def _coordinator(count: int) -> Iterator[dict[str, str]]:
-    """Where the processes of a run meet. The port is held so that nobody else gets it; JAX's service shares it."""
+    """Variables by which the processes of a run find each other."""
+    # Another program does not get the port while it is held like this, but the
+    # coordinator of JAX does, because it shares ports.
     with socket.socket(socket.AF_INET6) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         holder.bind(("::", 0))

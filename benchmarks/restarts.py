@@ -1,13 +1,18 @@
-"""What it costs not to lose a run: the time that saves take from the steps, and that to the first step of a restart.
+"""Measure what saving costs a run, and how long a restart takes to its first step.
 
-    python -m benchmarks.restarts --data DIR [--config kuairand_pure_uc] [--repeats 3] [--steps 120] [--save-every 20]
+    python -m benchmarks.restarts --data DIR [--config kuairand_pure_uc] [--repeats 3]
+                                  [--steps 120] [--save-every 20]
 
-Every run is a process of its own, started as a user would. Restarts go on from the same checkpoint, in turns without
-and with the programs that the first start kept (`train.keep_compiled`), and are timed from the start of the process to
-the line of the first step in the log. The cost of saves comes from one run that saves every `--save-every` steps:
-`blocked` is the time for which the loop waited, `share` that time of the steps between two saves by the config's own
-`train.save_every`; `steps meanwhile` compares the two steps after each save, while it is written in the background,
-with the same steps of a run that saves nothing.
+Every run is a process of its own, started as a user would. Restarts resume from one
+checkpoint, in turns without and with the compiled programs that the first start kept
+(`train.keep_compiled`). They are timed from the start of the process to the log line of
+the first step.
+
+The cost of saves comes from a run that saves every `--save-every` steps. `blocked` is
+the time that the loop waited. `share` is that time over the time of the steps between
+two saves by the config's own `train.save_every`. `steps meanwhile` compares the two
+steps after each save, while the checkpoint is written in the background, with the same
+steps of a run that saves nothing.
 """
 
 from __future__ import annotations
@@ -29,11 +34,24 @@ from tokenrec.config.load import load_config
 from tokenrec.errors import InputError
 from tokenrec.runtime.metric_writer import METRICS_FILE, read_log
 
+# A run that takes longer is killed and counts as failed.
 LIMIT_SECONDS = 1_800
 
 
 def start(workdir: Path, flags: argparse.Namespace, **fields: Any) -> float:
-    """Trains; returns the seconds from the start of the process to the first new step in the log."""
+    """Train a run in a process of its own.
+
+    Args:
+      workdir: folder of the run.
+      flags: flags of the command line.
+      fields: fields of `train` in the config.
+
+    Returns:
+      Seconds from the start of the process to the first new step in the log.
+
+    Raises:
+      InputError: the run fails or makes no step.
+    """
     values: dict[str, Any] = {
         "train.log_every": 1,
         "train.eval_every": 0,
@@ -48,36 +66,41 @@ def start(workdir: Path, flags: argparse.Namespace, **fields: Any) -> float:
         "--quiet",
     ]
     line += [f"--config.{name}={value}" for name, value in values.items()]
+    # A shared cache would hide the compilation.
     environment = {
         name: value
         for name, value in os.environ.items()
         if name != "JAX_COMPILATION_CACHE_DIR"
     }
-    there, began, first = len(steps(workdir)), time.monotonic(), 0.0
+    steps_before = len(step_times(workdir))
+    seconds_to_first_step = 0.0
     errors = workdir.with_suffix(".err")
     command = [sys.executable, "-m", "tokenrec", *line]
+    start_time = time.monotonic()
     with (
         errors.open("w") as file,
         subprocess.Popen(command, env=environment, stdout=file, stderr=file) as run,
     ):
-        while run.poll() is None and time.monotonic() < began + LIMIT_SECONDS:
-            if not first and len(steps(workdir)) > there:
-                first = time.monotonic() - began
+        while run.poll() is None and time.monotonic() < start_time + LIMIT_SECONDS:
+            if not seconds_to_first_step and len(step_times(workdir)) > steps_before:
+                seconds_to_first_step = time.monotonic() - start_time
             time.sleep(0.01)
         run.kill()
-    if run.returncode or not first:
+    if run.returncode or not seconds_to_first_step:
         raise InputError(
-            f"the run in '{workdir}' ended with {run.returncode}: {errors.read_text()[-2_000:]}"
+            f"the run in '{workdir}' ended with {run.returncode}: "
+            f"{errors.read_text()[-2_000:]}"
         )
-    return first
+    return seconds_to_first_step
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
+    """Lines of the run's log."""
     return list(read_log(workdir / METRICS_FILE))
 
 
-def steps(workdir: Path) -> dict[int, float]:
-    """When each step was logged."""
+def step_times(workdir: Path) -> dict[int, float]:
+    """Time at which each step was logged."""
     return {
         record["step"]: record["time"]
         for record in records(workdir)
@@ -86,8 +109,13 @@ def steps(workdir: Path) -> dict[int, float]:
 
 
 def step_seconds(workdir: Path, blocked: dict[int, float]) -> dict[int, float]:
-    """From the log line of a step to that of the next, without what a save between them blocked."""
-    logged = steps(workdir)
+    """Seconds between the log lines of each step and the one before.
+
+    Args:
+      workdir: folder of the run.
+      blocked: step -> seconds that its save blocked, which are subtracted.
+    """
+    logged = step_times(workdir)
     return {
         step: logged[step] - logged[step - 1] - blocked.get(step - 1, 0)
         for step in logged
@@ -96,25 +124,30 @@ def step_seconds(workdir: Path, blocked: dict[int, float]) -> dict[int, float]:
 
 
 def cost_of_saves(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
+    """Compare a run that saves with one that does not; one row of the result."""
+    # 1. Train both.
     workdir, without = folder / "saves", folder / "none"
     start(workdir, flags, stop_at=flags.steps, save_every=flags.save_every)
     start(without, flags, stop_at=flags.steps, save_every=0)
     blocked = {
-        r["step"]: r["save/blocked_seconds"]
-        for r in records(workdir)
-        if "save/blocked_seconds" in r
+        record["step"]: record["save/blocked_seconds"]
+        for record in records(workdir)
+        if "save/blocked_seconds" in record
     }
-    # The first steps and the first save include compilation and the start of threads.
+    # 2. The first steps and the first save include compilation and the start of threads.
     first = 2 * flags.save_every
-    took, alone = step_seconds(workdir, blocked), step_seconds(without, {})
-    after = [
-        step for step in took if step > first and (step - 1) % flags.save_every < 2
+    saving, alone = step_seconds(workdir, blocked), step_seconds(without, {})
+    after_saves = [
+        step for step in saving if step > first and (step - 1) % flags.save_every < 2
     ]
     waits = [
         seconds for step, seconds in blocked.items() if first <= step < flags.steps
     ]
+    # 3. The share of the time at the config's own interval.
     every = load_config(flags.config, []).train.save_every
     usual = statistics.mean(seconds for step, seconds in alone.items() if step > first)
+    share = statistics.mean(waits) / (every * usual)
+    slowdown = statistics.median(saving[step] / alone[step] for step in after_saves)
     files = [
         path
         for path in (workdir / "checkpoints" / str(flags.steps)).rglob("*")
@@ -127,36 +160,39 @@ def cost_of_saves(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
         "blocked, ms": round(1e3 * statistics.median(waits), 1),
         "longest, ms": round(1e3 * max(waits), 1),
         "a step, ms": round(1e3 * usual, 1),
-        "share": f"{statistics.mean(waits) / (every * usual):.3%} (every {every:,} steps)",
-        "steps meanwhile": f"{statistics.median(took[step] / alone[step] for step in after):.2f}x",
+        "share": f"{share:.3%} (every {every:,} steps)",
+        "steps meanwhile": f"{slowdown:.2f}x",
     }
 
 
 def restarts(folder: Path, flags: argparse.Namespace) -> list[dict[str, Any]]:
-    begun = folder / "begun"
+    """Time restarts with and without compiled programs; a row of the result for each."""
+    first_run = folder / "begun"
     seconds: dict[str, list[float]] = {
         "the first start": [],
         "a restart that compiles": [],
         "with kept programs": [],
     }
-    seconds["the first start"].append(start(begun, flags, stop_at=4))
+    seconds["the first start"].append(start(first_run, flags, stop_at=4))
     for turn in range(flags.repeats):
-        for name, kept in (
+        for name, keep_compiled in (
             ("a restart that compiles", False),
             ("with kept programs", True),
         ):
             copy = folder / f"{name} {turn}"
-            shutil.copytree(begun, copy)
-            seconds[name].append(start(copy, flags, stop_at=6, keep_compiled=kept))
+            shutil.copytree(first_run, copy)
+            seconds[name].append(
+                start(copy, flags, stop_at=6, keep_compiled=keep_compiled)
+            )
     compiles = statistics.median(seconds["a restart that compiles"])
     return [
         {
             "what": name,
-            "starts": len(found),
-            "to the first step, s": round(statistics.median(found), 1),
-            "of a restart that compiles": f"{statistics.median(found) / compiles:.2f}x",
+            "starts": len(times),
+            "to the first step, s": round(statistics.median(times), 1),
+            "of a restart that compiles": f"{statistics.median(times) / compiles:.2f}x",
         }
-        for name, found in seconds.items()
+        for name, times in seconds.items()
     ]
 
 
@@ -184,8 +220,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [cost_of_saves(Path(folder), flags), *restarts(Path(folder), flags)]
     command = (
-        f"python -m benchmarks.restarts --data DIR --config {flags.config} --repeats {flags.repeats} "
-        f"--steps {flags.steps} --save-every {flags.save_every}"
+        f"python -m benchmarks.restarts --data DIR --config {flags.config} "
+        f"--repeats {flags.repeats} --steps {flags.steps} "
+        f"--save-every {flags.save_every}"
     )
     write_result(
         flags.out,

@@ -12,7 +12,7 @@ import pytest
 
 from tests.counted import count_rows
 from tokenrec import active_run, run_setup
-from tokenrec.checkpoint.checkpointer import CheckpointReader
+from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.checkpoint.run_folder import (
     create_or_check_run,
     load_run_config,
@@ -288,7 +288,7 @@ def test_half_a_config_and_a_workdir_that_is_a_file_are_refused(data, tmp_path):
         train(small(data), tmp_path, progress=False)
     (tmp_path / "file").touch()
     with pytest.raises(
-        InputError, match=r"--workdir .*file' cannot be made: File exists"
+        InputError, match=r"--workdir .*file' cannot be created: File exists"
     ):
         train(small(data), tmp_path / "file", progress=False)
 

@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
-from tokenrec.checkpoint.warm_start import first_state
+from tokenrec.checkpoint.warm_start import initial_state
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.config.flatten import flatten_fields
 from tokenrec.data.batch import Batch, HostBatch
@@ -104,7 +104,7 @@ def run_context(
                 setup.workdir,
                 keep=train.keep,
                 keep_every=train.keep_every,
-                about=dataclasses.asdict(setup.config),
+                config=dataclasses.asdict(setup.config),
             )
         )
         yield ActiveRun(
@@ -171,10 +171,10 @@ class ActiveRun:
 
     def restore_or_initialize(self) -> tuple[TrainState, Progress]:
         """Load the latest checkpoint; without one, start from another run or a seed."""
-        self._watchdog.at("restoring the latest checkpoint")
+        self._watchdog.enter_phase("restoring the latest checkpoint")
         restored = self._checkpoints.restore(abstract_state(self.setup.model))
         if restored is None:
-            return first_state(self.setup.model, self.setup.workdir), Progress()
+            return initial_state(self.setup.model, self.setup.workdir), Progress()
         step, state, progress = restored
         # A run that was stopped before an evaluation that was due repeats it.
         self._completed_step = step if progress.assessed else -1
@@ -236,7 +236,7 @@ class ActiveRun:
 
     def next_batch(self, batches: Iterator[HostBatch], progress: Progress) -> HostBatch:
         """Wait for the next batch of the input pipeline."""
-        self._watchdog.at(f"step {progress.step:,}: waiting for the input")
+        self._watchdog.enter_phase(f"step {progress.step:,}: waiting for the input")
         began = time.perf_counter()
         batch = next(batches)
         self._metrics.add_input_wait(time.perf_counter() - began)
@@ -257,7 +257,7 @@ class ActiveRun:
         self._profiler.before_step(step)
         metrics: Metrics
         if compiled:
-            self._watchdog.at(f"step {step:,}: handing it to the devices")
+            self._watchdog.enter_phase(f"step {step:,}: handing it to the devices")
             state, metrics = self._step(self.setup.model, state, batch)
         else:
             state, metrics = self._compile_and_step(state, batch, step)
@@ -269,7 +269,9 @@ class ActiveRun:
     def _compile_and_step(
         self, state: TrainState, batch: Batch, step: int
     ) -> tuple[TrainState, Metrics]:
-        self._watchdog.at(f"step {step:,}: compiling it, and waiting for the devices")
+        self._watchdog.enter_phase(
+            f"step {step:,}: compiling it, and waiting for the devices"
+        )
         if self._display is not None:
             self._display.show_phase("compiling")
         with self._throughput.excluded():
@@ -302,7 +304,7 @@ class ActiveRun:
         Raises:
           NonFiniteError: more steps were skipped than `optim.max_skipped` allows.
         """
-        self._watchdog.at(f"step {progress.step:,}: waiting for the devices")
+        self._watchdog.enter_phase(f"step {progress.step:,}: waiting for the devices")
         values, progress = self._metrics.flush(progress)
         timings = self._metrics.timings()
         learning_rate = float(self._learning_rate(progress.step - 1))
@@ -320,7 +322,7 @@ class ActiveRun:
 
     def stop_signal(self) -> int | None:
         """Signal that asks the run to stop; all processes must call it equally often."""
-        return self._signals.asked()
+        return self._signals.requested()
 
     def evaluation_due(self, progress: Progress) -> bool:
         """Whether this step is evaluated: every `train.eval_every`, and the last one."""
@@ -343,15 +345,15 @@ class ActiveRun:
         value = None
 
         def between_batches() -> None:
-            self._watchdog.at(f"step {step:,}: evaluation")
-            self._signals.obey()
+            self._watchdog.enter_phase(f"step {step:,}: evaluation")
+            self._signals.raise_if_requested()
 
         with self._throughput.excluded(), contextlib.suppress(StopRequested):
-            self._watchdog.at(
+            self._watchdog.enter_phase(
                 f"step {step:,}: waiting for the devices, then evaluation"
             )
             _, progress = self._metrics.flush(progress)
-            self._signals.obey()
+            self._signals.raise_if_requested()
             report = self._evaluate(
                 state, self._train.eval_split, self._train.eval_samples, between_batches
             )
@@ -365,7 +367,7 @@ class ActiveRun:
             self._last_report = report
             if progress.best_step == step:
                 self._best_report = report
-        return progress, value, self._signals.heard
+        return progress, value, self._signals.signal_received
 
     def save_due(self, progress: Progress, stop_signal: int | None) -> bool:
         """Whether to save: the last step, the best so far, a stop, or `save_every`."""
@@ -386,7 +388,7 @@ class ActiveRun:
         """
         step = progress.step
         with self._throughput.excluded():
-            self._watchdog.at(
+            self._watchdog.enter_phase(
                 f"step {step:,}: waiting for the devices and the save before"
             )
             _, progress = self._metrics.flush(progress)
@@ -414,7 +416,7 @@ class ActiveRun:
 
     def wait_for_checkpoints(self, progress: Progress) -> None:
         """Wait until the last checkpoint is completely on disk."""
-        self._watchdog.at(f"step {progress.step:,}: the last save")
+        self._watchdog.enter_phase(f"step {progress.step:,}: the last save")
         self._checkpoints.wait()
 
     def summary(self, progress: Progress) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The short form of `benchmarks/chaos.py`: real processes, one stopped by SIGTERM, and a bit of its checkpoint."""
+"""One fault of `benchmarks/chaos.py`: real processes, and a flipped bit of a checkpoint."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,35 +12,31 @@ ROOT = Path(__file__).parents[2]
 def test_a_run_whose_checkpoint_is_damaged_ends_as_an_undisturbed_one(
     tmp_path: Path,
 ) -> None:
-    found = tmp_path / "chaos.json"
-    line = [
-        "benchmarks/chaos.py",
-        "--faults",
-        "1",
-        "--seed",
-        "3",
-        "--steps",
-        "60",
-        "--json",
-        str(found),
-    ]
-    kinds = ["--kinds", "bit of a checkpoint"]
-    ended = subprocess.run(
-        [sys.executable, *line, *kinds],
+    out = tmp_path / "chaos.json"
+    flags = ["--faults", "1", "--seed", "3", "--steps", "60", "--json", str(out)]
+    process = subprocess.run(
+        [
+            sys.executable,
+            "benchmarks/chaos.py",
+            *flags,
+            "--kinds",
+            "bit of a checkpoint",
+        ],
         cwd=ROOT,
+        # A script has its own folder on the path: without this it would import an
+        # installed tokenrec, which may be another tree.
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(found.read_text()) == {
-        **{
-            "faults": 1,
-            "survived": 1,
-            "refused_clearly": 0,
-            "lost_samples": 0,
-            "differing_bits": 0,
-            "failed": [],
-        },
+    assert process.returncode == 0, process.stderr
+    assert json.loads(out.read_text()) == {
+        "faults": 1,
+        "survived": 1,
+        "refused_clearly": 0,
+        "lost_samples": 0,
+        "differing_bits": 0,
+        "failed": [],
         "by_kind": {"bit of a checkpoint": {"faults": 1, "survived": 1}},
     }

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which stay, what damage is noticed, and what is refused."""
+"""Checkpoints on disk: which ones stay, and how damaged ones are found."""
 
 import json
 from pathlib import Path
@@ -8,18 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenrec.checkpoint.checkpointer import (
-    FOLDER,
-    Checkpointer,
-    CheckpointReader,
-    Progress,
-)
-from tokenrec.checkpoint.integrity import find_damage, write_sums
+from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
+from tokenrec.checkpoint.integrity import find_damage, write_checksums
+from tokenrec.checkpoint.reader import CHECKPOINTS_FOLDER, CheckpointReader
 from tokenrec.errors import InputError
 from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.state import TrainState
 
-SIZE = 2_000  # elements, so that the weights' file is longer than all others
+# Elements of the weights: their file is longer than all others.
+SIZE = 2_000
 
 
 def state_of(number: float, *, size: int = SIZE) -> TrainState:
@@ -44,11 +41,11 @@ def abstract(size: int = SIZE) -> TrainState:
 
 def saved(workdir: Path, *steps: int, **options: int) -> Path:
     with Checkpointer(
-        workdir, **({"keep": 3} | options), about={"seed": 7}
+        workdir, **({"keep": 3} | options), config={"seed": 7}
     ) as checkpoints:
         for step in steps:
             checkpoints.save(step, state_of(step), Progress(), None)
-    return workdir / FOLDER
+    return workdir / CHECKPOINTS_FOLDER
 
 
 def equal(a: TrainState, b: TrainState) -> bool:
@@ -89,10 +86,10 @@ def test_progress_comes_back_with_the_state(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep=1) as checkpoints:
         assert checkpoints.restore(abstract()) is None
         checkpoints.save(4, state_of(4), progress, None)
-    found = restored(tmp_path)
-    assert found is not None
-    assert (found[0], found[2]) == (4, progress)
-    assert equal(found[1], state_of(4))
+    run = restored(tmp_path)
+    assert run is not None
+    assert (run[0], run[2]) == (4, progress)
+    assert equal(run[1], state_of(4))
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
@@ -116,52 +113,50 @@ def test_damage_to_any_file_sets_the_latest_aside_and_the_one_before_is_used(
             CheckpointReader(tmp_path) as checkpoints,
         ):
             checkpoints.load_state("latest", abstract())
-        found = restored(tmp_path)
-        assert found is not None
-        assert found[0] == 1
-        said = capsys.readouterr().err
-        assert (
-            "checkpoint 2 is damaged: " + victim.relative_to(folder / "2").as_posix()
-            in said
-        )
-        aside = sorted(folder.glob("damaged-2*"))
-        assert len(aside) == count + 1
+        run = restored(tmp_path)
+        assert run is not None
+        assert run[0] == 1
+        name = victim.relative_to(folder / "2").as_posix()
+        assert f"checkpoint 2 is damaged: {name}" in capsys.readouterr().err
+        assert len(sorted(folder.glob("damaged-2*"))) == count + 1
 
 
-def test_a_run_without_a_whole_checkpoint_is_refused_and_nothing_is_lost(
+def test_a_run_without_an_intact_checkpoint_is_refused_and_nothing_is_lost(
     tmp_path: Path,
 ) -> None:
     folder = saved(tmp_path, 1, 2)
     for step in (1, 2):
         (folder / str(step) / "state" / "manifest.ocdbt").write_bytes(b"")
     with pytest.raises(
-        InputError, match="no whole checkpoint: 2 damaged ones were set aside"
+        InputError, match="no intact checkpoint: 2 damaged ones were set aside"
     ):
         restored(tmp_path)
     assert {path.name for path in folder.iterdir()} == {"damaged-1", "damaged-2"}
 
 
-def test_a_save_that_a_kill_cut_short_is_not_there(tmp_path: Path) -> None:
+def test_an_interrupted_save_is_deleted(tmp_path: Path) -> None:
     folder = saved(tmp_path, 1)
     partial = folder / "2.orbax-checkpoint-tmp"
     (partial / "state").mkdir(parents=True)
-    found = restored(tmp_path)
-    assert found is not None
-    assert found[0] == 1
+    run = restored(tmp_path)
+    assert run is not None
+    assert run[0] == 1
     assert not partial.exists()
 
 
-def test_a_kill_before_the_sums_are_written_leaves_a_checkpoint_that_is_used(
+def test_a_checkpoint_without_checksums_is_used(
     tmp_path: Path,
 ) -> None:
     folder = saved(tmp_path, 1)
     (folder / "1" / "sums.0.json").unlink()
-    found = restored(tmp_path)
-    assert found is not None
-    assert found[0] == 1
+    run = restored(tmp_path)
+    assert run is not None
+    assert run[0] == 1
 
 
-def test_another_state_is_refused_with_the_difference(tmp_path: Path) -> None:
+def test_a_checkpoint_with_other_arrays_is_refused_with_the_difference(
+    tmp_path: Path,
+) -> None:
     saved(tmp_path, 1)
     with (
         Checkpointer(tmp_path, keep=1) as checkpoints,
@@ -171,10 +166,11 @@ def test_another_state_is_refused_with_the_difference(tmp_path: Path) -> None:
         ),
     ):
         checkpoints.restore(abstract(size=5))
-    assert restored(tmp_path) is not None  # it was not taken for damaged
+    # The checkpoint does not count as damaged.
+    assert restored(tmp_path) is not None
 
 
-def test_the_evaluation_of_a_step_that_was_saved_before_it_replaces_it_whole(
+def test_a_checkpoint_with_an_evaluation_replaces_the_one_without(
     tmp_path: Path,
 ) -> None:
     folder = saved(tmp_path, 1, 2)
@@ -183,25 +179,41 @@ def test_the_evaluation_of_a_step_that_was_saved_before_it_replaces_it_whole(
         checkpoints.wait()
         assert checkpoints.best_step == 2
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
-    # A kill in between leaves the one that was put by.
+    # A kill before the replacement is complete leaves the earlier checkpoint.
     (folder / "2").rename(folder / "unassessed-2")
-    found = restored(tmp_path)
-    assert found is not None
-    assert found[0] == 2
+    run = restored(tmp_path)
+    assert run is not None
+    assert run[0] == 2
 
 
-def test_processes_share_the_sums_of_the_files(tmp_path: Path) -> None:
+def test_processes_share_the_checksums_of_the_files(tmp_path: Path) -> None:
     for name in "abcde":
         (tmp_path / name).write_text(name)
-    for part in range(2):
-        write_sums(tmp_path, part, 2)
+    for index in range(2):
+        write_checksums(tmp_path, index, 2)
     assert len(json.loads((tmp_path / "sums.0.json").read_text())) == 3
     (tmp_path / "b").write_text("x")
     (tmp_path / "d").unlink()
-    found = [
-        find_damage(tmp_path, part, 3) for part in range(3)
-    ]  # another number of processes reads them
-    assert sorted(text for part in found for text in part) == [
+    # Another number of processes reads the checksums.
+    damage = [find_damage(tmp_path, index, 3) for index in range(3)]
+    assert sorted(text for share in damage for text in share) == [
         "b: other contents than were written",
         "d: No such file or directory",
     ]
+
+
+def test_a_checksum_file_that_another_process_writes_is_not_part_of_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    for name in "abcd":
+        (tmp_path / name).write_text(name)
+    partial = tmp_path / ".sums.1.json.incomplete-4711"
+    partial.write_text("{")
+    write_checksums(tmp_path, 0, 2)
+    partial.unlink()
+    write_checksums(tmp_path, 1, 2)
+    assert json.loads((tmp_path / "sums.0.json").read_text()).keys() == {"a", "c"}
+    assert json.loads((tmp_path / "sums.1.json").read_text()).keys() == {"b", "d"}
+    # Checkpoints of earlier versions may list such a file.
+    (tmp_path / "sums.2.json").write_text(json.dumps({partial.name: {"bytes": 1}}))
+    assert find_damage(tmp_path) == []

@@ -1,4 +1,4 @@
-"""A run that starts from another: every row by its value, every weight by its name, on any mesh."""
+"""A warm start carries rows over by value and weights by name, on any mesh."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from tests.test_train_loop import small
 from tests.worlds import mesh_of
 from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
 from tokenrec.checkpoint.run_folder import create_or_check_run
-from tokenrec.checkpoint.warm_start import warm_state
+from tokenrec.checkpoint.warm_start import warm_start_state
 from tokenrec.config import ModelConfig
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import task_names
@@ -26,13 +26,17 @@ from tokenrec.ops.tables.exchange import stored_rows, to_storage_index
 from tokenrec.state import build_model, init_state
 from tokenrec.train_loop import train
 
-STEP = 5  # of the checkpoint that runs start from
+# Step of the checkpoint from which the runs start.
+STEP = 5
 EXCLUDED = ("age", "load", "price", "vector", "seconds")
 VOCABULARIES = ("item", "genre", "hour", "segment", "place", "reaction", "clicked")
 
 
 def prepared(out, rows, items, every):
-    """Items are named by multiples of `every`, so that one name has another id in another data set."""
+    """Prepare a data set whose items are named by multiples of `every`.
+
+    An item that two data sets share has another id in each of them.
+    """
     source = SyntheticSource(rows, users=60, items=items)
     source._item_ids = pa.array([f"i{every * number:06d}" for number in range(items)])
     prepare(source, out)
@@ -46,12 +50,12 @@ def old(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def new(tmp_path_factory):
-    # Fewer hours than the old one, more items.
+    # It has fewer hours and more items than the old data set.
     return prepared(tmp_path_factory.mktemp("data") / "new", 1_200, 50, every=3)
 
 
 def plain(data, **changes):
-    """A config that compiles in little time."""
+    """Make a config that compiles quickly."""
     kept = {
         "data__exclude": EXCLUDED,
         "tokens__maker": "linear",
@@ -69,7 +73,7 @@ def opened(config):
 
 
 def saved(workdir, config, mesh, change=lambda model, state: state):
-    """A run on disk with one checkpoint, and its state, after a change."""
+    """Write a run with one checkpoint, whose state `change` modifies; return the state."""
     dataset, model = opened(config)
     with jax.set_mesh(mesh), Checkpointer(workdir, keep=1) as checkpoints:
         create_or_check_run(config, dataset.schema, workdir)
@@ -79,12 +83,13 @@ def saved(workdir, config, mesh, change=lambda model, state: state):
 
 
 def warmed(config, source, mesh):
+    """Return the model, its fresh state, the warm-started state and the report."""
     config.train.warm_start = str(source)
     with jax.set_mesh(mesh):
         _, model = opened(config)
         fresh = init_state(model, config.seed)
-        state, listing = warm_state(model)
-    return model, fresh, state, listing
+        state, report = warm_start_state(model)
+    return model, fresh, state, report
 
 
 def rows_of(model, state, table):
@@ -103,22 +108,19 @@ def rows_of(model, state, table):
     ("source_mesh", "source_rows", "mesh", "rows"),
     [
         ((1, 1, 1), 100, (1, 1, 1), 100),
-        (
-            (1, 1, 1),
-            45,
-            (8, 1, 1),
-            45,
-        ),  # the longer table is spread, the shorter was not
-        ((8, 1, 1), 20, (1, 1, 1), 100),  # spread, replicated
+        # The longer table of the target is spread; that of the source was not.
+        ((1, 1, 1), 45, (8, 1, 1), 45),
+        # The source was spread; the target is replicated.
+        ((8, 1, 1), 20, (1, 1, 1), 100),
     ],
 )
-def test_each_row_is_carried_by_its_value(
+def test_each_row_is_carried_over_by_its_value(
     old, new, tmp_path, source_mesh, source_rows, mesh, rows
 ):
     there, before = saved(
         tmp_path, plain(old, tokens__replicate_rows=source_rows), mesh_of(*source_mesh)
     )
-    here, fresh, state, listing = warmed(
+    here, fresh, state, report = warmed(
         plain(new, tokens__replicate_rows=rows), tmp_path, mesh_of(*mesh)
     )
     moved = 0
@@ -138,13 +140,13 @@ def test_each_row_is_carried_by_its_value(
                 moved += FIRST_KNOWN + known.index(value) != row
         np.testing.assert_array_equal(rows_of(here, state, table), wanted)
         carried = FIRST_KNOWN + len(set(known) & set(values))
-        assert listing["tables"][table] == {
+        assert report["tables"][table] == {
             "carried": carried,
             "new": len(wanted) - carried,
             "dropped": FIRST_KNOWN + len(known) - carried,
         }
     assert moved > 5
-    assert listing["tables"]["item"]["new"] > 5 < listing["tables"]["item"]["dropped"]
+    assert report["tables"]["item"]["new"] > 5 < report["tables"]["item"]["dropped"]
     np.testing.assert_array_equal(
         rows_of(here, state, "code"), rows_of(there, before, "code")
     )
@@ -155,13 +157,13 @@ def test_each_row_is_carried_by_its_value(
     }
 
 
-def test_predictions_are_those_of_the_other_run_where_nothing_grew(old, tmp_path):
+def test_predictions_equal_those_of_the_source_if_nothing_grew(old, tmp_path):
     config, mesh = plain(old, tokens__replicate_rows=20), mesh_of(4, 2, 1)
     _, before = saved(tmp_path, config, mesh)
-    model, _, state, listing = warmed(config, tmp_path, mesh)
+    model, _, state, report = warmed(config, tmp_path, mesh)
     assert all(
-        of == {"carried": True} or of["entries"]["new"] == 0
-        for of in listing["weights"].values()
+        weight == {"carried": True} or weight["entries"]["new"] == 0
+        for weight in report["weights"].values()
     )
     with jax.set_mesh(mesh):
         dataset, step = opened(config)[0], jit_eval_step(model)
@@ -180,23 +182,23 @@ def test_predictions_are_those_of_the_other_run_where_nothing_grew(old, tmp_path
     np.testing.assert_array_equal(*scores)
 
 
-def test_a_deeper_model_takes_the_layers_that_are_there_stacked_or_not(old, tmp_path):
+def test_a_deeper_model_takes_the_layers_of_the_source_stacked_or_not(old, tmp_path):
     shape = {"width": 8, "heads": 1}
     config = plain(old)
-    config.model = ModelConfig(
-        **shape, layers=4, windows=(4,), scan=3
-    )  # layers 0 and 1 are stacked
+    # The layers 0 and 1 of the source are stacked, and 0 to 2 of the target.
+    config.model = ModelConfig(**shape, layers=4, windows=(4,), scan=3)
     _, before = saved(tmp_path, config, mesh_of(1, 2, 1))
-    config.model = ModelConfig(**shape, layers=5, windows=(4,), scan=3)  # layers 0 to 2
+    config.model = ModelConfig(**shape, layers=5, windows=(4,), scan=3)
     config.data.tasks = {"buy": 1.0}
-    _, fresh, state, listing = warmed(config, tmp_path, mesh_of(2, 2, 1))
-    weights = listing["weights"]
+    _, fresh, state, report = warmed(config, tmp_path, mesh_of(2, 2, 1))
+    weights = report["weights"]
     for layer in range(5):
-        of = weights[f"backbone/layers/{layer}/ffn/up"]
-        assert of["carried"] == (layer < 4)
-        assert of.get("reason") == (None if layer < 4 else "not there")
+        weight = weights[f"backbone/layers/{layer}/ffn/up"]
+        assert weight["carried"] == (layer < 4)
+        assert weight.get("reason") == (None if layer < 4 else "not in the source run")
     assert (
-        weights["backbone/layers/3/ffn/up"]["window"] == "window 4 there, all rows here"
+        weights["backbone/layers/3/ffn/up"]["window"]
+        == "window 4 in the source run, full attention in this run"
     )
     up = [f"backbone/blocks/{number}/ffn/up" for number in range(3)]
     np.testing.assert_array_equal(state.params[up[0]][:2], before.params[up[0]])
@@ -204,27 +206,25 @@ def test_a_deeper_model_takes_the_layers_that_are_there_stacked_or_not(old, tmp_
     np.testing.assert_array_equal(state.params[up[1]], before.params[up[2]])
     np.testing.assert_array_equal(state.params[up[2]], fresh.params[up[2]])
     assert state.params[up[0]].sharding == fresh.params[up[0]].sharding
-    # The head knows its tasks by name: of click and buy, the second is left.
+    # The entries of the head are matched by task: of click and buy, the second is left.
     np.testing.assert_array_equal(
         state.params["head/kernel"][:, 0], before.params["head/kernel"][:, 1]
     )
     assert weights["head/bias"]["entries"] == {"carried": 1, "new": 0, "dropped": 1}
 
 
-def test_a_maker_of_other_features_starts_afresh_though_its_shapes_are_the_same(
-    old, tmp_path
-):
+def test_a_maker_of_other_features_starts_afresh_even_with_equal_shapes(old, tmp_path):
     saved(tmp_path, small(old, data__exclude=("load",)), mesh_of(1, 1, 1))
-    _, _, _, listing = warmed(
+    _, _, _, report = warmed(
         small(old, data__exclude=("price",)), tmp_path, mesh_of(1, 1, 1)
     )
-    reason = listing["weights"]["history/state/output/kernel"]["reason"]
-    assert "only there price (dense" in reason
-    assert "only here load (dense" in reason
-    assert listing["weights"]["history/action/output/kernel"]["carried"]
+    reason = report["weights"]["history/state/output/kernel"]["reason"]
+    assert "only in the source run price (dense" in reason
+    assert "only in this run load (dense" in reason
+    assert report["weights"]["history/action/output/kernel"]["carried"]
 
 
-def test_item_vectors_are_carried_by_item(old, new, tmp_path):
+def test_item_vectors_are_carried_over_by_item(old, new, tmp_path):
     config = plain(
         old, data__objective="retrieval", tokens__replicate_rows=20, tokens__fused=True
     )
@@ -246,7 +246,7 @@ def test_item_vectors_are_carried_by_item(old, new, tmp_path):
     np.testing.assert_array_equal(vectors(here, state), wanted)
 
 
-def test_what_cannot_be_carried_is_refused(old, new, tmp_path):
+def test_a_source_that_does_not_fit_is_refused(old, new, tmp_path):
     mesh, run = mesh_of(1, 1, 1), tmp_path / "run"
     moved = tmp_path / "moved"
     shutil.copytree(old, moved)
@@ -257,7 +257,7 @@ def test_what_cannot_be_carried_is_refused(old, new, tmp_path):
         warmed(plain(new), tmp_path / "none", mesh)
     with pytest.raises(
         InputError,
-        match=r"checkpoint '3' is not there; use best, latest, or one of \[5\]",
+        match=r"checkpoint '3' does not exist; use best, latest, or one of \[5\]",
     ):
         warmed(plain(new, train__warm_start_checkpoint="3"), run, mesh)
     other = {
@@ -266,7 +266,9 @@ def test_what_cannot_be_carried_is_refused(old, new, tmp_path):
         "model__width": 16,
     }
     with pytest.raises(
-        InputError, match=r"nothing of that run fits this one: .*width 4 there, 6 here"
+        InputError,
+        match=r"no weights of that run match this one: "
+        r".*width 4 in the source run, 6 in this run",
     ):
         warmed(plain(new, **other), run, mesh)
 
@@ -275,17 +277,18 @@ def test_what_cannot_be_carried_is_refused(old, new, tmp_path):
         InputError, match=r"not a prepared data set.*train\.warm_start_data"
     ):
         warmed(plain(new), run, mesh)
-    shutil.copytree(new, moved)  # prepared again in the same place
+    # The data set is prepared again in the same place.
+    shutil.copytree(new, moved)
     with pytest.raises(
         InputError,
         match=r"not the data set that it was trained on.*train\.warm_start_data",
     ):
         warmed(plain(new), run, mesh)
-    *_, listing = warmed(plain(new, train__warm_start_data=str(old)), run, mesh)
-    assert listing["data"] == str(old)
+    *_, report = warmed(plain(new, train__warm_start_data=str(old)), run, mesh)
+    assert report["data"] == str(old)
 
 
-def test_a_run_starts_warm_once_and_says_so(old, tmp_path, capsys):
+def test_a_run_starts_warm_once_and_reports_it(old, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     saved(first, plain(old), mesh_of(1, 1, 1))
     config = plain(old, optim__steps=4, train__stop_at=1, train__eval_split="none")
@@ -294,11 +297,11 @@ def test_a_run_starts_warm_once_and_says_so(old, tmp_path, capsys):
         train(config, tmp_path / "own", progress=False)
     config.train.warm_start = str(first)
     train(config, second, progress=False)
-    listing = json.loads((second / "warm_start.json").read_text())
-    assert (listing["step"], listing["checkpoint"]) == (STEP, "best")
-    said = capsys.readouterr().err
-    assert f"warm start from {first} at step {STEP} (best)" in said
-    assert "dense weights:" in said
+    report = json.loads((second / "warm_start.json").read_text())
+    assert (report["step"], report["checkpoint"]) == (STEP, "best")
+    errors = capsys.readouterr().err
+    assert f"warm start from {first} at step {STEP} (best)" in errors
+    assert "dense weights:" in errors
 
     shutil.rmtree(first)
     config.train.stop_at = 2

@@ -1,4 +1,4 @@
-"""A step of a run again: the logged loss, and the step, sample and feature that a bad number came from."""
+"""Replaying a step gives the logged loss, and traces a bad number to its origin."""
 
 import dataclasses
 import json
@@ -27,6 +27,7 @@ def data(tmp_path_factory):
 
 
 def files(folder):
+    """Every file with the time of its last change."""
     return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
 
 
@@ -38,24 +39,23 @@ def test_a_healthy_step_has_the_logged_loss_bit_for_bit(data, tmp_path):
         train__log_every=1,
         train__eval_split="none",
     )
-    config.tokens.replicate_rows, config.optim.accumulate, config.data.batch_size = (
-        20,
-        2,
-        16,
-    )
-    config.mesh.fsdp, config.model.dropout = 2, 0.1
+    config.tokens.replicate_rows = 20
+    config.optim.accumulate = 2
+    config.data.batch_size = 16
+    config.mesh.fsdp = 2
+    config.model.dropout = 0.1
     train(config, tmp_path, progress=False)
     logged = [
         json.loads(line)
         for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ]
     before, lines = files(tmp_path), []
-    report = replay_run(tmp_path, 3, say=lines.append)
+    report = replay_run(tmp_path, 3, log=lines.append)
     assert files(tmp_path) == before
-    assert "3 steps to make" in lines[0]  # of the checkpoints, 4 and 5 are left
-    record = next(
-        line for line in logged if line["step"] == 4 and "train/loss" in line
-    )  # it counts updates made
+    # The checkpoints 4 and 5 are left, so the replay starts from step 0.
+    assert "3 steps to make" in lines[0]
+    # Step 3 makes the fourth update, and the log counts updates.
+    record = next(line for line in logged if line["step"] == 4 and "train/loss" in line)
     assert (report["loss"], report["gradient_norm"]) == (
         record["train/loss"],
         record["train/grad_norm"],
@@ -64,14 +64,10 @@ def test_a_healthy_step_has_the_logged_loss_bit_for_bit(data, tmp_path):
     assert report["first_not_finite"] is None
     assert report["skipped_before"] == []
 
-    # All parts together are the step.
-    parts = [of["gradient_norm"] for of in report["tables"]]
-    assert {of["table"] for of in report["tables"]} >= {
-        "item",
-        "genre",
-        "segment",
-        "code",
-    }
+    # The gradient of the step has that of the tables as a part.
+    parts = [entry["gradient_norm"] for entry in report["tables"]]
+    tables = {entry["table"] for entry in report["tables"]}
+    assert tables >= {"item", "genre", "segment", "code"}
     assert report["gradient_norm"] > np.linalg.norm(parts) > 0
     dataset = open_dataset(data, config.data.exclude)
     ends = np.cumsum(dataset.rows("train"))
@@ -80,9 +76,8 @@ def test_a_healthy_step_has_the_logged_loss_bit_for_bit(data, tmp_path):
         assert sample["user_id"] == dataset.load("train", chunk, chunk + 1).user_id[0]
     losses = [sample["loss"] for sample in report["samples"]]
     assert losses == sorted(losses, reverse=True)
-    assert (
-        report["loss"] * 10 / 16 < sum(losses) < report["loss"]
-    )  # the largest ten of sixteen
+    # These are the largest ten of sixteen losses.
+    assert report["loss"] * 10 / 16 < sum(losses) < report["loss"]
 
 
 def test_an_infinite_row_is_traced_to_its_step_samples_and_feature(
@@ -126,12 +121,12 @@ def test_an_infinite_row_is_traced_to_its_step_samples_and_feature(
     worst = report["samples"][: len(first["samples"])]
     assert sorted(sample["sample"] for sample in worst) == first["samples"]
     dataset = open_dataset(data)
-    log, spoilt = dataset.load("train"), dataset.catalogue.item_id.tolist().index(item)
+    log = dataset.load("train")
+    spoilt = dataset.catalogue.item_id.tolist().index(item)
     for sample in report["samples"]:
         rows = np.array(sample["rows"])
-        seen = log.item[
-            max(rows[0] - 4, 0) : rows[-1] + 1
-        ]  # of the stream, and of events before what it reads
+        # Items of the stream's events, with those before its first scored row.
+        seen = log.item[max(rows[0] - 4, 0) : rows[-1] + 1]
         if sample in worst:
             assert sample["loss"] == "nan"
             assert spoilt in seen
@@ -152,7 +147,7 @@ def test_an_infinite_row_is_traced_to_its_step_samples_and_feature(
     assert f"step {step} from the checkpoint of step {STEP}" in printed.err
 
 
-def test_a_step_that_is_not_there_is_refused(data, tmp_path, capsys):
+def test_a_step_or_checkpoint_that_does_not_exist_is_refused(data, tmp_path, capsys):
     saved(tmp_path, plain(data), mesh_of(1, 1, 1))
     run = ["replay", f"--workdir={tmp_path}"]
     for line, message in (

@@ -1,4 +1,4 @@
-"""Compiled programs beside a run: kept, used again, and not trusted when damaged."""
+"""Compiled programs in a run's folder are used again, unless they are damaged."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,19 +9,22 @@ import pytest
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
-from tokenrec.runtime.compilation_cache import FOLDER, persistent_compilation_cache
+from tokenrec.runtime.compilation_cache import (
+    COMPILED_FOLDER,
+    persistent_compilation_cache,
+)
 
 HIT = "/jax/compilation_cache/cache_hits"
 
 
 @pytest.fixture
 def hits() -> Iterator[list[str]]:
-    """Grows with each program that is not compiled because it was kept; none is in use before."""
-    found: list[str] = []
+    """A list that grows with each program that the cache returns; starts without one."""
+    events: list[str] = []
 
-    def hear(event: str, **_: str | int) -> None:
+    def record(event: str, **_: str | int) -> None:
         if event == HIT:
-            found.append(event)
+            events.append(event)
 
     before = (
         jax.config.jax_compilation_cache_dir,
@@ -29,9 +32,9 @@ def hits() -> Iterator[list[str]]:
     )
     jax.config.update("jax_compilation_cache_dir", None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    monitoring.register_event_listener(hear)
-    yield found
-    monitoring.unregister_event_listener(hear)
+    monitoring.register_event_listener(record)
+    yield events
+    monitoring.unregister_event_listener(record)
     jax.config.update("jax_compilation_cache_dir", before[0])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
     compilation_cache.reset_cache()
@@ -45,10 +48,10 @@ def run(workdir: Path, wanted: bool = True) -> float:
 
 
 def programs(workdir: Path) -> list[Path]:
-    return sorted(path for path in (workdir / FOLDER).rglob("*-cache"))
+    return sorted(path for path in (workdir / COMPILED_FOLDER).rglob("*-cache"))
 
 
-def test_a_program_is_compiled_once_and_nothing_is_kept_afterwards(
+def test_a_program_is_compiled_once_and_the_setting_is_undone(
     tmp_path: Path, hits: list[str]
 ) -> None:
     first = run(tmp_path)
@@ -59,13 +62,13 @@ def test_a_program_is_compiled_once_and_nothing_is_kept_afterwards(
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_a_folder_that_is_in_use_already_is_kept(
+def test_a_cache_that_is_in_use_already_stays_in_use(
     tmp_path: Path, hits: list[str]
 ) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "shared"))
     run(tmp_path)
     run(tmp_path / "other", wanted=False)
-    assert not (tmp_path / FOLDER).exists()
+    assert not (tmp_path / COMPILED_FOLDER).exists()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "shared")
 
 

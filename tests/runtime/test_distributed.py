@@ -1,4 +1,7 @@
-"""Two real processes of four devices each do what one process of eight devices does; and they fail together."""
+"""Two processes of four devices train as one process of eight does, and fail together.
+
+The processes are real; XLA gives each of them four virtual CPU devices.
+"""
 
 import contextlib
 import json
@@ -24,20 +27,21 @@ from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError
 from tokenrec.sharding import local_batch_indices
 
-WAIT_SECONDS = 300  # a hang fails the test; no test depends on it otherwise
+# A process that hangs fails the test after this time; no result depends on it.
+WAIT_SECONDS = 300
+# Write the log rows of each batch to a file, and run command lines one after another.
 DRIVER = """
 import sys
-from tokenrec.__main__ import main
-from tokenrec.processes import join
+from tokenrec.cli.main import main
+from tokenrec.runtime.distributed import initialize
 from tests.counted import count_in_file
 count_in_file(sys.argv.pop(1))
-join(hears_stop=True)
+initialize(sigterm_stops_run=True)
 sys.exit(max([main(line.split()) for line in sys.argv[1:]]))
 """
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-EXCLUDED = (
-    "interests,age,load,genre,price,vector,code,place,seconds"  # compiles in less time
-)
+# Fewer features compile in less time.
+EXCLUDED = "interests,age,load,genre,price,vector,code,place,seconds"
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +52,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_line(data: Path, workdir: Path, **fields: object) -> str:
+    """Command line of a small training run; `fields` overrides config fields."""
     values = {
-        **{
-            "model.width": 4,
-            "model.layers": 1,
-            "model.windows": "()",
-            "tokens.maker": "linear",
-            "mesh.fsdp": 2,
-        },
-        **{
-            "data.exclude": EXCLUDED,
-            "data.events": 4,
-            "data.batch_size": 16,
-            "data.eval_batch_size": 16,
-        },
-        **{
-            "optim.warmup_steps": 1,
-            "optim.steps": 400,
-            "train.eval_every": 0,
-            "train.log_every": 1,
-        },
+        "model.width": 4,
+        "model.layers": 1,
+        "model.windows": "()",
+        "tokens.maker": "linear",
+        "mesh.fsdp": 2,
+        "data.exclude": EXCLUDED,
+        "data.events": 4,
+        "data.batch_size": 16,
+        "data.eval_batch_size": 16,
+        "optim.warmup_steps": 1,
+        "optim.steps": 400,
+        "train.eval_every": 0,
+        "train.log_every": 1,
     }
     line = [
         "train",
@@ -83,26 +82,26 @@ def train_line(data: Path, workdir: Path, **fields: object) -> str:
 
 @contextlib.contextmanager
 def started(folder: Path, *lines: list[str]) -> Iterator[list[subprocess.Popen]]:
-    """A process for each list of command lines, which it runs one after the other; none outlives the block."""
+    """Start a process for each list of command lines; the end of the block kills them."""
     with socket.socket(socket.AF_INET6) as holder, contextlib.ExitStack() as stack:
-        # Nobody else gets the port while it is held so; JAX's service, which shares ports, does.
+        # Another program does not get the port while it is held like this, but the
+        # coordinator of JAX does, because it shares ports.
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         holder.bind(("::", 0))
         running = []
-        for index, own in enumerate(lines):
-            here = {
+        for index, own_lines in enumerate(lines):
+            environment = os.environ | {
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{holder.getsockname()[1]}",
                 "JAX_NUM_PROCESSES": str(len(lines)),
                 "JAX_PROCESS_ID": str(index),
                 "XLA_FLAGS": FLAGS,
-                **{
-                    "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                },
+                "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             }
+            rows_file = str(folder / f"{index}.rows")
             process = subprocess.Popen(
-                [sys.executable, "-c", DRIVER, str(folder / f"{index}.rows"), *own],
-                env=os.environ | here,
+                [sys.executable, "-c", DRIVER, rows_file, *own_lines],
+                env=environment,
                 stdout=stack.enter_context((folder / f"{index}.out").open("w")),
                 stderr=stack.enter_context((folder / f"{index}.err").open("w")),
                 cwd=Path(__file__).parents[2],
@@ -114,13 +113,13 @@ def started(folder: Path, *lines: list[str]) -> Iterator[list[subprocess.Popen]]
 
 
 def finished(folder: Path, *lines: list[str]) -> list[int]:
-    """Exit codes of the processes."""
+    """Run command lines in processes and return the exit codes."""
     with started(folder, *lines) as running:
         return [process.wait(WAIT_SECONDS) for process in running]
 
 
 def rows_read(folder: Path) -> list[list[list[int]]]:
-    """The rows of each batch that processes read so far, by process."""
+    """Log rows of each batch that the processes read so far: `[process][batch][row]`."""
     files = sorted(folder.glob("*.rows"))
     return [
         [json.loads(line) for line in file.read_text().splitlines()] for file in files
@@ -128,6 +127,7 @@ def rows_read(folder: Path) -> list[list[list[int]]]:
 
 
 def losses(workdir: Path) -> dict[int, float]:
+    """Training loss by step."""
     records = [
         json.loads(line)
         for line in (workdir / "metrics.jsonl").read_text().splitlines()
@@ -140,6 +140,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def checkpoints(workdir: Path) -> list[int]:
+    """Steps of the complete checkpoints."""
     return sorted(
         int(path.name)
         for path in workdir.glob("checkpoints/*")
@@ -147,10 +148,13 @@ def checkpoints(workdir: Path) -> list[int]:
     )
 
 
-def test_two_processes_equal_one_and_go_on_after_a_kill(
+def test_two_processes_equal_one_and_resume_after_a_kill(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # `two`: two processes, killed and resumed as two. `alone`: a copy of it, resumed as
+    # one process. `one`: one process that is never interrupted.
     two, one, alone = (tmp_path / name for name in ("two", "one", "alone"))
+    # 1. Kill two processes once they have saved a checkpoint.
     endless = train_line(data, two, **{"train.save_every": 4}) + " --distributed"
     with started(tmp_path, [endless], [endless]) as running:
         deadline = time.monotonic() + WAIT_SECONDS
@@ -166,13 +170,14 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(
     shutil.copytree(two, alone)
     before = [batches[:step] for batches in rows_read(tmp_path)]
 
+    # 2. Resume for four steps, then evaluate and predict: two processes, and one.
     stop = {"train.stop_at": step + 4}
     written = {
         name: (tmp_path / f"{name}.json", tmp_path / f"{name}.parquet")
         for name in ("two", "one")
     }
 
-    def use(name: str) -> list[str]:
+    def evaluate_and_predict(name: str) -> list[str]:
         run = f"--workdir={two} --split=valid --checkpoint=latest"
         return [
             f"evaluate {run} --json={written[name][0]}",
@@ -180,7 +185,8 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(
         ]
 
     lines = [
-        f"{line} --distributed" for line in (train_line(data, two, **stop), *use("two"))
+        f"{line} --distributed"
+        for line in (train_line(data, two, **stop), *evaluate_and_predict("two"))
     ]
     assert finished(tmp_path, lines, lines) == [0, 0], (tmp_path / "0.err").read_text()
     assert [
@@ -192,50 +198,50 @@ def test_two_processes_equal_one_and_go_on_after_a_kill(
             "tokenrec.active_run.train_batches", count_rows(seen.append)
         )
         assert main(train_line(data, workdir, **stop).split()) == 0
-    for line in use("one"):
+    for line in evaluate_and_predict("one"):
         assert main(line.split()) == 0
 
-    # Step by step, two processes, and then one or two again, read what one process reads.
+    # 3. Step by step, all of them read the log rows that one process reads.
     shared = [sorted(first + second) for first, second in zip(*before, strict=True)]
     again = [
         sorted(first + second)
         for first, second in zip(
-            *(own[-4:] for own in rows_read(tmp_path)), strict=True
+            *(batches[-4:] for batches in rows_read(tmp_path)), strict=True
         )
     ]
     assert all(batches for batches in before)
     assert shared + again == shared + counted[alone] == counted[one]
 
-    resumed, whole = losses(two), losses(one)
-    assert list(resumed) == list(whole) == list(range(1, step + 5))
-    # Sums over devices have another order in one process: measured 4.1e-6 and 4.2e-6.
-    assert resumed == pytest.approx(whole, rel=3e-5)
-    assert losses(alone) == pytest.approx(
-        whole, rel=3e-5
-    )  # one process goes on where two were
-    # Of one checkpoint every score is the same, bit for bit.
+    # 4. The losses agree. Sums over devices have another order in one process:
+    # measured 4.1e-6 and 4.2e-6.
+    resumed, uninterrupted = losses(two), losses(one)
+    assert list(resumed) == list(uninterrupted) == list(range(1, step + 5))
+    assert resumed == pytest.approx(uninterrupted, rel=3e-5)
+    assert losses(alone) == pytest.approx(uninterrupted, rel=3e-5)
+    # 5. Every score of one checkpoint is the same, bit for bit.
     assert json.loads(written["two"][0].read_text()) == json.loads(
         written["one"][0].read_text()
     )
     assert pq.read_table(written["two"][1]).equals(pq.read_table(written["one"][1]))
 
 
-def test_processes_end_alike_when_they_differ_and_when_one_cannot_read(
+def test_all_processes_fail_when_settings_differ_or_one_has_no_data(
     data: Path, tmp_path: Path
 ) -> None:
-    workdir, none = tmp_path / "run", tmp_path / "none"
-    right, lost = train_line(data, workdir), train_line(none, workdir)
+    workdir, missing = tmp_path / "run", tmp_path / "missing"
+    right, lost = train_line(data, workdir), train_line(missing, workdir)
     other = train_line(data, workdir, **{"model.width": 8, "optim.steps": 9})
-    # Joined before, a process outlives its wrong input without the flag; with it the process ends.
+    # The driver has joined the processes, so without the flag `main` returns an exit
+    # code and the second line runs; with the flag the process ends.
     assert finished(
         tmp_path, [right, f"{right} --distributed"], [other, f"{lost} --distributed"]
     ) == [2, 2]
-    for index, whose in enumerate(("process 1: ", "")):
+    for index, source in enumerate(("process 1: ", "")):
         error = (tmp_path / f"{index}.err").read_text()
-        assert f"tokenrec: {whose}the processes were not started alike" in error
+        assert f"tokenrec: {source}the processes have different settings" in error
         assert "config model.width: 4 in process 0, 8 in process 1" in error
         assert "config optim.steps: 400 in process 0, 9 in process 1" in error
-        assert f"tokenrec: {whose}data '{none}' is not a prepared data set" in error
+        assert f"tokenrec: {source}data '{missing}' is not a prepared data set" in error
     assert not workdir.exists()
 
 

@@ -32,14 +32,16 @@ def steps(workdir: Path) -> list[int]:
 
 
 def events(workdir: Path) -> list[Event]:
-    """Events of all files, oldest file first: records of length, checksum, bytes, checksum."""
+    """Events of all files, the oldest file first."""
     found = []
     for path in sorted((workdir / "tensorboard").iterdir()):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            (size,) = struct.unpack_from("<Q", data, at)
-            found.append(Event.FromString(data[at + 12 : at + 12 + size]))
-            at += size + 16
+        data, position = path.read_bytes(), 0
+        while position < len(data):
+            # A record is its length, a checksum of that, the bytes and their checksum.
+            (size,) = struct.unpack_from("<Q", data, position)
+            start = position + 12
+            found.append(Event.FromString(data[start : start + size]))
+            position = start + size + 4
     return found
 
 
@@ -99,7 +101,8 @@ def test_resume_leaves_each_step_once(tmp_path):
         (40, -40),
     ]
     starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
-    assert starts[-1] == 21  # TensorBoard hides what the killed run wrote from there on
+    # TensorBoard hides what the killed run wrote from this step on.
+    assert starts[-1] == 21
 
 
 def test_an_evaluation_repeated_at_the_restored_step_replaces_the_old_line(tmp_path):
@@ -180,7 +183,7 @@ def test_everything_is_closed_when_the_run_fails(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(
-    not Path("/dev/full").exists(), reason="the disk that is always full is Linux's"
+    not Path("/dev/full").exists(), reason="only Linux has a disk that is always full"
 )
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     writer = JsonlWriter(tmp_path)

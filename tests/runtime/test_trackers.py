@@ -129,21 +129,25 @@ def test_mlflow_gets_every_step_and_a_resumed_run_goes_on_in_the_same_one(
     assert set(run.data.metrics) == {"train/loss", "valid/recall_at_10"}
 
 
+@pytest.mark.parametrize(
+    ("tracker", "owner", "method"),
+    [("wandb", "Run", "log"), ("mlflow", "MlflowClient", "log_batch")],
+)
 def test_a_tracker_that_fails_later_does_not_end_the_run(
-    offline, tmp_path, monkeypatch, capsys
+    offline, tmp_path, monkeypatch, capsys, tracker, owner, method
 ):
-    mlflow = pytest.importorskip("mlflow")
-    with open_run_log(tmp_path / "run", trackers=("mlflow",)) as log:
+    module = pytest.importorskip(tracker)
+    with open_run_log(tmp_path / "run", trackers=(tracker,)) as log:
         log.write(10, {"loss": 1})
 
         def fail(*_, **__):
-            raise mlflow.exceptions.MlflowException("connection refused")
+            raise ConnectionResetError("connection lost")
 
-        monkeypatch.setattr(mlflow.MlflowClient, "log_batch", fail)
+        monkeypatch.setattr(getattr(module, owner), method, fail)
         for step in (20, 30):
             log.write(step, {"loss": 1})
     warning = capsys.readouterr().err
-    assert warning.count("mlflow failed and gets no more metrics of this run") == 1
+    assert warning.count(f"{tracker} failed and gets no more metrics of this run") == 1
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [10, 20, 30]
 

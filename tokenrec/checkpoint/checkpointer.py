@@ -1,8 +1,8 @@
-"""Saving and restoring a run: the only file that knows Orbax.
+"""Save and restore the checkpoints of a training run.
 
-A checkpoint is (step, state, progress); `progress` is what the loop knows besides. The step is the position in the data
-too, so that any number of processes may go on. All processes take part. The config and the versions of the packages
-are kept beside each.
+A checkpoint is `(step, state, progress)`. The step is also the position in the training
+data, so a run can resume with another number of processes. The config and the package
+versions are stored with each checkpoint. All processes of a run save together.
 """
 
 from __future__ import annotations
@@ -20,17 +20,29 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from tokenrec.checkpoint.integrity import SET_ASIDE, find_damage, quarantine, write_sums
+from tokenrec.checkpoint.integrity import (
+    QUARANTINE_PREFIX,
+    quarantine,
+    write_checksums,
+)
+from tokenrec.checkpoint.reader import (
+    CHECKPOINTS_FOLDER,
+    CheckpointReader,
+    checkpoint_steps,
+    describe_damage,
+    metric_value,
+)
 from tokenrec.errors import InputError
 from tokenrec.runtime import distributed
 from tokenrec.runtime.versions import versions
 from tokenrec.state import TrainState
 
-FOLDER = "checkpoints"
-_PUT_BY = "unassessed-"
-_LISTED = 8
-_LEFT_OUT = "..."
-_SHORT = 1 << 16  # bytes
+# Name of a checkpoint that was saved before the evaluation of its step, while the
+# checkpoint that replaces it is written.
+_REPLACED_PREFIX = "unassessed-"
+# Files of older checkpoints up to this size are verified at each start.
+_SMALL_FILE_BYTES = 1 << 16
+_MAX_REASON_CHARACTERS = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +50,16 @@ class Progress:
     """State of the training loop besides weights and optimizer.
 
     Attributes:
-      best: value of the best evaluation, higher is better; None before the first.
-      best_step: step of that evaluation; -1 before the first.
+      best: value of the best evaluation, higher is better; None before the first one.
+      best_step: step of the best evaluation; -1 before the first one.
       waited: evaluations since the best one, for `train.patience`.
-      skipped: steps whose update was not made.
+      skipped: steps whose update was skipped.
       assessed: False if a signal stopped the run before the evaluation that was due at
         this step; a resumed run then repeats it.
       step: updates made. A checkpoint does not repeat it: its folder is named by it.
     """
 
+    # The names are keys of the JSON value beside a checkpoint.
     best: float | None = None
     best_step: int = -1
     waited: int = 0
@@ -63,155 +76,52 @@ class Progress:
         return dataclasses.replace(self, waited=self.waited + 1, assessed=True)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON value kept beside a checkpoint."""
+        """JSON value that is kept beside a checkpoint."""
         values = dataclasses.asdict(self)
         del values["step"]
         return values
 
 
-class CheckpointReader:
-    """The checkpoints of a run, opened to be read. A context manager: leaving it ends what is under way."""
-
-    def __init__(self, workdir: Path) -> None:
-        self._folder = Path(workdir).absolute() / FOLDER
-        self._orbax = self._open()
-
-    def _open(self) -> Any:
-        return ocp.training.Checkpointer(self._folder)
-
-    def __enter__(self) -> CheckpointReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._orbax.close()
-
-    @property
-    def steps(self) -> list[int]:
-        return _steps(self._folder)
-
-    @property
-    def best_step(self) -> int | None:
-        """Step of the best evaluated checkpoint, the earliest of equals; None if none was evaluated."""
-        try:
-            evaluated = [
-                (_value(c.metrics), -c.step)
-                for c in self._orbax.checkpoints
-                if c.metrics
-            ]
-        except ValueError as error:
-            raise InputError(
-                f"'{self._folder}': the metrics of a checkpoint cannot be read ({error}); name a step with "
-                "--checkpoint, or go on training, which sets damaged checkpoints aside"
-            ) from error
-        return -max(evaluated)[1] if evaluated else None
-
-    def load_state(self, which: str, abstract: TrainState) -> tuple[int, TrainState]:
-        """The state of checkpoint "best", "latest" or a step number; "best" is the latest if none was evaluated.
-
-        A leaf of `abstract` that is `...` is not read, and comes back as it is.
-
-        Raises:
-          InputError: no such checkpoint, it is damaged, or holds another state.
-        """
-        with distributed.raise_on_all_processes():
-            step = self._choose(which)
-        step = distributed.broadcast_from_first(
-            step
-        )  # a run that goes on may save in between
-        damage = _damage(self._folder / str(step))
-        if damage:
-            others = [one for one in self.steps if one != step]
-            raise InputError(
-                f"checkpoint {step} in '{self._folder}' is damaged: {damage}; use another one of {others}, or "
-                "train again from the one before"
-            )
-        return step, self._load(step, abstract)
-
-    def _choose(self, which: str) -> int:
-        steps = self.steps
-        if not steps:
-            raise InputError(
-                f"'{self._folder}' holds no checkpoint; train first, or check --workdir"
-            )
-        if which == "latest":
-            return steps[-1]
-        if which == "best":
-            best = self.best_step
-            return steps[-1] if best is None else best
-        if which.isdecimal() and int(which) in steps:
-            return int(which)
-        raise InputError(
-            f"checkpoint '{which}' is not there; use best, latest, or one of {steps}"
-        )
-
-    def _load(self, step: int, abstract: TrainState) -> TrainState:
-        with distributed.raise_on_all_processes():
-            self._check_shapes(step, abstract)
-        return self._orbax.load_checkpointables(step, {"state": abstract})["state"]
-
-    def _check_shapes(self, step: int, abstract: TrainState) -> None:
-        found = self._orbax.checkpointables_metadata(step).metadata
-        here, there = (
-            _shapes(abstract),
-            _shapes(None if found is None else found.get("state")),
-        )
-        wanted = [
-            name
-            for name in sorted(here.keys() | there.keys())
-            if here.get(name) != _LEFT_OUT
-        ]
-        differing = [name for name in wanted if here.get(name) != there.get(name)]
-        if differing:
-            listed = "".join(
-                f"\n  {name}: {there.get(name, 'nothing')} in the checkpoint, {here.get(name, 'nothing')} in this model"
-                for name in differing[:_LISTED]
-            )
-            more = (
-                f"\n  and {len(differing) - _LISTED} others"
-                if len(differing) > _LISTED
-                else ""
-            )
-            raise InputError(
-                f"checkpoint {step} in '{self._folder}' holds another state; use the version of tokenrec that wrote "
-                f"it, or start a new --workdir:{listed}{more}"
-            )
-
-
 class Checkpointer(CheckpointReader):
-    """The checkpoints of a run that goes on. The latest `keep`, every one at a multiple of `keep_every` steps, and the
-    best stay.
+    """Save and restore a run; a context manager that waits for the last save.
+
+    The latest `keep` checkpoints stay, the best one, and those of every `keep_every`-th
+    step. Opening verifies the checkpoints and sets damaged ones aside.
 
     Args:
-      about: what is written beside each checkpoint, a JSON value; its config.
+      workdir: folder of the run.
+      keep: number of latest checkpoints that stay.
+      keep_every: checkpoints at multiples of this step stay; 0 for none.
+      config: the run's config as a JSON value, stored with each checkpoint.
+
+    Raises:
+      InputError: there are checkpoints, and all of them are damaged.
     """
 
     def __init__(
-        self, workdir: Path, *, keep: int, keep_every: int = 0, about: Any = None
+        self, workdir: Path, *, keep: int, keep_every: int = 0, config: Any = None
     ) -> None:
         policies = ocp.training.preservation_policies
-        kept: list[Any] = [
+        preserved: list[Any] = [
             policies.LatestN(keep),
             policies.BestN(
-                get_metric_fn=_value, n=1, keep_checkpoints_without_metrics=False
+                get_metric_fn=metric_value, n=1, keep_checkpoints_without_metrics=False
             ),
         ]
         if keep_every:
-            kept.append(policies.EveryNSteps(keep_every))
-        self._policy = policies.AnyPreservationPolicy(kept)
-        self._about = {"config": about, "versions": versions()}
-        self._sealing: _Sealing | None = None
-        folder = Path(workdir).absolute() / FOLDER
-        self._bring_back(folder)
-        self._set_damaged_aside(folder)
+            preserved.append(policies.EveryNSteps(keep_every))
+        self._policy = policies.AnyPreservationPolicy(preserved)
+        # Stored with each checkpoint, for use without the run's folder.
+        self._origin = {"config": config, "versions": versions()}
+        self._pending_save: _PendingSave | None = None
+        # Orbax lists the folder when it opens: it must see the final names.
+        folder = Path(workdir).absolute() / CHECKPOINTS_FOLDER
+        _restore_replaced(folder)
+        _quarantine_damaged(folder)
         super().__init__(workdir)
 
     def _open(self) -> Any:
-        # Folders of saves that a kill cut short go away.
+        # Folders of interrupted saves are deleted.
         return ocp.training.Checkpointer(
             self._folder, preservation_policy=self._policy, cleanup_tmp_directories=True
         )
@@ -227,171 +137,181 @@ class Checkpointer(CheckpointReader):
     ) -> None:
         try:
             self.wait()
-        except InputError as failed:
+        except InputError as save_error:
             if error is None:
                 raise
-            print(
-                f"tokenrec: {failed}", file=sys.stderr
-            )  # what ended the loop is told by its own error
+            # The error that ended the loop is raised; this one must not replace it.
+            print(f"tokenrec: {save_error}", file=sys.stderr)
         finally:
             try:
                 self._orbax.close()
-            except Exception as failed:
-                if self._sealing is None or self._sealing.error is None:
-                    raise failed
+            except Exception as close_error:
+                # After a failed save, Orbax raises its error again.
+                if self._pending_save is None or self._pending_save.error is None:
+                    raise close_error
 
     def save(
         self, step: int, state: TrainState, progress: Progress, value: float | None
     ) -> None:
-        """Starts to save in the background; `value` is the evaluation of this step, if it had one.
+        """Start to save a checkpoint in the background.
+
+        The call returns when the state is copied from the devices. Saving a step again
+        replaces its checkpoint if there is an evaluation now, and else does nothing.
+
+        Args:
+          step: number of updates made.
+          state: the state after these updates.
+          progress: progress at this step.
+          value: evaluation of this step, higher is better; None without one.
 
         Raises:
-          InputError: the save before could not be written.
+          InputError: the save before this one failed.
         """
         self.wait()
         if step in self.steps:
             if value is None:
                 return
-            self._put_by(step)
+            self._move_replaced(step)
         metrics = None if value is None else {"value": value}
-        self._guard(
+        self._start_save(
             step,
             lambda: self._orbax.save_checkpointables_async(
                 step,
                 {"state": state},
+                # Whatever the interval policy of Orbax says.
                 force=True,
                 metrics=metrics,
-                custom_metadata={"progress": progress.to_json()} | self._about,
+                custom_metadata={"progress": progress.to_json()} | self._origin,
             ),
         )
 
     def wait(self) -> None:
-        """Until the save under way is whole on the disk.
+        """Wait until the checkpoint under way is complete on disk.
 
         Raises:
           InputError: it could not be written.
         """
-        if self._sealing is None:
+        if self._pending_save is None:
             return
-        self._sealing.join()
-        if self._sealing.error is not None:
-            self._fail(self._sealing.step, self._sealing.error)
-        self._sealing = None
+        self._pending_save.join()
+        if self._pending_save.error is not None:
+            self._raise_save_error(self._pending_save.step, self._pending_save.error)
+        self._pending_save = None
         if distributed.is_first_process():
-            for folder in self._folder.glob(_PUT_BY + "*"):
+            # The replacement is complete: the earlier checkpoint of its step can go.
+            for folder in self._folder.glob(_REPLACED_PREFIX + "*"):
                 shutil.rmtree(folder)
 
     def restore(self, abstract: TrainState) -> tuple[int, TrainState, Progress] | None:
-        """The latest checkpoint, laid out as `abstract`; None if there is none."""
+        """Restore the latest checkpoint.
+
+        Args:
+          abstract: shapes, types and shardings of the arrays.
+
+        Returns:
+          Step, state and progress; None without a checkpoint.
+
+        Raises:
+          InputError: the checkpoint has other arrays.
+        """
+        # The first process decides: another one may list the folder too early.
         step = distributed.broadcast_from_first(self.steps[-1] if self.steps else -1)
         if step < 0:
             return None
         state = self._load(step, abstract)
-        kept = self._orbax.checkpointables_metadata(step).custom_metadata
-        return step, state, Progress(**kept["progress"])
+        metadata = self._orbax.checkpointables_metadata(step).custom_metadata
+        return step, state, Progress(**metadata["progress"])
 
-    def _guard(self, step: int, start: Callable[[], Any]) -> None:
+    def _start_save(self, step: int, save: Callable[[], Any]) -> None:
         try:
-            response = start()
+            response = save()
+        # What Orbax and its storage library raise for a full or unwritable disk.
         except (OSError, ValueError, RuntimeError) as error:
-            self._fail(step, error)
-        self._sealing = _Sealing(step, response, self._folder / str(step))
+            self._raise_save_error(step, error)
+        self._pending_save = _PendingSave(step, response, self._folder / str(step))
 
-    def _fail(self, step: int, error: BaseException) -> None:
-        reason = str(error).strip().partition("\n")[0][:300]
-        whole = [known for known in self.steps if known != step]
+    def _raise_save_error(self, step: int, error: BaseException) -> None:
+        # Errors of Orbax continue with many lines of its internals.
+        reason = str(error).strip().partition("\n")[0][:_MAX_REASON_CHARACTERS]
+        complete = [known for known in self.steps if known != step]
         raise InputError(
-            f"checkpoint {step} cannot be written to '{self._folder}': {reason}; make room or give access, and start "
-            f"again: checkpoints {whole} are whole"
+            f"checkpoint {step} cannot be written to '{self._folder}': {reason}; free "
+            "disk space or grant access, and rerun the command: checkpoints "
+            f"{complete} are complete"
         ) from error
 
-    def _put_by(self, step: int) -> None:
-        """Renames a checkpoint that was saved before its evaluation, until the one that knows it is whole."""
+    def _move_replaced(self, step: int) -> None:
+        """Keep the pre-evaluation checkpoint until its replacement is complete."""
         if distributed.is_first_process():
-            (self._folder / str(step)).rename(self._folder / f"{_PUT_BY}{step}")
+            replaced = self._folder / f"{_REPLACED_PREFIX}{step}"
+            (self._folder / str(step)).rename(replaced)
         distributed.broadcast_from_first(0)
+        # Orbax caches the steps, and refuses to save one that exists.
         self._orbax.reload()
 
-    def _bring_back(self, folder: Path) -> None:
-        if distributed.is_first_process():
-            for path in folder.glob(_PUT_BY + "*"):
-                named = folder / path.name.removeprefix(_PUT_BY)
-                if named.exists():
-                    shutil.rmtree(path)
-                else:
-                    path.rename(named)
-        distributed.broadcast_from_first(0)
 
-    def _set_damaged_aside(self, folder: Path) -> None:
-        """All files of the latest that is whole are checked; of those before it the short ones, which are read too."""
-        whole, damaged = None, 0
-        for step in reversed(_steps(folder)):
-            damage = _damage(folder / str(step), math.inf if whole is None else _SHORT)
-            if not damage:
-                whole = step if whole is None else whole
-                continue
-            damaged += 1
-            if distributed.is_first_process():
-                to = quarantine(folder / str(step))
-                print(
-                    f"tokenrec: checkpoint {step} is damaged: {damage}; set aside as '{to}'",
-                    file=sys.stderr,
-                )
-        distributed.broadcast_from_first(
-            0
-        )  # nobody looks before the folders are renamed
-        if damaged and whole is None:
-            raise InputError(
-                f"'{folder}' holds no whole checkpoint: {damaged} damaged ones were set aside as {SET_ASIDE}STEP; "
-                "restore them from a copy, or start a new --workdir"
-            )
-
-
-class _Sealing(threading.Thread):
-    """Waits for a save, and writes the sums of its files."""
+class _PendingSave(threading.Thread):
+    """Wait for a save, then write the checksums of its files."""
 
     def __init__(self, step: int, response: Any, folder: Path) -> None:
-        super().__init__(name=f"seal checkpoint {step}", daemon=True)
+        super().__init__(name=f"save of checkpoint {step}", daemon=True)
         self.step = step
-        self._response, self._of = response, folder
         self.error: BaseException | None = None
+        self._response = response
+        self._checkpoint = folder
         self.start()
 
     def run(self) -> None:
         try:
+            # It returns when Orbax has given the folder its final name.
             self._response.result()
-            write_sums(self._of, jax.process_index(), jax.process_count())
-        except BaseException as error:  # noqa: BLE001 - told by the thread that waits
+            write_checksums(self._checkpoint, jax.process_index(), jax.process_count())
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
             self.error = error
 
 
-def _damage(folder: Path, largest: float = math.inf) -> str:
-    """What is wrong with a checkpoint, "" for nothing; each process reads its share."""
-    found = find_damage(folder, jax.process_index(), jax.process_count(), largest)
-    told = [
-        text for text in distributed.gather_from_all("; ".join(found[:_LISTED])) if text
-    ]
-    return "; ".join(told)
+def _restore_replaced(folder: Path) -> None:
+    """Undo the renaming of `_move_replaced` for replacements that are not complete."""
+    if distributed.is_first_process():
+        for path in folder.glob(_REPLACED_PREFIX + "*"):
+            replacement = folder / path.name.removeprefix(_REPLACED_PREFIX)
+            if replacement.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(replacement)
+    distributed.broadcast_from_first(0)
 
 
-def _steps(folder: Path) -> list[int]:
-    return sorted(
-        int(path.name)
-        for path in folder.glob("*")
-        if path.name.isdecimal() and path.is_dir()
-    )
+def _quarantine_damaged(folder: Path) -> None:
+    """Verify the newest intact checkpoint fully, older ones by their small files.
 
+    The small files of all checkpoints are read at the start; the large ones hold the
+    weights, and only those of the newest checkpoint are needed.
 
-def _shapes(tree: Any) -> dict[str, str]:
-    """Shape and type of each array by its path."""
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _LEFT_OUT
-        if leaf is ...
-        else f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in leaves
-    }
-
-
-def _value(metrics: Any) -> float:
-    return metrics["value"]
+    Raises:
+      InputError: there are checkpoints, and all of them are damaged.
+    """
+    newest_intact = None
+    damaged_count = 0
+    for step in reversed(checkpoint_steps(folder)):
+        max_bytes = math.inf if newest_intact is None else _SMALL_FILE_BYTES
+        damage = describe_damage(folder / str(step), max_bytes)
+        if not damage:
+            newest_intact = step if newest_intact is None else newest_intact
+            continue
+        damaged_count += 1
+        if distributed.is_first_process():
+            target = quarantine(folder / str(step))
+            print(
+                f"tokenrec: checkpoint {step} is damaged: {damage}; set aside as "
+                f"'{target}'",
+                file=sys.stderr,
+            )
+    # No process may list the folder before all damaged checkpoints are renamed.
+    distributed.broadcast_from_first(0)
+    if damaged_count and newest_intact is None:
+        raise InputError(
+            f"'{folder}' holds no intact checkpoint: {damaged_count} damaged ones were "
+            f"set aside as {QUARANTINE_PREFIX}STEP; restore them from a copy, or start "
+            "a new --workdir"
+        )

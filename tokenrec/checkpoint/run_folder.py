@@ -1,4 +1,8 @@
-"""A run on disk: its config and the schema it was trained on, beside its checkpoints; opened again for use."""
+"""The folder of a run: create it, check it on resume, and open a trained run.
+
+`WORKDIR/config.json` holds the config and `WORKDIR/schema.json` the schema of the data
+set that the run is trained on; `WORKDIR/checkpoints` holds the checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenrec.checkpoint.checkpointer import FOLDER, CheckpointReader
+from tokenrec.checkpoint.reader import CHECKPOINTS_FOLDER, CheckpointReader
 from tokenrec.config import (
     Config,
     data_directory,
@@ -16,6 +20,7 @@ from tokenrec.config import (
     semantic_ids_path,
     to_json,
 )
+from tokenrec.config.flatten import flatten_fields
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names
@@ -28,23 +33,31 @@ from tokenrec.state import ModelSpec, TrainState, abstract_state, build_model
 CONFIG_FILE = "config.json"
 SCHEMA_FILE = "schema.json"
 
-# Sections and fields that a resumed run may change: they do not touch what is learned from the steps already made.
+# Sections and fields that may differ when a run resumes: they do not change what the
+# steps made so far have learned.
 FREE_TO_CHANGE = (
-    *(
-        "train",
-        "optim.max_skipped",
-        "mesh",
-        "data.path",
-        "data.name",
-        "data.schema",
-        "data.eval_batch_size",
-    ),
-    *("head.beams", "head.top_k", "head.drop_seen"),
+    "train",
+    "optim.max_skipped",
+    "mesh",
+    "data.path",
+    "data.name",
+    "data.schema",
+    "data.eval_batch_size",
+    "head.beams",
+    "head.top_k",
+    "head.drop_seen",
 )
 
 
 class OpenedRun(NamedTuple):
-    """A trained run, opened to be used: step and state of the chosen checkpoint, and the data set it reads."""
+    """A trained run at one checkpoint.
+
+    Attributes:
+      model: the model, without weights.
+      dataset: the data set that the run reads.
+      step: step of the checkpoint.
+      state: state of the checkpoint.
+    """
 
     model: ModelSpec
     dataset: Dataset
@@ -53,81 +66,95 @@ class OpenedRun(NamedTuple):
 
 
 def create_or_check_run(config: Config, schema: Schema, workdir: Path) -> None:
-    """Writes the files of a new run, or checks that an earlier run there is the same one. The first process does it.
+    """Write the files of a new run, or check that the folder holds this run.
+
+    Args:
+      config: the run's config.
+      schema: schema of the data set.
+      workdir: folder of the run.
 
     Raises:
-      InputError: the folder holds a run with another config (the differences are listed) or data set; or other
-        processes do not see it.
+      InputError: the folder holds a run with another config (the message lists the
+        differences) or data set, or the processes do not share the folder.
     """
+    # 1. The first process checks and writes.
     with distributed.raise_on_all_processes():
         if distributed.is_first_process():
-            _write(config, schema, workdir)
+            _write_or_check(config, schema, workdir)
+    # 2. The others must find what it wrote: each host may have a folder of this name.
     with distributed.raise_on_all_processes():
         if not (workdir / CONFIG_FILE).is_file():
             raise InputError(
-                f"workdir '{workdir}' lacks the {CONFIG_FILE} that process 0 just wrote; give all processes one "
-                "--workdir that they share"
+                f"workdir '{workdir}' lacks the {CONFIG_FILE} that process 0 has "
+                "written; give all processes one --workdir that they share"
             )
         check_schema(schema, workdir)
 
 
-def _write(config: Config, schema: Schema, workdir: Path) -> None:
+def _write_or_check(config: Config, schema: Schema, workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"--workdir '{workdir}' cannot be made: {error.strerror}; give another folder"
+            f"--workdir '{workdir}' cannot be created: {error.strerror}; give another "
+            "folder"
         ) from error
     path = workdir / CONFIG_FILE
     if path.is_file():
-        # A field that the run's version did not have takes its default.
-        before, now = (_flat(json.loads(to_json(one))) for one in (_read(path), config))
-        changed = [
-            f"{field}: {before.get(field)!r} -> {now.get(field)!r}"
-            for field in sorted(before.keys() | now.keys())
-            if before.get(field) != now.get(field) and not _may_change(field)
-        ]
-        if changed:
-            raise InputError(
-                f"workdir '{workdir}' holds a run with another config; use another --workdir, or undo\n  "
-                + "\n  ".join(changed)
-            )
+        _check_config(_read_run_config(path), config, workdir)
         check_schema(schema, workdir)
-    # Whole, each of them: a run killed here would be refused for half a file when it is started again.
+    # Both files are replaced atomically: with half a file the run could not resume.
     write_text_atomically(workdir / SCHEMA_FILE, _schema_text(schema))
     write_text_atomically(path, to_json(config))
 
 
-def _read(path: Path) -> Config:
+def _check_config(before: Config, now: Config, workdir: Path) -> None:
+    """Raise InputError if a field differs that must stay the same on resume."""
+    # By way of JSON, in which tuples and lists are equal. A field that is newer than the
+    # run has its default in `before`.
+    old = flatten_fields(json.loads(to_json(before)))
+    new = flatten_fields(json.loads(to_json(now)))
+    changed = [
+        f"{field}: {old.get(field)!r} -> {new.get(field)!r}"
+        for field in sorted(old.keys() | new.keys())
+        if old.get(field) != new.get(field) and not _may_change(field)
+    ]
+    if changed:
+        raise InputError(
+            f"workdir '{workdir}' holds a run with another config; use another "
+            "--workdir, or undo\n  " + "\n  ".join(changed)
+        )
+
+
+def _read_run_config(path: Path) -> Config:
     try:
         return read_config(path)
     except InputError as error:
         raise InputError(
-            f"{error}; put the run's own back: each checkpoint has a copy, 'config' in {path.parent}/{FOLDER}/STEP/"
-            "_CHECKPOINT_METADATA"
+            f"{error}; restore the run's own config: each checkpoint has a copy, "
+            f"'config' in {path.parent}/{CHECKPOINTS_FOLDER}/STEP/_CHECKPOINT_METADATA"
         ) from error
 
 
 def run_identity(config: Config, dataset: Dataset) -> dict[str, object]:
-    """What must be equal in all processes of a run: each may have its own copy of the data set, of the same rows."""
+    """Values that must be equal on all processes of a run.
+
+    Each process may read its own copy of the data set, with the same log rows.
+    """
     fields = {
         f"config {name}": value
-        for name, value in _flat(dataclasses.asdict(config)).items()
+        for name, value in flatten_fields(dataclasses.asdict(config)).items()
     }
+    # Copies of the data set may lie in different places.
     del fields["config data.path"]
     rows = {
         f"data, rows of {split}": _digest(dataset.rows(split).tobytes())
         for split in dataset.splits
     }
-    whole = dataclasses.replace(dataset.metadata, schema=dataset.schema)
+    metadata = dataclasses.replace(dataset.metadata, schema=dataset.schema)
+    metadata_text = json.dumps(dataclasses.asdict(metadata))
     return (
-        fields
-        | rows
-        | {
-            "data, schema and metadata": _digest(
-                json.dumps(dataclasses.asdict(whole)).encode()
-            )
-        }
+        fields | rows | {"data, schema and metadata": _digest(metadata_text.encode())}
     )
 
 
@@ -139,24 +166,14 @@ def _may_change(field: str) -> bool:
     return any(field == free or field.startswith(free + ".") for free in FREE_TO_CHANGE)
 
 
-def _flat(value: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, item in value.items():
-        flat |= (
-            _flat(item, f"{prefix}{key}.")
-            if isinstance(item, dict)
-            else {prefix + key: item}
-        )
-    return flat
-
-
 def check_schema(schema: Schema, workdir: Path) -> None:
-    """Raises InputError if the data set is not the one that the run was trained on."""
+    """Raise InputError if the data set is not the one that the run was trained on."""
     path = workdir / SCHEMA_FILE
     if path.read_text() != _schema_text(schema):
         raise InputError(
-            f"the data set has another schema, vocabulary size, normalisation or semantic ids than the one this run "
-            f"was trained on ('{path}'); give --data the folder it was trained on, and data.semantic_ids its file"
+            "the data set has another schema, vocabulary size, normalisation or "
+            f"semantic ids than the one this run was trained on ('{path}'); give --data "
+            "the folder it was trained on, and data.semantic_ids its file"
         )
 
 
@@ -165,45 +182,61 @@ def _schema_text(schema: Schema) -> str:
 
 
 def open_run(workdir: Path, checkpoint: str, data: Path | None) -> OpenedRun:
-    """Opens the run in `workdir` at a checkpoint; call under `jax.set_mesh`, in all processes.
+    """Open a run at a checkpoint; call it under `jax.set_mesh`, on all processes.
+
+    Args:
+      workdir: folder of the run.
+      checkpoint: "best", "latest" or a step.
+      data: folder of the data set; None for the one in the run's config.
+
+    Returns:
+      The opened run.
 
     Raises:
-      InputError: no run or checkpoint there, the data set does not fit the run, or processes do not agree.
+      InputError: the run or checkpoint does not exist, the data set does not fit the
+        run, or the processes have different settings.
     """
     with distributed.raise_on_all_processes():
         model, dataset = open_model(workdir, data)
     distributed.assert_same_on_all_processes(
         run_identity(model.config, dataset) | {"--checkpoint": checkpoint}
     )
+    # The shapes of the model must be those of the checkpoint.
     with CheckpointReader(workdir) as checkpoints:
         step, state = checkpoints.load_state(checkpoint, abstract_state(model))
     return OpenedRun(model, dataset, step, state)
 
 
 def open_model(workdir: Path, data: Path | None) -> tuple[ModelSpec, Dataset]:
-    """The model of a run, without weights, and its data set.
+    """Open the model of a run, without weights, and its data set.
+
+    Args:
+      workdir: folder of the run.
+      data: folder of the data set; None for the one in the run's config.
 
     Raises:
-      InputError: no run there, or the data set is not the one that it was trained on.
+      InputError: the run does not exist, or the data set is not the one that it was
+        trained on.
     """
     config = load_run_config(workdir, data)
     dataset = open_dataset(
         data_directory(config), config.data.exclude, semantic_ids_path(config)
     )
     check_schema(dataset.schema, workdir)
-    return build_model(
-        config, dataset.schema, task_names(dataset.schema, config.data)
-    ), dataset
+    tasks = task_names(dataset.schema, config.data)
+    return build_model(config, dataset.schema, tasks), dataset
 
 
 def load_run_config(workdir: Path, data: Path | None) -> Config:
-    """The config that a run was trained with, reading its data from `data` if given."""
+    """Load the config of a run; `data` replaces the folder of its data set if given."""
     path = Path(workdir) / CONFIG_FILE
     if not path.is_file():
         raise InputError(
-            f"workdir '{workdir}' holds no run (no {CONFIG_FILE}); train first, or check --workdir"
+            f"workdir '{workdir}' holds no run (no {CONFIG_FILE}); train first, or check "
+            "--workdir"
         )
-    config = _read(path)
+    config = _read_run_config(path)
+    # Before the validation, which then reports on the config that is used.
     if data is not None:
         config.data.path = str(data)
     return validate(config)

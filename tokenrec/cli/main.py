@@ -155,7 +155,7 @@ def _run_distributed(args: argparse.Namespace) -> None:
     """
     from tokenrec.runtime import distributed
 
-    distributed.initialize(hears_stop=args.verb == "train")
+    distributed.initialize(sigterm_stops_run=args.verb == "train")
     try:
         args.run(args)
     except BaseException as error:  # noqa: BLE001 - the process ends here

@@ -229,7 +229,7 @@ def _replay(args: argparse.Namespace) -> None:
         args.checkpoint,
         args.data,
         args.mesh,
-        say=lambda line: print(line, file=sys.stderr),
+        log=lambda line: print(line, file=sys.stderr),
     )
     if args.json:
         write_json(args.json, report)

@@ -1,7 +1,8 @@
-"""One step of a run again: the steps from a checkpoint to it are made as the run made them, and it is looked into.
+"""Replay one step of a run, and report on its loss, gradients and samples.
 
-Same code, batches, keys and mesh: on one kind of device the loss is the one that was logged, bit for bit, as far as the
-device computes the same program alike every time. Nothing is written into the run.
+The steps from a checkpoint to the one in question are made again with the same code,
+batches, keys and mesh, so the loss equals the logged one bit for bit if the device
+computes the same program alike every time. Nothing is written into the run.
 """
 
 from __future__ import annotations
@@ -12,46 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from tokenrec.checkpoint.checkpointer import CheckpointReader
+from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.checkpoint.run_folder import open_model
-from tokenrec.checkpoint.warm_start import warm_state
+from tokenrec.checkpoint.warm_start import warm_start_state
 from tokenrec.config import MeshConfig
 from tokenrec.config.backbones import reads_event_ages
-from tokenrec.data.batch import Batch
+from tokenrec.data.batch import Batch, HostBatch
+from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import train_batches
 from tokenrec.debug.report import (
-    LISTED,
+    MAX_LISTED,
+    descending_order,
     first_not_finite,
-    jsonable,
-    rank,
     table_gradients,
+    to_json_number,
     worst_samples,
 )
+from tokenrec.debug.step_inspection import inspect_step
 from tokenrec.errors import InputError
-from tokenrec.losses import sample_losses
-from tokenrec.models.stream_layout import batch_layout
-from tokenrec.ops.tables.exchange import RowRoute
 from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, to_devices
-from tokenrec.state import (
-    ModelSpec,
-    TrainState,
-    abstract_state,
-    bind_params,
-    init_state,
-)
-from tokenrec.step import (
-    Inputs,
-    Inverses,
-    gradients,
-    micro_batches,
-    step_inputs,
-    train_step,
-)
-from tokenrec.tokens.embed import inverses
-from tokenrec.tokens.layout import ROLES
+from tokenrec.state import ModelSpec, TrainState, abstract_state, init_state
+from tokenrec.step import Metrics, train_step
 
 
 def replay_run(
@@ -61,189 +46,194 @@ def replay_run(
     data: Path | None = None,
     mesh: MeshConfig | None = None,
     *,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Makes step `step` of the run in `workdir`, the number of updates before it, and reports on it.
+    """Replay a step and report on it.
 
     Args:
-      checkpoint: "latest-before", the newest with no more updates; "start", none; or the step of one.
-      data: folder of the data set, instead of the run's.
-      mesh: instead of the run's.
-      say: gets a line before the long part, with the number of steps to make.
+      workdir: folder of the run.
+      step: the step, which is the number of updates made before it.
+      checkpoint: where to start: "latest-before" is the newest checkpoint with no more
+        updates, "start" none; or the step of a checkpoint.
+      data: folder of the data set; None for the one in the run's config.
+      mesh: mesh; None for the one in the run's config.
+      log: called with a line for the user before the steps are made.
 
     Returns:
-      What can stand in a JSON file; a number that is not finite is a string, "nan" or "inf".
+      A report that JSON can represent; a number that is not finite is a string, "nan"
+      or "inf".
 
     Raises:
-      InputError: no such run, step or checkpoint.
+      InputError: the run, step or checkpoint does not exist.
     """
+    # 1. Open the run.
     model, dataset = open_model(workdir, data)
     config = model.config
+    # Before the mesh is made: a wrong number must not cost a compilation.
     if step >= config.optim.steps:
         raise InputError(
-            f"--step={step}: the steps of this run are 0 to {config.optim.steps - 1}, by optim.steps"
+            f"--step={step}: the steps of this run are 0 to {config.optim.steps - 1}, "
+            "by optim.steps"
         )
-    made = make_mesh(mesh or config.mesh)
-    check_batch_sizes(config, made)
-    with jax.set_mesh(made):
+    device_mesh = make_mesh(mesh or config.mesh)
+    check_batch_sizes(config, device_mesh)
+    with jax.set_mesh(device_mesh):
+        # 2. Restore, and make the steps before the one in question.
+        # `first` is None if no checkpoint is used; the steps then start at 0.
         first, state = _state_before(model, workdir, step, checkpoint)
         origin = f"the checkpoint of step {first}" if first is not None else "the start"
         start = first or 0
-        say(f"step {step} from {origin}: {step - start:,} steps to make before it")
+        log(f"step {step} from {origin}: {step - start:,} steps to make before it")
         step_fn = jax.jit(
             train_step,
             static_argnums=0,
             donate_argnums=1,
-            compiler_options=compiler_options(made),
+            compiler_options=compiler_options(device_mesh),
         )
-        batches = train_batches(
-            dataset,
-            config.data,
-            start=start,
-            steps=step + 1,
-            seed=config.seed,
-            ages=reads_event_ages(config.model),
+        state, host, applied = _advance(
+            step_fn, model, dataset, state, device_mesh, start, step
         )
-        with contextlib.closing(batches):
-            applied = []
-            for _ in range(start, step):
-                state, metrics = step_fn(
-                    model, state, to_devices(next(batches).batch, made)
-                )
-                applied.append(metrics.applied)
-            host = next(batches)
-        batch = to_devices(host.batch, made)
-        seen = jax.device_get(jax.jit(_look, static_argnums=0)(model, state, batch))
+        # 3. Inspect the step, then make it.
+        batch = to_devices(host.batch, device_mesh)
+        inspected = jax.jit(inspect_step, static_argnums=0)(model, state, batch)
+        inspected = jax.device_get(inspected)
+        # Last, because the step donates the state.
         _, metrics = jax.device_get(step_fn(model, state, batch))
-    finite = bool(np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm))
-    samples = jax.tree.map(
-        lambda leaf: _in_batch_order(leaf, config.optim.accumulate), seen["samples"]
-    )
-    tables = list(table_gradients(model, seen["places"], seen["by_row"]))
-    weights = [
-        {
-            "weight": name,
-            "gradient_norm": jsonable(norm),
-            "not_finite": int(bad),
-            "weight_norm": jsonable(size),
-        }
-        for name, (norm, bad, size) in seen["weights"].items()
-    ]
+    skipped = [start + n for n, is_applied in enumerate(applied) if not is_applied]
     return {
         "step": step,
         "checkpoint": first,
         "steps_before": step - start,
-        "skipped_before": [
-            start + n for n, one in enumerate(jax.device_get(applied)) if not one
-        ],
-        "loss": jsonable(metrics.loss),
-        "gradient_norm": jsonable(metrics.grad_norm),
-        "finite": finite,
-        "applied": bool(metrics.applied),
-        "first_not_finite": None
-        if finite
-        else first_not_finite(samples, weights, tables),
-        "weights": sorted(weights, key=lambda of: rank(of["gradient_norm"]))[:LISTED],
-        "tables": sorted(tables, key=lambda of: rank(of["gradient_norm"])),
-        "samples": list(worst_samples(model, dataset, host, samples["losses"])),
-    }
+        "skipped_before": skipped,
+    } | _report(model, dataset, host, inspected, metrics)
 
 
 def _state_before(
     model: ModelSpec, workdir: Path, step: int, checkpoint: str
 ) -> tuple[int | None, TrainState]:
-    """The state to begin with, and the step of its checkpoint; None: the state that the run began with."""
+    """Load or make the state to start from.
+
+    Args:
+      model: the model of the run.
+      workdir: folder of the run.
+      step: the step to replay.
+      checkpoint: as in `replay_run`.
+
+    Returns:
+      The step of the checkpoint and its state; None and the initial state without one.
+    """
     with CheckpointReader(workdir) as checkpoints:
         steps = checkpoints.steps
-        chosen = max((one for one in steps if one <= step), default=None)
+        chosen = max((known for known in steps if known <= step), default=None)
         if checkpoint.isdecimal():
             chosen = int(checkpoint)
             if chosen not in steps or chosen > step:
-                before = [one for one in steps if one <= step]
+                before = [known for known in steps if known <= step]
                 raise InputError(
-                    f"--checkpoint={checkpoint}: the run has none before step {step} but {before}; or start"
+                    f"--checkpoint={checkpoint}: the run has none before step {step} "
+                    f"but {before}; or start"
                 )
+        # Without a checkpoint before the step, "latest-before" starts at the beginning.
         if checkpoint != "start" and chosen is not None:
             return checkpoints.load_state(str(chosen), abstract_state(model))
     if model.config.train.warm_start:
-        return None, warm_state(model)[0]
+        return None, warm_start_state(model)[0]
     return None, init_state(model, model.config.seed)
 
 
-def _look(model: ModelSpec, state: TrainState, batch: Batch) -> dict[str, Any]:
-    inputs = step_inputs(model, state, batch)
-    _, (dense, by_row) = gradients(model, state.params, inputs)
+def _advance(
+    step_fn: Callable[[ModelSpec, TrainState, Batch], tuple[TrainState, Metrics]],
+    model: ModelSpec,
+    dataset: Dataset,
+    state: TrainState,
+    mesh: Mesh,
+    start: int,
+    step: int,
+) -> tuple[TrainState, HostBatch, list[np.ndarray]]:
+    """Make the steps from `start` up to `step`, without `step` itself.
+
+    Args:
+      step_fn: the compiled training step; it donates the state.
+      model: the model.
+      dataset: the data set of the run.
+      state: the state at `start`.
+      mesh: the mesh in use.
+      start: first step that is made.
+      step: step that is not made any more.
+
+    Returns:
+      The state before `step`, its batch on the host, and for each step made whether its
+      update was applied.
+    """
+    config = model.config
+    batches = train_batches(
+        dataset,
+        config.data,
+        start=start,
+        # The batch of the step itself, and no more: readers prefetch.
+        steps=step + 1,
+        seed=config.seed,
+        ages=reads_event_ages(config.model),
+    )
+    applied = []
+    with contextlib.closing(batches):
+        for _ in range(start, step):
+            batch = to_devices(next(batches).batch, mesh)
+            state, metrics = step_fn(model, state, batch)
+            applied.append(metrics.applied)
+        host = next(batches)
+    return state, host, jax.device_get(applied)
+
+
+def _report(
+    model: ModelSpec,
+    dataset: Dataset,
+    host: HostBatch,
+    inspected: dict[str, Any],
+    metrics: Metrics,
+) -> dict[str, Any]:
+    """Report on a step.
+
+    Args:
+      model: the model.
+      dataset: the data set of the run.
+      host: the batch of the step.
+      inspected: result of `inspect_step`.
+      metrics: metrics of the step.
+    """
+    is_finite = bool(np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm))
+    # Micro-batches interleave the batch; the report names samples by their place in it.
+    samples = jax.tree.map(
+        lambda leaf: _in_batch_order(leaf, model.config.optim.accumulate),
+        inspected["samples"],
+    )
+    tables = list(table_gradients(model, inspected["places"], inspected["by_row"]))
+    weights = [
+        {
+            "weight": name,
+            "gradient_norm": to_json_number(gradient_norm),
+            "not_finite": int(bad),
+            "weight_norm": to_json_number(weight_norm),
+        }
+        for name, (gradient_norm, bad, weight_norm) in inspected["weights"].items()
+    ]
+    origin = None if is_finite else first_not_finite(samples, weights, tables)
     return {
-        "weights": {
-            name: (_norm(g), jnp.sum(~jnp.isfinite(g)), _norm(state.params[name]))
-            for name, g in dense.items()
-        },
-        "places": {
-            name: found.rows.places if isinstance(found.rows, RowRoute) else found.rows
-            for name, found in inputs.unique.items()
-        },
-        "by_row": by_row,
-        "samples": _samples(model, state.params, inputs),
+        "loss": to_json_number(metrics.loss),
+        "gradient_norm": to_json_number(metrics.grad_norm),
+        "finite": is_finite,
+        "applied": bool(metrics.applied),
+        "first_not_finite": origin,
+        "weights": sorted(weights, key=_by_gradient)[:MAX_LISTED],
+        "tables": sorted(tables, key=_by_gradient),
+        "samples": list(worst_samples(model, dataset, host, samples["losses"])),
     }
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
-
-
-def _samples(
-    model: ModelSpec, params: dict[str, jax.Array], inputs: Inputs
-) -> dict[str, Any]:
-    """Of each sample its loss and, on the way to it, how many numbers are not finite: `[B]` arrays, or with
-    micro-batches `[count, B / count]`.
-    """
-
-    def of(batch: Batch, reads: Inverses, key: jax.Array) -> dict[str, Any]:
-        module = bind_params(model, params)
-        entities = model.embedder.entities(inputs.rows, reads, batch)
-        tokens, outputs = module.trace(entities, batch, key)
-        layout = batch_layout(model.config, model.schema, model.literals, batch)
-        roles = [role for role in ROLES if len(layout.positions_of(role))]
-        kinds = {
-            part: {f.name: f.kind for f in features}
-            for part, features in model.embedder.parts.items()
-        }
-        return {
-            "losses": sample_losses(
-                model, module, outputs[-1], entities, batch, inputs.counts
-            ),
-            "features": {
-                part: {
-                    name: _bad_values(value, kinds[part][name])
-                    for name, value in entity.values.items()
-                }
-                for part, entity in entities.items()
-            },
-            "tokens": {
-                role: _bad(tokens[:, layout.positions_of(role)]) for role in roles
-            },
-            "layers": [_bad(output) for output in outputs],
-        }
-
-    count, reads = model.config.optim.accumulate, inverses(inputs.unique)
-    if count == 1:
-        return of(inputs.batch, reads, inputs.key)
-    pieces = (*micro_batches((inputs.batch, reads), count), jnp.arange(count))
-    return jax.lax.map(
-        lambda piece: of(piece[0], piece[1], jax.random.fold_in(inputs.key, piece[2])),
-        pieces,
-    )
-
-
-def _bad(x: jax.Array) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(x), axis=tuple(range(1, x.ndim)), dtype=jnp.int32)
-
-
-def _bad_values(x: jax.Array, kind: str) -> jax.Array:
-    """A missing number is NaN, and no fault."""
-    return _bad(jnp.where(jnp.isnan(x), 0, x) if kind in ("dense", "embedding") else x)
+def _by_gradient(entry: dict[str, Any]) -> float:
+    return descending_order(entry["gradient_norm"])
 
 
 def _in_batch_order(leaf: np.ndarray, count: int) -> np.ndarray:
-    """Micro-batch n of m takes the samples n, n + m, ..."""
+    """Undo the split into micro-batches: n of m takes the samples n, n + m, ..."""
     return leaf if count == 1 else np.moveaxis(leaf, 0, 1).reshape(-1)

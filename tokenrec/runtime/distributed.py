@@ -1,6 +1,9 @@
-"""Several processes of one run: they join, agree on what to do, and fail together. For one alone nothing happens.
+"""Processes of one run: join them, compare their settings, and fail together.
 
-A process that stops while the others go on would leave them waiting for it in the next exchange between devices.
+A run on several hosts is one process per host, each with the same command. If one of
+them stops alone, the others wait for it forever in their next collective operation; the
+functions here make all processes raise the same error instead. In a run of a single
+process they do nothing.
 """
 
 from __future__ import annotations
@@ -19,78 +22,84 @@ from jax.experimental import multihost_utils
 
 from tokenrec.errors import InputError
 
-# A process that was not heard of for so long is taken for dead, and the others end.
+# JAX counts a process as dead after this time without a heartbeat, and ends the others.
 HEARTBEAT_SECONDS = 100
-_LAST_WORDS_SECONDS = 2
+# Time that the other processes have to print their errors before process 0 ends.
+_GRACE_SECONDS = 2
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-def initialize(*, hears_stop: bool = False) -> None:
-    """Joins the other processes, once; call it before anything else of JAX. If they do not come within 300 seconds,
-    JAX aborts the process.
+def initialize(*, sigterm_stops_run: bool = False) -> None:
+    """Join the other processes; call it before any other function of JAX.
+
+    If the variables `JAX_COORDINATOR_ADDRESS` (host:port of process 0),
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` are all set, they say who the processes are.
+    Otherwise JAX asks the TPU pod, Slurm, Open MPI or Kubernetes. JAX aborts the process
+    if the others do not join within 300 seconds. Further calls do nothing.
 
     Args:
-      hears_stop: SIGTERM does not end the process: JAX tells all processes of it (`interruption.py`).
-
-    The variables `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` decide if
-    all three are set; otherwise JAX asks the TPU pod, Slurm, Open MPI or Kubernetes.
+      sigterm_stops_run: SIGTERM does not end the process that gets it; JAX tells all
+        processes, and they stop together (`tokenrec/runtime/preemption.py`).
 
     Raises:
-      InputError: it is not said who the processes are, or the port of process 0 is taken.
+      InputError: nothing says who the processes are, or the port of process 0 is taken.
     """
     if jax.distributed.is_initialized():
         return
-    given = [os.environ.get(name) for name in _VARIABLES]
-    jax.config.update("jax_enable_preemption_service", hears_stop)
+    values = [os.environ.get(name) for name in _VARIABLES]
+    jax.config.update("jax_enable_preemption_service", sigterm_stops_run)
     try:
-        if all(given):
-            address, *numbers = given
-            count, index = (
-                _number(name, text)
+        if all(values):
+            address, *numbers = values
+            process_count, process_index = (
+                _parse_number(name, text)
                 for name, text in zip(_VARIABLES[1:], numbers, strict=True)
             )
             jax.distributed.initialize(
                 address,
-                count,
-                index,
+                process_count,
+                process_index,
+                # The variables are complete: a cluster that JAX finds must not win.
                 cluster_detection_method="deactivate",
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
         else:
             jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
-        known = ", ".join(
+        settings = ", ".join(
             f"{name}={value!r}"
-            for name, value in zip(_VARIABLES, given, strict=True)
+            for name, value in zip(_VARIABLES, values, strict=True)
             if value
         )
         raise InputError(
-            f"--distributed: cannot join the other processes ({known or 'no variable set'}); set "
-            f"{', '.join(_VARIABLES)} in each of them, or start them on a TPU pod or under Slurm. JAX says: {error}"
+            "--distributed: cannot join the other processes "
+            f"({settings or 'no variable set'}); set {', '.join(_VARIABLES)} in each of "
+            f"them, or start them on a TPU pod or under Slurm. JAX says: {error}"
         ) from error
 
 
-def _number(name: str, text: str | None) -> int:
+def _parse_number(name: str, text: str | None) -> int:
     if text is None or not text.isdecimal():
         raise InputError(f"{name}={text!r} is not a whole number of 0 or more")
     return int(text)
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes the files that all have in common, and speaks."""
+    """Whether this process writes the shared files and prints for the user."""
     return jax.process_index() == 0
 
 
 def broadcast_from_first(value: int) -> int:
-    """The value of the first process."""
+    """Return the value that the first process passes; also a barrier."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def gather_from_all(text: str) -> list[str]:
-    """The texts of all processes."""
+    """Return the texts of all processes, in the order of their indices."""
     if jax.process_count() == 1:
         return [text]
+    # Collectives need arrays of one shape: texts are padded to the longest one.
     data = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(data)))
     padded = np.zeros(max(int(np.max(lengths)), 1), np.uint8)
@@ -104,8 +113,9 @@ def gather_from_all(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """Wrong input that any process finds inside is an InputError in every process at the end. Nothing inside may
-    wait for another process.
+    """Raise an InputError on all processes if any process raised one inside.
+
+    The end of the block is a barrier, so nothing inside may wait for another process.
     """
     problem: InputError | None = None
     try:
@@ -116,9 +126,11 @@ def raise_on_all_processes() -> Iterator[None]:
         problem = error
     if jax.process_count() == 1:
         return
+    # Every process reaches this line, with or without a problem of its own.
     problems = gather_from_all(
         "" if problem is None else f"process {jax.process_index()}: {problem}"
     )
+    # Here it has its traceback; the others raise a copy of its message.
     if problem is not None:
         raise problem
     if any(problems):
@@ -126,47 +138,57 @@ def raise_on_all_processes() -> Iterator[None]:
 
 
 def assert_same_on_all_processes(values: Mapping[str, object]) -> None:
-    """Checks that the values are those of the first process.
+    """Check that every process passes the values of the first process.
+
+    Args:
+      values: name -> value that JSON can represent; other values are compared as text.
 
     Raises:
-      InputError: in every process, if they differ in any; names what differs.
+      InputError: on all processes, if a value differs on any; names the differences.
     """
     if jax.process_count() == 1:
         return
-    own = {
+    local = {
         name: json.dumps(value, sort_keys=True, default=str)
         for name, value in values.items()
     }
-    first = json.loads(_text_of_first(json.dumps(own)))
+    first = json.loads(_broadcast_text(json.dumps(local)))
     differing = [
         name
-        for name in sorted(own.keys() | first.keys())
-        if own.get(name) != first.get(name)
+        for name in sorted(local.keys() | first.keys())
+        if local.get(name) != first.get(name)
     ]
     with raise_on_all_processes():
         if differing:
-            listed = "".join(
-                f"\n  {name}: {first.get(name)} in process 0, {own.get(name)} in process {jax.process_index()}"
+            process = jax.process_index()
+            lines = "".join(
+                f"\n  {name}: {first.get(name)} in process 0, "
+                f"{local.get(name)} in process {process}"
                 for name in differing
             )
             raise InputError(
-                f"the processes were not started alike; make these equal:{listed}"
+                f"the processes have different settings; make these equal:{lines}"
             )
 
 
 def exit_immediately(code: int) -> NoReturn:
-    """Ends this process at once with an exit code, instead of waiting for the others as an orderly exit does."""
+    """End this process with an exit code; do not wait for the others.
+
+    An orderly exit would wait in JAX's shutdown barrier, which processes that hang in a
+    collective operation never reach.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:
-        time.sleep(
-            _LAST_WORDS_SECONDS
-        )  # the others end with the first: let them say what they found
+        # JAX ends the others when the first process is gone.
+        time.sleep(_GRACE_SECONDS)
     os._exit(code)
 
 
-def _text_of_first(text: str) -> str:
+def _broadcast_text(text: str) -> str:
+    """Return the text that the first process passes."""
     data = np.frombuffer(text.encode(), np.uint8)
+    # The others need the length to pass an array of the same shape.
     length = broadcast_from_first(len(data))
-    mine = data if is_first_process() else np.zeros(length, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes().decode()
+    local = data if is_first_process() else np.zeros(length, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(local)).tobytes().decode()

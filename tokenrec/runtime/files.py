@@ -47,6 +47,7 @@ def atomic_replace(path: Path) -> Iterator[Path]:
         yield partial
         if partial.exists():
             _flush_to_disk(partial)
+            # Atomic within one file system, which is why the file is beside its target.
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

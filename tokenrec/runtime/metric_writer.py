@@ -82,7 +82,13 @@ class JsonlWriter:
         values: Mapping[str, SupportsFloat | None],
         prefix: str = "train",
     ) -> None:
-        """Append a line and flush it, so that it survives a kill of the process."""
+        """Append a line and flush it, so that it survives a kill of the process.
+
+        Args:
+          step: number of updates made so far.
+          values: metric name -> number; None if undefined.
+          prefix: group of the metrics.
+        """
         line: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         for name, value in finite_values(values).items():
             line[f"{prefix}/{name}"] = value
@@ -92,6 +98,9 @@ class JsonlWriter:
             ):
                 self._drop_repeated(prefix)
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            # To the operating system: a kill of the process loses nothing. A power
+            # failure may, but then the run resumes from a checkpoint and writes the
+            # lines again.
             self._file.flush()
 
     def close(self) -> None:
@@ -141,6 +150,7 @@ class TensorBoardWriter:
         with raise_write_errors(self._folder):
             self._writer = SummaryWriter(
                 str(self._folder / TENSORBOARD_FOLDER),
+                # 0 hides everything that an earlier run wrote here.
                 purge_step=start_step + 1 if start_step else 0,
             )
             if config is not None:
@@ -154,7 +164,13 @@ class TensorBoardWriter:
         values: Mapping[str, SupportsFloat | None],
         prefix: str = "train",
     ) -> None:
-        """Write a scalar for each finite value."""
+        """Write a scalar for each finite value.
+
+        Args:
+          step: number of updates made so far.
+          values: metric name -> number; None if undefined.
+          prefix: group of the metrics.
+        """
         with raise_write_errors(self._folder):
             for name, value in finite_values(values).items():
                 # TensorBoard has no null, and SummaryWriter prints a warning for NaN.
@@ -225,11 +241,13 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
+    # A torn last line can end inside a character; JSON then refuses it.
     text = path.read_text(encoding="utf-8", errors="replace")
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            # A foreign file must not be cut back as if it were our log.
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise ValueError("no step")
         except ValueError as error:
@@ -250,6 +268,7 @@ def _keep_records(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None
     """Rewrite the file with the records for which `keep` is true."""
     records = [record for record in read_log(path) if keep(record)]
     text = "".join(json.dumps(record) + "\n" for record in records)
+    # The usual case, in which nothing is written: the file ends at the checkpoint.
     if not path.exists() or path.read_text(encoding="utf-8", errors="replace") == text:
         return
     write_text_atomically(path, text)

@@ -58,12 +58,15 @@ class MlflowWriter:
         )
         with raise_write_errors(folder), self._raise_refusals():
             folder.mkdir(parents=True, exist_ok=True)
+            # A client, not the global functions of `mlflow`, which keep one active run
+            # per thread that code around the training loop may use.
             self._client = self._mlflow.MlflowClient(tracking_uri=self._uri)
             run_id = load_run_id(folder, NAME)
             if run_id is None:
                 run_id = self._create_run(folder, config)
                 save_run_id(folder, NAME, run_id)
             else:
+                # The first part of the run marked it as finished.
                 self._client.update_run(run_id, status="RUNNING")
             self._run_id = run_id
         self._is_open = True
@@ -77,9 +80,15 @@ class MlflowWriter:
         """Write the finite values; the call returns when the server has them.
 
         An error of the tracker ends its use, not the run: a warning names it.
+
+        Args:
+          step: number of updates made so far.
+          values: metric name -> number; None if undefined.
+          prefix: group of the metrics.
         """
         if not self._is_open:
             return
+        # One time for all metrics of the step.
         milliseconds = int(time.time() * 1000)
         metrics = [
             self._mlflow.entities.Metric(
@@ -113,7 +122,7 @@ class MlflowWriter:
         try:
             yield
         # After one error, each further call could wait for all its retries again.
-        except self._mlflow.exceptions.MlflowException as error:
+        except Exception as error:  # noqa: BLE001 - no error of a tracker ends a run
             self._is_open = False
             warn_tracker_stopped(NAME, error)
 

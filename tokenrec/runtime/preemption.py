@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: heard at once, obeyed between steps, when the state is whole and can be saved."""
+"""Stop a run on SIGTERM or Ctrl-C between two steps, when its state can be saved."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ from jax.experimental import multihost_utils
 
 
 class StopRequested(Exception):
-    """Raised where work that takes long is to be left."""
+    """Leave long work, such as an evaluation, because the run shall stop."""
 
 
 class StopSignals:
-    """Hears SIGTERM, by which schedulers announce the end, and Ctrl-C. A context manager: leaving it takes the earlier
-    handlers back.
+    """Record SIGTERM, which schedulers send before they end a job, and Ctrl-C.
 
-    A second Ctrl-C is a KeyboardInterrupt at once. With several processes JAX hears SIGTERM, of which one is enough,
-    and all stop at the same call of `asked`; Ctrl-C ends a process there. In a thread that is not the main one,
-    which hears no signal, none is asked.
+    A context manager: leaving it restores the earlier signal handlers.
+
+    - One process: the first signal is recorded, and a second Ctrl-C raises
+      KeyboardInterrupt at once.
+    - Several processes: JAX records a SIGTERM that any of them gets, and all of them
+      stop at the same call of `requested`. Ctrl-C ends the process that gets it.
+    - Python delivers signals to the main thread only, so in another thread of a single
+      process nothing is recorded.
+
+    Attributes:
+      signal_received: number of the signal; None before one is known here.
     """
 
     def __init__(self) -> None:
-        self.heard: int | None = None
+        self.signal_received: int | None = None
         self._calls = 0
-        self._before: dict[int, Any] = {}
+        self._earlier_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if (
-            jax.process_count() == 1
-            and threading.current_thread() is threading.main_thread()
-        ):
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if jax.process_count() == 1 and in_main_thread:
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._hear)
+                self._earlier_handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(
@@ -44,23 +49,28 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._earlier_handlers.items():
             signal.signal(number, handler)
 
-    def asked(self) -> int | None:
-        """The signal to obey now, or None. All processes must call it equally often."""
-        self._calls += 1
-        told = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
-        if told and multihost_utils.reached_preemption_sync_point(self._calls):
-            self.heard = int(signal.SIGTERM)
-        return self.heard
+    def requested(self) -> int | None:
+        """Return the signal that stops the run now, or None.
 
-    def obey(self) -> None:
-        """As `asked`; raises Heard instead."""
-        if self.asked() is not None:
+        All processes must call it equally often: JAX agrees on a call number.
+        """
+        self._calls += 1
+        shared = jax.process_count() > 1 and jax.config.jax_enable_preemption_service
+        # JAX returns True on all processes at the same call number.
+        if shared and multihost_utils.reached_preemption_sync_point(self._calls):
+            self.signal_received = int(signal.SIGTERM)
+        return self.signal_received
+
+    def raise_if_requested(self) -> None:
+        """Raise StopRequested if `requested` returns a signal."""
+        if self.requested() is not None:
             raise StopRequested
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.heard is not None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal_received is not None:
+            # The first Ctrl-C waits for the end of a step, which may never come.
             raise KeyboardInterrupt
-        self.heard = number
+        self.signal_received = number

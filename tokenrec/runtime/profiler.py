@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-FOLDER = "profile"
+PROFILE_FOLDER = "profile"
 
 
 class StepProfiler:
@@ -50,6 +50,7 @@ class StepProfiler:
     def close(self) -> None:
         """Stop a trace that is still recorded."""
         if self._is_recording:
+            # Before the call: if writing the trace fails, it must not be tried again.
             self._is_recording = False
             jax.profiler.stop_trace()
 
@@ -66,7 +67,7 @@ def profile_steps(workdir: Path, first: int, count: int) -> Iterator[StepProfile
     Yields:
       The profiler, which the loop calls around each step.
     """
-    profiler = StepProfiler(Path(workdir) / FOLDER, first, count)
+    profiler = StepProfiler(Path(workdir) / PROFILE_FOLDER, first, count)
     try:
         yield profiler
     finally:

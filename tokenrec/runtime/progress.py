@@ -68,6 +68,7 @@ class ProgressDisplay:
             return
         self._phase = phase
         if self._bar is not None:
+            # Drawn at once: a compilation can take minutes.
             self._bar.set_description_str(phase)
         elif phase != TRAINING:
             self._print(f"{self._position()}  {phase}")
@@ -78,7 +79,13 @@ class ProgressDisplay:
         values: Mapping[str, SupportsFloat | None],
         prefix: str = TRAINING,
     ) -> None:
-        """Show the metrics of a step."""
+        """Show the metrics of a step.
+
+        Args:
+          step: number of updates made so far.
+          values: metric name -> number; None if undefined.
+          prefix: group of the metrics.
+        """
         self._step = step
         if not self._enabled:
             return
@@ -111,6 +118,7 @@ class ProgressDisplay:
             if left:
                 trained = tqdm.format_interval(self._throughput.training_seconds)
                 texts.append(f"[{trained} trained, {left} left]")
+            # `update` draws the bar once, with the new text.
             self._bar.set_postfix_str("  ".join(texts), refresh=False)
             self._bar.update(self._step - self._bar.n)
             return

@@ -87,6 +87,7 @@ def format_cell(value: Any) -> str:
     """Format a value: integers with thousands separators, floats with four digits."""
     if value is None:
         return "-"
+    # Counts; a metric is a float even if it is whole.
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -33,7 +33,13 @@ class RunLog:
         values: Mapping[str, SupportsFloat | None],
         prefix: str = "train",
     ) -> None:
-        """Write the metrics of a step; see `MetricWriter.write`."""
+        """Write the metrics of a step to all writers.
+
+        Args:
+          step: number of updates made so far.
+          values: metric name -> number; None if undefined.
+          prefix: group of the metrics.
+        """
         if not self._writers:
             return
         # Converted once: a value may be an array that is fetched from a device.
@@ -51,6 +57,7 @@ class RunLog:
 
     def close(self) -> None:
         """Close all writers, the last one first, even if one of them fails."""
+        # The stack calls all of them and raises the last error.
         with contextlib.ExitStack() as stack:
             for writer in self._writers:
                 stack.callback(writer.close)
@@ -95,8 +102,10 @@ def open_run_log(
             writers.append(writer)
             opened.callback(writer.close)
 
+        # If a later writer cannot be opened, the earlier ones are closed.
         for writer in more:
             opened.callback(writer.close)
+        # First: if another writer fails later, the line is in metrics.jsonl already.
         add(JsonlWriter(workdir, start_step=start_step))
         add(TensorBoardWriter(workdir, start_step=start_step, config=config))
         for name in trackers:

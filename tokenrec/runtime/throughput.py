@@ -39,6 +39,7 @@ class Throughput:
         try:
             yield
         finally:
+            # Also after an error: the caller may go on, as after a stopped evaluation.
             self._interval_start += self._clock() - start
 
     def rate(self) -> float | None:
@@ -70,6 +71,7 @@ class Throughput:
 
     def seconds_per_step(self) -> float | None:
         """Mean over all calls of `rate`; None before the first step that is timed."""
+        # Steps that compile are not added, so this can be long after the first one.
         if not self._total_steps:
             return None
         return self._total_seconds / self._total_steps

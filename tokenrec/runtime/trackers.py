@@ -1,4 +1,4 @@
-"""What the experiment trackers share: optional packages, and run ids for resuming."""
+"""Shared parts of the experiment trackers: optional packages, run ids, warnings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,13 @@ def load_run_id(workdir: Path, tracker: str) -> str | None:
 
 
 def save_run_id(workdir: Path, tracker: str, run_id: str) -> None:
-    """Keep the id that the tracker gave this run."""
+    """Keep the id that the tracker gave this run.
+
+    Args:
+      workdir: folder of the run.
+      tracker: name of the tracker.
+      run_id: id in the tracker.
+    """
     path = Path(workdir) / RUN_IDS_FILE
     run_ids = _read_run_ids(path) if path.is_file() else {}
     write_json(path, run_ids | {tracker: run_id})
@@ -50,7 +56,7 @@ def save_run_id(workdir: Path, tracker: str, run_id: str) -> None:
 def warn_tracker_stopped(tracker: str, error: Exception) -> None:
     """Say once that a tracker gets no more metrics; the run goes on without it."""
     print(
-        f"tokenrec: {tracker} failed and gets no more metrics of this run: {error}; "
+        f"tokenrec: {tracker} failed and gets no more metrics of this run: {error!r}; "
         "all metrics are in metrics.jsonl",
         file=sys.stderr,
     )
@@ -63,6 +69,7 @@ def flat_config(config: dict[str, object], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict):
             flat |= flat_config(value, f"{prefix}{name}.")
         else:
+            # Trackers compare parameters as text: tuples and lists must look alike.
             flat[prefix + name] = json.dumps(value)
     return flat
 

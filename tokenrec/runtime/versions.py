@@ -1,4 +1,4 @@
-"""Which software made something."""
+"""Versions of the packages that a result depends on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Version of each package, or "not installed", as tokenrec itself is where it runs from a folder."""
+    """Return the version of each package.
+
+    A package that is not installed has "not installed"; so has tokenrec itself if it
+    runs from a folder.
+    """
     return {name: _version(name) for name in PACKAGES}
 
 

@@ -54,6 +54,7 @@ class WandbWriter:
                     id=load_run_id(folder, NAME),
                     dir=folder,
                     config=dict(config),
+                    # Go on in the run with this id if W&B has it, else start one.
                     resume="allow",
                     # The run's own log stays as it is: no copy of stdout and stderr.
                     settings=self._wandb.Settings(console="off"),
@@ -64,6 +65,8 @@ class WandbWriter:
                     "or set WANDB_MODE=offline"
                 ) from error
             save_run_id(folder, NAME, self._run.id)
+            # W&B drops steps that it has already, with a warning for each.
+            self._first_step = self._run.starting_step
         self._is_open = True
 
     def write(
@@ -75,9 +78,13 @@ class WandbWriter:
         """Queue the finite values; another process uploads them.
 
         An error of the tracker ends its use, not the run: a warning names it.
+
+        Args:
+          step: number of updates made so far.
+          values: metric name -> number; None if undefined.
+          prefix: group of the metrics.
         """
-        # W&B drops a step that is smaller than its newest one, with a warning each time.
-        if not self._is_open or step < self._run.step:
+        if not self._is_open or step < self._first_step:
             return
         metrics = {
             f"{prefix}/{name}": value
@@ -98,6 +105,7 @@ class WandbWriter:
     def _stop_on_errors(self) -> Iterator[None]:
         try:
             yield
-        except self._wandb.errors.Error as error:
+        # Errors of its own process and connection have many types, some of them internal.
+        except Exception as error:  # noqa: BLE001 - no error of a tracker ends a run
             self._is_open = False
             warn_tracker_stopped(NAME, error)

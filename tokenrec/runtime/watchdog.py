@@ -1,4 +1,4 @@
-"""Says where a run stands when nothing moves any more, and ends it, so that its scheduler can start it again."""
+"""Watchdog: end a run that makes no progress, so that its scheduler can restart it."""
 
 from __future__ import annotations
 
@@ -14,37 +14,46 @@ from types import TracebackType
 from tokenrec.errors import EXIT_HUNG
 from tokenrec.runtime.files import write_json
 
-FOLDER = "hung"
-_LOOKS = 20  # in the time that a phase may take
-_LONGEST_NAP = 5.0
+HUNG_FOLDER = "hung"
+# Checks within the time that a phase may take, and the longest time between two.
+_CHECKS = 20
+_MAX_CHECK_SECONDS = 5.0
 
 
 class Watchdog:
-    """Ends the process with `EXIT_HUNG` if no word of it comes for `seconds`; 0 never. A context manager.
+    """End the process with `EXIT_HUNG` when a phase takes too long; a context manager.
 
-    Before that it writes to stderr where this process stands, the stack of every thread, and where the others stand:
-    processes that wait for each other hang together, and leave word in `WORKDIR/hung`. One that left none was stopped,
-    or its machine is gone.
+    Before that, the watchdog prints the phase of this process, the stack of every thread
+    and the phases of the other processes to stderr. Processes that wait for each other
+    hang together, and each of them writes its phase to `WORKDIR/hung`; one that wrote
+    none was stopped, or its machine is gone.
+
+    Args:
+      seconds: longest time of a phase; 0 never ends the process.
+      workdir: folder of the run, which all processes share.
+      index: number of this process.
+      count: number of processes.
     """
 
     def __init__(
         self, seconds: float, workdir: Path, index: int = 0, count: int = 1
     ) -> None:
-        self._seconds, self._folder, self._index, self._count = (
-            seconds,
-            Path(workdir) / FOLDER,
-            index,
-            count,
-        )
-        self._phase, self._since = "start", time.monotonic()
-        self._over = threading.Event()
+        self._seconds = seconds
+        self._folder = Path(workdir) / HUNG_FOLDER
+        self._index = index
+        self._count = count
+        self._phase = "start"
+        self._phase_start = time.monotonic()
+        self._finished = threading.Event()
+        # A daemon: it must not keep a process alive that ends in another way.
         self._thread = threading.Thread(
             target=self._watch, name="watchdog", daemon=True
         )
 
     def __enter__(self) -> Watchdog:
         if self._seconds:
-            self._word(self._index).unlink(missing_ok=True)  # of an earlier start
+            # A file of an earlier start would be taken for the phase of this one.
+            self._phase_file(self._index).unlink(missing_ok=True)
             self._thread.start()
         return self
 
@@ -54,49 +63,67 @@ class Watchdog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._over.set()
+        self._finished.set()
         if self._thread.is_alive():
             self._thread.join()
 
-    def at(self, phase: str) -> None:
-        """Word of life: what the process does now."""
-        self._phase, self._since = phase, time.monotonic()
+    def enter_phase(self, phase: str) -> None:
+        """Start a new phase; its time begins now.
 
-    def hangs(self, now: float) -> bool:
-        """Whether the last word is too old at a time of `time.monotonic`."""
-        return now - self._since > self._seconds
+        Args:
+          phase: what the process does now, for the message.
+        """
+        # No lock: in between, the watchdog sees the earlier time, as before this call.
+        self._phase, self._phase_start = phase, time.monotonic()
+
+    def is_hung(self, now: float) -> bool:
+        """Whether the phase takes too long at the time `now` of `time.monotonic`."""
+        return now - self._phase_start > self._seconds
 
     def _watch(self) -> None:
-        nap = min(self._seconds / _LOOKS, _LONGEST_NAP)
-        while not self._over.wait(nap):
-            if self.hangs(time.monotonic()):
-                self._end(self._phase, time.monotonic() - self._since, nap)
+        interval = min(self._seconds / _CHECKS, _MAX_CHECK_SECONDS)
+        while not self._finished.wait(interval):
+            if self.is_hung(time.monotonic()):
+                self._end_process(
+                    self._phase, time.monotonic() - self._phase_start, interval
+                )
 
-    def _end(self, phase: str, waited: float, nap: float) -> None:
+    def _end_process(self, phase: str, seconds: float, interval: float) -> None:
         print(
-            f"tokenrec: process {self._index} of {self._count} hangs: {phase}, for {waited:,.0f} s "
-            f"(train.hang_seconds={self._seconds:g}); stacks of its threads:",
+            f"tokenrec: process {self._index} of {self._count} hangs: {phase}, for "
+            f"{seconds:,.0f} s (train.hang_seconds={self._seconds:g}); stacks of its "
+            "threads:",
             file=sys.stderr,
         )
+        # The stacks of all threads; the main thread is the one that waits.
         faulthandler.dump_traceback(sys.stderr)
         try:
             write_json(
-                self._word(self._index), {"phase": phase, "seconds": round(waited)}
+                self._phase_file(self._index),
+                {"phase": phase, "seconds": round(seconds)},
             )
             if self._count > 1:
-                time.sleep(4 * nap)  # for the word of the others, who look as often
-                print("\n".join(map(self._told, range(self._count))), file=sys.stderr)
+                # The other processes check as often, and write their phases meanwhile.
+                time.sleep(4 * interval)
+                for index in range(self._count):
+                    print(self._describe_process(index), file=sys.stderr)
         except OSError as error:
             print(f"tokenrec: '{self._folder}': {error}", file=sys.stderr)
         sys.stderr.flush()
+        # An orderly exit would wait for the thread that hangs.
         os._exit(EXIT_HUNG)
 
-    def _word(self, index: int) -> Path:
+    def _phase_file(self, index: int) -> Path:
         return self._folder / f"process-{index}.json"
 
-    def _told(self, index: int) -> str:
+    def _describe_process(self, index: int) -> str:
         try:
-            word = json.loads(self._word(index).read_bytes())
+            report = json.loads(self._phase_file(index).read_bytes())
         except FileNotFoundError:
-            return f"tokenrec: process {index}: no word; it was stopped, its machine is gone, or it does not wait"
-        return f"tokenrec: process {index}: {word['phase']}, for {word['seconds']:,} s"
+            return (
+                f"tokenrec: process {index}: no report; it was stopped, its machine is "
+                "gone, or it does not wait"
+            )
+        return (
+            f"tokenrec: process {index}: {report['phase']}, for {report['seconds']:,} s"
+        )
