@@ -23,7 +23,13 @@ from tokenrec.config import DataConfig
 from tokenrec.config.load import load_config
 from tokenrec.data.batch import HostBatch
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.log import EVENT, LEARNED, SCORED, Catalogue, Log
+from tokenrec.data.interaction_log import (
+    EVENT,
+    LEARNED,
+    SCORED,
+    Catalogue,
+    InteractionLog,
+)
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.pipeline import LogReader, train_batches
 from tokenrec.data.schema import Feature, Schema, Task, columns
@@ -37,7 +43,7 @@ ENTITY = {"user": "user", "catalogue": "item", "row": "context", "action": "acti
 class Generated:
     """A log of random values: per group as many id and dense columns as `WIDTHS` says, six labels."""
 
-    log: Log
+    log: InteractionLog
     catalogue: Catalogue
     schema: Schema
     splits: tuple[str, ...] = ("train",)
@@ -46,11 +52,13 @@ class Generated:
     def metadata(self) -> Metadata:
         return Metadata(self.schema, "generated", "", "", {}, {}, {}, {})
 
-    def rows(self, split: str) -> np.ndarray:
+    def chunk_lengths(self, split: str) -> np.ndarray:
         return np.diff(self.log.start)
 
-    def load(self, split: str, start: int = 0, stop: int | None = None) -> Log:
-        if (start, stop) != (0, self.log.chunks):
+    def load(
+        self, split: str, start: int = 0, stop: int | None = None
+    ) -> InteractionLog:
+        if (start, stop) != (0, self.log.num_chunks):
             raise ValueError(
                 f"the generated log is one window; chunks [{start}, {stop}) are a part of it"
             )
@@ -74,7 +82,7 @@ def generate(seed: int) -> Generated:
     def dense(group: str) -> np.ndarray:
         return random.random((counts[group], WIDTHS[group][1]), dtype=np.float32)
 
-    log = Log(
+    log = InteractionLog(
         start=start,
         user_id=np.arange(USERS),
         user_ids=ids("user"),
@@ -110,7 +118,9 @@ class Indices:
     targets: np.ndarray | None
 
 
-def pure_gather(log: Log, catalogue: Catalogue, indices: Indices) -> list[np.ndarray]:
+def pure_gather(
+    log: InteractionLog, catalogue: Catalogue, indices: Indices
+) -> list[np.ndarray]:
     """What NumPy needs for the same arrays: indexing and joining, and no order, masks, blanks, or Grain."""
     found = [log.user_ids[indices.user], log.user_dense[indices.user]]
     for rows in (indices.events, indices.targets):
@@ -129,7 +139,7 @@ def pure_gather(log: Log, catalogue: Catalogue, indices: Indices) -> list[np.nda
     return found
 
 
-def indices_of(log: Log, host: HostBatch) -> Indices:
+def indices_of(log: InteractionLog, host: HostBatch) -> Indices:
     """Rows of as many events as each sample has; where it has none, some row, as a gather must read something."""
     read = np.where(host.rows >= 0, host.rows, 0)
     last = read.max(axis=1)
@@ -155,7 +165,7 @@ def measure(
 ) -> dict[str, object]:
     """Both rates over the same steps. Opening the data set and the first batches are not timed."""
     iterator = train_batches(dataset, config, steps=steps * (repeats + 1) + 1, seed=0)
-    log = dataset.load("train", 0, len(dataset.rows("train")))
+    log = dataset.load("train", 0, len(dataset.chunk_lengths("train")))
     try:
         warm = [next(iterator) for _ in range(steps)]
         indices = [indices_of(log, host) for host in warm]

@@ -11,7 +11,7 @@ import pytest
 from tests.data.logs import MemoryData, random_log
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch
-from tokenrec.data.log import SCORED, Log
+from tokenrec.data.interaction_log import SCORED, InteractionLog
 from tokenrec.data.pipeline import eval_batches, train_batches
 
 NIO = DataConfig(
@@ -68,5 +68,5 @@ def read_rows(batches: list[HostBatch]) -> list[int]:
     return rows[rows >= 0].tolist()
 
 
-def scored(log: Log) -> list[int]:
+def scored(log: InteractionLog) -> list[int]:
     return np.flatnonzero(log.flags & SCORED).tolist()

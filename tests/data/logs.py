@@ -8,7 +8,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tokenrec.data.log import EVENT, LEARNED, SCORED, Catalogue, Log
+from tokenrec.data.interaction_log import (
+    EVENT,
+    LEARNED,
+    SCORED,
+    Catalogue,
+    InteractionLog,
+)
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.samples import Requests, Samples
 from tokenrec.data.schema import Feature, Schema, Task
@@ -44,7 +50,7 @@ SCHEMA = Schema(
 
 def random_log(
     seed: int, *, chunks: int = 12, rows: int = 30, all_events: bool = False
-) -> Log:
+) -> InteractionLog:
     """Chunks of 0 to `rows` rows, of which about every third shares its time with the row before."""
     random = np.random.default_rng(seed)
     sizes = random.integers(0, rows + 1, chunks)
@@ -58,7 +64,7 @@ def random_log(
     scored = random.random(count) < 0.6
     learned = scored | (event & (random.random(count) < 0.3))
     flags = EVENT * event + SCORED * scored + LEARNED * learned
-    return Log(
+    return InteractionLog(
         start=start,
         user_id=500 + np.arange(chunks),
         user_ids=random.integers(1, 9, (chunks, 1), dtype=np.int32),
@@ -83,7 +89,7 @@ def hand_log(
     *,
     labels: list[int] | None = None,
     request: list[int] | None = None,
-) -> Log:
+) -> InteractionLog:
     """One chunk; its rows have these times (ascending), flags, first labels (default 1) and requests (default -1)."""
     count = len(time)
     log = random_log(0, chunks=1)
@@ -106,10 +112,10 @@ def hand_log(
 class MemoryData:
     """A data set in memory; `on_load` is called with each log that it hands out."""
 
-    logs: dict[str, Log]
+    logs: dict[str, InteractionLog]
     options: dict[str, int] = dataclasses.field(default_factory=dict)
     schema: Schema = SCHEMA
-    on_load: Callable[[Log], None] = lambda log: None
+    on_load: Callable[[InteractionLog], None] = lambda log: None
 
     @property
     def metadata(self) -> Metadata:
@@ -127,12 +133,14 @@ class MemoryData:
     def splits(self) -> tuple[str, ...]:
         return tuple(self.logs)
 
-    def rows(self, split: str) -> np.ndarray:
+    def chunk_lengths(self, split: str) -> np.ndarray:
         return np.diff(self.logs[split].start)
 
-    def load(self, split: str, start: int = 0, stop: int | None = None) -> Log:
+    def load(
+        self, split: str, start: int = 0, stop: int | None = None
+    ) -> InteractionLog:
         log = self.logs[split]
-        first, last = log.start[[start, log.chunks if stop is None else stop]]
+        first, last = log.start[[start, log.num_chunks if stop is None else stop]]
         rows = {
             name: getattr(log, name)[first:last].copy(order="K") for name in PER_ROW
         }
@@ -140,7 +148,7 @@ class MemoryData:
             name: getattr(log, name)[start:stop]
             for name in ("user_id", "user_ids", "user_dense")
         }
-        part = Log(
+        part = InteractionLog(
             start=log.start[start : None if stop is None else stop + 1] - first,
             **users,
             **rows,

@@ -20,13 +20,13 @@ from tests.data.batches import (
 from tests.data.logs import SCHEMA, MemoryData, shown
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch
-from tokenrec.data.log import EVENT, Log
+from tokenrec.data.interaction_log import EVENT, InteractionLog
 from tokenrec.data.pipeline import batch_shapes, eval_batches, task_names, train_batches
 from tokenrec.data.samples import cut_samples
 
 
 def check_sample(
-    log: Log,
+    log: InteractionLog,
     data: MemoryData,
     host: HostBatch,
     b: int,
@@ -65,7 +65,7 @@ def check_sample(
 
 
 def check_state(
-    log: Log, catalogue, ids: np.ndarray, dense: np.ndarray, row: int
+    log: InteractionLog, catalogue, ids: np.ndarray, dense: np.ndarray, row: int
 ) -> None:
     if row < 0:
         assert ids.tolist() == [0, 0, 0, 0]
@@ -130,7 +130,7 @@ def test_ages_are_whole_seconds_back_from_the_request_or_the_newest_event(
 ) -> None:
     data, config = memory_data(), replaced(config, objective=objective)
     for name, log in data.logs.items():
-        data.logs[name] = Log(**(vars(log) | {"time": log.time * 700}))
+        data.logs[name] = InteractionLog(**(vars(log) | {"time": log.time * 700}))
     data.logs["valid"].time[0] -= 3_000 * 2**31
     trained = train_batches(data, config, steps=9, seed=5, ages=True)
     found = [("train", host) for host in trained]
@@ -221,7 +221,7 @@ def test_labels_follow_the_configured_tasks() -> None:
 def test_an_excluded_group_of_features_leaves_an_empty_matrix() -> None:
     data = memory_data()
     log = data.logs["valid"]
-    data.logs["valid"] = Log(
+    data.logs["valid"] = InteractionLog(
         **(
             vars(log)
             | {"row_dense": log.row_dense[:, :0], "action_ids": log.action_ids[:, :0]}
@@ -242,13 +242,13 @@ def test_columns_in_another_memory_order_give_the_same_batches() -> None:
         name: np.asfortranarray(np.repeat(getattr(log, name), 2, axis=1))
         for name in ("row_ids", "action_dense")
     }
-    data.logs["valid"] = Log(
+    data.logs["valid"] = InteractionLog(
         **(
             vars(log)
             | {name: np.ascontiguousarray(value) for name, value in turned.items()}
         )
     )
-    other.logs["valid"] = Log(**(vars(log) | turned))
+    other.logs["valid"] = InteractionLog(**(vars(log) | turned))
     assert_equal(
         list(evaluated(other, NIO, "valid")), list(evaluated(data, NIO, "valid"))
     )

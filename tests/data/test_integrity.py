@@ -195,7 +195,7 @@ def test_metadata_that_says_something_impossible_is_refused(
 def edit_rows(directory: Path, change: Callable[[np.ndarray], object]) -> None:
     """Writes the shard of train anew, with its hashes, after a change of every chunk's rows."""
     found = open_dataset(directory)
-    dtype, count = records.row_dtype(found.metadata.schema), found.chunks("train")
+    dtype, count = records.row_dtype(found.metadata.schema), found.num_chunks("train")
     written = [
         r
         for block in records.read_records(directory, "train", [count], 0, count)
@@ -264,7 +264,7 @@ def test_rows_that_leave_another_chunk_are_missed(data: Path) -> None:
 
 
 def test_a_record_that_is_no_chunk_is_refused(data: Path) -> None:
-    count = open_dataset(data).chunks("train")
+    count = open_dataset(data).num_chunks("train")
     writer = ArrayRecordWriter(str(data / SHARD), "group_size:1")
     for _ in range(count):
         writer.write(b"\xff\xff")

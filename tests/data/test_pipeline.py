@@ -23,7 +23,7 @@ from tests.data.batches import (
 from tests.data.logs import random_log, shown
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch
-from tokenrec.data.log import Log
+from tokenrec.data.interaction_log import InteractionLog
 from tokenrec.data.pipeline import eval_batches, steps_per_epoch, train_batches
 from tokenrec.data.samples import cut_samples
 from tokenrec.errors import InputError
@@ -190,7 +190,7 @@ def test_windows_cover_the_split_and_two_at_most_are_in_memory() -> None:
     alive: list[weakref.ref] = []
     held: list[int] = []
 
-    def on_load(log: Log) -> None:
+    def on_load(log: InteractionLog) -> None:
         held.append(sum(reference() is not None for reference in alive))
         alive.append(weakref.ref(log.time))
 
@@ -207,7 +207,7 @@ def test_windows_cover_the_split_and_two_at_most_are_in_memory() -> None:
 def test_a_split_of_one_window_is_loaded_once_for_all_epochs() -> None:
     loads: list[int] = []
     data = memory_data(chunks=200)
-    data.on_load = lambda log: loads.append(log.chunks)
+    data.on_load = lambda log: loads.append(log.num_chunks)
     steps = steps_per_epoch(data, NIO)
     loads.clear()
     take(data, NIO, 3 * steps)
@@ -223,9 +223,9 @@ def test_chunks_of_very_unequal_size_do_not_make_a_window_too_large() -> None:
         for name in vars(small)
         if name not in ("start", "user_id")
     }
-    start = np.concatenate([small.start, large.start[1:] + small.rows])
-    data.logs["valid"] = Log(start=start, user_id=np.arange(110), **joined)
-    data.on_load = lambda log: sizes.append(log.rows)
+    start = np.concatenate([small.start, large.start[1:] + small.num_rows])
+    data.logs["valid"] = InteractionLog(start=start, user_id=np.arange(110), **joined)
+    data.on_load = lambda log: sizes.append(log.num_rows)
     config = replaced(NIO, window_rows=200)
     assert sorted(read_rows(list(evaluated(data, config, "valid")))) == scored(
         data.logs["valid"]

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tokenrec.data.rates import PastRates, RateKey, time_ordered
+from tokenrec.data.past_rates import PastRates, RateKey, time_ordered
 from tokenrec.errors import InputError
 
 KEYS = (RateKey("video", "item"), RateKey("user", "context"))

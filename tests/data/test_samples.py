@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.logs import hand_log, random_log, shown
 from tokenrec.config import DataConfig
-from tokenrec.data.log import EVENT, LEARNED, SCORED, Log
+from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED, InteractionLog
 from tokenrec.data.samples import Samples, Streams, cut_samples
 from tokenrec.errors import InputError
 
@@ -22,16 +22,16 @@ def all_read(samples: Samples) -> list[int]:
     return [row for _, rows in shown(samples) for row in rows]
 
 
-def chunk_rows(log: Log) -> list[list[int]]:
+def chunk_rows(log: InteractionLog) -> list[list[int]]:
     return [list(range(a, b)) for a, b in itertools.pairwise(log.start)]
 
 
-def earlier_events(log: Log, rows: list[int], row: int) -> list[int]:
+def earlier_events(log: InteractionLog, rows: list[int], row: int) -> list[int]:
     return [e for e in rows if log.flags[e] & EVENT and log.time[e] < log.time[row]]
 
 
 def slow_requests(
-    log: Log, events: int, candidates: int, train: bool
+    log: InteractionLog, events: int, candidates: int, train: bool
 ) -> list[tuple[list[int], list[int]]]:
     found = []
     for rows in chunk_rows(log):
@@ -53,7 +53,7 @@ def slow_requests(
 
 
 def slow_streams(
-    log: Log, events: int, overlap: int, train: bool
+    log: InteractionLog, events: int, overlap: int, train: bool
 ) -> list[tuple[list[int], list[int]]]:
     found = []
     for rows in chunk_rows(log):

@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from tokenrec.data import records
-from tokenrec.data.log import Catalogue, Log
+from tokenrec.data.interaction_log import Catalogue, InteractionLog
 from tokenrec.data.metadata import load_manifest
-from tokenrec.data.ranges import check_catalogue, check_log
 from tokenrec.data.schema import MOST_ROWS, Columns, Feature, Group, Schema, columns
-from tokenrec.data.semantic import SEMANTIC_ID, semantic_columns, with_semantic_id
+from tokenrec.data.semantic_id_feature import (
+    SEMANTIC_ID,
+    semantic_columns,
+    with_semantic_id,
+)
 from tokenrec.data.semantic_id_file import align, load_semantic_ids
 from tokenrec.data.source import SPLITS
+from tokenrec.data.value_checks import check_catalogue, check_log
 from tokenrec.errors import InputError, suggest
 
 ITEMS = "items"
@@ -53,17 +57,17 @@ class Dataset:
         self.catalogue = self._load_catalogue()
         self._rows: dict[str, np.ndarray] = {}
 
-    def chunks(self, split: str) -> int:
+    def num_chunks(self, split: str) -> int:
         """Number of chunks of a split."""
         return sum(self._lengths(split))
 
-    def rows(self, split: str) -> np.ndarray:
+    def chunk_lengths(self, split: str) -> np.ndarray:
         """Rows of each chunk of a split, repeated events included: `[chunks] int64`.
 
         Raises:
           InputError: the split does not exist or is empty, or the file is missing or damaged.
         """
-        expected = self.chunks(split)
+        expected = self.num_chunks(split)
         if split not in self._rows:
             name = f"{records.INDEX}/{split}.npy"
             rows = self._load_array(name)
@@ -79,20 +83,24 @@ class Dataset:
             self._rows[split] = rows
         return self._rows[split]
 
-    def load(self, split: str, start: int = 0, stop: int | None = None) -> Log:
+    def load(
+        self, split: str, start: int = 0, stop: int | None = None
+    ) -> InteractionLog:
         """Chunks [start, stop) of a split.
 
         Raises:
           InputError: the split does not exist or is empty, the range is not within it, or a file is missing or damaged.
         """
-        chunks = self.chunks(split)
+        chunks = self.num_chunks(split)
         stop = chunks if stop is None else stop
         if not 0 <= start <= stop <= chunks:
             raise InputError(
                 f"split '{split}' has chunks 0 to {chunks}; [{start}, {stop}) does not lie within"
             )
         full = self.metadata.schema
-        offsets = np.concatenate([[0], np.cumsum(self.rows(split)[start:stop])])
+        offsets = np.concatenate(
+            [[0], np.cumsum(self.chunk_lengths(split)[start:stop])]
+        )
         row, user = records.row_dtype(full), records.user_dtype(full)
         picked = {
             group: _kept(full.group(group), self.schema.group(group))
@@ -234,7 +242,7 @@ def _empty_log(
     widths: Mapping[Group, tuple[int, int]],
     tasks: int,
     user_id: type,
-) -> Log:
+) -> InteractionLog:
     """Arrays to be filled; `widths` are the columns of `ids` and `dense` of each group."""
     chunks, rows = len(start) - 1, int(start[-1])
     matrices = {}
@@ -242,7 +250,7 @@ def _empty_log(
         ids, dense = widths[group]  # type: ignore[index]
         matrices[f"{group}_ids"] = np.empty((count, ids), np.int32)
         matrices[f"{group}_dense"] = np.empty((count, dense), np.float32)
-    return Log(
+    return InteractionLog(
         start=start,
         user_id=np.empty(chunks, user_id),
         time=np.empty(rows, np.int64),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenrec.data.batch import Batch, HostBatch, Signals
-from tokenrec.data.log import Catalogue, Log
+from tokenrec.data.interaction_log import Catalogue, InteractionLog
 from tokenrec.data.samples import Requests, Samples, Streams
 
 
@@ -19,7 +19,7 @@ class ContextColumns(NamedTuple):
 
 
 def gather(
-    log: Log,
+    log: InteractionLog,
     catalogue: Catalogue,
     samples: Samples,
     chosen: np.ndarray,
@@ -117,7 +117,7 @@ def _places(
     )
 
 
-def _ages(log: Log, samples: Samples, at: _Places) -> np.ndarray:
+def _ages(log: InteractionLog, samples: Samples, at: _Places) -> np.ndarray:
     """`[B, T] int32`, as `Batch.ages`. Rows of a request have one time."""
     newest = (
         at.reads.reshape(len(at.reads), -1)[:, :1]
@@ -134,7 +134,7 @@ def _ages(log: Log, samples: Samples, at: _Places) -> np.ndarray:
 
 
 def _gather_goals(
-    log: Log,
+    log: InteractionLog,
     catalogue: Catalogue,
     samples: Samples,
     at: _Places,
@@ -213,7 +213,7 @@ def _right_aligned(
 
 
 def _state(
-    log: Log, catalogue: Catalogue, rows: np.ndarray, valid: np.ndarray
+    log: InteractionLog, catalogue: Catalogue, rows: np.ndarray, valid: np.ndarray
 ) -> Signals:
     """Catalogue columns first, as in `Schema.state`."""
     items = np.take(log.item, rows, mode="clip")

@@ -23,7 +23,7 @@ import numpy as np
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import Batch, HostBatch, ReadRows, Signals
 from tokenrec.data.gather import ContextColumns, gather, rows_read
-from tokenrec.data.log import Catalogue, Log
+from tokenrec.data.interaction_log import Catalogue, InteractionLog
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.samples import Samples, Streams, cut_samples
 from tokenrec.data.schema import Feature, Schema, columns
@@ -48,9 +48,11 @@ class LogReader(Protocol):
     @property
     def splits(self) -> Sequence[str]: ...
 
-    def rows(self, split: str) -> np.ndarray: ...
+    def chunk_lengths(self, split: str) -> np.ndarray: ...
 
-    def load(self, split: str, start: int = 0, stop: int | None = None) -> Log: ...
+    def load(
+        self, split: str, start: int = 0, stop: int | None = None
+    ) -> InteractionLog: ...
 
 
 def task_names(schema: Schema, config: DataConfig) -> tuple[str, ...]:
@@ -239,7 +241,7 @@ class _Span:
 class _Window:
     """A span in memory. `bucket: [N] int8`, index into the stream lengths of each sample."""
 
-    log: Log
+    log: InteractionLog
     samples: Samples
     bucket: np.ndarray
 
@@ -348,7 +350,7 @@ class _Windows:
 
     def _plan(self) -> list[_Span]:
         """Cuts the split into windows of about equal size, and reads each once to count its samples."""
-        ends = np.cumsum(self._dataset.rows(self.split))
+        ends = np.cumsum(self._dataset.chunk_lengths(self.split))
         count = -(-int(ends[-1]) // self.config.window_rows)
         inner = np.searchsorted(ends, np.arange(1, count) * ends[-1] / count) + 1
         edges = np.unique([0, *inner, len(ends)]).tolist()
@@ -368,7 +370,7 @@ class _Windows:
         return spans
 
 
-def _contiguous[T: (Log, Catalogue)](arrays: T) -> T:
+def _contiguous[T: (InteractionLog, Catalogue)](arrays: T) -> T:
     """The arrays in C order, as `gather` needs them: leaving columns out, for one, gives another order."""
     held = {
         name: np.ascontiguousarray(array)

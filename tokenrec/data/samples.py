@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from tokenrec.config import DataConfig
-from tokenrec.data.log import EVENT, LEARNED, SCORED, Log
+from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED, InteractionLog
 from tokenrec.errors import InputError
 
 
@@ -68,7 +68,7 @@ class Streams:
 type Samples = Requests | Streams
 
 
-def cut_samples(log: Log, config: DataConfig, *, train: bool) -> Samples:
+def cut_samples(log: InteractionLog, config: DataConfig, *, train: bool) -> Samples:
     """Cuts a log into the samples of `config.paradigm`, in the order of their first read row's time group.
 
     Args:
@@ -103,7 +103,7 @@ def cut_samples(log: Log, config: DataConfig, *, train: bool) -> Samples:
     return _cut_streams(log, read, config.events, config.overlap, siblings=not train)
 
 
-def _cut_goals(log: Log, config: DataConfig, *, train: bool) -> Samples:
+def _cut_goals(log: InteractionLog, config: DataConfig, *, train: bool) -> Samples:
     goal = (log.flags & SCORED) != 0
     if log.labels.shape[1]:
         goal &= log.labels[:, 0] == 1
@@ -119,7 +119,7 @@ def _cut_goals(log: Log, config: DataConfig, *, train: bool) -> Samples:
 
 
 def _cut_requests(
-    log: Log, scored: np.ndarray, events: int, candidates: int
+    log: InteractionLog, scored: np.ndarray, events: int, candidates: int
 ) -> Requests:
     event_rows, before = _events(log)
     group = _time_groups(log)
@@ -150,7 +150,7 @@ def _cut_requests(
 
 
 def _cut_streams(
-    log: Log, read: np.ndarray, events: int, overlap: int, *, siblings: bool
+    log: InteractionLog, read: np.ndarray, events: int, overlap: int, *, siblings: bool
 ) -> Streams:
     event_rows, before = _events(log)
     group = _time_groups(log)
@@ -212,24 +212,24 @@ def _cut_greedily(
     return chunk, stop, length, read
 
 
-def _events(log: Log) -> tuple[np.ndarray, np.ndarray]:
+def _events(log: InteractionLog) -> tuple[np.ndarray, np.ndarray]:
     """Row of each event, and `[R + 1]` the number of events before each row."""
     is_event = (log.flags & EVENT) != 0
-    before = np.zeros(log.rows + 1, np.int64)
+    before = np.zeros(log.num_rows + 1, np.int64)
     np.cumsum(is_event, out=before[1:])
     rows = np.flatnonzero(is_event)
     # A gather reads something even for an empty history, and masks it.
     return (rows if rows.size else np.zeros(1, np.int64)), before
 
 
-def _chunks(log: Log) -> np.ndarray:
+def _chunks(log: InteractionLog) -> np.ndarray:
     """`[R] int32`, chunk of each row."""
-    return np.repeat(np.arange(log.chunks, dtype=np.int32), np.diff(log.start))
+    return np.repeat(np.arange(log.num_chunks, dtype=np.int32), np.diff(log.start))
 
 
-def _time_groups(log: Log) -> np.ndarray:
+def _time_groups(log: InteractionLog) -> np.ndarray:
     """`[R] int64`, first row of the same chunk and time."""
-    opens = np.ones(log.rows, bool)
+    opens = np.ones(log.num_rows, bool)
     opens[1:] = log.time[1:] != log.time[:-1]
     opens[log.start[:-1][np.diff(log.start) > 0]] = True
-    return np.maximum.accumulate(np.where(opens, np.arange(log.rows), 0))
+    return np.maximum.accumulate(np.where(opens, np.arange(log.num_rows), 0))

@@ -90,7 +90,7 @@ def worst_samples(
     model: ModelSpec, dataset: Dataset, host: HostBatch, losses: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     """The samples of the largest losses, those that are not finite first: whose they are, and their extreme numbers."""
-    ends = np.cumsum(dataset.rows("train"))
+    ends = np.cumsum(dataset.chunk_lengths("train"))
     for sample in sorted(range(len(losses)), key=lambda n: rank(jsonable(losses[n])))[
         :LISTED
     ]:

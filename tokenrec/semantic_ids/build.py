@@ -13,7 +13,7 @@ from tokenrec.data.semantic_id_file import SEMANTIC_IDS, SemanticIds, save_seman
 from tokenrec.errors import InputError, suggest
 from tokenrec.runtime.files import write_json
 from tokenrec.semantic_ids import report
-from tokenrec.semantic_ids.codes import disambiguate
+from tokenrec.semantic_ids.collisions import disambiguate
 from tokenrec.semantic_ids.rq_kmeans import Quantized, fit_rq_kmeans
 from tokenrec.semantic_ids.rq_vae import fit_rq_vae
 from tokenrec.semantic_ids.vectors import VectorKind, item_vectors, train_events

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.data.dataset import Dataset
-from tokenrec.data.log import EVENT
+from tokenrec.data.interaction_log import EVENT
 from tokenrec.data.schema import FIRST_KNOWN, Feature, columns
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError
@@ -86,7 +86,7 @@ def item_vectors(
 
 def train_events(dataset: Dataset) -> TrainEvents:
     """Reads the events of the training split; the events that a continued chunk repeats are left out."""
-    ends = np.cumsum(dataset.rows("train"))
+    ends = np.cumsum(dataset.chunk_lengths("train"))
     parts: list[tuple[np.ndarray, ...]] = []
     user, last_id, last_time, start = -1, None, 0, 0
     while start < len(ends):
@@ -96,8 +96,8 @@ def train_events(dataset: Dataset) -> TrainEvents:
         )
         log = dataset.load("train", start, stop)
         number, floor = (
-            np.empty(log.chunks, np.int32),
-            np.full(log.chunks, np.iinfo(np.int64).min),
+            np.empty(log.num_chunks, np.int32),
+            np.full(log.num_chunks, np.iinfo(np.int64).min),
         )
         for chunk, (first, end) in enumerate(
             zip(log.start[:-1], log.start[1:], strict=True)
@@ -112,7 +112,7 @@ def train_events(dataset: Dataset) -> TrainEvents:
                 user,
                 int(log.time[end - 1]) if end > first else last_time,
             )
-        chunk_of = np.repeat(np.arange(log.chunks), np.diff(log.start))
+        chunk_of = np.repeat(np.arange(log.num_chunks), np.diff(log.start))
         kept = ((log.flags & EVENT) > 0) & (log.time > floor[chunk_of])
         parts.append((number[chunk_of[kept]], log.item[kept], log.time[kept]))
         start = stop

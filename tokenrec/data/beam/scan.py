@@ -23,7 +23,7 @@ from tokenrec.data.beam.users import (
     spread_log,
     spread_users,
 )
-from tokenrec.data.log import SCORED
+from tokenrec.data.interaction_log import SCORED
 from tokenrec.data.preparation.chunks import TRAIN
 from tokenrec.data.preparation.intake import RowEncoder, blocks
 from tokenrec.data.preparation.moments import Moments

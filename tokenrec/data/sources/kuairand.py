@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenrec.data.rates import PastRates, RateKey, time_ordered
+from tokenrec.data.past_rates import PastRates, RateKey, time_ordered
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import Provenance
 from tokenrec.data.sources.download import download, extract
@@ -94,8 +94,8 @@ class KuaiRandSource:
     Args:
       root: folder of the files, or the folder whose `data` holds them.
       valid_from, test_from: ISO dates; rows of the log before the first are train, before the second valid, then test.
-      rates: adds past rates (`tokenrec.data.rates`) of clicks and long views. They need the rows in the order of time,
-        and so room for a copy of the log in the folder for temporary files.
+      rates: adds past rates (`tokenrec.data.past_rates`) of clicks and long views. They need the rows in the order of
+        time, and so room for a copy of the log in the folder for temporary files.
 
     Raises:
       InputError: a file is missing, or files of more than one variant lie together.

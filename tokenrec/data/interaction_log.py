@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-# Bits of `Log.flags`.
+# Bits of `InteractionLog.flags`.
 EVENT = 1  # the row enters the histories of later rows
 SCORED = 2  # the row is an impression of this split: a sample, and a line of `predict`
 LEARNED = 4  # the row's known labels may be learned from: scored rows of train, and unscored events with a label
@@ -26,7 +26,7 @@ class Catalogue:
 
 
 @dataclasses.dataclass(frozen=True)
-class Log:
+class InteractionLog:
     """Rows of whole chunks, chunk after chunk. R rows, U chunks; a chunk is a run of one user's rows in time order.
 
     A user with many rows has several chunks: each begins with the events before it that it needs as history; in these
@@ -60,9 +60,9 @@ class Log:
     action_dense: np.ndarray
 
     @property
-    def rows(self) -> int:
+    def num_rows(self) -> int:
         return int(self.start[-1])
 
     @property
-    def chunks(self) -> int:
+    def num_chunks(self) -> int:
         return len(self.start) - 1

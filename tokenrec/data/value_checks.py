@@ -9,14 +9,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokenrec.data.log import EVENT, LEARNED, SCORED, Catalogue, Log
+from tokenrec.data.interaction_log import (
+    EVENT,
+    LEARNED,
+    SCORED,
+    Catalogue,
+    InteractionLog,
+)
 from tokenrec.data.schema import Feature, Schema, columns
 from tokenrec.errors import InputError
 
 _REMEDY = "it was changed, or belongs to another schema; prepare the data set again"
 
 
-def check_log(log: Log, schema: Schema, items: int, where: str) -> None:
+def check_log(log: InteractionLog, schema: Schema, items: int, where: str) -> None:
     """Raises an InputError that names the first wrong value of a log. `items`: rows of the catalogue."""
     _check_range(
         log.item, 0, items - 1, f"{where}: the item", "the catalogue has this many rows"
@@ -53,7 +59,7 @@ def check_log(log: Log, schema: Schema, items: int, where: str) -> None:
             where,
         )
     later = log.time[1:] >= log.time[:-1]
-    later[log.start[(log.start > 0) & (log.start < log.rows)] - 1] = (
+    later[log.start[(log.start > 0) & (log.start < log.num_rows)] - 1] = (
         True  # another chunk begins
     )
     if not later.all():
