@@ -1,4 +1,9 @@
-"""A run of prepared chunks in memory, as flat arrays: what the pipeline indexes and gathers from."""
+"""Hold log rows in memory as flat arrays, and the items that they name.
+
+`Dataset.load` reads whole chunks of a prepared data set into an `InteractionLog`.
+Samples are index arrays into it (samples.py), and batches are gathered from it
+(gather.py).
+"""
 
 from __future__ import annotations
 
@@ -6,17 +11,26 @@ import dataclasses
 
 import numpy as np
 
-# Bits of `InteractionLog.flags`.
-EVENT = 1  # the row enters the histories of later rows
-SCORED = 2  # the row is an impression of this split: a sample, and a line of `predict`
-LEARNED = 4  # the row's known labels may be learned from: scored rows of train, and unscored events with a label
+# Bits of `InteractionLog.flags`, per log row.
+# EVENT: the log row enters the histories of the user's later log rows.
+EVENT = 1
+# SCORED: the log row is an impression of this split: it is evaluated, and a line of the
+# file that `tokenrec predict` writes.
+SCORED = 2
+# LEARNED: training may use the known labels. Set for scored log rows of the training
+# split, and for events that are not scored but have a label.
+LEARNED = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
-    """Features that belong to an item. `item_id: [N]` original ids, `ids: [N, I] int32`, `dense: [N, D] float32`.
+    """Features of all items. N items, L levels of a semantic id.
 
-    `codes: [N, L] int32` are its semantic ids, if the config names some.
+    Attributes:
+      item_id: `[N] int64 or str`, original ids.
+      ids: `[N, I] int32`, integer features of the group `catalogue`.
+      dense: `[N, D] float32`, the other features of that group; NaN is missing.
+      codes: `[N, L] int32`, semantic ids; None unless the config names some.
     """
 
     item_id: np.ndarray
@@ -27,22 +41,28 @@ class Catalogue:
 
 @dataclasses.dataclass(frozen=True)
 class InteractionLog:
-    """Rows of whole chunks, chunk after chunk. R rows, U chunks; a chunk is a run of one user's rows in time order.
+    """Log rows of whole chunks, chunk after chunk. R log rows, U chunks.
 
-    A user with many rows has several chunks: each begins with the events before it that it needs as history; in these
-    repeated rows only `EVENT` is set in `flags`.
+    A chunk is a contiguous run of one user's log rows in the order of time. A user with
+    many log rows has several chunks. Each chunk after the first begins with the *head*:
+    a repetition of the events before it, which are the history of its own log rows. In
+    the head only `EVENT` is set in `flags`, so that no log row is scored twice.
 
     Attributes:
-      start: `[U + 1] int64`, first row of each chunk.
-      user_id: `[U]`, original ids (int64 or object).
-      user_ids, user_dense: `[U, I_user] int32`, `[U, D_user] float32`.
-      time: `[R] int64`, milliseconds.
-      item: `[R] int32`, row of the catalogue.
+      start: `[U + 1] int64`, first log row of each chunk; the last entry is R.
+      user_id: `[U] int64 or object`, original ids.
+      user_ids: `[U, I_user] int32`, integer features of the user.
+      user_dense: `[U, D_user] float32`, other features of the user.
+      time: `[R] int64`, milliseconds, ascending within a chunk.
+      item: `[R] int32`, catalogue row of the item.
       flags: `[R] uint8`, EVENT | SCORED | LEARNED.
-      request: `[R] int64`; scored rows of one user with equal request >= 0 were shown together, -1 is a request of one.
-      labels: `[R, tasks] int8`, 1, 0, or -1 where unknown.
-      row_ids, row_dense: `[R, I_row] int32`, `[R, D_row] float32`, features of the group `row`.
-      action_ids, action_dense: likewise of the group `action`.
+      request: `[R] int64`; scored log rows of one user with equal request >= 0 were
+        shown together, -1 is a request of its own.
+      labels: `[R, K] int8`, 1, 0, or -1 where unknown, per task.
+      row_ids: `[R, I_row] int32`, integer features of the group `row`.
+      row_dense: `[R, D_row] float32`, other features of the group `row`.
+      action_ids: `[R, I_action] int32`, integer features of the group `action`.
+      action_dense: `[R, D_action] float32`, other features of the group `action`.
     """
 
     start: np.ndarray
@@ -61,8 +81,10 @@ class InteractionLog:
 
     @property
     def num_rows(self) -> int:
+        """R, the number of log rows."""
         return int(self.start[-1])
 
     @property
     def num_chunks(self) -> int:
+        """U, the number of chunks."""
         return len(self.start) - 1

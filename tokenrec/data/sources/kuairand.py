@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenrec.data.past_rates import PastRates, RateKey, time_ordered
+from tokenrec.data.past_rates import PastRates, RateKey
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import Provenance
 from tokenrec.data.sources.download import download, extract
@@ -30,6 +30,7 @@ from tokenrec.data.sources.kuairand_log import (
     read_log,
 )
 from tokenrec.data.sources.tabular import read_csv, read_parquet
+from tokenrec.data.time_order import time_ordered
 from tokenrec.errors import InputError, suggest
 
 RATE_TASKS = ("is_click", "long_view")

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tokenrec.data.past_rates import PastRates, RateKey, time_ordered
+from tokenrec.data.past_rates import PastRates, RateKey
+from tokenrec.data.time_order import time_ordered
 from tokenrec.errors import InputError
 
 KEYS = (RateKey("video", "item"), RateKey("user", "context"))
