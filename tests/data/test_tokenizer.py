@@ -200,7 +200,7 @@ def test_a_missing_library_names_the_extra_before_the_log_is_read(
             raise AssertionError("the log was read")
 
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(InputError, match=r"pip install tokenrec\[text\]"):
+    with pytest.raises(InputError, match=r'run `pip install "\.\[text\]"`'):
         prepare(Unread({"user_id": [1]}, schema=SCHEMA), tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
     prepare(

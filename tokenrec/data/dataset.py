@@ -1,4 +1,4 @@
-"""Open a prepared data set: its schema, its catalogue, and its chunks as flat arrays."""
+"""Open a prepared data set: its schema, its catalogue and its chunks as flat arrays."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Dataset:
         return sum(self._shard_lengths(split))
 
     def chunk_lengths(self, split: str) -> np.ndarray:
-        """Log rows of each chunk of a split, repeated events included: `[chunks] int64`.
+        """Log rows of each chunk of a split, its head included: `[chunks] int64`.
 
         Raises:
           InputError: the split is unknown or empty, or the file is missing or damaged.
@@ -169,7 +169,7 @@ class Dataset:
         return log
 
     def _where(self, split: str, start: int, stop: int) -> str:
-        """What messages about the chunks [start, stop) begin with."""
+        """Name the chunks [start, stop), for messages."""
         return f"data '{self.directory}', split '{split}', chunks {start} to {stop - 1}"
 
     def _shard_lengths(self, split: str) -> list[int]:

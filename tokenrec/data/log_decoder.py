@@ -39,7 +39,10 @@ class LogDecoder:
         }
 
     def allocate(self, start: np.ndarray) -> InteractionLog:
-        """Make a log without values; `start: [U + 1] int64`, first log row of each chunk.
+        """Make a log without values.
+
+        Args:
+          start: `[U + 1] int64`, first log row of each chunk.
 
         Raises:
           MemoryError: the log does not fit in memory.

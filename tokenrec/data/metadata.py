@@ -238,7 +238,7 @@ def _parse_schema(value: Any, items: int) -> Schema:
 
 
 def _digest_value(value: dict[str, Any]) -> str:
-    """SHA-256 of a JSON value rather than of its text, so that layout does not matter."""
+    """SHA-256 of a JSON value and not of its text, so that layout does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,7 @@
-"""Cut requests: a history, and the candidates that share it (NIO, new impression only)."""
+"""Cut requests: a history and the candidates that share it (NIO, new impression only).
+
+samples.py has a picture.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import numpy as np
 
 
 class PastCounts:
-    """Numbers of given (key, time) pairs with a certain key and a strictly earlier time.
+    """Counts of given (key, time) pairs by their key, those of earlier times only.
 
     Each pair is packed into one int64, the rank of the key in the high bits and the
     time in the low bits, and all are sorted once. A query is then two binary searches.

@@ -1,8 +1,8 @@
 """Features of a log row from strictly earlier log rows: past rates and counts of a key.
 
 A *key* is a video, an author, a user, ...; a *rate* says how often log rows of this key
-had a positive label, compared with all log rows. For log row i with key k at time t, let
-p and n be the positive and the known labels among the log rows j of the key with
+had a positive label, compared with all log rows. For a log row with key k at time t,
+let p and n be the positive and the known labels among the log rows j of the key with
 `t_j < t`, and g the share of positives among all log rows with `t_j < t`:
 
     g    = (P + 1) / (N + 2)                      P, N: the same sums over all keys
@@ -157,7 +157,7 @@ class PastRates:
     def _values(
         self, labels: Mapping[str, np.ndarray], counted: np.ndarray | None, rows: int
     ) -> np.ndarray:
-        """What each log row adds to the totals: `[R, width] int32`, 0 or 1."""
+        """Compute what each log row adds to the totals: `[R, width] int32`, 0 or 1."""
         entering = np.ones(rows, bool) if counted is None else counted
         values = np.empty((rows, 1 + 2 * len(self.tasks)), np.int32)
         values[:, 0] = entering

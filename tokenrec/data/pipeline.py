@@ -81,7 +81,9 @@ def train_batches(
     own: np.ndarray | None = None,
     ages: bool = False,
 ) -> grain.DatasetIterator[HostBatch]:
-    """Yield the batches of the steps `start` to `steps - 1`. Close the iterator after use.
+    """Yield the batches of the steps `start` to `steps - 1`.
+
+    The iterator owns threads: close it after use.
 
     Args:
       dataset: the prepared data set, without the excluded features.
@@ -152,7 +154,7 @@ def eval_batches(
 def _eval_batches(
     windows: Windows, wanted: np.ndarray, own: np.ndarray | None
 ) -> Iterator[tuple[HostBatch, ReadRows]]:
-    """Yield the batches of `eval_batches`; `wanted: [n]` are ascending request numbers."""
+    """Yield the batches of `eval_batches`; `wanted: [n]` are ascending requests."""
     size = windows.config.eval_batch_size
     ends = np.cumsum([plan.requests for plan in windows.plans])
     for number, end in enumerate(ends):

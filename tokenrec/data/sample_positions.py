@@ -15,7 +15,7 @@ from tokenrec.data.uc_samples import Streams
 
 
 class Positions(NamedTuple):
-    """Where samples lie in a log.
+    """The log rows of B samples.
 
     Attributes:
       picked: `[B] int64`, which sample; 0 for padding samples.

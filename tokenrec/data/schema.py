@@ -1,4 +1,4 @@
-"""Describe a data set: its features, the entity that each feature describes, and its labels.
+"""Describe a data set: its features, the entity that each describes, and its labels.
 
 **Log row.** One item that was shown to, or used by, one user at one time. A user's log
 rows in the order of time are the user's history.
@@ -28,8 +28,8 @@ an `action` feature: a model never sees the action of the event that it predicts
 | `dense` | number | 1 | float32, NaN where missing |
 | `embedding` | list of numbers | numbers | float32, NaN where missing |
 
-**Ids.** 0 is a missing value, 1 an *unknown* value (one that the training split does not
-hold), and known values start at 2. Any string can be written in the tokens of the
+**Ids.** 0 is a missing value, 1 an *unknown* value (one that the training split does
+not hold), and known values start at 2. Any string can be written in the tokens of the
 tokenizer, so id 1 does not occur in a text.
 
 **Group.** Where a value is stored, which follows from how often it changes:
@@ -127,7 +127,7 @@ class Feature:
 
     @property
     def group(self) -> Group:
-        """Where values are stored."""
+        """The group in which values are stored (table above)."""
         if self.entity == "user":
             return "user"
         if self.entity == "action":
@@ -174,8 +174,8 @@ class Columns:
 def columns(features: Iterable[Feature]) -> Columns:
     """Assign columns to features, side by side in the order given.
 
-    >>> tab, age = Feature("tab", "categorical", "context"), Feature("age", "dense", "user")
-    >>> columns([tab, age]).dense
+    >>> tab = Feature("tab", "categorical", "context")
+    >>> columns([tab, Feature("age", "dense", "user")]).dense
     {'age': (0, 1)}
     """
     ids: dict[str, tuple[int, int]] = {}

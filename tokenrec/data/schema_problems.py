@@ -60,7 +60,8 @@ def _task_problems(tasks: Sequence[Task]) -> Iterator[str]:
     for task in tasks:
         if not 0 <= task.weight < math.inf:
             yield (
-                f"task '{task.name}': weight={task.weight} must be 0 or more, and finite"
+                f"task '{task.name}': weight={task.weight} must be 0 or more, and "
+                "finite"
             )
 
 
@@ -123,8 +124,8 @@ def _table_problems(feature: Feature) -> Iterator[str]:
         )
     if f.table and not f.is_integer:
         yield (
-            f"{where}: table='{f.table}', but a {f.kind} feature has no table; leave it "
-            "out"
+            f"{where}: table='{f.table}', but a {f.kind} feature has no table; leave "
+            "it out"
         )
 
 

@@ -1,4 +1,7 @@
-"""Cut streams: runs of a user's events, most of which are read (UC, user centric)."""
+"""Cut streams: runs of a user's events, most of which are read (UC, user centric).
+
+samples.py has pictures, of siblings too.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,13 @@ class LogReader(Protocol):
     def load(
         self, split: str, start: int = 0, stop: int | None = None
     ) -> InteractionLog:
-        """Read the chunks [start, stop) of a split."""
+        """Read chunks of a split.
+
+        Args:
+          split: name of the split.
+          start: first chunk.
+          stop: chunk after the last one; None: all chunks to the end.
+        """
         ...
 
 
@@ -273,6 +279,6 @@ def _check_chunk_heads(metadata: Metadata, config: DataConfig) -> None:
     if head is not None and needed > head:
         raise InputError(
             f"data.{field}={needed} exceeds the {head} earlier events that the data "
-            f"set keeps at the head of a chunk; use at most {head}, or prepare the data "
-            f"set again with an overlap of at least {needed}"
+            f"set keeps at the head of a chunk; use at most {head}, or prepare the "
+            f"data set again with an overlap of at least {needed}"
         )
