@@ -151,17 +151,17 @@ def pure_gather(
     return arrays
 
 
-def indices_of(log: InteractionLog, host: HostBatch) -> Indices:
+def indices_of(log: InteractionLog, host_batch: HostBatch) -> Indices:
     """Find the log rows of a batch; padding takes some log row, as a gather must read.
 
     They need not be the right ones, only as many and as far apart in memory.
     """
-    read = np.where(host.rows >= 0, host.rows, 0)
+    read = np.where(host_batch.rows >= 0, host_batch.rows, 0)
     last = read.max(axis=1)
-    length = host.batch.valid.shape[1]
+    length = host_batch.batch.valid.shape[1]
     events = np.maximum(last[:, None] + np.arange(-length, 0), 0)
     chunk = np.searchsorted(log.start, last, side="right") - 1
-    return Indices(chunk, events, None if host.batch.target is None else read)
+    return Indices(chunk, events, None if host_batch.batch.target is None else read)
 
 
 def rates(runs: Sequence[Callable[[], int]], repeats: int) -> list[float]:
@@ -199,7 +199,7 @@ def measure(
     log = dataset.load("train", 0, len(dataset.chunk_lengths("train")))
     try:
         warm = [next(iterator) for _ in range(steps)]
-        indices = [indices_of(log, host) for host in warm]
+        indices = [indices_of(log, host_batch) for host_batch in warm]
 
         def pipeline() -> int:
             return sum(next(iterator).rows.shape[0] for _ in range(steps))
@@ -225,9 +225,11 @@ def measure(
         "pure NumPy, samples/s": pure,
         "ratio": through_grain / pure,
         "rows read/s": through_grain
-        * float(np.mean([(host.rows >= 0).sum(axis=1).mean() for host in warm])),
+        * float(
+            np.mean([(host_batch.rows >= 0).sum(axis=1).mean() for host_batch in warm])
+        ),
         "history rows that exist": float(
-            np.mean([host.batch.valid.mean() for host in warm])
+            np.mean([host_batch.batch.valid.mean() for host_batch in warm])
         ),
         "id + dense columns": " ".join(
             f"{name} {w.ids_width}+{w.dense_width}" for name, w in widths.items()

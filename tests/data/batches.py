@@ -1,4 +1,4 @@
-"""What tests of the pipeline share: small logs in memory, two configs, and how batches are taken and read."""
+"""Shared by tests of the pipeline: small logs in memory, two configs, taking batches."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def take(
 def evaluated(
     data: MemoryData, config: DataConfig, split: str, *, limit: int = 0
 ) -> Iterator[HostBatch]:
-    for host, _ in eval_batches(data, config, split, limit=limit):
-        yield host
+    for host_batch, _ in eval_batches(data, config, split, limit=limit):
+        yield host_batch
 
 
 def assert_equal(a: object, b: object) -> None:
@@ -64,7 +64,7 @@ def assert_equal(a: object, b: object) -> None:
 
 
 def read_rows(batches: list[HostBatch]) -> list[int]:
-    rows = np.concatenate([host.rows.ravel() for host in batches])
+    rows = np.concatenate([host_batch.rows.ravel() for host_batch in batches])
     return rows[rows >= 0].tolist()
 
 

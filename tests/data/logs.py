@@ -1,4 +1,8 @@
-"""Small logs in memory, with ties, requests, unknown labels, rows that are no events, and users of every length."""
+"""Small logs in memory, with everything that makes cutting samples difficult.
+
+They have ties in time, requests, unknown labels, log rows that are no events, and users
+of every length.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +55,7 @@ SCHEMA = Schema(
 def random_log(
     seed: int, *, chunks: int = 12, rows: int = 30, all_events: bool = False
 ) -> InteractionLog:
-    """Chunks of 0 to `rows` rows, of which about every third shares its time with the row before."""
+    """Draw chunks of 0 to `rows` log rows; about every third one shares its time."""
     random = np.random.default_rng(seed)
     sizes = random.integers(0, rows + 1, chunks)
     start = np.concatenate([[0], np.cumsum(sizes)])
@@ -90,7 +94,14 @@ def hand_log(
     labels: list[int] | None = None,
     request: list[int] | None = None,
 ) -> InteractionLog:
-    """One chunk; its rows have these times (ascending), flags, first labels (default 1) and requests (default -1)."""
+    """Make one chunk by hand.
+
+    Args:
+      time: ascending times of its log rows.
+      flags: EVENT | SCORED | LEARNED of each.
+      labels: first label of each; all 1 by default, other labels are unknown.
+      request: request of each; all -1 by default.
+    """
     count = len(time)
     log = random_log(0, chunks=1)
     zeros = {
@@ -110,7 +121,14 @@ def hand_log(
 
 @dataclasses.dataclass
 class MemoryData:
-    """A data set in memory; `on_load` is called with each log that it hands out."""
+    """A data set in memory, a `LogReader`.
+
+    Attributes:
+      logs: split -> log.
+      options: as in `Metadata.options`.
+      schema: schema of the logs.
+      on_load: called with each log that is loaded.
+    """
 
     logs: dict[str, InteractionLog]
     options: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -158,8 +176,8 @@ class MemoryData:
 
 
 def shown(samples: Samples) -> list[tuple[list[int], list[int]]]:
-    """Rows of the history or stream, and rows read, of each sample."""
-    found = []
+    """List the log rows of the history or stream, and those read, of each sample."""
+    result = []
     for n in range(len(samples.length)):
         if isinstance(samples, Requests):
             seen = samples.event_rows[
@@ -177,5 +195,5 @@ def shown(samples: Samples) -> list[tuple[list[int], list[int]]]:
                 samples.stop[n] - samples.length[n] : samples.stop[n]
             ]
             read = seen[(seen >= samples.first_read[n]) & samples.readable[seen]]
-        found.append((seen.tolist(), read.tolist()))
-    return found
+        result.append((seen.tolist(), read.tolist()))
+    return result

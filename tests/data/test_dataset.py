@@ -1,4 +1,4 @@
-"""A prepared data set opened again: by tensorflow-datasets, whole or in part, and when files of it are damaged."""
+"""Opening a prepared data set: by tensorflow-datasets, whole, in part, and damaged."""
 
 from __future__ import annotations
 

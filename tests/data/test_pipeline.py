@@ -1,4 +1,4 @@
-"""What an order of batches must keep: every row once, epochs, processes, resuming, windows."""
+"""The order of batches: every row once, epochs, processes, resuming, windows."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_evaluation_goes_by_bucket_then_position_and_pads_the_last_batch_of_a_bu
 ):
     data = memory_data()
     by_length: dict[int, list[HostBatch]] = {}
-    for host in evaluated(data, replaced(NIO, candidates=1), "valid"):
-        by_length.setdefault(host.batch.valid.shape[1], []).append(host)
+    for host_batch in evaluated(data, replaced(NIO, candidates=1), "valid"):
+        by_length.setdefault(host_batch.batch.valid.shape[1], []).append(host_batch)
     assert list(by_length) == [2, 5, 8]
     for batches in by_length.values():
         time = data.logs["valid"].time[read_rows(batches)]
@@ -76,7 +76,7 @@ def test_evaluation_goes_by_bucket_then_position_and_pads_the_last_batch_of_a_bu
         )
         assert (np.diff(chunk * 10_000 + time) >= 0).all()
         full, last = batches[:-1], batches[-1]
-        assert all((host.rows >= 0).any(axis=1).all() for host in full)
+        assert all((host_batch.rows >= 0).any(axis=1).all() for host_batch in full)
         padded = (last.rows < 0).all(axis=1)
         assert not last.batch.valid[padded].any()
         assert not last.batch.weight[padded].any()
@@ -134,10 +134,15 @@ def test_samples_that_fill_no_batch_of_their_bucket_join_the_next_longer_one() -
     steps = steps_per_epoch(data, config)
     assert steps == len(samples.length) // 64
     longer = [
-        host for host in take(data, config, steps) if host.batch.valid.shape[1] > 2
+        host_batch
+        for host_batch in take(data, config, steps)
+        if host_batch.batch.valid.shape[1] > 2
     ]
     assert (
-        sum(int((host.batch.valid.sum(axis=1) <= 2).sum()) for host in longer)
+        sum(
+            int((host_batch.batch.valid.sum(axis=1) <= 2).sum())
+            for host_batch in longer
+        )
         >= short % 64 - len(samples.length) % 64
     )
 
@@ -166,13 +171,13 @@ def test_processes_share_the_batches_of_one_process(
         list(eval_batches(data, config, "valid", own=own))
         for own in (None, np.array([0, 1, 6, 7]))
     )
-    for (whole, who), (part, other) in zip(*pairs, strict=True):
+    for (whole, identities), (part, other) in zip(*pairs, strict=True):
         assert_equal(part, rows_of(whole, [0, 1, 6, 7]))
-        assert_equal(other, who)  # who is read is known to all
+        assert_equal(other, identities)  # every process knows the whole batch
 
 
-def rows_of(host: HostBatch, own: list[int]) -> HostBatch:
-    return jax.tree.map(lambda leaf: leaf[own], host)
+def rows_of(host_batch: HostBatch, own: list[int]) -> HostBatch:
+    return jax.tree.map(lambda leaf: leaf[own], host_batch)
 
 
 @CONFIGS

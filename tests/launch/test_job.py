@@ -1,4 +1,4 @@
-"""What `tokenrec launch` refuses before anything is compiled or started, and what every host then runs."""
+"""Jobs that `tokenrec launch` refuses, and the command that every host runs."""
 
 from __future__ import annotations
 

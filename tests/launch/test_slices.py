@@ -1,4 +1,4 @@
-"""Slices as Google Cloud documents them: chips, hosts, accelerator types; and what is not rented."""
+"""Slices as Google Cloud documents them: chips, hosts, types; and what is not offered."""
 
 from __future__ import annotations
 

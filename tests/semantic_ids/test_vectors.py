@@ -1,4 +1,4 @@
-"""Item vectors: pairs counted once and from train alone, items of one kind near each other, text and its absence."""
+"""Item vectors: pairs of train alone, items of one kind near each other, text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def dense(pairs: Pairs, items: int) -> np.ndarray:
 
 
 def neighbours_agree(values: ItemVectors, aisle: np.ndarray, rows: np.ndarray) -> float:
-    """Share of the three nearest of each row that are of its aisle."""
+    """Compute the share of the three nearest items of each row that are of its aisle."""
     near = nearest_rows(values.values[rows], values.values, 4)
     return float(
         np.mean(
@@ -103,16 +103,16 @@ def test_items_bought_together_are_near_and_cold_items_have_no_vector(
     shop: Dataset,
 ) -> None:
     items = len(shop.catalogue.item_id)
-    found = cooccurrence_vectors(train_events(shop), items, seed=0)
+    result = cooccurrence_vectors(train_events(shop), items, seed=0)
     cold = np.arange(items) >= items - COLD
-    np.testing.assert_array_equal(found.known, ~cold)
-    np.testing.assert_array_equal(found.values[cold], 0)
+    np.testing.assert_array_equal(result.known, ~cold)
+    np.testing.assert_array_equal(result.values[cold], 0)
     np.testing.assert_allclose(
-        np.linalg.norm(found.values[~cold], axis=1), 1, atol=1e-6
+        np.linalg.norm(result.values[~cold], axis=1), 1, atol=1e-6
     )  # measured 1e-7
     assert (
         neighbours_agree(
-            found, item_aisle(shop.catalogue.item_id), np.flatnonzero(~cold)
+            result, item_aisle(shop.catalogue.item_id), np.flatnonzero(~cold)
         )
         == 1
     )
@@ -125,10 +125,10 @@ def test_the_factors_are_those_of_the_dense_matrix(
     random = np.random.default_rng(0)
     events = events_of(random.integers(0, 40, (30, 15)).tolist())
     graph = cooccurrence.normalized_counts(count_pairs(events, 40, seed=0), 40)
-    found = cooccurrence._factorize(graph, 40, 40, seed=0)
+    result = cooccurrence._factorize(graph, 40, 40, seed=0)
     values, rotation = np.linalg.eigh(dense(graph, 40))
     expected = (rotation * np.maximum(values, 0)) @ rotation.T
-    np.testing.assert_allclose(found @ found.T, expected, atol=1e-6)  # measured 2e-8
+    np.testing.assert_allclose(result @ result.T, expected, atol=1e-6)  # measured 2e-8
 
 
 def test_lone_events_are_refused_with_the_remedy() -> None:
@@ -138,11 +138,11 @@ def test_lone_events_are_refused_with_the_remedy() -> None:
 
 @needs_text
 def test_items_of_like_words_are_near(shop: Dataset) -> None:
-    found = text_vectors(shop)
-    assert found.known.all()
+    result = text_vectors(shop)
+    assert result.known.all()
     assert (
         neighbours_agree(
-            found, item_aisle(shop.catalogue.item_id), np.arange(len(found.known))
+            result, item_aisle(shop.catalogue.item_id), np.arange(len(result.known))
         )
         > 0.9
     )  # measured 1
@@ -154,13 +154,13 @@ def test_cold_items_take_the_place_of_their_neighbours_by_text(
 ) -> None:
     # Fewer than an aisle has warm items.
     monkeypatch.setattr("tokenrec.semantic_ids.item_vectors.NEIGHBOURS", 5)
-    found = item_vectors(shop, train_events(shop), "both", seed=0)
-    items = len(found.known)
-    assert found.known.all()
+    result = item_vectors(shop, train_events(shop), "both", seed=0)
+    items = len(result.known)
+    assert result.known.all()
     aisle = item_aisle(shop.catalogue.item_id)
-    assert neighbours_agree(found, aisle, np.arange(items - COLD, items)) == 1
+    assert neighbours_agree(result, aisle, np.arange(items - COLD, items)) == 1
     warm = np.arange(items - COLD)
-    halves = np.square(found.values[warm, : -text_vectors(shop).values.shape[1]]).sum(
+    halves = np.square(result.values[warm, : -text_vectors(shop).values.shape[1]]).sum(
         axis=1
     )
     np.testing.assert_allclose(halves, 0.5, atol=1e-6)  # measured 1e-7

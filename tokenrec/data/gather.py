@@ -19,6 +19,9 @@ from tokenrec.data.nio_samples import Requests
 from tokenrec.data.sample_positions import Positions, locate
 from tokenrec.data.samples import Samples
 
+# All takes below use mode="clip": the indices of padding may be out of range, and what
+# they read is set to missing.
+
 
 class ContextColumns(NamedTuple):
     """Columns of `Schema.state` that are known before the item is: the context.
@@ -169,6 +172,8 @@ def _state(
     log: InteractionLog, catalogue: Catalogue, rows: np.ndarray, valid: np.ndarray
 ) -> Signals:
     """Item and context of log rows, in the columns of `Schema.state`."""
+    # Features of the item are stored once in the catalogue, those of the log row beside
+    # its item.
     items = np.take(log.item, rows, mode="clip")
     ids = _take_side_by_side(catalogue.ids, items, log.row_ids, rows)
     dense = _take_side_by_side(catalogue.dense, items, log.row_dense, rows)

@@ -48,6 +48,7 @@ class LogDecoder:
           MemoryError: the log does not fit in memory.
         """
         chunks, rows = len(start) - 1, int(start[-1])
+        # Filled block by block: joining blocks at the end would need the memory twice.
         matrices = {}
         for group in _GROUPS:
             ids, dense = self._kept[group]
@@ -96,6 +97,7 @@ class LogDecoder:
             where,
         )
         log.user_id[chunk_slice] = [chunk.user_id for chunk in chunks]
+        # User features are stored once per chunk, the others once per log row.
         for group in _GROUPS:
             ids, dense = self._kept[group]
             stored = users if group == "user" else rows
@@ -152,6 +154,8 @@ def _from_bytes(
       counts: `[parts] int64`, number of entries that each array must have.
       where: what messages begin with.
     """
+    # The index of chunks and the shards are different files: they may belong to
+    # different data sets.
     sizes = np.fromiter(map(len, parts), np.int64, len(parts))
     if (sizes != counts * dtype.itemsize).any():
         raise InputError(

@@ -77,6 +77,7 @@ class Metadata:
         value["files"] = {
             path.relative_to(directory).as_posix(): _digest_file(path) for path in files
         }
+        # Last, so that it covers the digests of the files too.
         value["digest"] = _digest_value(value)
         (directory / METADATA_FILE).write_text(json.dumps(value, indent=1) + "\n")
 
@@ -113,6 +114,8 @@ class Manifest(NamedTuple):
             wrote.
         """
         path = self.directory / name
+        # A data set from before there were digests still opens; the checks of values
+        # (value_checks.py) are all that protects it.
         if not self.files:
             return path
         if name not in self.files:
@@ -205,6 +208,7 @@ def _parse_metadata(value: dict[str, Any], path: Path) -> Metadata:
                 f"data: '{path}': '{name}' must be {hint_name(_FIELD_TYPES[name])}; "
                 f"{_REMEDY}"
             )
+    # The size of the catalogue is a count, not a field of the stored schema.
     items = value["counts"].get("items")
     if items is None or items < 1:
         raise InputError(

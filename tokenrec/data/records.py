@@ -49,6 +49,7 @@ def row_dtype(schema: Schema) -> np.dtype:
     """Layout of a log row on disk: the `[R]` columns of `InteractionLog`."""
     row = columns(schema.group("row"))
     action = columns(schema.group("action"))
+    # Little-endian on every machine. The order is part of the format on disk.
     return np.dtype(
         [
             ("time", "<i8"),
@@ -168,6 +169,8 @@ def encode(chunk: Chunk) -> bytes:
         feature["user_id"].int64_list.value.append(chunk.user_id)
     feature["user"].bytes_list.value.append(chunk.user)
     feature["rows"].bytes_list.value.append(chunk.rows)
+    # Otherwise the order of the features may change from run to run, and preparing a
+    # log twice would give different files.
     return example.SerializeToString(deterministic=True)
 
 
@@ -266,6 +269,7 @@ def write_metadata(
             for split, written in shards.items()
         ],
         version=VERSION,
+        # The check would read every shard again.
         check_data=False,
         description=(
             f"{metadata.source}, prepared by tokenrec: a record is a chunk of one "
@@ -296,6 +300,7 @@ def shard_lengths(info: Path) -> dict[str, list[int]]:
     """
     value = read_json(info, "data:", _REMEDY)
     try:
+        # Protocol buffers write int64 as JSON strings.
         return {
             str(s["name"]): [int(n) for n in s["shardLengths"]]
             for s in value.get("splits", ())
@@ -341,6 +346,8 @@ def _read_shard(path: Path, length: int, begin: int, end: int) -> Iterator[list[
             ArrayRecordReader(os.fspath(path), RANDOM_ACCESS)
         ) as reader:
             num_records = reader.num_records()
+            # A shard of another data set opens without an error, but has another
+            # number of records.
             if num_records == length:
                 for place in range(begin, end, READ_CHUNKS):
                     yield reader.read(place, min(place + READ_CHUNKS, end))

@@ -121,6 +121,8 @@ def _right_align(
       lengths: `[B] int64`, number of valid events.
       length: T.
     """
+    # Slots before the first event are out of range, and read some event that is not
+    # valid.
     slots = np.arange(-length, 0)
     rows = np.take(event_rows, stop[:, None] + slots, mode="clip")
     return rows, slots >= -lengths[:, None]

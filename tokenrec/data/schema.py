@@ -74,6 +74,7 @@ Kind = Literal[
 Entity = Literal["user", "context", "item", "action"]
 Group = Literal["user", "catalogue", "row", "action"]
 Transform = Literal["identity", "log1p"]
+# Kinds whose values are ids of an embedding table.
 INTEGER_KINDS = ("categorical", "multi_valued", "semantic_id", "text")
 
 
@@ -180,6 +181,7 @@ def columns(features: Iterable[Feature]) -> Columns:
     """
     ids: dict[str, tuple[int, int]] = {}
     dense: dict[str, tuple[int, int]] = {}
+    # Columns assigned so far, by `is_integer`.
     widths = {True: 0, False: 0}
     for feature in features:
         start = widths[feature.is_integer]
@@ -279,6 +281,7 @@ class Schema:
           InputError: a key is unknown (a near one is suggested) or missing, a value has
             the wrong type, or the schema contradicts itself.
         """
+        # JSON has no tuples and no dataclasses: convert the parts first.
         fields = dict(value)
         for name, kind in (("features", Feature), ("tasks", Task)):
             parts = value.get(name, ())

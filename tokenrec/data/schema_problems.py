@@ -95,13 +95,16 @@ def _choice_problems(feature: Feature) -> Iterator[str]:
 
 def _size_problems(feature: Feature) -> Iterator[str]:
     f, where = feature, f"feature '{feature.name}'"
+    # A length beyond any use would fill the memory before it is noticed.
     if not 1 <= f.length <= LONGEST:
         yield f"{where}: length={f.length} must be 1 to {LONGEST}"
+    # The levels of a semantic id have table rows of their own.
     if f.codes * f.length > MOST_ROWS - FIRST_KNOWN:
         yield (
             f"{where}: codes={f.codes} of length={f.length} are more than {MOST_ROWS} "
             "rows of a table; use fewer"
         )
+    # Also refuses NaN.
     if not f.deviation > 0:
         yield (
             f"{where}: deviation={f.deviation} must be positive, as values are divided "

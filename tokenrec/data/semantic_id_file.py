@@ -88,6 +88,8 @@ def save_semantic_ids(ids: SemanticIds, file: Path) -> None:
     id_type = pa.int64() if ids.item_id.dtype.kind == "i" else pa.string()
     item_id = pa.array(ids.item_id, id_type)
     table = pa.table({"item_id": item_id, "codes": codes})
+    # Pages have checksums of their own, which name the damaged place; the digest covers
+    # the rest of the file.
     table = table.replace_schema_metadata({_DIGEST: _compute_digest(ids)})
     with atomic_replace(file) as partial:
         pq.write_table(table, partial, write_page_checksum=True)
@@ -107,6 +109,7 @@ def align(ids: SemanticIds, item_id: np.ndarray) -> np.ndarray:
       InputError: the ids are of another type, or an item has none; the message names
         the first one.
     """
+    # Look up the wanted ids in the sorted available ones.
     wanted = np.asarray(item_id)
     order = np.argsort(ids.item_id, kind="stable")
     available = ids.item_id[order]
@@ -167,6 +170,7 @@ def _parse_codes(
         raise InputError(
             f"{where}: codes has the type {kind}; write a list of int32 in each row"
         )
+    # One flat array of codes, and where the list of each item begins in it.
     array = column.combine_chunks()
     lengths = np.diff(array.offsets.to_numpy())
     flat = array.flatten()

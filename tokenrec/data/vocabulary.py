@@ -136,6 +136,8 @@ class ValueIndex:
             place = np.minimum(np.searchsorted(run, ordered), len(run) - 1)
             known = run[place] == ordered
             out[order[known]] = codes[place[known]]
+        # New values are a run of their own. Then runs are merged until each is at most
+        # half as long as the one before it.
         new = np.flatnonzero(out < 0)
         if len(new):
             out[new] = np.arange(self.size, self.size + len(new), dtype=np.int32)
@@ -190,6 +192,7 @@ class TableValues:
           known: `[V]`, the values of the vocabulary; number i has id `FIRST_KNOWN + i`.
           final: `[size + 2] int32`, provisional id -> id.
         """
+        # Sort the marked values, so that ids do not depend on the order of log rows.
         values = self.index.values()
         marked = np.flatnonzero(self.trained.array(len(values)))
         order = marked[np.argsort(values[marked], kind="stable")]
@@ -246,6 +249,7 @@ def save_vocabulary(directory: Path, table: str, known: np.ndarray) -> Path:
     folder = directory / VOCABULARIES
     folder.mkdir(exist_ok=True)
     path = folder / f"{quote(table, safe='')}.parquet"
+    # The ids follow from the order; they are written for readers other than tokenrec.
     ids = np.arange(FIRST_KNOWN, FIRST_KNOWN + len(known), dtype=np.int32)
     values = pa.array(known, pa.string() if known.dtype == object else pa.int64())
     pq.write_table(pa.table({"id": ids, "value": values}), path)

@@ -139,6 +139,7 @@ class Windows:
             if config.objective == "retrieval"
             else None
         )
+        # Columns of the labels, in the order of the config.
         names = [task.name for task in dataset.schema.tasks]
         self._tasks = [names.index(name) for name in task_names(dataset.schema, config)]
         self._cache = TwoSlotCache(self._read)
@@ -186,6 +187,7 @@ class Windows:
             candidates=self.config.candidates,
             goals=self._context is not None,
         )
+        # The chunk of a log row is the last one that begins at or before it.
         read = rows[rows >= 0]
         chunk = np.searchsorted(log.start, read, side="right") - 1
         item = log.item[read]
@@ -269,6 +271,7 @@ def _check_chunk_heads(metadata: Metadata, config: DataConfig) -> None:
 
     With too few of them, histories at the head of a chunk would silently be short.
     """
+    # A source in memory, as in tests, may have no chunk heads.
     head = metadata.options.get("overlap")
     # Retrieval is evaluated request by request, each with a history of its own,
     # whatever the paradigm of training.

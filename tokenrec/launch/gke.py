@@ -121,6 +121,7 @@ def _pod_rules() -> list[dict[str, Any]]:
     A rule that matches fails the Job with the reason `PodFailurePolicy`, by which the
     rules of the JobSet tell it from a crash.
     """
+    # The order matters: an eviction with a final exit code is final.
     by_exit = [
         {
             "action": "FailJob",
@@ -146,6 +147,7 @@ def _pod(job: LaunchJob, service_account: str) -> dict[str, Any]:
         mount = {"name": "config", "mountPath": str(_CONFIG_FILE.parent)}
         container["volumeMounts"].append(mount)
         volumes.append({"name": "config", "configMap": {"name": f"{job.name}-config"}})
+    # Nodes of slices of this generation and shape.
     selector = {
         "cloud.google.com/gke-tpu-accelerator": job.slice.generation.label,
         "cloud.google.com/gke-tpu-topology": job.slice.shape,
@@ -153,8 +155,10 @@ def _pod(job: LaunchJob, service_account: str) -> dict[str, Any]:
     if job.spot:
         selector["cloud.google.com/gke-spot"] = "true"
     return {
+        # Makes GKE add the sidecar that mounts the bucket.
         "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}},
         "spec": {
+            # Kubernetes accepts a podFailurePolicy only with this.
             "restartPolicy": "Never",
             "serviceAccountName": service_account,
             "terminationGracePeriodSeconds": job.grace_seconds,

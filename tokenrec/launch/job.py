@@ -249,6 +249,7 @@ def _check_slices(one_slice: Slice, slices: int) -> None:
 
 def _config_file(source: str) -> tuple[str, str | None]:
     """Name of the config, and its text unless it is installed with tokenrec."""
+    # A shipped config may be given by its name or by its path in a clone.
     path = Path(source)
     shipped = {file.resolve() for file in shipped_configs().values()}
     is_shipped = not path.is_file() or path.resolve() in shipped

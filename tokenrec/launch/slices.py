@@ -63,25 +63,36 @@ GENERATIONS = {
     "v5e": Generation(
         "tpu-v5-lite-podslice",
         _FLAT,
-        256,
-        8,
+        most_chips=256,
+        one_host=8,
         vm_type="v5litepod",
         runtime="v2-alpha-tpuv5-lite",
     ),
     "v6e": Generation(
-        "tpu-v6e-slice", _FLAT, 256, 8, vm_type="v6e", runtime="v2-alpha-tpuv6e"
+        "tpu-v6e-slice",
+        _FLAT,
+        most_chips=256,
+        one_host=8,
+        vm_type="v6e",
+        runtime="v2-alpha-tpuv6e",
     ),
     "v5p": Generation(
         "tpu-v5p-slice",
         _DEEP,
-        6144,
-        4,
+        most_chips=6144,
+        one_host=4,
         vm_type="v5p",
         # The type counts cores, of which a chip has two.
         units_per_chip=2,
         runtime="v2-alpha-tpuv5",
     ),
-    "tpu7x": Generation("tpu7x", ("1x1x1", *_DEEP), 9216, 4, devices_per_chip=2),
+    "tpu7x": Generation(
+        "tpu7x",
+        ("1x1x1", *_DEEP),
+        most_chips=9216,
+        one_host=4,
+        devices_per_chip=2,
+    ),
 }
 TOPOLOGIES = tuple(
     f"{name}:{size}"

@@ -120,6 +120,8 @@ def start(text: str, path: Path, target: Target, tool: str) -> None:
     Raises:
       InputError: the file holds another job, or the command fails.
     """
+    # The file stays: it is what stops or deletes the job later, and it shows what runs.
+    # Writing the same job again does no harm.
     suffix = {"gke": ".yaml", "tpu-vm": ".sh"}[target]
     path = path.with_name(path.name + suffix)
     if path.exists() and path.read_text() != text:
@@ -132,6 +134,7 @@ def start(text: str, path: Path, target: Target, tool: str) -> None:
     if target == "gke":
         command = [tool, "apply", "--filename", str(path)]
     code = subprocess.run(command, check=False).returncode
+    # The command has printed its own message.
     if code:
         raise InputError(
             f"`{shlex.join(command)}` failed with exit code {code}; its own message "

@@ -82,6 +82,7 @@ def script(
         "MAX_RESTARTS": str(job.max_restarts),
         "GRACE_SECONDS": str(job.grace_seconds),
     }
+    # Quoted, so that no value can be read as shell code.
     lines = [f"{name}={_shell_value(value)}" for name, value in variables.items()]
     template = resources.files(__package__).joinpath("tpu_vm.sh").read_text()
     shebang, _, rest = template.partition("\n")
@@ -90,6 +91,7 @@ def script(
 
 def _node_flags(job: LaunchJob, service_account: str | None) -> list[str]:
     """Flags of `gcloud compute tpus queued-resources create`."""
+    # One node has an id; several are numbered after a prefix.
     flags = ["--node-id", job.name]
     if job.slices > 1:
         flags = ["--node-count", str(job.slices), "--node-prefix", job.name]

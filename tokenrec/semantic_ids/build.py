@@ -74,24 +74,26 @@ def build_semantic_ids(
     events = train_events(dataset)
     items = len(dataset.catalogue.item_id)
     popularity = np.bincount(events.item, minlength=items)
-    found = item_vectors(dataset, events, vectors, seed)
+    by_item = item_vectors(dataset, events, vectors, seed)
     times.append(time.monotonic())
 
     # 2. Codes of the items with a vector.
-    known = found.values[found.known]
-    quantized = _quantize(method, known, _book_sizes(found, levels, codes), seed)
+    known = by_item.values[by_item.known]
+    quantized = _quantize(method, known, _book_sizes(by_item, levels, codes), seed)
     times.append(time.monotonic())
 
     # 3. Codes of all items.
-    prefixes = _all_codes(quantized, found, popularity, levels, codes)
+    prefixes = _all_codes(quantized, by_item, popularity, levels, codes)
     full = disambiguate(prefixes, popularity)
 
-    # 4. The report.
+    # 4. The report. The size of a last level that numbers collisions is that of the
+    #    largest collision.
     last_levels = [int(full[:, -1].max()) + 1] * (full.shape[1] - levels)
     sizes = [codes] * levels + last_levels
-    neighbours = report.describe_neighbours(dataset, found, prefixes, popularity, seed)
+    neighbours = report.describe_neighbours(
+        dataset, by_item, prefixes, popularity, seed
+    )
     times.append(time.monotonic())
-    stages = zip(("vectors", "quantize", "report"), times[:-1], times[1:], strict=True)
     result: dict[str, Any] = {
         "items": items,
         "method": method,
@@ -104,14 +106,34 @@ def build_semantic_ids(
         "collisions": report.describe_collisions(prefixes),
         "reconstruction": report.describe_reconstruction(quantized, known),
         "never_seen": int((popularity == 0).sum()),
-        "without_vector": int((~found.known).sum()),
-        "seconds": {name: round(end - start, 2) for name, start, end in stages},
+        "without_vector": int((~by_item.known).sum()),
+        "seconds": _seconds(times),
         "neighbours": neighbours,
     }
+
+    # 5. The files. The ids come last: their file is there only with its report.
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / REPORT, result)
     save_semantic_ids(SemanticIds(dataset.catalogue.item_id, full), out / SEMANTIC_IDS)
     return result
+
+
+def _seconds(times: list[float]) -> dict[str, float]:
+    """Duration of each stage, given the times at which they begin and end."""
+    stages = ("vectors", "quantize", "report")
+    return {
+        stage: round(end - start, 2)
+        for stage, start, end in zip(stages, times[:-1], times[1:], strict=True)
+    }
+
+
+def _seconds(times: list[float]) -> dict[str, float]:
+    """Duration of each stage, given the times at which they begin and end."""
+    stages = ("vectors", "quantize", "report")
+    return {
+        stage: round(end - start, 2)
+        for stage, start, end in zip(stages, times[:-1], times[1:], strict=True)
+    }
 
 
 def _book_sizes(vectors: ItemVectors, levels: int, codes: int) -> list[int]:
