@@ -4,7 +4,7 @@
 2. Quantise the vectors to codes, coarse to fine (rq_kmeans.py, rq_vae.py).
 3. Number the items without a vector, and add a last level where items still have the
    same codes (collisions.py).
-4. Describe the result (report.py), and write both files.
+4. Describe the result (report.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from tokenrec.data.dataset import open_dataset
+from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.semantic_id_file import SEMANTIC_IDS, SemanticIds, save_semantic_ids
 from tokenrec.errors import InputError, suggest
 from tokenrec.runtime.files import write_json
@@ -68,6 +68,32 @@ def build_semantic_ids(
     out = Path(out)
     _check_out(out, overwrite)
     dataset = open_dataset(Path(data))
+    full, result = _build(dataset, method, vectors, levels, codes, seed)
+    # The ids come last: their file is there only with its report.
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / REPORT, result)
+    save_semantic_ids(SemanticIds(dataset.catalogue.item_id, full), out / SEMANTIC_IDS)
+    return result
+
+
+def _build(
+    dataset: Dataset,
+    method: Method,
+    vectors: VectorKind,
+    levels: int,
+    codes: int,
+    seed: int,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Compute the codes of all items, `[N, L] int32`, and the report.
+
+    Args:
+      dataset: the prepared data set.
+      method: see `build_semantic_ids`, as for all others.
+      vectors: kind of vectors.
+      levels: quantised levels.
+      codes: size of each level's code book.
+      seed: random seed.
+    """
     times = [time.monotonic()]
 
     # 1. Vectors.
@@ -110,21 +136,7 @@ def build_semantic_ids(
         "seconds": _seconds(times),
         "neighbours": neighbours,
     }
-
-    # 5. The files. The ids come last: their file is there only with its report.
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / REPORT, result)
-    save_semantic_ids(SemanticIds(dataset.catalogue.item_id, full), out / SEMANTIC_IDS)
-    return result
-
-
-def _seconds(times: list[float]) -> dict[str, float]:
-    """Duration of each stage, given the times at which they begin and end."""
-    stages = ("vectors", "quantize", "report")
-    return {
-        stage: round(end - start, 2)
-        for stage, start, end in zip(stages, times[:-1], times[1:], strict=True)
-    }
+    return full, result
 
 
 def _seconds(times: list[float]) -> dict[str, float]:
