@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.report import run_script, spread, write_result
 from tokenrec.data.dataset import Dataset
-from tokenrec.data.log import EVENT, SCORED, Log
+from tokenrec.data.interaction_log import EVENT, SCORED, InteractionLog
 from tokenrec.evaluation.evaluate import evaluate_run
 
 METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
@@ -34,7 +34,7 @@ def without_scored_events(load: Any) -> Any:
 
     def load_frozen(
         self: Dataset, split: str, start: int = 0, stop: int | None = None
-    ) -> Log:
+    ) -> InteractionLog:
         log = load(self, split, start, stop)
         flags = np.where(
             (log.flags & SCORED) != 0, log.flags & ~np.uint8(EVENT), log.flags

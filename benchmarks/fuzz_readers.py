@@ -1,16 +1,17 @@
-"""Damaged files against every reader: each case ends in equal data or in a refusal, never in a crash or other data.
+"""Read damaged files with every reader: none may crash, or return other data unnoticed.
 
     python -m benchmarks.fuzz_readers --cases 400 --out benchmarks/results/fuzz_readers
 
-A case takes one file of a small, sound folder, changes it (bits flipped, bytes cut off, put in, left out or replaced, a
-digit changed, the file gone or a folder in its place) and reads the folder. What it may end in depends on the target:
+A case copies a small, sound folder and damages one of its files: bits flip, bytes are
+cut off, inserted, deleted or replaced, a digit changes, the file is deleted or is a
+folder. Then it reads the copy. The rule of the target says how a case may end:
 
-- `equal`, files that have a checksum: the data of the sound folder, or an `InputError`;
-- `sound`, files of a user, or from before there were checksums, where a changed digit is just another value: also other
-  data that passes every check.
+- `equal`, files with a checksum: with the data of the sound folder, or an `InputError`.
+- `sound`, files that a user writes, or from before there were checksums: also with
+  other data that passes every check, because a changed digit is just another value.
 
-Anything else, a warning too, is a failure: it is printed with its seed, which makes the same case again
-(`--target T --only SEED`), and the exit code is 1.
+Anything else, a warning too, is a failure. It is printed with its seed, which repeats
+the case (`--target T --only SEED`), and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -36,10 +37,19 @@ from tokenrec.errors import InputError
 
 
 def run_case(target: Target, seed: int, sound: str, work: Path) -> str:
-    """Damages a file of a copy of the target's folder and reads it: "refused", "equal", "other data".
+    """Damage a file of a copy of the target's folder, and read the copy.
+
+    Args:
+      target: what to damage and how to read it.
+      seed: seed of the damage.
+      sound: digest of the sound folder.
+      work: folder for the copy.
+
+    Returns:
+      "refused", "equal" or "other data".
 
     Raises:
-      Exception: whatever else the reader raised; it is a failure.
+      Exception: anything else that the reader raised; it is a failure.
     """
     copy = work / "case"
     shutil.copytree(target.folder, copy)
@@ -47,20 +57,22 @@ def run_case(target: Target, seed: int, sound: str, work: Path) -> str:
         draw = np.random.default_rng(seed)
         damage(copy / target.files[draw.integers(len(target.files))], draw)
         try:
-            found = target.read(copy)
+            digest = target.read(copy)
         except InputError:
             return "refused"
-        return "equal" if found == sound else "other data"
+        return "equal" if digest == sound else "other data"
     finally:
         shutil.rmtree(copy)
 
 
 def damage(path: Path, draw: np.random.Generator) -> None:
-    """Changes a file in one of the ways in which files are damaged."""
+    """Change a file in one of the ways in which files get damaged."""
     content = bytearray(path.read_bytes())
     size = len(content)
     begin = int(draw.integers(size + 1))
     end = min(size, begin + 1 + int(2 ** draw.uniform(0, 8)))
+    # 0 to 2: flip bits; 3 to 8: cut off, delete, insert, replace, repeat the beginning,
+    # zero; 9: delete the file or make it a folder; 10 and 11: change a digit.
     kind = draw.integers(12)
     digits = [place for place, byte in enumerate(content) if byte in b"0123456789"]
     if kind > 9 and digits:
@@ -90,7 +102,16 @@ def damage(path: Path, draw: np.random.Generator) -> None:
 def fuzz(
     targets: Sequence[Target], seeds: Sequence[int], work: Path
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row of counts for each target, and the failures in words."""
+    """Run the cases of all targets.
+
+    Args:
+      targets: what to damage.
+      seeds: a case per target and seed.
+      work: folder for copies.
+
+    Returns:
+      A row of counts per target, and a text per failure.
+    """
     rows, failures = [], []
     for target in targets:
         sound = target.read(target.folder)
@@ -98,7 +119,7 @@ def fuzz(
         for seed in seeds:
             try:
                 end = run_case(target, seed, sound, work)
-            except (Exception, Warning):  # noqa: BLE001 - every kind of failure is to be counted and shown
+            except (Exception, Warning):  # noqa: BLE001 - counts every kind of failure
                 end, text = "failure", traceback.format_exc()
             else:
                 text = "other data than the sound folder's\n"
@@ -127,15 +148,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", type=int, default=400, help="of each target")
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--target", help="only this one")
-    parser.add_argument("--only", type=int, help="only the case of this seed")
     parser.add_argument(
-        "--out", type=Path, help="path stem of the result, which is printed otherwise"
+        "--cases", type=int, default=400, help="cases per target (default 400)"
+    )
+    parser.add_argument("--first", type=int, default=0, help="first seed (default 0)")
+    parser.add_argument("--target", help="run this target only")
+    parser.add_argument("--only", type=int, help="run the case of this seed only")
+    parser.add_argument(
+        "--out", type=Path, help="path stem of the result; printed without it"
     )
     args = parser.parse_args(argv)
-    faulthandler.enable()  # a reader in C++ that is led astray ends the process
+    # A crash inside a C++ reader ends the process: show where.
+    faulthandler.enable()
     warnings.simplefilter("error")
     seeds = (
         range(args.first, args.first + args.cases) if args.only is None else [args.only]

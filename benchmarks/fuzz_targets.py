@@ -1,4 +1,4 @@
-"""Small sound folders of every kind that tokenrec reads, for `fuzz_readers` to damage."""
+"""Make small, sound folders of every kind that tokenrec reads, for `fuzz_readers`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,15 @@ SCHEMA: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Files that cases damage. `read` digests what the folder holds, or raises an InputError."""
+    """Files that cases damage.
+
+    Attributes:
+      name: name of the target.
+      rule: "equal" or "sound"; see `fuzz_readers`.
+      folder: the sound folder.
+      files: its files to damage, one per case.
+      read: digest of what a folder holds; raises InputError if it refuses.
+    """
 
     name: str
     rule: str
@@ -69,7 +77,7 @@ class Target:
 
 
 def make_targets(folder: Path) -> list[Target]:
-    """Makes the sound folders below `folder`."""
+    """Make the sound folders below `folder`."""
     raw = _write_raw(folder / "raw", "csv")
     data = folder / "data"
     _prepare(raw, "csv", data)
@@ -110,7 +118,7 @@ def make_targets(folder: Path) -> list[Target]:
 
 
 def _write_raw(folder: Path, kind: str) -> Path:
-    """A log of strings, numbers and lists with its schema."""
+    """Write a log of strings, numbers and lists, and its schema."""
     folder.mkdir()
     (folder / "schema.json").write_text(json.dumps(SCHEMA, indent=1))
     draw = np.random.default_rng(0)
@@ -170,7 +178,7 @@ def _prepare(raw: Path, kind: str, out: Path) -> None:
 
 
 def without_digests(data: Path, out: Path) -> Path:
-    """The data set as it was written before its files had checksums."""
+    """Copy a data set, as it was written before its files had checksums."""
     shutil.copytree(data, out)
     value = json.loads((out / METADATA_FILE).read_text())
     del value["digest"], value["files"], value["schema"]["ids_digest"]
@@ -188,7 +196,10 @@ def _read_raw(kind: str) -> Callable[[Path], str]:
 
 
 def _archive_target(folder: Path, kind: str) -> Target:
-    """Of data that have a checksum in either, and names that have none in a zip."""
+    """Make an archive.
+
+    The data have a checksum in both kinds; the names of the files have none in a zip.
+    """
     folder.mkdir()
     path, content = folder / f"files.{kind}", bytes(range(256)) * 4
     if kind == "zip":
@@ -223,15 +234,15 @@ def _archive_target(folder: Path, kind: str) -> Target:
 
 def _digest_data(folder: Path) -> str:
     data = open_dataset(folder)
-    found = hashlib.sha256(json.dumps(data.schema.to_json(), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(data.schema.to_json(), sort_keys=True).encode())
     for array in _arrays(folder, data):
-        found.update(str((array.shape, array.dtype)).encode())
-        found.update(
+        digest.update(str((array.shape, array.dtype)).encode())
+        digest.update(
             repr(array.tolist()).encode()
             if array.dtype.kind in "OU"
             else np.ascontiguousarray(array)
         )
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def _arrays(folder: Path, data: Any) -> Iterator[np.ndarray]:

@@ -1,7 +1,10 @@
-"""Samples a second of the input pipeline on one core, beside a pure NumPy gather of the same rows in the same run.
+"""Measure the input pipeline on one core, in samples per second.
 
-python benchmarks/input.py                     # a generated log of KuaiRand-Pure's size and shape
-python benchmarks/input.py --data DIR          # a prepared data set
+A pure NumPy gather of the same log rows in the same run is the yardstick: it does the
+copying alone, without an order, masks, missing values or Grain.
+
+python benchmarks/input.py                # a generated log, as large as KuaiRand-Pure
+python benchmarks/input.py --data DIR     # a prepared data set
 python benchmarks/input.py --config configs/kuairand_pure_uc.py --data DIR
 """
 
@@ -23,21 +26,29 @@ from tokenrec.config import DataConfig
 from tokenrec.config.load import load_config
 from tokenrec.data.batch import HostBatch
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.log import EVENT, LEARNED, SCORED, Catalogue, Log
+from tokenrec.data.interaction_log import (
+    EVENT,
+    LEARNED,
+    SCORED,
+    Catalogue,
+    InteractionLog,
+)
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.pipeline import LogReader, train_batches
 from tokenrec.data.schema import Feature, Schema, Task, columns
 
+# Sizes of KuaiRand-Pure's training split.
 USERS, ITEMS, ROWS_PER_USER = 26_469, 7_583, 21
+# Group -> columns of `ids` and of `dense`.
 WIDTHS = {"user": (26, 0), "catalogue": (8, 0), "row": (3, 8), "action": (7, 0)}
 ENTITY = {"user": "user", "catalogue": "item", "row": "context", "action": "action"}
 
 
 @dataclasses.dataclass
 class Generated:
-    """A log of random values: per group as many id and dense columns as `WIDTHS` says, six labels."""
+    """A log of random values with the columns of `WIDTHS` and six labels."""
 
-    log: Log
+    log: InteractionLog
     catalogue: Catalogue
     schema: Schema
     splits: tuple[str, ...] = ("train",)
@@ -46,19 +57,22 @@ class Generated:
     def metadata(self) -> Metadata:
         return Metadata(self.schema, "generated", "", "", {}, {}, {}, {})
 
-    def rows(self, split: str) -> np.ndarray:
+    def chunk_lengths(self, split: str) -> np.ndarray:
         return np.diff(self.log.start)
 
-    def load(self, split: str, start: int = 0, stop: int | None = None) -> Log:
-        if (start, stop) != (0, self.log.chunks):
+    def load(
+        self, split: str, start: int = 0, stop: int | None = None
+    ) -> InteractionLog:
+        if (start, stop) != (0, self.log.num_chunks):
             raise ValueError(
-                f"the generated log is one window; chunks [{start}, {stop}) are a part of it"
+                f"the generated log is one window; chunks [{start}, {stop}) are a part "
+                "of it"
             )
         return self.log
 
 
 def generate(seed: int) -> Generated:
-    """A training split like KuaiRand-Pure's: 26,469 users, about 21 rows each, a quarter of them scored."""
+    """Generate a training split like KuaiRand-Pure's, a quarter of the rows scored."""
     random = np.random.default_rng(seed)
     sizes = np.minimum(random.geometric(1 / ROWS_PER_USER, USERS), 500)
     start = np.concatenate([[0], np.cumsum(sizes)])
@@ -74,7 +88,7 @@ def generate(seed: int) -> Generated:
     def dense(group: str) -> np.ndarray:
         return random.random((counts[group], WIDTHS[group][1]), dtype=np.float32)
 
-    log = Log(
+    log = InteractionLog(
         start=start,
         user_id=np.arange(USERS),
         user_ids=ids("user"),
@@ -103,62 +117,89 @@ def generate(seed: int) -> Generated:
 
 @dataclasses.dataclass(frozen=True)
 class Indices:
-    """Rows of one batch: `user: [B]` chunks, `events: [B, T]` and, in NIO, `targets: [B, C]` log rows."""
+    """What the pure gather reads for one batch.
+
+    Attributes:
+      user: `[B]`, chunks.
+      events: `[B, T]`, log rows.
+      targets: `[B, C]`, log rows; None in UC.
+    """
 
     user: np.ndarray
     events: np.ndarray
     targets: np.ndarray | None
 
 
-def pure_gather(log: Log, catalogue: Catalogue, indices: Indices) -> list[np.ndarray]:
-    """What NumPy needs for the same arrays: indexing and joining, and no order, masks, blanks, or Grain."""
-    found = [log.user_ids[indices.user], log.user_dense[indices.user]]
+def pure_gather(
+    log: InteractionLog, catalogue: Catalogue, indices: Indices
+) -> list[np.ndarray]:
+    """Copy the features of one batch by NumPy indexing and concatenation."""
+    arrays = [log.user_ids[indices.user], log.user_dense[indices.user]]
     for rows in (indices.events, indices.targets):
         if rows is not None:
             item = log.item[rows]
-            found.append(
+            arrays.append(
                 np.concatenate([catalogue.ids[item], log.row_ids[rows]], axis=-1)
             )
-            found.append(
+            arrays.append(
                 np.concatenate([catalogue.dense[item], log.row_dense[rows]], axis=-1)
             )
-    found += [log.action_ids[indices.events], log.action_dense[indices.events]]
-    found.append(
+    arrays += [log.action_ids[indices.events], log.action_dense[indices.events]]
+    arrays.append(
         log.labels[indices.events if indices.targets is None else indices.targets]
     )
-    return found
+    return arrays
 
 
-def indices_of(log: Log, host: HostBatch) -> Indices:
-    """Rows of as many events as each sample has; where it has none, some row, as a gather must read something."""
-    read = np.where(host.rows >= 0, host.rows, 0)
+def indices_of(log: InteractionLog, host_batch: HostBatch) -> Indices:
+    """Find the log rows of a batch; padding takes some log row, as a gather must read.
+
+    They need not be the right ones, only as many and as far apart in memory.
+    """
+    read = np.where(host_batch.rows >= 0, host_batch.rows, 0)
     last = read.max(axis=1)
-    length = host.batch.valid.shape[1]
+    length = host_batch.batch.valid.shape[1]
     events = np.maximum(last[:, None] + np.arange(-length, 0), 0)
     chunk = np.searchsorted(log.start, last, side="right") - 1
-    return Indices(chunk, events, None if host.batch.target is None else read)
+    return Indices(chunk, events, None if host_batch.batch.target is None else read)
 
 
 def rates(runs: Sequence[Callable[[], int]], repeats: int) -> list[float]:
-    """Samples a second of each run, a function that returns its samples: medians of repeats taken in turn."""
-    found: list[list[float]] = [[] for _ in runs]
+    """Measure samples per second of each run, as the median of repeats.
+
+    The runs take turns, so that a slow phase of the machine meets all of them.
+
+    Args:
+      runs: functions that return their number of samples.
+      repeats: measurements of each run.
+    """
+    measured: list[list[float]] = [[] for _ in runs]
     for _ in range(repeats):
-        for run, rate in zip(runs, found, strict=True):
+        for run, rate in zip(runs, measured, strict=True):
             begin = time.perf_counter()
             samples = run()
             rate.append(samples / (time.perf_counter() - begin))
-    return [statistics.median(rate) for rate in found]
+    return [statistics.median(rate) for rate in measured]
 
 
 def measure(
     dataset: LogReader, config: DataConfig, steps: int, repeats: int
 ) -> dict[str, object]:
-    """Both rates over the same steps. Opening the data set and the first batches are not timed."""
+    """Measure both rates over the same steps.
+
+    Opening the data set and the first batches are not timed.
+
+    Args:
+      dataset: a data set with a training split.
+      config: `data` of a run's config.
+      steps: batches of each repeat.
+      repeats: measurements of each rate.
+    """
     iterator = train_batches(dataset, config, steps=steps * (repeats + 1) + 1, seed=0)
-    log = dataset.load("train", 0, len(dataset.rows("train")))
+    log = dataset.load("train", 0, len(dataset.chunk_lengths("train")))
     try:
         warm = [next(iterator) for _ in range(steps)]
-        indices = [indices_of(log, host) for host in warm]
+        indices = [indices_of(log, host_batch) for host_batch in warm]
 
         def pipeline() -> int:
             return sum(next(iterator).rows.shape[0] for _ in range(steps))
@@ -171,7 +212,10 @@ def measure(
         through_grain, pure = rates((pipeline, gather), repeats)
     finally:
         iterator.close()
-    widths = {group: columns(dataset.schema.group(group)) for group in WIDTHS}  # type: ignore[arg-type]
+    widths = {
+        group: columns(dataset.schema.group(group))  # type: ignore[arg-type]
+        for group in WIDTHS
+    }
     return {
         "paradigm": config.paradigm,
         "T": config.events,
@@ -181,9 +225,11 @@ def measure(
         "pure NumPy, samples/s": pure,
         "ratio": through_grain / pure,
         "rows read/s": through_grain
-        * float(np.mean([(host.rows >= 0).sum(axis=1).mean() for host in warm])),
+        * float(
+            np.mean([(host_batch.rows >= 0).sum(axis=1).mean() for host_batch in warm])
+        ),
         "history rows that exist": float(
-            np.mean([host.batch.valid.mean() for host in warm])
+            np.mean([host_batch.batch.valid.mean() for host_batch in warm])
         ),
         "id + dense columns": " ".join(
             f"{name} {w.ids_width}+{w.dense_width}" for name, w in widths.items()
@@ -204,12 +250,15 @@ def main() -> None:
         help="take the data section of this config (default: NIO and UC, T = 50)",
     )
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=200, help="of each repeat")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="batches of each repeat (default 200)"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "input"
     )
     flags = parser.parse_args()
+    # One core, so that the figure does not depend on how many a machine has.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     configs = [DataConfig(events=50), DataConfig(paradigm="uc", events=50, overlap=25)]

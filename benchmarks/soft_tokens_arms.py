@@ -28,7 +28,7 @@ from tokenrec.config.validate import validate
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.schema import Schema
-from tokenrec.data.semantic import SEMANTIC_ID
+from tokenrec.data.semantic_id_feature import SEMANTIC_ID
 from tokenrec.errors import InputError
 from tokenrec.planner.describe import describe
 from tokenrec.planner.flops import STEP_OVER_FORWARD

@@ -31,7 +31,7 @@ from tokenrec.config import Config, DataConfig, ModelConfig, TokensConfig, Train
 from tokenrec.config.validate import validate
 from tokenrec.data.batch import HostBatch
 from tokenrec.data.dataset import Dataset, open_dataset
-from tokenrec.data.log import SCORED
+from tokenrec.data.interaction_log import SCORED
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.synthetic import SyntheticSource

@@ -1,4 +1,4 @@
-"""What tests of the pipeline share: small logs in memory, two configs, and how batches are taken and read."""
+"""Shared by tests of the pipeline: small logs in memory, two configs, taking batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.data.logs import MemoryData, random_log
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch
-from tokenrec.data.log import SCORED, Log
+from tokenrec.data.interaction_log import SCORED, InteractionLog
 from tokenrec.data.pipeline import eval_batches, train_batches
 
 NIO = DataConfig(
@@ -54,8 +54,8 @@ def take(
 def evaluated(
     data: MemoryData, config: DataConfig, split: str, *, limit: int = 0
 ) -> Iterator[HostBatch]:
-    for host, _ in eval_batches(data, config, split, limit=limit):
-        yield host
+    for host_batch, _ in eval_batches(data, config, split, limit=limit):
+        yield host_batch
 
 
 def assert_equal(a: object, b: object) -> None:
@@ -64,9 +64,9 @@ def assert_equal(a: object, b: object) -> None:
 
 
 def read_rows(batches: list[HostBatch]) -> list[int]:
-    rows = np.concatenate([host.rows.ravel() for host in batches])
+    rows = np.concatenate([host_batch.rows.ravel() for host_batch in batches])
     return rows[rows >= 0].tolist()
 
 
-def scored(log: Log) -> list[int]:
+def scored(log: InteractionLog) -> list[int]:
     return np.flatnonzero(log.flags & SCORED).tolist()

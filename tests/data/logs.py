@@ -1,4 +1,8 @@
-"""Small logs in memory, with ties, requests, unknown labels, rows that are no events, and users of every length."""
+"""Small logs in memory, with everything that makes cutting samples difficult.
+
+They have ties in time, requests, unknown labels, log rows that are no events, and users
+of every length.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tokenrec.data.log import EVENT, LEARNED, SCORED, Catalogue, Log
+from tokenrec.data.interaction_log import (
+    EVENT,
+    LEARNED,
+    SCORED,
+    Catalogue,
+    InteractionLog,
+)
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.samples import Requests, Samples
 from tokenrec.data.schema import Feature, Schema, Task
@@ -44,8 +54,8 @@ SCHEMA = Schema(
 
 def random_log(
     seed: int, *, chunks: int = 12, rows: int = 30, all_events: bool = False
-) -> Log:
-    """Chunks of 0 to `rows` rows, of which about every third shares its time with the row before."""
+) -> InteractionLog:
+    """Draw chunks of 0 to `rows` log rows; about every third one shares its time."""
     random = np.random.default_rng(seed)
     sizes = random.integers(0, rows + 1, chunks)
     start = np.concatenate([[0], np.cumsum(sizes)])
@@ -58,7 +68,7 @@ def random_log(
     scored = random.random(count) < 0.6
     learned = scored | (event & (random.random(count) < 0.3))
     flags = EVENT * event + SCORED * scored + LEARNED * learned
-    return Log(
+    return InteractionLog(
         start=start,
         user_id=500 + np.arange(chunks),
         user_ids=random.integers(1, 9, (chunks, 1), dtype=np.int32),
@@ -83,8 +93,15 @@ def hand_log(
     *,
     labels: list[int] | None = None,
     request: list[int] | None = None,
-) -> Log:
-    """One chunk; its rows have these times (ascending), flags, first labels (default 1) and requests (default -1)."""
+) -> InteractionLog:
+    """Make one chunk by hand.
+
+    Args:
+      time: ascending times of its log rows.
+      flags: EVENT | SCORED | LEARNED of each.
+      labels: first label of each; all 1 by default, other labels are unknown.
+      request: request of each; all -1 by default.
+    """
     count = len(time)
     log = random_log(0, chunks=1)
     zeros = {
@@ -104,12 +121,19 @@ def hand_log(
 
 @dataclasses.dataclass
 class MemoryData:
-    """A data set in memory; `on_load` is called with each log that it hands out."""
+    """A data set in memory, a `LogReader`.
 
-    logs: dict[str, Log]
+    Attributes:
+      logs: split -> log.
+      options: as in `Metadata.options`.
+      schema: schema of the logs.
+      on_load: called with each log that is loaded.
+    """
+
+    logs: dict[str, InteractionLog]
     options: dict[str, int] = dataclasses.field(default_factory=dict)
     schema: Schema = SCHEMA
-    on_load: Callable[[Log], None] = lambda log: None
+    on_load: Callable[[InteractionLog], None] = lambda log: None
 
     @property
     def metadata(self) -> Metadata:
@@ -127,12 +151,14 @@ class MemoryData:
     def splits(self) -> tuple[str, ...]:
         return tuple(self.logs)
 
-    def rows(self, split: str) -> np.ndarray:
+    def chunk_lengths(self, split: str) -> np.ndarray:
         return np.diff(self.logs[split].start)
 
-    def load(self, split: str, start: int = 0, stop: int | None = None) -> Log:
+    def load(
+        self, split: str, start: int = 0, stop: int | None = None
+    ) -> InteractionLog:
         log = self.logs[split]
-        first, last = log.start[[start, log.chunks if stop is None else stop]]
+        first, last = log.start[[start, log.num_chunks if stop is None else stop]]
         rows = {
             name: getattr(log, name)[first:last].copy(order="K") for name in PER_ROW
         }
@@ -140,7 +166,7 @@ class MemoryData:
             name: getattr(log, name)[start:stop]
             for name in ("user_id", "user_ids", "user_dense")
         }
-        part = Log(
+        part = InteractionLog(
             start=log.start[start : None if stop is None else stop + 1] - first,
             **users,
             **rows,
@@ -150,8 +176,8 @@ class MemoryData:
 
 
 def shown(samples: Samples) -> list[tuple[list[int], list[int]]]:
-    """Rows of the history or stream, and rows read, of each sample."""
-    found = []
+    """List the log rows of the history or stream, and those read, of each sample."""
+    result = []
     for n in range(len(samples.length)):
         if isinstance(samples, Requests):
             seen = samples.event_rows[
@@ -169,5 +195,5 @@ def shown(samples: Samples) -> list[tuple[list[int], list[int]]]:
                 samples.stop[n] - samples.length[n] : samples.stop[n]
             ]
             read = seen[(seen >= samples.first_read[n]) & samples.readable[seen]]
-        found.append((seen.tolist(), read.tolist()))
-    return found
+        result.append((seen.tolist(), read.tolist()))
+    return result

@@ -1,4 +1,4 @@
-"""A source whose tables lie in memory, for tests."""
+"""A source whose tables are in memory, for tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ SCHEMA = Schema(
 
 @dataclasses.dataclass
 class MemorySource:
-    """Columns of `rows` default to those of a scored event of train at time 0 with unknown labels and no features."""
+    """A source made of columns.
+
+    Columns of the log that are not given are those of a scored event of train at time
+    0, with unknown labels and missing features.
+    """
 
     row_columns: dict[str, Any]
     user_columns: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A prepared data set opened again: by tensorflow-datasets, whole or in part, and when files of it are damaged."""
+"""Opening a prepared data set: by tensorflow-datasets, whole, in part, and damaged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from tests.data.memory_source import MemorySource
 from tokenrec.data import records
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.log import Log
+from tokenrec.data.interaction_log import InteractionLog
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import columns
 from tokenrec.data.vocabulary import ValueIndex, load_vocabulary
@@ -51,8 +51,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("data") / "set")
 
 
-def assert_logs_equal(one: Log, other: Log) -> None:
-    for field in dataclasses.fields(Log):
+def assert_logs_equal(one: InteractionLog, other: InteractionLog) -> None:
+    for field in dataclasses.fields(InteractionLog):
         np.testing.assert_array_equal(
             getattr(one, field.name), getattr(other, field.name), field.name
         )
@@ -64,7 +64,7 @@ def test_tensorflow_datasets_opens_it_without_tensorflow(directory: Path) -> Non
     source = tfds.builder_from_directory(directory).as_data_source("train")
     data = open_dataset(directory)
     log = data.load("train")
-    assert len(source) == data.chunks("train") == log.chunks
+    assert len(source) == data.num_chunks("train") == log.num_chunks
     rows = np.frombuffer(source[3]["rows"], records.row_dtype(data.metadata.schema))
     np.testing.assert_array_equal(rows["time"], log.time[log.start[3] : log.start[4]])
     np.testing.assert_array_equal(
@@ -79,12 +79,12 @@ def test_any_range_of_chunks_is_that_part_of_the_whole(
 ) -> None:
     data = open_dataset(directory)
     whole = data.load("train")
-    np.testing.assert_array_equal(data.rows("train"), np.diff(whole.start))
+    np.testing.assert_array_equal(data.chunk_lengths("train"), np.diff(whole.start))
     monkeypatch.setattr(records, "READ_CHUNKS", 4)
     assert_logs_equal(data.load("train"), whole)
     part = data.load("train", 5, 16)
     rows = slice(whole.start[5], whole.start[16])
-    expected = Log(
+    expected = InteractionLog(
         start=whole.start[5:17] - whole.start[5],
         **{n: getattr(whole, n)[5:16] for n in ("user_id", "user_ids", "user_dense")},
         **{
@@ -103,14 +103,14 @@ def test_any_range_of_chunks_is_that_part_of_the_whole(
         },
     )
     assert_logs_equal(part, expected)
-    assert data.load("train", 7, 7).rows == 0
+    assert data.load("train", 7, 7).num_rows == 0
 
 
 def test_log_has_the_types_it_promises(directory: Path) -> None:
     log = open_dataset(directory).load("valid")
     types = {
         field.name: getattr(log, field.name).dtype.str[1:]
-        for field in dataclasses.fields(Log)
+        for field in dataclasses.fields(InteractionLog)
     }
     assert types == {
         "start": "i8", "user_id": "O", "user_ids": "i4", "user_dense": "f4", "time": "i8", "item": "i4", "flags": "u1",
@@ -141,7 +141,7 @@ def test_excluded_features_disappear_everywhere(directory: Path) -> None:
     assert "tab" in data.metadata.schema.tables
     log, full = data.load("train"), whole.load("train")
     assert log.user_ids.shape[1] == 0
-    assert log.action_dense.shape == (log.rows, 0)
+    assert log.action_dense.shape == (log.num_rows, 0)
     place = columns(whole.schema.group("row")).ids["place"][0]
     np.testing.assert_array_equal(log.row_ids[:, 0], full.row_ids[:, place])
     np.testing.assert_array_equal(data.catalogue.ids, whole.catalogue.ids[:, 1:])
@@ -157,7 +157,7 @@ def test_unknown_and_empty_splits_and_bad_ranges_are_refused(directory: Path) ->
     with pytest.raises(
         InputError, match=r"'vaild' of .* is unknown; did you mean 'valid'"
     ):
-        data.chunks("vaild")
+        data.num_chunks("vaild")
     with pytest.raises(InputError, match="does not lie within"):
         data.load("valid", 0, 10_000)
 

@@ -1,4 +1,4 @@
-"""A prepared data set whose files were damaged, or edited into something that does not fit."""
+"""Data sets whose files were damaged, or edited into something that does not fit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def data(sound: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def before(sound: Path, tmp_path: Path) -> Path:
-    """The same without checksums."""
+    """A data set from before there were checksums."""
     return without_digests(sound, tmp_path / "before")
 
 
@@ -67,10 +67,10 @@ FILES = [
 
 
 def test_every_file_is_in_the_list_of_those_to_damage(data: Path) -> None:
-    found = {
+    files = {
         path.relative_to(data).as_posix() for path in data.rglob("*") if path.is_file()
     }
-    assert found - {"LICENSE"} == {
+    assert files - {"LICENSE"} == {
         *FILES,
         SHARD.replace("train", "valid"),
         SHARD.replace("train", "test"),
@@ -193,9 +193,12 @@ def test_metadata_that_says_something_impossible_is_refused(
 
 
 def edit_rows(directory: Path, change: Callable[[np.ndarray], object]) -> None:
-    """Writes the shard of train anew, with its hashes, after a change of every chunk's rows."""
-    found = open_dataset(directory)
-    dtype, count = records.row_dtype(found.metadata.schema), found.chunks("train")
+    """Change the log rows of every training chunk, and write the shard with its hashes."""
+    data_set = open_dataset(directory)
+    dtype, count = (
+        records.row_dtype(data_set.metadata.schema),
+        data_set.num_chunks("train"),
+    )
     written = [
         r
         for block in records.read_records(directory, "train", [count], 0, count)
@@ -264,7 +267,7 @@ def test_rows_that_leave_another_chunk_are_missed(data: Path) -> None:
 
 
 def test_a_record_that_is_no_chunk_is_refused(data: Path) -> None:
-    count = open_dataset(data).chunks("train")
+    count = open_dataset(data).num_chunks("train")
     writer = ArrayRecordWriter(str(data / SHARD), "group_size:1")
     for _ in range(count):
         writer.write(b"\xff\xff")

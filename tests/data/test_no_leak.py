@@ -1,7 +1,9 @@
-"""From files to scores, nothing of the present or the future reaches an impression: not its own outcomes, not those of
-impressions shown at the same moment, not what comes later, and not how samples are cut and padded.
+"""Nothing of the present or the future reaches the score of an impression.
 
-Every weight is random and large enough for every input to move a score, which is tested too; so a leak would show.
+The tests go from raw files to scores. They change what must not matter: an impression's
+own outcomes, outcomes of impressions shown at the same moment, everything later, and how
+samples are cut and padded. Every weight is random and large enough for every input to
+move a score, which is tested too; so a leak would show.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def rescored(world: World, tmp_path: Path) -> Rescored:
-    """Scores before and after a change of the log, under each paradigm."""
+    """Yield scores before and after a change of the log, under each paradigm."""
 
     def run(log: Log) -> Iterator[tuple[Scored, Scored]]:
         dataset = from_files(log, tmp_path)
@@ -88,7 +90,10 @@ def key_of(log: Log, row: int | np.integer) -> Key:
 
 
 def shown_together(log: Log, count: int) -> np.ndarray:
-    """Rows of one user and valid moment, `count` with as many videos, in their order; later the user has more rows."""
+    """Find `count` log rows of one user and one moment of valid, with different videos.
+
+    The user has more log rows later, whose scores can move.
+    """
     for row in np.argsort(log.time):
         own = log.user == log.user[row]
         rows = np.flatnonzero(own & (log.time == log.time[row]))

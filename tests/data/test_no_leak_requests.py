@@ -1,4 +1,7 @@
-"""Candidates of one request, and the purchase that ends it, do not tell on each other (see test_no_leak.py)."""
+"""Candidates of a request, and the purchase that ends it, do not reveal each other.
+
+See test_no_leak.py.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def replaced(
 
 
 class World(NamedTuple):
-    """Visits of four scored candidates and then one event, the purchase; and the scores of the candidates."""
+    """Visits of four scored candidates and one event, the purchase; and their scores."""
 
     source: Source
     dataset: Dataset

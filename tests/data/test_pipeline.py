@@ -1,4 +1,4 @@
-"""What an order of batches must keep: every row once, epochs, processes, resuming, windows."""
+"""The order of batches: every row once, epochs, processes, resuming, windows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.data.batches import (
 from tests.data.logs import random_log, shown
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch
-from tokenrec.data.log import Log
+from tokenrec.data.interaction_log import InteractionLog
 from tokenrec.data.pipeline import eval_batches, steps_per_epoch, train_batches
 from tokenrec.data.samples import cut_samples
 from tokenrec.errors import InputError
@@ -66,8 +66,8 @@ def test_evaluation_goes_by_bucket_then_position_and_pads_the_last_batch_of_a_bu
 ):
     data = memory_data()
     by_length: dict[int, list[HostBatch]] = {}
-    for host in evaluated(data, replaced(NIO, candidates=1), "valid"):
-        by_length.setdefault(host.batch.valid.shape[1], []).append(host)
+    for host_batch in evaluated(data, replaced(NIO, candidates=1), "valid"):
+        by_length.setdefault(host_batch.batch.valid.shape[1], []).append(host_batch)
     assert list(by_length) == [2, 5, 8]
     for batches in by_length.values():
         time = data.logs["valid"].time[read_rows(batches)]
@@ -76,7 +76,7 @@ def test_evaluation_goes_by_bucket_then_position_and_pads_the_last_batch_of_a_bu
         )
         assert (np.diff(chunk * 10_000 + time) >= 0).all()
         full, last = batches[:-1], batches[-1]
-        assert all((host.rows >= 0).any(axis=1).all() for host in full)
+        assert all((host_batch.rows >= 0).any(axis=1).all() for host_batch in full)
         padded = (last.rows < 0).all(axis=1)
         assert not last.batch.valid[padded].any()
         assert not last.batch.weight[padded].any()
@@ -134,10 +134,15 @@ def test_samples_that_fill_no_batch_of_their_bucket_join_the_next_longer_one() -
     steps = steps_per_epoch(data, config)
     assert steps == len(samples.length) // 64
     longer = [
-        host for host in take(data, config, steps) if host.batch.valid.shape[1] > 2
+        host_batch
+        for host_batch in take(data, config, steps)
+        if host_batch.batch.valid.shape[1] > 2
     ]
     assert (
-        sum(int((host.batch.valid.sum(axis=1) <= 2).sum()) for host in longer)
+        sum(
+            int((host_batch.batch.valid.sum(axis=1) <= 2).sum())
+            for host_batch in longer
+        )
         >= short % 64 - len(samples.length) % 64
     )
 
@@ -166,13 +171,13 @@ def test_processes_share_the_batches_of_one_process(
         list(eval_batches(data, config, "valid", own=own))
         for own in (None, np.array([0, 1, 6, 7]))
     )
-    for (whole, who), (part, other) in zip(*pairs, strict=True):
+    for (whole, identities), (part, other) in zip(*pairs, strict=True):
         assert_equal(part, rows_of(whole, [0, 1, 6, 7]))
-        assert_equal(other, who)  # who is read is known to all
+        assert_equal(other, identities)  # every process knows the whole batch
 
 
-def rows_of(host: HostBatch, own: list[int]) -> HostBatch:
-    return jax.tree.map(lambda leaf: leaf[own], host)
+def rows_of(host_batch: HostBatch, own: list[int]) -> HostBatch:
+    return jax.tree.map(lambda leaf: leaf[own], host_batch)
 
 
 @CONFIGS
@@ -190,7 +195,7 @@ def test_windows_cover_the_split_and_two_at_most_are_in_memory() -> None:
     alive: list[weakref.ref] = []
     held: list[int] = []
 
-    def on_load(log: Log) -> None:
+    def on_load(log: InteractionLog) -> None:
         held.append(sum(reference() is not None for reference in alive))
         alive.append(weakref.ref(log.time))
 
@@ -207,7 +212,7 @@ def test_windows_cover_the_split_and_two_at_most_are_in_memory() -> None:
 def test_a_split_of_one_window_is_loaded_once_for_all_epochs() -> None:
     loads: list[int] = []
     data = memory_data(chunks=200)
-    data.on_load = lambda log: loads.append(log.chunks)
+    data.on_load = lambda log: loads.append(log.num_chunks)
     steps = steps_per_epoch(data, NIO)
     loads.clear()
     take(data, NIO, 3 * steps)
@@ -223,9 +228,9 @@ def test_chunks_of_very_unequal_size_do_not_make_a_window_too_large() -> None:
         for name in vars(small)
         if name not in ("start", "user_id")
     }
-    start = np.concatenate([small.start, large.start[1:] + small.rows])
-    data.logs["valid"] = Log(start=start, user_id=np.arange(110), **joined)
-    data.on_load = lambda log: sizes.append(log.rows)
+    start = np.concatenate([small.start, large.start[1:] + small.num_rows])
+    data.logs["valid"] = InteractionLog(start=start, user_id=np.arange(110), **joined)
+    data.on_load = lambda log: sizes.append(log.num_rows)
     config = replaced(NIO, window_rows=200)
     assert sorted(read_rows(list(evaluated(data, config, "valid")))) == scored(
         data.logs["valid"]

@@ -1,4 +1,4 @@
-"""What holds for any log, from its raw rows through `prepare` to batches. One seed, so one result (derandomize)."""
+"""Properties of any log, from raw rows through `prepare` to batches (derandomized)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ class Row(NamedTuple):
 
 @st.composite
 def logs(draw: st.DrawFn) -> list[Row]:
-    """Rows of a few users in any order, some twice; at least one can be learned from, and one is valid."""
+    """Draw rows of a few users in any order, some of them twice.
+
+    At least one can be learned from, and one is in valid.
+    """
     rows = draw(
         st.lists(
             st.builds(
@@ -89,7 +92,11 @@ def logs(draw: st.DrawFn) -> list[Row]:
 
 
 def prepared(rows: list[Row], folder: str, config: DataConfig) -> Dataset:
-    """The data set of a log. The action `price` of an event is its time, `reaction` its user, so that batches tell."""
+    """Prepare the data set of a log.
+
+    The action `price` of an event is its time and `reaction` its user, so that batches
+    show which events they hold.
+    """
     user, time, item, event, label, together = zip(*rows, strict=True)
     source = MemorySource(
         {
@@ -112,12 +119,23 @@ def prepared(rows: list[Row], folder: str, config: DataConfig) -> Dataset:
     return open_dataset(Path(folder, "set"))
 
 
-def reads(host: HostBatch, who: ReadRows) -> list[tuple[int, int, int, int, int]]:
-    """Sample, slot, user, item and time of each row that a batch reads."""
-    b, slot = np.nonzero(host.rows >= 0)
+def reads(
+    host_batch: HostBatch, identities: ReadRows
+) -> list[tuple[int, int, int, int, int]]:
+    """List sample, position, user, item and time of each row that a batch reads."""
+    b, slot = np.nonzero(host_batch.rows >= 0)
     return list(
         zip(
-            *(x.tolist() for x in (b, slot, who.user_id, who.item_id, who.time)),
+            *(
+                x.tolist()
+                for x in (
+                    b,
+                    slot,
+                    identities.user_id,
+                    identities.item_id,
+                    identities.time,
+                )
+            ),
             strict=True,
         )
     )
@@ -144,25 +162,25 @@ def test_each_scored_row_is_read_once_with_its_own_past_and_nothing_else(
                 for row in rows
                 if (row.time >= VALID_FROM) + (row.time >= TEST_FROM) == number
             }
-            found: list[tuple[int, int, int]] = []
-            for host, who in (
+            read_rows: list[tuple[int, int, int]] = []
+            for host_batch, identities in (
                 eval_batches(data, config, split) if split in data.splits else ()
             ):
-                for b, slot, user, item, time in reads(host, who):
-                    found.append((user, time, item))
-                    seen = host.batch.valid[b].copy()
+                for b, slot, user, item, time in reads(host_batch, identities):
+                    read_rows.append((user, time, item))
+                    seen = host_batch.batch.valid[b].copy()
                     if config.paradigm == "uc":
                         seen[slot:] = (
                             False  # a row is read before its own action, and causally
                         )
-                    times = host.batch.action.dense[b, seen, price].tolist()
-                    ids = host.batch.action.ids[b, seen, reaction].tolist()
+                    times = host_batch.batch.action.dense[b, seen, price].tolist()
+                    ids = host_batch.batch.action.ids[b, seen, reaction].tolist()
                     earlier = sorted(t for t, _ in past[user] if t < time)
                     assert times == earlier[len(earlier) - len(times) :]
                     assert set(ids) <= {users.index(user) + 2 if user in users else 1}
                     if config.paradigm == "nio":
                         assert len(times) == min(EVENTS, len(earlier))
-            assert sorted(found) == sorted(wanted)
+            assert sorted(read_rows) == sorted(wanted)
 
 
 def assert_in_range(
@@ -190,8 +208,8 @@ def test_batches_have_the_declared_shapes_and_ids_and_go_on_as_if_never_stopped(
         shapes = batch_shapes(data.schema, config, batch_size=config.batch_size)
         batches = take(data, config, 6, seed=seed)
         assert len(batches) == 6
-        for host in batches:
-            batch = host.batch
+        for host_batch in batches:
+            batch = host_batch.batch
             wanted = shapes[batch.valid.shape[1]]
             assert_equal(_shapes(batch), _shapes(wanted))
             for signals, features in (
@@ -204,8 +222,8 @@ def test_batches_have_the_declared_shapes_and_ids_and_go_on_as_if_never_stopped(
         epoch = steps_per_epoch(data, config)
         first = [
             row
-            for host in batches[:epoch]
-            for row in host.rows[host.rows >= 0].tolist()
+            for host_batch in batches[:epoch]
+            for row in host_batch.rows[host_batch.rows >= 0].tolist()
         ]
         assert len(first) == len(set(first)), "an epoch reads a row once"
         assert_equal(take(data, config, 6, seed=seed, start=start), batches[start:])
@@ -240,8 +258,8 @@ def test_a_user_of_100_000_events_is_read_like_any_other(
     )
     read = [
         read[4]
-        for host, who in eval_batches(data, wide, "test")
-        for read in reads(host, who)
+        for host_batch, identities in eval_batches(data, wide, "test")
+        for read in reads(host_batch, identities)
     ]
     assert sorted(read) == list(range(99_000, 100_000))
 

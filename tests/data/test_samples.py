@@ -1,4 +1,4 @@
-"""Requests and streams against a slow, literal reading of the rules, and each rule on a log made by hand."""
+"""Requests and streams: compared with slow, literal code, and rule by rule by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.logs import hand_log, random_log, shown
 from tokenrec.config import DataConfig
-from tokenrec.data.log import EVENT, LEARNED, SCORED, Log
+from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED, InteractionLog
 from tokenrec.data.samples import Samples, Streams, cut_samples
 from tokenrec.errors import InputError
 
@@ -22,18 +22,18 @@ def all_read(samples: Samples) -> list[int]:
     return [row for _, rows in shown(samples) for row in rows]
 
 
-def chunk_rows(log: Log) -> list[list[int]]:
+def chunk_rows(log: InteractionLog) -> list[list[int]]:
     return [list(range(a, b)) for a, b in itertools.pairwise(log.start)]
 
 
-def earlier_events(log: Log, rows: list[int], row: int) -> list[int]:
+def earlier_events(log: InteractionLog, rows: list[int], row: int) -> list[int]:
     return [e for e in rows if log.flags[e] & EVENT and log.time[e] < log.time[row]]
 
 
 def slow_requests(
-    log: Log, events: int, candidates: int, train: bool
+    log: InteractionLog, events: int, candidates: int, train: bool
 ) -> list[tuple[list[int], list[int]]]:
-    found = []
+    samples = []
     for rows in chunk_rows(log):
         groups: dict[tuple[int, int, int], list[int]] = {}
         for row in rows:
@@ -45,17 +45,17 @@ def slow_requests(
         for key in sorted(groups):
             members = groups[key]
             history = earlier_events(log, rows, members[0])[-events:]
-            found += [
+            samples += [
                 (history, members[first : first + candidates])
                 for first in range(0, len(members), candidates)
             ]
-    return found
+    return samples
 
 
 def slow_streams(
-    log: Log, events: int, overlap: int, train: bool
+    log: InteractionLog, events: int, overlap: int, train: bool
 ) -> list[tuple[list[int], list[int]]]:
-    found = []
+    samples = []
     for rows in chunk_rows(log):
         run = [row for row in rows if log.flags[row] & EVENT]
         times = [log.time[row] for row in run]
@@ -73,15 +73,15 @@ def slow_streams(
         while due:
             start = max(0, due[0] - overlap)
             stop = min(start + events, last + 1)
-            found.append((run[start:stop], [run[i] for i in due if i < stop]))
+            samples.append((run[start:stop], [run[i] for i in due if i < stop]))
             due = [i for i in due if i >= stop]
         for i in wanted:
             if not train and i not in firsts:
                 history = earlier_events(log, rows, run[i])
-                found.append(
+                samples.append(
                     ([*history[max(0, len(history) - events + 1) :], run[i]], [run[i]])
                 )
-    return sorted(found, key=lambda sample: sample[1][0])
+    return sorted(samples, key=lambda sample: sample[1][0])
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -1,4 +1,4 @@
-"""Text in a prepared data set: the tokenizer, what it is trained on, and the ids it gives."""
+"""Text in a prepared data set: the tokenizer, its training texts, and its ids."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ SCHEMA = Schema(
 
 
 def source(**change: object) -> MemorySource:
-    """User 2 and item 20 occur in valid only; item 30 has no title, item 40 no description at all."""
+    """Make a log in which user 2 and item 20 occur in valid only.
+
+    Item 30 has no title, and item 40 is not in the table of items.
+    """
     columns = {
         "rows": {
             "user_id": [1, 2, 1, 1],
@@ -200,7 +203,7 @@ def test_a_missing_library_names_the_extra_before_the_log_is_read(
             raise AssertionError("the log was read")
 
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(InputError, match=r"pip install tokenrec\[text\]"):
+    with pytest.raises(InputError, match=r'run `pip install "\.\[text\]"`'):
         prepare(Unread({"user_id": [1]}, schema=SCHEMA), tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
     prepare(

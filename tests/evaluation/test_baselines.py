@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from tokenrec.data.log import EVENT, LEARNED, SCORED, Log
+from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED, InteractionLog
 from tokenrec.evaluation.baselines import (
     PRIOR_ROWS,
     baselines,
@@ -20,12 +20,12 @@ from tokenrec.evaluation.baselines import (
 )
 
 
-def make_log(rows: list[tuple[int, int, int, int, tuple[int, ...]]]) -> Log:
+def make_log(rows: list[tuple[int, int, int, int, tuple[int, ...]]]) -> InteractionLog:
     """Rows of (chunk, time, item, flags, labels), in order."""
     chunk, time, item, flags, labels = zip(*rows, strict=True)
     start = np.searchsorted(chunk, np.arange(max(chunk) + 2))
     nothing, no_user = np.zeros((len(rows), 0)), np.zeros((len(start) - 1, 0))
-    return Log(
+    return InteractionLog(
         start=start.astype(np.int64),
         user_id=np.arange(len(start) - 1),
         user_ids=no_user.astype(np.int32),
@@ -44,7 +44,7 @@ def make_log(rows: list[tuple[int, int, int, int, tuple[int, ...]]]) -> Log:
 
 def random_log(
     seed: int, rows: int = 400, flags: tuple[int, ...] = (EVENT, SCORED, EVENT | SCORED)
-) -> Log:
+) -> InteractionLog:
     rng = np.random.default_rng(seed)
     chunk = np.sort(rng.integers(0, 5, rows))
     time = rng.integers(0, 40, rows) * 10_000_000_000
@@ -61,7 +61,7 @@ def random_log(
 
 def test_repeats_count_strictly_earlier_events_of_the_chunk() -> None:
     log = random_log(0)
-    chunk = np.repeat(np.arange(log.chunks), np.diff(log.start))
+    chunk = np.repeat(np.arange(log.num_chunks), np.diff(log.start))
     event = log.flags & EVENT > 0
     brute = [
         int(
@@ -72,7 +72,7 @@ def test_repeats_count_strictly_earlier_events_of_the_chunk() -> None:
                 & (log.time < log.time[r])
             ).sum()
         )
-        for r in range(log.rows)
+        for r in range(log.num_rows)
     ]
     assert max(brute) > 3
     np.testing.assert_array_equal(repeat_scores(log), brute)
@@ -146,7 +146,7 @@ def test_past_rates_count_earlier_learned_rows_of_train_with_the_same_key() -> N
     share = ((train.labels[ok, 0] == 1).sum() + 0.5) / (ok.sum() + 1)
     for key, at in zip(keys, wanted, strict=True):
         found = past_rates(train, key, 0, log, at)
-        for row in range(log.rows):
+        for row in range(log.num_rows):
             same = ok & (key == at[row]) & (train.time < log.time[row])
             rate = ((train.labels[same, 0] == 1).sum() + PRIOR_ROWS * share) / (
                 same.sum() + PRIOR_ROWS

@@ -1,4 +1,4 @@
-"""One command line of `tokenrec launch`, with any of its flags replaced."""
+"""A command line of `tokenrec launch`, with any of its flags replaced."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ Launch = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def launch(capsys: pytest.CaptureFixture[str]) -> Launch:
-    """Runs the verb and returns its exit code, stdout and stderr; a flag that is None is left out."""
+    """Run the verb, and return its exit code, stdout and stderr.
+
+    A flag that is None is left out.
+    """
 
     def run(*more: str, **flags: str | None) -> tuple[int, str, str]:
         given = {

@@ -1,4 +1,4 @@
-"""`launch/`: the Dockerfile names what exists, and the examples are what the README's commands render."""
+"""The folder `launch/`: the Dockerfile names what exists, and examples are current."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifests against the schemas of JobSet and Kubernetes, and the restarts that they ask for."""
+"""Manifests for GKE: valid by the schemas of JobSet and Kubernetes, right restarts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def job_set(launch: Launch) -> dict[str, Any]:
 
 
 def check(manifest: dict[str, Any]) -> None:
-    """JobSet's schema with that of Kubernetes inside; fields that it does not know are errors."""
+    """Validate by the schemas of JobSet and Kubernetes; unknown fields are errors."""
     manifest = copy.deepcopy(manifest)
     for container in spec_of(manifest)["template"]["spec"]["containers"]:
         for amounts in container[
@@ -181,12 +181,12 @@ def test_every_slice_is_a_job_and_every_host_a_pod_with_all_its_chips(
 
 def test_slices_of_one_host_share_a_node_pool(launch: Launch) -> None:
     _, out, _ = launch("--dry-run", "--skip-compile", topology="v5e:2x4")
-    found = yaml.safe_load(out)
-    (container,) = spec_of(found)["template"]["spec"]["containers"]
+    manifest = yaml.safe_load(out)
+    (container,) = spec_of(manifest)["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": "8"}
-    assert spec_of(found)["parallelism"] == 1
-    assert "annotations" not in found["metadata"]
-    check(found)
+    assert spec_of(manifest)["parallelism"] == 1
+    assert "annotations" not in manifest["metadata"]
+    check(manifest)
 
 
 def test_data_are_mounted_read_only_and_runs_without_a_stale_cache(
@@ -218,7 +218,7 @@ def test_data_are_mounted_read_only_and_runs_without_a_stale_cache(
 
 
 def decide(job_set: dict[str, Any], code: int, evicted: bool) -> str:
-    """What Kubernetes and JobSet do when a pod ends: both take the first rule that matches."""
+    """Decide as Kubernetes and JobSet do when a pod ends: the first matching rule."""
     message = ""
     for index, rule in enumerate(spec_of(job_set)["podFailurePolicy"]["rules"]):
         assert rule["action"] == "FailJob"
@@ -272,7 +272,7 @@ def test_restarts_and_grace_are_those_that_were_asked_for(launch: Launch) -> Non
         grace_seconds="900",
         namespace="team",
     )
-    found = yaml.safe_load(out)
-    assert found["metadata"]["namespace"] == "team"
-    assert found["spec"]["failurePolicy"]["maxRestarts"] == 3
-    assert spec_of(found)["template"]["spec"]["terminationGracePeriodSeconds"] == 900
+    manifest = yaml.safe_load(out)
+    assert manifest["metadata"]["namespace"] == "team"
+    assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 3
+    assert spec_of(manifest)["template"]["spec"]["terminationGracePeriodSeconds"] == 900

@@ -1,4 +1,4 @@
-"""What `tokenrec launch` refuses before anything is compiled or started, and what every host then runs."""
+"""Jobs that `tokenrec launch` refuses, and the command that every host runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ DRY = ("--dry-run", "--skip-compile")
         (
             [],
             {"topology": "v5e:4x5"},
-            "topology='v5e:4x5' is not a slice that can be rented; did you mean",
+            "topology='v5e:4x5' is not a slice that Google Cloud offers; did you mean",
         ),
         (
             [],
@@ -84,12 +84,12 @@ DRY = ("--dry-run", "--skip-compile")
         (
             [],
             {"project": "my-project"},
-            "project='my-project' says nothing to target='gke'",
+            "project='my-project' does not apply to target='gke'",
         ),
         (
             [],
             TPU_VM | {"namespace": "team"},
-            "namespace='team' says nothing to target='tpu-vm'",
+            "namespace='team' does not apply to target='tpu-vm'",
         ),
         (
             [],

@@ -1,4 +1,4 @@
-"""Slices as Google Cloud documents them: chips, hosts, accelerator types; and what is not rented."""
+"""Slices as Google Cloud documents them: chips, hosts, types; and what is not offered."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_larger_slices_are_ascending_multiples_of_four() -> None:
 )
 def test_what_is_not_rented_is_refused_and_a_near_name_offered(topology: str) -> None:
     with pytest.raises(
-        InputError, match=r"not a slice that can be rented; (did you mean|known)"
+        InputError, match=r"not a slice that Google Cloud offers; (did you mean|known)"
     ):
         parse_slice(topology)
 

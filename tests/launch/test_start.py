@@ -1,4 +1,4 @@
-"""From a rendered job to a started one: compiled first, kept in a file, handed to the cloud's own command."""
+"""Starting a job: compile, write the file, and call the cloud's own command."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def cloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand-ins for the commands of the cloud, first in PATH; they note their words, and fail if told to."""
+    """Put stand-ins for the cloud's commands first in PATH.
+
+    They write down their arguments, and fail with the exit code `FAIL`.
+    """
     tools = folder / "tools"
     tools.mkdir()
     for name in ("kubectl", "gcloud"):
@@ -56,13 +59,13 @@ def cloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def answer(
-    monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, report: dict[str, Any]
 ) -> list[tuple[Any, ...]]:
     asked: list[tuple[Any, ...]] = []
 
     def compile_config(*arguments: Any) -> dict[str, Any]:
         asked.append(arguments[1:])
-        return found
+        return report
 
     monkeypatch.setattr("tokenrec.planner.compile.compile_config", compile_config)
     return asked

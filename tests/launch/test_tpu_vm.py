@@ -1,4 +1,4 @@
-"""The script for TPU VMs: sound shell, the gcloud commands that it gives, and its restarts."""
+"""The script for TPU VMs: sound shell, its gcloud commands, and its restarts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def script(launch: Launch, tmp_path: Path) -> Path:
 
 
 def run(script: Path, *words: str, **environment: str) -> tuple[int, list[str]]:
-    """Exit code, and the calls that were made."""
+    """Run the script, and return its exit code and the calls that it made."""
     tools = script.parent / "tools"
     tools.mkdir(exist_ok=True)
     for name, text in (("docker", DOCKER), ("gcloud", GCLOUD)):

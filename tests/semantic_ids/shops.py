@@ -1,4 +1,7 @@
-"""A small shop as a prepared data set: users keep to one of three aisles, and the words of an item name its aisle."""
+"""A small shop as a prepared data set.
+
+Users buy in one of three aisles, and the words of an item name its aisle.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ def item_aisle(item_id: np.ndarray) -> np.ndarray:
 def prepare_shop(
     folder: Path, *, text: bool = True, seed: int = 0, chunk_events: int = 4096
 ) -> Path:
-    """Items 100 to 135, users who buy a dozen of one aisle in train, and then some of the next aisle in valid."""
+    """Prepare items 100 to 135, and users who buy a dozen of one aisle in train.
+
+    In valid they buy some items of the next aisle.
+    """
     random = np.random.default_rng(seed)
     user, item, time, split = [], [], [], []
     for u in range(60):

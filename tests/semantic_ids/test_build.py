@@ -1,4 +1,4 @@
-"""Semantic ids of a prepared data set, by the command line and by the function that it calls."""
+"""Building semantic ids, by the command line and by the function that it calls."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def test_few_codes_still_give_every_item_its_own(
     data: Path, tmp_path: Path, levels: int, codes: int
 ) -> None:
     report = build_semantic_ids(data, tmp_path / "ids", levels=levels, codes=codes)
-    found = load_semantic_ids(tmp_path / "ids").codes  # refuses equal codes
-    assert found.shape == (36, levels + 1)
+    written = load_semantic_ids(tmp_path / "ids").codes  # refuses equal codes
+    assert written.shape == (36, levels + 1)
     assert report["codes_per_level"][:-1] == [codes] * levels
 
 

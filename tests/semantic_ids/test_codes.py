@@ -1,4 +1,4 @@
-"""Semantic ids on disk: written and read back, matched to a catalogue, refused when they are not sound."""
+"""Semantic ids on disk: written, read back, aligned, refused when they are not sound."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tokenrec.data.semantic_id_file import (
     save_semantic_ids,
 )
 from tokenrec.errors import InputError
-from tokenrec.semantic_ids.codes import disambiguate
+from tokenrec.semantic_ids.collisions import disambiguate
 
 CODES = np.array([[1, 2], [1, 3], [0, 0]], np.int32)
 

@@ -1,4 +1,4 @@
-"""Residual k-means: clusters found, clusters kept alive, errors that are those of the codes."""
+"""RQ-KMeans: it finds clusters, leaves no code unused, and reports the codes' errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenrec.semantic_ids.rq_kmeans import CHUNK_ROWS, fit_kmeans, fit_rq_kmean
 
 
 def blobs(clusters: int, each: int, width: int = 5) -> tuple[np.ndarray, np.ndarray]:
-    """Points around far apart centres, and the centre of each."""
+    """Draw points around centres that are far apart, and the centre of each."""
     random = np.random.default_rng(0)
     label = np.repeat(np.arange(clusters), each)
     centre = random.normal(size=(clusters, width)) * 20

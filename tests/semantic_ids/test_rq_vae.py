@@ -1,4 +1,4 @@
-"""RQ-VAE: it learns, it uses its codes, its gradients are those of the straight-through estimator."""
+"""RQ-VAE: it learns, uses its codes, and has straight-through gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Item vectors: pairs counted once and from train alone, items of one kind near each other, text and its absence."""
+"""Item vectors: pairs of train alone, items of one kind near each other, text."""
 
 from __future__ import annotations
 
@@ -11,19 +11,12 @@ import pytest
 from tests.semantic_ids.shops import COLD, ITEMS, item_aisle, prepare_shop
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.errors import InputError
-from tokenrec.semantic_ids import vectors
-from tokenrec.semantic_ids.vectors import (
-    ItemVectors,
-    Pairs,
-    TrainEvents,
-    cooccurrence_vectors,
-    count_pairs,
-    item_texts,
-    item_vectors,
-    nearest_rows,
-    text_vectors,
-    train_events,
-)
+from tokenrec.semantic_ids import cooccurrence
+from tokenrec.semantic_ids.cooccurrence import Pairs, cooccurrence_vectors, count_pairs
+from tokenrec.semantic_ids.item_vectors import item_vectors
+from tokenrec.semantic_ids.text_vectors import item_texts, text_vectors
+from tokenrec.semantic_ids.train_events import TrainEvents, train_events
+from tokenrec.semantic_ids.vectors import ItemVectors, nearest_rows
 
 needs_text = pytest.mark.skipif(
     importlib.util.find_spec("wordllama") is None, reason="needs wordllama (extra text)"
@@ -54,7 +47,7 @@ def dense(pairs: Pairs, items: int) -> np.ndarray:
 
 
 def neighbours_agree(values: ItemVectors, aisle: np.ndarray, rows: np.ndarray) -> float:
-    """Share of the three nearest of each row that are of its aisle."""
+    """Compute the share of the three nearest items of each row that are of its aisle."""
     near = nearest_rows(values.values[rows], values.values, 4)
     return float(
         np.mean(
@@ -83,7 +76,7 @@ def test_pairs_end_at_the_window() -> None:
     counts = dense(count_pairs(events_of([list(range(9))]), 9, seed=0), 9)
     distance = np.abs(np.arange(9)[:, None] - np.arange(9))
     np.testing.assert_array_equal(
-        counts > 0, (distance > 0) & (distance <= vectors.WINDOW)
+        counts > 0, (distance > 0) & (distance <= cooccurrence.WINDOW)
     )
 
 
@@ -99,9 +92,9 @@ def test_events_are_those_of_train(shop: Dataset) -> None:
 def test_events_that_chunks_repeat_count_once(
     tmp_path: Path, shop: Dataset, load_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vectors, "LOAD_ROWS", load_rows)
+    monkeypatch.setattr("tokenrec.semantic_ids.train_events.LOAD_ROWS", load_rows)
     cut = open_dataset(prepare_shop(tmp_path / "cut", chunk_events=5))
-    assert cut.chunks("train") == 3 * shop.chunks("train")
+    assert cut.num_chunks("train") == 3 * shop.num_chunks("train")
     for one, other in zip(train_events(cut), train_events(shop), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -110,16 +103,16 @@ def test_items_bought_together_are_near_and_cold_items_have_no_vector(
     shop: Dataset,
 ) -> None:
     items = len(shop.catalogue.item_id)
-    found = cooccurrence_vectors(train_events(shop), items, seed=0)
+    result = cooccurrence_vectors(train_events(shop), items, seed=0)
     cold = np.arange(items) >= items - COLD
-    np.testing.assert_array_equal(found.known, ~cold)
-    np.testing.assert_array_equal(found.values[cold], 0)
+    np.testing.assert_array_equal(result.known, ~cold)
+    np.testing.assert_array_equal(result.values[cold], 0)
     np.testing.assert_allclose(
-        np.linalg.norm(found.values[~cold], axis=1), 1, atol=1e-6
+        np.linalg.norm(result.values[~cold], axis=1), 1, atol=1e-6
     )  # measured 1e-7
     assert (
         neighbours_agree(
-            found, item_aisle(shop.catalogue.item_id), np.flatnonzero(~cold)
+            result, item_aisle(shop.catalogue.item_id), np.flatnonzero(~cold)
         )
         == 1
     )
@@ -128,14 +121,14 @@ def test_items_bought_together_are_near_and_cold_items_have_no_vector(
 def test_the_factors_are_those_of_the_dense_matrix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(vectors, "SPARSE_BLOCK", 64)
+    monkeypatch.setattr(cooccurrence, "SPARSE_BLOCK", 64)
     random = np.random.default_rng(0)
     events = events_of(random.integers(0, 40, (30, 15)).tolist())
-    graph = vectors.normalized_counts(count_pairs(events, 40, seed=0), 40)
-    found = vectors._factorize(graph, 40, 40, seed=0)
+    graph = cooccurrence.normalized_counts(count_pairs(events, 40, seed=0), 40)
+    result = cooccurrence._factorize(graph, 40, 40, seed=0)
     values, rotation = np.linalg.eigh(dense(graph, 40))
     expected = (rotation * np.maximum(values, 0)) @ rotation.T
-    np.testing.assert_allclose(found @ found.T, expected, atol=1e-6)  # measured 2e-8
+    np.testing.assert_allclose(result @ result.T, expected, atol=1e-6)  # measured 2e-8
 
 
 def test_lone_events_are_refused_with_the_remedy() -> None:
@@ -145,11 +138,11 @@ def test_lone_events_are_refused_with_the_remedy() -> None:
 
 @needs_text
 def test_items_of_like_words_are_near(shop: Dataset) -> None:
-    found = text_vectors(shop)
-    assert found.known.all()
+    result = text_vectors(shop)
+    assert result.known.all()
     assert (
         neighbours_agree(
-            found, item_aisle(shop.catalogue.item_id), np.arange(len(found.known))
+            result, item_aisle(shop.catalogue.item_id), np.arange(len(result.known))
         )
         > 0.9
     )  # measured 1
@@ -159,14 +152,15 @@ def test_items_of_like_words_are_near(shop: Dataset) -> None:
 def test_cold_items_take_the_place_of_their_neighbours_by_text(
     shop: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vectors, "NEIGHBOURS", 5)  # fewer than an aisle has warm items
-    found = item_vectors(shop, train_events(shop), "both", seed=0)
-    items = len(found.known)
-    assert found.known.all()
+    # Fewer than an aisle has warm items.
+    monkeypatch.setattr("tokenrec.semantic_ids.item_vectors.NEIGHBOURS", 5)
+    result = item_vectors(shop, train_events(shop), "both", seed=0)
+    items = len(result.known)
+    assert result.known.all()
     aisle = item_aisle(shop.catalogue.item_id)
-    assert neighbours_agree(found, aisle, np.arange(items - COLD, items)) == 1
+    assert neighbours_agree(result, aisle, np.arange(items - COLD, items)) == 1
     warm = np.arange(items - COLD)
-    halves = np.square(found.values[warm, : -text_vectors(shop).values.shape[1]]).sum(
+    halves = np.square(result.values[warm, : -text_vectors(shop).values.shape[1]]).sum(
         axis=1
     )
     np.testing.assert_allclose(halves, 0.5, atol=1e-6)  # measured 1e-7
@@ -190,9 +184,9 @@ def test_a_data_set_without_strings_has_no_text(tmp_path: Path) -> None:
 def test_text_without_wordllama_names_the_extra(
     shop: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vectors.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         InputError,
-        match=r"wordllama.* is not installed; run `pip install 'tokenrec\[text\]'`",
+        match=r'wordllama.* is not installed; run `pip install "\.\[text\]"`',
     ):
         text_vectors(shop)

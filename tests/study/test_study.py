@@ -80,7 +80,7 @@ def out(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     import numpy as np
 
     from tokenrec.data.dataset import open_dataset
-    from tokenrec.data.log import SCORED
+    from tokenrec.data.interaction_log import SCORED
 
     dataset, tables = open_dataset(data), []
     for split in ("valid", "test"):

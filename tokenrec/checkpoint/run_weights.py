@@ -21,7 +21,7 @@ from flax import nnx
 from tokenrec.config import MeshConfig
 from tokenrec.data.dataset import ITEMS
 from tokenrec.data.schema import FIRST_KNOWN, TEXT_TABLE
-from tokenrec.data.semantic import SEMANTIC_ID
+from tokenrec.data.semantic_id_feature import SEMANTIC_ID
 from tokenrec.data.tokenizer import load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError

@@ -18,7 +18,7 @@ from tokenrec.config import Config, data_directory
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import Schema
-from tokenrec.data.semantic import SEMANTIC_ID
+from tokenrec.data.semantic_id_feature import SEMANTIC_ID
 from tokenrec.errors import InputError
 from tokenrec.state import build_model
 

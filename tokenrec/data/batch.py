@@ -1,18 +1,50 @@
-"""The batch: what the pipeline hands to the step. B samples, T events, C candidates, K tasks.
+"""Define the batch that the input pipeline hands to the step.
 
-Retrieval: R read-outs of a sample, P goals of a read-out, L levels of a semantic id.
+Shape letters of this package:
+
+| letter | meaning |
+|---|---|
+| B | samples of a batch |
+| T | events of a history or stream, padding included: one of `stream_lengths` |
+| C | candidates of a request (`data.candidates`) |
+| K | tasks |
+| R | read-outs of a sample, in retrieval |
+| P | goals of a read-out, in retrieval |
+| L | levels of a semantic id |
+| I, D | columns of `ids` and of `dense` (schema.py) |
+
+Two paradigms fill a batch (docs/methods.md section 3; samples.py has pictures):
+
+- *NIO* (new impression only): a sample is a request. `target` holds its C candidates,
+  and labels belong to the candidates.
+- *UC* (user centric): a sample is a stream of T events. `target` is None, and labels
+  belong to the events.
+
+Two objectives:
+
+- *ranking*: predict the labels of log rows.
+- *retrieval*: predict items. A *read-out* is a position at which items are predicted,
+  and its *goals* are the items to find: in NIO the positives of the request, read out
+  at the end of the history (R = 1, P = C); in UC the next event, at every event
+  (R = T, P = 1).
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-# A leaf is a NumPy array on the host, a jax.Array in a step, an abstract value at compile time.
+# A leaf is a NumPy array on the host, a jax.Array in a step, and an abstract value at
+# compile time.
 Leaf = Any
 
 
 class Signals(NamedTuple):
-    """Features of an entity: `ids: [..., I] int32`, `dense: [..., D] float32` (NaN is missing), by `schema.columns`."""
+    """Features of one entity; `schema.columns` says which column is which feature.
+
+    Attributes:
+      ids: `[..., I] int32`, ids of embedding tables; 0 is missing.
+      dense: `[..., D] float32`; NaN is missing.
+    """
 
     ids: Leaf
     dense: Leaf
@@ -21,27 +53,33 @@ class Signals(NamedTuple):
 class Batch(NamedTuple):
     """Samples of one shape.
 
-    Histories are right-aligned: the newest event is at T - 1, and rows before the first event have `valid` False and
-    ids 0. NIO (new impression only): a sample is a request, `target` holds its C candidates, and labels belong to
-    them. UC (user centric): a sample is a stream of T events, `target` is None, and labels belong to the events.
+    Histories are right-aligned: the newest event is at position T - 1. A position
+    before the first event is padding: `valid` is False, and every feature is missing.
 
     Attributes:
-      user: `[B, .]`.
-      state: `[B, T, .]`, item and context of each event (`Schema.state` columns).
-      action: `[B, T, .]`.
-      valid: `[B, T] bool`.
-      target: `[B, C, .]`, the same columns as `state`; None in UC. Retrieval: `[B, 1, .]`, the context of the request,
-        all that is known of an item being missing.
-      labels: `[B, C or T, K] int8`, -1 where unknown or not to be read; None in retrieval.
-      weight: `[B, C or T] float32`, 1 for a row that carries loss (training) or a score (evaluation), otherwise 0.
-        Retrieval: `[B, R]`.
-      items: retrieval: `[B, T] int32`, row of the catalogue of each event, -1 where there is none.
-      goals: retrieval: `[B, R, P] int32`, rows of the catalogue that follow a read-out, -1 fills. R is 1, the end of
-        the history, or in UC T, each event.
-      codes: retrieval with semantic ids: `[B, R, P, L] int32`, codes of the goals, -1 fills.
-      negatives: drawn in the step for a sampled softmax: `[B, n] int32`, rows of the catalogue.
-      ages: `[B, T] int32`, whole seconds from each event to the request, in UC to the newest event of the stream; 0
-        where there is no event. None unless the model reads times.
+      user: `[B, I or D]`, features of the user.
+      state: `[B, T, I or D]`, item and context of each event (columns of
+        `Schema.state`).
+      action: `[B, T, I or D]`, what the user did at each event.
+      valid: `[B, T] bool`, True for events, False for padding.
+      target: ranking, NIO: `[B, C, I or D]`, item and context of each candidate, with
+        the columns of `state`. Retrieval, NIO: `[B, 1, I or D]`, the context of the
+        request; features of an item are missing. UC: None.
+      labels: ranking: `[B, C, K] int8` in NIO, `[B, T, K] int8` in UC; 1, 0, or -1
+        where unknown or not to be read. Retrieval: None.
+      weight: `[B, C] float32` in NIO, `[B, T]` in UC, `[B, R]` in retrieval; 1 where
+        there is a loss (training) or a score (evaluation), otherwise 0.
+      items: retrieval: `[B, T] int32`, catalogue row of each event; -1 for padding.
+        Ranking: None.
+      goals: retrieval: `[B, R, P] int32`, catalogue rows of the goals; -1 fills up.
+        Ranking: None.
+      codes: retrieval with semantic ids: `[B, R, P, L] int32`, codes of the goals; -1
+        fills up. Otherwise None.
+      negatives: `[B, n] int32`, catalogue rows drawn inside the step for a sampled
+        softmax; None in the input pipeline.
+      ages: `[B, T] int32`, whole seconds from each event to the request (NIO) or to the
+        newest event of the stream (UC); 0 for padding. None unless the model reads
+        them.
     """
 
     user: Signals
@@ -59,9 +97,13 @@ class Batch(NamedTuple):
 
 
 class HostBatch(NamedTuple):
-    """A batch and, on the host only, which rows of the log it reads: `rows: [B, C or T] int64`, -1 where weight is 0.
+    """A batch, and the log rows behind it, which stay on the host.
 
-    Retrieval: `[B, R, P]`, the rows of the goals.
+    Attributes:
+      batch: the samples of this process.
+      rows: number in the split of each log row that is read, -1 where `weight` is 0:
+        `[B, C] int64` in NIO, `[B, T]` in UC, `[B, R, P]` (log rows of the goals) in
+        retrieval.
     """
 
     batch: Batch
@@ -69,14 +111,18 @@ class HostBatch(NamedTuple):
 
 
 class ReadRows(NamedTuple):
-    """Whose scores an evaluation batch gives, over all processes. n rows, in the order of `rows >= 0`.
+    """Identities of the log rows that an evaluation batch reads, over all processes.
+
+    n is the number of log rows read. The `[n]` fields are in the order of
+    `rows[rows >= 0]`.
 
     Attributes:
-      rows: as `HostBatch.rows`, of the whole batch.
-      user_id, item_id: `[n]` original ids.
-      time: `[n] int64` milliseconds.
-      item: `[n] int32`, row of the catalogue.
-      labels: `[n, K] int8`, -1 where unknown.
+      rows: as `HostBatch.rows`, but of the whole batch.
+      user_id: `[n]`, original ids of the users.
+      item_id: `[n]`, original ids of the items.
+      time: `[n] int64`, milliseconds.
+      item: `[n] int32`, catalogue row of the item.
+      labels: `[n, K] int8`, 1, 0, or -1 where unknown.
     """
 
     rows: Leaf

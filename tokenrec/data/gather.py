@@ -1,4 +1,11 @@
-"""Samples to a `HostBatch`: a few large takes, no loop over samples."""
+"""Copy the features of samples from a log into a batch, by a few large NumPy takes.
+
+There is no loop over samples. Positions that hold nothing (padding) read some log row,
+because a take must read something, and are set to missing afterwards.
+
+Shape letters are in batch.py; R is the number of log rows, or of read-outs in
+retrieval.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +14,29 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenrec.data.batch import Batch, HostBatch, Signals
-from tokenrec.data.log import Catalogue, Log
-from tokenrec.data.samples import Requests, Samples, Streams
+from tokenrec.data.interaction_log import Catalogue, InteractionLog
+from tokenrec.data.nio_samples import Requests
+from tokenrec.data.sample_positions import Positions, locate
+from tokenrec.data.samples import Samples
+
+# All takes below use mode="clip": the indices of padding may be out of range, and what
+# they read is set to missing.
 
 
 class ContextColumns(NamedTuple):
-    """Columns of `Schema.state` that a request shows before its item is known. `ids: [I] bool`, `dense: [D] bool`."""
+    """Columns of `Schema.state` that are known before the item is: the context.
+
+    Attributes:
+      ids: `[I] bool`.
+      dense: `[D] bool`.
+    """
 
     ids: np.ndarray
     dense: np.ndarray
 
 
 def gather(
-    log: Log,
+    log: InteractionLog,
     catalogue: Catalogue,
     samples: Samples,
     chosen: np.ndarray,
@@ -30,128 +47,95 @@ def gather(
     context: ContextColumns | None = None,
     ages: bool = False,
 ) -> HostBatch:
-    """Gathers the chosen samples into one batch.
+    """Gather samples into one batch.
 
     Args:
-      log: the log that `samples` were cut from; its labels become the batch's, column for column. Its matrices and
-        the catalogue's are C-contiguous: NumPy would copy others whole at every take.
-      chosen: `[B] int64`, which samples; -1 makes a padding sample (no event, weight 0).
+      log: the log that `samples` were cut from; its labels become the batch's, column
+        for column. Its matrices and the catalogue's are C-contiguous, because NumPy
+        would copy others whole at every take.
+      catalogue: the items.
+      samples: what `cut_samples` made of the log.
+      chosen: `[B] int64`, which samples; -1 makes a padding sample (no event, weight
+        0).
       length: T; at least the length of every chosen sample.
       candidates: C of NIO.
-      first_row: number in the split of the log's first row; added to `HostBatch.rows`.
-      context: retrieval, where the rows that samples read are goals: what may be known of their request.
-      ages: the batch holds those of the events.
+      first_row: number in the split of the log's first row, which `HostBatch.rows`
+        counts from.
+      context: None in ranking. In retrieval the log rows that samples read are goals,
+        and these are the columns that a request shows of them.
+      ages: the batch holds `Batch.ages`.
     """
-    at = _places(samples, chosen, length, candidates, goals=context is not None)
-    picked, present, rows, valid, reads, read = at
+    goals = context is not None
+    positions = locate(samples, chosen, length, candidates, goals=goals)
     if context is not None:
-        made = _gather_goals(log, catalogue, samples, at, context)
+        batch = _retrieval_batch(log, catalogue, samples, positions, context)
     else:
-        made = Batch(
-            user=_signals(log.user_ids, log.user_dense, samples.chunk[picked], present),
-            state=_state(log, catalogue, rows, valid),
-            action=_signals(log.action_ids, log.action_dense, rows, valid),
-            valid=valid,
-            target=_state(log, catalogue, reads, read)
-            if isinstance(samples, Requests)
-            else None,
-            labels=np.where(
-                read[..., None],
-                np.take(log.labels, reads, axis=0, mode="clip"),
-                np.int8(-1),
-            ),
-            weight=read.astype(np.float32),
-        )
+        batch = _ranking_batch(log, catalogue, samples, positions)
     if ages:
-        made = made._replace(ages=_ages(log, samples, at))
-    return HostBatch(made, np.where(read, reads + first_row, -1))
+        batch = batch._replace(ages=_ages(log, samples, positions))
+    rows = np.where(positions.read, positions.reads + first_row, -1)
+    return HostBatch(batch, rows)
 
 
 def rows_read(
     samples: Samples, chosen: np.ndarray, *, length: int, candidates: int, goals: bool
 ) -> np.ndarray:
-    """Rows of the log that the chosen samples read, -1 where none: what `gather` calls `HostBatch.rows`."""
-    at = _places(samples, chosen, length, candidates, goals=goals)
-    return np.where(at.read, at.reads, -1)
+    """Find the log rows that samples read, as in `HostBatch.rows`, without features.
 
+    Args:
+      samples: what `cut_samples` made of the log.
+      chosen: `[B] int64`, which samples; -1 is a padding sample.
+      length: T.
+      candidates: C of NIO.
+      goals: the samples are those of retrieval.
 
-class _Places(NamedTuple):
-    """Where samples lie in a log: `picked, present: [B]`, `rows, valid: [B, T]` of the history, and what is read,
-    `reads, read: [B, C or T]`, or goals, `[B, R, P]`.
+    Returns:
+      Log rows counted from the first of the log, -1 where none: `[B, C] int64` in NIO,
+      `[B, T]` in UC, `[B, R, P]` in retrieval.
     """
-
-    picked: np.ndarray
-    present: np.ndarray
-    rows: np.ndarray
-    valid: np.ndarray
-    reads: np.ndarray
-    read: np.ndarray
+    positions = locate(samples, chosen, length, candidates, goals=goals)
+    return np.where(positions.read, positions.reads, -1)
 
 
-def _places(
-    samples: Samples, chosen: np.ndarray, length: int, candidates: int, *, goals: bool
-) -> _Places:
-    present = chosen >= 0
-    picked = np.where(present, chosen, 0)
-    lengths = np.where(present, samples.length[picked], 0)
-    if isinstance(samples, Requests):
-        rows, valid = _right_aligned(
-            samples.event_rows, samples.stop[picked], lengths, length
-        )
-        reads, read = _candidates(samples, picked, present, candidates)
-        return _Places(
-            picked,
-            present,
-            rows,
-            valid,
-            *((reads[:, None], read[:, None]) if goals else (reads, read)),
-        )
-    if not goals:
-        rows, valid, read = _stream(samples, picked, lengths, present, length)
-        return _Places(picked, present, rows, valid, rows, read)
-    # A stream holds one event more than the model reads; what an event is to find is the event after it.
-    rows, valid, read = _stream(samples, picked, lengths, present, length + 1)
-    is_goal = (read[:, 1:] & valid[:, :-1])[..., None]
-    return _Places(
-        picked, present, rows[:, :-1], valid[:, :-1], rows[:, 1:, None], is_goal
-    )
-
-
-def _ages(log: Log, samples: Samples, at: _Places) -> np.ndarray:
-    """`[B, T] int32`, as `Batch.ages`. Rows of a request have one time."""
-    newest = (
-        at.reads.reshape(len(at.reads), -1)[:, :1]
-        if isinstance(samples, Requests)
-        else at.rows[:, -1:]
-    )
-    # Cut to seconds before the difference is taken: how far two events lie apart must not depend on what follows them.
-    newest_s, event_s = (
-        np.take(log.time, rows, mode="clip") // 1000 for rows in (newest, at.rows)
-    )
-    return np.where(
-        at.valid, np.minimum(newest_s - event_s, np.iinfo(np.int32).max), 0
-    ).astype(np.int32)
-
-
-def _gather_goals(
-    log: Log,
-    catalogue: Catalogue,
-    samples: Samples,
-    at: _Places,
-    context: ContextColumns,
+def _ranking_batch(
+    log: InteractionLog, catalogue: Catalogue, samples: Samples, positions: Positions
 ) -> Batch:
-    picked, present, rows, valid, goal_rows, is_goal = at
+    picked, present, rows, valid, reads, read = positions
     target = None
     if isinstance(samples, Requests):
+        target = _state(log, catalogue, reads, read)
+    labels = np.take(log.labels, reads, axis=0, mode="clip")
+    return Batch(
+        user=_signals(log.user_ids, log.user_dense, samples.chunk[picked], present),
+        state=_state(log, catalogue, rows, valid),
+        action=_signals(log.action_ids, log.action_dense, rows, valid),
+        valid=valid,
+        target=target,
+        labels=np.where(read[..., None], labels, np.int8(-1)),
+        weight=read.astype(np.float32),
+    )
+
+
+def _retrieval_batch(
+    log: InteractionLog,
+    catalogue: Catalogue,
+    samples: Samples,
+    positions: Positions,
+    context: ContextColumns,
+) -> Batch:
+    picked, present, rows, valid, goal_rows, is_goal = positions
+    target = None
+    if isinstance(samples, Requests):
+        # The context of the request is that of its first goal, with the item's columns
+        # set to missing: the item is what is to be found.
         target = _state(log, catalogue, goal_rows[:, 0, :1], is_goal[:, 0, :1])
         target = Signals(
             np.where(context.ids, target.ids, 0),
             np.where(context.dense, target.dense, np.nan),
         )
     items = np.take(log.item, rows, mode="clip")
-    goals = np.where(is_goal, np.take(log.item, goal_rows, mode="clip"), -1).astype(
-        np.int32
-    )
+    goals = np.where(is_goal, np.take(log.item, goal_rows, mode="clip"), -1)
+    goals = goals.astype(np.int32)
     codes = None
     if catalogue.codes is not None:
         codes = np.where(is_goal[..., None], catalogue.codes[goals], np.int32(-1))
@@ -169,70 +153,49 @@ def _gather_goals(
     )
 
 
-def _candidates(
-    samples: Requests, picked: np.ndarray, present: np.ndarray, candidates: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log rows `[B, C]` of the candidates, and which of them exist."""
-    slots = samples.first[picked][:, None] + np.arange(candidates)
-    exist = (slots < samples.first[picked + 1][:, None]) & present[:, None]
-    return np.take(samples.rows, slots, mode="clip"), exist
-
-
-def _stream(
-    samples: Streams,
-    picked: np.ndarray,
-    lengths: np.ndarray,
-    present: np.ndarray,
-    length: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log rows `[B, T]` of the streams, which of them exist, and which are read."""
-    sibling, first_read = samples.sibling[picked], samples.first_read[picked]
-    # A sibling's own row stands where the event after its run would stand.
-    rows, valid = _right_aligned(
-        samples.event_rows, samples.stop[picked] + sibling, lengths, length
-    )
-    rows[sibling, -1] = first_read[sibling]
-    read = (
-        valid
-        & np.take(samples.readable, rows, mode="clip")
-        & (rows >= first_read[:, None])
-        & ~sibling[:, None]
-    )
-    read[:, -1] |= sibling & present
-    return rows, valid, read
-
-
-def _right_aligned(
-    event_rows: np.ndarray, stop: np.ndarray, lengths: np.ndarray, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log rows `[B, T]` of the events before `stop`, and which of them are among the newest `lengths`."""
-    slots = np.arange(-length, 0)
-    return np.take(event_rows, stop[:, None] + slots, mode="clip"), slots >= -lengths[
-        :, None
-    ]
+def _ages(log: InteractionLog, samples: Samples, positions: Positions) -> np.ndarray:
+    """Whole seconds from each event to the request or newest event: `[B, T] int32`."""
+    if isinstance(samples, Requests):
+        # All log rows of a request have one time.
+        newest = positions.reads.reshape(len(positions.reads), -1)[:, :1]
+    else:
+        newest = positions.rows[:, -1:]
+    # Cut to whole seconds before the difference is taken: otherwise the distance of two
+    # events would depend on the milliseconds of what follows them.
+    newest_s = np.take(log.time, newest, mode="clip") // 1000
+    event_s = np.take(log.time, positions.rows, mode="clip") // 1000
+    age = np.minimum(newest_s - event_s, np.iinfo(np.int32).max)
+    return np.where(positions.valid, age, 0).astype(np.int32)
 
 
 def _state(
-    log: Log, catalogue: Catalogue, rows: np.ndarray, valid: np.ndarray
+    log: InteractionLog, catalogue: Catalogue, rows: np.ndarray, valid: np.ndarray
 ) -> Signals:
-    """Catalogue columns first, as in `Schema.state`."""
+    """Item and context of log rows, in the columns of `Schema.state`."""
+    # Features of the item are stored once in the catalogue, those of the log row beside
+    # its item.
     items = np.take(log.item, rows, mode="clip")
-    ids = _joined(catalogue.ids, items, log.row_ids, rows)
-    dense = _joined(catalogue.dense, items, log.row_dense, rows)
-    return Signals(_blanked(ids, 0, valid), _blanked(dense, np.nan, valid))
+    ids = _take_side_by_side(catalogue.ids, items, log.row_ids, rows)
+    dense = _take_side_by_side(catalogue.dense, items, log.row_dense, rows)
+    return Signals(_blank(ids, 0, valid), _blank(dense, np.nan, valid))
 
 
 def _signals(
     ids: np.ndarray, dense: np.ndarray, rows: np.ndarray, valid: np.ndarray
 ) -> Signals:
-    ids, dense = (np.take(matrix, rows, axis=0, mode="clip") for matrix in (ids, dense))
-    return Signals(_blanked(ids, 0, valid), _blanked(dense, np.nan, valid))
+    ids = np.take(ids, rows, axis=0, mode="clip")
+    dense = np.take(dense, rows, axis=0, mode="clip")
+    return Signals(_blank(ids, 0, valid), _blank(dense, np.nan, valid))
 
 
-def _joined(
+def _take_side_by_side(
     left: np.ndarray, left_rows: np.ndarray, right: np.ndarray, right_rows: np.ndarray
 ) -> np.ndarray:
-    """Rows of two matrices side by side."""
+    """Take matrix rows of two matrices and join them: `[..., D_left + D_right]`.
+
+    Both halves are written straight into one array. Two takes and a concatenation would
+    copy everything twice.
+    """
     if not right.shape[1]:
         return np.take(left, left_rows, axis=0, mode="clip")
     if not left.shape[1]:
@@ -240,23 +203,27 @@ def _joined(
     halves = np.empty(
         left_rows.shape, [("left", _row_type(left)), ("right", _row_type(right))]
     )
-    halves["left"] = np.take(_as_rows(left), left_rows, mode="clip")
-    halves["right"] = np.take(_as_rows(right), right_rows, mode="clip")
+    halves["left"] = np.take(_as_records(left), left_rows, mode="clip")
+    halves["right"] = np.take(_as_records(right), right_rows, mode="clip")
     return halves.view(left.dtype).reshape(*left_rows.shape, -1)
 
 
-def _blanked(matrix: np.ndarray, blank: float, valid: np.ndarray) -> np.ndarray:
-    """The matrix, `[..., D]`, with the rows that are not valid set to a missing value, in place."""
+def _blank(matrix: np.ndarray, blank: float, valid: np.ndarray) -> np.ndarray:
+    """Set the matrix rows that are not valid to a missing value, in place."""
     if matrix.shape[-1]:
         missing = np.full((1, matrix.shape[-1]), blank, matrix.dtype)
-        np.copyto(_as_rows(matrix), _as_rows(missing), where=~valid)
+        np.copyto(_as_records(matrix), _as_records(missing), where=~valid)
     return matrix
 
 
 def _row_type(matrix: np.ndarray) -> np.dtype:
+    """Opaque type of one matrix row."""
     return np.dtype((np.void, matrix.shape[-1] * matrix.itemsize))
 
 
-def _as_rows(matrix: np.ndarray) -> np.ndarray:
-    """A view of `[..., D]` as `[...]` opaque rows: NumPy copies one at once, four times as fast as D short columns."""
+def _as_records(matrix: np.ndarray) -> np.ndarray:
+    """View `[..., D]` as `[...]` opaque records.
+
+    NumPy copies a record at once, four times as fast as D short columns.
+    """
     return matrix.view(_row_type(matrix))[..., 0]

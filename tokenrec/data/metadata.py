@@ -1,6 +1,8 @@
-"""`tokenrec.json`: what a prepared data set holds, where it came from, and the SHA-256 of its other files.
+"""Read and write `tokenrec.json`: the contents and the origin of a prepared data set.
 
-The shards are not among those files: ArrayRecord has a hash of every block in them, and says so when one is wrong.
+The file also holds the SHA-256 digests of the other files and of itself, so that a
+damaged or edited file is named instead of read as data. The shards have no digest here:
+ArrayRecord stores a hash of every block in them, and raises when one is wrong.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from tokenrec.runtime.files import read_json
 
 METADATA_FILE = "tokenrec.json"
 FORMAT_VERSION = 1
+# Files with a digest, as glob patterns in the folder of the data set.
 CHECKED = (
     "dataset_info.json",
     "features.json",
@@ -26,8 +29,8 @@ CHECKED = (
     "chunks/*.npy",
     "vocabularies/*.parquet",
 )
-_AGAIN = "prepare the data set again"
-_HINTS = {
+_REMEDY = "prepare the data set again"
+_FIELD_TYPES = {
     "source": str,
     "licence": str,
     "citation": str,
@@ -40,17 +43,19 @@ _HINTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """Everything beside the shards: the schema and where the data came from.
+    """The schema of a prepared data set, and where its data came from.
 
     Attributes:
-      schema: features, tasks, table sizes.
-      source: name of the source, e.g. "kuairand".
-      licence, citation: of the data.
-      checksums: source file name -> SHA-256.
-      counts: what `prepare` counted: rows and scored rows per split, exact repeats dropped, users, items; and what
-        the source counted itself.
-      options: the options of `prepare` that change its output (chunk_events, overlap, split days).
-      key_types: "int64" or "string" for "user_id" and "item_id".
+      schema: features, tasks and table sizes.
+      source: name of the source, such as "kuairand".
+      licence: licence of the data.
+      citation: how to cite the data.
+      checksums: name of a source file -> SHA-256.
+      counts: log rows and scored log rows per split, repeats that were dropped, users
+        and items, as `prepare` counted them; and what the source itself counted.
+      options: options of `prepare` that change its output (chunk_events, overlap, days
+        of the splits).
+      key_types: "user_id" and "item_id" -> "int64" or "string".
     """
 
     schema: Schema
@@ -63,92 +68,120 @@ class Metadata:
     key_types: dict[str, str]
 
     def save(self, directory: Path) -> None:
-        """Writes `tokenrec.json`, last of the files of a prepared data set: it holds the digests of the others."""
+        """Write `tokenrec.json`, the last file of a data set.
+
+        It holds the digests of the other files, so they must be complete.
+        """
         files = sorted(path for pattern in CHECKED for path in directory.glob(pattern))
         value = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
         value["files"] = {
-            path.relative_to(directory).as_posix(): _digest_of_file(path)
-            for path in files
+            path.relative_to(directory).as_posix(): _digest_file(path) for path in files
         }
-        value["digest"] = _digest_of_value(value)
+        # Last, so that it covers the digests of the files too.
+        value["digest"] = _digest_value(value)
         (directory / METADATA_FILE).write_text(json.dumps(value, indent=1) + "\n")
 
     @staticmethod
     def load(directory: Path) -> Metadata:
-        """Reads `tokenrec.json` of a prepared data set.
+        """Read `tokenrec.json` of a prepared data set.
 
         Raises:
-          InputError: the folder is not a prepared data set, was written in another format version, or its
-            `tokenrec.json` is damaged or was changed.
+          InputError: the folder is not a prepared data set, was written in another
+            format version, or its `tokenrec.json` is damaged or was changed.
         """
         return load_manifest(directory).metadata
 
 
 class Manifest(NamedTuple):
-    """What `tokenrec.json` says. `files`: SHA-256 by path in the folder; empty where `prepare` wrote none yet."""
+    """Contents of `tokenrec.json`.
+
+    Attributes:
+      directory: folder of the data set.
+      metadata: what the data set holds.
+      files: path in the folder -> SHA-256; empty for a data set from before there were
+        digests.
+    """
 
     directory: Path
     metadata: Metadata
     files: dict[str, str]
 
     def check(self, name: str) -> Path:
-        """Path of a file of the data set, whose content is the one that `prepare` wrote, so far as that is known.
+        """Check the digest of a file, if there is one, and return the file's path.
 
         Raises:
-          InputError: the file is missing or cannot be read, or its content is another.
+          InputError: the file is missing, cannot be read, or is not what `prepare`
+            wrote.
         """
         path = self.directory / name
+        # A data set from before there were digests still opens; the checks of values
+        # (value_checks.py) are all that protects it.
         if not self.files:
             return path
         if name not in self.files:
             raise InputError(
-                f"data: '{path}' is not a file that the data set was prepared with; {_AGAIN}"
+                f"data: '{path}' is not a file that the data set was prepared with; "
+                f"{_REMEDY}"
             )
-        found = _digest_of_file(path)
-        if found != self.files[name]:
+        digest = _digest_file(path)
+        if digest != self.files[name]:
             raise InputError(
-                f"data: '{path}' is damaged or was changed: it has the SHA-256 {found}, and not {self.files[name]} as "
-                f"{METADATA_FILE} says; {_AGAIN}"
+                f"data: '{path}' is damaged or was changed: its SHA-256 is {digest}, "
+                f"not {self.files[name]} as in {METADATA_FILE}; {_REMEDY}"
             )
         return path
 
 
 def load_manifest(directory: Path) -> Manifest:
-    """Reads `tokenrec.json`; errors as in `Metadata.load`."""
+    """Read `tokenrec.json`, with its digests checked.
+
+    Raises:
+      InputError: see `Metadata.load`.
+    """
     directory = Path(directory)
     path = directory / METADATA_FILE
     if not path.exists():
         raise InputError(
-            f"data '{directory}' is not a prepared data set (no {METADATA_FILE}); run `tokenrec prepare`"
+            f"data '{directory}' is not a prepared data set (no {METADATA_FILE}); run "
+            "`tokenrec prepare`"
         )
-    value = read_json(path, "data:", _AGAIN)
+    value = read_json(path, "data:", _REMEDY)
     if not isinstance(value, dict):
         raise InputError(
-            f"data: '{path}' holds a {type(value).__name__} and no JSON object; {_AGAIN}"
+            f"data: '{path}' holds a {type(value).__name__} and no JSON object; "
+            f"{_REMEDY}"
         )
+    # The version comes first: the other checks are those of this version.
     version = value.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(
-            f"data '{directory}' has format version {version!r}, not {FORMAT_VERSION}; prepare it again"
+            f"data '{directory}' has format version {version!r}, not {FORMAT_VERSION}; "
+            f"{_REMEDY}"
         )
     digest = value.pop("digest", None)
-    if digest is not None and digest != _digest_of_value(value):
+    if digest is not None and digest != _digest_value(value):
         raise InputError(
-            f"data: '{path}' is damaged or was changed after the data set was made; {_AGAIN}"
+            f"data: '{path}' is damaged or was changed after the data set was made; "
+            f"{_REMEDY}"
         )
     del value["format_version"]
     files = value.pop("files", {})
     if not has_type(files, dict[str, str]):
         raise InputError(
-            f"data: '{path}': 'files' is {files!r}, not SHA-256 digests by name; {_AGAIN}"
+            f"data: '{path}': 'files' is {files!r}, not SHA-256 digests by name; "
+            f"{_REMEDY}"
         )
-    return Manifest(directory, _metadata(value, path), files)
+    return Manifest(directory, _parse_metadata(value, path), files)
 
 
 def checked_file(directory: Path, name: str) -> Path | None:
-    """Path of a file of a data set after `Manifest.check`, None if the data set has no such file.
+    """Return the path of a file of a data set, its digest checked; None without one.
 
-    Of a folder without `tokenrec.json`, which `prepare` writes last, the file as it is.
+    `prepare` writes `tokenrec.json` last. In a folder without it the file is taken as
+    it is.
+
+    Raises:
+      InputError: see `Metadata.load` and `Manifest.check`.
     """
     directory = Path(directory)
     files: dict[str, str] = {}
@@ -160,54 +193,65 @@ def checked_file(directory: Path, name: str) -> Path | None:
     return directory / name if not files and (directory / name).exists() else None
 
 
-def _metadata(value: dict[str, Any], path: Path) -> Metadata:
-    for name in ("schema", *_HINTS):
+def _parse_metadata(value: dict[str, Any], path: Path) -> Metadata:
+    """Check the fields of `tokenrec.json` and build a `Metadata`."""
+    for name in ("schema", *_FIELD_TYPES):
         if name not in value:
-            raise InputError(f"data: '{path}' has no '{name}'; {_AGAIN}")
-    for name, held in value.items():
-        if name != "schema" and (
-            name not in _HINTS or not has_type(held, _HINTS[name])
-        ):
-            reason = (
-                f"must be {hint_name(_HINTS[name])}"
-                if name in _HINTS
-                else "is no field of it"
+            raise InputError(f"data: '{path}' has no '{name}'; {_REMEDY}")
+    for name, field_value in value.items():
+        if name == "schema":
+            continue
+        if name not in _FIELD_TYPES:
+            raise InputError(f"data: '{path}': '{name}' is no field of it; {_REMEDY}")
+        if not has_type(field_value, _FIELD_TYPES[name]):
+            raise InputError(
+                f"data: '{path}': '{name}' must be {hint_name(_FIELD_TYPES[name])}; "
+                f"{_REMEDY}"
             )
-            raise InputError(f"data: '{path}': '{name}' {reason}; {_AGAIN}")
-    items, keys = value["counts"].get("items"), value["key_types"]
+    # The size of the catalogue is a count, not a field of the stored schema.
+    items = value["counts"].get("items")
     if items is None or items < 1:
         raise InputError(
-            f"data: '{path}': counts['items']={items} must be at least 1; {_AGAIN}"
+            f"data: '{path}': counts['items']={items} must be at least 1; {_REMEDY}"
         )
+    key_types = value["key_types"]
     for key in ("user_id", "item_id"):
-        if keys.get(key) not in ("int64", "string"):
+        if key_types.get(key) not in ("int64", "string"):
             raise InputError(
-                f"data: '{path}': key_types['{key}']={keys.get(key)!r} is neither int64 nor string; {_AGAIN}"
+                f"data: '{path}': key_types['{key}']={key_types.get(key)!r} is neither "
+                f"int64 nor string; {_REMEDY}"
             )
     try:
-        if not isinstance(value["schema"], dict):
-            raise InputError(f"schema: {value['schema']!r} is no JSON object")
-        schema = Schema.from_json(value["schema"] | {"items": items})
-        for feature in schema.features:
-            if feature.is_integer and feature.table_name not in schema.tables:
-                raise InputError(
-                    f"schema: feature '{feature.name}' has no size of its table '{feature.table_name}'"
-                )
+        schema = _parse_schema(value["schema"], items)
     except InputError as error:
-        raise InputError(f"data: '{path}': {error}; {_AGAIN}") from error
+        raise InputError(f"data: '{path}': {error}; {_REMEDY}") from error
     return Metadata(**(value | {"schema": schema}))
 
 
-def _digest_of_value(value: dict[str, Any]) -> str:
-    """Of the JSON value and not of its text, in which a line end more or less changes nothing."""
+def _parse_schema(value: Any, items: int) -> Schema:
+    if not isinstance(value, dict):
+        raise InputError(f"schema: {value!r} is no JSON object")
+    schema = Schema.from_json(value | {"items": items})
+    for feature in schema.features:
+        if feature.is_integer and feature.table_name not in schema.tables:
+            raise InputError(
+                f"schema: feature '{feature.name}' has no size of its table "
+                f"'{feature.table_name}'"
+            )
+    return schema
+
+
+def _digest_value(value: dict[str, Any]) -> str:
+    """SHA-256 of a JSON value and not of its text, so that layout does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _digest_of_file(path: Path) -> str:
+def _digest_file(path: Path) -> str:
+    """SHA-256 of a file."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(
-            f"data: '{path}' cannot be read: {error.strerror}; {_AGAIN}"
+            f"data: '{path}' cannot be read: {error.strerror}; {_REMEDY}"
         ) from error

@@ -1,15 +1,18 @@
-"""Chunks on disk: a tensorflow-datasets data set of ArrayRecord shards, streamed out and read without TensorFlow.
+"""Store chunks on disk as a tensorflow-datasets data set, without using TensorFlow.
 
-A record is a `tf.train.Example` of three features, whose bytes NumPy reads without copying:
+A split is ArrayRecord files, the *shards*. A record is a chunk, a run of one user's log
+rows, as a `tf.train.Example` with three features. NumPy reads their bytes without
+copying:
 
 | feature | value |
 |---|---|
 | `user_id` | original id, int64 or UTF-8 bytes |
-| `user` | the user's feature columns, one `user_dtype` |
-| `rows` | the chunk's rows, an array of `row_dtype` |
+| `user` | features of the user, one `user_dtype` |
+| `rows` | log rows of the chunk, an array of `row_dtype` |
 
-Shards go straight to `ArrayRecordWriter`, and `tfds.folder_dataset.write_metadata` describes them, because the writer
-of a TFDS builder keeps up to 1 GB of records in memory (and needs TensorFlow beyond that) to shuffle them.
+Shards are written with `ArrayRecordWriter` directly, and described afterwards for
+tensorflow-datasets. The writer of a TFDS builder would shuffle the records, and for
+that keep up to 1 GB of them in memory and need TensorFlow beyond that.
 """
 
 from __future__ import annotations
@@ -25,21 +28,28 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from tokenrec.data.metadata import Metadata
-from tokenrec.data.schema import Columns, Schema, columns
+from tokenrec.data.schema import Schema, columns
 from tokenrec.errors import InputError
 from tokenrec.runtime.files import read_json
 
+# Name and version of the data set in tensorflow-datasets.
 NAME = "tokenrec"
 VERSION = "1.0.0"
+# Folder of the index: log rows of each chunk, an array per split.
 INDEX = "chunks"
 SHARD_BYTES = 256 << 20
+# Records that are read at once.
 READ_CHUNKS = 128
+# No read-ahead: the pipeline asks for whole ranges of records, in any order.
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+_REMEDY = "prepare the data set again"
 
 
 def row_dtype(schema: Schema) -> np.dtype:
-    """A row of a chunk: the columns of `log.Log` that belong to rows."""
-    row, action = columns(schema.group("row")), columns(schema.group("action"))
+    """Layout of a log row on disk: the `[R]` columns of `InteractionLog`."""
+    row = columns(schema.group("row"))
+    action = columns(schema.group("action"))
+    # Little-endian on every machine. The order is part of the format on disk.
     return np.dtype(
         [
             ("time", "<i8"),
@@ -56,8 +66,8 @@ def row_dtype(schema: Schema) -> np.dtype:
 
 
 def user_dtype(schema: Schema) -> np.dtype:
-    """A user's features."""
-    user: Columns = columns(schema.group("user"))
+    """Layout of a user's features on disk."""
+    user = columns(schema.group("user"))
     return np.dtype(
         [
             ("user_ids", "<i4", (user.ids_width,)),
@@ -67,7 +77,13 @@ def user_dtype(schema: Schema) -> np.dtype:
 
 
 class Chunk(NamedTuple):
-    """A decoded record; `user` and `rows` are bytes of `user_dtype` and `row_dtype`."""
+    """A record.
+
+    Attributes:
+      user_id: original id.
+      user: bytes of one `user_dtype`.
+      rows: bytes of an array of `row_dtype`.
+    """
 
     user_id: int | str
     user: bytes
@@ -75,17 +91,32 @@ class Chunk(NamedTuple):
 
 
 class Shards(NamedTuple):
-    """What a split takes up: the number of records in each of its shards, and their bytes."""
+    """Sizes of the shards of a split.
+
+    Attributes:
+      lengths: number of records in each shard.
+      num_bytes: bytes of all records.
+    """
 
     lengths: list[int]
     num_bytes: int
 
 
 class SplitWriter:
-    """Writes the records of one split to shards of about `SHARD_BYTES`, one at a time."""
+    """Write the records of a split to shards of about `SHARD_BYTES`, one at a time.
+
+    Args:
+      directory: folder of the data set.
+      split: name of the split.
+
+    Attributes:
+      shard_lengths: records in each shard so far.
+      num_bytes: bytes of all records so far.
+    """
 
     def __init__(self, directory: Path, split: str) -> None:
-        self._directory, self._split = directory, split
+        self._directory = directory
+        self._split = split
         self._paths: list[Path] = []
         self._writer: ArrayRecordWriter | None = None
         self.shard_lengths: list[int] = []
@@ -93,6 +124,7 @@ class SplitWriter:
         self._shard_bytes = 0
 
     def write(self, chunk: Chunk) -> None:
+        """Append a record, to a new shard if the last one is full."""
         if self._writer is None or self._shard_bytes >= SHARD_BYTES:
             self._next_shard()
         record = encode(chunk)
@@ -103,12 +135,16 @@ class SplitWriter:
         self.num_bytes += len(record)
 
     def finish(self) -> None:
-        """Closes the last shard and gives all of them their names, which hold their number."""
+        """Close the last shard, and give all of them their final names.
+
+        The name of a shard holds the number of shards, which is known only now.
+        """
         self.close()
         for i, path in enumerate(self._paths):
             path.rename(shard_path(self._directory, self._split, i, len(self._paths)))
 
     def close(self) -> None:
+        """Close the file that is open, if one is."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -116,6 +152,7 @@ class SplitWriter:
     def _next_shard(self) -> None:
         self.close()
         path = self._directory / f"{NAME}-{self._split}.shard-{len(self._paths):05d}"
+        # A group is what ArrayRecord compresses and reads together: one chunk.
         self._writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
         self._paths.append(path)
         self.shard_lengths.append(0)
@@ -123,7 +160,7 @@ class SplitWriter:
 
 
 def encode(chunk: Chunk) -> bytes:
-    """A chunk as a serialised `tf.train.Example`."""
+    """Serialise a chunk as a `tf.train.Example`."""
     example = _example_type()()
     feature = example.features.feature
     if isinstance(chunk.user_id, str):
@@ -132,11 +169,13 @@ def encode(chunk: Chunk) -> bytes:
         feature["user_id"].int64_list.value.append(chunk.user_id)
     feature["user"].bytes_list.value.append(chunk.user)
     feature["rows"].bytes_list.value.append(chunk.rows)
+    # Otherwise the order of the features may change from run to run, and preparing a
+    # log twice would give different files.
     return example.SerializeToString(deterministic=True)
 
 
 def decode(record: bytes) -> Chunk:
-    """Inverse of `encode`.
+    """Parse a record, the inverse of `encode`.
 
     Raises:
       ValueError: the bytes are not what `encode` makes of a chunk.
@@ -150,9 +189,9 @@ def decode(record: bytes) -> Chunk:
             else user.bytes_list.value[0].decode()
         )
         return Chunk(
-            user_id,
-            feature["user"].bytes_list.value[0],
-            feature["rows"].bytes_list.value[0],
+            user_id=user_id,
+            user=feature["user"].bytes_list.value[0],
+            rows=feature["rows"].bytes_list.value[0],
         )
     except (_decode_error(), IndexError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from error
@@ -160,7 +199,7 @@ def decode(record: bytes) -> Chunk:
 
 @functools.cache
 def _example_type() -> Any:
-    """`tf.train.Example`. Imported when first needed: tensorflow-datasets takes about a second."""
+    """`tf.train.Example`, imported when first needed: TFDS takes about a second."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     return tf_example_pb2.Example
@@ -174,10 +213,16 @@ def _decode_error() -> type[Exception]:
 
 
 def record_features(schema: Schema, user_id_type: str) -> Any:
-    """The features of a record as tensorflow-datasets names them. `user_id_type`: "int64" or "string"."""
+    """Describe the features of a record for tensorflow-datasets.
+
+    Args:
+      schema: schema of the data set.
+      user_id_type: "int64" or "string".
+    """
     import tensorflow_datasets as tfds
 
-    user, rows = user_dtype(schema), row_dtype(schema)
+    user = user_dtype(schema)
+    rows = row_dtype(schema)
     return tfds.features.FeaturesDict(
         {
             "user_id": tfds.features.Scalar(
@@ -196,7 +241,16 @@ def record_features(schema: Schema, user_id_type: str) -> Any:
 def write_metadata(
     directory: Path, shards: dict[str, Shards], metadata: Metadata
 ) -> None:
-    """Writes `dataset_info.json` and `features.json`, so that `tfds.builder_from_directory(directory)` opens it."""
+    """Write the files with which tensorflow-datasets opens the data set.
+
+    These are `dataset_info.json` and `features.json`, for
+    `tfds.builder_from_directory(directory)`.
+
+    Args:
+      directory: folder of the data set.
+      shards: sizes of the shards of each split.
+      metadata: schema, source and licence.
+    """
     import tensorflow_datasets as tfds
 
     template = tfds.core.ShardedFileTemplate(
@@ -215,72 +269,94 @@ def write_metadata(
             for split, written in shards.items()
         ],
         version=VERSION,
+        # The check would read every shard again.
         check_data=False,
-        description=f"{metadata.source}, prepared by tokenrec: a record is a chunk of one user's rows.",
+        description=(
+            f"{metadata.source}, prepared by tokenrec: a record is a chunk of one "
+            "user's rows."
+        ),
         citation=metadata.citation,
         license=metadata.licence,
     )
 
 
 def shard_path(directory: Path, split: str, shard: int, shards: int) -> Path:
+    """Path of a shard.
+
+    Args:
+      directory: folder of the data set.
+      split: name of the split.
+      shard: number of the shard, from 0.
+      shards: number of shards of the split.
+    """
     return directory / f"{NAME}-{split}.array_record-{shard:05d}-of-{shards:05d}"
 
 
 def shard_lengths(info: Path) -> dict[str, list[int]]:
-    """Split -> number of records in each of its shards, as `dataset_info.json` says.
+    """Read the number of records in each shard of each split from `dataset_info.json`.
 
     Raises:
-      InputError: the file is missing or not readable, or says something else.
+      InputError: the file is missing, cannot be read, or lacks these numbers.
     """
-    value = read_json(info, "data:", "prepare the data set again")
+    value = read_json(info, "data:", _REMEDY)
     try:
+        # Protocol buffers write int64 as JSON strings.
         return {
             str(s["name"]): [int(n) for n in s["shardLengths"]]
             for s in value.get("splits", ())
         }
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
-            f"data: '{info}' does not tell the records of each shard ({type(error).__name__}: {error}); prepare the "
-            f"data set again"
+            f"data: '{info}' does not tell the records of each shard "
+            f"({type(error).__name__}: {error}); {_REMEDY}"
         ) from error
 
 
 def read_records(
     directory: Path, split: str, lengths: list[int], start: int, stop: int
 ) -> Iterator[list[bytes]]:
-    """Records [start, stop) of a split, at most `READ_CHUNKS` at a time.
+    """Yield the records [start, stop) of a split, at most `READ_CHUNKS` at a time.
+
+    Args:
+      directory: folder of the data set.
+      split: name of the split.
+      lengths: records of each shard, as `shard_lengths` read them.
+      start: first record, counted over all shards.
+      stop: record after the last one.
 
     Raises:
-      InputError: a shard is missing, truncated or damaged; names the file.
+      InputError: a shard is missing, truncated or damaged; the message names it.
     """
     first = 0
     for shard, length in enumerate(lengths):
-        begin, end = max(start - first, 0), min(stop - first, length)
+        begin = max(start - first, 0)
+        end = min(stop - first, length)
         first += length
         if begin < end:
-            yield from _read_shard(
-                shard_path(directory, split, shard, len(lengths)), length, begin, end
-            )
+            path = shard_path(directory, split, shard, len(lengths))
+            yield from _read_shard(path, length, begin, end)
 
 
 def _read_shard(path: Path, length: int, begin: int, end: int) -> Iterator[list[bytes]]:
+    """Yield the records [begin, end) of a shard that should have `length` records."""
     if not path.is_file():
-        raise InputError(
-            f"data: the shard '{path}' is missing; prepare the data set again"
-        )
+        raise InputError(f"data: the shard '{path}' is missing; {_REMEDY}")
     try:
         with contextlib.closing(
             ArrayRecordReader(os.fspath(path), RANDOM_ACCESS)
         ) as reader:
-            held = reader.num_records()
-            for at in range(begin, end if held == length else begin, READ_CHUNKS):
-                yield reader.read(at, min(at + READ_CHUNKS, end))
+            num_records = reader.num_records()
+            # A shard of another data set opens without an error, but has another
+            # number of records.
+            if num_records == length:
+                for place in range(begin, end, READ_CHUNKS):
+                    yield reader.read(place, min(place + READ_CHUNKS, end))
     except RuntimeError as error:
         raise InputError(
-            f"data: the shard '{path}' is damaged: {error}; prepare the data set again"
+            f"data: the shard '{path}' is damaged: {error}; {_REMEDY}"
         ) from error
-    if held != length:
+    if num_records != length:
         raise InputError(
-            f"data: the shard '{path}' holds {held} records, not {length}; it belongs to another data set, so prepare "
-            f"this one again"
+            f"data: the shard '{path}' holds {num_records} records, not {length}; it "
+            "belongs to another data set, so prepare this one again"
         )

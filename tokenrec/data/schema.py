@@ -1,38 +1,72 @@
-"""What a data set holds: features, the entity each one describes, and binary tasks.
+"""Describe a data set: its features, the entity that each describes, and its labels.
 
-A feature's values live in one of four groups, by how often they change:
+**Log row.** One item that was shown to, or used by, one user at one time. A user's log
+rows in the order of time are the user's history.
 
-| group | entity and flag | stored once per |
+**Entity.** Whom a feature describes. All features of one entity enter one token maker
+(docs/methods.md section 2). The entity also decides which token sees the value, and
+thereby when the value may be known:
+
+| entity | examples | enters |
 |---|---|---|
-| `user` | user | chunk of a user's rows |
-| `catalogue` | item | item |
-| `row` | context, and item with `per_row` | row of the log |
-| `action` | action | row of the log |
+| `user` | age, city | the user's static tokens |
+| `item` | brand, title, price | the state token of an event, and the target |
+| `context` | hour, device, tab | the same two, beside the item |
+| `action` | watch time, quantity | the action token of *earlier* events only |
 
-Integer values (`categorical`, `multi_valued`, `semantic_id`, `text`) fill columns of an `ids` matrix, the others
-columns of a `dense` matrix. Id 0 is a missing value, id 1 a value that the training split does not hold, known values
-start at 2. A missing dense value is NaN. A text is tokens, cut at the right end and filled up with id 0; any string
-can be written in them, so that id 1 does not occur there (tokenizer.py).
+Anything that is known only after the impression (watch time, the labels themselves) is
+an `action` feature: a model never sees the action of the event that it predicts.
+
+**Kind.** How a raw value becomes a vector:
+
+| kind | raw value | `length` | stored as |
+|---|---|---|---|
+| `categorical` | int64 or string | 1 | ids of a table |
+| `multi_valued` | list of them | values kept | ids of a table, filled up with 0 |
+| `semantic_id` | list of codes from 0 | levels | ids of a table, a range per level |
+| `text` | string | tokens kept | ids of the table `text`, cut at the right end |
+| `dense` | number | 1 | float32, NaN where missing |
+| `embedding` | list of numbers | numbers | float32, NaN where missing |
+
+**Ids.** 0 is a missing value, 1 an *unknown* value (one that the training split does
+not hold), and known values start at 2. Any string can be written in the tokens of the
+tokenizer, so id 1 does not occur in a text.
+
+**Group.** Where a value is stored, which follows from how often it changes:
+
+| group | entity | stored once per |
+|---|---|---|
+| `user` | `user` | chunk of a user's log rows |
+| `catalogue` | `item` | item |
+| `row` | `context`, and `item` with `per_row` | log row |
+| `action` | `action` | log row |
+
+Within a group, integer kinds are columns of an `ids` matrix and the others columns of a
+`dense` matrix, side by side in the order of the schema (`columns`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import typing
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
-from urllib.parse import quote
 
 from tokenrec.config.types import has_type, hint_name
 from tokenrec.errors import InputError, suggest
 
-MISSING, UNKNOWN, FIRST_KNOWN = 0, 1, 2
+# Reserved ids of every embedding table, and the id of its first known value.
+MISSING = 0
+UNKNOWN = 1
+FIRST_KNOWN = 2
+
 TEXT_TABLE = "text"
-BYTES = 256  # the least vocabulary of a byte-level tokenizer
-MOST_ROWS = 2**31 - 1  # of a table: its ids are int32
-LONGEST = 1 << 16  # values of one feature in a row
-_LONGEST_NAME = 200  # bytes, as a file of the vocabularies bears the name of its table
+# The least vocabulary of a byte-level tokenizer.
+BYTES = 256
+# The most rows of a table, and log rows of a chunk: both are numbered with int32.
+MOST_ROWS = 2**31 - 1
+# The most values of one feature in one log row.
+LONGEST = 1 << 16
 
 Kind = Literal[
     "categorical", "multi_valued", "dense", "embedding", "semantic_id", "text"
@@ -40,26 +74,30 @@ Kind = Literal[
 Entity = Literal["user", "context", "item", "action"]
 Group = Literal["user", "catalogue", "row", "action"]
 Transform = Literal["identity", "log1p"]
+# Kinds whose values are ids of an embedding table.
 INTEGER_KINDS = ("categorical", "multi_valued", "semantic_id", "text")
 
 
 @dataclasses.dataclass(frozen=True)
 class Feature:
-    """One signal.
+    """One signal of an entity.
 
     Attributes:
       name: column name, unique in the schema.
-      kind: how its value becomes a vector (methods.md section 2).
-      entity: whom it describes; all features of one entity enter one maker.
-      table: name of the embedding table of an integer kind; features may share one. Empty: the feature's own name. All
-        text features share the table "text".
-      length: values kept of a multi-valued feature, numbers of an embedding, levels of a semantic id, tokens kept of a
-        text; otherwise 1.
-      codes: code-book size of each level of a semantic id; most tokens in the vocabulary of a text, equal for all text
-        features.
-      transform: of a dense feature, before normalisation; `log1p` is signed, `sign(x) log(1 + |x|)`.
-      per_row: an item feature that changes from row to row (a display place), so that no catalogue can hold it.
-      mean, deviation: of the transformed dense value over the training split; filled in by `prepare`.
+      kind: how a raw value becomes a vector (table above).
+      entity: whom the feature describes.
+      table: name of the embedding table of an integer kind; features may share one.
+        Empty: the feature's own name. All text features share the table "text".
+      length: values per log row, item or user (table above).
+      codes: semantic_id: size of each level's code book. text: the most tokens in the
+        vocabulary, equal for all text features.
+      transform: function of a dense value before normalisation; `log1p` is signed,
+        `sign(x) log(1 + |x|)`.
+      per_row: an item feature that changes from log row to log row (a display
+        position), so that the catalogue cannot hold it.
+      mean: mean of the transformed dense value over the training split; `prepare`
+        fills it in.
+      deviation: standard deviation of the same.
     """
 
     name: str
@@ -75,19 +113,22 @@ class Feature:
 
     @property
     def is_integer(self) -> bool:
+        """Whether values are ids of an embedding table rather than numbers."""
         return self.kind in INTEGER_KINDS
 
     @property
     def has_vocabulary(self) -> bool:
-        """Whether its ids stand for the distinct values of the training split."""
+        """Whether ids stand for the distinct values of the training split."""
         return self.kind in ("categorical", "multi_valued")
 
     @property
     def table_name(self) -> str:
+        """Name of the embedding table that the ids index."""
         return TEXT_TABLE if self.kind == "text" else self.table or self.name
 
     @property
     def group(self) -> Group:
+        """The group in which values are stored (table above)."""
         if self.entity == "user":
             return "user"
         if self.entity == "action":
@@ -97,7 +138,12 @@ class Feature:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A binary label of a row: 1, 0, or -1 where it is unknown."""
+    """A binary label of each log row: 1, 0, or -1 where it is unknown.
+
+    Attributes:
+      name: name of the label, unique among the tasks.
+      weight: weight of its loss, unless the config gives another.
+    """
 
     name: str
     weight: float = 1.0
@@ -105,36 +151,44 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Where each feature of a list lies in the `ids` and `dense` matrices: name -> (start, stop)."""
+    """Columns of features in an `ids` and a `dense` matrix.
+
+    Attributes:
+      ids: name of an integer feature -> (start, stop) in `ids`.
+      dense: name of any other feature -> (start, stop) in `dense`.
+    """
 
     ids: dict[str, tuple[int, int]]
     dense: dict[str, tuple[int, int]]
 
     @property
     def ids_width(self) -> int:
+        """Number of columns of `ids`."""
         return max((stop for _, stop in self.ids.values()), default=0)
 
     @property
     def dense_width(self) -> int:
+        """Number of columns of `dense`."""
         return max((stop for _, stop in self.dense.values()), default=0)
 
 
 def columns(features: Iterable[Feature]) -> Columns:
-    """Lays features side by side in the order given.
+    """Assign columns to features, side by side in the order given.
 
-    >>> columns([Feature("tab", "categorical", "context"), Feature("age", "dense", "user")]).dense
+    >>> tab = Feature("tab", "categorical", "context")
+    >>> columns([tab, Feature("age", "dense", "user")]).dense
     {'age': (0, 1)}
     """
     ids: dict[str, tuple[int, int]] = {}
     dense: dict[str, tuple[int, int]] = {}
+    # Columns assigned so far, by `is_integer`.
     widths = {True: 0, False: 0}
     for feature in features:
         start = widths[feature.is_integer]
-        widths[feature.is_integer] = start + feature.length
-        (ids if feature.is_integer else dense)[feature.name] = (
-            start,
-            start + feature.length,
-        )
+        stop = start + feature.length
+        widths[feature.is_integer] = stop
+        matrix = ids if feature.is_integer else dense
+        matrix[feature.name] = (start, stop)
     return Columns(ids, dense)
 
 
@@ -142,10 +196,22 @@ def columns(features: Iterable[Feature]) -> Columns:
 class Schema:
     """Features, tasks and embedding-table sizes of a data set.
 
-    `tables` maps a table name to its number of rows, the two reserved ids included, and `ids_digest` tells what the
-    ids of its vocabularies, tokens and items stand for from other values as many; `prepare` fills them in. A data set,
-    when opened, fills in `items`, the rows of its catalogue, and, of the semantic ids that the config names, `levels`,
-    the code-book size of each level, and `codes_digest`, which tells them from others of the same sizes.
+    A source declares features and tasks. `prepare` adds the table sizes and the digest
+    of the ids. `open_dataset` adds the rest.
+
+    Attributes:
+      features: all features; their order is the order of columns.
+      tasks: the labels.
+      tables: table name -> number of table rows, the two reserved ids included.
+      items: number of items in the catalogue.
+      levels: code-book size of each level of the semantic ids that the config names.
+      codes_digest: SHA-256 of these semantic ids; it tells them from others with the
+        same code-book sizes.
+      ids_digest: SHA-256 of the vocabularies, the tokenizer and the item ids; it tells
+        a data set from another whose tables have the same sizes.
+
+    Raises:
+      InputError: the schema contradicts itself; the message lists every problem.
     """
 
     features: tuple[Feature, ...]
@@ -157,157 +223,103 @@ class Schema:
     ids_digest: str = ""
 
     def __post_init__(self) -> None:
-        problems = list(_problems(self))
+        # Imported here, because the checks import the types of this module.
+        from tokenrec.data.schema_problems import schema_problems
+
+        problems = list(schema_problems(self))
         if problems:
             raise InputError("schema: " + "; ".join(problems))
 
     def group(self, group: Group) -> tuple[Feature, ...]:
+        """Features that are stored in a group, in the order of the schema."""
         return tuple(f for f in self.features if f.group == group)
 
     @property
     def state(self) -> tuple[Feature, ...]:
-        """Features of an event's state token: the item and its context, catalogue columns first."""
+        """Features of an event's state token: the item's, then those of the log row."""
         return self.group("catalogue") + self.group("row")
 
     def feature(self, name: str) -> Feature:
+        """Find a feature by its name.
+
+        Raises:
+          InputError: the schema has no such feature; the message suggests a near name.
+        """
         for feature in self.features:
             if feature.name == name:
                 return feature
-        raise InputError(
-            f"feature '{name}' is not in the schema{suggest(name, (f.name for f in self.features))}"
-        )
+        known = (f.name for f in self.features)
+        raise InputError(f"feature '{name}' is not in the schema{suggest(name, known)}")
 
     def without(self, names: Iterable[str]) -> Schema:
-        """The schema less the named features, and less the tables that only they used."""
+        """Drop features, and the tables that no other feature uses.
+
+        Raises:
+          InputError: a name is not that of a feature.
+        """
         dropped = {self.feature(name).name for name in names}
-        kept = tuple(f for f in self.features if f.name not in dropped)
-        used = {f.table_name for f in kept if f.is_integer}
+        features = tuple(f for f in self.features if f.name not in dropped)
+        used = {f.table_name for f in features if f.is_integer}
         tables = {name: rows for name, rows in self.tables.items() if name in used}
-        return dataclasses.replace(self, features=kept, tables=tables)
+        return dataclasses.replace(self, features=features, tables=tables)
 
     def to_json(self) -> dict[str, Any]:
+        """Convert to a JSON object, the inverse of `from_json`."""
         value = dataclasses.asdict(self)
         for name in ("codes_digest", "ids_digest"):
+            # Runs and data sets from before the digests have no such key. Leaving an
+            # empty digest out keeps their files equal to what is compared with them.
             if not value[name]:
-                del value[
-                    name
-                ]  # nothing to tell apart; runs from before there was one stay as they are
+                del value[name]
         return value
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Schema:
-        """Inverse of `to_json`.
+        """Convert from a JSON object.
 
         Raises:
-          InputError: a key is unknown (the near one is named) or missing, a value has the wrong type, or the schema is
-            not sound.
+          InputError: a key is unknown (a near one is suggested) or missing, a value has
+            the wrong type, or the schema contradicts itself.
         """
-        built = dict(value)
+        # JSON has no tuples and no dataclasses: convert the parts first.
+        fields = dict(value)
         for name, kind in (("features", Feature), ("tasks", Task)):
             parts = value.get(name, ())
             if not isinstance(parts, (list, tuple)):
-                raise InputError(f"schema: '{name}' is {parts!r}, not a JSON array")
-            built[name] = tuple(_from_dict(kind, part) for part in parts)
-        schema = _from_dict(Schema, built)
+                raise InputError(
+                    f"schema: '{name}' is {parts!r}, not a JSON array; write a list of "
+                    "JSON objects"
+                )
+            fields[name] = tuple(_parse(kind, part) for part in parts)
+        schema = _parse(Schema, fields)
         return dataclasses.replace(schema, levels=tuple(schema.levels))
 
 
-def _from_dict[T](kind: type[T], value: Any) -> T:
+def _parse[T](kind: type[T], value: Any) -> T:
+    """Build a dataclass from a JSON object, with the types of its fields checked."""
     if not isinstance(value, dict):
-        raise InputError(f"schema: a {kind.__name__} is {value!r}, not a JSON object")
+        raise InputError(
+            f"schema: a {kind.__name__} is {value!r}, not a JSON object; write an "
+            'object such as {"name": ...}'
+        )
     hints = typing.get_type_hints(kind)
-    for key, held in value.items():
+    for key, field_value in value.items():
         if key not in hints:
             raise InputError(
                 f"schema: {kind.__name__} has no field '{key}'{suggest(key, hints)}"
             )
-        choices = (
-            get_args(hints[key]) if typing.get_origin(hints[key]) is Literal else ()
-        )
-        if not has_type(held, hints[key]) and not (
-            choices and isinstance(held, str)
-        ):  # `_problems` knows the choices
-            kinds = "one of " + ", ".join(choices) if choices else hint_name(hints[key])
-            named = f" '{value['name']}'" if "name" in value else ""
+        hint = hints[key]
+        choices = get_args(hint) if typing.get_origin(hint) is Literal else ()
+        # A wrong string for a Literal passes here: `schema_problems` names it together
+        # with the nearest choice.
+        is_choice = bool(choices) and isinstance(field_value, str)
+        if not has_type(field_value, hint) and not is_choice:
+            wanted = "one of " + ", ".join(choices) if choices else hint_name(hint)
+            owner = f" '{value['name']}'" if "name" in value else ""
             raise InputError(
-                f"schema: {kind.__name__}{named}: {key}={held!r} is not {kinds}"
+                f"schema: {kind.__name__}{owner}: {key}={field_value!r} is not {wanted}"
             )
     try:
         return kind(**value)
     except TypeError as error:
         raise InputError(f"schema: {kind.__name__} {value}: {error}") from error
-
-
-def _problems(schema: Schema) -> Iterable[str]:
-    names = [f.name for f in schema.features]
-    for name in sorted({n for n in names if names.count(n) > 1}):
-        yield f"feature '{name}' is declared more than once; give each its own name"
-    tasks = [t.name for t in schema.tasks]
-    for name in sorted({n for n in tasks if tasks.count(n) > 1}):
-        yield f"task '{name}' is declared more than once"
-    for task in schema.tasks:
-        if not 0 <= task.weight < math.inf:
-            yield f"task '{task.name}': weight={task.weight} must be 0 or more"
-    for name in (*names, *tasks, *(f.table for f in schema.features if f.table)):
-        yield from _name_problems(name)
-    for name, rows in schema.tables.items():
-        if not FIRST_KNOWN <= rows <= MOST_ROWS:
-            yield f"table '{name}': rows={rows} must be {FIRST_KNOWN} to {MOST_ROWS}"
-    for f in schema.features:
-        for field, kind in (
-            ("kind", Kind),
-            ("entity", Entity),
-            ("transform", Transform),
-        ):
-            value = getattr(f, field)
-            if value not in get_args(kind):
-                yield f"feature '{f.name}': {field}={value!r}{suggest(str(value), get_args(kind))}"
-        if not 1 <= f.length <= LONGEST:
-            yield f"feature '{f.name}': length={f.length} must be 1 to {LONGEST}"
-        if f.codes * f.length > MOST_ROWS - FIRST_KNOWN:
-            yield f"feature '{f.name}': codes={f.codes} of length={f.length} are more than {MOST_ROWS} rows of a table"
-        if not f.deviation > 0:
-            yield f"feature '{f.name}': deviation={f.deviation} must be positive, as values are divided by it"
-        if f.kind in ("categorical", "dense") and f.length != 1:
-            yield f"feature '{f.name}': length={f.length}, but a {f.kind} feature has one value"
-        if f.kind == "semantic_id" and f.codes < 1:
-            yield f"feature '{f.name}': codes={f.codes}; a semantic id needs its code-book size"
-        if f.per_row and f.entity != "item":
-            yield f"feature '{f.name}': per_row is for item features; {f.entity} features need no flag"
-        if f.table and not f.is_integer:
-            yield f"feature '{f.name}': table='{f.table}', but a {f.kind} feature has no table"
-    yield from _text_problems(schema.features)
-
-
-def _name_problems(name: str) -> Iterable[str]:
-    try:
-        length = len(quote(name, safe=""))
-    except UnicodeEncodeError:
-        yield f"the name {name!r} is no Unicode text; correct it"
-        return
-    if not 1 <= length <= _LONGEST_NAME:
-        yield f"the name '{name}' has {length} bytes (as written in a file's name); give it 1 to {_LONGEST_NAME}"
-
-
-def _text_problems(features: tuple[Feature, ...]) -> Iterable[str]:
-    texts = [f for f in features if f.kind == "text"]
-    for f in texts:
-        if f.group not in ("user", "catalogue"):
-            where = (
-                "is an item feature with per_row"
-                if f.per_row
-                else f"has the entity {f.entity}"
-            )
-            yield f"feature '{f.name}': {where}, but a text belongs to a user or to an item of the catalogue"
-        if f.codes < BYTES:
-            yield f"feature '{f.name}': codes={f.codes}; a text needs its vocabulary size, at least {BYTES}"
-        if f.codes != texts[0].codes:
-            yield (
-                f"feature '{f.name}': codes={f.codes}, but '{texts[0].name}' has codes={texts[0].codes}, and all texts "
-                f"share a vocabulary; make them equal"
-            )
-        if f.table not in ("", TEXT_TABLE):
-            yield f"feature '{f.name}': table='{f.table}', but all texts share the table '{TEXT_TABLE}'; leave it out"
-    for f in features if texts else ():
-        if f.is_integer and f.kind != "text" and f.table_name == TEXT_TABLE:
-            yield f"feature '{f.name}': table '{TEXT_TABLE}' is that of the texts; give this {f.kind} feature another"

@@ -1,4 +1,8 @@
-"""What a source is: one file that yields rows and a schema. `docs/data.md` shows how to write one."""
+"""Interface of a source: a class that yields log rows and a schema.
+
+A source is one file in tokenrec/data/sources/. docs/guides/data.md shows how to write
+one. `prepare` reads a source once and writes a prepared data set.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,15 @@ SPLITS = ("train", "valid", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where the data comes from: `files` are checksummed into the metadata of the prepared data set.
+    """The origin of the data, which the metadata of the prepared data set records.
 
-    `counts` is what the source itself left out or changed on reading; it joins the counts that `prepare` makes.
+    Attributes:
+      name: name of the source.
+      licence: licence of the data.
+      citation: how to cite the data.
+      files: raw files, whose checksums are recorded.
+      counts: name -> what the source itself left out or changed while reading; joins
+        the counts of `prepare`.
     """
 
     name: str
@@ -36,36 +46,52 @@ class Source(Protocol):
     | column | type | meaning |
     |---|---|---|
     | user_id, item_id | int64 or string | original ids |
-    | time_ms | int64 | time of the row, milliseconds |
+    | time_ms | int64 | time of the log row, milliseconds |
     | split | int8 | index into `SPLITS` |
-    | event | bool | the row enters the histories of later rows |
-    | scored | bool | the row is an impression: a sample of its split |
-    | request | int64 | rows of one user with equal request >= 0 share a time and a history; -1: alone |
-    | label_TASK | int8 | 1, 0, or null or -1 where unknown, for each task of the schema |
+    | event | bool | the log row enters the histories of later log rows |
+    | scored | bool | the log row is an impression: a sample of its split |
+    | request | int64 | number from 0 of the log rows shown together; -1: alone |
+    | label_TASK | int8 | 1, 0, or null or -1 where unknown, for each task |
     | one per feature of the groups `row` and `action` | raw value | null is missing |
 
-    A categorical value is an int64 or a string, a multi-valued, embedding or semantic-id value a list.
+    Log rows of one user with an equal request share a time and a history. A categorical
+    value is an int64 or a string; a multi-valued, embedding or semantic-id value is a
+    list.
+
+    Attributes:
+      schema: features and tasks.
+      provenance: origin of the data.
     """
 
     schema: Schema
     provenance: Provenance
 
     def users(self) -> pa.Table:
-        """`user_id` and one column per user feature. Users of the log that are absent have missing features."""
+        """Return `user_id` and one column per user feature.
+
+        Users of the log that are absent here have missing features.
+        """
         ...
 
     def items(self) -> pa.Table:
-        """`item_id` and one column per catalogue feature. Items of the log that are absent have missing features."""
+        """Return `item_id` and one column per catalogue feature.
+
+        Items of the log that are absent here have missing features.
+        """
         ...
 
-    def rows(self) -> Iterator[pa.RecordBatch]: ...
+    def rows(self) -> Iterator[pa.RecordBatch]:
+        """Yield the log rows."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LogPart:
-    """A run of a source's rows that can be read apart from the others, on any machine: it pickles.
+    """A part of a source's log rows that can be read on its own, on any machine.
 
-    `name` says in messages where the rows are.
+    Attributes:
+      name: where the log rows are, for messages.
+      read: yields the log rows; it can be pickled.
     """
 
     name: str
@@ -73,16 +99,24 @@ class LogPart:
 
 
 class PartitionedSource(Source, Protocol):
-    """A raw log that many machines can read at once, and whose users need not fit into one."""
+    """A raw log that many machines can read at once."""
 
     def row_parts(self) -> Sequence[LogPart]:
-        """Parts whose batches, part after part, are those of `rows`."""
+        """Return parts whose batches, part after part, are those of `rows`."""
         ...
 
     def user_parts(self) -> Sequence[LogPart]:
-        """Parts whose batches, part after part, are `users`."""
+        """Return parts whose batches, part after part, are `users`."""
         ...
 
     def check_times(self, earliest: int, latest: int) -> None:
-        """Raises the InputError with which `rows` would end, given the least and the greatest time of its rows."""
+        """Check the range of times, which `rows` would check at its end.
+
+        Args:
+          earliest: the least `time_ms` of all log rows.
+          latest: the greatest.
+
+        Raises:
+          InputError: the one that `rows` would raise.
+        """
         ...

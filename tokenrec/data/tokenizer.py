@@ -1,11 +1,15 @@
-"""Text as ids: a byte-level tokenizer that `prepare` trains on the texts of the training split.
+"""Tokenize text features with a byte-level tokenizer, trained on the training split.
 
-Byte pair encoding over UTF-8 bytes (Sennrich et al. 2016; on bytes as in GPT-2, Radford et al. 2019) by the library
-`tokenizers` (extra `text`), which is imported when first needed. Every string has tokens, also one of words that no
-training text holds: the words of a prompt are known only after the data set is made. Text is normalised first: NFKC,
-then lower case, since product texts come in capitals and prompts do not.
+Byte pair encoding (Sennrich et al. 2016) over UTF-8 bytes, as in GPT-2 (Radford et al.
+2019), by the library `tokenizers` (extra `text`), which is imported when first needed.
+Since every byte is a token, every string can be encoded, also one with words that no
+training text holds: the words of a prompt are known only after the data set is made.
 
-Token t of the library has the id `FIRST_KNOWN` + t; id 0 fills up, id 1 never occurs.
+Texts are normalised first, to NFKC and then to lower case, because product texts come
+in capitals and prompts do not.
+
+Token t of the library has the id `FIRST_KNOWN + t`. Id 0 fills up, and id 1 does not
+occur.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def tokenizers_library() -> ModuleType:
-    """The module `tokenizers`.
+    """Import the module `tokenizers`.
 
     Raises:
       InputError: it is not installed.
@@ -39,33 +43,40 @@ def tokenizers_library() -> ModuleType:
         import tokenizers
     except ImportError as error:
         raise InputError(
-            "a text feature needs the package tokenizers, which is not installed; run `pip install tokenrec[text]`"
+            "a text feature needs the package tokenizers, which is not installed; run "
+            '`pip install ".[text]"` in a clone of tokenrec, or `pip install '
+            "tokenizers`"
         ) from error
     return tokenizers
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A tokenizer of at most `vocabulary` tokens, the 256 bytes among them; the same texts give the same one.
+    """Train a tokenizer; the same texts give the same one, in whatever order.
 
-    Few or short texts give fewer tokens, no text gives the bytes alone.
+    Args:
+      texts: training texts. Few or short ones give fewer tokens than asked for, none
+        give the bytes alone.
+      vocabulary: the most tokens, the 256 bytes among them.
 
     Raises:
       InputError: `vocabulary` is below 256, or the library is not installed.
     """
     if vocabulary < BYTES:
         raise InputError(
-            f"vocabulary={vocabulary} is below {BYTES}, the number of bytes; make it larger"
+            f"vocabulary={vocabulary} is below {BYTES}, the number of bytes; make it "
+            "larger"
         )
     lib = tokenizers_library()
     tokenizer = lib.Tokenizer(lib.models.BPE())
     tokenizer.normalizer = lib.normalizers.Sequence(
         [lib.normalizers.NFKC(), lib.normalizers.Lowercase()]
     )
-    # The space in front makes a word one token wherever it stands.
+    # A space before the first word makes a word one token wherever it stands.
     tokenizer.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = lib.decoders.ByteLevel()
     trainer = lib.trainers.BpeTrainer(
         vocab_size=vocabulary,
+        # Sorted, because the library numbers them in the order given.
         initial_alphabet=sorted(lib.pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=[],
         show_progress=False,
@@ -75,28 +86,30 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
 
 
 def table_rows(tokenizer: Tokenizer) -> int:
-    """Rows of the table of all texts: the reserved ids, then the tokens."""
+    """Number of rows of the table of all texts: the reserved ids, then the tokens."""
     return FIRST_KNOWN + tokenizer.get_vocab_size()
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> Path:
-    """Writes `tokenizer.json`, whole or not at all; returns its path."""
+    """Write `tokenizer.json` atomically, and return its path."""
     path = Path(directory) / TOKENIZER_FILE
     write_text_atomically(path, tokenizer.to_str(pretty=True) + "\n")
     return path
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a prepared data set.
+    """Read the tokenizer of a prepared data set.
 
     Raises:
-      InputError: the data set has none, its file is damaged, or the library is not installed.
+      InputError: the data set has none, its file is damaged, or the library is not
+        installed.
     """
     path = checked_file(directory, TOKENIZER_FILE)
     if path is None:
         raise InputError(
-            f"data '{directory}' has no tokenizer (no {TOKENIZER_FILE}), because its schema has no text feature; add a "
-            f'user or item feature of kind "text" to the schema and prepare it again'
+            f"data '{directory}' has no tokenizer (no {TOKENIZER_FILE}), because its "
+            "schema has no text feature; add a user or item feature of kind "
+            '"text" to the schema and prepare it again'
         )
     library = tokenizers_library()
     try:
@@ -110,10 +123,19 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def encode_text(
     tokenizer: Tokenizer, text: str, length: int | None = None
 ) -> np.ndarray:
-    """Ids of one text: `[length] int32`, cut at the right end or filled up with 0; without a length all of its tokens.
+    """Encode one text.
+
+    Args:
+      tokenizer: made by `train_tokenizer`.
+      text: any Unicode string.
+      length: ids to return; longer texts are cut at the right end, shorter ones filled
+        up with 0. None: all tokens of the text.
+
+    Returns:
+      `[length] int32`.
 
     Raises:
-      InputError: `text` is no valid Unicode text.
+      InputError: `text` is not valid Unicode.
     """
     try:
         tokens = tokenizer.encode(text, add_special_tokens=False).ids
@@ -130,7 +152,16 @@ def encode_text(
 def encode_texts(
     tokenizer: Tokenizer, texts: Sequence[str | None], length: int
 ) -> np.ndarray:
-    """Ids of many texts: `[n, length] int32`, as by `encode_text`; all 0 where None."""
+    """Encode many texts, each as by `encode_text`.
+
+    Args:
+      tokenizer: made by `train_tokenizer`.
+      texts: n texts; None gives ids 0.
+      length: ids per text.
+
+    Returns:
+      `[n, length] int32`.
+    """
     present = [i for i, text in enumerate(texts) if text is not None]
     encoded = tokenizer.encode_batch_fast(
         [texts[i] for i in present], add_special_tokens=False
@@ -143,6 +174,9 @@ def encode_texts(
 
 
 def decode(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    """The normalised text behind `ids: [n]`, without the space in front; a cut inside a character shows as U+FFFD."""
-    known = [int(i) - FIRST_KNOWN for i in ids if i >= FIRST_KNOWN]
-    return tokenizer.decode(known, skip_special_tokens=False).removeprefix(" ")
+    """Decode `ids: [n]` to normalised text, without the space before the first word.
+
+    A text that was cut inside a character ends with U+FFFD.
+    """
+    tokens = [int(i) - FIRST_KNOWN for i in ids if i >= FIRST_KNOWN]
+    return tokenizer.decode(tokens, skip_special_tokens=False).removeprefix(" ")

@@ -118,7 +118,7 @@ def worst_samples(
       host: the batch, with the log rows of each sample.
       losses: `[B] float32`, in batch order.
     """
-    chunk_ends = np.cumsum(dataset.rows("train"))
+    chunk_ends = np.cumsum(dataset.chunk_lengths("train"))
     order = sorted(
         range(len(losses)), key=lambda n: descending_order(to_json_number(losses[n]))
     )

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tokenrec.data.dataset import Dataset
-from tokenrec.data.log import EVENT, LEARNED, SCORED, Log
-from tokenrec.data.past import PastCounts
+from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED, InteractionLog
+from tokenrec.data.past_counts import PastCounts
 from tokenrec.data.schema import Feature, columns
 
 PRIOR_ROWS = 20.0  # weight of the overall rate in the smoothed rate of an item, as a number of rows
@@ -25,25 +25,27 @@ NEWTON_STEPS = 50
 LONGEST_STEP = 10.0  # of a weight, in one of them
 
 
-def popularity_scores(train: Log, log: Log, task: int) -> np.ndarray:
+def popularity_scores(
+    train: InteractionLog, log: InteractionLog, task: int
+) -> np.ndarray:
     """Positives of each row's item among the rows of `train` that may be learned from: `[R] float64`."""
     positives, _ = _item_counts(train, task, _items(train, log))
     return positives[log.item]
 
 
-def rate_scores(train: Log, log: Log, task: int) -> np.ndarray:
+def rate_scores(train: InteractionLog, log: InteractionLog, task: int) -> np.ndarray:
     """Share of positives of each row's item in `train`, smoothed towards the overall share: `[R] float64`."""
     positives, known = _item_counts(train, task, _items(train, log))
     return _smooth(positives, known)[log.item]
 
 
-def repeat_scores(log: Log) -> np.ndarray:
+def repeat_scores(log: InteractionLog) -> np.ndarray:
     """How often each row's item is among the strictly earlier events of its chunk: `[R] float64`.
 
     A chunk that continues a user begins with the last events before it (`prepare`'s overlap, 1024 unless told
     otherwise); repeats further back than these are not counted.
     """
-    chunk = np.repeat(np.arange(log.chunks), np.diff(log.start))
+    chunk = np.repeat(np.arange(log.num_chunks), np.diff(log.start))
     key = chunk * (int(log.item.max(initial=0)) + 1) + log.item
     event = log.flags & EVENT > 0
     return (
@@ -112,7 +114,11 @@ def fit_logistic(
 
 
 def past_rates(
-    train: Log, keys: np.ndarray, task: int, log: Log, wanted: np.ndarray
+    train: InteractionLog,
+    keys: np.ndarray,
+    task: int,
+    log: InteractionLog,
+    wanted: np.ndarray,
 ) -> np.ndarray:
     """Rate of positives, in log-odds and smoothed towards the overall one, and `log(1 + n)` of the n known labels.
 
@@ -135,7 +141,10 @@ def past_rates(
 
 
 def row_keys(
-    log: Log, users: np.ndarray, attributes: np.ndarray | None, context: Sequence[int]
+    log: InteractionLog,
+    users: np.ndarray,
+    attributes: np.ndarray | None,
+    context: Sequence[int],
 ) -> list[np.ndarray]:
     """What rows are alike in: user, item, both, attributes of the item, context; `[R] int64` each.
 
@@ -150,8 +159,8 @@ def row_keys(
 
 
 def baselines(
-    train: Log,
-    log: Log,
+    train: InteractionLog,
+    log: InteractionLog,
     tasks: Sequence[int],
     *,
     attributes: np.ndarray | None = None,
@@ -166,8 +175,9 @@ def baselines(
     Args:
       train: the training split, which the counts and the regressions come from.
       log: the split to score, on the same catalogue.
-      tasks: columns of `Log.labels`, one for each column of the result.
-      attributes: `[items, n] int32`, what items have in common, for "rates"; context: columns of `Log.row_ids`.
+      tasks: columns of `InteractionLog.labels`, one for each column of the result.
+      attributes: `[items, n] int32`, what items have in common, for "rates"; context: columns of
+        `InteractionLog.row_ids`.
     """
     scored = log.flags & SCORED > 0
     users = np.unique(np.concatenate([train.user_id, log.user_id]))
@@ -229,7 +239,7 @@ def baselines_of(
     )
 
 
-def goal_counts(train: Log, items: int, task: int | None) -> np.ndarray:
+def goal_counts(train: InteractionLog, items: int, task: int | None) -> np.ndarray:
     """How often each item is what a retrieval run learns to say, a positive of `task` if there is one: `[items]`."""
     learned = (
         (train.flags & LEARNED > 0)
@@ -249,15 +259,17 @@ def _categorical(features: Sequence[Feature]) -> list[int]:
     ]
 
 
-def _learned(log: Log, task: int) -> np.ndarray:
+def _learned(log: InteractionLog, task: int) -> np.ndarray:
     return (log.flags & LEARNED > 0) & (log.labels[:, task] >= 0)
 
 
-def _items(train: Log, log: Log) -> int:
+def _items(train: InteractionLog, log: InteractionLog) -> int:
     return int(max(train.item.max(initial=-1), log.item.max(initial=-1))) + 1
 
 
-def _item_counts(train: Log, task: int, items: int) -> tuple[np.ndarray, np.ndarray]:
+def _item_counts(
+    train: InteractionLog, task: int, items: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Positives and known labels of each item: `[items] float64` both."""
     learned = _learned(train, task)
     item = train.item[learned]

@@ -16,7 +16,7 @@ from tokenrec.config import Config
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
-from tokenrec.data.log import SCORED
+from tokenrec.data.interaction_log import SCORED
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.evaluation.baselines import baselines_of, goal_counts
 from tokenrec.evaluation.beam_search import build_trie

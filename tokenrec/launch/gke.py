@@ -1,7 +1,8 @@
-"""A job as Kubernetes manifests for GKE: a JobSet, and a ConfigMap for a config that is not installed.
+"""Render a job as Kubernetes manifests for GKE.
 
-JobSet (jobset.sigs.k8s.io) makes one Job a slice, gives hosts their names and restarts all slices together; GKE tells
-libtpu which host of which slice it is on.
+The main manifest is a JobSet (jobset.sigs.k8s.io): it makes one Job per slice, names
+the hosts, and restarts all slices together. GKE tells libtpu which host of which slice
+a process is on. A config that is not installed with tokenrec travels in a ConfigMap.
 """
 
 from __future__ import annotations
@@ -23,32 +24,43 @@ from tokenrec.launch.job import (
     check_label,
 )
 
+_EXCLUSIVE = "alpha.jobset.sigs.k8s.io/exclusive-topology"
 _CONTAINER = "tokenrec"
 _CONFIG_FILE = PurePosixPath("/config/config.py")
-# libtpu between the hosts of a slice, and between slices.
+# Ports of libtpu: between the hosts of a slice, and between slices.
 _PORTS = (8471, 8080)
-# As Kubernetes words the failure of a Job by its podFailurePolicy.
+# Part of the message with which Kubernetes fails a Job by its podFailurePolicy.
 _FINAL_MESSAGE = f"exit code ({'|'.join(map(str, FINAL_EXITS))}) matching"
 
 
 def manifests(job: LaunchJob, *, namespace: str, service_account: str) -> str:
-    """The job as YAML for `kubectl apply`.
+    """Render a job as YAML for `kubectl apply`.
 
     Args:
-      service_account: of Kubernetes, one that may read and write the bucket.
+      job: the job.
+      namespace: namespace of Kubernetes.
+      service_account: service account of Kubernetes that may read and write the bucket.
 
     Raises:
-      InputError: a name that Kubernetes refuses.
+      InputError: Kubernetes would refuse a name.
     """
     check_label("namespace", namespace)
     check_label("service_account", service_account)
-    documents = [_config_map(job, namespace)] if job.config_text is not None else []
+    documents = []
+    if job.config_text is not None:
+        documents.append(_config_map(job, namespace))
     documents.append(job_set(job, namespace, service_account))
     return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1_000)
 
 
 def job_set(job: LaunchJob, namespace: str, service_account: str) -> dict[str, Any]:
-    """The JobSet: a Job for each slice, with a pod for each host."""
+    """Build the JobSet: a Job for each slice, with a pod for each host.
+
+    Args:
+      job: the job.
+      namespace: namespace of Kubernetes.
+      service_account: service account of the pods.
+    """
     hosts = job.slice.hosts
     replicated = {
         "name": "slice",
@@ -58,17 +70,17 @@ def job_set(job: LaunchJob, namespace: str, service_account: str) -> dict[str, A
                 "parallelism": hosts,
                 "completions": hosts,
                 "completionMode": "Indexed",
-                "backoffLimit": 0,  # a host that comes back alone finds nobody to train with
+                # A host that restarted alone would find nobody to train with.
+                "backoffLimit": 0,
                 "podFailurePolicy": {"rules": _pod_rules()},
                 "template": _pod(job, service_account),
             }
         },
     }
     metadata: dict[str, Any] = {"name": job.name, "namespace": namespace}
-    if hosts > 1:  # a node pool is one slice, so that no two Jobs may share one
-        metadata["annotations"] = {
-            "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
-        }
+    if hosts > 1:
+        # A node pool is one slice, so no two Jobs may share one.
+        metadata["annotations"] = {_EXCLUSIVE: "cloud.google.com/gke-nodepool"}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -78,10 +90,15 @@ def job_set(job: LaunchJob, namespace: str, service_account: str) -> dict[str, A
 
 
 def _failure_policy(job: LaunchJob) -> dict[str, Any]:
-    """The first rule that matches decides; a failure that none matches restarts and counts."""
+    """Restart policy of the JobSet.
+
+    The first rule that matches decides. A failure that no rule matches restarts all
+    slices and counts.
+    """
     return {
         "maxRestarts": job.max_restarts,
-        "restartStrategy": "BlockingRecreate",  # a new host must not meet one of the run before
+        # Wait for the old pods to end: a new host must not meet one of the old run.
+        "restartStrategy": "BlockingRecreate",
         "rules": [
             {
                 "name": "noRestartMendsIt",
@@ -99,7 +116,12 @@ def _failure_policy(job: LaunchJob) -> dict[str, Any]:
 
 
 def _pod_rules() -> list[dict[str, Any]]:
-    """What makes a Job fail with a reason that the JobSet's rules can tell from a crash."""
+    """Failure policy of the pods.
+
+    A rule that matches fails the Job with the reason `PodFailurePolicy`, by which the
+    rules of the JobSet tell it from a crash.
+    """
+    # The order matters: an eviction with a final exit code is final.
     by_exit = [
         {
             "action": "FailJob",
@@ -119,13 +141,41 @@ def _pod_rules() -> list[dict[str, Any]]:
 
 
 def _pod(job: LaunchJob, service_account: str) -> dict[str, Any]:
+    container = _container(job)
+    volumes = _volumes(job)
+    if job.config_text is not None:
+        mount = {"name": "config", "mountPath": str(_CONFIG_FILE.parent)}
+        container["volumeMounts"].append(mount)
+        volumes.append({"name": "config", "configMap": {"name": f"{job.name}-config"}})
+    # Nodes of slices of this generation and shape.
+    selector = {
+        "cloud.google.com/gke-tpu-accelerator": job.slice.generation.label,
+        "cloud.google.com/gke-tpu-topology": job.slice.shape,
+    }
+    if job.spot:
+        selector["cloud.google.com/gke-spot"] = "true"
+    return {
+        # Makes GKE add the sidecar that mounts the bucket.
+        "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}},
+        "spec": {
+            # Kubernetes accepts a podFailurePolicy only with this.
+            "restartPolicy": "Never",
+            "serviceAccountName": service_account,
+            "terminationGracePeriodSeconds": job.grace_seconds,
+            "nodeSelector": selector,
+            "containers": [container],
+            "volumes": volumes,
+        },
+    }
+
+
+def _container(job: LaunchJob) -> dict[str, Any]:
     chips = str(job.slice.chips_per_host)
-    container: dict[str, Any] = {
+    return {
         "name": _CONTAINER,
         "image": job.image,
-        "args": job.command(
-            _CONFIG_FILE
-        ),  # not `command`, which would replace the image's init
+        # `args` and not `command`, which would replace the image's init.
+        "args": job.command(_CONFIG_FILE),
         "env": [
             {"name": name, "value": value} for name, value in job.environment.items()
         ],
@@ -139,43 +189,27 @@ def _pod(job: LaunchJob, service_account: str) -> dict[str, Any]:
             {"name": RUNS, "mountPath": str(MOUNT / RUNS)},
         ],
     }
-    volumes: list[dict[str, Any]] = [
-        _folder(job.bucket, DATA, "metadata-cache:ttl-secs:-1", read_only=True),
-        _folder(
-            job.bucket,
-            RUNS,
-            "metadata-cache:ttl-secs:0",
-            "metadata-cache:negative-ttl-secs:0",
-            f"rename-dir-limit={MOST_RENAMED}",
-        ),
-    ]
-    if job.config_text is not None:
-        container["volumeMounts"].append(
-            {"name": "config", "mountPath": str(_CONFIG_FILE.parent)}
-        )
-        volumes.append({"name": "config", "configMap": {"name": f"{job.name}-config"}})
-    selector = {
-        "cloud.google.com/gke-tpu-accelerator": job.slice.generation.label,
-        "cloud.google.com/gke-tpu-topology": job.slice.shape,
-    }
-    if job.spot:
-        selector["cloud.google.com/gke-spot"] = "true"
-    return {
-        "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}},
-        "spec": {
-            "restartPolicy": "Never",
-            "serviceAccountName": service_account,
-            "terminationGracePeriodSeconds": job.grace_seconds,
-            "nodeSelector": selector,
-            "containers": [container],
-            "volumes": volumes,
-        },
-    }
 
 
-def _folder(
+def _volumes(job: LaunchJob) -> list[dict[str, Any]]:
+    """Folders of the bucket; job.py says why they are mounted differently."""
+    data = _bucket_folder(
+        job.bucket, DATA, "metadata-cache:ttl-secs:-1", read_only=True
+    )
+    runs = _bucket_folder(
+        job.bucket,
+        RUNS,
+        "metadata-cache:ttl-secs:0",
+        "metadata-cache:negative-ttl-secs:0",
+        f"rename-dir-limit={MOST_RENAMED}",
+    )
+    return [data, runs]
+
+
+def _bucket_folder(
     bucket: str, folder: str, *options: str, read_only: bool = False
 ) -> dict[str, Any]:
+    """Volume of one folder of the bucket, mounted by Cloud Storage FUSE."""
     owner = (f"only-dir={folder}", "implicit-dirs", f"uid={USER_ID}", f"gid={USER_ID}")
     attributes = {"bucketName": bucket, "mountOptions": ",".join((*owner, *options))}
     csi = {
@@ -196,7 +230,7 @@ def _config_map(job: LaunchJob, namespace: str) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as it stands."""
+    """YAML writer that keeps text of several lines readable, and repeats no anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

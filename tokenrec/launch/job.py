@@ -1,4 +1,17 @@
-"""A training job on slices, before any cloud: what it runs, where its files lie, and what may not be asked of it."""
+"""Plan a training job on TPU slices, and check it before anything is compiled.
+
+A `LaunchJob` holds what all targets share: the command that every host runs, the
+folders of the bucket, and the restart policy. gke.py and tpu_vm.py render it.
+
+| exit code of `tokenrec train` | meaning | restart |
+|---|---|---|
+| 0 | done | no |
+| 2, 3, 4 | wrong input, out of memory, a step that is not finite | no |
+| 75 | saved on the signal to stop | yes, not counted |
+| any other | crashed, or hung (5) | at most `max_restarts` times |
+
+After 2, 3 and 4 a restart would fail in the same way.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +31,21 @@ from tokenrec.errors import (
 )
 from tokenrec.launch.slices import Slice, parse_slice
 
-# Where a host mounts the two folders of the bucket, by Cloud Storage FUSE: tokenrec, Orbax and ArrayRecord take plain
-# paths. Data do not change, so that what is known of them is kept. Of a run, every host must see at once what another
-# wrote, and folders are renamed when a checkpoint is whole: the mount keeps nothing, and may rename large folders.
+# Hosts mount two folders of the bucket here with Cloud Storage FUSE, because tokenrec,
+# Orbax and ArrayRecord take plain paths. Data do not change, so what is known of them
+# may be cached. Of a run every host must see at once what another wrote, and folders
+# are renamed when a checkpoint is complete: that mount caches nothing and may rename
+# large folders.
 MOUNT = PurePosixPath("/gcs")
-DATA, RUNS = "data", "runs"
+DATA = "data"
+RUNS = "runs"
+# The most files of a folder that may be renamed.
 MOST_RENAMED = 200_000
 
-# The user of launch/Dockerfile, to whom the mounts belong.
+# The user of launch/Dockerfile, who owns the mounts.
 USER_ID = 1000
 
-# What a restart cannot mend, and what it is for. Any other failure restarts, a counted number of times.
+# Exit codes after which a restart cannot help, and the one after which it is free.
 FINAL_EXITS = (EXIT_INPUT, EXIT_MEMORY, EXIT_BAD_STEPS)
 SAVED_EXIT = EXIT_PREEMPTED
 
@@ -36,22 +53,30 @@ _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LABEL_LENGTH = 63
 _BUCKET = re.compile(r"[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]")
 _IMAGE = re.compile(
-    r"(?P<host>[a-z0-9.-]+(:\d+)?)(/[a-z0-9._-]+)+(:(?P<tag>\w[\w.-]*)|@sha256:[0-9a-f]{64})"
+    r"(?P<host>[a-z0-9.-]+(:\d+)?)(/[a-z0-9._-]+)+"
+    r"(:(?P<tag>\w[\w.-]*)|@sha256:[0-9a-f]{64})"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchJob:
-    """A run of `tokenrec train` on `slices` equal slices.
+    """A run of `tokenrec train` on equal slices.
 
     Attributes:
-      name: of the job in the cloud, and of the run's folder in the bucket.
-      config: shipped config's name, or what stands in `config_text`.
-      config_text: the config file, if it is not one that is installed with tokenrec.
-      overrides: "model.width=128", as on the command line.
+      name: name of the job in the cloud, and of the run's folder in the bucket.
+      image: container image, with a tag or a digest.
+      bucket: Cloud Storage bucket, without `gs://`.
+      slice: one of the slices.
+      slices: number of slices.
+      config: name of the config.
+      config_text: text of the config file; None for one that is installed with
+        tokenrec.
+      overrides: such as "model.width=128", as on the command line.
       data: folder of the prepared data set under `data/` in the bucket.
-      max_restarts: after failures that say nothing of their cause; a saved preemption does not count.
-      grace_seconds: from the signal to stop until the process is ended.
+      max_restarts: restarts after failures that do not tell their cause; a saved
+        preemption does not count.
+      grace_seconds: time from the signal to stop until the process is killed.
+      spot: use Spot capacity.
     """
 
     name: str
@@ -69,10 +94,15 @@ class LaunchJob:
 
     @property
     def workdir(self) -> PurePosixPath:
+        """Folder of the run, on the hosts."""
         return MOUNT / RUNS / self.name
 
     def command(self, config_file: PurePosixPath) -> list[str]:
-        """What every host runs; `config_file` is where `config_text` lies there."""
+        """Build the command that every host runs.
+
+        Args:
+          config_file: path of `config_text` on the hosts.
+        """
         config = self.config if self.config_text is None else str(config_file)
         return [
             *("tokenrec", "train", "--distributed", f"--config={config}"),
@@ -86,9 +116,13 @@ class LaunchJob:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Ours alone: GKE and the TPU VM service set what says which host of which slice a process is."""
+        """Environment variables of the hosts.
+
+        GKE and the TPU VM service set those that tell a process its host and slice.
+        """
         return {
-            "JAX_PLATFORMS": "tpu",  # without its TPU a process must fail, not train on its CPU
+            # A process that does not find its TPU must fail, not train on its CPU.
+            "JAX_PLATFORMS": "tpu",
             "JAX_COMPILATION_CACHE_DIR": str(MOUNT / RUNS / "jax_cache"),
             "TOKENREC_DATA": str(MOUNT / DATA),
         }
@@ -108,35 +142,47 @@ def plan_job(
     grace_seconds: int,
     spot: bool,
 ) -> LaunchJob:
-    """Checks what is asked for, and returns it as a `LaunchJob`.
+    """Check the arguments of `tokenrec launch`, and build the job.
 
     Args:
-      config: of `source` with `overrides` applied.
-      source: the value of --config.
-      name: None takes that of the config.
+      config: the config of `source`, with `overrides` applied.
+      source: value of --config.
+      overrides: such as "model.width=128".
+      topology: of each slice, such as "v5p:8x8x8".
+      slices: number of slices.
+      name: name of the job; None: that of the config.
+      image: container image, HOST/PATH/NAME:TAG.
+      bucket: Cloud Storage bucket.
+      max_restarts: see `LaunchJob`.
+      grace_seconds: see `LaunchJob`.
+      spot: use Spot capacity.
 
     Raises:
-      InputError: what cannot run, or what a cloud would refuse.
+      InputError: the job cannot run, or a cloud would refuse it.
     """
-    piece = parse_slice(topology)
-    _check_slices(piece, slices)
-    check_mesh(config, piece.devices * slices, slices)
+    one_slice = parse_slice(topology)
+    _check_slices(one_slice, slices)
+    check_mesh(config, one_slice.devices * slices, slices)
     if Path(config.data.semantic_ids).is_absolute():
         raise InputError(
-            f"data.semantic_ids='{config.data.semantic_ids}' is a path of this machine; name it relative to "
-            f"TOKENREC_DATA, which is gs://BUCKET/{DATA} on the slices"
+            f"data.semantic_ids='{config.data.semantic_ids}' is a path of this "
+            f"machine; name it relative to TOKENREC_DATA, which is gs://BUCKET/{DATA} "
+            "on the slices"
         )
-    stem, text = _config_file(source)
-    # A pod's name is the longest: JobSet, replicated job, slice and host, and five characters of Kubernetes' own.
-    longest = _LABEL_LENGTH - len(f"-slice-{slices - 1}-{piece.hosts - 1}-xxxxx")
+    config_name, config_text = _config_file(source)
+    # The longest name that is derived from it is that of a pod: JobSet, replicated job,
+    # slice, host, and five characters that Kubernetes adds.
+    suffix = f"-slice-{slices - 1}-{one_slice.hosts - 1}-xxxxx"
+    longest = _LABEL_LENGTH - len(suffix)
+    label = name or config_name.replace("_", "-").lower()
     return LaunchJob(
-        name=check_label("name", name or stem.replace("_", "-").lower(), longest),
+        name=check_label("name", label, longest),
         image=_check_image(image),
         bucket=_check_bucket(bucket),
-        slice=piece,
+        slice=one_slice,
         slices=slices,
-        config=stem,
-        config_text=text,
+        config=config_name,
+        config_text=config_text,
         overrides=overrides,
         data=Path(os.path.abspath(data_directory(config))).name,
         max_restarts=max_restarts,
@@ -146,70 +192,86 @@ def plan_job(
 
 
 def check_mesh(config: Config, devices: int, slices: int) -> None:
-    """Checks that the mesh covers the devices, a slice at a time, and that batches split over it.
+    """Check that the mesh fits the slices, and that batches split over it.
+
+    Args:
+      config: its mesh and batch sizes are read.
+      devices: JAX devices of all slices.
+      slices: number of slices.
 
     Raises:
-      InputError: they do not.
+      InputError: the mesh does not cover the devices, a slice has not the same share of
+        `mesh.data`, or a batch does not split evenly.
     """
     mesh = config.mesh
+    per_slice = devices // slices
     inside = mesh.fsdp * mesh.tensor
-    named = f"mesh.data={mesh.data} mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
+    sizes = f"mesh.data={mesh.data} mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
     data = devices // inside if mesh.data == -1 else mesh.data
     if data * inside != devices:
         raise InputError(
-            f"{named} do not multiply to the {devices} devices of {slices} slices; use mesh.data=-1, and sizes of fsdp "
-            f"and tensor whose product divides {devices // slices}"
+            f"{sizes} do not multiply to the {devices} devices of {slices} slices; use "
+            "mesh.data=-1, and sizes of fsdp and tensor whose product divides "
+            f"{per_slice}"
         )
+    # The network between slices is slow: only the sum of gradients over `data` may
+    # cross it.
     if data % slices:
         raise InputError(
-            f"{named}: data={data} is not a multiple of slices={slices}, and only data may reach across slices; "
-            f"lower fsdp x tensor to a divisor of {devices // slices}"
+            f"{sizes}: data={data} is not a multiple of slices={slices}, and only data "
+            "may reach across slices; lower fsdp x tensor to a divisor of "
+            f"{per_slice}"
         )
     shards = data * mesh.fsdp
+    step_batch = config.data.batch_size // config.optim.accumulate
     for field, size in (
-        (
-            "data.batch_size / optim.accumulate",
-            config.data.batch_size // config.optim.accumulate,
-        ),
+        ("data.batch_size / optim.accumulate", step_batch),
         ("data.eval_batch_size", config.data.eval_batch_size),
     ):
         if size % shards:
+            next_size = -(-size // shards) * shards
             raise InputError(
-                f"{field} = {size} is not a multiple of the {shards} devices that share a batch; the next one is "
-                f"{-(-size // shards) * shards}"
+                f"{field} = {size} is not a multiple of the {shards} devices that "
+                f"share a batch; use {next_size}, the next one"
             )
 
 
-def _check_slices(piece: Slice, slices: int) -> None:
+def _check_slices(one_slice: Slice, slices: int) -> None:
     if slices < 1:
         raise InputError(f"slices={slices} must be at least 1")
-    if slices > 1 and piece.hosts == 1:
+    if slices > 1 and one_slice.hosts == 1:
         raise InputError(
-            f"slices={slices} of {piece.kind}:{piece.shape}, which is one host: several slices are joined only if each "
-            "has several hosts; use one larger slice"
+            f"slices={slices} of {one_slice.kind}:{one_slice.shape}, which is one "
+            "host: several slices are joined only if each has several hosts; use one "
+            "larger slice"
         )
 
 
 def _config_file(source: str) -> tuple[str, str | None]:
-    """The config's name, and its text unless it is installed with tokenrec."""
+    """Name of the config, and its text unless it is installed with tokenrec."""
+    # A shipped config may be given by its name or by its path in a clone.
     path = Path(source)
     shipped = {file.resolve() for file in shipped_configs().values()}
-    return (
-        path.stem,
-        path.read_text() if path.is_file() and path.resolve() not in shipped else None,
-    )
+    is_shipped = not path.is_file() or path.resolve() in shipped
+    return path.stem, None if is_shipped else path.read_text()
 
 
 def check_label(field: str, value: str, longest: int = _LABEL_LENGTH) -> str:
-    """Returns a value that can be a name in Kubernetes, and in the TPU VM service.
+    """Check a name for Kubernetes and the TPU VM service, and return it.
+
+    Args:
+      field: flag of the value, for the message.
+      value: the name.
+      longest: the most characters.
 
     Raises:
-      InputError: it cannot.
+      InputError: they would refuse it.
     """
     if not _LABEL.fullmatch(value) or len(value) > longest:
         raise InputError(
-            f"{field}='{value}' is refused by Kubernetes (RFC 1123): use small letters, digits and '-', begin with a "
-            f"letter, end with a letter or digit, and use {longest} characters at most"
+            f"{field}='{value}' is refused by Kubernetes (RFC 1123): use small "
+            "letters, digits and '-', begin with a letter, end with a letter or digit, "
+            f"and use {longest} characters at most"
         )
     return value
 
@@ -217,13 +279,14 @@ def check_label(field: str, value: str, longest: int = _LABEL_LENGTH) -> str:
 def _check_image(image: str | None) -> str:
     if not image:
         raise InputError(
-            "image is not given; build launch/Dockerfile, push it, and give --image HOST/PATH/NAME:TAG"
+            "image is not given; build launch/Dockerfile, push it, and give --image "
+            "HOST/PATH/NAME:TAG"
         )
-    found = _IMAGE.fullmatch(image)
-    if not found or found["tag"] == "latest":
+    match = _IMAGE.fullmatch(image)
+    if not match or match["tag"] == "latest":
         raise InputError(
-            f"image='{image}' is not HOST/PATH/NAME:TAG or @sha256:DIGEST with a tag other than latest: a restart must "
-            "get the program that the run began with"
+            f"image='{image}' is not HOST/PATH/NAME:TAG or @sha256:DIGEST with a tag "
+            "other than latest: a restart must get the program that the run began with"
         )
     return image
 
@@ -231,10 +294,12 @@ def _check_image(image: str | None) -> str:
 def _check_bucket(bucket: str | None) -> str:
     if not bucket:
         raise InputError(
-            "bucket is not given; make one for data and runs, and give --bucket NAME (launch/README.md)"
+            "bucket is not given; make one for data and runs, and give --bucket NAME "
+            "(launch/README.md)"
         )
     if not _BUCKET.fullmatch(bucket):
         raise InputError(
-            f"bucket='{bucket}' is not the name of a bucket; give the name alone, without gs:// or folder"
+            f"bucket='{bucket}' is not the name of a bucket; give the name alone, "
+            "without gs:// or folder"
         )
     return bucket

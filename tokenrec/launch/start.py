@@ -1,4 +1,4 @@
-"""From a planned job to the cloud: rendered, compiled to see that it fits, kept in a file and started."""
+"""Render a planned job, check that it fits, write it to a file, and start it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tokenrec.runtime.files import write_text_atomically
 
 Target = Literal["gke", "tpu-vm"]
 
+# Command of the cloud -> page that says how to install it.
 _INSTALL = {
     "kubectl": "https://kubernetes.io/docs/tasks/tools",
     "gcloud": "https://cloud.google.com/sdk/docs/install",
@@ -31,10 +32,19 @@ def render(
     project: str | None,
     zone: str | None,
 ) -> str:
-    """What starts the job: YAML for "gke", a shell script for "tpu-vm".
+    """Render a job: YAML for "gke", a shell script for "tpu-vm".
+
+    Args:
+      job: the job.
+      target: service that runs the job.
+      service_account: account that may use the bucket: a name for "gke", an e-mail for
+        "tpu-vm"; None: the default one.
+      namespace: namespace of Kubernetes; only for "gke"; None: "default".
+      project: project of Google Cloud; only for "tpu-vm".
+      zone: zone of the TPU VMs; only for "tpu-vm".
 
     Raises:
-      InputError: something is missing, malformed, or belongs to the other target.
+      InputError: an argument is missing, malformed, or belongs to the other target.
     """
     if target == "gke":
         _refuse(target, project=project, zone=zone)
@@ -53,28 +63,36 @@ def _refuse(target: Target, **given: str | None) -> None:
     for field, value in given.items():
         if value is not None:
             raise InputError(
-                f"{field}='{value}' says nothing to target='{target}'; leave --{field} out"
+                f"{field}='{value}' does not apply to target='{target}'; leave "
+                f"--{field} out"
             )
 
 
 def check_fits(config: Config, topology: str, slices: int) -> str:
-    """Compiles the train step for the slices, and returns what `tokenrec compile` says of it.
+    """Compile the train step for the slices, and return the report of the compilation.
+
+    Args:
+      config: the run's config.
+      topology: of each slice, such as "v5p:8x8x8".
+      slices: number of slices.
 
     Raises:
       InputError: the config cannot be compiled for them.
-      MemoryError: it does not fit; the message names the largest arrays.
+      MemoryError: the step does not fit in memory; the message names the largest
+        arrays.
     """
+    # Imported here: rendering alone needs no JAX.
     from tokenrec.planner.compile import compile_config
     from tokenrec.planner.report import to_text
 
-    found = compile_config(config, topology, slices)
-    if not found["fits"]:
-        raise MemoryError(to_text(found))
-    return to_text(found)
+    report = compile_config(config, topology, slices)
+    if not report["fits"]:
+        raise MemoryError(to_text(report))
+    return to_text(report)
 
 
 def find_tool(target: Target) -> str:
-    """Path of the command that starts a job.
+    """Find the command that starts a job, and return its path.
 
     Raises:
       InputError: it is not installed.
@@ -83,31 +101,42 @@ def find_tool(target: Target) -> str:
     path = shutil.which(name)
     if path is None:
         raise InputError(
-            f"target='{target}' needs '{name}', which is not installed here; install it ({_INSTALL[name]}), or add "
-            "--dry-run and start the job where it is"
+            f"target='{target}' needs '{name}', which is not installed here; install "
+            f"it ({_INSTALL[name]}), or add --dry-run and start the job where it is "
+            "installed"
         )
     return path
 
 
 def start(text: str, path: Path, target: Target, tool: str) -> None:
-    """Keeps a rendered job beside `path`, with the suffix of its kind, and hands it to the cloud.
+    """Write a rendered job to a file, and start it.
+
+    Args:
+      text: the rendered job.
+      path: file to write, without its suffix, which is `.yaml` or `.sh`.
+      target: service that runs the job.
+      tool: path of the command that starts it.
 
     Raises:
-      InputError: another job is kept there, or the cloud's command fails.
+      InputError: the file holds another job, or the command fails.
     """
-    path = path.with_name(path.name + {"gke": ".yaml", "tpu-vm": ".sh"}[target])
+    # The file stays: it is what stops or deletes the job later, and it shows what runs.
+    # Writing the same job again does no harm.
+    suffix = {"gke": ".yaml", "tpu-vm": ".sh"}[target]
+    path = path.with_name(path.name + suffix)
     if path.exists() and path.read_text() != text:
         raise InputError(
-            f"'{path}' holds another job; remove it if that one has ended, or give another --name"
+            f"'{path}' holds another job; remove it if that one has ended, or give "
+            "another --name"
         )
     write_text_atomically(path, text)
-    command = (
-        [tool, "apply", "--filename", str(path)]
-        if target == "gke"
-        else ["bash", str(path), "up"]
-    )
+    command = ["bash", str(path), "up"]
+    if target == "gke":
+        command = [tool, "apply", "--filename", str(path)]
     code = subprocess.run(command, check=False).returncode
+    # The command has printed its own message.
     if code:
         raise InputError(
-            f"`{shlex.join(command)}` failed with exit code {code}; its own message says why"
+            f"`{shlex.join(command)}` failed with exit code {code}; its own message "
+            "says why"
         )

@@ -1,4 +1,4 @@
-"""A job as a shell script for TPU VMs: variables, then `tpu_vm.sh` as it stands."""
+"""Render a job as a shell script for TPU VMs: its variables, then tpu_vm.sh."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tokenrec.launch.job import (
     LaunchJob,
 )
 
+# Flag -> pattern of its values, and the command that lists them.
 _FIELDS = {
     "project": (
         re.compile(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]"),
@@ -39,41 +40,38 @@ def script(
     zone: str | None,
     service_account: str | None,
 ) -> str:
-    """The job as a shell script whose verbs call gcloud.
+    """Render a job as a shell script whose verbs call gcloud.
 
     Args:
-      service_account: e-mail of one that may read and write the bucket; None is the project's default.
+      job: the job.
+      project: project of Google Cloud.
+      zone: zone of the TPU VMs.
+      service_account: e-mail of an account that may read and write the bucket; None:
+        the default account of the project.
 
     Raises:
-      InputError: a missing or malformed project or zone, or a slice that the TPU VM service does not serve.
+      InputError: project or zone is missing or malformed, or the TPU VM service does
+        not serve the slice.
     """
-    nodes = (
-        ["--node-id", job.name]
-        if job.slices == 1
-        else ["--node-count", str(job.slices), "--node-prefix", job.name]
-    )
-    account = (
-        ["--service-account", _checked("service_account", service_account)]
-        if service_account
-        else []
-    )
+    # The script copies the config there, and every host sees it through the mount.
     config_file = job.workdir / "launch_config.py"
+    config_object = ""
+    if job.config_text is not None:
+        config_object = str(config_file.relative_to(MOUNT))
     variables: dict[str, str | list[str]] = {
         "NAME": job.name,
-        "PROJECT": _checked("project", project),
-        "ZONE": _checked("zone", zone),
+        "PROJECT": _check_field("project", project),
+        "ZONE": _check_field("zone", zone),
         "ACCELERATOR_TYPE": job.slice.accelerator_type,
         "RUNTIME_VERSION": job.slice.generation.runtime,
-        "NODES": [*nodes, *account, *(["--spot"] if job.spot else [])],
+        "NODES": _node_flags(job, service_account),
         "BUCKET": job.bucket,
         "IMAGE": job.image,
         "DATA": job.data,
         "MOUNT": str(MOUNT),
         "USER_ID": str(USER_ID),
         "MOST_RENAMED": str(MOST_RENAMED),
-        "CONFIG_OBJECT": str(config_file.relative_to(MOUNT))
-        if job.config_text is not None
-        else "",
+        "CONFIG_OBJECT": config_object,
         "CONFIG_TEXT": job.config_text or "",
         "ENVIRONMENT": [
             f"--env={name}={value}" for name, value in job.environment.items()
@@ -84,10 +82,25 @@ def script(
         "MAX_RESTARTS": str(job.max_restarts),
         "GRACE_SECONDS": str(job.grace_seconds),
     }
+    # Quoted, so that no value can be read as shell code.
     lines = [f"{name}={_shell_value(value)}" for name, value in variables.items()]
-    body = resources.files(__package__).joinpath("tpu_vm.sh").read_text()
-    shebang, _, rest = body.partition("\n")
+    template = resources.files(__package__).joinpath("tpu_vm.sh").read_text()
+    shebang, _, rest = template.partition("\n")
     return "\n".join([shebang, *lines, rest])
+
+
+def _node_flags(job: LaunchJob, service_account: str | None) -> list[str]:
+    """Flags of `gcloud compute tpus queued-resources create`."""
+    # One node has an id; several are numbered after a prefix.
+    flags = ["--node-id", job.name]
+    if job.slices > 1:
+        flags = ["--node-count", str(job.slices), "--node-prefix", job.name]
+    if service_account:
+        account = _check_field("service_account", service_account)
+        flags += ["--service-account", account]
+    if job.spot:
+        flags.append("--spot")
+    return flags
 
 
 def _shell_value(value: str | list[str]) -> str:
@@ -96,14 +109,16 @@ def _shell_value(value: str | list[str]) -> str:
     return f"({shlex.join(value)})"
 
 
-def _checked(field: str, value: str | None) -> str:
-    pattern, remedy = _FIELDS[field]
+def _check_field(field: str, value: str | None) -> str:
+    pattern, list_command = _FIELDS[field]
     if not value:
         raise InputError(
-            f"{field} is not given; target='tpu-vm' needs --{field}; `{remedy}` lists them"
+            f"{field} is not given; target='tpu-vm' needs --{field}; `{list_command}` "
+            "lists them"
         )
     if not pattern.fullmatch(value):
         raise InputError(
-            f"{field}='{value}' is not one of Google Cloud's; `{remedy}` lists them"
+            f"{field}='{value}' is not one of Google Cloud's; `{list_command}` lists "
+            "them"
         )
     return value

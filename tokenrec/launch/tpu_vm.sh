@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# One training job on TPU VMs. `tokenrec launch` sets its variables above.
+# Runs one training job on TPU VMs. `tokenrec launch` sets the variables above.
 set -euo pipefail
 
 usage() {
   cat <<END
 usage: bash $0 VERB
-  data DIR     copies a prepared data set to gs://$BUCKET/data/$DATA
-  create       asks for the slices, as a queued resource, and waits until they are there
-  setup        on every host: mounts the bucket, pulls the image
-  start        on every host: trains, in the background, with restarts
+  data DIR     copy a prepared data set to gs://$BUCKET/data/$DATA
+  create       request the slices as a queued resource, and wait until they are ready
+  setup        on every host: mount the bucket and pull the image
+  start        on every host: train in the background, with restarts
   up           create, setup and start
-  status       of the slices, and of the first host's training
-  log          follows the first host's log
-  gather DIR   copies the log of every host
-  stop         on every host: ends the training
-  delete       gives the slices back
+  status       show the state of the slices, and of the first host's training
+  log          follow the log of the first host
+  gather DIR   copy the log of every host to DIR
+  stop         on every host: stop the training
+  delete       give the slices back
 END
 }
 
@@ -57,7 +57,7 @@ start() {
   on_every_host "sudo systemd-run --collect --unit=$NAME --property=TimeoutStopSec=$GRACE_SECONDS bash \$PWD/$NAME.sh host-train"
 }
 
-# Below: what runs on a host.
+# The functions below run on the hosts.
 
 host-setup() {
   if ! command -v gcsfuse >/dev/null; then
@@ -66,6 +66,8 @@ host-setup() {
       "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$version/gcsfuse_${version}_amd64.deb"
     sudo apt-get install -y /tmp/gcsfuse.deb
   fi
+  # Data sets do not change, so what is known of them may be cached. Of a run every host
+  # must see at once what another wrote, and checkpoint folders are renamed.
   mount-folder data -o ro --metadata-cache-ttl-secs=-1
   mount-folder runs --rename-dir-limit="$MOST_RENAMED" --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0
   sudo gcloud auth configure-docker "${IMAGE%%/*}" --quiet
@@ -82,20 +84,23 @@ mount-folder() {
     "$BUCKET" "$folder"
 }
 
-# The restart policy. Every host has this loop: when one fails, the others lose it, fail too, and meet it again.
+# Trains, with restarts by exit code. Every host runs this loop: when one host fails, the
+# others lose their connection to it, fail too, and all meet again after the restart.
 host-train() {
   local restarts=0 stopping='' code
   trap 'stopping=1' TERM
   while true; do
     code=0
-    docker rm --force "$NAME" >/dev/null 2>&1 || true # what a killed run left
+    # Remove the container of a run that was killed.
+    docker rm --force "$NAME" >/dev/null 2>&1 || true
     docker run --rm --name="$NAME" --privileged --network=host --stop-timeout="$GRACE_SECONDS" \
       --volume="$MOUNT:$MOUNT" "${ENVIRONMENT[@]}" "$IMAGE" "${COMMAND[@]}" || code=$?
     echo "$NAME: exit code $code, $restarts of $MAX_RESTARTS restarts" >&2
     if [[ $code == 0 || -n $stopping ]]; then
       exit 0
     elif [[ " $FINAL_EXITS " == *" $code "* ]]; then
-      exit "$code" # the same again would fail the same way
+      # A restart would fail in the same way.
+      exit "$code"
     elif [[ $code != "$SAVED_EXIT" ]] && ((restarts++ >= MAX_RESTARTS)); then
       exit "$code"
     fi

@@ -12,7 +12,7 @@ import numpy as np
 from tokenrec.analysis.study_files import CurvePoint, Difference, Result
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.data.dataset import Dataset, open_dataset
-from tokenrec.data.log import SCORED
+from tokenrec.data.interaction_log import SCORED
 from tokenrec.data.pipeline import task_names
 from tokenrec.errors import InputError
 from tokenrec.evaluation.baselines import baselines_of

@@ -207,7 +207,7 @@ def assert_equal_but_for_order(local: Path, beam: Path) -> None:
         row_bytes = records.row_dtype(open_dataset(beam).metadata.schema).itemsize
         assert [len(c.rows) // row_bytes for c in chunks(beam)[split]] == open_dataset(
             beam
-        ).rows(split).tolist()
+        ).chunk_lengths(split).tolist()
     assert contents(local).keys() == contents(beam).keys()
     same = [
         n
@@ -238,7 +238,7 @@ def test_a_log_of_one_partition_gives_the_files_of_the_local_path(
         prepare(make(), local, **SMALL)
         prepare_with_beam(make(), beam, **SMALL, **ONE)
         assert contents(local) == contents(beam), "byte for byte, shards too"
-        assert sum(open_dataset(local).rows("train")) < PARTITION_ROWS, (
+        assert sum(open_dataset(local).chunk_lengths("train")) < PARTITION_ROWS, (
             "the local path must not have spilled"
         )
         assert {path.name for path in (tmp_path / name).iterdir()} == {

@@ -14,7 +14,7 @@ import pytest
 from tests.data.memory_source import MemorySource
 from tokenrec.data import records
 from tokenrec.data.dataset import Dataset, open_dataset
-from tokenrec.data.log import EVENT, LEARNED, SCORED, Log
+from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED, InteractionLog
 from tokenrec.data.preparation import intake
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import MISSING, UNKNOWN, Feature, Schema, Task, columns
@@ -29,7 +29,9 @@ def prepared(tmp_path: Path, source: MemorySource, **options: int) -> Dataset:
     return open_dataset(tmp_path / "set")
 
 
-def log_of(tmp_path: Path, split: str, source: MemorySource, **options: int) -> Log:
+def log_of(
+    tmp_path: Path, split: str, source: MemorySource, **options: int
+) -> InteractionLog:
     return prepared(tmp_path, source, **options).load(split)
 
 
@@ -242,7 +244,7 @@ def test_exact_repeats_are_dropped_and_counted(tmp_path: Path) -> None:
     )
     log = data.load("train")
     assert data.metadata.counts["repeats_dropped"] == 1
-    assert data.metadata.counts["rows_train"] == log.rows == 4
+    assert data.metadata.counts["rows_train"] == log.num_rows == 4
     kept = [
         i
         for i in range(4)
@@ -320,7 +322,7 @@ def test_chunks_are_those_of_a_plain_loop(
     for number, split in enumerate(SPLITS):
         log = data.load(split)
         got = {}
-        for u in range(log.chunks):
+        for u in range(log.num_chunks):
             part = slice(log.start[u], log.start[u + 1])
             got.setdefault(int(log.user_id[u]), []).append(
                 list(zip(log.item[part], log.flags[part], strict=True))
@@ -383,7 +385,7 @@ def test_splits_that_interleave_in_time_see_the_training_events_between(
     )
     scored = [int(i) for i, f in zip(log.item, log.flags, strict=True) if f & SCORED]
     assert scored == np.flatnonzero(rows["split"] == 1).tolist()
-    for u in range(log.chunks):
+    for u in range(log.num_chunks):
         part = log.item[log.start[u] : log.start[u + 1]]
         assert (
             np.diff(part) == 1
@@ -392,7 +394,7 @@ def test_splits_that_interleave_in_time_see_the_training_events_between(
         assert 1 <= new <= 7
 
 
-def as_set(log: Log) -> list[tuple[Any, ...]]:
+def as_set(log: InteractionLog) -> list[tuple[Any, ...]]:
     user = np.repeat(log.user_id, np.diff(log.start))
     return sorted(
         zip(
@@ -445,7 +447,7 @@ def test_a_log_too_large_for_memory_gives_the_same_data_set(
         rtol=1e-12,
     )
     for split in SPLITS:
-        assert one.chunks(split) == other.chunks(split)
+        assert one.num_chunks(split) == other.num_chunks(split)
         assert as_set(one.load(split)) == as_set(other.load(split))
 
 

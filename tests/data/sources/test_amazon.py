@@ -11,7 +11,7 @@ import pytest
 
 from tokenrec.cli.main import main
 from tokenrec.data.dataset import Dataset, open_dataset
-from tokenrec.data.log import EVENT, LEARNED, SCORED
+from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import MISSING, UNKNOWN, columns
 from tokenrec.data.sources.amazon import DAY_MS, START_MS, AmazonSource

@@ -32,7 +32,7 @@ from tokenrec.data.beam.users import (
     partition_users,
     read_user_blocks,
 )
-from tokenrec.data.log import SCORED
+from tokenrec.data.interaction_log import SCORED
 from tokenrec.data.preparation.chunks import TRAIN
 from tokenrec.data.preparation.intake import LogEncoder, rebatch
 from tokenrec.data.preparation.moments import Moments

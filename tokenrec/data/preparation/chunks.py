@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokenrec.data.log import EVENT, LEARNED, SCORED
+from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED
 from tokenrec.data.source import SPLITS
 from tokenrec.errors import InputError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.data.log import EVENT, SCORED
+from tokenrec.data.interaction_log import EVENT, SCORED
 from tokenrec.data.preparation.chunks import TRAIN
 from tokenrec.data.preparation.encode import encode_features
 from tokenrec.data.preparation.entities import Entities

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenrec.data import records
-from tokenrec.data.log import EVENT, LEARNED, SCORED
+from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED
 from tokenrec.data.preparation.chunks import (
     TRAIN,
     check_request_times,

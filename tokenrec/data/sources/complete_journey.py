@@ -36,7 +36,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenrec.data.past import PastCounts
+from tokenrec.data.past_counts import PastCounts
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import Provenance
 from tokenrec.data.sources.complete_journey_purchases import Purchases, read_purchases

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.data.past import PastCounts
+from tokenrec.data.past_counts import PastCounts
 from tokenrec.data.sources.complete_journey_purchases import Purchases
 from tokenrec.data.sources.promotions import PRODUCT_BITS, Promotions
 

@@ -33,7 +33,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.data.rates import PastRates, RateKey, time_ordered
+from tokenrec.data.past_rates import PastRates, RateKey
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import Provenance
 from tokenrec.data.sources.archive import extract
@@ -53,6 +53,7 @@ from tokenrec.data.sources.kuairand_videos import (
     integers,
 )
 from tokenrec.data.sources.tabular import read_csv, read_parquet
+from tokenrec.data.time_order import time_ordered
 from tokenrec.errors import InputError, suggest
 
 RATE_TASKS = ("is_click", "long_view")

@@ -1,4 +1,4 @@
-"""Past rates against brute force, and what must never enter them."""
+"""Past rates compared with brute force, and what must never enter them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tokenrec.data.rates import PastRates, RateKey, time_ordered
+from tokenrec.data.past_rates import PastRates, RateKey
+from tokenrec.data.time_order import time_ordered
 from tokenrec.errors import InputError
 
 KEYS = (RateKey("video", "item"), RateKey("user", "context"))
@@ -33,7 +34,7 @@ class Rows:
     def features(
         self, cuts: tuple[int, ...] = (), counted: np.ndarray | None = None
     ) -> dict[str, np.ndarray]:
-        """Feeds runs of rows that end at `cuts`, moved back to where no tie is split."""
+        """Compute features in runs that end at `cuts`, moved back so that ties stay whole."""
         rates = PastRates(KEYS, TASKS, strength=STRENGTH)
         places = [
             0,
@@ -85,14 +86,14 @@ def test_rates_and_counts_equal_brute_force_however_the_log_is_cut(
 ) -> None:
     rows = Rows()
     counted = np.random.default_rng(1).random(300) < 0.8
-    found = rows.features(cuts, counted)
+    features = rows.features(cuts, counted)
     for key in ("video", "user"):
         for task in TASKS:
             rates, counts = by_brute_force(rows, key, task, counted)
             np.testing.assert_allclose(
-                found[f"rate_{key}_{task}"], rates, rtol=1e-5, atol=1e-6
+                features[f"rate_{key}_{task}"], rates, rtol=1e-5, atol=1e-6
             )
-            np.testing.assert_array_equal(found[f"count_{key}"], counts)
+            np.testing.assert_array_equal(features[f"count_{key}"], counts)
 
 
 def test_shuffling_the_future_leaves_earlier_rows_unchanged() -> None:
@@ -157,8 +158,8 @@ def test_spilled_rows_come_back_in_the_order_of_time_with_ties_together() -> Non
     assert len(tables) > 3
     for earlier, later in itertools.pairwise(tables):
         assert earlier["time_ms"][-1].as_py() < later["time_ms"][0].as_py()
-    found = pa.concat_tables(tables)["number"].to_numpy()
-    np.testing.assert_array_equal(found, np.argsort(time, kind="stable"))
+    numbers = pa.concat_tables(tables)["number"].to_numpy()
+    np.testing.assert_array_equal(numbers, np.argsort(time, kind="stable"))
 
 
 def test_times_that_are_not_milliseconds_are_refused() -> None:

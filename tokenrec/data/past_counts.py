@@ -1,4 +1,4 @@
-"""How often a key occurred before a time: counts that cannot see the present, nor anything after it."""
+"""Count how often a key occurred before a time, the present and the future excluded."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ import numpy as np
 
 
 class PastCounts:
-    """Counts, for any (key, time), the given pairs that have this key and a time strictly earlier.
+    """Counts of given (key, time) pairs by their key, those of earlier times only.
 
-    `key, time: [N]` integers. Building sorts once, a query is two binary searches.
+    Each pair is packed into one int64, the rank of the key in the high bits and the
+    time in the low bits, and all are sorted once. A query is then two binary searches.
 
     >>> counts = PastCounts(np.array([7, 7, 9]), np.array([10, 20, 10]))
     >>> counts.before(np.array([7, 7, 7, 9, 8]), np.array([10, 11, 99, 5, 99])).tolist()
     [0, 1, 2, 0, 0]
+
+    Args:
+      key: `[N] int64`.
+      time: `[N] int64`, of the same pairs.
+
+    Raises:
+      OverflowError: the distinct keys and the span of times do not fit into 63 bits.
     """
 
     def __init__(self, key: np.ndarray, time: np.ndarray) -> None:
@@ -22,21 +30,31 @@ class PastCounts:
         self._key, rank = np.unique(key, return_inverse=True)
         if len(self._key).bit_length() + self._bits > 62:
             raise OverflowError(
-                f"{len(self._key)} keys over a span of {self._span} do not pack into 63 bits"
+                f"{len(self._key)} keys over a span of {self._span} do not pack into "
+                "63 bits; use a coarser unit of time"
             )
         self._pairs = np.sort(
             rank.astype(np.int64) << self._bits | (time - self._first)
         )
 
     def before(self, key: np.ndarray, time: np.ndarray) -> np.ndarray:
-        """`key, time: [Q] -> [Q] int64`; an unseen key counts 0."""
+        """Count the pairs of each key before each time; an unknown key counts 0.
+
+        Args:
+          key: `[Q] int64`.
+          time: `[Q] int64`.
+
+        Returns:
+          `[Q] int64`.
+        """
         if not len(self._key):
             return np.zeros(len(key), np.int64)
         rank = np.searchsorted(self._key, key)
         seen = self._key[np.minimum(rank, len(self._key) - 1)] == key
         pair = rank << self._bits
         low = np.searchsorted(self._pairs, pair)
-        high = np.searchsorted(
-            self._pairs, pair | np.clip(time - self._first, 0, self._span)
-        )
+        # Times outside the span are clipped into it: before the first one counts none,
+        # after the last one counts all.
+        offset = np.clip(time - self._first, 0, self._span)
+        high = np.searchsorted(self._pairs, pair | offset)
         return np.where(seen, high - low, 0)

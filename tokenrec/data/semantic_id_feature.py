@@ -1,4 +1,9 @@
-"""Semantic ids as an item feature of a data set that was prepared without them."""
+"""Add semantic ids as an item feature to a data set that was prepared without them.
+
+`tokenrec semantic-ids` builds semantic ids from a prepared data set, so they cannot be
+among its features. When a config names them (`data.semantic_ids`), the data set is
+opened with one more feature, in memory only. Their file is in semantic_id_file.py.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +20,26 @@ SEMANTIC_ID = "semantic_id"
 
 
 def with_semantic_id(schema: Schema, codes: np.ndarray) -> Schema:
-    """The schema with the feature `semantic_id`, last in the catalogue, the sizes of its levels and their digest.
+    """Add the feature `semantic_id`, its table, its level sizes and its digest.
 
-    `codes: [N, L]` of the catalogue, from 0.
+    Args:
+      schema: schema of the data set.
+      codes: `[N, L] int32`, codes of the catalogue's items, from 0.
 
     Raises:
       InputError: the schema has a feature of that name already.
     """
     if any(f.name == SEMANTIC_ID for f in schema.features):
         raise InputError(
-            f"data.semantic_ids: the data set has a feature '{SEMANTIC_ID}' of its own; leave one out"
+            f"data.semantic_ids: the data set has a feature '{SEMANTIC_ID}' of its "
+            "own; leave one out"
         )
-    levels = tuple(int(top) + 1 for top in codes.max(axis=0))
+    levels = tuple(int(code) + 1 for code in codes.max(axis=0))
     feature = Feature(
         SEMANTIC_ID, "semantic_id", "item", length=len(levels), codes=max(levels)
     )
-    # Columns of a group lie in the order of its features: last in the catalogue is last in the catalogue's columns.
+    # Columns of a group are in the order of its features, so that the last feature has
+    # the last columns: those on disk need not move.
     features = (*schema.features, feature)
     tables = schema.tables | {SEMANTIC_ID: semantic_rows(feature)}
     digest = hashlib.sha256(np.ascontiguousarray(codes, "<i4")).hexdigest()
@@ -40,6 +49,10 @@ def with_semantic_id(schema: Schema, codes: np.ndarray) -> Schema:
 
 
 def semantic_columns(codes: np.ndarray) -> np.ndarray:
-    """`[N, L] int32`: codes as ids of the feature's table, in which every level has rows of its own."""
+    """Convert codes `[N, L] int32` to ids of the feature's table, of the same shape.
+
+    Every level has table rows of its own: `id = 2 + level * width + code`, where width
+    is the size of the largest code book.
+    """
     width = int(codes.max()) + 1
     return (FIRST_KNOWN + np.arange(codes.shape[1]) * width + codes).astype(np.int32)

@@ -1,0 +1,287 @@
+"""Load a split in windows: runs of whole chunks that are held in memory together.
+
+A window has about `data.window_rows` log rows. It bounds the memory of the pipeline,
+and it is the range within which training samples are shuffled. A split with fewer log
+rows is a single window and stays in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from tokenrec.config import DataConfig
+from tokenrec.data.batch import HostBatch, ReadRows
+from tokenrec.data.batch_shapes import stream_lengths, task_names
+from tokenrec.data.gather import ContextColumns, gather, rows_read
+from tokenrec.data.interaction_log import Catalogue, InteractionLog
+from tokenrec.data.metadata import Metadata
+from tokenrec.data.samples import Samples, cut_samples
+from tokenrec.data.schema import Schema, columns
+from tokenrec.data.two_slot_cache import TwoSlotCache
+from tokenrec.data.uc_samples import Streams
+from tokenrec.errors import InputError, suggest
+
+
+class LogReader(Protocol):
+    """A prepared data set as the pipeline reads it, such as `open_dataset` returns."""
+
+    @property
+    def metadata(self) -> Metadata: ...
+
+    @property
+    def schema(self) -> Schema: ...
+
+    @property
+    def catalogue(self) -> Catalogue: ...
+
+    @property
+    def splits(self) -> Sequence[str]: ...
+
+    def chunk_lengths(self, split: str) -> np.ndarray:
+        """Log rows of each chunk of a split: `[chunks] int64`."""
+        ...
+
+    def load(
+        self, split: str, start: int = 0, stop: int | None = None
+    ) -> InteractionLog:
+        """Read chunks of a split.
+
+        Args:
+          split: name of the split.
+          start: first chunk.
+          stop: chunk after the last one; None: all chunks to the end.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowPlan:
+    """A window that need not be in memory.
+
+    Attributes:
+      start: first chunk of the split.
+      stop: chunk after the last one.
+      first_row: log rows of the split before the window.
+      samples: number of samples.
+      requests: number of requests (NIO) or of streams (UC).
+    """
+
+    start: int
+    stop: int
+    first_row: int
+    samples: int
+    requests: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A window in memory. N samples.
+
+    Attributes:
+      log: its log rows, with the labels of the configured tasks only.
+      samples: what they were cut into.
+      bucket: `[N] int8`, index into `Windows.lengths` of each sample's stream length.
+    """
+
+    log: InteractionLog
+    samples: Samples
+    bucket: np.ndarray
+
+
+class Windows:
+    """The windows of a split, the two most recent ones in memory. Thread-safe.
+
+    Args:
+      dataset: the prepared data set, without the excluded features.
+      config: `data` of the run's config.
+      split: name of the split.
+      train: cut samples for training rather than for evaluation.
+      ages: batches hold `Batch.ages`.
+
+    Attributes:
+      config: as given.
+      split: as given.
+      lengths: stream lengths, shortest first.
+      plans: the windows, in the order of the split.
+
+    Raises:
+      InputError: the data set has no such split or task, or its chunks repeat fewer
+        events than a history needs.
+    """
+
+    def __init__(
+        self,
+        dataset: LogReader,
+        config: DataConfig,
+        split: str,
+        *,
+        train: bool,
+        ages: bool = False,
+    ) -> None:
+        if split not in dataset.splits:
+            known = suggest(split, dataset.splits)
+            raise InputError(f"the data set has no rows in split '{split}'{known}")
+        _check_chunk_heads(dataset.metadata, config)
+        self.config = config
+        self.split = split
+        self.lengths = stream_lengths(config)
+        self._dataset = dataset
+        self._train = train
+        self._ages = ages
+        self._catalogue = _contiguous(dataset.catalogue)
+        self._context = (
+            _context_columns(dataset.schema)
+            if config.objective == "retrieval"
+            else None
+        )
+        # Columns of the labels, in the order of the config.
+        names = [task.name for task in dataset.schema.tasks]
+        self._tasks = [names.index(name) for name in task_names(dataset.schema, config)]
+        self._cache = TwoSlotCache(self._read)
+        self.plans = self._plan()
+
+    def load(self, number: int) -> Window:
+        """Return a window, read from disk unless it is in memory."""
+        return self._cache.get((self.plans[number].start, self.plans[number].stop))
+
+    def gather(self, number: int, chosen: np.ndarray, length: int) -> HostBatch:
+        """Gather samples of a window into a batch.
+
+        Args:
+          number: index of the window.
+          chosen: `[B] int64`, samples of the window; -1 makes a padding sample.
+          length: T, positions of a history or stream.
+        """
+        window = self.load(number)
+        return gather(
+            window.log,
+            self._catalogue,
+            window.samples,
+            chosen,
+            length=length,
+            candidates=self.config.candidates,
+            first_row=self.plans[number].first_row,
+            context=self._context,
+            ages=self._ages,
+        )
+
+    def identify(self, number: int, chosen: np.ndarray, length: int) -> ReadRows:
+        """Look up the identities of the log rows that samples of a window read.
+
+        Args:
+          number: index of the window.
+          chosen: `[B] int64`, samples of the window; -1 is a padding sample.
+          length: T, positions of a history or stream.
+        """
+        window = self.load(number)
+        log = window.log
+        rows = rows_read(
+            window.samples,
+            chosen,
+            length=length,
+            candidates=self.config.candidates,
+            goals=self._context is not None,
+        )
+        # The chunk of a log row is the last one that begins at or before it.
+        read = rows[rows >= 0]
+        chunk = np.searchsorted(log.start, read, side="right") - 1
+        item = log.item[read]
+        return ReadRows(
+            rows=np.where(rows >= 0, rows + self.plans[number].first_row, -1),
+            user_id=log.user_id[chunk],
+            item_id=self._catalogue.item_id[item],
+            time=log.time[read],
+            item=item,
+            labels=log.labels[read],
+        )
+
+    def _read(self, chunks: tuple[int, int]) -> Window:
+        log = self._dataset.load(self.split, *chunks)
+        log = _contiguous(dataclasses.replace(log, labels=log.labels[:, self._tasks]))
+        samples = cut_samples(log, self.config, train=self._train)
+        # Streams of retrieval hold one event more than the model sees (samples.py).
+        retrieval = self.config.objective == "retrieval"
+        goal_only = int(isinstance(samples, Streams) and retrieval)
+        seen = samples.length - goal_only
+        # The shortest stream length that holds the sample.
+        bucket = np.searchsorted(self.lengths, seen).astype(np.int8)
+        return Window(log, samples, bucket)
+
+    def _plan(self) -> list[WindowPlan]:
+        """Cut the split into windows of about equal size, and count their samples.
+
+        Counting reads every window once. How many samples a window has depends on the
+        config, and the order of batches cannot be known without it.
+        """
+        ends = np.cumsum(self._dataset.chunk_lengths(self.split))
+        # The number of windows, rounded up.
+        count = -(-int(ends[-1]) // self.config.window_rows)
+        # Cut after the chunk that reaches each n-th share of the log rows. A chunk
+        # larger than a share makes two cuts fall together, and `unique` joins them.
+        inner = np.searchsorted(ends, np.arange(1, count) * ends[-1] / count) + 1
+        edges = np.unique([0, *inner, len(ends)]).tolist()
+        plans = []
+        for start, stop in itertools.pairwise(edges):
+            samples = self._cache.get((start, stop)).samples
+            plan = WindowPlan(
+                start=start,
+                stop=stop,
+                first_row=int(ends[start - 1]) if start else 0,
+                samples=len(samples.length),
+                requests=int(samples.opens.sum()),
+            )
+            plans.append(plan)
+        return plans
+
+
+def _contiguous[T: (InteractionLog, Catalogue)](arrays: T) -> T:
+    """Copy arrays into C order, which `gather` needs, unless they are in it.
+
+    Leaving columns out, for one, gives an array of another order.
+    """
+    copies = {
+        name: np.ascontiguousarray(array)
+        for name, array in vars(arrays).items()
+        if array is not None
+    }
+    return dataclasses.replace(arrays, **copies)
+
+
+def _context_columns(schema: Schema) -> ContextColumns:
+    """Mark the columns of `Schema.state` that hold context features."""
+    place = columns(schema.state)
+    ids = np.zeros(place.ids_width, bool)
+    dense = np.zeros(place.dense_width, bool)
+    for feature in schema.state:
+        if feature.entity == "context":
+            if feature.is_integer:
+                ids[slice(*place.ids[feature.name])] = True
+            else:
+                dense[slice(*place.dense[feature.name])] = True
+    return ContextColumns(ids, dense)
+
+
+def _check_chunk_heads(metadata: Metadata, config: DataConfig) -> None:
+    """Check that chunks repeat enough earlier events for the histories of the config.
+
+    With too few of them, histories at the head of a chunk would silently be short.
+    """
+    # A source in memory, as in tests, may have no chunk heads.
+    head = metadata.options.get("overlap")
+    # Retrieval is evaluated request by request, each with a history of its own,
+    # whatever the paradigm of training.
+    streams = config.paradigm == "uc" and config.objective == "ranking"
+    field, needed = (
+        ("overlap", config.overlap) if streams else ("events", config.events)
+    )
+    if head is not None and needed > head:
+        raise InputError(
+            f"data.{field}={needed} exceeds the {head} earlier events that the data "
+            f"set keeps at the head of a chunk; use at most {head}, or prepare the "
+            f"data set again with an overlap of at least {needed}"
+        )

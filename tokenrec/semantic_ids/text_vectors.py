@@ -1,0 +1,209 @@
+"""Item vectors from text: the mean of static token vectors over the words of an item.
+
+The text of an item is the values of its categorical and multi-valued features that are
+strings. Token vectors come from the package wordllama (extra `text`), as files: no
+network is used, and no model is run.
+
+A token that makes up the share p of all text weighs `a / (a + p)` with a = 0.001
+(Arora, Liang and Ma 2017, algorithm 1). The vectors are centred and scaled to length 1.
+The paper also removes the first principal component; that is left out, since it changes
+hardly any neighbour here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from tokenrec.data.dataset import Dataset
+from tokenrec.data.schema import FIRST_KNOWN, Feature, columns
+from tokenrec.data.vocabulary import load_vocabulary
+from tokenrec.errors import InputError
+from tokenrec.semantic_ids.vectors import ItemVectors, normalize
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# a: share of all tokens at which a token weighs a half.
+TEXT_FREQUENCY = 1e-3
+
+# Files in the package wordllama.
+_TOKENIZER = "tokenizers/l2_supercat_tokenizer_config.json"
+_WEIGHTS = "weights/l2_supercat_256.safetensors"
+
+
+def text_features(dataset: Dataset) -> tuple[tuple[Feature, np.ndarray], ...]:
+    """List the catalogue features whose values are strings, but not item ids.
+
+    Returns:
+      Each feature with its vocabulary, `[V] object`.
+    """
+    item_ids = dataset.catalogue.item_id.astype(str)
+    features = []
+    for feature in dataset.schema.group("catalogue"):
+        if not feature.has_vocabulary:
+            continue
+        vocabulary = load_vocabulary(dataset.directory, feature.table_name)
+        is_text = vocabulary.dtype == object and len(vocabulary)
+        # A feature that repeats the item ids says nothing about an item.
+        if is_text and not np.isin(vocabulary.astype(str), item_ids).all():
+            features.append((feature, vocabulary))
+    return tuple(features)
+
+
+def item_texts(dataset: Dataset, rows: np.ndarray) -> list[str]:
+    """Join the strings of some items by " | ", in the order of `text_features`.
+
+    Args:
+      dataset: the prepared data set.
+      rows: `[n] int64`, catalogue rows.
+    """
+    place = columns(dataset.schema.group("catalogue"))
+    features = text_features(dataset)
+    texts = []
+    for ids in dataset.catalogue.ids[rows]:
+        words: list[str] = []
+        for feature, vocabulary in features:
+            feature_ids = ids[slice(*place.ids[feature.name])]
+            known = feature_ids[feature_ids >= FIRST_KNOWN]
+            words.extend(vocabulary[known - FIRST_KNOWN])
+        texts.append(" | ".join(words))
+    return texts
+
+
+class _EncodedFeature(NamedTuple):
+    """Values of a text feature as tokens. V values, n tokens over all values.
+
+    Attributes:
+      ids: `[N, length] int32`, ids of the values of each item.
+      value: `[n] int64`, number of the value that each token belongs to.
+      token: `[n] int64`.
+      values: V, size of the vocabulary.
+    """
+
+    ids: np.ndarray
+    value: np.ndarray
+    token: np.ndarray
+    values: int
+
+
+def text_vectors(dataset: Dataset) -> ItemVectors:
+    """Compute the vectors of all items; an item without text has none.
+
+    Raises:
+      InputError: the catalogue holds no text, or the extra `text` is not installed.
+    """
+    features = text_features(dataset)
+    if not features:
+        raise InputError(
+            f"vectors='text': no item feature of '{dataset.directory}' has strings as "
+            "values; use --vectors cooccurrence, or prepare the data set with a "
+            "categorical or multi-valued text feature"
+        )
+    tokenizer, token_vectors = _load_wordllama()
+
+    # 1. Encode the distinct values, and count the tokens over all items.
+    encoded = []
+    frequency = np.zeros(len(token_vectors))
+    for feature, vocabulary in features:
+        part = _encode(dataset, feature, vocabulary, tokenizer)
+        uses = np.bincount(part.ids.ravel(), minlength=part.values + FIRST_KNOWN)
+        uses = uses[FIRST_KNOWN:]
+        frequency += np.bincount(
+            part.token, weights=uses[part.value], minlength=len(frequency)
+        )
+        encoded.append(part)
+    share = frequency / max(frequency.sum(), 1)
+    token_weight = TEXT_FREQUENCY / (TEXT_FREQUENCY + share)
+
+    # 2. Sum the weighted token vectors of each item.
+    items = len(dataset.catalogue.item_id)
+    total = np.zeros((items, token_vectors.shape[1]), np.float32)
+    weight = np.zeros(items, np.float32)
+    for part in encoded:
+        _add_feature(total, weight, part, token_vectors, token_weight)
+
+    # 3. Divide by the summed weights, and centre.
+    known = weight > 0
+    values = total[known] / weight[known, None]
+    total[...] = 0
+    total[known] = values - values.mean(axis=0)
+    return normalize(total)
+
+
+def _encode(
+    dataset: Dataset, feature: Feature, vocabulary: np.ndarray, tokenizer: Tokenizer
+) -> _EncodedFeature:
+    """Tokenize the vocabulary of a feature."""
+    place = columns(dataset.schema.group("catalogue"))
+    ids = np.asarray(dataset.catalogue.ids[:, slice(*place.ids[feature.name])])
+    encodings = tokenizer.encode_batch(
+        [value.lower() for value in vocabulary], add_special_tokens=False
+    )
+    pieces = [encoding.ids for encoding in encodings]
+    value = np.repeat(np.arange(len(vocabulary)), [len(piece) for piece in pieces])
+    token = np.fromiter((t for piece in pieces for t in piece), np.int64, len(value))
+    return _EncodedFeature(ids, value, token, len(vocabulary))
+
+
+def _add_feature(
+    total: np.ndarray,
+    weight: np.ndarray,
+    part: _EncodedFeature,
+    token_vectors: np.ndarray,
+    token_weight: np.ndarray,
+) -> None:
+    """Add a feature's weighted token vectors and weights to those of the items.
+
+    Args:
+      total: `[N, D] float32`, changed in place.
+      weight: `[N] float32`, changed in place.
+      part: the feature.
+      token_vectors: `[tokens, D] float32`.
+      token_weight: `[tokens] float64`.
+    """
+    # A vector and a weight for each id of the feature; those of the reserved ids are 0.
+    vector = np.zeros((part.values + FIRST_KNOWN, total.shape[1]), np.float32)
+    token_id = part.value + FIRST_KNOWN
+    np.add.at(
+        vector,
+        token_id,
+        token_vectors[part.token] * token_weight[part.token, None],
+    )
+    mass = np.bincount(
+        token_id, weights=token_weight[part.token], minlength=len(vector)
+    )
+    for column in part.ids.T:
+        total += vector[column]
+        weight += mass[column]
+
+
+def _load_wordllama() -> tuple[Tokenizer, np.ndarray]:
+    """Load the tokenizer and the token vectors `[tokens, D] float32` of wordllama.
+
+    Only the files of the package are read; it is not imported.
+
+    Raises:
+      InputError: the package is not installed.
+    """
+    package = importlib.util.find_spec("wordllama")
+    if (
+        package is None
+        or not package.submodule_search_locations
+        or importlib.util.find_spec("tokenizers") is None
+    ):
+        raise InputError(
+            "vectors='text': the package wordllama, which holds the token vectors, is "
+            'not installed; run `pip install ".[text]"` in a clone of tokenrec, or use '
+            "--vectors cooccurrence"
+        )
+    from safetensors.numpy import load_file
+    from tokenizers import Tokenizer
+
+    folder = Path(package.submodule_search_locations[0])
+    tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
+    weights = load_file(folder / _WEIGHTS)["embedding.weight"]
+    return tokenizer, weights.astype(np.float32)
