@@ -1,7 +1,7 @@
 """Unpack an archive safely.
 
-An archive is untrusted input: names that leave the folder, links, devices, and more bytes
-or files than expected are refused.
+An archive is untrusted input: names that leave the folder, links, devices, and more
+bytes or files than expected are refused.
 """
 
 from __future__ import annotations
