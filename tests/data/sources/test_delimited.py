@@ -298,11 +298,11 @@ def break_log(old: str, new: str):
         ),
         (
             break_log("1,a,1000", ",a,1000"),
-            ["log.csv, row 1", "column 'uid'", "no user_id"],
+            ["log.csv, row 1", "column 'uid'", "not a user_id"],
         ),
         (
             break_log("1,b,3000", "1,b,"),
-            ["log.csv, row 3", "column 'at'", "no time_ms"],
+            ["log.csv, row 3", "column 'at'", "not a time_ms"],
         ),
         (
             break_log("0,-1,x", "0,5,x"),
@@ -313,13 +313,13 @@ def break_log(old: str, new: str):
             [
                 "log.csv, row 1",
                 "column 'seconds'",
-                "-inf is no finite float32",
+                "-inf is not a finite float32",
                 "empty",
             ],
         ),
         (
             break_log("1,2.5,1", "1,1e39,1"),
-            ["log.csv, row 1", "column 'seconds'", "no finite float32"],
+            ["log.csv, row 1", "column 'seconds'", "not a finite float32"],
         ),
         (
             lambda f: f.write("items.csv", ITEMS.replace("0.5|-1", "0.5|inf")),

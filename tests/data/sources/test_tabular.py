@@ -157,7 +157,7 @@ def test_a_line_that_cannot_be_split_is_named(tmp_path):
     path = tmp_path / "log.csv"
     for body, words in (
         ("a,b\n1,x\n,\r1\n", "line 3: cannot be split"),
-        ("a\rb,c\n", "line 1: is no header"),
+        ("a\rb,c\n", "line 1: is not a header"),
     ):
         path.write_bytes(body.encode())
         with pytest.raises(InputError, match=words):

@@ -177,7 +177,7 @@ def gather_users(
 def _refuse_repeats(user_blocks: Sequence[UserBlock]) -> None:
     """Refuse an id that occurs twice, by the name of its part and its row there.
 
-    `Entities.read_table` would refuse it too, but knows neither.
+    `Entities.read_table` would refuse it too, but without part and row.
     """
     seen: set[object] = set()
     for block in user_blocks:

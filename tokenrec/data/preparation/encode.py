@@ -109,8 +109,8 @@ def _float_values(
         wrong = int(np.isinf(out).argmax())
         number = first + (wrong if row is None else int(row[wrong]))
         raise InputError(
-            f"{where} is {exact[wrong]} in row {number}, no finite float32; write null "
-            "where it is missing"
+            f"{where} is {exact[wrong]} in row {number}, not a finite float32; write "
+            "null where it is missing"
         )
     return out
 

@@ -33,7 +33,7 @@ TEXTS_AT_ONCE = 65_536
 class Entities:
     """The users or the items of a log, by code.
 
-    A categorical feature that bears the name of the key (`user_id`, `item_id`) is known
+    A categorical feature with the name of the key (`user_id`, `item_id`) is known
     for every entity, in the source's table or not.
 
     Attributes:

@@ -20,7 +20,7 @@ def check_columns(names: Sequence[str], expected: Sequence[str], where: str) -> 
 
     Args:
       names: columns of the table.
-      expected: columns that the schema asks for.
+      expected: columns that the schema needs.
       where: name of the table in messages, such as `rows()`.
 
     Raises:

@@ -71,7 +71,7 @@ def scratch_folder(parent: Path, out: Path) -> Path:
 
     Args:
       parent: folder to put it in.
-      out: final path of the data set, whose name it bears.
+      out: final path of the data set, after which it is named.
 
     Returns:
       The path; the folder does not exist yet.

@@ -1,7 +1,7 @@
 """Unpack an archive safely.
 
-An archive is untrusted input: names that leave the folder, links, devices, and more bytes
-or files than expected are refused.
+An archive is untrusted input: names that leave the folder, links, devices, and more
+bytes or files than expected are refused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def extract(
     The files gather in `out` + ".incomplete", which is renamed when it is whole.
 
     Args:
-      archive: .tar.gz, .tgz, .tar or .zip; told by its content and not by its suffix.
+      archive: .tar.gz, .tgz, .tar or .zip; recognised by content, not by suffix.
       out: folder to make.
       max_bytes: most bytes that may come out, all files together.
       strip: leading folders of each name to drop.

@@ -19,7 +19,7 @@ from tokenrec.data.sources.tabular import read_batches
 from tokenrec.errors import InputError
 
 _NOT_FINITE = (
-    "is no finite float32; correct it, or leave the field empty where it is missing"
+    "is not a finite float32; correct it, or leave the field empty where it is missing"
 )
 
 
@@ -112,7 +112,7 @@ def _problems(spec: ColumnSpec, values: pa.Array) -> Iterator[tuple[np.ndarray, 
     elif feature is None:
         yield (
             _true_rows(pc.is_null(values)),
-            f"is no {spec.name}; every row needs one; fill it in or remove the row",
+            f"is not a {spec.name}; every row needs one; fill it in or remove the row",
         )
         if spec.name == "request":
             yield (

@@ -149,8 +149,8 @@ def _receive(url: str, part: Path, timeout_s: float) -> None:
     except urllib.error.HTTPError as error:
         if error.code != 416 or not offset:
             raise
-        # 416: nothing lies beyond the bytes that are here. Either the file is whole, or
-        # it is another file and must be downloaded anew.
+        # 416: there are no bytes beyond those that are here. Either the file is whole,
+        # or it is another file and must be downloaded anew.
         error.close()
         if error.headers.get("Content-Range", "").rpartition("/")[2] != str(offset):
             part.unlink()

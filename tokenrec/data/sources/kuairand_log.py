@@ -76,7 +76,13 @@ def _check(batch: pa.RecordBatch, path: Path, line: int) -> None:
     """Refuse values that parse and still are impossible; `line` is that of row 0."""
 
     def refuse(wrong: pa.Array, name: str, reason: str) -> None:
-        """Raise an InputError for the first row where `wrong: [n] bool` is True."""
+        """Raise an InputError for the first wrong row, if there is one.
+
+        Args:
+          wrong: `[n] bool`, null counts as False.
+          name: name of the column.
+          reason: reason, for the message.
+        """
         row = pc.index(wrong, True).as_py()
         if row >= 0:
             value = batch.column(name)[row].as_py()

@@ -20,6 +20,11 @@ def raw_rows(
     """Give rows of the log and of the history the same columns.
 
     They are those of `LOG_TYPES`, null where absent, and `split` and `scored`.
+
+    Args:
+      batch: rows with some of the columns.
+      split: `[n] int8`, index into `SPLITS`.
+      scored: `[n] bool`, True for an impression.
     """
     names = batch.schema.names
     columns = [
@@ -123,10 +128,11 @@ def _weekdays(dates: pa.ChunkedArray) -> pa.Array:
 
 def _pair_keys(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Pack two keys into one: `[n] int64`, -1 where the second is missing."""
-    if first.max() >= 1 << 31 or second.max() >= 1 << 31:
+    largest = max(int(first.max()), int(second.max()))
+    if largest >= 1 << 31:
         raise InputError(
-            f"user_id={first.max()} is too large to be combined with another key; "
-            "prepare without rates"
+            f"id {largest} is above {2**31 - 1}, too large to be combined with another "
+            "for past rates; renumber it, or use KuaiRandSource(..., rates=False)"
         )
     return np.where(second < 0, -1, (first << 31) | second)
 

@@ -184,7 +184,8 @@ def _parse_header(path: Path, line: bytes) -> list[str]:
     # A carriage return inside the line, or a value of 128 KiB.
     except csv.Error as error:
         raise InputError(
-            f"{path}, line 1: is no header: {error}; is this a CSV file? {FILE_REMEDY}"
+            f"{path}, line 1: is not a header: {error}; is this a CSV file? "
+            f"{FILE_REMEDY}"
         ) from error
 
 
