@@ -69,14 +69,17 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Replace pictures by their SVG elements."""
+    """Replace pictures by their SVG elements, and keep deviations beside values."""
 
     def inline(match: re.Match[str]) -> str:
         text = (DOCS / "assets" / "pictures" / f"{match['name']}.svg").read_text()
         element = re.sub(r"<style>.*?</style>\n", "", text, flags=re.DOTALL)
         return f'<div class="picture-frame">{element}</div>'
 
-    return _PICTURE.sub(inline, html)
+    # A value and its deviation stay on one line.
+    return _PICTURE.sub(inline, html).replace(
+        " ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+    )
 
 
 def pages() -> dict[str, str]:

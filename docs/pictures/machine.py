@@ -37,7 +37,7 @@ def machine() -> Picture:
         (96, 114, "user", "User", "age, country, plan"),
         (222, 152, "state", "Item and context", "category, title, hour"),
         (384, 152, "action", "Action", "click, seconds watched"),
-        (546, 170, "target", "Candidate", "item and context, no action"),
+        (546, 170, "target", "Candidate", "item and context"),
     )
     for x, width, role, title, example in cards:
         colour = ROLE_COLOURS[role]

@@ -151,8 +151,16 @@ def prefix_cache() -> Picture:
             if not slice_number:
                 picture.arrow((262, y + 18), (left - 2, y + 18), colour="blue")
             else:
+                # Around the first slice: slices read the cache, not each other.
                 picture.arrow(
-                    (414, y + 18), (left - 2, y + 18), colour="blue", dashed=True
+                    (262, y + 28),
+                    (284, y + 28),
+                    (284, y + 41),
+                    (440, y + 41),
+                    (440, y + 18),
+                    (left - 2, y + 18),
+                    colour="blue",
+                    dashed=True,
                 )
         picture.arrow((left + 54, 70), (left + 54, 118))
         words = "v1 v2 v3" if not slice_number else "v4 v5 v6"

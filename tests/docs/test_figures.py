@@ -10,6 +10,8 @@ import pytest
 from tests.docs.pages import ROOT
 
 README = (ROOT / "README.md").read_text()
+HOME = (ROOT / "docs" / "index.md").read_text()
+RESULTS = (ROOT / "docs" / "results" / "index.md").read_text()
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -94,3 +96,29 @@ def faults() -> str:
 )
 def test_a_figure_of_the_readme_is_that_of_its_result(figure: Any) -> None:
     assert f"| {figure()} |" in README
+
+
+def test_the_tables_of_make_train_are_those_of_its_result() -> None:
+    for scores in rows("complete_journey"):
+        auc, gauc, entropy = (
+            f"{scores[metric]:.4f}" for metric in ("auc", "gauc", "normalized_entropy")
+        )
+        assert f"{auc}  {gauc}    {scores['log_loss']:.4f}  {entropy}" in HOME
+        assert f"| {auc} | {gauc} | {entropy} |" in RESULTS
+
+
+def test_the_headline_tables_are_those_of_their_results() -> None:
+    for config in ("uc", "nio"):
+        click, view = (
+            row("kuairand_pure", config=config, task=task)["auc"]
+            for task in ("is_click", "long_view")
+        )
+        assert f"| `kuairand_pure_{config}` | {click} | {view} |" in RESULTS
+    for config in ("next_item", "next_item_refit"):
+        scores = row("amazon_beauty", config=config)
+        assert f"| {scores['recall@10']} | {scores['ndcg@10']} |" in RESULTS
+    (scores,) = (
+        r for r in rows("amazon_beauty_generative") if r["config"] == "generative"
+    )
+    recall, ndcg = (float(scores[f"{name}@10"]) for name in ("recall", "ndcg"))
+    assert f"| {recall:.4f} | {ndcg:.4f} |" in RESULTS

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from docs.pictures.__main__ import FOLDER, files
-from docs.pictures.attention import EVENTS, USER_TOKENS, sees, toy_stream
+from docs.pictures.attention import sees, toy_stream
 from docs.pictures.svg import DARK, LIGHT
 from tokenrec.analysis.figure_style import INK, PALE
-from tokenrec.tokens.layout import ROLES, build_layout
+from tokenrec.ops.attention.pattern import Pattern
 
 
 def test_the_folder_holds_what_the_script_draws() -> None:
@@ -43,16 +43,9 @@ def test_light_and_dark_have_the_same_colours_and_those_of_the_report() -> None:
 @pytest.mark.parametrize("window", [None, 6, 3])
 def test_the_picture_of_windows_shows_the_rule_of_the_code(window: int | None) -> None:
     stream = toy_stream()
-    layout = build_layout(
-        user_tokens=USER_TOKENS,
-        events=EVENTS,
-        fused=False,
-        candidates=1,
-        target_tokens=1,
-    )
-    assert tuple(ROLES[role] for role in layout.roles) == stream.roles
     every = np.arange(len(stream.roles))
-    pattern = layout.pattern(every, every)
+    candidate = np.where(np.array(stream.roles) == "target", 0, -1)
+    pattern = Pattern(every, every, every, np.array(stream.static), candidate)
     expected = pattern.visible(window) | pattern.diagonal()
     drawn = [[sees(stream, int(i), int(j), window) for j in every] for i in every]
     np.testing.assert_array_equal(drawn, expected)
