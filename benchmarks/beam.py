@@ -2,7 +2,7 @@
 
     python benchmarks/beam.py [--rows 1000000] [--out DIR]
 
-It needs the environment of the extra `beam` (docs/beam.md). Each variant is a process
+It needs the environment of the extra `beam` (docs/guides/beam.md). Each variant is a process
 of its own; its seconds include the start of Python and the generation of the rows,
 which Beam does twice.
 

@@ -294,7 +294,7 @@ def _words(value: Any) -> str:
 
 def _missing(files: StudyFiles) -> str:
     lines = [
-        f"<li>{what}: <code>{file}</code> is not in the study's folder; docs/report.md says what it holds.</li>"
+        f"<li>{what}: <code>{file}</code> is not in the study's folder; docs/guides/report.md says what it holds.</li>"
         for field, (what, file) in _OPTIONAL.items()
         if getattr(files, field) is None
     ]

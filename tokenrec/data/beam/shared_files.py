@@ -2,7 +2,7 @@
 
 They lie in a folder that the driver and all workers see: a path on a shared disk, or
 the address of a bucket, as `etils.epath` opens it. Values are pickled, as Beam itself
-does; whoever can write to the folder can run code on the workers (docs/beam.md).
+does; whoever can write to the folder can run code on the workers (docs/guides/beam.md).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Read your own log: CSV or Parquet files, described by a JSON schema.
 
-docs/data.md has a complete example. The files:
+docs/guides/data.md has a complete example. The files:
 
 - the log, one file or more: a row per impression or event, in any order, with
   `user_id`, `item_id`, `time_ms`, a label per task, and features of the row and of the
