@@ -35,7 +35,7 @@ def get_config() -> Config:
         model=ModelConfig(width=32, heads=2, layers=2, windows=(3,)),
         optim=OptimConfig(
             steps=800,
-            warmup_steps=40,
+            warmup_steps=20,
             learning_rate=6e-3,
             table_learning_rate=0.5,
         ),

@@ -225,9 +225,9 @@ class ActiveRun:
                 )
                 self._run_log = self._stack.enter_context(run_log)
         first = start + 1 + len(stream_lengths(config.data))
-        self._profiler = self._stack.enter_context(
-            profile_steps(workdir, first, config.train.profile_steps)
-        )
+        # One trace is enough: all processes run the same program.
+        count = config.train.profile_steps if distributed.is_first_process() else 0
+        self._profiler = self._stack.enter_context(profile_steps(workdir, first, count))
 
     def finished(self, progress: Progress) -> bool:
         """Whether the last step is reached, or `train.patience` is used up."""

@@ -68,8 +68,9 @@ def test_train_gets_the_config_with_overrides_and_data(
     seen: list[tuple[Config, Path, bool]] = []
 
     def train(
-        config: Config, workdir: Path, *, progress: bool = True
+        config: Config, workdir: Path, *, progress: bool, make_state_logger: object
     ) -> dict[str, Any]:
+        assert make_state_logger is not None
         seen.append((config, workdir, progress))
         return {"step": 20, "best_step": 10, "evaluation": {"tasks": {"click": TASK}}}
 
@@ -498,6 +499,7 @@ def test_verbs_work_together_from_log_to_scores(
         "--config.model.layers=1",
         "--config.model.windows=()",
         "--config.data.events=4",
+        "--config.data.overlap=0",
     ]
     small += [
         "--config.tokens.maker=linear",

@@ -22,8 +22,9 @@ _FIELD = re.compile(
 )
 # The changelog tells of commands and fields that are gone.
 CURRENT = [page for page in [*PAGES, *OTHERS] if page.name != "CHANGELOG.md"]
-# Commands that the page shows because they are refused, or in which ... stands for flags.
-_WRONG = ("trian", "--confg", "widht", "prepare ...")
+# Commands that a page shows because they are refused, in which ... stands for flags, or of
+# the source that a guide adds.
+_WRONG = ("trian", "--confg", "widht", "prepare ...", "podcasts")
 
 
 @cache
