@@ -19,7 +19,7 @@ from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.evaluation.sharded_top_k import RetrievalResult, sharded_top_k
-from tokenrec.metrics.binary import group_codes
+from tokenrec.metrics.groups import group_codes
 from tokenrec.metrics.ranking import mrr, ndcg_at, recall_at
 from tokenrec.models.heads import ItemHead
 from tokenrec.ops.tables.lookup import Stack

@@ -28,7 +28,8 @@ from tokenrec.evaluation.catalogue import (
 )
 from tokenrec.evaluation.generate import jit_generate_step
 from tokenrec.evaluation.sharded_top_k import RetrievalResult
-from tokenrec.metrics.binary import ScoreStore, group_codes
+from tokenrec.metrics.groups import group_codes
+from tokenrec.metrics.score_store import ScoreStore
 from tokenrec.runtime import distributed
 from tokenrec.sharding import RULES, local_batch_indices, make_mesh, to_devices, to_host
 from tokenrec.state import ModelSpec, TrainState
