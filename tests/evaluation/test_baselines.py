@@ -10,14 +10,13 @@ from tokenrec.data.log import EVENT, LEARNED, SCORED, Log
 from tokenrec.evaluation.baselines import (
     PRIOR_ROWS,
     baselines,
-    fit_logistic,
-    fit_probability,
     past_rates,
     popularity_scores,
     rate_scores,
     repeat_scores,
     row_keys,
 )
+from tokenrec.evaluation.logistic_regression import fit_logistic, fit_probability
 
 
 def make_log(rows: list[tuple[int, int, int, int, tuple[int, ...]]]) -> Log:

@@ -9,7 +9,8 @@ import pytest
 
 from tests.worlds import mesh_of
 from tokenrec.errors import InputError
-from tokenrec.evaluation.beam_search import beam_search, build_trie
+from tokenrec.evaluation.beam_search import beam_search
+from tokenrec.evaluation.trie import build_trie
 from tokenrec.sharding import RULES
 
 CODES = 5

@@ -25,13 +25,10 @@ from tokenrec.cli.main import main
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import batch_shapes, eval_batches
 from tokenrec.errors import InputError
+from tokenrec.evaluation.baseline_reports import retrieval_baselines
 from tokenrec.evaluation.baselines import goal_counts
 from tokenrec.evaluation.catalogue import RankedItems, rank_by_counts, summarize
-from tokenrec.evaluation.evaluate import (
-    evaluate_run,
-    make_retrieval_step,
-    retrieval_baselines,
-)
+from tokenrec.evaluation.evaluate import evaluate_run, make_retrieval_step
 from tokenrec.evaluation.predict import predict_run
 from tokenrec.metrics.ranking import ranks_of
 from tokenrec.models.heads import ItemHead

@@ -29,8 +29,8 @@ from tokenrec.data.semantic_id_file import (
     save_semantic_ids,
 )
 from tokenrec.errors import InputError
-from tokenrec.evaluation.beam_search import build_trie
 from tokenrec.evaluation.generate import generate
+from tokenrec.evaluation.trie import build_trie
 from tokenrec.sharding import to_devices
 from tokenrec.state import init_state
 from tokenrec.step import loss_fn

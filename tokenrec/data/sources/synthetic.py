@@ -6,9 +6,10 @@ earlier event and the `reaction` to it (the history). Each of the four is worth 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,10 @@ HOUR_MS = 3_600_000
 SEGMENTS = GENRES = 4
 PLACES, VECTOR, LEVELS, CODES, INTERESTS = 3, 4, 2, 8, 3
 PART_BATCHES = 4
+# Counts of a prepared data set from which its log can be generated again.
+_GENERATOR = tuple(
+    f"generator_{name}" for name in ("rows", "users", "items", "seed", "requests")
+)
 
 # Per task: constant, weight of segment x genre, weight of latest genre x reaction x genre, share of known labels.
 _TASKS = {"click": (-0.2, 1.2, 1.2, 0.97), "buy": (-1.5, 0.5, 1.5, 0.8)}
@@ -105,6 +110,11 @@ class SyntheticSource:
             batch_rows,
         )
         self._seed, self._requests = seed, requests
+        # A prepared data set keeps these among its counts; see `from_counts`.
+        parameters = (rows, users, items, seed, requests)
+        self.provenance = dataclasses.replace(
+            self.provenance, counts=dict(zip(_GENERATOR, parameters, strict=True))
+        )
         self._visit_rows = requests + (requests > 1)
         user, item = np.arange(users), np.arange(items)
         # The last user and item have no segment and no genre (-1): they are in no table.
@@ -118,6 +128,18 @@ class SyntheticSource:
         self._starts = np.array(
             [START_MS + length * 8 // 10, START_MS + length * 9 // 10]
         )
+
+    @staticmethod
+    def from_counts(counts: Mapping[str, int]) -> SyntheticSource | None:
+        """Make the source of a prepared data set from the `counts` of its metadata.
+
+        `evaluate --baselines` computes the true probabilities of its rows with it. None:
+        the counts hold no parameters of a generator.
+        """
+        if not set(_GENERATOR) <= set(counts):
+            return None
+        rows, users, items, seed, requests = (counts[name] for name in _GENERATOR)
+        return SyntheticSource(rows, users, items, seed, requests)
 
     def users(self) -> pa.Table:
         user = np.arange(self._users - 1)

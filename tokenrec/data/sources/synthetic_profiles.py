@@ -53,6 +53,8 @@ class ProfilesSource(SyntheticSource):
         if not math.isfinite(static_weight):
             raise InputError(f"static_weight={static_weight} must be a finite number")
         super().__init__(rows, users, items, seed)
+        # The generator's parameters alone do not describe this log.
+        self.provenance = SyntheticSource.provenance
         self._fields = [f"field_{number}" for number in range(static_fields)]
         features = tuple(Feature(name, "categorical", "user") for name in self._fields)
         self.schema = dataclasses.replace(
