@@ -16,7 +16,8 @@ from tokenrec.data.pipeline import batch_shapes
 from tokenrec.errors import InputError
 from tokenrec.ops.attention import splash
 from tokenrec.ops.attention.pattern import causal_pattern
-from tokenrec.planner.compile import compile_train_step, report
+from tokenrec.planner.compile import compile_train_step
+from tokenrec.planner.compiled_program import program_figures
 from tokenrec.planner.flops import (
     Work,
     attention_work,
@@ -74,7 +75,7 @@ def test_every_config_compiles_for_a_tpu_with_splash(name):
     model, shapes = model_and_shapes(two_layers(name))
     mesh = topology_mesh("v5e:2x2", MeshConfig(fsdp=2))
     work, layers = step_work(model, mesh, shapes)
-    found = report(compile_train_step(model, mesh, shapes), mesh, work)
+    found = program_figures(compile_train_step(model, mesh, shapes), mesh, work)
     kernels = [
         kernel for kernel in found["custom_calls"] if kernel.startswith("splash")
     ]
@@ -122,7 +123,7 @@ def test_data_lies_across_slices_and_their_traffic_is_counted():
             .lower(x)
             .compile()
         )
-    found = report(compiled, mesh, Work(0.0, 0.0, 0.0))
+    found = program_figures(compiled, mesh, Work(0.0, 0.0, 0.0))
     # A ring of two moves 2 x (1 / 2) of 1024 floats: inside a slice over fsdp, and between the slices over data.
     assert found["collective_bytes"] == {
         "all-reduce": 4096,

@@ -14,7 +14,8 @@ from tokenrec.cli.main import main
 from tokenrec.config import MeshConfig
 from tokenrec.config.load import load_config
 from tokenrec.errors import InputError
-from tokenrec.planner.compile import compile_config, mesh_axes
+from tokenrec.planner.compile import compile_config
+from tokenrec.planner.compiled_program import mesh_axes
 from tokenrec.planner.hlo import Collective
 from tokenrec.planner.report import sweep_text, to_text
 

@@ -10,8 +10,8 @@ from flax import nnx
 from tests.worlds import SCHEMA, TASKS, tiny
 from tokenrec.config import MeshConfig, ModelConfig
 from tokenrec.models.backbones.tokenformer import TokenFormer
-from tokenrec.planner.compile import described_mesh
 from tokenrec.planner.hlo import read_program
+from tokenrec.planner.topology import topology_mesh
 from tokenrec.sharding import RULES, compiler_options, with_batch_sharding
 from tokenrec.state import build_model
 
@@ -33,7 +33,7 @@ CONFIG = ModelConfig(
 )
 def test_weights_are_gathered_in_bfloat16_and_gradients_scattered():
     data, fsdp = 2, 4
-    mesh = described_mesh("v5p:2x2x2", MeshConfig(data=data, fsdp=fsdp))
+    mesh = topology_mesh("v5p:2x2x2", MeshConfig(data=data, fsdp=fsdp))
     layout = build_model(tiny(paradigm="uc", events=12), SCHEMA, TASKS).layout(12)
 
     def loss(weights, x, events):

@@ -10,8 +10,9 @@ from tests.planner.test_compile import tpu_compiler
 from tests.worlds import SCHEMA, TABLES, mesh_of, tiny
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
+from tokenrec.planner.mesh_cost import expected_collectives, predict
 from tokenrec.planner.roofline import CHIPS
-from tokenrec.planner.sweep import expected_collectives, mesh_shapes, predict, rank
+from tokenrec.planner.sweep import mesh_shapes, rank
 from tokenrec.sharding import RULES
 from tokenrec.state import TrainState
 
