@@ -84,7 +84,7 @@ def test_a_log_whose_probabilities_are_not_known_has_no_ceiling(made, tmp_path):
         dataset.metadata = dataclasses.replace(metadata, **change)
         assert known_probabilities(dataset, "valid", log, TASKS) is None
     dataset.metadata = metadata
-    # Profiles change the probabilities, and are no parameter of the generator.
+    # Profiles change the probabilities, and are not among the stored parameters.
     prepare(ProfilesSource(2000, 3, users=40), tmp_path / "profiles")
     profiles = open_dataset(tmp_path / "profiles")
     log = profiles.load("valid")

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and brute force, their invariances, and streaming equal to in-memory results."""
+"""Metrics against scikit-learn and brute force, and the store against memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tokenrec.metrics import binary, exact_auc, groups, ranking, score_store
 def sample(
     rows: int = 4000, groups: int = 300, tasks: int = 1, seed: int = 0, levels: int = 50
 ):
-    """Labels with unknowns, probabilities with many ties, skewed integer users."""
+    """Draw labels with unknowns, probabilities with many ties, and skewed users."""
     rng = np.random.default_rng(seed)
     probabilities = (rng.integers(1, levels, (rows, tasks)) / levels).astype(np.float32)
     labels = (rng.random((rows, tasks)) < probabilities).astype(np.int8)
@@ -35,7 +35,7 @@ def known_sample(**options):
 
 
 def pair_count_auc(labels, scores):
-    """Every (positive, negative) pair, one by one."""
+    """Count every (positive, negative) pair, one by one."""
     positives, negatives = scores[labels == 1], scores[labels == 0]
     if not len(positives) or not len(negatives):
         return None
@@ -91,9 +91,8 @@ def test_gauc_of_one_group_is_auc_and_strings_group_like_integers():
 def test_gauc_weights_groups_by_rows_and_leaves_out_groups_of_one_class():
     labels = np.array([1, 0, 0, 1, 0, 1, 1])
     scores = np.array([0.9, 0.1, 0.2, 0.1, 0.9, 0.5, 0.6])
-    groups = np.array(
-        [0, 0, 0, 1, 1, 2, 2]
-    )  # AUC 1 over 3 rows, 0 over 2 rows, undefined
+    # AUC 1 over 3 log rows, 0 over 2 log rows, undefined.
+    groups = np.array([0, 0, 0, 1, 1, 2, 2])
     assert binary.gauc(labels, scores, groups) == 3 / 5
 
 
@@ -249,7 +248,8 @@ def test_wrong_input_is_an_error_with_reason_and_remedy(call, message):
 
 def test_summary_equals_the_single_metrics_on_known_rows_and_is_json():
     labels, probabilities, users = sample(tasks=3)
-    labels[:, 2] = np.minimum(labels[:, 2], 0)  # a task without positives
+    # A task without positives.
+    labels[:, 2] = np.minimum(labels[:, 2], 0)
     summary = binary.summarize(labels, probabilities, users, ["click", "long", "hate"])
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     for k, task in enumerate(("click", "long", "hate")):

@@ -6,7 +6,8 @@ import pytest
 
 from tests.worlds import mesh_of
 from tokenrec.errors import InputError
-from tokenrec.planner.hlo import Collective, read_program, ring_bytes
+from tokenrec.planner.collectives import Collective, ring_bytes
+from tokenrec.planner.hlo import read_program
 from tokenrec.sharding import RULES
 
 P = jax.sharding.PartitionSpec
@@ -100,7 +101,7 @@ def test_the_other_kinds_are_read(kind, function, size):
     assert (one.kind, one.size, sorted(one.groups[0])) == (kind, size, [0, 1])
 
 
-# What the compiler for TPUs writes and the one for CPUs does not, in its form, cut to what is read.
+# Forms that only the compiler for TPUs writes, cut to what is read.
 TPU_TEXT = """\
 HloModule jit_step
 

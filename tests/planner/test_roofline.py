@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tokenrec.errors import InputError
-from tokenrec.planner.hlo import Collective
+from tokenrec.planner.collectives import Collective
 from tokenrec.planner.roofline import CHIPS, Chip, Roofline, chip, network_seconds
 
 # One byte a second on each link and one tenth between slices; axes of four close to rings.

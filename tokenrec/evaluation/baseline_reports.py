@@ -36,9 +36,9 @@ def evaluate_baselines(
       rows: `[n] int64`, log rows of the split, all of them scored, in any order.
 
     Returns:
-      Name -> metrics in the form of `metrics.binary.summarize`. A synthetic data set has
-      a last entry "ceiling (known probabilities)", the metrics of the probabilities from
-      which its labels were drawn.
+      Name -> metrics in the form of `metrics.binary.summarize`. A synthetic data set
+      has a last entry "ceiling (known probabilities)", the metrics of the probabilities
+      from which its labels were drawn.
     """
     log = dataset.load(split)
     probabilities = split_baselines(dataset, split, tasks)

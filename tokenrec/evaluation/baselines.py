@@ -1,17 +1,17 @@
 """Ranking baselines that need no model: what a trained model should beat.
 
-Each gives a probability for every scored log row of a split, from counts of the training
-split:
+Each gives a probability for every scored log row of a split, from counts of the
+training split:
 
 - "popularity": positives c of the item in `train`; `P = sigmoid(a + b log(1 + c))`.
 - "item_rate": share of positives among the item's rows in `train`, smoothed towards the
   overall share q as `(c + m q) / (n + m)` with m = 20 rows; the same regression.
-- "repeat": number of the user's earlier events with the item (for purchases: how often it
-  was bought before); the same regression.
-- "rates": a logistic regression on past rates. For the user, the item, the pair of both,
-  and each attribute of item and context, it sees the smoothed rate of positives, as
-  log-odds, among the rows of `train` that are strictly earlier and share the value, and
-  the logarithm of their number.
+- "repeat": number of the user's earlier events with the item (for purchases: how often
+  it was bought before); the same regression.
+- "rates": a logistic regression on past rates. For the user, the item, the pair of
+  both, and each attribute of item and context, it sees the smoothed rate of positives,
+  as log-odds, among the rows of `train` that are strictly earlier and share the value,
+  and the logarithm of their number.
 
 a and b are fitted on the training rows (`logistic_regression.py`), so that log loss is
 defined beside AUC. A training row must not see its own label there: "popularity" and

@@ -76,26 +76,26 @@ def beam_search(
     """Find the items with the most probable codes.
 
     Of equal scores the item with the lower number is the better, and of equal prefixes
-    the one with the lowest item under it. For use inside `jax.jit`: levels are unrolled,
-    and on a mesh every device searches for its own requests.
+    the one with the lowest item under it. For use inside `jax.jit`: levels are
+    unrolled, and on a mesh every device searches for its own requests.
 
     Args:
-      next_log_probs: `(codes_so_far [B, w, l] int32, level l) -> [B, w, C]`, traced once
-        a level. Level 0 has one empty prefix, w = 1; later w is the lesser of `width` and
-        the number of nodes one level up. All prefixes exist and differ.
+      next_log_probs: `(codes_so_far [B, w, l] int32, level l) -> [B, w, C]`, traced
+        once a level. Level 0 has one empty prefix, w = 1; later w is the lesser of
+        `width` and the number of nodes one level up. All prefixes exist and differ.
       trie: semantic ids that exist.
       batch: B, number of requests.
       width: W, number of beams.
-      renormalize: at each level, make the probabilities of the codes that exist there sum
-        to 1. Without it, what the model gives to codes that do not exist is lost, and a
-        score is the model's own log-probability of the codes.
+      renormalize: at each level, make the probabilities of the codes that exist there
+        sum to 1. Without it, what the model gives to codes that do not exist is lost,
+        and a score is the model's own log-probability of the codes.
 
     Returns:
       W items of each request, best first.
 
     Raises:
-      InputError: `width` or `batch` is below 1, or `next_log_probs` returns another shape
-        or too few codes.
+      InputError: `width` or `batch` is below 1, or `next_log_probs` returns another
+        shape or too few codes.
     """
     for name, value in (("batch", batch), ("width", width)):
         if value < 1:
@@ -138,7 +138,8 @@ def _descend(
     """Continue the paths by one code, and keep the best.
 
     Args:
-      paths_log_probs: paths `[B, w]`, and log-probabilities `[B, w, C]` of the next code.
+      paths_log_probs: paths `[B, w]`, and log-probabilities `[B, w, C]` of the next
+        code.
       level: nodes of the next level.
       most_children: most children of a node.
       width: paths to keep. So many continuations exist: each path has one at least, and
@@ -150,8 +151,8 @@ def _descend(
     """
     paths, log_probs = paths_log_probs
     batch, beams = paths.nodes.shape
-    # 1. Children of each path, `[B, w, children]`; slots beyond the last child repeat it
-    # and are masked by `exists`.
+    # 1. Children of each path, `[B, w, children]`; slots beyond the last child repeat
+    # it and are masked by `exists`.
     slot = jnp.arange(most_children, dtype=jnp.int32)
     count = level.child_count[paths.nodes][..., None]
     exists = slot < count

@@ -1,17 +1,18 @@
 """Exact retrieval from the whole catalogue: top-k items, ranks of the goals, metrics.
 
-Every item is scored for every request; the catalogue is never sampled, because metrics on
-a sample need not order models as the full metrics do (Krichene and Rendle, On sampled
-metrics for item recommendation, KDD 2020). The flow from a batch to a report:
+Every item is scored for every request; the catalogue is never sampled, because metrics
+on a sample need not order models as the full metrics do (Krichene and Rendle, On
+sampled metrics for item recommendation, KDD 2020). The flow from a batch to a report:
 
 1. `rank_catalogue` (or a baseline, or beam search) computes a `RetrievalResult` on the
    devices: k items and the rank of each goal.
-2. `rank_split` runs it over the requests of a split, and brings the answers to the host.
+2. `rank_split` runs it over the requests of a split, and brings the answers to the
+   host.
 3. `summarize` groups the goals by request, and computes Recall@k, NDCG@k and MRR.
 
-B requests, V items, T events, P goals of a request, k items of an answer. A catalogue held
-whole takes `[B, V]` scores on each batch shard; one sharded over all devices is searched
-by `sharded_top_k`.
+B requests, V items, T events, P goals of a request, k items of an answer. A catalogue
+held whole takes `[B, V]` scores on each batch shard; one sharded over all devices is
+searched by `sharded_top_k`.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def _at_items(
     "add" adds once per event.
     """
 
-    def per_request(scores: jax.Array, items: jax.Array) -> jax.Array:
+    def _per_request(scores: jax.Array, items: jax.Array) -> jax.Array:
         request = jnp.arange(scores.shape[0])[:, None]
         # -1, no event, would count from the end: it is sent out of range and dropped.
         columns = jnp.where(items < 0, scores.shape[1], items)
@@ -167,9 +168,9 @@ def _at_items(
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return per_request(scores, items)
+        return _per_request(scores, items)
     spec = RULES("batch", None)
-    return jax.shard_map(per_request, in_specs=(spec, spec), out_specs=spec)(
+    return jax.shard_map(_per_request, in_specs=(spec, spec), out_specs=spec)(
         scores, items
     )
 
@@ -185,8 +186,8 @@ def rank_split(
 ) -> Iterator[RankedItems]:
     """Yield the answers to every request of a split, batch by batch.
 
-    As in `evaluate.score_split`, a process computes its own requests of a batch, and all
-    processes get the answers of all.
+    As in `evaluate.score_split`, a process computes its own requests of a batch, and
+    all processes get the answers of all.
 
     Args:
       step: computes the answers of a batch of B requests.
@@ -238,19 +239,19 @@ def summarize(
 ) -> dict[str, Any]:
     """Compute Recall@k, NDCG@k and MRR of the answers, k in 1, 5, 10, 50.
 
-    Goals of one user at one time are one request, however many streams they took, and an
-    item counts once in it.
+    Goals of one user at one time are one request, however many streams they took, and
+    an item counts once in it.
 
     Args:
       answers: parts of the answers, in any order.
       catalogue: number of items V.
-      listed: items of an answer, where goals outside of the answer have no rank: Recall@k
-        and NDCG@k with k > `listed` are None, and MRR takes an unlisted goal for 0. None:
-        the ranks are those in the whole catalogue.
+      listed: items of an answer, where goals outside of the answer have no rank:
+        Recall@k and NDCG@k with k > `listed` are None, and MRR takes an unlisted goal
+        for 0. None: the ranks are those in the whole catalogue.
 
     Returns:
-      `{"retrieval": {"recall@k", "ndcg@k", "mrr", "users", "requests", "catalogue"}}`; a
-      metric is None if there is no request.
+      `{"retrieval": {"recall@k", "ndcg@k", "mrr", "users", "requests", "catalogue"}}`;
+      a metric is None if there is no request.
     """
     parts = [(a.user_id, a.time, a.ranks, a.goals) for a in answers]
     if not parts:
@@ -305,7 +306,8 @@ def _by_request(
     )
     goal_request = pairs[0]
     stream, column = stream[first], column[first]
-    # 3. Pairs are sorted by request: a goal's place is its distance to the first of them.
+    # 3. Pairs are sorted by request: a goal's place is its distance to the first of
+    # them.
     place = np.arange(len(goal_request)) - np.searchsorted(goal_request, goal_request)
     shape = (int(opens_request.sum()), int(place.max(initial=0)) + 1)
     by_request = np.zeros(shape, np.float64)

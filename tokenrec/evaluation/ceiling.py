@@ -1,8 +1,9 @@
 """The best possible metrics on a synthetic log, from its known probabilities.
 
-The labels of a synthetic log are drawn from probabilities that its source computes. These
-probabilities are the best predictions that any model can make: their AUC is a ceiling,
-and their log loss a floor, which a model can pass only by luck on the drawn labels.
+The labels of a synthetic log are drawn from probabilities that its source computes.
+These probabilities are the best predictions that any model can make: their AUC is a
+ceiling, and their log loss a floor, which a model can pass only by luck on the drawn
+labels.
 
 A prepared data set does not store the probabilities. It stores the parameters of its
 source (`counts` of `tokenrec.json`, `SyntheticSource.generator_counts`), from which the
@@ -61,7 +62,8 @@ def known_probabilities(
         if not np.array_equal(ours[stored_order], theirs[generated_order]):
             return None
     index = index[generated_order]
-    # 3. The labels too must be those of the source, or the probabilities are of another.
+    # 3. The labels too must be those of the source, or the probabilities are of
+    # another.
     labels = log.labels[scored][stored_order]
     data_tasks = [task.name for task in dataset.schema.tasks]
     own_columns = [data_tasks.index(task) for task in tasks]
@@ -78,8 +80,8 @@ def _generated_rows(
     """Generate the scored rows of a split.
 
     Returns:
-      User ids, times and item ids, `[R]` each, and `[R] int64`, the number of each row in
-      the source's log.
+      User ids, times and item ids, `[R]` each, and `[R] int64`, the number of each row
+      in the source's log.
     """
     parts: list[tuple[np.ndarray, ...]] = []
     first = 0

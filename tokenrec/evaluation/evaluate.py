@@ -4,8 +4,8 @@ Ranking, `score_split` and `evaluate`:
 
 1. `data.pipeline.eval_batches` yields every impression of the split once, in batches of
    one shape. A process gathers the samples of its own devices.
-2. The eval step computes probabilities `[B, N, K]` on the mesh; `to_host` brings those of
-   all processes to each of them. Rows that only fill a batch are left out.
+2. The eval step computes probabilities `[B, N, K]` on the mesh; `to_host` brings those
+   of all processes to each of them. Rows that only fill a batch are left out.
 3. `ScoreStore` collects labels, probabilities and users. Its memory is bounded: further
    rows lie in temporary files.
 4. After the last batch it computes exact AUC, GAUC, log loss and normalised entropy per
@@ -84,8 +84,8 @@ class Evaluator(Protocol):
           state: weights and tables.
           split: split to evaluate.
           limit: number of samples or requests, spread evenly over the split; 0 is all.
-          between_batches: called without arguments after every batch, to report progress
-            or to stop: what it raises ends the evaluation.
+          between_batches: called without arguments after every batch, to report
+            progress or to stop: what it raises ends the evaluation.
 
         Returns:
           The report, in the form of `evaluate` for ranking and of `catalogue.summarize`
@@ -104,8 +104,8 @@ def make_retrieval_step(
 ) -> Callable[[TrainState, Batch], RetrievalResult]:
     """Compile the step that answers a retrieval batch.
 
-    Call it under the mesh that the step runs on: the trie of a head "semantic_id" is put
-    on its devices.
+    Call it under the mesh that the step runs on: the trie of a head "semantic_id" is
+    put on its devices.
     """
     if model.config.head.retrieval == "next_item":
         return jax.jit(functools.partial(rank_catalogue, model))
@@ -127,10 +127,11 @@ def make_evaluator(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Evaluator:
     config = model.config
     if config.data.objective == "retrieval":
         retrieve = make_retrieval_step(model, dataset)
-        # Beam search ranks its beams alone: Recall@k and NDCG@k with k > beams are null.
+        # Beam search ranks its beams alone: Recall@k and NDCG@k with k > beams are
+        # null.
         listed = config.head.beams if config.head.retrieval == "semantic_id" else None
 
-        def evaluate_retrieval(
+        def _evaluate_retrieval(
             state: TrainState,
             split: str,
             limit: int = 0,
@@ -142,11 +143,11 @@ def make_evaluator(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Evaluator:
                 _calling(answers, between_batches), model.schema.items, listed=listed
             )
 
-        return evaluate_retrieval
+        return _evaluate_retrieval
 
     step = jit_eval_step(model)
 
-    def evaluate_ranking(
+    def _evaluate_ranking(
         state: TrainState,
         split: str,
         limit: int = 0,
@@ -155,7 +156,7 @@ def make_evaluator(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Evaluator:
         scores = score_split(step, state, config, dataset, split, mesh, limit=limit)
         return evaluate(_calling(scores, between_batches), model.tasks)
 
-    return evaluate_ranking
+    return _evaluate_ranking
 
 
 def _calling[T](
@@ -256,9 +257,11 @@ def evaluate_run(
       `"baselines"`: reports by name.
 
     Raises:
-      InputError: the run, the checkpoint, the split or the data set is missing or wrong.
+      InputError: the run, the checkpoint, the split or the data set is missing or
+        wrong.
     """
-    # 1. Errors in one process are raised in all, before any of them waits for the others.
+    # 1. Errors in one process are raised in all, before any of them waits for the
+    # others.
     with distributed.raise_on_all_processes():
         config = load_run_config(workdir, data)
         mesh = make_mesh(config.mesh)
@@ -296,7 +299,7 @@ def _evaluate_ranking_run(
     rows: list[np.ndarray] = []
 
     def noting_rows(scores: Iterator[Scores]) -> Iterator[Scores]:
-        """Yield the scores, and keep the log rows that they are of for the baselines."""
+        """Yield the scores, and keep their log rows for the baselines."""
         for part in scores:
             rows.append(part.row)
             yield part

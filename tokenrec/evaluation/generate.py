@@ -1,8 +1,8 @@
 """Generative retrieval: the semantic id of the next item by beam search.
 
 The codes of a semantic id are generated level after level (docs/methods.md section 2,
-"Tasks"). The prompt is computed once and its keys and values are cached; each level then
-computes the tokens of the W beams alone, which see the prompt and themselves.
+"Tasks"). The prompt is computed once and its keys and values are cached; each level
+then computes the tokens of the W beams alone, which see the prompt and themselves.
 
 B requests, T events, L levels, W = `head.beams` beams, d model width.
 """
@@ -79,8 +79,8 @@ def generate_step(
       trie: semantic ids of the catalogue.
 
     Returns:
-      The best `head.top_k` of the beams; the ranks of the goals are among all beams, and
-      a goal that is in none has rank `inf`.
+      The best `head.top_k` of the beams; the ranks of the goals are among all beams,
+      and a goal that is in none has rank `inf`.
     """
     beams = generate(model, state, batch, trie)
     items, scores = beams.items, beams.scores
@@ -103,6 +103,6 @@ def generate_step(
 def jit_generate_step(
     model: ModelSpec, trie: Trie
 ) -> Callable[[TrainState, Batch], RetrievalResult]:
-    """Compile `generate_step`; the trie is an argument of the program, not a constant."""
+    """Compile `generate_step`; the trie is an argument, not a constant."""
     step = jax.jit(functools.partial(generate_step, model))
     return lambda state, batch: step(state, batch, trie)

@@ -1,7 +1,7 @@
 """Logistic regression by Newton's method, for the baselines.
 
-Fits `P(label = 1) = sigmoid(a + b . z)` to standardised features z by maximum likelihood
-with a small ridge penalty on all weights,
+Fits `P(label = 1) = sigmoid(a + b . z)` to standardised features z by maximum
+likelihood with a small ridge penalty on all weights,
 
     min_w  -sum_i log p(y_i) + 1/2 sum_j 1e-6 w_j^2 ,
 
@@ -24,8 +24,8 @@ def fit_probability(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Fit `P(label = 1) = sigmoid(a + b log(1 + score))`.
 
-    The penalty is felt only where the labels leave the slope undetermined. Labels of one
-    class, or no labels, give their smoothed share everywhere.
+    The penalty is felt only where the labels leave the slope undetermined. Labels of
+    one class, or no labels, give their smoothed share everywhere.
 
     Args:
       scores: `[N]`, numbers >= 0.
@@ -34,7 +34,8 @@ def fit_probability(
     Returns:
       A function from scores `[M]` to probabilities `[M] float64`.
 
-    >>> scores, labels = np.array([0, 0, 0, 0, 9, 9, 9, 9]), np.array([0, 0, 0, 1, 0, 1, 1, 1])
+    >>> scores = np.array([0, 0, 0, 0, 9, 9, 9, 9])
+    >>> labels = np.array([0, 0, 0, 1, 0, 1, 1, 1])
     >>> probability = fit_probability(scores, labels)
     >>> probability(np.array([0, 9])).round(3).tolist()
     [0.25, 0.75]
@@ -70,7 +71,7 @@ def fit_logistic(
     scale = np.where(spread > 0, spread, 1.0)
 
     def design(x: np.ndarray) -> np.ndarray:
-        """Map features `[N, F]` to an intercept and standardised features `[N, F + 1]`."""
+        """Standardise features `[N, F]` and add an intercept: `[N, F + 1]`."""
         # A feature that is constant in the fitted rows carries no information, whatever
         # it is later.
         standardised = np.where(spread > 0, (x - center) / scale, 0)
@@ -85,8 +86,8 @@ def fit_logistic(
             gradient = z.T @ (p - labels) + penalty * weights
             hessian = (z.T * (p * (1 - p))) @ z + np.diag(penalty)
             step = np.linalg.solve(hessian, gradient)
-            # Where every p is nearly 0 or 1 the curvature is almost nothing, and a whole
-            # step would overshoot.
+            # Where every p is nearly 0 or 1 the curvature is almost nothing, and a
+            # whole step would overshoot.
             weights -= step * min(1.0, LONGEST_STEP / max(np.abs(step).max(), 1e-30))
             if np.abs(step).max() < 1e-9:
                 break

@@ -32,8 +32,8 @@ def predict_run(
 ) -> int:
     """Write the scores of a split, as `tokenrec predict`, on all processes.
 
-    Ranking: a table row per impression, with the columns `user_id, item_id, time_ms`, and
-    per task `label_TASK` (int8, null where unknown) and `score_TASK` (float32
+    Ranking: a table row per impression, with the columns `user_id, item_id, time_ms`,
+    and per task `label_TASK` (int8, null where unknown) and `score_TASK` (float32
     probability). Retrieval: `head.top_k` table rows per request, with the columns
     `user_id, rank` (from 1), `item_id, score, time_ms` (of the request).
 
@@ -42,14 +42,15 @@ def predict_run(
       split: split to score.
       checkpoint: "best", "latest" or a step.
       data: the prepared data set; None is that of the run's config.
-      out: Parquet file to write. It appears when it is complete, and a failure leaves an
-        older file as it was. The first process writes it.
+      out: Parquet file to write. It appears when it is complete, and a failure leaves
+        an older file as it was. The first process writes it.
 
     Returns:
       The number of table rows.
 
     Raises:
-      InputError: the run, the checkpoint, the split or the data set is missing or wrong.
+      InputError: the run, the checkpoint, the split or the data set is missing or
+        wrong.
     """
     with distributed.raise_on_all_processes():
         config = load_run_config(workdir, data)
@@ -64,7 +65,7 @@ def predict_run(
 
 
 def _write(tables: Iterator[pa.Table], out: Path) -> int:
-    """Write tables of one schema as a Parquet file; without a table there is no file."""
+    """Write tables of one schema as a Parquet file; no table, no file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     first = next(tables, None)
     if first is None:

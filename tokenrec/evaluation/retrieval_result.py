@@ -1,4 +1,4 @@
-"""Items and ranks that a retrieval step returns for a batch, and ranks on the devices."""
+"""The result of a retrieval step, and ranks computed on the devices."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def goal_ranks(
       scores: `[B, V]`, scores of V items, `-inf` for an item that is left out.
       items: `[V] int32`, catalogue row of each column.
       goals: `[B, P] int32`, catalogue rows; -1 fills.
-      axes: mesh axes over which the columns are split, inside a `shard_map`; empty where
-        every device has all columns.
+      axes: mesh axes over which the columns are split, inside a `shard_map`; empty
+        where every device has all columns.
 
     Returns:
       `[B, P] float32`; `inf` for a goal that is left out, 0 for a fill.
@@ -52,7 +52,8 @@ def goal_ranks(
     # One goal at a time, because [B, P, V] need not fit in memory.
     for p in range(goals.shape[1]):
         goal = goals[:, p : p + 1]
-        # A comparison instead of a gather, which explicit sharding would make an exchange.
+        # A comparison instead of a gather, which explicit sharding would make an
+        # exchange.
         goal_score = jnp.max(
             jnp.where(items == goal, scores, -jnp.inf), axis=1, keepdims=True
         )

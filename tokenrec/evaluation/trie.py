@@ -34,8 +34,8 @@ class Level(NamedTuple):
     n nodes; n_above nodes of the level above (the root alone above level 0).
 
     Attributes:
-      first_child: `[n_above] int32`, first node of this level that continues each node of
-        the level above; its other children follow.
+      first_child: `[n_above] int32`, first node of this level that continues each node
+        of the level above; its other children follow.
       child_count: `[n_above] int32`, number of those children.
       code: `[n] int32`, last code of each node.
       item: `[n] int32`, lowest item under each node; at the last level its only one.
@@ -88,7 +88,8 @@ def build_trie(codes: np.ndarray) -> Trie:
     order = np.lexsort(codes.T[::-1])
     ordered = codes[order].astype(np.int32)
     # 2. Level by level, a node begins where the codes up to that level change.
-    # `begins: [N] bool` marks those items, `above: [N]` is each item's node one level up.
+    # `begins: [N] bool` marks those items, `above: [N]` is each item's node one level
+    # up.
     begins = np.zeros(len(codes), bool)
     begins[0] = True
     above = np.zeros(len(codes), np.int32)

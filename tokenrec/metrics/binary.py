@@ -11,12 +11,12 @@ With P positives, N negatives, scores `s`, probabilities `p` and labels `y`:
 
 AUC is the share of pairs in the right order, where a tie counts one half. NE below 1 is
 better than to predict the base rate q of the same labels everywhere. Sources: GAUC, Zhu
-et al., Optimized Cost per Click in Taobao Display Advertising, KDD 2017, with impressions
-as weights; NE, He et al., Practical Lessons from Predicting Clicks on Ads at Facebook,
-ADKDD 2014.
+et al., Optimized Cost per Click in Taobao Display Advertising, KDD 2017, with
+impressions as weights; NE, He et al., Practical Lessons from Predicting Clicks on Ads
+at Facebook, ADKDD 2014.
 
-AUC and GAUC are exact, not binned: pairs are counted in integers, in O(n log n) time. No
-metric depends on the order of the log rows. An undefined metric (no log rows, or one
+AUC and GAUC are exact, not binned: pairs are counted in integers, in O(n log n) time.
+No metric depends on the order of the log rows. An undefined metric (no log rows, or one
 class only) is None. The functions here hold all log rows in memory; `score_store.py`
 gives the same numbers for splits beyond memory. Metrics of ranked lists are in
 `ranking.py`.
@@ -121,8 +121,8 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
 def normalized_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
     """Compute the log loss over the entropy of these labels' own base rate.
 
-    Below 1 is better than predicting the base rate. Source: He et al., Practical Lessons
-    from Predicting Clicks on Ads at Facebook, ADKDD 2014.
+    Below 1 is better than predicting the base rate. Source: He et al., Practical
+    Lessons from Predicting Clicks on Ads at Facebook, ADKDD 2014.
 
     Args:
       labels: `[N]`, 0 or 1.
@@ -176,6 +176,7 @@ def summarize(
     check_shapes(labels, probabilities, users, tasks)
     reports = {}
     for k, task in enumerate(tasks):
+        # Each task has its own log rows: those whose label is known.
         known = labels[:, k] != -1
         y, p = check_scores(labels[known, k], probabilities[known, k])
         reports[task] = task_report(*_sorted_classes(y, p), gauc(y, p, users[known]))
@@ -215,6 +216,7 @@ def with_macro_means(
     for name in ("auc", "gauc"):
         values = [report[name] for report in reports.values()]
         defined = [value for value in values if value is not None]
+        # fsum rounds once, so that the order of the tasks does not matter.
         means[f"macro_{name}"] = math.fsum(defined) / len(defined) if defined else None
     return {**means, "tasks": reports}
 
@@ -246,6 +248,7 @@ def check_scores(
             f"labels hold {labels[wrong][0]}, which is neither 0 nor 1; "
             "leave unknown labels out"
         )
+    # float32 is kept: a sort key holds its bits, and half the memory is enough.
     if scores.dtype != np.float32:
         scores = scores.astype(np.float64)
     missing = np.isnan(scores)
@@ -297,4 +300,5 @@ def _over_base_entropy(
     if loss is None or positives in (0, examples):
         return None
     rate = positives / examples
+    # log1p is exact for a small rate, where 1 - rate would round.
     return loss / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))

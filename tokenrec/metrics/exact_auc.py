@@ -1,8 +1,8 @@
 """Exact sums over sorted scores, from which AUC, GAUC and log loss are computed.
 
 Every function takes sorted arrays, so that neither the order of the log rows nor the
-number of hosts changes a single bit of a metric. Comparisons are counted in integers and
-divided once at the end.
+number of hosts changes a single bit of a metric. Comparisons are counted in integers
+and divided once at the end.
 
 AUC, with P positives, N negatives and scores `s` (the Mann-Whitney U statistic over
 `P N`; Hanley and McNeil, The meaning and use of the area under a receiver operating
@@ -10,14 +10,14 @@ characteristic (ROC) curve, Radiology 1982):
 
     AUC = (#{(p, n): s_p > s_n} + 1/2 #{(p, n): s_p = s_n}) / (P N)
 
-GAUC, the mean of the AUC inside each group g (a user) with both classes, weighted by the
-log rows `n_g` of the group:
+GAUC, the mean of the AUC inside each group g (a user) with both classes, weighted by
+the log rows `n_g` of the group:
 
     GAUC = sum_g n_g AUC_g / sum_g n_g
 
 Time is O(n log n), for the sort by the caller. Memory besides the sorted input is two
-blocks of `_BLOCK` numbers for AUC and log loss, and a few arrays as long as the block of
-keys for GAUC.
+blocks of `_BLOCK` numbers for AUC and log loss, and a few arrays as long as the block
+of keys for GAUC.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def gauc_terms(keys: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def group_stop(keys: np.ndarray, stop: int) -> int:
-    """Move `stop` to the end of the group that it cuts, in `keys: [N] uint64` sorted."""
+    """Move `stop` to the end of the group that it cuts in sorted `keys: [N]`."""
     if stop >= len(keys):
         return len(keys)
     group = int(keys[stop - 1]) >> GROUP_SHIFT << GROUP_SHIFT

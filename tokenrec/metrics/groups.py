@@ -13,9 +13,9 @@ from tokenrec.errors import InputError
 def group_codes(ids: np.ndarray) -> np.ndarray:
     """Convert user ids to integers that are the same in every batch and on every host.
 
-    Integers are their own code. The code of a string is its 64-bit BLAKE2b digest: among
-    a million users, any two share one with probability 3e-8, and would then count as one
-    user.
+    Integers are their own code. The code of a string is its 64-bit BLAKE2b digest:
+    among a million users, any two share one with probability 3e-8, and would then count
+    as one user.
 
     Args:
       ids: `[N]`, integers or strings.
@@ -32,6 +32,7 @@ def group_codes(ids: np.ndarray) -> np.ndarray:
     array = arrow_ids(ids)
     if pa.types.is_integer(array.type):
         return array.to_numpy().astype(np.int64)
+    # Each distinct string is hashed once.
     encoded = array.dictionary_encode()
     digests = [
         hashlib.blake2b(name.encode(), digest_size=8).digest()
@@ -46,6 +47,7 @@ def arrow_ids(ids: np.ndarray) -> pa.Array:
     Raises:
       InputError: `ids` are neither integers nor strings, or one is missing.
     """
+    # Arrow decides the type of an object array, and refuses one of mixed types.
     try:
         array = pa.array(np.asarray(ids))
     except pa.ArrowException as error:

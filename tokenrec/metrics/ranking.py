@@ -5,19 +5,20 @@ over the queries that have a relevant item:
 
     HitRate@k = 1 if min_i r_i <= k, else 0
     Recall@k  = #{i: r_i <= k} / m
-    NDCG@k    = sum_{i: r_i <= k} 1 / log2(1 + r_i)  /  sum_{j=1..min(m, k)} 1 / log2(1 + j)
+    NDCG@k    = sum_{i: r_i <= k} 1 / log2(1 + r_i)
+                / sum_{j = 1..min(m, k)} 1 / log2(1 + j)
     MRR       = 1 / min_i r_i
 
 Sources: NDCG with binary relevance, Järvelin and Kekäläinen, Cumulated gain-based
 evaluation of IR techniques, TOIS 2002; MRR, Voorhees, The TREC-8 question answering
 track report, 1999.
 
-Everywhere `ranks: [N]` (one relevant item a query) or `[N, R]`. Rank 1 is the top of the
-list, `inf` marks an item that the list does not hold, and 0 fills the entries of a query
-with fewer than R relevant items. A query without a relevant item is left out; without
-any query the metric is None. Ranks are those in the full catalogue: metrics of a sampled
-catalogue do not order models as the full ones do (Krichene and Rendle, On sampled
-metrics for item recommendation, KDD 2020).
+Everywhere `ranks: [N]` (one relevant item a query) or `[N, R]`. Rank 1 is the top of
+the list, `inf` marks an item that the list does not hold, and 0 fills the entries of a
+query with fewer than R relevant items. A query without a relevant item is left out;
+without any query the metric is None. Ranks are those in the full catalogue: metrics of
+a sampled catalogue do not order models as the full ones do (Krichene and Rendle, On
+sampled metrics for item recommendation, KDD 2020).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from tokenrec.errors import InputError
 def ranks_of(scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     """Rank the relevant items among all scored ones.
 
-    Equal scores share the mean of their ranks. A constant scorer thus ranks every item in
-    the middle, and gains nothing from the order of the items.
+    Equal scores share the mean of their ranks. A constant scorer thus ranks every item
+    in the middle, and gains nothing from the order of the items.
 
     Args:
       scores: `[N, V]`, scores of V items for N queries.

@@ -1,8 +1,8 @@
 """`ScoreStore`: collect scores batch by batch, with metrics exact beyond memory.
 
-The metrics are those of `metrics.binary.summarize` on all log rows together, bit for bit:
-scores are not binned or sampled. Log rows beyond `memory_rows` move to unnamed temporary
-files, and are sorted there through a memory map.
+The metrics are those of `metrics.binary.summarize` on all log rows together, bit for
+bit: scores are not binned or sampled. Log rows beyond `memory_rows` move to unnamed
+temporary files, and are sorted there through a memory map.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from tokenrec.metrics.groups import group_codes
 class ScoreStore:
     """Labels, probabilities and users of K tasks, collected batch by batch.
 
-    A log row takes 8 + 5 K bytes. At most `memory_rows` of them are in memory; the others
-    are in unnamed temporary files, which vanish with the store. Besides, memory grows only
-    with the number of users (16 bytes each) and with the log rows of one user.
+    A log row takes 8 + 5 K bytes. At most `memory_rows` of them are in memory; the
+    others are in unnamed temporary files, which vanish with the store. Besides, memory
+    grows only with the number of users (16 bytes each) and with the log rows of one
+    user.
 
     Args:
       tasks: K names.
@@ -67,6 +68,7 @@ class ScoreStore:
                 ("group", "i8"),
             ]
         )
+        # Blocks in files, and blocks in memory that came after them.
         self._spilled: list[np.ndarray] = []
         self._fresh: list[np.ndarray] = []
 
@@ -81,13 +83,14 @@ class ScoreStore:
           users: `[N]`, integers or strings.
 
         Raises:
-          InputError: shapes differ, a label is none of 1, 0, -1, or the probability of a
-            known label is NaN.
+          InputError: shapes differ, a label is none of 1, 0, -1, or the probability of
+            a known label is NaN.
         """
         labels = np.asarray(labels)
         probabilities = np.asarray(probabilities)
         users = np.asarray(users)
         check_shapes(labels, probabilities, users, self.tasks)
+        # Checked here and not in `summarize`, so that a bad batch fails at once.
         known = labels != -1
         check_scores(labels[known], probabilities[known])
         block = np.empty(len(labels), self._dtype)

@@ -1,8 +1,8 @@
 """FLOPs and bytes of attention, by formula.
 
-XLA reports neither for a Pallas kernel, and counts masked pairs in a dense product. Here
-the cost is that of the mathematics: with n visible (query, key) pairs, H heads of width h
-and m products of queries and keys,
+XLA reports neither for a Pallas kernel, and counts masked pairs in a dense product.
+Here the cost is that of the mathematics: with n visible (query, key) pairs, H heads of
+width h and m products of queries and keys,
 
     FLOPs = 2 m n H h        (a multiply-add is two FLOPs; the softmax is not counted)
 
@@ -19,15 +19,16 @@ import numpy as np
 
 from tokenrec.ops.attention.pattern import Pattern
 
-# Products of [Q, h] x [h, K] size. A kernel that keeps no Q x K matrix computes the logits
-# again in its backward pass; model FLOPs, which MFU counts, leave that one out.
+# Products of [Q, h] x [h, K] size. A kernel that keeps no Q x K matrix computes the
+# logits again in its backward pass; model FLOPs, which MFU counts, leave that one out.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS, MODEL_BACKWARD_PRODUCTS = 2, 5, 4
 
 
 def visible_pairs(pattern: Pattern, window: int | None) -> int:
     """Count the (query, key) pairs that see each other.
 
-    Equals `pattern.visible(window).sum()`, in O((Q + K) log K) time and O(Q + K) memory.
+    Equals `pattern.visible(window).sum()`, in O((Q + K) log K) time and O(Q + K)
+    memory.
 
     Args:
       pattern: which of Q queries see which of K keys.
@@ -35,18 +36,19 @@ def visible_pairs(pattern: Pattern, window: int | None) -> int:
     """
     query = pattern.rows(pattern.query_rows, window)
     key = pattern.rows(pattern.key_rows, window)
-    # A key of candidate c at index i is placed at c * span + i, beyond all keys of other
-    # candidates, so that one sorted array answers for all of them.
+    # A key of candidate c at index i is placed at c * span + i, beyond all keys of
+    # other candidates, so that one sorted array answers for all of them.
     span = int(pattern.index.max(initial=0)) + 2
-    # Indices in (lowest, highest] are seen. An index below -1 would be another candidate's.
+    # Indices in (lowest, highest] are seen. An index below -1 would be another
+    # candidate's.
     window_start = np.full(len(query.index), -1)
     if window is not None:
         window_start = np.maximum(query.index - window, -1)
     total = 0
     # Keys in four groups: static or not, of the query's own candidate or of none.
     for static in (False, True):
-        # Sliding layers show static keys to static queries within the window, or, if they
-        # keep static keys, to all queries and however far back.
+        # Sliding layers show static keys to static queries within the window, or, if
+        # they keep static keys, to all queries and however far back.
         shown_to_all = static and pattern.keeps_static(window)
         sees_group = np.ones(len(query.index), bool)
         if static and window is not None and not shown_to_all:
@@ -69,7 +71,7 @@ def visible_pairs(pattern: Pattern, window: int | None) -> int:
 def visible_tiles(
     pattern: Pattern, window: int | None, block_q: int, block_k: int
 ) -> int:
-    """Count the tiles with a visible pair, which a kernel computes that skips the others.
+    """Count the tiles with a visible pair: those that a skipping kernel computes.
 
     Takes `[block_q, K]` booleans of memory.
 

@@ -1,8 +1,8 @@
 """Compile the train step of a config for a TPU topology; no TPU is needed.
 
 libtpu compiles for a described topology on any machine. The result is the program that
-the pod would run, so that its memory, FLOPs and collectives are facts; its times are the
-lower bounds of `roofline.py`.
+the pod would run, so that its memory, FLOPs and collectives are facts; its times are
+the lower bounds of `roofline.py`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def compile_config(
 ) -> dict[str, Any]:
     """Compile the train step of a config for a described pod. Nothing is run.
 
-    The batch is the config's, over all devices; of several stream lengths, the longest is
-    compiled.
+    The batch is the config's, over all devices; of several stream lengths, the longest
+    is compiled.
 
     Args:
       config: a config.
@@ -66,8 +66,8 @@ def compile_config(
         tables}, `attention` (of each layer), `compile_seconds`;
       - `bytes_per_device` {weights, tables, optimizer, inputs, activations, program,
         total}, with the padding of their layout, which is also in `padding_per_device`.
-        Activations are all temporaries of XLA, gradients and gathered weights among them;
-        inputs are the batch and what aligns the arguments. `memory_per_device`,
+        Activations are all temporaries of XLA, gradients and gathered weights among
+        them; inputs are the batch and what aligns the arguments. `memory_per_device`,
         `headroom` (share left over);
       - `flops_per_device`, `model_flops_per_device` (without recomputation),
         `bytes_moved_per_device` (from and to memory, by `hlo_bytes.py`);
@@ -143,7 +143,7 @@ def compile_train_step(model: ModelSpec, mesh: Mesh, shapes: Batch) -> Compiled:
       shapes: the batch as `jax.ShapeDtypeStruct`, of `data.pipeline.batch_shapes`.
 
     Raises:
-      jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, with XLA's account of it, where the
+      jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, with XLA's account of it, if the
         step does not fit.
     """
     with jax.set_mesh(mesh):

@@ -1,8 +1,8 @@
 """Figures of a compiled program, per device: memory, FLOPs, collectives, roofline.
 
-Bytes and FLOPs come from XLA where it counts them, and from our own arithmetic elsewhere:
-nothing of XLA's counts the inside of a kernel, and a loop body counts once there. Times
-are the lower bounds of `roofline.py`.
+Bytes and FLOPs come from XLA where it counts them, and from our own arithmetic
+elsewhere: nothing of XLA's counts the inside of a kernel, and a loop body counts once
+there. Times are the lower bounds of `roofline.py`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
+from tokenrec.planner.collectives import Collective
 from tokenrec.planner.flops import Work
-from tokenrec.planner.hlo import Collective, Program, read_program
+from tokenrec.planner.hlo import Program, read_program
 from tokenrec.planner.roofline import Roofline, chip, network_seconds
 
 
@@ -37,9 +38,9 @@ def program_figures(
       - "headroom": share of the memory left over;
       - "flops", "model_flops" (FLOP), "bytes_accessed" (bytes from and to memory, by
         `hlo_bytes.py` and, in custom calls, by `work`);
-      - "collective_bytes" {kind, with " across slices" where it is: bytes into a device},
-        "collective_bytes_by_axis" {mesh axes: {kind: bytes}}, "collectives" {kind: times
-        run};
+      - "collective_bytes" {kind, with " across slices" where it is: bytes into a
+        device}, "collective_bytes_by_axis" {mesh axes: {kind: bytes}}, "collectives"
+        {kind: times run};
       - "custom_calls", "loops": as in `hlo.Program`;
       - "roofline": `Roofline`, in seconds, and "mfu_bound".
     """

@@ -6,8 +6,9 @@ reductions, which take little of the compute time and are bound by memory.
 
 Two counts of the same step:
 
-- *model FLOPs* (`step_work`): three times the forward pass (the gradient of a product is
-  two products), without recomputation. The numerator of MFU. Of all devices together.
+- *model FLOPs* (`step_work`): three times the forward pass (the gradient of a product
+  is two products), without recomputation. The numerator of MFU. Of all devices
+  together.
 - *device FLOPs* (`step_flops`): what one device computes, what `model.remat` computes
   again included. The compute time of the roofline.
 """
@@ -51,7 +52,8 @@ class Work(NamedTuple):
     """Work of a program over all devices.
 
     Attributes:
-      model_flops: FLOPs of the mathematics, without recomputation: the numerator of MFU.
+      model_flops: FLOPs of the mathematics, without recomputation: the numerator of
+        MFU.
       kernel_flops: FLOPs inside custom calls, which XLA does not count.
       kernel_bytes: bytes that custom calls move to and from memory.
     """
@@ -245,8 +247,8 @@ def device_flops(jaxpr: Jaxpr) -> float:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left, output = equation.invars[0].aval, equation.outvars[0].aval
-            # A sum over mesh axes is first made whole on every device, and scattered over
-            # them after that: those axes do not make the output smaller.
+            # A sum over mesh axes is first made whole on every device, and scattered
+            # over them after that: those axes do not make the output smaller.
             summed = {axis for dim in contracted for axis in _mesh_axes(left, dim)}
             sizes = [_local_size(left, dim) for dim in contracted]
             dims = range(len(_shape_of(equation.outvars[0])))

@@ -1,13 +1,13 @@
 """Read the text of a compiled program: its collectives, custom calls and loops.
 
-`compiled.as_text()` is HLO after all optimisations, a list of computations. A computation
-is a header and one instruction a line:
+`compiled.as_text()` is HLO after all optimisations, a list of computations. A
+computation is a header and one instruction a line:
 
     %body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
       %r = f32[8]{0:T(128)} all-reduce(%x), replica_groups=[4,2]<=[8], to_apply=%add
 
-The parser splits an instruction into name, shape, opcode and the rest, and starts at the
-computation marked `ENTRY`. It follows `calls=`, `body=`, `condition=`, `to_apply=`,
+The parser splits an instruction into name, shape, opcode and the rest, and starts at
+the computation marked `ENTRY`. It follows `calls=`, `body=`, `condition=`, `to_apply=`,
 `true_computation=`, `false_computation=` and `branch_computations={...}`, so that each
 instruction counts as often as a step runs it. These forms matter besides:
 
@@ -15,7 +15,8 @@ A loop; the trip count is XLA's, or (TPU text has none) the bound in the conditi
 
     %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body, \
 backend_config={"known_trip_count":{"n":"6"}}
-    %lt = pred[] compare(%count, %bound), direction=LT      with  %bound = s32[] constant(6)
+    %bound = s32[] constant(6)
+    %lt = pred[] compare(%count, %bound), direction=LT
 
 A collective, plain or asynchronous (`-start`; its `-done` is not counted again):
 
@@ -23,8 +24,8 @@ A collective, plain or asynchronous (`-start`; its `-done` is not counted again)
     %s = (f32[32]{0}, f32[64]{0}) all-gather-start(%p), replica_groups={{0,1},{2,3}}
 
 An asynchronous collective fused on a TPU: the fusion that starts it holds a custom call
-"AsyncCollectiveStart", and every later fusion on its way repeats the collective with the
-same chain id:
+"AsyncCollectiveStart", and every later fusion on its way repeats the collective with
+the same chain id:
 
     %g.1 = f32[64]{0} all-gather(%p), ..., frontend_attributes={chain_id="0"}
     ROOT %s = (...) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
@@ -49,6 +50,7 @@ from collections import Counter
 
 from tokenrec.errors import InputError
 from tokenrec.ops.tables.exchange import OVERFLOW_SCOPE
+from tokenrec.planner.collectives import KINDS, Collective
 from tokenrec.planner.hlo_bytes import (
     Computations,
     Instruction,
@@ -63,61 +65,6 @@ _CALLED = re.compile(
     r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)"
     r"=%?([\w.-]+)"
 )
-_KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """A collective of a compiled program.
-
-    Attributes:
-      kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all" or
-        "collective-permute".
-      size: bytes on a device of the longer side: the result of an all-gather, the operand
-        of the others.
-      groups: positions in the flattened mesh that exchange; those of one slice where
-        `slices` is above 1.
-      trips: how often a step runs it.
-      slices: above 1, the collective is between that many slices, device by device, over
-        the data-centre network.
-    """
-
-    kind: str
-    size: float
-    groups: tuple[tuple[int, ...], ...]
-    trips: int = 1
-    slices: int = 1
-
-    @property
-    def moved(self) -> float:
-        """Bytes into every device, all trips together, by `ring_bytes`."""
-        group = self.slices if self.slices > 1 else len(self.groups[0])
-        return self.trips * ring_bytes(self.kind, self.size, group)
-
-
-def ring_bytes(kind: str, size: float, group: int) -> float:
-    """Compute the bytes into every device of a group, by the ring algorithm.
-
-    A group of g devices moves (g - 1) / g of the size, twice for an all-reduce, which is a
-    reduce-scatter and an all-gather; a permutation moves it once.
-
-    Args:
-      kind: as `Collective.kind`.
-      size: as `Collective.size`, bytes.
-      group: g, number of devices.
-
-    >>> ring_bytes("all-reduce", 800.0, 4)
-    1200.0
-    """
-    if kind == "collective-permute":
-        return float(size)
-    return (2 if kind == "all-reduce" else 1) * size * (group - 1) / group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +165,7 @@ class _Reader:
             self.custom_calls[_custom_name(label, rest)] += trips
         elif opcode == "send" and "_xla_megascale_transfer_type" in rest:
             self.collectives.append(_between_slices(shape, rest, trips, self.slices))
-        elif opcode.removesuffix("-start") in _KINDS:
+        elif opcode.removesuffix("-start") in KINDS:
             # A reduce-scatter in the form of an all-reduce with a slice, fused.
             scatter = computation.startswith("all-reduce-scatter")
             collective = _collective(shape, opcode, rest, trips, self.slice_devices)
@@ -258,8 +205,8 @@ def _called(rest: str) -> list[str]:
 def _custom_name(label: str, rest: str) -> str:
     """Name of a custom call: its target.
 
-    All Pallas kernels have one target; their name is that of the instruction, without the
-    numbers that XLA appends.
+    All Pallas kernels have one target; their name is that of the instruction, without
+    the numbers that XLA appends.
     """
     match = re.search(r'custom_call_target="([^"]*)"', rest)
     target = match[1] if match else "unnamed"
@@ -317,6 +264,6 @@ def _between_slices(shape: str, rest: str, trips: int, slices: int) -> Collectiv
     match = re.search(r'_xla_megascale_transfer_type="([A-Z_]+)"', rest)
     kind = match[1].lower().replace("_", "-") if match else ""
     size = array_bytes(shape)[0] * (slices if kind == "all-gather" else 1)
-    if kind not in _KINDS:
+    if kind not in KINDS:
         kind = "collective-permute"
     return Collective(kind, size, ((0,),), trips, slices)

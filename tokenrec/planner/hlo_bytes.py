@@ -1,8 +1,8 @@
 """Bytes between a device's memory and its cores, from the text of a compiled program.
 
-For each instruction the bytes that it reads and writes, each array once, so that the sum
-is the least that the program moves. Padding is not counted. Rules, with the form of the
-text that each reads:
+For each instruction the bytes that it reads and writes, each array once, so that the
+sum is the least that the program moves. Padding is not counted. Rules, with the form of
+the text that each reads:
 
 An array that the compiler keeps on the chip ("S(1)" in its layout) costs nothing:
 
@@ -15,13 +15,14 @@ array that they lie in:
     %r = f32[3,16]{1,0} gather(%t, %ids), offset_dims={1}, slice_sizes={1,16}
     %s = f32[100,16]{1,0} scatter(%t, %ids, %g), to_apply=%add
 
-A fusion costs its operands and its result. An operand that its body only slices costs the
-slice; one that it updates in place costs the update:
+A fusion costs its operands and its result. An operand that its body only slices costs
+the slice; one that it updates in place costs the update:
 
     %w = f32[8,8]{1,0} fusion(%stack, %i), kind=kLoop, calls=%pick.1
     %cut = f32[1,8,8]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero)     in %pick.1
 
-An asynchronous pair counts at its start, whose shape holds operand, result and counters:
+An asynchronous pair counts at its start, whose shape holds operand, result and
+counters:
 
     %start = (f32[2,8]{1,0:S(1)}, f32[2,8]{1,0}, u32[]{:S(2)}) copy-start(%x)
     %done = f32[2,8]{1,0:S(1)} copy-done(%start)

@@ -1,4 +1,4 @@
-"""Abstract inputs of a train step: the model, the state and the batch, without any data."""
+"""Abstract inputs of a train step: model, state and batch, without any data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenrec.state import ModelSpec, TrainState, abstract_state, build_model
 
 
 class PlannedInputs(NamedTuple):
-    """What a train step is compiled from.
+    """Inputs from which a train step is compiled.
 
     Attributes:
       model: static half of the run.
@@ -56,6 +56,8 @@ def planned_inputs(
         batch_size=config.data.batch_size if batch_size is None else batch_size,
         ages=reads_event_ages(config.model),
     )[config.data.events]
+    # Shardings come from the mesh in use: an array has one size per device on every
+    # mesh.
     with jax.set_mesh(mesh):
         state = abstract_state(model)
     return PlannedInputs(model, state, batch)

@@ -109,9 +109,9 @@ def tiled_elements(
 ) -> int:
     """Count the elements that an array takes in tiles, padding included.
 
-    The first tile rounds the minor dimensions up; later ones only reorder. A table of 16
-    columns in tiles of 8 x 128: little is lost with its rows as the minor dimension, seven
-    eighths with its columns.
+    The first tile rounds the minor dimensions up; later ones only reorder. A table of
+    16 columns in tiles of 8 x 128: little is lost with its rows as the minor dimension,
+    seven eighths with its columns.
 
     Args:
       shape: of the array on one device.
@@ -148,7 +148,7 @@ def refused_bytes(message: str) -> int | None:
 
 
 def listed_buffers(message: str) -> list[Buffer]:
-    """Read the largest allocations from XLA's refusal, which does not always list them."""
+    """Read the largest allocations from XLA's refusal, if it lists them."""
     buffers = []
     for entry in _ALLOCATION.finditer(message):
         operator = entry["operator"] or ""

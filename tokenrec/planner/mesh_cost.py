@@ -2,8 +2,8 @@
 
 For a mesh of D devices, the formula takes
 
-- compute: model FLOPs / D, times 4/3 if `model.remat="full"` computes blocks again, over
-  the peak FLOP/s;
+- compute: model FLOPs / D, times 4/3 if `model.remat="full"` computes blocks again,
+  over the peak FLOP/s;
 - network: the bytes that the mesh shape causes (`expected_collectives`), over the links
   that the pod has for them;
 - memory: weights and their gradients, tables, optimizer state and a rough size of the
@@ -26,19 +26,19 @@ from jax.sharding import Mesh
 
 from tokenrec.config import Config, MeshConfig
 from tokenrec.models.backbones.block import ffn_width
-from tokenrec.planner.hlo import Collective
+from tokenrec.planner.collectives import Collective
 from tokenrec.planner.roofline import chip, network_seconds
 from tokenrec.sharding import AXES
 from tokenrec.state import TrainState
 
-# FLOPs of a step over the model's: a block that is computed again is a fourth pass beside
-# three.
+# FLOPs of a step over the model's: a block that is computed again is a fourth pass
+# beside three.
 _STEP_OVER_MODEL = {"none": 1.0, "dots": 1.0, "full": 4 / 3}
-# Gathers of a sharded weight: forward, backward, and once more in the pass that computes a
-# block again.
+# Gathers of a sharded weight: forward, backward, and once more in the pass that
+# computes a block again.
 _GATHERS = {"none": 2, "dots": 2, "full": 3}
-# Sums over `tensor` of an activation: after attention and after the FFN, and the gradients
-# of both inputs.
+# Sums over `tensor` of an activation: after attention and after the FFN, and the
+# gradients of both inputs.
 _TENSOR_SUMS = {"none": 4, "dots": 4, "full": 6}
 
 
@@ -100,8 +100,8 @@ def expected_collectives(
 ) -> list[Collective]:
     """List the collectives that a step must run on a mesh.
 
-    `fsdp` gathers weights and scatters the sums of their gradients, `data` sums gradients,
-    `tensor` sums activations.
+    `fsdp` gathers weights and scatters the sums of their gradients, `data` sums
+    gradients, `tensor` sums activations.
 
     Args:
       config: a config.
@@ -111,8 +111,8 @@ def expected_collectives(
     """
     sizes = mesh.shape
     itemsize = jnp.dtype(config.model.dtype).itemsize
-    # Bytes of weights that `fsdp` splits, as they are gathered in the compute type, and of
-    # gradients that `data` sums, in the type of the weights.
+    # Bytes of weights that `fsdp` splits, as they are gathered in the compute type, and
+    # of gradients that `data` sums, in the type of the weights.
     gathered = reduced = 0
     for leaf in state.params.values():
         axes = _axes(leaf)
@@ -165,7 +165,7 @@ def activation_bytes(config: Config, tokens: int, sizes: dict[str, int]) -> int:
 
 
 def _device_bytes(tree: Any, mesh: Mesh) -> int:
-    """Bytes of one device: the axes of the leaves' shardings, the sizes of this mesh."""
+    """Bytes of one device, by the leaves' shardings and the sizes of this mesh."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         parts = math.prod(mesh.shape[axis] for axis in _axes(leaf))

@@ -1,8 +1,9 @@
 """Schemas of data sets that are not at hand: known or planned table sizes.
 
-`compile` and `describe` need the features and table sizes of a data set, but none of its
-data. A planned schema is a JSON file like the `tokenrec.json` of a prepared data set, of
-which `schema` and `counts.items` are read; its `notes` say where each size comes from.
+`compile` and `describe` need the features and table sizes of a data set, but none of
+its data. A planned schema is a JSON file like the `tokenrec.json` of a prepared data
+set, of which `schema` and `counts.items` are read; its `notes` say where each size
+comes from.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ def resolve_schema(config: Config) -> tuple[Schema, str]:
         return schema, f"prepared data set {directory}"
     if config.data.semantic_ids:
         raise InputError(
-            f"data.semantic_ids='{config.data.semantic_ids}' belongs to a prepared data "
-            f"set, and '{directory}' is none; prepare it, or leave the semantic ids out"
+            f"data.semantic_ids='{config.data.semantic_ids}' belongs to a prepared "
+            f"data set, and '{directory}' is none; "
+            "prepare it, or leave the semantic ids out"
         )
     path = _find(config.data.schema)
     return read_planned(path), f"planned schema {path.name}; no data set at {directory}"
@@ -59,8 +61,8 @@ def read_planned(path: Path) -> Schema:
     except (KeyError, TypeError) as error:
         raise InputError(
             f"data.schema '{path}' is not a planned schema: "
-            f"{type(error).__name__}: {error}; it needs `schema` and `counts.items`, as "
-            f"in the {METADATA_FILE} of a prepared data set"
+            f"{type(error).__name__}: {error}; it needs `schema` and `counts.items`, "
+            f"as in the {METADATA_FILE} of a prepared data set"
         ) from error
 
 

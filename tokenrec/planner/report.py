@@ -9,7 +9,7 @@ MIB = 2**20
 
 
 def to_text(result: dict[str, Any]) -> str:
-    """Write a compiled step as text: memory, work, traffic, and the bounds on its speed.
+    """Write a compiled step as text: memory, work, traffic and bounds on its speed.
 
     Args:
       result: of `compile.compile_config`.

@@ -1,14 +1,14 @@
 """The roofline of a step on a TPU: the least time that its work must take.
 
-A step computes F FLOPs, moves M bytes to and from memory and receives N bytes from other
-devices. On a chip with peak f (FLOP/s), memory bandwidth m and network bandwidth n
-(bytes/s), its resources are busy for
+A step computes F FLOPs, moves M bytes to and from memory and receives N bytes from
+other devices. On a chip with peak f (FLOP/s), memory bandwidth m and network bandwidth
+n (bytes/s), its resources are busy for
 
     compute = F / f,   memory = M / m,   network = N / n       (seconds, of one device)
 
-If the three overlap fully, the step takes the longest of them, and no run is faster: that
-is the *bound*. If nothing overlaps it takes their sum. Rates that follow from the bound
-are upper bounds; `MFU bound = model FLOPs / (f * bound)`. (Williams, Waterman and
+If the three overlap fully, the step takes the longest of them, and no run is faster:
+that is the *bound*. If nothing overlaps it takes their sum. Rates that follow from the
+bound are upper bounds; `MFU bound = model FLOPs / (f * bound)`. (Williams, Waterman and
 Patterson, Roofline: an insightful visual performance model, CACM 2009.)
 
 Not counted: latency, hops and contention in the network, kernel launches, and work that
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tokenrec.errors import InputError, suggest
-from tokenrec.planner.hlo import Collective, ring_bytes
+from tokenrec.planner.collectives import Collective, ring_bytes
 
 GIB = 2**30
 
@@ -123,7 +123,8 @@ def _collective_seconds(
         members = [devices[place] for place in group]
         slices = len({_slice(device) for device in members})
         local = [device for device in members if _slice(device) == _slice(members[0])]
-        # Inside its slice a device handles the whole array, between slices its part of it.
+        # Inside its slice a device handles the whole array, between slices its part of
+        # it.
         ici_bytes = dcn_bytes = 0.0
         if len(local) > 1:
             ici_bytes = ring_bytes(collective.kind, collective.size, len(local))
@@ -194,5 +195,5 @@ class Roofline:
         return max(self._named())[1]
 
     def mfu_bound(self, model_flops: float, spec: Chip) -> float:
-        """Compute the highest share of the peak that `model_flops` of a device can reach."""
+        """Compute the highest share of the peak that model FLOPs of a device reach."""
         return model_flops / (spec.flops * self.bound)

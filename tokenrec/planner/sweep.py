@@ -63,7 +63,8 @@ def compile_best(
     for prediction in predictions[:count]:
         mesh = prediction.mesh
         say(
-            f"{mesh_text(dataclasses.asdict(mesh))}: {1e3 * prediction.seconds:.2f} ms, "
+            f"{mesh_text(dataclasses.asdict(mesh))}: "
+            f"{1e3 * prediction.seconds:.2f} ms, "
             f"{prediction.bytes / 2**30:.2f} GiB a device by formula"
         )
         result = compile_config(config, topology, slices, mesh, schema)
@@ -131,8 +132,9 @@ def mesh_shapes(config: Config, devices: int, slices: int = 1) -> Iterator[MeshC
       slices: number of slices, over which `data` is split first.
 
     >>> from tokenrec.config import DataConfig, ModelConfig
-    >>> data, model = DataConfig(batch_size=4, eval_batch_size=4), ModelConfig(width=64, heads=2)
-    >>> [(m.data, m.fsdp, m.tensor) for m in mesh_shapes(Config(data=data, model=model), 4)]
+    >>> data = DataConfig(batch_size=4, eval_batch_size=4)
+    >>> small = Config(data=data, model=ModelConfig(width=64, heads=2))
+    >>> [(m.data, m.fsdp, m.tensor) for m in mesh_shapes(small, 4)]
     [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2)]
     """
     model = config.model

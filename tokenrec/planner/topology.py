@@ -19,8 +19,8 @@ from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError, suggest
 from tokenrec.sharding import AXES, make_mesh
 
-# Dimensions of each kind of pod, and sizes that can be rented. libtpu accepts more; a name
-# that it refuses is compared with these.
+# Dimensions of each kind of pod, and sizes that can be rented. libtpu accepts more; a
+# name that it refuses is compared with these.
 DIMENSIONS = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3}
 _SIZES = {
     2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -84,7 +84,7 @@ def topology_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
         return _hybrid_mesh(mesh, devices, slices)
     try:
         return make_mesh(mesh, devices)
-    # JAX lays an axis over whole axes of the torus only, unless it is told otherwise.
+    # JAX lays an axis over whole axes of the torus only, by default.
     except NotImplementedError:
         return Mesh(
             _split_devices(_shape(mesh, len(devices)), devices),
@@ -125,7 +125,7 @@ def _split_devices(
 
 
 def _hybrid_mesh(mesh: MeshConfig, devices: list[jax.Device], slices: int) -> Mesh:
-    """Mesh over several slices: `data` across them first, the other axes inside each."""
+    """Mesh over several slices: `data` goes across them first."""
     data, fsdp, tensor = _shape(mesh, len(devices))
     if data % slices or data * fsdp * tensor != len(devices):
         inside_slice = len(devices) // slices
