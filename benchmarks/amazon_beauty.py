@@ -1,12 +1,19 @@
-"""Amazon Beauty, leave-one-out, over seeds: Recall@10 and NDCG@10 of the last items, the whole catalogue ranked.
+"""Train on Amazon Beauty, leave-one-out, over seeds; report Recall@k and NDCG@k.
 
-    python -m benchmarks.amazon_beauty --root DIR [--configs next_item next_item_refit generative] [--seeds 0 1 2]
+    python -m benchmarks.amazon_beauty --root DIR \\
+        [--configs next_item next_item_refit generative] [--seeds 0 1 2]
 
-`--root` holds `Beauty.txt` and its attributes. Every seed is a run under `--runs`; a run that was stopped goes on where
-it was, a finished one is only read. The checkpoint is the one with the best NDCG@10 on valid, the items before last.
-`next_item_refit` is `next_item` once more, settings and steps unchanged, with valid among what it learns: nothing is
-chosen, the last checkpoint is taken. The semantic ids of `generative` are RQ-KMeans of co-occurrence in train.
-Leave-one-out is not a split by time: it serves to compare with published tables.
+The goal is the last item of every user, ranked in the full catalogue. `--root` is the
+folder with `Beauty.txt` and its attributes. Every seed is a run under `--runs`: a run
+that was stopped resumes, a finished one is only read.
+
+- `next_item` is evaluated at the checkpoint with the best NDCG@10 on `valid`, the items
+  before the last.
+- `next_item_refit` trains with the same settings and steps, with `valid` in its
+  training data. Nothing is chosen: the last checkpoint is evaluated.
+- `generative` generates semantic ids, made by RQ-KMeans of co-occurrence in `train`.
+
+Leave-one-out is not a split by time. It is used to compare with published tables.
 """
 
 from __future__ import annotations
@@ -36,7 +43,7 @@ from tokenrec.semantic_ids.build import build_semantic_ids
 from tokenrec.sharding import make_mesh
 from tokenrec.train_loop import train
 
-# Of configs/, and how many last items of a user are not learned.
+# Name of the shipped config, and how many last items of a user are not learned.
 CONFIGS = {
     "next_item": ("amazon_beauty", 2),
     "next_item_refit": ("amazon_beauty", 1),
@@ -44,7 +51,7 @@ CONFIGS = {
 }
 SEEN_TOO = ", seen items ranked too"
 METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
-# Full ranking, leave-one-out, as their papers print them; not run by us.
+# Full ranking, leave-one-out, as published in their papers; not run by us.
 PUBLISHED = (
     {"config": "eSASRec (published)", "recall@10": ".0928", "ndcg@10": ".0523"},
     {"config": "ActionPiece (published)", "recall@10": ".0775", "ndcg@10": ".0424"},
@@ -57,12 +64,27 @@ PUBLISHED = (
 
 
 def cpu_seconds() -> float:
+    """CPU seconds of this process so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[str, Any]:
-    """Trains one seed on the data set `data`, unless it is done; returns its record, kept in `result.json`."""
+    """Train and evaluate one seed, unless it is done.
+
+    Args:
+      name: key of `CONFIGS`.
+      seed: random seed.
+      data: the prepared data set.
+      ids: folder of the semantic ids.
+      runs: folder of the runs.
+
+    Returns:
+      Metrics and costs, which are kept in the run's `result.json`.
+
+    Raises:
+      InputError: the run was trained with other settings.
+    """
     workdir = runs / f"{name}_seed{seed}"
     kept = workdir / "result.json"
     file, held_out = CONFIGS[name]
@@ -71,7 +93,7 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
     if config.data.semantic_ids:
         config.data.semantic_ids = str(ids)
     if held_out == 1:
-        # Test is looked at once, after the last step.
+        # The test split is evaluated once, after the last step.
         config.train = dataclasses.replace(
             config.train, eval_split="test", eval_every=0, eval_samples=0
         )
@@ -80,7 +102,8 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
             to_json(config)
         ):
             raise InputError(
-                f"runs: '{workdir}' was trained with other settings; give another --runs, or move it away"
+                f"runs: '{workdir}' was trained with other settings; "
+                "give another --runs, or move it away"
             )
         return json.loads(kept.read_text())
     began, fresh = cpu_seconds(), not workdir.exists()
@@ -97,7 +120,7 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
             f"{split} {metric}": value
             for metric, value in _retrieval(workdir, split, data).items()
         }
-    # What a run cost before it was stopped is not known.
+    # The costs of a resumed run are not known: those before it was stopped are missing.
     costs = {
         "goals_per_second": summary["examples_per_second"],
         "train_cpu_seconds": trained - began,
@@ -108,31 +131,34 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
 
 
 def _retrieval(workdir: Path, split: str, data: Path) -> dict[str, float]:
-    """Metrics of the best checkpoint; also with the items of the own history among the ranked ones, if they are not and
-    no beam search has to be run again for it.
+    """Evaluate the best checkpoint of a run on a split.
+
+    A next-item head that leaves out seen items is evaluated with them as well, which
+    takes no further training; a beam search is not repeated for it.
     """
     config = load_run_config(workdir, data)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = open_run(workdir, "best", data)
         metrics = {}
-        again = config.head.drop_seen and config.head.retrieval == "next_item"
-        for suffix in ("", SEEN_TOO) if again else ("",):
-            asked = dataclasses.replace(
+        with_seen = config.head.drop_seen and config.head.retrieval == "next_item"
+        for suffix in ("", SEEN_TOO) if with_seen else ("",):
+            changed = dataclasses.replace(
                 config, head=dataclasses.replace(config.head, drop_seen=not suffix)
             )
-            assess = make_evaluator(
-                dataclasses.replace(run.model, config=asked), run.dataset, mesh
+            evaluator = make_evaluator(
+                dataclasses.replace(run.model, config=changed), run.dataset, mesh
             )
-            found = assess(run.state, split)["retrieval"]
-            metrics |= {f"{metric}{suffix}": found[metric] for metric in METRICS}
+            report = evaluator(run.state, split)["retrieval"]
+            metrics |= {f"{metric}{suffix}": report[metric] for metric in METRICS}
     return metrics
 
 
 def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows per config: mean and sample deviation over seeds, of the test items; then what was published.
+    """Make table rows per config: mean and sample deviation over seeds on `test`.
 
-    We do not know whether the published runs ranked seen items, nor whether they learned valid in the end.
+    Published results follow. It is not known whether those runs ranked seen items, or
+    trained on `valid` in the end.
     """
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(record["config"] for record in records):
@@ -188,7 +214,8 @@ def main() -> None:
             data = folders[CONFIGS[name][1]]
             records.append(run_seed(name, seed, data, arguments.ids, arguments.runs))
             print(json.dumps(records[-1]), file=sys.stderr, flush=True)
-    chosen = f"--configs {' '.join(arguments.configs)} --seeds {' '.join(map(str, arguments.seeds))}"
+    seeds_text = " ".join(map(str, arguments.seeds))
+    chosen = f"--configs {' '.join(arguments.configs)} --seeds {seeds_text}"
     command = f"python -m benchmarks.amazon_beauty --root DIR {chosen}"
     settings = {
         "split": "leave-one-out",

@@ -13,7 +13,7 @@ from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.ops.attention import PREFERRED, attention, choose, platform
 from tokenrec.ops.attention.pattern import causal_pattern
-from tokenrec.planner.roofline import (
+from tokenrec.planner.attention_cost import (
     BACKWARD_PRODUCTS,
     FORWARD_PRODUCTS,
     attention_flops,

@@ -31,17 +31,16 @@ from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.ops.attention import IMPLEMENTATIONS, attention
 from tokenrec.ops.attention.pattern import causal_pattern
-from tokenrec.planner.compile import report
-from tokenrec.planner.flops import Work, attention_work, implementation_of
-from tokenrec.planner.roofline import (
+from tokenrec.planner.attention_cost import (
     BACKWARD_PRODUCTS,
     FORWARD_PRODUCTS,
-    Roofline,
     attention_bytes,
     attention_flops,
-    chip,
     visible_pairs,
 )
+from tokenrec.planner.compiled_program import program_figures
+from tokenrec.planner.flops import Work, attention_work, implementation_of
+from tokenrec.planner.roofline import Roofline, chip
 from tokenrec.planner.topology import topology_mesh
 from tokenrec.sharding import RULES, batch_shards
 
@@ -149,7 +148,9 @@ def _figures(
     work = work._replace(
         model_flops=batch * attention_flops(pairs, heads, head_dim, products)
     )
-    return _bounded(report(compiled, mesh, work), mesh, work, array, backward=backward)
+    return _bounded(
+        program_figures(compiled, mesh, work), mesh, work, array, backward=backward
+    )
 
 
 def _compile(

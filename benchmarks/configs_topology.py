@@ -1,19 +1,23 @@
-"""The whole train step of every shipped config with no mesh of its own, compiled for pods that need not be there.
+"""Compile the train step of every small config for four TPU pods; no TPU is needed.
 
-python -m benchmarks.configs_topology [--data FOLDER]
+    python -m benchmarks.configs_topology [--data FOLDER] [--configs NAME ...]
 
-libtpu compiles each step as the pod would run it; nothing is run. What differs from a run of the config:
+libtpu compiles each step as the pod would run it; nothing is run. The small configs are
+those without a mesh of their own. A step differs from a run of its config in this:
 
-- the batch is the config's times the number of chips, since the config's own is for one device;
-- matrix products are in bfloat16, as TPUs are for;
-- of several stream lengths, the longest;
-- vocabulary sizes come from the prepared data set `FOLDER/<data.name>` where it is there ("prepared"), or else from a
-  stand-in with tables as KuaiRand-Pure's ("stand-in").
+- the batch and the sampled negatives are the config's times the number of chips, since
+  the config's own are for one device;
+- matrix products are in bfloat16;
+- of several stream lengths, the longest is compiled;
+- table sizes come from the prepared data set `FOLDER/<data.name>` if it is there
+  ("prepared"), or else from a stand-in with tables like KuaiRand-Pure's ("stand-in").
 
-Times are lower bounds, and rates and `mfu_bound` upper bounds, as in planner/roofline.py. An example is a row that
-carries loss; streams are full, and continued ones do not score their overlap again. A finished row is kept in the
-JSON file at once, and skipped when the command is given again; delete the file to start over. About half a minute a
-row on two cores.
+Times are lower bounds, and rates and `mfu_bound` upper bounds, as in
+tokenrec/planner/roofline.py. Bytes and FLOPs are those of one device. An example is a
+log row that carries loss; streams are full, and continued ones do not score their
+overlap again. A finished table row is written at once, and skipped when the command is
+given again; delete the result files to start over. One to six minutes a table row on
+two cores, an hour or more in all: no result is kept in the repository.
 """
 
 from __future__ import annotations
@@ -40,7 +44,16 @@ TARGETS = (("v5e:4x4", 1), ("v5p:4x4x4", 1), ("v6e:4x4", 1), ("v5e:4x4", 2))
 
 
 def schema_of(config: Config, data: Path) -> tuple[Schema, str]:
-    """The schema of the prepared data set, or of a stand-in that has the features and tasks that the config names."""
+    """Find the schema of a config's prepared data set, or make a stand-in.
+
+    Args:
+      config: a config.
+      data: folder of prepared data sets.
+
+    Returns:
+      The schema, and "prepared" or "stand-in". A stand-in has the features and tasks
+      that the config names.
+    """
     folder = data / config.data.name
     if (folder / METADATA_FILE).is_file():
         return Metadata.load(folder).schema, "prepared"
@@ -56,7 +69,17 @@ def schema_of(config: Config, data: Path) -> tuple[Schema, str]:
 
 
 def compile_row(name: str, topology: str, slices: int, data: Path) -> dict[str, Any]:
-    """One row; a step that does not fit has XLA's words in `problem`."""
+    """Compile one config for one pod.
+
+    Args:
+      name: of the config.
+      topology: of each slice.
+      slices: number of slices.
+      data: folder of prepared data sets.
+
+    Returns:
+      A row of the table; `problem` is XLA's message for a step that does not fit.
+    """
     config = load_config(str(shipped_configs()[name]))
     schema, origin = schema_of(config, data)
     chips = topology_mesh(topology, config.mesh, slices).size
@@ -64,48 +87,51 @@ def compile_row(name: str, topology: str, slices: int, data: Path) -> dict[str, 
         "batch_size": config.data.batch_size * chips,
         "eval_batch_size": config.data.eval_batch_size * chips,
     }
+    # Negatives are drawn for the whole batch, and must be a multiple of it.
+    negatives = config.head.negatives * chips
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **batch),
         model=dataclasses.replace(config.model, dtype="bfloat16"),
+        head=dataclasses.replace(config.head, negatives=negatives),
     )
-    found = compile_config(config, topology, slices, schema=schema)
+    compiled = compile_config(config, topology, slices, schema=schema)
     row: dict[str, Any] = {
         "config": name,
         "topology": topology,
         "slices": slices,
-        "mesh": "x".join(str(size) for size in found["mesh"].values()),
-        "batch": found["batch"],
+        "mesh": "x".join(str(size) for size in compiled["mesh"].values()),
+        "batch": compiled["batch"],
         "schema": origin,
         "attention": _shortened(
             f"{layer['implementation']} {layer['queries']}x{layer['keys']}"
-            for layer in found["attention"]
+            for layer in compiled["attention"]
         ),
-        "compile_seconds": round(found["compile_seconds"], 1),
-        "bytes_per_device": found["bytes_per_device"]["total"],
+        "compile_seconds": round(compiled["compile_seconds"], 1),
+        "bytes_per_device": compiled["bytes_per_device"]["total"],
     }
-    if "problem" in found:
-        return row | {"problem": found["problem"].partition("\n")[0]}
-    moved = found["collective_bytes"]
+    if "problem" in compiled:
+        return row | {"problem": compiled["problem"].partition("\n")[0]}
+    moved = compiled["collective_bytes"]
     return row | {
-        "temporaries": found["bytes_per_device"]["activations"],
-        "headroom": found["headroom"],
-        "flops_per_device": found["flops_per_device"],
-        "model_flops_per_device": found["model_flops_per_device"],
+        "temporaries": compiled["bytes_per_device"]["activations"],
+        "headroom": compiled["headroom"],
+        "flops_per_device": compiled["flops_per_device"],
+        "model_flops_per_device": compiled["model_flops_per_device"],
         "collectives": ", ".join(
-            f"{count} {kind}" for kind, count in found["collectives"].items()
+            f"{count} {kind}" for kind, count in compiled["collectives"].items()
         )
         or "none",
         "collective_bytes": sum(moved.values()),
         "bytes_across_slices": sum(
             n for kind, n in moved.items() if kind.endswith("slices")
         ),
-        "compute_ms": 1e3 * found["compute_seconds"],
-        "memory_ms": 1e3 * found["memory_seconds"],
-        "network_ms": 1e3 * found["network_seconds"],
-        "limit": found["bound"],
-        "mfu_bound": found["mfu_bound"],
-        "examples_per_second": found["examples_per_second"],
+        "compute_ms": 1e3 * compiled["compute_seconds"],
+        "memory_ms": 1e3 * compiled["memory_seconds"],
+        "network_ms": 1e3 * compiled["network_seconds"],
+        "limit": compiled["bound"],
+        "mfu_bound": compiled["mfu_bound"],
+        "examples_per_second": compiled["examples_per_second"],
     }
 
 

@@ -1,9 +1,11 @@
-"""KuaiRand-Pure, UC and NIO, over seeds: mean and deviation of the final checkpoint's metrics on 3 and 4 May.
+"""Train KuaiRand-Pure, UC and NIO, over seeds; report the metrics on 3 and 4 May.
 
     python -m benchmarks.kuairand_pure --root DIR [--configs uc nio] [--seeds 0 1 2]
 
-`--root` holds the official files. Every seed is a run under `--runs`; a run that was stopped goes on where it was, a
-finished one is only read. Nothing is chosen on the split that is reported: the last checkpoint is taken.
+`--root` is the folder of the official files. Every seed is a run under `--runs`: a run
+that was stopped resumes, a finished one is only read. Nothing is chosen on the split
+that is reported: the last checkpoint is evaluated. The tables show mean and sample
+deviation over seeds, and every seed.
 """
 
 from __future__ import annotations
@@ -28,12 +30,23 @@ METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
 
 
 def cpu_seconds() -> float:
+    """CPU seconds of this process so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
 def run_seed(config_name: str, seed: int, data: Path, runs: Path) -> dict[str, Any]:
-    """Trains one seed, unless it is done, and returns its record, kept in the run's `result.json`."""
+    """Train and evaluate one seed, unless it is done.
+
+    Args:
+      config_name: "uc" or "nio".
+      seed: random seed.
+      data: the prepared data set.
+      runs: folder of the runs.
+
+    Returns:
+      Metrics and costs, which are kept in the run's `result.json`.
+    """
     workdir = runs / f"{config_name}_seed{seed}"
     kept = workdir / "result.json"
     if kept.is_file():
@@ -59,7 +72,7 @@ def run_seed(config_name: str, seed: int, data: Path, runs: Path) -> dict[str, A
 
 
 def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row per config and task: mean and sample deviation over seeds."""
+    """Make a table row per config and task: mean and sample deviation over seeds."""
     rows = []
     for name in dict.fromkeys(record["config"] for record in records):
         of_config = [record for record in records if record["config"] == name]
@@ -80,6 +93,7 @@ def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def seed_row(record: dict[str, Any]) -> dict[str, Any]:
+    """Make the table row of one seed."""
     flat = {
         f"{task} {metric}": record["tasks"][task][metric]
         for task in record["tasks"]

@@ -1,10 +1,12 @@
-"""Writes the planned schema of KuaiRand-27K: its features, as `tokenrec prepare kuairand` makes them, and its sizes.
+"""Write the planned schema of KuaiRand-27K: its features and its table sizes.
 
-python -m benchmarks.plan_kuairand_27k
+    python -m benchmarks.plan_kuairand_27k
 
-The data set has 322,278,385 rows of 27,285 users over 32,038,725 videos (Gao et al., CIKM 2022, table 2, and
-kuairand.com). Sizes of tables that nobody publishes are assumptions; `SIZES` says which, and so does the file. A table
-of a prepared data set holds the values of its training split alone, so that these are upper bounds.
+The features are those that `tokenrec prepare kuairand` makes. The data set has
+322,278,385 log rows of 27,285 users over 32,038,725 videos (Gao et al., KuaiRand, CIKM
+2022, table 2, and kuairand.com). Table sizes that are not published are assumptions;
+`SIZES` and the notes of the file say which. A table of a prepared data set holds the
+values of its training split alone, so that these sizes are upper bounds.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ PUBLISHED = "published count"
 PURE_USERS = "user file of KuaiRand-Pure, which has the same 27,285 users"
 PURE_VIDEOS = "assumption: ten times what the video file of KuaiRand-Pure holds"
 CALENDAR = "by definition"
-# Distinct values of each table, and where the number comes from.
+# Distinct values of each table, and the source of the number.
 SIZES: dict[str, tuple[int, str]] = {
     "user_id": (USERS, PUBLISHED),
     "video_id": (VIDEOS, PUBLISHED),
@@ -64,30 +66,33 @@ SIZES: dict[str, tuple[int, str]] = {
 
 
 def planned() -> dict[str, object]:
-    """The JSON value of the planned schema."""
+    """Build the JSON value of the planned schema."""
     tables = {name: FIRST_KNOWN + count for name, (count, _) in SIZES.items()}
-    made = Schema(
+    schema = Schema(
         features(rates=True), tuple(Task(name) for name in TASKS), tables
     ).to_json()
+    # Fields with their default value are left out, for a file that a person can read.
     plain = vars(Feature("", "dense", "user"))
-    made["features"] = [
+    schema["features"] = [
         {
             key: value
             for key, value in feature.items()
             if key in ("name", "kind", "entity") or value != plain[key]
         }
-        for feature in made["features"]
+        for feature in schema["features"]
     ]
     return {
         "format_version": FORMAT_VERSION,
-        "schema": {key: made[key] for key in ("features", "tasks", "tables")},
+        "schema": {key: schema[key] for key in ("features", "tasks", "tables")},
         "source": "kuairand",
         "licence": LICENCE,
         "citation": CITATION,
         "counts": {"users": USERS, "items": VIDEOS, "rows": ROWS},
         "notes": {
-            "rows of a table": "its distinct values and the two reserved ids; upper bounds, before any row is read",
-            "mean, deviation": "of dense features: not known before the data is prepared, and of no weight here",
+            "rows of a table": "its distinct values and the two reserved ids; upper bounds, "
+            "before any row is read",
+            "mean, deviation": "of dense features: not known before the data is prepared, "
+            "and of no weight here",
             **{name: note for name, (_, note) in SIZES.items()},
         },
     }

@@ -1,18 +1,23 @@
-"""What pods would make of three configs, and of more and more chips, by the compiler: nothing is run.
+"""Compile three configs for TPU pods, and one of them for 16 to 512 chips.
 
-python -m benchmarks.pods [--configs NAME ...]     three configs on three pods
-python -m benchmarks.pods --weak-scaling           lrm_1b on 16 to 512 chips of v5p
+    python -m benchmarks.pods [--configs NAME ...]     three configs on three pods
+    python -m benchmarks.pods --weak-scaling           lrm_1b on 16 to 512 chips of v5p
 
-Each row is `tokenrec compile` of the config with the streams of a chip, the mesh and the `remat` that `PLANS` has for
-the kind of chip, in bfloat16. Table sizes are those of the prepared data set under `TOKENREC_DATA`, or else of the
-planned schema configs/schemas/kuairand_27k.json ("planned"). Times are lower bounds and rates upper bounds, as in
-planner/roofline.py. `fsdp` is what one or two whole axes of the torus hold, 64 chips at most, and `data` the rest:
-over three axes XLA would not scatter gradients. In weak scaling the streams of a chip stay the same; `per_chip` is the
-rate of a chip over that of the fewest chips, by the bound ("overlapped") and if compute, memory and network do not
-overlap ("serial").
+No TPU is needed, and nothing is run. Each table row is `tokenrec compile` of the config
+in bfloat16, with the streams per chip, the mesh and `model.remat` that `PLANS` has for
+the kind of chip. Table sizes are those of the prepared data set under `TOKENREC_DATA`,
+or else of the planned schema configs/schemas/kuairand_27k.json ("planned"). Times are
+lower bounds and rates upper bounds, as in tokenrec/planner/roofline.py.
 
-A finished row is kept in the JSON file at once, and skipped when the command is given again; delete the files to start
-over. Weak scaling takes the row of v5p:8x8x8 from the first table if that is there. Some minutes a row on two cores.
+`fsdp` has the chips of one or two whole axes of the torus, 64 at most, and `data` the
+rest: over three axes XLA would not scatter gradients. In weak scaling the streams per
+chip stay the same; `per_chip` is the rate of a chip over that of a chip of the smallest
+pod, by the bound ("overlapped"), and if compute, memory and network do not overlap
+("serial").
+
+A finished table row is written at once, and skipped when the command is given again;
+delete the result files to start over. Weak scaling takes the row of v5p:8x8x8 from the
+first table if it is there. Some minutes a table row on two cores.
 """
 
 from __future__ import annotations
@@ -40,7 +45,13 @@ LONGEST_FSDP = 64
 
 
 class Plan(NamedTuple):
-    """How a kind of chip runs a config: streams of a chip, most chips in `fsdp`, `remat`."""
+    """How a kind of chip runs a config.
+
+    Attributes:
+      streams: streams of a chip.
+      fsdp: most chips along `mesh.fsdp`.
+      remat: `model.remat`.
+    """
 
     streams: int
     fsdp: int
@@ -58,65 +69,86 @@ PLANS = {
 
 
 def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
-    """One row of the table."""
+    """Compile one config for one pod.
+
+    Args:
+      name: of the config.
+      topology: of each slice.
+      slices: number of slices.
+
+    Returns:
+      A row of the table.
+    """
     kind, _, size = topology.partition(":")
     plan = PLANS[name, kind]
     chips = slices * math.prod(map(int, size.split("x")))
     config = load_config(str(shipped_configs()[name]))
     fsdp = fsdp_chips([int(length) for length in size.split("x")], plan.fsdp)
     config = planned(config, plan, chips, MeshConfig(data=chips // fsdp, fsdp=fsdp))
-    found = compile_config(config, topology, slices)
-    held = found["bytes_per_device"]
+    compiled = compile_config(config, topology, slices)
+    by_part = compiled["bytes_per_device"]
     row = {
         "config": name,
         "topology": topology,
         "slices": slices,
-        "chips": found["devices"],
-        "mesh": mesh_text(found["mesh"]),
+        "chips": compiled["devices"],
+        "mesh": mesh_text(compiled["mesh"]),
         "streams": plan.streams,
         "remat": plan.remat,
-        "schema": found["schema"].split()[0],
-        "compile_seconds": round(found["compile_seconds"], 1),
-        "fits": found["fits"],
-        "memory_share": held["total"] and held["total"] / found["memory_per_device"],
+        "schema": compiled["schema"].split()[0],
+        "compile_seconds": round(compiled["compile_seconds"], 1),
+        "fits": compiled["fits"],
+        "memory_share": by_part["total"]
+        and by_part["total"] / compiled["memory_per_device"],
         **{
             f"{part}_mib": size and size / 2**20
-            for part, size in held.items()
+            for part, size in by_part.items()
             if part not in ("inputs", "program")
         },
     }
-    if "problem" in found:
-        return row | {"problem": found["problem"].partition("\n")[0]}
+    if "problem" in compiled:
+        return row | {"problem": compiled["problem"].partition("\n")[0]}
     return row | {
-        "tflop": found["flops_per_device"] / 1e12,
-        "model_tflop": found["model_flops_per_device"] / 1e12,
-        "collective_mib": sum(found["collective_bytes"].values()) / 2**20,
+        "tflop": compiled["flops_per_device"] / 1e12,
+        "model_tflop": compiled["model_flops_per_device"] / 1e12,
+        "collective_mib": sum(compiled["collective_bytes"].values()) / 2**20,
         "by_axis": ", ".join(
             f"{axes} {sum(kinds.values()) / 2**20:,.0f}"
-            for axes, kinds in found["collective_bytes_by_axis"].items()
+            for axes, kinds in compiled["collective_bytes_by_axis"].items()
         ),
-        "compute_ms": 1e3 * found["compute_seconds"],
-        "memory_ms": 1e3 * found["memory_seconds"],
-        "network_ms": 1e3 * found["network_seconds"],
-        "bound": found["bound"],
-        "mfu_bound": found["mfu_bound"],
-        "mfu_if_serial": found["mfu_if_serial"],
-        "examples_per_second": found["examples_per_second"],
+        "compute_ms": 1e3 * compiled["compute_seconds"],
+        "memory_ms": 1e3 * compiled["memory_seconds"],
+        "network_ms": 1e3 * compiled["network_seconds"],
+        "bound": compiled["bound"],
+        "mfu_bound": compiled["mfu_bound"],
+        "mfu_if_serial": compiled["mfu_if_serial"],
+        "examples_per_second": compiled["examples_per_second"],
     }
 
 
 def fsdp_chips(torus: Sequence[int], most: int) -> int:
-    """Chips, `most` at most, that one or two whole axes of a torus hold.
+    """Count the chips that one or two whole axes of a torus hold, `most` at most.
 
     >>> fsdp_chips((4, 4, 8), 64), fsdp_chips((16, 16), 64), fsdp_chips((8, 8, 8), 1)
     (32, 16, 1)
     """
-    held = [1, *torus, *(a * b for a, b in itertools.combinations(torus, 2))]
-    return max(chips for chips in held if chips <= most)
+    sizes = [1, *torus, *(a * b for a, b in itertools.combinations(torus, 2))]
+    return max(chips for chips in sizes if chips <= most)
 
 
 def planned(config: Config, plan: Plan, chips: int, mesh: MeshConfig) -> Config:
-    """The config with a plan's streams on every chip. A data set that only a clone's owner has is planned as 27K."""
+    """Apply a plan to a config.
+
+    Args:
+      config: a config.
+      plan: streams per chip and `model.remat`.
+      chips: number of chips, all slices together.
+      mesh: mesh to compile for.
+
+    Returns:
+      The config; without a prepared data set it uses the planned schema of
+      KuaiRand-27K.
+    """
     streams = plan.streams * chips
     data = dataclasses.replace(
         config.data,
@@ -129,7 +161,7 @@ def planned(config: Config, plan: Plan, chips: int, mesh: MeshConfig) -> Config:
 
 
 def with_efficiency(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows by chips, with the rate of a chip over that of a chip of the first row."""
+    """Sort table rows by chips, and add each chip's rate relative to the first row."""
     rows = sorted(rows, key=lambda row: row["chips"])
     scaled = []
     for row in rows:
@@ -155,7 +187,7 @@ def _missing(
     rows: list[dict[str, Any]], wanted: Iterable[tuple[str, str, int]]
 ) -> Iterator[tuple[str, str, int]]:
     done = {(row["config"], row["topology"], row["slices"]) for row in rows}
-    yield from (one for one in wanted if one not in done)
+    yield from (target for target in wanted if target not in done)
 
 
 def _kept(stem: Path) -> list[dict[str, Any]]:
@@ -200,8 +232,8 @@ def main() -> None:
             if (r["config"], r["topology"], r["slices"]) in wanted
             and r["topology"] not in have
         ]
-    for one in _missing(rows, wanted):
-        rows.append(pod_row(*one))
+    for target in _missing(rows, wanted):
+        rows.append(pod_row(*target))
         print(rows[-1], file=sys.stderr)
         write_result(
             out,

@@ -213,9 +213,10 @@ class LoadedRun:
         """Compute metrics of a split; see `tokenrec.evaluate`."""
         from tokenrec.evaluation.evaluate import evaluate_opened
 
-        return evaluate_opened(
+        report = evaluate_opened(
             self._run, self.mesh, split, baselines=baselines, limit=samples
         )
+        return {"split": split, "step": self.checkpoint_step} | report
 
     def predict(self, split: str = "valid") -> pa.Table:
         """Score a split.

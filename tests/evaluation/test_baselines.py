@@ -1,3 +1,5 @@
+"""Baselines against brute force and scikit-learn, and what they must not see."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -10,18 +12,17 @@ from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED, InteractionLog
 from tokenrec.evaluation.baselines import (
     PRIOR_ROWS,
     baselines,
-    fit_logistic,
-    fit_probability,
     past_rates,
     popularity_scores,
     rate_scores,
     repeat_scores,
     row_keys,
 )
+from tokenrec.evaluation.logistic_regression import fit_logistic, fit_probability
 
 
 def make_log(rows: list[tuple[int, int, int, int, tuple[int, ...]]]) -> InteractionLog:
-    """Rows of (chunk, time, item, flags, labels), in order."""
+    """Make a log from rows of (chunk, time, item, flags, labels), in order."""
     chunk, time, item, flags, labels = zip(*rows, strict=True)
     start = np.searchsorted(chunk, np.arange(max(chunk) + 2))
     nothing, no_user = np.zeros((len(rows), 0)), np.zeros((len(start) - 1, 0))
@@ -90,13 +91,8 @@ def test_popularity_and_rate_count_only_rows_that_may_be_learned_from() -> None:
             (0, 1, 0, learned, (1,)),
             (0, 2, 0, learned, (0,)),
             (0, 3, 0, learned, (-1,)),
-            (
-                0,
-                4,
-                0,
-                EVENT,
-                (1,),
-            ),  # the head of a chunk repeats events that were counted before
+            # The head of a chunk repeats events that were counted before.
+            (0, 4, 0, EVENT, (1,)),
             (0, 5, 1, EVENT | LEARNED, (1,)),
         ]
     )
@@ -181,7 +177,7 @@ def test_scores_that_separate_the_classes_give_finite_probabilities() -> None:
 
 @pytest.mark.parametrize("seed", [5, 17, 22, 52])
 def test_many_features_of_few_rows_give_finite_probabilities(seed: int) -> None:
-    """With whole Newton steps and a free intercept these ended in a singular matrix."""
+    """These ended in a singular matrix with whole Newton steps and a free intercept."""
     random = np.random.default_rng(seed)
     x, labels = random.normal(size=(20, 12)), random.integers(0, 2, 20)
     found = fit_logistic(x, labels)(x)
@@ -207,7 +203,8 @@ def test_baselines_score_the_scored_rows_in_order_for_the_tasks_asked() -> None:
 
 
 def test_own_label_of_a_training_row_is_left_out_of_its_count() -> None:
-    # Every item has one row: its own label would tell everything, and the other rows of the item tell nothing.
+    # Every item has one row: its own label would give the answer away, and the item has no
+    # other rows.
     train = make_log([(0, i, i, SCORED | LEARNED, (i % 2,)) for i in range(50)])
     log = make_log([(0, 99, 0, SCORED, (0,)), (0, 99, 1, SCORED, (0,))])
     for name in ("popularity", "item_rate"):

@@ -1,4 +1,4 @@
-"""Tries and beam search against the definition: score every item, sort."""
+"""Tries and beam search against brute force: score every item and sort."""
 
 import functools
 
@@ -9,21 +9,22 @@ import pytest
 
 from tests.worlds import mesh_of
 from tokenrec.errors import InputError
-from tokenrec.evaluation.beam_search import beam_search, build_trie
+from tokenrec.evaluation.beam_search import beam_search
+from tokenrec.evaluation.trie import build_trie
 from tokenrec.sharding import RULES
 
 CODES = 5
 
 
 def catalogue(items, levels, seed=0, codes=CODES):
-    """`[N, L]`, rows that differ, in no order."""
+    """Draw distinct semantic ids `[N, L]`, in random order."""
     random = np.random.default_rng(seed)
     every = random.permutation(codes**levels)[:items]
     return np.stack(np.unravel_index(every, (codes,) * levels), axis=1).astype(np.int32)
 
 
 def prefix_number(codes):
-    """A number for each prefix: `[..., l]` -> `[...]`."""
+    """Number the prefixes: `[..., l]` -> `[...]`."""
     number = 0
     for level in range(codes.shape[-1]):
         number = number * CODES + codes[..., level]
@@ -31,7 +32,10 @@ def prefix_number(codes):
 
 
 def random_model(levels, batch, seed=0, values=None):
-    """A table of log-probabilities `[B, prefixes, CODES]` for each level; `values`: draw from these few instead."""
+    """Make log-probabilities `[B, prefixes, CODES]` for each level.
+
+    `values` are a few numbers to draw from instead, for ties.
+    """
     random = np.random.default_rng(seed)
     tables = []
     for level in range(levels):
@@ -57,7 +61,10 @@ def next_log_probs(tables, codes, level):
 
 
 def brute_force(tables, codes, width, renormalize=False):
-    """Items and scores of the `width` best, for each request: `[B, W]`, -1 and -inf where fewer exist."""
+    """Items and scores of the `width` best of each request, `[B, W]` both.
+
+    -1 and -inf where fewer items exist.
+    """
     items, scores = [], []
     for b in range(len(tables[0])):
         total = np.zeros(len(codes), np.float32)

@@ -1,4 +1,4 @@
-"""Retrieval on real files: goals, ranks, losses, generation, and that it learns where the next item is known."""
+"""Retrieval on prepared files: goals, ranks, losses, metrics, and learning."""
 
 import json
 
@@ -25,13 +25,10 @@ from tokenrec.cli.main import main
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import batch_shapes, eval_batches
 from tokenrec.errors import InputError
+from tokenrec.evaluation.baseline_reports import retrieval_baselines
 from tokenrec.evaluation.baselines import goal_counts
 from tokenrec.evaluation.catalogue import RankedItems, rank_by_counts, summarize
-from tokenrec.evaluation.evaluate import (
-    evaluate_run,
-    make_retrieval_step,
-    retrieval_baselines,
-)
+from tokenrec.evaluation.evaluate import evaluate_run, make_retrieval_step
 from tokenrec.evaluation.predict import predict_run
 from tokenrec.metrics.ranking import ranks_of
 from tokenrec.models.heads import NextItemHead
@@ -138,7 +135,7 @@ def test_a_sampled_softmax_that_draws_every_item_once_is_the_full_one(cosine):
 
 
 def test_a_sampled_softmax_estimates_the_partition_of_the_full_one():
-    """The mean of exp(loss) over draws: own + corrected others is the full sum in expectation."""
+    """The mean of exp(loss) over draws is, in expectation, that of the full softmax."""
     from flax import nnx
 
     from tokenrec.config import HeadConfig
@@ -230,7 +227,8 @@ def test_baselines_are_the_popular_items_and_the_users_own(data):
     goals = host.batch.goals[:, 0]
     scores = np.broadcast_to(learned, (len(goals), ITEMS))
     assert np.array_equal(popular.ranks, ranks_of(scores, goals))
-    # Eight steps of one or two around twelve items, so that many users have not met the item that comes next.
+    # Eight steps of one or two around twelve items: many users have not met the item that
+    # comes next.
     assert (
         reports["popularity"]["retrieval"]["users"]
         == reports["repeat"]["retrieval"]["users"]
@@ -312,9 +310,8 @@ def test_a_step_and_its_answers_agree_on_a_mesh(data, codes, kind):
                     (metrics.loss, metrics.grad_norm, find(state, eval_batch).scores)
                 )
             )
-            if (
-                kind == "spread" and mesh.size == 8
-            ):  # no device ever holds all item vectors, or their gradient
+            # No device ever holds all item vectors, or their gradient.
+            if kind == "spread" and mesh.size == 8:
                 programs = (
                     step.as_text(),
                     find.lower(state, eval_batch).compile().as_text(),
@@ -330,7 +327,7 @@ def test_a_step_and_its_answers_agree_on_a_mesh(data, codes, kind):
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """A run with the full softmax."""
+    """Train a run with the full softmax."""
     workdir = tmp_path_factory.mktemp("run")
     train(walking(data), workdir, progress=False)
     return workdir

@@ -1,4 +1,4 @@
-"""Streams that are read at every event, and semantic ids: what is seen, what is scored, which ids a run accepts."""
+"""Generated semantic ids: scores, visibility, and the ids that a run accepts."""
 
 import dataclasses
 import functools
@@ -29,8 +29,8 @@ from tokenrec.data.semantic_id_file import (
     save_semantic_ids,
 )
 from tokenrec.errors import InputError
-from tokenrec.evaluation.beam_search import build_trie
 from tokenrec.evaluation.generate import generate
+from tokenrec.evaluation.trie import build_trie
 from tokenrec.sharding import to_devices
 from tokenrec.state import init_state
 from tokenrec.step import loss_fn
@@ -51,7 +51,7 @@ def codes(tmp_path_factory):
 def test_the_score_of_a_generated_item_is_its_probability_in_training(
     data, codes, options
 ):
-    """Teacher forcing over the whole stream against the cached prefix and beams, item by item."""
+    """Compare teacher forcing over the whole stream with the cached prefix and beams."""
     config = code_config(data, codes, **options)
     dataset, model = opened(config)
     mesh = one_device()
@@ -63,9 +63,8 @@ def test_the_score_of_a_generated_item_is_its_probability_in_training(
         beams = jax.device_get(
             jax.jit(generate, static_argnums=0)(model, state, batch, trie)
         )
-        assert (
-            np.sort(beams.items, axis=1) == np.arange(ITEMS)
-        ).all()  # all exist, each once
+        # All items exist, each once.
+        assert (np.sort(beams.items, axis=1) == np.arange(ITEMS)).all()
 
         @functools.partial(jax.jit, static_argnums=0)
         def loss(model, state, lone):
@@ -115,8 +114,9 @@ def test_codes_of_one_goal_move_no_other_read_out(data, codes):
 
 @pytest.mark.parametrize("kind", ["next item", "codes"])
 def test_what_an_event_reads_is_what_serving_reads_after_it(data, codes, kind):
-    """Every event of a training stream, and the codes of its goal, against the same history on its own: nothing later
-    moves them.
+    """Compare the read-outs of a training stream with those of each history alone.
+
+    Nothing after an event changes its read-out, or those of the codes of its goal.
     """
     config = walking(data) if kind == "next item" else code_config(data, codes)
     dataset, model = opened(config)
@@ -126,7 +126,8 @@ def test_what_an_event_reads_is_what_serving_reads_after_it(data, codes, kind):
     with jax.set_mesh(mesh):
         state = init_state(model, 0)
         packed = np.asarray(read(model, state, to_devices(batch, mesh)))
-        for cut in (1, 3):  # the newest events away
+        # The newest events are cut away.
+        for cut in (1, 3):
             event = 7 - cut
             moved = {name: getattr(batch, name) for name in ("valid", "items")}
             shifted = jax.tree.map(
@@ -142,15 +143,14 @@ def test_what_an_event_reads_is_what_serving_reads_after_it(data, codes, kind):
             rows = [event]
             if kind == "codes":
                 asked["codes"] = batch.codes[:, event : event + 1]
-                rows += [
-                    8 + 2 * event,
-                    8 + 2 * event + 1,
-                ]  # behind the 8 events, two for each
+                # Behind the 8 events, two codes for each.
+                rows += [8 + 2 * event, 8 + 2 * event + 1]
             lone = batch._replace(
                 state=shifted[0], action=shifted[1], **asked, **shifted[2]
             )
             served = np.asarray(read(model, state, to_devices(lone, mesh)))
-            real = asked["goals"][:, 0, 0] >= 0  # elsewhere the codes are padding
+            # Elsewhere the codes are padding.
+            real = asked["goals"][:, 0, 0] >= 0
             assert real.any()
             # float32 in another order: measured 1.2e-6.
             np.testing.assert_allclose(
@@ -160,7 +160,7 @@ def test_what_an_event_reads_is_what_serving_reads_after_it(data, codes, kind):
 
 @pytest.mark.parametrize("kind", ["full", "sampled", "codes"])
 def test_no_read_out_sees_what_comes_after_its_event(data, codes, kind):
-    """The next event is the goal, so that codes beside an event must not see it either."""
+    """The next event is the goal: the codes beside an event must not see it either."""
     config = (
         code_config(data, codes)
         if kind == "codes"
@@ -193,16 +193,15 @@ def test_no_read_out_sees_what_comes_after_its_event(data, codes, kind):
 
 
 def test_semantic_ids_that_lack_an_item_are_refused(data, codes, tmp_path):
-    table = pq.read_table(codes).replace_schema_metadata(
-        None
-    )  # without the digest of all of them
+    # Without the digest of all ids.
+    table = pq.read_table(codes).replace_schema_metadata(None)
     pq.write_table(table.slice(1), tmp_path / "semantic_ids.parquet")
     with pytest.raises(InputError, match="item_id=100"):
         open_dataset(data, (), str(tmp_path))
 
 
 def test_other_semantic_ids_of_the_same_sizes_are_refused(data, codes, tmp_path):
-    """The codes of a run are its vocabulary: items that changed places would be found under each other's names."""
+    """The codes of a run are its vocabulary: swapped items would be retrieved as each other."""
     swapped = load_semantic_ids(codes)
     save_semantic_ids(
         SemanticIds(swapped.item_id, np.roll(swapped.codes, 1, axis=0)),

@@ -1,4 +1,4 @@
-"""The search of a spread catalogue against the plain one of a whole table."""
+"""Top-k of a sharded catalogue against that of the whole table."""
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,13 @@ def test_ids_and_places_are_inverse():
 def test_answers_and_ranks_are_those_of_the_whole_catalogue(sizes, dropped):
     random = np.random.default_rng(0)
     table = random.normal(size=(ROWS, WIDTH)).astype(np.float32)
-    table[FIRST + 7] = table[FIRST + 8]  # equal scores share a rank
+    # Equal scores share a rank.
+    table[FIRST + 7] = table[FIRST + 8]
     queries = random.normal(size=(BATCH, WIDTH)).astype(np.float32)
     goals = np.array([[7, -1], [8, 3]] * (BATCH // 2), np.int32)
     seen = random.integers(-1, ITEMS, (BATCH, 20)).astype(np.int32)
-    seen[0, 0] = 7  # a goal that is left out
+    # A goal that is left out.
+    seen[0, 0] = 7
     scores = queries @ (2 * table[FIRST : FIRST + ITEMS]).T
     if dropped:
         for row, items in enumerate(seen):

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and brute force, their invariances, and streaming equal to in-memory results."""
+"""Metrics against scikit-learn and brute force, and the store against memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tokenrec.errors import InputError
-from tokenrec.metrics import binary, exact_auc, ranking
+from tokenrec.metrics import binary, exact_auc, groups, ranking, score_store
 
 
 def sample(
     rows: int = 4000, groups: int = 300, tasks: int = 1, seed: int = 0, levels: int = 50
 ):
-    """Labels with unknowns, probabilities with many ties, skewed integer users."""
+    """Draw labels with unknowns, probabilities with many ties, and skewed users."""
     rng = np.random.default_rng(seed)
     probabilities = (rng.integers(1, levels, (rows, tasks)) / levels).astype(np.float32)
     labels = (rng.random((rows, tasks)) < probabilities).astype(np.int8)
@@ -35,7 +35,7 @@ def known_sample(**options):
 
 
 def pair_count_auc(labels, scores):
-    """Every (positive, negative) pair, one by one."""
+    """Count every (positive, negative) pair, one by one."""
     positives, negatives = scores[labels == 1], scores[labels == 0]
     if not len(positives) or not len(negatives):
         return None
@@ -91,9 +91,8 @@ def test_gauc_of_one_group_is_auc_and_strings_group_like_integers():
 def test_gauc_weights_groups_by_rows_and_leaves_out_groups_of_one_class():
     labels = np.array([1, 0, 0, 1, 0, 1, 1])
     scores = np.array([0.9, 0.1, 0.2, 0.1, 0.9, 0.5, 0.6])
-    groups = np.array(
-        [0, 0, 0, 1, 1, 2, 2]
-    )  # AUC 1 over 3 rows, 0 over 2 rows, undefined
+    # AUC 1 over 3 log rows, 0 over 2 log rows, undefined.
+    groups = np.array([0, 0, 0, 1, 1, 2, 2])
     assert binary.gauc(labels, scores, groups) == 3 / 5
 
 
@@ -222,13 +221,13 @@ def test_areas_of_swapped_labels_or_negated_scores_are_the_complement(case):
             ),
             r"need \(2, 1\)",
         ),
-        (lambda: binary.ScoreStore(["a"], memory_rows=0), "memory_rows=0"),
+        (lambda: score_store.ScoreStore(["a"], memory_rows=0), "memory_rows=0"),
         (
-            lambda: binary.ScoreStore(["a"]).merge(binary.ScoreStore(["b"])),
+            lambda: score_store.ScoreStore(["a"]).merge(score_store.ScoreStore(["b"])),
             "same tasks",
         ),
         (
-            lambda: binary.ScoreStore(["a"]).append(
+            lambda: score_store.ScoreStore(["a"]).append(
                 np.full((1, 1), 2), np.zeros((1, 1)), np.zeros(1, int)
             ),
             "labels hold 2",
@@ -249,7 +248,8 @@ def test_wrong_input_is_an_error_with_reason_and_remedy(call, message):
 
 def test_summary_equals_the_single_metrics_on_known_rows_and_is_json():
     labels, probabilities, users = sample(tasks=3)
-    labels[:, 2] = np.minimum(labels[:, 2], 0)  # a task without positives
+    # A task without positives.
+    labels[:, 2] = np.minimum(labels[:, 2], 0)
     summary = binary.summarize(labels, probabilities, users, ["click", "long", "hate"])
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     for k, task in enumerate(("click", "long", "hate")):
@@ -281,14 +281,16 @@ def test_summary_without_rows_has_no_means():
         empty["macro_gauc"],
         empty["tasks"]["a"]["examples"],
     ) == (None, None, 0)
-    assert binary.ScoreStore(["a"]).summarize() == empty
+    assert score_store.ScoreStore(["a"]).summarize() == empty
 
 
 @pytest.mark.parametrize("memory_rows", [64, 1000, 10**6])
 @pytest.mark.parametrize("batch", [37, 5000])
 def test_store_equals_the_summary_in_memory_bit_for_bit(memory_rows, batch, tmp_path):
     labels, probabilities, users = sample(tasks=2)
-    store = binary.ScoreStore(["a", "b"], memory_rows=memory_rows, directory=tmp_path)
+    store = score_store.ScoreStore(
+        ["a", "b"], memory_rows=memory_rows, directory=tmp_path
+    )
     for start in range(0, len(users), batch):
         rows = slice(start, start + batch)
         store.append(labels[rows], probabilities[rows], users[rows])
@@ -301,7 +303,7 @@ def test_store_equals_the_summary_in_memory_bit_for_bit(memory_rows, batch, tmp_
 
 def test_store_keeps_at_most_memory_rows_outside_files():
     labels, probabilities, users = sample(rows=1000)
-    store = binary.ScoreStore(["a"], memory_rows=100)
+    store = score_store.ScoreStore(["a"], memory_rows=100)
     for start in range(0, 1000, 30):
         store.append(
             labels[start : start + 30],
@@ -320,15 +322,15 @@ def test_stores_of_several_hosts_merge_to_the_result_of_one_in_any_order():
     expected = binary.summarize(labels, probabilities, names, ["a", "b"])
     hosts = []
     for host in range(3):
-        hosts.append(binary.ScoreStore(["a", "b"], memory_rows=500))
+        hosts.append(score_store.ScoreStore(["a", "b"], memory_rows=500))
         for start in range(host * 100, len(users), 300):
             rows = slice(start, start + 100)
             hosts[-1].append(labels[rows], probabilities[rows], names[rows])
-    merged = binary.ScoreStore(["a", "b"], memory_rows=700)
+    merged = score_store.ScoreStore(["a", "b"], memory_rows=700)
     for host in (2, 0, 1):
         merged.merge(hosts[host])
     assert merged.summarize() == expected
-    again = binary.ScoreStore(["a", "b"])
+    again = score_store.ScoreStore(["a", "b"])
     for block in merged.blocks():
         again.append(*block)
     assert again.summarize() == expected
@@ -337,7 +339,7 @@ def test_stores_of_several_hosts_merge_to_the_result_of_one_in_any_order():
 def test_a_user_longer_than_memory_rows_counts_as_one_group():
     labels, probabilities, _ = sample(rows=500)
     users = np.repeat([3, 8, 9], [5, 490, 5])
-    store = binary.ScoreStore(["a"], memory_rows=20)
+    store = score_store.ScoreStore(["a"], memory_rows=20)
     store.append(labels, probabilities, users)
     assert store.summarize() == binary.summarize(labels, probabilities, users, ["a"])
 
@@ -346,20 +348,20 @@ def test_a_full_disk_is_an_input_error(tmp_path, monkeypatch):
     def full(descriptor, offset, size):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(binary.os, "posix_fallocate", full)
-    store = binary.ScoreStore(["a"], memory_rows=10, directory=tmp_path)
+    monkeypatch.setattr(score_store.os, "posix_fallocate", full)
+    store = score_store.ScoreStore(["a"], memory_rows=10, directory=tmp_path)
     with pytest.raises(InputError, match=r"no room for .* bytes.*free some"):
         store.append(*sample(rows=20))
 
 
 def test_group_codes_do_not_depend_on_the_batch():
     names = np.array(["ann", "bob", "ann", "żółw"])
-    codes = binary.group_codes(names)
+    codes = groups.group_codes(names)
     assert codes.dtype == np.int64
     assert codes[0] == codes[2]
     assert len(set(codes.tolist())) == 3
-    assert np.array_equal(binary.group_codes(names[[3, 1]]), codes[[3, 1]])
-    assert binary.group_codes(np.empty(0, object)).shape == (0,)
+    assert np.array_equal(groups.group_codes(names[[3, 1]]), codes[[3, 1]])
+    assert groups.group_codes(np.empty(0, object)).shape == (0,)
 
 
 def test_ranks_equal_brute_force_with_midranks():

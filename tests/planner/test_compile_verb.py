@@ -1,4 +1,4 @@
-"""`tokenrec compile`: what it prints, what it writes, how it ends. Two small programs are compiled."""
+"""`tokenrec compile`: its text, its JSON and its exit codes, on two small programs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tokenrec.cli.main import main
 from tokenrec.config import MeshConfig
 from tokenrec.config.load import load_config
 from tokenrec.errors import InputError
-from tokenrec.planner.compile import compile_config, mesh_axes
-from tokenrec.planner.hlo import Collective
+from tokenrec.planner.collectives import Collective
+from tokenrec.planner.compile import compile_config
+from tokenrec.planner.compiled_program import mesh_axes
 from tokenrec.planner.report import sweep_text, to_text
 
 CONTRACT = {
@@ -91,7 +92,7 @@ def test_a_step_that_fits_is_reported_whole(compiled: tuple[int, dict]) -> None:
     assert set(held) >= PARTS
     assert sum(size for part, size in held.items() if part != "total") == held["total"]
     assert all(size >= 0 for size in held.values())
-    # 5,050 rows of 8 numbers on every device, and a number of row-wise AdaGrad for each.
+    # 5,050 table rows of 8 float32 numbers on every device.
     assert held["tables"] - result["padding_per_device"]["tables"] == 5050 * 8 * 4
     assert 0 <= result["padding_per_device"]["tables"] < 0.1 * held["tables"]
     assert result["headroom"] == pytest.approx(

@@ -1,12 +1,12 @@
-"""Bytes between memory and chip, by hand, in the text of a small program as a TPU compiler writes it."""
+"""Bytes that a small TPU program moves, against hand-computed values."""
 
 import pytest
 
 from tokenrec.planner.hlo import read_program
 from tokenrec.planner.hlo_bytes import Instruction, array_bytes, memory_bytes
 
-# A table of 100 x 16 numbers, a stack of 4 weights of 8 x 8, and a loop over the stack. Sizes of float32:
-# a row 64, a weight 256, the stack 1024, an activation of 2 x 8 64.
+# A table of 100 x 16 numbers, a stack of 4 weights of 8 x 8, and a loop over the stack.
+# Bytes in float32: a table row 64, a weight 256, the stack 1024, an activation of 2 x 8 64.
 HLO = """HloModule m
 
 %pick.1 (p0: f32[4,8,8], p1: s32[]) -> f32[8,8] {
@@ -72,12 +72,18 @@ ENTRY %main (t: f32[100,16], w: f32[4,8,8], x: f32[2,8], ids: s32[3], g: f32[3,1
 def test_a_program_costs_what_it_touches_and_a_loop_as_often_as_it_runs():
     row, activation, weight, ids = 64, 64, 256, 12
     expected = (
-        activation  # on the chip
-        + 4 * weight  # of the stack, one a trip; the activation stays on the chip
-        + activation  # and out again
-        + (2 * 3 * row + ids)  # gather: reads and writes three rows
-        + 3 * 3 * row  # add
-        + (3 * row + ids + 3 * row)  # update: three rows in, three rows out
+        # The activation is copied to the chip.
+        activation
+        # One weight of the stack a trip; the activation stays on the chip.
+        + 4 * weight
+        # The activation is copied back.
+        + activation
+        # The gather reads and writes three rows.
+        + (2 * 3 * row + ids)
+        # The sum reads two operands and writes one result of three rows.
+        + 3 * 3 * row
+        # The update reads three rows of the table and three of gradients.
+        + (3 * row + ids + 3 * row)
     )
     assert read_program(HLO, 1).memory_bytes == expected
 

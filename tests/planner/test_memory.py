@@ -1,4 +1,4 @@
-"""What is said of a program's memory: padding of a layout, XLA's own account, and the largest traced arrays."""
+"""Memory of a program: padding, XLA's own account, and the largest traced arrays."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A schema without its data: when it is read, what it says, and that it is what `prepare` would make."""
+"""Planned schemas: when one is read, its contents, and its agreement with `prepare`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Meshes of a pod, ranked by formula: nothing here compiles."""
+"""Meshes of a pod, ranked by formula; nothing here compiles."""
 
 import dataclasses
 
@@ -10,8 +10,9 @@ from tests.planner.test_compile import tpu_compiler
 from tests.worlds import SCHEMA, TABLES, mesh_of, tiny
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
+from tokenrec.planner.mesh_cost import expected_collectives, predict
 from tokenrec.planner.roofline import CHIPS
-from tokenrec.planner.sweep import expected_collectives, mesh_shapes, predict, rank
+from tokenrec.planner.sweep import mesh_shapes, rank
 from tokenrec.sharding import RULES
 from tokenrec.state import TrainState
 
@@ -34,7 +35,7 @@ def state_of(mesh, rows=8):
 
 @pytest.fixture
 def v5e(monkeypatch):
-    """Devices of this machine with the figures of a chip."""
+    """Give the devices of this machine the figures of a chip."""
     monkeypatch.setitem(CHIPS, jax.devices()[0].device_kind, CHIPS["TPU v5 lite"])
 
 
@@ -110,7 +111,7 @@ def test_meshes_are_ranked_by_what_fits_then_by_time():
     assert len(found) == 6
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
     assert all(one.fits for one in found)
-    # Of a small model and a large batch, gradients are the least to send.
+    # For a small model and a large batch, gradients are the least to send.
     assert found[0].mesh == MeshConfig(4, 1, 1)
 
 

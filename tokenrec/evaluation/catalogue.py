@@ -1,6 +1,18 @@
-"""Retrieval from the whole catalogue: the best items of every request, the ranks of its goals, and their metrics.
+"""Exact retrieval from the whole catalogue: top-k items, ranks of the goals, metrics.
 
-The full catalogue is ranked, never a sample of it (Krichene and Rendle, KDD 2020, show what samples do to metrics).
+Every item is scored for every request; the catalogue is never sampled, because metrics
+on a sample need not order models as the full metrics do (Krichene and Rendle, On
+sampled metrics for item recommendation, KDD 2020). The flow from a batch to a report:
+
+1. `rank_catalogue` (or a baseline, or beam search) computes a `RetrievalResult` on the
+   devices: k items and the rank of each goal.
+2. `rank_split` runs it over the requests of a split, and brings the answers to the
+   host.
+3. `summarize` groups the goals by request, and computes Recall@k, NDCG@k and MRR.
+
+B requests, V items, T events, P goals of a request, k items of an answer. A catalogue
+held whole takes `[B, V]` scores on each batch shard; one sharded over all devices is
+searched by `sharded_top_k`.
 """
 
 from __future__ import annotations
@@ -18,8 +30,9 @@ from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
-from tokenrec.evaluation.sharded_top_k import RetrievalResult, sharded_top_k
-from tokenrec.metrics.binary import group_codes
+from tokenrec.evaluation.retrieval_result import RetrievalResult, goal_ranks
+from tokenrec.evaluation.sharded_top_k import sharded_top_k
+from tokenrec.metrics.groups import group_codes
 from tokenrec.metrics.ranking import mrr, ndcg_at, recall_at
 from tokenrec.models.heads import NextItemHead
 from tokenrec.ops.tables.lookup import Stack
@@ -31,9 +44,16 @@ CUTOFFS = (1, 5, 10, 50)
 
 
 class RankedItems(NamedTuple):
-    """Answers on the host, n requests. `user_id: [n]`, `time: [n] int64` ms, `items: [n, k]`, original ids and
-    `exists: [n, k]` which of them are there; `scores: [n, k]`; `ranks: [n, P]` of the goals, `goals: [n, P]`, which
-    are rows of the catalogue.
+    """Answers of n requests on the host.
+
+    Attributes:
+      user_id: `[n]`, original ids.
+      time: `[n] int64`, milliseconds.
+      items: `[n, k]`, original ids, best first.
+      exists: `[n, k] bool`, False where there are fewer items.
+      scores: `[n, k]`.
+      ranks: `[n, P]` of the goals, as `RetrievalResult.ranks`.
+      goals: `[n, P] int32`, catalogue rows; -1 fills.
     """
 
     user_id: np.ndarray
@@ -48,12 +68,22 @@ class RankedItems(NamedTuple):
 def rank_catalogue(
     model: ModelSpec, state: TrainState, batch: Batch
 ) -> RetrievalResult:
-    """Every item of the catalogue scored, for a head "next_item"."""
+    """Score every item of the catalogue for a head "next_item".
+
+    Args:
+      model: static half of the run.
+      state: weights and tables.
+      batch: B requests; `batch.goals: [B, 1, P]`.
+
+    Returns:
+      `head.top_k` items of each request, and the ranks of its goals.
+    """
     entities = model.embedder.look_up(state.tables, batch)
     module = bind_params(model, state.params)
     assert isinstance(module.head, NextItemHead)
     h = module(entities, batch, None)
-    settings, stack = model.config.head, _item_stack(model)
+    settings = model.config.head
+    stack = _item_stack(model)
     if stack is not None and stack.spread:
         return sharded_top_k(
             module.head.query(h)[:, 0],
@@ -65,54 +95,54 @@ def rank_catalogue(
             count=settings.top_k,
             key=module.head.key,
         )
-    return _best(
-        module.head.scores(h, _vectors(model, module.head, state, stack))[:, 0],
-        batch,
-        settings,
-    )
+    vectors = _item_vectors(model, module.head, state, stack)
+    return _top_items(module.head.scores(h, vectors)[:, 0], batch, settings)
 
 
 def rank_by_counts(
     head: HeadConfig, repeat: bool, learned: jax.Array, batch: Batch
 ) -> RetrievalResult:
-    """What a model has to beat: the items that most goals of train are, `learned: [V] float32`, for everyone; with
-    `repeat`, those that are most often in the user's own history first.
+    """Retrieve the most popular items: a baseline without a model.
 
-    Needs no model: `head` says how many items are returned, and whether seen ones are left out.
+    Args:
+      head: gives the number of items returned, and whether seen items are left out.
+      repeat: put the items of the user's own history first, the most frequent of them
+        before others.
+      learned: `[V] float32`, how often each item is a goal of the training split.
+      batch: B requests.
+
+    Returns:
+      `head.top_k` items of each request, and the ranks of its goals.
     """
-    shares = learned / (jnp.max(learned) + 1)  # below one event of the user's own
-    spec = RULES("batch", None)
+    # Below 1, so that one event of the user's own outweighs any popularity.
+    shares = learned / (jnp.max(learned) + 1)
     scores = jnp.broadcast_to(
-        shares, (batch.items.shape[0], *shares.shape), out_sharding=spec
+        shares,
+        (batch.items.shape[0], *shares.shape),
+        out_sharding=RULES("batch", None),
     )
-    return _best(
-        _at_items(scores, batch.items, "add", 1.0) if repeat else scores, batch, head
-    )
+    if repeat:
+        scores = _at_items(scores, batch.items, "add", 1.0)
+    return _top_items(scores, batch, head)
 
 
-def _best(scores: jax.Array, batch: Batch, head: HeadConfig) -> RetrievalResult:
+def _top_items(scores: jax.Array, batch: Batch, head: HeadConfig) -> RetrievalResult:
+    """Top-k and ranks of `scores: [B, V]`."""
     if head.drop_seen:
         scores = _at_items(scores, batch.items, "set", -jnp.inf)
     values, items = jax.lax.top_k(scores, min(head.top_k, scores.shape[1]))
     items = jnp.where(values > -jnp.inf, items, -1)
-    return RetrievalResult(
-        items.astype(jnp.int32), values, _ranks(scores, batch.goals[:, 0])
-    )
+    ranks = goal_ranks(scores, jnp.arange(scores.shape[1]), batch.goals[:, 0])
+    return RetrievalResult(items.astype(jnp.int32), values, ranks)
 
 
 def _item_stack(model: ModelSpec) -> Stack | None:
-    """Where the item vectors of a sampled softmax lie."""
-    return next(
-        (
-            stack
-            for stack in model.embedder.stacks.values()
-            if ITEM_ROWS.name in stack.offsets
-        ),
-        None,
-    )
+    """Table stack that holds the item vectors; None if they are a dense weight."""
+    stacks = model.embedder.stacks.values()
+    return next((stack for stack in stacks if ITEM_ROWS.name in stack.offsets), None)
 
 
-def _vectors(
+def _item_vectors(
     model: ModelSpec, head: NextItemHead, state: TrainState, stack: Stack | None
 ) -> jax.Array:
     """`[V, d]` of all items."""
@@ -125,40 +155,24 @@ def _vectors(
 def _at_items(
     scores: jax.Array, items: jax.Array, how: Literal["set", "add"], value: float
 ) -> jax.Array:
-    """`[B, V]` with `value` set or added, once per event, at the items of the history, `[B, T]`."""
+    """Set or add `value` to `scores: [B, V]` at the items of the history, `[B, T]`.
 
-    def local(scores: jax.Array, items: jax.Array) -> jax.Array:
-        row = jnp.arange(scores.shape[0])[:, None]
-        # -1, no event, would count from the end.
-        return getattr(
-            scores.at[row, jnp.where(items < 0, scores.shape[1], items)], how
-        )(value, mode="drop")
+    "add" adds once per event.
+    """
+
+    def _per_request(scores: jax.Array, items: jax.Array) -> jax.Array:
+        request = jnp.arange(scores.shape[0])[:, None]
+        # -1, no event, would count from the end: it is sent out of range and dropped.
+        columns = jnp.where(items < 0, scores.shape[1], items)
+        return getattr(scores.at[request, columns], how)(value, mode="drop")
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(scores, items)
+        return _per_request(scores, items)
     spec = RULES("batch", None)
-    return jax.shard_map(local, in_specs=(spec, spec), out_specs=spec)(scores, items)
-
-
-def _ranks(scores: jax.Array, goals: jax.Array) -> jax.Array:
-    """Ranks `[B, P]` of `goals: [B, P]` among `scores: [B, V]`; equal scores share the mean of their ranks, and what
-    is left out (-inf) has none.
-    """
-    ranks = []
-    for p in range(goals.shape[1]):  # one at a time: [B, P, V] need not fit in memory
-        goal = goals[:, p : p + 1]
-        # A comparison instead of a gather, which explicit sharding would make an exchange.
-        own = jnp.sum(
-            jnp.where(jnp.arange(scores.shape[1]) == goal, scores, 0),
-            axis=1,
-            keepdims=True,
-        )
-        higher = jnp.sum(scores > own, axis=1)
-        rank = higher + (jnp.sum(scores == own, axis=1) + 1) / 2
-        rank = jnp.where(own[:, 0] > -jnp.inf, rank, jnp.inf)
-        ranks.append(jnp.where(goal[:, 0] < 0, 0.0, rank))
-    return jnp.stack(ranks, axis=1)
+    return jax.shard_map(_per_request, in_specs=(spec, spec), out_specs=spec)(
+        scores, items
+    )
 
 
 def rank_split(
@@ -170,54 +184,80 @@ def rank_split(
     *,
     limit: int = 0,
 ) -> Iterator[RankedItems]:
-    """Answers to every request of a split, or to `limit` requests spread evenly over it, batch by batch.
+    """Yield the answers to every request of a split, batch by batch.
 
-    As in `evaluate.score_split`, all processes get the answers of all.
+    As in `evaluate.score_split`, a process computes its own requests of a batch, and
+    all processes get the answers of all.
+
+    Args:
+      step: computes the answers of a batch of B requests.
+      config: of the run.
+      dataset: the prepared data set.
+      split: "train", "valid" or "test".
+      mesh: mesh that `step` runs on.
+      limit: number of requests, spread evenly over the split; 0 is all of them.
+
+    Yields:
+      The answers of n requests; fills of the last batch are left out.
     """
-    own = local_batch_indices(mesh, config.data.eval_batch_size, "data.eval_batch_size")
-    for host, who in eval_batches(
+    local = local_batch_indices(
+        mesh, config.data.eval_batch_size, "data.eval_batch_size"
+    )
+    for host, read_rows in eval_batches(
         dataset,
         config.data,
         split,
         limit=limit,
-        own=own,
+        own=local,
         ages=reads_event_ages(config.model),
     ):
-        found = to_host(step(to_devices(host.batch, mesh)))
-        rows = who.rows[:, 0]
+        result = to_host(step(to_devices(host.batch, mesh)))
+        # 1. Goals of each request, from the log rows that they stand in: `[B, P]`.
+        rows = read_rows.rows[:, 0]
         goals = np.full(rows.shape, -1, np.int32)
-        goals[rows >= 0] = who.item
-        asked = rows[:, 0] >= 0  # goals fill from the left
-        # `who` names every goal; a request has the user and time of its first.
-        first = (
-            np.cumsum((rows >= 0).sum(axis=1)[asked]) - (rows >= 0).sum(axis=1)[asked]
-        )
-        items = found.items[asked]
+        goals[rows >= 0] = read_rows.item
+        # 2. Requests that are no fill. Goals fill from the left.
+        is_request = rows[:, 0] >= 0
+        # 3. `read_rows` names every goal; a request has the user and the time of its
+        # first one.
+        goal_count = (rows >= 0).sum(axis=1)[is_request]
+        first_goal = np.cumsum(goal_count) - goal_count
+        items = result.items[is_request]
         yield RankedItems(
-            who.user_id[first],
-            who.time[first],
-            dataset.catalogue.item_id[np.maximum(items, 0)],
-            items >= 0,
-            found.scores[asked],
-            found.ranks[asked],
-            goals[asked],
+            user_id=read_rows.user_id[first_goal],
+            time=read_rows.time[first_goal],
+            items=dataset.catalogue.item_id[np.maximum(items, 0)],
+            exists=items >= 0,
+            scores=result.scores[is_request],
+            ranks=result.ranks[is_request],
+            goals=goals[is_request],
         )
 
 
 def summarize(
     answers: Iterator[RankedItems], catalogue: int, *, listed: int | None = None
 ) -> dict[str, Any]:
-    """`{"retrieval": {"recall@k", "ndcg@k", "mrr", "users", "requests", "catalogue"}}`, k in 1, 5, 10, 50.
+    """Compute Recall@k, NDCG@k and MRR of the answers, k in 1, 5, 10, 50.
 
-    Goals of one user at one time are one request, however many streams they took, and an item counts once. None:
-    metrics that no request has, or that look further than the `listed` items of an answer (None: the whole catalogue);
-    the mean reciprocal rank takes what is not listed for 0.
+    Goals of one user at one time are one request, however many streams they took, and
+    an item counts once in it.
+
+    Args:
+      answers: parts of the answers, in any order.
+      catalogue: number of items V.
+      listed: items of an answer, where goals outside of the answer have no rank:
+        Recall@k and NDCG@k with k > `listed` are None, and MRR takes an unlisted goal
+        for 0. None: the ranks are those in the whole catalogue.
+
+    Returns:
+      `{"retrieval": {"recall@k", "ndcg@k", "mrr", "users", "requests", "catalogue"}}`;
+      a metric is None if there is no request.
     """
     parts = [(a.user_id, a.time, a.ranks, a.goals) for a in answers]
     if not parts:
-        nothing = {f"{name}@{k}": None for k in CUTOFFS for name in ("recall", "ndcg")}
+        empty = {f"{name}@{k}": None for k in CUTOFFS for name in ("recall", "ndcg")}
         return {
-            "retrieval": nothing
+            "retrieval": empty
             | {"mrr": None, "users": 0, "requests": 0, "catalogue": catalogue}
         }
     user, time, ranks, goals = (
@@ -241,19 +281,35 @@ def summarize(
 def _by_request(
     user: np.ndarray, time: np.ndarray, ranks: np.ndarray, goals: np.ndarray
 ) -> np.ndarray:
-    """`[n, P]` ranks of the goals of streams -> `[requests, most distinct goals]`, 0 fills."""
+    """Gather the goals of all streams of one request.
+
+    Args:
+      user: `[n] int64`, user codes of the streams.
+      time: `[n] int64`.
+      ranks: `[n, P]`, 0 fills.
+      goals: `[n, P]`, catalogue rows.
+
+    Returns:
+      `[requests, D] float64`, the ranks of each request's distinct goals, D the most of
+      any request; 0 fills.
+    """
+    # 1. Streams of one user at one time stand side by side, and get one request number.
     order = np.lexsort((time, user))
     user, time, ranks, goals = user[order], time[order], ranks[order], goals[order]
-    opens = np.ones(len(user), bool)
-    opens[1:] = (user[1:] != user[:-1]) | (time[1:] != time[:-1])
-    request = np.cumsum(opens) - 1
-    row, column = np.nonzero(ranks)
-    # An item that two lines of a basket name is one goal.
-    of, first = np.unique(
-        np.stack([request[row], goals[row, column]]), axis=1, return_index=True
+    opens_request = np.ones(len(user), bool)
+    opens_request[1:] = (user[1:] != user[:-1]) | (time[1:] != time[:-1])
+    request = np.cumsum(opens_request) - 1
+    # 2. An item that two lines of a basket name is one goal.
+    stream, column = np.nonzero(ranks)
+    pairs, first = np.unique(
+        np.stack([request[stream], goals[stream, column]]), axis=1, return_index=True
     )
-    of, row, column = of[0], row[first], column[first]
-    place = np.arange(len(of)) - np.searchsorted(of, of)
-    out = np.zeros((int(opens.sum()), int(place.max(initial=0)) + 1), np.float64)
-    out[of, place] = ranks[row, column]
-    return out
+    goal_request = pairs[0]
+    stream, column = stream[first], column[first]
+    # 3. Pairs are sorted by request: a goal's place is its distance to the first of
+    # them.
+    place = np.arange(len(goal_request)) - np.searchsorted(goal_request, goal_request)
+    shape = (int(opens_request.sum()), int(place.max(initial=0)) + 1)
+    by_request = np.zeros(shape, np.float64)
+    by_request[goal_request, place] = ranks[stream, column]
+    return by_request

@@ -1,45 +1,63 @@
-"""Streaming evaluation over a pipeline: scores of a split, and exact metrics of them."""
+"""Evaluate a model on a split of a prepared data set: from batches to a report.
+
+Ranking, `score_split` and `evaluate`:
+
+1. `data.pipeline.eval_batches` yields every impression of the split once, in batches of
+   one shape. A process gathers the samples of its own devices.
+2. The eval step computes probabilities `[B, N, K]` on the mesh; `to_host` brings those
+   of all processes to each of them. Rows that only fill a batch are left out.
+3. `ScoreStore` collects labels, probabilities and users. Its memory is bounded: further
+   rows lie in temporary files.
+4. After the last batch it computes exact AUC, GAUC, log loss and normalised entropy per
+   task. No metric is an average over batches.
+
+Retrieval is the same with the steps of `catalogue.py`: items and ranks instead of
+probabilities, Recall@k, NDCG@k and MRR instead of AUC.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tokenrec.checkpoint.run_folder import load_run_config, open_run
+from tokenrec.checkpoint.run_folder import OpenedRun, load_run_config, open_run
 from tokenrec.config import Config
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
-from tokenrec.data.interaction_log import SCORED
 from tokenrec.data.pipeline import eval_batches
-from tokenrec.evaluation.baselines import baselines_of, goal_counts
-from tokenrec.evaluation.beam_search import build_trie
-from tokenrec.evaluation.catalogue import (
-    rank_by_counts,
-    rank_catalogue,
-    rank_split,
-    summarize,
+from tokenrec.evaluation.baseline_reports import (
+    evaluate_baselines,
+    retrieval_baselines,
 )
+from tokenrec.evaluation.catalogue import rank_catalogue, rank_split, summarize
 from tokenrec.evaluation.generate import jit_generate_step
-from tokenrec.evaluation.sharded_top_k import RetrievalResult
-from tokenrec.metrics.binary import ScoreStore, group_codes
+from tokenrec.evaluation.retrieval_result import RetrievalResult
+from tokenrec.evaluation.trie import build_trie
+from tokenrec.metrics.groups import group_codes
+from tokenrec.metrics.score_store import ScoreStore
 from tokenrec.runtime import distributed
-from tokenrec.sharding import RULES, local_batch_indices, make_mesh, to_devices, to_host
+from tokenrec.sharding import local_batch_indices, make_mesh, to_devices, to_host
 from tokenrec.state import ModelSpec, TrainState
 from tokenrec.step import eval_step
 
 
 class Scores(NamedTuple):
-    """Scored rows of one batch. n rows, K tasks.
+    """Scored impressions of one batch: n log rows, K tasks.
 
-    `row: [n] int64` in the split, `user_id, item_id: [n]` original ids, `time: [n] int64` ms, `labels: [n, K] int8`,
-    `probabilities: [n, K] float32`.
+    Attributes:
+      row: `[n] int64`, number of the log row in the split.
+      user_id: `[n]`, original ids.
+      item_id: `[n]`, original ids.
+      time: `[n] int64`, milliseconds.
+      labels: `[n, K] int8`, -1 where unknown.
+      probabilities: `[n, K] float32`.
     """
 
     row: np.ndarray
@@ -50,59 +68,105 @@ class Scores(NamedTuple):
     probabilities: np.ndarray
 
 
+class Evaluator(Protocol):
+    """A function that evaluates a state, made by `make_evaluator`."""
+
+    def __call__(
+        self,
+        state: TrainState,
+        split: str,
+        limit: int = 0,
+        between_batches: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
+        """Evaluate a state on a split. Call it under the mesh.
+
+        Args:
+          state: weights and tables.
+          split: split to evaluate.
+          limit: number of samples or requests, spread evenly over the split; 0 is all.
+          between_batches: called without arguments after every batch, to report
+            progress or to stop: what it raises ends the evaluation.
+
+        Returns:
+          The report, in the form of `evaluate` for ranking and of `catalogue.summarize`
+          for retrieval.
+        """
+        ...
+
+
 def jit_eval_step(model: ModelSpec) -> Callable[[TrainState, Batch], jax.Array]:
+    """Compile the step from a batch to probabilities `[B, N, K] float32`."""
     return jax.jit(functools.partial(eval_step, model))
 
 
 def make_retrieval_step(
     model: ModelSpec, dataset: Dataset
 ) -> Callable[[TrainState, Batch], RetrievalResult]:
-    """The compiled step that answers a retrieval batch; make it under the mesh that it runs on."""
+    """Compile the step that answers a retrieval batch.
+
+    Call it under the mesh that the step runs on: the trie of a head "semantic_id" is
+    put on its devices.
+    """
     if model.config.head.retrieval == "next_item":
         return jax.jit(functools.partial(rank_catalogue, model))
     assert dataset.catalogue.codes is not None
     return jit_generate_step(model, build_trie(dataset.catalogue.codes))
 
 
-def make_evaluator(
-    model: ModelSpec, dataset: Dataset, mesh: Mesh
-) -> Callable[..., dict[str, Any]]:
-    """`assess(state, split, limit=0, pulse=None) -> report`, of ranking or of retrieval; compiled once. Call it under
-    the mesh. `pulse()` is called after every batch; what it raises ends the evaluation.
+def make_evaluator(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Evaluator:
+    """Make the function that evaluates states of a model; the step is compiled once.
+
+    Args:
+      model: static half of the run.
+      dataset: the prepared data set.
+      mesh: mesh in use, here and at every call of the result.
+
+    Returns:
+      `evaluator(state, split, limit=0, between_batches=None) -> report`.
     """
     config = model.config
     if config.data.objective == "retrieval":
-        find = make_retrieval_step(model, dataset)
+        retrieve = make_retrieval_step(model, dataset)
+        # Beam search ranks its beams alone: Recall@k and NDCG@k with k > beams are
+        # null.
         listed = config.head.beams if config.head.retrieval == "semantic_id" else None
-        return lambda state, split, limit=0, pulse=None: summarize(
-            _pulsed(
-                rank_split(
-                    functools.partial(find, state),
-                    config,
-                    dataset,
-                    split,
-                    mesh,
-                    limit=limit,
-                ),
-                pulse,
-            ),
-            model.schema.items,
-            listed=listed,
-        )
+
+        def _evaluate_retrieval(
+            state: TrainState,
+            split: str,
+            limit: int = 0,
+            between_batches: Callable[[], None] | None = None,
+        ) -> dict[str, Any]:
+            step = functools.partial(retrieve, state)
+            answers = rank_split(step, config, dataset, split, mesh, limit=limit)
+            return summarize(
+                _calling(answers, between_batches), model.schema.items, listed=listed
+            )
+
+        return _evaluate_retrieval
+
     step = jit_eval_step(model)
-    return lambda state, split, limit=0, pulse=None: evaluate(
-        _pulsed(
-            score_split(step, state, config, dataset, split, mesh, limit=limit), pulse
-        ),
-        model.tasks,
-    )
+
+    def _evaluate_ranking(
+        state: TrainState,
+        split: str,
+        limit: int = 0,
+        between_batches: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
+        scores = score_split(step, state, config, dataset, split, mesh, limit=limit)
+        return evaluate(_calling(scores, between_batches), model.tasks)
+
+    return _evaluate_ranking
 
 
-def _pulsed[T](parts: Iterator[T], pulse: Callable[[], None] | None) -> Iterator[T]:
+def _calling[T](
+    parts: Iterator[T], between_batches: Callable[[], None] | None
+) -> Iterator[T]:
+    """Yield the parts, and call `between_batches` after each."""
     for part in parts:
         yield part
-        if pulse is not None:
-            pulse()
+        if between_batches is not None:
+            between_batches()
 
 
 def score_split(
@@ -115,33 +179,54 @@ def score_split(
     *,
     limit: int = 0,
 ) -> Iterator[Scores]:
-    """Scores of every impression of a split, or of `limit` samples spread evenly over it, batch by batch.
+    """Yield the scores of every impression of a split, batch by batch.
 
-    A process gathers and computes its own samples of a batch; all of them get the scores of all.
+    A process gathers and computes its own samples of a batch; all processes get the
+    scores of all.
+
+    Args:
+      step: maps a state and a batch to probabilities `[B, N, K]`.
+      state: weights and tables.
+      config: of the run.
+      dataset: the prepared data set.
+      split: split to score.
+      mesh: mesh that `step` runs on.
+      limit: number of samples, spread evenly over the split; 0 is all of them.
+
+    Yields:
+      The scores of n impressions.
     """
-    own = local_batch_indices(mesh, config.data.eval_batch_size, "data.eval_batch_size")
-    for host, who in eval_batches(
+    local = local_batch_indices(
+        mesh, config.data.eval_batch_size, "data.eval_batch_size"
+    )
+    for host, read_rows in eval_batches(
         dataset,
         config.data,
         split,
         limit=limit,
-        own=own,
+        own=local,
         ages=reads_event_ages(config.model),
     ):
-        read = who.rows >= 0
         probabilities = to_host(step(state, to_devices(host.batch, mesh)))
+        # Positions `[B, N]` that hold an impression; others fill the batch.
+        is_read = read_rows.rows >= 0
         yield Scores(
-            who.rows[read],
-            who.user_id,
-            who.item_id,
-            who.time,
-            who.labels,
-            probabilities[read],
+            row=read_rows.rows[is_read],
+            user_id=read_rows.user_id,
+            item_id=read_rows.item_id,
+            time=read_rows.time,
+            labels=read_rows.labels,
+            probabilities=probabilities[is_read],
         )
 
 
 def evaluate(scores: Iterator[Scores], tasks: tuple[str, ...]) -> dict[str, Any]:
-    """Metrics of scored rows: `{"macro_auc", "macro_gauc", "tasks": {task: {...}}}` (see `metrics.summarize`)."""
+    """Compute the exact metrics of scored impressions.
+
+    Returns:
+      `{"macro_auc", "macro_gauc", "tasks": {task: {...}}}`, in the form of
+      `metrics.binary.summarize`.
+    """
     store = ScoreStore(tasks)
     for part in scores:
         store.append(part.labels, part.probabilities, group_codes(part.user_id))
@@ -157,77 +242,95 @@ def evaluate_run(
     baselines: bool = False,
     limit: int = 0,
 ) -> dict[str, Any]:
-    """`tokenrec evaluate`: the run's metrics on a split, with those of the baselines on the same rows if asked."""
+    """Evaluate a checkpoint of a run, as `tokenrec evaluate`, on all processes.
+
+    Args:
+      workdir: folder of the run.
+      split: split to evaluate.
+      checkpoint: "best", "latest" or a step.
+      data: the prepared data set; None is that of the run's config.
+      baselines: also compute the metrics of the baselines on the same rows.
+      limit: number of samples or requests, spread evenly over the split; 0 is all.
+
+    Returns:
+      `{"split", "step", "checkpoint"}`, the report of `Evaluator`, and if asked
+      `"baselines"`: reports by name.
+
+    Raises:
+      InputError: the run, the checkpoint, the split or the data set is missing or
+        wrong.
+    """
+    # 1. Errors in one process are raised in all, before any of them waits for the
+    # others.
     with distributed.raise_on_all_processes():
         config = load_run_config(workdir, data)
         mesh = make_mesh(config.mesh)
     distributed.assert_same_on_all_processes(
         {"--split": split, "--baselines": baselines, "--samples": limit}
     )
+    # 2. The checkpoint, restored onto the mesh, and its metrics.
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
+    report = evaluate_opened(run, mesh, split, baselines=baselines, limit=limit)
+    return {"split": split, "step": run.step, "checkpoint": checkpoint} | report
+
+
+def evaluate_opened(
+    run: OpenedRun,
+    mesh: Mesh,
+    split: str,
+    *,
+    baselines: bool = False,
+    limit: int = 0,
+) -> dict[str, Any]:
+    """Evaluate an opened run, on all processes.
+
+    Args:
+      run: the run and its weights.
+      mesh: mesh that holds the weights.
+      split: split to evaluate.
+      baselines: also compute the metrics of the baselines on the same rows.
+      limit: number of samples or requests, spread evenly over the split; 0 is all.
+
+    Returns:
+      The report of `Evaluator`, and if asked `"baselines"`: reports by name.
+    """
+    config = run.model.config
+    with jax.set_mesh(mesh):
         if config.data.objective == "retrieval":
-            found = make_evaluator(run.model, run.dataset, mesh)(
-                run.state, split, limit
-            )
-            if baselines:
-                found["baselines"] = retrieval_baselines(
-                    run.model.config, run.dataset, split, mesh, limit=limit
-                )
-            return {"split": split, "step": run.step, "checkpoint": checkpoint} | found
-        rows: list[np.ndarray] = []
+            return _evaluate_retrieval_run(run, config, split, mesh, baselines, limit)
+        return _evaluate_ranking_run(run, config, split, mesh, baselines, limit)
 
-        def noted() -> Iterator[Scores]:
-            step = jit_eval_step(run.model)
-            for part in score_split(
-                step, run.state, config, run.dataset, split, mesh, limit=limit
-            ):
-                rows.append(part.row)
-                yield part
 
-        found = evaluate(noted(), run.model.tasks)
-    report = {"split": split, "step": run.step, "checkpoint": checkpoint} | found
+def _evaluate_retrieval_run(
+    run: OpenedRun, config: Config, split: str, mesh: Mesh, baselines: bool, limit: int
+) -> dict[str, Any]:
+    """Report of a retrieval run."""
+    report = make_evaluator(run.model, run.dataset, mesh)(run.state, split, limit)
+    if baselines:
+        report["baselines"] = retrieval_baselines(
+            run.model.config, run.dataset, split, mesh, limit=limit
+        )
+    return report
+
+
+def _evaluate_ranking_run(
+    run: OpenedRun, config: Config, split: str, mesh: Mesh, baselines: bool, limit: int
+) -> dict[str, Any]:
+    """Report of a ranking run."""
+    rows: list[np.ndarray] = []
+
+    def noting_rows(scores: Iterator[Scores]) -> Iterator[Scores]:
+        """Yield the scores, and keep their log rows for the baselines."""
+        for part in scores:
+            rows.append(part.row)
+            yield part
+
+    step = jit_eval_step(run.model)
+    scores = score_split(step, run.state, config, run.dataset, split, mesh, limit=limit)
+    report = evaluate(noting_rows(scores), run.model.tasks)
     if baselines:
         report["baselines"] = evaluate_baselines(
             run.dataset, split, run.model.tasks, np.concatenate(rows)
         )
     return report
-
-
-def evaluate_baselines(
-    dataset: Dataset, split: str, tasks: tuple[str, ...], rows: np.ndarray
-) -> dict[str, Any]:
-    """Metrics of the data set's baselines on the given rows of a split, by name."""
-    names = [task.name for task in dataset.schema.tasks]
-    columns = [names.index(task) for task in tasks]
-    log = dataset.load(split)
-    scored = np.flatnonzero(log.flags & SCORED)
-    at = np.searchsorted(scored, np.sort(rows))
-    users = np.repeat(group_codes(log.user_id), np.diff(log.start))[scored[at]]
-    labels = log.labels[scored[at]][:, columns]
-    found = {}
-    for name, probabilities in baselines_of(dataset, split, tasks).items():
-        store = ScoreStore(tasks)
-        store.append(labels, probabilities[at].astype(np.float32), users)
-        found[name] = store.summarize()
-    return found
-
-
-def retrieval_baselines(
-    config: Config, dataset: Dataset, split: str, mesh: Mesh, *, limit: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Metrics of "popularity", and of "repeat", the user's own items before the popular ones, on the requests of a
-    split. Call it under the mesh.
-    """
-    known = [task.name for task in dataset.schema.tasks]
-    task = known.index(config.data.positive) if config.data.positive else None
-    counts = goal_counts(dataset.load("train"), dataset.schema.items, task)
-    learned = jax.device_put(counts, jax.NamedSharding(mesh, RULES(None)))
-    found = {}
-    for name, repeat in (("popularity", False), ("repeat", True)):
-        find = functools.partial(
-            jax.jit(functools.partial(rank_by_counts, config.head, repeat)), learned
-        )
-        answers = rank_split(find, config, dataset, split, mesh, limit=limit)
-        found[name] = summarize(answers, dataset.schema.items)
-    return found

@@ -1,4 +1,11 @@
-"""Generative retrieval: the semantic id of the next item, level after level, by beam search over a cached prefix."""
+"""Generative retrieval: the semantic id of the next item by beam search.
+
+The codes of a semantic id are generated level after level (docs/methods.md section 2,
+"Tasks"). The prompt is computed once and its keys and values are cached; each level
+then computes the tokens of the W beams alone, which see the prompt and themselves.
+
+B requests, T events, L levels, W = `head.beams` beams, d model width.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from tokenrec.data.batch import Batch
-from tokenrec.evaluation.beam_search import Beams, Trie, beam_search
-from tokenrec.evaluation.sharded_top_k import RetrievalResult
+from tokenrec.evaluation.beam_search import Beams, beam_search
+from tokenrec.evaluation.retrieval_result import RetrievalResult
+from tokenrec.evaluation.trie import Trie
 from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.models.heads import SemanticIdHead
 from tokenrec.sharding import RULES
@@ -18,9 +26,16 @@ from tokenrec.state import ModelSpec, TrainState, bind_params
 
 
 def generate(model: ModelSpec, state: TrainState, batch: Batch, trie: Trie) -> Beams:
-    """The items whose semantic ids the model finds most probable after each history, `head.beams` of them.
+    """Find the items whose semantic ids are most probable after each history.
 
-    The prompt is computed once; a level computes the codes of the beams alone.
+    Args:
+      model: static half of the run, with a head "semantic_id".
+      state: weights and tables.
+      batch: B requests; `batch.valid: [B, T]`.
+      trie: semantic ids of the catalogue.
+
+    Returns:
+      `head.beams` items of each request, best first.
     """
     entities = model.embedder.look_up(state.tables, batch)
     module = bind_params(model, state.params)
@@ -29,20 +44,23 @@ def generate(model: ModelSpec, state: TrainState, batch: Batch, trie: Trie) -> B
     assert isinstance(backbone, TokenFormer)
     events = batch.valid.shape[1]
     prompt = model.layout(events, serving=True, candidates=1)
-    cache, read = backbone.prefill(
+    cache, read_out = backbone.prefill(
         module.prefix_tokens(entities, batch), prompt, batch.valid
     )
 
     def next_log_probs(codes: jax.Array, level: int) -> jax.Array:
+        """Map prefixes `[B, w, l]` to `[B, w, C]`, as `beam_search` needs it."""
+        # The first code is read at the end of the prompt, later ones at the last code.
         if level == 0:
-            return head.log_probs(read, 0)
-        size, beams = codes.shape[:2]
+            return head.log_probs(read_out, 0)
+        requests, beams = codes.shape[:2]
         layout = model.layout(events, serving=True, candidates=beams, codes=level)
-        every = jnp.ones((size, beams), bool, out_sharding=RULES("batch", None))
+        all_valid = jnp.ones((requests, beams), bool, out_sharding=RULES("batch", None))
         out = backbone.extend(
-            cache, module.code_tokens(codes), layout, batch.valid, every
+            cache, module.code_tokens(codes), layout, batch.valid, all_valid
         )
-        return head.log_probs(out.reshape(size, beams, level, -1)[:, :, -1], level)
+        last_code = out.reshape(requests, beams, level, -1)[:, :, -1]
+        return head.log_probs(last_code, level)
 
     return beam_search(
         next_log_probs, trie, batch=batch.valid.shape[0], width=model.config.head.beams
@@ -52,19 +70,32 @@ def generate(model: ModelSpec, state: TrainState, batch: Batch, trie: Trie) -> B
 def generate_step(
     model: ModelSpec, state: TrainState, batch: Batch, trie: Trie
 ) -> RetrievalResult:
-    """Answers of a head "semantic_id": the beams, best first."""
+    """Retrieve by beam search, for a head "semantic_id".
+
+    Args:
+      model: static half of the run.
+      state: weights and tables.
+      batch: B requests; `batch.goals: [B, 1, P]`, `batch.items: [B, T]`.
+      trie: semantic ids of the catalogue.
+
+    Returns:
+      The best `head.top_k` of the beams; the ranks of the goals are among all beams,
+      and a goal that is in none has rank `inf`.
+    """
     beams = generate(model, state, batch, trie)
     items, scores = beams.items, beams.scores
     if model.config.head.drop_seen:
         seen = jnp.any(items[:, :, None] == batch.items[:, None, :], axis=2)
-        # A stable sort keeps the order of what stays.
-        last = jnp.argsort(jnp.where(seen, 1, 0), axis=1, stable=True)
-        items, scores = jnp.where(seen, -1, items), jnp.where(seen, -jnp.inf, scores)
-        items, scores = (jnp.take_along_axis(x, last, axis=1) for x in (items, scores))
+        # Seen items move to the end; a stable sort keeps the order of the others.
+        order = jnp.argsort(jnp.where(seen, 1, 0), axis=1, stable=True)
+        items = jnp.where(seen, -1, items)
+        scores = jnp.where(seen, -jnp.inf, scores)
+        items, scores = (jnp.take_along_axis(x, order, axis=1) for x in (items, scores))
     goals = batch.goals[:, 0]
     hit = items[:, :, None] == goals[:, None, :]
     place = jnp.argmax(hit, axis=1).astype(jnp.float32) + 1
-    ranks = jnp.where(goals < 0, 0.0, jnp.where(jnp.any(hit, axis=1), place, jnp.inf))
+    ranks = jnp.where(jnp.any(hit, axis=1), place, jnp.inf)
+    ranks = jnp.where(goals < 0, 0.0, ranks)
     count = model.config.head.top_k
     return RetrievalResult(items[:, :count], scores[:, :count], ranks)
 
@@ -72,6 +103,6 @@ def generate_step(
 def jit_generate_step(
     model: ModelSpec, trie: Trie
 ) -> Callable[[TrainState, Batch], RetrievalResult]:
-    """The answers of a batch, as one program; the trie is an argument of it, not a constant in it."""
+    """Compile `generate_step`; the trie is an argument, not a constant."""
     step = jax.jit(functools.partial(generate_step, model))
     return lambda state, batch: step(state, batch, trie)

@@ -1,9 +1,9 @@
-"""Scores of a prepared split to Parquet."""
+"""Write the scores of a prepared split to a Parquet file."""
 
 from __future__ import annotations
 
 import functools
-import os
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,91 +23,115 @@ from tokenrec.evaluation.evaluate import (
     score_split,
 )
 from tokenrec.runtime import distributed
+from tokenrec.runtime.files import atomic_replace
 from tokenrec.sharding import make_mesh
 
 
 def predict_run(
     workdir: Path, split: str, checkpoint: str, data: Path | None, out: Path
 ) -> int:
-    """Writes the scores of a split and returns how many rows.
+    """Write the scores of a split, as `tokenrec predict`, on all processes.
 
-    Ranking: a row per impression; columns `user_id, item_id, time_ms`, and per task `label_TASK` (int8, null where
-    unknown) and `score_TASK` (float32 probability). Retrieval: `head.top_k` rows per request; columns `user_id, rank`
-    (from 1), `item_id, score, time_ms` (of the request). The file appears whole or not at all; the first process
-    writes it.
+    Ranking: a table row per impression, with the columns `user_id, item_id, time_ms`,
+    and per task `label_TASK` (int8, null where unknown) and `score_TASK` (float32
+    probability). Retrieval: `head.top_k` table rows per request, with the columns
+    `user_id, rank` (from 1), `item_id, score, time_ms` (of the request).
+
+    Args:
+      workdir: folder of the run.
+      split: split to score.
+      checkpoint: "best", "latest" or a step.
+      data: the prepared data set; None is that of the run's config.
+      out: Parquet file to write. It appears when it is complete, and a failure leaves
+        an older file as it was. The first process writes it.
+
+    Returns:
+      The number of table rows.
+
+    Raises:
+      InputError: the run, the checkpoint, the split or the data set is missing or
+        wrong.
     """
     with distributed.raise_on_all_processes():
         config = load_run_config(workdir, data)
         mesh = make_mesh(config.mesh)
     distributed.assert_same_on_all_processes({"--split": split})
     with jax.set_mesh(mesh):
-        tables = _tables(open_run(workdir, checkpoint, data), config, split, mesh)
+        tables = prediction_tables(open_run(workdir, checkpoint, data), split, mesh)
         if distributed.is_first_process():
             return _write(tables, out)
+        # The other processes take part in the computation and write nothing.
         return sum(table.num_rows for table in tables)
 
 
 def _write(tables: Iterator[pa.Table], out: Path) -> int:
-    rows = 0
-    partial = out.with_name(f".{out.name}.incomplete-{os.getpid()}")
+    """Write tables of one schema as a Parquet file; no table, no file."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    writer = None
-    try:
-        for table in tables:
-            writer = (
-                pq.ParquetWriter(partial, table.schema) if writer is None else writer
-            )
-            writer.write_table(table)
+    first = next(tables, None)
+    if first is None:
+        return 0
+    rows = 0
+    with (
+        atomic_replace(out) as partial,
+        pq.ParquetWriter(partial, first.schema) as file,
+    ):
+        for table in itertools.chain([first], tables):
+            file.write_table(table)
             rows += table.num_rows
-        if writer is not None:
-            writer.close()
-            os.replace(partial, out)
-    finally:
-        if writer is not None:
-            writer.close()
-        partial.unlink(missing_ok=True)
     return rows
 
 
-def _tables(
-    run: OpenedRun, config: Config, split: str, mesh: Mesh
-) -> Iterator[pa.Table]:
+def prediction_tables(run: OpenedRun, split: str, mesh: Mesh) -> Iterator[pa.Table]:
+    """Yield the scores of a split, batch by batch, as tables of one schema.
+
+    Args:
+      run: the run and its weights.
+      split: split to score.
+      mesh: the mesh in use, which holds the weights.
+    """
+    config = run.model.config
     if config.data.objective == "retrieval":
-        find = functools.partial(make_retrieval_step(run.model, run.dataset), run.state)
-        before: set[tuple[object, int]] = set()
-        for answers in rank_split(find, config, run.dataset, split, mesh):
-            # A request with many goals takes several streams, whose answers are the same.
-            asked = list(
-                zip(answers.user_id.tolist(), answers.time.tolist(), strict=True)
-            )
-            new = [
-                n
-                for n, request in enumerate(asked)
-                if request not in before and request not in asked[:n]
-            ]
-            before.update(asked)
-            if new:
-                yield _top_table(RankedItems(*(part[new] for part in answers)))
+        yield from _retrieval_tables(run, config, split, mesh)
         return
     step = jit_eval_step(run.model)
     for scores in score_split(step, run.state, config, run.dataset, split, mesh):
-        yield _table(scores, run.model.tasks)
+        yield _scores_table(scores, run.model.tasks)
 
 
-def _top_table(answers: RankedItems) -> pa.Table:
-    row, place = np.nonzero(answers.exists)
+def _retrieval_tables(
+    run: OpenedRun, config: Config, split: str, mesh: Mesh
+) -> Iterator[pa.Table]:
+    """Yield the retrieved items of each request once."""
+    step = functools.partial(make_retrieval_step(run.model, run.dataset), run.state)
+    # A request with many goals takes several streams, whose answers are the same.
+    written: set[tuple[object, int]] = set()
+    for answers in rank_split(step, config, run.dataset, split, mesh):
+        users, times = answers.user_id.tolist(), answers.time.tolist()
+        new = []
+        for n, request in enumerate(zip(users, times, strict=True)):
+            if request not in written:
+                written.add(request)
+                new.append(n)
+        if new:
+            yield _items_table(RankedItems(*(part[new] for part in answers)))
+
+
+def _items_table(answers: RankedItems) -> pa.Table:
+    """A table row per retrieved item."""
+    request, place = np.nonzero(answers.exists)
     return pa.table(
         {
-            "user_id": pa.array(answers.user_id[row]),
+            "user_id": pa.array(answers.user_id[request]),
             "rank": pa.array((place + 1).astype(np.int32)),
-            "item_id": pa.array(answers.items[row, place]),
-            "score": pa.array(answers.scores[row, place].astype(np.float32)),
-            "time_ms": pa.array(answers.time[row]),
+            "item_id": pa.array(answers.items[request, place]),
+            "score": pa.array(answers.scores[request, place].astype(np.float32)),
+            "time_ms": pa.array(answers.time[request]),
         }
     )
 
 
-def _table(scores: Scores, tasks: tuple[str, ...]) -> pa.Table:
+def _scores_table(scores: Scores, tasks: tuple[str, ...]) -> pa.Table:
+    """A table row per impression."""
     columns = {
         "user_id": pa.array(scores.user_id),
         "item_id": pa.array(scores.item_id),

@@ -1,32 +1,26 @@
-"""The best items of a catalogue whose vectors are spread by rows: every device scores its own rows for the whole batch.
+"""Exact top-k of a catalogue whose item vectors are sharded over all devices.
 
-Queries, histories and goals travel to all devices, the best of each device and counts come back; no vector moves.
+Every device scores the items of its own table rows for the whole batch, and keeps its k
+best. Queries, histories and goals travel to all devices; the k best items of each
+device and the counts behind the ranks come back. No item vector moves, and no device
+holds `[B, V]`: it holds `[B, V / devices]` scores.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from tokenrec.evaluation.retrieval_result import RetrievalResult, goal_ranks
 from tokenrec.ops.tables.exchange import (
     BATCH_AXES,
     from_storage_index,
     to_storage_index,
 )
 from tokenrec.sharding import AXES, RULES
-
-
-class RetrievalResult(NamedTuple):
-    """Answers of a batch. `items: [B, k] int32`, rows of the catalogue, best first, -1 where there are fewer;
-    `scores: [B, k]`; `ranks: [B, P] float32` of the goals, 1 the best, `inf` outside of the list, 0 fills.
-    """
-
-    items: jax.Array
-    scores: jax.Array
-    ranks: jax.Array
 
 
 def sharded_top_k(
@@ -40,68 +34,87 @@ def sharded_top_k(
     count: int,
     key: Callable[[jax.Array], jax.Array],
 ) -> RetrievalResult:
-    """Scores `query . key(row)` of all items.
+    """Retrieve the items with the highest `query . key(row)`, and rank the goals.
+
+    The result is that of scoring the whole catalogue. Call it inside `jax.jit`, under
+    the mesh.
 
     Args:
-      queries: `[B, d]`, goals: `[B, P]`, -1 fills, and seen: `[B, T]`, items to leave out, -1 fills, or None.
-      table: the spread stack, `[rows, d]`; `items` rows from row number `first` on are the catalogue.
-      count: k, items returned, at most all.
-      key: of rows, as the head scores them.
+      queries: `[B, d]`.
+      table: `[rows, d]`, a stack of embedding tables in storage order, split over all
+        devices.
+      goals: `[B, P] int32`, catalogue rows; -1 fills.
+      seen: `[B, T] int32`, catalogue rows that are left out, -1 fills; None leaves out
+        none.
+      first: table row of the first item.
+      items: number of items V; the catalogue is table rows `first` to `first + V - 1`.
+      count: k, items returned, V at most.
+      key: maps table rows `[n, d]` to the vectors that the head scores.
+
+    Returns:
+      k items of each request, and the ranks of its goals.
     """
 
-    def local(
-        queries: jax.Array, table: jax.Array, goals: jax.Array, seen: jax.Array | None
-    ) -> RetrievalResult:
-        size = queries.shape[0]
-        queries, goals, seen = jax.lax.all_gather(
-            (queries, goals, seen), BATCH_AXES, tiled=True
-        )
-        own = table.shape[0]
-        begin, rows = jax.lax.axis_index(AXES) * own, own * jax.lax.axis_size(AXES)
-        item = (
-            from_storage_index(begin + jnp.arange(own, dtype=jnp.int32), rows) - first
-        )
-        real = (item >= 0) & (item < items)
-        scores = jnp.where(real, jnp.einsum("bd,vd->bv", queries, key(table)), -jnp.inf)
-        if seen is not None:
-            at = to_storage_index(jnp.maximum(seen, 0) + first, rows) - begin
-            at = jnp.where((seen >= 0) & (at >= 0), at, own)
-            scores = scores.at[jnp.arange(len(at))[:, None], at].set(
-                -jnp.inf, mode="drop"
-            )
-        values, at = jax.lax.top_k(scores, min(count, own))
-        values, best = jax.lax.all_gather((values, item[at]), AXES, axis=1, tiled=True)
-        values, at = jax.lax.top_k(values, min(count, items))
-        best = jnp.where(values > -jnp.inf, jnp.take_along_axis(best, at, axis=1), -1)
-        found = RetrievalResult(best, values, _ranks(scores, item, goals))
-        mine = jax.lax.axis_index(BATCH_AXES) * size
-        return jax.tree.map(
-            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, mine, size), found
-        )
-
     batch = RULES("batch", None)
-    made = jax.shard_map(
-        local,
+    search = jax.shard_map(
+        functools.partial(
+            _score_own_rows, first=first, items=items, count=count, key=key
+        ),
         in_specs=(batch, RULES("rows", None), batch, batch),
         out_specs=batch,
         check_vma=False,
     )
     queries, goals, seen = jax.sharding.reshard((queries, goals, seen), batch)
-    return made(queries, table, goals, seen)
+    return search(queries, table, goals, seen)
 
 
-def _ranks(scores: jax.Array, item: jax.Array, goals: jax.Array) -> jax.Array:
-    """`[B, P]` ranks of the goals among the scores, `[B, own]` a device; equals share the mean of theirs."""
-    ranks = []
-    for p in range(goals.shape[1]):  # one at a time: [B, P, own] need not fit in memory
-        goal = goals[:, p : p + 1]
-        own = jax.lax.pmax(
-            jnp.max(jnp.where(item == goal, scores, -jnp.inf), axis=1, keepdims=True),
-            AXES,
-        )
-        higher, equal = jax.lax.psum(
-            (jnp.sum(scores > own, axis=1), jnp.sum(scores == own, axis=1)), AXES
-        )
-        rank = jnp.where(own[:, 0] > -jnp.inf, higher + (equal + 1) / 2, jnp.inf)
-        ranks.append(jnp.where(goal[:, 0] < 0, 0.0, rank))
-    return jnp.stack(ranks, axis=1)
+def _score_own_rows(
+    queries: jax.Array,
+    table: jax.Array,
+    goals: jax.Array,
+    seen: jax.Array | None,
+    *,
+    first: int,
+    items: int,
+    count: int,
+    key: Callable[[jax.Array], jax.Array],
+) -> RetrievalResult:
+    """Search the table rows of one device, and merge with the other devices.
+
+    Arguments as in `sharded_top_k`, of this device: its b requests, and its part of the
+    table, `[rows / devices, d]`.
+    """
+    # 1. The whole batch on every device.
+    batch_shard = queries.shape[0]
+    queries, goals, seen = jax.lax.all_gather(
+        (queries, goals, seen), BATCH_AXES, tiled=True
+    )
+    # 2. Scores of this device's rows. Rows of other tables in the stack are no items.
+    own_rows = table.shape[0]
+    begin = jax.lax.axis_index(AXES) * own_rows
+    stored_rows = own_rows * jax.lax.axis_size(AXES)
+    storage_index = begin + jnp.arange(own_rows, dtype=jnp.int32)
+    item = from_storage_index(storage_index, stored_rows) - first
+    is_item = (item >= 0) & (item < items)
+    products = jnp.einsum("bd,vd->bv", queries, key(table))
+    scores = jnp.where(is_item, products, -jnp.inf)
+    # 3. Seen items are dropped by the device that owns them; others are out of range.
+    if seen is not None:
+        column = to_storage_index(jnp.maximum(seen, 0) + first, stored_rows) - begin
+        column = jnp.where((seen >= 0) & (column >= 0), column, own_rows)
+        row = jnp.arange(len(column))[:, None]
+        scores = scores.at[row, column].set(-jnp.inf, mode="drop")
+    # 4. The best of each device, then the best of those.
+    values, columns = jax.lax.top_k(scores, min(count, own_rows))
+    values, candidates = jax.lax.all_gather(
+        (values, item[columns]), AXES, axis=1, tiled=True
+    )
+    values, columns = jax.lax.top_k(values, min(count, items))
+    best = jnp.take_along_axis(candidates, columns, axis=1)
+    best = jnp.where(values > -jnp.inf, best, -1)
+    result = RetrievalResult(best, values, goal_ranks(scores, item, goals, AXES))
+    # 5. Each batch shard keeps its own requests.
+    start = jax.lax.axis_index(BATCH_AXES) * batch_shard
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, batch_shard), result
+    )

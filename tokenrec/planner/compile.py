@@ -1,30 +1,28 @@
-"""Compiles for a pod that is not there: libtpu compiles for a described topology on any machine.
+"""Compile the train step of a config for a TPU topology; no TPU is needed.
 
-What comes out is the program that the pod would run, so its memory, FLOPs and collectives are facts; times are the
-lower bounds of `roofline.py`.
+libtpu compiles for a described topology on any machine. The result is the program that
+the pod would run, so that its memory, FLOPs and collectives are facts; its times are
+the lower bounds of `roofline.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections import Counter
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from tokenrec.config import Config, MeshConfig
-from tokenrec.config.backbones import reads_event_ages
 from tokenrec.config.validate import validate
 from tokenrec.data.batch import Batch
-from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
 from tokenrec.models.backbones.mesh_check import check_mesh
+from tokenrec.planner.compiled_program import program_figures
 from tokenrec.planner.flops import Work, step_flops, step_work
-from tokenrec.planner.hlo import Collective, read_program
+from tokenrec.planner.inputs import PlannedInputs, planned_inputs
 from tokenrec.planner.memory import (
     listed_buffers,
     padded_state_bytes,
@@ -33,10 +31,10 @@ from tokenrec.planner.memory import (
     traced_buffers,
 )
 from tokenrec.planner.planned_schema import resolve_schema
-from tokenrec.planner.roofline import Roofline, chip, network_seconds
+from tokenrec.planner.roofline import chip
 from tokenrec.planner.topology import topology_mesh
 from tokenrec.sharding import check_batch_sizes, compiler_options, with_batch_sharding
-from tokenrec.state import ModelSpec, abstract_state, build_model
+from tokenrec.state import ModelSpec, abstract_state
 from tokenrec.step import train_step
 
 
@@ -47,198 +45,106 @@ def compile_config(
     mesh: MeshConfig | None = None,
     schema: Schema | None = None,
 ) -> dict[str, Any]:
-    """The train step of a config, compiled for a described pod: what a device holds and does, and how fast at most.
+    """Compile the train step of a config for a described pod. Nothing is run.
 
-    The batch is the config's, over all devices; of several stream lengths, the longest. Nothing is run.
+    The batch is the config's, over all devices; of several stream lengths, the longest
+    is compiled.
 
     Args:
-      topology: of each slice, "v5p:8x8x8".
-      mesh: instead of the config's.
-      schema: instead of that of the data set, or of the planned one.
+      config: a config.
+      topology: of each slice, as "v5p:8x8x8".
+      slices: number of slices, joined by the data-centre network.
+      mesh: mesh to compile for; None is the config's.
+      schema: features and table sizes; None is the schema of the data set, or else the
+        planned one.
 
     Returns:
-      A JSON value. Bytes are those of one device.
+      A JSON value. Bytes and FLOPs are those of one device, times are in seconds.
 
-      - `fits`, `devices`, `device_kind`, `topology`, `slices`, `mesh`, `batch`, `stream_tokens`, `schema` (where table
-        sizes come from), `parameters` {dense, tables}, `attention` (of each layer), `compile_seconds`;
-      - `bytes_per_device` {weights, tables, optimizer, inputs, activations, program, total}: with the padding of their
-        layout, which `padding_per_device` tells apart; activations are all that XLA makes on the way, gradients and
-        gathered weights among them; inputs are the batch and what aligns the arguments. `memory_per_device`,
+      - `fits`, `devices`, `device_kind`, `topology`, `slices`, `mesh`, `batch`,
+        `stream_tokens`, `schema` (where table sizes come from), `parameters` {dense,
+        tables}, `attention` (of each layer), `compile_seconds`;
+      - `bytes_per_device` {weights, tables, optimizer, inputs, activations, program,
+        total}, with the padding of their layout, which is also in `padding_per_device`.
+        Activations are all temporaries of XLA, gradients and gathered weights among
+        them; inputs are the batch and what aligns the arguments. `memory_per_device`,
         `headroom` (share left over);
-      - `flops_per_device`, `model_flops_per_device` (without what is computed again), `bytes_moved_per_device` (from
-        and to memory, by `traffic.py`);
-      - `collective_bytes` and `collectives` (times) by kind, `collective_bytes_by_axis` {mesh axes: {kind: bytes}};
-      - `roofline_seconds` of the slowest of `compute_seconds`, `memory_seconds` and `network_seconds`, `bound` (its
-        name), `mfu_bound`, and `mfu_if_serial`, if the three do not overlap;
-      - `examples_per_step` (rows that a full stream scores) and, by the bound, `examples_per_second` and
-        `tokens_per_second` of the whole pod.
+      - `flops_per_device`, `model_flops_per_device` (without recomputation),
+        `bytes_moved_per_device` (from and to memory, by `hlo_bytes.py`);
+      - `collective_bytes` and `collectives` (times run) by kind,
+        `collective_bytes_by_axis` {mesh axes: {kind: bytes}};
+      - `compute_seconds`, `memory_seconds`, `network_seconds`; `roofline_seconds`, the
+        longest of them; `bound`, its name; `mfu_bound`, and `mfu_if_serial`, where the
+        three do not overlap;
+      - `examples_per_step` (log rows that full streams score) and, by the bound,
+        `examples_per_second` and `tokens_per_second` of the whole pod.
 
-      Of a step that the compiler refuses, `problem` is its reason, what only a program tells is None, activations and
-      total are what its words say or None, and weights, tables and optimizer are without padding. Of any step that
-      does not fit, `largest` are its largest arrays, by XLA's account or as traced.
+      For a step that the compiler refuses, `problem` is its reason. Figures that need a
+      program are None; activations and total are those of the message, or None; and
+      weights, tables and optimizer are without padding. For any step that does not fit,
+      `largest` lists its largest arrays, and `largest_by` says from which account.
 
     Raises:
-      InputError: config, topology, mesh and batch do not go together, or there is no schema.
+      InputError: config, topology, mesh and batch do not go together, or there is no
+        schema.
     """
-    config = validate(
-        config if mesh is None else dataclasses.replace(config, mesh=mesh)
-    )
+    # 1. The config on the mesh of the topology.
+    if mesh is not None:
+        config = dataclasses.replace(config, mesh=mesh)
+    config = validate(config)
     schema, origin = resolve_schema(config) if schema is None else (schema, "given")
-    schema = schema.without(config.data.exclude)
-    over = topology_mesh(topology, config.mesh, slices)
-    check_batch_sizes(config, over)
-    check_mesh(config.model, over)
-    model = build_model(config, schema, task_names(schema, config.data))
-    ages = reads_event_ages(config.model)
-    shapes = batch_shapes(
-        schema, config.data, batch_size=config.data.batch_size, ages=ages
-    )[config.data.events]
-    with jax.set_mesh(over):
-        state = abstract_state(model)
-    work, layers = step_work(model, over, shapes)
-    of = chip(over.devices.flat[0].device_kind)
+    pod = topology_mesh(topology, config.mesh, slices)
+    check_batch_sizes(config, pod)
+    check_mesh(config.model, pod)
+    # 2. What can be said before compiling.
+    inputs = planned_inputs(config, schema, pod)
+    work, layers = step_work(inputs.model, pod, inputs.batch)
+    spec = chip(pod.devices.flat[0].device_kind)
     result = {
         "topology": topology,
         "slices": slices,
-        "devices": over.size,
-        "device_kind": over.devices.flat[0].device_kind,
-        "mesh": dict(over.shape),
+        "devices": pod.size,
+        "device_kind": pod.devices.flat[0].device_kind,
+        "mesh": dict(pod.shape),
         "batch": config.data.batch_size,
-        "stream_tokens": model.layout(config.data.events).length,
-        "examples_per_step": _examples(config, shapes),
+        "stream_tokens": inputs.model.layout(config.data.events).length,
+        "examples_per_step": _examples(config, inputs.batch),
         "schema": origin,
-        "parameters": {
-            "dense": sum(leaf.size for leaf in state.params.values()),
-            "tables": sum(
-                stack.rows * stack.width for stack in model.embedder.stacks.values()
-            ),
-        },
+        "parameters": _parameters(inputs),
         "attention": layers,
-        "memory_per_device": int(of.hbm_bytes),
-        "model_flops_per_device": work.model_flops / over.size,
+        "memory_per_device": int(spec.hbm_bytes),
+        "model_flops_per_device": work.model_flops / pod.size,
     }
+    # 3. Compile.
     begin = time.perf_counter()
-    try:
-        compiled = compile_train_step(model, over, shapes)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        found = _refused(str(error), state_bytes(state))
-    else:
-        flops = step_flops(model, over, shapes, work)
-        found = _measured(
-            report(compiled, over, work, flops),
-            state_bytes(state),
-            padded_state_bytes(state, compiled),
-        )
-        found |= _speed(found["roofline_seconds"], result)
-    total = found["bytes_per_device"]["total"]
-    fits = "problem" not in found and total <= of.hbm_bytes
+    figures = _compile_figures(inputs, pod, work)
+    compile_seconds = time.perf_counter() - begin
+    # 4. Does it fit, and how fast is it at most?
+    total = figures["bytes_per_device"]["total"]
+    fits = "problem" not in figures and total <= spec.hbm_bytes
     result |= {
         "fits": fits,
-        "headroom": None if total is None else 1 - total / of.hbm_bytes,
+        "headroom": None if total is None else 1 - total / spec.hbm_bytes,
+        "compile_seconds": compile_seconds,
     }
-    result |= {"compile_seconds": time.perf_counter() - begin} | found
+    result |= figures | _rates(figures["roofline_seconds"], result)
+    # 5. Where it does not fit, the arrays to look at.
     if not fits:
-        result["largest_by"] = "by XLA's account"
-    if not fits and not result.get("largest"):
-        with jax.set_mesh(over):
-            traced = jax.make_jaxpr(train_step, static_argnums=0)(
-                model, state, with_batch_sharding(shapes, over)
-            )
-        result["largest"] = [
-            buffer._asdict() for buffer in traced_buffers(traced.jaxpr, state)
-        ]
-        result["largest_by"] = (
-            "of the state and as traced, before XLA fuses or drops any"
-        )
+        result |= _largest_arrays(result.get("largest"), inputs, pod)
     return result
 
 
-def _examples(config: Config, shapes: Batch) -> int:
-    """Rows of a step that carry loss if every stream is full; a continued one does not score its overlap again."""
-    streams, read = shapes.weight.shape
-    return streams * (read - config.data.overlap)
-
-
-def _measured(
-    found: dict[str, Any], plain: dict[str, int], padded: dict[str, int]
-) -> dict[str, Any]:
-    parts, roofline = found["bytes"], found["roofline"]
-    held = padded | {
-        "inputs": parts["arguments"] - sum(padded.values()),
-        "activations": parts["temporaries"],
-    }
-    held |= {"program": parts["total"] - sum(held.values()), "total": parts["total"]}
-    return {
-        "bytes_per_device": held,
-        "padding_per_device": {
-            name: padded[name] - size for name, size in plain.items()
-        },
-        "flops_per_device": found["flops"],
-        "bytes_moved_per_device": found["bytes_accessed"],
-        "collective_bytes": found["collective_bytes"],
-        "collective_bytes_by_axis": found["collective_bytes_by_axis"],
-        "collectives": found["collectives"],
-        "custom_calls": found["custom_calls"],
-        "compute_seconds": roofline.compute_seconds,
-        "memory_seconds": roofline.memory_seconds,
-        "network_seconds": roofline.network_seconds,
-        "roofline_seconds": roofline.bound,
-        "bound": roofline.limit,
-        "mfu_bound": found["mfu_bound"],
-        "mfu_if_serial": found["mfu_bound"] * roofline.bound / roofline.total,
-    }
-
-
-_UNKNOWN = (
-    *(
-        "flops_per_device",
-        "bytes_moved_per_device",
-        "collective_bytes",
-        "collective_bytes_by_axis",
-        "collectives",
-        "custom_calls",
-    ),
-    *(
-        "compute_seconds",
-        "memory_seconds",
-        "network_seconds",
-        "roofline_seconds",
-        "bound",
-    ),
-    *(
-        "mfu_bound",
-        "mfu_if_serial",
-        "examples_per_second",
-        "tokens_per_second",
-        "padding_per_device",
-    ),
-)
-
-
-def _refused(message: str, plain: dict[str, int]) -> dict[str, Any]:
-    needed = refused_bytes(message)
-    return dict.fromkeys(_UNKNOWN) | {
-        "problem": message.strip(),
-        "bytes_per_device": plain
-        | {"inputs": None, "activations": None, "program": None, "total": needed},
-        "largest": [buffer._asdict() for buffer in listed_buffers(message)],
-    }
-
-
-def _speed(seconds: float, result: dict[str, Any]) -> dict[str, float]:
-    return {
-        "examples_per_second": result["examples_per_step"] / seconds,
-        "tokens_per_second": result["batch"] * result["stream_tokens"] / seconds,
-    }
-
-
 def compile_train_step(model: ModelSpec, mesh: Mesh, shapes: Batch) -> Compiled:
-    """The train step as `train` compiles it; `shapes` are of `data.pipeline.batch_shapes`.
+    """Compile the train step as `train` does.
+
+    Args:
+      model: static half of the run.
+      mesh: mesh to compile for, which may be described only.
+      shapes: the batch as `jax.ShapeDtypeStruct`, of `data.pipeline.batch_shapes`.
 
     Raises:
-      jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, with XLA's account of it, where the step does not fit.
+      jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, with XLA's account of it, if the
+        step does not fit.
     """
     with jax.set_mesh(mesh):
         step = jax.jit(train_step, static_argnums=0, donate_argnums=1)
@@ -248,80 +154,138 @@ def compile_train_step(model: ModelSpec, mesh: Mesh, shapes: Batch) -> Compiled:
         return lowered.compile(compiler_options(mesh))
 
 
-def report(
-    compiled: Compiled, mesh: Mesh, work: Work, flops: float | None = None
+def _compile_figures(inputs: PlannedInputs, mesh: Mesh, work: Work) -> dict[str, Any]:
+    """Compile the step, and report the figures of its program or of its refusal."""
+    model, state, batch = inputs
+    try:
+        compiled = compile_train_step(model, mesh, batch)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _refused(str(error), state_bytes(state))
+    flops = step_flops(model, mesh, batch, work)
+    return _measured(
+        program_figures(compiled, mesh, work, flops),
+        state_bytes(state),
+        padded_state_bytes(state, compiled),
+    )
+
+
+def _parameters(inputs: PlannedInputs) -> dict[str, int]:
+    """Numbers in dense weights and in tables."""
+    stacks = inputs.model.embedder.stacks.values()
+    return {
+        "dense": sum(leaf.size for leaf in inputs.state.params.values()),
+        "tables": sum(stack.rows * stack.width for stack in stacks),
+    }
+
+
+def _examples(config: Config, shapes: Batch) -> int:
+    """Log rows of a step that carry loss if every stream is full.
+
+    A continued stream does not score its overlap again.
+    """
+    streams, read = shapes.weight.shape
+    return streams * (read - config.data.overlap)
+
+
+def _measured(
+    figures: dict[str, Any], unpadded: dict[str, int], padded: dict[str, int]
 ) -> dict[str, Any]:
-    """Memory, FLOPs, collectives and roofline of a compiled program, per device.
+    """Rename and split the figures of a compiled program.
 
     Args:
-      flops: of a device; by default XLA's count, which has a loop body once and nothing inside a custom call, and
-        `work`'s for the latter.
-
-    Returns:
-      `{"devices", "device_kind", "bytes": {"arguments", "outputs", "aliased", "temporaries", "code", "total"},
-      "headroom": share of the memory left over, "flops", "bytes_accessed", "model_flops", "collective_bytes": {kind:
-      bytes into a device; "... across slices"}, "collective_bytes_by_axis": {mesh axes: {kind: bytes}},
-      "collectives": {kind: times}, "custom_calls", "loops", "roofline":
-      Roofline, "mfu_bound"}`.
-
-      `bytes_accessed` are by `traffic.py`, and by `work` of what runs in custom calls.
+      figures: of `program_figures`.
+      unpadded: bytes of each part of the state.
+      padded: the same as the program lays them out.
     """
-    devices = list(mesh.devices.flat)
-    slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
-    of = chip(devices[0].device_kind)
-    memory: Any = compiled.memory_analysis()
-    program = read_program(compiled.as_text() or "", len(devices), slices)
-    moved: Counter[str] = Counter()
-    times: Counter[str] = Counter()
-    by_axis: dict[str, Counter[str]] = {}
-    for one in program.collectives:
-        name = one.kind + (" across slices" if one.slices > 1 else "")
-        moved[name] += int(one.moved)
-        times[name] += one.trips
-        by_axis.setdefault(mesh_axes(one, mesh), Counter())[one.kind] += int(one.moved)
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
+    parts, roofline = figures["bytes"], figures["roofline"]
+    by_part = padded | {
+        "inputs": parts["arguments"] - sum(padded.values()),
+        "activations": parts["temporaries"],
     }
-    total = (
-        sum(parts.values()) - 2 * parts["aliased"]
-    )  # outputs that lie in donated arguments are not there twice
-    if flops is None:
-        flops = (compiled.cost_analysis() or {}).get(
-            "flops", 0.0
-        ) + work.kernel_flops / len(devices)
-    accessed = program.memory_bytes + work.kernel_bytes / len(devices)
-    network = network_seconds(program.collectives, devices, of)
-    roofline = Roofline(flops / of.flops, accessed / of.hbm_bandwidth, network)
+    by_part["program"] = parts["total"] - sum(by_part.values())
+    by_part["total"] = parts["total"]
     return {
-        "devices": len(devices),
-        "device_kind": devices[0].device_kind,
-        "bytes": parts | {"total": total},
-        "headroom": 1 - total / of.hbm_bytes,
-        "flops": flops,
-        "bytes_accessed": accessed,
-        "model_flops": work.model_flops / len(devices),
-        "collective_bytes": dict(sorted(moved.items())),
-        "collective_bytes_by_axis": {
-            axes: dict(sorted(kinds.items())) for axes, kinds in sorted(by_axis.items())
+        "bytes_per_device": by_part,
+        "padding_per_device": {
+            name: padded[name] - size for name, size in unpadded.items()
         },
-        "collectives": dict(sorted(times.items())),
-        "custom_calls": program.custom_calls,
-        "loops": list(program.loops),
-        "roofline": roofline,
-        "mfu_bound": roofline.mfu_bound(work.model_flops / len(devices), of),
+        "flops_per_device": figures["flops"],
+        "bytes_moved_per_device": figures["bytes_accessed"],
+        "collective_bytes": figures["collective_bytes"],
+        "collective_bytes_by_axis": figures["collective_bytes_by_axis"],
+        "collectives": figures["collectives"],
+        "custom_calls": figures["custom_calls"],
+        "compute_seconds": roofline.compute_seconds,
+        "memory_seconds": roofline.memory_seconds,
+        "network_seconds": roofline.network_seconds,
+        "roofline_seconds": roofline.bound,
+        "bound": roofline.limit,
+        "mfu_bound": figures["mfu_bound"],
+        "mfu_if_serial": figures["mfu_bound"] * roofline.bound / roofline.total,
     }
 
 
-def mesh_axes(one: Collective, mesh: Mesh) -> str:
-    """The mesh axes that a collective runs along, "data+fsdp": those whose place differs within one of its groups."""
-    if one.slices > 1:
-        return "data across slices"  # the only axis that leaves a slice
-    varied = np.zeros(mesh.devices.ndim, bool)
-    for group in one.groups:
-        places = np.array(np.unravel_index(np.array(group), mesh.devices.shape))
-        varied |= (places != places[:, :1]).any(axis=1)
-    return "+".join(np.array(mesh.axis_names)[varied].tolist()) or "none"
+# Figures that only a program has.
+_OF_PROGRAM = (
+    "flops_per_device",
+    "bytes_moved_per_device",
+    "collective_bytes",
+    "collective_bytes_by_axis",
+    "collectives",
+    "custom_calls",
+    "compute_seconds",
+    "memory_seconds",
+    "network_seconds",
+    "roofline_seconds",
+    "bound",
+    "mfu_bound",
+    "mfu_if_serial",
+    "padding_per_device",
+)
+
+
+def _refused(message: str, unpadded: dict[str, int]) -> dict[str, Any]:
+    """Figures of a step that the compiler refuses, from its message."""
+    by_part: dict[str, int | None] = {
+        **unpadded,
+        "inputs": None,
+        "activations": None,
+        "program": None,
+        "total": refused_bytes(message),
+    }
+    return dict.fromkeys(_OF_PROGRAM) | {
+        "problem": message.strip(),
+        "bytes_per_device": by_part,
+        "largest": [buffer._asdict() for buffer in listed_buffers(message)],
+    }
+
+
+def _rates(seconds: float | None, result: dict[str, Any]) -> dict[str, float | None]:
+    """Examples and tokens per second of the whole pod; None without a program."""
+    counts = {
+        "examples_per_second": result["examples_per_step"],
+        "tokens_per_second": result["batch"] * result["stream_tokens"],
+    }
+    return {
+        name: None if seconds is None else count / seconds
+        for name, count in counts.items()
+    }
+
+
+def _largest_arrays(
+    listed: list[dict[str, Any]] | None, inputs: PlannedInputs, mesh: Mesh
+) -> dict[str, Any]:
+    """The largest arrays by XLA's account, or as traced where it lists none."""
+    if listed:
+        return {"largest": listed, "largest_by": "by XLA's account"}
+    with jax.set_mesh(mesh):
+        traced = jax.make_jaxpr(train_step, static_argnums=0)(
+            inputs.model, inputs.state, with_batch_sharding(inputs.batch, mesh)
+        )
+    buffers = traced_buffers(traced.jaxpr, inputs.state)
+    return {
+        "largest": [buffer._asdict() for buffer in buffers],
+        "largest_by": "of the state and as traced, before XLA fuses or drops any",
+    }

@@ -1,4 +1,7 @@
-"""What a config makes of a data set: parameters, token layout, windows, needed rows, FLOPs. Nothing is trained."""
+"""Describe a config on a data set: parameters, token layout, windows and FLOPs.
+
+Nothing is trained, compiled or allocated.
+"""
 
 from __future__ import annotations
 
@@ -11,63 +14,51 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec.config import Config, MeshConfig
-from tokenrec.config.backbones import reads_event_ages
 from tokenrec.config.validate import validate
-from tokenrec.data.pipeline import batch_shapes, task_names
 from tokenrec.data.schema import Schema
 from tokenrec.planner.flops import STEP_OVER_FORWARD, step_work
+from tokenrec.planner.inputs import PlannedInputs, planned_inputs
 from tokenrec.sharding import batch_shards, make_mesh
-from tokenrec.state import abstract_state, build_model
 from tokenrec.tokens.history import compression_plan
 from tokenrec.tokens.layout import ROLES, Layout
 
 
 def describe(config: Config, schema: Schema) -> dict[str, Any]:
-    """Figures of a config on a data set with this schema.
+    """Compute the figures of a config on a data set.
+
+    Args:
+      config: a config.
+      schema: all features of the data set, with table sizes.
 
     Returns:
-      `{"parameters": {"dense", "tables", "by_part", "by_table", "spread"}, "tokens", "layout", "history": {"events",
-      "tokens", "how"}, "layers": [{"layer", "window", "queries", "keys", "implementation", "refused"}],
-      "flops_per_example"}`. `implementation` is what attention
-      runs on this machine at the config's batch size, and `refused` why it is none that the platform prefers. FLOPs are
-      those of the matrix products of a forward pass over one sample at the longest stream length, attention over the
-      pairs that see each other alone.
+      A JSON value:
+
+      - "parameters" {"dense", "tables", "by_part", "by_table", "spread"}: numbers of
+        dense weights and of tables, and the tables that are sharded over all devices;
+      - "objective", "paradigm", "tasks";
+      - "tokens" of the longest stream, "layout": runs of its token groups;
+      - "history" {"events", "tokens", "how"};
+      - "layers": [{"layer", "window", "queries", "keys", "implementation", "refused"}],
+        tokens that each layer computes and sees, and the attention that runs on this
+        machine at the config's batch size, with the reasons against those that the
+        platform prefers;
+      - "flops_per_example": FLOPs of the matrix products of a forward pass over one
+        sample at the longest stream length, attention over visible pairs only.
+
+    Raises:
+      InputError: the config is invalid, or does not fit the schema.
     """
     config = validate(config)
-    schema = schema.without(config.data.exclude)
-    model = build_model(config, schema, task_names(schema, config.data))
-    layout = model.layout(config.data.events)
     mesh = _mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        state = abstract_state(model)
+    # The config's batch, rounded to what the devices at hand can share.
     shards = batch_shards(mesh)
     samples = max(config.data.batch_size // shards, 1) * shards
-    shapes = batch_shapes(
-        schema, config.data, batch_size=samples, ages=reads_event_ages(config.model)
-    )[config.data.events]
-    work, layers = step_work(model, mesh, shapes)
-    widths = {
-        table: stack.width
-        for stack in model.embedder.stacks.values()
-        for table in stack.offsets
-    }
+    inputs = planned_inputs(config, schema, mesh, batch_size=samples)
+    model = inputs.model
+    layout = model.layout(config.data.events)
+    work, layers = step_work(model, mesh, inputs.batch)
     return {
-        "parameters": {
-            "dense": sum(leaf.size for leaf in state.params.values()),
-            "tables": sum(
-                stack.rows * stack.width for stack in model.embedder.stacks.values()
-            ),
-            "by_part": _by_part(state.params),
-            "by_table": {
-                t: schema.tables[t] * widths[t] for t in sorted(schema.tables)
-            },
-            "spread": sorted(
-                t
-                for stack in model.embedder.stacks.values()
-                if stack.spread
-                for t in stack.offsets
-            ),
-        },
+        "parameters": _parameters(inputs),
         "objective": config.data.objective,
         "paradigm": config.data.paradigm,
         "tasks": list(model.tasks),
@@ -80,94 +71,55 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
 
 
 def _mesh(config: MeshConfig) -> Mesh:
-    """The config's mesh, or one device where it is made for more than there are: no figure depends on it."""
+    """The config's mesh, or one device if it needs more than there are.
+
+    No figure depends on it.
+    """
     devices = jax.devices()
-    fits = math.prod(
-        max(size, 1) for size in (config.data, config.fsdp, config.tensor)
-    ) <= len(devices)
-    return make_mesh(config) if fits else make_mesh(MeshConfig(), devices[:1])
+    sizes = (config.data, config.fsdp, config.tensor)
+    if math.prod(max(size, 1) for size in sizes) <= len(devices):
+        return make_mesh(config)
+    return make_mesh(MeshConfig(), devices[:1])
 
 
-def to_text(description: dict[str, Any]) -> str:
-    """`describe`, for a person."""
-    parameters = description["parameters"]
-    drawn = " ".join(
-        name if count == 1 else f"{name} x {count}"
-        for name, count in (
-            (run["tokens"], run["repeats"]) for run in description["layout"]
-        )
-    )
-    lines = [
-        f"{description['paradigm'].upper()}, {description['objective']}"
-        + (
-            f", tasks {', '.join(description['tasks'])}" if description["tasks"] else ""
-        ),
-        "",
-        f"parameters  {parameters['dense']:>14,} dense   {parameters['tables']:>14,} in tables",
-        *(f"  {name:<22}{size:>12,}" for name, size in parameters["by_part"].items()),
-        "tables",
-        *(
-            f"  {name:<22}{size:>12,}"
-            + "   spread over all devices" * (name in parameters["spread"])
-            for name, size in parameters["by_table"].items()
-        ),
-        "",
-        f"stream      {description['tokens']} tokens",
-        f"  {drawn}",
-        "history     {events} events in, {tokens} tokens out: {how}".format(
-            **description["history"]
-        ),
-        "",
-        "layer  sees                     rows computed  rows seen  attention",
-    ]
-    for layer in description["layers"]:
-        sees = (
-            "everything before"
-            if layer["window"] is None
-            else f"{layer['window']} rows, itself included"
-        )
-        rows = f"{layer['queries']:>15}{layer['keys']:>11}"
-        lines.append(
-            f"{layer['layer']:>5}  {sees:<23}{rows}  {layer['implementation']}"
-        )
-    refused = [
-        f"  not {name}: {why}"
-        for layer in description["layers"]
-        for name, why in layer["refused"].items()
-    ]
-    lines += dict.fromkeys(refused)
-    lines += [
-        "",
-        f"forward     {description['flops_per_example'] / 1e6:,.2f} MFLOP per sample",
-    ]
-    return "\n".join(lines)
+def _parameters(inputs: PlannedInputs) -> dict[str, Any]:
+    """Numbers of dense weights and of tables, in all and by name."""
+    params, tables = inputs.state.params, inputs.model.schema.tables
+    stacks = list(inputs.model.embedder.stacks.values())
+    widths = {table: stack.width for stack in stacks for table in stack.offsets}
+    spread = [table for stack in stacks if stack.spread for table in stack.offsets]
+    return {
+        "dense": sum(leaf.size for leaf in params.values()),
+        "tables": sum(stack.rows * stack.width for stack in stacks),
+        "by_part": _by_part(params),
+        "by_table": {name: tables[name] * widths[name] for name in sorted(tables)},
+        "spread": sorted(spread),
+    }
 
 
 def _history(config: Config, schema: Schema, layout: Layout) -> dict[str, Any]:
     """Events in, tokens out, and how the ones become the others."""
-    rows = len(layout.positions_of("state", "action", "event"))
-    if "history" in config.tokens.text:
-        whole = config.data.events * layout.stride
-        how = f"text, {layout.stride} tokens an event" + (
-            f", cut from {whole}" if rows < whole else ""
-        )
-    elif config.tokens.compression == "none":
-        how = (
-            "one token an event"
-            if config.tokens.fused
-            else "a state and an action token an event"
-        )
-        if rows < config.data.events:
-            how += f", cut from {config.data.events}"
+    tokens, events = config.tokens, config.data.events
+    count = len(layout.positions_of("state", "action", "event"))
+    if "history" in tokens.text:
+        uncut = events * layout.stride
+        how = f"text, {layout.stride} tokens an event"
+        how += f", cut from {uncut}" if count < uncut else ""
+    elif tokens.compression == "none":
+        how = "a state and an action token an event"
+        if tokens.fused:
+            how = "one token an event"
+        how += f", cut from {events}" if count < events else ""
     else:
         plan = compression_plan(config)
-        by = (
-            "an MLP over time"
-            if plan.kind == "mlp"
-            else f"attention pooling in groups of {plan.group}"
+        by = f"attention pooling in groups of {plan.group}"
+        if plan.kind == "mlp":
+            by = "an MLP over time"
+        how = (
+            f"{plan.older} older events into {count - plan.recent} by {by}, "
+            f"the newest {plan.recent} kept"
         )
-        how = f"{plan.older} older events into {rows - plan.recent} by {by}, the newest {plan.recent} kept"
-    return {"events": config.data.events, "tokens": rows, "how": how}
+    return {"events": events, "tokens": count, "how": how}
 
 
 def _by_part(params: dict[str, Any]) -> dict[str, int]:
@@ -175,19 +127,88 @@ def _by_part(params: dict[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, leaf in params.items():
         parts = name.split("/")
+        # "backbone/blocks/0" for a layer, or else the first part alone.
         part = "/".join(parts[: 3 if parts[:2] == ["backbone", "blocks"] else 1])
         sizes[part] = sizes.get(part, 0) + int(np.prod(leaf.shape))
     return dict(sorted(sizes.items()))
 
 
 def _runs(layout: Layout) -> list[dict[str, Any]]:
-    """The stream as runs of repeated token groups: interleaved events are one group `state action`."""
+    """The stream as runs of repeated token groups.
+
+    Interleaved events are one group "state action".
+    """
     names = [ROLES[role] for role in layout.roles]
-    groups, at = [], 0
-    while at < len(names):
-        step = 2 if names[at] == "state" else 1
-        groups.append(" ".join(names[at : at + step]))
-        at += step
+    groups, position = [], 0
+    while position < len(names):
+        length = 2 if names[position] == "state" else 1
+        groups.append(" ".join(names[position : position + length]))
+        position += length
     return [
         {"tokens": name, "repeats": len(list(run))} for name, run in groupby(groups)
     ]
+
+
+def to_text(description: dict[str, Any]) -> str:
+    """Write the figures of `describe` as text, for `tokenrec describe`."""
+    tasks = ", ".join(description["tasks"])
+    head = f"{description['paradigm'].upper()}, {description['objective']}"
+    lines = [
+        head + (f", tasks {tasks}" if tasks else ""),
+        "",
+        *_parameter_lines(description["parameters"]),
+        "",
+        *_stream_lines(description),
+        "",
+        *_layer_lines(description["layers"]),
+        "",
+        f"forward     {description['flops_per_example'] / 1e6:,.2f} MFLOP per sample",
+    ]
+    return "\n".join(lines)
+
+
+def _parameter_lines(parameters: dict[str, Any]) -> list[str]:
+    lines = [
+        f"parameters  {parameters['dense']:>14,} dense   "
+        f"{parameters['tables']:>14,} in tables"
+    ]
+    for name, size in parameters["by_part"].items():
+        lines.append(f"  {name:<22}{size:>12,}")
+    lines.append("tables")
+    for name, size in parameters["by_table"].items():
+        suffix = "   sharded over all devices" if name in parameters["spread"] else ""
+        lines.append(f"  {name:<22}{size:>12,}{suffix}")
+    return lines
+
+
+def _stream_lines(description: dict[str, Any]) -> list[str]:
+    groups = []
+    for run in description["layout"]:
+        name, repeats = run["tokens"], run["repeats"]
+        groups.append(name if repeats == 1 else f"{name} x {repeats}")
+    history = description["history"]
+    return [
+        f"stream      {description['tokens']} tokens",
+        f"  {' '.join(groups)}",
+        f"history     {history['events']} events in, {history['tokens']} tokens out: "
+        f"{history['how']}",
+    ]
+
+
+def _layer_lines(layers: list[dict[str, Any]]) -> list[str]:
+    lines = ["layer  window                   queries       keys  attention"]
+    for layer in layers:
+        window = "full"
+        if layer["window"] is not None:
+            window = f"{layer['window']} tokens, self included"
+        lines.append(
+            f"{layer['layer']:>5}  {window:<23}{layer['queries']:>9}"
+            f"{layer['keys']:>11}  {layer['implementation']}"
+        )
+    # The same reason is given once, whatever number of layers it holds for.
+    refused = [
+        f"  not {name}: {reason}"
+        for layer in layers
+        for name, reason in layer["refused"].items()
+    ]
+    return [*lines, *dict.fromkeys(refused)]

@@ -1,20 +1,33 @@
-"""What a train step has to do, in FLOPs: matrix products as traced, attention by formula and by implementation."""
+"""FLOPs of a train step: matrix products from the traced program, attention by formula.
+
+What is counted: `dot_general`, two FLOPs a multiply-add, and the products of attention
+over visible pairs. What is not: element-wise operations, softmax, norms, look-ups and
+reductions, which take little of the compute time and are bound by memory.
+
+Two counts of the same step:
+
+- *model FLOPs* (`step_work`): three times the forward pass (the gradient of a product
+  is two products), without recomputation. The numerator of MFU. Of all devices
+  together.
+- *device FLOPs* (`step_flops`): what one device computes, what `model.remat` computes
+  again included. The compute time of the roofline.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
 from jax.sharding import Mesh
 
 from tokenrec.data.batch import Batch
 from tokenrec.ops.attention import Choice, choose, splash
 from tokenrec.ops.attention.pattern import Pattern
-from tokenrec.planner.roofline import (
+from tokenrec.planner.attention_cost import (
     FORWARD_PRODUCTS,
     MODEL_BACKWARD_PRODUCTS,
     attention_bytes,
@@ -22,22 +35,27 @@ from tokenrec.planner.roofline import (
     visible_pairs,
     visible_tiles,
 )
+from tokenrec.planner.jaxprs import inner_jaxprs
 from tokenrec.sharding import with_batch_sharding
 from tokenrec.state import ModelSpec, abstract_state, bind_params
 from tokenrec.step import step_loss, train_step
 
-# Splash makes the gradients of q, and of k and v, in two kernels, each of which makes the logits and their gradient.
+# Splash computes the gradient of q, and those of k and v, in two kernels, each of which
+# computes the logits and their gradient.
 SPLASH_BACKWARD_PRODUCTS = 7
-# FLOPs of a train step over those of its forward pass: the gradient of a product is two products.
+# FLOPs of a train step over those of its forward pass: the gradient of a product is two
+# products.
 STEP_OVER_FORWARD = 3
 
 
 class Work(NamedTuple):
-    """What a program has to do, over all devices.
+    """Work of a program over all devices.
 
     Attributes:
-      model_flops: what the mathematics asks for, without recomputation: the numerator of MFU.
-      kernel_flops, kernel_bytes: of what runs in custom calls, where XLA sees nothing.
+      model_flops: FLOPs of the mathematics, without recomputation: the numerator of
+        MFU.
+      kernel_flops: FLOPs inside custom calls, which XLA does not count.
+      kernel_bytes: bytes that custom calls move to and from memory.
     """
 
     model_flops: float
@@ -56,71 +74,104 @@ def attention_work(
     itemsize: int,
     backward: bool,
 ) -> Work:
-    """Of one attention over `batch` streams. Model FLOPs count visible pairs, a kernel's the tiles that it computes."""
+    """Compute the work of one attention.
+
+    Model FLOPs count visible pairs; the FLOPs of a kernel count the tiles that it
+    computes.
+
+    Args:
+      implementation: name of the attention; only "splash" is a custom call.
+      pattern: which queries see which keys.
+      window: keys that a query of a sliding layer sees; None for full attention.
+      batch: number of streams.
+      heads: H.
+      head_dim: h, the width of a head.
+      itemsize: bytes of a number in q, k and v.
+      backward: add the backward pass to the forward pass.
+    """
     shape = len(pattern.query_rows), len(pattern.key_rows)
     products = FORWARD_PRODUCTS + (MODEL_BACKWARD_PRODUCTS if backward else 0)
-    model = batch * attention_flops(
-        visible_pairs(pattern, window), heads, head_dim, products
-    )
+    pairs = visible_pairs(pattern, window)
+    model_flops = batch * attention_flops(pairs, heads, head_dim, products)
     if implementation != "splash":
-        return Work(model, 0.0, 0.0)
+        return Work(model_flops, 0.0, 0.0)
     spans = splash.visible_spans(pattern, window)
     if isinstance(spans, str):
         raise AssertionError(spans)
     sides = splash.block_sizes(spans, shape[1])
-    tiled = visible_tiles(pattern, window, *sides) * math.prod(sides)
+    tile_pairs = visible_tiles(pattern, window, *sides) * math.prod(sides)
     products = FORWARD_PRODUCTS + (SPLASH_BACKWARD_PRODUCTS if backward else 0)
-    bytes_ = sum(
-        attention_bytes(*shape, heads, head_dim, itemsize, backward=b)
-        for b in (False, True)[: 1 + backward]
+    moved_bytes = sum(
+        attention_bytes(*shape, heads, head_dim, itemsize, backward=is_backward)
+        for is_backward in ((False, True) if backward else (False,))
     )
-    return Work(
-        model, batch * attention_flops(tiled, heads, head_dim, products), batch * bytes_
-    )
+    kernel_flops = batch * attention_flops(tile_pairs, heads, head_dim, products)
+    return Work(model_flops, kernel_flops, batch * moved_bytes)
 
 
 def step_work(
     model: ModelSpec, mesh: Mesh, shapes: Batch
 ) -> tuple[Work, list[dict[str, Any]]]:
-    """Work of a train step on a full batch, and per layer `{"window", "queries", "keys", "implementation", "refused"}`.
+    """Compute the work of a train step on a full batch, over all devices.
 
-    Model FLOPs are three times the matrix products of a forward pass, attention over visible pairs only.
+    Model FLOPs are three times the matrix products of a forward pass, attention over
+    visible pairs only.
+
+    Args:
+      model: static half of the run.
+      mesh: mesh of the step, which may be described only.
+      shapes: the batch as `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The work, and per layer `{"window", "queries", "keys", "implementation",
+      "refused"}`: the attention that serves it on this mesh, and the reasons against
+      those that the platform prefers.
     """
     config = model.config
     batch, events = shapes.valid.shape
     dtype = jnp.dtype(config.model.dtype)
     heads, head_dim = config.model.heads, config.model.width // config.model.heads
+    forced = None if config.model.attention == "auto" else config.model.attention
     with jax.set_mesh(mesh):
         state = abstract_state(model)
+        # 1. Every product of the forward pass but those of attention.
         forward = jax.make_jaxpr(step_loss, static_argnums=0)(
             model, state, with_batch_sharding(shapes, mesh)
         )
-        layers, works = (
-            [],
-            [Work(STEP_OVER_FORWARD * product_flops(forward.jaxpr), 0.0, 0.0)],
-        )
-        for pattern, window, own in bind_params(
-            model, state.params
-        ).backbone.attention_layers(model.layout(events)):
-            queries, keys = pattern.query_rows, pattern.key_rows
-            q, k = ((batch, len(some), heads, head_dim) for some in (queries, keys))
-            wanted = (
-                None if config.model.attention == "auto" else config.model.attention
-            )
+        products = STEP_OVER_FORWARD * product_flops(forward.jaxpr)
+        layers, works = [], [Work(products, 0.0, 0.0)]
+        # 2. Attention, layer by layer.
+        backbone = bind_params(model, state.params).backbone
+        for layer in backbone.attention_layers(model.layout(events)):
+            pattern, window, named = layer
+            queries, keys = len(pattern.query_rows), len(pattern.key_rows)
+            q, k = ((batch, rows, heads, head_dim) for rows in (queries, keys))
             name, refused = (
-                (own, {})
-                if own
-                else implementation_of(q, k, window, pattern, dtype, wanted)
+                (named, {})
+                if named
+                else implementation_of(q, k, window, pattern, dtype, forced)
             )
-            sizes = {"window": window, "queries": len(queries), "keys": len(keys)}
-            layers.append(sizes | {"implementation": name, "refused": refused})
-            each = {
-                "batch": batch,
-                "heads": heads,
-                "head_dim": head_dim,
-                "itemsize": dtype.itemsize,
-            }
-            works.append(attention_work(name, pattern, window, **each, backward=True))
+            layers.append(
+                {
+                    "window": window,
+                    "queries": queries,
+                    "keys": keys,
+                    "implementation": name,
+                    "refused": refused,
+                }
+            )
+            works.append(
+                attention_work(
+                    name,
+                    pattern,
+                    window,
+                    batch=batch,
+                    heads=heads,
+                    head_dim=head_dim,
+                    itemsize=dtype.itemsize,
+                    backward=True,
+                )
+            )
     return Work(*(sum(part) for part in zip(*works, strict=True))), layers
 
 
@@ -132,41 +183,51 @@ def implementation_of(
     dtype: Any,
     name: str | None = None,
 ) -> Choice:
-    """What `attention` chooses for arrays of these shapes under the mesh in use; `name` as its `implementation`."""
+    """Choose the attention for arrays of these shapes, as `attention` does.
+
+    Args:
+      q: shape of the queries, `[B, Q, H, h]`.
+      k: shape of the keys, `[B, K, H, h]`.
+      window: keys that a query of a sliding layer sees; None for full attention.
+      pattern: which queries see which keys.
+      dtype: of queries and keys.
+      name: an implementation that is demanded; None chooses for the mesh in use.
+    """
     arrays: list[Any] = [jax.ShapeDtypeStruct(shape, dtype) for shape in (q, k)]
     return choose(*arrays, window=window, pattern=pattern, implementation=name)
 
 
 def product_flops(jaxpr: Jaxpr) -> float:
-    """FLOPs of the matrix products of a traced program, global shapes, attention left out.
+    """Count the FLOPs of the matrix products of a traced program, attention left out.
 
-    Attention is the only `shard_map` with products there. Bodies of scans count as often as they run, of `while` once.
+    Shapes are global: the count is over all devices. The body of a scan counts as often
+    as it runs, that of a `while` once.
     """
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            left, made = (
-                _shape_of(one[0]) for one in (equation.invars, equation.outvars)
-            )
-            total += (
-                2.0 * math.prod(left[axis] for axis in contracted) * math.prod(made)
-            )
+            left = _shape_of(equation.invars[0])
+            output = _shape_of(equation.outvars[0])
+            sizes = math.prod(left[axis] for axis in contracted), math.prod(output)
+            total += 2.0 * sizes[0] * sizes[1]
+        # Attention is the only `shard_map` of a forward pass with products in it.
         elif equation.primitive.name != "shard_map":
-            trips = (
-                equation.params["length"] if equation.primitive.name == "scan" else 1
-            )
-            total += trips * sum(
-                product_flops(inner)
-                for inner in _inner_jaxprs(equation.params.values())
-            )
+            total += _inner_flops(equation, product_flops)
     return total
 
 
 def step_flops(model: ModelSpec, mesh: Mesh, shapes: Batch, work: Work) -> float:
-    """FLOPs of a device in a train step: matrix products as traced, those computed again too, and those of kernels.
+    """Compute the FLOPs of one device in a train step.
 
-    XLA's own count has the body of a loop once, and nothing inside a kernel.
+    Matrix products as traced, those that `model.remat` computes again too, and those of
+    kernels. XLA's own count has the body of a loop once, and nothing inside a kernel.
+
+    Args:
+      model: static half of the run.
+      mesh: mesh of the step, which may be described only.
+      shapes: the batch as `jax.ShapeDtypeStruct`.
+      work: `step_work` of the same step.
     """
     with jax.set_mesh(mesh):
         step = jax.make_jaxpr(train_step, static_argnums=0)(
@@ -176,34 +237,39 @@ def step_flops(model: ModelSpec, mesh: Mesh, shapes: Batch, work: Work) -> float
 
 
 def device_flops(jaxpr: Jaxpr) -> float:
-    """FLOPs of one device in the matrix products of a traced program with explicit shardings; none inside a kernel."""
+    """Count the FLOPs of one device in the matrix products of a traced program.
+
+    The program has explicit shardings, which give the shape of a product on one device.
+    Kernels (`pallas_call`) are left out.
+    """
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            left, made = equation.invars[0].aval, equation.outvars[0].aval
-            # A sum over mesh axes is made whole on every device, and scattered over them after that.
-            summed = {
-                axis for dimension in contracted for axis in _mesh_axes(left, dimension)
-            }
-            sizes = [_local_size(left, dimension) for dimension in contracted]
-            sizes += [
-                _local_size(made, dimension, summed)
-                for dimension in range(len(_shape_of(equation.outvars[0])))
-            ]
+            left, output = equation.invars[0].aval, equation.outvars[0].aval
+            # A sum over mesh axes is first made whole on every device, and scattered
+            # over them after that: those axes do not make the output smaller.
+            summed = {axis for dim in contracted for axis in _mesh_axes(left, dim)}
+            sizes = [_local_size(left, dim) for dim in contracted]
+            dims = range(len(_shape_of(equation.outvars[0])))
+            sizes += [_local_size(output, dim, summed) for dim in dims]
             total += 2.0 * math.prod(sizes)
         elif equation.primitive.name != "pallas_call":
-            trips = (
-                equation.params["length"] if equation.primitive.name == "scan" else 1
-            )
-            total += trips * sum(
-                device_flops(inner) for inner in _inner_jaxprs(equation.params.values())
-            )
+            total += _inner_flops(equation, device_flops)
     return total
 
 
+def _inner_flops(equation: Any, count: Callable[[Jaxpr], float]) -> float:
+    """FLOPs of the programs inside an equation; those of a scan times its length."""
+    trips = equation.params["length"] if equation.primitive.name == "scan" else 1
+    return trips * sum(count(inner) for inner in inner_jaxprs(equation.params.values()))
+
+
 def _mesh_axes(aval: Any, dimension: int) -> tuple[str, ...]:
-    """Mesh axes that split a dimension of a traced array; none inside a `shard_map`, whose shapes are of one device."""
+    """Mesh axes that split a dimension of a traced array.
+
+    None inside a `shard_map`, whose shapes are those of one device already.
+    """
     if aval.sharding.mesh.empty or aval.sharding.mesh.are_all_axes_manual:
         return ()
     axes = aval.sharding.spec[dimension]
@@ -211,7 +277,7 @@ def _mesh_axes(aval: Any, dimension: int) -> tuple[str, ...]:
 
 
 def _local_size(aval: Any, dimension: int, besides: Collection[str] = ()) -> int:
-    """Length of a dimension on one device, as the mesh axes split it, less those `besides`."""
+    """Length of a dimension on one device; mesh axes in `besides` do not split it."""
     split = (
         aval.sharding.mesh.shape[axis]
         for axis in _mesh_axes(aval, dimension)
@@ -222,13 +288,3 @@ def _local_size(aval: Any, dimension: int, besides: Collection[str] = ()) -> int
 
 def _shape_of(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
-
-
-def _inner_jaxprs(values: Iterable[Any]) -> Iterable[Jaxpr]:
-    for value in values:
-        if isinstance(value, ClosedJaxpr):
-            yield value.jaxpr
-        elif isinstance(value, Jaxpr):
-            yield value
-        elif isinstance(value, (tuple, list)):
-            yield from _inner_jaxprs(value)

@@ -1,4 +1,12 @@
-"""What of a device's memory a compiled step holds, and what to look at when it is too much."""
+"""Device memory of a compiled step, and the largest arrays where it does not fit.
+
+All figures are bytes of one device. Three accounts are read, each where it exists:
+
+- the layout of the arguments of a compiled program (`padded_state_bytes`): the bytes of
+  the state with the padding of their tiles;
+- the message with which XLA refuses a program (`refused_bytes`, `listed_buffers`);
+- the traced program (`traced_buffers`): arrays before XLA fuses or drops any.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +18,25 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import Jaxpr
 from jax.stages import Compiled
 
+from tokenrec.planner.jaxprs import inner_jaxprs
 from tokenrec.state import TrainState
 
 STATE_PARTS = ("weights", "tables", "optimizer")
+# The folder above the package, which source paths are shown relative to.
 _ROOT = Path(__file__).parents[2]
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# "Used 21.50G of 15.75G hbm", or "memory required for HLO temporaries (31.25G)".
 _USED = re.compile(
-    r"Used ([\d.]+)([KMGT]?)B? of [\d.]+[KMGT]?B? hbm|memory required for HLO temporaries \(([\d.]+)([KMGT]?)B?\)"
+    r"Used ([\d.]+)([KMGT]?)B? of [\d.]+[KMGT]?B? hbm"
+    r"|memory required for HLO temporaries \(([\d.]+)([KMGT]?)B?\)"
 )
+# An entry of XLA's list:
+#   1. Size: 2.00G
+#      Operator: op_name="jit(f)/dot_general" source_file="/a/block.py" source_line=81
+#      Shape: bf16[1024,1024]{1,0:T(8,128)(2,1)}
 _ALLOCATION = re.compile(
     r"\d+\. Size: (?P<size>[\d.]+)(?P<unit>[KMGT]?)B?\s*\n"
     r"(?:\s*Operator: (?P<operator>[^\n]*)\n)?"
@@ -29,7 +45,14 @@ _ALLOCATION = re.compile(
 
 
 class Buffer(NamedTuple):
-    """An array that a device must hold: bytes, shape as XLA or JAX writes it, operation, and where it was traced."""
+    """An array that a device must hold.
+
+    Attributes:
+      bytes: of one device.
+      shape: as XLA or JAX writes it.
+      operation: that makes it; "state..." for a leaf of the state.
+      source: file and line where it was traced; "" if not known.
+    """
 
     bytes: int
     shape: str
@@ -38,14 +61,16 @@ class Buffer(NamedTuple):
 
 
 def state_parts(state: TrainState) -> dict[str, Any]:
-    """The arrays, or what stands for each, by `STATE_PARTS`."""
-    return dict(
-        zip(STATE_PARTS, (state.params, state.tables, state.opt_state), strict=True)
-    )
+    """Split a state, or a tree of its form, by `STATE_PARTS`."""
+    parts = (state.params, state.tables, state.opt_state)
+    return dict(zip(STATE_PARTS, parts, strict=True))
 
 
 def state_bytes(state: TrainState) -> dict[str, int]:
-    """Bytes of each part on one device by shape and sharding, without what a layout pads."""
+    """Compute the bytes of each part on one device, by shape and sharding.
+
+    The padding of a layout is not included.
+    """
     return {
         name: sum(map(_shard_bytes, jax.tree.leaves(part)))
         for name, part in state_parts(state).items()
@@ -53,10 +78,15 @@ def state_bytes(state: TrainState) -> dict[str, int]:
 
 
 def padded_state_bytes(state: TrainState, compiled: Compiled) -> dict[str, int]:
-    """Bytes of each part on one device as the program lays it out; its first argument is the state."""
+    """Compute the bytes of each part on one device, as a program lays it out.
+
+    Args:
+      state: abstract state with shardings.
+      compiled: program whose first argument is the state.
+    """
     formats = state_parts(compiled.input_formats[0][0])
     return {
-        name: sum(jax.tree.leaves(jax.tree.map(_laid_out_bytes, part, formats[name])))
+        name: sum(jax.tree.leaves(jax.tree.map(_padded_bytes, part, formats[name])))
         for name, part in state_parts(state).items()
     }
 
@@ -65,12 +95,11 @@ def _shard_bytes(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def _laid_out_bytes(leaf: Any, form: Any) -> int:
+def _padded_bytes(leaf: Any, form: Any) -> int:
     shape = leaf.sharding.shard_shape(leaf.shape)
-    return (
-        tiled_elements(shape, form.layout.major_to_minor, form.layout.tiling or ())
-        * leaf.dtype.itemsize
-    )
+    layout = form.layout
+    elements = tiled_elements(shape, layout.major_to_minor, layout.tiling or ())
+    return elements * leaf.dtype.itemsize
 
 
 def tiled_elements(
@@ -78,12 +107,21 @@ def tiled_elements(
     major_to_minor: tuple[int, ...],
     tiling: tuple[tuple[int, ...], ...],
 ) -> int:
-    """Elements that an array takes in tiles: the first tile rounds the minor dimensions up, later ones only reorder.
+    """Count the elements that an array takes in tiles, padding included.
 
-    A table of 16 columns in tiles of 8 x 128: little is lost with the rows innermost, seven eighths with the columns.
+    The first tile rounds the minor dimensions up; later ones only reorder. A table of
+    16 columns in tiles of 8 x 128: little is lost with its rows as the minor dimension,
+    seven eighths with its columns.
 
-    >>> tiled_elements((1000, 16), (1, 0), ((8, 128),)), tiled_elements((1000, 16), (0, 1), ((8, 128),))
-    (16384, 128000)
+    Args:
+      shape: of the array on one device.
+      major_to_minor: order of the dimensions in memory.
+      tiling: tiles, as `jax.experimental.layout.Layout.tiling`.
+
+    >>> tiled_elements((1000, 16), (1, 0), ((8, 128),))
+    16384
+    >>> tiled_elements((1000, 16), (0, 1), ((8, 128),))
+    128000
     """
     sizes = [shape[axis] for axis in major_to_minor]
     tile = tiling[0] if tiling else ()
@@ -94,49 +132,57 @@ def tiled_elements(
 
 
 def refused_bytes(message: str) -> int | None:
-    """What XLA says that a program would need when it refuses it: in all, or for temporaries alone.
+    """Read the bytes that a program would need from XLA's refusal.
+
+    Depending on the message they are those in all, or of temporaries alone; None if it
+    names neither.
 
     >>> refused_bytes("Ran out of memory in memory space hbm. Used 1.5G of 1.0G hbm.")
     1610612736
     """
-    found = _USED.search(message)
-    if not found:
+    match = _USED.search(message)
+    if not match:
         return None
-    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    number, unit = (match[1], match[2]) if match[1] else (match[3], match[4])
     return int(float(number) * _UNITS[unit])
 
 
 def listed_buffers(message: str) -> list[Buffer]:
-    """The largest allocations that XLA lists when it refuses a program; it does not always list them."""
+    """Read the largest allocations from XLA's refusal, if it lists them."""
     buffers = []
-    for found in _ALLOCATION.finditer(message):
-        operator = found["operator"] or ""
-        named, place, line = (
+    for entry in _ALLOCATION.finditer(message):
+        operator = entry["operator"] or ""
+        name, path, line = (
             re.search(rf'{key}="?([^"\s]*)', operator)
             for key in ("op_name", "source_file", "source_line")
         )
-        source = ":".join(part[1] for part in (place, line) if part)
-        size = int(float(found["size"]) * _UNITS[found["unit"]])
-        buffers.append(
-            Buffer(size, found["shape"].strip(), named[1] if named else "", source)
-        )
+        source = ":".join(part[1] for part in (path, line) if part)
+        size = int(float(entry["size"]) * _UNITS[entry["unit"]])
+        shape = entry["shape"].strip()
+        buffers.append(Buffer(size, shape, name[1] if name else "", source))
     return buffers
 
 
 def traced_buffers(jaxpr: Jaxpr, state: TrainState, count: int = 8) -> list[Buffer]:
-    """The largest arrays of the state and of a traced step by their part on one device, before XLA drops any.
+    """List the largest arrays of the state and of a traced step.
 
-    Equal shapes of one operation and line count once.
+    Args:
+      jaxpr: the step as traced, before XLA fuses or drops any array.
+      state: abstract state with shardings.
+      count: arrays to list. Equal shapes of one operation and line count once.
+
+    Returns:
+      Buffers with the bytes of their part on one device, largest first.
     """
-    held = [
-        _held(jax.tree_util.keystr(path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    state_buffers = [
+        _state_buffer(jax.tree_util.keystr(path), leaf) for path, leaf in leaves
     ]
-    found = dict.fromkeys([*held, *_outputs(jaxpr)])
-    return sorted(found, key=lambda buffer: -buffer.bytes)[:count]
+    distinct = dict.fromkeys([*state_buffers, *_outputs(jaxpr)])
+    return sorted(distinct, key=lambda buffer: -buffer.bytes)[:count]
 
 
-def _held(name: str, leaf: Any) -> Buffer:
+def _state_buffer(name: str, leaf: Any) -> Buffer:
     shape = leaf.sharding.shard_shape(leaf.shape)
     return Buffer(
         _shard_bytes(leaf), _shape_text(leaf.dtype, shape), f"state{name}", ""
@@ -148,31 +194,33 @@ def _shape_text(dtype: Any, shape: tuple[int, ...]) -> str:
 
 
 def _outputs(jaxpr: Jaxpr) -> Iterator[Buffer]:
+    """Yield every array that a traced program makes."""
     for equation in jaxpr.eqns:
-        inner = list(_inner(equation.params))
-        for one in inner:
-            yield from _outputs(one)
+        inner = list(inner_jaxprs(equation.params.values()))
+        for program in inner:
+            yield from _outputs(program)
+        # What an equation with a body returns is what its body made.
         if inner:
-            continue  # what it returns is what its body made
+            continue
+        source = source_info_util.summarize(equation.source_info).partition(" (")[0]
         for variable in equation.outvars:
             aval: Any = variable.aval
+            # Tokens and effects are no arrays.
             if hasattr(aval, "sharding") and hasattr(aval.dtype, "itemsize"):
                 shape = _local_shape(aval)
-                source = source_info_util.summarize(equation.source_info).partition(
-                    " ("
-                )[0]
-                source = source.removeprefix(f"{_ROOT}/")
-                text = _shape_text(aval.dtype, shape)
                 yield Buffer(
                     math.prod(shape) * aval.dtype.itemsize,
-                    text,
+                    _shape_text(aval.dtype, shape),
                     equation.primitive.name,
-                    source,
+                    source.removeprefix(f"{_ROOT}/"),
                 )
 
 
 def _local_shape(aval: Any) -> tuple[int, ...]:
-    """Of explicit shardings, sizes by axis; inside a `shard_map` shapes are local already."""
+    """Shape on one device, by the explicit sharding of a traced array.
+
+    Inside a `shard_map` shapes are those of one device already.
+    """
     mesh = aval.sharding.mesh
     if mesh.empty or mesh.are_all_axes_manual:
         return tuple(aval.shape)
@@ -181,12 +229,3 @@ def _local_shape(aval: Any) -> tuple[int, ...]:
         names = (axes,) if isinstance(axes, str) else axes or ()
         sizes.append(-(-size // math.prod(mesh.shape[name] for name in names)))
     return tuple(sizes)
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    for value in params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(one, ClosedJaxpr):
-                yield one.jaxpr
-            elif isinstance(one, Jaxpr):
-                yield one

@@ -1,7 +1,9 @@
-"""A schema without its data: table sizes that are known or planned, for what compiles and describes but trains nothing.
+"""Schemas of data sets that are not at hand: known or planned table sizes.
 
-A planned schema is a JSON file like the `tokenrec.json` of a prepared data set, of which `schema` and `counts.items`
-are read. `notes` say where each size comes from.
+`compile` and `describe` need the features and table sizes of a data set, but none of
+its data. A planned schema is a JSON file like the `tokenrec.json` of a prepared data
+set, of which `schema` and `counts.items` are read; its `notes` say where each size
+comes from.
 """
 
 from __future__ import annotations
@@ -18,12 +20,17 @@ from tokenrec.runtime.files import read_json
 
 
 def resolve_schema(config: Config) -> tuple[Schema, str]:
-    """The whole schema of a config's data set, and where it was found: the prepared data set, or `data.schema`.
+    """Find the schema of a config's data set: the prepared data set, or `data.schema`.
+
+    Returns:
+      The schema with all features, and a text that says where it was found.
 
     Raises:
-      InputError: neither is there, a folder given as `data.path` is not a data set, or the file is no schema.
+      InputError: neither is there, a folder given as `data.path` is not a data set, or
+        the file is not a planned schema.
     """
     directory = data_directory(config)
+    # A prepared data set goes first, and a `data.path` that is given must be one.
     planned = (
         config.data.schema
         and not config.data.path
@@ -34,30 +41,33 @@ def resolve_schema(config: Config) -> tuple[Schema, str]:
         return schema, f"prepared data set {directory}"
     if config.data.semantic_ids:
         raise InputError(
-            f"data.semantic_ids='{config.data.semantic_ids}' belongs to a prepared data set, and '{directory}' is "
-            "none; prepare it, or leave the semantic ids out"
+            f"data.semantic_ids='{config.data.semantic_ids}' belongs to a prepared "
+            f"data set, and '{directory}' is none; "
+            "prepare it, or leave the semantic ids out"
         )
     path = _find(config.data.schema)
     return read_planned(path), f"planned schema {path.name}; no data set at {directory}"
 
 
 def read_planned(path: Path) -> Schema:
-    """The schema in a planned schema's file.
+    """Read a planned schema.
 
     Raises:
-      InputError: it is not JSON, or has no `schema` or no `counts.items`.
+      InputError: the file is not JSON, or has no `schema` or no `counts.items`.
     """
     try:
         value = read_json(path, "data.schema", "give a planned schema")
         return Schema.from_json(value["schema"] | {"items": value["counts"]["items"]})
     except (KeyError, TypeError) as error:
         raise InputError(
-            f"data.schema '{path}' is not a planned schema: {type(error).__name__}: {error}; it holds what the "
-            f"{METADATA_FILE} of a prepared data set holds, `schema` and `counts.items` at least"
+            f"data.schema '{path}' is not a planned schema: "
+            f"{type(error).__name__}: {error}; it needs `schema` and `counts.items`, "
+            f"as in the {METADATA_FILE} of a prepared data set"
         ) from error
 
 
 def _find(name: str) -> Path:
+    """Path of a file, or of a shipped schema of that name."""
     path, shipped = Path(name), shipped_folder() / "schemas"
     if path.is_file():
         return path
@@ -65,5 +75,6 @@ def _find(name: str) -> Path:
         return shipped / name
     known = (file.name for file in shipped.glob("*.json"))
     raise InputError(
-        f"data.schema='{name}' is neither a file nor a shipped schema{suggest(name, known)}"
+        f"data.schema='{name}' is neither a file nor a shipped schema"
+        f"{suggest(name, known)}"
     )

@@ -1,4 +1,8 @@
-"""Pods that are described, not there: their devices and the mesh over them."""
+"""Meshes over described TPU pods, for compiling only.
+
+libtpu describes the devices of a topology, such as "v5p:4x4x4", without any TPU: their
+kind, their coordinates in the torus and the slice of each.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,8 @@ from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError, suggest
 from tokenrec.sharding import AXES, make_mesh
 
-# Dimensions of each kind of pod, and sizes that can be rented. libtpu knows more; a name that it refuses is compared
-# with these.
+# Dimensions of each kind of pod, and sizes that can be rented. libtpu accepts more; a
+# name that it refuses is compared with these.
 DIMENSIONS = {"v5e": 2, "v6e": 2, "v5p": 3, "tpu7x": 3}
 _SIZES = {
     2: ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
@@ -42,12 +46,12 @@ TOPOLOGIES = tuple(
 
 
 def topology_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
-    """Mesh `(data, fsdp, tensor)` over the devices of a pod that is described, not there; for compiling only.
+    """Make the mesh `(data, fsdp, tensor)` over the devices of a described pod.
 
     Args:
-      topology: of each slice, "v5p:4x4x4".
+      topology: of each slice, as "v5p:4x4x4".
       mesh: as in a config; `data` goes across the slices first, then on inside each.
-      slices: so many, joined by the data-centre network.
+      slices: number of slices, joined by the data-centre network.
 
     Raises:
       InputError: an unknown topology, sizes that do not fit it, or no libtpu.
@@ -57,7 +61,8 @@ def topology_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
         and "TPU_LIBRARY_PATH" not in os.environ
     ):
         raise InputError(
-            f"topology='{topology}': compiling for a TPU needs libtpu; pip install 'tokenrec[tpu]'"
+            f"topology='{topology}': compiling for a TPU needs libtpu; "
+            "pip install 'tokenrec[tpu]'"
         )
     kind, _, size = topology.partition(":")
     if kind not in DIMENSIONS or not re.fullmatch(
@@ -66,25 +71,21 @@ def topology_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
         raise InputError(
             f"topology='{topology}' is not known{suggest(topology, TOPOLOGIES)}"
         )
-    # libtpu reads both when it is first used. It would else ask a cloud for this machine's metadata, and lock out every
-    # other process, as on a machine with a TPU it should.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # Without these it complains of a machine that is no TPU; what is compiled for does not depend on them.
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    _set_libtpu_variables()
     try:
         options = {"num_slices": slices} if slices > 1 else {}
         devices = list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
-            f"topology='{topology}', refused by libtpu: {error}{suggest(topology, TOPOLOGIES)}"
+            f"topology='{topology}', refused by libtpu: {error}"
+            f"{suggest(topology, TOPOLOGIES)}"
         ) from error
     if slices > 1:
         return _hybrid_mesh(mesh, devices, slices)
     try:
         return make_mesh(mesh, devices)
-    except NotImplementedError:  # an axis that no whole axes of the torus make up
+    # JAX lays an axis over whole axes of the torus only, by default.
+    except NotImplementedError:
         return Mesh(
             _split_devices(_shape(mesh, len(devices)), devices),
             AXES,
@@ -92,7 +93,20 @@ def topology_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
         )
 
 
+def _set_libtpu_variables() -> None:
+    """Set the variables that libtpu reads when it is first used."""
+    # It would else ask a cloud for this machine's metadata, and lock out every other
+    # process, as on a machine with a TPU it should.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Without these it complains of a machine that is no TPU; what it compiles does not
+    # depend on them.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
 def _shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """Sizes of the axes; `mesh.data=-1` takes the devices that are left."""
     fixed = mesh.fsdp * mesh.tensor
     return (devices // fixed if mesh.data == -1 else mesh.data, mesh.fsdp, mesh.tensor)
 
@@ -100,27 +114,30 @@ def _shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
 def _split_devices(
     shape: tuple[int, int, int], devices: list[jax.Device]
 ) -> np.ndarray:
+    """Lay devices out with axes that may be part of an axis of the torus."""
     try:
         return mesh_utils.create_device_mesh(
             shape, devices, allow_split_physical_axes=True
         )
-    except (
-        NotImplementedError
-    ):  # two devices a chip, which JAX takes for an axis of its own
+    # Two devices a chip, which JAX takes for an axis of its own.
+    except NotImplementedError:
         return np.array(devices).reshape(shape)
 
 
 def _hybrid_mesh(mesh: MeshConfig, devices: list[jax.Device], slices: int) -> Mesh:
+    """Mesh over several slices: `data` goes across them first."""
     data, fsdp, tensor = _shape(mesh, len(devices))
     if data % slices or data * fsdp * tensor != len(devices):
+        inside_slice = len(devices) // slices
         raise InputError(
-            f"mesh.data={mesh.data} mesh.fsdp={fsdp} mesh.tensor={tensor} do not lie over {slices} slices of "
-            f"{len(devices) // slices} devices: data must be a multiple of {slices}, and fsdp x tensor divide "
-            f"{len(devices) // slices}; mesh.data=-1 takes what is left"
+            f"mesh.data={mesh.data} mesh.fsdp={fsdp} mesh.tensor={tensor} do not lie "
+            f"over {slices} slices of {inside_slice} devices: data must be a multiple "
+            f"of {slices}, and fsdp x tensor divide {inside_slice}; mesh.data=-1 takes "
+            "what is left"
         )
     inside = (data // slices, fsdp, tensor)
-    parts = [
-        _split_devices(inside, [d for d in devices if d.slice_index == n])
-        for n in range(slices)
-    ]
+    parts = []
+    for number in range(slices):
+        slice_devices = [d for d in devices if d.slice_index == number]
+        parts.append(_split_devices(inside, slice_devices))
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Explicit,) * 3)

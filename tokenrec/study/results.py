@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from tokenrec.analysis.study_files import columns_of
 from tokenrec.errors import InputError
-from tokenrec.metrics.binary import group_codes, summarize
+from tokenrec.metrics.binary import summarize
+from tokenrec.metrics.groups import group_codes
 from tokenrec.runtime.files import atomic_replace
 from tokenrec.runtime.metric_writer import METRICS_FILE, read_log
 from tokenrec.study.bootstrap import compare

@@ -15,7 +15,7 @@ from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.interaction_log import SCORED
 from tokenrec.data.pipeline import task_names
 from tokenrec.errors import InputError
-from tokenrec.evaluation.baselines import baselines_of
+from tokenrec.evaluation.baselines import split_baselines
 from tokenrec.runtime.files import read_json, write_json
 from tokenrec.runtime.versions import versions
 from tokenrec.study.jobs import (
@@ -252,7 +252,7 @@ def _baselines(
         dataset.catalogue.item_id[log.item[rows]],
         log.time[rows],
     )
-    for name, probabilities in baselines_of(
+    for name, probabilities in split_baselines(
         dataset, split, task_names(dataset.schema, config.data)
     ).items():
         yield name, like._replace(scores=probabilities[order].astype(np.float32))

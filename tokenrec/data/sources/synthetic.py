@@ -11,8 +11,9 @@ Outcomes (`reaction`, `clicked`, `seconds`) are `action` features, as in a real 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,11 @@ LEVELS = 2  # levels of a semantic id
 CODES = 8  # codes of a level
 INTERESTS = 3  # the most interests of a user
 PART_BATCHES = 4  # batches of a part for Apache Beam
+
+# Counts of a prepared data set from which its log can be generated again.
+_GENERATOR = tuple(
+    f"generator_{name}" for name in ("rows", "users", "items", "seed", "requests")
+)
 
 _SCHEMA = Schema(
     features=(
@@ -92,6 +98,25 @@ class SyntheticSource(SyntheticLog):
     ) -> None:
         super().__init__(rows, users, items, seed, requests, batch_rows)
         self._item_ids = pa.array([f"i{i:06d}" for i in range(items)])
+        # A prepared data set keeps these among its counts; see `from_counts`.
+        parameters = (rows, users, items, seed, requests)
+        self.provenance = dataclasses.replace(
+            self.provenance, counts=dict(zip(_GENERATOR, parameters, strict=True))
+        )
+
+    @staticmethod
+    def from_counts(counts: Mapping[str, int]) -> SyntheticSource | None:
+        """Make the source of a prepared data set from the `counts` of its metadata.
+
+        `evaluate --baselines` computes the true probabilities of its rows with it.
+
+        Returns:
+          None if the counts hold no parameters of a generator.
+        """
+        if not set(_GENERATOR) <= set(counts):
+            return None
+        rows, users, items, seed, requests = (counts[name] for name in _GENERATOR)
+        return SyntheticSource(rows, users, items, seed, requests)
 
     def users(self) -> pa.Table:
         user = np.arange(self._users - 1)

@@ -68,6 +68,8 @@ class ProfilesSource(SyntheticSource):
                 "one"
             )
         super().__init__(rows, users, items, seed)
+        # The generator's parameters alone do not describe this log.
+        self.provenance = SyntheticSource.provenance
         self._fields = [f"field_{number}" for number in range(static_fields)]
         features = tuple(Feature(name, "categorical", "user") for name in self._fields)
         self.schema = dataclasses.replace(

@@ -1,0 +1,63 @@
+"""Abstract inputs of a train step: model, state and batch, without any data."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from tokenrec.config import Config
+from tokenrec.config.backbones import reads_event_ages
+from tokenrec.data.batch import Batch
+from tokenrec.data.pipeline import batch_shapes, task_names
+from tokenrec.data.schema import Schema
+from tokenrec.state import ModelSpec, TrainState, abstract_state, build_model
+
+
+class PlannedInputs(NamedTuple):
+    """Inputs from which a train step is compiled.
+
+    Attributes:
+      model: static half of the run.
+      state: weights, tables and optimizer state as `jax.ShapeDtypeStruct`, with their
+        shardings on the mesh.
+      batch: the batch of the longest streams as `jax.ShapeDtypeStruct`, without
+        shardings.
+    """
+
+    model: ModelSpec
+    state: TrainState
+    batch: Batch
+
+
+def planned_inputs(
+    config: Config, schema: Schema, mesh: Mesh, *, batch_size: int | None = None
+) -> PlannedInputs:
+    """Build the abstract inputs of a config on a mesh; nothing is allocated.
+
+    Args:
+      config: a validated config; of several stream lengths, the longest is planned.
+      schema: all features of the data set; `data.exclude` is applied here.
+      mesh: mesh whose devices may be described only.
+      batch_size: samples over all devices; None is `data.batch_size`.
+
+    Returns:
+      The model, its abstract state and the abstract batch.
+
+    Raises:
+      InputError: the config and the schema do not go together.
+    """
+    schema = schema.without(config.data.exclude)
+    model = build_model(config, schema, task_names(schema, config.data))
+    batch = batch_shapes(
+        schema,
+        config.data,
+        batch_size=config.data.batch_size if batch_size is None else batch_size,
+        ages=reads_event_ages(config.model),
+    )[config.data.events]
+    # Shardings come from the mesh in use: an array has one size per device on every
+    # mesh.
+    with jax.set_mesh(mesh):
+        state = abstract_state(model)
+    return PlannedInputs(model, state, batch)
