@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import chex
 import jax
 from jax.sharding import Mesh
 
@@ -27,10 +26,9 @@ from tokenrec.data.pipeline import stream_lengths, train_batches
 from tokenrec.errors import Stopped
 from tokenrec.evaluation.evaluate import make_evaluator
 from tokenrec.evaluation.selection import flatten_report, selection_value
+from tokenrec.jitted_step import JittedStep
 from tokenrec.metrics_buffer import MetricsBuffer
 from tokenrec.optim import schedule
-from tokenrec.planner.flops import step_work
-from tokenrec.planner.mfu import mfu, peak_flops
 from tokenrec.run_setup import Setup
 from tokenrec.runtime import distributed
 from tokenrec.runtime.compilation_cache import persistent_compilation_cache
@@ -41,7 +39,6 @@ from tokenrec.runtime.run_log import RunLog, open_run_log
 from tokenrec.runtime.throughput import Throughput
 from tokenrec.runtime.watchdog import Watchdog
 from tokenrec.sharding import (
-    compiler_options,
     local_batch_indices,
     to_devices,
 )
@@ -51,7 +48,7 @@ from tokenrec.state import (
     abstract_state,
     table_statistics,
 )
-from tokenrec.step import Metrics, train_step
+from tokenrec.step import Metrics
 
 # Values of the inside of a model by kind and name, such as {"rank": {"layer_0": 12.3}}.
 StateLogger = Callable[[TrainState], dict[str, dict[str, float | None]]]
@@ -115,9 +112,9 @@ def run_context(
 class ActiveRun:
     """The resources of a run, and one method for each thing that its loop does.
 
-    Made by `run_context`. The methods keep no state of the run but what must live on
-    the host between two steps: metrics that have not been fetched from the devices,
-    and stream lengths whose step is compiled.
+    Made by `run_context`. State and progress are arguments and results of its methods;
+    it holds only what must live on the host between two steps, such as metrics that
+    have not been fetched from the devices.
     """
 
     def __init__(
@@ -152,22 +149,7 @@ class ActiveRun:
         self._best_report: dict[str, Any] | None = None
         # The step whose evaluation and checkpoint are complete: nothing is due there.
         self._completed_step = 0
-
-        # One program per stream length and no other: a batch of another shape would
-        # compile again in silence. The counter is global over the runs of a process.
-        chex.clear_trace_counter()
-        counted_step = chex.assert_max_traces(
-            train_step, n=len(stream_lengths(setup.config.data))
-        )
-        self._step = jax.jit(
-            counted_step,
-            static_argnums=0,
-            donate_argnums=1,
-            compiler_options=compiler_options(setup.mesh),
-        )
-        # Model FLOPs of the step by the shape of its batch; a shape is here once its
-        # program is compiled. They are 0 where no peak is known to compare them with.
-        self._model_flops: dict[tuple[int, ...], float] = {}
+        self._step = JittedStep(setup)
 
     def restore_or_initialize(self) -> tuple[TrainState, Progress]:
         """Load the latest checkpoint; without one, start from another run or a seed."""
@@ -252,17 +234,15 @@ class ActiveRun:
         assert self._profiler is not None
         step = progress.step
         batch = to_devices(host.batch, self.setup.mesh)
-        shape = batch.valid.shape
-        compiled = shape in self._model_flops
+        compiled = self._step.is_compiled(batch)
         self._profiler.before_step(step)
-        metrics: Metrics
         if compiled:
             self._watchdog.enter_phase(f"step {step:,}: handing it to the devices")
-            state, metrics = self._step(self.setup.model, state, batch)
+            state, metrics = self._step(state, batch)
         else:
             state, metrics = self._compile_and_step(state, batch, step)
         self._profiler.after_step(step, metrics)
-        flops = self._model_flops[shape]
+        flops = self._step.model_flops(batch)
         self._metrics.add(metrics, host.rows, timed=compiled, model_flops=flops)
         return state, dataclasses.replace(progress, step=step + 1)
 
@@ -275,23 +255,10 @@ class ActiveRun:
         if self._display is not None:
             self._display.show_phase("compiling")
         with self._throughput.excluded():
-            if peak_flops(self._device_kind) is None:
-                flops = 0.0
-            else:
-                shapes = jax.tree.map(
-                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch
-                )
-                work, _ = step_work(self.setup.model, self.setup.mesh, shapes)
-                flops = work.model_flops
-            outputs = jax.block_until_ready(self._step(self.setup.model, state, batch))
-        self._model_flops[batch.valid.shape] = flops
+            outputs = self._step.compile_and_run(state, batch)
         if self._display is not None:
             self._display.show_phase()
         return outputs
-
-    @property
-    def _device_kind(self) -> str:
-        return self.setup.mesh.devices.flat[0].device_kind
 
     def log_due(self, progress: Progress) -> bool:
         """Whether a log line is due: every `train.log_every` steps, and the last one."""
@@ -311,8 +278,7 @@ class ActiveRun:
         logged = values | timings | {"learning_rate": learning_rate}
         flops_per_second = timings.get("model_flops_per_second")
         if flops_per_second is not None:
-            per_device = flops_per_second / self.setup.mesh.size
-            logged["mfu"] = mfu(per_device, 1.0, self._device_kind)
+            logged["mfu"] = self._step.utilisation(flops_per_second)
         self._run_log.write(progress.step, logged)
         return progress
 
