@@ -1,4 +1,4 @@
-"""Shared by tests of the pipeline: small logs in memory, two configs, taking batches."""
+"""Shared by tests of the pipeline: small logs in memory, two configs, and batches."""
 
 from __future__ import annotations
 

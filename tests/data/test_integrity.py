@@ -193,7 +193,7 @@ def test_metadata_that_says_something_impossible_is_refused(
 
 
 def edit_rows(directory: Path, change: Callable[[np.ndarray], object]) -> None:
-    """Change the log rows of every training chunk, and write the shard with its hashes."""
+    """Change the log rows of every training chunk, and write the shard again."""
     data_set = open_dataset(directory)
     dtype, count = (
         records.row_dtype(data_set.metadata.schema),

@@ -223,14 +223,18 @@ def decide(job_set: dict[str, Any], code: int, evicted: bool) -> str:
     for index, rule in enumerate(spec_of(job_set)["podFailurePolicy"]["rules"]):
         assert rule["action"] == "FailJob"
         if code in rule.get("onExitCodes", {}).get("values", []):
-            # The wording is that of the Job controller, kubernetes/pkg/controller/job/pod_failure_policy.go.
+            # As the Job controller words it in
+            # kubernetes/pkg/controller/job/pod_failure_policy.go.
             message = (
                 f"Container tokenrec for pod ns/p failed with exit code {code} "
                 f"matching FailJob rule at index {index}"
             )
             break
         if evicted and "onPodConditions" in rule:
-            message = f"Pod ns/p has condition DisruptionTarget matching FailJob rule at index {index}"
+            message = (
+                "Pod ns/p has condition DisruptionTarget matching FailJob rule at "
+                f"index {index}"
+            )
             break
     reason = "PodFailurePolicy" if message else "BackoffLimitExceeded"
     for rule in job_set["spec"]["failurePolicy"]["rules"]:

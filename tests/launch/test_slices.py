@@ -1,4 +1,4 @@
-"""Slices as Google Cloud documents them: chips, hosts, types; and what is not offered."""
+"""Slices as Google Cloud documents them, and slices that it does not offer."""
 
 from __future__ import annotations
 

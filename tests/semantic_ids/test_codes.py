@@ -1,4 +1,4 @@
-"""Semantic ids on disk: written, read back, aligned, refused when they are not sound."""
+"""Semantic ids on disk: written, read back, aligned, refused when not sound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RQ-KMeans: it finds clusters, leaves no code unused, and reports the codes' errors."""
+"""RQ-KMeans: it finds clusters, leaves no code unused, and reports errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def test_separate_clusters_share_no_code() -> None:
     pairs = set(zip(label.tolist(), assigned.tolist(), strict=True))
     assert len(pairs) == len({code for _, code in pairs}) == 48
     means = np.stack([values[assigned == code].mean(axis=0) for code in range(48)])
-    np.testing.assert_allclose(centroids, means, atol=1e-5)  # measured 4e-6
+    # Two ways to average float32 coordinates between 32 and 64, whose last place is
+    # 3.8e-6. Measured one such unit with AVX2, AVX-512 and SSE4.2; two are allowed.
+    np.testing.assert_allclose(centroids, means, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [3, CHUNK_ROWS, CHUNK_ROWS + 1])
@@ -33,9 +35,11 @@ def test_every_point_takes_its_nearest_centroid(rows: int) -> None:
     values = np.random.default_rng(1).normal(size=(rows, 4)).astype(np.float32)
     centroids, assigned = fit_kmeans(values, 7, jax.random.key(1))
     distances = np.square(values[:, None] - centroids).sum(axis=2)
+    # Measured 0. Where two centroids are equally near but for rounding, another
+    # processor may take the other one: the last place of a squared distance is 1e-6.
     np.testing.assert_allclose(
         distances[np.arange(rows), assigned], distances.min(axis=1), atol=1e-5
-    )  # measured 0
+    )
 
 
 def test_no_code_stays_empty_though_seeds_coincide() -> None:
@@ -62,16 +66,18 @@ def test_errors_are_those_of_the_codes_and_fall_with_each_level() -> None:
     assert (quantized.codes.min(axis=0) >= 0).all()
     assert (quantized.codes.max(axis=0) < (8, 16, 16)).all()
     assert (np.diff(quantized.errors) < 0).all()
-    # The best code word of a level is the mean residual of its items: rebuild the books from the codes alone.
+    # The best code word of a level is the mean residual of its items: rebuild the code
+    # books from the codes alone.
     residual = values.copy()
     for level, size in enumerate((8, 16, 16)):
         for code in range(size):
             chosen = quantized.codes[:, level] == code
             residual[chosen] -= residual[chosen].mean(axis=0) if chosen.any() else 0
         error = np.square(residual).sum(axis=1).mean()
-        assert error == pytest.approx(
-            quantized.errors[level], rel=2e-3
-        )  # Lloyd ends early: measured 5e-4
+        # Lloyd's algorithm ends before code words are exact means: measured 5e-4 on the
+        # last level. Rounding does not matter here, but on another processor it may end
+        # an iteration earlier; four times as much is allowed.
+        assert error == pytest.approx(quantized.errors[level], rel=2e-3)
 
 
 def test_one_seed_gives_one_result() -> None:

@@ -138,7 +138,7 @@ def test_prepared_splits_hold_the_history_and_the_held_out_item(tmp_path: Path) 
     data = prepared(tmp_path)
     item = data.catalogue.item_id
     train, valid, test = (data.load(split) for split in ("train", "valid", "test"))
-    assert (train.chunks, valid.chunks, test.chunks) == (3, 2, 2)
+    assert (train.num_chunks, valid.num_chunks, test.num_chunks) == (3, 2, 2)
     assert sorted(train.flags.tolist()) == [EVENT | SCORED | LEARNED] * 7
     for log, wanted in (
         (valid, {7: [30, 10, 30], 3: [10, 20, 40, 50]}),
