@@ -115,26 +115,26 @@ def make_layout(
     event_positions = np.flatnonzero(shared.roles == ROLES.index("event"))
     anchors = event_positions if readout == "events" else np.array([length - 1])
     # 3. The candidates.
-    own = _candidate_arrays(
+    repeated = _candidate_arrays(
         shared, candidate, anchors[np.arange(candidates) % len(anchors)], readout
     )
     # 4. The positions that are read.
-    own_positions = length + np.arange(len(own.roles))
+    candidate_positions = length + np.arange(len(repeated.roles))
     if readout == "candidates":
-        count = len(own.roles) // candidates if candidates else 0
-        read = own_positions[count - 1 :: count] if count else own_positions
+        count = len(repeated.roles) // candidates if candidates else 0
+        read = candidate_positions[count - 1 :: count] if count else candidate_positions
     elif readout == "states":
         read = np.flatnonzero(shared.roles == ROLES.index("state"))
     else:
-        read = np.concatenate([anchors, own_positions])
+        read = np.concatenate([anchors, candidate_positions])
     return Layout(
-        roles=np.concatenate([shared.roles, own.roles]),
-        index=np.concatenate([shared.index, own.index]),
-        reach=np.concatenate([shared.reach, own.reach]),
-        candidate=np.concatenate([shared.candidate, own.candidate]),
-        event=np.concatenate([shared.event, own.event]),
-        offset=np.concatenate([shared.offset, own.offset]),
-        static=np.concatenate([shared.static, own.static]),
+        roles=np.concatenate([shared.roles, repeated.roles]),
+        index=np.concatenate([shared.index, repeated.index]),
+        reach=np.concatenate([shared.reach, repeated.reach]),
+        candidate=np.concatenate([shared.candidate, repeated.candidate]),
+        event=np.concatenate([shared.event, repeated.event]),
+        offset=np.concatenate([shared.offset, repeated.offset]),
+        static=np.concatenate([shared.static, repeated.static]),
         readout=read,
         events=events,
         candidates=candidates,
