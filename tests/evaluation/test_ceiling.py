@@ -1,4 +1,4 @@
-"""The ceiling of a synthetic log: the metrics of the probabilities that drew its labels."""
+"""The ceiling of a synthetic log: metrics of the probabilities of its labels."""
 
 import dataclasses
 

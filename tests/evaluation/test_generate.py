@@ -51,7 +51,7 @@ def codes(tmp_path_factory):
 def test_the_score_of_a_generated_item_is_its_probability_in_training(
     data, codes, options
 ):
-    """Compare teacher forcing over the whole stream with the cached prefix and beams."""
+    """Compare teacher forcing over the stream with the cached prefix and beams."""
     config = code_config(data, codes, **options)
     dataset, model = opened(config)
     mesh = one_device()
@@ -86,7 +86,8 @@ def test_the_score_of_a_generated_item_is_its_probability_in_training(
 
         for item in (0, 7):
             scores = [beams.scores[n][beams.items[n] == item].item() for n in (0, 5)]
-            # float32 in another order: measured 1.4e-6.
+            # float32 sums in another order: measured 1.4e-6 of a score of about 4, with
+            # AVX2 and with AVX512; seven times as much for other processors.
             np.testing.assert_allclose(
                 scores, [-x for x in loss_of(item)], rtol=0, atol=1e-5
             )
@@ -152,9 +153,10 @@ def test_what_an_event_reads_is_what_serving_reads_after_it(data, codes, kind):
             # Elsewhere the codes are padding.
             real = asked["goals"][:, 0, 0] >= 0
             assert real.any()
-            # float32 in another order: measured 1.2e-6.
+            # float32 sums in another order: measured 2.8e-6, with AVX2 and with AVX512;
+            # ten times as much for other processors.
             np.testing.assert_allclose(
-                served[real], packed[real][:, rows], rtol=0, atol=1e-5
+                served[real], packed[real][:, rows], rtol=0, atol=3e-5
             )
 
 
@@ -201,7 +203,7 @@ def test_semantic_ids_that_lack_an_item_are_refused(data, codes, tmp_path):
 
 
 def test_other_semantic_ids_of_the_same_sizes_are_refused(data, codes, tmp_path):
-    """The codes of a run are its vocabulary: swapped items would be retrieved as each other."""
+    """The codes of a run are its vocabulary: swapped items would be confused."""
     swapped = load_semantic_ids(codes)
     save_semantic_ids(
         SemanticIds(swapped.item_id, np.roll(swapped.codes, 1, axis=0)),

@@ -73,10 +73,14 @@ def test_answers_and_ranks_are_those_of_the_whole_catalogue(sizes, dropped):
             ),
             put(seen, "batch", None) if dropped else None,
         )
+    # Sums of four products in float32: equal here, with AVX2 and with AVX512; another
+    # order rounds by 1e-7.
     np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
     np.testing.assert_allclose(
         np.take_along_axis(scores, np.asarray(found.items), axis=1), expected, rtol=1e-5
     )
+    # Exact: a goal's score is at least 1e-4 from every other but its tie, and rounding
+    # of scores of 24 at most is 1e-6.
     np.testing.assert_array_equal(found.ranks, ranks)
 
 

@@ -75,7 +75,7 @@ def test_pairs_of_a_long_window_need_no_square():
 def test_attention_costs_by_hand():
     # 10 pairs, 2 heads of 4 numbers: 2 products of 10 x 4 multiply-adds a head.
     assert attention_flops(10, 2, 4, products=2) == 2 * 2 * 10 * 2 * 4
-    # One query, three keys, bfloat16: q, the output, and three vectors of k and of v, of 8
-    # bytes each; the logsumexp is 4 bytes.
+    # One query, three keys, bfloat16: q, the output, and three vectors of k and of v,
+    # of 8 bytes each; the logsumexp is 4 bytes.
     assert attention_bytes(1, 3, 1, 4, 2, backward=False) == 8 * 8 + 4
     assert attention_bytes(1, 3, 1, 4, 2, backward=True) == 16 * 8 + 4

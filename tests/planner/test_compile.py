@@ -68,8 +68,8 @@ def model_and_shapes(config):
     ]
 
 
-# One of each kind of stream; benchmarks/configs_topology.py and benchmarks/pods.py compile
-# all configs.
+# One of each kind of stream; benchmarks/configs_topology.py and benchmarks/pods.py
+# compile all configs.
 SMALL = ("amazon_beauty_generative", "complete_journey")
 
 
@@ -127,8 +127,8 @@ def test_data_lies_across_slices_and_their_traffic_is_counted():
             .compile()
         )
     found = program_figures(compiled, mesh, Work(0.0, 0.0, 0.0))
-    # A ring of two moves 2 x (1 / 2) of 1024 floats: inside a slice over fsdp, and between
-    # the slices over data.
+    # A ring of two moves 2 x (1 / 2) of 1024 floats: inside a slice over fsdp, and
+    # between the slices over data.
     assert found["collective_bytes"] == {
         "all-reduce": 4096,
         "all-reduce across slices": 4096,
@@ -259,8 +259,9 @@ def test_remat_of_dots_computes_no_product_with_a_weight_again():
         flops[remat] = step_flops(
             model, mesh, shapes, step_work(model, mesh, shapes)[0]
         )
-    # Two products of attention remain where no kernel keeps its result. Measured 0.16 of
-    # the FLOPs that "full" computes again; exact counts, the same on every processor.
+    # Two products of attention remain where no kernel keeps its result: measured 0.16
+    # of the FLOPs that "full" computes again. The counts do not depend on the
+    # processor.
     assert flops["dots"] - flops["none"] < 0.3 * (flops["full"] - flops["none"])
     assert flops["none"] < flops["full"]
 
@@ -275,8 +276,8 @@ def test_work_of_a_kernel_is_by_tiles_and_that_of_the_model_by_pairs():
     both = attention_work("splash", pattern, None, **sizes, backward=True)
     # Two products forward, four backward.
     assert both.model_flops == 3 * forward.model_flops
-    # Two products forward and seven backward, over the tiles: one of 256 x 256, the upper
-    # half of the diagonal tile included.
+    # Two products forward and seven backward, over the tiles: one of 256 x 256, the
+    # upper half of the diagonal tile included.
     assert splash.block_sizes(splash.visible_spans(pattern, None), 256) == (256, 256)
     assert both.kernel_flops == 2 * 3 * 2 * 9 * 16 * 256 * 256
     assert both.kernel_bytes == 2 * 3 * ((4 * 256 + 8 * 256) * 16 * 2 + 2 * 4 * 256)

@@ -1,4 +1,8 @@
-"""Times of the roofline against hand-computed values."""
+"""Times of the roofline against hand-computed values.
+
+`pytest.approx` allows a relative 1e-6 for products of float64 in another order, which
+round by 1e-16 on every processor.
+"""
 
 import dataclasses
 from types import SimpleNamespace
@@ -9,7 +13,8 @@ from tokenrec.errors import InputError
 from tokenrec.planner.collectives import Collective
 from tokenrec.planner.roofline import CHIPS, Chip, Roofline, chip, network_seconds
 
-# One byte a second on each link and one tenth between slices; axes of four close to rings.
+# One byte a second on each link and one tenth between slices; axes of four close to
+# rings.
 SLOW = Chip(1.0, 1.0, 1.0, ici_link=1.0, axes=2, ring=4, dcn_bandwidth=0.1)
 
 
