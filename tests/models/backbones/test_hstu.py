@@ -89,6 +89,8 @@ def test_values_are_those_of_the_equations(shape, windows, time_bias, mesh):
             rows = layer(w, rows, layout, valid[sample], ages, window, layout.length)
         wanted = rms(rows[layout.readout]) * params["backbone/norm/scale"]
         real = valid[sample][layout.readout]
+        # float32 against NumPy token by token, through three layers; values are of
+        # order 1. Measured: 2.6e-6.
         np.testing.assert_allclose(read[sample][real], wanted[real], atol=2e-5)
 
 

@@ -147,4 +147,5 @@ def test_values_are_those_of_the_equations():
                 asked = [len(rows) - (2 - c) * OWN + OWN - 1 for c in range(2)]
             rows = layer(of(w, f"blocks/{number}/"), rows, asked)
         wanted = np.array([rms(row["x"]) * w["norm/scale"] for row in rows])
+        # float32 against NumPy token by token; values are of order 1. Measured: 1.4e-6.
         np.testing.assert_allclose(read[sample], wanted, atol=5e-5)
