@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import json
 import os
 import posixpath
 import re
@@ -300,6 +301,23 @@ def command_line_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _without_public_names(module: str) -> list[str]:
+    """Options that leave out what the page of the public API documents.
+
+    A name that is documented twice has two addresses, and links to it are ambiguous.
+    """
+    public = [
+        name for name, path in public_names().items() if path == f"{module}.{name}"
+    ]
+    if not public:
+        return []
+    filters = ["!^_[^_]", *(f"!^{name}$" for name in public)]
+    return ["    options:", f"      filters: {json.dumps(filters)}"] + [
+        "",
+        f"Documented under [Python API](../api.md): {', '.join(f'`{n}`' for n in public)}.",
+    ]
+
+
 def module_pages() -> dict[str, str]:
     """One page for each package, and the list of them."""
     package = ROOT / "tokenrec"
@@ -319,7 +337,7 @@ def module_pages() -> dict[str, str]:
             continue
         body = [f"# {name}", ""]
         for module in modules:
-            body += [f"::: {module}", ""]
+            body += [f"::: {module}", *_without_public_names(module), ""]
         made[f"reference/modules/{name}.md"] = "\n".join(body)
         words = ", ".join(f"`{module.rpartition('.')[2]}`" for module in modules)
         listing.append(f"- [{name}](modules/{name}.md): {words}")
