@@ -36,7 +36,7 @@ from tokenrec.analysis.study_files import (
 from tokenrec.analysis.summary import chosen_rates
 from tokenrec.errors import InputError, suggest
 from tokenrec.runtime.files import write_json
-from tokenrec.study.jobs import RUN
+from tokenrec.study.jobs import RUN_FOLDER
 from tokenrec.study.plan import TrainingRun
 from tokenrec.study.results import write_rows
 
@@ -169,7 +169,7 @@ def write_tables(
     study, tables, drawn = files.about.study, Tables([], [], []), set()
     masses, cells = [], []
     for job in measured_jobs(files, models):
-        run = folder / job.folder / RUN
+        run = folder / job.folder / RUN_FOLDER
         report = collapse_report(run, split, checkpoint="latest", data=data, rows=rows)
         for table, of_run in zip(tables, state_rows(study, job, report), strict=True):
             table += of_run
