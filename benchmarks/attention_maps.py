@@ -18,7 +18,8 @@ import numpy as np
 
 from benchmarks.plot import require_matplotlib
 from benchmarks.report import run_script, write_result
-from tokenrec.analysis.attention_maps import Maps, attention_mass, run_maps
+from tokenrec.analysis.attention_maps import AttentionMaps, run_maps
+from tokenrec.analysis.attention_mass import attention_mass
 from tokenrec.errors import InputError
 from tokenrec.tokens.layout import ROLES
 
@@ -26,7 +27,7 @@ FAINTEST = 1e-3  # of the colours, which are logarithmic
 NARROWEST = 0.05  # of a map's side, between two labels
 
 
-def mass_rows(name: str, maps: Maps) -> list[dict[str, Any]]:
+def mass_rows(name: str, maps: AttentionMaps) -> list[dict[str, Any]]:
     """A row per layer for what events, and for what candidates, look at; mean over requests, rows and heads."""
     rows = []
     for reader in ("event", "target"):
@@ -38,8 +39,10 @@ def mass_rows(name: str, maps: Maps) -> list[dict[str, Any]]:
     return rows
 
 
-def one_request(maps: Maps, request: int) -> tuple[list[np.ndarray], list[str]]:
-    """Maps of a request with its first candidate, mean over heads: `[S', S']` of each layer, and the rows' roles."""
+def one_request(
+    maps: AttentionMaps, request: int
+) -> tuple[list[np.ndarray], list[str]]:
+    """AttentionMaps of a request with its first candidate, mean over heads: `[S', S']` of each layer, and the rows' roles."""
     shown = np.flatnonzero((maps.layout.candidate < 1) & maps.valid[request])
     names = [ROLES[role] for role in maps.layout.roles[shown]]
     return [

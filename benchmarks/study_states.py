@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.report import run_script
-from tokenrec.analysis.attention_maps import Maps, attention_mass, run_maps
+from tokenrec.analysis.attention_maps import AttentionMaps, run_maps
+from tokenrec.analysis.attention_mass import attention_mass
 from tokenrec.analysis.event_states import collapse_report
 from tokenrec.analysis.rank import LEAST_ROWS
 from tokenrec.analysis.study_files import (
@@ -114,7 +115,7 @@ def state_rows(study: str, job: TrainingRun, report: dict[str, Any]) -> Tables:
     return rows
 
 
-def mass_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
+def mass_rows(study: str, model: str, maps: AttentionMaps) -> list[dict[str, Any]]:
     """Rows of `Mass`: where the attention of what is scored goes."""
     reader, rows = "target" if maps.layout.candidates else "event", []
     for layer, weights in enumerate(maps.weights):
@@ -129,7 +130,7 @@ def mass_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
     return rows
 
 
-def cell_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
+def cell_rows(study: str, model: str, maps: AttentionMaps) -> list[dict[str, Any]]:
     """Rows of `Cell`: the stream in at most `BLOCKS` blocks of rows."""
     size = maps.layout.rows
     first = np.unique(

@@ -1,4 +1,9 @@
-"""Effective rank of clouds whose directions are known."""
+"""Effective rank of clouds whose directions are known.
+
+All is float64: measured errors are below 1e-14 for singular values and 6e-12 for ranks,
+where rounding gives directions that should be empty a share of 1e-14. The tolerances
+leave a factor of 1e5 for another LAPACK.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +55,7 @@ def test_states_that_are_all_alike_have_rank_0():
     [
         (np.zeros(4), "shape"),
         (np.zeros((0, 4)), "shape"),
-        (np.array([[np.nan, 1.0]]), "not finite"),
+        (np.array([[np.nan, 1.0]]), "non-finite"),
     ],
 )
 def test_what_has_no_rank_is_refused(states, message):

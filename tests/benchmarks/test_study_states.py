@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import study_states
 from tests.analysis.study_folder import NAME, write_about, write_study
-from tokenrec.analysis.attention_maps import Maps
+from tokenrec.analysis.attention_maps import AttentionMaps
 from tokenrec.analysis.study_files import (
     TOKENS,
     Information,
@@ -45,7 +45,7 @@ def test_tables_hold_what_was_measured_of_each_seed_at_the_chosen_rate(
             1  # the first head sees the user, the second the newest event
         )
         weights[:, 1, :, 3] = 1
-        return Maps(
+        return AttentionMaps(
             (weights,), layout, np.ones((2, layout.rows), bool), np.arange(2), 4
         )
 
@@ -92,7 +92,7 @@ def test_a_map_in_blocks_is_the_mean_over_real_rows_and_the_sum_over_what_they_r
     valid = random.random((2, size)) < 0.7
     valid[:, 10:20] = False
     cells = study_states.cell_rows(
-        "s", "m", Maps((weights,), layout, valid, np.arange(2), 4)
+        "s", "m", AttentionMaps((weights,), layout, valid, np.arange(2), 4)
     )
     first = sorted({cell["key"] for cell in cells})
     assert len(first) == study_states.BLOCKS

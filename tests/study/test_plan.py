@@ -1,4 +1,4 @@
-"""Studies: what a file may say, and which runs it means."""
+"""Study files: which fields are valid, and which runs they make."""
 
 from __future__ import annotations
 

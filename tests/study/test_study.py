@@ -1,5 +1,7 @@
-"""A study from its runs to its tables. The runs' commands are stood in for by one that writes scores at once; the real
-ones are tested where they are made, and `tokenrec study --config=synthetic` runs them.
+"""A study from its runs to its tables.
+
+A script that writes scores at once replaces the commands of the runs. The real commands
+have tests of their own, and `tokenrec study --config=synthetic` runs them.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ SMALL = dataclasses.replace(
     draws=100,
 )
 
-# `tokenrec VERB ...`: scores whose quality depends on model and learning rate, from the labels of the data set.
+# Replaces `tokenrec VERB ...`: makes scores from the labels of the data set, whose quality
+# depends on model and learning rate.
 COMMAND = """
 import json, os, sys, time
 from pathlib import Path
@@ -77,7 +80,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The study's folder; commands are COMMAND."""
+    """The folder of the study; its commands are replaced by COMMAND."""
     import numpy as np
 
     from tokenrec.data.dataset import open_dataset
