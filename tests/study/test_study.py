@@ -286,6 +286,8 @@ def test_a_study_and_its_tables_need_no_matplotlib() -> None:
         "tokenrec.study.runner",
         "tokenrec.study.study_tables",
         "tokenrec.analysis.study_files",
+        "tokenrec.analysis.study_rows",
+        "tokenrec.analysis.report",
         "tokenrec.analysis.summary",
         "tokenrec.analysis.result_tables",
         "tokenrec.analysis.wording",

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tokenrec.analysis.study_files import columns_of
+from tokenrec.analysis.study_rows import columns_of
 from tokenrec.errors import InputError
 from tokenrec.metrics.binary import group_codes, summarize
 from tokenrec.runtime.files import atomic_replace

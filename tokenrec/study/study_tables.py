@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrec.analysis.study_files import CurvePoint, Difference, Result
+from tokenrec.analysis.study_rows import CurvePoint, Difference, Result
 from tokenrec.config import Config
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.log import SCORED
