@@ -1,4 +1,4 @@
-"""The kept page of a study says what its report says, and its copied tables make that report again."""
+"""The kept page of a study agrees with its report, which its copied tables can make again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of ranks and spectra hold what was measured of the chosen runs, and can be read with their study."""
+"""Tables of event states hold the measurements of the chosen runs, and fit their study."""
 
 from __future__ import annotations
 
