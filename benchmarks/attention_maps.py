@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.report import run_script, write_result
+from tokenrec.analysis.attention_figures import LEAST_SHARE
 from tokenrec.analysis.attention_maps import AttentionMaps, run_maps
 from tokenrec.analysis.attention_mass import attention_mass
 from tokenrec.analysis.figure_style import require_matplotlib
-from tokenrec.analysis.state_figures import LEAST_SHARE
 from tokenrec.errors import InputError
 from tokenrec.tokens.layout import ROLES
 
@@ -203,8 +203,8 @@ def compare(
     page = out.with_name(out.name + ".md")
     with page.open("a") as file:
         file.write(
-            "\nEvents are counted back from the reader's own event, and for a candidate "
-            "from the end of the history, whose newest event is 1 back.\n\n"
+            "\nEvents are counted back from the reader's own event, and for a "
+            "candidate from the end of the history, whose newest event is 1 back.\n\n"
             f"![Attention maps]({picture.name})\n"
         )
     return page.read_text()
@@ -258,8 +258,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, of_run in maps.items():
         if not of_run.layout.candidates:
             raise InputError(
-                f"--{name} is a run without candidates; give one that ranks, in paradigm "
-                "'nio'"
+                f"--{name} is a run without candidates; give one that ranks, in "
+                "paradigm 'nio'"
             )
     if not np.array_equal(maps["soft"].rows, maps["text"].rows):
         raise InputError(

@@ -11,9 +11,9 @@ combinations of values (profiles) and a varied weight in the labels
     naive joint   the same with static fields
     TokenFormer   two full and two sliding layers with the gate, with static fields
 
-The histories of all arms lack the clicks, so that events alone cannot reveal the profile
-of a user. A run is a folder under `--work`; a stopped run is resumed, a finished one is
-only read. The second command measures any one run.
+The histories of all arms lack the clicks, so that events alone cannot reveal the
+profile of a user. A run is a folder under `--work`; a stopped run is resumed, a
+finished one is only read. The second command measures any one run.
 
 The expected order of the ranks is events only > TokenFormer > naive joint
 (docs/methods.md section 5).

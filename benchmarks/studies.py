@@ -1,4 +1,4 @@
-"""Keep the results of studies: a page with their settings, and the tables of the report.
+"""Keep the results of studies: a page with settings, and the tables of the report.
 
     python -m benchmarks.studies --study DIR [--study DIR ...]
 

@@ -8,8 +8,8 @@ are those of the newest checkpoint of each run at the chosen rate of its model. 
 that a run logs during training (`train.log_states`) come from one batch and are not
 comparable with these; the report draws them among the learning curves.
 
-Attention is measured for the first seed of a model: that of events in user-centric runs,
-and that of targets in others.
+Attention is measured for the first seed of a model: that of events in user-centric
+runs, and that of targets in others.
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ def write_tables(
             cells += cell_rows(study, run.model, maps)
         ranks = [f"{of['effective_rank']:.1f}" for of in report["layers"].values()]
         print(
-            f"{run.model}, seed {run.seed}, step {report['step']:,}: {', '.join(ranks)}",
+            f"{run.model}, seed {run.seed}, step {report['step']:,}: "
+            f"{', '.join(ranks)}",
             flush=True,
         )
     write_rows(folder / "ranks.parquet", tables.ranks, EffectiveRank)

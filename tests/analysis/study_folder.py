@@ -1,4 +1,4 @@
-"""A made-up study, small enough to compute by hand, in the files of `tokenrec study`."""
+"""A made-up study in the files of `tokenrec study`, small enough to check by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention maps against the computations of the model, and sums over parts of a stream."""
+"""Attention maps against the computations of the model, and their attention mass."""
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from tokenrec.sharding import RULES
 from tokenrec.state import bind_params, build_model, init_state
 
 # Float32 sums in another order. The values are at most 3.3, where two neighbouring
-# floats lie 2.4e-7 apart: this is 40 such steps. A real error is far larger: a window that
-# is wrong by one changes weights by 0.9, a RoPE base that is wrong by 10 % by 4e-3.
-# Errors measured on an AMD EPYC, with AVX2 and with AVX-512: 1.1e-6 for the attention of
-# a block, 1.2e-6 for the output of a layer, 1.3e-6 between meshes (1e-7 on another
-# processor), 2.4e-7 for sums of weights.
+# floats lie 2.4e-7 apart: this is 40 such steps. A real error is far larger: a window
+# that is wrong by one changes weights by 0.9, a RoPE base that is wrong by 10 % by
+# 4e-3. Errors measured on an AMD EPYC, with AVX2 and with AVX-512: 1.1e-6 for the
+# attention of a block, 1.2e-6 for the output of a layer, 1.3e-6 between meshes (1e-7 on
+# another processor), 2.4e-7 for sums of weights.
 REORDERED_SUMS = 1e-5
 
 CONFIGS = {
@@ -89,7 +89,7 @@ def test_values_weighted_by_the_map_are_the_attention_of_every_block(name):
 
 
 def test_the_map_of_the_last_layer_reads_the_stream_that_the_model_reads():
-    """The candidates' outputs, computed from the maps alone, equal those of the backbone."""
+    """Outputs computed from the maps alone equal those of the backbone."""
     mesh = one_device()
     config = tiny(
         fused=True, candidates=2, model={"layers": 1, "windows": (), "gate": False}

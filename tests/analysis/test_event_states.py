@@ -1,4 +1,4 @@
-"""Event states of a run equal those that its model computes; so do the report and the log."""
+"""Event states of a run, its report and its log against what the model computes."""
 
 from __future__ import annotations
 
@@ -123,10 +123,10 @@ def run(tmp_path_factory):
         )
 
 
-def test_states_are_those_that_the_model_itself_computes_and_gates_those_of_their_blocks(
+def test_states_and_gates_equal_those_that_the_model_itself_computes(
     run,
 ):
-    """The model computes only the positions that it needs; all that both compute is equal.
+    """The model computes only the positions that it needs; these are equal.
 
     The read-outs of UC are positions of events.
     """
@@ -251,7 +251,7 @@ def test_labels_belong_to_their_rows():
         np.testing.assert_array_equal(labels, expected)
 
 
-def test_an_event_of_a_user_stream_counts_where_it_is_read_and_one_of_a_history_where_it_stands():
+def test_an_event_counts_where_it_is_scored_and_in_a_history_where_it_stands():
     uc, nio = (
         build_model(tiny(paradigm=paradigm), SCHEMA, TASKS)
         for paradigm in ("uc", "nio")

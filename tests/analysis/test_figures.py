@@ -16,8 +16,9 @@ from tokenrec.analysis.summary import summarize_study
 
 pytest.importorskip("matplotlib")
 
+from tokenrec.analysis.attention_figures import draw_maps
 from tokenrec.analysis.quality_figures import draw_curves, draw_quality
-from tokenrec.analysis.state_figures import draw_information, draw_maps
+from tokenrec.analysis.state_figures import draw_information
 
 
 def test_maps_show_a_panel_of_each_layer_and_leave_out_what_is_not_read(

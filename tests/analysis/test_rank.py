@@ -31,7 +31,7 @@ def test_equal_directions_count_one_each_wherever_the_cloud_lies(count):
     assert effective_rank(singular_values(states)) == pytest.approx(count, rel=1e-6)
 
 
-def test_unequal_directions_count_by_the_entropy_of_singular_values_and_not_of_variances():
+def test_the_rank_is_the_entropy_of_singular_values_and_not_of_variances():
     values = np.array([4.0, 2.0, 1.0, 1.0])
     expected = np.exp(
         -(0.5 * np.log(0.5) + 0.25 * np.log(0.25) + 2 * 0.125 * np.log(0.125))

@@ -1,4 +1,4 @@
-"""`tokenrec report`: its numbers against those computed by hand, its claims, its refusals."""
+"""`tokenrec report`: its numbers, checked by hand, its claims, and its refusals."""
 
 from __future__ import annotations
 

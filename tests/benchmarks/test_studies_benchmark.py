@@ -1,4 +1,4 @@
-"""The kept page of a study agrees with its report, which its copied tables can make again."""
+"""The kept page of a study, and the report from its copied tables."""
 
 from __future__ import annotations
 

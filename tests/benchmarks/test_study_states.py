@@ -1,4 +1,4 @@
-"""Tables of event states hold the measurements of the chosen runs, and fit their study."""
+"""Tables of event states: their measurements, and their fit to the study."""
 
 from __future__ import annotations
 

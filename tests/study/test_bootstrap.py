@@ -107,7 +107,8 @@ def test_intervals_hold_the_true_difference_about_as_often_as_they_say() -> None
     for _ in range(studies):
         user = np.repeat(np.arange(60), 5)
         labels = draw.integers(0, 2, 300)
-        # Both see the label through equal noise: the true difference is 0. A user's rows share some of it.
+        # Both see the label through equal noise: the true difference is 0. A user's
+        # rows share some of it.
         shared = draw.normal(size=(2, 60)).repeat(5, axis=1)
         a, b = (1 / (1 + np.exp(-(labels + s + draw.normal(size=300)))) for s in shared)
         found = paired_bootstrap(

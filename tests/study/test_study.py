@@ -34,8 +34,8 @@ SMALL = dataclasses.replace(
     draws=100,
 )
 
-# Replaces `tokenrec VERB ...`: makes scores from the labels of the data set, whose quality
-# depends on model and learning rate.
+# Replaces `tokenrec VERB ...`: makes scores from the labels of the data set, whose
+# quality depends on model and learning rate.
 COMMAND = """
 import json, os, sys, time
 from pathlib import Path
@@ -281,7 +281,7 @@ def test_a_signal_ends_the_study_after_its_runs_were_told(
 
 
 def test_a_study_and_its_tables_need_no_matplotlib() -> None:
-    """Only the page draws: importing all of the rest works where it is not installed."""
+    """Only the page draws: all other modules can be imported without it."""
     modules = [
         "tokenrec.study.runner",
         "tokenrec.study.study_tables",

@@ -27,7 +27,7 @@ LATER = "later events"
 def attention_mass(
     weights: np.ndarray, layout: Layout, valid: np.ndarray
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Sum the attention of one layer over groups of keys, mean over streams and queries.
+    """Sum the attention of one layer over groups of keys, and average over queries.
 
     The groups of queries are the roles of the layout; states, actions and fused events
     are the one group "event". The groups of keys are the roles too, but events are
@@ -86,8 +86,8 @@ def _key_groups(layout: Layout, roles: np.ndarray) -> tuple[list[str], np.ndarra
       for each query.
     """
     is_event = roles == "event"
-    # 1. A time for each position, in events. Positions outside of the history come after
-    # its end, except that a code follows the event that it continues.
+    # 1. A time for each position, in events. Positions outside of the history come
+    # after its end, except that a code follows the event that it continues.
     after_history = np.where(layout.event >= 0, layout.event + 1, layout.events)
     time = np.where(is_event, layout.event, after_history)
     distance = time[:, None] - time[None, :]
@@ -100,8 +100,8 @@ def _key_groups(layout: Layout, roles: np.ndarray) -> tuple[list[str], np.ndarra
     bands += [f"event {DISTANCES[-1]}-"]
     names = [*dict.fromkeys(roles[~is_event].tolist()), *bands, LATER]
 
-    # 3. The band of each pair. Later events are hidden unless a prefix is bidirectional;
-    # their attention is 0 then, and any band serves.
+    # 3. The band of each pair. Later events are hidden unless a prefix is
+    # bidirectional; their attention is 0 then, and any band serves.
     first_band = names.index(bands[0])
     band = first_band + np.searchsorted(DISTANCES, distance, side="right") - 1
     of_later = names.index(LATER) if layout.prefix else first_band

@@ -74,7 +74,7 @@ def with_all_positions(model: ModelSpec) -> ModelSpec:
 
 
 def event_positions(layout: Layout) -> np.ndarray:
-    """Positions `[R]` of the events in a stream: state tokens, or fused event tokens."""
+    """Positions `[R]` of events in a stream: state tokens, or fused event tokens."""
     return layout.rows_of("state", "event")
 
 
@@ -189,16 +189,19 @@ def read_event_states(
             real_events(model, host.batch).sum()
             for host in _batches(run.dataset, config, split, streams)
         ]
-        if sum(counts) < rows:
+        total = sum(counts)
+        if total < rows:
             raise InputError(
-                f"{streams or 'all'} streams of split '{split}' have {sum(counts)} "
-                f"events, but rows={rows} are asked for; read more streams, ask for "
-                "fewer rows, or take a longer split"
+                f"{streams or 'all'} streams of split '{split}' have {total} events, "
+                f"but rows={rows} are asked for; read more streams, ask for fewer rows, "
+                "or take a longer split"
             )
         generator = np.random.default_rng(seed)
-        sample = np.sort(generator.choice(sum(counts), rows, replace=False))
+        # Sorted, so that the sample of each batch is a slice of it.
+        sample = np.sort(generator.choice(total, rows, replace=False))
 
-        # 2. Compute the states of the batches that hold an event of the sample.
+        # 2. Compute the states of the batches that hold an event of the sample. Events
+        # are numbered in the order of the batches.
         compute = jax.jit(functools.partial(states_and_gates, model))
         states: list[list[np.ndarray]] = []
         labels: list[np.ndarray] = []
@@ -215,6 +218,7 @@ def read_event_states(
             real = real_events(model, host.batch)
             layers, _ = jax.device_get(compute(run.state, to_devices(host.batch, mesh)))
             states.append([layer[real][indices] for layer in layers])
+            # Retrieval has no tasks.
             if model.tasks and host.batch.labels is not None:
                 labels.append(event_labels(model, host.batch)[real][indices])
 
@@ -281,6 +285,7 @@ def collapse_report(
                 str(count): estimate._asdict() for count, estimate in by_count.items()
             }
         layers[name] = {
+            # The rank does not depend on the scale, so it is that of the spectrum too.
             "effective_rank": effective_rank(values),
             "spectrum": (values / np.sqrt(len(of_layer))).tolist(),
             "information": information if clusters else {},

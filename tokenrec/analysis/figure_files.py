@@ -1,4 +1,4 @@
-"""Save figures: as SVG elements of the page, in its light and dark theme, and as PNG."""
+"""Save figures as PNG files and as SVG elements, which follow the theme of the page."""
 
 from __future__ import annotations
 
@@ -53,11 +53,14 @@ def to_svg(figure: Figure, name: str, label: str) -> str:
         metadata={"Date": None, "Creator": None},
     )
     text = buffer.getvalue().decode()
+    # Without the XML declaration and the document type, which HTML does not allow here.
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # HTML knows the namespaces; a page without addresses visibly needs no network.
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    # Ids of all figures share one page.
     text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    # Colours are written as `fill: #333333` and `stroke: #333333` in style attributes.
     for colour, variable in _THEME.items():
         text = text.replace(f": {colour.lower()}", f": var({variable})")
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)

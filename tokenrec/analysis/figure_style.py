@@ -135,7 +135,13 @@ def make_panels(
 
 
 def add_legend(figure: Figure, styles: Styles, models: Iterable[str]) -> None:
-    """Add one legend for all panels, below them."""
+    """Add one legend for all panels, below them.
+
+    Args:
+      figure: the figure.
+      styles: style of each model.
+      models: the models that it shows, in order.
+    """
     from matplotlib.lines import Line2D
 
     entries = [

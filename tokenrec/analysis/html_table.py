@@ -45,8 +45,8 @@ def table_markup(
 
     Args:
       columns: headings.
-      groups: (heading, rows); a group without rows is left out. A row is the HTML of its
-        cells, or a whole `<tr>`.
+      groups: (heading, rows); a group without rows is left out. A row is the HTML of
+        its cells, or a whole `<tr>`.
       css_class: class of the table.
     """
     head = "".join(
@@ -90,6 +90,7 @@ def spread_markup(value: Spread | None, places: int = 4) -> str:
 
     A missing deviation keeps its width, so that digits stand below digits.
     """
+    # `plain_spread` decides whether there is a deviation.
     text = DASH if value is None else plain_spread(value, places)
     mean, sign, deviation = text.partition(" ± ")
     return (
@@ -100,6 +101,7 @@ def spread_markup(value: Spread | None, places: int = 4) -> str:
 
 def difference_markup(difference: Difference | None) -> str:
     """HTML of a difference and its interval, on a line below the value."""
+    # Kept as an invisible line, so that values of a row stand side by side.
     if difference is None or verdict(difference) == "unknown":
         return f'<span class="gap none">{DASH}</span>'
     text = f"{decimal(difference.difference, sign=True)} {interval_text(difference)}"

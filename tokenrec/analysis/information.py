@@ -93,7 +93,7 @@ def cluster_information(
 
     Args:
       states: `[n, d]`, clustered without standardisation.
-      labels: `[n]`, 1, 0, or below 0 where unknown; states without a label are left out.
+      labels: `[n]`, 1, 0, or below 0 where unknown; such states are left out.
       seed: seed of the clusters and of the shuffles.
       clusters: numbers of clusters K.
 

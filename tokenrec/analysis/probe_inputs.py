@@ -61,6 +61,7 @@ def entity_signals(
                 "dense", np.where(missing, np.nan, normalized[:, 0])
             )
         elif feature.has_vocabulary or feature.kind == "text":
+            # The padding of a list is no value.
             present, counts = np.unique(values[values != MISSING], return_counts=True)
             frequent = present[np.argmax(counts)] if len(present) else MISSING
             contains = (values == frequent).any(axis=1)
@@ -100,6 +101,7 @@ def random_tokens(
             f"transforms have the shape {transforms.shape}, but must be [n, e]; "
             "concatenate them"
         )
+    # With variance 1 / e, outputs have the variance of the inputs.
     inputs = transforms.shape[1]
     generator = np.random.default_rng(seed)
     projection = generator.normal(size=(inputs, tokens * width)) / np.sqrt(inputs)

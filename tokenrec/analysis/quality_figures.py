@@ -72,9 +72,9 @@ def draw_differences(summary: StudySummary, styles: Styles) -> ReportFigure | No
         )
     side = "right" if higher_is_better(summary.headline) else "left"
     note = (
-        f"On {summary.main_split}; better is to the {side}. Bars are 95 % intervals of a "
-        "paired bootstrap over users. Hollow and grey: the interval contains 0, so the "
-        "model is not distinguishable from the reference. Rate baselines are in the "
+        f"On {summary.main_split}; better is to the {side}. Bars are 95 % intervals of "
+        "a paired bootstrap over users. Hollow and grey: the interval contains 0, so "
+        "the model is not distinguishable from the reference. Rate baselines are in the "
         "tables."
     )
     title = f"Difference to {summary.reference}"
@@ -107,6 +107,7 @@ def draw_curves(
       summary: summary of the study.
       styles: style of each model.
     """
+    # Sorted by number: layer 10 is above layer 9.
     ranks = {point.name for point in points if point.name.startswith(_RANK)}
     top_rank = sorted(ranks, key=lambda name: int(name.removeprefix(_RANK)))[-1:]
     selected = (*_CURVES, *top_rank)
@@ -125,6 +126,7 @@ def draw_curves(
             line = {
                 step: spread(of_step)
                 for step, of_step in sorted(by_step.items())
+                # A mean over fewer seeds would jump where a run ends.
                 if len(of_step) == len(summary.seeds[model])
             }
             if line:
@@ -168,6 +170,7 @@ def draw_quality(
             of_model = spreads.get(model)
             if of_model is None or of_model.mean is None:
                 continue
+            # Points are not joined: models have no order.
             style = styles[model].line_arguments(PAPER) | {"linestyle": "none"}
             ax.errorbar(
                 flops[model],
@@ -191,8 +194,8 @@ def draw_quality(
     add_legend(figure, styles, models)
     missing = [model for model in summary.models if model not in flops]
     note = (
-        f"On {split}, mean and deviation over seeds. FLOPs are those of the forward pass, "
-        "on a logarithmic axis."
+        f"On {split}, mean and deviation over seeds. FLOPs are those of the forward "
+        "pass, on a logarithmic axis."
     )
     if missing:
         note += f" Without FLOPs: {', '.join(missing)}."
@@ -216,8 +219,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     if len(decades) >= 3:
         return decades[:: -(-len(decades) // _MOST_TICKS)].tolist()
 
-    # 2. Otherwise round numbers, from coarse to fine, until three fit. A number too close
-    # to the one before is left out: labels are of about equal width.
+    # 2. Otherwise round numbers, from coarse to fine, until three fit. A number too
+    # close to the one before is left out: labels are of about equal width.
     least_gap = np.log(high / low) / (_MOST_TICKS + 0.5)
     scale = 10.0 ** np.floor(np.log10(low))
     ticks: list[float] = []

@@ -25,7 +25,8 @@ LEAST_ROWS = 4096
 def singular_values(states: np.ndarray) -> np.ndarray:
     """Compute the singular values of the centred states.
 
-    >>> singular_values(np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 0.0]])).round(6).tolist()
+    >>> states = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 0.0]])
+    >>> singular_values(states).round(6).tolist()
     [4.242641, 0.0]
 
     Args:

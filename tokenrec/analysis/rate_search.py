@@ -69,6 +69,7 @@ def chosen_rates(results: Sequence[Result]) -> dict[str, float]:
             value = -mean
         return len(seeds[model][rate]), value
 
+    # Sorted: of equal merits the lowest rate wins.
     return {
         model: max(sorted(rates), key=functools.partial(merit, model))
         for model, rates in seeds.items()
@@ -87,6 +88,7 @@ def search_of(results: Sequence[Result]) -> RateSearch:
         if row.learning_rate is not None:
             by_rate = by_model.setdefault(row.model, {})
             by_rate.setdefault(row.learning_rate, {})[row.seed] = row.value
+    # Seeds that every model has at every rate: those of the search.
     shared = set.intersection(
         *(set(by_seed) for by_rate in by_model.values() for by_seed in by_rate.values())
     )
@@ -102,6 +104,7 @@ def search_of(results: Sequence[Result]) -> RateSearch:
 
 def _compared_results(results: Sequence[Result]) -> tuple[MetricKey, list[Result]]:
     """Select the results of trained models by which learning rates are compared."""
+    # Baselines have no learning rate. Results of one split, task and metric remain.
     rows = [row for row in results if row.learning_rate is not None]
     split = ordered_names((row.split for row in rows), (_TUNING_SPLIT,))[0]
     rows = [row for row in rows if row.split == split]

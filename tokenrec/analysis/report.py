@@ -1,7 +1,8 @@
 """`tokenrec report`: the results of studies as one HTML page with figures.
 
 This module fixes what the page shows and in which order. `report_page.py` writes its
-HTML, `result_tables.py` the tables, `quality_figures.py` and `state_figures.py` draw.
+HTML and `result_tables.py` its tables; `quality_figures.py`, `state_figures.py` and
+`attention_figures.py` draw its figures.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from html import escape
 from pathlib import Path
 
 from tokenrec.analysis import (
+    attention_figures,
     quality_figures,
     report_page,
     result_tables,
@@ -59,8 +61,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         name = _identifier(files.info.study)
         if name in studies:
             raise InputError(
-                f"--study={folder} holds the study '{files.info.study}' again; name each "
-                "study once"
+                f"--study={folder} holds the study '{files.info.study}' again; name "
+                "each study once"
             )
         studies[name] = files, summarize_study(files)
 
@@ -170,9 +172,9 @@ def _state_parts(
     if files.information is not None:
         yield state_figures.draw_information(files.information, summary, styles)
     if files.attention is not None:
-        yield state_figures.draw_attention(files.attention, summary)
+        yield attention_figures.draw_attention(files.attention, summary)
     if files.maps is not None:
-        yield state_figures.draw_maps(files.maps, summary)
+        yield attention_figures.draw_maps(files.maps, summary)
 
 
 def _render(part: Part, study: str, out: Path) -> str:

@@ -60,6 +60,7 @@ def _conclusion(summary: StudySummary, task: str) -> str:
     if not differences:
         return ""
     groups = []
+    # Models without an interval are in no group.
     for kind, words in _CONCLUSIONS.items():
         models = [m for m, gap in differences.items() if verdict(gap) == kind]
         if models:
@@ -106,6 +107,7 @@ def facts(files: StudyFiles) -> str:
         "rows": _words(info.data.get("rows")),
         "versions": _words(info.versions),
     }
+    # A study without diverged runs has no such line.
     entries = (
         f"<dt>{name}</dt><dd>{escape(value)}</dd>"
         for name, value in values.items()
@@ -139,7 +141,7 @@ def commands(files: StudyFiles) -> str:
 
 
 def command_markup(line: str) -> str:
-    """A command line that breaks between its words; a browser would break at hyphens."""
+    """A command line that breaks between words; a browser would break at hyphens."""
     words = " ".join(f"<span>{escape(word)}</span>" for word in line.split())
     return f"<code>{words}</code>"
 
@@ -158,7 +160,10 @@ def figure(kind: str, title: str, note: str, markup: str, no_claim: str = "") ->
     if no_claim:
         reason = f'<span class="reason">No claim: {escape(no_claim)}.</span>'
     caption = f"<b>{escape(title)}.</b> {escape(note)}{reason}"
-    return f'<figure class="{kind}">\n<figcaption>{caption}</figcaption>\n{markup}\n</figure>'
+    return (
+        f'<figure class="{kind}">\n<figcaption>{caption}</figcaption>\n'
+        f"{markup}\n</figure>"
+    )
 
 
 def missing_files(files: StudyFiles) -> str:
@@ -199,6 +204,7 @@ def page(
       command: the command line that draws the page.
       figures: folder of the figures' files.
     """
+    # Several names would fill a phone's screen as a heading; they are links below it.
     if len(names) == 1:
         heading = f"Study {breakable(*names.values())}"
         navigation = ""

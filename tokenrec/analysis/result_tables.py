@@ -154,14 +154,14 @@ def quality_table(
         markup = table_markup(columns, groups, "unclaimed")
         return HtmlTable(f"{task}, {split}", "", markup, reason)
     note = (
-        "The study holds no intervals for these values, so no difference between them is "
-        "claimed."
+        "The study holds no intervals for these values, so no difference between them "
+        "is claimed."
     )
     if any(differences.values()):
         note = (
-            f"Below a value: its difference to {summary.reference} and the 95 % interval; "
-            "grey with ≈, it is not distinguishable from 0. Bold: the best of its "
-            "column, where its lead is distinguishable from 0."
+            f"Below a value: its difference to {summary.reference} and the 95 % "
+            "interval; grey with ≈, it is not distinguishable from 0. Bold: the best of "
+            "its column, where its lead is distinguishable from 0."
         )
     return HtmlTable(f"{task}, {split}", note, table_markup(columns, groups))
 
@@ -177,6 +177,7 @@ def differences_table(summary: StudySummary) -> HtmlTable | None:
         key = MetricKey(summary.main_split, task, summary.headline)
         by_model = summary.differences.get(key, {})
         groups.append((task, [_difference_row(row) for row in by_model.values()]))
+    # A study of one model compares nothing.
     if not any(rows for _, rows in groups):
         return None
     columns = [
@@ -189,9 +190,9 @@ def differences_table(summary: StudySummary) -> HtmlTable | None:
         Column(f"than {summary.reference}", numeric=False),
     ]
     note = (
-        "Model minus reference, mean over seeds; a paired bootstrap over users. Users are "
-        "resampled, seeds are not: their deviation is in the tables above. Intervals and "
-        "p are not corrected for the number of comparisons."
+        "Model minus reference, mean over seeds; a paired bootstrap over users. Users "
+        "are resampled, seeds are not: their deviation is in the tables above. "
+        "Intervals and p are not corrected for the number of comparisons."
     )
     title = (
         f"{metric_name(summary.headline)} against {summary.reference}, "
@@ -240,8 +241,8 @@ def search_table(search: RateSearch, rates: Mapping[str, float]) -> HtmlTable:
     ]
     note = (
         f"{metric_name(search.key.metric)}, {search.key.task}, on {search.key.split}; "
-        f"{_seed_names(search.seeds)}. Bold: the chosen rate. At the edge of those tried, "
-        "a better one may lie outside."
+        f"{_seed_names(search.seeds)}. Bold: the chosen rate. At the edge of those "
+        "tried, a better one may lie outside."
     )
     return HtmlTable("Learning rates tried", note, table_markup(columns, [("", rows)]))
 

@@ -56,9 +56,9 @@ def probe_signals(
 
     The linear probe is a ridge regression in closed form. For a categorical signal it
     regresses the indicators of the classes, and its scores become the probabilities
-    `softmax(a * score + log marginal)`. The MLP has one hidden layer. The penalty of the
-    ridge regression, a, and the last round of the MLP's training are chosen on a quarter
-    of the training half.
+    `softmax(a * score + log marginal)`. The MLP has one hidden layer. The penalty of
+    the ridge regression, a, and the last round of the MLP's training are chosen on a
+    quarter of the training half.
 
     Args:
       tokens: `[n, N, d]`; all tokens of an entity are read together.

@@ -121,6 +121,7 @@ def read_study(folder: Path) -> StudyFiles:
         raise InputError(
             f"{path}: has no run of the reference '{info.reference}'; let the study end"
         )
+    # Tables of another study, or of a model that was renamed, must not be drawn.
     models = {row.model for row in results}
 
     def optional[Row: _HasModel](name: str, kind: type[Row]) -> list[Row] | None:

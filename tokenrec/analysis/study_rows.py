@@ -39,7 +39,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Difference:
-    """Model minus reference, mean over seeds, with its bootstrap interval over users."""
+    """Model minus reference, mean over seeds, with its bootstrap interval."""
 
     study: str
     model: str
@@ -82,7 +82,7 @@ class EffectiveRank:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SingularValue:
-    """A singular value of the centred event states of a layer; index 0 is the largest."""
+    """A singular value of the centred event states; index 0 is the largest."""
 
     study: str
     model: str
@@ -94,7 +94,7 @@ class SingularValue:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LabelInformation:
-    """Information of the k-means cluster of an event state on a task, bias-corrected."""
+    """Information of the cluster of an event state on a task, bias-corrected."""
 
     study: str
     model: str
@@ -122,8 +122,8 @@ class MapCell:
     """Share of attention that a query of one block gives to all keys of another block.
 
     The positions of a stream are cut into blocks, each named by its first position; all
-    layers of a model have the same blocks. The value is the mean over heads, streams and
-    the block's valid queries.
+    layers of a model have the same blocks. The value is the mean over heads, streams
+    and the block's valid queries.
     """
 
     study: str

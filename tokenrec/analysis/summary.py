@@ -150,6 +150,7 @@ def best_model(summary: StudySummary, key: MetricKey) -> str | None:
     ranked = sorted(means, key=means.__getitem__, reverse=higher_is_better(key.metric))
     if len(ranked) < 2:
         return None
+    # Differences exist to the reference alone, not between any two models.
     best, second = ranked[:2]
     differences = summary.differences.get(key, {})
     if best == summary.reference:
@@ -187,6 +188,7 @@ def _positives(files: StudyFiles, split: str, task: str) -> int | None:
             for row in files.differences or ()
             if (row.split, row.task) == (split, task)
         ]
+        # Every row of a task repeats the count; the least one is the cautious choice.
         count = min(counts, default=None)
     return count
 

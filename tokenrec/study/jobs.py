@@ -130,6 +130,7 @@ def run_missing(
       Stopped: a signal arrived. It was passed on to the running commands, which saved
         their state.
     """
+    # Before any run begins: a folder of another study is refused as a whole.
     for request in requests:
         _check_config(request)
     unfinished = [
@@ -170,6 +171,7 @@ def _run_commands(
     for name in _missing(request):
         log = folder / f"{name}.log"
         code = children.run(_arguments(request, name), log, budget)
+        # Non-finite steps are a result of the search, not a failure of the study.
         if code == EXIT_BAD_STEPS and name == "train":
             write_json(folder / _DIVERGED, {"config": _CONFIG, "code": code})
             print(
@@ -177,6 +179,7 @@ def _run_commands(
                 file=sys.stderr,
             )
             return
+        # A command that was told to stop ends with a code too.
         if code and children.received_signal is None:
             output = log.read_text(errors="replace").strip()
             raise InputError(
@@ -201,7 +204,7 @@ def _check_config(request: RunRequest) -> None:
 
 
 def _missing(request: RunRequest) -> list[str]:
-    """Names of the commands whose output is missing: "describe", "train", each split."""
+    """Names of commands without output: "describe", "train", and each split."""
     outputs = {"describe": DESCRIPTION_FILE} if request.described else {}
     outputs["train"] = _TRAINED
     outputs |= {split: f"{split}.parquet" for split in request.splits}
@@ -291,5 +294,6 @@ class _ChildProcesses(contextlib.AbstractContextManager["_ChildProcesses"]):
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self.received_signal = number
+        # A copy: other threads change the set while this handler runs.
         for child in list(self._running):
             child.send_signal(signal.SIGTERM)

@@ -131,6 +131,8 @@ def check_study(study: Study) -> None:
     problems = list(_type_problems(study)) or list(_problems(study))
     if problems:
         raise InputError("the study has problems:\n  " + "\n  ".join(problems))
+    # Build every config of the search now: a misspelt field of the last model must not
+    # surface after hours of training.
     for run in search_runs(study):
         try:
             config = run_config(study, run, None)
@@ -169,6 +171,7 @@ def _problems(study: Study) -> Iterator[str]:
                 f"own_rates: '{name}' is none of the models"
                 f"{suggest(name, study.models)}"
             )
+    # A repeated rate or seed would name one folder twice.
     lists: dict[str, tuple[Any, ...]] = {
         "learning_rates": study.learning_rates,
         "seeds": study.seeds,
@@ -233,11 +236,12 @@ def run_config(study: Study, run: TrainingRun, data: Path | None) -> Config:
 
 
 def base_config(study: Study, data: Path | None) -> Config:
-    """Build the config that the runs start from: the base with the study's overrides."""
+    """Build the config that all runs start from: the base with the overrides."""
     return _config(study, {}, data)
 
 
 def _config(study: Study, fields: Mapping[str, Any], data: Path | None) -> Config:
+    # Fields of a model replace the study's overrides of the same name.
     config = load_config(
         study.base,
         [f"{name}={value}" for name, value in {**study.overrides, **fields}.items()],

@@ -72,6 +72,7 @@ def read_scores(path: Path) -> ScoredSplit:
         for task in tasks
     ]
     scores = [table[f"score_{task}"].to_numpy() for task in tasks]
+    # Ids may be strings; their codes are the same in every run.
     users = group_codes(table["user_id"].to_numpy())
     return ScoredSplit(
         tasks, table.select(_KEY), users, np.stack(labels, 1), np.stack(scores, 1)
@@ -126,6 +127,7 @@ def result_rows(
         "learning_rate": rate,
         "split": split,
     }
+    # The report holds Python floats, and None where a metric is undefined.
     for task, values in report["tasks"].items():
         for metric in METRICS:
             yield run | {"task": task, "metric": metric, "value": values[metric]}
@@ -209,6 +211,7 @@ def curve_rows(study: str, run: TrainingRun, folder: Path) -> Iterator[dict[str,
         "learning_rate": run.learning_rate,
     }
     for record in read_log(folder / RUN_FOLDER / METRICS_FILE):
+        # One record per logged step; its other entries are values by name.
         for name, value in record.items():
             if name not in ("step", "time") and value is not None:
                 point = {"step": record["step"], "name": name, "value": float(value)}
@@ -221,6 +224,7 @@ def median_speed(folder: Path) -> float | None:
         record.get("train/examples_per_second")
         for record in read_log(folder / RUN_FOLDER / METRICS_FILE)
     ]
+    # The median: other work on the machine slows single intervals.
     known = [speed for speed in speeds if speed is not None]
     return statistics.median(known) if known else None
 
@@ -256,6 +260,8 @@ def best_rates(values: Mapping[tuple[str, float], float | None]) -> dict[str, fl
         for (model, rate), value in values.items()
         if value is not None
     ]
+    # Sorted by model, value and rate: `max` takes the first of equal values, which is
+    # the lowest rate.
     by_model = itertools.groupby(sorted(known), key=lambda entry: entry[0])
     return {
         model: max(entries, key=lambda entry: entry[1])[2]

@@ -59,6 +59,7 @@ def run_study(
             f"only {', '.join(dataset.splits)}; leave it out, or prepare the data set "
             "with it"
         )
+    # Refused before the folder is made, so that a slip leaves nothing behind.
     if tables_only and not folder.chosen_rates():
         raise InputError(
             f"--out '{out}' holds no finished run of '{name}'; leave out --tables-only "
@@ -73,6 +74,7 @@ def run_study(
             run_missing(search, budget, side_by_side)
             final = [folder.request(run, study.splits) for run in folder.final_runs()]
             run_missing(final, budget, side_by_side)
+    # The tables of what is done are worth having when the budget ends.
     except BudgetSpent:
         if folder.chosen_rates():
             write_tables(folder, name, dataset, budget.spent, command)

@@ -35,6 +35,7 @@ class StudyFolder:
 
     def request(self, run: TrainingRun, splits: tuple[str, ...]) -> RunRequest:
         """Request a run and its scores on `splits`."""
+        # Every request has a config of its own: configs are mutable.
         config = run_config(self.study, run, self.data)
         return RunRequest(self.out / run.folder, config, splits, self.study.checkpoint)
 
@@ -47,6 +48,7 @@ class StudyFolder:
 
     def model_sizes(self) -> dict[str, tuple[int, float]]:
         """Parameters, and FLOPs of a forward pass per example, of described models."""
+        # Only the first run of the search of a model describes it.
         sizes = {}
         for run in search_runs(self.study):
             path = self.out / run.folder / DESCRIPTION_FILE
@@ -63,12 +65,13 @@ class StudyFolder:
 
     def scores(self, run: TrainingRun, split: str) -> ScoredSplit | None:
         """Read the scores of a run; None if it is not done."""
+        # The file of scores alone does not suffice: training must be complete too.
         if not is_done(self.request(run, (split,))):
             return None
         return read_scores(self.out / run.folder / f"{split}.parquet")
 
     def chosen_rates(self) -> dict[str, float]:
-        """Choose each model's rate by the macro AUC on valid, of the runs done so far."""
+        """Choose the rate of each model by macro AUC on valid, of finished runs."""
         values = {}
         for run in search_runs(self.study):
             scored = self.scores(run, TUNING_SPLIT)

@@ -76,6 +76,7 @@ def write_tables(
     write_rows(out / "results.parquet", results, Result)
     write_rows(out / "differences.parquet", differences, Difference)
 
+    # Unfinished and diverged runs have curves too.
     curves = [row for run in runs for row in curve_rows(name, run, out / run.folder)]
     write_rows(out / "curves.parquet", curves, CurvePoint)
     flops = {model: of_model for model, (_, of_model) in sizes.items()}
@@ -161,6 +162,7 @@ def _split_tables(
         results += result_rows(
             name, baseline, BASELINE_SEED, None, split, scored.metrics()
         )
+        # Compared with the reference like a model of one seed.
         final_scores[baseline] = {BASELINE_SEED: scored}
     reference = folder.study.reference
     differences: list[dict[str, Any]] = []
@@ -176,7 +178,9 @@ def _baselines(
     """Score the baselines that need no training, on the impressions of `example`."""
     log = dataset.load(split)
     log_rows = np.flatnonzero(log.flags & SCORED > 0)
+    # A chunk of the log is a run of rows of one user.
     users = np.repeat(log.user_id, np.diff(log.start))
+    # The log is in order of chunks, `example` in order of user, item and time.
     order = sort_order(
         users[log_rows],
         dataset.catalogue.item_id[log.item[log_rows]],
