@@ -1,13 +1,22 @@
-"""Dimensional collapse: how many directions event states fill with static fields in the stream, and without.
+"""Dimensional collapse: effective rank of event states with and without static fields.
 
     python -m benchmarks.collapse --work DIR
     python -m benchmarks.collapse --workdir RUN [--split valid] [--json FILE]
 
-The first trains three arms on a log whose static fields have few combinations of values and a weight in the labels that
-is turned up (data/synthetic_profiles.py): "events only", without static fields; "naive joint", with them; both of four
-full layers without gate; and "TokenFormer", two full and two sliding layers with the gate. What was clicked is hidden
-in the histories of all arms, so that events alone cannot tell a user's profile. A run is a folder under `--work`: one
-that was stopped goes on where it was, a finished one is only read. The second measures one run, whatever it is of.
+The first command trains three arms on synthetic logs whose static fields have few
+combinations of values (profiles) and a varied weight in the labels
+(tokenrec/data/sources/synthetic_profiles.py):
+
+    events only   four full layers without a gate, no static fields in the stream
+    naive joint   the same with static fields
+    TokenFormer   two full and two sliding layers with the gate, with static fields
+
+The histories of all arms lack the clicks, so that events alone cannot reveal the
+profile of a user. A run is a folder under `--work`; a stopped run is resumed, a
+finished one is only read. The second command measures any one run.
+
+The expected order of the ranks is events only > TokenFormer > naive joint
+(docs/methods.md section 5).
 """
 
 from __future__ import annotations
@@ -49,7 +58,12 @@ EVENTS_ONLY, JOINT, TOKENFORMER = ARMS = ("events only", "naive joint", "TokenFo
 
 
 class World(NamedTuple):
-    """Static fields: how many profiles there are, and what their scores weigh in the labels."""
+    """Static fields of a log.
+
+    Attributes:
+      rank: number of profiles.
+      weight: weight of their scores in the labels.
+    """
 
     rank: int
     weight: float
@@ -59,6 +73,7 @@ WORLDS = (World(2, 0.0), World(2, 4.0), World(32, 4.0))
 
 
 def source(world: World) -> ProfilesSource:
+    """Make the synthetic log of a world."""
     return ProfilesSource(
         ROWS,
         world.rank,
@@ -71,20 +86,24 @@ def source(world: World) -> ProfilesSource:
 
 
 def arm_config(arm: str, data: Path, seed: int, steps: int) -> Config:
-    """The config of an arm; arms differ in the static fields, the windows and the gate alone."""
-    static, hidden = (
-        tuple(
-            f.name
-            for f in ProfilesSource(1, 1, static_fields=FIELDS).schema.group(group)
-        )
-        for group in ("user", "action")
-    )
+    """Make the config of an arm; arms differ in static fields, windows and gate alone.
+
+    Args:
+      arm: name of the arm.
+      data: folder of the data set.
+      seed: seed of the run.
+      steps: training steps.
+    """
+    schema = ProfilesSource(1, 1, static_fields=FIELDS).schema
+    static = tuple(feature.name for feature in schema.group("user"))
+    actions = tuple(feature.name for feature in schema.group("action"))
+    hidden = tuple(name for name in actions if name not in SHOWN_ACTIONS)
+    without_static = static if arm == EVENTS_ONLY else ()
     return Config(
         seed=seed,
         data=DataConfig(
             path=str(data),
-            exclude=(static if arm == EVENTS_ONLY else ())
-            + tuple(n for n in hidden if n not in SHOWN_ACTIONS),
+            exclude=without_static + hidden,
             paradigm="uc",
             events=16,
             overlap=4,
@@ -106,17 +125,27 @@ def arm_config(arm: str, data: Path, seed: int, steps: int) -> Config:
 
 
 def measured(config: Config, workdir: Path) -> dict[str, Any]:
-    """The record of a run, trained and measured unless its record is there.
+    """Train and measure a run, or read its record if there is one.
+
+    Args:
+      config: config of the run.
+      workdir: its folder.
+
+    Returns:
+      `{"config", "auc", "report"}`.
 
     Raises:
-      InputError: the record there is of another config.
+      InputError: the record belongs to another config.
     """
-    kept, text = workdir / RECORD, to_json(config)
-    if kept.is_file():
-        record = json.loads(kept.read_text())
+    path = workdir / RECORD
+    text = to_json(config)
+    if path.is_file():
+        record = json.loads(path.read_text())
+        # Both as the current version writes them, which may have new fields.
         if to_json(from_json(json.dumps(record["config"]))) != text:
             raise InputError(
-                f"--work: '{kept}' was measured with other settings; give another --work, or move it away"
+                f"--work: '{path}' was measured with other settings; give another "
+                "--work, or move it away"
             )
         return record
     train(config, workdir, progress=False)
@@ -127,22 +156,29 @@ def measured(config: Config, workdir: Path) -> dict[str, Any]:
             workdir, "valid", checkpoint="latest", clusters=CLUSTERS
         ),
     }
-    write_json(kept, record)
+    write_json(path, record)
     return record
 
 
 def information(record: dict[str, Any], layer: str) -> float:
-    """Corrected nats of a layer on its labels, mean over tasks."""
-    of_layer = record["report"]["layers"][layer]["information"]
+    """Bias-corrected information of a layer on the labels, mean over tasks, in nats."""
+    by_task = record["report"]["layers"][layer]["information"]
     return statistics.mean(
-        found[str(CLUSTERS[0])]["corrected"] for found in of_layer.values()
+        by_count[str(CLUSTERS[0])]["corrected"] for by_count in by_task.values()
     )
 
 
 def table_row(
     world: World, arm: str, records: Sequence[dict[str, Any]], best: float
 ) -> dict[str, Any]:
-    """Mean and deviation over seeds of what an arm reached."""
+    """Make the table row of an arm: mean and deviation over seeds.
+
+    Args:
+      world: the log.
+      arm: name of the arm.
+      records: records of its seeds.
+      best: AUC of the true probabilities, the best that is possible.
+    """
     layers = list(records[0]["report"]["layers"])
     row = {
         "profiles": world.rank,
@@ -166,70 +202,78 @@ def table_row(
 def order_row(
     world: World, records: dict[str, Sequence[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Of how many seeds the last layer's ranks are in the expected order, and of how many each half of it holds."""
+    """Count the seeds in which ranks of the last layer are in the expected order.
+
+    Args:
+      world: the log.
+      records: arm -> records of its seeds.
+    """
     layer = list(records[JOINT][0]["report"]["layers"])[-1]
     ranks = [
         [record["report"]["layers"][layer]["effective_rank"] for record in records[arm]]
         for arm in ARMS
     ]
-    triples = list(zip(*ranks, strict=True))
-    return {
-        "profiles": world.rank,
-        "weight": world.weight,
-        "events only > naive joint": f"{sum(e > j for e, j, _ in triples)} of {len(triples)}",
-        "events only > TokenFormer": f"{sum(e > t for e, _, t in triples)} of {len(triples)}",
-        "TokenFormer > naive joint": f"{sum(t > j for _, j, t in triples)} of {len(triples)}",
+    # (events only, naive joint, TokenFormer) of each seed.
+    seeds = list(zip(*ranks, strict=True))
+    counts = {
+        "events only > naive joint": sum(events > joint for events, joint, _ in seeds),
+        "events only > TokenFormer": sum(events > ours for events, _, ours in seeds),
+        "TokenFormer > naive joint": sum(ours > joint for _, joint, ours in seeds),
     }
+    row: dict[str, Any] = {"profiles": world.rank, "weight": world.weight}
+    return row | {order: f"{count} of {len(seeds)}" for order, count in counts.items()}
 
 
 def run_row(
     world: World, arm: str, seed: int, record: dict[str, Any]
 ) -> dict[str, Any]:
-    """What was measured of one run, in five digits."""
+    """Make the record of one run that is kept with the results, in five digits.
+
+    Args:
+      world: the log.
+      arm: name of the arm.
+      seed: seed of the run.
+      record: its record.
+    """
     layers = {
         layer: {
-            "effective_rank": _short(found["effective_rank"]),
-            "nats": _short(information(record, layer)),
-            "spectrum": [_short(value) for value in found["spectrum"]],
+            "effective_rank": _five_digits(measured["effective_rank"]),
+            "nats": _five_digits(information(record, layer)),
+            "spectrum": [_five_digits(value) for value in measured["spectrum"]],
         }
-        for layer, found in record["report"]["layers"].items()
+        for layer, measured in record["report"]["layers"].items()
     }
     return {
         **world._asdict(),
         "arm": arm,
         "seed": seed,
-        "auc": _short(record["auc"]),
+        "auc": _five_digits(record["auc"]),
         "layers": layers,
     }
 
 
-def _short(value: float) -> float:
+def _five_digits(value: float) -> float:
     return float(f"{value:.5g}")
 
 
+type _Records = dict[World, dict[str, list[dict[str, Any]]]]
+
+
 def compare(work: Path, steps: int, seeds: Sequence[int], out: Path) -> None:
-    """Trains what is not there yet, seed by seed, and writes the result."""
-    records: dict[World, dict[str, list[dict[str, Any]]]] = {
-        world: {arm: [] for arm in ARMS} for world in WORLDS
-    }
-    for seed in seeds:
-        for world, of_world in records.items():
-            folder = work / f"profiles_{world.rank}_weight_{world.weight:g}"
-            if not (folder / "data").exists():
-                prepare(source(world), folder / "data")
-            for arm, of_arm in of_world.items():
-                config = arm_config(arm, folder / "data", seed, steps)
-                of_arm.append(
-                    measured(config, folder / f"{arm.replace(' ', '_')}_{seed}")
-                )
+    """Train and measure what is missing, and write the result.
+
+    Args:
+      work: folder of the data sets and runs.
+      steps: training steps of a run.
+      seeds: seeds of every arm.
+      out: path of the result without its suffix.
+    """
+    records = _measure_all(work, steps, seeds)
     rows = []
-    for world, of_world in records.items():
-        made = source(world)
-        best = statistics.mean(made.best_auc(task.name) for task in made.schema.tasks)
-        rows += [
-            table_row(world, arm, of_arm, best) for arm, of_arm in of_world.items()
-        ]
-    orders = [order_row(world, of_world) for world, of_world in records.items()]
+    for world, by_arm in records.items():
+        log = source(world)
+        best = statistics.mean(log.best_auc(task.name) for task in log.schema.tasks)
+        rows += [table_row(world, arm, of_arm, best) for arm, of_arm in by_arm.items()]
     params = {
         "log": f"{ROWS:,} rows, {USERS} users, {FIELDS} static fields",
         "steps": steps,
@@ -239,7 +283,10 @@ def compare(work: Path, steps: int, seeds: Sequence[int], out: Path) -> None:
         "states": "4,096 of the valid split",
         "clusters": CLUSTERS[0],
     }
-    command = f"python -m benchmarks.collapse --work DIR --steps {steps} --seeds {' '.join(map(str, seeds))}"
+    command = (
+        f"python -m benchmarks.collapse --work DIR --steps {steps} "
+        f"--seeds {' '.join(map(str, seeds))}"
+    )
     write_result(
         out,
         rows,
@@ -249,30 +296,47 @@ def compare(work: Path, steps: int, seeds: Sequence[int], out: Path) -> None:
     )
     runs = [
         run_row(world, arm, seed, record)
-        for world, of_world in records.items()
-        for arm, of_arm in of_world.items()
+        for world, by_arm in records.items()
+        for arm, of_arm in by_arm.items()
         for seed, record in zip(seeds, of_arm, strict=True)
     ]
     write_json(
         out.with_name(out.name + "_runs.json"), {"command": command, "runs": runs}
     )
+    orders = [order_row(world, by_arm) for world, by_arm in records.items()]
     page = out.with_name(out.name + ".md")
     with page.open("a") as file:
         file.write(
-            f"\nSeeds in which the ranks of the last layer are in an order:\n\n{markdown_table(orders)}\n"
+            "\nSeeds in which the ranks of the last layer are in an order:\n\n"
+            f"{markdown_table(orders)}\n"
         )
     print(page.read_text())
+
+
+def _measure_all(work: Path, steps: int, seeds: Sequence[int]) -> _Records:
+    """Measure all runs, seed by seed: a stopped comparison has whole seeds."""
+    records: _Records = {world: {arm: [] for arm in ARMS} for world in WORLDS}
+    for seed in seeds:
+        for world, by_arm in records.items():
+            folder = work / f"profiles_{world.rank}_weight_{world.weight:g}"
+            data = folder / "data"
+            if not data.exists():
+                prepare(source(world), data)
+            for arm, of_arm in by_arm.items():
+                workdir = folder / f"{arm.replace(' ', '_')}_{seed}"
+                of_arm.append(measured(arm_config(arm, data, seed, steps), workdir))
+    return records
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument(
         "--work", type=Path, help="folder for the data sets and runs of the comparison"
     )
-    what.add_argument(
+    target.add_argument(
         "--workdir", type=Path, help="folder of one trained run, to measure that alone"
     )
     parser.add_argument("--steps", type=int, default=200)
@@ -302,23 +366,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     if flags.work:
         compare(flags.work, flags.steps, flags.seeds, flags.out)
         return
-    choice = {"checkpoint": flags.checkpoint, "data": flags.data, "rows": flags.rows}
-    report = collapse_report(flags.workdir, flags.split, **choice)
+    report = collapse_report(
+        flags.workdir,
+        flags.split,
+        checkpoint=flags.checkpoint,
+        data=flags.data,
+        rows=flags.rows,
+    )
     if flags.json:
         write_json(flags.json, report)
+    print(report_text(report))
+
+
+def report_text(report: dict[str, Any]) -> str:
+    """Format the report of one run as a table with a row for each layer."""
     rows = []
-    for layer, found in report["layers"].items():
-        row = {"layer": layer, "effective rank": found["effective_rank"]}
-        for task, by_count in found["information"].items():
-            row |= {
-                f"{task}, nats, K={count}": one["corrected"]
-                for count, one in by_count.items()
-            }
+    for layer, measured in report["layers"].items():
+        row = {"layer": layer, "effective rank": measured["effective_rank"]}
+        for task, by_count in measured["information"].items():
+            for count, estimate in by_count.items():
+                row[f"{task}, nats, K={count}"] = estimate["corrected"]
         rows.append(row)
-    print(
-        f"{report['rows']:,} event states of split {report['split']}, step {report['step']:,}\n"
+    heading = (
+        f"{report['rows']:,} event states of split {report['split']}, "
+        f"step {report['step']:,}"
     )
-    print(markdown_table(rows))
+    return f"{heading}\n\n{markdown_table(rows)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""How every benchmark writes its result: JSON for machines, Markdown for readers, both with command and versions."""
+"""Write the result of a benchmark: as JSON and as a Markdown page.
+
+Both hold the command that reproduces the result, its settings, and the machine and
+package versions that it was measured with.
+"""
 
 from __future__ import annotations
 
@@ -28,22 +32,28 @@ PACKAGES = (
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """What a result depends on besides the code: package versions (None: not installed), Python, processor, cores.
+    """List package versions, Python, processor and cores.
 
-    `cores` are those that this process may use. A benchmark with peers names their packages too.
+    Args:
+      packages: names of packages; one that is not installed has the version None. A
+        benchmark that measures other frameworks adds theirs.
+
+    Returns:
+      Name -> version; "cpu" -> name of the processor; "cores" -> number of cores that
+      this process may use.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            values[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+            values[package] = None
     cores = (
         len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count()
     )
-    return found | {
+    return values | {
         "python": platform.python_version(),
         "cpu": _cpu_model(),
         "cores": cores,
@@ -51,7 +61,11 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float | None], sign: str = "") -> str:
-    """Mean and, of more than one, sample deviation; "-" if a value is undefined.
+    """Format the mean and, for several values, the sample deviation.
+
+    Args:
+      values: values of the seeds; the result is "-" if one is undefined.
+      sign: format of the sign, for example "+".
 
     >>> spread([0.5, 0.7]), spread([0.5]), spread([0.25], "+"), spread([0.5, None])
     ('0.6000 ± 0.1414', '0.5000', '+0.2500', '-')
@@ -72,10 +86,15 @@ def write_result(
     title: str = "",
     packages: Sequence[str] = PACKAGES,
 ) -> None:
-    """Writes `path_stem.json` and `path_stem.md`.
+    """Write `path_stem.json` and `path_stem.md`.
 
-    `rows` make the table, columns in order of appearance; `params` are the settings that all rows share; `command` is
-    what reproduces the result, from the repository root; `title` heads the page (default: the file's name).
+    Args:
+      path_stem: path without its suffix.
+      rows: rows of the table, column -> value; columns in order of appearance.
+      params: settings that all rows share.
+      command: the command line that reproduces the result, from the repository root.
+      title: title of the page; the name of the file if empty.
+      packages: packages whose versions are recorded.
     """
     stem = Path(path_stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +126,11 @@ def write_result(
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table; columns in order of appearance, numbers to four significant digits, None as "-"."""
+    """Format rows as a Markdown table.
+
+    Columns are in order of appearance. Numbers have four significant digits, None is
+    "-", and columns without text are aligned to the right.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(names) + " |"]
     text = [any(isinstance(row.get(name), str) for row in rows) for name in names]
@@ -133,14 +156,15 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy and JAX numbers and arrays, and paths, as JSON values."""
+    """Turn a NumPy or JAX number or array, or a path, into a JSON value."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return str(value)
 
 
 def _cpu_model() -> str:
-    """The processor's name; the platform module alone names only the architecture on Linux."""
+    """Name of the processor."""
+    # On Linux the platform module knows only the architecture.
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -150,7 +174,7 @@ def _cpu_model() -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Calls `main`; wrong input ends in one message and the exit code of the command line."""
+    """Call `main`; an InputError ends the process with its message and exit code."""
     try:
         main()
     except InputError as error:

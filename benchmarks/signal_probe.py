@@ -26,12 +26,8 @@ import jax
 import numpy as np
 
 from benchmarks.report import run_script, write_result
-from tokenrec.analysis.signal_probe import (
-    Signal,
-    entity_signals,
-    probe_signals,
-    random_tokens,
-)
+from tokenrec.analysis.probe_inputs import Signal, entity_signals, random_tokens
+from tokenrec.analysis.signal_probe import probe_signals
 from tokenrec.checkpoint.run_folder import load_run_config, open_run
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch

@@ -1,12 +1,15 @@
-"""What the runs of a study are like inside, as tables beside its results, which `tokenrec report` draws: effective
-ranks, spectra, information on the label, and what is attended to.
+"""Measure the trained models of a study from the inside, for `tokenrec report`.
 
     python -m benchmarks.study_states --study DIR [--models MODEL ...] [--data DATA]
 
-Measures event states of the newest checkpoint of each run at its model's learning rate. Ranks of earlier steps, which a
-run logs with `train.log_states`, are of one batch and no match for these; the report draws them among the learning
-curves. Attention is that of the first seed: of events in user-centric runs, and of targets in others, to each part of
-the stream, and as maps.
+Adds tables to the folder of the study: effective ranks, spectra, information on the
+label, attention mass and attention maps (docs/methods.md section 5). The event states
+are those of the newest checkpoint of each run at the chosen rate of its model. Ranks
+that a run logs during training (`train.log_states`) come from one batch and are not
+comparable with these; the report draws them among the learning curves.
+
+Attention is measured for the first seed of a model: that of events in user-centric
+runs, and that of targets in others.
 """
 
 from __future__ import annotations
@@ -20,44 +23,48 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.report import run_script
-from tokenrec.analysis.attention_maps import Maps, attention_mass, run_maps
+from tokenrec.analysis.attention_maps import AttentionMaps, run_maps
+from tokenrec.analysis.attention_mass import attention_mass
 from tokenrec.analysis.event_states import collapse_report
 from tokenrec.analysis.rank import LEAST_ROWS
-from tokenrec.analysis.study_files import (
+from tokenrec.analysis.rate_search import chosen_rates
+from tokenrec.analysis.study_files import StudyFiles, read_study
+from tokenrec.analysis.study_rows import (
     TOKENS,
-    Cell,
-    Information,
-    Mass,
-    Rank,
+    AttentionShare,
+    EffectiveRank,
+    LabelInformation,
+    MapCell,
     SingularValue,
-    StudyFiles,
-    read_study,
 )
-from tokenrec.analysis.summary import chosen_rates
 from tokenrec.errors import InputError, suggest
 from tokenrec.runtime.files import write_json
-from tokenrec.study.jobs import RUN
+from tokenrec.study.jobs import RUN_FOLDER
 from tokenrec.study.plan import TrainingRun
 from tokenrec.study.results import write_rows
 
 _LAYER = "layer_"
-STREAMS = 64  # that attention is the mean of
-BLOCKS = 32  # of rows of the stream, that a map shows
+# Streams that attention is the mean of.
+STREAMS = 64
+# Blocks of positions in each direction of a map.
+BLOCKS = 32
 
 
-def measured_jobs(files: StudyFiles, models: Sequence[str]) -> list[TrainingRun]:
-    """Every seed of these models at their chosen rates; if none is named, of all that are no rivals.
+def measured_runs(files: StudyFiles, models: Sequence[str]) -> list[TrainingRun]:
+    """List every seed of the models at their chosen rates.
+
+    Args:
+      files: tables of the study.
+      models: names of models; empty for all TokenFormers of the study.
 
     Raises:
-      InputError: the study trained no such model, or one that is named is of another kind than TokenFormer.
+      InputError: the study trained no such model, or one that is named is no
+        TokenFormer.
     """
-    rates, base = (
-        chosen_rates(files.results),
-        files.about.base.get("model", {}).get("kind", "tokenformer"),
-    )
+    rates = chosen_rates(files.results)
+    base = files.info.base.get("model", {}).get("kind", "tokenformer")
     kinds = {
-        model: files.about.arms.get(model, {}).get("model.kind", base)
-        for model in rates
+        model: files.info.arms.get(model, {}).get("model.kind", base) for model in rates
     }
     for model in models:
         if model not in rates:
@@ -66,91 +73,113 @@ def measured_jobs(files: StudyFiles, models: Sequence[str]) -> list[TrainingRun]
             )
         if kinds[model] != "tokenformer":
             raise InputError(
-                f"--models {model} is of model.kind='{kinds[model]}', which has no event states; leave it out"
+                f"--models {model} is of model.kind='{kinds[model]}', which has no "
+                "event states; leave it out"
             )
     wanted = models or [model for model in rates if kinds[model] == "tokenformer"]
-    done = dict.fromkeys(
+    # Every metric of a run is a row of the results.
+    runs = dict.fromkeys(
         (row.model, row.learning_rate, row.seed) for row in files.results
     )
     return [
-        TrainingRun(m, rate, s)
-        for m, rate, s in done
-        if rate is not None and rate == rates[m] and m in wanted
+        TrainingRun(model, rate, seed)
+        for model, rate, seed in runs
+        if rate is not None and rate == rates[model] and model in wanted
     ]
 
 
-class Tables(NamedTuple):
-    """Rows of the tables, by their kind."""
+class StateTables(NamedTuple):
+    """Rows of the tables of event states.
+
+    Attributes:
+      ranks: rows of `EffectiveRank`.
+      spectra: rows of `SingularValue`.
+      information: rows of `LabelInformation`.
+    """
 
     ranks: list[dict[str, Any]]
     spectra: list[dict[str, Any]]
     information: list[dict[str, Any]]
 
 
-def state_rows(study: str, job: TrainingRun, report: dict[str, Any]) -> Tables:
-    """Rows from the `collapse_report` of a run."""
-    who, rows = (
-        {"study": study, "model": job.model, "seed": job.seed},
-        Tables([], [], []),
-    )
-    for name, found in report["layers"].items():
-        layer = who | {
-            "layer": int(name.removeprefix(_LAYER))
-            if name.startswith(_LAYER)
-            else TOKENS
-        }
-        rows.ranks.append(
-            layer | {"step": report["step"], "effective_rank": found["effective_rank"]}
+def state_rows(study: str, run: TrainingRun, report: dict[str, Any]) -> StateTables:
+    """Make the rows of a run from its `collapse_report`.
+
+    Args:
+      study: name of the study.
+      run: the run.
+      report: its report.
+    """
+    columns = {"study": study, "model": run.model, "seed": run.seed}
+    tables = StateTables([], [], [])
+    for name, measured in report["layers"].items():
+        is_block = name.startswith(_LAYER)
+        number = int(name.removeprefix(_LAYER)) if is_block else TOKENS
+        layer = columns | {"layer": number}
+        tables.ranks.append(
+            layer
+            | {"step": report["step"], "effective_rank": measured["effective_rank"]}
         )
-        rows.spectra.extend(
+        tables.spectra.extend(
             layer | {"index": index, "singular_value": value}
-            for index, value in enumerate(found["spectrum"])
+            for index, value in enumerate(measured["spectrum"])
         )
-        rows.information.extend(
-            layer | {"task": task, "clusters": int(count), "nats": one["corrected"]}
-            for task, by_count in found["information"].items()
-            for count, one in by_count.items()
+        tables.information.extend(
+            layer
+            | {"task": task, "clusters": int(count), "nats": estimate["corrected"]}
+            for task, by_count in measured["information"].items()
+            for count, estimate in by_count.items()
         )
-    return rows
+    return tables
 
 
-def mass_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
-    """Rows of `Mass`: where the attention of what is scored goes."""
-    reader, rows = "target" if maps.layout.candidates else "event", []
+def mass_rows(study: str, model: str, maps: AttentionMaps) -> list[dict[str, Any]]:
+    """Make the rows of `AttentionShare`: the mass from the tokens that are scored.
+
+    Args:
+      study: name of the study.
+      model: name of the model.
+      maps: attention of one of its runs.
+    """
+    query = "target" if maps.layout.candidates else "event"
+    rows = []
     for layer, weights in enumerate(maps.weights):
-        for source, of_heads in attention_mass(weights, maps.layout, maps.valid)[
-            reader
-        ].items():
-            place = {"study": study, "model": model, "layer": layer, "source": source}
+        by_source = attention_mass(weights, maps.layout, maps.valid)[query]
+        for source, by_head in by_source.items():
+            columns = {"study": study, "model": model, "layer": layer, "source": source}
             rows += [
-                place | {"head": head, "value": float(value)}
-                for head, value in enumerate(of_heads)
+                columns | {"head": head, "value": float(value)}
+                for head, value in enumerate(by_head)
             ]
     return rows
 
 
-def cell_rows(study: str, model: str, maps: Maps) -> list[dict[str, Any]]:
-    """Rows of `Cell`: the stream in at most `BLOCKS` blocks of rows."""
+def cell_rows(study: str, model: str, maps: AttentionMaps) -> list[dict[str, Any]]:
+    """Make the rows of `MapCell`: the maps in at most `BLOCKS` x `BLOCKS` cells.
+
+    Args:
+      study: name of the study.
+      model: name of the model.
+      maps: attention of one of its runs.
+    """
     size = maps.layout.length
+    # First position of each block.
     first = np.unique(
         np.linspace(0, size, min(size, BLOCKS), endpoint=False).astype(int)
     )
-    reads = np.add.reduceat(maps.valid.sum(axis=0), first)
+    # Valid queries of each block, over all streams: padding is no query.
+    queries = np.add.reduceat(maps.valid.sum(axis=0), first)
     rows = []
     for layer, weights in enumerate(maps.weights):
-        given = np.where(maps.valid[:, :, None], weights.mean(axis=1), 0).sum(axis=0)
-        blocks = np.add.reduceat(np.add.reduceat(given, first, axis=1), first, axis=0)
-        place = {"study": study, "model": model, "layer": layer}
-        rows += [
-            place
-            | {
-                "query": int(first[q]),
-                "key": int(first[k]),
-                "value": float(blocks[q, k] / reads[q]),
-            }
-            for q in np.flatnonzero(reads)
-            for k in range(len(first))
-        ]
+        mean = weights.mean(axis=1)
+        shares = np.where(maps.valid[:, :, None], mean, 0).sum(axis=0)
+        blocks = np.add.reduceat(np.add.reduceat(shares, first, axis=1), first, axis=0)
+        columns = {"study": study, "model": model, "layer": layer}
+        for q in np.flatnonzero(queries):
+            for k in range(len(first)):
+                value = float(blocks[q, k] / queries[q])
+                cell = {"query": int(first[q]), "key": int(first[k]), "value": value}
+                rows.append(columns | cell)
     return rows
 
 
@@ -162,32 +191,48 @@ def write_tables(
     rows: int,
     command: str,
 ) -> None:
-    """`ranks`, `spectra`, `information`, `attention` and `maps.parquet` and `states.json` of a study's folder, replaced
-    once all is measured.
+    """Measure the models and write the tables, once all are measured.
+
+    The files are `ranks`, `spectra`, `information`, `attention` and `maps.parquet`, and
+    `states.json`, in the folder of the study.
+
+    Args:
+      folder: folder of the study.
+      models: names of models; empty for all TokenFormers.
+      data: folder of the data set, if it is not where the runs read it.
+      split: name of the split.
+      rows: event states to draw from each run.
+      command: the command line that `states.json` records.
     """
     files = read_study(folder)
-    study, tables, drawn = files.about.study, Tables([], [], []), set()
-    masses, cells = [], []
-    for job in measured_jobs(files, models):
-        run = folder / job.folder / RUN
-        report = collapse_report(run, split, checkpoint="latest", data=data, rows=rows)
-        for table, of_run in zip(tables, state_rows(study, job, report), strict=True):
+    study = files.info.study
+    tables = StateTables([], [], [])
+    shares: list[dict[str, Any]] = []
+    cells: list[dict[str, Any]] = []
+    with_maps = set()
+    for run in measured_runs(files, models):
+        workdir = folder / run.folder / RUN_FOLDER
+        report = collapse_report(
+            workdir, split, checkpoint="latest", data=data, rows=rows
+        )
+        for table, of_run in zip(tables, state_rows(study, run, report), strict=True):
             table += of_run
-        if job.model not in drawn:
-            drawn.add(job.model)
-            maps = run_maps(run, data, split, STREAMS)
-            masses += mass_rows(study, job.model, maps)
-            cells += cell_rows(study, job.model, maps)
-        found = [f"{of['effective_rank']:.1f}" for of in report["layers"].values()]
+        if run.model not in with_maps:
+            with_maps.add(run.model)
+            maps = run_maps(workdir, data, split, STREAMS)
+            shares += mass_rows(study, run.model, maps)
+            cells += cell_rows(study, run.model, maps)
+        ranks = [f"{of['effective_rank']:.1f}" for of in report["layers"].values()]
         print(
-            f"{job.model}, seed {job.seed}, step {report['step']:,}: {', '.join(found)}",
+            f"{run.model}, seed {run.seed}, step {report['step']:,}: "
+            f"{', '.join(ranks)}",
             flush=True,
         )
-    write_rows(folder / "ranks.parquet", tables.ranks, Rank)
+    write_rows(folder / "ranks.parquet", tables.ranks, EffectiveRank)
     write_rows(folder / "spectra.parquet", tables.spectra, SingularValue)
-    write_rows(folder / "information.parquet", tables.information, Information)
-    write_rows(folder / "attention.parquet", masses, Mass)
-    write_rows(folder / "maps.parquet", cells, Cell)
+    write_rows(folder / "information.parquet", tables.information, LabelInformation)
+    write_rows(folder / "attention.parquet", shares, AttentionShare)
+    write_rows(folder / "maps.parquet", cells, MapCell)
     write_json(folder / "states.json", {"command": command})
 
 
@@ -199,7 +244,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--study", type=Path, required=True, help="the --out folder of `tokenrec study`"
     )
     parser.add_argument(
-        "--models", nargs="+", default=[], help="default: all of the study but rivals"
+        "--models",
+        nargs="+",
+        default=[],
+        help="default: all TokenFormers of the study",
     )
     parser.add_argument(
         "--data", type=Path, help="data set, if it is not where the runs read it"
@@ -213,11 +261,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags = parser.parse_args(argv)
     words = ["python", "-m", "benchmarks.study_states", f"--study={flags.study}"]
-    words += [
-        *(["--models", *flags.models] if flags.models else []),
-        f"--split={flags.split}",
-        f"--rows={flags.rows}",
-    ]
+    if flags.models:
+        words += ["--models", *flags.models]
+    words += [f"--split={flags.split}", f"--rows={flags.rows}"]
     write_tables(
         flags.study,
         flags.models,

@@ -1,4 +1,4 @@
-"""A made-up study, small enough to compute by hand, as the folder that `tokenrec study` leaves."""
+"""A made-up study in the files of `tokenrec study`, small enough to check by hand."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ type Row = tuple[Any, ...]
 
 
 def write_study(folder: Path, name: str = NAME, *, optional: bool = True) -> Path:
-    """Writes the folder and returns it; without the optional files if so asked."""
+    """Write the folder of a study and return it, with or without the optional files."""
     folder.mkdir(parents=True)
     write_about(folder, name)
     write_rows(folder / "results.parquet", RESULT, result_rows(name))

@@ -1,4 +1,4 @@
-"""Event states of a run are those that its model computes, and the report and the log say what they are."""
+"""Event states of a run, its report and its log against what the model computes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from tests.worlds import SCHEMA, TASKS, random_batch, tiny
 from tokenrec.analysis import event_states
 from tokenrec.analysis.event_states import (
-    all_rows,
     collapse_report,
     event_labels,
-    event_rows,
+    event_positions,
     read_event_states,
     real_events,
     states_and_gates,
+    with_all_positions,
 )
 from tokenrec.analysis.information import cluster_information
 from tokenrec.analysis.rank import effective_rank, singular_values
@@ -48,9 +48,16 @@ from tokenrec.tokens.layout import ROLES
 
 STREAMS = 16
 
+# Two programs compute the same float32 values, but may fuse and order sums differently
+# on another processor. States are at most 6.3, where neighbouring floats lie 4.8e-7
+# apart: this is 10 such steps. Measured on an AMD EPYC: 0.
+TWO_PROGRAMS = 5e-6
+# The same of means and ranks of such states, relative. Measured: 2e-7 at most.
+TWO_PROGRAMS_RELATIVE = 1e-5
+
 
 class Measured(NamedTuple):
-    """A run, and what its first batch of valid holds."""
+    """A run, and the states and gates of its first batch of valid."""
 
     workdir: Path
     model: ModelSpec
@@ -64,7 +71,10 @@ class Measured(NamedTuple):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """User-centric, a full and a sliding layer. Its only checkpoint, of step 7, is drawn here instead of trained."""
+    """A user-centric run with a full and a sliding layer.
+
+    Its only checkpoint, of step 7, has random weights instead of trained ones.
+    """
     folder = tmp_path_factory.mktemp("run")
     prepare(SyntheticSource(2_000, users=40, items=40), folder / "data")
     config = Config(
@@ -92,7 +102,7 @@ def run(tmp_path_factory):
     with jax.set_mesh(mesh):
         state = jax.tree.map(drawn, abstract_state(model))
         host, _ = next(eval_batches(dataset, config.data, "valid", limit=STREAMS))
-        look = jax.jit(functools.partial(states_and_gates, all_rows(model)))
+        look = jax.jit(functools.partial(states_and_gates, with_all_positions(model)))
         states, gates = look(state, to_devices(host.batch, mesh))
     with pytest.MonkeyPatch.context() as patched:
         steps = {"latest": 7}
@@ -113,10 +123,13 @@ def run(tmp_path_factory):
         )
 
 
-def test_states_are_those_that_the_model_itself_computes_and_gates_those_of_their_blocks(
+def test_states_and_gates_equal_those_that_the_model_itself_computes(
     run,
 ):
-    """The model computes needed rows alone; what both compute is equal, and the read-outs of UC are event rows."""
+    """The model computes only the positions that it needs; these are equal.
+
+    The read-outs of UC are positions of events.
+    """
 
     @jax.jit
     def computed(state, batch, states):
@@ -141,14 +154,17 @@ def test_states_are_those_that_the_model_itself_computes_and_gates_those_of_thei
         found = computed(run.state, to_devices(run.host.batch, run.mesh), run.states)
     read, last, placed, opened = to_host(found)
     assert [layer.shape for layer in run.states] == [(STREAMS, 8, 8)] * 3
-    # Fused in one program and not in the other: the last digit may differ.
     np.testing.assert_allclose(
-        run.states[0], placed[:, run.model.layout(8).positions_of("state")], atol=1e-6
+        run.states[0],
+        placed[:, run.model.layout(8).positions_of("state")],
+        atol=TWO_PROGRAMS,
     )
     real = real_events(run.model, run.host.batch)
     assert real.any()
-    np.testing.assert_allclose(last[real], read[real], atol=2e-6)
-    np.testing.assert_allclose(run.gates, np.mean(opened, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(last[real], read[real], atol=TWO_PROGRAMS)
+    np.testing.assert_allclose(
+        run.gates, np.mean(opened, axis=-1), rtol=TWO_PROGRAMS_RELATIVE
+    )
     assert np.ptp(run.gates[0]) > 0.01
 
 
@@ -162,9 +178,13 @@ def test_an_evaluation_logs_ranks_and_gates_of_its_first_batch(run):
     expected = [
         effective_rank(singular_values(np.asarray(layer)[real])) for layer in run.states
     ]
-    np.testing.assert_allclose(list(ranks.values()), expected, rtol=1e-6)
     np.testing.assert_allclose(
-        list(gates.values()), [gate[real].mean() for gate in run.gates], rtol=1e-6
+        list(ranks.values()), expected, rtol=TWO_PROGRAMS_RELATIVE
+    )
+    np.testing.assert_allclose(
+        list(gates.values()),
+        [gate[real].mean() for gate in run.gates],
+        rtol=TWO_PROGRAMS_RELATIVE,
     )
 
 
@@ -213,7 +233,7 @@ def test_states_stand_beside_their_labels(run):
 def test_more_rows_than_there_are_events_are_refused(run):
     with pytest.raises(
         InputError,
-        match=r"2 streams of split 'valid' have \d+ event rows, and 999 are asked for",
+        match=r"2 streams of split 'valid' have \d+ events, but rows=999 are asked for",
     ):
         read_event_states(
             run.workdir, "valid", checkpoint="latest", rows=999, streams=2
@@ -231,7 +251,7 @@ def test_labels_belong_to_their_rows():
         np.testing.assert_array_equal(labels, expected)
 
 
-def test_an_event_of_a_user_stream_counts_where_it_is_read_and_one_of_a_history_where_it_stands():
+def test_an_event_counts_where_it_is_scored_and_in_a_history_where_it_stands():
     uc, nio = (
         build_model(tiny(paradigm=paradigm), SCHEMA, TASKS)
         for paradigm in ("uc", "nio")
@@ -249,16 +269,18 @@ def test_an_event_of_a_user_stream_counts_where_it_is_read_and_one_of_a_history_
 def test_fused_events_stand_for_themselves():
     model = build_model(tiny(fused=True), SCHEMA, TASKS)
     layout = model.layout(12)
-    assert [ROLES[role] for role in layout.roles[event_rows(layout)]] == ["event"] * 12
+    assert [ROLES[role] for role in layout.roles[event_positions(layout)]] == [
+        "event"
+    ] * 12
 
 
 def test_rivals_have_no_event_states():
     model = build_model(tiny(model={"kind": "sasrec", "windows": ()}), SCHEMA, TASKS)
     with pytest.raises(
         InputError,
-        match=r"model\.kind='sasrec': event states are those of model\.kind='tokenformer'",
+        match=r"model\.kind='sasrec': event states exist for model\.kind='tokenformer'",
     ):
-        all_rows(model)
+        with_all_positions(model)
     with pytest.raises(
         InputError, match=r"train\.log_states=True with model\.kind='sasrec'"
     ):

@@ -1,19 +1,24 @@
-"""What single figures of a study show."""
+"""The content of single figures of a study, and the styles of its models."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
 
 from tests.analysis.study_folder import write_study
-from tokenrec.analysis.figure_style import assign_styles
+from tokenrec.analysis.model_styles import assign_styles, legend_key
 from tokenrec.analysis.study_files import read_study
+from tokenrec.analysis.study_metrics import MetricKey
 from tokenrec.analysis.summary import summarize_study
 
 pytest.importorskip("matplotlib")
 
-from tokenrec.analysis.figures import draw_curves, draw_information, draw_maps
+from tokenrec.analysis.attention_figures import draw_maps
+from tokenrec.analysis.quality_figures import draw_curves, draw_quality
+from tokenrec.analysis.state_figures import draw_information
 
 
 def test_maps_show_a_panel_of_each_layer_and_leave_out_what_is_not_read(
@@ -65,6 +70,44 @@ def test_learning_curves_have_the_logged_rank_of_the_top_layer(tmp_path: Path) -
     ]
 
 
-def test_twenty_models_have_twenty_styles() -> None:
-    styles = assign_styles(map(str, range(20)))
-    assert len({(s.colour, str(s.line)) for s in styles.values()}) == 20
+def test_twenty_models_differ_in_every_kind_of_figure_and_in_tables() -> None:
+    styles = assign_styles(map(str, range(20))).values()
+    lines = {(style.colour, style.dashes) for style in styles}
+    points = {(style.colour, style.marker, style.filled) for style in styles}
+    # Hollow and filled markers of one shape and colour differ too little when small.
+    shapes = {(style.colour, style.marker) for style in styles}
+    keys = set(map(legend_key, styles))
+    assert len(lines) == len(points) == len(shapes) == len(keys) == 20
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(30e6, 88e6), (60.5e6, 65.4e6), (1e6, 9e9), (2e6, 8e6), (8e7, 1.3e9), (5e6, 5e6)],
+)
+def test_labels_of_the_flops_axis_do_not_collide(
+    tmp_path: Path, low: float, high: float
+) -> None:
+    files = read_study(write_study(tmp_path / "s"))
+    summary = summarize_study(files)
+    # Three panels in a row, as narrow as they get.
+    summary = dataclasses.replace(
+        summary,
+        tasks={"test": ("click", "other", "third")},
+        no_claim={},
+        spreads={
+            MetricKey("test", task, "auc"): summary.spreads["test", "click", "auc"]
+            for task in ("click", "other", "third")
+        },
+    )
+    flops = {"ours": low, "rival": high}
+    figure = draw_quality(flops, summary, assign_styles(summary.models)).figure
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        boxes = [
+            label.get_window_extent()
+            for label in ax.get_xticklabels()
+            if label.get_text()
+        ]
+        assert len(boxes) >= (3 if high > low else 1)
+        for left, right in itertools.pairwise(boxes):
+            assert left.x1 + 2 < right.x0

@@ -1,4 +1,9 @@
-"""What probes find in tokens that are known to hold a signal, to hide it, or to lack it."""
+"""Probes on tokens that are known to hold a signal, to hide it, or to lack it.
+
+The linear probe is float64. The MLP trains 1,000 steps in float32, whose result may
+differ on another processor by more than rounding; its bounds lie far from the measured
+values, which were the same with AVX2 and AVX-512 on an AMD EPYC.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +14,8 @@ import numpy as np
 import pytest
 
 from tests.worlds import SCHEMA
-from tokenrec.analysis.signal_probe import (
-    CATEGORIES,
-    Signal,
-    entity_signals,
-    probe_signals,
-    random_tokens,
-)
+from tokenrec.analysis.probe_inputs import Signal, entity_signals, random_tokens
+from tokenrec.analysis.signal_probe import CATEGORIES, probe_signals
 from tokenrec.data.schema import columns
 from tokenrec.errors import InputError
 from tokenrec.tokens.feature_transforms import normalize_dense
@@ -42,7 +42,8 @@ def test_a_signal_that_lies_in_the_tokens_is_found_whole() -> None:
         {"number": Signal("dense", NUMBERS[:, 0]), "id": Signal("categorical", IDS)},
         seed=0,
     )
-    # 16 numbers of a map from 11: nothing is lost. Measured: 1 - 4e-12, .9997, and all nats but 1e-12 and 5e-4.
+    # 16 numbers of a map from 11: nothing is lost. Measured: 1 - 4e-12, 0.9997, and all
+    # nats but 1e-12 and 5e-4.
     assert found["number"]["linear"] > 0.9999
     assert found["number"]["mlp"] > 0.97
     assert found["id"]["linear"] > 0.99 * found["id"]["limit"]
@@ -60,6 +61,7 @@ def test_a_signal_that_is_not_linear_is_found_by_the_mlp_alone() -> None:
         },
         seed=0,
     )
+    # Measured: 0.006, 0.974, 0 and 0.307.
     assert found["product"]["linear"] < 0.1
     assert found["product"]["mlp"] > 0.6
     assert found["sign"]["linear"] < 0.05
@@ -76,6 +78,7 @@ def test_a_signal_that_the_tokens_lack_is_not_found() -> None:
         },
         seed=0,
     )
+    # Measured: -0.005, and less than 1e-9 of the others.
     for probed in found.values():
         assert abs(probed["linear"]) < 0.05
         assert abs(probed["mlp"]) < 0.05
@@ -89,7 +92,8 @@ def test_tokens_too_narrow_for_all_signals_lose_some() -> None:
         ]["linear"]
         for n in (1, 4)
     ]
-    # A random quarter of the directions holds a quarter of the variance on average; of this signal .06 were found.
+    # A random quarter of the directions holds a quarter of the variance on average; of
+    # this signal 0.06 were measured, and 1 - 1e-8 with four tokens.
     assert 0.0 < found[0] < 0.5
     assert found[1] > 0.99
 
@@ -174,7 +178,7 @@ def test_columns_of_an_entity_become_signals() -> None:
     [
         (TOKENS[:, 0], {}, r"must be \[n, N, d\]"),
         (TOKENS[:10], {}, "10 entities are too few"),
-        (TOKENS * np.nan, {}, "not finite"),
+        (TOKENS * np.nan, {}, "non-finite"),
         (
             TOKENS,
             dense(NUMBERS[:5, 0]),

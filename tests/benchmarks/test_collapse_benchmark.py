@@ -1,4 +1,4 @@
-"""Rows of the benchmark of collapse, from records that are made up."""
+"""Table rows of the collapse benchmark, from made-up records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kept page of a study says what its report says, and its copied tables make that report again."""
+"""The kept page of a study, and the report from its copied tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_kept_study_can_be_reported_again_and_its_page_has_a_row_for_each_mode
     assert again == read_study(folder)
     assert not (tmp_path / "kept" / NAME / "runs").exists()
     kept = json.loads((tmp_path / "kept" / f"{NAME}.json").read_text())
-    assert kept["command"] == again.about.command
+    assert kept["command"] == again.info.command
     models = [row["model"] for row in kept["rows"]]
     assert set(models) == {row.model for row in again.results}
     ours, rival = (

@@ -1,4 +1,4 @@
-"""Tables of ranks and spectra hold what was measured of the chosen runs, and can be read with their study."""
+"""Tables of event states: their measurements, and their fit to the study."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 from benchmarks import study_states
 from tests.analysis.study_folder import NAME, write_about, write_study
 from tests.streams import build_layout
-from tokenrec.analysis.attention_maps import Maps
-from tokenrec.analysis.study_files import (
+from tokenrec.analysis.attention_maps import AttentionMaps
+from tokenrec.analysis.study_files import read_study
+from tokenrec.analysis.study_rows import (
     TOKENS,
-    Information,
-    Rank,
+    EffectiveRank,
+    LabelInformation,
     SingularValue,
-    read_study,
 )
 from tokenrec.errors import InputError
 from tokenrec.study.plan import TrainingRun
@@ -45,7 +45,7 @@ def test_tables_hold_what_was_measured_of_each_seed_at_the_chosen_rate(
             1  # the first head sees the user, the second the newest event
         )
         weights[:, 1, :, 3] = 1
-        return Maps(
+        return AttentionMaps(
             (weights,), layout, np.ones((2, layout.length), bool), np.arange(2), 4
         )
 
@@ -59,7 +59,9 @@ def test_tables_hold_what_was_measured_of_each_seed_at_the_chosen_rate(
     files = read_study(folder)
     ranks = {TOKENS: 8.0, 0: 5.0}
     assert files.ranks == [
-        Rank(NAME, "rival", seed, 4, *of) for seed in range(3) for of in ranks.items()
+        EffectiveRank(NAME, "rival", seed, 4, *of)
+        for seed in range(3)
+        for of in ranks.items()
     ]
     assert [
         value for value in files.spectra if value.seed == 0 and value.layer == 0
@@ -71,7 +73,7 @@ def test_tables_hold_what_was_measured_of_each_seed_at_the_chosen_rate(
     assert seen == {(0, "user"), (1, "event 1")}
     assert {mass.model for mass in files.attention} == {"rival"}
     assert [one for one in files.information if one.seed == 2] == [
-        Information(NAME, "rival", 2, layer, "click", 50, 0.125) for layer in ranks
+        LabelInformation(NAME, "rival", 2, layer, "click", 50, 0.125) for layer in ranks
     ]
     rows = {cell.query for cell in files.maps}
     assert len(rows) == 6  # fewer than blocks: each row is shown
@@ -92,7 +94,7 @@ def test_a_map_in_blocks_is_the_mean_over_real_rows_and_the_sum_over_what_they_r
     valid = random.random((2, size)) < 0.7
     valid[:, 10:20] = False
     cells = study_states.cell_rows(
-        "s", "m", Maps((weights,), layout, valid, np.arange(2), 4)
+        "s", "m", AttentionMaps((weights,), layout, valid, np.arange(2), 4)
     )
     first = sorted({cell["key"] for cell in cells})
     assert len(first) == study_states.BLOCKS
@@ -110,7 +112,7 @@ def test_a_map_in_blocks_is_the_mean_over_real_rows_and_the_sum_over_what_they_r
 def test_all_trained_models_are_measured_unless_some_are_named(tmp_path):
     folder = write_study(tmp_path / "study", optional=False)
     files = read_study(folder)
-    jobs = study_states.measured_jobs(files, [])
+    jobs = study_states.measured_runs(files, [])
     assert {job.model for job in jobs} == {"ours", "rival", "plain"}
     assert len(jobs) == 9
     assert TrainingRun("rival", 0.01, 2) in jobs
@@ -118,12 +120,12 @@ def test_all_trained_models_are_measured_unless_some_are_named(tmp_path):
     with pytest.raises(
         InputError, match="--models rivl has no run in this study; did you mean 'rival'"
     ):
-        study_states.measured_jobs(files, ["rivl"])
+        study_states.measured_runs(files, ["rivl"])
     write_about(folder, arms={"ours": {}, "rival": {"model.kind": "hstu"}, "plain": {}})
     files = read_study(folder)
-    assert {job.model for job in study_states.measured_jobs(files, [])} == {
+    assert {job.model for job in study_states.measured_runs(files, [])} == {
         "ours",
         "plain",
     }
     with pytest.raises(InputError, match=r"--models rival is of model\.kind='hstu'"):
-        study_states.measured_jobs(files, ["rival"])
+        study_states.measured_runs(files, ["rival"])

@@ -1,4 +1,4 @@
-"""Studies: what a file may say, and which runs it means."""
+"""Study files: which fields are valid, and which runs they make."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tokenrec.study.plan import (
     Study,
     TrainingRun,
     check_study,
-    final_jobs,
-    first_jobs,
-    job_config,
+    final_runs,
     load_study,
+    run_config,
+    search_runs,
 )
 
 STUDY = Study(
@@ -34,12 +34,12 @@ STUDY = Study(
 
 
 def test_every_rate_has_the_first_seed_and_the_best_all() -> None:
-    assert [job[1:] for job in first_jobs(STUDY)] == [(1e-3, 0), (3e-3, 0)] * 3
-    assert final_jobs(STUDY, {"bfts": 3e-3}) == [
+    assert [job[1:] for job in search_runs(STUDY)] == [(1e-3, 0), (3e-3, 0)] * 3
+    assert final_runs(STUDY, {"bfts": 3e-3}) == [
         TrainingRun("bfts", 3e-3, seed) for seed in (0, 1, 2)
     ]
     folders = {
-        job.folder for job in (*first_jobs(STUDY), *final_jobs(STUDY, {"bfts": 3e-3}))
+        job.folder for job in (*search_runs(STUDY), *final_runs(STUDY, {"bfts": 3e-3}))
     }
     assert len(folders) == 6 + 2
 
@@ -47,16 +47,16 @@ def test_every_rate_has_the_first_seed_and_the_best_all() -> None:
 def test_a_model_may_have_rates_of_its_own() -> None:
     study = dataclasses.replace(STUDY, own_rates={"bfts": (5e-3,)})
     check_study(study)
-    assert [job for job in first_jobs(study) if job.model == "bfts"] == [
+    assert [job for job in search_runs(study) if job.model == "bfts"] == [
         TrainingRun("bfts", 5e-3, 0)
     ]
-    assert [job for job in first_jobs(study) if job.model != "bfts"] == [
-        job for job in first_jobs(STUDY) if job.model != "bfts"
+    assert [job for job in search_runs(study) if job.model != "bfts"] == [
+        job for job in search_runs(STUDY) if job.model != "bfts"
     ]
 
 
 def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
-    config = job_config(STUDY, TrainingRun("plain", 3e-3, 2), Path("some/data"))
+    config = run_config(STUDY, TrainingRun("plain", 3e-3, 2), Path("some/data"))
     assert (config.optim.steps, config.optim.learning_rate, config.seed) == (
         40,
         3e-3,
@@ -71,16 +71,19 @@ def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
     ("changes", "words"),
     [
         ({"reference": "tokenfomer"}, "did you mean 'tokenformer'"),
-        ({"models": {"a/b": {}}, "reference": "a/b"}, "'a/b' names folders too"),
+        (
+            {"models": {"a/b": {}}, "reference": "a/b"},
+            "'a/b' is also the name of a folder",
+        ),
         ({"learning_rates": ()}, r"learning_rates=\(\) is empty"),
         ({"own_rates": {"bfts": ()}}, r"own_rates\['bfts'\]=\(\) is empty"),
         (
             {"own_rates": {"bfst": (1e-3,)}},
-            "own_rates: 'bfst' is none of its models.*did you mean 'bfts'",
+            "own_rates: 'bfst' is none of the models.*did you mean 'bfts'",
         ),
-        ({"seeds": (1, 1)}, "says a value twice"),
+        ({"seeds": (1, 1)}, "has a value twice"),
         ({"seeds": (-1,)}, "must not be negative"),
-        ({"splits": ("test",)}, "with valid, which chooses"),
+        ({"splits": ("test",)}, "contain valid, on which learning rates are chosen"),
         ({"cpu_hours": 0}, "cpu_hours=0 must be above 0"),
         ({"draws": 5}, "too few"),
         ({"seeds": 3}, "seeds=3 is not a list of whole numbers"),

@@ -1,5 +1,7 @@
-"""A study from its runs to its tables. The runs' commands are stood in for by one that writes scores at once; the real
-ones are tested where they are made, and `tokenrec study --config=synthetic` runs them.
+"""A study from its runs to its tables.
+
+A script that writes scores at once replaces the commands of the runs. The real commands
+have tests of their own, and `tokenrec study --config=synthetic` runs them.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,7 +34,8 @@ SMALL = dataclasses.replace(
     draws=100,
 )
 
-# `tokenrec VERB ...`: scores whose quality depends on model and learning rate, from the labels of the data set.
+# Replaces `tokenrec VERB ...`: makes scores from the labels of the data set, whose
+# quality depends on model and learning rate.
 COMMAND = """
 import json, os, sys, time
 from pathlib import Path
@@ -76,7 +80,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def out(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The study's folder; commands are COMMAND."""
+    """The folder of the study; its commands are replaced by COMMAND."""
     import numpy as np
 
     from tokenrec.data.dataset import open_dataset
@@ -212,7 +216,7 @@ def test_a_split_that_the_data_lacks_is_refused_before_any_run(
     }
     prepare(MemorySource(rows), tmp_path / "short")
     with pytest.raises(
-        InputError, match="the data set has no test, but train, valid; leave it out"
+        InputError, match="the data set has no test, only train, valid; leave it out"
     ):
         run_study(SMALL, "small", out, tmp_path / "short", command="")
     assert not out.exists()
@@ -225,7 +229,7 @@ def test_a_spent_budget_ends_the_study_with_what_there_is(
     poor = dataclasses.replace(SMALL, cpu_hours=0.6 / 3600)
     with pytest.raises(
         jobs.BudgetSpent,
-        match=r"CPU-hours are spent of cpu_hours=.* runs are not done; raise it",
+        match=r"CPU-hours are spent of cpu_hours=.* runs are unfinished; raise cpu_hours",
     ):
         run_study(poor, "small", out, data, command="")
     assert pq.read_table(out / "results.parquet").num_rows
@@ -240,7 +244,7 @@ def test_tables_of_what_is_done_are_written_without_a_run(
 ) -> None:
     with pytest.raises(
         InputError,
-        match=r"holds no run of 'small' that is done; leave out --tables-only",
+        match=r"holds no finished run of 'small'; leave out --tables-only",
     ):
         run_study(SMALL, "small", out, data, command="", tables_only=True)
     assert not out.exists()
@@ -262,18 +266,35 @@ def test_a_signal_ends_the_study_after_its_runs_were_told(
     data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BURNS", "600")
-    begun = jobs._Children._known
+    begun = jobs._ChildProcesses._registered
 
-    def told(self: jobs._Children, child: object) -> object:
+    def told(self: jobs._ChildProcesses, child: object) -> object:
         if len(calls(out)) if (out.parent / "calls").exists() else 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return begun(self, child)
 
-    monkeypatch.setattr(jobs._Children, "_known", told)
-    with pytest.raises(Stopped, match="the same command goes on"):
+    monkeypatch.setattr(jobs._ChildProcesses, "_registered", told)
+    with pytest.raises(Stopped, match="rerun the command to resume"):
         run_study(SMALL, "small", out, data, command="")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not list(out.glob("runs/*/*/*/trained.json"))
+
+
+def test_a_study_and_its_tables_need_no_matplotlib() -> None:
+    """Only the page draws: all other modules can be imported without it."""
+    modules = [
+        "tokenrec.study.runner",
+        "tokenrec.study.study_tables",
+        "tokenrec.analysis.study_files",
+        "tokenrec.analysis.study_rows",
+        "tokenrec.analysis.report",
+        "tokenrec.analysis.summary",
+        "tokenrec.analysis.result_tables",
+        "tokenrec.analysis.wording",
+    ]
+    # An entry of None makes every import of the package fail.
+    code = f"import sys; sys.modules['matplotlib'] = None; import {', '.join(modules)}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_rate_of_the_highest_value_is_chosen_and_the_first_of_equals() -> None:

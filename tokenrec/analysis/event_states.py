@@ -1,4 +1,11 @@
-"""States of events inside a trained model, layer by layer, and what is measured of them (methods.md section 5)."""
+"""States of events inside a trained model, layer by layer, and measurements of them.
+
+The state of an event is the vector at its token (the state token, or the fused event
+token) after a layer. `collapse_report` measures the states of every layer: effective
+rank, singular values, and information on the labels (docs/methods.md section 5).
+
+B streams, R events in a stream, K tasks, d model width.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +33,18 @@ from tokenrec.sharding import make_mesh, to_devices
 from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.tokens.layout import Layout
 
+# Streams that are read by default. With one event each they hold LEAST_ROWS events.
 STREAMS = 4096
 
 
 class EventStates(NamedTuple):
-    """n rows that stand for an event. `layers`: "tokens", what enters the backbone, then "layer_0", ..., what leaves
-    its blocks: `[n, d] float32`. `labels`: task -> `[n] int8`, -1 where unknown; none of retrieval.
+    """States of n events of a run.
+
+    Attributes:
+      layers: "tokens" (the input of the first block), "layer_0", "layer_1" and so on
+        (the outputs of the blocks) -> `[n, d] float32`.
+      labels: task -> `[n] int8`, 1, 0, or -1 where unknown; empty for retrieval.
+      step: training step of the checkpoint.
     """
 
     layers: dict[str, np.ndarray]
@@ -39,37 +52,48 @@ class EventStates(NamedTuple):
     step: int
 
 
-def all_rows(model: ModelSpec) -> ModelSpec:
-    """The model with every row computed in every layer; its weights are the same.
+def with_all_positions(model: ModelSpec) -> ModelSpec:
+    """Return the model with every position computed in every layer.
+
+    By default a layer computes only the positions that later layers need
+    (`model.needed_rows`), and most events have no state in the top layers. The weights
+    are the same.
 
     Raises:
-      InputError: the backbone is a rival's, which has no such layers.
+      InputError: the backbone is not TokenFormer; others have no such layers.
     """
     kind = model.config.model.kind
     if kind != "tokenformer":
         raise InputError(
-            f"model.kind='{kind}': event states are those of model.kind='tokenformer'; measure a run of that kind"
+            f"model.kind='{kind}': event states exist for model.kind='tokenformer' "
+            "only; measure a run of that kind"
         )
-    whole = dataclasses.replace(model.config.model, needed_rows=False)
-    return dataclasses.replace(
-        model, config=dataclasses.replace(model.config, model=whole)
-    )
+    all_needed = dataclasses.replace(model.config.model, needed_rows=False)
+    config = dataclasses.replace(model.config, model=all_needed)
+    return dataclasses.replace(model, config=config)
 
 
-def event_rows(layout: Layout) -> np.ndarray:
-    """`[R]` rows that stand for an event: its state, or the fused event."""
+def event_positions(layout: Layout) -> np.ndarray:
+    """Positions `[R]` of events in a stream: state tokens, or fused event tokens."""
     return layout.positions_of("state", "event")
 
 
 def states_and_gates(
     model: ModelSpec, state: TrainState, batch: Batch
 ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """What a pass without dropout holds at the event rows.
+    """Compute the states and the gates of a batch at its events, without dropout.
 
-    States: of the tokens and of the output of each block, `[B, R, d] float32` each. Gates: mean over the width of each
-    block's gate, which its input opens, `[B, R] float32` each; none without `model.gate`.
+    Jit it under the mesh of the state.
 
-    Jit it under the mesh of the state. The model is one of `all_rows`.
+    Args:
+      model: a model of `with_all_positions`.
+      state: weights and tables.
+      batch: B streams.
+
+    Returns:
+      The states, `[B, R, d] float32` for the tokens and for each block; and the gates,
+      `[B, R] float32` for each block, the mean over the width. Without `model.gate` the
+      second list is empty.
     """
     module = bind_params(model, state.params)
     backbone = module.backbone
@@ -78,42 +102,51 @@ def states_and_gates(
         model.embedder.look_up(state.tables, batch), batch, None
     )
     layout = batch_layout(model.config, model.schema, model.literals, batch)
-    entered, _ = backbone.prepare_inputs(
+    # `trace` returns the tokens before additive positions; blocks see them after.
+    inputs, _ = backbone.prepare_inputs(
         tokens, layout, np.arange(layout.length), batch.valid, candidate_mask(batch)
     )
-    rows = event_rows(layout)
-    states = [layer[:, rows] for layer in (entered, *outputs[:-1])]
+    positions = event_positions(layout)
+    # The last output is the normalised read-out, not that of a block.
+    states = [layer[:, positions] for layer in (inputs, *outputs[:-1])]
+    # A gate is computed from the input of its block (docs/methods.md section 3), so the
+    # last state, which no block reads, has none.
     gates = [
-        jnp.mean(block.gate(read).astype(jnp.float32), axis=-1)
-        for block, read in zip(backbone.layers(), states, strict=False)
+        jnp.mean(block.gate(block_input).astype(jnp.float32), axis=-1)
+        for block, block_input in zip(backbone.layers(), states, strict=False)
         if block.gate is not None
     ]
     return [layer.astype(jnp.float32) for layer in states], gates
 
 
 def real_events(model: ModelSpec, batch: Batch) -> np.ndarray:
-    """`[B, R] bool`, event rows to be counted. Streams of UC repeat events as history; one that is read counts once."""
+    """Mark the events to measure: `[B, R] bool`, False for padding.
+
+    Streams of UC repeat events of the chunk before as history. An event is measured
+    once there, in the stream that scores it.
+    """
     layout = batch_layout(model.config, model.schema, model.literals, batch)
-    valid = np.asarray(layout.valid(batch.valid, candidate_mask(batch)))[
-        :, event_rows(layout)
-    ]
-    return (
-        valid & (np.asarray(batch.weight) > 0) if _reads_events(model.config) else valid
-    )
+    positions = event_positions(layout)
+    valid = np.asarray(layout.valid(batch.valid, candidate_mask(batch)))[:, positions]
+    if _scores_events(model.config):
+        return valid & (np.asarray(batch.weight) > 0)
+    return valid
 
 
 def event_labels(model: ModelSpec, batch: Batch) -> np.ndarray:
-    """`[B, R, K] int8`: in UC what the row is to predict; in NIO the labels of the request, its first candidate's."""
+    """Labels of the events of a batch: `[B, R, K] int8`.
+
+    In UC these are the labels that the event's state predicts. In NIO all events of a
+    stream have the labels of its first candidate.
+    """
     labels = np.asarray(batch.labels)
-    if _reads_events(model.config):
+    if _scores_events(model.config):
         return labels
-    rows = len(
-        event_rows(batch_layout(model.config, model.schema, model.literals, batch))
-    )
-    return np.repeat(labels[:, :1], rows, axis=1)
+    layout = batch_layout(model.config, model.schema, model.literals, batch)
+    return np.repeat(labels[:, :1], len(event_positions(layout)), axis=1)
 
 
-def _reads_events(config: Config) -> bool:
+def _scores_events(config: Config) -> bool:
     return config.data.objective == "ranking" and config.data.paradigm == "uc"
 
 
@@ -127,38 +160,50 @@ def read_event_states(
     streams: int = STREAMS,
     seed: int = 0,
 ) -> EventStates:
-    """Event states of a run on a split, drawn by `seed` from the event rows of `streams` evenly spread streams.
+    """Compute the states of a random sample of a split's events.
 
     Args:
-      checkpoint: best, latest or a step.
+      workdir: folder of the run.
+      split: name of the split.
+      checkpoint: "best", "latest" or a step.
       data: folder of the data set, if it is not where the run reads it.
-      rows: n.
-      streams: requests (NIO) or runs of a user's events (UC); 0 takes all.
+      rows: number of events n.
+      streams: streams that the events are drawn from, evenly spread over the split:
+        requests (NIO) or chunks of a user's events (UC); 0 takes all.
+      seed: seed of the sample.
 
     Raises:
-      InputError: no run or split there, or the streams have fewer event rows.
+      InputError: there is no such run or split, or the streams have fewer events.
     """
     config = load_run_config(workdir, data)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
-        model = all_rows(run.model)
+        model = with_all_positions(run.model)
         if rows < 1:
             raise InputError(f"--rows {rows}: draw at least one event state")
+
+        # 1. Count the events of each batch and draw a sample of all. This pass over the
+        # split reads data but runs no model.
         counts = [
             real_events(model, host.batch).sum()
             for host in _batches(run.dataset, config, split, streams)
         ]
-        if sum(counts) < rows:
+        total = sum(counts)
+        if total < rows:
             raise InputError(
-                f"{streams or 'all'} streams of split '{split}' have {sum(counts)} event rows, and {rows} are asked "
-                "for; read more streams, ask for fewer rows, or take a longer split"
+                f"{streams or 'all'} streams of split '{split}' have {total} events, "
+                f"but rows={rows} are asked for; read more streams, ask for fewer rows, "
+                "or take a longer split"
             )
-        drawn = np.sort(
-            np.random.default_rng(seed).choice(sum(counts), rows, replace=False)
-        )
-        look = jax.jit(functools.partial(states_and_gates, model))
-        kept: list[list[np.ndarray]] = []
+        generator = np.random.default_rng(seed)
+        # Sorted, so that the sample of each batch is a slice of it.
+        sample = np.sort(generator.choice(total, rows, replace=False))
+
+        # 2. Compute the states of the batches that hold an event of the sample. Events
+        # are numbered in the order of the batches.
+        compute = jax.jit(functools.partial(states_and_gates, model))
+        states: list[list[np.ndarray]] = []
         labels: list[np.ndarray] = []
         for first, count, host in zip(
             np.cumsum([0, *counts]),
@@ -166,35 +211,37 @@ def read_event_states(
             _batches(run.dataset, config, split, streams),
             strict=False,
         ):
-            mine = drawn[slice(*np.searchsorted(drawn, (first, first + count)))] - first
-            if not mine.size:
+            in_batch = slice(*np.searchsorted(sample, (first, first + count)))
+            indices = sample[in_batch] - first
+            if not indices.size:
                 continue
             real = real_events(model, host.batch)
-            made, _ = jax.device_get(look(run.state, to_devices(host.batch, mesh)))
-            kept.append([layer[real][mine] for layer in made])
+            layers, _ = jax.device_get(compute(run.state, to_devices(host.batch, mesh)))
+            states.append([layer[real][indices] for layer in layers])
+            # Retrieval has no tasks.
             if model.tasks and host.batch.labels is not None:
-                labels.append(event_labels(model, host.batch)[real][mine])
-    layers = [np.concatenate(parts) for parts in zip(*kept, strict=True)]
-    of_tasks = (
-        dict(zip(model.tasks, np.concatenate(labels).T, strict=True)) if labels else {}
-    )
-    return EventStates(
-        dict(zip(layer_names(len(layers) - 1), layers, strict=True)), of_tasks, run.step
-    )
+                labels.append(event_labels(model, host.batch)[real][indices])
+
+    # 3. Join the batches, layer by layer and task by task.
+    of_layers = [np.concatenate(parts) for parts in zip(*states, strict=True)]
+    names = layer_names(len(of_layers) - 1)
+    of_tasks = {}
+    if labels:
+        of_tasks = dict(zip(model.tasks, np.concatenate(labels).T, strict=True))
+    return EventStates(dict(zip(names, of_layers, strict=True)), of_tasks, run.step)
 
 
 def layer_names(layers: int) -> list[str]:
-    """Names of the tokens and of the blocks' outputs."""
+    """Names of the tokens and of the outputs of `layers` blocks."""
     return ["tokens", *(f"layer_{number}" for number in range(layers))]
 
 
 def _batches(
     dataset: Dataset, config: Config, split: str, streams: int
 ) -> Iterator[HostBatch]:
-    """One shape of batch, so that one program serves."""
-    for host, _ in eval_batches(
-        dataset, dataclasses.replace(config.data, buckets=()), split, limit=streams
-    ):
+    # Without buckets all batches have one shape, and one compiled program suffices.
+    one_shape = dataclasses.replace(config.data, buckets=())
+    for host, _ in eval_batches(dataset, one_shape, split, limit=streams):
         yield host
 
 
@@ -206,16 +253,21 @@ def collapse_report(
     seed: int = 0,
     **choice: Any,
 ) -> dict[str, Any]:
-    """Effective rank, spectrum and information of a run's event states: what can stand in a JSON file.
+    """Measure rank, spectrum and information of a run's event states.
 
     Args:
-      workdir, split, seed, choice: of `read_event_states`.
-      clusters: K of the information on each task, which takes most of the time; empty for none.
+      workdir: folder of the run.
+      split: name of the split.
+      clusters: numbers of clusters of the information on each task, which takes most of
+        the time; empty for none.
+      seed: seed of the sample, the clusters and the shuffles.
+      choice: further arguments of `read_event_states`.
 
     Returns:
-      `{"step", "split", "rows", "layers": {layer: {"effective_rank", "spectrum", "information"}}}`; `spectrum` are the
-      singular values by the root of the rows, so that their squares are variances; `information` is by task, then by
-      number of clusters (information.py).
+      A value for JSON: `{"step", "split", "rows", "layers": {layer: {"effective_rank",
+      "spectrum", "information"}}}`. `spectrum` holds the singular values divided by the
+      root of the number of states, so that their squares are variances. `information`
+      is task -> number of clusters -> `Information`.
 
     Raises:
       InputError: as `read_event_states`; or there are fewer labels than clusters.
@@ -224,16 +276,16 @@ def collapse_report(
     layers = {}
     for name, of_layer in states.layers.items():
         values = singular_values(of_layer)
-        information = {
-            task: {
-                str(count): found._asdict()
-                for count, found in cluster_information(
-                    of_layer, labels, seed=seed, clusters=clusters
-                ).items()
+        information = {}
+        for task, labels in states.labels.items():
+            by_count = cluster_information(
+                of_layer, labels, seed=seed, clusters=clusters
+            )
+            information[task] = {
+                str(count): estimate._asdict() for count, estimate in by_count.items()
             }
-            for task, labels in states.labels.items()
-        }
         layers[name] = {
+            # The rank does not depend on the scale, so it is that of the spectrum too.
             "effective_rank": effective_rank(values),
             "spectrum": (values / np.sqrt(len(of_layer))).tolist(),
             "information": information if clusters else {},

@@ -1,35 +1,38 @@
-"""How figures look: a style per model, panels and their legend, and a figure as SVG for a page or as PNG.
+"""Build figures in one style: settings, panels, legend, bands of deviation.
 
-matplotlib is optional (extra `report`) and loaded when a figure is drawn.
+matplotlib is optional (extra `report`) and is imported when a figure is drawn. It is
+never imported through pyplot, which keeps every figure in a global list.
 """
 
 from __future__ import annotations
 
 import contextlib
-import html
 import importlib.util
-import io
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from tokenrec.analysis.model_styles import ModelStyle
+from tokenrec.analysis.study_metrics import Spread
 from tokenrec.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, PALE = "#333333", "#9a9a9a"
+# Colours that follow the theme of the page (`figure_files.py`).
+INK = "#333333"
+PALE = "#9a9a9a"
+GRID = "#e6e6e6"
+PAPER = "#ffffff"
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow, which is faint on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)))
-
-_WIDTH = 9.0  # inches of every figure, so that print is of one size in all
-_PNG_DPI = 160
+# Width of every figure in inches, so that text has one size in all of them.
+_WIDTH = 9.0
 _SETTINGS: dict[Any, Any] = {
+    "axes.axisbelow": True,
     "axes.edgecolor": PALE,
+    "axes.facecolor": PAPER,
     "axes.grid": True,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
@@ -37,62 +40,52 @@ _SETTINGS: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titlesize": "medium",
     "figure.constrained_layout.w_pad": 0.1,
+    "figure.facecolor": PAPER,
     "font.size": 9.5,
-    "grid.color": "#e6e6e6",
+    "grid.color": GRID,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text, which can be searched and read aloud
-    "svg.hashsalt": "tokenrec",  # ids by content, so that equal results make an equal page
+    # Text stays text, which can be searched and read aloud.
+    "svg.fonttype": "none",
+    # Ids depend on content alone, so that equal results make an equal page.
+    "svg.hashsalt": "tokenrec",
     "text.color": INK,
-    "text.parse_math": False,  # names may hold a $
+    # Names of models and tasks may contain a $.
+    "text.parse_math": False,
     "xtick.color": INK,
     "ytick.color": INK,
 }
 
-
-class Style(NamedTuple):
-    """Of a model, in every figure. `filled` is its markers'; `line` is what matplotlib takes as a line style."""
-
-    colour: str
-    marker: str
-    line: Any
-    filled: bool
-
-    def of_line(self) -> dict[str, Any]:
-        """Arguments of `Axes.plot`."""
-        face = self.colour if self.filled else "white"
-        return {
-            "color": self.colour,
-            "linestyle": self.line,
-            "marker": self.marker,
-            "markerfacecolor": face,
-        }
+type Styles = Mapping[str, ModelStyle]
 
 
-def assign_styles(models: Iterable[str]) -> dict[str, Style]:
-    """A style for each model; past seven colours, lines are broken and markers hollow."""
-    count = len(_COLOURS)
-    return {
-        model: Style(
-            _COLOURS[n % count],
-            _MARKERS[n % count],
-            _LINES[n // count % len(_LINES)],
-            n < count,
-        )
-        for n, model in enumerate(dict.fromkeys(models))
-    }
+class ReportFigure(NamedTuple):
+    """A figure of the report.
+
+    Attributes:
+      name: name of its file, after that of the study.
+      title: its title.
+      note: what a reader must know to read it.
+      figure: the figure.
+    """
+
+    name: str
+    title: str
+    note: str
+    figure: Figure
 
 
 def require_matplotlib() -> None:
-    """Raises an InputError where it is not installed."""
+    """Raise an InputError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(
-            "figures need matplotlib, which is not installed; pip install 'tokenrec[report]'"
+            "figures need matplotlib, which is not installed; run "
+            '`pip install ".[report]"` in the clone of tokenrec'
         )
 
 
 @contextlib.contextmanager
 def figure_defaults() -> Iterator[None]:
-    """Draw and save figures in it.
+    """Set the style of the figures that are drawn and saved within.
 
     Raises:
       InputError: matplotlib is not installed.
@@ -112,68 +105,85 @@ def make_panels(
     sharex: bool = False,
     sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """A panel of `height` inches for each title, at most `across` in a row and about as many in each."""
-    from matplotlib.figure import Figure  # no pyplot: it holds every figure in a global
+    """Make a figure with one panel for each title.
+
+    Args:
+      titles: titles of the panels.
+      height: height of a panel in inches.
+      across: panels in a row at most; rows are about equally full.
+      sharex: whether all panels have one x axis.
+      sharey: whether all panels have one y axis.
+
+    Returns:
+      The figure and its panels, in the order of the titles.
+    """
+    from matplotlib.figure import Figure
 
     names = list(titles)
     down = -(-len(names) // across)
     across = -(-len(names) // down)
     figure = Figure(figsize=(_WIDTH, height * down), layout="constrained")
-    axes = list(
-        figure.subplots(
-            down, across, squeeze=False, sharex=sharex, sharey=sharey
-        ).ravel()
-    )
-    for ax in axes[len(names) :]:
+    grid = figure.subplots(down, across, squeeze=False, sharex=sharex, sharey=sharey)
+    panels = list(grid.ravel())
+    for ax in panels[len(names) :]:
         ax.remove()
-    for ax, name in zip(axes, names, strict=False):
+    for ax, name in zip(panels, names, strict=False):
         ax.set_title(name)
-        ax.tick_params(
-            labelbottom=True
-        )  # also where a shared axis has no panel below it
-    return figure, axes[: len(names)]
+        # Also where a shared axis has no panel below it.
+        ax.tick_params(labelbottom=True)
+    return figure, panels[: len(names)]
 
 
-def add_legend(
-    figure: Figure, styles: Mapping[str, Style], models: Iterable[str]
-) -> None:
-    """One legend for all panels, below them."""
+def add_legend(figure: Figure, styles: Styles, models: Iterable[str]) -> None:
+    """Add one legend for all panels, below them.
+
+    Args:
+      figure: the figure.
+      styles: style of each model.
+      models: the models that it shows, in order.
+    """
     from matplotlib.lines import Line2D
 
-    keys = [
-        Line2D([], [], label=model, markersize=5, **styles[model].of_line())
+    entries = [
+        Line2D([], [], label=model, markersize=5, **styles[model].line_arguments(PAPER))
         for model in models
     ]
     figure.legend(
-        handles=keys,
+        handles=entries,
         loc="outside lower center",
-        ncols=min(5, len(keys)),
+        ncols=min(5, len(entries)),
         handlelength=3.2,
     )
 
 
-def lay_out(figure: Figure) -> None:
-    """Places everything once, which takes most of the time of drawing, and not again for each file."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+def draw_band(ax: Axes, line: Mapping[int, Spread], style: ModelStyle) -> None:
+    """Draw means as a line, with a band of one deviation to either side.
+
+    Args:
+      ax: the panel.
+      line: x -> mean and deviation.
+      style: style of the model.
+    """
+    x = np.array(list(line))
+    mean = np.array([np.nan if s.mean is None else s.mean for s in line.values()])
+    deviation = np.array(
+        [np.nan if s.deviation is None else s.deviation for s in line.values()]
+    )
+    # Markers of many points would cover the line.
+    marker = {"marker": ""} if len(x) > 20 else {"markersize": 4}
+    ax.plot(x, mean, linewidth=1.5, **(style.line_arguments(PAPER) | marker))
+    ax.fill_between(
+        x,
+        mean - deviation,
+        mean + deviation,
+        color=style.colour,
+        alpha=0.12,
+        linewidth=0,
+    )
 
 
-def to_png(figure: Figure) -> bytes:
-    """The figure as a file of its own."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_PNG_DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def to_svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an element of an HTML page; `name` keeps its ids apart, `label` is what a screen reader says."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue().decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r' xmlns(:\w+)?="[^"]*"', "", text
-    )  # HTML knows them, and a page without addresses is seen to be one
-    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+def in_order[Value](
+    values: Mapping[str, Value], models: Iterable[str]
+) -> list[tuple[str, Value]]:
+    """List the entries of `values` in the order of `models`."""
+    return [(model, values[model]) for model in models if model in values]

@@ -1,23 +1,30 @@
-"""The tables of a study, as HTML."""
+"""The tables of the report."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import NamedTuple
 
-from tokenrec.analysis.figure_style import Style
-from tokenrec.analysis.study_files import Difference, StudyFiles
+from tokenrec.analysis.html_table import (
+    Column,
+    HtmlTable,
+    difference_markup,
+    model_cell,
+    number_cell,
+    spread_markup,
+    table_markup,
+)
+from tokenrec.analysis.model_styles import ModelStyle
+from tokenrec.analysis.rate_search import RateSearch
+from tokenrec.analysis.study_files import StudyFiles
+from tokenrec.analysis.study_metrics import MetricKey, Spread, higher_is_better
+from tokenrec.analysis.study_rows import Difference
 from tokenrec.analysis.summary import (
     LEAST_POSITIVES,
-    MetricKey,
-    Search,
-    Spread,
-    Summary,
+    StudySummary,
     Verdict,
     best_model,
-    higher_is_better,
     verdict,
 )
 from tokenrec.analysis.wording import (
@@ -26,313 +33,282 @@ from tokenrec.analysis.wording import (
     interval_text,
     layer_name,
     metric_name,
-    plain_spread,
     si_number,
 )
 
-_WORDS: dict[Verdict, str] = {
+_VERDICTS: dict[Verdict, str] = {
     "better": "better",
     "worse": "worse",
     "equal": "≈ not distinguishable from 0",
     "unknown": "no interval",
 }
 
-
-class Table(NamedTuple):
-    """A table as HTML; its title, what one must know to read it, and why nothing is claimed, if so, as text."""
-
-    title: str
-    note: str
-    markup: str
-    no_claim: str = ""
+type Styles = Mapping[str, ModelStyle]
 
 
-class _Column(NamedTuple):
-    label: str
-    numeric: bool = True
+def models_table(files: StudyFiles, summary: StudySummary, styles: Styles) -> HtmlTable:
+    """Make the table of trained models: config fields, rate, seeds, size and speed.
 
-
-def models_table(
-    files: StudyFiles, summary: Summary, styles: Mapping[str, Style]
-) -> Table:
-    """What each trained model is: the config fields that it sets, its learning rate, seeds, size and speed."""
+    Args:
+      files: tables of the study.
+      summary: summary of the study.
+      styles: style of each model.
+    """
     columns = [
-        _Column("model", numeric=False),
-        _Column("config fields that it sets", numeric=False),
-    ]
-    columns += [
-        _Column(name)
-        for name in ("learning rate", "seeds", "parameters", "examples / s")
+        Column("model", numeric=False),
+        Column("config fields that it sets", numeric=False),
+        Column("learning rate"),
+        Column("seeds"),
+        Column("parameters"),
+        Column("examples / s"),
     ]
     if files.flops is not None:
-        columns.append(_Column("FLOPs / example"))
+        columns.append(Column("FLOPs / example"))
     rows = []
     for model in summary.models:
-        own = [
-            row
-            for row in files.results
-            if row.model == model and row.learning_rate == summary.rates[model]
-        ]
-        speeds = {
-            row.seed: row.examples_per_second
-            for row in own
-            if row.examples_per_second is not None
-        }
-        sizes = {row.parameters for row in own if row.parameters is not None}
         fields = ", ".join(
             f"{name} = {value}"
-            for name, value in files.about.arms.get(model, {}).items()
+            for name, value in files.info.arms.get(model, {}).items()
         )
+        code = f"<code>{escape(fields)}</code>" if fields else "those of the base"
+        sizes, speed = _size_and_speed(files, model, summary.rates[model])
         cells = [
-            _name(model, styles),
-            f"<td><code>{escape(fields)}</code></td>"
-            if fields
-            else "<td>those of the base</td>",
-            _number(f"{summary.rates[model]:g}"),
-            _number(str(len(summary.seeds[model]))),
-            _number(" / ".join(f"{size:,}" for size in sorted(sizes)) or DASH),
-            _number(f"{statistics.mean(speeds.values()):,.0f}" if speeds else DASH),
+            model_cell(model, styles),
+            f"<td>{code}</td>",
+            number_cell(f"{summary.rates[model]:g}"),
+            number_cell(str(len(summary.seeds[model]))),
+            number_cell(sizes),
+            number_cell(speed),
         ]
         if files.flops is not None:
-            cells.append(
-                _number(si_number(files.flops[model]) if model in files.flops else DASH)
-            )
+            flops = files.flops.get(model)
+            cells.append(number_cell(DASH if flops is None else si_number(flops)))
         rows.append("".join(cells))
-    note = "The dot is the colour of the model in all figures. Speed is that of training, mean over seeds."
-    return Table("Models", note, _markup(columns, [("", rows)]))
+    note = (
+        "The line and marker of a model are those of all figures. Speed is that of "
+        "training, mean over seeds."
+    )
+    return HtmlTable("Models", note, table_markup(columns, [("", rows)]))
+
+
+def _size_and_speed(files: StudyFiles, model: str, rate: float) -> tuple[str, str]:
+    """Format the number of parameters and the speed of a model at a learning rate."""
+    rows = [
+        row for row in files.results if row.model == model and row.learning_rate == rate
+    ]
+    # Every metric of a run repeats its size and speed.
+    sizes = {row.parameters for row in rows if row.parameters is not None}
+    speeds = {
+        row.seed: row.examples_per_second
+        for row in rows
+        if row.examples_per_second is not None
+    }
+    size = " / ".join(f"{size:,}" for size in sorted(sizes)) or DASH
+    speed = f"{statistics.mean(speeds.values()):,.0f}" if speeds else DASH
+    return size, speed
 
 
 def quality_table(
-    summary: Summary, split: str, task: str, styles: Mapping[str, Style]
-) -> Table:
-    """Every metric of a task: mean and deviation over seeds, and below them the difference to the reference."""
+    summary: StudySummary, split: str, task: str, styles: Styles
+) -> HtmlTable:
+    """Make the table of a task: every metric, and its difference to the reference.
+
+    Args:
+      summary: summary of the study.
+      split: name of the split.
+      task: name of the task.
+      styles: style of each model.
+    """
     reason = summary.no_claim.get((split, task))
-    metrics = [
-        m for m in summary.metrics if MetricKey(split, task, m) in summary.spreads
-    ]
-    gaps = (
-        []
-        if reason
-        else [
-            summary.differences.get(MetricKey(split, task, metric), {})
-            for metric in metrics
-        ]
-    )
-    best = {
-        metric: best_model(summary, MetricKey(split, task, metric))
-        for metric in metrics
+    keys = {metric: MetricKey(split, task, metric) for metric in summary.metrics}
+    keys = {metric: key for metric, key in keys.items() if key in summary.spreads}
+    # Where nothing is claimed no difference is shown.
+    differences: dict[str, Mapping[str, Difference]] = {
+        metric: {} if reason else summary.differences.get(key, {})
+        for metric, key in keys.items()
     }
+    best = {metric: best_model(summary, key) for metric, key in keys.items()}
 
     def row(model: str) -> str:
-        two_lines = any(model in of_metric for of_metric in gaps)
-        cells = []
-        for metric in metrics:
-            place = MetricKey(split, task, metric)
-            value = spread_text(summary.spreads[place].get(model))
-            gap = None if reason else summary.differences.get(place, {}).get(model)
-            below = gap_text(gap) if two_lines else ""
-            cells.append(
-                f'<td class="number{" best" if best[metric] == model else ""}">{value}{below}</td>'
-            )
-        return _name(model, styles) + "".join(cells)
+        # All cells of the row have a second line if one of them has.
+        two_lines = any(model in by_model for by_model in differences.values())
+        cells = [model_cell(model, styles)]
+        for metric, key in keys.items():
+            value = spread_markup(summary.spreads[key].get(model))
+            difference = differences[metric].get(model)
+            below = difference_markup(difference) if two_lines else ""
+            css_class = "number best" if best[metric] == model else "number"
+            cells.append(f'<td class="{css_class}">{value}{below}</td>')
+        return "".join(cells)
 
-    columns = [_Column("model", numeric=False)]
-    columns += [
-        _Column(f"{metric_name(metric)} {'↑' if higher_is_better(metric) else '↓'}")
-        for metric in metrics
-    ]
-    shown = {
-        model
-        for metric in metrics
-        for model in summary.spreads[MetricKey(split, task, metric)]
-    }
-    groups = [("", [row(model) for model in summary.models if model in shown])]
-    groups.append(
-        (
-            "rate baselines",
-            [row(model) for model in summary.baselines if model in shown],
-        )
+    columns = [Column("model", numeric=False)]
+    for metric in keys:
+        arrow = "↑" if higher_is_better(metric) else "↓"
+        columns.append(Column(f"{metric_name(metric)} {arrow}"))
+    known = {model for key in keys.values() for model in summary.spreads[key]}
+    trained = [row(model) for model in summary.models if model in known]
+    baselines = [row(model) for model in summary.baselines if model in known]
+    groups = [("", trained), ("rate baselines", baselines)]
+
+    if reason:
+        markup = table_markup(columns, groups, "unclaimed")
+        return HtmlTable(f"{task}, {split}", "", markup, reason)
+    note = (
+        "The study holds no intervals for these values, so no difference between them "
+        "is claimed."
     )
-    note = "The study holds no intervals for these values, so that no difference between them is claimed."
-    if any(gaps):
+    if any(differences.values()):
         note = (
-            f"Below a value: its difference to {summary.reference} and the 95 % interval; grey with ≈, it is not "
-            "distinguishable from 0. Bold: the best of its column, where its lead is distinguishable from 0."
+            f"Below a value: its difference to {summary.reference} and the 95 % "
+            "interval; grey with ≈, it is not distinguishable from 0. Bold: the best of "
+            "its column, where its lead is distinguishable from 0."
         )
-    markup = _markup(columns, groups, "unclaimed" if reason else "")
-    return Table(f"{task}, {split}", "" if reason else note, markup, reason or "")
+    return HtmlTable(f"{task}, {split}", note, table_markup(columns, groups))
 
 
-def differences_table(summary: Summary) -> Table | None:
-    """Differences of the headline metric on the main split in words, with p-values."""
+def differences_table(summary: StudySummary) -> HtmlTable | None:
+    """Make the table of differences of the headline metric, with p-values and verdicts.
+
+    Returns:
+      None if the main split has no differences.
+    """
     groups = []
     for task in summary.claimed_tasks:
-        rows = []
-        for gap in summary.differences.get(
-            MetricKey(summary.main_split, task, summary.headline), {}
-        ).values():
-            cells = [
-                f'<th scope="row">{escape(gap.model)}</th>',
-                _number(decimal(gap.difference, sign=True)),
-                _number(interval_text(gap)),
-                _number(DASH if gap.p_value is None else f"{gap.p_value:.3f}"),
-                _number(f"{gap.users:,}"),
-                _number(f"{gap.positives:,}"),
-                f"<td>{_WORDS[verdict(gap)]}</td>",
-            ]
-            rows.append(
-                f'<tr class="grey">{"".join(cells)}</tr>'
-                if verdict(gap) == "equal"
-                else "".join(cells)
-            )
-        groups.append((task, rows))
+        key = MetricKey(summary.main_split, task, summary.headline)
+        by_model = summary.differences.get(key, {})
+        groups.append((task, [_difference_row(row) for row in by_model.values()]))
+    # A study of one model compares nothing.
     if not any(rows for _, rows in groups):
         return None
-    columns = [_Column("model", numeric=False)]
-    columns += [
-        _Column(name)
-        for name in ("difference", "95 % interval", "p", "users", "positives")
+    columns = [
+        Column("model", numeric=False),
+        Column("difference"),
+        Column("95 % interval"),
+        Column("p"),
+        Column("users"),
+        Column("positives"),
+        Column(f"than {summary.reference}", numeric=False),
     ]
-    columns.append(_Column(f"than {summary.reference}", numeric=False))
     note = (
-        "Model minus reference, mean over seeds; a paired bootstrap over users. Users are drawn, seeds are not: their "
-        "deviation stands in the tables. Intervals and p are not corrected for the number of comparisons."
+        "Model minus reference, mean over seeds; a paired bootstrap over users. Users "
+        "are resampled, seeds are not: their deviation is in the tables above. "
+        "Intervals and p are not corrected for the number of comparisons."
     )
-    title = f"{metric_name(summary.headline)} against {summary.reference}, {summary.main_split}"
-    return Table(title, note, _markup(columns, groups))
+    title = (
+        f"{metric_name(summary.headline)} against {summary.reference}, "
+        f"{summary.main_split}"
+    )
+    return HtmlTable(title, note, table_markup(columns, groups))
 
 
-def search_table(search: Search, rates: Mapping[str, float]) -> Table:
-    """The headline metric of every learning rate that was tried."""
-    tried = sorted({rate for of_model in search.values.values() for rate in of_model})
+def _difference_row(difference: Difference) -> str:
+    p_value = difference.p_value
+    cells = [
+        f'<th scope="row">{escape(difference.model)}</th>',
+        number_cell(decimal(difference.difference, sign=True)),
+        number_cell(interval_text(difference)),
+        number_cell(DASH if p_value is None else f"{p_value:.3f}"),
+        number_cell(f"{difference.users:,}"),
+        number_cell(f"{difference.positives:,}"),
+        f"<td>{_VERDICTS[verdict(difference)]}</td>",
+    ]
+    row = "".join(cells)
+    is_equal = verdict(difference) == "equal"
+    return f'<tr class="grey">{row}</tr>' if is_equal else row
+
+
+def search_table(search: RateSearch, rates: Mapping[str, float]) -> HtmlTable:
+    """Make the table of the headline metric at every learning rate that was tried.
+
+    Args:
+      search: values of the search.
+      rates: model -> chosen rate.
+    """
+    tried = sorted({rate for by_rate in search.values.values() for rate in by_rate})
     rows = []
-    for model, values in search.values.items():
+    for model, by_rate in search.values.items():
         cells = [f'<th scope="row">{escape(model)}</th>']
         for rate in tried:
-            chosen = rate == rates[model]
-            text = "" if rate not in values else decimal(values[rate].mean)
-            cells.append(f'<td class="number{" chosen" if chosen else ""}">{text}</td>')
-        cells.append(
-            f"<td>{'at the edge' if search.at_edge(model, rates[model]) else ''}</td>"
-        )
+            text = decimal(by_rate[rate].mean) if rate in by_rate else ""
+            cells.append(number_cell(text, "chosen" if rate == rates[model] else ""))
+        at_edge = search.at_edge(model, rates[model])
+        cells.append(f"<td>{'at the edge' if at_edge else ''}</td>")
         rows.append("".join(cells))
     columns = [
-        _Column("model", numeric=False),
-        *(_Column(f"{rate:g}") for rate in tried),
-        _Column("", numeric=False),
+        Column("model", numeric=False),
+        *(Column(f"{rate:g}") for rate in tried),
+        Column("", numeric=False),
     ]
-    seeds = f"seed{'s' if len(search.seeds) > 1 else ''} {', '.join(map(str, search.seeds)) or 'in common: none'}"
     note = (
-        f"{metric_name(search.place.metric)}, {search.place.task}, on {search.place.split}; {seeds}. Bold is the "
-        "chosen rate; at the edge of those tried, a better one may lie outside."
+        f"{metric_name(search.key.metric)}, {search.key.task}, on {search.key.split}; "
+        f"{_seed_names(search.seeds)}. Bold: the chosen rate. At the edge of those "
+        "tried, a better one may lie outside."
     )
-    return Table("Learning rates tried", note, _markup(columns, [("", rows)]))
+    return HtmlTable("Learning rates tried", note, table_markup(columns, [("", rows)]))
 
 
-def positives_table(files: StudyFiles) -> Table | None:
-    """Positives of each task and split; too few for a claim are grey."""
-    counts: Mapping[str, Mapping[str, int]] = files.about.data.get("positives", {})
-    tasks = list(
-        dict.fromkeys(task for of_split in counts.values() for task in of_split)
-    )
+def _seed_names(seeds: Sequence[int]) -> str:
+    """
+    >>> _seed_names([0]), _seed_names([0, 1]), _seed_names([])
+    ('seed 0', 'seeds 0, 1', 'no seed in common')
+    """
+    if not seeds:
+        return "no seed in common"
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def positives_table(files: StudyFiles) -> HtmlTable | None:
+    """Make the table of positive labels; counts too small for a claim are grey.
+
+    Returns:
+      None if the study does not record them.
+    """
+    counts: Mapping[str, Mapping[str, int]] = files.info.data.get("positives", {})
+    tasks = list(dict.fromkeys(task for by_task in counts.values() for task in by_task))
     if not tasks:
         return None
     rows = []
-    for split, of_split in counts.items():
+    for split, by_task in counts.items():
         cells = [f'<th scope="row">{escape(split)}</th>']
         for task in tasks:
-            count = of_split.get(task)
-            rare = count is not None and count < LEAST_POSITIVES
-            cells.append(
-                f'<td class="number{" grey" if rare else ""}">{DASH if count is None else f"{count:,}"}</td>'
-            )
+            count = by_task.get(task)
+            if count is None:
+                cells.append(number_cell(DASH))
+            else:
+                css_class = "grey" if count < LEAST_POSITIVES else ""
+                cells.append(number_cell(f"{count:,}", css_class))
         rows.append("".join(cells))
+    columns = [Column("split", numeric=False), *map(Column, tasks)]
     note = f"Grey: fewer than {LEAST_POSITIVES}, too few for a claim."
-    return Table(
-        "Positives",
-        note,
-        _markup([_Column("split", numeric=False), *map(_Column, tasks)], [("", rows)]),
-    )
+    return HtmlTable("Positives", note, table_markup(columns, [("", rows)]))
 
 
 def ranks_table(
     ranks: Mapping[str, Mapping[int, Spread]],
-    summary: Summary,
-    styles: Mapping[str, Style],
-) -> Table:
-    """The effective ranks of the figure, in numbers."""
-    layers = sorted({layer for of_model in ranks.values() for layer in of_model})
+    summary: StudySummary,
+    styles: Styles,
+) -> HtmlTable:
+    """Make the table of effective ranks.
+
+    Args:
+      ranks: model -> layer -> mean and deviation at the last step.
+      summary: summary of the study.
+      styles: style of each model.
+    """
+    layers = sorted({layer for by_layer in ranks.values() for layer in by_layer})
     rows = []
-    for model in (model for model in summary.models if model in ranks):
-        found = ranks[model]
-        cells = (
-            _number(spread_text(found.get(layer), places=1), markup=True)
-            for layer in layers
-        )
-        rows.append(_name(model, styles) + "".join(cells))
+    for model in summary.models:
+        if model not in ranks:
+            continue
+        cells = [model_cell(model, styles)]
+        for layer in layers:
+            value = spread_markup(ranks[model].get(layer), places=1)
+            cells.append(f'<td class="number">{value}</td>')
+        rows.append("".join(cells))
     columns = [
-        _Column("model", numeric=False),
-        *(_Column(layer_name(layer)) for layer in layers),
+        Column("model", numeric=False),
+        *(Column(layer_name(layer)) for layer in layers),
     ]
     note = "At the last step of each run; mean and deviation over seeds."
-    return Table(
-        "Effective rank of the event states",
-        note,
-        _markup(columns, [("", rows)], "narrow"),
-    )
-
-
-def spread_text(value: Spread | None, places: int = 4) -> str:
-    """HTML of `plain_spread`; a deviation keeps its room where there is none, so that digits stay below digits."""
-    mean, sign, deviation = (
-        DASH if value is None else plain_spread(value, places)
-    ).partition(" ± ")
-    return f'<span class="value">{mean}</span><span class="deviation">{sign}{deviation}</span>'
-
-
-def gap_text(gap: Difference | None) -> str:
-    """HTML of a difference and its interval, on a line of its own."""
-    if gap is None or verdict(gap) == "unknown":
-        return f'<span class="gap none">{DASH}</span>'
-    equal = verdict(gap) == "equal"
-    words = f"{'≈ ' if equal else ''}{decimal(gap.difference, sign=True)} {interval_text(gap)}"
-    return f'<span class="gap{" equal" if equal else ""}">{words}</span>'
-
-
-def _name(model: str, styles: Mapping[str, Style]) -> str:
-    if model not in styles:
-        return f'<th scope="row">{escape(model)}</th>'
-    filled = " filled" if styles[model].filled else ""
-    key = f'<span class="key{filled}" style="--of: {styles[model].colour}"></span>'
-    return f'<th scope="row">{key}{escape(model)}</th>'
-
-
-def _number(text: str, *, markup: bool = False) -> str:
-    return f'<td class="number">{text if markup else escape(text)}</td>'
-
-
-def _markup(
-    columns: Sequence[_Column],
-    groups: Iterable[tuple[str, Sequence[str]]],
-    kind: str = "",
-) -> str:
-    """A table of groups of rows under their headings; a row is its cells, or a whole `<tr>`."""
-    head = "".join(
-        f'<th scope="col"{" class=number" if c.numeric else ""}>{escape(c.label)}</th>'
-        for c in columns
-    )
-    body = ""
-    for heading, rows in groups:
-        if not rows:
-            continue
-        title = (
-            f'<tr class="group"><th colspan="{len(columns)}">{escape(heading)}</th></tr>'
-            if heading
-            else ""
-        )
-        lines = "\n".join(
-            row if row.startswith("<tr") else f"<tr>{row}</tr>" for row in rows
-        )
-        body += f"<tbody>{title}\n{lines}\n</tbody>"
-    opening = f'<table class="{kind}">' if kind else "<table>"
-    return f'<div class="scroll">{opening}\n<thead><tr>{head}</tr></thead>\n{body}</table></div>'
+    title = "Effective rank of the event states"
+    return HtmlTable(title, note, table_markup(columns, [("", rows)], "narrow"))

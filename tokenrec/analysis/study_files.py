@@ -1,145 +1,51 @@
-"""What `tokenrec study` leaves in its folder, read and checked."""
+"""Read and check the folder of a study: `study.json`, its tables, its command lines."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import types
-import typing
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_args, get_type_hints
 
-import pyarrow as pa
-
+from tokenrec.analysis.study_rows import (
+    AttentionShare,
+    CurvePoint,
+    Difference,
+    EffectiveRank,
+    LabelInformation,
+    MapCell,
+    Result,
+    SingularValue,
+    columns_of,
+)
 from tokenrec.config.types import has_type, hint_name
 from tokenrec.data.sources.tabular import read_table
 from tokenrec.errors import InputError, suggest
 from tokenrec.runtime.files import read_json
 
-MACRO = "macro"  # the task of a mean over tasks
-TOKENS = -1  # the layer of what enters the first block
-
 _REMEDY = "name the --out folder of `tokenrec study`"
-_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64()}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Result:
-    """A metric of one run, or of a rate baseline, which has no learning rate and seed -1."""
-
-    study: str
-    model: str
-    seed: int
-    learning_rate: float | None
-    split: str
-    task: str
-    metric: str
-    value: float | None
-    examples_per_second: float | None
-    parameters: int | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Difference:
-    """Model minus reference, mean over seeds, with the interval of a paired bootstrap over users."""
-
-    study: str
-    model: str
-    reference: str
-    split: str
-    task: str
-    metric: str
-    difference: float | None
-    low: float | None
-    high: float | None
-    p_value: float | None
-    users: int
-    positives: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CurvePoint:
-    """A logged value of a step of one run."""
-
-    study: str
-    model: str
-    seed: int
-    learning_rate: float
-    step: int
-    name: str
-    value: float | None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rank:
-    """Effective rank of the event states after a layer, or of the tokens that enter the first (TOKENS)."""
-
-    study: str
-    model: str
-    seed: int
-    step: int
-    layer: int
-    effective_rank: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SingularValue:
-    """Of the centred event states after a layer; index 0 is the largest."""
-
-    study: str
-    model: str
-    seed: int
-    layer: int
-    index: int
-    singular_value: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Information:
-    """Nats that the k-means cluster of an event state tells about a task, less those of shuffled labels."""
-
-    study: str
-    model: str
-    seed: int
-    layer: int
-    task: str
-    clusters: int
-    nats: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Mass:
-    """Share of a head's attention that goes to a part of the stream."""
-
-    study: str
-    model: str
-    layer: int
-    head: int
-    source: str
-    value: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Cell:
-    """Of an attention map: what a row of a block of queries gives to a block of keys, mean over heads, streams and
-    the block's real rows. A block is named by its first row in the stream; those of one model are the same in all
-    layers.
-    """
-
-    study: str
-    model: str
-    layer: int
-    query: int
-    key: int
-    value: float
 
 
 @dataclasses.dataclass(frozen=True)
-class About:
-    """`study.json`. `arms` are the fields that a model sets, `data` the rows, and positives by split and task;
-    `diverged` names runs whose steps were not finite, which older studies do not say.
+class StudyInfo:
+    """The content of `study.json`.
+
+    Attributes:
+      study: name of the study.
+      command: the command line that ran it.
+      reference: the model that the others are compared with.
+      arms: model -> config fields that differ from the base.
+      learning_rates: all rates of the search.
+      seeds: seeds of the final runs.
+      cpu_hours: budget.
+      spent_cpu_hours: CPU-hours used.
+      base: the config that all models start from.
+      versions: package -> version.
+      data: "rows" of each split, and "positives" by split and task.
+      diverged: folders of runs with non-finite steps; older studies do not record them.
     """
 
     study: str
@@ -156,160 +62,185 @@ class About:
     diverged: tuple[str, ...] = ()
 
     def positives(self, split: str, task: str) -> int | None:
-        """Of a task in a split; None if not recorded."""
+        """Positive labels of a task in a split; None if they are not recorded."""
         return self.data.get("positives", {}).get(split, {}).get(task)
 
 
-class _OfModel(Protocol):
+class _HasModel(Protocol):
     @property
     def model(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyFiles:
-    """All tables of a study; an optional file that is not there is None."""
+    """All tables of a study; an optional table that does not exist is None.
 
-    about: About
+    Attributes:
+      info: `study.json`.
+      results: metrics of every run and baseline.
+      differences: differences to the reference.
+      curves: logged values of the runs.
+      flops: model -> FLOPs of a forward pass per example.
+      ranks: effective ranks of event states.
+      spectra: singular values of event states.
+      information: information of event states on the label.
+      attention: attention mass on parts of the stream.
+      maps: attention maps in blocks.
+      states_command: the command line that made the last five.
+    """
+
+    info: StudyInfo
     results: Sequence[Result]
     differences: Sequence[Difference] | None
     curves: Sequence[CurvePoint] | None
     flops: Mapping[str, float] | None
-    ranks: Sequence[Rank] | None
+    ranks: Sequence[EffectiveRank] | None
     spectra: Sequence[SingularValue] | None
-    information: Sequence[Information] | None
-    attention: Sequence[Mass] | None
-    maps: Sequence[Cell] | None
+    information: Sequence[LabelInformation] | None
+    attention: Sequence[AttentionShare] | None
+    maps: Sequence[MapCell] | None
     states_command: str | None
 
 
 def read_study(folder: Path) -> StudyFiles:
-    """Reads the folder of a study.
+    """Read the folder of a study.
 
     Raises:
-      InputError: it is not one, a file cannot be read, lacks a column or a field, holds a wrong value or no rows, says
-        a result twice, or is of another study.
+      InputError: it is not the folder of a study, a file cannot be read, lacks a column
+        or a field, holds a wrong value or no rows, has a result twice, or belongs to
+        another study.
     """
     if not (folder / "study.json").is_file():
         raise InputError(f"--study={folder} holds no study.json; {_REMEDY}")
-    about = _read_about(folder / "study.json")
-    results = _read(folder / "results.parquet", Result, about.study)
-    _refuse_repeats(folder / "results.parquet", results)
-    if about.reference not in {
-        row.model for row in results if row.learning_rate is not None
-    }:
+    info = _read_info(folder / "study.json")
+    path = folder / "results.parquet"
+    results = _read_rows(path, Result, info.study)
+    _refuse_duplicates(path, results)
+    trained = {row.model for row in results if row.learning_rate is not None}
+    if info.reference not in trained:
         raise InputError(
-            f"{folder / 'results.parquet'}: has no run of the reference '{about.reference}'; let the study end"
+            f"{path}: has no run of the reference '{info.reference}'; let the study end"
         )
-    known = {row.model for row in results}
+    # Tables of another study, or of a model that was renamed, must not be drawn.
+    models = {row.model for row in results}
 
-    def optional[Row: _OfModel](name: str, kind: type[Row]) -> list[Row] | None:
+    def optional[Row: _HasModel](name: str, kind: type[Row]) -> list[Row] | None:
         path = folder / name
-        rows = _read(path, kind, about.study) if path.is_file() else None
-        for row in rows or ():
-            if row.model not in known:
-                near = suggest(row.model, known)
+        if not path.is_file():
+            return None
+        rows = _read_rows(path, kind, info.study)
+        for row in rows:
+            if row.model not in models:
                 raise InputError(
-                    f"{path}: has rows of model '{row.model}', and results.parquet has none{near}"
+                    f"{path}: has rows of model '{row.model}', and results.parquet has "
+                    f"none{suggest(row.model, models)}"
                 )
         return rows
 
     return StudyFiles(
-        about,
+        info,
         results,
         optional("differences.parquet", Difference),
         optional("curves.parquet", CurvePoint),
         _read_flops(folder / "flops.json"),
-        optional("ranks.parquet", Rank),
+        optional("ranks.parquet", EffectiveRank),
         optional("spectra.parquet", SingularValue),
-        optional("information.parquet", Information),
-        optional("attention.parquet", Mass),
-        optional("maps.parquet", Cell),
+        optional("information.parquet", LabelInformation),
+        optional("attention.parquet", AttentionShare),
+        optional("maps.parquet", MapCell),
         _read_states_command(folder / "states.json"),
     )
 
 
-def _read_about(path: Path) -> About:
-    found = read_json(path, "study", _REMEDY)
-    hints = get_type_hints(About)
-    if not isinstance(found, dict):
+def _read_info(path: Path) -> StudyInfo:
+    fields = read_json(path, "study", _REMEDY)
+    hints = get_type_hints(StudyInfo)
+    if not isinstance(fields, dict):
         raise InputError(f"{path}: is not a JSON object; {_REMEDY}")
-    found = {"diverged": [], **found}
+    # Studies from before the field existed have no "diverged".
+    fields = {"diverged": [], **fields}
     for name, hint in hints.items():
-        if name not in found:
-            raise InputError(f"{path}: has no field '{name}'{suggest(name, found)}")
-        if not has_type(found[name], hint):
+        if name not in fields:
+            raise InputError(f"{path}: has no field '{name}'{suggest(name, fields)}")
+        if not has_type(fields[name], hint):
             raise InputError(
-                f"{path}: {name}={found[name]!r} is not {hint_name(hint)}; {_REMEDY}"
+                f"{path}: {name}={fields[name]!r} is not {hint_name(hint)}; {_REMEDY}"
             )
-    positives = found["data"].get("positives", {})
+    positives = fields["data"].get("positives", {})
     if not has_type(positives, dict[str, dict[str, int]]):
         raise InputError(
-            f"{path}: data.positives={positives!r} is not {{split: {{task: count}}}}; {_REMEDY}"
+            f"{path}: data.positives={positives!r} is not {{split: {{task: count}}}}; "
+            f"{_REMEDY}"
         )
-    return About(**{name: found[name] for name in hints})
+    return StudyInfo(**{name: fields[name] for name in hints})
 
 
 def _read_states_command(path: Path) -> str | None:
-    """What made the tables of the insides of the models."""
+    """Read the command line that measured the states of the models."""
     if not path.is_file():
         return None
-    found = read_json(path, "states", "make it anew with benchmarks.study_states")
-    if not has_type(found, dict[str, str]) or "command" not in found:
-        raise InputError(
-            f"{path}: is not {{command: words}}; make it anew with benchmarks.study_states"
-        )
-    return str(found["command"])
+    remedy = "make it anew with benchmarks.study_states"
+    fields = read_json(path, "states", remedy)
+    if not has_type(fields, dict[str, str]) or "command" not in fields:
+        raise InputError(f"{path}: is not {{command: words}}; {remedy}")
+    return str(fields["command"])
 
 
 def _read_flops(path: Path) -> dict[str, float] | None:
     if not path.is_file():
         return None
-    found = read_json(path, "FLOPs", "write {model: FLOPs of an example}")
-    if not has_type(found, dict[str, float]) or min(found.values(), default=1) <= 0:
+    flops = read_json(path, "FLOPs", "write {model: FLOPs of an example}")
+    if not has_type(flops, dict[str, float]) or min(flops.values(), default=1) <= 0:
         raise InputError(
-            f"{path}: is not {{model: FLOPs of an example}} with numbers above 0; correct it or remove it"
+            f"{path}: is not {{model: FLOPs of an example}} with numbers above 0; "
+            "correct it or remove it"
         )
-    return found
+    return flops
 
 
-def _read[Row](path: Path, kind: type[Row], study: str) -> list[Row]:
-    """Rows of a table whose columns are the fields of a data class; NaN, which JSON and Arrow tell apart, is None."""
+def _read_rows[Row](path: Path, kind: type[Row], study: str) -> list[Row]:
+    """Read the rows of a table.
+
+    Args:
+      path: a Parquet file.
+      kind: data class whose fields are the columns.
+      study: name of the study that the rows must have.
+
+    Raises:
+      InputError: the file does not fit.
+    """
     hints = get_type_hints(kind)
     table = read_table(path, columns_of(kind))
-    if not table.num_rows and kind is not Difference:  # a study of one model has none
+    # A study of one model has no differences; every other table has rows.
+    if not table.num_rows and kind is not Difference:
         raise InputError(
-            f"{path}: has no rows; let the study end, or remove the file if it is optional"
+            f"{path}: has no rows; let the study end, or remove the file if it is "
+            "optional"
         )
     columns = []
     for name, hint in hints.items():
+        # An undefined metric is null or NaN, depending on the writer.
         values = [
-            None if isinstance(v, float) and math.isnan(v) else v
-            for v in table[name].to_pylist()
+            None if isinstance(value, float) and math.isnan(value) else value
+            for value in table[name].to_pylist()
         ]
         if None in values and types.NoneType not in get_args(hint):
             raise InputError(
-                f"{path}, row {values.index(None) + 1}: column '{name}' has no value; make the file anew"
+                f"{path}, row {values.index(None) + 1}: column '{name}' has no value; "
+                "make the file anew"
             )
         columns.append(values)
+    # The first field of every data class is the name of the study.
     other = next((value for value in columns[0] if value != study), None)
     if other is not None:
         raise InputError(
-            f"{path}: has rows of study '{other}', study.json is of '{study}'; keep studies apart"
+            f"{path}: has rows of study '{other}', study.json is of '{study}'; keep "
+            "studies apart"
         )
     return [kind(*row) for row in zip(*columns, strict=True)]
 
 
-def columns_of(kind: type) -> dict[str, pa.DataType]:
-    """Columns of a table whose rows are of a data class, in order."""
-    return {name: _arrow_type(hint) for name, hint in get_type_hints(kind).items()}
-
-
-def _arrow_type(hint: Any) -> pa.DataType:
-    (plain,) = set(typing.get_args(hint) or (hint,)) - {types.NoneType}
-    return _ARROW[plain]
-
-
-def _refuse_repeats(path: Path, rows: Sequence[Result]) -> None:
+def _refuse_duplicates(path: Path, rows: Sequence[Result]) -> None:
     counts = Counter(
         (row.model, row.seed, row.learning_rate, row.split, row.task, row.metric)
         for row in rows
@@ -318,6 +249,6 @@ def _refuse_repeats(path: Path, rows: Sequence[Result]) -> None:
     if times > 1:
         model, seed, rate, split, task, metric = key
         raise InputError(
-            f"{path}: {metric} of {model}, {task}, {split}, seed {seed}, learning rate {rate} stands there "
-            f"{times} times; write each result once"
+            f"{path}: {metric} of {model}, {task}, {split}, seed {seed}, learning rate "
+            f"{rate} occurs {times} times; write each result once"
         )

@@ -1,60 +1,47 @@
-"""A study in numbers: the rate of each model, means and deviations over seeds, what may be claimed and what may not."""
+"""Summarise a study: chosen rates, means over seeds, and which claims they support."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from tokenrec.analysis.study_files import MACRO, Difference, Result, StudyFiles
+from tokenrec.analysis.rate_search import chosen_rates
+from tokenrec.analysis.study_files import StudyFiles
+from tokenrec.analysis.study_metrics import (
+    MetricKey,
+    Spread,
+    headline_metric,
+    higher_is_better,
+    ordered_names,
+    spread,
+)
+from tokenrec.analysis.study_rows import MACRO, Difference, Result
 
-LEAST_POSITIVES = 500  # of a task in a split, for a claim about it
-
-_LOWER_IS_BETTER = ("log_loss", "normalized_entropy")
-_HEADLINES = (
-    "auc",
-    "ndcg@10",
-)  # the metric that figures show and learning rates are compared by, if it is there
-_SPLITS = ("test", "valid")  # the first that is there is what the study is about
-_TUNED_ON = "valid"
+# Positive labels that a task of a split needs for a claim about it.
+LEAST_POSITIVES = 500
+# Splits in order of interest: the first that exists is the main split of a study.
+_SPLITS = ("test", "valid")
 
 type Verdict = Literal["better", "worse", "equal", "unknown"]
 
 
-class Spread(NamedTuple):
-    """Mean and sample deviation over runs; None where a run's value is undefined, or for the deviation of one run."""
-
-    mean: float | None
-    deviation: float | None
-    runs: int
-
-
-class MetricKey(NamedTuple):
-    """Where a value stands, but for its model."""
-
-    split: str
-    task: str
-    metric: str
-
-
 @dataclasses.dataclass(frozen=True)
-class Summary:
-    """What the pages and figures show of a study.
+class StudySummary:
+    """The numbers that the report shows.
 
     Attributes:
-      models: trained ones, in the order of the study's file.
-      baselines: models without a learning rate.
-      rates: the chosen learning rate of each trained model.
-      seeds: those of each trained model at that rate.
-      tasks: of each split, the macro mean first. Splits are in the order of interest.
-      metrics: of all tasks, in the order of the results.
-      headline: the metric that figures show.
-      spreads: at the chosen rates, by place, then model.
-      differences: by place, then model.
-      no_claim: the reason why nothing is claimed, by split and task.
+      models: trained models, in the order of the study file.
+      baselines: models without training.
+      reference: the model that the others are compared with.
+      rates: trained model -> chosen learning rate.
+      seeds: trained model -> seeds at that rate.
+      tasks: split -> tasks, the macro mean first. Splits are in order of interest.
+      metrics: metrics of all tasks, in the order of the results.
+      headline: the metric of the figures.
+      spreads: key -> model -> mean and deviation at the chosen rates.
+      differences: key -> model -> difference to the reference.
+      no_claim: (split, task) -> the reason why nothing is claimed.
     """
 
     models: tuple[str, ...]
@@ -71,11 +58,12 @@ class Summary:
 
     @property
     def main_split(self) -> str:
+        """The split that the study is about."""
         return next(iter(self.tasks))
 
     @property
     def claimed_tasks(self) -> tuple[str, ...]:
-        """Of the main split; without the macro mean."""
+        """Tasks of the main split with a claim, without the macro mean."""
         split = self.main_split
         return tuple(
             task
@@ -84,203 +72,123 @@ class Summary:
         )
 
 
-class Search(NamedTuple):
-    """The learning-rate search: the headline metric of runs of the same seeds, by model, then rate."""
-
-    place: MetricKey
-    seeds: tuple[int, ...]
-    values: Mapping[str, Mapping[float, Spread]]
-
-    def at_edge(self, model: str, rate: float) -> bool:
-        """Whether a better rate may lie outside of those tried."""
-        return len(self.values[model]) > 1 and rate in (
-            min(self.values[model]),
-            max(self.values[model]),
-        )
-
-
-def summarize_study(files: StudyFiles) -> Summary:
-    """Everything at the learning rate that `chosen_rates` names."""
+def summarize_study(files: StudyFiles) -> StudySummary:
+    """Summarise a study at the chosen learning rate of each model."""
     results = files.results
     rates = chosen_rates(results)
-    known = dict.fromkeys((*files.about.arms, *(row.model for row in results)))
+    with_results = {row.model for row in results}
+    # The order of the study file first; models that it lacks are baselines.
+    models = dict.fromkeys((*files.info.arms, *(row.model for row in results)))
+    # A baseline has neither a rate of its own nor one in `rates`: both are None.
     final = [row for row in results if row.learning_rate == rates.get(row.model)]
-    splits = _ordered((row.split for row in results), _SPLITS)
     tasks = {
-        split: _ordered((row.task for row in final if row.split == split), (MACRO,))
-        for split in splits
+        split: ordered_names(
+            (row.task for row in final if row.split == split), (MACRO,)
+        )
+        for split in ordered_names((row.split for row in results), _SPLITS)
     }
-    return Summary(
-        models=tuple(model for model in known if model in rates),
+    no_claim = {}
+    for split, of_split in tasks.items():
+        for task in of_split:
+            reason = _reason_against_claim(files, split, task, of_split)
+            if reason is not None:
+                no_claim[split, task] = reason
+    return StudySummary(
+        models=tuple(model for model in models if model in rates),
         baselines=tuple(
-            model
-            for model in known
-            if model not in rates and any(row.model == model for row in results)
+            model for model in models if model not in rates and model in with_results
         ),
-        reference=files.about.reference,
+        reference=files.info.reference,
         rates=rates,
         seeds={
             model: tuple(sorted({row.seed for row in final if row.model == model}))
             for model in rates
         },
         tasks=tasks,
-        metrics=_ordered((row.metric for row in results), ()),
-        headline=_headline(results),
+        metrics=ordered_names((row.metric for row in results), ()),
+        headline=headline_metric(results),
         spreads=_spreads(final),
         differences=_differences(files.differences or ()),
-        no_claim={
-            (split, task): reason
-            for split, of_split in tasks.items()
-            for task in of_split
-            if (reason := _reason_against(files, split, task, of_split))
-        },
+        no_claim=no_claim,
     )
-
-
-def chosen_rates(results: Sequence[Result]) -> dict[str, float]:
-    """The learning rate of each trained model: the one with most seeds, among equals the best on valid."""
-    place, judged = _judged(results)
-    seeds: dict[str, dict[float, set[int]]] = {}
-    for row in results:
-        if row.learning_rate is not None:
-            seeds.setdefault(row.model, {}).setdefault(row.learning_rate, set()).add(
-                row.seed
-            )
-
-    def merit(model: str, rate: float) -> tuple[int, float]:
-        mean = spread(
-            [
-                row.value
-                for row in judged
-                if (row.model, row.learning_rate) == (model, rate)
-            ]
-        ).mean
-        worth = (
-            -math.inf
-            if mean is None
-            else mean
-            if higher_is_better(place.metric)
-            else -mean
-        )
-        return len(seeds[model][rate]), worth
-
-    return {
-        model: max(sorted(tried), key=functools.partial(merit, model))
-        for model, tried in seeds.items()
-    }
-
-
-def search_of(results: Sequence[Result]) -> Search:
-    """Only seeds that all models have at all their rates are in it, so that rates are compared on equal terms."""
-    place, judged = _judged(results)
-    found: dict[str, dict[float, dict[int, float | None]]] = {}
-    for row in judged:
-        if row.learning_rate is not None:
-            found.setdefault(row.model, {}).setdefault(row.learning_rate, {})[
-                row.seed
-            ] = row.value
-    shared = set.intersection(
-        *(set(of_rate) for of_model in found.values() for of_rate in of_model.values())
-    )
-    values = {
-        model: {
-            rate: spread([of_rate[seed] for seed in shared])
-            for rate, of_rate in of_model.items()
-        }
-        for model, of_model in found.items()
-    }
-    return Search(place, tuple(sorted(shared)), values)
-
-
-def spread(values: Sequence[float | None]) -> Spread:
-    """
-    >>> spread([0.25, 0.75]), spread([0.5]), spread([0.5, None])
-    (Spread(mean=0.5, deviation=0.3535533905932738, runs=2), Spread(mean=0.5, deviation=None, runs=1), \
-Spread(mean=None, deviation=None, runs=2))
-    """
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return Spread(None, None, len(values))
-    return Spread(
-        statistics.mean(known),
-        statistics.stdev(known) if len(known) > 1 else None,
-        len(known),
-    )
-
-
-def higher_is_better(metric: str) -> bool:
-    return metric not in _LOWER_IS_BETTER
 
 
 def verdict(difference: Difference | None) -> Verdict:
-    """Of a model against the reference: "equal" where the interval contains 0, "unknown" without an interval."""
-    if (
-        difference is None
-        or difference.difference is None
-        or difference.low is None
-        or difference.high is None
-    ):
-        return "unknown"
-    if difference.low <= 0 <= difference.high:
-        return "equal"
-    return (
-        "better"
-        if (difference.difference > 0) == higher_is_better(difference.metric)
-        else "worse"
-    )
+    """Judge a model against the reference by the interval of the difference.
 
-
-def best_model(summary: Summary, place: MetricKey) -> str | None:
-    """The model with the best mean, if its lead is distinguishable from 0, else None.
-
-    The lead is over the reference, and that of the reference is over the model next to it.
+    Returns:
+      "better" or "worse"; "equal" if the interval contains 0; "unknown" without an
+      interval.
     """
-    if (place.split, place.task) in summary.no_claim:
+    if difference is None:
+        return "unknown"
+    value, low, high = difference.difference, difference.low, difference.high
+    if value is None or low is None or high is None:
+        return "unknown"
+    if low <= 0 <= high:
+        return "equal"
+    is_better = (value > 0) == higher_is_better(difference.metric)
+    return "better" if is_better else "worse"
+
+
+def best_model(summary: StudySummary, key: MetricKey) -> str | None:
+    """Find the model with the best mean, if its lead is distinguishable from 0.
+
+    The lead of a model is that over the reference; the lead of the reference is that
+    over the second-best model.
+
+    Returns:
+      The model; None if nothing is claimed or the lead is not distinguishable.
+    """
+    if (key.split, key.task) in summary.no_claim:
         return None
     means = {
-        model: s.mean
-        for model, s in summary.spreads.get(place, {}).items()
-        if s.mean is not None
+        model: of_model.mean
+        for model, of_model in summary.spreads.get(key, {}).items()
+        if of_model.mean is not None
     }
-    ranked = sorted(
-        means, key=means.__getitem__, reverse=higher_is_better(place.metric)
-    )
+    ranked = sorted(means, key=means.__getitem__, reverse=higher_is_better(key.metric))
     if len(ranked) < 2:
         return None
-    gaps = summary.differences.get(place, {})
-    if ranked[0] == summary.reference:
-        return ranked[0] if verdict(gaps.get(ranked[1])) == "worse" else None
-    return ranked[0] if verdict(gaps.get(ranked[0])) == "better" else None
+    # Differences exist to the reference alone, not between any two models.
+    best, second = ranked[:2]
+    differences = summary.differences.get(key, {})
+    if best == summary.reference:
+        return best if verdict(differences.get(second)) == "worse" else None
+    return best if verdict(differences.get(best)) == "better" else None
 
 
-def _reason_against(
+def _reason_against_claim(
     files: StudyFiles, split: str, task: str, tasks: Sequence[str]
 ) -> str | None:
-    if task != MACRO:
-        count = _positives(files, split, task)
-        if count is None:
-            return f"the number of positives of {task} in {split} is not recorded"
-        return (
-            f"{count:,} positives in {split}, fewer than {LEAST_POSITIVES}"
-            if count < LEAST_POSITIVES
-            else None
-        )
-    rare = [t for t in tasks if t != MACRO and _reason_against(files, split, t, tasks)]
-    return (
-        f"the mean holds {', '.join(rare)}, of which nothing is claimed"
-        if rare
-        else None
-    )
+    """Explain why nothing is claimed about a task; None if something may be."""
+    if task == MACRO:
+        rare = [
+            other
+            for other in tasks
+            if other != MACRO and _reason_against_claim(files, split, other, tasks)
+        ]
+        if not rare:
+            return None
+        return f"the mean contains {', '.join(rare)}, about which nothing is claimed"
+    count = _positives(files, split, task)
+    if count is None:
+        return f"the number of positives of {task} in {split} is not recorded"
+    if count < LEAST_POSITIVES:
+        return f"{count:,} positives in {split}, fewer than {LEAST_POSITIVES}"
+    return None
 
 
 def _positives(files: StudyFiles, split: str, task: str) -> int | None:
-    count = files.about.positives(split, task)
+    """Positive labels of a task in a split, from `study.json` or the differences."""
+    count = files.info.positives(split, task)
     if count is None:
         counts = [
             row.positives
             for row in files.differences or ()
             if (row.split, row.task) == (split, task)
         ]
+        # Every row of a task repeats the count; the least one is the cautious choice.
         count = min(counts, default=None)
     return count
 
@@ -288,44 +196,19 @@ def _positives(files: StudyFiles, split: str, task: str) -> int | None:
 def _spreads(final: Iterable[Result]) -> dict[MetricKey, dict[str, Spread]]:
     values: dict[MetricKey, dict[str, list[float | None]]] = {}
     for row in final:
-        place = MetricKey(row.split, row.task, row.metric)
-        values.setdefault(place, {}).setdefault(row.model, []).append(row.value)
+        by_model = values.setdefault(MetricKey(row.split, row.task, row.metric), {})
+        by_model.setdefault(row.model, []).append(row.value)
     return {
-        place: {model: spread(of_model) for model, of_model in found.items()}
-        for place, found in values.items()
+        key: {model: spread(of_model) for model, of_model in by_model.items()}
+        for key, by_model in values.items()
     }
 
 
 def _differences(rows: Iterable[Difference]) -> dict[MetricKey, dict[str, Difference]]:
-    found: dict[MetricKey, dict[str, Difference]] = {}
+    differences: dict[MetricKey, dict[str, Difference]] = {}
     for row in rows:
-        found.setdefault(MetricKey(row.split, row.task, row.metric), {})[row.model] = (
-            row
+        by_model = differences.setdefault(
+            MetricKey(row.split, row.task, row.metric), {}
         )
-    return found
-
-
-def _headline(results: Sequence[Result]) -> str:
-    return _ordered((row.metric for row in results), _HEADLINES)[0]
-
-
-def _judged(results: Sequence[Result]) -> tuple[MetricKey, list[Result]]:
-    """What learning rates are judged by, and the rows of trained models that tell it."""
-    rows = [row for row in results if row.learning_rate is not None]
-    split = _ordered((row.split for row in rows), (_TUNED_ON,))[0]
-    rows = [row for row in rows if row.split == split]
-    metric = _headline(rows)
-    task = _ordered((row.task for row in rows if row.metric == metric), (MACRO,))[0]
-    return MetricKey(split, task, metric), [
-        row for row in rows if (row.task, row.metric) == (task, metric)
-    ]
-
-
-def _ordered(names: Iterable[str], first: Sequence[str]) -> tuple[str, ...]:
-    """Each name once, in order of appearance, but `first` the first.
-
-    >>> _ordered(["train", "valid", "train", "test"], ("test", "dev"))
-    ('test', 'train', 'valid')
-    """
-    found = dict.fromkeys(names)
-    return tuple(dict.fromkeys((*(name for name in first if name in found), *found)))
+        by_model[row.model] = row
+    return differences

@@ -1,1 +1,6 @@
-"""Models against each other: a grid of runs at equal budgets, their scores, and how sure their differences are."""
+"""Compare models on equal budgets: a grid of training runs, their scores, and tables.
+
+A study trains every model at several learning rates with one seed, trains the best rate
+of each with the other seeds, and compares all models with a reference by a paired
+bootstrap over users (`bootstrap.py`). Read `plan.py` first, then `runner.py`.
+"""

@@ -1,4 +1,9 @@
-"""What a study found, as tables: metrics of every run, differences to the reference, learning curves."""
+"""Tables of a study: metrics of every run, differences to the reference, curves.
+
+The columns of the tables are the fields of the data classes of
+`tokenrec/analysis/study_files.py`. In shapes, N is the number of scored impressions of
+a split and K the number of tasks.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +18,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tokenrec.analysis.study_files import columns_of
+from tokenrec.analysis.study_rows import columns_of
 from tokenrec.errors import InputError
 from tokenrec.metrics.binary import summarize
 from tokenrec.metrics.groups import group_codes
 from tokenrec.runtime.files import atomic_replace
 from tokenrec.runtime.metric_writer import METRICS_FILE, read_log
-from tokenrec.study.bootstrap import compare
-from tokenrec.study.jobs import RUN
+from tokenrec.study.bootstrap import paired_bootstrap
+from tokenrec.study.jobs import RUN_FOLDER
 from tokenrec.study.plan import TrainingRun
 
 METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
-BASELINE_SEED = -1  # of rows that no seed made
+# The seed in the tables of baselines, which are not trained.
+BASELINE_SEED = -1
+# An impression of a data set is identified by user, item and time.
 _KEY = ("user_id", "item_id", "time_ms")
 
 
-class Scored(NamedTuple):
-    """Rows of a split in the order of their ids: `users: [N] int64`, `labels: [N, K] int8`, `scores: [N, K]`."""
+class ScoredSplit(NamedTuple):
+    """Scores of a model for the impressions of a split, sorted by user, item and time.
+
+    Attributes:
+      tasks: K names.
+      key: the columns user, item and time, N rows.
+      users: `[N] int64`, codes of the users.
+      labels: `[N, K] int8`, 1, 0, or -1 where unknown.
+      scores: `[N, K] float32` probabilities.
+    """
 
     tasks: tuple[str, ...]
     key: pa.Table
@@ -38,13 +53,15 @@ class Scored(NamedTuple):
     scores: np.ndarray
 
     def metrics(self) -> dict[str, Any]:
-        """`metrics.summarize` of them."""
+        """Compute the report of `tokenrec.metrics.binary.summarize`."""
         return summarize(self.labels, self.scores, self.users, self.tasks)
 
 
-def read_scores(path: Path) -> Scored:
-    """The scores that `tokenrec predict` wrote. A data set holds a user, item and time once: they are the key."""
+def read_scores(path: Path) -> ScoredSplit:
+    """Read the scores that `tokenrec predict` wrote."""
     table = pq.read_table(path)
+    # Runs write their impressions in different orders. Sorted by key, which occurs once
+    # in a data set, the scores of two runs can be compared row by row.
     table = table.sort_by([(name, "ascending") for name in _KEY])
     tasks = tuple(
         name.removeprefix("label_")
@@ -56,14 +73,26 @@ def read_scores(path: Path) -> Scored:
         for task in tasks
     ]
     scores = [table[f"score_{task}"].to_numpy() for task in tasks]
+    # Ids may be strings; their codes are the same in every run.
     users = group_codes(table["user_id"].to_numpy())
-    return Scored(
+    return ScoredSplit(
         tasks, table.select(_KEY), users, np.stack(labels, 1), np.stack(scores, 1)
     )
 
 
-def sort_keys(user_id: np.ndarray, item_id: np.ndarray, time: np.ndarray) -> np.ndarray:
-    """Order of rows by user, item and time, as `read_scores` has them."""
+def sort_order(
+    user_id: np.ndarray, item_id: np.ndarray, time: np.ndarray
+) -> np.ndarray:
+    """Compute the order in which `read_scores` returns impressions.
+
+    Args:
+      user_id: `[N]`, ids of users.
+      item_id: `[N]`, ids of items.
+      time: `[N] int64`, milliseconds.
+
+    Returns:
+      `[N]`, indices that sort by user, item and time.
+    """
     key = pa.table(
         {
             "user_id": pa.array(user_id),
@@ -82,115 +111,135 @@ def result_rows(
     split: str,
     report: Mapping[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `Result` from a report of `metrics.summarize`, without speed and size."""
-    who = {
+    """Make the rows of `Result` of one model, without speed and number of parameters.
+
+    Args:
+      study: name of the study.
+      model: name of the model or baseline.
+      seed: seed of the run; BASELINE_SEED for a baseline.
+      rate: learning rate; None for a baseline.
+      split: the split that was scored.
+      report: report of `ScoredSplit.metrics`.
+    """
+    run = {
         "study": study,
         "model": model,
         "seed": seed,
         "learning_rate": rate,
         "split": split,
     }
+    # The report holds Python floats, and None where a metric is undefined.
     for task, values in report["tasks"].items():
-        yield from (
-            who | {"task": task, "metric": metric, "value": values[metric]}
-            for metric in METRICS
-        )
+        for metric in METRICS:
+            yield run | {"task": task, "metric": metric, "value": values[metric]}
     for metric in ("auc", "gauc"):
-        yield who | {
-            "task": "macro",
-            "metric": metric,
-            "value": report[f"macro_{metric}"],
-        }
+        value = report[f"macro_{metric}"]
+        yield run | {"task": "macro", "metric": metric, "value": value}
 
 
 def difference_rows(
     study: str,
     split: str,
-    runs: Mapping[str, Mapping[int, Scored]],
+    runs: Mapping[str, Mapping[int, ScoredSplit]],
     reference: str,
     draws: int,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `Difference`, for tasks of which both classes occur. `runs`: model -> seed -> its scores.
+    """Make the rows of `Difference` of a split, for tasks with labels of both classes.
+
+    Args:
+      study: name of the study.
+      split: name of the split.
+      runs: model -> seed -> scores.
+      reference: the model that the others are compared with.
+      draws: resamples of the bootstrap.
 
     Raises:
-      InputError: two models did not score the same rows.
+      InputError: two models did not score the same impressions.
     """
     first = next(iter(runs[reference].values()))
-    for name, scored in runs.items():
-        every = scored.values()
-        if any(
-            not one.key.equals(first.key)
-            or not np.array_equal(one.labels, first.labels)
-            for one in every
-        ):
-            raise InputError(
-                f"'{name}' and '{reference}' did not score the same rows of {split}; compare equal ones"
-            )
+    for model, by_seed in runs.items():
+        for scored in by_seed.values():
+            same_key = scored.key.equals(first.key)
+            if not same_key or not np.array_equal(scored.labels, first.labels):
+                raise InputError(
+                    f"'{model}' and '{reference}' did not score the same impressions "
+                    f"of {split}; compare models on one data set"
+                )
     for k, task in enumerate(first.tasks):
         known = first.labels[:, k] >= 0
-        labels, users = first.labels[known, k], first.users[known]
+        labels = first.labels[known, k]
+        users = first.users[known]
         positives = int(labels.sum())
+        # Without both classes there is no AUC.
         if positives in (0, len(labels)):
             continue
         scores = {
-            name: {of: one.scores[known, k] for of, one in scored.items()}
-            for name, scored in runs.items()
+            model: {seed: scored.scores[known, k] for seed, scored in by_seed.items()}
+            for model, by_seed in runs.items()
         }
-        for metric, models in compare(
-            labels, scores, users, reference, draws=draws
-        ).items():
-            for model, (value, low, high, p_value) in models.items():
+        estimates = paired_bootstrap(labels, scores, users, reference, draws=draws)
+        user_count = len(np.unique(users))
+        for metric, by_model in estimates.items():
+            for model, estimate in by_model.items():
                 yield {
-                    **{
-                        "study": study,
-                        "model": model,
-                        "reference": reference,
-                        "split": split,
-                        "task": task,
-                    },
-                    **{
-                        "metric": metric,
-                        "difference": value,
-                        "low": low,
-                        "high": high,
-                        "p_value": p_value,
-                    },
-                    **{"users": len(np.unique(users)), "positives": positives},
+                    "study": study,
+                    "model": model,
+                    "reference": reference,
+                    "split": split,
+                    "task": task,
+                    "metric": metric,
+                    "difference": estimate.value,
+                    "low": estimate.low,
+                    "high": estimate.high,
+                    "p_value": estimate.p_value,
+                    "users": user_count,
+                    "positives": positives,
                 }
 
 
-def curve_rows(study: str, job: TrainingRun, folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of `CurvePoint` from the log of a run."""
-    who = {
+def curve_rows(study: str, run: TrainingRun, folder: Path) -> Iterator[dict[str, Any]]:
+    """Make the rows of `CurvePoint` from the log of a training run.
+
+    Args:
+      study: name of the study.
+      run: model, learning rate and seed.
+      folder: folder of the run.
+    """
+    columns = {
         "study": study,
-        "model": job.model,
-        "seed": job.seed,
-        "learning_rate": job.learning_rate,
+        "model": run.model,
+        "seed": run.seed,
+        "learning_rate": run.learning_rate,
     }
-    for record in read_log(folder / RUN / METRICS_FILE):
+    for record in read_log(folder / RUN_FOLDER / METRICS_FILE):
+        # One record per logged step; its other entries are values by name.
         for name, value in record.items():
             if name not in ("step", "time") and value is not None:
-                yield who | {
-                    "step": record["step"],
-                    "name": name,
-                    "value": float(value),
-                }
+                point = {"step": record["step"], "name": name, "value": float(value)}
+                yield columns | point
 
 
-def rate_of(folder: Path) -> float | None:
-    """Median of the examples a second that the run's log holds."""
-    rates = [
+def median_speed(folder: Path) -> float | None:
+    """Median of the logged examples per second of a run; None without any."""
+    speeds = [
         record.get("train/examples_per_second")
-        for record in read_log(folder / RUN / METRICS_FILE)
+        for record in read_log(folder / RUN_FOLDER / METRICS_FILE)
     ]
-    known = [rate for rate in rates if rate is not None]
+    # The median: other work on the machine slows single intervals.
+    known = [speed for speed in speeds if speed is not None]
     return statistics.median(known) if known else None
 
 
 def write_rows(
     path: Path, rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]], kind: type
 ) -> None:
-    """A Parquet file of rows of `kind`, whole or not at all."""
+    """Write a Parquet file in one piece: a failed write leaves the file as it was.
+
+    Args:
+      path: the file.
+      rows: its rows, column -> value.
+      kind: data class whose fields are the columns.
+    """
     with atomic_replace(path) as partial:
         pq.write_table(
             pa.Table.from_pylist(list(rows), pa.schema(columns_of(kind))), partial
@@ -198,11 +247,24 @@ def write_rows(
 
 
 def best_rates(values: Mapping[tuple[str, float], float | None]) -> dict[str, float]:
-    """The learning rate of each model with the highest value; a model without any value is left out."""
+    """Choose the learning rate of each model.
+
+    Args:
+      values: (model, learning rate) -> value, larger is better; None if undefined.
+
+    Returns:
+      Model -> the rate with the highest value; of equal values the lowest rate. A model
+      without any value is left out.
+    """
     known = [
         (model, value, rate)
         for (model, rate), value in values.items()
         if value is not None
     ]
-    models = itertools.groupby(sorted(known), key=lambda one: one[0])
-    return {model: max(found, key=lambda one: one[1])[2] for model, found in models}
+    # Sorted by model, value and rate: `max` takes the first of equal values, which is
+    # the lowest rate.
+    by_model = itertools.groupby(sorted(known), key=lambda entry: entry[0])
+    return {
+        model: max(entries, key=lambda entry: entry[1])[2]
+        for model, entries in by_model
+    }
