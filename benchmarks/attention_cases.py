@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
-from tokenrec.ops.attention import PREFERRED, attention, choose, platform
+from tokenrec.ops.attention import PREFERRED, attention, choose, current_platform
 from tokenrec.ops.attention.pattern import causal_pattern
 from tokenrec.planner.roofline import (
     BACKWARD_PRODUCTS,
@@ -128,7 +128,7 @@ def random_inputs(
 def refusal(case: Case, sizes: Sizes, mesh: jax.sharding.Mesh) -> str:
     """Why the implementation does not serve the case; empty where it does."""
     with jax.set_mesh(mesh):
-        kind = platform()
+        kind = current_platform()
     if case.implementation not in PREFERRED[kind]:
         return f"it is not for a {kind}, which has {', '.join(PREFERRED[kind])}"
     pattern = causal_pattern(case.seq_len, case.seq_len)

@@ -30,7 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.report import run_script, write_result
 from tokenrec.config import MeshConfig
-from tokenrec.ops.tables import exchange
+from tokenrec.ops.tables import exchange, routing, storage
 from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.planner.hlo import read_program
 from tokenrec.planner.roofline import chip, network_seconds
@@ -48,20 +48,20 @@ def loss(rows: jax.Array, targets: jax.Array) -> jax.Array:
 def by_exchange(
     table: jax.Array, total: jax.Array, ids: jax.Array, targets: jax.Array
 ) -> Any:
-    plan = exchange.plan_exchange(table.shape[0], ids.size)
-    at, (inverse,) = exchange.route(plan, [ids])
-    rows = exchange.fetch(plan, table, at)
+    plan = routing.plan_exchange(table.shape[0], ids.size)
+    route, (inverse,) = routing.route_ids(plan, [ids])
+    rows = exchange.fetch_rows(plan, table, route)
     gradients = jax.grad(
         lambda rows: loss(exchange.expand_rows(rows, inverse), targets)
     )(rows)
-    collected = exchange.collect(plan, at, gradients)
+    collected = exchange.collect_gradients(plan, route, gradients)
     options: dict[str, Any] = {
         "rate": jnp.float32(RATE),
         "decay": 0.0,
         "apply": jnp.bool_(True),
     }
-    return exchange.update_spread(
-        plan, table, RowsState(total), at, gradients, collected, **options
+    return exchange.update_owned_rows(
+        plan, table, RowsState(total), route, gradients, collected, **options
     )
 
 
@@ -92,7 +92,7 @@ def compile_row(name: str, topology: str, rows: int) -> dict[str, Any]:
     program, kind = PROGRAMS[name]
     devices = topology_mesh(topology, MeshConfig())
     mesh = Mesh(devices.devices, AXES, axis_types=(kind,) * 3)
-    of, stored = chip(mesh.devices.flat[0].device_kind), exchange.stored_rows(rows)
+    of, stored = chip(mesh.devices.flat[0].device_kind), storage.stored_rows(rows)
 
     def shaped(shape: tuple[int, ...], kind: Any, *spec: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(

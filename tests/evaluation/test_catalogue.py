@@ -35,7 +35,7 @@ from tokenrec.evaluation.evaluate import (
 from tokenrec.evaluation.predict import predict_run
 from tokenrec.metrics.ranking import ranks_of
 from tokenrec.models.heads import ItemHead
-from tokenrec.ops.tables.exchange import CYCLE
+from tokenrec.ops.tables.storage import CYCLE
 from tokenrec.sharding import to_devices
 from tokenrec.state import init_state
 from tokenrec.step import train_step

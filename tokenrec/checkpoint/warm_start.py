@@ -38,8 +38,8 @@ from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import Schema
 from tokenrec.data.semantic import SEMANTIC_ID
 from tokenrec.errors import InputError
-from tokenrec.ops.tables.exchange import stored_rows, to_storage_index
 from tokenrec.ops.tables.lookup import Stack
+from tokenrec.ops.tables.storage import stored_rows, to_storage_index
 from tokenrec.runtime import distributed
 from tokenrec.runtime.files import write_json
 from tokenrec.sharding import AXES, RULES

@@ -32,7 +32,7 @@ from tokenrec.debug.report import (
 )
 from tokenrec.errors import InputError
 from tokenrec.models.recommender import batch_layout
-from tokenrec.ops.tables.exchange import RowRoute
+from tokenrec.ops.tables.routing import RowRoute
 from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, to_devices
 from tokenrec.state import (
     ModelSpec,
@@ -179,7 +179,7 @@ def _look(model: ModelSpec, state: TrainState, batch: Batch) -> dict[str, Any]:
             for name, g in dense.items()
         },
         "places": {
-            name: found.rows.places if isinstance(found.rows, RowRoute) else found.rows
+            name: found.rows.indices if isinstance(found.rows, RowRoute) else found.rows
             for name, found in inputs.found.items()
         },
         "by_row": by_row,

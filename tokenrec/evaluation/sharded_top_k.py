@@ -11,11 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tokenrec.ops.tables.exchange import (
-    BATCH_AXES,
-    from_storage_index,
-    to_storage_index,
-)
+from tokenrec.ops.tables.routing import BATCH_AXES
+from tokenrec.ops.tables.storage import from_storage_index, to_storage_index
 from tokenrec.sharding import AXES, RULES
 
 

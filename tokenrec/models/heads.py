@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokenrec.config import HeadConfig
-from tokenrec.ops.contract import contract, gathered
-from tokenrec.ops.layers import as_rows, weight
+from tokenrec.ops.contract import contract, gather_over_fsdp
+from tokenrec.ops.layers import flatten_tokens, weight
 from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
 
@@ -32,7 +32,7 @@ class ItemHead(nnx.Module):
     def vectors(self) -> jax.Array:
         """`[V, d]`, of the full softmax."""
         assert self.items is not None
-        return gathered(self.items[...])
+        return gather_over_fsdp(self.items[...])
 
     def rows(self, items: jax.Array) -> jax.Array:
         """`[..., d]`, the vectors of `items: [...]`, zeros where -1."""
@@ -106,12 +106,12 @@ class CodeHead(nnx.Module):
         """Codes of the first l levels, `[..., l] int32`, -1 fills -> `[..., l, d]`."""
         table = self.outputs if self.inputs is None else self.inputs
         rows = jnp.arange(codes.shape[-1]) * max(self.levels) + jnp.maximum(codes, 0)
-        return expand_rows(gathered(table[...]), rows)
+        return expand_rows(gather_over_fsdp(table[...]), rows)
 
     def log_probs(self, h: jax.Array, level: int) -> jax.Array:
         """`[B, n, d]` -> `[B, n, C_level] float32`."""
         first = level * max(self.levels)
-        table = gathered(self.outputs[...])[first : first + self.levels[level]]
+        table = gather_over_fsdp(self.outputs[...])[first : first + self.levels[level]]
         logits = contract(
             "bnd,cd->bnc", h.astype(jnp.float32), table, RULES("batch", None, None)
         )
@@ -126,7 +126,7 @@ class CodeHead(nnx.Module):
           codes: `[B, R, P, L]`, -1 fills.
         """
         reads, goals, levels = codes.shape[1:]
-        flat = as_rows(codes)
+        flat = flatten_tokens(codes)
         # Codes of one goal lie side by side, level after level.
         rows = [jnp.repeat(h[:, :reads], goals, axis=1)] + [
             h[:, reads + k :: levels - 1] for k in range(levels - 1)

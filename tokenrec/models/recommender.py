@@ -15,7 +15,7 @@ from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.models.backbones.interface import make_backbone
 from tokenrec.models.heads import CodeHead, ItemHead
-from tokenrec.ops.layers import Linear, as_rows, dropout, split_key, weight
+from tokenrec.ops.layers import Linear, dropout, flatten_tokens, split_key, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Entity
 from tokenrec.tokens.history import (
@@ -319,14 +319,16 @@ class Recommender(nnx.Module):
                     )
                 )
             elif segment.kind == "user" and self.user is not None:
-                parts.append(as_rows(self.user(*merged(entities["user"]), self._dtype)))
+                parts.append(
+                    flatten_tokens(self.user(*merged(entities["user"]), self._dtype))
+                )
             elif segment.kind == "query" and self.query is not None:
                 values, ids = merged(entities["target"])
                 first = (
                     {name: value[:, :1] for name, value in values.items()},
                     {n: v[:, :1] for n, v in ids.items()},
                 )
-                parts.append(as_rows(self.query(*first, self._dtype)))
+                parts.append(flatten_tokens(self.query(*first, self._dtype)))
         return jnp.concatenate(parts, axis=1)
 
     def own_tokens(self, entities: dict[str, Entity], batch: Batch) -> list[jax.Array]:
@@ -334,7 +336,7 @@ class Recommender(nnx.Module):
         if isinstance(self.head, CodeHead):
             assert batch.codes is not None
             read = batch.codes[..., :-1]  # the last level is only said
-            return [self.code_tokens(as_rows(read))]
+            return [self.code_tokens(flatten_tokens(read))]
         shared = sum(
             segment.kind == "text" and not segment.own for segment in self.segments
         )
@@ -358,12 +360,12 @@ class Recommender(nnx.Module):
                 maker = self.history.state if self.target is None else self.target
                 assert maker is not None
                 parts.append(maker(values, ids, self._dtype))
-        return [as_rows(jnp.concatenate(parts, axis=2))] if parts else []
+        return [flatten_tokens(jnp.concatenate(parts, axis=2))] if parts else []
 
     def code_tokens(self, codes: jax.Array) -> jax.Array:
         """`[B, n, l] int32` codes of n goals or beams -> `[B, n l, d]`."""
         assert isinstance(self.head, CodeHead)
-        return as_rows(self.head.tokens(codes).astype(self._dtype))
+        return flatten_tokens(self.head.tokens(codes).astype(self._dtype))
 
     @property
     def _dtype(self) -> jnp.dtype:
@@ -421,7 +423,7 @@ def batch_layout(
 def candidate_mask(batch: Batch) -> jax.Array | None:
     """`[B, C] bool`: real candidates, or goals; others are padding, which no row sees. None where there are none."""
     if batch.codes is not None:
-        return as_rows(batch.codes[..., :1])[..., 0] >= 0
+        return flatten_tokens(batch.codes[..., :1])[..., 0] >= 0
     return (
         batch.weight > 0 if batch.target is not None and batch.goals is None else None
     )

@@ -57,7 +57,7 @@ def attention_work(
     backward: bool,
 ) -> Work:
     """Of one attention over `batch` streams. Model FLOPs count visible pairs, a kernel's the tiles that it computes."""
-    shape = len(pattern.query_rows), len(pattern.key_rows)
+    shape = len(pattern.query_positions), len(pattern.key_positions)
     products = FORWARD_PRODUCTS + (MODEL_BACKWARD_PRODUCTS if backward else 0)
     model = batch * attention_flops(
         visible_pairs(pattern, window), heads, head_dim, products
@@ -102,7 +102,7 @@ def step_work(
         for pattern, window, own in bind_params(
             model, state.params
         ).backbone.attention_layers(model.layout(events)):
-            queries, keys = pattern.query_rows, pattern.key_rows
+            queries, keys = pattern.query_positions, pattern.key_positions
             q, k = ((batch, len(some), heads, head_dim) for some in (queries, keys))
             wanted = (
                 None if config.model.attention == "auto" else config.model.attention

@@ -79,8 +79,8 @@ FORWARD_PRODUCTS, BACKWARD_PRODUCTS, MODEL_BACKWARD_PRODUCTS = 2, 5, 4
 def visible_pairs(pattern: Pattern, window: int | None) -> int:
     """Sum of `pattern.visible(window)`, in O((Q + K) log K) time and O(Q + K) memory."""
     query, key = (
-        pattern.rows(pattern.query_rows, window),
-        pattern.rows(pattern.key_rows, window),
+        pattern.attributes(pattern.query_positions, window),
+        pattern.attributes(pattern.key_positions, window),
     )
     span = int(pattern.index.max(initial=0)) + 2
     # Indices in (low, high] are seen; negative ones would count as another candidate's.
@@ -125,11 +125,11 @@ def visible_tiles(
 
     Holds `[block_q, K]` booleans.
     """
-    starts = np.arange(0, len(pattern.key_rows), block_k)
+    starts = np.arange(0, len(pattern.key_positions), block_k)
     count = 0
-    for first in range(0, len(pattern.query_rows), block_q):
+    for first in range(0, len(pattern.query_positions), block_q):
         strip = dataclasses.replace(
-            pattern, query_rows=pattern.query_rows[first : first + block_q]
+            pattern, query_positions=pattern.query_positions[first : first + block_q]
         )
         count += int(
             np.add.reduceat(strip.visible(window).any(axis=0), starts)

@@ -10,7 +10,7 @@ from flax import nnx
 from tokenrec.config import Config
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.errors import InputError, suggest
-from tokenrec.ops.layers import as_rows
+from tokenrec.ops.layers import flatten_tokens
 from tokenrec.tokens.compress import CompressionPlan, Compressor
 from tokenrec.tokens.embed import Entity
 from tokenrec.tokens.layout import StreamPart, history_part
@@ -149,10 +149,10 @@ class History(nnx.Module):
                 self.state(*merged(state), dtype),
                 self.action(*merged(action), dtype),
             ]
-            return as_rows(jnp.concatenate(pairs, axis=2))
+            return flatten_tokens(jnp.concatenate(pairs, axis=2))
         made = self.event(*merged(state, action), dtype)
         if items is not None:
             made = made + items[:, :, None].astype(dtype)
-        rows = as_rows(made)
+        rows = flatten_tokens(made)
         rows = rows if self.compressor is None else self.compressor(rows, valid)
         return rows[:, _kept(self.config, rows.shape[1])]

@@ -109,10 +109,12 @@ class Layout:
             np.isin(self.roles, [ROLES.index(role) for role in roles])
         )
 
-    def pattern(self, query_rows: np.ndarray, key_rows: np.ndarray) -> Pattern:
+    def pattern(
+        self, query_positions: np.ndarray, key_positions: np.ndarray
+    ) -> Pattern:
         return Pattern(
-            query_rows,
-            key_rows,
+            query_positions,
+            key_positions,
             self.index,
             self.static,
             self.candidate,

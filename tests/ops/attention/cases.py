@@ -84,10 +84,10 @@ def inputs(
 ):
     """q, k, v, and a gradient of the output."""
     sizes = [
-        len(pattern.query_rows),
-        len(pattern.key_rows),
-        len(pattern.key_rows),
-        len(pattern.query_rows),
+        len(pattern.query_positions),
+        len(pattern.key_positions),
+        len(pattern.key_positions),
+        len(pattern.query_positions),
     ]
     return [
         jax.random.normal(
@@ -110,7 +110,7 @@ def apart(
     """
     q, k, v, pull = inputs(pattern, **sizes)
     if valid is not None:
-        real = valid[:, np.searchsorted(pattern.key_rows, pattern.query_rows)]
+        real = valid[:, np.searchsorted(pattern.key_positions, pattern.query_positions)]
         pull = pull * real[..., None, None]
 
     def made(function):

@@ -35,8 +35,8 @@ def test_causal_window_counts_keys_with_self(window):
 def test_matches_the_definition_with_static_rows_candidates_and_padding():
     rows = np.arange(9)
     pattern = Pattern(
-        query_rows=rows[3:],
-        key_rows=rows,
+        query_positions=rows[3:],
+        key_positions=rows,
         index=np.array([0, 1, 2, 3, 4, 5, 6, 7, 7]),
         static=rows < 2,
         candidate=np.array([-1] * 7 + [0, 1]),
@@ -71,7 +71,7 @@ def test_a_fully_padded_stream_is_finite_with_finite_gradients():
     ("change", "message"),
     [
         ({"implementation": "dnese"}, "did you mean 'dense'"),
-        ({"window": 0}, "at least 1"),
+        ({"window": 0}, "window=0 is below 1"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
@@ -84,7 +84,7 @@ def test_static_rows_that_stay_in_sight_are_for_dense_alone():
     pattern = Pattern(rows, rows, rows, rows < 2, np.full(40, -1), discard=False)
     q = heads(0, rows=40)
     with pytest.raises(
-        InputError, match="'blocked' cannot serve: static rows stay in sight"
+        InputError, match="'blocked' cannot serve: static tokens stay visible"
     ):
         attention(q, q, q, window=4, pattern=pattern, implementation="blocked")
     assert choose(q, q, window=4, pattern=pattern).name == "dense"

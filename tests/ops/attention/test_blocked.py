@@ -7,10 +7,10 @@ import pytest
 
 from tests.ops.attention.cases import apart, continued, layers, plain, stream
 from tokenrec.ops.attention import attention, bands, blocked, choose
-from tokenrec.ops.attention.bands import Band, find_band
+from tokenrec.ops.attention.bands import BandPlan, plan_band
 from tokenrec.ops.attention.blocked import blocked_attention
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
-from tokenrec.ops.attention.tiles import find_tiles
+from tokenrec.ops.attention.tiles import plan_tiles
 from tokenrec.tokens.layout import live_positions
 
 # Largest differences measured over all cases below, float32: values 5.4e-7, gradients 3.4e-6.
@@ -63,7 +63,7 @@ def test_plain_causal_order_equals_dense(queries, keys, window):
 def test_padded_streams_with_static_rows_equal_dense(kind, every_row):
     layout, valid = stream(**kind)
     for pattern, window in layers(layout, every_row=every_row):
-        assert_equals_dense(pattern, window, valid[:, pattern.key_rows])
+        assert_equals_dense(pattern, window, valid[:, pattern.key_positions])
 
 
 def test_a_bidirectional_prefix_equals_dense():
@@ -94,7 +94,9 @@ def test_streams_in_groups_equal_one_group(monkeypatch):
         )(q)
 
     whole = gradients()
-    monkeypatch.setattr(blocked, "GROUP_LOGITS", 2 * find_band(pattern, window).held)
+    monkeypatch.setattr(
+        blocked, "GROUP_LOGITS", 2 * plan_band(pattern, window).live_logits
+    )
     np.testing.assert_allclose(gradients(), whole, atol=1e-5)  # measured 1.9e-6
 
 
@@ -123,14 +125,14 @@ def test_bfloat16_keeps_its_dtype_and_comes_close_to_dense():
 
 @pytest.mark.parametrize("window", [16, 64, 256])
 def test_a_sliding_layer_computes_a_band_and_not_the_square(window):
-    short, long = (find_band(causal_pattern(n, n), window) for n in (2048, 8192))
-    assert isinstance(long, Band)
+    short, long = (plan_band(causal_pattern(n, n), window) for n in (2048, 8192))
+    assert isinstance(long, BandPlan)
     assert long.logits == 4 * short.logits
     assert long.logits <= 8192 * (window + 2 * bands.TILE)
 
 
 def test_full_layers_skip_what_lies_above_the_diagonal():
-    assert find_tiles(causal_pattern(4096, 4096), None).logits < 0.55 * 4096**2
+    assert plan_tiles(causal_pattern(4096, 4096), None).logits < 0.55 * 4096**2
 
 
 def test_no_array_of_the_program_holds_all_logits():
@@ -149,7 +151,7 @@ def test_short_streams_are_left_to_dense_with_a_reason():
     q = jnp.zeros((1, 60, 1, 4))
     choice = choose(q, q, window=8, pattern=pattern)
     assert choice.name == "dense"
-    assert "60 x 60 rows" in choice.refused["blocked"]
+    assert "60 x 60 tokens" in choice.refused["blocked"]
     assert (
         choose(q, q, window=8, pattern=pattern, implementation="blocked").name
         == "blocked"

@@ -10,7 +10,7 @@ import pytest
 from tests.ops.attention.cases import apart, layers, plain, stream
 from tokenrec.errors import InputError
 from tokenrec.ops.attention import attention
-from tokenrec.ops.attention.cudnn import cudnn_attention, refusal
+from tokenrec.ops.attention.cudnn import cudnn_attention, unsupported_reason
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
 
 # Measured: values 6.6e-7, gradients 1.9e-6.
@@ -39,16 +39,16 @@ def test_plain_causal_order_equals_dense(window):
 def test_padded_streams_equal_dense_where_it_serves(kind):
     layout, valid = stream(**kind, events=20)
     for pattern, window in layers(layout)[1:3]:
-        assert window is None or not pattern.static[pattern.key_rows].any()
-        assert_equals_dense(pattern, window, valid[:, pattern.key_rows])
+        assert window is None or not pattern.static[pattern.key_positions].any()
+        assert_equals_dense(pattern, window, valid[:, pattern.key_positions])
 
 
 def words(pattern, window):
     q, k = (
         jax.ShapeDtypeStruct((2, len(rows), 2, 8), jnp.bfloat16)
-        for rows in (pattern.query_rows, pattern.key_rows)
+        for rows in (pattern.query_positions, pattern.key_positions)
     )
-    return refusal(q, k, pattern, window)
+    return unsupported_reason(q, k, pattern, window)
 
 
 def test_what_it_cannot_serve_is_refused_in_words():
@@ -60,9 +60,9 @@ def test_what_it_cannot_serve_is_refused_in_words():
         Pattern(rows, rows, rows, rows < 0, rows * 0 - 1, prefix=5), None
     )
     one, _ = stream(candidates=1)
-    assert "static rows" in words(*layers(one, every_row=True)[2])
+    assert "static tokens" in words(*layers(one, every_row=True)[2])
     assert "2 queries of 20" in words(causal_pattern(2, 20), None)
-    assert "rows are missing" in words(
+    assert "tokens are missing" in words(
         Pattern(rows[:8], rows[:8] * 2, np.arange(40), np.arange(40) < 0, -np.ones(40)),
         3,
     )

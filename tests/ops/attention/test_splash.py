@@ -9,10 +9,10 @@ from tokenrec.ops.attention.dense import dense_attention
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
 from tokenrec.ops.attention.splash import (
     block_sizes,
-    encode,
-    refusal,
+    inefficient_reason,
+    pack_spans,
     splash_attention,
-    unprofitable,
+    unsupported_reason,
     visible_spans,
     visited_tiles,
 )
@@ -60,8 +60,8 @@ KINDS = (
 def with_prefix(rows, prefix):
     plain = causal_pattern(rows, rows)
     return Pattern(
-        plain.query_rows,
-        plain.key_rows,
+        plain.query_positions,
+        plain.key_positions,
         plain.index,
         plain.static,
         plain.candidate,
@@ -71,8 +71,8 @@ def with_prefix(rows, prefix):
 
 def test_numbers_of_queries_say_what_the_pattern_says():
     for pattern, window in many_patterns():
-        keys = len(pattern.key_rows)
-        sight, numbers = encode(visible_spans(pattern, window), keys)
+        keys = len(pattern.key_positions)
+        sight, numbers = pack_spans(visible_spans(pattern, window), keys)
         seen = sight(numbers[:, None], np.arange(keys + 5)[None])
         np.testing.assert_array_equal(seen[:, :keys], pattern.visible(window))
         assert not seen[:, keys:].any()  # fill
@@ -92,7 +92,9 @@ def test_visited_tiles_are_those_with_something_visible():
             (1, 3)
         )
         np.testing.assert_array_equal(
-            visited_tiles(visible_spans(pattern, window), len(pattern.key_rows), 4, 8),
+            visited_tiles(
+                visible_spans(pattern, window), len(pattern.key_positions), 4, 8
+            ),
             tiles,
         )
 
@@ -109,7 +111,7 @@ def test_a_window_computes_a_number_of_tiles_linear_in_length():
 
 def results(attend, pattern, valid, dtype=jnp.float32):
     """Output on rows that are no padding, and the gradients of a random sum of it."""
-    queries, keys = len(pattern.query_rows), len(pattern.key_rows)
+    queries, keys = len(pattern.query_positions), len(pattern.key_positions)
     batch = 1 if valid is None else len(valid)
     shapes = [
         (batch, rows, 2 if batch == 1 else 1, 8)
@@ -123,7 +125,10 @@ def results(attend, pattern, valid, dtype=jnp.float32):
         weights = (
             weights
             * valid[
-                :, np.searchsorted(pattern.key_rows, pattern.query_rows), None, None
+                :,
+                np.searchsorted(pattern.key_positions, pattern.query_positions),
+                None,
+                None,
             ]
         )
     out, pullback = jax.vjp(attend, q, k, v)
@@ -223,8 +228,8 @@ def test_bfloat16_stays_bfloat16():
 def pattern_of(**change):
     """Two static rows, four events and two candidates of one row, changed."""
     fields = {
-        "query_rows": np.arange(8),
-        "key_rows": np.arange(8),
+        "query_positions": np.arange(8),
+        "key_positions": np.arange(8),
         "index": np.array([0, 1, 2, 3, 4, 5, 6, 6]),
         "static": np.arange(8) < 2,
         "candidate": np.array([-1] * 6 + [0, 1]),
@@ -235,14 +240,14 @@ def pattern_of(**change):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"key_rows": np.arange(1, 8)}, "not among the key rows"),
+        ({"key_positions": np.arange(1, 8)}, "not among the keys"),
         ({"candidate": np.array([0] + [-1] * 6 + [1])}, "one candidate after another"),
         ({"candidate": np.array([-1] * 5 + [0, 1, 0])}, "one candidate after another"),
         ({"index": np.array([0, 2, 1, 3, 4, 5, 6, 6])}, "does not ascend"),
-        ({"static": np.arange(8) == 3}, "static rows are not the first"),
+        ({"static": np.arange(8) == 3}, "static tokens are not the first"),
         (
             {"index": np.array([0, 1, 2, 3, 4, 5, 4, 6])},
-            "does not see the last shared rows",
+            "does not see the last shared tokens",
         ),
     ],
 )
@@ -251,7 +256,14 @@ def test_what_is_not_two_runs_of_keys_is_refused_in_words(change, reason):
     assert reason in visible_spans(pattern_of(**change), 4)
 
 
-def ask(queries, keys, window=None, pattern=None, dtype=jnp.float32, question=refusal):
+def ask(
+    queries,
+    keys,
+    window=None,
+    pattern=None,
+    dtype=jnp.float32,
+    question=unsupported_reason,
+):
     q, k = (jax.ShapeDtypeStruct((2, rows, 2, 8), dtype) for rows in (queries, keys))
     return question(
         q, k, causal_pattern(queries, keys) if pattern is None else pattern, window
@@ -259,8 +271,8 @@ def ask(queries, keys, window=None, pattern=None, dtype=jnp.float32, question=re
 
 
 def test_what_fits_one_tile_is_served_only_when_asked_for():
-    assert "nothing to skip" in ask(1, 128, question=unprofitable)
-    assert not ask(1, 129, question=unprofitable)
+    assert "nothing to skip" in ask(1, 128, question=inefficient_reason)
+    assert not ask(1, 129, question=inefficient_reason)
     assert not ask(1, 128)
 
 

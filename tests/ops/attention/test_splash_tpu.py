@@ -76,7 +76,7 @@ def arguments(mesh, case, dtype):
         shape_of(
             mesh, (BATCH, len(rows), HEADS, WIDTH), dtype, "batch", None, "heads", None
         )
-        for rows in (pattern.query_rows, pattern.key_rows)
+        for rows in (pattern.query_positions, pattern.key_positions)
     )
     return (
         q,

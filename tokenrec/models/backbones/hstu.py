@@ -106,11 +106,11 @@ def distances(pattern: Pattern, count: int) -> np.ndarray:
     [[9, 1, 0, 0], [9, 2, 1, 0]]
     """
     back = (
-        pattern.index[pattern.query_rows][:, None]
-        - pattern.index[pattern.key_rows][None, :]
+        pattern.index[pattern.query_positions][:, None]
+        - pattern.index[pattern.key_positions][None, :]
     )
     return np.where(
-        pattern.static[pattern.key_rows][None, :], count, np.maximum(back, 0)
+        pattern.static[pattern.key_positions][None, :], count, np.maximum(back, 0)
     )
 
 
@@ -145,15 +145,17 @@ class HSTULayer(nnx.Module):
         normed = self.norm(x)
         k, v = _project(normed, self.key), _project(normed, self.value)
         normed, x = (
-            select_positions(rows, pattern.query_rows, pattern.key_rows)
+            select_positions(rows, pattern.query_positions, pattern.key_positions)
             for rows in (normed, x)
         )
         q, u = _project(normed, self.query), _project(normed, self.gate)
         bias = self.bias[...][distances(pattern, self.rows)][None]
         if self.time_bias is not None:
             assert ages is not None, "model.time_bias, and a batch without ages"
-            asking = select_positions(ages, pattern.query_rows, pattern.key_rows)
-            buckets = time_buckets(asking, ages, pattern.static[pattern.key_rows])
+            asking = select_positions(
+                ages, pattern.query_positions, pattern.key_positions
+            )
+            buckets = time_buckets(asking, ages, pattern.static[pattern.key_positions])
             table = jnp.append(self.time_bias[...], 0)
             bias = bias + expand_rows(table[:, None], buckets)[..., 0]
         see = jnp.asarray(pattern.visible(self.window)) & valid[:, None, :]
@@ -210,7 +212,7 @@ class HSTU(Backbone):
         for block, layer, one in zip(
             self.blocks, self.attention_layers(layout), keys, strict=True
         ):
-            shown, of_rows = layer.pattern.key_rows, None
+            shown, of_rows = layer.pattern.key_positions, None
             if ages is not None:
                 of_rows = select_positions(layout.ages(ages), shown, every)
             x = block(

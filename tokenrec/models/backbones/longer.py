@@ -73,7 +73,13 @@ class LONGER(Backbone):
         for block, layer, one in zip(
             self.blocks, self.attention_layers(layout), keys, strict=True
         ):
-            x = block(x, layer.pattern.query_rows, layer.pattern.key_rows, shared, one)
+            x = block(
+                x,
+                layer.pattern.query_positions,
+                layer.pattern.key_positions,
+                shared,
+                one,
+            )
             made.append(x)
         return [*made, self.norm(x)]
 

@@ -129,8 +129,8 @@ class OneTransBlock(nnx.Module):
     ) -> jax.Array:
         """`x: [B, K, d]` -> `[B, Q, d]`; `maps: [S]`, `valid: [B, S] bool` and `turn` are of all rows of the stream."""
         queries, keys, every = (
-            pattern.query_rows,
-            pattern.key_rows,
+            pattern.query_positions,
+            pattern.key_positions,
             np.arange(len(maps)),
         )
         of_attention, of_ffn = split_key(key, 2)
