@@ -192,14 +192,22 @@ def choose(
 
     Raises:
       InputError: `implementation` is not known, does not run on this platform or cannot
-        serve.
+        serve; or it is None, and the platform is not one of `PREFERRED`. A portable
+        implementation can be named on any platform.
     """
     if implementation is not None:
         _check_explicit(implementation, q, k, pattern, window)
         return Choice(implementation, {})
     platform = current_platform()
+    # No silent default: nobody has tried which implementation is right and fast there.
+    if platform not in PREFERRED:
+        raise InputError(
+            f"platform={platform!r} has no order of attention implementations, only "
+            f"{', '.join(sorted(PREFERRED))} have; set model.attention (or "
+            f"implementation=) to one that runs on any platform: {', '.join(PORTABLE)}"
+        )
     refused: dict[str, str] = {}
-    for name in implementations_of(platform):
+    for name in PREFERRED[platform]:
         reason = unsupported_reason(name, q, k, pattern, window)
         reason = reason or IMPLEMENTATIONS[name].inefficient_reason(
             q, k, pattern, window
@@ -216,14 +224,16 @@ def _check_arguments(
     v: jax.Array,
     window: int | None,
     pattern: Pattern | None,
+    valid: jax.Array | None,
 ) -> None:
-    """Raise InputError if the shapes or the window of `attention` are wrong."""
+    """Raise InputError if shapes, dtypes or the window of `attention` are wrong."""
     if window is not None and window < 1:
         raise InputError(
             f"window={window} is below 1; a window counts the query itself, use 1 or more"
         )
     if (
-        k.shape != v.shape
+        q.ndim != 4
+        or k.shape != v.shape
         or q.shape[0] != k.shape[0]
         or q.shape[2:] != k.shape[2:]
         or q.shape[1] > k.shape[1]
@@ -231,6 +241,10 @@ def _check_arguments(
         raise InputError(
             f"q {q.shape}, k {k.shape} and v {v.shape} do not agree; "
             "use [B, Q, H, h] and twice [B, K, H, h] with Q <= K"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise InputError(
+            f"q {q.dtype}, k {k.dtype} and v {v.dtype} do not agree; use one dtype"
         )
     if pattern is not None:
         queries, keys = len(pattern.query_positions), len(pattern.key_positions)
@@ -240,6 +254,12 @@ def _check_arguments(
                 f"k {k.shape} have {q.shape[1]} and {k.shape[1]}; use a pattern of the "
                 "same positions"
             )
+    # A mask of another shape might broadcast, and integers might be read as bits.
+    if valid is not None and (valid.shape != k.shape[:2] or valid.dtype != bool):
+        raise InputError(
+            f"valid {valid.shape} {valid.dtype} does not match k {k.shape}; "
+            f"use [B, K] bool, here {k.shape[:2]}"
+        )
 
 
 def attention(
@@ -269,11 +289,11 @@ def attention(
       `[B, Q, H, h]` in the dtype of `q`. Logits and softmax are float32.
 
     Raises:
-      InputError: the window is below 1; shapes do not agree; or no
+      InputError: the window is below 1; shapes or dtypes do not agree; or no
         implementation can be chosen (`choose`).
     """
     # 1. Choose the implementation, for the shapes of the whole arrays.
-    _check_arguments(q, k, v, window, pattern)
+    _check_arguments(q, k, v, window, pattern, valid)
     pattern = causal_pattern(q.shape[1], k.shape[1]) if pattern is None else pattern
     name = choose(
         q, k, window=window, pattern=pattern, implementation=implementation

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tokenrec.errors import InputError
 from tokenrec.ops.tables import exchange, lookup, routing
 from tokenrec.ops.tables.exchange import CollectedGradients
 from tokenrec.ops.tables.lookup import RowsState, Stack, unique_ids
@@ -72,7 +73,16 @@ def find_unique_rows(stack: Stack, ids: Mapping[str, jax.Array]) -> UniqueRows:
     Args:
       stack: the stack.
       ids: arrays `[B, ...] int32` of rows of the stack, by name, all in range.
+
+    Raises:
+      InputError: an array of ids has no batch dimension or is not int32.
     """
+    for name, array in ids.items():
+        if array.ndim < 1 or array.dtype != jnp.int32:
+            raise InputError(
+                f"ids {name!r} {array.shape} {array.dtype}: rows of stack "
+                f"{stack.name!r} are looked up by [B, ...] int32; convert them"
+            )
     if stack.spread:
         total = sum(array.size for array in ids.values())
         plan = routing.plan_exchange(stored_rows(stack.rows), total)
@@ -130,7 +140,17 @@ def collect_gradients(
       table: `[rows, w]`, the stack.
       unique: its distinct rows.
       gradients: `[u, w]` or `[S u, w]`, gradient of what `gather_rows` returned.
+
+    Raises:
+      InputError: the gradients do not have the shape of those rows.
     """
+    ids = unique.rows.indices if isinstance(unique.rows, RowRoute) else unique.rows
+    if gradients.shape != (ids.size, table.shape[1]):
+        raise InputError(
+            f"gradients {gradients.shape} are not those of {ids.size} rows of a table "
+            f"{table.shape}; use the gradient of what gather_rows returned, "
+            f"{(ids.size, table.shape[1])}"
+        )
     if isinstance(unique.rows, RowRoute):
         plan = _plan(unique.rows, table)
         return exchange.collect_gradients(plan, unique.rows, gradients)
