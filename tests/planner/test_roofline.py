@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.ops.attention.cases import continued
+from benchmarks.attention_specs import codes_layout
 from tests.worlds import mesh_of
 from tokenrec.errors import InputError
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
@@ -41,7 +41,7 @@ def layouts():
     yield build_layout(
         user_tokens=0, events=12, fused=False, candidates=0, target_tokens=1
     )
-    yield continued(events=11)[0]
+    yield codes_layout(events=11)
 
 
 def patterns():
