@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, step, step_cases, timing
+from benchmarks import attention, plot, step, step_cases, timing
 from benchmarks.attention_cases import (
     Case,
     Sizes,
@@ -240,6 +240,10 @@ def test_the_picture_is_a_png(tmp_path):
     result, _ = run(tmp_path, "--windows", "16", "full", "--implementations", "dense")
     plot_throughput(result["rows"], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    # A result is drawn again from its JSON, to the same picture.
+    plot.main([str(tmp_path / "new.json")])
+    picture = (tmp_path / "picture.png").read_bytes()
+    assert (tmp_path / "new.png").read_bytes() == picture
 
 
 def test_without_matplotlib_the_run_stops_before_it_measures(tmp_path, monkeypatch):
