@@ -1,16 +1,27 @@
 """Attention throughput by mesh shape, length, window, implementation, dtype and pass.
 
-python -m benchmarks.attention                                  # this machine, one device
-python -m benchmarks.attention --meshes 1x1x1 2x1x2             # and a mesh data x fsdp x tensor of four devices
-python -m benchmarks.attention --out attention_new --against benchmarks/results/attention.json
-python -m benchmarks.attention --topology v5p:4x4x4 --meshes 64x1x1 16x1x4    # compiled for a pod, nothing is run
+    python -m benchmarks.attention                       # this machine, one device
+    python -m benchmarks.attention --meshes 1x1x1 2x1x2  # and a mesh of four devices
+    python -m benchmarks.attention --out attention_new \\
+        --against benchmarks/results/attention.json
+    python -m benchmarks.attention --topology v5p:4x4x4 --meshes 64x1x1 16x1x4
 
-All variants take turns within one run, so their ratios hold. `milliseconds` is the median over the turns and
-`least_milliseconds` the least. `tflops` counts useful work alone: 4 x head_dim x heads x batch for every pair of a
-query and a key that it may see (two matmuls), and 3.5 times that with the backward pass (seven matmuls: it forms the
-logits anew and has four more). What an implementation computes and masks away lowers it. `peak_fraction` divides by the
-fastest matrix product of this run, on all devices of the mesh at once and in the same dtype. `temporary_mib` is the
-memory for temporaries that XLA plans, per device. `python -m benchmarks.peers.attention` sets PyTorch beside it.
+A mesh is data x fsdp x tensor. With `--topology`, programs are compiled for a described
+pod and not run.
+
+All variants take turns within one run, so that their ratios hold. Columns:
+
+- `milliseconds`: median over the turns; `least_milliseconds`: the least.
+- `tflops`: useful work alone, 4 x head_dim x heads x batch for every pair of a query and
+  a key that it may see (two products), and 3.5 times that with the backward pass (seven
+  products: it forms the logits again and has four more). Logits that an implementation
+  computes and masks lower it.
+- `peak_fraction`: `tflops` over the speed of the fastest matrix product of this run, on
+  all devices of the mesh at once and in the same dtype.
+- `temporary_mib`: memory for temporaries that XLA plans, per device.
+
+`python -m benchmarks.peers.attention` measures PyTorch beside it, and
+`python -m benchmarks.plot` draws a result again.
 """
 
 from __future__ import annotations
@@ -33,12 +44,11 @@ from benchmarks.attention_cases import (
     PASSES,
     Case,
     Sizes,
-    compile_case,
+    compile_attention,
     local_mesh,
     logits_gib,
     parse_mesh,
-    random_inputs,
-    refusal,
+    unsupported_reason,
     useful_flops,
 )
 from benchmarks.plot import plot_throughput, require_matplotlib
@@ -56,42 +66,70 @@ Table = Sequence[Mapping[str, Any]]
 def select(
     flags: argparse.Namespace, sizes: Sizes, meshes: Mapping[str, jax.sharding.Mesh]
 ) -> tuple[list[Case], list[str]]:
-    """The cases that can be timed, and for the others a line per reason."""
+    """Choose the cases that can be timed.
+
+    Args:
+      flags: the command line.
+      sizes: sizes of the run.
+      meshes: mesh by its text.
+
+    Returns:
+      The cases, and a line per reason why others are left out.
+    """
     cases: list[Case] = []
     left_out: dict[str, list[str]] = {}
     for mesh, dtype, seq_len, window, name in itertools.product(
         flags.meshes, flags.dtypes, flags.seq_lens, flags.windows, flags.implementations
     ):
         case = Case(mesh, seq_len, window, name, dtype, flags.passes[0])
-        logits = logits_gib(case, sizes)
-        if window is not None and window >= seq_len:
-            reason = "the window holds the whole stream, which is full attention"
-        elif window is None and seq_len > flags.full_to:
-            reason = f"full attention is timed up to --full-to {flags.full_to}"
-        elif name == "dense" and logits > flags.logits_gib:
-            reason = f"the logits of all queries and keys take {logits:.3g} GiB, --logits-gib is {flags.logits_gib:g}"
-        else:
-            reason = refusal(case, sizes, meshes[mesh])
+        reason = _reason_to_skip(case, flags, sizes, meshes[mesh])
         if reason:
-            where = left_out.setdefault(f"{name}, {dtype}, mesh {mesh}: {reason}", [])
-            where.append(f"{seq_len}, {window or 'full'}")
+            lengths = left_out.setdefault(f"{name}, {dtype}, mesh {mesh}: {reason}", [])
+            lengths.append(f"{seq_len}, {window or 'full'}")
         else:
             cases += [case._replace(pass_=pass_) for pass_ in flags.passes]
     return cases, [
-        f"{reason} (seq_len, window: {'; '.join(where)})"
-        for reason, where in left_out.items()
+        f"{reason} (seq_len, window: {'; '.join(lengths)})"
+        for reason, lengths in left_out.items()
     ]
 
 
+def _reason_to_skip(
+    case: Case, flags: argparse.Namespace, sizes: Sizes, mesh: jax.sharding.Mesh
+) -> str:
+    """Say why a case is not timed, or return ""."""
+    if case.window is not None and case.window >= case.seq_len:
+        return "the window holds the whole stream, which is full attention"
+    if case.window is None and case.seq_len > flags.full_to:
+        return f"full attention is timed up to --full-to {flags.full_to}"
+    spec = case.spec(sizes)
+    logits = logits_gib(spec)
+    if case.implementation == "dense" and logits > flags.logits_gib:
+        return (
+            f"the logits of all queries and keys take {logits:.3g} GiB, "
+            f"--logits-gib is {flags.logits_gib:g}"
+        )
+    return unsupported_reason(spec, case.implementation, mesh)
+
+
 def matmul_run(mesh: jax.sharding.Mesh, dtype: str, size: int) -> tuple[Run, float]:
-    """A product of two `[size, size]` matrices on every device of the mesh at once, and its operations."""
-    place = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+    """Compile a product of two `[size, size]` matrices on every device of a mesh.
+
+    Args:
+      mesh: the mesh.
+      dtype: of the matrices.
+      size: side of the matrices.
+
+    Returns:
+      The run, on all devices at once, and its FLOPs.
+    """
+    sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     a, b = (
         jax.device_put(
             jax.random.normal(
                 jax.random.key(seed), (mesh.size, size, size), jnp.dtype(dtype)
             ),
-            place,
+            sharding,
         )
         for seed in range(2)
     )
@@ -110,79 +148,102 @@ def measure(
     repeats: int,
     matmul: int,
 ) -> tuple[list[dict[str, Any]], Seconds]:
-    """A row for every case, and its seconds turn by turn."""
+    """Time all cases in turns.
+
+    Args:
+      cases: the cases.
+      sizes: sizes of the run.
+      meshes: mesh by its text.
+      repeats: turns of each case.
+      matmul: side of the matrices that measure the peak.
+
+    Returns:
+      A row for every case, and its seconds turn by turn.
+    """
+    # 1. The matrix product that measures the peak, per mesh and dtype.
     products = {
-        place: matmul_run(meshes[place[0]], place[1], matmul)
-        for place in dict.fromkeys((c.mesh, c.dtype) for c in cases)
+        (mesh, dtype): matmul_run(meshes[mesh], dtype, matmul)
+        for mesh, dtype in dict.fromkeys((case.mesh, case.dtype) for case in cases)
     }
-    distinct = {(*case[:2], case.dtype): case for case in cases}
-    inputs = {
-        made: random_inputs(case, sizes, meshes[case.mesh])
-        for made, case in distinct.items()
-    }
-    programs = {case: compile_case(case, sizes, meshes[case.mesh]) for case in cases}
-    runs: dict[tuple[Any, ...], Run] = {
-        place: run for place, (run, _) in products.items()
-    }
+    # 2. Inputs, shared by all cases of one mesh, length and dtype; and programs.
+    inputs = {}
+    programs = {}
+    for case in cases:
+        spec, mesh = case.spec(sizes), meshes[case.mesh]
+        shape = (case.mesh, case.seq_len, case.dtype)
+        if shape not in inputs:
+            inputs[shape] = spec.random_inputs(mesh)
+        programs[case] = compile_attention(spec, case.implementation, case.pass_, mesh)
+    # 3. All of them in turns.
+    runs: dict[tuple[Any, ...], Run] = {key: run for key, (run, _) in products.items()}
     for case, program in programs.items():
-        arguments = inputs[(*case[:2], case.dtype)]
-        runs[case] = functools.partial(
-            program, *arguments[: 3 if case.pass_ == "forward" else 4]
-        )
+        arrays = inputs[(case.mesh, case.seq_len, case.dtype)]
+        count = 3 if case.pass_ == "forward" else 4
+        runs[case] = functools.partial(program, *arrays[:count])
     seconds = take_turns(runs, repeats)
+    # 4. A row for each case.
     rows = []
     for case, program in programs.items():
-        place, took = (case.mesh, case.dtype), statistics.median(seconds[case])
-        speed, peak = (
-            useful_flops(case, sizes) / took,
-            products[place][1] / min(seconds[place]),
-        )
+        median = statistics.median(seconds[case])
+        _, product_flops = products[case.mesh, case.dtype]
+        peak = product_flops / min(seconds[case.mesh, case.dtype])
+        speed = useful_flops(case.spec(sizes), case.pass_) / median
+        memory = program.memory_analysis()
         rows.append(
             case.row()
             | {
-                "milliseconds": 1e3 * took,
+                "milliseconds": 1e3 * median,
                 "least_milliseconds": 1e3 * min(seconds[case]),
-                "tokens_per_second": sizes.batch * case.seq_len / took,
+                "tokens_per_second": sizes.batch * case.seq_len / median,
                 "tflops": speed / 1e12,
                 "peak_fraction": speed / peak,
-                "temporary_mib": memory.temp_size_in_bytes / 2**20
-                if (memory := program.memory_analysis())
-                else None,
+                "temporary_mib": memory and memory.temp_size_in_bytes / 2**20,
             }
         )
     return rows, {case: seconds[case] for case in cases}
 
 
 def speedups(seconds: Seconds) -> Table:
-    """How many times the time of dense attention is that of each other implementation; medians of ratios in a turn."""
-    return [
-        case.row() | {"dense / this": paired_ratio(dense, took)}
-        for case, took in seconds.items()
-        if case.implementation != "dense"
-        and (dense := seconds.get(case._replace(implementation="dense")))
-    ]
+    """Time of dense attention over that of each other implementation.
+
+    Medians of the ratios inside a turn.
+    """
+    rows = []
+    for case, times in seconds.items():
+        dense = seconds.get(case._replace(implementation="dense"))
+        if dense and case.implementation != "dense":
+            rows.append(case.row() | {"dense / this": paired_ratio(dense, times)})
+    return rows
 
 
 def growth(seconds: Seconds) -> Table:
-    """Time at four times the length over time at the length: 4 is linear, 16 quadratic."""
-    return [
-        case.row() | {"4 x seq_len / seq_len": paired_ratio(longer, took)}
-        for case, took in seconds.items()
-        if (longer := seconds.get(case._replace(seq_len=4 * case.seq_len)))
-    ]
+    """Time at four times the length over time at the length.
+
+    4 is linear, 16 quadratic.
+    """
+    rows = []
+    for case, times in seconds.items():
+        longer = seconds.get(case._replace(seq_len=4 * case.seq_len))
+        if longer:
+            ratio = paired_ratio(longer, times)
+            rows.append(case.row() | {"4 x seq_len / seq_len": ratio})
+    return rows
 
 
 def compare(
     before: Mapping[str, Any], params: Mapping[str, Any], rows: Table
 ) -> tuple[Table, list[str]]:
-    """Old milliseconds over new for rows with equal keys, and lines that name what has no partner or was set otherwise.
+    """Compare with an earlier run.
 
     Args:
-      before: what an earlier run wrote as JSON.
+      before: JSON of the earlier run.
       params: settings of this run.
       rows: rows of this run.
-    """
 
+    Returns:
+      Old milliseconds over new, for rows with equal keys; and lines that name settings
+      that differ and rows without a partner.
+    """
     names = tuple(rows[0])[: len(Case._fields)]
     old, new = (
         {tuple(row[name] for name in names): row["milliseconds"] for row in run}
@@ -190,8 +251,8 @@ def compare(
     )
     table = [
         dict(zip(names, key, strict=True))
-        | {"old, ms": old[key], "new, ms": took, "old / new": old[key] / took}
-        for key, took in new.items()
+        | {"old, ms": old[key], "new, ms": time, "old / new": old[key] / time}
+        for key, time in new.items()
         if key in old
     ]
     notes = [
@@ -211,43 +272,64 @@ def compare(
 def append_sections(
     stem: Path, tables: Mapping[str, Table], lists: Mapping[str, Sequence[str]]
 ) -> None:
-    """Adds tables and lists, each under its heading, to the Markdown page of a result; empty ones are left out."""
+    """Append sections to the Markdown page of a result; empty ones are left out.
+
+    Args:
+      stem: path of the result without its extension.
+      tables: heading -> rows of a table.
+      lists: heading -> entries of a list.
+    """
     page: list[str] = []
     for title, rows in tables.items():
-        page += ["", f"## {title}", "", markdown_table(rows)] if rows else []
-    for title, lines in lists.items():
-        page += (
-            ["", f"## {title}", "", *(f"- {line}" for line in lines)] if lines else []
-        )
-    with stem.with_name(stem.name + ".md").open("a") as file:
+        if rows:
+            page += ["", f"## {title}", "", markdown_table(rows)]
+    for title, entries in lists.items():
+        if entries:
+            page += ["", f"## {title}", "", *(f"- {entry}" for entry in entries)]
+    with _with_extension(stem, ".md").open("a") as file:
         file.writelines(f"{line}\n" for line in page)
 
 
+def _with_extension(stem: Path, extension: str) -> Path:
+    # Not `with_suffix`: the stem may hold a dot.
+    return stem.with_name(stem.name + extension)
+
+
 def bench_local(flags: argparse.Namespace, stem: Path, command: str) -> None:
-    """Times on local devices; writes the rows, their ratios and the picture."""
+    """Time on local devices; write the rows, their ratios and the picture.
+
+    Args:
+      flags: the command line.
+      stem: path of the result without its extension.
+      command: command that reproduces the run.
+    """
+    # 1. Everything that can fail, before the measurement.
     sizes = Sizes(flags.batch, flags.heads, flags.head_dim)
     meshes = {text: local_mesh(text, sizes) for text in flags.meshes}
     before = json.loads(flags.against.read_text()) if flags.against else None
     if not flags.no_png:
-        require_matplotlib()  # before the measurement, not after it
+        require_matplotlib()
     cases, left_out = select(flags, sizes, meshes)
     if not cases:
         raise InputError("no case can be timed: " + "; ".join(left_out))
+    # 2. Measure.
     rows, seconds = measure(
         cases, sizes, meshes, repeats=flags.repeats, matmul=flags.matmul
     )
+    # 3. Rows and settings. Two environment variables change times of a CPU.
     params = sizes._asdict() | {
         "turns": flags.repeats,
         "statistic": "median",
         "matmul": flags.matmul,
+        "device": jax.devices()[0].device_kind,
     }
-    params |= {"device": jax.devices()[0].device_kind}
     params |= {
         name: os.environ[name]
         for name in ("GLIBC_TUNABLES", "XLA_FLAGS")
         if name in os.environ
     }
     write_result(stem, rows, params, command, title="Attention throughput")
+    # 4. Ratios, which need the seconds of every turn.
     tables = {
         "Times faster than dense": speedups(seconds),
         "Time at four times the length: 4 is linear, 16 quadratic": growth(seconds),
@@ -259,16 +341,23 @@ def bench_local(flags: argparse.Namespace, stem: Path, command: str) -> None:
         stem, tables, {"Differences from the earlier run": notes, "Not timed": left_out}
     )
     if not flags.no_png:
-        plot_throughput(rows, stem.with_name(stem.name + ".png"))
+        plot_throughput(rows, _with_extension(stem, ".png"))
 
 
 def bench_topology(flags: argparse.Namespace, stem: Path, command: str) -> None:
-    """Compiles for a pod that need not be there and writes what each program takes."""
+    """Compile for a described pod, and write what each program takes.
+
+    Args:
+      flags: the command line.
+      stem: path of the result without its extension.
+      command: command that reproduces the run.
+    """
     from benchmarks.attention_topology import topology_rows  # loads the TPU compiler
 
     if flags.against:
         raise InputError(
-            "--against compares milliseconds, which --topology does not measure; leave one of them out"
+            "--against compares milliseconds, which --topology does not measure; "
+            "leave one of them out"
         )
     shapes = [parse_mesh(text) for text in flags.meshes]
     rows = [
@@ -285,89 +374,88 @@ def bench_topology(flags: argparse.Namespace, stem: Path, command: str) -> None:
             flags.slices,
         )
     ]
-    title = f"Attention compiled for {flags.slices} x {flags.topology}"
     write_result(
         stem,
         rows,
         {"topology": flags.topology, "slices": flags.slices},
         command,
-        title=title,
+        title=f"Attention compiled for {flags.slices} x {flags.topology}",
     )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line.
-
-    Raises:
-      InputError: an implementation that is not known, or a number below one.
-    """
-
-    def window(text: str) -> int | None:
-        return None if text in ("full", "0") else int(text)
-
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--meshes",
         nargs="+",
         default=["1x1x1"],
         help="devices along data x fsdp x tensor",
     )
-    parser.add_argument(
-        "--seq-lens", nargs="+", type=int, default=[512, 2048, 8192, 32768]
-    )
-    parser.add_argument(
+    add("--seq-lens", nargs="+", type=int, default=[512, 2048, 8192, 32768])
+    add(
         "--windows",
         nargs="+",
-        type=window,
+        type=parse_window,
         default=[64, 256, None],
-        help="keys seen; full or 0: all",
+        help="keys that a query sees; full or 0: all",
     )
-    parser.add_argument(
+    add(
         "--implementations",
         nargs="+",
         default=list(IMPLEMENTATIONS),
         help=", ".join(IMPLEMENTATIONS),
     )
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=10, help="turns of each variant")
-    parser.add_argument(
+    add("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
+    add("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    add("--batch", type=int, default=4)
+    add("--heads", type=int, default=4)
+    add("--head-dim", type=int, default=32)
+    add("--repeats", type=int, default=10, help="turns of each variant")
+    add(
         "--matmul",
         type=int,
         default=2048,
         help="side of the matrices that measure the peak",
     )
-    parser.add_argument(
+    add(
         "--logits-gib",
         type=float,
         default=2.0,
         help="dense is left out where its logits take more",
     )
-    parser.add_argument(
-        "--full-to", type=int, default=8192, help="longest seq_len of full attention"
-    )
-    parser.add_argument(
+    add("--full-to", type=int, default=8192, help="longest seq_len of full attention")
+    add(
         "--topology",
-        help="compile for this pod, as v5p:4x4x4, instead of timing; its own sizes",
+        help="compile for this pod, such as v5p:4x4x4, instead of timing; batch, heads "
+        "and head_dim are those of benchmarks.attention_topology",
     )
-    parser.add_argument("--slices", type=int, default=1, help="slices of the topology")
-    parser.add_argument(
+    add("--slices", type=int, default=1, help="slices of the topology")
+    add(
         "--out",
         type=Path,
         help="stem of the result files (default: in benchmarks/results)",
     )
-    parser.add_argument(
-        "--against", type=Path, help="JSON of an earlier run to compare with"
-    )
-    parser.add_argument(
-        "--no-png", action="store_true", help="no picture, which needs matplotlib"
-    )
-    flags = parser.parse_args(argv)
+    add("--against", type=Path, help="JSON of an earlier run to compare with")
+    add("--no-png", action="store_true", help="no picture, which needs matplotlib")
+    return parser
+
+
+def parse_window(text: str) -> int | None:
+    """Read a window; "full" or "0" is None."""
+    return None if text in ("full", "0") else int(text)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse and check the command line.
+
+    Raises:
+      InputError: an implementation that is not known, or a number below one.
+    """
+    flags = make_parser().parse_args(argv)
     for name in flags.implementations:
         if name not in IMPLEMENTATIONS:
             raise InputError(
@@ -384,40 +472,39 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "slices",
     ):
         value = getattr(flags, name)
-        if any(
-            number is not None and number < 1
-            for number in (value if isinstance(value, list) else [value])
-        ):
+        numbers = value if isinstance(value, list) else [value]
+        if any(number is not None and number < 1 for number in numbers):
             raise InputError(
-                f"--{name.replace('_', '-')} {value}: every number is at least 1"
+                f"--{name.replace('_', '-')} {value}: every number must be at least 1"
             )
     return flags
 
 
 def command_line(flags: argparse.Namespace) -> str:
-    """What reproduces the run, with every setting that its figures depend on."""
-    shape = ("batch", "heads", "head_dim", "repeats", "matmul", "logits_gib", "full_to")
+    """Write the command that reproduces the run, with every setting of its figures."""
     names = ("meshes", "seq_lens", "windows", "implementations", "dtypes", "passes")
+    if flags.topology:
+        names = ("topology", "slices", *names)
+    else:
+        shape = ("batch", "heads", "head_dim", "repeats", "matmul")
+        names = (*names, *shape, "logits_gib", "full_to")
     words = ["python -m benchmarks.attention"]
-    for name in ("topology", "slices", *names) if flags.topology else (*names, *shape):
+    for name in names:
         value = getattr(flags, name)
         values = value if isinstance(value, list) else [value]
-        words += [
-            f"--{name.replace('_', '-')}",
-            *("full" if value is None else f"{value}" for value in values),
-        ]
+        words.append(f"--{name.replace('_', '-')}")
+        words += ["full" if value is None else f"{value}" for value in values]
     return " ".join(words)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark, and print its page."""
     flags = parse(argv)
-    stem = flags.out or RESULTS / (
-        "attention_topology" if flags.topology else "attention"
-    )
-    (bench_topology if flags.topology else bench_local)(
-        flags, stem, command_line(flags)
-    )
-    print(stem.with_name(stem.name + ".md").read_text())
+    name = "attention_topology" if flags.topology else "attention"
+    stem = flags.out or RESULTS / name
+    bench = bench_topology if flags.topology else bench_local
+    bench(flags, stem, command_line(flags))
+    print(_with_extension(stem, ".md").read_text())
 
 
 if __name__ == "__main__":

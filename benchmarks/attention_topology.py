@@ -1,22 +1,23 @@
-"""Attention compiled for a pod that need not be there: memory, work and the least time, by mesh shape.
+"""Attention compiled for a described pod: memory, work and the least time, by mesh shape.
 
-python -m benchmarks.attention_topology --topology v5p:4x4x4
+    python -m benchmarks.attention_topology --topology v5p:4x4x4
 
-libtpu compiles each program as the pod would run it; nothing is run. The streams of a batch take `--tokens-per-chip`
-tokens a chip whatever their length. Streams lie over data and fsdp, heads over tensor, and attention exchanges nothing,
-so that mesh shapes differ by layout alone. Columns as in `benchmarks.attention`, less its times:
+libtpu compiles each program as the pod would run it; nothing is run. The streams of a
+batch take `--tokens-per-chip` tokens a chip whatever their length. Streams are split over
+data and fsdp, heads over tensor, and attention exchanges nothing, so that mesh shapes
+differ by layout alone. Columns are those of `benchmarks.attention`, less its times, and
 
-- `useful FLOPs`: 2 products forward and 5 backward over visible pairs; `tflops` and `peak_fraction` count these.
-- `flops_per_device`: what the program computes, XLA's count and in splash the tiles that it visits. XLA counts a loop
-  body once, so that at least the useful FLOPs are taken.
-- `roofline_ms`: the longest of compute, memory and network time at the chip's peak; no run is faster. So
-  `tokens_per_second`, `tflops` (all chips) and `peak_fraction` are upper bounds.
+- `flops_per_device`: FLOPs of the program: XLA's count, and in splash the tiles that it
+  visits. XLA counts the body of a loop once, so that at least the useful FLOPs are taken,
+  2 products forward and 5 backward over visible pairs.
+- `roofline_ms`: the longest of compute, memory and network time at the chip's peak. No
+  run is faster, so that `tokens_per_second`, `tflops` (of all chips) and `peak_fraction`
+  are upper bounds.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,30 +25,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from benchmarks.attention_cases import PASSES, compile_attention, useful_flops
+from benchmarks.attention_specs import AttentionSpec, causal_spec
 from benchmarks.report import run_script, write_result
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
-from tokenrec.ops.attention import IMPLEMENTATIONS, attention
-from tokenrec.ops.attention.pattern import causal_pattern
-from tokenrec.planner.attention_cost import (
-    BACKWARD_PRODUCTS,
-    FORWARD_PRODUCTS,
-    attention_bytes,
-    attention_flops,
-    visible_pairs,
-)
-from tokenrec.planner.compiled_program import program_figures
+from tokenrec.ops.attention import IMPLEMENTATIONS
+from tokenrec.planner.compile import report
 from tokenrec.planner.flops import Work, attention_work, implementation_of
-from tokenrec.planner.roofline import Roofline, chip
+from tokenrec.planner.roofline import Roofline, attention_bytes, chip
 from tokenrec.planner.topology import topology_mesh
-from tokenrec.sharding import RULES, batch_shards
+from tokenrec.sharding import batch_shards
 
 TOKENS_PER_CHIP = 32_768
 HEADS, HEAD_DIM = 8, 64
 MESHES = ((64, 1, 1), (1, 64, 1), (16, 1, 4), (8, 1, 8))
-PASSES = ("forward", "forward_backward")
 
 
 def topology_rows(
@@ -64,39 +57,53 @@ def topology_rows(
     heads: int = HEADS,
     head_dim: int = HEAD_DIM,
 ) -> Iterator[dict[str, Any]]:
-    """A row for every mesh, length, window, implementation and pass; plain causal order.
+    """Yield a row for every mesh, length, window, implementation and pass.
 
-    A row that cannot be made has `problem` and no figures: an implementation that refuses, or a program that does not
-    fit. Windows as long as the stream are left out: they are full attention.
+    The order is plain causal. A row that cannot be made has `problem` and no figures: the
+    implementation does not serve it, or the program does not fit. Windows as long as the
+    stream are left out: they are full attention.
 
     Args:
-      mesh_shapes: (data, fsdp, tensor).
-      windows: None is full.
-      slices: of the topology.
+      topology: name of the pod, such as "v5p:4x4x4".
+      mesh_shapes: devices along (data, fsdp, tensor).
+      seq_lens: S.
+      windows: keys that a query sees; None: full.
+      implementations: keys of `IMPLEMENTATIONS`.
+      dtype: of queries, keys and values.
+      passes: of `PASSES`.
+      slices: slices of the topology.
+      tokens_per_chip: tokens of a batch per chip.
+      heads: H.
+      head_dim: h.
 
     Raises:
-      InputError: the topology or a mesh shape is wrong, or heads or batch do not divide over it.
+      InputError: the topology or a mesh shape is wrong, or heads do not divide over it.
     """
     for shape in mesh_shapes:
         mesh = topology_mesh(topology, MeshConfig(*shape), slices)
+        if heads % mesh.shape["tensor"]:
+            raise InputError(
+                f"heads={heads} do not divide over mesh.tensor={shape[2]}; "
+                "use a multiple"
+            )
         for seq_len in seq_lens:
             # At least one stream a chip, so that every mesh shape has the same batch.
             batch = mesh.size * max(tokens_per_chip // seq_len, 1)
-            if heads % mesh.shape["tensor"]:
-                raise InputError(
-                    f"heads={heads} do not divide over mesh.tensor={shape[2]}; take a multiple"
+            for window in windows:
+                if window is not None and window >= seq_len:
+                    continue
+                spec = causal_spec(
+                    seq_len,
+                    seq_len,
+                    window,
+                    batch=batch,
+                    heads=heads,
+                    head_dim=head_dim,
+                    dtype=dtype,
                 )
-            array = jax.ShapeDtypeStruct(
-                (batch, seq_len, heads, head_dim),
-                jnp.dtype(dtype),
-                sharding=jax.NamedSharding(mesh, RULES("batch", None, "heads", None)),
-            )
-            for window in (
-                window for window in windows if window is None or window < seq_len
-            ):
                 for name in implementations:
                     for pass_ in passes:
-                        case = {
+                        columns = {
                             "mesh": "x".join(map(str, shape)),
                             "seq_len": seq_len,
                             "window": window or "full",
@@ -105,110 +112,91 @@ def topology_rows(
                             "pass": pass_,
                             "streams per shard": batch // batch_shards(mesh),
                         }
-                        yield case | _figures(
-                            mesh,
-                            array,
-                            window,
-                            name,
-                            backward=pass_ == "forward_backward",
-                        )
+                        yield columns | _figures(mesh, spec, name, pass_)
 
 
 def _figures(
-    mesh: jax.sharding.Mesh,
-    array: jax.ShapeDtypeStruct,
-    window: int | None,
-    name: str,
-    *,
-    backward: bool,
+    mesh: jax.sharding.Mesh, spec: AttentionSpec, name: str, pass_: str
 ) -> dict[str, Any]:
-    batch, seq_len, heads, head_dim = array.shape
-    pattern = causal_pattern(seq_len, seq_len)
+    """Compile one program, and compute its columns; `{"problem": ...}` if it has none."""
+    q, k, _, _ = spec.arrays(mesh)
     try:
         with jax.set_mesh(mesh):
             implementation_of(
-                array.shape, array.shape, window, pattern, array.dtype, name
+                q.shape, k.shape, spec.window, spec.pattern, q.dtype, name
             )
-        compiled = _compile(mesh, array, window, name, backward=backward)
+        compiled = compile_attention(spec, name, pass_, mesh)
     except InputError as error:
         return {"problem": str(error)}
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"problem": str(error).partition("\n")[0]}
-    sizes = {
-        "batch": batch,
-        "heads": heads,
-        "head_dim": head_dim,
-        "itemsize": array.dtype.itemsize,
-    }
-    work = attention_work(name, pattern, window, **sizes, backward=backward)
-    products = FORWARD_PRODUCTS + (BACKWARD_PRODUCTS if backward else 0)
-    pairs = visible_pairs(pattern, window)
-    work = work._replace(
-        model_flops=batch * attention_flops(pairs, heads, head_dim, products)
+    work = attention_work(
+        name,
+        spec.pattern,
+        spec.window,
+        batch=spec.batch,
+        heads=spec.heads,
+        head_dim=spec.head_dim,
+        itemsize=q.dtype.itemsize,
+        backward=pass_ == "forward_backward",
     )
-    return _bounded(
-        program_figures(compiled, mesh, work), mesh, work, array, backward=backward
-    )
+    # Useful work counts the products of a backward pass that forms the logits again.
+    work = work._replace(model_flops=useful_flops(spec, pass_))
+    return _bounds(report(compiled, mesh, work), mesh, work, spec, pass_)
 
 
-def _compile(
-    mesh: jax.sharding.Mesh,
-    array: jax.ShapeDtypeStruct,
-    window: int | None,
-    name: str,
-    *,
-    backward: bool,
-) -> jax.stages.Compiled:
-    attend = functools.partial(attention, window=window, implementation=name)
-
-    def forward_backward(
-        q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        out, pull = jax.vjp(attend, q, k, v)
-        return out, *pull(gradient)
-
-    with jax.set_mesh(mesh):
-        if backward:
-            return jax.jit(forward_backward).lower(*[array] * 4).compile()
-        return jax.jit(attend).lower(*[array] * 3).compile()
-
-
-def _bounded(
-    found: dict[str, Any],
+def _bounds(
+    program: dict[str, Any],
     mesh: jax.sharding.Mesh,
     work: Work,
-    array: jax.ShapeDtypeStruct,
-    *,
-    backward: bool,
+    spec: AttentionSpec,
+    pass_: str,
 ) -> dict[str, Any]:
-    batch, seq_len, heads, head_dim = array.shape
-    of, useful = chip(found["device_kind"]), work.model_flops / mesh.size
-    least = sum(
+    """Bound the time of a program from what its report counts.
+
+    Args:
+      program: the planner's report of the compiled program.
+      mesh: the mesh.
+      work: FLOPs over all devices.
+      spec: the arguments.
+      pass_: "forward" or "forward_backward".
+    """
+    chip_figures = chip(program["device_kind"])
+    useful = work.model_flops / mesh.size
+    itemsize = spec.arrays()[0].dtype.itemsize
+    least_bytes = sum(
         attention_bytes(
-            seq_len, seq_len, heads, head_dim, array.dtype.itemsize, backward=part
+            spec.queries,
+            spec.keys,
+            spec.heads,
+            spec.head_dim,
+            itemsize,
+            backward=backward,
         )
-        for part in ((False, True) if backward else (False,))
+        for backward in ((False, True) if pass_ == "forward_backward" else (False,))
     )
-    flops = max(found["flops"], useful)
-    accessed = max(found["bytes_accessed"], batch * least / mesh.size)
+    flops = max(program["flops"], useful)
+    accessed = max(program["bytes_accessed"], spec.batch * least_bytes / mesh.size)
     roofline = Roofline(
-        flops / of.flops, accessed / of.hbm_bandwidth, found["roofline"].network_seconds
+        flops / chip_figures.flops,
+        accessed / chip_figures.hbm_bandwidth,
+        program["roofline"].network_seconds,
     )
     return {
-        "bytes_per_device": found["bytes"]["total"],
-        "headroom": found["headroom"],
+        "bytes_per_device": program["bytes"]["total"],
+        "headroom": program["headroom"],
         "flops_per_device": flops,
-        "collective_bytes": _listed(found["collective_bytes"]),
+        "collective_bytes": _listed(program["collective_bytes"]),
         "roofline_ms": 1e3 * roofline.bound,
         "compute_ms": 1e3 * roofline.compute_seconds,
         "memory_ms": 1e3 * roofline.memory_seconds,
         "network_ms": 1e3 * roofline.network_seconds,
         "limit": roofline.limit,
-        "tokens_per_second": batch * seq_len / roofline.bound,
+        "tokens_per_second": spec.batch * spec.queries / roofline.bound,
         "tflops": work.model_flops / roofline.bound / 1e12,
-        "peak_fraction": roofline.mfu_bound(useful, of),
+        "peak_fraction": roofline.mfu_bound(useful, chip_figures),
     }
 
 
@@ -216,101 +204,112 @@ def _listed(amounts: dict[str, int]) -> str:
     return ", ".join(f"{name} {amount:,}" for name, amount in amounts.items()) or "none"
 
 
-def _window(text: str) -> int | None:
+def _parse_window(text: str) -> int | None:
     return None if text == "full" else int(text)
 
 
-def _mesh_shape(text: str) -> tuple[int, int, int]:
+def _parse_mesh_shape(text: str) -> tuple[int, int, int]:
     data, fsdp, tensor = map(int, text.split("x"))
     return data, fsdp, tensor
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--topology", default="v5p:4x4x4", help="of each slice")
-    parser.add_argument("--slices", type=int, default=1)
-    parser.add_argument(
+    add = parser.add_argument
+    add("--topology", default="v5p:4x4x4", help="topology of each slice")
+    add("--slices", type=int, default=1)
+    add(
         "--meshes",
         nargs="+",
-        type=_mesh_shape,
+        type=_parse_mesh_shape,
         default=list(MESHES),
-        help="data x fsdp x tensor",
+        help="devices along data x fsdp x tensor",
     )
-    parser.add_argument("--seq-lens", nargs="+", type=int, default=[2048, 8192, 32768])
-    parser.add_argument(
+    add("--seq-lens", nargs="+", type=int, default=[2048, 8192, 32768])
+    add(
         "--windows",
         nargs="+",
-        type=_window,
+        type=_parse_window,
         default=[256, None],
-        help="keys seen; full: all",
+        help="keys that a query sees; full: all",
     )
-    preferred = [name for name in ("splash", "dense") if name in IMPLEMENTATIONS]
-    parser.add_argument(
-        "--implementations", nargs="+", default=preferred, choices=list(IMPLEMENTATIONS)
+    add(
+        "--implementations",
+        nargs="+",
+        default=["splash", "dense"],
+        choices=list(IMPLEMENTATIONS),
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--passes", nargs="+", default=list(PASSES), choices=PASSES)
-    parser.add_argument("--tokens-per-chip", type=int, default=TOKENS_PER_CHIP)
-    parser.add_argument("--heads", type=int, default=HEADS)
-    parser.add_argument("--head-dim", type=int, default=HEAD_DIM)
-    parser.add_argument(
+    add("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    add("--passes", nargs="+", default=list(PASSES), choices=PASSES)
+    add("--tokens-per-chip", type=int, default=TOKENS_PER_CHIP)
+    add("--heads", type=int, default=HEADS)
+    add("--head-dim", type=int, default=HEAD_DIM)
+    add(
         "--out",
         type=Path,
         help="stem of the result files (default: in benchmarks/results)",
     )
-    flags = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Compile every program, and write and print the page."""
+    flags = make_parser().parse_args()
+    if any(math.prod(shape) != math.prod(flags.meshes[0]) for shape in flags.meshes):
+        raise InputError("--meshes must all have as many devices as the topology")
     sizes = {
         name: getattr(flags, name) for name in ("tokens_per_chip", "heads", "head_dim")
     }
-    given = (
+    rows = []
+    for row in topology_rows(
+        flags.topology,
+        flags.meshes,
         flags.seq_lens,
         flags.windows,
         flags.implementations,
         flags.dtype,
         flags.passes,
         flags.slices,
-    )
-    if any(math.prod(shape) != math.prod(flags.meshes[0]) for shape in flags.meshes):
-        raise InputError("--meshes: all must have as many devices as the topology")
-    rows = []
-    for row in topology_rows(flags.topology, flags.meshes, *given, **sizes):
+        **sizes,
+    ):
         rows.append(row)
+        # Progress: a row takes seconds to minutes.
         print(row, file=sys.stderr)
-    name = (
-        "attention_"
-        + flags.topology.replace(":", "_")
-        + (f"_{flags.slices}_slices" if flags.slices > 1 else "")
-    )
+    name = f"attention_{flags.topology.replace(':', '_')}"
+    if flags.slices > 1:
+        name += f"_{flags.slices}_slices"
     stem = flags.out or Path(__file__).parent / "results" / name
-    params = {"topology": flags.topology, "slices": flags.slices} | sizes
-    title = f"Attention compiled for {flags.slices} x {flags.topology}: bounds, nothing was run"
-    packages = ("tokenrec", "jax", "jaxlib", "libtpu", "flax")
     write_result(
         stem,
         rows,
-        params,
-        "python -m " + " ".join(_command(flags)),
-        title=title,
-        packages=packages,
+        {"topology": flags.topology, "slices": flags.slices} | sizes,
+        command_line(flags),
+        title=(
+            f"Attention compiled for {flags.slices} x {flags.topology}: bounds, "
+            "nothing was run"
+        ),
+        packages=("tokenrec", "jax", "jaxlib", "libtpu", "flax"),
     )
     print(stem.with_name(stem.name + ".md").read_text())
 
 
-def _command(flags: argparse.Namespace) -> Iterator[str]:
-    yield "benchmarks.attention_topology"
+def command_line(flags: argparse.Namespace) -> str:
+    """Write the command that reproduces the run."""
+    words = ["python -m benchmarks.attention_topology"]
     for name, value in vars(flags).items():
         if name != "out":
-            yield "--" + name.replace("_", "-")
-            for one in value if isinstance(value, list) else [value]:
-                yield (
-                    "full"
-                    if one is None
-                    else "x".join(map(str, one))
-                    if isinstance(one, tuple)
-                    else str(one)
-                )
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(_as_word, values)]
+    return " ".join(words)
+
+
+def _as_word(value: Any) -> str:
+    if value is None:
+        return "full"
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import run_script, write_result
-from benchmarks.step import stream_schema
+from benchmarks.step_cases import stream_schema
 from tokenrec.config import Config, MeshConfig
 from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.data.metadata import METADATA_FILE, Metadata

@@ -1,79 +1,163 @@
-"""Pictures of benchmark results; matplotlib is optional and loaded when a picture is drawn."""
+"""Draw results of `benchmarks.attention`, in the style of the study report.
+
+    python -m benchmarks.plot                                  # benchmarks/results/attention
+    python -m benchmarks.plot benchmarks/results/attention.json another.json
+
+Each JSON file is drawn to a PNG of its name beside it; nothing is measured again.
+matplotlib is optional (extra `bench`), and loaded when a picture is drawn.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from benchmarks.report import run_script
+from tokenrec.analysis.figure_style import (
+    Style,
+    assign_styles,
+    figure_defaults,
+    lay_out,
+    make_panels,
+    to_png,
+)
 from tokenrec.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Lines of the first, second, ... window, as matplotlib takes them.
+WINDOW_LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
+PANEL_HEIGHT = 3.6  # inches
+PASS_NAMES = {"forward": "forward", "forward_backward": "forward and backward"}
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 def require_matplotlib() -> None:
-    """Raises InputError where matplotlib is not installed."""
+    """Raise InputError if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError(
-            "a picture needs matplotlib, which is not installed; pip install 'tokenrec[bench]', or pass --no-png"
+            "a picture needs matplotlib, which is not installed; "
+            "pip install 'tokenrec[bench]', or pass --no-png"
         )
 
 
-def plot_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes tokens a second against length, both logarithmic: a panel per mesh, dtype and pass.
+def line_label(row: Mapping[str, Any]) -> str:
+    """Name the line of a row: implementation and window."""
+    window = row["window"]
+    return f"{row['implementation']}, " + (
+        "full" if window == "full" else f"window {window}"
+    )
 
-    A colour is an implementation and a line style is a window.
+
+def line_styles(rows: Rows) -> dict[str, Style]:
+    """Label -> style: a colour and marker per implementation, a line per window."""
+    by_name = assign_styles(row["implementation"] for row in rows)
+    windows = list(dict.fromkeys(row["window"] for row in rows))
+    styles = {}
+    # By window, then by implementation: a legend fills its columns first.
+    for row in sorted(rows, key=lambda row: windows.index(row["window"])):
+        number = windows.index(row["window"])
+        line = WINDOW_LINES[number % len(WINDOW_LINES)]
+        styles[line_label(row)] = by_name[row["implementation"]]._replace(line=line)
+    return styles
+
+
+def plot_throughput(rows: Rows, path: Path) -> None:
+    """Draw tokens a second against length, both logarithmic.
+
+    There is a panel for every mesh, dtype and pass.
+
+    Args:
+      rows: rows of a result of `benchmarks.attention`.
+      path: the PNG file.
+
+    Raises:
+      InputError: matplotlib is not installed.
     """
     require_matplotlib()
-    from matplotlib.figure import Figure  # no pyplot: it holds every figure in a global
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        title = f"{PASS_NAMES[row['pass']]}, {row['dtype']}, mesh {row['mesh']}"
+        panels.setdefault(title, []).append(row)
+    styles = line_styles(rows)
+    lengths = sorted({row["seq_len"] for row in rows})
+    with figure_defaults():
+        figure, axes = make_panels(
+            panels, PANEL_HEIGHT, across=2, sharex=True, sharey=True
+        )
+        for ax, panel in zip(axes, panels.values(), strict=True):
+            _draw_panel(ax, panel, styles, lengths)
+        axes[0].set_ylabel("tokens / second")
+        _add_legend(figure, styles, columns=len({row["window"] for row in rows}))
+        lay_out(figure)
+        path.write_bytes(to_png(figure))
 
-    panels = list(
-        dict.fromkeys((row["mesh"], row["dtype"], row["pass"]) for row in rows)
+
+def _draw_panel(
+    ax: Axes, rows: Rows, styles: Mapping[str, Style], lengths: Sequence[int]
+) -> None:
+    """Draw the lines of one panel.
+
+    Args:
+      ax: the panel.
+      rows: its rows.
+      styles: label -> style.
+      lengths: lengths of all panels, the ticks of the axis.
+    """
+    from matplotlib.ticker import LogLocator
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        point = row["seq_len"], row["tokens_per_second"]
+        lines.setdefault(line_label(row), []).append(point)
+    for label, points in lines.items():
+        x, y = zip(*sorted(points), strict=True)
+        ax.plot(x, y, markersize=5, **styles[label].of_line())
+    ax.set(xscale="log", yscale="log", xlabel="sequence length, tokens")
+    ax.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    # Not the default powers of ten: the style does not parse mathematics.
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    ax.minorticks_off()
+
+
+def _add_legend(figure: Figure, styles: Mapping[str, Style], columns: int) -> None:
+    """Add one legend below all panels, with a column for every window."""
+    from matplotlib.lines import Line2D
+
+    keys = [
+        Line2D([], [], label=label, markersize=5, **style.of_line())
+        for label, style in styles.items()
+    ]
+    figure.legend(
+        handles=keys, loc="outside lower center", ncols=columns, handlelength=3.2
     )
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
-    windows = list(dict.fromkeys(row["window"] for row in rows))
-    across = min(2, len(panels))
-    down = -(-len(panels) // across)
-    figure = Figure(figsize=(5.5 * across, 4 * down), layout="constrained")
-    axes = figure.subplots(
-        down, across, squeeze=False, sharex=True, sharey=True
-    ).ravel()
-    for panel, ax in zip(panels, axes, strict=False):
-        for name in names:
-            for window in windows:
-                line = [
-                    (row["seq_len"], row["tokens_per_second"])
-                    for row in rows
-                    if (row["mesh"], row["dtype"], row["pass"]) == panel
-                    and (row["implementation"], row["window"]) == (name, window)
-                ]
-                if line:
-                    lengths, speeds = zip(*sorted(line), strict=True)
-                    style = ("-", "--", ":", "-.")[windows.index(window) % 4]
-                    label = (
-                        f"{name}, {'full' if window == 'full' else f'window {window}'}"
-                    )
-                    ax.plot(
-                        lengths,
-                        speeds,
-                        style,
-                        marker="o",
-                        color=f"C{names.index(name)}",
-                        label=label,
-                    )
-        ax.set(
-            xscale="log",
-            yscale="log",
-            xlabel="seq_len",
-            ylabel="tokens / second",
-            title=", ".join(panel),
-        )
-        ax.set_xticks(
-            sorted({row["seq_len"] for row in rows}),
-            labels=sorted({row["seq_len"] for row in rows}),
-        )
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-        ax.legend(fontsize="small")
-    for ax in axes[len(panels) :]:
-        ax.remove()
-    figure.savefig(path, dpi=120)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw the results that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "results",
+        nargs="*",
+        type=Path,
+        default=[Path(__file__).parent / "results" / "attention.json"],
+        help="JSON files of benchmarks.attention",
+    )
+    for path in parser.parse_args(argv).results:
+        picture = path.with_suffix(".png")
+        plot_throughput(json.loads(path.read_text())["rows"], picture)
+        print(picture)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,36 +1,40 @@
 """Time of the compiled train and eval steps on generated batches.
 
-python -m benchmarks.step --tables     # the same step over tables of 10 thousand to 10 million rows
-python -m benchmarks.step              # samples a second of streams like KuaiRand's
-python -m benchmarks.step --long       # streams of 500 events: attention in tiles against dense masks
+    python -m benchmarks.step              # samples a second of streams like KuaiRand's
+    python -m benchmarks.step --long       # streams of 500 events: tiles and dense masks
+    python -m benchmarks.step --tables     # tables of 10 thousand to 10 million rows
 
-All variants take turns within one run, so that load on the machine falls on each alike and their ratios hold. Every
-turn trains on another batch: the rows of a batch seen before would wait in the processor's caches. Ids are uniform over
-their table, which is harder on the caches than any log. `--tables` needs 5 GB of memory. Two or three minutes each.
+All variants take turns within one run, so that load on the machine falls on each alike
+and their ratios hold. Every turn trains on another batch. Ids are uniform over their
+table, which is harder on the caches than any log. `--tables` needs 5 GB of memory. Two or
+three minutes each.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.report import write_result
+from benchmarks.step_cases import (
+    POOL,
+    TABLE_WIDTH,
+    long_cases,
+    step_runs,
+    stream_cases,
+    stream_schema,
+    table_case,
+)
 from benchmarks.timing import Run, paired_ratio, take_turns
-from tokenrec.config import Config, DataConfig, MeshConfig, ModelConfig, TokensConfig
-from tokenrec.config.validate import validate
-from tokenrec.data.batch import Batch, Signals
-from tokenrec.data.schema import Feature, Schema, Task, columns
-from tokenrec.evaluation.evaluate import jit_eval_step
+from tokenrec.config import Config, MeshConfig
 from tokenrec.ops.tables.lookup import (
     RowsState,
     expand_rows,
@@ -38,148 +42,76 @@ from tokenrec.ops.tables.lookup import (
     unique_ids,
     update_rows,
 )
-from tokenrec.sharding import make_mesh, to_devices
-from tokenrec.state import build_model, init_state
-from tokenrec.step import train_step
+from tokenrec.sharding import make_mesh
 
 TABLE_ROWS = (10_000, 100_000, 1_000_000, 10_000_000)
-TABLE_WIDTH = 16
-POOL = 8  # batches or lists of ids that a variant goes through
-
-
-def random_signals(
-    features: Sequence[Feature],
-    tables: dict[str, int],
-    lead: tuple[int, ...],
-    random: np.random.Generator,
-) -> Signals:
-    """Uniform ids and normal dense values, in the columns that the features have."""
-    place = columns(features)
-    ids = np.zeros((*lead, place.ids_width), np.int32)
-    for feature in features:
-        if feature.is_integer:
-            at = slice(*place.ids[feature.name])
-            ids[..., at] = random.integers(
-                0, tables[feature.table_name], (*lead, feature.length)
-            )
-    return Signals(
-        ids, random.normal(size=(*lead, place.dense_width)).astype(np.float32)
-    )
-
-
-def random_batch(config: Config, schema: Schema, random: np.random.Generator) -> Batch:
-    """Full histories; every label is known."""
-    size, events = config.data.batch_size, config.data.events
-    read = events if config.data.paradigm == "uc" else config.data.candidates
-    draw = functools.partial(random_signals, tables=schema.tables, random=random)
-    return Batch(
-        user=draw(schema.group("user"), lead=(size,)),
-        state=draw(schema.state, lead=(size, events)),
-        action=draw(schema.group("action"), lead=(size, events)),
-        valid=np.ones((size, events), bool),
-        target=None
-        if config.data.paradigm == "uc"
-        else draw(schema.state, lead=(size, read)),
-        labels=random.integers(0, 2, (size, read, len(schema.tasks))).astype(np.int8),
-        weight=np.ones((size, read), np.float32),
-    )
-
-
-def step_runs(config: Config, schema: Schema) -> tuple[Run, Run]:
-    """A train step and an eval step, compiled as `train` compiles them; both own one state, which training changes."""
-    model = build_model(
-        validate(config), schema, tuple(task.name for task in schema.tasks)
-    )
-    train_fn = jax.jit(train_step, static_argnums=0, donate_argnums=1)
-    eval_fn = jit_eval_step(model)
-    random = np.random.default_rng(0)
-    mesh = jax.sharding.get_mesh()
-    batches = itertools.cycle(
-        [to_devices(random_batch(config, schema, random), mesh) for _ in range(POOL)]
-    )
-    state = init_state(model, 0)
-
-    def train_run() -> Any:
-        nonlocal state
-        state, metrics = train_fn(model, state, next(batches))
-        return state, metrics
-
-    return train_run, lambda: eval_fn(state, next(batches))
-
-
-def table_case(rows: int) -> tuple[Config, Schema]:
-    """A small model that looks up 20,736 items a step in a table of so many rows."""
-    features = (
-        Feature("item", "categorical", "item"),
-        Feature("watched", "dense", "action"),
-    )
-    config = Config(
-        data=DataConfig(path="-", events=80, batch_size=256),
-        tokens=TokensConfig(embedding_dim=TABLE_WIDTH, fused=True),
-        model=ModelConfig(width=32, heads=2, layers=2, windows=(16, 8)),
-    )
-    return config, Schema(features, (Task("click"),), {"item": rows})
 
 
 def lookup_runs(rows: int, ids: int, *, dense: bool) -> Run:
-    """The part of a step that touches the table: look up `ids` uniform ids, differentiate, update.
+    """The part of a step that touches the table: look up, differentiate, update.
 
-    Row-wise AdaGrad of the rows looked up, or (`dense`) the same equation on the gradient of the whole table.
+    Args:
+      rows: rows of the table.
+      ids: uniform ids that a step looks up.
+      dense: update by the gradient of the whole table, by the same equation; otherwise
+        row-wise AdaGrad of the rows that were looked up.
     """
 
-    def loss(values: jax.Array, target: jax.Array) -> jax.Array:
-        return jnp.sum(values * target)
+    def loss(vectors: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.sum(vectors * target)
 
-    def by_row(
-        table: jax.Array, total: jax.Array, wanted: jax.Array, target: jax.Array
+    def update_by_row(
+        table: jax.Array, sums: jax.Array, step_ids: jax.Array, target: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        unique = unique_ids(wanted, rows)
+        unique = unique_ids(step_ids, rows)
         gradient = jax.grad(
-            lambda some: loss(expand_rows(some, unique.inverse), target)
+            lambda distinct: loss(expand_rows(distinct, unique.inverse), target)
         )
-        found = gradient(gather_rows(table, unique.ids))
-        rate, finite = jnp.float32(0.05), jnp.bool_(True)
         table, state = update_rows(
             table,
-            RowsState(total),
+            RowsState(sums),
             unique.ids,
-            found,
-            rate=rate,
+            gradient(gather_rows(table, unique.ids)),
+            rate=jnp.float32(0.05),
             decay=0.0,
-            apply=finite,
+            apply=jnp.bool_(True),
         )
         return table, state.sum
 
-    def whole(
-        table: jax.Array, total: jax.Array, wanted: jax.Array, target: jax.Array
+    def update_whole(
+        table: jax.Array, sums: jax.Array, step_ids: jax.Array, target: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        gradient = jax.grad(lambda every: loss(expand_rows(every, wanted), target))(
+        gradient = jax.grad(lambda table: loss(expand_rows(table, step_ids), target))(
             table
         )
-        total = total + jnp.mean(jnp.square(gradient), axis=-1)
-        return table - 0.05 * gradient / (jnp.sqrt(total)[:, None] + 1e-8), total
+        sums = sums + jnp.mean(jnp.square(gradient), axis=-1)
+        return table - 0.05 * gradient / (jnp.sqrt(sums)[:, None] + 1e-8), sums
 
-    step = jax.jit(whole if dense else by_row, donate_argnums=(0, 1))
+    step = jax.jit(update_whole if dense else update_by_row, donate_argnums=(0, 1))
     random = np.random.default_rng(0)
-    wanted = itertools.cycle(
+    pool = itertools.cycle(
         [
             jnp.asarray(random.integers(0, rows, ids, dtype=np.int32))
             for _ in range(POOL)
         ]
     )
     target = jnp.asarray(random.normal(size=(ids, TABLE_WIDTH)).astype(np.float32))
-    held = jax.random.normal(jax.random.key(0), (rows, TABLE_WIDTH)), jnp.zeros((rows,))
+    table = jax.random.normal(jax.random.key(0), (rows, TABLE_WIDTH))
+    state = table, jnp.zeros((rows,))
 
     def run() -> Any:
-        nonlocal held
-        held = step(*held, next(wanted), target)
-        return held
+        nonlocal state
+        state = step(*state, next(pool), target)
+        return state
 
     return run
 
 
 def bench_tables(repeats: int) -> Iterator[dict[str, Any]]:
-    """Whole step and its table part by rows of the table, and the dense gradient at most rows."""
+    """Time the whole step, and its table part, by rows of the table.
+
+    The update by a dense gradient is timed at most rows.
+    """
     config, _ = table_case(TABLE_ROWS[0])
     ids = config.data.batch_size * (config.data.events + config.data.candidates)
     runs: dict[str, Run] = {}
@@ -205,79 +137,13 @@ def bench_tables(repeats: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def stream_schema() -> Schema:
-    """26 user fields, 10 of item and context and 3 of the action, all categorical, with tables as KuaiRand-Pure's."""
-    sizes = {
-        "item_0": 7_583,
-        "item_1": 6_500,
-        "item_2": 4_000,
-    }  # video, author, music; the others are small
-    named = [
-        (f"{entity}_{i}", entity)
-        for entity, n in (("user", 26), ("item", 8), ("context", 2), ("action", 3))
-        for i in range(n)
-    ]
-    features = tuple(Feature(name, "categorical", entity) for name, entity in named)  # type: ignore[arg-type]
-    return Schema(
-        features,
-        (Task("click"), Task("long_view")),
-        {name: sizes.get(name, 50) for name, _ in named},
-    )
-
-
-def variant(config: Config, **model: Any) -> Config:
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
-
-
-def stream_cases() -> dict[str, Config]:
-    """NIO and UC at the sizes of the peers' benchmark: 2 full and 2 sliding layers of width 64."""
-    nio = Config(
-        data=DataConfig(path="-", events=50, batch_size=256),
-        tokens=TokensConfig(fused=True),
-        model=ModelConfig(width=64, layers=4, windows=(32, 16)),
-    )
-    uc = Config(
-        data=DataConfig(path="-", paradigm="uc", events=64, overlap=32, batch_size=64),
-        tokens=TokensConfig(user_tokens=4),
-        model=nio.model,
-    )
-
-    return {
-        "NIO, 2 full + 2 sliding": nio,
-        "NIO, 2 full + 2 sliding, every row": variant(nio, needed_rows=False),
-        "NIO, 4 full": variant(nio, windows=()),
-        "NIO, 4 full, every row": variant(nio, windows=(), needed_rows=False),
-        "UC, 2 full + 2 sliding": uc,
-        "UC, 4 full": variant(uc, windows=()),
-    }
-
-
-def long_cases() -> dict[str, Config]:
-    """30 user tokens, 500 events of two tokens each, 2 full and 2 sliding layers of width 64."""
-    nio = Config(
-        data=DataConfig(path="-", events=500, batch_size=8),
-        tokens=TokensConfig(user_tokens=30),
-        model=ModelConfig(width=64, layers=4, windows=(32, 16)),
-    )
-    uc = dataclasses.replace(
-        nio,
-        data=DataConfig(path="-", paradigm="uc", events=500, overlap=250, batch_size=8),
-    )
-    return {
-        "NIO, dense masks, every row": variant(
-            nio, attention="dense", needed_rows=False
-        ),
-        "NIO, dense masks, needed rows": variant(nio, attention="dense"),
-        "NIO, tiles, every row": variant(nio, needed_rows=False),
-        "NIO, tiles, needed rows": nio,
-        "NIO, tiles, needed rows, 4 full": variant(nio, windows=()),
-        "UC, dense masks, every row": variant(uc, attention="dense", needed_rows=False),
-        "UC, tiles, needed rows": uc,
-    }
-
-
 def bench_streams(cases: dict[str, Config], repeats: int) -> Iterator[dict[str, Any]]:
-    """Rows with a label that a second of training and of evaluation takes in; in NIO that is samples."""
+    """Time train and eval steps, in tokens with a label a second; in NIO that is samples.
+
+    Args:
+      cases: name -> config; ratios are to the first one.
+      repeats: turns of each.
+    """
     schema = stream_schema()
     runs: dict[str, Run] = {}
     for name, config in cases.items():
@@ -285,12 +151,10 @@ def bench_streams(cases: dict[str, Config], repeats: int) -> Iterator[dict[str, 
     seconds = take_turns(runs, repeats)
     base = next(iter(cases))
     for name, config in cases.items():
-        labelled = (
-            config.data.events
-            if config.data.paradigm == "uc"
-            else config.data.candidates
-        )
+        user_centric = config.data.paradigm == "uc"
+        labelled = config.data.events if user_centric else config.data.candidates
         count = config.data.batch_size * labelled
+        # Ratios are of labels a second, so different batches are compared fairly.
         same = count / cases[base].data.batch_size
         row: dict[str, Any] = {
             "stream": name,
@@ -298,14 +162,47 @@ def bench_streams(cases: dict[str, Config], repeats: int) -> Iterator[dict[str, 
             "T": config.data.events,
         }
         for kind in ("train", "eval"):
-            mine, first = seconds[f"{kind} {name}"], seconds[f"{kind} {base}"]
-            row[f"{kind}, labelled rows/s"] = count / statistics.median(mine)
-            row[f"{kind}, best"] = count / min(mine)
-            row[f"{kind} / first line"] = same * paired_ratio(first, mine)
+            times, first = seconds[f"{kind} {name}"], seconds[f"{kind} {base}"]
+            row[f"{kind}, labelled rows/s"] = count / statistics.median(times)
+            row[f"{kind}, best"] = count / min(times)
+            row[f"{kind} / first line"] = same * paired_ratio(first, times)
         yield row
 
 
-def main() -> None:
+class Page(NamedTuple):
+    """What a kind of run writes beside its rows.
+
+    Attributes:
+      title: heading of the page.
+      params: settings that all rows share.
+    """
+
+    title: str
+    params: dict[str, Any]
+
+
+_STREAM_MODEL = "width 64, 4 layers, windows 32 and 16"
+PAGES = {
+    "": Page(
+        "Train and eval steps",
+        {"model": _STREAM_MODEL, "user tokens": "26 in NIO, 4 in UC"},
+    ),
+    "long": Page(
+        "Train and eval steps of long streams",
+        {"model": _STREAM_MODEL, "user tokens": 30, "tokens of an event": 2},
+    ),
+    "tables": Page(
+        "Train step by rows of the embedding table",
+        {
+            "table width": TABLE_WIDTH,
+            "model": "width 32, 2 layers, 80 fused events",
+        },
+    ),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -319,50 +216,42 @@ def main() -> None:
         type=Path,
         help="stem of the result files (default: benchmarks/results/step[_tables])",
     )
+    return parser
+
+
+def main() -> None:
+    """Run one benchmark, and print its page."""
+    parser = make_parser()
     flags = parser.parse_args()
     if flags.tables and flags.long:
         parser.error("--tables and --long are two benchmarks; run one at a time")
-    kind = "tables" if flags.tables else "long" if flags.long else ""
+    kind = ""
+    if flags.tables:
+        kind = "tables"
+    elif flags.long:
+        kind = "long"
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
-        if flags.tables:
+        if kind == "tables":
             rows = list(bench_tables(flags.repeats))
         else:
-            rows = list(
-                bench_streams(
-                    long_cases() if flags.long else stream_cases(), flags.repeats
-                )
-            )
-    params = {
+            cases = long_cases() if kind == "long" else stream_cases()
+            rows = list(bench_streams(cases, flags.repeats))
+    title, params = PAGES[kind]
+    shared = {
         "turns": flags.repeats,
         "statistic": "median",
         "device": jax.devices()[0].device_kind,
     }
-    if flags.tables:
-        params |= {
-            "table width": TABLE_WIDTH,
-            "model": "width 32, 2 layers, 80 fused events",
-        }
-        title = "Train step by rows of the embedding table"
-    elif flags.long:
-        params |= {
-            "model": "width 64, 4 layers, windows 32 and 16",
-            "user tokens": 30,
-            "tokens of an event": 2,
-        }
-        title = "Train and eval steps of long streams"
-    else:
-        params |= {
-            "model": "width 64, 4 layers, windows 32 and 16",
-            "user tokens": "26 in NIO, 4 in UC",
-        }
-        title = "Train and eval steps"
-    command = (
-        f"python -m benchmarks.step{kind and f' --{kind}'} --repeats {flags.repeats}"
+    flag = f" --{kind}" if kind else ""
+    name = f"step_{kind}" if kind else "step"
+    stem = flags.out or Path(__file__).parent / "results" / name
+    write_result(
+        stem,
+        rows,
+        shared | params,
+        f"python -m benchmarks.step{flag} --repeats {flags.repeats}",
+        title=title,
     )
-    stem = flags.out or Path(__file__).parent / "results" / (
-        f"step_{kind}" if kind else "step"
-    )
-    write_result(stem, rows, params, command, title=title)
     print(stem.with_name(stem.name + ".md").read_text())
 
 

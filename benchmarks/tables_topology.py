@@ -1,17 +1,19 @@
-"""Look-up and update of a table spread over a pod, compiled for it: our exchange against XLA's partitioning.
+"""Look-up and update of a table spread over a pod: our exchange beside XLA's partitioning.
 
-python -m benchmarks.tables_topology [--topology v5e:16x16] [--rows 1000000 100000000 1000000000]
+    python -m benchmarks.tables_topology [--topology v5e:16x16] [--rows 1000000 100000000]
 
-Every device looks up 16,384 ids of a table of so many rows x 64, uniform, and updates the rows it read (row-wise
-AdaGrad):
+Every device looks up 16,384 uniform ids of a table of width 64, and updates the rows that
+it read, by row-wise AdaGrad:
 
-- "exchange": tokenrec/ops/tables/exchange.py;
-- "xla": the table is partitioned by rows all the same, `table.at[ids].get()` and the row-wise update of its gradient
-  are written as for one device, and XLA's partitioner finds the rest (automatic sharding);
+- "exchange": `tokenrec.ops.tables.exchange`;
+- "xla": the table is partitioned by rows all the same. `table.at[ids].get()` and the
+  row-wise update of its gradient are written as for one device, and XLA's partitioner
+  finds the rest (automatic sharding);
 - "xla, gather alone": without the update.
 
-libtpu compiles each program as the pod would run it; nothing is run. Bytes are those into a device in a step, as
-tokenrec/planner/hlo.py counts them; "fits" is XLA's word. A minute or two a row.
+libtpu compiles each program as the pod would run it; nothing is run. Bytes are those into
+a device in a step, as `tokenrec.planner.hlo` counts them; "fits" is XLA's verdict. A
+minute or two a row.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.report import run_script, write_result
 from tokenrec.config import MeshConfig
-from tokenrec.ops.tables import exchange
+from tokenrec.ops.tables import exchange, routing, storage
 from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.planner.hlo import read_program
 from tokenrec.planner.roofline import chip, network_seconds
@@ -42,115 +44,165 @@ RATE = 0.05
 
 
 def loss(rows: jax.Array, targets: jax.Array) -> jax.Array:
+    """Squared distance of rows and targets, `[n, WIDTH]` each."""
     return jnp.sum(jnp.square(rows - targets))
 
 
 def by_exchange(
-    table: jax.Array, total: jax.Array, ids: jax.Array, targets: jax.Array
-) -> Any:
-    plan = exchange.plan_exchange(table.shape[0], ids.size)
-    at, (inverse,) = exchange.route(plan, [ids])
-    rows = exchange.fetch(plan, table, at)
+    table: jax.Array, sums: jax.Array, ids: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, RowsState]:
+    """Look up and update by the row exchange.
+
+    Args:
+      table: `[rows, WIDTH]`, over all devices.
+      sums: `[rows]`, of row-wise AdaGrad.
+      ids: `[n] int32`.
+      targets: `[n, WIDTH]`.
+
+    Returns:
+      The new table and state.
+    """
+    plan = routing.plan_exchange(table.shape[0], ids.size)
+    route, (inverse,) = routing.route_ids(plan, [ids])
+    rows = exchange.fetch_rows(plan, table, route)
     gradients = jax.grad(
         lambda rows: loss(exchange.expand_rows(rows, inverse), targets)
     )(rows)
-    collected = exchange.collect(plan, at, gradients)
-    options: dict[str, Any] = {
-        "rate": jnp.float32(RATE),
-        "decay": 0.0,
-        "apply": jnp.bool_(True),
-    }
-    return exchange.update_spread(
-        plan, table, RowsState(total), at, gradients, collected, **options
+    collected = exchange.collect_gradients(plan, route, gradients)
+    return exchange.update_owned_rows(
+        plan,
+        table,
+        RowsState(sums),
+        route,
+        gradients,
+        collected,
+        rate=jnp.float32(RATE),
+        decay=0.0,
+        apply=jnp.bool_(True),
     )
 
 
 def by_xla(
-    table: jax.Array, total: jax.Array, ids: jax.Array, targets: jax.Array
-) -> Any:
+    table: jax.Array, sums: jax.Array, ids: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, RowsState]:
+    """Look up and update as for one device; arguments as in `by_exchange`."""
     gradient = jax.grad(
         lambda table: loss(table.at[ids].get(mode="promise_in_bounds"), targets)
     )(table)
-    total += jnp.mean(jnp.square(gradient), axis=1)
-    return table - RATE * gradient / (jnp.sqrt(total)[:, None] + 1e-8), RowsState(total)
+    sums += jnp.mean(jnp.square(gradient), axis=1)
+    return table - RATE * gradient / (jnp.sqrt(sums)[:, None] + 1e-8), RowsState(sums)
 
 
 def gather_by_xla(
-    table: jax.Array, total: jax.Array, ids: jax.Array, targets: jax.Array
-) -> Any:
+    table: jax.Array, sums: jax.Array, ids: jax.Array, targets: jax.Array
+) -> jax.Array:
+    """Look up as for one device, without an update; arguments as in `by_exchange`."""
     return loss(table.at[ids].get(mode="promise_in_bounds"), targets)
 
 
-PROGRAMS: dict[str, tuple[Callable[..., Any], AxisType]] = {
-    "exchange": (by_exchange, AxisType.Explicit),
-    "xla": (by_xla, AxisType.Auto),
-    "xla, gather alone": (gather_by_xla, AxisType.Auto),
+class Program(NamedTuple):
+    """A program to compile.
+
+    Attributes:
+      function: of table, sums, ids and targets.
+      axis_type: of the axes of its mesh.
+      updates: it returns a new table and state, in the memory of the old ones.
+    """
+
+    function: Callable[..., Any]
+    axis_type: AxisType
+    updates: bool = True
+
+
+PROGRAMS = {
+    "exchange": Program(by_exchange, AxisType.Explicit),
+    "xla": Program(by_xla, AxisType.Auto),
+    "xla, gather alone": Program(gather_by_xla, AxisType.Auto, updates=False),
 }
 
 
-def compile_row(name: str, topology: str, rows: int) -> dict[str, Any]:
-    program, kind = PROGRAMS[name]
-    devices = topology_mesh(topology, MeshConfig())
-    mesh = Mesh(devices.devices, AXES, axis_types=(kind,) * 3)
-    of, stored = chip(mesh.devices.flat[0].device_kind), exchange.stored_rows(rows)
+def make_arguments(mesh: Mesh, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes of table, sums, ids and targets, laid out over the mesh."""
 
-    def shaped(shape: tuple[int, ...], kind: Any, *spec: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            shape, kind, sharding=NamedSharding(mesh, PartitionSpec(*spec))
-        )
+    def array(
+        shape: tuple[int, ...], dtype: Any, *partition: Any
+    ) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, PartitionSpec(*partition))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     owners, batch = AXES, AXES[:2]
-    given = (
-        shaped((stored, WIDTH), jnp.float32, owners, None),
-        shaped((stored,), jnp.float32, owners),
-        shaped((IDS * mesh.size,), jnp.int32, batch),
-        shaped((IDS * mesh.size, WIDTH), jnp.float32, batch, None),
+    stored = storage.stored_rows(rows)
+    return (
+        array((stored, WIDTH), jnp.float32, owners, None),
+        array((stored,), jnp.float32, owners),
+        array((IDS * mesh.size,), jnp.int32, batch),
+        array((IDS * mesh.size, WIDTH), jnp.float32, batch, None),
     )
+
+
+def compile_program(
+    program: Program, mesh: Mesh, arguments: tuple[jax.ShapeDtypeStruct, ...]
+) -> jax.stages.Compiled:
+    """Compile a program for a mesh; the table and its sums are donated to an update."""
+    # Automatic sharding would choose a layout of its own for the new table.
+    out_shardings = None
+    if program.updates and program.axis_type == AxisType.Auto:
+        table, sums, _, _ = arguments
+        out_shardings = table.sharding, RowsState(sums.sharding)
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            program.function,
+            donate_argnums=(0, 1) if program.updates else (),
+            out_shardings=out_shardings,
+        )
+        return step.lower(*arguments).compile(compiler_options(mesh))
+
+
+def compile_row(name: str, topology: str, rows: int) -> dict[str, Any]:
+    """Compile one program, and compute its columns.
+
+    Args:
+      name: key of `PROGRAMS`.
+      topology: name of the pod, such as "v5e:16x16".
+      rows: rows of the table.
+    """
+    program = PROGRAMS[name]
+    devices = topology_mesh(topology, MeshConfig()).devices
+    mesh = Mesh(devices, AXES, axis_types=(program.axis_type,) * 3)
+    arguments = make_arguments(mesh, rows)
     row: dict[str, Any] = {
         "topology": topology,
         "devices": mesh.size,
         "rows": rows,
         "program": name,
     }
-    made = (
-        None
-        if kind == AxisType.Explicit or program is gather_by_xla
-        else (given[0].sharding, RowsState(given[1].sharding))
-    )
     begin = time.perf_counter()
-    with jax.set_mesh(mesh):
-        step = jax.jit(
-            program,
-            donate_argnums=(0, 1) if program is not gather_by_xla else (),
-            out_shardings=made,
-        )
-        lowered = step.lower(*given)
-        try:
-            compiled = lowered.compile(compiler_options(mesh))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return row | {
-                "fits": False,
-                "problem": str(error).strip().partition("\n")[0],
-            }
+    try:
+        compiled = compile_program(program, mesh, arguments)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        problem = str(error).strip().partition("\n")[0]
+        return row | {"fits": False, "problem": problem}
     memory: Any = compiled.memory_analysis()
-    program_ = read_program(compiled.as_text() or "", mesh.size)
-    moved: dict[str, int] = {}
-    for one in program_.collectives:
-        moved[one.kind] = moved.get(one.kind, 0) + int(one.moved)
+    collectives = read_program(compiled.as_text() or "", mesh.size).collectives
+    bytes_by_kind: dict[str, int] = {}
+    for collective in collectives:
+        moved = bytes_by_kind.get(collective.kind, 0) + int(collective.moved)
+        bytes_by_kind[collective.kind] = moved
     total = (
         memory.argument_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.output_size_in_bytes
     )
+    figures = chip(mesh.devices.flat[0].device_kind)
+    seconds = network_seconds(collectives, list(mesh.devices.flat), figures)
     return row | {
-        "fits": total - memory.alias_size_in_bytes <= of.hbm_bytes,
-        "collective_bytes": sum(moved.values()),
-        **{f"bytes of {kind}": count for kind, count in sorted(moved.items())},
-        "network_ms": 1e3
-        * network_seconds(program_.collectives, list(mesh.devices.flat), of),
-        "table_bytes": math.prod(given[0].shape) * 4 // mesh.size,
+        "fits": total - memory.alias_size_in_bytes <= figures.hbm_bytes,
+        "collective_bytes": sum(bytes_by_kind.values()),
+        **{f"bytes of {kind}": count for kind, count in sorted(bytes_by_kind.items())},
+        "network_ms": 1e3 * seconds,
+        "table_bytes": math.prod(arguments[0].shape) * 4 // mesh.size,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "compile_seconds": round(time.perf_counter() - begin, 1),
@@ -158,6 +210,7 @@ def compile_row(name: str, topology: str, rows: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Compile every program, and write and print the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -180,7 +233,10 @@ def main() -> None:
         rows,
         {"width": WIDTH, "ids_per_device": IDS},
         "python -m benchmarks.tables_topology",
-        title="Tables spread over a pod: our exchange against XLA's partitioning, compiled, not run",
+        title=(
+            "Tables spread over a pod: our exchange against XLA's partitioning, "
+            "compiled, not run"
+        ),
         packages=("tokenrec", "jax", "jaxlib", "libtpu"),
     )
     print(stem.with_suffix(".md").read_text())

@@ -1,4 +1,4 @@
-"""How benchmarks take time: variants in turns, so that load on the machine falls on each alike."""
+"""Take time fairly: variants in turns, so that load on the machine falls on each alike."""
 
 from __future__ import annotations
 
@@ -10,34 +10,40 @@ from typing import Any
 import jax
 import numpy as np
 
-WARM = 3  # turns before those that count
+# Turns before those that count.
+WARM = 3
 
-Run = Callable[[], Any]  # what it returns is waited for
+# A variant: a call whose result is waited for.
+Run = Callable[[], Any]
 
 
 def take_turns[K: Hashable](
     runs: Mapping[K, Run], repeats: int, *, pause: float = 0.0
 ) -> dict[K, list[float]]:
-    """Seconds of every run, `repeats` of each after a warm-up.
-
-    Each turn has an order of its own, as a run is slower after one that emptied the caches or returned much memory.
+    """Time every run `repeats` times, after a warm-up.
 
     Args:
       runs: name -> run.
       repeats: turns that count.
-      pause: seconds of sleep before each run, for threads of another library that spin for a while after their work.
+      pause: seconds of sleep before each run, for threads of another library that spin
+        for a while after their work.
+
+    Returns:
+      Name -> seconds of each turn.
     """
     seconds: dict[K, list[float]] = {name: [] for name in runs}
     names = list(runs)
     random = np.random.default_rng(0)
     for turn in range(WARM + repeats):
-        for at in random.permutation(len(names)):
+        # A new order each turn: a run is slower after one that emptied the caches or
+        # returned much memory.
+        for number in random.permutation(len(names)):
             if pause:
                 time.sleep(pause)
             begin = time.perf_counter()
-            jax.block_until_ready(runs[names[at]]())
+            jax.block_until_ready(runs[names[number]]())
             if turn >= WARM:
-                seconds[names[at]].append(time.perf_counter() - begin)
+                seconds[names[number]].append(time.perf_counter() - begin)
     return seconds
 
 

@@ -19,7 +19,8 @@ from tests.worlds import (
     tiny,
 )
 from tokenrec.ops.tables.api import storage_spec
-from tokenrec.ops.tables.exchange import CollectedGradients, to_storage_index
+from tokenrec.ops.tables.exchange import CollectedGradients
+from tokenrec.ops.tables.storage import to_storage_index
 from tokenrec.optim import clip_scale, decays, global_norm
 from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import train_step

@@ -26,7 +26,7 @@ from tokenrec.data.tokenizer import encode_text, load_tokenizer
 from tokenrec.errors import InputError
 from tokenrec.models.recommender import Recommender
 from tokenrec.models.stream_layout import Literals, stream_layout
-from tokenrec.ops.layers import draw
+from tokenrec.ops.layers import draw_uniform
 from tokenrec.ops.tables.api import storage_spec
 from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.optim import dense_optimizer
@@ -175,7 +175,7 @@ def init_state(model: ModelSpec, seed: int) -> TrainState:
     for number, (name, stack) in enumerate(sorted(model.embedder.stacks.items())):
         key = jax.random.fold_in(tables_key, number)
         shape, spec = storage_spec(stack)
-        tables[name] = draw(key, shape, TABLE_DEVIATION, spec)
+        tables[name] = draw_uniform(key, shape, TABLE_DEVIATION, spec)
         sums = jnp.zeros(shape[:1], out_sharding=PartitionSpec(spec[0]))
         rows[name] = RowsState(sums)
 

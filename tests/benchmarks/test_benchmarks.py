@@ -1,4 +1,7 @@
-"""Every benchmark of attention and of the step still runs, on shapes so small that its figures mean nothing."""
+"""The benchmarks of attention and of the step still run.
+
+Shapes are so small that the figures mean nothing.
+"""
 
 import importlib.util
 import json
@@ -7,18 +10,19 @@ import sys
 from types import ModuleType
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, step, timing
+from benchmarks import attention, plot, step, step_cases, timing
 from benchmarks.attention_cases import (
     Case,
     Sizes,
-    compile_case,
+    compile_attention,
     local_mesh,
-    random_inputs,
     useful_flops,
 )
+from benchmarks.attention_specs import causal_spec
 from benchmarks.peers import attention as peers
 from benchmarks.plot import plot_throughput
 from tokenrec.config.validate import validate
@@ -58,19 +62,19 @@ def run(tmp_path, *flags, name="new"):
 
 
 def test_a_row_for_every_case_with_the_documented_columns(tmp_path):
-    found, page = run(
+    result, page = run(
         tmp_path, "--windows", "16", "full", "--implementations", "dense", "blocked"
     )
-    assert [list(row) for row in found["rows"]] == [[*KEY, *TIMES]] * 8
+    assert [list(row) for row in result["rows"]] == [[*KEY, *TIMES]] * 8
     assert {
-        (row["window"], row["implementation"], row["pass"]) for row in found["rows"]
+        (row["window"], row["implementation"], row["pass"]) for row in result["rows"]
     } == {
         (window, name, pass_)
         for window in (16, "full")
         for name in ("dense", "blocked")
         for pass_ in ("forward", "forward_backward")
     }
-    for row in found["rows"]:
+    for row in result["rows"]:
         assert row["tokens_per_second"] * row["milliseconds"] == pytest.approx(
             2 * 64 * 1e3
         )
@@ -78,43 +82,43 @@ def test_a_row_for_every_case_with_the_documented_columns(tmp_path):
         assert row["peak_fraction"] > 0
         assert row["temporary_mib"] >= 0
     assert "Times faster than dense" in page
-    assert "--seq-lens 64 --windows 16 full" in found["command"]
+    assert "--seq-lens 64 --windows 16 full" in result["command"]
 
 
 def test_useful_work_is_the_visible_pairs_and_three_and_a_half_times_that_with_gradients():
     for window in (None, 1, 5, 9):
-        case = Case("1x1x1", 9, window, "dense", "float32", "forward")
+        spec = causal_spec(9, 9, window, batch=2, heads=3, head_dim=4)
         pairs = causal_pattern(9, 9).visible(window).sum()
-        assert useful_flops(case, Sizes(2, 3, 4)) == 4 * 4 * 3 * 2 * pairs
-        assert (
-            useful_flops(case._replace(pass_="forward_backward"), Sizes(2, 3, 4))
-            == 14 * 4 * 3 * 2 * pairs
-        )
+        assert useful_flops(spec, "forward") == 4 * 4 * 3 * 2 * pairs
+        assert useful_flops(spec, "forward_backward") == 14 * 4 * 3 * 2 * pairs
 
 
 def test_the_program_timed_computes_attention_and_its_gradients_on_a_mesh():
     sizes = Sizes(2, 2, 4)
     case = Case("2x1x2", 8, 3, "dense", "float32", "forward_backward")
     mesh = local_mesh(case.mesh, sizes)
-    inputs = random_inputs(case, sizes, mesh)
-    got = compile_case(case, sizes, mesh)(*inputs)
-    q, k, v, gradient = (jax.numpy.asarray(np.asarray(x)) for x in inputs)
-
-    def attend(q, k, v):
-        apart = np.arange(8)[:, None] - np.arange(8)[None]
-        logits = jax.numpy.einsum("bqhd,bkhd->bhqk", q, k) / 2
-        weights = jax.nn.softmax(logits, where=(apart >= 0) & (apart < 3))
-        return jax.numpy.einsum("bhqk,bkhd->bqhd", weights, v)
-
-    out, pull = jax.vjp(attend, q, k, v)
-    for mine, expected in zip(got, (out, *pull(gradient)), strict=True):
+    spec = case.spec(sizes)
+    inputs = spec.random_inputs(mesh)
+    got = compile_attention(spec, case.implementation, case.pass_, mesh)(*inputs)
+    q, k, v, gradient = (jnp.asarray(np.asarray(x)) for x in inputs)
+    out, pull_back = jax.vjp(windowed_attention, q, k, v)
+    for mine, expected in zip(got, (out, *pull_back(gradient)), strict=True):
         np.testing.assert_allclose(mine, expected, atol=2e-6)  # measured 5e-7
+
+
+def windowed_attention(q, k, v, window=3):
+    """The definition, as a masked product: no library function of attention."""
+    tokens, width = q.shape[1], q.shape[-1]
+    distance = np.arange(tokens)[:, None] - np.arange(tokens)[None]
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) / width**0.5
+    weights = jax.nn.softmax(logits, where=(distance >= 0) & (distance < window))
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
 def test_what_is_not_timed_is_said_with_its_reason(tmp_path):
     flags = ("--windows", "16", "64", "full", "--passes", "forward", "--full-to", "32")
-    found, page = run(tmp_path, *flags, "--implementations", "dense", "splash")
-    assert {row["implementation"] for row in found["rows"]} == {"dense"}
+    result, page = run(tmp_path, *flags, "--implementations", "dense", "splash")
+    assert {row["implementation"] for row in result["rows"]} == {"dense"}
     begin = "dense, float32, mesh 1x1x1: "
     assert (
         "splash, float32, mesh 1x1x1: it is not for a cpu, which has blocked, dense (seq_len, window: 64, 16)"
@@ -220,7 +224,7 @@ def test_a_topology_is_handed_over_row_by_row(tmp_path, monkeypatch):
         "--slices",
         "2",
     )
-    found, _ = run(tmp_path, "--topology", "v5p:4x4x4", *flags)
+    result, _ = run(tmp_path, "--topology", "v5p:4x4x4", *flags)
     row = {
         "topology": "v5p:4x4x4",
         "meshes": [[64, 1, 1]],
@@ -228,14 +232,18 @@ def test_a_topology_is_handed_over_row_by_row(tmp_path, monkeypatch):
         "dtype": "bfloat16",
         "slices": 2,
     }
-    assert found["rows"] == [row]
+    assert result["rows"] == [row]
 
 
 def test_the_picture_is_a_png(tmp_path):
     pytest.importorskip("matplotlib")
-    found, _ = run(tmp_path, "--windows", "16", "full", "--implementations", "dense")
-    plot_throughput(found["rows"], tmp_path / "picture.png")
+    result, _ = run(tmp_path, "--windows", "16", "full", "--implementations", "dense")
+    plot_throughput(result["rows"], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    # A result is drawn again from its JSON, to the same picture.
+    plot.main([str(tmp_path / "new.json")])
+    picture = (tmp_path / "picture.png").read_bytes()
+    assert (tmp_path / "new.png").read_bytes() == picture
 
 
 def test_without_matplotlib_the_run_stops_before_it_measures(tmp_path, monkeypatch):
@@ -249,6 +257,20 @@ def test_peers_name_the_extra_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install '\.\[peers\]'"):
         peers.main(["--out", str(tmp_path / "peers")])
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_peer_of_jax_runs_under_an_explicit_mesh(batch):
+    """Its reshapes forget how a batch of one is split (ShardingTypeError)."""
+    spec = causal_spec(8, 8, 3, batch=batch, head_dim=4)
+    mesh = local_mesh("1x1x1", Sizes(batch, spec.heads, spec.head_dim))
+    q, k, v, gradient = spec.random_inputs(mesh)
+    program = peers.compile_jax_nn(spec, "forward_backward", mesh)
+    got = program(q, k, v, gradient)
+    plain = [jnp.asarray(np.asarray(x)) for x in (q, k, v, gradient)]
+    out, pull_back = jax.vjp(windowed_attention, *plain[:3])
+    for theirs, expected in zip(got, (out, *pull_back(plain[3])), strict=True):
+        np.testing.assert_allclose(theirs, expected, atol=2e-6)
 
 
 # PyTorch's own compiler imports a module of its own that uses what PyTorch has deprecated.
@@ -280,13 +302,14 @@ def test_peers_compute_what_we_compute(tmp_path):
             str(tmp_path / "peers"),
         ]
     )
-    found = json.loads((tmp_path / "peers.json").read_text())
-    assert found["versions"]["torch"]
-    for row in found["rows"]:
+    result = json.loads((tmp_path / "peers.json").read_text())
+    assert result["versions"]["torch"]
+    for row in result["rows"]:
         assert row["note"] or row["milliseconds"] > 0
-    names = {row["implementation"] for row in found["rows"] if row["milliseconds"]}
+    names = {row["implementation"] for row in result["rows"] if row["milliseconds"]}
     assert {
         "tokenrec blocked",
+        "jax.nn",
         "torch SDPA causal",
         "torch SDPA, band mask",
         "torch SDPA, hand-chunked",
@@ -307,7 +330,7 @@ def test_turns_warm_up_and_run_every_variant_as_often():
 
 
 def test_the_step_benchmark_still_makes_its_cases_and_table_runs():
-    for config in (step.table_case(50)[0], *step.stream_cases().values()):
+    for config in (step_cases.table_case(50)[0], *step_cases.stream_cases().values()):
         validate(config)
     with jax.set_mesh(local_mesh("1x1x1", Sizes(1, 1, 1))):
         runs = {

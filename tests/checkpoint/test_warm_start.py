@@ -22,7 +22,7 @@ from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError
 from tokenrec.evaluation.evaluate import jit_eval_step, score_split
-from tokenrec.ops.tables.exchange import stored_rows, to_storage_index
+from tokenrec.ops.tables.storage import stored_rows, to_storage_index
 from tokenrec.state import build_model, init_state
 from tokenrec.train_loop import train
 

@@ -32,7 +32,7 @@ from tokenrec.evaluation.evaluate import evaluate_run, make_retrieval_step
 from tokenrec.evaluation.predict import predict_run
 from tokenrec.metrics.ranking import ranks_of
 from tokenrec.models.heads import NextItemHead
-from tokenrec.ops.tables.exchange import CYCLE
+from tokenrec.ops.tables.storage import CYCLE
 from tokenrec.sharding import to_devices
 from tokenrec.state import init_state
 from tokenrec.step import train_step

@@ -7,7 +7,7 @@ import pytest
 
 from tests.worlds import mesh_of
 from tokenrec.evaluation.sharded_top_k import sharded_top_k
-from tokenrec.ops.tables.exchange import CYCLE, from_storage_index, to_storage_index
+from tokenrec.ops.tables.storage import CYCLE, from_storage_index, to_storage_index
 from tokenrec.sharding import RULES
 
 ROWS, FIRST, ITEMS, WIDTH, BATCH, COUNT = CYCLE, 5, 900, 4, 8, 6

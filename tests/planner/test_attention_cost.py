@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.ops.attention.cases import continued
+from benchmarks.attention_specs import codes_layout
 from tests.streams import build_layout
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
 from tokenrec.planner.attention_cost import (
@@ -27,7 +27,7 @@ def layouts():
     yield build_layout(
         user_tokens=0, events=12, fused=False, candidates=0, target_tokens=1
     )
-    yield continued(events=11)[0]
+    yield codes_layout(events=11)
 
 
 def patterns():

@@ -85,7 +85,7 @@ def test_every_config_compiles_for_a_tpu_with_splash(name):
     ]
     if model.config.head.retrieval == "semantic_id":
         # Codes continue every event of the stream, which the kernels cannot express.
-        assert "the last shared rows" in layers[0]["refused"]["splash"]
+        assert "the last shared tokens" in layers[0]["refused"]["splash"]
         assert not kernels
     else:
         assert layers[0]["implementation"] == "splash", layers[0]["refused"]

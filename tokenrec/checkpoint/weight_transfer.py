@@ -16,8 +16,8 @@ import numpy as np
 
 from tokenrec.checkpoint.run_weights import RunWeights, stack_of
 from tokenrec.checkpoint.weight_matching import MatchedRows
-from tokenrec.ops.tables.exchange import stored_rows, to_storage_index
 from tokenrec.ops.tables.lookup import Stack
+from tokenrec.ops.tables.storage import stored_rows, to_storage_index
 from tokenrec.sharding import AXES, RULES
 
 # Table rows that move at once: 64 MiB of float32 at a width of 64.

@@ -11,7 +11,7 @@ import numpy as np
 from tokenrec.data.batch import Batch, HostBatch, Signals
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.schema import Feature, columns
-from tokenrec.ops.tables.exchange import from_storage_index, stored_rows
+from tokenrec.ops.tables.storage import from_storage_index, stored_rows
 from tokenrec.state import ModelSpec
 
 # Weights and samples in the report, and extreme numbers of each sample.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from tokenrec.data.batch import Batch
 from tokenrec.losses import sample_losses
 from tokenrec.models.stream_layout import batch_layout
-from tokenrec.ops.tables.exchange import RowRoute
+from tokenrec.ops.tables.routing import RowRoute
 from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.step import (
     Inputs,
@@ -51,7 +51,7 @@ def inspect_step(model: ModelSpec, state: TrainState, batch: Batch) -> dict[str,
         },
         "places": {
             # Spread tables have a route; the rows of replicated ones are their places.
-            name: found.rows.places if isinstance(found.rows, RowRoute) else found.rows
+            name: found.rows.indices if isinstance(found.rows, RowRoute) else found.rows
             for name, found in inputs.unique.items()
         },
         "by_row": by_row,

@@ -9,7 +9,7 @@ from tokenrec.checkpoint.run_folder import OpenedRun
 from tokenrec.data.schema import FIRST_KNOWN, columns
 from tokenrec.errors import InputError
 from tokenrec.models.heads import NextItemHead
-from tokenrec.ops.tables.exchange import to_storage_index
+from tokenrec.ops.tables.storage import to_storage_index
 from tokenrec.sharding import to_host
 from tokenrec.state import bind_params
 from tokenrec.tokens.embed import ITEM_ROWS

@@ -15,11 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from tokenrec.evaluation.retrieval_result import RetrievalResult, goal_ranks
-from tokenrec.ops.tables.exchange import (
-    BATCH_AXES,
-    from_storage_index,
-    to_storage_index,
-)
+from tokenrec.ops.tables.routing import BATCH_AXES
+from tokenrec.ops.tables.storage import from_storage_index, to_storage_index
 from tokenrec.sharding import AXES, RULES
 
 

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokenrec.config import HeadConfig
-from tokenrec.ops.contract import contract, gathered
-from tokenrec.ops.layers import as_rows, weight
+from tokenrec.ops.contract import contract, gather_over_fsdp
+from tokenrec.ops.layers import flatten_tokens, weight
 from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
 
@@ -60,7 +60,7 @@ class NextItemHead(nnx.Module):
     def vectors(self) -> jax.Array:
         """All item vectors of a full softmax, `[V, d]`."""
         assert self.items is not None
-        return gathered(self.items[...])
+        return gather_over_fsdp(self.items[...])
 
     def lookup(self, items: jax.Array) -> jax.Array:
         """Look up the vectors `[..., d]` of `items: [...]`; zeros for -1."""
@@ -173,14 +173,14 @@ class SemanticIdHead(nnx.Module):
         """
         table = self.outputs if self.inputs is None else self.inputs
         rows = jnp.arange(codes.shape[-1]) * max(self.levels) + jnp.maximum(codes, 0)
-        return expand_rows(gathered(table[...]), rows)
+        return expand_rows(gather_over_fsdp(table[...]), rows)
 
     def log_probs(self, h: jax.Array, level: int) -> jax.Array:
         """Log-probabilities of a level's codes: `[B, n, d]` to `[B, n, C_l]`."""
         # Only the codes of this level compete, so the beam search is free of invalid
         # levels.
         first = level * max(self.levels)
-        table = gathered(self.outputs[...])[first : first + self.levels[level]]
+        table = gather_over_fsdp(self.outputs[...])[first : first + self.levels[level]]
         logits = contract(
             "bnd,cd->bnc", h.astype(jnp.float32), table, RULES("batch", None, None)
         )
@@ -199,7 +199,7 @@ class SemanticIdHead(nnx.Module):
           `[B] float32`, summed over the goals and levels.
         """
         reads, goals, levels = codes.shape[1:]
-        flat_codes = as_rows(codes)
+        flat_codes = flatten_tokens(codes)
         # Inputs of each level, `[B, R P, d]`. The codes of one goal lie side by side,
         # so that a level is every (L - 1)-th output.
         inputs = [jnp.repeat(h[:, :reads], goals, axis=1)] + [

@@ -34,7 +34,7 @@ from tokenrec.models.stream_layout import (
     title_features,
     user_token_count,
 )
-from tokenrec.ops.layers import Linear, as_rows, dropout, split_key, weight
+from tokenrec.ops.layers import Linear, dropout, flatten_tokens, split_key, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
 from tokenrec.tokens.embed import ITEM_ROWS, EntityFeatures
@@ -219,14 +219,14 @@ class Recommender(nnx.Module):
                 )
             elif segment.kind == "user" and self.user is not None:
                 user = self.user(*merge_entities(entities["user"]), self._dtype)
-                parts.append(as_rows(user))
+                parts.append(flatten_tokens(user))
             elif segment.kind == "query" and self.query is not None:
                 # The candidates of a request share its context: take that of the first.
                 values, ids = merge_entities(entities["target"])
                 first_values = {name: value[:, :1] for name, value in values.items()}
                 first_ids = {name: value[:, :1] for name, value in ids.items()}
                 query = self.query(first_values, first_ids, self._dtype)
-                parts.append(as_rows(query))
+                parts.append(flatten_tokens(query))
         return jnp.concatenate(parts, axis=1)
 
     def candidate_tokens(
@@ -245,7 +245,7 @@ class Recommender(nnx.Module):
         if isinstance(self.head, SemanticIdHead):
             assert batch.codes is not None
             # The code of the last level is predicted, never read.
-            return [self.code_tokens(as_rows(batch.codes[..., :-1]))]
+            return [self.code_tokens(flatten_tokens(batch.codes[..., :-1]))]
         # Literal texts of the prefix come first in `literals`.
         prefix_texts = sum(
             segment.kind == "text" and not segment.own for segment in self.segments
@@ -270,12 +270,12 @@ class Recommender(nnx.Module):
                 maker = self.history.state if self.target is None else self.target
                 assert maker is not None
                 parts.append(maker(values, ids, self._dtype))
-        return [as_rows(jnp.concatenate(parts, axis=2))] if parts else []
+        return [flatten_tokens(jnp.concatenate(parts, axis=2))] if parts else []
 
     def code_tokens(self, codes: jax.Array) -> jax.Array:
         """Make the tokens of n goals or beams: codes `[B, n, l]` to `[B, n l, d]`."""
         assert isinstance(self.head, SemanticIdHead)
-        return as_rows(self.head.tokens(codes).astype(self._dtype))
+        return flatten_tokens(self.head.tokens(codes).astype(self._dtype))
 
     @property
     def _dtype(self) -> jnp.dtype:

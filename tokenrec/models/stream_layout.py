@@ -22,7 +22,7 @@ from tokenrec.config import Config
 from tokenrec.config.prompt import Segment, parse_prompt
 from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Feature, Schema
-from tokenrec.ops.layers import as_rows
+from tokenrec.ops.layers import flatten_tokens
 from tokenrec.tokens.discrete_tokens import token_count
 from tokenrec.tokens.history import history_segment, soft_features, text_features
 from tokenrec.tokens.layout import Layout
@@ -215,7 +215,7 @@ def candidate_mask(batch: Batch) -> jax.Array | None:
     """
     if batch.codes is not None:
         # A goal that fills up has code -1 at every level.
-        return as_rows(batch.codes[..., :1])[..., 0] >= 0
+        return flatten_tokens(batch.codes[..., :1])[..., 0] >= 0
     if batch.target is not None and batch.goals is None:
         return batch.weight > 0
     return None

@@ -1,0 +1,1 @@
+"""Array operations that know the mesh: attention, embedding tables, and shared layers."""

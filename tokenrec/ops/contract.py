@@ -1,4 +1,15 @@
-"""Activation times weight: where FSDP gathers weights and scatters their gradients."""
+"""Activation times weight under FSDP: gather the weight, scatter its gradient.
+
+`contract(equation, x, w, spec)` is `einsum(equation, x, w)` with a derivative of its own.
+For y = x w, with g the gradient of y:
+
+    d(x) = g w^T,    d(w) = x^T g
+
+A weight that lies in shards over the mesh axis `fsdp` is gathered for the forward pass
+and gathered again for the backward pass, so that between them only the shard is kept
+(Rajbhandari et al. 2020, "ZeRO", arXiv 1910.02054, stage 3). d(w) is summed over the
+devices while it is scattered to the shards.
+"""
 
 from __future__ import annotations
 
@@ -15,55 +26,75 @@ from tokenrec.sharding import RULES
 def contract(
     equation: str, x: jax.Array, w: jax.Array, spec: PartitionSpec
 ) -> jax.Array:
-    """`einsum(equation, x, w)`, laid over the mesh by `spec`; `w` is cast to the dtype of `x`.
+    """Multiply activations by a weight.
 
-    A weight in shards over `fsdp` is gathered after the cast, forward and again backward, so that only the shard is
-    kept in between. Its gradient is summed in its own dtype, float32, while it is scattered: a sum over hundreds of
-    devices in bfloat16 would lose what the small terms say.
+    The weight is cast to the dtype of `x` before it is gathered, which halves the traffic
+    in bfloat16. Its gradient is summed in the weight's own dtype, float32: a sum over
+    hundreds of devices in bfloat16 would lose the small terms.
 
-    The weight's gradient is written `x^T g`, not `(g^T x)^T` as the transpose of a product is: XLA on CPU transposes
-    the first operand, and fused into a wide g that copy took half of SwiGLU's backward pass (210 ms against 124 ms for
-    `[256, 79, 64]` and inner width 176, two cores).
+    The gradient of the weight is written `x^T g`, not `(g^T x)^T`, which is what the
+    transpose of a product gives. XLA on CPU transposes the first operand, and fused into
+    a wide g that copy took half of SwiGLU's backward pass: 210 ms against 124 ms for
+    `[256, 79, 64]` and inner width 176 on two cores.
+
+    Args:
+      equation: einsum of two operands, such as `bsd,dhk->bshk`.
+      x: activations, `[B, ...]`.
+      w: weight, float32, of which one dimension may lie in shards over `fsdp`.
+      spec: how the result is laid out over the mesh.
+
+    Returns:
+      The product in the dtype of `x`.
     """
-    return jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec)
+    return jnp.einsum(
+        equation, x, gather_over_fsdp(w.astype(x.dtype)), out_sharding=spec
+    )
 
 
-def gathered(w: jax.Array) -> jax.Array:
-    """The weight whole along the dimension that lies in shards over `fsdp`: an all-gather, differentiable."""
+def gather_over_fsdp(w: jax.Array) -> jax.Array:
+    """Gather a weight along the dimension that lies in shards over `fsdp`.
+
+    A differentiable all-gather; nothing happens where no dimension lies in shards.
+    """
     spec = jax.typeof(w).sharding.spec
-    whole = PartitionSpec(*(None if axis == RULES.embed else axis for axis in spec))
-    return w if whole == spec else jax.sharding.reshard(w, whole)
+    gathered = PartitionSpec(*(None if axis == RULES.embed else axis for axis in spec))
+    return w if gathered == spec else jax.sharding.reshard(w, gathered)
 
 
 def _forward(
     equation: str, x: jax.Array, w: jax.Array, spec: PartitionSpec
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # Not `contract`: a remat policy sees a product, and keeps its result, only where it stands open.
-    return jnp.einsum(equation, x, gathered(w.astype(x.dtype)), out_sharding=spec), (
-        x,
-        w,
-    )
+    # The einsum itself and not `contract`: a remat policy recognises a product, and keeps
+    # its result, only where it is not wrapped in a function with a custom derivative.
+    gathered = gather_over_fsdp(w.astype(x.dtype))
+    return jnp.einsum(equation, x, gathered, out_sharding=spec), (x, w)
 
 
 def _backward(
-    equation: str, spec: PartitionSpec, kept: tuple[jax.Array, jax.Array], g: jax.Array
+    equation: str,
+    spec: PartitionSpec,
+    residuals: tuple[jax.Array, jax.Array],
+    g: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    x, w = kept
-    inputs, output = equation.split("->")
-    of_x, of_w = inputs.split(",")
-    whole = gathered(w.astype(x.dtype))
-    by_x = jnp.einsum(
-        f"{output},{of_w}->{of_x}", g, whole, out_sharding=jax.typeof(x).sharding.spec
+    x, w = residuals
+    inputs, y_axes = equation.split("->")
+    x_axes, w_axes = inputs.split(",")
+    d_x = jnp.einsum(
+        f"{y_axes},{w_axes}->{x_axes}",
+        g,
+        gather_over_fsdp(w.astype(x.dtype)),
+        out_sharding=jax.typeof(x).sharding.spec,
     )
-    # Laid out as the shard at once: XLA for TPU then scatters the sum, and asked for the whole first it does not.
-    by_w = jnp.einsum(
-        f"{of_x},{output}->{of_w}",
+    # Laid out as the shard at once. XLA for TPU then scatters the sum; asked for the
+    # whole gradient first, it does not.
+    d_w = jnp.einsum(
+        f"{x_axes},{y_axes}->{w_axes}",
         x,
         g,
         out_sharding=jax.typeof(w).sharding.spec,
         preferred_element_type=w.dtype,
     )
-    return by_x, by_w
+    return d_x, d_w
 
 
 contract.defvjp(_forward, _backward)

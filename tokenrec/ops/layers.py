@@ -1,4 +1,13 @@
-"""Linear maps, norms and dropout that carry logical axes: the parts every module shares."""
+"""Linear maps, norms and dropout that carry logical axes: the parts all modules share.
+
+    Linear      y = x W + b
+    RMSNorm     y = s * x / sqrt(mean(x^2) + epsilon)       Zhang and Sennrich 2019,
+                                                            arXiv 1910.07467
+    dropout     y = m x / (1 - rate),  m = 0 with probability rate, else 1
+
+Weights are float32 and are cast to the dtype of the activations where they are used.
+Their logical axes (`tokenrec.sharding.Rules`) say how they lie over the mesh.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +26,61 @@ from tokenrec.sharding import RULES
 def weight(
     rngs: nnx.Rngs, shape: Sequence[int], *axes: str | None, inputs: int
 ) -> nnx.Param:
-    """Float32, uniform with variance 1 / inputs, laid out over the mesh by its logical axes."""
-    return nnx.Param(draw(rngs.params(), tuple(shape), inputs**-0.5, RULES(*axes)))
+    """Make a float32 weight, uniform with mean 0 and variance `1 / inputs`.
+
+    Args:
+      rngs: source of random numbers; its `params` stream is read.
+      shape: shape of the weight.
+      *axes: logical axis of each dimension, None for one that is not split.
+      inputs: number of inputs that one output sums over.
+    """
+    key = rngs.params()
+    return nnx.Param(draw_uniform(key, tuple(shape), inputs**-0.5, RULES(*axes)))
 
 
 def constant(value: float, shape: Sequence[int], *axes: str | None) -> nnx.Param:
-    """Float32 and everywhere `value` at the start."""
+    """Make a float32 parameter that starts as `value` everywhere.
+
+    Args:
+      value: the initial value.
+      shape: shape of the parameter.
+      *axes: logical axis of each dimension, None for one that is not split.
+    """
     return nnx.Param(
         jnp.full(tuple(shape), value, jnp.float32, out_sharding=RULES(*axes))
     )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def draw(
+def draw_uniform(
     key: jax.Array, shape: tuple[int, ...], deviation: float, spec: PartitionSpec
 ) -> jax.Array:
-    """Uniform numbers of mean 0, made in place on every device.
+    """Draw uniform float32 numbers of mean 0, made in place on every device.
 
-    A program of its own per shape: random numbers compile slowly, and layers share shapes.
+    Compiled on its own, once per shape: programs with random numbers compile slowly, and
+    layers share shapes.
+
+    Args:
+      key: PRNG key.
+      shape: shape of the result.
+      deviation: standard deviation.
+      spec: how the result is laid out over the mesh.
     """
+    # A uniform number in [-a, a] has variance a^2 / 3.
     limit = deviation * 3**0.5
     return jax.random.uniform(key, shape, jnp.float32, -limit, limit, out_sharding=spec)
 
 
 class Linear(nnx.Module):
-    """`y = x W + b`, `[..., i] -> [..., o]`; every device holds all of W, unless `axis` names the logical axis of o."""
+    """A linear map `y = x W + b` of the last axis, `[..., i] -> [..., o]`.
+
+    Args:
+      inputs: i.
+      outputs: o.
+      axis: logical axis of o, over which W is split; None: every device holds all of W.
+      bias: whether b is added.
+      rngs: source of random numbers for W.
+    """
 
     def __init__(
         self,
@@ -56,6 +95,7 @@ class Linear(nnx.Module):
         self.bias = constant(0.0, (outputs,), None) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `x: [..., i]`, of two to four dimensions."""
         lead = "bst"[: x.ndim - 1]
         y = contract(
             f"{lead}i,io->{lead}o",
@@ -67,7 +107,15 @@ class Linear(nnx.Module):
 
 
 def rms_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """`x / sqrt(mean(x^2) + epsilon)` over the last axis, in float32, back in the dtype of `x`."""
+    """Divide by the root mean square of the last axis.
+
+    Args:
+      x: `[..., d]`.
+      epsilon: added to the mean square.
+
+    Returns:
+      `[..., d]` in the dtype of `x`, computed in float32.
+    """
     wide = x.astype(jnp.float32)
     return (
         wide
@@ -76,36 +124,54 @@ def rms_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm with a learned scale (Zhang and Sennrich, 2019)."""
+    """RMSNorm with a learned scale that starts at 1.
+
+    Args:
+      width: d, size of the last axis.
+    """
 
     def __init__(self, width: int):
         self.scale = constant(1.0, (width,), None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise `x: [..., d]`."""
         return rms_normalize(x) * self.scale[...].astype(x.dtype)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes entries and scales the rest; `key=None` is evaluation. The rate is rounded to a multiple of 1/256.
+    """Set random entries to zero, and scale the others to keep the mean.
 
-    One random byte per entry costs a quarter of the random numbers that a float would.
+    The rate is rounded to a multiple of 1/256: one random byte per entry takes a quarter
+    of the random numbers that a float would.
+
+    Args:
+      x: `[...]`.
+      rate: probability that an entry is set to zero, in [0, 1).
+      key: PRNG key; None in evaluation, which changes nothing.
+
+    Returns:
+      `[...]` in the dtype of `x`.
     """
     dropped = round(rate * 256)
     if key is None or dropped == 0:
         return x
+    # Comparing bytes with an integer: P(byte < dropped) = dropped / 256.
     bits = jax.random.bits(key, x.shape, jnp.uint8, out_sharding=spec_of(x))
     return jnp.where(bits >= dropped, x * (256 / (256 - dropped)), 0).astype(x.dtype)
 
 
-def as_rows(x: jax.Array) -> jax.Array:
-    """`[B, ..., d]` -> `[B, rows, d]`. Says where the result lies: JAX cannot tell the batch of a batch of one."""
+def flatten_tokens(x: jax.Array) -> jax.Array:
+    """Join the middle axes, `[B, ..., d] -> [B, N, d]`."""
     shape = (x.shape[0], x.size // (x.shape[0] * x.shape[-1]), x.shape[-1])
+    # JAX cannot tell by itself over which axis a batch of one is split.
     return jnp.reshape(x, shape, out_sharding=RULES("batch", None, None))
 
 
 def spec_of(x: jax.Array) -> PartitionSpec:
+    """Partition of an array `[...]` on the mesh in use."""
     return jax.typeof(x).sharding.spec
 
 
 def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """Split a PRNG key; without a key, which is evaluation, every part is None."""
     return [None] * count if key is None else list(jax.random.split(key, count))

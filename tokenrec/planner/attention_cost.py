@@ -34,8 +34,8 @@ def visible_pairs(pattern: Pattern, window: int | None) -> int:
       pattern: which of Q queries see which of K keys.
       window: keys that a query of a sliding layer sees; None for full attention.
     """
-    query = pattern.rows(pattern.query_rows, window)
-    key = pattern.rows(pattern.key_rows, window)
+    query = pattern.attributes(pattern.query_positions, window)
+    key = pattern.attributes(pattern.key_positions, window)
     # A key of candidate c at index i is placed at c * span + i, beyond all keys of
     # other candidates, so that one sorted array answers for all of them.
     span = int(pattern.index.max(initial=0)) + 2
@@ -81,11 +81,11 @@ def visible_tiles(
       block_q: queries of a tile.
       block_k: keys of a tile.
     """
-    starts = np.arange(0, len(pattern.key_rows), block_k)
+    starts = np.arange(0, len(pattern.key_positions), block_k)
     count = 0
-    for first in range(0, len(pattern.query_rows), block_q):
+    for first in range(0, len(pattern.query_positions), block_q):
         strip = dataclasses.replace(
-            pattern, query_rows=pattern.query_rows[first : first + block_q]
+            pattern, query_positions=pattern.query_positions[first : first + block_q]
         )
         seen_keys = strip.visible(window).any(axis=0)
         count += int(np.add.reduceat(seen_keys, starts).astype(bool).sum())

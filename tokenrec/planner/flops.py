@@ -89,7 +89,7 @@ def attention_work(
       itemsize: bytes of a number in q, k and v.
       backward: add the backward pass to the forward pass.
     """
-    shape = len(pattern.query_rows), len(pattern.key_rows)
+    shape = len(pattern.query_positions), len(pattern.key_positions)
     products = FORWARD_PRODUCTS + (MODEL_BACKWARD_PRODUCTS if backward else 0)
     pairs = visible_pairs(pattern, window)
     model_flops = batch * attention_flops(pairs, heads, head_dim, products)
@@ -144,7 +144,7 @@ def step_work(
         backbone = bind_params(model, state.params).backbone
         for layer in backbone.attention_layers(model.layout(events)):
             pattern, window, named = layer
-            queries, keys = len(pattern.query_rows), len(pattern.key_rows)
+            queries, keys = len(pattern.query_positions), len(pattern.key_positions)
             q, k = ((batch, rows, heads, head_dim) for rows in (queries, keys))
             name, refused = (
                 (named, {})

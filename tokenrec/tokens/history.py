@@ -21,7 +21,7 @@ from flax import nnx
 from tokenrec.config import Config
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.errors import InputError, suggest
-from tokenrec.ops.layers import as_rows
+from tokenrec.ops.layers import flatten_tokens
 from tokenrec.tokens.compression_plan import CompressionPlan
 from tokenrec.tokens.discrete_tokens import (
     DiscreteTokenMaker,
@@ -218,13 +218,13 @@ class HistoryMaker(nnx.Module):
                 self.state(*merge_entities(state), dtype),
                 self.action(*merge_entities(action), dtype),
             ]
-            return as_rows(jnp.concatenate(pairs, axis=2))
+            return flatten_tokens(jnp.concatenate(pairs, axis=2))
         event_tokens = self.event(*merge_entities(state, action), dtype)
         if items is not None:
             # [B, T, 1, d] + [B, T, n, d]: tied item vectors reach every token of the
             # event.
             event_tokens = event_tokens + items[:, :, None].astype(dtype)
-        tokens = as_rows(event_tokens)
+        tokens = flatten_tokens(event_tokens)
         if self.compressor is not None:
             tokens = self.compressor(tokens, valid)
         return tokens[:, _cap(self.config, tokens.shape[1])]

@@ -1,10 +1,13 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tokenrec.errors import InputError
-from tokenrec.ops.attention import Pattern, attention, choose
+from tokenrec.ops.attention import PORTABLE, Pattern, api, attention, choose
+from tokenrec.ops.attention.pattern import causal_pattern
 
 
 def heads(seed, batch=2, rows=9, count=3, width=4):
@@ -35,8 +38,8 @@ def test_causal_window_counts_keys_with_self(window):
 def test_matches_the_definition_with_static_rows_candidates_and_padding():
     rows = np.arange(9)
     pattern = Pattern(
-        query_rows=rows[3:],
-        key_rows=rows,
+        query_positions=rows[3:],
+        key_positions=rows,
         index=np.array([0, 1, 2, 3, 4, 5, 6, 7, 7]),
         static=rows < 2,
         candidate=np.array([-1] * 7 + [0, 1]),
@@ -71,12 +74,53 @@ def test_a_fully_padded_stream_is_finite_with_finite_gradients():
     ("change", "message"),
     [
         ({"implementation": "dnese"}, "did you mean 'dense'"),
-        ({"window": 0}, "at least 1"),
+        ({"window": 0}, "window=0 is below 1"),
+        ({"v": heads(2, rows=8)}, r"v \(2, 8, 3, 4\) do not agree"),
+        ({"v": heads(2).astype(jnp.bfloat16)}, "v bfloat16 do not agree"),
+        ({"pattern": causal_pattern(9, 10)}, "pattern has 9 queries and 10 keys"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
     with pytest.raises(InputError, match=message):
-        attention(heads(0), heads(1), heads(2), **change)
+        attention(**{"q": heads(0), "k": heads(1), "v": heads(2)} | change)
+
+
+@pytest.mark.parametrize(
+    "valid",
+    [
+        jnp.ones((2, 9), jnp.int32),
+        jnp.ones((2, 8), bool),
+        jnp.ones((1, 9), bool),
+        jnp.ones((9,), bool),
+        jnp.ones((2, 9, 1), bool),
+    ],
+    ids=lambda valid: f"{valid.shape} {valid.dtype}",
+)
+def test_a_padding_mask_of_another_shape_or_dtype_is_an_error(valid):
+    message = re.escape(f"valid {valid.shape} {valid.dtype}") + r".*\(2, 9, 3, 4\)"
+    with pytest.raises(InputError, match=message):
+        attention(heads(0), heads(1), heads(2), valid=valid)
+
+
+def test_an_unknown_platform_needs_a_portable_implementation(monkeypatch):
+    monkeypatch.setattr(api, "current_platform", lambda: "metal")
+    q = heads(0)
+    with pytest.raises(
+        InputError,
+        match=r"'metal'.*cpu, gpu, tpu.*model\.attention.*blocked, dense",
+    ):
+        attention(q, q, q)
+    for name in ("splash", "cudnn"):
+        with pytest.raises(InputError, match="does not run on metal; use one of"):
+            attention(q, q, q, implementation=name)
+    expected = slow_attention(
+        q, q, q, np.broadcast_to(np.tri(9, dtype=bool), (2, 9, 9))
+    )
+    for name in PORTABLE:
+        # Float32 softmax of 9 keys; measured 2.4e-7.
+        np.testing.assert_allclose(
+            attention(q, q, q, implementation=name), expected, atol=2e-6
+        )
 
 
 def test_static_rows_that_stay_in_sight_are_for_dense_alone():
@@ -84,7 +128,7 @@ def test_static_rows_that_stay_in_sight_are_for_dense_alone():
     pattern = Pattern(rows, rows, rows, rows < 2, np.full(40, -1), discard=False)
     q = heads(0, rows=40)
     with pytest.raises(
-        InputError, match="'blocked' cannot serve: static rows stay in sight"
+        InputError, match="'blocked' cannot serve: static tokens stay visible"
     ):
         attention(q, q, q, window=4, pattern=pattern, implementation="blocked")
     assert choose(q, q, window=4, pattern=pattern).name == "dense"

@@ -1,78 +1,93 @@
-"""What a machine without a GPU can show: the call that cuDNN gets, computed by XLA, equals dense."""
+"""The call that cuDNN gets, computed by XLA on a machine without a GPU, equals dense."""
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.ops.attention.cases import apart, layers, plain, stream
+from benchmarks.attention_specs import (
+    CAUSAL_SPECS,
+    causal_spec,
+    prefix_spec,
+    stream_specs,
+)
+from tests.ops.attention.compare import differences_from_dense
 from tokenrec.errors import InputError
 from tokenrec.ops.attention import attention
-from tokenrec.ops.attention.cudnn import cudnn_attention, refusal
-from tokenrec.ops.attention.pattern import Pattern, causal_pattern
+from tokenrec.ops.attention.cudnn import (
+    MIN_QUERY_SHARE,
+    cudnn_attention,
+    unsupported_reason,
+)
+from tokenrec.ops.attention.pattern import Pattern
 
 # Measured: values 6.6e-7, gradients 1.9e-6.
 VALUES, GRADIENTS = 2e-6, 1e-5
 
-
-def assert_equals_dense(pattern, window, valid=None):
-    attend = functools.partial(call, pattern, window)
-    values, gradients = apart(attend, pattern, window, valid)
-    assert values < VALUES
-    assert gradients < GRADIENTS
+# Of the named specs, those with enough queries per key to be served.
+SERVED = {
+    name: spec
+    for name, spec in CAUSAL_SPECS.items()
+    if spec.queries >= MIN_QUERY_SHARE * spec.keys
+}
 
 
 def call(pattern, window, q, k, v, valid):
     return cudnn_attention(q, k, v, pattern, window, valid, kernels="xla")
 
 
-@pytest.mark.parametrize("window", [None, 1, 7, 40])
-def test_plain_causal_order_equals_dense(window):
-    assert_equals_dense(*plain(30, 40, window))
+def assert_equals_dense(spec):
+    attend = functools.partial(call, spec.pattern, spec.window)
+    differences = differences_from_dense(attend, spec)
+    assert differences.values < VALUES
+    assert differences.gradients < GRADIENTS
 
 
-@pytest.mark.parametrize(
-    "kind", [{"candidates": 1, "fused": True}, {"candidates": 0}], ids=["NIO", "UC"]
-)
-def test_padded_streams_equal_dense_where_it_serves(kind):
-    layout, valid = stream(**kind, events=20)
-    for pattern, window in layers(layout)[1:3]:
-        assert window is None or not pattern.static[pattern.key_rows].any()
-        assert_equals_dense(pattern, window, valid[:, pattern.key_rows])
+@pytest.mark.parametrize("name", SERVED)
+def test_plain_causal_order_equals_dense(name):
+    assert_equals_dense(SERVED[name])
 
 
-def words(pattern, window):
-    q, k = (
-        jax.ShapeDtypeStruct((2, len(rows), 2, 8), jnp.bfloat16)
-        for rows in (pattern.query_rows, pattern.key_rows)
+@pytest.mark.parametrize("name", ["nio", "uc"])
+def test_padded_streams_equal_dense_where_it_serves(name):
+    # The layers between the first, which has all keys, and the last, which has few
+    # queries: one full and one sliding.
+    for spec in stream_specs(name)[1:3]:
+        keys = spec.pattern.key_positions
+        assert spec.window is None or not spec.pattern.static[keys].any()
+        assert_equals_dense(spec)
+
+
+def reason_for(spec):
+    q, k, _, _ = spec.replace(dtype="bfloat16", valid=None).arrays()
+    return unsupported_reason(q, k, spec.pattern, spec.window)
+
+
+def test_what_it_cannot_serve_is_refused_with_a_reason():
+    full = stream_specs("requests", every_token=True)[1]
+    assert "several candidates" in reason_for(full)
+    assert "bidirectional" in reason_for(prefix_spec())
+    sliding = stream_specs("nio", every_token=True)[2]
+    assert "static tokens" in reason_for(sliding)
+    assert "2 queries of 20" in reason_for(causal_spec(2, 20))
+    positions = np.arange(8)
+    every_second = Pattern(
+        positions,
+        positions * 2,
+        index=np.arange(40),
+        static=np.zeros(40, bool),
+        candidate=np.full(40, -1),
     )
-    return refusal(q, k, pattern, window)
-
-
-def test_what_it_cannot_serve_is_refused_in_words():
-    rows = np.arange(20)
-    layout, _ = stream(candidates=3)
-    full = layers(layout, every_row=True)[1]
-    assert "several candidates" in words(*full)
-    assert "bidirectional" in words(
-        Pattern(rows, rows, rows, rows < 0, rows * 0 - 1, prefix=5), None
-    )
-    one, _ = stream(candidates=1)
-    assert "static rows" in words(*layers(one, every_row=True)[2])
-    assert "2 queries of 20" in words(causal_pattern(2, 20), None)
-    assert "rows are missing" in words(
-        Pattern(rows[:8], rows[:8] * 2, np.arange(40), np.arange(40) < 0, -np.ones(40)),
-        3,
-    )
+    gaps = causal_spec(8, 8, 3).replace(pattern=every_second)
+    assert "tokens are missing" in reason_for(gaps)
 
 
 def test_without_the_library_cudnn_says_so_itself():
-    assert "cuDNN is not detected" in words(causal_pattern(8, 8), None)
+    assert "cuDNN is not detected" in reason_for(causal_spec(8, 8))
 
 
-def test_asked_for_on_another_platform_it_is_refused():
+def test_named_on_another_platform_it_is_refused():
     q = jnp.zeros((1, 8, 1, 8), jnp.bfloat16)
     with pytest.raises(
         InputError, match="does not run on cpu; use one of: blocked, dense"

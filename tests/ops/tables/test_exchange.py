@@ -7,17 +7,16 @@ from tests.ops.tables.test_lookup import dense_adagrad
 from tests.worlds import mesh_of
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
-from tokenrec.ops.tables import exchange
+from tokenrec.ops.tables import exchange, routing, storage
 from tokenrec.ops.tables.api import storage_spec
-from tokenrec.ops.tables.exchange import (
+from tokenrec.ops.tables.lookup import RowsState, build_stacks
+from tokenrec.ops.tables.routing import ExchangePlan, plan_exchange
+from tokenrec.ops.tables.storage import (
     CYCLE,
-    ExchangePlan,
     from_storage_index,
-    plan_exchange,
     stored_rows,
     to_storage_index,
 )
-from tokenrec.ops.tables.lookup import RowsState, build_stacks
 from tokenrec.sharding import RULES, make_mesh
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (2, 1, 4)]
@@ -41,8 +40,8 @@ CROWDED = [
 
 def step(plan: ExchangePlan, table, total, ids, targets, apply):
     """The gradient of `sum(rows * targets)` and its update, by exchange: `(rows read, table, sums, norm^2, rounds)`."""
-    at, inverses = exchange.route(plan, ids)
-    rows = exchange.fetch(plan, table, at)
+    route, inverses = routing.route_ids(plan, ids)
+    rows = exchange.fetch_rows(plan, table, route)
 
     def loss(rows):
         read = [exchange.expand_rows(rows, inverse) for inverse in inverses]
@@ -51,20 +50,20 @@ def step(plan: ExchangePlan, table, total, ids, targets, apply):
         ), read
 
     gradients, read = jax.grad(loss, has_aux=True)(rows)
-    collected = exchange.collect(plan, at, gradients)
+    collected = exchange.collect_gradients(plan, route, gradients)
     norm = jnp.sum(jnp.square(collected.gradients)) + collected.squares
-    table, state = exchange.update_spread(
+    table, state = exchange.update_owned_rows(
         plan,
         table,
         RowsState(total),
-        at,
+        route,
         gradients,
         collected,
         rate=jnp.float32(0.1),
         decay=0.01,
         apply=apply,
     )
-    return read, table, state.sum, norm, at.rounds
+    return read, table, state.sum, norm, route.rounds
 
 
 def run(sizes, ids, *, capacity=None, apply=True):
@@ -78,7 +77,9 @@ def run(sizes, ids, *, capacity=None, apply=True):
     with jax.set_mesh(mesh):
         plan = plan_exchange(ROWS, sum(part.size for part in ids))
         if capacity:
-            plan = ExchangePlan(plan.rows, plan.shards, plan.shares, capacity)
+            plan = ExchangePlan(
+                plan.rows, plan.batch_shards, plan.shard_devices, capacity
+            )
         read, table, total, norm, rounds = jax.jit(step, static_argnums=0)(
             plan,
             put(storage_spec, "rows", None),
@@ -154,7 +155,7 @@ def test_places_are_a_permutation_that_deals_neighbours_to_different_devices():
 
 def test_what_cannot_be_dealt_out_is_refused():
     with pytest.raises(InputError, match="5 devices"):
-        exchange.check_owners(5)
+        storage.check_owners(5)
     with pytest.raises(InputError, match="embedding_dims"):
         stored_rows(2**31)
 

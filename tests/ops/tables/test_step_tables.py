@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from tests.worlds import SCHEMA, TABLES, TASKS, mesh_of, place, random_batch, tiny
-from tokenrec.ops.tables.exchange import stored_rows
+from tokenrec.ops.tables.storage import stored_rows
 from tokenrec.state import abstract_state, build_model
 from tokenrec.step import train_step
 

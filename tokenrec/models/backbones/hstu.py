@@ -87,10 +87,10 @@ def relative_distances(pattern: Pattern, longest: int) -> np.ndarray:
     >>> relative_distances(pattern, 9).tolist()
     [[9, 1, 0, 0], [9, 2, 1, 0]]
     """
-    query_index = pattern.index[pattern.query_rows]
-    key_index = pattern.index[pattern.key_rows]
+    query_index = pattern.index[pattern.query_positions]
+    key_index = pattern.index[pattern.key_positions]
     distance = np.maximum(query_index[:, None] - key_index[None, :], 0)
-    return np.where(pattern.static[pattern.key_rows][None, :], longest, distance)
+    return np.where(pattern.static[pattern.key_positions][None, :], longest, distance)
 
 
 def pointwise_attention(
@@ -192,7 +192,7 @@ class HSTULayer(nnx.Module):
         Returns:
           `[B, Q, d]`.
         """
-        query_positions, key_positions = pattern.query_rows, pattern.key_rows
+        query_positions, key_positions = pattern.query_positions, pattern.key_positions
         normed = self.norm(x)
         # Keys and values of all inputs; queries and gate of the outputs only.
         k, v = _silu_project(normed, self.key), _silu_project(normed, self.value)
@@ -280,7 +280,7 @@ class HSTU(Backbone):
         for block, layer, layer_key in zip(
             self.blocks, self.attention_layers(layout), layer_keys, strict=True
         ):
-            key_positions = layer.pattern.key_rows
+            key_positions = layer.pattern.key_positions
             # Batches have no ages without `model.time_bias`.
             key_ages = None
             if ages is not None:

@@ -108,7 +108,9 @@ class LONGER(Backbone):
             self.blocks, self.attention_layers(layout), layer_keys, strict=True
         ):
             pattern = layer.pattern
-            x = block(x, pattern.query_rows, pattern.key_rows, stream, layer_key)
+            x = block(
+                x, pattern.query_positions, pattern.key_positions, stream, layer_key
+            )
             layer_outputs.append(x)
         return [*layer_outputs, self.norm(x)]
 

@@ -183,7 +183,7 @@ class OneTransBlock(nnx.Module):
         Returns:
           `[B, Q, d]`.
         """
-        queries, keys = pattern.query_rows, pattern.key_rows
+        queries, keys = pattern.query_positions, pattern.key_positions
         stream_positions = np.arange(len(weight_sets))
         attention_key, ffn_key = split_key(key, 2)
 

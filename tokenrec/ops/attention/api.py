@@ -1,4 +1,28 @@
-"""Attention: the one entry. It picks an implementation for the platform and owns the only `shard_map` of attention."""
+"""Softmax attention: one entry point that chooses an implementation.
+
+For a stream of queries q, keys k and values v of width h,
+
+    out_i = sum_j p_ij v_j,     p_ij = exp(s_ij) / sum_j' exp(s_ij'),
+    s_ij  = q_i . k_j / sqrt(h)
+
+where the sums run over the keys that query i sees: in plain causal order
+`i - window < j <= i`, and in the streams of a model what the `Pattern` and the padding
+mask say (`tokenrec.ops.attention.pattern`).
+
+Implementations, all of one signature:
+
+    dense     one masked Q x K product                       any platform
+    blocked   visible tiles of logits, in XLA                any platform
+    cudnn     cuDNN's fused kernels                          GPU
+    splash    block-sparse Pallas kernels                    TPU
+
+`choose` takes the first in the platform's order that can serve the shapes at hand and is
+likely to be the fastest. `attention` checks its arguments and calls it under the only
+`shard_map` of attention: streams are split over the batch axes of the mesh, heads over
+`tensor`, so that every device attends on its own and nothing is exchanged.
+
+Shape letters: B streams, Q queries, K keys, H heads, h width of a head.
+"""
 
 from __future__ import annotations
 
@@ -15,71 +39,135 @@ from tokenrec.sharding import RULES
 __all__ = [
     "ATTENTION_RESULT",
     "IMPLEMENTATIONS",
+    "PORTABLE",
     "PREFERRED",
     "Choice",
     "Implementation",
     "Pattern",
     "attention",
     "choose",
+    "current_platform",
+    "implementations_of",
 ]
 
 
-def refusal(
-    name: str, q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None
-) -> str:
-    """Why an implementation cannot serve, or ""."""
-    if name != "dense" and pattern.keeps_static(window):
-        return "static rows stay in sight of a sliding layer (model.discard_static=False), which is two runs of keys"
-    return IMPLEMENTATIONS[name].refusal(q, k, pattern, window)
-
-
-def _never(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
+def _no_reason(q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None) -> str:
     return ""
 
 
 class Implementation(NamedTuple):
-    """A way to compute attention on local arrays.
+    """A way to compute attention on the arrays of one device.
 
     Attributes:
-      attend: `(q, k, v, pattern, window, valid) -> out`.
-      refusal: `(q, k, pattern, window) -> str`, why it cannot serve, or "".
-      unprofitable: likewise, why the next one in line is the better choice; it serves all the same when asked for.
+      attend: `(q, k, v, pattern, window, valid) -> out`, arguments as in `attention`.
+      unsupported_reason: `(q, k, pattern, window) -> str`, why it cannot serve, or "".
+      inefficient_reason: `(q, k, pattern, window) -> str`, why the next one in the order
+        is the better choice, or "". It still serves when it is named explicitly.
     """
 
     attend: Callable[..., jax.Array]
-    refusal: Callable[..., str]
-    unprofitable: Callable[..., str] = _never
+    unsupported_reason: Callable[..., str]
+    inefficient_reason: Callable[..., str] = _no_reason
 
 
 IMPLEMENTATIONS = {
-    "dense": Implementation(dense.dense_attention, _never),
-    "blocked": Implementation(blocked.blocked_attention, _never, blocked.unprofitable),
-    "cudnn": Implementation(cudnn.cudnn_attention, cudnn.refusal),
+    "dense": Implementation(dense.dense_attention, _no_reason),
+    "blocked": Implementation(
+        blocked.blocked_attention, _no_reason, blocked.inefficient_reason
+    ),
+    "cudnn": Implementation(cudnn.cudnn_attention, cudnn.unsupported_reason),
     "splash": Implementation(
-        splash.splash_attention, splash.refusal, splash.unprofitable
+        splash.splash_attention, splash.unsupported_reason, splash.inefficient_reason
     ),
 }
 
-# In order, by platform; the first that neither refuses nor is unprofitable serves.
+# Implementations in plain XLA, which run on any platform, known or not.
+PORTABLE = ("blocked", "dense")
+
+# Order of preference by platform. The first without a reason against it serves. `dense`
+# stands last everywhere, because it has none.
 PREFERRED = {
-    "cpu": ("blocked", "dense"),
-    "gpu": ("cudnn", "blocked", "dense"),
-    "tpu": ("splash", "blocked", "dense"),
+    "cpu": PORTABLE,
+    "gpu": ("cudnn", *PORTABLE),
+    "tpu": ("splash", *PORTABLE),
 }
 
 
 class Choice(NamedTuple):
-    """The implementation that serves, and why each one that the platform prefers to it does not."""
+    """The implementation that serves.
+
+    Attributes:
+      name: key of `IMPLEMENTATIONS`.
+      refused: name -> reason, for those that the platform prefers to it.
+    """
 
     name: str
     refused: dict[str, str]
 
 
-def platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the mesh in use, which may be a described pod, or else of this process."""
+def current_platform() -> str:
+    """Name the platform of the mesh in use, or of this process if there is no mesh.
+
+    The mesh may be that of a described pod, on which nothing runs.
+
+    Returns:
+      "cpu", "gpu" or "tpu", or JAX's name of another platform.
+    """
+    # A mesh of devices that only a topology describes has a platform, and this process
+    # need not have it.
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def implementations_of(platform: str) -> tuple[str, ...]:
+    """List the implementations that run on a platform, preferred ones first.
+
+    On a platform that is not in `PREFERRED`, these are the portable ones.
+    """
+    return PREFERRED.get(platform, PORTABLE)
+
+
+def unsupported_reason(
+    name: str, q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None
+) -> str:
+    """Say why an implementation cannot serve, or return "".
+
+    Args:
+      name: key of `IMPLEMENTATIONS`.
+      q: `[B, Q, H, h]`; only shape and dtype are read.
+      k: `[B, K, H, h]`; only shape and dtype are read.
+      pattern: which queries may see which keys.
+      window: keys that a query of a sliding layer sees; None in a full layer.
+    """
+    # Bands, tiles, spans and fused kernels all hold one run of shared keys per query.
+    if name != "dense" and pattern.keeps_static(window):
+        return (
+            "static tokens stay visible in a sliding layer (model.discard_static=False), "
+            "so that a query sees two runs of keys"
+        )
+    return IMPLEMENTATIONS[name].unsupported_reason(q, k, pattern, window)
+
+
+def _check_explicit(
+    name: str, q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None
+) -> None:
+    """Raise InputError if the implementation that was named cannot serve."""
+    if name not in IMPLEMENTATIONS:
+        raise InputError(
+            f"implementation={name!r} is not known{suggest(name, IMPLEMENTATIONS)}"
+        )
+    platform = current_platform()
+    if name not in implementations_of(platform):
+        raise InputError(
+            f"implementation={name!r} does not run on {platform}; "
+            f"use one of: {', '.join(implementations_of(platform))}"
+        )
+    if reason := unsupported_reason(name, q, k, pattern, window):
+        raise InputError(
+            f"implementation={name!r} cannot serve: {reason}; "
+            "leave it out to fall through to the next one"
+        )
 
 
 def choose(
@@ -90,37 +178,88 @@ def choose(
     pattern: Pattern,
     implementation: str | None = None,
 ) -> Choice:
-    """Which implementation serves these shapes on the platform of the mesh in use.
+    """Choose the implementation for these shapes, on the platform of the mesh in use.
+
+    Args:
+      q: `[B, Q, H, h]`; only shape and dtype are read.
+      k: `[B, K, H, h]`; only shape and dtype are read.
+      window: keys that a query of a sliding layer sees; None in a full layer.
+      pattern: which queries may see which keys.
+      implementation: the one to use if it can; None: the platform's first that serves.
+
+    Returns:
+      The choice, with the reason against each one that the platform prefers to it.
 
     Raises:
-      InputError: `implementation` is not known, or was asked for and cannot serve.
+      InputError: `implementation` is not known, does not run on this platform or cannot
+        serve; or it is None, and the platform is not one of `PREFERRED`. A portable
+        implementation can be named on any platform.
     """
     if implementation is not None:
-        if implementation not in IMPLEMENTATIONS:
-            raise InputError(
-                f"implementation={implementation!r} is not known{suggest(implementation, IMPLEMENTATIONS)}"
-            )
-        here = platform()
-        if implementation not in PREFERRED.get(here, PREFERRED["cpu"]):
-            others = ", ".join(PREFERRED.get(here, PREFERRED["cpu"]))
-            raise InputError(
-                f"implementation={implementation!r} does not run on {here}; use one of: {others}"
-            )
-        if reason := refusal(implementation, q, k, pattern, window):
-            raise InputError(
-                f"implementation={implementation!r} cannot serve: {reason}; leave it out to fall through"
-            )
+        _check_explicit(implementation, q, k, pattern, window)
         return Choice(implementation, {})
+    platform = current_platform()
+    # No silent default: nobody has tried which implementation is right and fast there.
+    if platform not in PREFERRED:
+        raise InputError(
+            f"platform={platform!r} has no order of attention implementations, only "
+            f"{', '.join(sorted(PREFERRED))} have; set model.attention (or "
+            f"implementation=) to one that runs on any platform: {', '.join(PORTABLE)}"
+        )
     refused: dict[str, str] = {}
-    for name in PREFERRED.get(platform(), PREFERRED["cpu"]):
-        unprofitable = IMPLEMENTATIONS[name].unprofitable
-        reason = refusal(name, q, k, pattern, window) or unprofitable(
+    for name in PREFERRED[platform]:
+        reason = unsupported_reason(name, q, k, pattern, window)
+        reason = reason or IMPLEMENTATIONS[name].inefficient_reason(
             q, k, pattern, window
         )
         if not reason:
             return Choice(name, refused)
         refused[name] = reason
-    raise AssertionError("dense refuses nothing")
+    raise AssertionError("dense serves everything")
+
+
+def _check_arguments(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int | None,
+    pattern: Pattern | None,
+    valid: jax.Array | None,
+) -> None:
+    """Raise InputError if shapes, dtypes or the window of `attention` are wrong."""
+    if window is not None and window < 1:
+        raise InputError(
+            f"window={window} is below 1; a window counts the query itself, use 1 or more"
+        )
+    if (
+        q.ndim != 4
+        or k.shape != v.shape
+        or q.shape[0] != k.shape[0]
+        or q.shape[2:] != k.shape[2:]
+        or q.shape[1] > k.shape[1]
+    ):
+        raise InputError(
+            f"q {q.shape}, k {k.shape} and v {v.shape} do not agree; "
+            "use [B, Q, H, h] and twice [B, K, H, h] with Q <= K"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise InputError(
+            f"q {q.dtype}, k {k.dtype} and v {v.dtype} do not agree; use one dtype"
+        )
+    if pattern is not None:
+        queries, keys = len(pattern.query_positions), len(pattern.key_positions)
+        if (queries, keys) != (q.shape[1], k.shape[1]):
+            raise InputError(
+                f"the pattern has {queries} queries and {keys} keys, and q {q.shape} and "
+                f"k {k.shape} have {q.shape[1]} and {k.shape[1]}; use a pattern of the "
+                "same positions"
+            )
+    # A mask of another shape might broadcast, and integers might be read as bits.
+    if valid is not None and (valid.shape != k.shape[:2] or valid.dtype != bool):
+        raise InputError(
+            f"valid {valid.shape} {valid.dtype} does not match k {k.shape}; "
+            f"use [B, K] bool, here {k.shape[:2]}"
+        )
 
 
 def attention(
@@ -133,59 +272,53 @@ def attention(
     pattern: Pattern | None = None,
     valid: jax.Array | None = None,
 ) -> jax.Array:
-    """Softmax attention with scale `1 / sqrt(h)`, causal unless `pattern` says otherwise.
+    """Compute softmax attention with scale `1 / sqrt(h)`.
 
     Args:
-      q: `[B, Q, H, h]`; `k, v: [B, K, H, h]`, with Q <= K where only some rows are needed.
-      window: keys that a query sees, itself included; None sees every earlier one.
-      implementation: one of `IMPLEMENTATIONS`; None takes the platform's first that can serve.
-      pattern: order, static rows and candidates; None is plain causal order, queries last.
-      valid: `[B, K] bool`, keys that are not padding; None: all. Rows of padding come out finite, and are not the same
-        for all implementations.
+      q: `[B, Q, H, h]`, queries. Q < K where only some tokens are needed.
+      k: `[B, K, H, h]`, keys.
+      v: `[B, K, H, h]`, values.
+      window: keys that a query sees, itself included; None: every earlier one.
+      implementation: key of `IMPLEMENTATIONS`; None: the platform's first that serves.
+      pattern: order, static tokens and candidates; None: plain causal order, in which the
+        queries are the last Q of the K tokens.
+      valid: `[B, K] bool`, keys that are not padding; None: all. The output of a query
+        that is padding is finite, and differs between implementations.
 
     Returns:
-      `[B, Q, H, h]` in the dtype of `q`; the softmax is float32.
+      `[B, Q, H, h]` in the dtype of `q`. Logits and softmax are float32.
 
     Raises:
-      InputError: an unknown implementation or one that cannot serve, a window below 1, or shapes that do not agree.
+      InputError: the window is below 1; shapes or dtypes do not agree; or no
+        implementation can be chosen (`choose`).
     """
-    if window is not None and window < 1:
-        raise InputError(
-            f"window={window}: a window counts the row itself, so it is at least 1"
-        )
-    if (
-        k.shape != v.shape
-        or q.shape[0] != k.shape[0]
-        or q.shape[2:] != k.shape[2:]
-        or q.shape[1] > k.shape[1]
-    ):
-        raise InputError(
-            f"q {q.shape}, k {k.shape}, v {v.shape}: expected [B, Q, H, h], [B, K, H, h] twice, Q <= K"
-        )
+    # 1. Choose the implementation, for the shapes of the whole arrays.
+    _check_arguments(q, k, v, window, pattern, valid)
     pattern = causal_pattern(q.shape[1], k.shape[1]) if pattern is None else pattern
-    if (len(pattern.query_rows), len(pattern.key_rows)) != (q.shape[1], k.shape[1]):
-        raise InputError(
-            f"pattern is for {len(pattern.query_rows)} x {len(pattern.key_rows)} rows, q {q.shape} k {k.shape}"
-        )
     name = choose(
         q, k, window=window, pattern=pattern, implementation=implementation
     ).name
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, *valid: jax.Array) -> jax.Array:
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, *valid: jax.Array
+    ) -> jax.Array:
+        # `valid` is absent, not None: `shard_map` wants one spec per array.
         return IMPLEMENTATIONS[name].attend(
             q, k, v, pattern, window, valid[0] if valid else None
         )
 
+    # 2. Without a mesh, call it as it is.
     inputs = (q, k, v) if valid is None else (q, k, v, valid)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(*inputs)
-    heads, rows = RULES("batch", None, "heads", None), RULES("batch", None)
-    specs = (heads, heads, heads, rows)[: len(inputs)]
-    # Inside, a device has whole streams and whole heads, so nothing is exchanged and replication need not be tracked.
+        return attend(*inputs)
+    # 3. On a mesh, call it on each device. A device has whole streams and whole heads, so
+    #    that nothing is exchanged, and replication need not be tracked.
+    by_head, by_token = RULES("batch", None, "heads", None), RULES("batch", None)
+    specs = (by_head, by_head, by_head, by_token)[: len(inputs)]
     inputs = tuple(
         jax.sharding.reshard(x, spec) for x, spec in zip(inputs, specs, strict=True)
     )
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(
+    return jax.shard_map(attend, in_specs=specs, out_specs=by_head, check_vma=False)(
         *inputs
     )

@@ -1,4 +1,30 @@
-"""Sliding attention as a band: query tile i meets keys `[offset + i * stride, offset + i * stride + width)` alone."""
+"""Sliding attention as a band of logits: each tile of queries meets one span of keys.
+
+How it works. In a sliding layer, what a query sees lies close to itself, so the visible
+logits form a band along the diagonal of the Q x K matrix. The queries are cut into n
+tiles of t consecutive queries. Tile i computes logits against the *span* of keys
+
+    [offset + i * stride, offset + i * stride + width),    width = strides * stride
+
+and against no other key. Spans advance by a fixed stride, so that all of them are
+gathered with `strides` slices of the keys, one per stride of the span, without an index
+array, and all tiles run as one batched product. For w visible keys in plain causal
+order, a span is about w + t keys wide, and the work is linear in the length:
+
+                       keys
+             . . . . . . . . . . . .
+    tile 0   [-----]                        offset < 0: padding stands before key 0
+    tile 1       [-----]
+    tile 2           [-----]
+    tile 3               [-----]
+
+`plan_band` finds offset, stride and width from a `Pattern`, in NumPy. `band_forward` and
+`band_backward` compute attention and its gradients; the backward pass forms the logits
+again (`tokenrec.ops.attention.softmax`).
+
+Shape letters: G streams times heads, Q queries, K keys, n tiles, t queries of a tile,
+u = width keys of a span, h width of a head.
+"""
 
 from __future__ import annotations
 
@@ -11,55 +37,118 @@ import numpy as np
 
 from tokenrec.ops.attention.dense import MASKED
 from tokenrec.ops.attention.pattern import (
-    NO_KEY,
-    NO_QUERY,
+    FILL_KEY,
+    FILL_QUERY,
     Pattern,
-    Rows,
-    sees,
-    take_or,
+    TokenAttributes,
+    is_visible,
+    take_or_fill,
 )
-from tokenrec.ops.attention.softmax import pull_back
+from tokenrec.ops.attention.softmax import tile_gradients
 
-TILE = 64  # query rows; wider ones hold more logits outside the window, narrower ones make matrix products small
+# Queries of a tile. Taller tiles hold more logits outside of the window, shorter ones
+# make the matrix products small.
+TILE = 64
 
 
-class Band(NamedTuple):
-    """A plan of sliding attention.
+class BandPlan(NamedTuple):
+    """Static plan of sliding attention over a band.
 
     Attributes:
-      tile, tiles: query rows of a tile; n, their number.
-      stride, steps: keys between the spans of neighbouring tiles; strides in a span.
+      tile: t, queries of a tile.
+      tiles: n, number of tiles.
+      stride: keys between the spans of neighbouring tiles.
+      strides: strides in a span.
       window: keys that a query sees.
       offset: first key of tile 0; negative where padding has to stand before the keys.
-      query, key: attributes of the rows of each tile, `[n, tile]` and `[n, steps * stride]`.
+      query: attributes of the queries of each tile, `[n, t]`.
+      key: attributes of the keys of each span, `[n, u]`.
     """
 
     tile: int
     tiles: int
     stride: int
-    steps: int
+    strides: int
     window: int
     offset: int
-    query: Rows
-    key: Rows
+    query: TokenAttributes
+    key: TokenAttributes
 
     @property
     def width(self) -> int:
-        return self.steps * self.stride
+        """u, keys of a span."""
+        return self.strides * self.stride
 
     @property
     def logits(self) -> int:
-        """Of one stream and head, all of them at a time."""
+        """Logits that one stream and head computes."""
         return self.tiles * self.tile * self.width
 
     @property
-    def held(self) -> int:
-        """Logits of one stream and head that are in memory together."""
+    def live_logits(self) -> int:
+        """Logits of one stream and head that are in memory together: all."""
         return self.logits
 
 
-def _reach(query: Rows, key: Rows, window: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """First and last key position that each query may see, `[Q]` each; None for an order that is not a layout's."""
+def plan_band(pattern: Pattern, window: int) -> BandPlan | None:
+    """Plan the band of a sliding layer.
+
+    Args:
+      pattern: which queries may see which keys.
+      window: keys that a query sees, itself included.
+
+    Returns:
+      The plan; None if the keys are not in the order of a layout, so that the keys that a
+      query sees need not be near to it.
+    """
+    query = pattern.query_attributes(window)
+    key = pattern.key_attributes(window)
+    ranges = _visible_ranges(query, key, window)
+    if ranges is None:
+        return None
+    first, last = ranges
+    # 1. Cut the queries into tiles, and find the keys [low, high] that each tile needs.
+    tile = min(TILE, len(first))
+    tile_starts = np.arange(0, len(first), tile)
+    tiles = len(tile_starts)
+    low = np.minimum.reduceat(first, tile_starts)
+    high = np.maximum.reduceat(last, tile_starts)
+    # 2. Spans advance by what most tiles advance. Where queries are left out, or at the
+    #    border of the candidates, some tiles advance by less or more.
+    stride = 0
+    if tiles > 1:
+        stride = max(1, int(np.median(np.diff(last[tile_starts]))))
+    advance = np.arange(tiles) * stride
+    # 3. Make the span so wide that it holds the keys of every tile all the same.
+    offset = int((low - advance).min())
+    width = int((high - advance).max()) - offset + 1
+    if tiles == 1:
+        stride = width
+    strides = -(-width // stride)
+    # 4. Attributes by tile and span; outside of the stream stands fill.
+    query_places = np.arange(tiles * tile).reshape(tiles, tile)
+    key_places = offset + advance[:, None] + np.arange(strides * stride)
+    return BandPlan(
+        tile,
+        tiles,
+        stride,
+        strides,
+        window,
+        offset,
+        take_or_fill(query, query_places, FILL_QUERY),
+        take_or_fill(key, key_places, FILL_KEY),
+    )
+
+
+def _visible_ranges(
+    query: TokenAttributes, key: TokenAttributes, window: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Find the first and the last key that each query may see, `[Q]` each.
+
+    Keys between them may be hidden: the mask decides. The result is None unless the keys
+    are static tokens first, then the other shared tokens, both by ascending index, then
+    one candidate after another.
+    """
     shared = int(np.sum(key.candidate == -1))
     static = int(np.sum(key.static))
     in_order = np.all(np.diff(key.candidate) >= 0) and np.all(
@@ -67,126 +156,130 @@ def _reach(query: Rows, key: Rows, window: int) -> tuple[np.ndarray, np.ndarray]
     )
     if not in_order or not key.static[:static].all():
         return None
-    own = np.searchsorted(key.row, query.row)
+    # The last visible key is the query itself: its own place among the keys.
+    itself = np.searchsorted(key.position, query.position)
+    # The first is the first shared key inside the window, past the static tokens unless
+    # the query is static too.
     low = np.searchsorted(key.index[:shared], query.index - window + 1)
     low = np.where(query.static, low, np.maximum(low, static))
-    own_first = np.maximum(
-        np.searchsorted(key.candidate, query.candidate), own - window + 1
+    # Where no shared key is inside the window, it is the first of the own candidate.
+    own_low = np.maximum(
+        np.searchsorted(key.candidate, query.candidate), itself - window + 1
     )
-    return np.where(low < shared, np.minimum(low, own), np.minimum(own_first, own)), own
+    first = np.where(low < shared, np.minimum(low, itself), np.minimum(own_low, itself))
+    return first, itself
 
 
-def find_band(pattern: Pattern, window: int) -> Band | None:
-    """The band of a sliding layer, None where the rows are in no order that has one."""
-    query, key = (
-        pattern.rows(pattern.query_rows, window),
-        pattern.rows(pattern.key_rows, window),
-    )
-    reach = _reach(query, key, window)
-    if reach is None:
-        return None
-    first, last = reach
-    tile = min(TILE, len(first))
-    start = np.arange(0, len(first), tile)
-    tiles = len(start)
-    low, high = np.minimum.reduceat(first, start), np.maximum.reduceat(last, start)
-    advance = np.arange(tiles) * (
-        max(1, int(np.median(np.diff(last[start])))) if tiles > 1 else 0
-    )
-    offset = int((low - advance).min())
-    width = int((high - advance).max()) - offset + 1
-    stride = int(advance[1]) if tiles > 1 else width
-    steps = -(-width // stride)
-    queries = take_or(query, np.arange(tiles * tile).reshape(tiles, tile), NO_QUERY)
-    keys = take_or(key, offset + advance[:, None] + np.arange(steps * stride), NO_KEY)
-    return Band(tile, tiles, stride, steps, window, offset, queries, keys)
-
-
-def _tiles(x: jax.Array, band: Band) -> jax.Array:
-    """Query rows `[G, Q, ...]` -> `[G, n, tile, ...]`, zeros behind the last."""
+def _to_tiles(x: jax.Array, plan: BandPlan) -> jax.Array:
+    """Cut queries `[G, Q, ...]` into tiles `[G, n, t, ...]`; zeros fill the last tile."""
     x = jnp.pad(
-        x, ((0, 0), (0, band.tiles * band.tile - x.shape[1]), *[(0, 0)] * (x.ndim - 2))
+        x, ((0, 0), (0, plan.tiles * plan.tile - x.shape[1]), *[(0, 0)] * (x.ndim - 2))
     )
-    return x.reshape(x.shape[0], band.tiles, band.tile, *x.shape[2:])
+    return x.reshape(x.shape[0], plan.tiles, plan.tile, *x.shape[2:])
 
 
-def _untiles(x: jax.Array, rows: int) -> jax.Array:
-    """The transpose of `_tiles`."""
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :rows]
+def _from_tiles(x: jax.Array, queries: int) -> jax.Array:
+    """Join tiles `[G, n, t, ...]` to `[G, Q, ...]`, without the fill."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :queries]
 
 
-def _spans(x: jax.Array, band: Band) -> jax.Array:
-    """Key rows `[G, K, ...]` -> the span of each tile `[G, n, width, ...]`, zeros where there is no key."""
-    rows, before = (band.tiles + band.steps - 1) * band.stride, max(0, -band.offset)
-    x = x[:, max(0, band.offset) :][:, : rows - before]
+def _to_spans(x: jax.Array, plan: BandPlan) -> jax.Array:
+    """Copy keys `[G, K, ...]` into the spans of the tiles, `[G, n, u, ...]`.
+
+    Zeros stand where there is no key.
+    """
+    # 1. Lay the keys from `offset` on out over the n + strides - 1 strides that the spans
+    #    cover together.
+    covered = (plan.tiles + plan.strides - 1) * plan.stride
+    before = max(0, -plan.offset)
+    x = x[:, max(0, plan.offset) :][:, : covered - before]
     x = jnp.pad(
-        x, ((0, 0), (before, rows - before - x.shape[1]), *[(0, 0)] * (x.ndim - 2))
+        x, ((0, 0), (before, covered - before - x.shape[1]), *[(0, 0)] * (x.ndim - 2))
     )
-    strides = x.reshape(x.shape[0], -1, band.stride, *x.shape[2:])
+    by_stride = x.reshape(x.shape[0], -1, plan.stride, *x.shape[2:])
+    # 2. Span i is strides i, i + 1, ...: the a-th strides of all spans are one slice.
     return jnp.concatenate(
-        [strides[:, a : a + band.tiles] for a in range(band.steps)], axis=2
+        [by_stride[:, a : a + plan.tiles] for a in range(plan.strides)], axis=2
     )
 
 
-def _unspans(x: jax.Array, band: Band, keys: int) -> jax.Array:
-    """The transpose of `_spans`: spans overlap, and what they say of one key is added up."""
-    rest = [(0, 0)] * (x.ndim - 2)
-    parts = enumerate(jnp.split(x, band.steps, axis=2))
-    strides = (
-        jnp.pad(part, ((0, 0), (a, band.steps - 1 - a), *rest)) for a, part in parts
+def _add_spans(x: jax.Array, plan: BandPlan, keys: int) -> jax.Array:
+    """Add spans `[G, n, u, ...]` up by key, `[G, K, ...]`: the transpose of `_to_spans`."""
+    unpadded = [(0, 0)] * (x.ndim - 2)
+    # 1. Shift the a-th strides of all spans to where they belong, and add.
+    parts = enumerate(jnp.split(x, plan.strides, axis=2))
+    by_stride = (
+        jnp.pad(part, ((0, 0), (a, plan.strides - 1 - a), *unpadded))
+        for a, part in parts
     )
-    x = functools.reduce(jnp.add, strides)
-    before = max(0, band.offset)
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, max(0, -band.offset) :][
-        :, : keys - before
-    ]
-    return jnp.pad(x, ((0, 0), (before, keys - before - x.shape[1]), *rest[1:]))
+    x = functools.reduce(jnp.add, by_stride)
+    # 2. Cut off what stands before and behind the keys; keys that no span covers get 0.
+    before = max(0, plan.offset)
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, max(0, -plan.offset) :]
+    x = x[:, : keys - before]
+    return jnp.pad(x, ((0, 0), (before, keys - before - x.shape[1]), *unpadded[1:]))
 
 
-def band_mask(band: Band) -> jax.Array:
-    """`[n, tile, width] bool`: what each tile sees of its span, less padding."""
-    # The barriers keep XLA from folding a mask of the stream's length into the program, and from comparing rows again
-    # for every stream and head.
+def band_mask(plan: BandPlan) -> jax.Array:
+    """Compute which keys of its span each query sees, less padding: `[n, t, u] bool`."""
+    # The barriers keep XLA from folding a mask of the stream's length into the program,
+    # and from comparing the attributes again for every stream and head.
     query, key = jax.lax.optimization_barrier(
-        jax.tree.map(jnp.asarray, (band.query, band.key))
+        jax.tree.map(jnp.asarray, (plan.query, plan.key))
     )
-    column, row = (
-        Rows(*(part[:, :, None] for part in query)),
-        Rows(*(part[:, None, :] for part in key)),
-    )
-    return jax.lax.optimization_barrier(sees(column, row, band.window))
+    column = query.map(lambda field: field[:, :, None])
+    line = key.map(lambda field: field[:, None, :])
+    return jax.lax.optimization_barrier(is_visible(column, line, plan.window))
 
 
-def _logits(
-    band: Band, seen: jax.Array, q: jax.Array, k: jax.Array, valid: jax.Array | None
+def _masked_logits(
+    plan: BandPlan, seen: jax.Array, q: jax.Array, k: jax.Array, valid: jax.Array | None
 ) -> jax.Array:
-    """Masked logits `[G, n, tile, width] float32` of tiles `q` and spans `k`, for `valid: [G, K]`.
+    """Compute masked logits `[G, n, t, u] float32` of tiles `q` and spans `k`.
 
-    A row that sees nothing, which only padding does, has equal logits and is not NaN.
+    A query that sees nothing, which only padding does, has equal logits and is not NaN.
+
+    Args:
+      plan: the plan.
+      seen: `[n, t, u] bool`, of `band_mask`.
+      q: `[G, n, t, h]`.
+      k: `[G, n, u, h]`.
+      valid: `[G, K] bool`, or None.
     """
     logits = jnp.einsum("gnqd,gnkd->gnqk", q, k, preferred_element_type=jnp.float32)
     if valid is not None:
-        seen = seen & _spans(valid, band)[:, :, None, :]
+        seen = seen & _to_spans(valid, plan)[:, :, None, :]
     return jnp.where(seen, logits, MASKED)
 
 
 def band_forward(
-    band: Band,
+    plan: BandPlan,
     seen: jax.Array,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     valid: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output `[G, Q, h]` and log of the softmax's denominator `[G, Q] float32`.
+    """Compute attention over the band.
 
-    `seen`: of `band_mask`; `q: [G, Q, h]`, scaled; `k, v: [G, K, h]`; `valid: [G, K] bool`; G streams and heads.
+    Args:
+      plan: the plan.
+      seen: `[n, t, u] bool`, of `band_mask`.
+      q: `[G, Q, h]`, scaled.
+      k: `[G, K, h]`.
+      v: `[G, K, h]`.
+      valid: `[G, K] bool`, keys that are not padding; None: all.
+
+    Returns:
+      The output `[G, Q, h]` in the dtype of `q`, and the log of the softmax's denominator
+      `[G, Q] float32`, which the backward pass needs.
     """
-    logits = _logits(band, seen, _tiles(q, band), _spans(k, band), valid)
-    most = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - most)
+    logits = _masked_logits(plan, seen, _to_tiles(q, plan), _to_spans(k, plan), valid)
+    maximum = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - maximum)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    spans = _spans(v, band)
+    spans = _to_spans(v, plan)
+    # Divided after the product: t x h quotients in place of t x u.
     out = (
         jnp.einsum(
             "gnqk,gnkd->gnqd",
@@ -196,33 +289,49 @@ def band_forward(
         )
         / total
     )
-    log_sum = (most + jnp.log(total))[..., 0]
-    return _untiles(out.astype(q.dtype), q.shape[1]), _untiles(log_sum, q.shape[1])
+    log_sum = (maximum + jnp.log(total))[..., 0]
+    queries = q.shape[1]
+    return _from_tiles(out.astype(q.dtype), queries), _from_tiles(log_sum, queries)
 
 
 def band_backward(
-    band: Band,
+    plan: BandPlan,
     seen: jax.Array,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     valid: jax.Array | None,
     log_sum: jax.Array,
-    inner: jax.Array,
+    output_dot_gradient: jax.Array,
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v, float32, given that of the output; `inner: [G, Q]` is the sum of output x gradient."""
-    queries, pull, log_total, along = (
-        _tiles(x, band) for x in (q, gradient, log_sum, inner)
+    """Compute the gradients of q, k and v over the band.
+
+    Args:
+      plan: the plan.
+      seen: `[n, t, u] bool`, of `band_mask`.
+      q: `[G, Q, h]`, scaled.
+      k: `[G, K, h]`.
+      v: `[G, K, h]`.
+      valid: `[G, K] bool`, keys that are not padding; None: all.
+      log_sum: `[G, Q] float32`, from `band_forward`.
+      output_dot_gradient: `[G, Q] float32`, sum of output times gradient over h.
+      gradient: `[G, Q, h]`, of the output.
+
+    Returns:
+      Gradients of q `[G, Q, h]`, k `[G, K, h]` and v `[G, K, h]`, float32.
+    """
+    q_tiles, gradient_tiles, log_sum_tiles, dot_tiles = (
+        _to_tiles(x, plan) for x in (q, gradient, log_sum, output_dot_gradient)
     )
-    k_spans, v_spans = _spans(k, band), _spans(v, band)
-    logits = _logits(band, seen, queries, k_spans, valid)
-    by_q, by_k, by_v = pull_back(
-        logits, log_total, along, queries, k_spans, v_spans, pull
+    k_spans, v_spans = _to_spans(k, plan), _to_spans(v, plan)
+    logits = _masked_logits(plan, seen, q_tiles, k_spans, valid)
+    d_q, d_k, d_v = tile_gradients(
+        logits, log_sum_tiles, dot_tiles, q_tiles, k_spans, v_spans, gradient_tiles
     )
     keys = k.shape[1]
     return (
-        _untiles(by_q, q.shape[1]),
-        _unspans(by_k, band, keys),
-        _unspans(by_v, band, keys),
+        _from_tiles(d_q, q.shape[1]),
+        _add_spans(d_k, plan, keys),
+        _add_spans(d_v, plan, keys),
     )

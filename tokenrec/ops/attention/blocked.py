@@ -1,9 +1,20 @@
-"""Attention that computes the tiles a pattern shows and skips the others, in XLA alone, on any platform.
+"""Attention that computes visible tiles and skips the others, in XLA alone, anywhere.
 
-A sliding layer is a band: every tile of queries meets one span of keys, and spans advance by a fixed stride
-(`bands.py`). Anything else is a list of key tiles for each query tile (`tiles.py`). Both keep only the output and the
-logarithm of the softmax's denominator, and compute the weights again in the backward pass (FlashAttention, Dao et al.
-2022), so that memory is linear in the length.
+How it works. A static plan, found at trace time from the `Pattern`, says which tiles of
+logits hold a visible pair of tokens:
+
+- a sliding layer is a *band*: every tile of queries meets one span of keys, and spans
+  advance by a fixed stride (`tokenrec.ops.attention.bands`);
+- any other pattern is a *list of key tiles* for every tile of queries
+  (`tokenrec.ops.attention.tiles`).
+
+Both keep the output o and the logarithm L of the softmax's denominator from the forward
+pass, and form the weights `exp(s - L)` again in the backward pass, so that memory is
+linear in the length (Dao et al. 2022, "FlashAttention", arXiv 2205.14135). This module
+chooses the plan, joins streams and heads into one dimension, and ties the two passes
+together with a custom derivative.
+
+Shape letters: B streams, H heads, G = B x H, Q queries, K keys, h width of a head.
 """
 
 from __future__ import annotations
@@ -17,79 +28,186 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from tokenrec.ops.attention.bands import (
-    Band,
+    BandPlan,
     band_backward,
     band_forward,
     band_mask,
-    find_band,
+    plan_band,
 )
 from tokenrec.ops.attention.pattern import ATTENTION_RESULT, Pattern
-from tokenrec.ops.attention.tiles import Tiles, find_tiles, tile_backward, tile_forward
+from tokenrec.ops.attention.tiles import (
+    TilePlan,
+    plan_tiles,
+    tile_backward,
+    tile_forward,
+)
 
-# Up to this many logits a head, one masked product is as fast as any order of smaller ones, and simpler: with a window
-# 128 x 128, and without one, where skipping saves half at most, 512 x 512 (benchmarks/results/attention.md).
-DENSE_SLIDING = 128 * 128
-DENSE_FULL = 512 * 512
-# Shares of the dense logits above which skipping does not pay.
-WORTH_SLIDING = 0.6
-WORTH_FULL = 0.75
-GROUP_LOGITS = (
-    1 << 20
-)  # logits that are in memory at a time; one stream and head may hold more
+# Up to this many logits a head, one masked product is as fast as any order of smaller
+# ones, and simpler: 128 x 128 with a window, and 512 x 512 without one, where skipping
+# saves half at most (benchmarks/results/attention.md).
+MAX_DENSE_LOGITS_SLIDING = 128 * 128
+MAX_DENSE_LOGITS_FULL = 512 * 512
+# Share of the dense logits that a plan may compute; above it, skipping does not pay.
+MAX_SHARE_SLIDING = 0.6
+MAX_SHARE_FULL = 0.75
+# Logits in memory at a time, over the streams and heads that are computed together. One
+# stream and head may hold more.
+GROUP_LOGITS = 1 << 20
 
 
-def _plan(pattern: Pattern, window: int | None) -> Band | Tiles:
-    """The band of a sliding layer, or tiles where there is none or it would be mostly empty."""
-    tiles = find_tiles(pattern, window)
-    band = None if window is None else find_band(pattern, window)
+def _make_plan(pattern: Pattern, window: int | None) -> BandPlan | TilePlan:
+    """Plan a band for a sliding layer, or tiles where there is no band worth having."""
+    tiles = plan_tiles(pattern, window)
+    band = None if window is None else plan_band(pattern, window)
+    # A band runs as one batched product, tiles as a loop. A band of twice the logits is
+    # mostly empty.
     return tiles if band is None or band.logits > 2 * tiles.logits else band
 
 
-def unprofitable(
+def inefficient_reason(
     q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None
 ) -> str:
-    """Why the dense implementation serves these shapes better, or ""; no pattern is beyond this one."""
-    dense = q.shape[1] * k.shape[1]
-    least, worth = (
-        (DENSE_FULL, WORTH_FULL) if window is None else (DENSE_SLIDING, WORTH_SLIDING)
-    )
-    if dense <= least:
-        return f"{q.shape[1]} x {k.shape[1]} rows are {dense} logits a head, and up to {least} dense is as fast"
-    tiled = _plan(pattern, window).logits
-    if tiled > worth * dense:
+    """Say why `dense` is the better choice for these shapes, or return "".
+
+    Args:
+      q: `[B, Q, H, h]`; only its shape is read.
+      k: `[B, K, H, h]`; only its shape is read.
+      pattern: which queries may see which keys.
+      window: keys that a query of a sliding layer sees; None in a full layer.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    dense_logits = queries * keys
+    if window is None:
+        max_dense, max_share = MAX_DENSE_LOGITS_FULL, MAX_SHARE_FULL
+    else:
+        max_dense, max_share = MAX_DENSE_LOGITS_SLIDING, MAX_SHARE_SLIDING
+    if dense_logits <= max_dense:
         return (
-            f"its tiles hold {tiled} logits a head, of {dense} in all: too few to skip"
+            f"{queries} x {keys} tokens are {dense_logits} logits a head; "
+            f"up to {max_dense}, dense is as fast"
+        )
+    planned = _make_plan(pattern, window).logits
+    if planned > max_share * dense_logits:
+        return (
+            f"its tiles hold {planned} of the {dense_logits} logits of a head; "
+            "too few to skip"
         )
     return ""
 
 
-def _fold(x: jax.Array) -> jax.Array:
-    """`[B, S, H, h]` -> `[G, S, h]`, G = B x H."""
+def _merge_heads(x: jax.Array) -> jax.Array:
+    """`[B, S, H, h]` -> `[G, S, h]`."""
     return jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _unfold(x: jax.Array, like: jax.Array) -> jax.Array:
+def _split_heads(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`[G, S, h]` -> `[B, S, H, h]` in the dtype of `like: [B, _, H, h]`."""
     batch, _, heads, width = like.shape
     return jnp.moveaxis(x.reshape(batch, heads, -1, width), 1, 2).astype(like.dtype)
 
 
-def _in_groups(
-    compute: Callable[..., Any], held: int, arrays: tuple[jax.Array | None, ...]
+def _map_groups(
+    compute: Callable[..., Any],
+    logits_each: int,
+    arrays: tuple[jax.Array | None, ...],
 ) -> Any:
-    """`compute(*arrays)` for some streams and heads after others; a stream and head holds so many logits at a time."""
-    streams = jax.tree.leaves(arrays)[0].shape[0]
-    group = max(
-        n
-        for n in range(1, streams + 1)
-        if streams % n == 0 and (n == 1 or n * held <= GROUP_LOGITS)
-    )
-    if group == streams:
+    """Call `compute(*arrays)` for one group of streams and heads after another.
+
+    A group is as large as divides G and keeps within `GROUP_LOGITS` logits.
+
+    Args:
+      compute: a function of arrays `[group, ...]`; so are its results.
+      logits_each: logits that one stream and head has in memory.
+      arrays: `[G, ...]` each, or None.
+
+    Returns:
+      The results, `[G, ...]`.
+    """
+    total = jax.tree.leaves(arrays)[0].shape[0]
+    # The largest divisor of G that fits, so that all groups have one shape.
+    group = 1
+    for size in range(1, total + 1):
+        if total % size == 0 and size * logits_each <= GROUP_LOGITS:
+            group = size
+    if group == total:
         return compute(*arrays)
-    cut = jax.tree.map(
-        lambda x: x.reshape(streams // group, group, *x.shape[1:]), arrays
+    groups = jax.tree.map(
+        lambda x: x.reshape(total // group, group, *x.shape[1:]), arrays
     )
-    made = jax.lax.map(lambda part: compute(*part), cut)
-    return jax.tree.map(lambda x: x.reshape(streams, *x.shape[2:]), made)
+    results = jax.lax.map(lambda group: compute(*group), groups)
+    return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), results)
+
+
+def _forward(
+    plan: BandPlan | TilePlan,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the output `[B, Q, H, h]` and L `[G, Q] float32`."""
+    if isinstance(plan, BandPlan):
+        compute = functools.partial(band_forward, plan, band_mask(plan))
+    else:
+        compute = functools.partial(tile_forward, plan)
+    inputs = _merged_inputs(q, k, v, valid)
+    out, log_sum = _map_groups(compute, plan.live_logits, inputs)
+    return _split_heads(out, q), log_sum
+
+
+def _backward(
+    plan: BandPlan | TilePlan,
+    residuals: tuple[Any, ...],
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute the gradients of q, k and v, `[B, ., H, h]` each, in their dtypes.
+
+    Args:
+      plan: the plan.
+      residuals: q, k, v, valid, output and L, from the forward pass.
+      gradient: `[B, Q, H, h]`, of the output.
+    """
+    q, k, v, valid, out, log_sum = residuals
+    if isinstance(plan, BandPlan):
+        compute = functools.partial(band_backward, plan, band_mask(plan))
+    else:
+        compute = functools.partial(tile_backward, plan)
+    # D of the backward pass: one sum over h in place of one over all keys.
+    output_dot_gradient = jnp.sum(
+        _merge_heads(out).astype(jnp.float32)
+        * _merge_heads(gradient).astype(jnp.float32),
+        axis=-1,
+    )
+    inputs = (
+        *_merged_inputs(q, k, v, valid),
+        log_sum,
+        output_dot_gradient,
+        _merge_heads(gradient),
+    )
+    d_q, d_k, d_v = _map_groups(compute, plan.live_logits, inputs)
+    # The passes saw scaled queries: d(q) = scale * d(scale * q).
+    return (
+        _split_heads(d_q * _scale(q), q),
+        _split_heads(d_k, k),
+        _split_heads(d_v, v),
+    )
+
+
+def _scale(q: jax.Array) -> float:
+    """1 / sqrt(h), the scale of the logits."""
+    return q.shape[-1] ** -0.5
+
+
+def _merged_inputs(
+    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None
+) -> tuple[jax.Array | None, ...]:
+    """Scale q, merge streams and heads `[G, S, h]`, and repeat `valid` by head `[G, K]`."""
+    return (
+        _merge_heads(q * _scale(q)),
+        _merge_heads(k),
+        _merge_heads(v),
+        None if valid is None else jnp.repeat(valid, q.shape[2], axis=0),
+    )
 
 
 def blocked_attention(
@@ -100,55 +218,41 @@ def blocked_attention(
     window: int | None,
     valid: jax.Array | None,
 ) -> jax.Array:
-    """Attention in tiles; arguments as in `attention`."""
-    plan = _plan(pattern, window)
-    scale, heads = q.shape[-1] ** -0.5, q.shape[2]
+    """Compute attention over the tiles that the pattern shows.
 
-    def fold(
-        q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None
-    ) -> tuple[jax.Array | None, ...]:
-        return (
-            _fold(q * scale),
-            _fold(k),
-            _fold(v),
-            None if valid is None else jnp.repeat(valid, heads, axis=0),
-        )
+    Args:
+      q: `[B, Q, H, h]`.
+      k: `[B, K, H, h]`.
+      v: `[B, K, H, h]`.
+      pattern: which queries may see which keys.
+      window: keys that a query of a sliding layer sees; None in a full layer.
+      valid: `[B, K] bool`, keys that are not padding; None: all.
 
-    def forward(
-        q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None
-    ) -> tuple[jax.Array, Any]:
-        if isinstance(plan, Band):
-            compute = functools.partial(band_forward, plan, band_mask(plan))
-        else:
-            compute = functools.partial(tile_forward, plan)
-        out, log_sum = _in_groups(compute, plan.held, fold(q, k, v, valid))
-        out, log_sum = (
-            checkpoint_name(x, ATTENTION_RESULT) for x in (_unfold(out, q), log_sum)
-        )
-        return out, (q, k, v, valid, out, log_sum)
-
-    def backward(
-        kept: Any, gradient: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-        q, k, v, valid, out, log_sum = kept
-        if isinstance(plan, Band):
-            compute = functools.partial(band_backward, plan, band_mask(plan))
-        else:
-            compute = functools.partial(tile_backward, plan)
-        inner = jnp.sum(
-            _fold(out).astype(jnp.float32) * _fold(gradient).astype(jnp.float32),
-            axis=-1,
-        )
-        by_q, by_k, by_v = _in_groups(
-            compute, plan.held, (*fold(q, k, v, valid), log_sum, inner, _fold(gradient))
-        )
-        return _unfold(by_q * scale, q), _unfold(by_k, k), _unfold(by_v, v), None
+    Returns:
+      `[B, Q, H, h]` in the dtype of `q`.
+    """
+    plan = _make_plan(pattern, window)
 
     @jax.custom_vjp
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None
     ) -> jax.Array:
         return forward(q, k, v, valid)[0]
+
+    def forward(
+        q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None
+    ) -> tuple[jax.Array, Any]:
+        # Named, so that a remat policy can keep both: with them the backward pass needs
+        # no second forward pass.
+        out, log_sum = (
+            checkpoint_name(x, ATTENTION_RESULT) for x in _forward(plan, q, k, v, valid)
+        )
+        return out, (q, k, v, valid, out, log_sum)
+
+    def backward(
+        residuals: Any, gradient: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+        return *_backward(plan, residuals, gradient), None
 
     attend.defvjp(forward, backward)
     return attend(q, k, v, valid)

@@ -1,4 +1,29 @@
-"""Which rows of a stream may see which: the equation `see` of methods.md section 3, for every implementation alike."""
+"""Visibility between the tokens of a stream: the definition that all kernels share.
+
+A stream has S *positions*, one per token, numbered from 0. Every token i also has
+
+- `index_i`, its place in the causal order. It is the position, except that every
+  candidate of a request repeats the indices of candidate 0. Windows count indices.
+- `reach_i`, the highest index that it may see among the shared tokens, those that
+  belong to no candidate. It is `index_i` unless a prefix is bidirectional or a
+  candidate continues a token in the middle of the history.
+- `F_i`, whether it is static (a user field), and `cand_i`, its candidate, -1 for none.
+
+Query i sees key j in a layer of window w (docs/methods.md section 3, "BFTS"):
+
+    see(i, j) = i == j  or  valid_j and order(i, j) and inside(i, j)
+    order(i, j)  = index_j <= reach_i             where cand_j == -1
+                   index_j <= index_i             where cand_j == cand_i
+                   False                          otherwise
+    inside(i, j) = True                                             in a full layer
+                   index_i - index_j < w  and  (F_i or not F_j)     in a sliding layer
+
+`Pattern` holds everything but `valid`, as static NumPy arrays, so that an implementation
+can decide at trace time which tiles of logits to compute. `is_visible` is `see` without
+`valid_j` and without the diagonal; it also runs inside compiled programs, tile by tile.
+
+None of these numbers is the RoPE position of a token (`tokenrec.ops.attention.rotary`).
+"""
 
 from __future__ import annotations
 
@@ -7,30 +32,50 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Name (`jax.ad_checkpoint.checkpoint_name`) of what a backward pass of attention needs besides q, k and v.
+# Checkpoint name (`jax.ad_checkpoint.checkpoint_name`) of the arrays that a backward
+# pass of attention needs besides q, k and v. Remat policies save arrays by this name.
 ATTENTION_RESULT = "attention"
 
 
-class Rows(NamedTuple):
-    """What `sees` needs to know of some rows; NumPy or JAX arrays of one shape.
+class TokenAttributes(NamedTuple):
+    """The attributes of some tokens that `is_visible` reads.
+
+    All fields are NumPy or JAX arrays of one shape.
 
     Attributes:
-      row: number in the stream.
-      index: order; windows count it. The highest that the row may see of its own candidate.
-      reach: highest index that the row may see of rows without candidate.
-      static: rows that sliding layers hide from all but each other.
-      candidate: candidate that the row belongs to, -1 for none.
+      position: position in the stream.
+      index: place in the causal order; also the highest index that the token may see
+        among the tokens of its own candidate.
+      reach: highest index that the token may see among tokens without candidate.
+      static: True for tokens that sliding layers hide from all tokens but each other.
+      candidate: the candidate that the token belongs to, -1 for none.
     """
 
-    row: Any
+    position: Any
     index: Any
     reach: Any
     static: Any
     candidate: Any
 
+    def map(self, function: Any) -> TokenAttributes:
+        """Apply a function to every field, such as one that adds an axis."""
+        return TokenAttributes(*(function(field) for field in self))
 
-def sees(query: Rows, key: Rows, window: int | None) -> Any:
-    """`see` without `valid_j` and without the diagonal, elementwise over arrays that broadcast."""
+
+def is_visible(query: TokenAttributes, key: TokenAttributes, window: int | None) -> Any:
+    """Evaluate `see` without `valid_j` and without the diagonal.
+
+    Args:
+      query: attributes of the queries, in shapes that broadcast with those of `key`.
+      key: attributes of the keys.
+      window: keys that a query of a sliding layer sees, itself included; None in a full
+        layer.
+
+    Returns:
+      Booleans in the broadcast shape, NumPy or JAX as the inputs are.
+    """
+    # Fill drops out by its values: no key has the candidate of FILL_QUERY or an index as
+    # low as its reach, and no query reaches the index of FILL_KEY.
     own = (key.candidate == query.candidate) & (key.index <= query.index)
     seen = ((key.candidate == -1) & (key.index <= query.reach)) | own
     if window is not None:
@@ -38,43 +83,68 @@ def sees(query: Rows, key: Rows, window: int | None) -> Any:
     return seen
 
 
-# Rows that fill up a tile: they see nothing, and nothing sees them.
-NO_QUERY = Rows(row=-1, index=-1, reach=-1, static=False, candidate=-2)
-NO_KEY = Rows(
-    row=-2, index=np.iinfo(np.int32).max, reach=-1, static=False, candidate=-1
+# Attributes of the tokens that fill up the last tile: a fill query sees no key, and no
+# query sees a fill key. Their positions differ, so that they never meet on a diagonal.
+FILL_QUERY = TokenAttributes(
+    position=-1, index=-1, reach=-1, static=False, candidate=-2
+)
+FILL_KEY = TokenAttributes(
+    position=-2, index=np.iinfo(np.int32).max, reach=-1, static=False, candidate=-1
 )
 
 
-def take_or(rows: Rows, at: np.ndarray, otherwise: Rows) -> Rows:
-    """`rows[at]`, and `otherwise` where `at` points outside of them; integers become int32."""
-    count = len(rows.row)
-    inside = (at >= 0) & (at < count)
+def take_or_fill(
+    attributes: TokenAttributes, places: np.ndarray, fill: TokenAttributes
+) -> TokenAttributes:
+    """Take the attributes of the tokens at `places`; integers become int32.
+
+    Args:
+      attributes: `[N]` each.
+      places: integers of any shape, indices into `attributes`.
+      fill: attributes of the tokens at places outside of [0, N).
+
+    Returns:
+      Attributes in the shape of `places`.
+    """
+    count = len(attributes.position)
+    # Places outside are clipped before the read, and their values replaced after it.
+    inside = (places >= 0) & (places < count)
     taken = [
-        np.where(inside, part[np.clip(at, 0, count - 1)], other)
-        for part, other in zip(rows, otherwise, strict=True)
+        np.where(inside, field[np.clip(places, 0, count - 1)], filler)
+        for field, filler in zip(attributes, fill, strict=True)
     ]
-    return Rows(
-        *(part if part.dtype == bool else part.astype(np.int32) for part in taken)
+    return TokenAttributes(
+        *(field if field.dtype == bool else field.astype(np.int32) for field in taken)
     )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pattern:
-    """Which rows may see which, less padding: static NumPy arrays over the query rows and the key rows.
+    """Visibility between the queries and keys of a layer, less padding.
+
+    All arrays are static NumPy arrays.
+
+    Q and K count the queries and keys of one layer, S the positions of the whole stream.
+    Q <= K <= S: a layer computes only the tokens that a later layer needs.
 
     Attributes:
-      query_rows: `[Q]`, row number of each query in the stream, ascending; `key_rows: [K]` likewise.
-      index: `[S]`, order of every row of the stream: a row sees rows of no higher index, and windows count indices.
-      static: `[S] bool`, rows that sliding layers hide from all but each other.
-      candidate: `[S]`, candidate that a row belongs to, -1 for none; candidates do not see each other.
-      prefix: rows with an index below this see each other both ways in full layers (methods.md section 2, "Prompt").
-      reach: `[S]`, highest index that a row sees of rows without candidate, where that is not its own index: a
-        candidate may continue a row in the middle of the stream, and the rows after that are its future.
-      discard: sliding layers hide static rows from other rows. Otherwise they show them, however far back.
+      query_positions: `[Q]`, position of each query in the stream, ascending.
+      key_positions: `[K]`, position of each key in the stream, ascending.
+      index: `[S]`, place of every token in the causal order.
+      static: `[S] bool`, tokens that sliding layers hide from all tokens but each other.
+      candidate: `[S]`, candidate of every token, -1 for none. Candidates do not see each
+        other.
+      prefix: tokens with an index below this see each other both ways in full layers
+        (docs/methods.md section 2, "Prompt").
+      reach: `[S]`, highest index that a token sees among tokens without candidate; None
+        where that is the token's own index. A candidate that continues a token in the
+        middle of the stream must not see the tokens after it.
+      discard: True if sliding layers hide static tokens from other tokens. False if they
+        show them at any distance (`model.discard_static`).
     """
 
-    query_rows: np.ndarray
-    key_rows: np.ndarray
+    query_positions: np.ndarray
+    key_positions: np.ndarray
     index: np.ndarray
     static: np.ndarray
     candidate: np.ndarray
@@ -82,47 +152,67 @@ class Pattern:
     reach: np.ndarray | None = None
     discard: bool = True
 
-    def rows(self, rows: np.ndarray, window: int | None) -> Rows:
-        """The attributes of some rows of the stream."""
-        index = self.index[rows]
-        reach = index if self.reach is None else self.reach[rows]
+    def attributes(self, positions: np.ndarray, window: int | None) -> TokenAttributes:
+        """Take the attributes of some tokens, in a layer of this window.
+
+        Args:
+          positions: `[N]`, positions in the stream.
+          window: keys that a query of a sliding layer sees; None in a full layer.
+
+        Returns:
+          Attributes, `[N]` each.
+        """
+        index = self.index[positions]
+        reach = index if self.reach is None else self.reach[positions]
+        # A prefix is bidirectional in full layers only: there, each of its tokens reaches
+        # up to the prefix's last index.
         if window is None:
             reach = np.where(index < self.prefix, self.prefix - 1, reach)
-        return Rows(rows, index, reach, self.static[rows], self.candidate[rows])
+        return TokenAttributes(
+            positions, index, reach, self.static[positions], self.candidate[positions]
+        )
+
+    def query_attributes(self, window: int | None) -> TokenAttributes:
+        """Take the attributes of the queries, `[Q]` each."""
+        return self.attributes(self.query_positions, window)
+
+    def key_attributes(self, window: int | None) -> TokenAttributes:
+        """Take the attributes of the keys, `[K]` each."""
+        return self.attributes(self.key_positions, window)
 
     def visible(self, window: int | None) -> np.ndarray:
-        """`[Q, K] bool`: `see` without `valid_j` and the diagonal."""
-        query, key = (
-            self.rows(self.query_rows, window),
-            self.rows(self.key_rows, window),
-        )
-        query, key = (
-            Rows(*(part[:, None] for part in query)),
-            Rows(*(part[None, :] for part in key)),
-        )
-        seen = sees(query, key, window)
-        return (
-            seen | (key.static & sees(query, key, None))
-            if self.keeps_static(window)
-            else seen
-        )
+        """Evaluate `see` without `valid_j` and the diagonal, `[Q, K] bool`."""
+        query = self.query_attributes(window).map(lambda field: field[:, None])
+        key = self.key_attributes(window).map(lambda field: field[None, :])
+        seen = is_visible(query, key, window)
+        # Static keys are shown as a full layer shows them: causally, at any distance.
+        if self.keeps_static(window):
+            seen = seen | (key.static & is_visible(query, key, None))
+        return seen
 
     def keeps_static(self, window: int | None) -> bool:
-        """Whether a layer shows static rows beside its window."""
+        """Whether a sliding layer shows static tokens from beyond its window."""
         return (
             not self.discard
             and window is not None
-            and bool(self.static[self.key_rows].any())
+            and bool(self.static[self.key_positions].any())
         )
 
     def diagonal(self) -> np.ndarray:
-        """`[Q, K] bool`: a row sees itself even when it is padding, so that no softmax is empty."""
-        return self.query_rows[:, None] == self.key_rows[None, :]
+        """Pairs of a query and a key that are one token, `[Q, K] bool`.
+
+        A token sees itself even when it is padding, so that no softmax is empty.
+        """
+        return self.query_positions[:, None] == self.key_positions[None, :]
 
 
 def causal_pattern(queries: int, keys: int) -> Pattern:
-    """Plain causal order over `keys` rows; the queries are the last of them."""
-    rows = np.arange(keys)
+    """Plain causal order over `keys` tokens, of which the last `queries` are queries."""
+    positions = np.arange(keys)
     return Pattern(
-        rows[keys - queries :], rows, rows, np.zeros(keys, bool), np.full(keys, -1)
+        positions[keys - queries :],
+        positions,
+        positions,
+        np.zeros(keys, bool),
+        np.full(keys, -1),
     )

@@ -1,0 +1,1 @@
+"""Embedding tables, replicated or spread over the devices; start with `api`."""

@@ -1,4 +1,19 @@
-"""One interface for tables of either placement: replicated (lookup.py), or spread by rows (exchange.py)."""
+"""Embedding look-up and update: one interface for replicated and for spread tables.
+
+A train step uses it in this order, once per stack of tables:
+
+    unique = find_unique_rows(stack, ids)          # distinct rows that the batch reads
+    rows = gather_rows(table, unique)              # each of them once
+    vectors = expand_rows(stack, rows, unique.inverses[name])     # a row per id
+    ...                                            # loss, and the gradient of `rows`
+    collected = collect_gradients(table, unique, gradients)
+    table, state = update_rows(table, state, unique, gradients, collected, ...)
+
+A stack is replicated over the mesh (`tokenrec.ops.tables.lookup`) or spread by rows over
+all devices (`tokenrec.ops.tables.exchange`), as `Stack.spread` says.
+
+Shape letters: B streams, u distinct rows, S batch shards, w the width of a row.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +24,23 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tokenrec.ops.tables import exchange, lookup
-from tokenrec.ops.tables.exchange import CollectedGradients, ExchangePlan, RowRoute
+from tokenrec.errors import InputError
+from tokenrec.ops.tables import exchange, lookup, routing
+from tokenrec.ops.tables.exchange import CollectedGradients
 from tokenrec.ops.tables.lookup import RowsState, Stack, unique_ids
+from tokenrec.ops.tables.routing import ExchangePlan, RowRoute
+from tokenrec.ops.tables.storage import check_owners, stored_rows
 from tokenrec.sharding import RULES
 
 
 class UniqueRows(NamedTuple):
-    """The distinct rows of a stack that a step reads: `[u]` ids, or a route of S u places. `inverses`: for each array
-    of ids that was looked up, `[B, ...]`, which of these rows each id is.
+    """The distinct rows of a stack that a step reads.
+
+    Attributes:
+      rows: `[u] int32`, distinct rows of a replicated stack; for a spread stack a route,
+        with u distinct rows for each of the S batch shards.
+      inverses: for each array of ids that was looked up an array `[B, ...] int32`, which
+        of the distinct rows each id is.
     """
 
     rows: jax.Array | RowRoute
@@ -25,75 +48,119 @@ class UniqueRows(NamedTuple):
 
     @property
     def rounds(self) -> jax.Array:
-        """How often rows are exchanged, 0 where they are not."""
+        """Number of exchanges of a step, `[] int32`; 0 for a replicated stack."""
         return self.rows.rounds if isinstance(self.rows, RowRoute) else jnp.int32(0)
 
 
 def storage_spec(stack: Stack) -> tuple[tuple[int, int], PartitionSpec]:
-    """Shape and partition of the array of a stack; that of its AdaGrad sums has the first dimension alone.
+    """Compute shape and partition of the array of a stack, `[rows, w]`.
+
+    Shape and partition of its AdaGrad sums are those of the first dimension alone.
 
     Raises:
-      InputError: the mesh in use cannot deal the rows of a spread stack out evenly, or they are too many.
+      InputError: the rows of a spread stack do not divide evenly over the mesh in use, or
+        they are too many.
     """
     if stack.spread:
-        exchange.check_owners(jax.sharding.get_abstract_mesh().size)
-        return (exchange.stored_rows(stack.rows), stack.width), RULES("rows", None)
+        check_owners(jax.sharding.get_abstract_mesh().size)
+        return (stored_rows(stack.rows), stack.width), RULES("rows", None)
     return (stack.rows, stack.width), RULES(None, None)
 
 
 def find_unique_rows(stack: Stack, ids: Mapping[str, jax.Array]) -> UniqueRows:
-    """The distinct values of `ids`, arrays `[B, ...]` of rows of the stack, all in range."""
+    """Find the distinct rows of a stack that a batch reads.
+
+    Args:
+      stack: the stack.
+      ids: arrays `[B, ...] int32` of rows of the stack, by name, all in range.
+
+    Raises:
+      InputError: an array of ids has no batch dimension or is not int32.
+    """
+    for name, array in ids.items():
+        if array.ndim < 1 or array.dtype != jnp.int32:
+            raise InputError(
+                f"ids {name!r} {array.shape} {array.dtype}: rows of stack "
+                f"{stack.name!r} are looked up by [B, ...] int32; convert them"
+            )
     if stack.spread:
-        plan = exchange.plan_exchange(
-            exchange.stored_rows(stack.rows), sum(array.size for array in ids.values())
-        )
-        at, inverses = exchange.route(plan, list(ids.values()))
-        return UniqueRows(at, dict(zip(ids, inverses, strict=True)))
+        total = sum(array.size for array in ids.values())
+        plan = routing.plan_exchange(stored_rows(stack.rows), total)
+        route, inverses = routing.route_ids(plan, list(ids.values()))
+        return UniqueRows(route, dict(zip(ids, inverses, strict=True)))
+    # Every device finds the distinct rows of the whole batch: the table is replicated, and
+    # so must its update be.
     flat = [jax.sharding.reshard(array, RULES()).reshape(-1) for array in ids.values()]
     unique = unique_ids(jnp.concatenate(flat), stack.rows)
-    start, cut = 0, {}
+    start, by_name = 0, {}
     for name, array in ids.items():
         inverse = unique.inverse[start : start + array.size].reshape(array.shape)
-        cut[name] = jax.sharding.reshard(
-            inverse, RULES("batch", *[None] * (array.ndim - 1))
-        )
+        spec = RULES("batch", *[None] * (array.ndim - 1))
+        by_name[name] = jax.sharding.reshard(inverse, spec)
         start += array.size
-    return UniqueRows(unique.ids, cut)
+    return UniqueRows(unique.ids, by_name)
 
 
-def _plan(at: RowRoute, table: jax.Array) -> ExchangePlan:
-    return exchange.plan_exchange(table.shape[0], at.places.size)
+def _plan(route: RowRoute, table: jax.Array) -> ExchangePlan:
+    # A route has an index for every id, so the plan is that of `find_unique_rows`.
+    return routing.plan_exchange(table.shape[0], route.indices.size)
 
 
-def gather_rows(table: jax.Array, found: UniqueRows) -> jax.Array:
-    """`[u, width]` or `[S u, width]`, the rows that were found; zeros where padded."""
-    if isinstance(found.rows, RowRoute):
-        return exchange.fetch(_plan(found.rows, table), table, found.rows)
-    return lookup.gather_rows(table, found.rows)
+def gather_rows(table: jax.Array, unique: UniqueRows) -> jax.Array:
+    """Read the distinct rows, `[u, w]` or `[S u, w]`; zeros where padded.
+
+    Args:
+      table: `[rows, w]`, the stack.
+      unique: its distinct rows.
+    """
+    if isinstance(unique.rows, RowRoute):
+        return exchange.fetch_rows(_plan(unique.rows, table), table, unique.rows)
+    return lookup.gather_rows(table, unique.rows)
 
 
 def expand_rows(stack: Stack, rows: jax.Array, inverse: jax.Array) -> jax.Array:
-    """`[B, ..., width]`, the row of every id, from those of `gather_rows`."""
-    return (
-        exchange.expand_rows(rows, inverse)
-        if stack.spread
-        else lookup.expand_rows(rows, inverse)
-    )
+    """Give every id its row, `[B, ..., w]`.
+
+    Args:
+      stack: the stack.
+      rows: `[u, w]` or `[S u, w]`, of `gather_rows`.
+      inverse: `[B, ...] int32`, of `UniqueRows.inverses`.
+    """
+    if stack.spread:
+        return exchange.expand_rows(rows, inverse)
+    return lookup.expand_rows(rows, inverse)
 
 
 def collect_gradients(
-    table: jax.Array, found: UniqueRows, gradients: jax.Array
+    table: jax.Array, unique: UniqueRows, gradients: jax.Array
 ) -> CollectedGradients:
-    """Gradients of what `gather_rows` returned, summed for each row of the table."""
-    if isinstance(found.rows, RowRoute):
-        return exchange.collect(_plan(found.rows, table), found.rows, gradients)
-    return CollectedGradients(found.rows, gradients, jnp.float32(0))
+    """Sum the gradients of each row of the table, on the device that updates it.
+
+    Args:
+      table: `[rows, w]`, the stack.
+      unique: its distinct rows.
+      gradients: `[u, w]` or `[S u, w]`, gradient of what `gather_rows` returned.
+
+    Raises:
+      InputError: the gradients do not have the shape of those rows.
+    """
+    ids = unique.rows.indices if isinstance(unique.rows, RowRoute) else unique.rows
+    if gradients.shape != (ids.size, table.shape[1]):
+        raise InputError(
+            f"gradients {gradients.shape} are not those of {ids.size} rows of a table "
+            f"{table.shape}; use the gradient of what gather_rows returned, "
+            f"{(ids.size, table.shape[1])}"
+        )
+    if isinstance(unique.rows, RowRoute):
+        plan = _plan(unique.rows, table)
+        return exchange.collect_gradients(plan, unique.rows, gradients)
+    return CollectedGradients(unique.rows, gradients, jnp.float32(0))
 
 
 def update_rows(
     table: jax.Array,
     state: RowsState,
-    found: UniqueRows,
+    unique: UniqueRows,
     gradients: jax.Array,
     collected: CollectedGradients,
     *,
@@ -101,12 +168,27 @@ def update_rows(
     decay: float,
     apply: jax.Array,
 ) -> tuple[jax.Array, RowsState]:
-    """Row-wise AdaGrad, as in `lookup.update_rows`, with gradients as they were collected."""
+    """Update the rows that were read, by row-wise AdaGrad (`lookup.update_rows`).
+
+    Args:
+      table: `[rows, w]`, the stack.
+      state: its AdaGrad sums.
+      unique: its distinct rows.
+      gradients: `[u, w]` or `[S u, w]`, gradient of what `gather_rows` returned.
+      collected: what `collect_gradients` made of them; both may be scaled alike, as by
+        gradient clipping.
+      rate: `[]`, learning rate.
+      decay: pull towards zero, per step and unit of rate.
+      apply: `[] bool`; False changes nothing.
+
+    Returns:
+      The new table and state.
+    """
     options: dict[str, Any] = {"rate": rate, "decay": decay, "apply": apply}
-    if isinstance(found.rows, RowRoute):
-        plan = _plan(found.rows, table)
-        return exchange.update_spread(
-            plan, table, state, found.rows, gradients, collected, **options
+    if isinstance(unique.rows, RowRoute):
+        plan = _plan(unique.rows, table)
+        return exchange.update_owned_rows(
+            plan, table, state, unique.rows, gradients, collected, **options
         )
     return lookup.update_rows(
         table, state, collected.rows, collected.gradients, **options

@@ -1,82 +1,66 @@
-"""Tables whose rows lie over all devices: ids travel to the owners, rows and gradients back; the table never.
+"""Tables spread by rows over all devices: ids travel to the owners, rows come back.
 
-The devices that share a part of the batch, one for each place along `tensor`, are a *batch shard*; it looks up its own
-distinct ids. Row r is stored at `to_storage_index(r)`, dealt out over `CYCLE` virtual shards: rows with near numbers
-lie on different devices, and how a table is stored does not depend on the mesh. Every device owns a run of places. Of a
-batch shard, the device at place t along `tensor` asks only the owners at place t; the rows are gathered over `tensor`.
+How it works. Every device *owns* a run of the table's rows. The devices that share a part
+of the batch are a *batch shard*. In a train step,
 
-What one device sends to another has a fixed size, `capacity`. Where more is needed, the rows of every owner are cut
-into ranges, short enough that each fits, and the exchange runs once for each range: slower, exact, and told
-(`RowRoute.rounds`). All gradients of a row travel in one round, so that a row is updated once.
+1. `route_ids` (`tokenrec.ops.tables.routing`): every batch shard finds its distinct ids
+   and sorts them into one *bucket* per owner;
+2. `fetch_rows`: the buckets are sent to their owners, which look the rows up and send
+   them back. Of a batch shard, the device at place t along `tensor` talks to the owners
+   at place t only, in one all-to-all over (data, fsdp); then the rows are gathered over
+   `tensor`;
+3. `expand_rows`: every id gets its row; the transpose sums gradients per distinct id;
+4. `collect_gradients`: the gradients of the distinct rows travel to the owners by the
+   same buckets, and each owner sums those of different shards per row;
+5. `update_owned_rows`: owners update their rows in place (row-wise AdaGrad).
 
-S batch shards, each with u distinct ids; D owners, C the capacity, w the width. The partition of `[S u, ...]` is that
-of the batch, the partition of what owners hold `("data", "fsdp", "tensor")`.
+Only ids, rows and gradients travel; the table never moves, and no array of its size is
+made. Where a bucket is longer than what may be sent at once, steps 2, 4 and 5 run in
+several *rounds*, one range of every owner's rows after another, with the same result.
+
+Shape letters: S batch shards, each with u distinct ids; D owners; C the capacity of a
+bucket; m = S C rows that an owner receives in a round; w the width. Arrays `[S u, ...]`
+are partitioned as the batch is, and what owners hold, `[D ...]`, over
+`("data", "fsdp", "tensor")`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
-from tokenrec.errors import InputError
 from tokenrec.ops.tables.lookup import RowsState, update_rows
+from tokenrec.ops.tables.routing import (
+    BATCH_AXES,
+    ROUTE_SPECS,
+    SHARD_AXIS,
+    ExchangePlan,
+    RowRoute,
+    batch_spec,
+    find_buckets,
+    my_owners,
+    on_each_device,
+    place_in_bucket,
+)
 from tokenrec.sharding import AXES, RULES
 
-CYCLE = 12_288  # 3 x 2^12: a multiple of the chips of most pods
-# Near the golden section of the cycle, and coprime to it: any run of row numbers is dealt out evenly.
-STRIDE = 7597
-_BACK = pow(STRIDE, -1, CYCLE)
-BATCH_AXES, SHARE_AXIS = ("data", "fsdp"), "tensor"
-# Scope of the exchange that runs only where ids fall on few devices: the planner does not count its loop.
+# Scope of the loops that run only where a bucket overflows. The planner, which reads it in
+# the compiled program, does not count them.
 OVERFLOW_SCOPE = "on_overflow"
 
 
-@dataclasses.dataclass(frozen=True)
-class ExchangePlan:
-    """Static plan of a table: its stored rows; `shards`, of the batch, and `shares`, devices of each, whose product is
-    the number of owners; `capacity`, ids from one device to another in a round.
-    """
-
-    rows: int
-    shards: int
-    shares: int
-    capacity: int
-
-    @property
-    def own(self) -> int:
-        """Rows of a device."""
-        return self.rows // (self.shards * self.shares)
-
-    @property
-    def alone(self) -> bool:
-        return self.shards * self.shares == 1
-
-
-class RowRoute(NamedTuple):
-    """Where the rows of a step lie.
+class CollectedGradients(NamedTuple):
+    """Gradients at the owners of their rows.
 
     Attributes:
-      places: `[S u] int32`, of each batch shard its distinct places, sorted; the number of stored rows where padded.
-      span: `[] int32`, rows of an owner that are exchanged in a round.
-      rounds: `[] int32`, how often the exchange runs; 1 unless a bucket is longer than the capacity.
-    """
-
-    places: jax.Array
-    span: jax.Array
-    rounds: jax.Array
-
-
-class CollectedGradients(NamedTuple):
-    """Gradients of the first round at their owners: `rows: [D m] int32`, distinct own rows, out of range where padded;
-    `gradients: [D m, w]`, summed over the batch shards. `squares: []`, squared norm of those of later rounds.
+      rows: `[D m] int32`, distinct owned rows of the first round, counted from the owner's
+        first row; out of range where padded.
+      gradients: `[D m, w]`, their gradients, summed over the batch shards.
+      squares: `[]`, squared norm of the gradients of all later rounds.
     """
 
     rows: jax.Array
@@ -84,274 +68,191 @@ class CollectedGradients(NamedTuple):
     squares: jax.Array
 
 
-def stored_rows(rows: int) -> int:
-    """Rows of a spread table as it is stored.
-
-    Raises:
-      InputError: more than 32-bit ids can tell apart.
-    """
-    stored = -(-rows // CYCLE) * CYCLE
-    if stored >= 2**31:
-        raise InputError(
-            f"tables of one width have {rows:,} rows together, more than 32-bit ids tell apart; use another width for "
-            "some of them (tokens.embedding_dims)"
-        )
-    return stored
-
-
-def to_storage_index[T: (jax.Array, np.ndarray)](ids: T, rows: int) -> T:
-    """Where the rows `ids` of a table of `rows` stored rows lie; a permutation."""
-    return ids % CYCLE * STRIDE % CYCLE * (rows // CYCLE) + ids // CYCLE
-
-
-def from_storage_index[T: (jax.Array, np.ndarray)](places: T, rows: int) -> T:
-    """Inverse of `to_storage_index`."""
-    return places % (rows // CYCLE) * CYCLE + places // (rows // CYCLE) * _BACK % CYCLE
-
-
-def plan_exchange(rows: int, ids: int) -> ExchangePlan:
-    """The plan for `ids` look-ups of a step, of all batch shards together, under the mesh in use.
-
-    The capacity holds ids that fall on the owners by chance, none twice: their mean and six deviations.
-
-    Raises:
-      InputError: the devices of the mesh do not divide `CYCLE`.
-    """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    shards, shares = math.prod(sizes[axis] for axis in BATCH_AXES), sizes[SHARE_AXIS]
-    check_owners(shards * shares)
-    each = ids // shards
-    mean = each / (shards * shares)
-    return ExchangePlan(
-        rows, shards, shares, min(each, 8 * math.ceil((mean + 6 * math.sqrt(mean)) / 8))
-    )
-
-
-def check_owners(devices: int) -> None:
-    """Raises InputError where rows cannot be dealt out evenly."""
-    if CYCLE % devices:
-        raise InputError(
-            f"a mesh of {devices} devices: tables that are spread by rows need a number of devices that divides "
-            f"{CYCLE:,}; use another number, or raise tokens.replicate_rows above the rows of every table"
-        )
-
-
-def route(
-    plan: ExchangePlan, ids: Sequence[jax.Array]
-) -> tuple[RowRoute, list[jax.Array]]:
-    """The distinct rows that `ids`, arrays `[B, ...]`, name; and for each array which rows of its shard it reads."""
-
-    def local(*parts: jax.Array) -> tuple[RowRoute, list[jax.Array]]:
-        flat = jnp.concatenate([part.reshape(-1) for part in parts])
-        places, inverse = jnp.unique(
-            to_storage_index(flat, plan.rows),
-            size=flat.size,
-            fill_value=plan.rows,
-            return_inverse=True,
-        )
-        cuts = itertools.accumulate(part.size for part in parts[:-1])
-        pieces = jnp.split(inverse.astype(jnp.int32), list(cuts))
-        inverses = [
-            piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)
-        ]
-        span, rounds = (
-            (jnp.int32(plan.own), jnp.int32(1))
-            if plan.alone
-            else _fitting(plan, places)
-        )
-        return RowRoute(places, span, rounds), inverses
-
-    specs = [_batch(part.ndim) for part in ids]
-    return _manual(local, tuple(specs), (_ROUTE, specs))(*ids)
-
-
-def _fitting(plan: ExchangePlan, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The widest span, halved from all own rows, whose buckets fit on all devices; and how many rounds it makes."""
-
-    def longest(span: jax.Array) -> jax.Array:
-        index = _index_in_bucket(plan, places, span)
-        return jax.lax.pmax(jnp.max(jnp.where(places < plan.rows, index + 1, 0)), AXES)
-
-    def halve(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        span = (carry[0] + 1) // 2
-        return span, longest(span)
-
-    whole = jnp.int32(plan.own)
-    # A span of one row has one id: this ends.
-    span, _ = jax.lax.while_loop(
-        lambda carry: carry[1] > plan.capacity, halve, (whole, longest(whole))
-    )
-    return span, (plan.own + span - 1) // span
-
-
-def _index_in_bucket(
-    plan: ExchangePlan, places: jax.Array, span: jax.Array
+def _requested_rows(
+    plan: ExchangePlan, route: RowRoute, number: jax.Array
 ) -> jax.Array:
-    """How many places before it, `[u]`, go to the same owner in the same round."""
-    first = places - places % plan.own % span  # of the range
-    here = jnp.arange(places.shape[0], dtype=jnp.int32)
-    opens = jnp.concatenate([jnp.ones(1, bool), first[1:] != first[:-1]])
-    return here - jax.lax.cummax(jnp.where(opens, here, 0))
+    """Exchange ids: the owned rows that each batch shard requests of this device.
 
-
-def fetch(plan: ExchangePlan, table: jax.Array, at: RowRoute) -> jax.Array:
-    """`[S u, w]`, the rows of the places; zeros where padded. `table: [rows, w]`, over all devices."""
-
-    def local(table: jax.Array, at: RowRoute) -> jax.Array:
-        if plan.alone:
-            return table.at[at.places].get(
-                mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
-            )
-        rows = _answers(
-            plan,
-            table,
-            at,
-            jnp.int32(0),
-            jnp.zeros((at.places.shape[0], table.shape[1]), table.dtype),
-        )
-        return _further_rounds(
-            at, lambda number, rows: _answers(plan, table, at, number, rows), rows
-        )
-
-    return _manual(local, (_owned(2), _ROUTE), _batch(2))(table, at)
-
-
-def _further_rounds[T](at: RowRoute, again: Callable[[jax.Array, T], T], first: T) -> T:
-    """`again(number, value)` for every round after the first. The scope tells readers of the program that these loops
-    run on overflow only.
+    Returns:
+      `[S, C] int32`, counted from the device's first row; `owned_rows` where padded.
     """
+    entry, real = find_buckets(plan, route, number)
+    index = route.indices[entry]
+    first = my_owners(plan)[:, None] * plan.owned_rows
+    requests = jnp.where(real, index - first, plan.owned_rows)
+    return jax.lax.all_to_all(requests, BATCH_AXES, 0, 0, tiled=True)
+
+
+def _later_rounds[T](
+    route: RowRoute, run_round: Callable[[jax.Array, T], T], first: T
+) -> T:
+    """Run `run_round(number, value)` for every round after the first."""
     with jax.named_scope(OVERFLOW_SCOPE):
         return jax.lax.while_loop(
-            lambda carry: carry[0] < at.rounds,
-            lambda carry: (carry[0] + 1, again(*carry)),
+            lambda carry: carry[0] < route.rounds,
+            lambda carry: (carry[0] + 1, run_round(*carry)),
             (jnp.int32(1), first),
         )[1]
 
 
-def _answers(
+def fetch_rows(plan: ExchangePlan, table: jax.Array, route: RowRoute) -> jax.Array:
+    """Read the distinct rows of every batch shard, `[S u, w]`; zeros where padded.
+
+    Args:
+      plan: the plan.
+      table: `[rows, w]`, over all devices.
+      route: where the rows are stored.
+    """
+
+    # On one device: table `[owned_rows, w]`, indices `[u]`.
+    def local(table: jax.Array, route: RowRoute) -> jax.Array:
+        # One device owns all rows: nothing is exchanged.
+        if plan.owners == 1:
+            return table.at[route.indices].get(
+                mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
+            )
+        empty = jnp.zeros((route.indices.shape[0], table.shape[1]), table.dtype)
+        rows = _fetch_round(plan, table, route, jnp.int32(0), empty)
+        return _later_rounds(
+            route,
+            lambda number, rows: _fetch_round(plan, table, route, number, rows),
+            rows,
+        )
+
+    specs = (_owned_spec(2), ROUTE_SPECS)
+    return on_each_device(local, specs, batch_spec(2))(table, route)
+
+
+def _fetch_round(
     plan: ExchangePlan,
     table: jax.Array,
-    at: RowRoute,
+    route: RowRoute,
     number: jax.Array,
     rows: jax.Array,
 ) -> jax.Array:
-    """`rows` with those of a round filled in."""
-    asked = _asked(plan, at, number)
-    answer = table.at[asked].get(mode="fill", fill_value=0)
-    answer = jax.lax.all_to_all(
-        answer, BATCH_AXES, 0, 0, tiled=True
-    )  # [S, C, w], by owner
-    answer = jax.lax.all_gather(
-        answer, SHARE_AXIS, axis=1
-    )  # [S, shares, C, w]: owners in order
-    owner, own = at.places // plan.own, at.places % plan.own
-    here = (at.places < plan.rows) & (own // at.span == number)
-    index = owner * plan.capacity + _index_in_bucket(plan, at.places, at.span)
-    found = answer.reshape(-1, table.shape[1])[jnp.where(here, index, 0)]
-    return jnp.where(here[:, None], found, rows)
+    """Fill the rows of one round into `rows: [u, w]`.
 
-
-def _my_owners(plan: ExchangePlan) -> jax.Array:
-    """`[S]`, the owners that this device asks: those with its own place along `tensor`."""
-    return jnp.arange(plan.shards, dtype=jnp.int32) * plan.shares + jax.lax.axis_index(
-        SHARE_AXIS
+    Args:
+      plan: the plan.
+      table: `[owned_rows, w]`, the rows of this device.
+      route: the route of this shard, `[u]`.
+      number: `[]`, the round.
+      rows: `[u, w]`, with the rows of earlier rounds.
+    """
+    # 1. Owners answer the requests; padding is out of range and reads zeros.
+    requests = _requested_rows(plan, route, number)
+    answers = table.at[requests].get(mode="fill", fill_value=0)
+    # 2. Back to the shard, [S, C, w] by owner, and then over `tensor`,
+    #    [S, shard_devices, C, w]: now all owners, in order.
+    answers = jax.lax.all_to_all(answers, BATCH_AXES, 0, 0, tiled=True)
+    answers = jax.lax.all_gather(answers, SHARD_AXIS, axis=1)
+    # 3. Every index takes its row from its place in its owner's bucket.
+    owner, row = route.indices // plan.owned_rows, route.indices % plan.owned_rows
+    of_round = (route.indices < plan.rows) & (row // route.range_rows == number)
+    place = owner * plan.capacity + place_in_bucket(
+        plan, route.indices, route.range_rows
     )
-
-
-def _buckets(
-    plan: ExchangePlan, at: RowRoute, number: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`[S, C]` which of the places go to each of my owners in a round, and whether there is one."""
-    first = _my_owners(plan) * plan.own
-    low = first + number * at.span
-    high = low + jnp.minimum(
-        at.span, first + plan.own - low
-    )  # low + span alone may pass 2^31
-    begin, end = (
-        jnp.searchsorted(at.places, edge).astype(jnp.int32) for edge in (low, high)
-    )
-    index = begin[:, None] + jnp.arange(plan.capacity, dtype=jnp.int32)
-    return jnp.minimum(index, at.places.shape[0] - 1), index < end[:, None]
-
-
-def _asked(plan: ExchangePlan, at: RowRoute, number: jax.Array) -> jax.Array:
-    """`[S, C]`, own rows that each batch shard asks this device for in a round; `own` where padded."""
-    index, real = _buckets(plan, at, number)
-    sent = jnp.where(
-        real, at.places[index] - _my_owners(plan)[:, None] * plan.own, plan.own
-    )
-    return jax.lax.all_to_all(sent, BATCH_AXES, 0, 0, tiled=True)
+    answered = answers.reshape(-1, table.shape[1])[jnp.where(of_round, place, 0)]
+    return jnp.where(of_round[:, None], answered, rows)
 
 
 def expand_rows(rows: jax.Array, inverse: jax.Array) -> jax.Array:
-    """`[B, ..., w]`: of the shard's `rows: [S u, w]` the one that each entry of `inverse: [B, ...]` reads.
+    """Give every id its row, `[B, ..., w]`.
 
-    Its transpose sums the gradients of each distinct row of a shard.
+    The transpose sums the gradients of each distinct row of a shard.
+
+    Args:
+      rows: `[S u, w]`, of `fetch_rows`.
+      inverse: `[B, ...]`, of `route_ids`.
     """
 
+    # On one device: rows `[u, w]` of its shard, inverse `[B / S, ...]`.
     def local(rows: jax.Array, inverse: jax.Array) -> jax.Array:
         return rows.at[inverse].get(mode="promise_in_bounds")
 
-    specs = _batch(2), _batch(inverse.ndim)
-    return jax.shard_map(local, in_specs=specs, out_specs=_batch(inverse.ndim + 1))(
+    specs = batch_spec(2), batch_spec(inverse.ndim)
+    return jax.shard_map(local, in_specs=specs, out_specs=batch_spec(inverse.ndim + 1))(
         rows, inverse
     )
 
 
-def collect(
-    plan: ExchangePlan, at: RowRoute, gradients: jax.Array
+def collect_gradients(
+    plan: ExchangePlan, route: RowRoute, gradients: jax.Array
 ) -> CollectedGradients:
-    """Sends `gradients: [S u, w]` to the owners of their rows."""
+    """Send gradients to the owners of their rows, and sum them there.
 
-    def local(at: RowRoute, gradients: jax.Array) -> CollectedGradients:
-        if plan.alone:
-            return CollectedGradients(at.places, gradients, jnp.float32(0))
+    The gradients of later rounds are counted in `squares` and dropped;
+    `update_owned_rows` sends them again.
 
-        # Backwards, so that what is left is the first round's. One loop, not a round and a loop: sorts compile slowly.
+    Args:
+      plan: the plan.
+      route: where the rows are stored.
+      gradients: `[S u, w]`, of the rows of `fetch_rows`.
+    """
+
+    # On one device: gradients `[u, w]`. Along `tensor` they are equal, and each device
+    # sends those of its own owners only, so that none is counted twice.
+    def local(route: RowRoute, gradients: jax.Array) -> CollectedGradients:
+        if plan.owners == 1:
+            return CollectedGradients(route.indices, gradients, jnp.float32(0))
+
+        # From the last round to the first, so that the first round's are left in the end.
+        # One loop, not a round and then a loop: the sort inside compiles slowly.
         def receive(
             carry: tuple[jax.Array, CollectedGradients],
         ) -> tuple[jax.Array, CollectedGradients]:
             number, later = carry
             squares = later.squares + jnp.sum(jnp.square(later.gradients))
             return number - 1, CollectedGradients(
-                *_summed(plan, at, gradients, number), squares
+                *_summed_gradients(plan, route, gradients, number), squares
             )
 
-        size = plan.shards * plan.capacity
+        size = plan.batch_shards * plan.capacity
         nothing = CollectedGradients(
-            jnp.full(size, plan.own, jnp.int32),
+            jnp.full(size, plan.owned_rows, jnp.int32),
             jnp.zeros((size, gradients.shape[1])),
             jnp.zeros((), jnp.float32),
         )
-        _, found = jax.lax.while_loop(
-            lambda carry: carry[0] >= 0, receive, (at.rounds - 1, nothing)
+        _, collected = jax.lax.while_loop(
+            lambda carry: carry[0] >= 0, receive, (route.rounds - 1, nothing)
         )
-        return found._replace(squares=jax.lax.psum(found.squares, AXES))
+        return collected._replace(squares=jax.lax.psum(collected.squares, AXES))
 
-    return _manual(local, (_ROUTE, _batch(2)), _COLLECTED)(at, gradients)
+    specs = (ROUTE_SPECS, batch_spec(2))
+    return on_each_device(local, specs, _COLLECTED_SPECS)(route, gradients)
 
 
-def _summed(
-    plan: ExchangePlan, at: RowRoute, gradients: jax.Array, number: jax.Array
+def _summed_gradients(
+    plan: ExchangePlan, route: RowRoute, gradients: jax.Array, number: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Distinct own rows of a round `[m]`, and the sums of their gradients `[m, w]`."""
-    asked = _asked(plan, at, number).reshape(-1)
-    index, real = _buckets(plan, at, number)
-    sent = jnp.where(real[..., None], gradients[index], 0)
-    came = jax.lax.all_to_all(sent, BATCH_AXES, 0, 0, tiled=True).reshape(
-        -1, gradients.shape[1]
-    )
+    """Exchange the gradients of a round, and sum them per row.
+
+    Args:
+      plan: the plan.
+      route: the route of this shard, `[u]`.
+      gradients: `[u, w]`.
+      number: `[]`, the round.
+
+    Returns:
+      Distinct owned rows `[m]`, padded with `owned_rows`, and their sums `[m, w]`.
+    """
+    requests = _requested_rows(plan, route, number).reshape(-1)
+    entry, real = find_buckets(plan, route, number)
+    # Padding sends zeros to row `owned_rows`, which is out of range.
+    sent = jnp.where(real[..., None], gradients[entry], 0)
+    received = jax.lax.all_to_all(sent, BATCH_AXES, 0, 0, tiled=True)
+    received = received.reshape(-1, gradients.shape[1])
     rows, inverse = jnp.unique(
-        asked, size=asked.size, fill_value=plan.own, return_inverse=True
+        requests, size=requests.size, fill_value=plan.owned_rows, return_inverse=True
     )
-    return rows, jax.ops.segment_sum(came, inverse, num_segments=asked.size)
+    return rows, jax.ops.segment_sum(received, inverse, num_segments=requests.size)
 
 
-def update_spread(
+def update_owned_rows(
     plan: ExchangePlan,
     table: jax.Array,
     state: RowsState,
-    at: RowRoute,
+    route: RowRoute,
     gradients: jax.Array,
     collected: CollectedGradients,
     *,
@@ -359,66 +260,73 @@ def update_spread(
     decay: float,
     apply: jax.Array,
 ) -> tuple[jax.Array, RowsState]:
-    """`update_rows` at the owners, in place.
+    """Update every device's own rows in place, by row-wise AdaGrad (`lookup.update_rows`).
 
-    `gradients: [S u, w]`, and what `collect` made of them, both scaled alike.
+    Args:
+      plan: the plan.
+      table: `[rows, w]`, over all devices.
+      state: sums of the rows, over all devices.
+      route: where the rows are stored.
+      gradients: `[S u, w]`, for the later rounds.
+      collected: what `collect_gradients` made of them; scaled as they are.
+      rate: `[]`, learning rate.
+      decay: pull towards zero, per step and unit of rate.
+      apply: `[] bool`; False changes nothing.
+
+    Returns:
+      The new table and state.
     """
 
     def local(
         table: jax.Array,
         state: RowsState,
-        at: RowRoute,
+        route: RowRoute,
         gradients: jax.Array,
         collected: CollectedGradients,
         rate: jax.Array,
         apply: jax.Array,
     ) -> tuple[jax.Array, RowsState]:
-        def change(
+        def update(
             table: jax.Array, state: RowsState, rows: jax.Array, sums: jax.Array
         ) -> tuple[jax.Array, RowsState]:
             return update_rows(
                 table, state, rows, sums, rate=rate, decay=decay, apply=apply
             )
 
-        changed = change(table, state, collected.rows, collected.gradients)
-        if plan.alone:
-            return changed
+        # The first round's gradients are here already, those of later rounds are sent again:
+        # keeping them would take a buffer for every round.
+        updated = update(table, state, collected.rows, collected.gradients)
+        if plan.owners == 1:
+            return updated
+        return _later_rounds(
+            route,
+            lambda number, updated: update(
+                *updated, *_summed_gradients(plan, route, gradients, number)
+            ),
+            updated,
+        )
 
-        def again(
-            number: jax.Array, changed: tuple[jax.Array, RowsState]
-        ) -> tuple[jax.Array, RowsState]:
-            return change(*changed, *_summed(plan, at, gradients, number))
-
-        return _further_rounds(at, again, changed)
-
-    given = (
-        _owned(2),
-        _owned(1),
-        _ROUTE,
-        _batch(2),
-        _COLLECTED,
-        PartitionSpec(),
-        PartitionSpec(),
+    table_specs = (_owned_spec(2), _owned_spec(1))
+    scalar = PartitionSpec()
+    specs = (
+        *table_specs,
+        ROUTE_SPECS,
+        batch_spec(2),
+        _COLLECTED_SPECS,
+        scalar,
+        scalar,
     )
-    made = (_owned(2), _owned(1))
-    return _manual(local, given, made)(
-        table, state, at, gradients, collected, rate, apply
+    return on_each_device(local, specs, table_specs)(
+        table, state, route, gradients, collected, rate, apply
     )
 
 
-def _manual(local: Callable[..., Any], given: Any, made: Any) -> Callable[..., Any]:
-    # Collectives here leave values equal along `tensor` in ways that the check cannot see.
-    return jax.shard_map(local, in_specs=given, out_specs=made, check_vma=False)
-
-
-def _batch(dimensions: int) -> PartitionSpec:
-    return RULES("batch", *[None] * (dimensions - 1))
-
-
-def _owned(dimensions: int) -> PartitionSpec:
+def _owned_spec(dimensions: int) -> PartitionSpec:
+    """Partition of an array whose first dimension is split by owner."""
     return RULES("rows", *[None] * (dimensions - 1))
 
 
-# Partitions of a Route and of Collected.
-_ROUTE: Any = RowRoute(*([_batch(1)] + [PartitionSpec()] * 2))  # type: ignore[arg-type]
-_COLLECTED: Any = CollectedGradients(*[_owned(1), _owned(2), PartitionSpec()])  # type: ignore[arg-type]
+# Partitions of the fields of `CollectedGradients`.
+_COLLECTED_SPECS = CollectedGradients._make(
+    (_owned_spec(1), _owned_spec(2), PartitionSpec())
+)

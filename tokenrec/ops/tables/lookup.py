@@ -1,8 +1,27 @@
-"""Embedding tables outside the modules: gather rows once per unique id, update only those rows.
+"""Embedding tables outside the modules: gather distinct rows, update only those rows.
 
-Tables of one width are stacked into one array, so that a step makes one gather and one update per width. A *stack* is
-that array; a table is a run of its rows. Short tables are replicated over the mesh, and what is here serves those; the
-rows of long ones are spread over it (exchange.py), and stack apart.
+Tables of one width are stacked into one array, a *stack*, so that a step makes one
+gather and one update per width; a table is a run of the stack's rows. Short tables are
+replicated over the mesh, and this module serves them. The rows of long tables are spread
+over the devices, in stacks of their own (`tokenrec.ops.tables.exchange`).
+
+How it works, for n ids of a batch and at most u distinct ones:
+
+1. `unique_ids` finds the distinct ids, and for every id which of them it is (`inverse`).
+2. `gather_rows` reads each distinct row once, `[u, width]`.
+3. `expand_rows` gives every id its row, `[..., width]`. Its transpose, in the backward
+   pass, sums the gradients of each distinct row.
+4. `update_rows` updates the distinct rows in place, by row-wise AdaGrad.
+
+Row-wise AdaGrad keeps one number A_r per row r of width w, in place of w numbers (Duchi
+et al. 2011, JMLR 12, with the accumulator shared by the row as in DLRM, Naumov et al.
+2019, arXiv 1906.00091). With g_r the gradient of row E_r, rate eta, decay lambda:
+
+    A_r <- A_r + mean_c(g_rc^2)
+    E_r <- E_r - eta (g_r / (sqrt(A_r) + epsilon) + lambda E_r)     if g_r is not zero
+
+A row that no id reads has no gradient, and keeps both A_r and E_r: nothing of the size
+of a table is formed in a step.
 """
 
 from __future__ import annotations
@@ -17,7 +36,16 @@ from jax.sharding import PartitionSpec
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Tables of one width, one after another: `offsets` maps a table to its first row. `spread`: over all devices."""
+    """Tables of one width, one after another in one array.
+
+    Attributes:
+      name: name of the stack, from its width.
+      width: entries of a row.
+      rows: rows of all its tables.
+      offsets: table -> its first row in the stack.
+      spread: True if the rows lie spread over all devices, False if every device holds
+        all of them.
+    """
 
     name: str
     width: int
@@ -29,64 +57,97 @@ class Stack:
 def build_stacks(
     tables: dict[str, int], widths: dict[str, int], replicate_rows: int
 ) -> dict[str, Stack]:
-    """Stacks the tables (name -> rows) by width (name -> width); those of more than `replicate_rows` rows are spread.
+    """Stack tables by width and by placement.
 
-    >>> stacks = build_stacks({"tab": 5, "day": 7, "video": 100}, {"tab": 16, "day": 16, "video": 16}, 50)
+    >>> tables = {"tab": 5, "day": 7, "video": 100}
+    >>> stacks = build_stacks(tables, dict.fromkeys(tables, 16), replicate_rows=50)
     >>> stacks["width_16"].offsets, stacks["width_16_spread"].offsets
     ({'day': 0, 'tab': 7}, {'video': 0})
+
+    Args:
+      tables: table -> rows.
+      widths: table -> width of its rows.
+      replicate_rows: tables of more rows than this are spread.
+
+    Returns:
+      Stacks by name. Within one, tables stand in the order of their names.
     """
     stacks: dict[str, Stack] = {}
     for width, spread in sorted(
         {(widths[name], rows > replicate_rows) for name, rows in tables.items()}
     ):
-        offsets, rows = {}, 0
-        for name in sorted(tables):
-            if (widths[name], tables[name] > replicate_rows) == (width, spread):
-                offsets[name] = rows
-                rows += tables[name]
+        offsets: dict[str, int] = {}
+        total_rows = 0
+        for table in sorted(tables):
+            if (widths[table], tables[table] > replicate_rows) == (width, spread):
+                offsets[table] = total_rows
+                total_rows += tables[table]
         name = f"width_{width}" + "_spread" * spread
-        stacks[name] = Stack(name, width, rows, offsets, spread)
+        stacks[name] = Stack(name, width, total_rows, offsets, spread)
     return stacks
 
 
-class Unique(NamedTuple):
-    """Distinct ids of a batch. `ids: [u] int32`, padded with `rows` (out of range); `inverse: [n] int32` into `ids`."""
+class UniqueIds(NamedTuple):
+    """The distinct ids of a batch.
+
+    Attributes:
+      ids: `[u] int32`, distinct; padded with the number of rows, which is out of range.
+      inverse: `[n] int32`, which entry of `ids` each id of the batch is.
+    """
 
     ids: jax.Array
     inverse: jax.Array
 
 
-def unique_ids(ids: jax.Array, rows: int) -> Unique:
-    """The distinct values of `ids: [n]`, all in [0, rows).
+def unique_ids(ids: jax.Array, rows: int) -> UniqueIds:
+    """Find the distinct ids.
 
-    A stack with fewer rows than the batch has ids is cheaper to touch whole than to sort: there `ids` is every row.
+    A stack with no more rows than the batch has ids is cheaper to touch whole than the
+    ids are to sort: there `UniqueIds.ids` is every row.
+
+    Args:
+      ids: `[n] int32`, all in [0, rows).
+      rows: rows of the stack.
     """
     if rows <= ids.shape[0]:
-        return Unique(jnp.arange(rows, dtype=jnp.int32), ids)
+        return UniqueIds(jnp.arange(rows, dtype=jnp.int32), ids)
     values, inverse = jnp.unique(
         ids, size=ids.shape[0], fill_value=rows, return_inverse=True
     )
-    return Unique(values, inverse.astype(jnp.int32))
+    return UniqueIds(values, inverse.astype(jnp.int32))
 
 
 def gather_rows(stack: jax.Array, ids: jax.Array) -> jax.Array:
-    """`[u, width]` rows of the stack; zeros where an id is out of range."""
+    """Read distinct rows, `[u, width]`; zeros where an id is out of range.
+
+    Args:
+      stack: `[rows, width]`.
+      ids: `[u] int32`, sorted and distinct, as in `UniqueIds`.
+    """
     return stack.at[ids].get(
         mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
     )
 
 
 def expand_rows(rows: jax.Array, inverse: jax.Array) -> jax.Array:
-    """`[..., width]`: the row of every entry of `inverse: [...]`, laid over the mesh like it.
+    """Give every id its row, `[..., width]`, with the sharding of `inverse`.
 
-    Its transpose sums the gradients of each unique row.
+    The transpose sums the gradients of each distinct row.
+
+    Args:
+      rows: `[u, width]`, distinct rows.
+      inverse: `[...] int32`, which of them each id reads.
     """
     spec = PartitionSpec(*jax.typeof(inverse).sharding.spec, None)
     return rows.at[inverse].get(mode="promise_in_bounds", out_sharding=spec)
 
 
 class RowsState(NamedTuple):
-    """Row-wise AdaGrad's memory: `sum: [rows] float32`, the running sum of the mean squared gradient of each row."""
+    """State of row-wise AdaGrad.
+
+    Attributes:
+      sum: `[rows] float32`, A: running sum of the mean squared gradient of each row.
+    """
 
     sum: jax.Array
 
@@ -102,25 +163,34 @@ def update_rows(
     apply: jax.Array,
     epsilon: float = 1e-8,
 ) -> tuple[jax.Array, RowsState]:
-    """Row-wise AdaGrad (Duchi et al. 2011, one accumulator per row as in DLRM) on the rows `ids` only.
+    """Update rows by row-wise AdaGrad (equations in the module's docstring).
 
     Args:
-      stack: `[rows, width]`; `ids: [u]` distinct, out of range where padded; `gradients: [u, width]`.
-      rate: learning rate; `decay`: pull towards zero of the rows with a gradient, per step and unit of rate.
-      apply: bool scalar; False changes nothing: every id is sent out of range, so the stack is never copied.
+      stack: `[rows, width] float32`.
+      state: sums of the rows.
+      ids: `[u] int32`, distinct rows; out of range where padded.
+      gradients: `[u, width] float32`, gradient of each row.
+      rate: `[]`, learning rate eta.
+      decay: lambda, pull towards zero per step and unit of rate, of the rows with a
+        gradient.
+      apply: `[] bool`; False changes nothing.
+      epsilon: added to the root of A.
+
+    Returns:
+      The new stack and state.
     """
-    squared = jnp.mean(jnp.square(gradients), axis=-1)
+    mean_squares = jnp.mean(jnp.square(gradients), axis=-1)
+    # A refused update sends every id out of range. `where` over the stack would copy it.
     ids = jnp.where(apply, ids, stack.shape[0])
-    total = (
-        state.sum.at[ids].get(mode="fill", fill_value=0, unique_indices=True) + squared
-    )
-    step = gradients / (jnp.sqrt(total)[:, None] + epsilon)
+    sums = state.sum.at[ids].get(mode="fill", fill_value=0, unique_indices=True)
+    sums = sums + mean_squares
+    step = gradients / (jnp.sqrt(sums)[:, None] + epsilon)
     if decay:
-        touched = (squared > 0)[:, None]
-        step += jnp.where(touched, decay * gather_rows(stack, ids), 0)
+        # Where a stack is touched whole, some of its rows have no gradient.
+        has_gradient = (mean_squares > 0)[:, None]
+        step += jnp.where(has_gradient, decay * gather_rows(stack, ids), 0)
     stack = stack.at[ids].add(-rate * step, mode="drop", unique_indices=True)
-    # Set, not add: what is written then needs what was read, so that XLA cannot order the write first and keep the old
-    # memory in a copy (tried with add: two copies of it a step).
-    return stack, RowsState(
-        state.sum.at[ids].set(total, mode="drop", unique_indices=True)
-    )
+    # Set, not add: the write then depends on the read, so that XLA cannot order the write
+    # first and keep the old sums in a copy (tried with add: two copies a step).
+    new_sums = state.sum.at[ids].set(sums, mode="drop", unique_indices=True)
+    return stack, RowsState(new_sums)
