@@ -21,7 +21,7 @@ from tokenrec.ops.attention import (
     current_platform,
     implementations_of,
 )
-from tokenrec.planner.roofline import (
+from tokenrec.planner.attention_cost import (
     BACKWARD_PRODUCTS,
     FORWARD_PRODUCTS,
     attention_flops,

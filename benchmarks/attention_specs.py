@@ -24,16 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.stream_layouts import build_layout, history_part
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
 from tokenrec.sharding import RULES
-from tokenrec.tokens.layout import (
-    Layout,
-    StreamPart,
-    build_layout,
-    history_part,
-    lay_out,
-    live_positions,
-)
+from tokenrec.tokens.layout import Layout, live_positions
+from tokenrec.tokens.stream_segments import StreamSegment, make_layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,12 +183,12 @@ def codes_layout(events: int) -> Layout:
     The tokens are not in the order of their indices.
     """
     shared = [
-        StreamPart.of("user", 3),
-        StreamPart.of("sep", 1),
+        StreamSegment.tokens("user", 3),
+        StreamSegment.tokens("sep", 1),
         history_part(events=events, fused=True),
     ]
-    own = [StreamPart.of("code", 3)]
-    return lay_out(shared, own, events=events, candidates=events, read="events")
+    own = [StreamSegment.tokens("code", 3)]
+    return make_layout(shared, own, events=events, candidates=events, readout="events")
 
 
 def _padding(layout: Layout, *, continued: bool) -> np.ndarray:

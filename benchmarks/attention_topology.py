@@ -32,9 +32,10 @@ from benchmarks.report import run_script, write_result
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
 from tokenrec.ops.attention import IMPLEMENTATIONS
-from tokenrec.planner.compile import report
+from tokenrec.planner.attention_cost import attention_bytes
+from tokenrec.planner.compiled_program import program_figures
 from tokenrec.planner.flops import Work, attention_work, implementation_of
-from tokenrec.planner.roofline import Roofline, attention_bytes, chip
+from tokenrec.planner.roofline import Roofline, chip
 from tokenrec.planner.topology import topology_mesh
 from tokenrec.sharding import batch_shards
 
@@ -144,7 +145,7 @@ def _figures(
     )
     # Useful work counts the products of a backward pass that forms the logits again.
     work = work._replace(model_flops=useful_flops(spec, pass_))
-    return _bounds(report(compiled, mesh, work), mesh, work, spec, pass_)
+    return _bounds(program_figures(compiled, mesh, work), mesh, work, spec, pass_)
 
 
 def _bounds(

@@ -10,42 +10,31 @@ matplotlib is optional (extra `bench`), and loaded when a picture is drawn.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import run_script
+from tokenrec.analysis.figure_files import lay_out, to_png
 from tokenrec.analysis.figure_style import (
-    Style,
-    assign_styles,
+    PAPER,
     figure_defaults,
-    lay_out,
     make_panels,
-    to_png,
+    require_matplotlib,
 )
-from tokenrec.errors import InputError
+from tokenrec.analysis.model_styles import ModelStyle, assign_styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Lines of the first, second, ... window, as matplotlib takes them.
-WINDOW_LINES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))
+# Dashes of the first, second, ... window, in line widths; a solid line first.
+WINDOW_DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.5), (1, 1), (6, 1, 1, 1))
 PANEL_HEIGHT = 3.6  # inches
 PASS_NAMES = {"forward": "forward", "forward_backward": "forward and backward"}
 
 Rows = Sequence[Mapping[str, Any]]
-
-
-def require_matplotlib() -> None:
-    """Raise InputError if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError(
-            "a picture needs matplotlib, which is not installed; "
-            "pip install 'tokenrec[bench]', or pass --no-png"
-        )
 
 
 def line_label(row: Mapping[str, Any]) -> str:
@@ -56,7 +45,7 @@ def line_label(row: Mapping[str, Any]) -> str:
     )
 
 
-def line_styles(rows: Rows) -> dict[str, Style]:
+def line_styles(rows: Rows) -> dict[str, ModelStyle]:
     """Label -> style: a colour and marker per implementation, a line per window."""
     by_name = assign_styles(row["implementation"] for row in rows)
     windows = list(dict.fromkeys(row["window"] for row in rows))
@@ -64,8 +53,9 @@ def line_styles(rows: Rows) -> dict[str, Style]:
     # By window, then by implementation: a legend fills its columns first.
     for row in sorted(rows, key=lambda row: windows.index(row["window"])):
         number = windows.index(row["window"])
-        line = WINDOW_LINES[number % len(WINDOW_LINES)]
-        styles[line_label(row)] = by_name[row["implementation"]]._replace(line=line)
+        dashes = WINDOW_DASHES[number % len(WINDOW_DASHES)]
+        style = by_name[row["implementation"]]
+        styles[line_label(row)] = style._replace(dashes=dashes)
     return styles
 
 
@@ -101,7 +91,7 @@ def plot_throughput(rows: Rows, path: Path) -> None:
 
 
 def _draw_panel(
-    ax: Axes, rows: Rows, styles: Mapping[str, Style], lengths: Sequence[int]
+    ax: Axes, rows: Rows, styles: Mapping[str, ModelStyle], lengths: Sequence[int]
 ) -> None:
     """Draw the lines of one panel.
 
@@ -119,7 +109,7 @@ def _draw_panel(
         lines.setdefault(line_label(row), []).append(point)
     for label, points in lines.items():
         x, y = zip(*sorted(points), strict=True)
-        ax.plot(x, y, markersize=5, **styles[label].of_line())
+        ax.plot(x, y, markersize=5, **styles[label].line_arguments(PAPER))
     ax.set(xscale="log", yscale="log", xlabel="sequence length, tokens")
     ax.set_xticks(lengths, labels=[f"{length:,}" for length in lengths])
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -128,12 +118,12 @@ def _draw_panel(
     ax.minorticks_off()
 
 
-def _add_legend(figure: Figure, styles: Mapping[str, Style], columns: int) -> None:
+def _add_legend(figure: Figure, styles: Mapping[str, ModelStyle], columns: int) -> None:
     """Add one legend below all panels, with a column for every window."""
     from matplotlib.lines import Line2D
 
     keys = [
-        Line2D([], [], label=label, markersize=5, **style.of_line())
+        Line2D([], [], label=label, markersize=5, **style.line_arguments(PAPER))
         for label, style in styles.items()
     ]
     figure.legend(

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import study_states
+from benchmarks.stream_layouts import build_layout
 from tests.analysis.study_folder import NAME, write_about, write_study
-from tests.streams import build_layout
 from tokenrec.analysis.attention_maps import AttentionMaps
 from tokenrec.analysis.study_files import read_study
 from tokenrec.analysis.study_rows import (

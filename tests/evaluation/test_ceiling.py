@@ -13,7 +13,7 @@ from tokenrec.data.sources.synthetic_profiles import ProfilesSource
 from tokenrec.evaluation.baseline_reports import evaluate_baselines
 from tokenrec.evaluation.ceiling import CEILING, known_probabilities
 from tokenrec.metrics.binary import auc
-from tokenrec.runtime.metric_writer import format_table, result_rows
+from tokenrec.runtime.result_table import format_table, result_rows
 
 TASKS = ("click", "buy")
 

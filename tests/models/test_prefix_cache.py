@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import prefix_cache
-from tests.streams import build_layout
+from benchmarks.stream_layouts import build_layout
 from tests.worlds import mesh_of, one_device
 from tokenrec.config import ModelConfig
 from tokenrec.errors import InputError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.attention_specs import codes_layout
-from tests.streams import build_layout
+from benchmarks.stream_layouts import build_layout
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
 from tokenrec.planner.attention_cost import (
     attention_bytes,
@@ -34,8 +34,8 @@ def patterns():
     yield causal_pattern(7, 12)
     random = np.random.default_rng(0)
     for layout in layouts():
-        every = np.arange(layout.rows)
-        some = np.sort(random.choice(layout.rows, layout.rows // 2, replace=False))
+        every = np.arange(layout.length)
+        some = np.sort(random.choice(layout.length, layout.length // 2, replace=False))
         yield layout.pattern(every, every)
         yield layout.pattern(some, every)
         yield dataclasses.replace(layout, discard=False).pattern(some, every)

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.streams import build_layout, history_part
+from benchmarks.stream_layouts import build_layout, history_part
 from tokenrec.tokens.layout import ROLES, live_positions, select_positions
 from tokenrec.tokens.stream_segments import StreamSegment, make_layout
 

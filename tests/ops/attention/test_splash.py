@@ -13,6 +13,7 @@ from benchmarks.attention_specs import (
     prefix_spec,
     stream_specs,
 )
+from benchmarks.stream_layouts import build_layout
 from tests.ops.attention.compare import differences_from_dense, values_and_gradients
 from tokenrec.ops.attention.dense import dense_attention
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
@@ -24,7 +25,7 @@ from tokenrec.ops.attention.splash import (
     unsupported_reason,
     visited_tiles,
 )
-from tokenrec.tokens.layout import build_layout, live_positions
+from tokenrec.tokens.layout import live_positions
 
 # Measured: at most 1.2e-6, values and gradients.
 TOLERANCE = 4e-6

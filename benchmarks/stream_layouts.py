@@ -1,4 +1,4 @@
-"""TokenFormer streams without a config or a schema, for tests of layouts."""
+"""TokenFormer streams without a config or a schema, for tests and benchmarks."""
 
 from __future__ import annotations
 
