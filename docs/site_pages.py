@@ -312,9 +312,12 @@ def _without_public_names(module: str) -> list[str]:
     if not public:
         return []
     filters = ["!^_[^_]", *(f"!^{name}$" for name in public)]
-    return ["    options:", f"      filters: {json.dumps(filters)}"] + [
+    names = ", ".join(f"`{name}`" for name in public)
+    return [
+        "    options:",
+        f"      filters: {json.dumps(filters)}",
         "",
-        f"Documented under [Python API](../api.md): {', '.join(f'`{n}`' for n in public)}.",
+        f"Documented under [Python API](../api.md): {names}.",
     ]
 
 
