@@ -24,7 +24,15 @@ _FIELD = re.compile(
 CURRENT = [page for page in [*PAGES, *OTHERS] if page.name != "CHANGELOG.md"]
 # Commands that a page shows because they are refused, in which ... stands for flags, or of
 # the source that a guide adds.
-_WRONG = ("trian", "--confg", "widht", "prepare ...", "podcasts")
+_WRONG = (
+    "trian",
+    "--confg",
+    "widht",
+    "--config.width",
+    "optim.lr",
+    "prepare ...",
+    "podcasts",
+)
 
 
 @cache
