@@ -61,8 +61,8 @@ def topology_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
         and "TPU_LIBRARY_PATH" not in os.environ
     ):
         raise InputError(
-            f"topology='{topology}': compiling for a TPU needs libtpu; "
-            "pip install 'tokenrec[tpu]'"
+            f"topology='{topology}': compiling for a TPU needs libtpu; run "
+            '`pip install ".[tpu]"` in the clone of tokenrec'
         )
     kind, _, size = topology.partition(":")
     if kind not in DIMENSIONS or not re.fullmatch(

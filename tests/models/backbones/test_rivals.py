@@ -263,7 +263,12 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
             ("history", "||", "candidate"),
             "tokens.prompt=('history', '||', 'candidate')",
         ),
-        ("tokenformer", "model.merge", 5, "model.merge=5 with model.kind='tokenformer', which does not read it"),
+        (
+            "tokenformer",
+            "model.merge",
+            5,
+            "model.merge=5 with model.kind='tokenformer', which does not read it",
+        ),
         (
             "tokenformer",
             "model.time_bias",
