@@ -182,9 +182,7 @@ def test_every_topology_that_is_suggested_exists():
 def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    with pytest.raises(
-        InputError, match=r"needs libtpu; pip install 'tokenrec\[tpu\]'"
-    ):
+    with pytest.raises(InputError, match=r"needs libtpu; run `pip install .*tpu"):
         topology_mesh("v5e:2x2", MeshConfig())
 
 

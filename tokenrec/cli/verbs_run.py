@@ -92,10 +92,10 @@ def _training_result(summary: Mapping[str, Any], workdir: Path, split: str) -> s
         lines.append(f"best checkpoint: step {best_step:,}")
     if best:
         lines[-1] += f"; its metrics on {split}:"
-        lines.append(format_table(result_rows({split: best})))
+        lines.append(format_table(result_rows({split: best}, "split")))
     elif last:
         lines.append(f"last evaluation: step {step:,}; its metrics on {split}:")
-        lines.append(format_table(result_rows({split: last})))
+        lines.append(format_table(result_rows({split: last}, "split")))
     return "\n".join(lines)
 
 

@@ -99,7 +99,8 @@ class ProgressDisplay:
             for name, number in numbers.items()
             if "/" not in name
         ]
-        self._print(f"{prefix} at step {step:,}: {'  '.join(texts)}")
+        if texts:
+            self._print(f"{prefix} at step {step:,}: {'  '.join(texts)}")
 
     def close(self) -> None:
         """Close the bar; further calls do nothing."""

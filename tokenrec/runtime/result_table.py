@@ -58,27 +58,30 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(aligned)
 
 
-def result_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def result_rows(
+    results: Mapping[str, Mapping[str, Any]], header: str = "model"
+) -> list[dict[str, Any]]:
     """Rows for `format_table`: one per model and task, or per model of retrieval.
 
     Args:
       results: model name -> summary as the evaluation returns it, `{"tasks": {TASK:
         report}}` or `{"retrieval": report}`; a report may lack metrics.
+      header: name of the first column, which holds the keys of `results`.
 
     Returns:
       Column name -> value, for each row.
     """
     retrieval = [
-        {"model": model} | summary["retrieval"]
-        for model, summary in results.items()
+        {header: name} | summary["retrieval"]
+        for name, summary in results.items()
         if "retrieval" in summary
     ]
     if retrieval:
         return retrieval
     return [
-        {"model": model, "task": task}
+        {header: name, "task": task}
         | {column: report.get(key) for column, key in _RANKING_COLUMNS.items()}
-        for model, summary in results.items()
+        for name, summary in results.items()
         for task, report in summary["tasks"].items()
     ]
 
