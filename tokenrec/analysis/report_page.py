@@ -170,7 +170,7 @@ def missing_files(files: StudyFiles) -> str:
     """List the optional tables that the study lacks."""
     lines = [
         f"<li>{content}: <code>{file}</code> is not in the study's folder; "
-        "docs/report.md says what it holds.</li>"
+        "docs/guides/report.md says what it holds.</li>"
         for field, (content, file) in _OPTIONAL.items()
         if getattr(files, field) is None
     ]
