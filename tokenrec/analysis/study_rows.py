@@ -1,7 +1,7 @@
 """Rows of the tables of a study: a data class for each table, its fields the columns.
 
 `tokenrec study` writes `Result`, `Difference` and `CurvePoint`; the other tables come
-from `benchmarks/study_states.py`. docs/studies.md lists the files.
+from `benchmarks/study_states.py`. docs/guides/studies.md lists the files.
 """
 
 from __future__ import annotations
