@@ -35,6 +35,8 @@ TINY = {
     "model.layers": 1,
     "model.windows": "()",
     "tokens.maker": "linear",
+    "data.paradigm": "nio",
+    "data.overlap": 0,
     "data.events": 4,
     "data.batch_size": BATCH,
     "data.eval_batch_size": 32,

@@ -34,7 +34,7 @@ DRY = ("--dry-run", "--skip-compile")
             "data.batch_size / optim.accumulate = 40 is not a multiple of the 16",
         ),
         (
-            ["--config.optim.accumulate=8"],
+            ["--config.optim.accumulate=4"],
             {},
             "data.batch_size / optim.accumulate = 8 is not a multiple of the 16",
         ),

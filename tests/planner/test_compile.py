@@ -44,12 +44,24 @@ def tpu_compiler(function):
     return function
 
 
-def two_layers(name):
+# A stream per impression, with one token per event.
+IMPRESSIONS = {
+    "data.paradigm": "nio",
+    "data.overlap": 0,
+    "tokens.fused": True,
+    "tokens.user_tokens": 1,
+    "tokens.embedding_dim": 8,
+    "model.windows": (8,),
+}
+
+
+def two_layers(name, **fields):
     """Reduce a shipped config to one full and one sliding layer.
 
     Its streams are just above the 128 tokens from which splash is used.
     """
-    config = load_config(str(shipped_configs()[name]))
+    overrides = [f"{field}={value}" for field, value in fields.items()]
+    config = load_config(str(shipped_configs()[name]), overrides)
     events = 132 if config.tokens.fused else 68
     data = dataclasses.replace(
         config.data, events=events, buckets=(), batch_size=8, exclude=(), tasks={}
@@ -249,7 +261,7 @@ def test_flops_of_a_device_are_those_of_its_shards_and_of_what_it_computes_again
 def test_remat_of_dots_computes_no_product_with_a_weight_again():
     mesh, flops = mesh_of(2, 2, 1), {}
     for remat in ("none", "dots", "full"):
-        config = two_layers("synthetic")
+        config = two_layers("synthetic", **IMPRESSIONS)
         config = dataclasses.replace(
             config, model=dataclasses.replace(config.model, remat=remat)
         )
@@ -282,7 +294,7 @@ def test_work_of_a_kernel_is_by_tiles_and_that_of_the_model_by_pairs():
 
 
 def test_the_train_step_compiles_for_the_devices_at_hand_too():
-    model, shapes = model_and_shapes(two_layers("synthetic"))
+    model, shapes = model_and_shapes(two_layers("synthetic", **IMPRESSIONS))
     mesh = mesh_of(2, 2, 2)
     compiled = compile_train_step(model, mesh, shapes)
     assert compiled.memory_analysis().argument_size_in_bytes > 0

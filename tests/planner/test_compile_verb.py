@@ -57,7 +57,10 @@ def line(plan: Path, *more: str) -> list[str]:
     small = [
         "--config.model.layers=1",
         "--config.model.windows=()",
+        "--config.data.paradigm=nio",
+        "--config.data.overlap=0",
         "--config.data.events=4",
+        "--config.data.batch_size=64",
     ]
     return [
         *(

@@ -60,6 +60,8 @@ def train_line(data: Path, workdir: Path, **fields: object) -> str:
         "tokens.maker": "linear",
         "mesh.fsdp": 2,
         "data.exclude": EXCLUDED,
+        "data.paradigm": "nio",
+        "data.overlap": 0,
         "data.events": 4,
         "data.batch_size": 16,
         "data.eval_batch_size": 16,

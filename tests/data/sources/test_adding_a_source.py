@@ -29,7 +29,7 @@ def test_the_source_of_the_guide_is_prepared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: list[str]
 ) -> None:
     tests: dict[str, Any] = {}
-    exec(blocks[4], tests)
+    exec(blocks[3], tests)
     monkeypatch.chdir(tmp_path)
     tests["write"](Path("raw"))
     used: dict[str, Any] = {}
@@ -39,7 +39,7 @@ def test_the_source_of_the_guide_is_prepared(
 
 def test_the_tests_of_the_guide_pass(tmp_path: Path, blocks: list[str]) -> None:
     tests: dict[str, Any] = {}
-    exec(blocks[4], tests)
+    exec(blocks[3], tests)
     names = [name for name in tests if name.startswith("test_")]
     assert len(names) == 3
     for name in names:
