@@ -61,6 +61,7 @@ def line(plan: Path, *more: str) -> list[str]:
         "--config.data.overlap=0",
         "--config.data.events=4",
         "--config.data.batch_size=64",
+        "--config.tokens.embedding_dim=8",
     ]
     return [
         *(
