@@ -9,6 +9,10 @@ Command:
     tokenrec train --config=configs/synthetic.py --workdir=runs/synthetic
     tokenrec evaluate --workdir=runs/synthetic --split valid --baselines
 Hardware: 2 CPU cores.
+Time: half a minute.
+Score: valid AUC click 0.8146 +- 0.0047, buy 0.8010 +- 0.0138, three seeds of the best
+    checkpoint. The best possible AUC is 0.8274 and 0.8294.
+Source: the commands above, with --config.seed=0, 1 and 2.
 """
 
 from tokenrec.config import (
