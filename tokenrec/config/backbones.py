@@ -1,7 +1,7 @@
 """The registry of backbones: the class and the capabilities of each `model.kind`.
 
 A backbone is added by one entry in `BACKBONES` and one file in
-`tokenrec/models/backbones/` (docs/guides/backbones.md). This module imports no JAX,
+`tokenrec/models/backbones/` (docs/guides/adding_a_backbone.md). This module imports no JAX,
 so that a config is read and checked quickly; a class is imported on first use.
 """
 

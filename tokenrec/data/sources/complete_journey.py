@@ -20,7 +20,7 @@ promoted in that week (`promotion_negatives.py`). Weeks 1-42 are train, 43-47 va
 No outcome of a row is an input of that row. Quantity, unit price and discount are known
 for purchases alone, so they are `action` features, and an impression has none of them;
 the price of a target would tell positives from negatives. Two features count the strict
-past (`tokenrec/data/past.py`): `household_purchases`, earlier baskets of the household
+past (`tokenrec/data/past_counts.py`): `household_purchases`, earlier baskets of the household
 with the product, and `product_sales`, baskets of all households with it in the four
 weeks before. A config may exclude them.
 """

@@ -18,7 +18,7 @@ into the future, and `log_random_*`, whose exposure is another policy.
 
 Outcomes of a row (the six labels, play time, share played) are `action` features: the
 model sees them for earlier events only. The past rates of clicks and long views
-(`tokenrec/data/rates.py`) count rows of strictly earlier times. The user files do not
+(`tokenrec/data/past_rates.py`) count rows of strictly earlier times. The user files do not
 say when they were taken; follower counts and the like may postdate a row.
 """
 
