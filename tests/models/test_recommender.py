@@ -187,7 +187,7 @@ def test_padding_never_changes_a_score(options, mesh):
     long = logits(model, params, state.tables, place(batch, mesh))
     short = logits(model, params, state.tables, place(cut(batch, 10), mesh))
     # Softmax sums of another length; logits are of order 1. Measured: 1.7e-6 with AVX2
-    # and AVX-512.
+    # and AVX-512, 2.2e-6 with SSE4.2.
     np.testing.assert_allclose(long, short, atol=1e-5)
 
 

@@ -333,7 +333,8 @@ def fresh(name, shape):
 @pytest.mark.parametrize("name", ["mlp", "attention"])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_split_over_devices_equals_one_device(name, shape):
-    # float32 sums in another order. Measured: 2.3e-6 of the largest entry of an array.
+    # float32 sums in another order. Measured: 2.3e-6 of the largest entry of an array
+    # with AVX2 and AVX-512, 4.5e-6 with SSE4.2.
     for a, b in zip(
         jax.tree.leaves(fresh(name, shape)),
         jax.tree.leaves(fresh(name, (1, 1, 1))),

@@ -42,6 +42,11 @@ from tokenrec.tokens.history import HistoryMaker, merge_entities
 from tokenrec.tokens.layout import Layout
 
 
+def _learned_tokens(count: int, width: int, rngs: nnx.Rngs) -> nnx.Param | None:
+    """Learned tokens `[count, d]`; None for none."""
+    return weight(rngs, (count, width), None, None, inputs=width) if count else None
+
+
 class Recommender(nnx.Module):
     """A recommendation model: tokens of a batch, their backbone, and the head.
 
@@ -92,19 +97,11 @@ class Recommender(nnx.Module):
         )
         # 2. Separators, and the words of literal texts, each once.
         # Each separator of the prompt has a vector of its own.
-        separators = kinds.count("sep")
-        self.separators = (
-            weight(rngs, (separators, width), None, None, inputs=width)
-            if separators
-            else None
-        )
+        self.separators = _learned_tokens(kinds.count("sep"), width, rngs)
         # Only the words that occur: the tokenizer's whole vocabulary would be a large
         # table.
         self.vocabulary = tuple(sorted({word for text in literals for word in text}))
-        words = len(self.vocabulary)
-        self.words = (
-            weight(rngs, (words, width), None, None, inputs=width) if words else None
-        )
+        self.words = _learned_tokens(len(self.vocabulary), width, rngs)
         # 3. Backbone and head. Sizes of the backbone come from the longest stream,
         # never from the one at hand.
         longest = stream_layout(config, schema, config.data.events, literals)

@@ -136,7 +136,7 @@ def _cap(config: Config, tokens: int) -> slice:
 def merge_entities(
     *entities: EntityFeatures,
 ) -> tuple[FeatureArrays, FeatureArrays]:
-    """Merge parts of a batch that one maker reads: their values and their ids."""
+    """Merge parts of a batch that one maker reads: values and ids, `[B, T, ...]`."""
     values: FeatureArrays = {}
     ids: FeatureArrays = {}
     for entity in entities:

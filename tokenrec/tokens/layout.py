@@ -121,7 +121,7 @@ class Layout:
         return len(self.roles)
 
     def positions_of(self, *roles: Role) -> np.ndarray:
-        """Positions with one of these roles, ascending."""
+        """Positions with one of these roles, `[n]`, ascending."""
         return np.flatnonzero(
             np.isin(self.roles, [ROLES.index(role) for role in roles])
         )
@@ -215,9 +215,9 @@ def live_positions(
       windows: window of each layer from the bottom, None for full attention.
 
     Returns:
-      `len(windows) + 1` ascending arrays: the positions at the input of each layer, and
-      at the output of the last. For NIO with windows (None, None, 32, 16), one
-      candidate and one target token their lengths are S, S, 47, 16, 1.
+      `len(windows) + 1` ascending arrays `[n]`: the positions at the input of each
+      layer, and at the output of the last. For NIO with windows (None, None, 32, 16),
+      one candidate and one target token their lengths are S, S, 47, 16, 1.
     """
     live = [np.sort(layout.readout)]
     all_positions = np.arange(layout.length)
