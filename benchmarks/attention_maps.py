@@ -195,8 +195,8 @@ def read_maps(flags: argparse.Namespace) -> dict[str, Maps]:
     for name, of_run in maps.items():
         if not of_run.layout.candidates:
             raise InputError(
-                f"--{name} is a run without candidates; give one that ranks, in paradigm "
-                "'nio'"
+                f"--{name} is a run without candidates; give one that ranks, in "
+                "paradigm 'nio'"
             )
     if not np.array_equal(maps["soft"].rows, maps["text"].rows):
         raise InputError(
@@ -246,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = flags.out.with_name(flags.out.name + ".md")
     with page.open("a") as file:
         file.write(
-            "\nEvents are counted back from the reader's own event, and for a candidate "
-            "from the end of the history, whose newest event is 1 back.\n\n"
+            "\nEvents are counted back from the reader's own event, and for a "
+            "candidate from the end of the history, whose newest event is 1 back.\n\n"
             f"![Attention maps]({picture.name})\n"
         )
     print(page.read_text())

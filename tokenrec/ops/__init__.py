@@ -1,1 +1,1 @@
-"""Array operations that know the mesh: attention, embedding tables, and shared layers."""
+"""Operations on sharded arrays: attention, embedding tables, and shared layers."""

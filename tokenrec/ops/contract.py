@@ -1,7 +1,7 @@
 """Activation times weight under FSDP: gather the weight, scatter its gradient.
 
-`contract(equation, x, w, spec)` is `einsum(equation, x, w)` with a derivative of its own.
-For y = x w, with g the gradient of y:
+`contract(equation, x, w, spec)` is `einsum(equation, x, w)` with a derivative of its
+own. For y = x w, with g the gradient of y:
 
     d(x) = g w^T,    d(w) = x^T g
 
@@ -28,14 +28,14 @@ def contract(
 ) -> jax.Array:
     """Multiply activations by a weight.
 
-    The weight is cast to the dtype of `x` before it is gathered, which halves the traffic
-    in bfloat16. Its gradient is summed in the weight's own dtype, float32: a sum over
-    hundreds of devices in bfloat16 would lose the small terms.
+    The weight is cast to the dtype of `x` before it is gathered, which halves the
+    traffic in bfloat16. Its gradient is summed in the weight's own dtype, float32: a
+    sum over hundreds of devices in bfloat16 would lose the small terms.
 
     The gradient of the weight is written `x^T g`, not `(g^T x)^T`, which is what the
-    transpose of a product gives. XLA on CPU transposes the first operand, and fused into
-    a wide g that copy took half of SwiGLU's backward pass: 210 ms against 124 ms for
-    `[256, 79, 64]` and inner width 176 on two cores.
+    transpose of a product gives. XLA on CPU transposes the first operand, and fused
+    into a wide g that copy took half of SwiGLU's backward pass: 210 ms against 124 ms
+    for `[256, 79, 64]` and inner width 176 on two cores.
 
     Args:
       equation: einsum of two operands, such as `bsd,dhk->bshk`.
@@ -52,7 +52,7 @@ def contract(
 
 
 def gather_over_fsdp(w: jax.Array) -> jax.Array:
-    """Gather a weight along the dimension that lies in shards over `fsdp`.
+    """Gather a weight `[...]` along the dimension that lies in shards over `fsdp`.
 
     A differentiable all-gather; nothing happens where no dimension lies in shards.
     """
@@ -64,8 +64,9 @@ def gather_over_fsdp(w: jax.Array) -> jax.Array:
 def _forward(
     equation: str, x: jax.Array, w: jax.Array, spec: PartitionSpec
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # The einsum itself and not `contract`: a remat policy recognises a product, and keeps
-    # its result, only where it is not wrapped in a function with a custom derivative.
+    # The einsum itself and not `contract`: a remat policy recognises a product, and
+    # keeps its result, only where it is not wrapped in a function with a custom
+    # derivative.
     gathered = gather_over_fsdp(w.astype(x.dtype))
     return jnp.einsum(equation, x, gathered, out_sharding=spec), (x, w)
 

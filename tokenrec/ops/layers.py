@@ -57,12 +57,12 @@ def draw_uniform(
 ) -> jax.Array:
     """Draw uniform float32 numbers of mean 0, made in place on every device.
 
-    Compiled on its own, once per shape: programs with random numbers compile slowly, and
-    layers share shapes.
+    Compiled on its own, once per shape: programs with random numbers compile slowly,
+    and layers share shapes.
 
     Args:
       key: PRNG key.
-      shape: shape of the result.
+      shape: shape `[...]` of the result.
       deviation: standard deviation.
       spec: how the result is laid out over the mesh.
     """
@@ -141,8 +141,8 @@ class RMSNorm(nnx.Module):
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Set random entries to zero, and scale the others to keep the mean.
 
-    The rate is rounded to a multiple of 1/256: one random byte per entry takes a quarter
-    of the random numbers that a float would.
+    The rate is rounded to a multiple of 1/256: one random byte per entry takes a
+    quarter of the random numbers that a float would.
 
     Args:
       x: `[...]`.
@@ -173,5 +173,5 @@ def spec_of(x: jax.Array) -> PartitionSpec:
 
 
 def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """Split a PRNG key; without a key, which is evaluation, every part is None."""
+    """Split a PRNG key `[]`; without a key, which is evaluation, every part is None."""
     return [None] * count if key is None else list(jax.random.split(key, count))

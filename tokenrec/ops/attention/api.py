@@ -16,10 +16,10 @@ Implementations, all of one signature:
     cudnn     cuDNN's fused kernels                          GPU
     splash    block-sparse Pallas kernels                    TPU
 
-`choose` takes the first in the platform's order that can serve the shapes at hand and is
-likely to be the fastest. `attention` checks its arguments and calls it under the only
-`shard_map` of attention: streams are split over the batch axes of the mesh, heads over
-`tensor`, so that every device attends on its own and nothing is exchanged.
+`choose` takes the first in the platform's order that can serve the shapes at hand and
+is likely to be the fastest. `attention` checks its arguments and calls it under the
+only `shard_map` of attention: streams are split over the batch axes of the mesh, heads
+over `tensor`, so that every device attends on its own and nothing is exchanged.
 
 Shape letters: B streams, Q queries, K keys, H heads, h width of a head.
 """
@@ -61,8 +61,8 @@ class Implementation(NamedTuple):
     Attributes:
       attend: `(q, k, v, pattern, window, valid) -> out`, arguments as in `attention`.
       unsupported_reason: `(q, k, pattern, window) -> str`, why it cannot serve, or "".
-      inefficient_reason: `(q, k, pattern, window) -> str`, why the next one in the order
-        is the better choice, or "". It still serves when it is named explicitly.
+      inefficient_reason: `(q, k, pattern, window) -> str`, why the next one in the
+        order is the better choice, or "". It still serves when it is named explicitly.
     """
 
     attend: Callable[..., jax.Array]
@@ -143,8 +143,8 @@ def unsupported_reason(
     # Bands, tiles, spans and fused kernels all hold one run of shared keys per query.
     if name != "dense" and pattern.keeps_static(window):
         return (
-            "static tokens stay visible in a sliding layer (model.discard_static=False), "
-            "so that a query sees two runs of keys"
+            "static tokens stay visible in a sliding layer "
+            "(model.discard_static=False), so that a query sees two runs of keys"
         )
     return IMPLEMENTATIONS[name].unsupported_reason(q, k, pattern, window)
 
@@ -229,7 +229,8 @@ def _check_arguments(
     """Raise InputError if shapes, dtypes or the window of `attention` are wrong."""
     if window is not None and window < 1:
         raise InputError(
-            f"window={window} is below 1; a window counts the query itself, use 1 or more"
+            f"window={window} is below 1; a window counts the query itself, "
+            "use 1 or more"
         )
     if (
         q.ndim != 4
@@ -250,9 +251,9 @@ def _check_arguments(
         queries, keys = len(pattern.query_positions), len(pattern.key_positions)
         if (queries, keys) != (q.shape[1], k.shape[1]):
             raise InputError(
-                f"the pattern has {queries} queries and {keys} keys, and q {q.shape} and "
-                f"k {k.shape} have {q.shape[1]} and {k.shape[1]}; use a pattern of the "
-                "same positions"
+                f"the pattern has {queries} queries and {keys} keys, and q {q.shape} "
+                f"and k {k.shape} have {q.shape[1]} and {k.shape[1]}; use a pattern of "
+                "the same positions"
             )
     # A mask of another shape might broadcast, and integers might be read as bits.
     if valid is not None and (valid.shape != k.shape[:2] or valid.dtype != bool):
@@ -280,8 +281,8 @@ def attention(
       v: `[B, K, H, h]`, values.
       window: keys that a query sees, itself included; None: every earlier one.
       implementation: key of `IMPLEMENTATIONS`; None: the platform's first that serves.
-      pattern: order, static tokens and candidates; None: plain causal order, in which the
-        queries are the last Q of the K tokens.
+      pattern: order, static tokens and candidates; None: plain causal order, in which
+        the queries are the last Q of the K tokens.
       valid: `[B, K] bool`, keys that are not padding; None: all. The output of a query
         that is padding is finite, and differs between implementations.
 
@@ -312,8 +313,8 @@ def attention(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(*inputs)
-    # 3. On a mesh, call it on each device. A device has whole streams and whole heads, so
-    #    that nothing is exchanged, and replication need not be tracked.
+    # 3. On a mesh, call it on each device. A device has whole streams and whole heads,
+    #    so that nothing is exchanged, and replication need not be tracked.
     by_head, by_token = RULES("batch", None, "heads", None), RULES("batch", None)
     specs = (by_head, by_head, by_head, by_token)[: len(inputs)]
     inputs = tuple(

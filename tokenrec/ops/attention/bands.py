@@ -18,9 +18,9 @@ order, a span is about w + t keys wide, and the work is linear in the length:
     tile 2           [-----]
     tile 3               [-----]
 
-`plan_band` finds offset, stride and width from a `Pattern`, in NumPy. `band_forward` and
-`band_backward` compute attention and its gradients; the backward pass forms the logits
-again (`tokenrec.ops.attention.softmax`).
+`plan_band` finds offset, stride and width from a `Pattern`, in NumPy. `band_forward`
+and `band_backward` compute attention and its gradients; the backward pass forms the
+logits again (`tokenrec.ops.attention.softmax`).
 
 Shape letters: G streams times heads, Q queries, K keys, n tiles, t queries of a tile,
 u = width keys of a span, h width of a head.
@@ -98,8 +98,8 @@ def plan_band(pattern: Pattern, window: int) -> BandPlan | None:
       window: keys that a query sees, itself included.
 
     Returns:
-      The plan; None if the keys are not in the order of a layout, so that the keys that a
-      query sees need not be near to it.
+      The plan; None if the keys are not in the order of a layout, so that the keys that
+      a query sees need not be near to it.
     """
     query = pattern.query_attributes(window)
     key = pattern.key_attributes(window)
@@ -145,9 +145,9 @@ def _visible_ranges(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Find the first and the last key that each query may see, `[Q]` each.
 
-    Keys between them may be hidden: the mask decides. The result is None unless the keys
-    are static tokens first, then the other shared tokens, both by ascending index, then
-    one candidate after another.
+    Keys between them may be hidden: the mask decides. The result is None unless the
+    keys are static tokens first, then the other shared tokens, both by ascending index,
+    then one candidate after another.
     """
     shared = int(np.sum(key.candidate == -1))
     static = int(np.sum(key.static))
@@ -171,7 +171,7 @@ def _visible_ranges(
 
 
 def _to_tiles(x: jax.Array, plan: BandPlan) -> jax.Array:
-    """Cut queries `[G, Q, ...]` into tiles `[G, n, t, ...]`; zeros fill the last tile."""
+    """Cut queries `[G, Q, ...]` into tiles `[G, n, t, ...]`; zeros fill the last."""
     x = jnp.pad(
         x, ((0, 0), (0, plan.tiles * plan.tile - x.shape[1]), *[(0, 0)] * (x.ndim - 2))
     )
@@ -188,8 +188,8 @@ def _to_spans(x: jax.Array, plan: BandPlan) -> jax.Array:
 
     Zeros stand where there is no key.
     """
-    # 1. Lay the keys from `offset` on out over the n + strides - 1 strides that the spans
-    #    cover together.
+    # 1. Lay the keys from `offset` on out over the n + strides - 1 strides that the
+    #    spans cover together.
     covered = (plan.tiles + plan.strides - 1) * plan.stride
     before = max(0, -plan.offset)
     x = x[:, max(0, plan.offset) :][:, : covered - before]
@@ -204,7 +204,7 @@ def _to_spans(x: jax.Array, plan: BandPlan) -> jax.Array:
 
 
 def _add_spans(x: jax.Array, plan: BandPlan, keys: int) -> jax.Array:
-    """Add spans `[G, n, u, ...]` up by key, `[G, K, ...]`: the transpose of `_to_spans`."""
+    """Sum spans `[G, n, u, ...]` by key, `[G, K, ...]`; transposes `_to_spans`."""
     unpadded = [(0, 0)] * (x.ndim - 2)
     # 1. Shift the a-th strides of all spans to where they belong, and add.
     parts = enumerate(jnp.split(x, plan.strides, axis=2))
@@ -221,7 +221,10 @@ def _add_spans(x: jax.Array, plan: BandPlan, keys: int) -> jax.Array:
 
 
 def band_mask(plan: BandPlan) -> jax.Array:
-    """Compute which keys of its span each query sees, less padding: `[n, t, u] bool`."""
+    """Compute the keys of its span that each query sees, `[n, t, u] bool`.
+
+    Padding is not taken into account.
+    """
     # The barriers keep XLA from folding a mask of the stream's length into the program,
     # and from comparing the attributes again for every stream and head.
     query, key = jax.lax.optimization_barrier(
@@ -271,8 +274,8 @@ def band_forward(
       valid: `[G, K] bool`, keys that are not padding; None: all.
 
     Returns:
-      The output `[G, Q, h]` in the dtype of `q`, and the log of the softmax's denominator
-      `[G, Q] float32`, which the backward pass needs.
+      The output `[G, Q, h]` in the dtype of `q`, and the log of the softmax's
+      denominator `[G, Q] float32`, which the backward pass needs.
     """
     logits = _masked_logits(plan, seen, _to_tiles(q, plan), _to_spans(k, plan), valid)
     maximum = jnp.max(logits, axis=-1, keepdims=True)

@@ -201,7 +201,7 @@ def _scale(q: jax.Array) -> float:
 def _merged_inputs(
     q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None
 ) -> tuple[jax.Array | None, ...]:
-    """Scale q, merge streams and heads `[G, S, h]`, and repeat `valid` by head `[G, K]`."""
+    """Scale q, merge streams and heads `[G, S, h]`, and repeat `valid` `[G, K]`."""
     return (
         _merge_heads(q * _scale(q)),
         _merge_heads(k),

@@ -1,7 +1,7 @@
 """Attention on NVIDIA GPUs: the fused kernels of cuDNN, through `jax.nn`.
 
-How it works. The kernels of `jax.nn.dot_product_attention(implementation="cudnn")` serve
-causal order, one window, and one length per stream that counts from its front. A
+How it works. The kernels of `jax.nn.dot_product_attention(implementation="cudnn")`
+serve causal order, one window, and one length per stream that counts from its front. A
 tokenrec stream has its padding before or between valid tokens. So
 
 1. queries are put in place among the keys, since the kernels want as many of them;
@@ -9,8 +9,8 @@ tokenrec stream has its padding before or between valid tokens. So
 3. the kernel runs; what it leaves behind the end of a stream is set to 0;
 4. the output is moved back, and the queries are taken out of it.
 
-Step 2 changes no distance that a window counts, because padding stands before the events
-of a stream. A pattern that is more than causal order and a window is refused
+Step 2 changes no distance that a window counts, because padding stands before the
+events of a stream. A pattern that is more than causal order and a window is refused
 (`unsupported_reason`).
 """
 
@@ -24,8 +24,8 @@ import numpy as np
 
 from tokenrec.ops.attention.pattern import Pattern
 
-# Least queries per key. Step 1 makes a query of every key, at its cost; below this share
-# the tiles of XLA do less.
+# Least queries per key. Step 1 makes a query of every key, at its cost; below this
+# share the tiles of XLA do less.
 MIN_QUERY_SHARE = 0.5
 
 
@@ -62,9 +62,9 @@ def unsupported_reason(
             q, k, k, is_causal=True, implementation="cudnn"
         )
 
-    # Tracing the call is enough for JAX and cuDNN to refuse a dtype, a head width, a GPU
-    # or a library.
-    # Queries in the shape of the keys, as `cudnn_attention` makes them.
+    # Tracing the call is enough for JAX and cuDNN to refuse a dtype, a head width, a
+    # GPU or a library. Queries in the shape of the keys, as `cudnn_attention` makes
+    # them.
     whole = jax.ShapeDtypeStruct(k.shape, k.dtype)
     try:
         jax.eval_shape(fused, whole, whole)
@@ -97,7 +97,8 @@ def cudnn_attention(
     Returns:
       `[B, Q, H, h]` in the dtype of `q`.
     """
-    # 1. Queries in place among the keys. The output of the other tokens is dropped below.
+    # 1. Queries in place among the keys. The output of the other tokens is dropped
+    #    below.
     query_places = np.searchsorted(pattern.key_positions, pattern.query_positions)
     queries = (
         jnp.zeros_like(k)

@@ -18,9 +18,10 @@ Query i sees key j in a layer of window w (docs/methods.md section 3, "BFTS"):
     inside(i, j) = True                                             in a full layer
                    index_i - index_j < w  and  (F_i or not F_j)     in a sliding layer
 
-`Pattern` holds everything but `valid`, as static NumPy arrays, so that an implementation
-can decide at trace time which tiles of logits to compute. `is_visible` is `see` without
-`valid_j` and without the diagonal; it also runs inside compiled programs, tile by tile.
+`Pattern` holds everything but `valid`, as static NumPy arrays, so that an
+implementation can decide at trace time which tiles of logits to compute. `is_visible`
+is `see` without `valid_j` and without the diagonal; it also runs inside compiled
+programs, tile by tile.
 
 None of these numbers is the RoPE position of a token (`tokenrec.ops.attention.rotary`).
 """
@@ -74,8 +75,8 @@ def is_visible(query: TokenAttributes, key: TokenAttributes, window: int | None)
     Returns:
       Booleans in the broadcast shape, NumPy or JAX as the inputs are.
     """
-    # Fill drops out by its values: no key has the candidate of FILL_QUERY or an index as
-    # low as its reach, and no query reaches the index of FILL_KEY.
+    # Fill drops out by its values: no key has the candidate of FILL_QUERY or an index
+    # as low as its reach, and no query reaches the index of FILL_KEY.
     own = (key.candidate == query.candidate) & (key.index <= query.index)
     seen = ((key.candidate == -1) & (key.index <= query.reach)) | own
     if window is not None:
@@ -124,23 +125,24 @@ class Pattern:
 
     All arrays are static NumPy arrays.
 
-    Q and K count the queries and keys of one layer, S the positions of the whole stream.
-    Q <= K <= S: a layer computes only the tokens that a later layer needs.
+    Q and K count the queries and keys of one layer, S the positions of the whole
+    stream. Q <= K <= S: a layer computes only the tokens that a later layer needs.
 
     Attributes:
       query_positions: `[Q]`, position of each query in the stream, ascending.
       key_positions: `[K]`, position of each key in the stream, ascending.
       index: `[S]`, place of every token in the causal order.
-      static: `[S] bool`, tokens that sliding layers hide from all tokens but each other.
-      candidate: `[S]`, candidate of every token, -1 for none. Candidates do not see each
+      static: `[S] bool`, tokens that sliding layers hide from all tokens but each
         other.
+      candidate: `[S]`, candidate of every token, -1 for none. Candidates do not see
+        each other.
       prefix: tokens with an index below this see each other both ways in full layers
         (docs/methods.md section 2, "Prompt").
       reach: `[S]`, highest index that a token sees among tokens without candidate; None
         where that is the token's own index. A candidate that continues a token in the
         middle of the stream must not see the tokens after it.
-      discard: True if sliding layers hide static tokens from other tokens. False if they
-        show them at any distance (`model.discard_static`).
+      discard: True if sliding layers hide static tokens from other tokens. False if
+        they show them at any distance (`model.discard_static`).
     """
 
     query_positions: np.ndarray
@@ -164,8 +166,8 @@ class Pattern:
         """
         index = self.index[positions]
         reach = index if self.reach is None else self.reach[positions]
-        # A prefix is bidirectional in full layers only: there, each of its tokens reaches
-        # up to the prefix's last index.
+        # A prefix is bidirectional in full layers only: there, each of its tokens
+        # reaches up to the prefix's last index.
         if window is None:
             reach = np.where(index < self.prefix, self.prefix - 1, reach)
         return TokenAttributes(
@@ -207,7 +209,7 @@ class Pattern:
 
 
 def causal_pattern(queries: int, keys: int) -> Pattern:
-    """Plain causal order over `keys` tokens, of which the last `queries` are queries."""
+    """Plain causal order over `keys` tokens, the last `queries` of them queries."""
     positions = np.arange(keys)
     return Pattern(
         positions[keys - queries :],

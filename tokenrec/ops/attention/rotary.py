@@ -8,9 +8,9 @@ RoPE position p and i in [0, h / 2):
                            x_{i + h/2} cos theta_i + x_i sin theta_i)
 
 The logit of a rotated query and a rotated key depends on the difference of their
-positions only. The two elements of a pair lie h / 2 apart ("rotate half", as in GPT-NeoX
-and Llama), not next to each other as in the paper; that is a permutation of the head's
-width, which learned projections absorb.
+positions only. The two elements of a pair lie h / 2 apart ("rotate half", as in
+GPT-NeoX and Llama), not next to each other as in the paper; that is a permutation of
+the head's width, which learned projections absorb.
 
 The RoPE position of a token is not its position in the stream: it counts valid events,
 and several tokens of one event share it (docs/methods.md section 3, "Positions").

@@ -12,9 +12,9 @@ Let `last` be the last key that the query sees, `depth = last - start` and
 
     0 <= last - j <= depth   and   (j < border or last - j <= near)
 
-`pack_spans` packs `last`, and `depth` and `near` where they differ between queries, into
-one int32 per query; `SpanMask` evaluates the condition from that integer and j, with two
-to four comparisons, inside the kernel.
+`pack_spans` packs `last`, and `depth` and `near` where they differ between queries,
+into one int32 per query; `SpanMask` evaluates the condition from that integer and j,
+with two to four comparisons, inside the kernel.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def visible_spans(pattern: Pattern, window: int | None) -> QuerySpans | str:
             "some queries are not among the keys, and would see nothing where they are "
             "padding"
         )
-    # 2. Check the order of the keys: shared ones by index, then each candidate's by index.
+    # 2. Check the order of the keys: shared ones by index, then each candidate's by
+    #    index.
     of_candidate = key.candidate >= 0
     border = int(np.argmax(of_candidate)) if of_candidate.any() else len(key.position)
     shared, own_run = key.index[:border], _number_runs(key.candidate[border:])
@@ -99,8 +100,8 @@ def visible_spans(pattern: Pattern, window: int | None) -> QuerySpans | str:
     own_order = own_run * order_width + key.index[border:]
     if (np.diff(shared) < 0).any() or (np.diff(own_order) <= 0).any():
         return (
-            "the index of the keys does not ascend within the shared tokens or within a "
-            "candidate"
+            "the index of the keys does not ascend within the shared tokens or within "
+            "a candidate"
         )
     # 3. The shared run: from the window's lowest index up to the query's reach.
     lowest = np.zeros_like(query.index)
@@ -129,7 +130,8 @@ def visible_spans(pattern: Pattern, window: int | None) -> QuerySpans | str:
     empty = stop <= start
     start = np.where(empty, border, start)
     stop = np.where(empty, border, stop)
-    # The packed form needs the shared run to end at the border where there is an own run.
+    # The packed form needs the shared run to end at the border where there is an own
+    # run.
     if (~own_empty & (stop < border)).any():
         return "a candidate's token does not see the last shared tokens"
     return QuerySpans(itself, start, stop, own_start, own_stop, border)
@@ -216,12 +218,13 @@ def pack_spans(spans: QuerySpans, keys: int) -> tuple[SpanMask, np.ndarray]:
       keys: K.
 
     Returns:
-      The mask function, and the integers `[Q] int64`. Integers of more than `QUERY_BITS`
-      bits do not fit the kernel.
+      The mask function, and the integers `[Q] int64`. Integers of more than
+      `QUERY_BITS` bits do not fit the kernel.
     """
     has_own = spans.own_stop > spans.own_start
     last = np.where(has_own, spans.own_stop, spans.stop) - 1
-    # 1. Depth: none at all if every query sees the first key, one constant if all agree.
+    # 1. Depth: none at all if every query sees the first key, one constant if all
+    #    agree.
     from_first = spans.start == 0
     depths = last - spans.start
     depth, depth_bits = None, 0

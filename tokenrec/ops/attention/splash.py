@@ -116,8 +116,8 @@ def unsupported_reason(
     bits = int(pack_spans(spans, k.shape[1])[1].max()).bit_length()
     if bits > QUERY_BITS:
         return (
-            f"the spans of keys that a query sees take {bits} bits, and the kernels have "
-            f"{QUERY_BITS}; shorten the stream"
+            f"the spans of keys that a query sees take {bits} bits, and the kernels "
+            f"have {QUERY_BITS}; shorten the stream"
         )
     return ""
 
@@ -150,16 +150,16 @@ def inefficient_reason(
 def _mask_class() -> type[Any]:
     """Make the class of masks that the kernels are built from.
 
-    In a function, because importing Pallas takes 0.2 s, which only users of a TPU should
-    pay.
+    In a function, because importing Pallas takes 0.2 s, which only users of a TPU
+    should pay.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import Mask
 
     class PatternMask(Mask):
         """A `SpanMask` over queries and keys with fill.
 
-        The kernels' builder asks every tile whether any and whether all of it is visible.
-        The spans alone tell for most tiles, without evaluating the mask.
+        The kernels' builder asks every tile whether any and whether all of it is
+        visible. The spans alone tell for most tiles, without evaluating the mask.
         """
 
         def __init__(
@@ -185,8 +185,8 @@ def _mask_class() -> type[Any]:
                     - np.maximum(start[queries], keys.start),
                     0,
                 )
-            # One element stands for the whole tile, of which the builder takes `any` and
-            # `all`: there are S^2 / side^2 tiles.
+            # One element stands for the whole tile, of which the builder takes `any`
+            # and `all`: there are S^2 / side^2 tiles.
             if not visible_keys.any():
                 return np.zeros((1, 1), bool)
             if (visible_keys == keys.stop - keys.start).all():
@@ -209,7 +209,7 @@ def _mask_class() -> type[Any]:
 def _make_kernel(
     mask: Any, heads: int, block_q: int, block_kv: int, *, interpret: bool
 ) -> Callable[..., jax.Array]:
-    """Build the kernel of one stream: `(q, k, v, segment ids) -> out`, `[H, S, h]` each.
+    """Build the kernel of one stream, `(q, k, v, segment ids) -> out: [H, S, h]`.
 
     Args:
       mask: the mask of every head.
@@ -220,8 +220,8 @@ def _make_kernel(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    # Not the fused backward kernel: it holds a gradient of all queries for every block of
-    # keys, which is quadratic in length, and it visits empty tiles too.
+    # Not the fused backward kernel: it holds a gradient of all queries for every block
+    # of keys, which is quadratic in length, and it visits empty tiles too.
     sizes = splash.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,

@@ -1,10 +1,10 @@
 """Attention tile by tile with an online softmax, for any pattern.
 
-How it works. Queries and keys are cut into tiles of t tokens. For every tile of queries,
-`plan_tiles` lists the tiles of keys in which some query may see some key; the other
-tiles are never computed. A loop over the listed tiles keeps, for each query, the maximum
-m of the logits so far, the sum l of their exponentials and the weighted sum a of the
-values (the online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867):
+How it works. Queries and keys are cut into tiles of t tokens. For every tile of
+queries, `plan_tiles` lists the tiles of keys in which some query may see some key; the
+other tiles are never computed. A loop over the listed tiles keeps, for each query, the
+maximum m of the logits so far, the sum l of their exponentials and the weighted sum a
+of the values (the online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867):
 
     m'  = max(m, max_j s_j)
     l'  = l exp(m - m') + sum_j exp(s_j - m')
@@ -104,7 +104,8 @@ def plan_tiles(pattern: Pattern, window: int | None) -> TilePlan:
     queries, keys = cut(query, FILL_QUERY), cut(key, FILL_KEY)
     may_see = _may_see(queries, keys, window)
     counts = may_see.sum(axis=1)
-    # A stable sort of "not chosen" puts the chosen tiles first, in the order of the keys.
+    # A stable sort of "not chosen" puts the chosen tiles first, in the order of the
+    # keys.
     by_choice = np.argsort(~may_see, axis=1, kind="stable")
     chosen = by_choice[:, : counts.max()].astype(np.int32)
     return TilePlan(tile, queries, keys, chosen, counts.astype(np.int32), window)
@@ -214,7 +215,8 @@ def _masked_logits(
     key = jax.tree.map(lambda field: field[number], keys.attributes)
     column = query.map(lambda field: field[:, None])
     line = key.map(lambda field: field[None, :])
-    # Without the barrier XLA would compare the attributes again for every stream and head.
+    # Without the barrier XLA would compare the attributes again for every stream and
+    # head.
     seen = jax.lax.optimization_barrier(is_visible(column, line, plan.window))
     logits = jnp.einsum("gqd,gkd->gqk", q, k, preferred_element_type=jnp.float32)
     return jnp.where(
@@ -235,8 +237,8 @@ def tile_forward(
       valid: `[G, K] bool`, keys that are not padding; None: all.
 
     Returns:
-      The output `[G, Q, h]` in the dtype of `q`, and the log of the softmax's denominator
-      `[G, Q] float32`, which the backward pass needs.
+      The output `[G, Q, h]` in the dtype of `q`, and the log of the softmax's
+      denominator `[G, Q] float32`, which the backward pass needs.
     """
     keys = _cut_keys(plan, k, v, valid)
 
@@ -312,7 +314,8 @@ def tile_backward(
     def query_tile(key_gradients: Any, tile: Any) -> tuple[Any, jax.Array]:
         """Add one query tile's part to d(k) and d(v), and compute its d(q).
 
-        d(k) and d(v) of all key tiles, `[m, G, t, h] float32`, are the carry of the scan.
+        d(k) and d(v) of all key tiles, `[m, G, t, h] float32`, are the carry of the
+        scan.
         """
         q_tile, gradient_tile, log_sum_tile, dot_tile, query, chosen, count = tile
 

@@ -9,8 +9,8 @@ A train step uses it in this order, once per stack of tables:
     collected = collect_gradients(table, unique, gradients)
     table, state = update_rows(table, state, unique, gradients, collected, ...)
 
-A stack is replicated over the mesh (`tokenrec.ops.tables.lookup`) or spread by rows over
-all devices (`tokenrec.ops.tables.exchange`), as `Stack.spread` says.
+A stack is replicated over the mesh (`tokenrec.ops.tables.lookup`) or spread by rows
+over all devices (`tokenrec.ops.tables.exchange`), as `Stack.spread` says.
 
 Shape letters: B streams, u distinct rows, S batch shards, w the width of a row.
 """
@@ -37,10 +37,10 @@ class UniqueRows(NamedTuple):
     """The distinct rows of a stack that a step reads.
 
     Attributes:
-      rows: `[u] int32`, distinct rows of a replicated stack; for a spread stack a route,
-        with u distinct rows for each of the S batch shards.
-      inverses: for each array of ids that was looked up an array `[B, ...] int32`, which
-        of the distinct rows each id is.
+      rows: `[u] int32`, distinct rows of a replicated stack; for a spread stack a
+        route, with u distinct rows for each of the S batch shards.
+      inverses: for each array of ids that was looked up an array `[B, ...] int32`,
+        which of the distinct rows each id is.
     """
 
     rows: jax.Array | RowRoute
@@ -58,8 +58,8 @@ def storage_spec(stack: Stack) -> tuple[tuple[int, int], PartitionSpec]:
     Shape and partition of its AdaGrad sums are those of the first dimension alone.
 
     Raises:
-      InputError: the rows of a spread stack do not divide evenly over the mesh in use, or
-        they are too many.
+      InputError: the rows of a spread stack do not divide evenly over the mesh in use,
+        or they are too many.
     """
     if stack.spread:
         check_owners(jax.sharding.get_abstract_mesh().size)
@@ -88,8 +88,8 @@ def find_unique_rows(stack: Stack, ids: Mapping[str, jax.Array]) -> UniqueRows:
         plan = routing.plan_exchange(stored_rows(stack.rows), total)
         route, inverses = routing.route_ids(plan, list(ids.values()))
         return UniqueRows(route, dict(zip(ids, inverses, strict=True)))
-    # Every device finds the distinct rows of the whole batch: the table is replicated, and
-    # so must its update be.
+    # Every device finds the distinct rows of the whole batch: the table is replicated,
+    # and so must its update be.
     flat = [jax.sharding.reshard(array, RULES()).reshape(-1) for array in ids.values()]
     unique = unique_ids(jnp.concatenate(flat), stack.rows)
     start, by_name = 0, {}

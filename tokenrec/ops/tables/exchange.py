@@ -1,7 +1,7 @@
 """Tables spread by rows over all devices: ids travel to the owners, rows come back.
 
-How it works. Every device *owns* a run of the table's rows. The devices that share a part
-of the batch are a *batch shard*. In a train step,
+How it works. Every device *owns* a run of the table's rows. The devices that share a
+part of the batch are a *batch shard*. In a train step,
 
 1. `route_ids` (`tokenrec.ops.tables.routing`): every batch shard finds its distinct ids
    and sorts them into one *bucket* per owner;
@@ -48,8 +48,8 @@ from tokenrec.ops.tables.routing import (
 )
 from tokenrec.sharding import AXES, RULES
 
-# Scope of the loops that run only where a bucket overflows. The planner, which reads it in
-# the compiled program, does not count them.
+# Scope of the loops that run only where a bucket overflows. The planner, which reads it
+# in the compiled program, does not count them.
 OVERFLOW_SCOPE = "on_overflow"
 
 
@@ -57,8 +57,8 @@ class CollectedGradients(NamedTuple):
     """Gradients at the owners of their rows.
 
     Attributes:
-      rows: `[D m] int32`, distinct owned rows of the first round, counted from the owner's
-        first row; out of range where padded.
+      rows: `[D m] int32`, distinct owned rows of the first round, counted from the
+        owner's first row; out of range where padded.
       gradients: `[D m, w]`, their gradients, summed over the batch shards.
       squares: `[]`, squared norm of the gradients of all later rounds.
     """
@@ -104,8 +104,8 @@ def fetch_rows(plan: ExchangePlan, table: jax.Array, route: RowRoute) -> jax.Arr
       route: where the rows are stored.
     """
 
-    # On one device: table `[owned_rows, w]`, indices `[u]`.
     def local(table: jax.Array, route: RowRoute) -> jax.Array:
+        """Read the rows `[u, w]` of one device from tables `[owned_rows, w]`."""
         # One device owns all rows: nothing is exchanged.
         if plan.owners == 1:
             return table.at[route.indices].get(
@@ -166,8 +166,8 @@ def expand_rows(rows: jax.Array, inverse: jax.Array) -> jax.Array:
       inverse: `[B, ...]`, of `route_ids`.
     """
 
-    # On one device: rows `[u, w]` of its shard, inverse `[B / S, ...]`.
     def local(rows: jax.Array, inverse: jax.Array) -> jax.Array:
+        """Expand the rows `[u, w]` of one shard by its `inverse: [B / S, ...]`."""
         return rows.at[inverse].get(mode="promise_in_bounds")
 
     specs = batch_spec(2), batch_spec(inverse.ndim)
@@ -190,14 +190,15 @@ def collect_gradients(
       gradients: `[S u, w]`, of the rows of `fetch_rows`.
     """
 
-    # On one device: gradients `[u, w]`. Along `tensor` they are equal, and each device
-    # sends those of its own owners only, so that none is counted twice.
     def local(route: RowRoute, gradients: jax.Array) -> CollectedGradients:
+        """Send the gradients `[u, w]` of one device, and sum what it receives `[m, w]`."""
         if plan.owners == 1:
             return CollectedGradients(route.indices, gradients, jnp.float32(0))
 
-        # From the last round to the first, so that the first round's are left in the end.
-        # One loop, not a round and then a loop: the sort inside compiles slowly.
+        # Along `tensor` gradients are equal, and each device sends those of its own
+        # owners only, so that none is counted twice.
+        # From the last round to the first, so that the first round's are left in the
+        # end. One loop, not a round and then a loop: the sort inside compiles slowly.
         def receive(
             carry: tuple[jax.Array, CollectedGradients],
         ) -> tuple[jax.Array, CollectedGradients]:
@@ -260,7 +261,7 @@ def update_owned_rows(
     decay: float,
     apply: jax.Array,
 ) -> tuple[jax.Array, RowsState]:
-    """Update every device's own rows in place, by row-wise AdaGrad (`lookup.update_rows`).
+    """Update owned rows in place, by row-wise AdaGrad (`lookup.update_rows`).
 
     Args:
       plan: the plan.
@@ -293,8 +294,8 @@ def update_owned_rows(
                 table, state, rows, sums, rate=rate, decay=decay, apply=apply
             )
 
-        # The first round's gradients are here already, those of later rounds are sent again:
-        # keeping them would take a buffer for every round.
+        # The first round's gradients are here already, those of later rounds are sent
+        # again: keeping them would take a buffer for every round.
         updated = update(table, state, collected.rows, collected.gradients)
         if plan.owners == 1:
             return updated

@@ -2,12 +2,13 @@
 
 Tables of one width are stacked into one array, a *stack*, so that a step makes one
 gather and one update per width; a table is a run of the stack's rows. Short tables are
-replicated over the mesh, and this module serves them. The rows of long tables are spread
-over the devices, in stacks of their own (`tokenrec.ops.tables.exchange`).
+replicated over the mesh, and this module serves them. The rows of long tables are
+spread over the devices, in stacks of their own (`tokenrec.ops.tables.exchange`).
 
 How it works, for n ids of a batch and at most u distinct ones:
 
-1. `unique_ids` finds the distinct ids, and for every id which of them it is (`inverse`).
+1. `unique_ids` finds the distinct ids, and for every id which of them it is
+   (`inverse`).
 2. `gather_rows` reads each distinct row once, `[u, width]`.
 3. `expand_rows` gives every id its row, `[..., width]`. Its transpose, in the backward
    pass, sums the gradients of each distinct row.
@@ -180,7 +181,8 @@ def update_rows(
       The new stack and state.
     """
     mean_squares = jnp.mean(jnp.square(gradients), axis=-1)
-    # A refused update sends every id out of range. `where` over the stack would copy it.
+    # A refused update sends every id out of range. `where` over the stack would copy
+    # it.
     ids = jnp.where(apply, ids, stack.shape[0])
     sums = state.sum.at[ids].get(mode="fill", fill_value=0, unique_indices=True)
     sums = sums + mean_squares
@@ -190,7 +192,7 @@ def update_rows(
         has_gradient = (mean_squares > 0)[:, None]
         step += jnp.where(has_gradient, decay * gather_rows(stack, ids), 0)
     stack = stack.at[ids].add(-rate * step, mode="drop", unique_indices=True)
-    # Set, not add: the write then depends on the read, so that XLA cannot order the write
-    # first and keep the old sums in a copy (tried with add: two copies a step).
+    # Set, not add: the write then depends on the read, so that XLA cannot order the
+    # write first and keep the old sums in a copy (tried with add: two copies a step).
     new_sums = state.sum.at[ids].set(sums, mode="drop", unique_indices=True)
     return stack, RowsState(new_sums)

@@ -1,19 +1,19 @@
 """Routes of the row exchange: which owner has which rows, and in which round.
 
-The devices that share a part of the batch are a *batch shard*: one device for each place
-along the mesh axis `tensor`. Every device *owns* a run of the table's storage indices
-(`tokenrec.ops.tables.storage`). `route_ids` finds the distinct rows of every batch shard
-as sorted storage indices, so that those of one owner stand together: the *bucket* that
-goes there.
+The devices that share a part of the batch are a *batch shard*: one device for each
+place along the mesh axis `tensor`. Every device *owns* a run of the table's storage
+indices (`tokenrec.ops.tables.storage`). `route_ids` finds the distinct rows of every
+batch shard as sorted storage indices, so that those of one owner stand together: the
+*bucket* that goes there.
 
 What one device sends to another has a fixed size, `capacity` ids, as shapes are static.
 If a bucket is longer, the rows of every owner are cut into ranges of `range_rows` rows,
 short enough that the bucket of each range fits, and the exchange runs once for each
-range, in *rounds*. That is slower and exact. All gradients of a row travel in one round,
-so that a row is updated once.
+range, in *rounds*. That is slower and exact. All gradients of a row travel in one
+round, so that a row is updated once.
 
-Shape letters: S batch shards, each with u distinct ids; D owners; C the capacity. Arrays
-`[S u]` are partitioned as the batch is.
+Shape letters: S batch shards, each with u distinct ids; D owners; C the capacity.
+Arrays `[S u]` are partitioned as the batch is.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def plan_exchange(rows: int, ids: int) -> ExchangePlan:
     """Plan the exchange under the mesh in use.
 
     The capacity suffices for distinct, uniform ids: the number of them in one bucket is
-    nearly Poisson, and the capacity is its mean plus six standard deviations, rounded up
-    to a multiple of 8. Repeated ids only make buckets shorter.
+    nearly Poisson, and the capacity is its mean plus six standard deviations, rounded
+    up to a multiple of 8. Repeated ids only make buckets shorter.
 
     Args:
       rows: stored rows of the table.
@@ -113,8 +113,8 @@ def on_each_device(
       in_specs: partitions of its arguments.
       out_specs: partitions of its results.
     """
-    # Collectives here leave values equal along `tensor` in ways that the check of varying
-    # axes cannot see.
+    # Collectives here leave values equal along `tensor` in ways that the check of
+    # varying axes cannot see.
     return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -141,9 +141,10 @@ def route_ids(
       shard's distinct rows each id is.
     """
 
-    # On one device: ids `[B / S, ...]`, indices `[u]`. All devices of a batch shard do the
-    # same work, so that nothing has to be sent among them.
     def local(*ids: jax.Array) -> tuple[RowRoute, list[jax.Array]]:
+        """Route the ids of one device, `[B / S, ...]` each, to indices `[u]`."""
+        # All devices of a batch shard do the same work, so that nothing has to be sent
+        # among them.
         flat = jnp.concatenate([array.reshape(-1) for array in ids])
         indices, inverse = jnp.unique(
             to_storage_index(flat, plan.rows),
@@ -167,16 +168,17 @@ def route_ids(
 
 
 def _fit_ranges(plan: ExchangePlan, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Find the widest range of rows whose buckets fit, and the number of rounds it makes.
+    """Find the widest range of rows whose buckets fit, and the number of rounds.
 
     The range starts as all rows of an owner, and is halved until the longest bucket on
     any device holds no more than the capacity.
     """
 
-    # The maximum over all devices: every device must run the same number of rounds.
     def longest_bucket(range_rows: jax.Array) -> jax.Array:
+        """Length of the longest bucket on any device, `[] int32`."""
         place = place_in_bucket(plan, indices, range_rows)
         length = jnp.max(jnp.where(indices < plan.rows, place + 1, 0))
+        # Over all devices: every device must run the same number of rounds.
         return jax.lax.pmax(length, AXES)
 
     def halve(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -206,7 +208,8 @@ def place_in_bucket(
     # Indices of one bucket are neighbours, and share the first index of their range.
     first_of_range = indices - indices % plan.owned_rows % range_rows
     place = jnp.arange(indices.shape[0], dtype=jnp.int32)
-    # The place of a bucket's first index, carried on to the others by a running maximum.
+    # The place of a bucket's first index, carried on to the others by a running
+    # maximum.
     starts_bucket = jnp.concatenate(
         [jnp.ones(1, bool), first_of_range[1:] != first_of_range[:-1]]
     )
@@ -214,7 +217,7 @@ def place_in_bucket(
 
 
 def my_owners(plan: ExchangePlan) -> jax.Array:
-    """Number the owners that this device talks to, `[S]`: those at its place in `tensor`."""
+    """Number the owners at this device's place along `tensor`, `[S]`."""
     shard = jnp.arange(plan.batch_shards, dtype=jnp.int32)
     return shard * plan.shard_devices + jax.lax.axis_index(SHARD_AXIS)
 
