@@ -12,10 +12,10 @@ pod and not run.
 All variants take turns within one run, so that their ratios hold. Columns:
 
 - `milliseconds`: median over the turns; `least_milliseconds`: the least.
-- `tflops`: useful work alone, 4 x head_dim x heads x batch for every pair of a query and
-  a key that it may see (two products), and 3.5 times that with the backward pass (seven
-  products: it forms the logits again and has four more). Logits that an implementation
-  computes and masks lower it.
+- `tflops`: useful work alone, 4 x head_dim x heads x batch for every pair of a query
+  and a key that it may see (two products), and 3.5 times that with the backward pass
+  (seven products: it forms the logits again and has four more). Logits that an
+  implementation computes and masks lower it.
 - `peak_fraction`: `tflops` over the speed of the fastest matrix product of this run, on
   all devices of the mesh at once and in the same dtype.
 - `temporary_mib`: memory for temporaries that XLA plans, per device.

@@ -176,8 +176,9 @@ def unsupported_reason(
 def _on_each_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Map a function of q, k and v over the mesh, as `attention` does with its own.
 
-    Library code fails on arrays of an explicit mesh: a reshape of a batch of one forgets
-    over which axis the batch is split, and the next product raises a ShardingTypeError.
+    Library code fails on arrays of an explicit mesh: a reshape of a batch of one
+    forgets over which axis the batch is split, and the next product raises a
+    ShardingTypeError.
     """
     spec = RULES("batch", None, "heads", None)
     return jax.shard_map(
@@ -204,7 +205,8 @@ def compile_attention(
         `attention`.
 
     Returns:
-      `(q, k, v) -> out`, or `(q, k, v, gradient of out) -> (out, gradients of q, k, v)`.
+      `(q, k, v) -> out`, or `(q, k, v, gradient of out) -> (out, gradients of q, k,
+      v)`.
     """
     if attend is None:
         attend = functools.partial(

@@ -4,15 +4,17 @@ An `AttentionSpec` is one call: shapes and dtype, the pattern of visible tokens,
 window and the padding. Three families have names:
 
 - `CAUSAL_SPECS`: plain causal order, by queries, keys and window;
-- `stream_specs(name)` for a name in `STREAMS`: one spec per layer of a model, with static
-  tokens, candidates and padding, over the tokens that each layer needs or over all;
+- `stream_specs(name)` for a name in `STREAMS`: one spec per layer of a model, with
+  static tokens, candidates and padding, over the tokens that each layer needs or over
+  all;
 - `prefix_spec()`: a bidirectional prefix.
 
-Benchmarks time `causal_spec` at the lengths and windows of their command line. Importing
-this module computes nothing in JAX: a benchmark may bind its process to some cores first.
+Benchmarks time `causal_spec` at the lengths and windows of their command line.
+Importing this module computes nothing in JAX: a benchmark may bind its process to some
+cores first.
 
-Shape letters: B streams, Q queries, K keys, S positions of a stream, H heads, h width of a
-head.
+Shape letters: B streams, Q queries, K keys, S positions of a stream, H heads, h width
+of a head.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class AttentionSpec:
         return len(self.pattern.key_positions)
 
     def replace(self, **changes: Any) -> AttentionSpec:
-        """Change some attributes; the padding of the streams repeats in a larger batch."""
+        """Change some attributes; in a larger batch the padding repeats."""
         spec = dataclasses.replace(self, **changes)
         if spec.valid is None or len(spec.valid) == spec.batch:
             return spec
@@ -192,12 +194,14 @@ def codes_layout(events: int) -> Layout:
 
 
 def _padding(layout: Layout, *, continued: bool) -> np.ndarray:
-    """Valid tokens of two streams, `[2, S] bool`: a third is padding, and all but three.
+    """Valid tokens of two streams, `[2, S] bool`.
+
+    A third of the first one's events is padding, and all but three of the second one's.
 
     Args:
       layout: the order of the tokens.
-      continued: candidates are valid where their events are. Otherwise all candidates of
-        the first stream are valid, and one of the second.
+      continued: candidates are valid where their events are. Otherwise all candidates
+        of the first stream are valid, and one of the second.
     """
     events, candidates = layout.events, layout.candidates
     valid_events = np.arange(events)[None] >= np.array([[events // 3], [events - 3]])

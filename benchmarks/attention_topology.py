@@ -1,18 +1,19 @@
-"""Attention compiled for a described pod: memory, work and the least time, by mesh shape.
+"""Attention compiled for a described pod: memory, work and least time, by mesh shape.
 
     python -m benchmarks.attention_topology --topology v5p:4x4x4
 
 libtpu compiles each program as the pod would run it; nothing is run. The streams of a
-batch take `--tokens-per-chip` tokens a chip whatever their length. Streams are split over
-data and fsdp, heads over tensor, and attention exchanges nothing, so that mesh shapes
-differ by layout alone. Columns are those of `benchmarks.attention`, less its times, and
+batch take `--tokens-per-chip` tokens a chip whatever their length. Streams are split
+over data and fsdp, heads over tensor, and attention exchanges nothing, so that mesh
+shapes differ by layout alone. Columns are those of `benchmarks.attention`, less its
+times, and
 
 - `flops_per_device`: FLOPs of the program: XLA's count, and in splash the tiles that it
-  visits. XLA counts the body of a loop once, so that at least the useful FLOPs are taken,
-  2 products forward and 5 backward over visible pairs.
+  visits. XLA counts the body of a loop once, so that at least the useful FLOPs are
+  taken, 2 products forward and 5 backward over visible pairs.
 - `roofline_ms`: the longest of compute, memory and network time at the chip's peak. No
-  run is faster, so that `tokens_per_second`, `tflops` (of all chips) and `peak_fraction`
-  are upper bounds.
+  run is faster, so that `tokens_per_second`, `tflops` (of all chips) and
+  `peak_fraction` are upper bounds.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ def topology_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every mesh, length, window, implementation and pass.
 
-    The order is plain causal. A row that cannot be made has `problem` and no figures: the
-    implementation does not serve it, or the program does not fit. Windows as long as the
-    stream are left out: they are full attention.
+    The order is plain causal. A row that cannot be made has `problem` and no figures:
+    the implementation does not serve it, or the program does not fit. Windows as long
+    as the stream are left out: they are full attention.
 
     Args:
       topology: name of the pod, such as "v5p:4x4x4".
@@ -119,7 +120,7 @@ def topology_rows(
 def _figures(
     mesh: jax.sharding.Mesh, spec: AttentionSpec, name: str, pass_: str
 ) -> dict[str, Any]:
-    """Compile one program, and compute its columns; `{"problem": ...}` if it has none."""
+    """Compile one program, and compute its columns, or `{"problem": reason}`."""
     q, k, _, _ = spec.arrays(mesh)
     try:
         with jax.set_mesh(mesh):

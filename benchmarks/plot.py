@@ -1,7 +1,7 @@
 """Draw results of `benchmarks.attention`, in the style of the study report.
 
-    python -m benchmarks.plot                                  # benchmarks/results/attention
-    python -m benchmarks.plot benchmarks/results/attention.json another.json
+    python -m benchmarks.plot                    # benchmarks/results/attention.json
+    python -m benchmarks.plot RESULT.json ...
 
 Each JSON file is drawn to a PNG of its name beside it; nothing is measured again.
 matplotlib is optional (extra `bench`), and loaded when a picture is drawn.

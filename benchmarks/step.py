@@ -1,13 +1,13 @@
 """Time of the compiled train and eval steps on generated batches.
 
     python -m benchmarks.step              # samples a second of streams like KuaiRand's
-    python -m benchmarks.step --long       # streams of 500 events: tiles and dense masks
+    python -m benchmarks.step --long       # streams of 500 events: tiles, dense masks
     python -m benchmarks.step --tables     # tables of 10 thousand to 10 million rows
 
 All variants take turns within one run, so that load on the machine falls on each alike
 and their ratios hold. Every turn trains on another batch. Ids are uniform over their
-table, which is harder on the caches than any log. `--tables` needs 5 GB of memory. Two or
-three minutes each.
+table, which is harder on the caches than any log. `--tables` needs 5 GB of memory. Two
+or three minutes each.
 """
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def bench_tables(repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def bench_streams(cases: dict[str, Config], repeats: int) -> Iterator[dict[str, Any]]:
-    """Time train and eval steps, in tokens with a label a second; in NIO that is samples.
+    """Time train and eval steps, in tokens with a label a second.
+
+    In NIO these are samples.
 
     Args:
       cases: name -> config; ratios are to the first one.

@@ -22,8 +22,8 @@ from tokenrec.state import build_model, init_state
 from tokenrec.step import train_step
 
 TABLE_WIDTH = 16
-# Batches, or lists of ids, that a variant goes through in turn: rows of a batch seen just
-# before would wait in the processor's caches.
+# Batches, or lists of ids, that a variant goes through in turn: rows of a batch seen
+# just before would wait in the processor's caches.
 POOL = 8
 
 

@@ -1,9 +1,10 @@
-"""Look-up and update of a table spread over a pod: our exchange beside XLA's partitioning.
+"""Look-up and update of a table spread over a pod, beside XLA's own partitioning.
 
-    python -m benchmarks.tables_topology [--topology v5e:16x16] [--rows 1000000 100000000]
+    python -m benchmarks.tables_topology [--topology v5e:16x16] [--rows 1000000
+    100000000]
 
-Every device looks up 16,384 uniform ids of a table of width 64, and updates the rows that
-it read, by row-wise AdaGrad:
+Every device looks up 16,384 uniform ids of a table of width 64, and updates the rows
+that it read, by row-wise AdaGrad:
 
 - "exchange": `tokenrec.ops.tables.exchange`;
 - "xla": the table is partitioned by rows all the same. `table.at[ids].get()` and the
@@ -11,9 +12,9 @@ it read, by row-wise AdaGrad:
   finds the rest (automatic sharding);
 - "xla, gather alone": without the update.
 
-libtpu compiles each program as the pod would run it; nothing is run. Bytes are those into
-a device in a step, as `tokenrec.planner.hlo` counts them; "fits" is XLA's verdict. A
-minute or two a row.
+libtpu compiles each program as the pod would run it; nothing is run. Bytes are those
+into a device in a step, as `tokenrec.planner.hlo` counts them; "fits" is XLA's verdict.
+A minute or two a row.
 """
 
 from __future__ import annotations

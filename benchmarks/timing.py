@@ -1,4 +1,4 @@
-"""Take time fairly: variants in turns, so that load on the machine falls on each alike."""
+"""Take time in turns, so that load on the machine falls on all variants alike."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def take_turns[K: Hashable](
 
 
 def paired_ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
-    """Median over the turns of the ratio inside a turn: what slows a whole turn cancels."""
+    """Median over the turns of the ratio inside a turn; what slows a turn cancels."""
     return statistics.median(a / b for a, b in zip(seconds, base, strict=True))

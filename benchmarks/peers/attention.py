@@ -3,8 +3,8 @@
     pip install -c constraints.txt ".[peers]"
     python -m benchmarks.peers.attention
 
-`torch.compile` needs g++ or clang++ as well. All figures are float32, forward, and forward
-and backward. The peers:
+`torch.compile` needs g++ or clang++ as well. All figures are float32, forward, and
+forward and backward. The peers:
 
 - `jax.nn.dot_product_attention`, where its square of logits fits;
 - PyTorch's scaled_dot_product_attention (SDPA), causal and with a banded mask;
@@ -12,11 +12,11 @@ and backward. The peers:
 - compiled flex_attention with a block mask.
 
 Each library gets the layout that it prefers, the same numbers and the same number of
-threads, and all take turns. Before the clock runs, every output and gradient of a peer is
-compared with ours: `max_difference`. A peer that cannot serve keeps its row, with the
-reason as a note. `this / ours` is the median of the ratios inside a turn; above 1, ours is
-faster. Before each run the process sleeps a moment, as PyTorch's threads spin on after
-their work.
+threads, and all take turns. Before the clock runs, every output and gradient of a peer
+is compared with ours: `max_difference`. A peer that cannot serve keeps its row, with
+the reason as a note. `this / ours` is the median of the ratios inside a turn; above 1,
+ours is faster. Before each run the process sleeps a moment, as PyTorch's threads spin
+on after their work.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec.errors import InputError, suggest
 from tokenrec.ops.attention import IMPLEMENTATIONS
 
-# Largest difference between two libraries, of outputs and gradients of order 1. Measured:
-# a few 1e-6.
+# Largest difference between two libraries, of outputs and gradients of order 1.
+# Measured: a few 1e-6.
 TOLERANCE = 1e-4
 # Seconds of sleep before each run.
 PAUSE = 0.02
@@ -103,7 +103,8 @@ def largest_difference(
     # Not `difference > TOLERANCE`, which is False for NaN.
     if not difference <= TOLERANCE:
         raise AssertionError(
-            f"{name}, {case} differs by {difference:.3g}: it is not the same computation"
+            f"{name}, {case} differs by {difference:.3g}: "
+            "it is not the same computation"
         )
     return difference
 

@@ -46,8 +46,8 @@ def sdpa_chunked(window: int) -> Attend:
     query = torch.arange(window)[:, None] + window
     key = torch.arange(2 * window)[None]
     seen = (key <= query) & (query - key < window)
-    # Two dimensions: with a mask of three, PyTorch leaves its fused kernel for one that is
-    # several times slower.
+    # Two dimensions: with a mask of three, PyTorch leaves its fused kernel for one that
+    # is several times slower.
     mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -76,7 +76,8 @@ def flex(seq_len: int, window: int | None, *, fullgraph: bool = True) -> Attend:
     Args:
       seq_len: S.
       window: keys that a query sees; None: full causal attention.
-      fullgraph: raise an error, in place of a slow run, if PyTorch compiles only a part.
+      fullgraph: raise an error, in place of a slow run, if PyTorch compiles only a
+        part.
     """
 
     def see(

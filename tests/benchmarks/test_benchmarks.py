@@ -103,7 +103,9 @@ def test_the_program_timed_computes_attention_and_its_gradients_on_a_mesh():
     q, k, v, gradient = (jnp.asarray(np.asarray(x)) for x in inputs)
     out, pull_back = jax.vjp(windowed_attention, q, k, v)
     for mine, expected in zip(got, (out, *pull_back(gradient)), strict=True):
-        np.testing.assert_allclose(mine, expected, atol=2e-6)  # measured 5e-7
+        # Float32 rounding of sums of 8 terms up to 4: 2.4e-7 each. Measured: 5e-7 on an
+        # Intel Xeon, 0 on an AMD EPYC.
+        np.testing.assert_allclose(mine, expected, atol=2e-6)
 
 
 def windowed_attention(q, k, v, window=3):
@@ -270,6 +272,7 @@ def test_the_peer_of_jax_runs_under_an_explicit_mesh(batch):
     plain = [jnp.asarray(np.asarray(x)) for x in (q, k, v, gradient)]
     out, pull_back = jax.vjp(windowed_attention, *plain[:3])
     for theirs, expected in zip(got, (out, *pull_back(plain[3])), strict=True):
+        # Float32 rounding, as above.
         np.testing.assert_allclose(theirs, expected, atol=2e-6)
 
 

@@ -1,4 +1,4 @@
-"""The splash kernels in interpret mode: the values that they compute, not their speed."""
+"""Values that the splash kernels compute, in interpret mode on any machine."""
 
 import dataclasses
 
@@ -27,7 +27,8 @@ from tokenrec.ops.attention.splash import (
 )
 from tokenrec.tokens.layout import live_positions
 
-# Measured: at most 1.2e-6, values and gradients.
+# Float32 rounding, as in test_blocked.py: the kernels add up tile by tile. Measured:
+# values 6.0e-7, gradients 1.2e-6. The margin is 3x.
 TOLERANCE = 4e-6
 
 # Fused events, candidates, target tokens.
@@ -175,7 +176,9 @@ def test_bfloat16_stays_bfloat16():
     for got, wanted in zip(
         (out, *gradients), (expected, *expected_gradients), strict=True
     ):
-        # measured: 0.019, and of dense too
+        # Rounding of inputs, weights and results to bfloat16, 2^-9 relative each, at
+        # entries up to 2.3. Measured: 0.015; most of it is the rounding of the inputs,
+        # which is the same on every processor.
         np.testing.assert_allclose(got.astype(np.float32), wanted, atol=0.03)
 
 

@@ -6,8 +6,8 @@ These tests need libtpu, the TPU compiler, and no TPU.
 import importlib.util
 import os
 
-# Queries for the metadata of a TPU machine would wait for an answer, and libtpu lets in one
-# process by default. Both are read when JAX is imported.
+# Queries for the metadata of a TPU machine would wait for an answer, and libtpu lets in
+# one process by default. Both are read when JAX is imported.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
@@ -48,7 +48,8 @@ def specs() -> dict[str, AttentionSpec]:
     """
     padding = np.ones((1, 300), bool)
     padding[0, :9] = False
-    # All tokens as queries and keys in a sliding layer, and the heads' tokens in a full one.
+    # All tokens as queries and keys in a sliding layer, and the heads' tokens in a full
+    # one.
     requests = stream_specs("requests", every_token=True)[0]
     layout = STREAMS["requests"].layout()
     readout = layout.pattern(layout.readout, requests.pattern.key_positions)

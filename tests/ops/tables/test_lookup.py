@@ -1,3 +1,5 @@
+"""Distinct rows and row-wise AdaGrad, against the gradient of the whole table."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,19 +23,30 @@ def mesh():
 
 
 def dense_adagrad(table, total, ids, gradients, rate, decay):
-    """Row-wise AdaGrad on the whole gradient: the plain reference."""
+    """Row-wise AdaGrad on the gradient of the whole table: the plain reference.
+
+    Args:
+      table: `[rows, w]`.
+      total: `[rows]`, sums of the rows.
+      ids: `[n]`, rows that are read.
+      gradients: `[n, w]`, of what was read.
+      rate: learning rate.
+      decay: pull towards zero of rows with a gradient.
+
+    Returns:
+      The new table and sums.
+    """
     full = np.zeros_like(table)
     np.add.at(full, ids, gradients)
-    squared = (full**2).mean(1)
-    total = total + squared
+    mean_squares = (full**2).mean(1)
+    total = total + mean_squares
     step = full / (np.sqrt(total)[:, None] + 1e-8)
-    step += np.where((squared > 0)[:, None], decay * table, 0)
+    step += np.where((mean_squares > 0)[:, None], decay * table, 0)
     return table - rate * step, total
 
 
-@pytest.mark.parametrize(
-    "rows", [7, 500]
-)  # fewer and more rows than ids: touched whole, and sorted
+# Fewer and more rows than ids: touched whole, and sorted.
+@pytest.mark.parametrize("rows", [7, 500])
 def test_row_updates_equal_the_dense_gradient(rows):
     random = np.random.default_rng(0)
     ids = random.integers(0, rows, 40).astype(np.int32)
@@ -42,8 +55,8 @@ def test_row_updates_equal_the_dense_gradient(rows):
     target = random.normal(size=(40, 4)).astype(np.float32)
     unique = unique_ids(jnp.asarray(ids), rows)
 
-    def loss(some):
-        return jnp.sum(expand_rows(some, unique.inverse) * target)
+    def loss(distinct):
+        return jnp.sum(expand_rows(distinct, unique.inverse) * target)
 
     gradients = jax.grad(loss)(gather_rows(jnp.asarray(table), unique.ids))
     new, state = update_rows(
@@ -56,6 +69,10 @@ def test_row_updates_equal_the_dense_gradient(rows):
         apply=jnp.bool_(True),
     )
     expected, expected_total = dense_adagrad(table, total, ids, target, 0.1, 0.01)
+    # Float32 rounding. A row moves by rate * step, of order 0.1, and has entries up to
+    # 4: two roundings, 2.4e-7 each. Measured: 6e-8. A row's sum adds a mean of 4
+    # squares of a gradient that up to 40 ids add to: a few units of 6e-8 relative.
+    # Measured: 0.
     np.testing.assert_allclose(new, expected, atol=1e-6)
     np.testing.assert_allclose(state.sum, expected_total, rtol=1e-6)
 
@@ -82,10 +99,8 @@ def test_every_id_finds_its_row_again():
     ids = jnp.array([5, 300, 5, 0, 499], jnp.int32)
     table = jnp.arange(500.0)[:, None]
     unique = unique_ids(ids, 500)
-    assert (
-        expand_rows(gather_rows(table, unique.ids), unique.inverse)[:, 0].tolist()
-        == ids.tolist()
-    )
+    vectors = expand_rows(gather_rows(table, unique.ids), unique.inverse)
+    assert vectors[:, 0].tolist() == ids.tolist()
 
 
 def test_tables_of_one_width_share_a_stack():

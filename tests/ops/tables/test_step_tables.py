@@ -1,4 +1,4 @@
-"""What the compiled train step does to a table that is larger than a batch: it writes rows in place, nothing else."""
+"""The compiled train step writes rows of a large table in place, and nothing else."""
 
 import dataclasses
 import functools
@@ -12,13 +12,18 @@ from tokenrec.ops.tables.storage import stored_rows
 from tokenrec.state import abstract_state, build_model
 from tokenrec.step import train_step
 
-ROWS = 104_729  # prime, so that no shape of the model's own has it; a batch of `tiny` has 104 ids of this table
-WIDTH = 16  # of this table alone, so that it is a stack of its own
+# Prime, so that no other shape of the model has it. A batch of `tiny` has 104 ids of
+# this table.
+ROWS = 104_729
+# The width of this table alone, so that it is a stack of its own.
+WIDTH = 16
 DEVICES = 8
 STORED = stored_rows(ROWS)
-OWN = STORED // DEVICES  # 13,824: a shape that nothing else has
+# Rows that a device owns, 13,824: a shape that nothing else has.
+OWNED = STORED // DEVICES
 
-# A line of HLO: `[ROOT] %name = type opcode(operands)...`. A type is `f32[2,3]{1,0}` or a tuple of such in brackets.
+# A line of HLO: `[ROOT] %name = type opcode(operands)...`. A type is `f32[2,3]{1,0}`,
+# or a tuple of such in brackets.
 LINE = re.compile(
     r"^\s*(?:ROOT )?%?(?P<name>\S+) = (?P<type>\([^()]*\)|\S+) (?P<opcode>[\w-]+)\("
 )
@@ -28,7 +33,16 @@ LINE = re.compile(
 def compiled_step(
     decay: float, accumulate: int, sizes=(1, 1, 1), replicate_rows: int = ROWS
 ) -> str:
-    """HLO text of the train step with a large table `video`, its state donated as in `train`."""
+    """HLO text of the train step with a large table `video`.
+
+    Its state is donated, as in `train`.
+
+    Args:
+      decay: weight decay of tables.
+      accumulate: micro-batches of a step.
+      sizes: devices along data, fsdp and tensor.
+      replicate_rows: tables of more rows are spread over the devices.
+    """
     optim = {"table_weight_decay": decay, "accumulate": accumulate}
     tokens = {"embedding_dims": {"video": WIDTH}, "replicate_rows": replicate_rows}
     config = tiny(tokens=tokens, model={"layers": 1, "windows": ()}, optim=optim)
@@ -42,21 +56,25 @@ def compiled_step(
 
 
 def writers(text: str, shape: str) -> list[str]:
-    """Opcodes of the operations of the entry computation that make a buffer of this shape."""
+    """Opcodes of the entry computation's operations that make a buffer of this shape.
+
+    For a fusion, the opcode is that of its last operation.
+    """
     entry = text[text.index("\nENTRY ") :]
-    found = [LINE.match(line) for line in entry.splitlines()[2:]]
-    whole = re.compile(re.escape(shape) + r"(?:\{[\d,]*\})?")
-    made = [
-        m
-        for m in found
-        if m and m["opcode"] != "parameter" and whole.fullmatch(m["type"])
-    ]
-    return [
-        m["opcode"] if m["opcode"] != "fusion" else _root(text, m.string) for m in made
-    ]
+    shape_pattern = re.compile(re.escape(shape) + r"(?:\{[\d,]*\})?")
+    opcodes = []
+    for line in entry.splitlines()[2:]:
+        match = LINE.match(line)
+        if not match or not shape_pattern.fullmatch(match["type"]):
+            continue
+        if match["opcode"] == "fusion":
+            opcodes.append(_root_opcode(text, line))
+        elif match["opcode"] != "parameter":
+            opcodes.append(match["opcode"])
+    return opcodes
 
 
-def _root(text: str, call: str) -> str:
+def _root_opcode(text: str, call: str) -> str:
     """Opcode of the last operation of the computation that a fusion calls."""
     called = re.search(r"calls=%?([\w.-]+)", call)
     assert called
@@ -74,17 +92,20 @@ def _root(text: str, call: str) -> str:
 
 @pytest.mark.parametrize(("decay", "accumulate"), [(0.0, 1), (0.1, 2)])
 def test_a_large_table_is_only_written_in_place(decay, accumulate):
-    """One scatter makes the new table, one its memory: no copy, no gradient and no sum of the table's size."""
+    """One scatter makes the new table, one its sums.
+
+    There is no copy, no gradient and no sum of the table's size.
+    """
     text = compiled_step(decay, accumulate)
     assert writers(text, f"f32[{ROWS},{WIDTH}]") == ["scatter"]
     assert writers(text, f"f32[{ROWS}]") == ["scatter"]
     sized = re.compile(rf"\[(?:\d+,)*{ROWS}(?:,\d+)*\]")
-    within = [
+    matches = [
         LINE.match(line)
         for line in text.splitlines()
         if sized.search(line.split(" = ")[-1].split("(")[0])
     ]
-    assert {m["opcode"] for m in within if m} <= {
+    assert {match["opcode"] for match in matches if match} <= {
         "parameter",
         "scatter",
         "fusion",
@@ -93,7 +114,7 @@ def test_a_large_table_is_only_written_in_place(decay, accumulate):
 
 
 def test_the_new_table_takes_the_memory_of_the_old_one():
-    """Donated: parameter and result share a buffer, so that a scatter in place needs no second table."""
+    """Parameter and result share a buffer, so that a scatter needs no second table."""
     text = compiled_step(0.0, 1)
     aliased = {
         int(number)
@@ -108,14 +129,19 @@ def test_the_new_table_takes_the_memory_of_the_old_one():
 
 
 def opcodes(text: str, rows: int) -> set[str]:
-    """Of all operations, those in loops and fusions included, that make a buffer with a dimension of so many rows."""
+    """Opcodes of all operations that make a buffer with a dimension of so many rows.
+
+    Those in loops and fusions are included.
+    """
     sized = re.compile(rf"\[(?:\d+,)*{rows}(?:,\d+)*\]")
-    found = [LINE.match(line) for line in text.splitlines()]
-    return {match["opcode"] for match in found if match and sized.search(match["type"])}
+    matches = [LINE.match(line) for line in text.splitlines()]
+    return {
+        match["opcode"] for match in matches if match and sized.search(match["type"])
+    }
 
 
 def test_a_spread_table_never_leaves_the_devices_that_own_it():
-    """Of the whole table nothing is made on any device, of the own rows nothing but themselves, written in place."""
+    """No device makes a buffer of the whole table; owned rows are written in place."""
     text = compiled_step(0.1, 1, (2, 2, 2), replicate_rows=100)
     assert not opcodes(text, STORED) | opcodes(text, ROWS)
     in_place = {
@@ -127,7 +153,7 @@ def test_a_spread_table_never_leaves_the_devices_that_own_it():
         "while",
         "conditional",
     }
-    assert {"parameter", "scatter"} <= opcodes(text, OWN) <= in_place
+    assert {"parameter", "scatter"} <= opcodes(text, OWNED) <= in_place
     exchanged = re.findall(
         r"= \(?(\S+?)\{[^=]*? (all-to-all|all-gather|all-reduce|reduce-scatter)\(", text
     )

@@ -77,8 +77,8 @@ def is_visible(query: TokenAttributes, key: TokenAttributes, window: int | None)
     """
     # Fill drops out by its values: no key has the candidate of FILL_QUERY or an index
     # as low as its reach, and no query reaches the index of FILL_KEY.
-    own = (key.candidate == query.candidate) & (key.index <= query.index)
-    seen = ((key.candidate == -1) & (key.index <= query.reach)) | own
+    seen_own = (key.candidate == query.candidate) & (key.index <= query.index)
+    seen = ((key.candidate == -1) & (key.index <= query.reach)) | seen_own
     if window is not None:
         seen &= (query.index - key.index < window) & (query.static | ~key.static)
     return seen

@@ -44,7 +44,7 @@ from tokenrec.ops.tables.routing import (
     find_buckets,
     my_owners,
     on_each_device,
-    place_in_bucket,
+    rank_in_bucket,
 )
 from tokenrec.sharding import AXES, RULES
 
@@ -146,13 +146,13 @@ def _fetch_round(
     #    [S, shard_devices, C, w]: now all owners, in order.
     answers = jax.lax.all_to_all(answers, BATCH_AXES, 0, 0, tiled=True)
     answers = jax.lax.all_gather(answers, SHARD_AXIS, axis=1)
-    # 3. Every index takes its row from its place in its owner's bucket.
+    # 3. Every index takes its row from its entry in its owner's bucket.
     owner, row = route.indices // plan.owned_rows, route.indices % plan.owned_rows
     of_round = (route.indices < plan.rows) & (row // route.range_rows == number)
-    place = owner * plan.capacity + place_in_bucket(
+    entry = owner * plan.capacity + rank_in_bucket(
         plan, route.indices, route.range_rows
     )
-    answered = answers.reshape(-1, table.shape[1])[jnp.where(of_round, place, 0)]
+    answered = answers.reshape(-1, table.shape[1])[jnp.where(of_round, entry, 0)]
     return jnp.where(of_round[:, None], answered, rows)
 
 

@@ -176,8 +176,8 @@ def _fit_ranges(plan: ExchangePlan, indices: jax.Array) -> tuple[jax.Array, jax.
 
     def longest_bucket(range_rows: jax.Array) -> jax.Array:
         """Length of the longest bucket on any device, `[] int32`."""
-        place = place_in_bucket(plan, indices, range_rows)
-        length = jnp.max(jnp.where(indices < plan.rows, place + 1, 0))
+        rank = rank_in_bucket(plan, indices, range_rows)
+        length = jnp.max(jnp.where(indices < plan.rows, rank + 1, 0))
         # Over all devices: every device must run the same number of rounds.
         return jax.lax.pmax(length, AXES)
 
@@ -195,7 +195,7 @@ def _fit_ranges(plan: ExchangePlan, indices: jax.Array) -> tuple[jax.Array, jax.
     return range_rows, (plan.owned_rows + range_rows - 1) // range_rows
 
 
-def place_in_bucket(
+def rank_in_bucket(
     plan: ExchangePlan, indices: jax.Array, range_rows: jax.Array
 ) -> jax.Array:
     """Count the indices before each one that go to its owner in its round, `[u]`.
@@ -207,13 +207,13 @@ def place_in_bucket(
     """
     # Indices of one bucket are neighbours, and share the first index of their range.
     first_of_range = indices - indices % plan.owned_rows % range_rows
-    place = jnp.arange(indices.shape[0], dtype=jnp.int32)
-    # The place of a bucket's first index, carried on to the others by a running
+    entry = jnp.arange(indices.shape[0], dtype=jnp.int32)
+    # The entry of a bucket's first index, carried on to the others by a running
     # maximum.
     starts_bucket = jnp.concatenate(
         [jnp.ones(1, bool), first_of_range[1:] != first_of_range[:-1]]
     )
-    return place - jax.lax.cummax(jnp.where(starts_bucket, place, 0))
+    return entry - jax.lax.cummax(jnp.where(starts_bucket, entry, 0))
 
 
 def my_owners(plan: ExchangePlan) -> jax.Array:
