@@ -10,6 +10,7 @@ EXIT_INPUT = 2
 EXIT_MEMORY = 3
 EXIT_BAD_STEPS = 4
 EXIT_HUNG = 5
+EXIT_STORAGE = 74  # EX_IOERR of sysexits.h: a storage fault that may pass
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: a later attempt may succeed
 
 
@@ -17,6 +18,14 @@ class InputError(ValueError):
     """Wrong input.
 
     The message names the field, its value, the reason and the remedy.
+    """
+
+
+class StorageError(OSError):
+    """A read or write that failed again and again, though nothing is wrong with it.
+
+    The disk, the network or the object store behind the path is at fault, and the same
+    command may succeed later. The message names the path and the reason.
     """
 
 

@@ -21,10 +21,13 @@ from tokenrec.errors import (
     EXIT_INPUT,
     EXIT_MEMORY,
     EXIT_PREEMPTED,
+    EXIT_STORAGE,
     InputError,
     NonFiniteError,
     Stopped,
+    StorageError,
 )
+from tokenrec.runtime.retry import TRANSIENT_ERRNOS
 
 # Exit code of an uncaught exception in Python.
 EXIT_FAULT = 1
@@ -33,8 +36,9 @@ EXIT_INTERRUPTED = 130
 
 _EPILOG = (
     "`tokenrec VERB --help` explains a verb. Exit codes: 0 done, 2 wrong input, "
-    "3 out of memory, 4 training steps that are not finite, 5 hung, 75 stopped by "
-    "SIGTERM after saving, 130 stopped by Ctrl-C."
+    "3 out of memory, 4 training steps that are not finite, 5 hung, 74 a fault of the "
+    "disk or network that may pass, 75 stopped by SIGTERM after saving, 130 stopped by "
+    "Ctrl-C."
 )
 
 # Errors of the user's disk or paths, which are reported without a traceback.
@@ -104,6 +108,10 @@ def _explain(error: BaseException) -> int | None:
             message, code = str(error), EXIT_BAD_STEPS
         case MemoryError():
             message, code = f"out of memory: {error}", EXIT_MEMORY
+        case StorageError():
+            message, code = str(error), EXIT_STORAGE
+        case OSError() if error.errno in TRANSIENT_ERRNOS:
+            message, code = f"{error}; rerun the same command", EXIT_STORAGE
         case OSError() if error.errno in _DISK_ERRORS:
             message, code = str(error), EXIT_INPUT
         # A jax.errors.JaxRuntimeError. Verbs without JAX must not import its type.

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tokenrec.errors import InputError
+from tokenrec.errors import InputError, StorageError
 
 # JAX counts a process as dead after this time without a heartbeat, and ends the others.
 HEARTBEAT_SECONDS = 100
@@ -113,28 +113,40 @@ def gather_from_all(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """Raise an InputError on all processes if any process raised one inside.
+    """Raise an error on all processes if any process raised it inside.
 
-    The end of the block is a barrier, so nothing inside may wait for another process.
+    It covers InputError and StorageError. The end of the block is a barrier, so nothing
+    inside may wait for another process.
     """
-    problem: InputError | None = None
+    problem: InputError | StorageError | None = None
     try:
         yield
-    except InputError as error:
+    except (InputError, StorageError) as error:
         if jax.process_count() == 1:
             raise
         problem = error
     if jax.process_count() == 1:
         return
     # Every process reaches this line, with or without a problem of its own.
+    name = "" if problem is None else type(problem).__name__
     problems = gather_from_all(
-        "" if problem is None else f"process {jax.process_index()}: {problem}"
+        f"{name}:process {jax.process_index()}: {problem}" if problem else ""
     )
     # Here it has its traceback; the others raise a copy of its message.
     if problem is not None:
         raise problem
     if any(problems):
-        raise InputError("\n".join(text for text in problems if text))
+        raise _joint_error(problems)
+
+
+def _joint_error(problems: list[str]) -> InputError | StorageError:
+    """The error of a process without a problem of its own, from those of the others."""
+    kinds, texts = zip(
+        *(text.split(":", maxsplit=1) for text in problems if text), strict=True
+    )
+    message = "\n".join(texts)
+    # Wrong input stays wrong when the storage is back.
+    return InputError(message) if "InputError" in kinds else StorageError(message)
 
 
 def assert_same_on_all_processes(values: Mapping[str, object]) -> None:

@@ -1,0 +1,123 @@
+"""Retry reads and writes that fail for a moment, as those of a network disk do.
+
+A fault of the storage is neither wrong input nor damage: the file may be healthy and the
+next attempt may succeed. So it is tried again a few times, and if it persists the error
+is a `StorageError`, with an exit code of its own that schedulers restart.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tokenrec.errors import StorageError
+
+# Seconds before each further attempt; a network disk that fails over takes seconds.
+_DELAYS = (0.1, 0.4, 1.6, 6.4)
+
+# What a disk or network reports when it is at fault itself. Not in the list: a full
+# disk, missing files and rights, which the user has to change.
+TRANSIENT_ERRNOS = frozenset(
+    {
+        errno.EIO,
+        errno.ESTALE,
+        errno.EREMOTEIO,
+        errno.ETIMEDOUT,
+        errno.EAGAIN,
+        errno.EINTR,
+        errno.EBUSY,
+        errno.ENOLCK,
+        errno.ECONNRESET,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENETRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+    }
+)
+# Texts in errors of C++ libraries, which carry no number: TensorStore and ArrayRecord
+# render the error of the operating system or the status of an object store.
+_TRANSIENT_TEXTS = tuple(
+    os.strerror(number).lower()
+    for number in sorted(TRANSIENT_ERRNOS)
+    # "Interrupted system call" is retried by Python itself, and is no fault of a disk.
+    if number != errno.EINTR
+) + ("unavailable:", "deadline_exceeded:", "aborted:")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether an error is a fault of the storage that may pass.
+
+    Args:
+      error: an OSError, or the error of a library that reads and writes files.
+    """
+    if isinstance(error, StorageError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in TRANSIENT_ERRNOS
+    if isinstance(error, OSError | RuntimeError | ValueError):
+        text = str(error).lower()
+        return any(known in text for known in _TRANSIENT_TEXTS)
+    return False
+
+
+def retry[T](action: Callable[[], T], path: os.PathLike[str] | str) -> T:
+    """Call a function that reads or writes a path, again if the storage is at fault.
+
+    Args:
+      action: the function; it must be safe to call again after it has failed.
+      path: what it reads or writes, for messages.
+
+    Returns:
+      What `action` returns. An error that is not transient is passed on as it is.
+
+    Raises:
+      StorageError: the last attempt failed like those before it.
+    """
+    for delay in _DELAYS:
+        try:
+            return action()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            print(
+                f"tokenrec: '{os.fspath(path)}': {_reason(error)}; trying again in "
+                f"{delay:g} s",
+                file=sys.stderr,
+            )
+            time.sleep(delay)
+    try:
+        return action()
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        raise storage_error(error, path, attempts=len(_DELAYS) + 1) from error
+
+
+def storage_error(
+    error: BaseException, path: os.PathLike[str] | str, attempts: int = 1
+) -> StorageError:
+    """Build the StorageError for a transient error.
+
+    Args:
+      error: the error of the last attempt.
+      path: what was read or written.
+      attempts: number of attempts.
+    """
+    times = "" if attempts == 1 else f", {attempts} times"
+    # Without errno: `str` of an OSError with one would begin with its number.
+    return StorageError(
+        f"'{os.fspath(path)}' cannot be read or written{times}: {_reason(error)}; the "
+        "storage is at fault and not the file: rerun the same command when it is back"
+    )
+
+
+def _reason(error: BaseException) -> Any:
+    text = getattr(error, "strerror", None) or str(error)
+    return str(text).strip().partition("\n")[0][:300]
