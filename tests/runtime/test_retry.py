@@ -63,7 +63,7 @@ def test_errors_of_libraries_are_told_apart_by_their_texts() -> None:
     assert is_transient(ValueError("DATA_LOSS: Error reading: Input/output error [5]"))
     assert is_transient(RuntimeError("UNAVAILABLE: the bucket answered 503"))
     assert not is_transient(ValueError("DATA_LOSS: checksum differs"))
-    assert not is_transient(InputError("data.events=4 is wrong"))
+    assert not is_transient(InputError("the file: Input/output error"))
 
 
 def test_the_command_line_ends_with_the_code_that_schedulers_restart(

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tokenrec.errors import StorageError
+from tokenrec.errors import InputError, StorageError
 
 # Seconds before each further attempt; a network disk that fails over takes seconds.
 _DELAYS = (0.1, 0.4, 1.6, 6.4)
@@ -43,12 +43,12 @@ TRANSIENT_ERRNOS = frozenset(
 )
 # Texts in errors of C++ libraries, which carry no number: TensorStore and ArrayRecord
 # render the error of the operating system or the status of an object store.
-_TRANSIENT_TEXTS = tuple(
-    os.strerror(number).lower()
-    for number in sorted(TRANSIENT_ERRNOS)
-    # "Interrupted system call" is retried by Python itself, and is no fault of a disk.
-    if number != errno.EINTR
-) + ("unavailable:", "deadline_exceeded:", "aborted:")
+_TRANSIENT_TEXTS = (
+    *(os.strerror(number).lower() for number in sorted(TRANSIENT_ERRNOS)),
+    "unavailable:",
+    "deadline_exceeded:",
+    "aborted:",
+)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -59,6 +59,8 @@ def is_transient(error: BaseException) -> bool:
     """
     if isinstance(error, StorageError):
         return True
+    if isinstance(error, InputError):
+        return False
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in TRANSIENT_ERRNOS
     if isinstance(error, OSError | RuntimeError | ValueError):
