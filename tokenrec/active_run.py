@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
+from tokenrec.checkpoint.checkpointer import Checkpointer
+from tokenrec.checkpoint.progress import Progress
 from tokenrec.checkpoint.warm_start import initial_state
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.config.flatten import flatten_fields
@@ -25,7 +27,7 @@ from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import stream_lengths, train_batches
 from tokenrec.errors import Stopped
 from tokenrec.evaluation.evaluate import make_evaluator
-from tokenrec.evaluation.selection import flatten_report, selection_value
+from tokenrec.evaluation.selection import criterion, flatten_report, selection_value
 from tokenrec.jitted_step import JittedStep
 from tokenrec.metrics_buffer import MetricsBuffer
 from tokenrec.optim import schedule
@@ -155,12 +157,22 @@ class ActiveRun:
         """Load the latest checkpoint; without one, start from another run or a seed."""
         self._watchdog.enter_phase("restoring the latest checkpoint")
         restored = self._checkpoints.restore(abstract_state(self.setup.model))
+        now = criterion(self.setup.config)
         if restored is None:
-            return initial_state(self.setup.model, self.setup.workdir), Progress()
-        step, state, progress = restored
+            state = initial_state(self.setup.model, self.setup.workdir)
+            return state, Progress(criterion=now)
+        step, state, saved = restored
+        progress = saved.compared_by(now)
+        if saved.best is not None and progress.best is None:
+            print(
+                f"tokenrec: the best checkpoint was chosen by {saved.criterion}, and is "
+                f"now chosen by {now}: the search begins again at step {step:,}; before "
+                f"it, step {saved.best_step:,} was the best",
+                file=sys.stderr,
+            )
         # A run that was stopped before an evaluation that was due repeats it.
         self._completed_step = step if progress.assessed else -1
-        return state, dataclasses.replace(progress, step=step)
+        return state, progress
 
     def open_input(self, start: int) -> Iterator[HostBatch]:
         """Open the stream of training batches at a step.
@@ -298,17 +310,14 @@ class ActiveRun:
 
     def evaluate(
         self, state: TrainState, progress: Progress
-    ) -> tuple[Progress, float | None, int | None]:
+    ) -> tuple[Progress, int | None]:
         """Evaluate on `train.eval_split`; a stop signal ends it between two batches.
 
         Returns:
-          The progress (`assessed` is False if a signal came first), the value that
-          decides the best checkpoint (None if it is undefined or was not reached), and
-          the signal.
+          The progress (`assessed` is False if a signal came first), and the signal.
         """
         step, config = progress.step, self.setup.config
         progress = dataclasses.replace(progress, assessed=False)
-        value = None
 
         def between_batches() -> None:
             self._watchdog.enter_phase(f"step {step:,}: evaluation")
@@ -328,25 +337,26 @@ class ActiveRun:
             for kind, by_layer in inside.items():
                 self._run_log.write(step, by_layer, kind)
             self._run_log.write(step, table_statistics(state), "tables")
-            value = selection_value(report, config)
-            progress = progress.after_evaluation(value)
+            progress = progress.after_evaluation(selection_value(report, config))
             self._last_report = report
             if progress.best_step == step:
                 self._best_report = report
-        return progress, value, self._signals.signal_received
+        return progress, self._signals.signal_received
 
     def save_due(self, progress: Progress, stop_signal: int | None) -> bool:
-        """Whether to save: the last step, the best so far, a stop, or `save_every`."""
+        """Whether to save: the last step, the best so far, a stop, or `save_every`.
+
+        Also after a save that a fault of the storage prevented.
+        """
         return (
             self.finished(progress)
+            or self._checkpoints.save_failed
             or progress.best_step == progress.step
             or stop_signal is not None
             or _is_multiple(progress.step, self._train.save_every)
         )
 
-    def save(
-        self, state: TrainState, progress: Progress, value: float | None
-    ) -> Progress:
+    def save(self, state: TrainState, progress: Progress) -> Progress:
         """Write a checkpoint in the background, once the one before it is complete.
 
         Steps are checked first: a checkpoint never holds the result of a bad step
@@ -359,19 +369,19 @@ class ActiveRun:
             )
             _, progress = self._metrics.flush(progress)
             began = time.perf_counter()
-            self._checkpoints.save(step, state, progress, value)
+            self._checkpoints.save(step, state, progress)
             self._run_log.write(
                 step, {"blocked_seconds": time.perf_counter() - began}, "save"
             )
         return progress
 
-    def stop(self, number: int, progress: Progress) -> None:
+    def stop(self, number: int, state: TrainState, progress: Progress) -> None:
         """End the run at the request of a signal, after its checkpoint is complete.
 
         Raises:
           Stopped: always.
         """
-        self.wait_for_checkpoints(progress)
+        self.finish_saves(state, progress)
         name = signal.Signals(number).name
         saved = "checkpoint saved" if progress.step else "there was nothing to save yet"
         raise Stopped(
@@ -380,10 +390,10 @@ class ActiveRun:
             number,
         )
 
-    def wait_for_checkpoints(self, progress: Progress) -> None:
-        """Wait until the last checkpoint is completely on disk."""
+    def finish_saves(self, state: TrainState, progress: Progress) -> None:
+        """Wait until the checkpoint of the last step is completely on disk."""
         self._watchdog.enter_phase(f"step {progress.step:,}: the last save")
-        self._checkpoints.wait()
+        self._checkpoints.finish(progress.step, state, progress)
 
     def summary(self, progress: Progress) -> dict[str, Any]:
         """Log the best evaluation beside the config; result as `train` returns it."""

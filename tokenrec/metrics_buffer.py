@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from tokenrec.checkpoint.checkpointer import Progress
+from tokenrec.checkpoint.progress import Progress
 from tokenrec.config import OptimConfig
 from tokenrec.errors import NonFiniteError
 from tokenrec.runtime import distributed

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrec.active_run import ActiveRun, MakeStateLogger, run_context
-from tokenrec.checkpoint.checkpointer import Progress
+from tokenrec.checkpoint.progress import Progress
 from tokenrec.config import Config
 from tokenrec.run_setup import set_up
 from tokenrec.state import TrainState
@@ -59,7 +59,7 @@ def train(
             if run.log_due(reached):
                 reached = run.flush_metrics(reached)
             reached = evaluate_and_save(run, state, reached)
-        run.wait_for_checkpoints(reached)
+        run.finish_saves(state, reached)
         return run.summary(reached)
 
 
@@ -77,13 +77,12 @@ def evaluate_and_save(
     # A signal that arrives later is seen in the next step, after another save.
     stop_signal = run.stop_signal()
     if not run.is_complete(progress):
-        value = None
         if run.evaluation_due(progress):
-            progress, value, stop_signal = run.evaluate(state, progress)
+            progress, stop_signal = run.evaluate(state, progress)
         if run.save_due(progress, stop_signal):
-            progress = run.save(state, progress, value)
+            progress = run.save(state, progress)
     # A run that has just finished ends as such, whatever was asked.
     complete = run.finished(progress) and progress.assessed
     if stop_signal is not None and not complete:
-        run.stop(stop_signal, progress)
+        run.stop(stop_signal, state, progress)
     return progress

@@ -1,18 +1,34 @@
 """Checkpoints on disk: which ones stay, and how damaged ones are found."""
 
+import dataclasses
+import errno
+import hashlib
 import json
+import os
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
-from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
-from tokenrec.checkpoint.integrity import find_damage, write_checksums
-from tokenrec.checkpoint.reader import CHECKPOINTS_FOLDER, CheckpointReader
-from tokenrec.errors import InputError
+from tokenrec.checkpoint import checkpointer, path_alias
+from tokenrec.checkpoint.checkpointer import Checkpointer
+from tokenrec.checkpoint.integrity import find_damage, is_verified, write_checksums
+from tokenrec.checkpoint.progress import Progress
+from tokenrec.checkpoint.reader import (
+    CHECKPOINTS_FOLDER,
+    CheckpointReader,
+    checkpoint_steps,
+)
+from tokenrec.errors import InputError, StorageError
 from tokenrec.ops.tables.lookup import RowsState
+from tokenrec.runtime import retry
 from tokenrec.state import TrainState
 
 # Elements of the weights: their file is longer than all others.
@@ -44,7 +60,7 @@ def saved(workdir: Path, *steps: int, **options: int) -> Path:
         workdir, **({"keep": 3} | options), config={"seed": 7}
     ) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state_of(step), Progress(), None)
+            checkpoints.save(step, state_of(step), Progress())
     return workdir / CHECKPOINTS_FOLDER
 
 
@@ -64,7 +80,7 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file() and not path.match("sums.*.json")
+        if path.is_file() and path.stat().st_size and not path.match("sums*.json")
     )
 
 
@@ -82,10 +98,18 @@ def test_the_latest_and_every_kth_checkpoint_stay_with_config_and_versions(
 
 
 def test_progress_comes_back_with_the_state(tmp_path: Path) -> None:
-    progress = Progress(best=0.5, best_step=2, waited=1, skipped=3, assessed=False)
+    progress = Progress(
+        best=0.5,
+        best_step=2,
+        waited=1,
+        skipped=3,
+        assessed=False,
+        step=4,
+        criterion="macro_auc on valid",
+    )
     with Checkpointer(tmp_path, keep=1) as checkpoints:
         assert checkpoints.restore(abstract()) is None
-        checkpoints.save(4, state_of(4), progress, None)
+        checkpoints.save(4, state_of(4), progress)
     run = restored(tmp_path)
     assert run is not None
     assert (run[0], run[2]) == (4, progress)
@@ -144,14 +168,39 @@ def test_an_interrupted_save_is_deleted(tmp_path: Path) -> None:
     assert not partial.exists()
 
 
-def test_a_checkpoint_without_checksums_is_used(
-    tmp_path: Path,
+def test_missing_checksums_are_written_at_the_next_start_and_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = saved(tmp_path, 1)
-    (folder / "1" / "sums.0.json").unlink()
+    # As after a kill between the end of the save and the checksums.
+    for path in folder.glob("1/sums*.json"):
+        path.unlink()
+    with CheckpointReader(tmp_path) as checkpoints:
+        assert checkpoints.load_state("latest", abstract())[0] == 1
+    assert "checkpoint 1" in (said := capsys.readouterr().err)
+    assert "has no checksums yet" in said
     run = restored(tmp_path)
     assert run is not None
     assert run[0] == 1
+    assert "the checksums are written now" in capsys.readouterr().err
+    weights = max(files_of(folder / "1"), key=lambda path: path.stat().st_size)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert find_damage(folder / "1")
+
+
+def test_a_checkpoint_without_checksums_that_cannot_be_read_is_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(tmp_path, 1, 2)
+    for path in folder.glob("2/sums*.json"):
+        path.unlink()
+    # A power failure may leave empty files under a complete name.
+    weights = max(files_of(folder / "2"), key=lambda path: path.stat().st_size)
+    weights.write_bytes(b"")
+    run = restored(tmp_path)
+    assert run is not None
+    assert run[0] == 1
+    assert "checkpoint 2 is damaged" in capsys.readouterr().err
 
 
 def test_a_checkpoint_with_other_arrays_is_refused_with_the_difference(
@@ -170,50 +219,242 @@ def test_a_checkpoint_with_other_arrays_is_refused_with_the_difference(
     assert restored(tmp_path) is not None
 
 
-def test_a_checkpoint_with_an_evaluation_replaces_the_one_without(
+def test_a_later_evaluation_changes_the_progress_and_not_the_arrays(
     tmp_path: Path,
 ) -> None:
     folder = saved(tmp_path, 1, 2)
+    before = {path: path.read_bytes() for path in files_of(folder / "2")}
+    evaluated = Progress(best=0.5, best_step=2, step=2)
     with Checkpointer(tmp_path, keep=3) as checkpoints:
-        checkpoints.save(2, state_of(2), Progress(best=0.5, best_step=2), 0.5)
-        checkpoints.wait()
+        checkpoints.save(2, state_of(2), evaluated)
         assert checkpoints.best_step == 2
-    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
-    # A kill before the replacement is complete leaves the earlier checkpoint.
+    assert {path: path.read_bytes() for path in before} == before
+    run = restored(tmp_path)
+    assert run is not None
+    assert run[2] == evaluated
+    (folder / "2" / "progress.json").write_text('{"best": 0.6, "digest": ""}')
+    run = restored(tmp_path)
+    assert run is not None
+    assert run[0] == 1
+
+
+def test_a_checkpoint_that_an_earlier_version_was_replacing_comes_back(
+    tmp_path: Path,
+) -> None:
+    folder = saved(tmp_path, 1, 2)
     (folder / "2").rename(folder / "unassessed-2")
     run = restored(tmp_path)
     assert run is not None
     assert run[0] == 2
 
 
-def test_processes_share_the_checksums_of_the_files(tmp_path: Path) -> None:
-    for name in "abcde":
-        (tmp_path / name).write_text(name)
-    for index in range(2):
-        write_checksums(tmp_path, index, 2)
-    assert len(json.loads((tmp_path / "sums.0.json").read_text())) == 3
-    (tmp_path / "b").write_text("x")
-    (tmp_path / "d").unlink()
-    # Another number of processes reads the checksums.
-    damage = [find_damage(tmp_path, index, 3) for index in range(3)]
-    assert sorted(text for share in damage for text in share) == [
-        "b: other contents than were written",
-        "d: No such file or directory",
-    ]
+def test_of_equal_evaluations_the_earliest_stays_as_the_best(tmp_path: Path) -> None:
+    progress = Progress()
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        for step in range(1, 6):
+            at_step = dataclasses.replace(progress, step=step)
+            progress = at_step.after_evaluation(0.5)
+            checkpoints.save(step, state_of(step), progress)
+    with CheckpointReader(tmp_path) as checkpoints:
+        assert checkpoints.steps == [1, 5]
+        assert checkpoints.best_step == progress.best_step == 1
 
 
-def test_a_checksum_file_that_another_process_writes_is_not_part_of_the_checkpoint(
-    tmp_path: Path,
+def test_without_the_best_checkpoint_the_best_one_before_it_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in "abcd":
-        (tmp_path / name).write_text(name)
-    partial = tmp_path / ".sums.1.json.incomplete-4711"
-    partial.write_text("{")
-    write_checksums(tmp_path, 0, 2)
-    partial.unlink()
-    write_checksums(tmp_path, 1, 2)
-    assert json.loads((tmp_path / "sums.0.json").read_text()).keys() == {"a", "c"}
-    assert json.loads((tmp_path / "sums.1.json").read_text()).keys() == {"b", "d"}
-    # Checkpoints of earlier versions may list such a file.
-    (tmp_path / "sums.2.json").write_text(json.dumps({partial.name: {"bytes": 1}}))
-    assert find_damage(tmp_path) == []
+    progress = Progress()
+    with Checkpointer(tmp_path, keep=9) as checkpoints:
+        for step, value in enumerate([0.3, 0.2, 0.4, 0.1], start=1):
+            progress = dataclasses.replace(progress, step=step).after_evaluation(value)
+            checkpoints.save(step, state_of(step), progress)
+    shutil.rmtree(tmp_path / CHECKPOINTS_FOLDER / "3")
+    with CheckpointReader(tmp_path) as checkpoints:
+        assert checkpoints.best_step == 1
+    assert "no checkpoint 3" in capsys.readouterr().err
+
+
+def test_another_criterion_begins_the_comparison_again() -> None:
+    before = Progress(best=0.8, best_step=20, waited=2, step=30, criterion="auc on a")
+    assert before.compared_by("auc on a") == before
+    # Values of the loss are negative: none of them would ever replace the AUC.
+    after = before.compared_by("loss on a")
+    assert (after.best, after.best_step, after.waited) == (None, -1, 0)
+    assert not after.assessed
+    unknown = dataclasses.replace(before, criterion="")
+    assert unknown.compared_by("auc on a") == before
+
+
+# The last byte of a file of more than 64 KiB: all of it is hashed.
+@pytest.mark.parametrize("which", ["latest", "2"])
+def test_a_flipped_bit_at_the_end_of_a_large_file_is_damage(
+    tmp_path: Path, which: str
+) -> None:
+    # Numbers that do not compress, so that their file is as large as they are.
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=60_000), jnp.float32)
+    state = dataclasses.replace(state_of(2), params={"w": noise})
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding
+        ),
+        state,
+    )
+    with Checkpointer(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(2, state, Progress())
+    folder = tmp_path / CHECKPOINTS_FOLDER / "2"
+    victim = max(files_of(folder), key=lambda path: path.stat().st_size)
+    assert victim.stat().st_size > 3 << 16
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    with (
+        pytest.raises(InputError, match=f"{victim.name}: other contents"),
+        CheckpointReader(tmp_path) as checkpoints,
+    ):
+        checkpoints.load_state(which, shapes)
+    with pytest.raises(InputError, match="no intact checkpoint"):
+        Checkpointer(tmp_path, keep=3)
+
+
+def test_checksums_are_on_disk_when_a_save_is_complete(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, state_of(1), Progress())
+        checkpoints.wait()
+        # Before the next save: a run may end here.
+        assert is_verified(tmp_path / CHECKPOINTS_FOLDER / "1")
+
+
+def test_an_old_checkpoint_stays_until_its_successor_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, 1, keep=1)
+    seen = []
+
+    def observed(checkpoint: Path, index: int, count: int) -> None:
+        seen.append((folder / "1").exists())
+        write_checksums(checkpoint, index, count)
+
+    monkeypatch.setattr(checkpointer, "write_checksums", observed)
+    saved(tmp_path, 2, keep=1)
+    assert seen == [True]
+    assert [path.name for path in folder.iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize("name", ["lr=[1,2]", "a\\b", "a*b?", "gs:", "a b\n{c}"])
+def test_a_path_that_looks_like_a_pattern_keeps_its_weights(
+    tmp_path: Path, name: str
+) -> None:
+    workdir = tmp_path / name
+    saved(workdir, 1)
+    run = restored(workdir)
+    assert run is not None
+    assert equal(run[1], state_of(1))
+
+
+def test_a_save_whose_arrays_are_not_there_is_an_error_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(path_alias, "_SPECIAL", re.compile("$^"))
+    with (
+        pytest.raises(InputError, match=r"checkpoint 1 cannot be written .* missing"),
+        Checkpointer(tmp_path / "lr=[1,2]", keep=1) as checkpoints,
+    ):
+        checkpoints.save(1, state_of(1), Progress())
+
+
+class Faults:
+    """Raise an error of the storage in the first calls of a function."""
+
+    def __init__(self, function: Callable[..., Any], number: int, times: int) -> None:
+        self.function = function
+        self.number = number
+        self.left = times
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self.left:
+            self.left -= 1
+            raise OSError(self.number, os.strerror(self.number))
+        return self.function(*args, **options)
+
+
+@pytest.fixture
+def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "_DELAYS", (0.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(checkpointer, "_RETRY_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("no_delays")
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_read_that_fails_once_is_not_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    folder = saved(tmp_path, 1, 2)
+    faults = Faults(hashlib.file_digest, number, 1)
+    monkeypatch.setattr(hashlib, "file_digest", faults)
+    run = restored(tmp_path)
+    assert run is not None
+    assert run[0] == 2
+    assert not faults.left
+    # A fault that persists says nothing about the checkpoint either.
+    monkeypatch.setattr(hashlib, "file_digest", Faults(faults.function, number, 99))
+    with pytest.raises(StorageError, match=r"checkpoints/2/.* cannot be read"):
+        restored(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.usefixtures("no_delays")
+def test_a_save_that_the_storage_prevents_is_made_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    real = ocp.save_checkpointables_async
+    monkeypatch.setattr(ocp, "save_checkpointables_async", Faults(real, errno.EIO, 1))
+    with Checkpointer(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, state_of(1), Progress())
+        checkpoints.save(2, state_of(2), Progress())
+    assert "checkpoint 1 could not be written" in capsys.readouterr().err
+    assert checkpoint_steps(tmp_path / CHECKPOINTS_FOLDER) == [2]
+
+    # The last save of a run is repeated with the state at hand.
+    monkeypatch.setattr(ocp, "save_checkpointables_async", Faults(real, errno.EIO, 2))
+    with Checkpointer(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(3, state_of(3), Progress())
+        checkpoints.finish(3, state_of(3), Progress())
+    assert checkpoint_steps(tmp_path / CHECKPOINTS_FOLDER) == [2, 3]
+
+    # Not for ever.
+    monkeypatch.setattr(ocp, "save_checkpointables_async", Faults(real, errno.EIO, 99))
+    with Checkpointer(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(4, state_of(4), Progress())
+        with pytest.raises(StorageError, match=r"checkpoint 4 .* checkpoints \[2, 3\]"):
+            checkpoints.finish(4, state_of(4), Progress())
+
+
+@pytest.mark.usefixtures("no_delays")
+def test_checksums_that_the_storage_prevents_are_written_by_the_last_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Five attempts of one file, then the save counts as failed.
+    faults = Faults(hashlib.file_digest, errno.EIO, 5)
+    monkeypatch.setattr(hashlib, "file_digest", faults)
+    with Checkpointer(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, state_of(1), Progress())
+        checkpoints.finish(1, state_of(1), Progress())
+    assert is_verified(tmp_path / CHECKPOINTS_FOLDER / "1")
+
+
+def test_a_start_reads_one_checkpoint_of_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, *range(1, 7), keep=9)
+    read = []
+    real = hashlib.file_digest
+
+    def observed(file: Any, name: str) -> Any:
+        read.append(Path(file.name).relative_to(folder).parts[0])
+        return real(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", observed)
+    restored(tmp_path)
+    assert set(read) == {"6"}

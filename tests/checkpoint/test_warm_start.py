@@ -10,7 +10,8 @@ import pytest
 
 from tests.test_train_loop import small
 from tests.worlds import mesh_of
-from tokenrec.checkpoint.checkpointer import Checkpointer, Progress
+from tokenrec.checkpoint.checkpointer import Checkpointer
+from tokenrec.checkpoint.progress import Progress
 from tokenrec.checkpoint.run_folder import create_or_check_run
 from tokenrec.checkpoint.warm_start import warm_start_state
 from tokenrec.config import ModelConfig
@@ -78,7 +79,7 @@ def saved(workdir, config, mesh, change=lambda model, state: state):
     with jax.set_mesh(mesh), Checkpointer(workdir, keep=1) as checkpoints:
         create_or_check_run(config, dataset.schema, workdir)
         state = change(model, init_state(model, 7))
-        checkpoints.save(STEP, state, Progress(), None)
+        checkpoints.save(STEP, state, Progress())
     return model, state
 
 

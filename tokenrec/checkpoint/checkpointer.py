@@ -7,12 +7,9 @@ versions are stored with each checkpoint. All processes of a run save together.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import shutil
 import sys
-import threading
-from collections.abc import Callable
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,72 +18,48 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from tokenrec.checkpoint.integrity import (
+    PROGRESS_FILE,
     QUARANTINE_PREFIX,
+    is_verified,
     quarantine,
+    remove_checksums,
     write_checksums,
+    write_signed_json,
 )
+from tokenrec.checkpoint.pending_save import PendingSave
+from tokenrec.checkpoint.progress import Progress
 from tokenrec.checkpoint.reader import (
     CHECKPOINTS_FOLDER,
     CheckpointReader,
+    array_shapes,
     checkpoint_steps,
     describe_damage,
-    metric_value,
+    first_line,
 )
-from tokenrec.errors import InputError
+from tokenrec.checkpoint.retention import steps_to_delete
+from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
+from tokenrec.runtime.retry import is_transient, retry
 from tokenrec.runtime.versions import versions
 from tokenrec.state import TrainState
 
-# Name of a checkpoint that was saved before the evaluation of its step, while the
-# checkpoint that replaces it is written.
+# Of earlier versions: a checkpoint from before the evaluation of its step, while the one
+# that replaces it was written.
 _REPLACED_PREFIX = "unassessed-"
-# Files of older checkpoints up to this size are verified at each start.
-_SMALL_FILE_BYTES = 1 << 16
-_MAX_REASON_CHARACTERS = 300
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """State of the training loop besides weights and optimizer.
-
-    Attributes:
-      best: value of the best evaluation, higher is better; None before the first one.
-      best_step: step of the best evaluation; -1 before the first one.
-      waited: evaluations since the best one, for `train.patience`.
-      skipped: steps whose update was skipped.
-      assessed: False if a signal stopped the run before the evaluation that was due at
-        this step; a resumed run then repeats it.
-      step: updates made. A checkpoint does not repeat it: its folder is named by it.
-    """
-
-    # The names are keys of the JSON value beside a checkpoint.
-    best: float | None = None
-    best_step: int = -1
-    waited: int = 0
-    skipped: int = 0
-    assessed: bool = True
-    step: int = 0
-
-    def after_evaluation(self, value: float | None) -> Progress:
-        """Progress after an evaluation of this step; `value` is None if undefined."""
-        if value is not None and (self.best is None or value > self.best):
-            return dataclasses.replace(
-                self, best=value, best_step=self.step, waited=0, assessed=True
-            )
-        return dataclasses.replace(self, waited=self.waited + 1, assessed=True)
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON value that is kept beside a checkpoint."""
-        values = dataclasses.asdict(self)
-        del values["step"]
-        return values
+# Folders of interrupted saves, and of checkpoints that are being deleted.
+_DELETED_PREFIX = ".deleted-"
+_PARTIAL_INFIX = ".orbax-checkpoint-tmp"
+# Saves in a row that a fault of the storage may prevent before the run ends.
+_MAX_FAILED_SAVES = 3
+# Seconds before a save that failed is made once more, times its failures.
+_RETRY_SECONDS = 2.0
 
 
 class Checkpointer(CheckpointReader):
     """Save and restore a run; a context manager that waits for the last save.
 
     The latest `keep` checkpoints stay, the best one, and those of every `keep_every`-th
-    step. Opening verifies the checkpoints and sets damaged ones aside.
+    step. Opening verifies the latest checkpoint and sets damaged ones aside.
 
     Args:
       workdir: folder of the run.
@@ -96,35 +69,24 @@ class Checkpointer(CheckpointReader):
 
     Raises:
       InputError: there are checkpoints, and all of them are damaged.
+      StorageError: the latest checkpoint cannot be read now.
     """
 
     def __init__(
         self, workdir: Path, *, keep: int, keep_every: int = 0, config: Any = None
     ) -> None:
-        policies = ocp.training.preservation_policies
-        preserved: list[Any] = [
-            policies.LatestN(keep),
-            policies.BestN(
-                get_metric_fn=metric_value, n=1, keep_checkpoints_without_metrics=False
-            ),
-        ]
-        if keep_every:
-            preserved.append(policies.EveryNSteps(keep_every))
-        self._policy = policies.AnyPreservationPolicy(preserved)
+        self._keep = keep
+        self._keep_every = keep_every
         # Stored with each checkpoint, for use without the run's folder.
         self._origin = {"config": config, "versions": versions()}
-        self._pending_save: _PendingSave | None = None
-        # Orbax lists the folder when it opens: it must see the final names.
+        self._pending_save: PendingSave | None = None
+        self._failed_saves = 0
         folder = Path(workdir).absolute() / CHECKPOINTS_FOLDER
-        _restore_replaced(folder)
+        with distributed.raise_on_all_processes():
+            if distributed.is_first_process():
+                retry(lambda: _prepare_folder(folder), folder)
         _quarantine_damaged(folder)
         super().__init__(workdir)
-
-    def _open(self) -> Any:
-        # Folders of interrupted saves are deleted.
-        return ocp.training.Checkpointer(
-            self._folder, preservation_policy=self._policy, cleanup_tmp_directories=True
-        )
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -137,52 +99,65 @@ class Checkpointer(CheckpointReader):
     ) -> None:
         try:
             self.wait()
-        except InputError as save_error:
+        except (InputError, StorageError) as save_error:
             if error is None:
                 raise
             # The error that ended the loop is raised; this one must not replace it.
             print(f"tokenrec: {save_error}", file=sys.stderr)
         finally:
-            try:
-                self._orbax.close()
-            except Exception as close_error:
-                # After a failed save, Orbax raises its error again.
-                if self._pending_save is None or self._pending_save.error is None:
-                    raise close_error
+            super().__exit__(kind, error, traceback)
 
-    def save(
-        self, step: int, state: TrainState, progress: Progress, value: float | None
-    ) -> None:
+    @property
+    def save_failed(self) -> bool:
+        """Whether a fault of the storage prevented the last save; it is to be repeated.
+
+        Always False in a run of several processes, which must all save alike.
+        """
+        pending = self._pending_save
+        return (
+            jax.process_count() == 1
+            and pending is not None
+            and pending.error is not None
+            and is_transient(pending.error)
+        )
+
+    def save(self, step: int, state: TrainState, progress: Progress) -> None:
         """Start to save a checkpoint in the background.
 
-        The call returns when the state is copied from the devices. Saving a step again
-        replaces its checkpoint if there is an evaluation now, and else does nothing.
+        The call returns when the state is copied from the devices. Saving a step again,
+        after an evaluation, replaces the progress of its checkpoint only.
 
         Args:
           step: number of updates made.
           state: the state after these updates.
           progress: progress at this step.
-          value: evaluation of this step, higher is better; None without one.
 
         Raises:
           InputError: the save before this one failed.
+          StorageError: saves have failed again and again.
         """
-        self.wait()
+        self._wait_or_count()
+        folder = self._folder / str(step)
+        shapes = array_shapes(state)
+        response: Any = None
         if step in self.steps:
-            if value is None:
+            saved = self.progress(step)
+            if distributed.is_first_process() and saved.to_json() != progress.to_json():
+                write_signed_json(folder / PROGRESS_FILE, progress.to_json())
+            if not self._failed_saves:
                 return
-            self._move_replaced(step)
-        metrics = None if value is None else {"value": value}
-        self._start_save(
-            step,
-            lambda: self._orbax.save_checkpointables_async(
-                step,
-                {"state": state},
-                # Whatever the interval policy of Orbax says.
-                force=True,
-                metrics=metrics,
-                custom_metadata={"progress": progress.to_json()} | self._origin,
-            ),
+            # A fault of the storage has left it without checksums: write them now.
+        else:
+            try:
+                response = ocp.save_checkpointables_async(
+                    self._orbax_folder / str(step),
+                    {"state": state},
+                    custom_metadata={"progress": progress.to_json()} | self._origin,
+                )
+            except Exception as error:  # noqa: BLE001 - as if it had come later
+                response = error
+        self._pending_save = PendingSave(
+            step, response, lambda: self._complete(step, shapes, progress.best_step)
         )
 
     def wait(self) -> None:
@@ -190,20 +165,39 @@ class Checkpointer(CheckpointReader):
 
         Raises:
           InputError: it could not be written.
+          StorageError: it could not be written because the storage is at fault.
         """
-        if self._pending_save is None:
+        pending = self._pending_save
+        if pending is None:
             return
-        self._pending_save.join()
-        if self._pending_save.error is not None:
-            self._raise_save_error(self._pending_save.step, self._pending_save.error)
+        pending.join()
         self._pending_save = None
-        if distributed.is_first_process():
-            # The replacement is complete: the earlier checkpoint of its step can go.
-            for folder in self._folder.glob(_REPLACED_PREFIX + "*"):
-                shutil.rmtree(folder)
+        if pending.error is not None:
+            self._raise_save_error(pending.step, pending.error)
+        self._failed_saves = 0
+
+    def finish(self, step: int, state: TrainState, progress: Progress) -> None:
+        """Wait for the last save; make it again if the storage was at fault.
+
+        Args:
+          step: the last step.
+          state: the state after it.
+          progress: progress at this step.
+
+        Raises:
+          InputError: a checkpoint could not be written.
+          StorageError: it could not be written, even when tried again.
+        """
+        self._wait_or_count()
+        while self._failed_saves:
+            self.save(step, state, progress)
+            self._wait_or_count()
 
     def restore(self, abstract: TrainState) -> tuple[int, TrainState, Progress] | None:
         """Restore the latest checkpoint.
+
+        A checkpoint without checksums gets them here if it can be read, and is set
+        aside otherwise.
 
         Args:
           abstract: shapes, types and shardings of the arrays.
@@ -212,106 +206,181 @@ class Checkpointer(CheckpointReader):
           Step, state and progress; None without a checkpoint.
 
         Raises:
-          InputError: the checkpoint has other arrays.
+          InputError: the checkpoint has other arrays, or all of them are damaged.
+          StorageError: it cannot be read now.
         """
         # The first process decides: another one may list the folder too early.
         step = distributed.broadcast_from_first(self.steps[-1] if self.steps else -1)
         if step < 0:
             return None
-        state = self._load(step, abstract)
-        metadata = self._orbax.checkpointables_metadata(step).custom_metadata
-        return step, state, Progress(**metadata["progress"])
-
-    def _start_save(self, step: int, save: Callable[[], Any]) -> None:
+        folder = self._folder / str(step)
+        # All processes must see the same before one of them writes.
+        verified = distributed.broadcast_from_first(is_verified(folder))
+        self._check_arrays(step, abstract)
         try:
-            response = save()
-        # What Orbax and its storage library raise for a full or unwritable disk.
-        except (OSError, ValueError, RuntimeError) as error:
-            self._raise_save_error(step, error)
-        self._pending_save = _PendingSave(step, response, self._folder / str(step))
+            state = self._load_arrays(step, abstract)
+        except InputError as error:
+            if verified:
+                raise
+            _set_aside(folder, str(error))
+            _quarantine_damaged(self._folder)
+            return self.restore(abstract)
+        if not verified:
+            self._write_missing_checksums(folder)
+        return step, state, self.progress(step)
+
+    def _complete(self, step: int, shapes: dict[str, str], best_step: int) -> None:
+        """Verify what Orbax has written; then delete what is not needed any more.
+
+        Runs in the background, when Orbax has given the folder its final name.
+        """
+        folder = self._folder / str(step)
+        if distributed.is_first_process():
+            # Storage that loses files without an error must not be noticed at a restart.
+            written = array_shapes((self._metadata(step).metadata or {}).get("state"))
+            missing = sorted(shapes.keys() - written.keys())
+            if missing or written != shapes:
+                raise InputError(
+                    f"its arrays are not those that were saved ({len(missing)} of "
+                    f"{len(shapes)} are missing)"
+                )
+        write_checksums(folder, jax.process_index(), jax.process_count())
+        if distributed.is_first_process():
+            self._wait_for_other_checksums(folder)
+            for old in steps_to_delete(
+                self.steps,
+                keep=self._keep,
+                keep_every=self._keep_every,
+                best_step=best_step,
+            ):
+                _delete(self._folder / str(old))
+
+    def _wait_for_other_checksums(self, folder: Path) -> None:
+        """Wait until all processes have verified their share of a checkpoint.
+
+        Without an end of its own: the watchdog ends a run whose next save waits here.
+        """
+        while not is_verified(folder):
+            time.sleep(0.05)
+
+    def _write_missing_checksums(self, folder: Path) -> None:
+        """Write the checksums of a checkpoint whose process ended before it could."""
+        with distributed.raise_on_all_processes():
+            if distributed.is_first_process():
+                print(
+                    f"tokenrec: checkpoint {folder.name} had no checksums, because its "
+                    "process ended before it wrote them; its arrays are complete, and "
+                    "the checksums are written now",
+                    file=sys.stderr,
+                )
+                retry(lambda: remove_checksums(folder), folder)
+        with distributed.raise_on_all_processes():
+            write_checksums(folder, jax.process_index(), jax.process_count())
+
+    def _wait_or_count(self) -> None:
+        """Wait for the save under way; a fault of the storage is counted and said."""
+        pending = self._pending_save
+        if pending is not None:
+            pending.join()
+        if pending is None or pending.error is None or not self.save_failed:
+            self.wait()
+            return
+        self._pending_save = None
+        self._failed_saves += 1
+        if self._failed_saves >= _MAX_FAILED_SAVES:
+            self._raise_save_error(pending.step, pending.error)
+        delay = _RETRY_SECONDS * self._failed_saves
+        print(
+            f"tokenrec: checkpoint {pending.step} could not be written to "
+            f"'{self._folder}': {first_line(pending.error)}; saving again in {delay:g} s",
+            file=sys.stderr,
+        )
+        time.sleep(delay)
+        # What is left of it is in the way of the next attempt.
+        _remove_partial(self._folder)
 
     def _raise_save_error(self, step: int, error: BaseException) -> None:
-        # Errors of Orbax continue with many lines of its internals.
-        reason = str(error).strip().partition("\n")[0][:_MAX_REASON_CHARACTERS]
+        # What Orbax and its storage library raise for a full or unwritable disk; others
+        # are faults of the program, which keep their traceback.
+        if not isinstance(error, OSError | ValueError | RuntimeError):
+            raise error
         complete = [known for known in self.steps if known != step]
-        raise InputError(
-            f"checkpoint {step} cannot be written to '{self._folder}': {reason}; free "
-            "disk space or grant access, and rerun the command: checkpoints "
-            f"{complete} are complete"
+        transient = is_transient(error)
+        remedy = (
+            "the storage is at fault: rerun the command when it is back"
+            if transient
+            else "free disk space or grant access, and rerun the command"
+        )
+        kind = StorageError if transient else InputError
+        raise kind(
+            f"checkpoint {step} cannot be written to '{self._folder}': "
+            f"{first_line(error)}; {remedy}: checkpoints {complete} are complete"
         ) from error
 
-    def _move_replaced(self, step: int) -> None:
-        """Keep the pre-evaluation checkpoint until its replacement is complete."""
-        if distributed.is_first_process():
-            replaced = self._folder / f"{_REPLACED_PREFIX}{step}"
-            (self._folder / str(step)).rename(replaced)
-        distributed.broadcast_from_first(0)
-        # Orbax caches the steps, and refuses to save one that exists.
-        self._orbax.reload()
+
+def _prepare_folder(folder: Path) -> None:
+    """Make the folder of the checkpoints, and remove what an interrupted run left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_partial(folder)
+    for path in folder.glob(_REPLACED_PREFIX + "*"):
+        original = folder / path.name.removeprefix(_REPLACED_PREFIX)
+        if original.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(original)
 
 
-class _PendingSave(threading.Thread):
-    """Wait for a save, then write the checksums of its files."""
-
-    def __init__(self, step: int, response: Any, folder: Path) -> None:
-        super().__init__(name=f"save of checkpoint {step}", daemon=True)
-        self.step = step
-        self.error: BaseException | None = None
-        self._response = response
-        self._checkpoint = folder
-        self.start()
-
-    def run(self) -> None:
-        try:
-            # It returns when Orbax has given the folder its final name.
-            self._response.result()
-            write_checksums(self._checkpoint, jax.process_index(), jax.process_count())
-        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
-            self.error = error
+def _remove_partial(folder: Path) -> None:
+    """Delete the folders of interrupted saves and deletions."""
+    for path in folder.glob(f"*{_PARTIAL_INFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"{_DELETED_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _restore_replaced(folder: Path) -> None:
-    """Undo the renaming of `_move_replaced` for replacements that are not complete."""
-    if distributed.is_first_process():
-        for path in folder.glob(_REPLACED_PREFIX + "*"):
-            replacement = folder / path.name.removeprefix(_REPLACED_PREFIX)
-            if replacement.exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(replacement)
-    distributed.broadcast_from_first(0)
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint; a kill in between leaves no part under its name."""
+    doomed = folder.with_name(f"{_DELETED_PREFIX}{folder.name}")
+    retry(lambda: folder.rename(doomed), folder)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _quarantine_damaged(folder: Path) -> None:
-    """Verify the newest intact checkpoint fully, older ones by their small files.
+    """Verify checkpoints, the newest first, until one is intact; rename damaged ones.
 
-    The small files of all checkpoints are read at the start; the large ones hold the
-    weights, and only those of the newest checkpoint are needed.
+    Older ones are verified when they are used: a start must not read all of them.
 
     Raises:
       InputError: there are checkpoints, and all of them are damaged.
+      StorageError: a checkpoint cannot be read now.
     """
-    newest_intact = None
     damaged_count = 0
-    for step in reversed(checkpoint_steps(folder)):
-        max_bytes = math.inf if newest_intact is None else _SMALL_FILE_BYTES
-        damage = describe_damage(folder / str(step), max_bytes)
+    while True:
+        steps = checkpoint_steps(folder)
+        step = distributed.broadcast_from_first(steps[-1] if steps else -1)
+        if step < 0:
+            break
+        damage = describe_damage(folder / str(step))
         if not damage:
-            newest_intact = step if newest_intact is None else newest_intact
-            continue
+            return
         damaged_count += 1
-        if distributed.is_first_process():
-            target = quarantine(folder / str(step))
-            print(
-                f"tokenrec: checkpoint {step} is damaged: {damage}; set aside as "
-                f"'{target}'",
-                file=sys.stderr,
-            )
-    # No process may list the folder before all damaged checkpoints are renamed.
-    distributed.broadcast_from_first(0)
-    if damaged_count and newest_intact is None:
+        _set_aside(folder / str(step), damage)
+    if damaged_count:
         raise InputError(
             f"'{folder}' holds no intact checkpoint: {damaged_count} damaged ones were "
             f"set aside as {QUARANTINE_PREFIX}STEP; restore them from a copy, or start "
             "a new --workdir"
         )
+
+
+def _set_aside(folder: Path, reason: str) -> None:
+    """Rename a damaged checkpoint and say it; all processes call it."""
+    if distributed.is_first_process():
+        target = retry(lambda: quarantine(folder), folder)
+        print(
+            f"tokenrec: checkpoint {folder.name} is damaged: {reason}; set aside as "
+            f"'{target}'",
+            file=sys.stderr,
+        )
+    # No process may list the folder before the checkpoint is renamed.
+    distributed.broadcast_from_first(0)

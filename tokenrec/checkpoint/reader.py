@@ -6,7 +6,9 @@ in the folder `WORKDIR/checkpoints/STEP`; all processes of a run read it togethe
 
 from __future__ import annotations
 
-import math
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,14 +16,23 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from tokenrec.checkpoint.integrity import find_damage
-from tokenrec.errors import InputError
+from tokenrec.checkpoint.integrity import (
+    PROGRESS_FILE,
+    find_damage,
+    is_verified,
+    read_signed_json,
+)
+from tokenrec.checkpoint.path_alias import orbax_path
+from tokenrec.checkpoint.progress import Progress
+from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
+from tokenrec.runtime.retry import is_transient, retry, storage_error
 from tokenrec.state import TrainState
 
 CHECKPOINTS_FOLDER = "checkpoints"
 # Differences and damaged files in one message.
 _MAX_LISTED = 8
+_MAX_REASON_CHARACTERS = 300
 # Stands for the shape of a leaf that is not read.
 _NOT_READ = "..."
 
@@ -35,10 +46,9 @@ class CheckpointReader:
 
     def __init__(self, workdir: Path) -> None:
         self._folder = Path(workdir).absolute() / CHECKPOINTS_FOLDER
-        self._orbax = self._open()
-
-    def _open(self) -> Any:
-        return ocp.training.Checkpointer(self._folder)
+        self._stack = contextlib.ExitStack()
+        # What Orbax is given: another name of the same folder if it needs one.
+        self._orbax_folder = self._stack.enter_context(orbax_path(self._folder))
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -49,7 +59,7 @@ class CheckpointReader:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._orbax.close()
+        self._stack.close()
 
     @property
     def steps(self) -> list[int]:
@@ -60,23 +70,43 @@ class CheckpointReader:
     def best_step(self) -> int | None:
         """Step of the best evaluation, the earliest of equal ones; None without any.
 
+        If its checkpoint is gone, it is the step that was the best before.
+
         Raises:
-          InputError: the metrics of a checkpoint cannot be read.
+          InputError: the progress of a checkpoint cannot be read.
         """
-        try:
-            evaluated = [
-                (metric_value(checkpoint.metrics), -checkpoint.step)
-                for checkpoint in self._orbax.checkpoints
-                if checkpoint.metrics
-            ]
-        except ValueError as error:
-            raise InputError(
-                f"'{self._folder}': the metrics of a checkpoint cannot be read "
-                f"({error}); choose a step with --checkpoint, or resume the training, "
-                "which sets damaged checkpoints aside"
-            ) from error
-        # Of equal values the smaller step, because its negative is larger.
-        return -max(evaluated)[1] if evaluated else None
+        steps = self.steps
+        if not steps:
+            return None
+        best = self.progress(steps[-1]).best_step
+        if best < 0 or best in steps:
+            return best if best >= 0 else None
+        # The best value only improves, so the latest checkpoint that was the best when
+        # it was saved is the best one of those that are left.
+        earlier = [step for step in reversed(steps) if step < best]
+        for step in earlier:
+            if self.progress(step).best_step == step:
+                print(
+                    f"tokenrec: '{self._folder}' has no checkpoint {best}, which had "
+                    f"the best evaluation; {step} was the best before",
+                    file=sys.stderr,
+                )
+                return step
+        return None
+
+    def progress(self, step: int) -> Progress:
+        """The progress that was saved with a checkpoint.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+        later = self._folder / str(step) / PROGRESS_FILE
+        with self._name_damage(step):
+            # An evaluation after the save has the last word.
+            if later.exists():
+                return Progress.from_json(read_signed_json(later), step)
+            metadata = self._metadata(step).custom_metadata
+            return Progress.from_json(metadata["progress"], step)
 
     def load_state(self, which: str, abstract: TrainState) -> tuple[int, TrainState]:
         """Load the state of a checkpoint.
@@ -91,17 +121,26 @@ class CheckpointReader:
 
         Raises:
           InputError: the checkpoint does not exist, is damaged, or has other arrays.
+          StorageError: it cannot be read now.
         """
         with distributed.raise_on_all_processes():
             step = self._resolve_step(which)
         # A training run that saves meanwhile could give processes different answers.
         step = distributed.broadcast_from_first(step)
-        damage = describe_damage(self._folder / str(step))
+        folder = self._folder / str(step)
+        damage = describe_damage(folder)
         if damage:
             others = [other for other in self.steps if other != step]
             raise InputError(
                 f"checkpoint {step} in '{self._folder}' is damaged: {damage}; use "
-                f"another one of {others}, or train again from the one before"
+                f"another one of {others}, or resume the training, which sets damaged "
+                "checkpoints aside"
+            )
+        if distributed.is_first_process() and not is_verified(folder):
+            print(
+                f"tokenrec: checkpoint {step} in '{self._folder}' has no checksums yet, "
+                "so that damage to its weights would not be noticed",
+                file=sys.stderr,
             )
         return step, self._load(step, abstract)
 
@@ -123,16 +162,63 @@ class CheckpointReader:
         )
 
     def _load(self, step: int, abstract: TrainState) -> TrainState:
-        with distributed.raise_on_all_processes():
-            self._check_shapes(step, abstract)
-        return self._orbax.load_checkpointables(step, {"state": abstract})["state"]
+        self._check_arrays(step, abstract)
+        return self._load_arrays(step, abstract)
 
-    def _check_shapes(self, step: int, abstract: TrainState) -> None:
-        """Raise InputError if the checkpoint's arrays are not those of `abstract`."""
+    def _load_arrays(self, step: int, abstract: TrainState) -> TrainState:
+        """Load a state whose arrays are those of `abstract`.
+
+        Raises:
+          InputError: on all processes, if it cannot be read.
+          StorageError: on all processes, if it cannot be read now.
+        """
+        path = self._orbax_folder / str(step)
+        with distributed.raise_on_all_processes(), self._name_damage(step):
+            loaded = retry(
+                lambda: ocp.load_checkpointables(path, {"state": abstract}),
+                self._folder / str(step),
+            )
+        state: TrainState = loaded["state"]
+        return state
+
+    def _metadata(self, step: int) -> Any:
+        return retry(
+            lambda: ocp.checkpointables_metadata(self._orbax_folder / str(step)),
+            self._folder / str(step),
+        )
+
+    @contextlib.contextmanager
+    def _name_damage(self, step: int) -> Iterator[None]:
+        """Turn what Orbax raises for an unreadable checkpoint into an InputError."""
+        try:
+            yield
+        except (InputError, StorageError):
+            raise
+        # Orbax and TensorStore raise nearly anything where a file is damaged.
+        except Exception as error:
+            if is_transient(error):
+                raise storage_error(error, self._folder / str(step)) from error
+            raise InputError(
+                f"checkpoint {step} in '{self._folder}' cannot be read: "
+                f"{first_line(error)}; choose another one of {self.steps} with "
+                "--checkpoint, or resume the training, which sets damaged checkpoints "
+                "aside"
+            ) from error
+
+    def _check_arrays(self, step: int, abstract: TrainState) -> None:
+        """Check that the checkpoint's arrays are those of `abstract`.
+
+        Raises:
+          InputError: on all processes, if they are not, or cannot be read.
+        """
+        with distributed.raise_on_all_processes(), self._name_damage(step):
+            self._compare_arrays(step, abstract)
+
+    def _compare_arrays(self, step: int, abstract: TrainState) -> None:
         # Orbax itself would fail later, with an error that names no array.
-        metadata = self._orbax.checkpointables_metadata(step).metadata
-        saved = _array_shapes(None if metadata is None else metadata.get("state"))
-        wanted = _array_shapes(abstract)
+        metadata = self._metadata(step).metadata
+        saved = array_shapes(None if metadata is None else metadata.get("state"))
+        wanted = array_shapes(abstract)
         differing = [
             name
             for name in sorted(wanted.keys() | saved.keys())
@@ -163,28 +249,36 @@ def checkpoint_steps(folder: Path) -> list[int]:
     )
 
 
-def describe_damage(folder: Path, max_bytes: float = math.inf) -> str:
+def describe_damage(folder: Path) -> str:
     """Describe the damage of a checkpoint; all processes call it and share the reading.
 
     Args:
       folder: folder of the checkpoint.
-      max_bytes: files that are larger are not checked.
 
     Returns:
       A text that is equal on all processes; empty if no damage is found.
+
+    Raises:
+      StorageError: on all processes, if one of them cannot read a file now.
+      InputError: on all processes, if one of them may not read a file.
     """
-    damage = find_damage(folder, jax.process_index(), jax.process_count(), max_bytes)
+    with distributed.raise_on_all_processes():
+        try:
+            damage = find_damage(folder, jax.process_index(), jax.process_count())
+        except PermissionError as error:
+            raise InputError(f"{error}; grant access to the checkpoint") from error
     # All processes must decide alike, or they wait for each other.
     texts = distributed.gather_from_all("; ".join(damage[:_MAX_LISTED]))
     return "; ".join(text for text in texts if text)
 
 
-def metric_value(metrics: Any) -> float:
-    """The evaluation that is saved with a checkpoint; higher is better."""
-    return metrics["value"]
+def first_line(error: BaseException) -> str:
+    """First line of an error; those of Orbax continue with many lines of internals."""
+    text = str(error).strip() or type(error).__name__
+    return text.partition("\n")[0][:_MAX_REASON_CHARACTERS]
 
 
-def _array_shapes(tree: Any) -> dict[str, str]:
+def array_shapes(tree: Any) -> dict[str, str]:
     """Type and shape of each array, by its path in the tree."""
     leaves, _ = jax.tree.flatten_with_path(tree)
     shapes = {}

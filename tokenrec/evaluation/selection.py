@@ -28,6 +28,18 @@ def selection_value(report: dict[str, Any], config: Config) -> float | None:
     return -float(np.mean(defined)) if defined else None
 
 
+def criterion(config: Config) -> str:
+    """What the values of `selection_value` measure; others cannot be compared with it.
+
+    It names the metric, and the split and number of samples it is computed on.
+    """
+    train = config.train
+    default = "ndcg@10" if config.data.objective == "retrieval" else "macro_auc"
+    metric = default if train.best_metric == "auto" else train.best_metric
+    samples = f", {train.eval_samples} samples" if train.eval_samples else ""
+    return f"{metric} on {train.eval_split}{samples}"
+
+
 def flatten_report(report: dict[str, Any]) -> dict[str, float | None]:
     """Report as one flat mapping for the logs, `TASK/METRIC` for values of a task."""
     if "retrieval" in report:

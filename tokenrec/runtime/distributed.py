@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from tokenrec.errors import InputError, StorageError
+from tokenrec.runtime.retry import is_transient
 
 # JAX counts a process as dead after this time without a heartbeat, and ends the others.
 HEARTBEAT_SECONDS = 100
@@ -113,40 +114,43 @@ def gather_from_all(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """Raise an error on all processes if any process raised it inside.
+    """Raise an error on all processes if any process raised one inside.
 
-    It covers InputError and StorageError. The end of the block is a barrier, so nothing
+    A process without a problem of its own raises an InputError, or a StorageError if
+    all problems are faults of the storage. The end of the block is a barrier, so nothing
     inside may wait for another process.
     """
-    problem: InputError | StorageError | None = None
+    problem: Exception | None = None
     try:
         yield
-    except (InputError, StorageError) as error:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
         problem = error
     if jax.process_count() == 1:
         return
     # Every process reaches this line, with or without a problem of its own.
-    name = "" if problem is None else type(problem).__name__
-    problems = gather_from_all(
-        f"{name}:process {jax.process_index()}: {problem}" if problem else ""
-    )
+    problems = gather_from_all("" if problem is None else _describe(problem))
     # Here it has its traceback; the others raise a copy of its message.
     if problem is not None:
         raise problem
     if any(problems):
-        raise _joint_error(problems)
+        raise _joint_error([text for text in problems if text])
+
+
+def _describe(problem: Exception) -> str:
+    kind = "storage" if is_transient(problem) else "input"
+    known = isinstance(problem, InputError | OSError)
+    text = str(problem) if known else f"{type(problem).__name__}: {problem}"
+    return f"{kind}:process {jax.process_index()}: {text}"
 
 
 def _joint_error(problems: list[str]) -> InputError | StorageError:
     """The error of a process without a problem of its own, from those of the others."""
-    kinds, texts = zip(
-        *(text.split(":", maxsplit=1) for text in problems if text), strict=True
-    )
+    kinds, texts = zip(*(text.split(":", maxsplit=1) for text in problems), strict=True)
     message = "\n".join(texts)
     # Wrong input stays wrong when the storage is back.
-    return InputError(message) if "InputError" in kinds else StorageError(message)
+    return InputError(message) if "input" in kinds else StorageError(message)
 
 
 def assert_same_on_all_processes(values: Mapping[str, object]) -> None:
