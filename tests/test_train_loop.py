@@ -278,7 +278,7 @@ def test_another_config_in_the_same_folder_is_refused_with_the_difference(
 
 
 def test_half_a_config_and_a_workdir_that_is_a_file_are_refused(data, tmp_path):
-    create_or_check_run(small(data), open_dataset(data).schema, tmp_path)
+    create_or_check_run(small(data), open_dataset(data), tmp_path)
     whole = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(whole[: len(whole) // 2])
     with pytest.raises(

@@ -1,6 +1,7 @@
 """Write the files of a prepared folder that are not shards, and make its metadata.
 
-These are vocabularies, tokenizer, catalogue, index of chunks and `tokenrec.json`. The
+These are vocabularies, tokenizer, catalogue and `tokenrec.json`; row_index.py writes
+the index of the log rows. The
 local path and Apache Beam both call these functions.
 """
 
@@ -192,21 +193,6 @@ def _fixed_width(item_id: np.ndarray) -> np.ndarray:
     return item_id.astype(str)
 
 
-def write_chunk_index(folder: Path, sizes: Mapping[str, Sequence[np.ndarray]]) -> None:
-    """Write the number of log rows of each chunk, a file per split.
-
-    Args:
-      folder: the prepared folder.
-      sizes: by split, arrays `[chunks]` that follow one another.
-    """
-    (folder / records.INDEX).mkdir()
-    for split, parts in sizes.items():
-        np.save(
-            folder / records.INDEX / f"{split}.npy",
-            np.concatenate(parts).astype(np.int64),
-        )
-
-
 def digest_ids(folder: Path, schema: Schema) -> str:
     """Compute a SHA-256 of the meaning of all ids.
 
@@ -248,6 +234,7 @@ def make_metadata(
     provenance: Provenance,
     checksums: dict[str, str],
     options: Mapping[str, int],
+    row_digests: dict[str, str],
 ) -> Metadata:
     """Make the metadata of a folder whose other files are written.
 
@@ -262,6 +249,7 @@ def make_metadata(
       provenance: origin of the data.
       checksums: SHA-256 of the raw files.
       options: options of `prepare` that change its output.
+      row_digests: SHA-256 of the log rows of each split.
 
     Returns:
       The metadata, with features normalised by `moments` and chunks counted.
@@ -293,4 +281,5 @@ def make_metadata(
         counts=dict(sorted(all_counts.items())),
         options=dict(options),
         key_types=key_types,
+        row_digests=row_digests,
     )
