@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tokenrec.config.types import has_type, hint_name
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
-from tokenrec.runtime.files import is_file, read_json, read_with_retries
+from tokenrec.runtime.files import digest_file, is_file, read_json, read_with_retries
 
 METADATA_FILE = "tokenrec.json"
 FORMAT_VERSION = 1
@@ -255,10 +255,5 @@ def _digest_value(value: dict[str, Any]) -> str:
 
 
 def _digest_file(path: Path) -> str:
-    """SHA-256 of a file."""
-
-    def digest() -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    return read_with_retries(digest, path, "data:", _REMEDY)
+    """SHA-256 of a file, with retries."""
+    return read_with_retries(lambda: digest_file(path), path, "data:", _REMEDY)

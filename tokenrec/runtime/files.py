@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import io
 import json
 import os
 import resource
@@ -133,7 +135,8 @@ def reading_error(
     if is_transient(error):
         return storage_error(error, path)
     where = f"{what} '{path}'".strip()
-    reason = getattr(error, "strerror", None) or str(error)
+    reason = str(getattr(error, "strerror", None) or error).strip() or repr(error)
+    reason = reason.partition("\n")[0].rstrip(".")
     # Libraries in C++ pass the text on, but not the number.
     if (
         getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
@@ -145,6 +148,69 @@ def reading_error(
             f"process may have {limit} files open; raise the limit, `ulimit -n {most}`"
         )
     return InputError(f"{where} cannot be read: {reason}; {remedy}")
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits; it is read once, without retries."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RetryingFile(io.RawIOBase):
+    """A file that is read from any place; a read that the storage fails is repeated.
+
+    Raises:
+      OSError: the file cannot be opened or read; a StorageError if the storage is at
+        fault, again and again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._position = 0
+        self._file: io.FileIO | None = None
+        retry(self._opened, path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = retry(lambda: self._opened().seek(offset, whence), self._path)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        count = retry(lambda: self._read(buffer), self._path)
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+    def _read(self, buffer: Any) -> int:
+        try:
+            self._opened().seek(self._position)
+            return self._opened().readinto(buffer) or 0
+        except OSError:
+            # A handle that has become stale stays so; the next attempt opens the path.
+            file, self._file = self._file, None
+            if file is not None:
+                file.close()
+            raise
+
+    def _opened(self) -> io.FileIO:
+        if self._file is None:
+            self._file = io.FileIO(self._path)
+            # Where `seek` counts from, if it counts from the current place.
+            self._file.seek(self._position)
+        return self._file
 
 
 def parse_json(text: str | bytes, what: str, remedy: str) -> Any:

@@ -8,9 +8,9 @@ local path and Apache Beam both call these functions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +39,7 @@ from tokenrec.data.vocabulary import (
     value_tables,
 )
 from tokenrec.errors import InputError
+from tokenrec.runtime.files import digest_file, read_with_retries
 
 LONGEST_ITEM_ID = 1024  # characters
 NOTHING_TO_LEARN = (
@@ -82,14 +83,12 @@ def file_checksums(provenance: Provenance) -> dict[str, str]:
     name_counts = Counter(path.name for path in files)
     checksums = {}
     for path in files:
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(
-                f"source: cannot read '{os.fspath(path)}': {error.strerror}; check the "
-                "path and its permissions"
-            ) from error
+        digest = read_with_retries(
+            functools.partial(digest_file, path),
+            path,
+            "source:",
+            "check the path and its permissions",
+        )
         is_unique = name_counts[path.name] == 1
         name = path.name if is_unique else f"{path.parent.name}/{path.name}"
         checksums[name] = digest
