@@ -46,6 +46,7 @@ def made(
         "split": (n % 10 > 7).astype(np.int8),
         "label_click": (n % 3 == 0).astype(np.int8),
         "clicked": n % 2,
+        "request": np.full(len(n), -1),
     }
     for name, values in (changes or {}).items():
         columns[name] = values(columns[name])
@@ -82,6 +83,12 @@ def one_label(values: np.ndarray) -> np.ndarray:
     return values
 
 
+def one_request(values: np.ndarray) -> np.ndarray:
+    values = np.array(values)
+    values[3] = 5
+    return values
+
+
 CHANGES = {
     "grown": ({}, 200, {}, "train: 320 rows in 8 chunks -> 480 rows in 8 chunks"),
     "cut otherwise": (
@@ -104,7 +111,7 @@ CHANGES = {
         "before and now, but with other",
     ),
     "other requests": (
-        {"request": lambda request: [5] * 2 + [-1] * 398},
+        {"request": one_request},
         0,
         {},
         "before and now, but with other",
@@ -117,25 +124,7 @@ def test_other_rows_of_the_same_schema_are_refused(
     data: Path, tmp_path: Path, name: str
 ) -> None:
     changes, extra, options, reason = CHANGES[name]
-    if name == "other requests":
-        # `request` is a column that the source fills in itself.
-        n = np.arange(400)
-        changes = {}
-        source = MemorySource(
-            {
-                "user_id": n % 10,
-                "item_id": n % 7,
-                "time_ms": 1000 * n,
-                "split": (n % 10 > 7).astype(np.int8),
-                "label_click": (n % 3 == 0).astype(np.int8),
-                "clicked": n % 2,
-                "request": np.where(n == 3, 5, -1),
-            },
-            schema=SCHEMA,
-        )
-        prepare(source, tmp_path / "other")
-    else:
-        made(tmp_path / "other", changes, extra, **options)
+    made(tmp_path / "other", changes, extra, **options)
     start(data, tmp_path / "run")
     assert open_dataset(tmp_path / "other").schema == open_dataset(data).schema
     message = refusal(tmp_path / "other", tmp_path / "run")
@@ -211,7 +200,17 @@ def test_a_data_set_from_before_is_compared_by_the_lengths_of_its_chunks(
     assert "320 rows in 8 chunks -> 480 rows" in refusal(grown, tmp_path / "up")
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"train": {"rows": 1}}', '{"train": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        '{"train": {"rows": 1}}',
+        '{"train": 3}',
+        '{"train": {"rows": "1", "chunks": 1, "lengths_digest": "", '
+        '"rows_digest": null}}',
+    ],
+)
 def test_a_damaged_note_of_the_rows_is_named(
     data: Path, tmp_path: Path, text: str
 ) -> None:

@@ -137,9 +137,11 @@ def no_more_files() -> Iterator[Callable[[], None]]:
     def use_up() -> None:
         highest = max(map(int, os.listdir("/proc/self/fd")))
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, before[1]))
-        with pytest.raises(OSError, match="Too many open files"):
-            while True:
+        while True:
+            try:
                 held.append(os.dup(0))
+            except OSError:
+                return
 
     try:
         yield use_up

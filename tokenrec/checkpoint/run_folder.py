@@ -23,6 +23,7 @@ from tokenrec.config import (
     to_json,
 )
 from tokenrec.config.flatten import flatten_fields
+from tokenrec.config.types import has_type
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, RowIdentity, open_dataset
 from tokenrec.data.pipeline import task_names
@@ -179,10 +180,15 @@ def _check_rows(now: dict[str, RowIdentity], workdir: Path) -> dict[str, RowIden
 def _read_rows(path: Path) -> dict[str, RowIdentity]:
     remedy = "delete it, and the rows are not compared at this start"
     value = read_json(path, "the run's", remedy)
-    try:
-        return {split: RowIdentity(**fields) for split, fields in value.items()}
-    except (AttributeError, TypeError) as error:
-        raise InputError(f"the run's '{path}' is damaged: {error}; {remedy}") from error
+    fields = RowIdentity.__annotations__.keys()
+    # Numbers of rows and chunks, and digests, of which one may be missing.
+    if not has_type(value, dict[str, dict[str, int | str | None]]) or any(
+        split.keys() != fields
+        or not (type(split["rows"]) is type(split["chunks"]) is int)
+        for split in value.values()
+    ):
+        raise InputError(f"the run's '{path}' is damaged; {remedy}")
+    return {name: RowIdentity(**split) for name, split in value.items()}
 
 
 def _rows_differ(before: RowIdentity | None, now: RowIdentity | None) -> bool:
