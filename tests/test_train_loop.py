@@ -268,6 +268,31 @@ def test_a_bad_step_stops_the_run_and_names_step_and_rows(data, tmp_path):
     assert all(np.isfinite(x).all() for x in leaves(tmp_path))
 
 
+def test_a_stop_signal_ends_the_planning_of_the_input(data, tmp_path, monkeypatch):
+    """It must not wait for the end: planning a large split takes minutes."""
+    phases = []
+    usual = active_run.Watchdog.enter_phase
+
+    def enter_phase(watchdog, phase):
+        phases.append(phase)
+        usual(watchdog, phase)
+        if "window 2 of" in phase:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(active_run.Watchdog, "enter_phase", enter_phase)
+    config = small(data, data__window_rows=500)
+    with pytest.raises(
+        Stopped, match=r"SIGTERM: stopped at step 0; there was nothing to save yet"
+    ) as stopped:
+        train(config, tmp_path, progress=False)
+    assert stopped.value.signal == signal.SIGTERM
+    planning = [phase for phase in phases if phase.startswith("planning")]
+    assert planning[-1].startswith("planning the split 'train': window 2 of ")
+    assert not planning[-1].endswith(" of 2"), "there are windows left"
+    monkeypatch.undo()
+    assert train(config, tmp_path, progress=False)["step"] == 8
+
+
 def test_another_config_in_the_same_folder_is_refused_with_the_difference(
     data, tmp_path
 ):
@@ -278,7 +303,7 @@ def test_another_config_in_the_same_folder_is_refused_with_the_difference(
 
 
 def test_half_a_config_and_a_workdir_that_is_a_file_are_refused(data, tmp_path):
-    create_or_check_run(small(data), open_dataset(data).schema, tmp_path)
+    create_or_check_run(small(data), open_dataset(data), tmp_path)
     whole = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(whole[: len(whole) // 2])
     with pytest.raises(

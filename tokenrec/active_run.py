@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.sharding import Mesh
@@ -179,20 +179,35 @@ class ActiveRun:
 
         Each process reads the samples that lie on its own devices. The batch of a step
         is a function of the seed and the step, so no iterator state is restored.
+
+        Raises:
+          Stopped: a signal asked the run to stop while the samples were counted.
         """
         config, mesh = self.setup.config, self.setup.mesh
-        with distributed.raise_on_all_processes():
-            batches = train_batches(
-                self.setup.dataset,
-                config.data,
-                start=start,
-                steps=config.optim.steps,
-                seed=config.seed,
-                own=local_batch_indices(
-                    mesh, config.data.batch_size, "data.batch_size"
-                ),
-                ages=reads_event_ages(config.model),
-            )
+
+        def on_progress(phase: str) -> None:
+            self._watchdog.enter_phase(phase)
+            self._signals.raise_if_requested()
+
+        try:
+            with distributed.raise_on_all_processes():
+                batches = train_batches(
+                    self.setup.dataset,
+                    config.data,
+                    start=start,
+                    steps=config.optim.steps,
+                    seed=config.seed,
+                    own=local_batch_indices(
+                        mesh, config.data.batch_size, "data.batch_size"
+                    ),
+                    ages=reads_event_ages(config.model),
+                    on_progress=on_progress,
+                )
+        except StopRequested:
+            # All processes stop at the same call, so none waits for another.
+            number = self._signals.signal_received
+            assert number is not None
+            self.stop(number, Progress(step=start))
         self._stack.callback(batches.close)
         return batches
 
@@ -375,13 +390,12 @@ class ActiveRun:
             )
         return progress
 
-    def stop(self, number: int, state: TrainState, progress: Progress) -> None:
-        """End the run at the request of a signal, after its checkpoint is complete.
+    def stop(self, number: int, progress: Progress) -> NoReturn:
+        """End the run at the request of a signal, when its checkpoint is complete.
 
         Raises:
           Stopped: always.
         """
-        self.finish_saves(state, progress)
         name = signal.Signals(number).name
         saved = "checkpoint saved" if progress.step else "there was nothing to save yet"
         raise Stopped(

@@ -65,5 +65,5 @@ def set_up(config: Config, workdir: Path) -> Setup:
         check_batch_sizes(config, mesh)
         check_mesh(config.model, mesh)
     distributed.assert_same_on_all_processes(run_identity(config, dataset))
-    create_or_check_run(config, dataset.schema, workdir)
+    create_or_check_run(config, dataset, workdir)
     return Setup(config, Path(workdir), dataset, model, mesh)

@@ -84,5 +84,6 @@ def evaluate_and_save(
     # A run that has just finished ends as such, whatever was asked.
     complete = run.finished(progress) and progress.assessed
     if stop_signal is not None and not complete:
-        run.stop(stop_signal, state, progress)
+        run.finish_saves(state, progress)
+        run.stop(stop_signal, progress)
     return progress

@@ -77,7 +77,7 @@ def saved(workdir, config, mesh, change=lambda model, state: state):
     """Write a run with one checkpoint, whose state `change` modifies; return the state."""
     dataset, model = opened(config)
     with jax.set_mesh(mesh), Checkpointer(workdir, keep=1) as checkpoints:
-        create_or_check_run(config, dataset.schema, workdir)
+        create_or_check_run(config, dataset, workdir)
         state = change(model, init_state(model, 7))
         checkpoints.save(STEP, state, Progress())
     return model, state
