@@ -31,15 +31,24 @@ def write_json(
 
     Raises:
       ValueError: a number is NaN or infinite, which JSON cannot represent.
+      StorageError: the storage is at fault, again and again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text file in UTF-8; if the write fails, `path` keeps its contents."""
-    with atomic_replace(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    """Write a text file in UTF-8; if the write fails, `path` keeps its contents.
+
+    Raises:
+      StorageError: the storage is at fault, again and again.
+    """
+
+    def write() -> None:
+        with atomic_replace(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    retry(write, path)
 
 
 @contextlib.contextmanager
