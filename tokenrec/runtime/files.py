@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -151,6 +150,9 @@ def reading_error(
         getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
         or _LIMIT_TEXT in reason.lower()
     ):
+        # Here, because systems without such limits have no such module.
+        import resource
+
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         return InputError(
             f"{where} cannot be opened: {reason}; the file is not at fault: this "
