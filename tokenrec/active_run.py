@@ -189,6 +189,7 @@ class ActiveRun:
             self._watchdog.enter_phase(phase)
             self._signals.raise_if_requested()
 
+        self._watchdog.enter_phase("opening the input")
         try:
             with distributed.raise_on_all_processes():
                 batches = train_batches(
@@ -217,6 +218,7 @@ class ActiveRun:
         A trace of `train.profile_steps` begins when all programs are compiled.
         """
         config, workdir = self.setup.config, self.setup.workdir
+        self._watchdog.enter_phase("opening the logs")
         with distributed.raise_on_all_processes(), self._throughput.excluded():
             if distributed.is_first_process():
                 self._display = ProgressDisplay(

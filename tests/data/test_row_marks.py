@@ -18,12 +18,12 @@ import pytest
 from benchmarks.fuzz_targets import without_digests
 from tests.data.memory_source import MemorySource
 from tokenrec.config import DataConfig
-from tokenrec.data import windows
+from tokenrec.data import records, windows
 from tokenrec.data.dataset import Dataset, open_dataset
-from tokenrec.data.interaction_log import InteractionLog
+from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED, InteractionLog
 from tokenrec.data.pipeline import eval_batches, steps_per_epoch, train_batches
 from tokenrec.data.preparation.prepare import prepare
-from tokenrec.data.row_marks import log_of_marks
+from tokenrec.data.row_marks import NEW_REQUEST, NEW_TIME, log_of_marks, mark_rows
 from tokenrec.data.samples import cut_samples
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.windows import WindowPlan, Windows
@@ -150,6 +150,35 @@ def test_a_log_of_marks_is_cut_into_the_same_samples(seed: int, tmp_path: Path) 
             assert type(found) is type(expected)
             for name, array in vars(expected).items():
                 np.testing.assert_array_equal(vars(found)[name], array, err_msg=name)
+
+
+def test_bits_of_marks_are_those_of_the_layout() -> None:
+    """A later version reads them: what a bit means must not change."""
+    rows = np.zeros(7, records.row_dtype(SCHEMA))
+    rows["flags"] = [
+        EVENT,
+        EVENT | SCORED,
+        SCORED,
+        EVENT,
+        EVENT | SCORED | LEARNED,
+        0,
+        0,
+    ]
+    rows["time"] = [1, 1, 1, 2, 2, 2, 2]
+    rows["request"] = [4, 4, 5, -1, -1, 6, 6]
+    rows["labels"] = -1
+    rows["labels"][0, [0, 9]] = [0, 1]
+    # The second chunk begins within a time, and the third within a request.
+    marks = mark_rows(rows, np.array([0, 4, 6, 7]))
+    first = NEW_TIME | NEW_REQUEST
+    assert (marks["bits"] - rows["flags"]).tolist() == [
+        *(first, 0, NEW_REQUEST, first),
+        *(first, NEW_REQUEST),
+        first,
+    ]
+    assert marks["known"][0].tolist() == [0b10000000, 0b01000000]
+    assert marks["positive"][0].tolist() == [0, 0b01000000]
+    assert not marks["known"][1:].any()
 
 
 @pytest.fixture(scope="module")

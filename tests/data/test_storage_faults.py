@@ -28,15 +28,17 @@ from tokenrec.config.json_format import read_config, to_json
 from tokenrec.data import records
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.preparation.folder import file_checksums
+from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.semantic_id_file import load_semantic_ids
 from tokenrec.data.source import Provenance
 from tokenrec.data.sources.archive import extract
+from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.data.sources.tabular import read_csv, read_parquet
 from tokenrec.data.tokenizer import load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import retry as retry_module
-from tokenrec.runtime.files import RetryingFile, read_json
+from tokenrec.runtime.files import RetryingFile, read_json, write_json
 
 ATTEMPTS = 5
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
@@ -346,3 +348,43 @@ def test_an_archive_on_a_disk_that_fails_is_not_called_damaged(
     assert "fetch it again" not in str(fault.value)
     assert not (tmp_path / "out").exists()
     assert extract(archive, tmp_path / "out", max_bytes=10**6)
+
+
+def test_a_file_is_written_through_a_fault_that_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "value.json"
+    write_json(path, {"old": 1})
+    for failures in (2, 10**9):
+        failing = FailingCalls(os.fsync, failures, errno.EIO)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", failing)
+            if failures == 2:
+                write_json(path, {"new": 2})
+            else:
+                with pytest.raises(StorageError, match=r"value\.json"):
+                    write_json(path, {"newer": 3})
+        assert read_json(path, "x", "y") == {"new": 2}
+        assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+class FailingWriter:
+    """An ArrayRecordWriter on a disk that fails."""
+
+    def __init__(self, path: str, options: str) -> None:
+        pass
+
+    def write(self, record: bytes) -> None:
+        raise RuntimeError("write() failed: Input/output error; writing x.shard-00000")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_shard_that_cannot_be_written_is_a_storage_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "ArrayRecordWriter", FailingWriter)
+    with pytest.raises(StorageError, match=r"set.*Input/output error"):
+        prepare(SyntheticSource(500, users=5, items=5), tmp_path / "set")
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,15 +30,24 @@ def write_json(
 
     Raises:
       ValueError: a number is NaN or infinite, which JSON cannot represent.
+      StorageError: the storage is at fault, again and again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text file in UTF-8; if the write fails, `path` keeps its contents."""
-    with atomic_replace(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    """Write a text file in UTF-8; if the write fails, `path` keeps its contents.
+
+    Raises:
+      StorageError: the storage is at fault, again and again.
+    """
+
+    def write() -> None:
+        with atomic_replace(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    retry(write, path)
 
 
 @contextlib.contextmanager
@@ -142,6 +150,9 @@ def reading_error(
         getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
         or _LIMIT_TEXT in reason.lower()
     ):
+        # Here, because systems without such limits have no such module.
+        import resource
+
         limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         return InputError(
             f"{where} cannot be opened: {reason}; the file is not at fault: this "
