@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from tokenrec.checkpoint.run_folder import create_or_check_run, run_identity
+from tokenrec.checkpoint.run_folder import run_identity
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, open_dataset
@@ -48,11 +48,13 @@ class Setup:
 
 
 def set_up(config: Config, workdir: Path) -> Setup:
-    """Validate the config, open the data set, and create or check the run's folder.
+    """Validate the config, open the data set, build the model and the mesh.
+
+    Nothing is written, and `workdir` is not read.
 
     Raises:
-      InputError: on all processes, if the config, the data set, the mesh or the run in
-        `workdir` do not fit together on any of them.
+      InputError: on all processes, if the config, the data set and the mesh do not fit
+        together on any of them.
     """
     with distributed.raise_on_all_processes():
         config = validate(config)
@@ -65,5 +67,4 @@ def set_up(config: Config, workdir: Path) -> Setup:
         check_batch_sizes(config, mesh)
         check_mesh(config.model, mesh)
     distributed.assert_same_on_all_processes(run_identity(config, dataset))
-    create_or_check_run(config, dataset.schema, workdir)
     return Setup(config, Path(workdir), dataset, model, mesh)

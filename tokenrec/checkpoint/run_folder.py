@@ -25,9 +25,10 @@ from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import Schema
-from tokenrec.errors import InputError
+from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
 from tokenrec.runtime.files import write_text_atomically
+from tokenrec.runtime.retry import retry
 from tokenrec.state import ModelSpec, TrainState, abstract_state, build_model
 
 CONFIG_FILE = "config.json"
@@ -91,14 +92,26 @@ def create_or_check_run(config: Config, schema: Schema, workdir: Path) -> None:
         check_schema(schema, workdir)
 
 
-def _write_or_check(config: Config, schema: Schema, workdir: Path) -> None:
+def create_workdir(workdir: Path) -> None:
+    """Create the folder of a run.
+
+    Raises:
+      InputError: it cannot be created.
+      StorageError: the storage is at fault.
+    """
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        retry(lambda: workdir.mkdir(parents=True, exist_ok=True), workdir)
+    except StorageError:
+        raise
     except OSError as error:
         raise InputError(
             f"--workdir '{workdir}' cannot be created: {error.strerror}; give another "
             "folder"
         ) from error
+
+
+def _write_or_check(config: Config, schema: Schema, workdir: Path) -> None:
+    create_workdir(workdir)
     path = workdir / CONFIG_FILE
     if path.is_file():
         _check_config(_read_run_config(path), config, workdir)
