@@ -48,6 +48,8 @@ _SIZE = 1024
 # Seconds before another attempt if someone else was faster; a network disk may show its
 # own directory late.
 _RETRY_SECONDS = 0.2
+# Looks at a higher number before the lease counts as lost.
+_LOOKS = 3
 # An exit does not wait longer for a heartbeat that hangs in a network disk.
 _JOIN_SECONDS = 30.0
 # What file systems without hard links answer.
@@ -254,12 +256,15 @@ class Lease:
 
     def find_loss(self) -> str:
         """Read the lease; say who has it if this process has lost it, else be empty."""
-        if _token(self._path) == self._record.token:
+        highest = _highest(self._workdir)
+        for _ in range(_LOOKS):
+            if highest == self._number or _token(self._path) != self._record.token:
+                break
+            # A process that was about to take over an earlier lease withdraws at once.
+            time.sleep(_RETRY_SECONDS)
             highest = _highest(self._workdir)
-            if highest == self._number:
-                return ""
-        else:
-            highest = _highest(self._workdir)
+        if highest == self._number and _token(self._path) == self._record.token:
+            return ""
         other = _Record.parse(_read(_path(self._workdir, highest)))
         if other is None:
             return f"its lease '{self._path.name}' was deleted"
