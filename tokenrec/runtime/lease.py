@@ -322,6 +322,7 @@ class _Record:
       since: when it was taken, by the clock of the holder.
       heartbeat: time of the last heartbeat, by the clock of the holder.
       beats: number of heartbeats.
+      inode: number of its file, which a copy of the folder does not have.
     """
 
     token: str
@@ -329,6 +330,7 @@ class _Record:
     since: str
     heartbeat: str
     beats: int = 0
+    inode: int = 0
 
     @classmethod
     def of_this_process(cls) -> _Record:
@@ -353,6 +355,7 @@ class _Record:
                 since=str(value["since"]),
                 heartbeat=str(value["heartbeat"]),
                 beats=int(value["beats"]),
+                inode=int(value["inode"]),
             )
         except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
             return None
@@ -365,13 +368,15 @@ class _Record:
     def next_beat(self) -> _Record:
         return dataclasses.replace(self, heartbeat=_clock(), beats=self.beats + 1)
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, descriptor: int) -> bytes:
+        """Contents of the file that is open as `descriptor`."""
         fields = {
             "token": self.token,
             **dataclasses.asdict(self.process),
             "since": self.since,
             "heartbeat": self.heartbeat,
             "beats": self.beats,
+            "inode": os.fstat(descriptor).st_ino,
         }
         return json.dumps(fields).encode().ljust(_SIZE - 1) + b"\n"
 
@@ -420,6 +425,10 @@ def _wait_until_stale(
     holder = record.holder if record else "a process that wrote no name"
     token = record.token if record else ""
     running = record.process.is_running() if record else None
+    if record and running and not _is_original(path, record):
+        # The holder has its lease in another folder, of which this one is a copy, or
+        # the file system numbers files anew: the heartbeat decides.
+        running = None
     limit = timing.silence if running is None else timing.grace
     if running is None:
         print(
@@ -486,6 +495,12 @@ def _read(path: Path) -> bytes | None:
         return None
 
 
+def _is_original(path: Path, record: _Record) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return retry(lambda: path.stat(), path).st_ino == record.inode
+    return False
+
+
 def _token(path: Path) -> str:
     """Token in a file; empty if it does not exist or holds something else."""
     record = _Record.parse(_read(path))
@@ -536,7 +551,7 @@ def _create_without_links(path: Path, record: _Record) -> bool:
 
 def _write_new(path: Path, record: _Record) -> None:
     with path.open("xb") as file:
-        file.write(record.to_bytes())
+        file.write(record.to_bytes(file.fileno()))
         file.flush()
         os.fsync(file.fileno())
 
@@ -552,7 +567,7 @@ def _overwrite(path: Path, record: _Record) -> bool:
         found = _Record.parse(os.pread(descriptor, _SIZE, 0))
         if found is None or found.token != record.token:
             return False
-        os.pwrite(descriptor, record.to_bytes(), 0)
+        os.pwrite(descriptor, record.to_bytes(descriptor), 0)
         return True
     finally:
         os.close(descriptor)
