@@ -102,7 +102,7 @@ def run_context(
             )
         )
         state_logger = None
-        if setup.has_eval_split and train.log_states:
+        if setup.evaluates and train.log_states:
             if make_state_logger is None:
                 raise ValueError(
                     "train.log_states=True and make_state_logger=None; pass "
@@ -357,7 +357,7 @@ class ActiveRun:
         """Whether this step is evaluated: every `train.eval_every`, and the last one."""
         last = progress.step >= self.setup.last_step
         due = last or _is_multiple(progress.step, self._train.eval_every)
-        return self.setup.has_eval_split and due
+        return self.setup.evaluates and due
 
     def evaluate(
         self, state: TrainState, progress: Progress

@@ -12,6 +12,7 @@ from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names
+from tokenrec.errors import InputError, suggest
 from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.runtime import distributed
 from tokenrec.sharding import check_batch_sizes, make_mesh
@@ -42,9 +43,9 @@ class Setup:
         return self.config.train.stop_at or self.config.optim.steps
 
     @property
-    def has_eval_split(self) -> bool:
-        """Whether the data set has the split that the run is evaluated on."""
-        return self.config.train.eval_split in self.dataset.splits
+    def evaluates(self) -> bool:
+        """Whether the run is evaluated: `train.eval_split` names a split."""
+        return bool(self.config.train.eval_split)
 
 
 def set_up(config: Config, workdir: Path) -> Setup:
@@ -61,6 +62,7 @@ def set_up(config: Config, workdir: Path) -> Setup:
         dataset = open_dataset(
             data_directory(config), config.data.exclude, semantic_ids_path(config)
         )
+        _check_eval_split(config.train.eval_split, dataset)
         tasks = task_names(dataset.schema, config.data)
         model = build_model(config, dataset.schema, tasks)
         mesh = make_mesh(config.mesh)
@@ -68,3 +70,17 @@ def set_up(config: Config, workdir: Path) -> Setup:
         check_mesh(config.model, mesh)
     distributed.assert_same_on_all_processes(run_identity(config, dataset))
     return Setup(config, Path(workdir), dataset, model, mesh)
+
+
+def _check_eval_split(split: str, dataset: Dataset) -> None:
+    """Raise InputError if the data set lacks the split that evaluations read.
+
+    Without evaluations no checkpoint is the best one and the run never stops early, so
+    that a misspelt split would waste it.
+    """
+    if split and split not in dataset.splits:
+        raise InputError(
+            f"train.eval_split='{split}' is no split of the data set "
+            f"'{dataset.directory}'{suggest(split, dataset.splits)}; "
+            "train.eval_split='' trains without evaluation"
+        )
