@@ -258,6 +258,36 @@ def test_patience_stops_the_run(data, tmp_path):
     assert summary["step"] < train(config, tmp_path, progress=False)["step"] < 50
 
 
+@pytest.mark.parametrize(
+    ("split", "reason"),
+    [
+        ("vaild", "is no split of the data set .*; did you mean 'valid'"),
+        ("none", "known: test, train, valid"),
+    ],
+)
+def test_an_evaluation_on_a_split_that_does_not_exist_is_refused(
+    split, reason, data, tmp_path
+):
+    config = small(data, train__eval_split=split)
+    with pytest.raises(
+        InputError, match=rf"train\.eval_split='{split}' .*{reason}.*eval_split=''"
+    ):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_split_to_evaluate_a_run_trains_and_has_no_best(data, tmp_path):
+    config = small(data, train__eval_split="", train__eval_every=2)
+    summary = train(config, tmp_path, progress=False)
+    assert (summary["step"], summary["best_step"], summary["evaluation"]) == (
+        8,
+        -1,
+        None,
+    )
+    # A run may be resumed with evaluations, which change no step.
+    assert train(small(data), tmp_path, progress=False)["step"] == 8
+
+
 def test_a_bad_step_stops_the_run_and_names_step_and_rows(data, tmp_path):
     config = small(
         data, optim__learning_rate=1e30, optim__clip_norm=0.0, train__save_every=1
@@ -389,7 +419,7 @@ def test_a_line_of_skipped_steps_alone_says_how_many(data, tmp_path):
         train__log_every=1,
     )
     config.optim.warmup_steps = 0
-    config.train.eval_split = "none"  # scores of such weights have no metrics
+    config.train.eval_split = ""  # scores of such weights have no metrics
     skipped = train(config, tmp_path, progress=False)["skipped"]
     lines = [
         json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()

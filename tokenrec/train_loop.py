@@ -39,7 +39,8 @@ def train(
         not finite, or a spike; the checkpoints before them are kept.
       Stopped: a signal asked the run to stop; the state of the last step is saved.
     """
-    # 1. Everything derives from the config; processes that disagree end here.
+    # 1. Everything derives from the config; processes that disagree end here. Nothing is
+    # written until the run has its folder to itself.
     setup = set_up(config, Path(workdir))
     with run_context(
         setup, show_progress=progress, make_state_logger=make_state_logger

@@ -28,7 +28,7 @@ from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, RowIdentity, open_dataset
 from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import Schema
-from tokenrec.errors import InputError
+from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
 from tokenrec.runtime.files import (
     is_file,
@@ -37,6 +37,7 @@ from tokenrec.runtime.files import (
     write_json,
     write_text_atomically,
 )
+from tokenrec.runtime.retry import retry
 from tokenrec.state import ModelSpec, TrainState, abstract_state, build_model
 
 CONFIG_FILE = "config.json"
@@ -101,14 +102,26 @@ def create_or_check_run(config: Config, dataset: Dataset, workdir: Path) -> None
         check_schema(dataset.schema, workdir)
 
 
-def _write_or_check(config: Config, dataset: Dataset, workdir: Path) -> None:
+def create_workdir(workdir: Path) -> None:
+    """Create the folder of a run.
+
+    Raises:
+      InputError: it cannot be created.
+      StorageError: the storage is at fault.
+    """
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        retry(lambda: workdir.mkdir(parents=True, exist_ok=True), workdir)
+    except StorageError:
+        raise
     except OSError as error:
         raise InputError(
             f"--workdir '{workdir}' cannot be created: {error.strerror}; give another "
             "folder"
         ) from error
+
+
+def _write_or_check(config: Config, dataset: Dataset, workdir: Path) -> None:
+    create_workdir(workdir)
     path = workdir / CONFIG_FILE
     rows = {split: dataset.row_identity(split) for split in dataset.splits}
     if is_file(path):
