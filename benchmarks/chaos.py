@@ -44,6 +44,7 @@ import collections
 import dataclasses
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -207,7 +208,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--steps", type=int, default=300, help="of each run, at least 60"
+        "--steps", type=int, default=300, help="of a run of one process, at least 60"
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument(
@@ -227,6 +228,8 @@ def main() -> int:
     flags = parser.parse_args()
     # Where there is no accelerator, the search for one prints warnings.
     jax.config.update("jax_platforms", "cpu")
+    # A chaos run that is stopped ends its processes and unmounts its disk.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     result = Result(flags, time.monotonic())
     try:
         inject_faults(result)

@@ -96,7 +96,10 @@ def in_checkpoint(
     def fault(lab: Lab) -> Outcome:
         lineage = lab.rested(processes)
         latest = lineage.checkpoints()[-1]
-        harmed = damage(lab, files(latest))
+        choice = files(latest)
+        if not choice:
+            raise Failure(f"checkpoint {latest.name} has no such file")
+        harmed = damage(lab, choice)
         words = resumes(lineage, f"checkpoint {latest.name} is damaged")
         if f"damaged-{latest.name}" not in lineage.set_aside():
             raise Failure(f"{harmed}: not set aside: {words}")

@@ -29,6 +29,9 @@ ROWS = 1_500
 LARGE_FILE = 1 << 16
 # Devices of each process, by the number of processes.
 DEVICES = {1: 2, 2: 2, 4: 1}
+# Runs of several processes are slower, and have fewer steps.
+SHARES_OF_STEPS = {1: 1, 2: 2, 4: 3}
+FEWEST_STEPS = 60
 # A process that takes longer counts as hung; the watchdog must end it before that.
 LIMIT_SECONDS = 300
 HANG_SECONDS = 45
@@ -95,7 +98,7 @@ class Lineage:
         variables: Mapping[str, str] | None = None,
         *,
         pipe: bool = False,
-        **fields: object,
+        **fields: Any,
     ) -> Iterator[list[Process]]:
         """Start the run's processes; the end of the block kills them.
 
@@ -104,7 +107,7 @@ class Lineage:
           pipe: see `Process`.
           fields: further config fields, with "__" for ".".
         """
-        line = self.lab.train_line(self.workdir, **fields)
+        line = self.lab.train_line(self.workdir, None, self.processes, **fields)
         if pipe:
             line.remove("--quiet")
         with contextlib.ExitStack() as stack:
@@ -263,7 +266,7 @@ class Lab:
     Args:
       folder: an empty folder.
       chance: the generator of all draws.
-      steps: number of steps of each run.
+      steps: number of steps of a run of one process.
       kept: folder that gets the runs and the output of failed faults; None keeps none.
 
     Attributes:
@@ -340,21 +343,30 @@ class Lab:
         """Command line that prepares the data set in `out`."""
         return ["prepare", "synthetic", "--rows", str(ROWS), "--out", str(out)]
 
+    def steps_of(self, processes: int) -> int:
+        """Steps of a run with this number of processes."""
+        return max(FEWEST_STEPS, self.steps // SHARES_OF_STEPS[processes])
+
     def train_line(
-        self, workdir: Path, data: Path | None = None, **fields: object
+        self,
+        workdir: Path,
+        data: Path | None = None,
+        processes: int = 1,
+        **fields: Any,
     ) -> list[str]:
         """Command line of a training run.
 
         Args:
           workdir: folder of the run.
           data: folder of the data set; None for that of the lab.
+          processes: number of processes that train it together.
           fields: further config fields, with "__" for ".".
         """
         overrides = {name.replace("__", "."): value for name, value in fields.items()}
         values = {
             **TINY,
-            "optim.steps": self.steps,
-            "train.eval_every": max(1, self.steps // EVALUATIONS),
+            "optim.steps": self.steps_of(processes),
+            "train.eval_every": self.steps_of(processes) // EVALUATIONS,
             "train.patience": PATIENCE,
             **overrides,
         }
@@ -427,16 +439,10 @@ class Lab:
                     f"the undisturbed run ended with {codes}: {running[0].words()}"
                 )
         reached = progress(lineage.workdir)
-        large = [
-            path
-            for path in lineage.checkpoints()[-1].rglob("*")
-            if path.is_file() and path.stat().st_size > LARGE_FILE
-        ]
-        if not (reached.skipped and reached.waited and reached.best_step > 0 and large):
+        if not (reached.skipped and reached.waited and reached.best_step > 0):
             raise Failure(
-                f"the undisturbed run has {reached} and {len(large)} large files: it "
-                "must skip steps, have its best evaluation before the last one, and "
-                f"write a file above {LARGE_FILE:,} bytes"
+                f"the undisturbed run ended with {reached}: it must skip steps, and "
+                "have its best evaluation before the last one"
             )
         return lineage
 

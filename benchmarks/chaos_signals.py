@@ -211,7 +211,7 @@ def stop_at_the_start(lab: Lab) -> Outcome:
 def stop_in_an_evaluation(lab: Lab) -> Outcome:
     """SIGTERM during an evaluation, which must be abandoned, and made again later."""
     lineage = lab.lineage()
-    every = max(1, lab.steps // EVALUATIONS)
+    every = lab.steps_of(1) // EVALUATIONS
     with lineage.started() as (process,):
         steps_until(lineage, process, 0)
         # The line of a step is written before its evaluation.
