@@ -93,6 +93,14 @@ def last_step(workdir: Path) -> int:
     return 0
 
 
+def step_time(workdir: Path, step: int) -> float | None:
+    """Time at which a step was logged; None if it is not in the log."""
+    for record in read_log(workdir / METRICS_FILE):
+        if record["step"] == step and _EVERY_STEP in record:
+            return float(record["time"])
+    return None
+
+
 def losses(workdir: Path) -> dict[int, list[float | None]]:
     """Losses in the log by step: None if the update was skipped; two if logged twice."""
     by_step: dict[int, list[float | None]] = {}

@@ -100,6 +100,7 @@ def in_checkpoint(
         if not choice:
             raise Failure(f"checkpoint {latest.name} has no such file")
         harmed = damage(lab, choice)
+        lineage.damaged = latest
         words = resumes(lineage, f"checkpoint {latest.name} is damaged")
         if f"damaged-{latest.name}" not in lineage.set_aside():
             raise Failure(f"{harmed}: not set aside: {words}")

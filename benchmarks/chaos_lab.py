@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from chaos_compare import Differences, last_step, progress
+from chaos_compare import Differences, last_step, progress, step_time
 
 from tokenrec.checkpoint.integrity import is_verified
 from tokenrec.errors import EXIT_INPUT
@@ -84,6 +84,7 @@ class Lineage:
 
     Attributes:
       done: whether the run has reached its last step.
+      damaged: checkpoint that the next start must not use; None if all are intact.
     """
 
     def __init__(self, lab: Lab, workdir: Path, processes: int) -> None:
@@ -91,6 +92,7 @@ class Lineage:
         self.workdir = workdir
         self.processes = processes
         self.done = False
+        self.damaged: Path | None = None
 
     @contextlib.contextmanager
     def started(
@@ -106,7 +108,13 @@ class Lineage:
           variables: further environment variables of all processes.
           pipe: see `Process`.
           fields: further config fields, with "__" for ".".
+
+        Raises:
+          Failure: the run did not resume from its latest intact checkpoint.
         """
+        usable = [path for path in self.checkpoints() if path != self.damaged]
+        newest = int(usable[-1].name) if usable else 0
+        logged_at = step_time(self.workdir, newest)
         line = self.lab.train_line(self.workdir, None, self.processes, **fields)
         if pipe:
             line.remove("--quiet")
@@ -122,6 +130,13 @@ class Lineage:
                 process = Process(self.lab, line, environment, pipe=pipe)
                 running.append(stack.enter_context(process))
             yield running
+        # Steps that are trained again give the same values, and another time.
+        if step_time(self.workdir, newest) != logged_at:
+            raise Failure(
+                f"it did not resume from checkpoint {newest}, but trained its steps "
+                f"again: {running[0].words()}"
+            )
+        self.damaged = None
 
     def step(self) -> int:
         """Last step in the log."""
@@ -229,12 +244,12 @@ class Process:
 
     def words(self) -> str:
         """Last lines on stderr: messages of tokenrec, or any lines without these."""
-        lines = self.output().strip().splitlines()
-        messages = [
+        lines = [
             line
-            for line in lines
-            if line.startswith("tokenrec: ") and not any(u in line for u in _USUAL)
+            for line in self.output().strip().splitlines()
+            if not any(usual in line for usual in _USUAL)
         ]
+        messages = [line for line in lines if line.startswith("tokenrec: ")]
         return " | ".join(messages[-2:] or lines[-3:])
 
     def refusal(self, *texts: str) -> str:
