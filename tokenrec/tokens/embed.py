@@ -38,7 +38,8 @@ from tokenrec.tokens.makers import FeatureArrays
 # unlike the tables of features, no reserved ids.
 ITEM_ROWS = Feature("catalogue_item", "categorical", "item")
 # Parts of a batch that are looked up in this table.
-CATALOGUE_PARTS = ("items", "goals", "negatives")
+NEGATIVES_PART = "negatives"
+CATALOGUE_PARTS = ("items", "goals", NEGATIVES_PART)
 
 
 def samples_items(config: Config) -> bool:
