@@ -30,7 +30,7 @@ from tokenrec.debug.step_inspection import inspect_step
 from tokenrec.ops.tables.api import storage_spec
 from tokenrec.ops.tables.exchange import CollectedGradients
 from tokenrec.ops.tables.storage import to_storage_index
-from tokenrec.optim import clip_scale, decays, global_norm
+from tokenrec.optim import clip_scale, decays, global_norm, with_schedule_step
 from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import gradients, step_inputs, train_step
 
@@ -82,6 +82,56 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(mesh):
         leaves(new.opt_state["rows"]), leaves(state.opt_state["rows"]), strict=True
     ):
         assert np.array_equal(a, b)
+
+
+def test_both_learning_rates_follow_the_step_after_a_skipped_one(mesh):
+    """Rates of steps 1 and 2 are 2/5 and 3/5 of the peak: the update is 3/2 as large."""
+    optim = {"warmup_steps": 5, "weight_decay": 0.0}
+    model = build_model(tiny(optim=optim), SCHEMA, TASKS)
+    good = random_batch(tiny())
+    bad = good._replace(target=good.target._replace(dense=good.target.dense + np.inf))
+    # 1. One update, then the same batch at once, or after a skipped step.
+    first, _ = STEP(model, init_state(model, 0), place(good, mesh))
+    at_once, _ = STEP(model, first, place(good, mesh))
+    skipped, metrics = STEP(model, first, place(bad, mesh))
+    assert not metrics.applied
+    later, metrics = STEP(model, skipped, place(good, mesh))
+    assert metrics.applied
+
+    # 2. Weights and table rows move by the same multiple.
+    pairs = {
+        "dense": (first.params, at_once.params, later.params),
+        "tables": (first.tables, at_once.tables, later.tables),
+    }
+    for states in pairs.values():
+        before, one, other = (
+            np.concatenate([leaf.reshape(-1) for leaf in leaves(state)])
+            for state in states
+        )
+        assert np.abs(one - before).max() > 1e-4
+        # A difference of float32 weights near 1 is exact to 6e-8 / 2.
+        np.testing.assert_allclose(other - before, 1.5 * (one - before), atol=3e-7)
+
+
+def test_a_checkpoint_whose_schedule_fell_behind_continues_at_its_step(mesh):
+    """Earlier versions left optax's own count behind at every skipped step."""
+    model = build_model(tiny(optim={"warmup_steps": 8}), SCHEMA, TASKS)
+    batch = place(random_batch(tiny()), mesh)
+    state, _ = STEP(model, init_state(model, 0), batch)
+    state = dataclasses.replace(state, step=state.step + 4)
+    behind = state.opt_state["dense"]
+    in_step = with_schedule_step(behind, state.step)
+    counts = [int(of[-1].count) for of in (behind, in_step)]
+    assert counts == [1, 5]
+    # The structure is that of optax, which older checkpoints hold.
+    assert jax.tree.structure(in_step) == jax.tree.structure(behind)
+    assert int(in_step[0].count) == int(behind[0].count) == 1
+    opt_state = state.opt_state | {"dense": in_step}
+    expected, _ = STEP(model, dataclasses.replace(state, opt_state=opt_state), batch)
+    found, _ = STEP(model, state, batch)
+    for a, b in zip(leaves(found), leaves(expected), strict=True):
+        assert np.array_equal(a, b)
+    assert int(found.opt_state["dense"][-1].count) == int(found.step) == 6
 
 
 def test_unknown_labels_and_unread_rows_carry_no_gradient(mesh):

@@ -18,7 +18,13 @@ import jax.numpy as jnp
 from tokenrec.data.batch import Batch
 from tokenrec.losses import label_counts, sample_losses, with_negatives
 from tokenrec.ops.tables.api import UniqueRows, collect_gradients, update_rows
-from tokenrec.optim import clip_scale, dense_optimizer, global_norm, schedule
+from tokenrec.optim import (
+    clip_scale,
+    dense_optimizer,
+    global_norm,
+    schedule,
+    with_schedule_step,
+)
 from tokenrec.sharding import RULES
 from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.tokens.embed import NEGATIVES_PART, inverses
@@ -309,8 +315,9 @@ def _update_params(
 ) -> tuple[dict[str, jax.Array], Any]:
     """Apply AdamW, or keep weights and optimizer state where `applied` is False."""
     old_state = state.opt_state["dense"]
+    # One clock for both rates: the tables follow `state.step` too.
     updates, new_state = dense_optimizer(model.config.optim).update(
-        dense, old_state, state.params
+        dense, with_schedule_step(old_state, state.step), state.params
     )
     if model.config.tokens.random_tokens:
         # Weight decay would move weights that have no gradient.
