@@ -425,11 +425,26 @@ def test_a_heartbeat_that_fails_is_said_and_does_not_end_the_run(
     assert leases(tmp_path) == []
 
 
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_full_disk_is_named(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = threading.Event()
 
-    monkeypatch.setattr(os, "fsync", full)
+    def link(*_: object) -> None:
+        full.set()
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def fsync(descriptor: int) -> None:
+        if full.is_set():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if has_links:
+        full.set()
+    else:
+        # The disk is full when the lease itself is written, and not its partial file.
+        monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(InputError) as refused:
         acquire(tmp_path)
     assert f"--workdir '{tmp_path}': its lease cannot be written: No space left" in str(
