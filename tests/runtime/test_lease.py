@@ -437,6 +437,7 @@ def test_a_full_disk_is_named(
 
     def fsync(descriptor: int) -> None:
         if full.is_set():
+            os.truncate(descriptor, 0)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if has_links:
