@@ -49,6 +49,8 @@ KINDS: dict[str, Fault] = {
     "full disk": storage.full_disk,
     "full disk at the start": storage.full_disk_at_the_start,
     "a read fails once": storage.read_fails_once,
+    "a read of one of two fails once": storage.read_of_one_of_two_fails,
+    "a listing fails once": storage.listing_fails_once,
     "a write fails once": storage.write_fails_once,
     "the storage fails for good": storage.storage_fails_for_good,
     # Data sets, and the commands beside `train`.

@@ -99,13 +99,15 @@ class Lineage:
         self,
         variables: Mapping[str, str] | None = None,
         *,
+        only: int | None = None,
         pipe: bool = False,
         **fields: Any,
     ) -> Iterator[list[Process]]:
         """Start the run's processes; the end of the block kills them.
 
         Args:
-          variables: further environment variables of all processes.
+          variables: further environment variables.
+          only: the process that gets them; None for all.
           pipe: see `Process`.
           fields: further config fields, with "__" for ".".
 
@@ -119,14 +121,15 @@ class Lineage:
         if pipe:
             line.remove("--quiet")
         with contextlib.ExitStack() as stack:
-            environment = {"XLA_FLAGS": _xla_flags(self.processes), **(variables or {})}
+            shared = {"XLA_FLAGS": _xla_flags(self.processes)}
             if self.processes > 1:
                 line = [*line, "--distributed"]
-                environment |= stack.enter_context(_coordinator(self.processes))
+                shared |= stack.enter_context(_coordinator(self.processes))
             running = []
             for index in range(self.processes):
-                if self.processes > 1:
-                    environment = environment | {"JAX_PROCESS_ID": str(index)}
+                environment = shared | {"JAX_PROCESS_ID": str(index)}
+                if only in (None, index):
+                    environment |= variables or {}
                 process = Process(self.lab, line, environment, pipe=pipe)
                 running.append(stack.enter_context(process))
             yield running

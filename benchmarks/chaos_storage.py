@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from chaos_lab import Failure, Lab, Lineage, Missed, await_moment
@@ -44,7 +45,7 @@ def _disk(lab: Lab) -> Path:
 
 
 @contextlib.contextmanager
-def _filled(disk: Path):
+def _filled(disk: Path) -> Iterator[None]:
     """Fill a disk to its last byte until the end of the block."""
     filler = disk / "filler"
     try:
@@ -63,37 +64,52 @@ def read_fails_once(lab: Lab) -> Outcome:
     """Let a read of the run or of its data set fail once, or twice in a row."""
     lineage = lab.rested()
     event = lab.chance.choice(["read", "read", "stat", "list", "hash"])
-    return _survives(lab, lineage, event, lab.chance.randrange(12))
+    return _survives(lineage, event, _under(lineage.workdir, lab.data))
+
+
+def read_of_one_of_two_fails(lab: Lab) -> Outcome:
+    """Let a read of one of two processes fail once, or twice in a row."""
+    lineage = lab.rested(2)
+    event = lab.chance.choice(["read", "hash"])
+    return _survives(lineage, event, _under(lineage.workdir, lab.data))
+
+
+def listing_fails_once(lab: Lab) -> Outcome:
+    """Let a listing of checkpoints fail: it must not look as if there were none."""
+    lineage = lab.rested()
+    return _survives(lineage, "list", _under(lineage.workdir / "checkpoints"))
 
 
 def write_fails_once(lab: Lab) -> Outcome:
     """Let a write of the run fail once, or twice in a row."""
     lineage = lab.rested()
     event = lab.chance.choice(["write", "write", "rename", "make", "fsync", "remove"])
-    return _survives(lab, lineage, event, lab.chance.randrange(12))
+    return _survives(lineage, event, _under(lineage.workdir))
 
 
-def _survives(lab: Lab, lineage: Lineage, event: str, skip: int) -> Outcome:
-    """Let calls of the process fail; it must go on, and save.
+def _survives(lineage: Lineage, event: str, match: str) -> Outcome:
+    """Let calls of a process fail; the run must go on, and save.
 
     Args:
-      lab: the lab.
       lineage: the run.
       event: the call.
-      skip: calls of this kind that succeed first.
+      match: regular expression for its path.
     """
+    lab = lineage.lab
     number = lab.chance.choice(_ERRORS)
     with lab.injected(
         event,
-        _under(lineage.workdir, lab.data),
-        skip=skip,
+        match,
+        skip=lab.chance.randrange(12),
         times=lab.chance.choice([1, 1, 2]),
         errno=number,
     ) as fault:
-        with lineage.started(fault.variables) as (process,):
+        victim = lab.chance.randrange(lineage.processes)
+        with lineage.started(fault.variables, only=victim) as running:
+            process = running[victim]
             await_moment(lineage, process, fault.reached)
             step = lineage.step()
-            # A checkpoint of a later step, and another one, so that it is complete.
+            # Checkpoints of later steps, so that one of them is complete.
             going_on = process.wait_until(
                 lambda: lineage.step() > step + 10 and lineage.is_rested()
             )
@@ -141,5 +157,5 @@ def storage_fails_for_good(lab: Lab) -> Outcome:
 
 
 def _under(*folders: Path) -> str:
-    """Regular expression for the paths in these folders."""
-    return "^(" + "|".join(re.escape(str(folder)) for folder in folders) + ")/"
+    """Regular expression for the paths of these folders and in them."""
+    return "^(" + "|".join(re.escape(str(folder)) for folder in folders) + ")(/|$)"
