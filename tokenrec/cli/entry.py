@@ -23,7 +23,7 @@ def main() -> int:
     lost = None if trains else std_streams.lost_output()
     if lost is not None and code == 0:
         print(
-            f"tokenrec: standard output: {os.strerror(lost.errno or 0)}; the output is "
+            f"tokenrec: standard output: {os.strerror(lost)}; the output is "
             "incomplete; make room where it goes and run the command again",
             file=sys.stderr,
         )

@@ -276,7 +276,8 @@ class _EventFile:
 
     def __init__(self, events: Any) -> None:
         self._events = events
-        self._error: OSError | None = None
+        # Text, as an error would keep the arrays of its callers alive.
+        self._error: str | None = None
         self._has_warned = False
 
     @classmethod
@@ -289,7 +290,7 @@ class _EventFile:
 
     def stop(self, error: OSError) -> None:
         """Write nothing from now on."""
-        self._error = self._error or error
+        self._error = self._error or str(error)
 
     def warn_if_stopped(self) -> None:
         """Say once that an error ended the writing."""

@@ -40,8 +40,8 @@ def protect() -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def lost_output() -> OSError | None:
-    """Flush `sys.stdout`; return the error by which text was lost, None if none was.
+def lost_output() -> int | None:
+    """Flush `sys.stdout`; return the error number by which text was lost, or None.
 
     A reader that went away, as in `| head`, has what it wanted: that is no loss.
     """
@@ -49,7 +49,7 @@ def lost_output() -> OSError | None:
     stream.flush()
     raw = getattr(stream.buffer, "raw", stream.buffer)
     lost = raw.lost if isinstance(raw, _LossyFile) else None
-    return None if lost is None or lost.errno == errno.EPIPE else lost
+    return None if lost == errno.EPIPE else lost
 
 
 class _LossyFile(io.FileIO):
@@ -59,10 +59,11 @@ class _LossyFile(io.FileIO):
     flush at the exit of Python all go through it.
 
     Attributes:
-      lost: the first error by which text was lost; None if there was none.
+      lost: number of the first error by which text was lost; None if there was none.
     """
 
-    lost: OSError | None = None
+    # Not the error itself: its traceback would keep the arrays of its callers alive.
+    lost: int | None = None
 
     def write(self, data: Buffer, /) -> int:
         """Write all of `data`, or drop the rest of it; return its length."""
@@ -77,7 +78,7 @@ class _LossyFile(io.FileIO):
                 else:
                     rest = rest[written:]
         except OSError as error:
-            self.lost = self.lost or error
+            self.lost = self.lost or error.errno
             if error.errno not in _PASSING_ERRNOS:
                 # For C++ libraries and child processes, which write to the number.
                 _redirect_to_null(self.fileno())
