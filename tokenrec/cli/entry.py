@@ -16,8 +16,10 @@ def main() -> int:
     if trains:
         early_stop.start()
     # Imported late: a signal to stop must find its handler, however slow the disk is.
+    from tokenrec.cli import library_log
     from tokenrec.cli.main import main as run
 
+    library_log.shorten()
     code = run()
     # The result of a training is its folder, and that of other verbs what they print.
     lost = None if trains else std_streams.lost_output()

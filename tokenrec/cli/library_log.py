@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
+import warnings
+
+from absl import logging as absl_logging
 
 # Orbax logs the traceback of an error in each of the threads that it passes, and then
 # raises it: a thousand lines for one full disk.
@@ -12,11 +16,28 @@ _RAISED_AGAIN = (
     "orbax/checkpoint/checkpoint_manager.py",
 )
 
+# TensorStore says so, in threads of its own, of each write that was under way when Orbax gave
+# up.
+_GIVEN_UP = "Event loop is closed"
+
 
 def shorten() -> None:
-    """Log errors of Orbax without tracebacks, and not those that it raises as well."""
-    # Orbax logs through absl. Adding the same filter again does nothing.
-    logging.getLogger("absl").addFilter(_shorten_record)
+    """Log errors of Orbax without tracebacks, and not those that it raises as well.
+
+    For a process of the command line: it replaces a hook of Python.
+    """
+    # Orbax logs through absl.
+    absl_logging.get_absl_logger().addFilter(_shorten_record)
+    sys.unraisablehook = _print_unraisable
+    # What Orbax had still to do when a save failed.
+    warnings.filterwarnings(
+        "ignore", "coroutine .* was never awaited", category=RuntimeWarning
+    )
+
+
+def _print_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    if str(unraisable.exc_value) != _GIVEN_UP:
+        sys.__unraisablehook__(unraisable)
 
 
 def _shorten_record(record: logging.LogRecord) -> bool:

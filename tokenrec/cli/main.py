@@ -10,7 +10,7 @@ from importlib import metadata
 
 from absl import flags as absl_flags
 
-from tokenrec.cli import library_log, verbs_data, verbs_plan, verbs_run, verbs_study
+from tokenrec.cli import verbs_data, verbs_plan, verbs_run, verbs_study
 from tokenrec.cli.failures import explain
 from tokenrec.cli.parser import Parser
 from tokenrec.config.overrides import split_overrides
@@ -102,7 +102,6 @@ def _run(argv: list[str]) -> int:
     # 3. Grain reads absl flags, which argparse does not parse.
     if not absl_flags.FLAGS.is_parsed():
         absl_flags.FLAGS.mark_as_parsed()
-    library_log.shorten()
     if "distributed" in args and args.distributed:
         _run_distributed(args)
     else:

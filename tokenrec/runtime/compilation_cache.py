@@ -163,7 +163,8 @@ def _short_warnings() -> Iterator[None]:
             has_warned = True
             print(
                 f"tokenrec: the cache of compiled programs fails, so that a restart may "
-                f"compile again; the run goes on: {text.partition(chr(10))[0][:300]}",
+                "compile again; the run goes on; if each restart says so, remove the "
+                f"cache: {text.partition(chr(10))[0][:300]}",
                 file=sys.stderr,
             )
 
