@@ -14,6 +14,7 @@ from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names
 from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.runtime import distributed
+from tokenrec.runtime.paths import as_path
 from tokenrec.sharding import check_batch_sizes, make_mesh
 from tokenrec.state import ModelSpec, build_model
 
@@ -66,4 +67,4 @@ def set_up(config: Config, workdir: Path) -> Setup:
         check_mesh(config.model, mesh)
     distributed.assert_same_on_all_processes(run_identity(config, dataset))
     create_or_check_run(config, dataset.schema, workdir)
-    return Setup(config, Path(workdir), dataset, model, mesh)
+    return Setup(config, as_path(workdir), dataset, model, mesh)

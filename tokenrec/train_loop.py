@@ -9,6 +9,7 @@ from tokenrec.active_run import ActiveRun, MakeStateLogger, run_context
 from tokenrec.checkpoint.progress import Progress
 from tokenrec.config import Config
 from tokenrec.run_setup import set_up
+from tokenrec.runtime.paths import as_path
 from tokenrec.state import TrainState
 
 
@@ -40,7 +41,7 @@ def train(
       Stopped: a signal asked the run to stop; the state of the last step is saved.
     """
     # 1. Everything derives from the config; processes that disagree end here.
-    setup = set_up(config, Path(workdir))
+    setup = set_up(config, as_path(workdir))
     with run_context(
         setup, show_progress=progress, make_state_logger=make_state_logger
     ) as run:

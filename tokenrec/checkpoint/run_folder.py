@@ -28,6 +28,7 @@ from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
 from tokenrec.runtime import distributed
 from tokenrec.runtime.files import write_text_atomically
+from tokenrec.runtime.paths import as_path, make_folder
 from tokenrec.state import ModelSpec, TrainState, abstract_state, build_model
 
 CONFIG_FILE = "config.json"
@@ -93,10 +94,10 @@ def create_or_check_run(config: Config, schema: Schema, workdir: Path) -> None:
 
 def _write_or_check(config: Config, schema: Schema, workdir: Path) -> None:
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(workdir)
     except OSError as error:
         raise InputError(
-            f"--workdir '{workdir}' cannot be created: {error.strerror}; give another "
+            f"--workdir '{workdir}' cannot be created: {error.strerror or error}; give another "
             "folder"
         ) from error
     path = workdir / CONFIG_FILE
@@ -229,7 +230,7 @@ def open_model(workdir: Path, data: Path | None) -> tuple[ModelSpec, Dataset]:
 
 def load_run_config(workdir: Path, data: Path | None) -> Config:
     """Load the config of a run; `data` replaces the folder of its data set if given."""
-    path = Path(workdir) / CONFIG_FILE
+    path = as_path(workdir) / CONFIG_FILE
     if not path.is_file():
         raise InputError(
             f"workdir '{workdir}' holds no run (no {CONFIG_FILE}); train first, or check "

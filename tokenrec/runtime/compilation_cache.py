@@ -11,6 +11,8 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from tokenrec.runtime.paths import absolute
+
 COMPILED_FOLDER = "compiled"
 
 
@@ -30,7 +32,7 @@ def persistent_compilation_cache(workdir: Path, wanted: bool) -> Iterator[None]:
     if not wanted or jax.config.jax_compilation_cache_dir:
         yield
         return
-    folder = Path(workdir).absolute() / COMPILED_FOLDER
+    folder = absolute(workdir) / COMPILED_FOLDER
     # Machines with different processors may share the folder of a run.
     if jax.default_backend() == "cpu":
         folder /= _processor_hash()
