@@ -97,8 +97,8 @@ def _write_or_check(config: Config, schema: Schema, workdir: Path) -> None:
         make_folder(workdir)
     except OSError as error:
         raise InputError(
-            f"--workdir '{workdir}' cannot be created: {error.strerror or error}; give another "
-            "folder"
+            f"--workdir '{workdir}' cannot be created: {error.strerror or error}; give "
+            "another folder"
         ) from error
     path = workdir / CONFIG_FILE
     if path.is_file():

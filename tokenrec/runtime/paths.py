@@ -108,11 +108,17 @@ def local_path(text: str | os.PathLike[str], name: str) -> Path:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it; an object store needs none.
+    """Make a folder and those above it.
 
-    Making one there would ask for the bucket, and create it if its name is misspelt.
+    An object store needs no folder, but the bucket must exist: it is not made, for its
+    name may be misspelt.
+
+    Raises:
+      OSError: the folder cannot be made, or the bucket does not exist.
     """
-    if not is_remote(path):
+    if is_remote(path):
+        _check_bucket(f"{_scheme(path)}://{object_key(path).partition('/')[0]}")
+    else:
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -134,6 +140,17 @@ def list_files(folder: Path) -> list[str]:
         # Consoles of object stores make empty objects that stand for folders.
         if name.startswith(prefix) and not name.endswith("/")
     )
+
+
+def file_size(path: Path) -> int:
+    """Size of a file in bytes.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    if is_remote(path):
+        return int(filesystem(path).size(os.fspath(path)))
+    return path.stat().st_size
 
 
 def remove_folder(folder: Path) -> None:
@@ -226,6 +243,12 @@ def _argument(make: Callable[[], Path]) -> Path:
 def _scheme(path: str | os.PathLike[str]) -> str:
     scheme, separator, _ = os.fspath(path).partition("://")
     return scheme if separator else ""
+
+
+@functools.cache
+def _check_bucket(bucket: str) -> None:
+    if not filesystem(as_path(bucket)).exists(bucket):
+        raise FileNotFoundError(f"bucket '{bucket}' does not exist or may not be read")
 
 
 @functools.cache
