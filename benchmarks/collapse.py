@@ -119,7 +119,7 @@ def arm_config(arm: str, data: Path, seed: int, steps: int) -> Config:
         ),
         optim=OptimConfig(steps=steps, warmup_steps=steps // 10, learning_rate=3e-3),
         train=TrainConfig(
-            log_every=50, save_every=0, eval_split="none", keep_compiled=False
+            log_every=50, save_every=0, eval_split="", keep_compiled=False
         ),
     )
 

@@ -60,6 +60,12 @@ class Generated:
     def chunk_lengths(self, split: str) -> np.ndarray:
         return np.diff(self.log.start)
 
+    def row_marks(self, split: str) -> None:
+        return None
+
+    def check_shards(self, split: str) -> None:
+        """There are no files."""
+
     def load(
         self, split: str, start: int = 0, stop: int | None = None
     ) -> InteractionLog:

@@ -258,6 +258,36 @@ def test_patience_stops_the_run(data, tmp_path):
     assert summary["step"] < train(config, tmp_path, progress=False)["step"] < 50
 
 
+@pytest.mark.parametrize(
+    ("split", "reason"),
+    [
+        ("vaild", "is no split of the data set .*; did you mean 'valid'"),
+        ("none", "known: test, train, valid"),
+    ],
+)
+def test_an_evaluation_on_a_split_that_does_not_exist_is_refused(
+    split, reason, data, tmp_path
+):
+    config = small(data, train__eval_split=split)
+    with pytest.raises(
+        InputError, match=rf"train\.eval_split='{split}' .*{reason}.*eval_split=''"
+    ):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_split_to_evaluate_a_run_trains_and_has_no_best(data, tmp_path):
+    config = small(data, train__eval_split="", train__eval_every=2)
+    summary = train(config, tmp_path, progress=False)
+    assert (summary["step"], summary["best_step"], summary["evaluation"]) == (
+        8,
+        -1,
+        None,
+    )
+    # A run may be resumed with evaluations, which change no step.
+    assert train(small(data), tmp_path, progress=False)["step"] == 8
+
+
 def test_a_bad_step_stops_the_run_and_names_step_and_rows(data, tmp_path):
     config = small(
         data, optim__learning_rate=1e30, optim__clip_norm=0.0, train__save_every=1
@@ -266,6 +296,31 @@ def test_a_bad_step_stops_the_run_and_names_step_and_rows(data, tmp_path):
     with pytest.raises(NonFiniteError, match=r"step \d+: .* rows of train: \d+"):
         train(config, tmp_path, progress=False)
     assert all(np.isfinite(x).all() for x in leaves(tmp_path))
+
+
+def test_a_stop_signal_ends_the_planning_of_the_input(data, tmp_path, monkeypatch):
+    """It must not wait for the end: planning a large split takes minutes."""
+    phases = []
+    usual = active_run.Watchdog.enter_phase
+
+    def enter_phase(watchdog, phase):
+        phases.append(phase)
+        usual(watchdog, phase)
+        if "window 2 of" in phase:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(active_run.Watchdog, "enter_phase", enter_phase)
+    config = small(data, data__window_rows=500)
+    with pytest.raises(
+        Stopped, match=r"SIGTERM: stopped at step 0; there was nothing to save yet"
+    ) as stopped:
+        train(config, tmp_path, progress=False)
+    assert stopped.value.signal == signal.SIGTERM
+    planning = [phase for phase in phases if phase.startswith("planning")]
+    assert planning[-1].startswith("planning the split 'train': window 2 of ")
+    assert not planning[-1].endswith(" of 2"), "there are windows left"
+    monkeypatch.undo()
+    assert train(config, tmp_path, progress=False)["step"] == 8
 
 
 def test_another_config_in_the_same_folder_is_refused_with_the_difference(
@@ -278,7 +333,7 @@ def test_another_config_in_the_same_folder_is_refused_with_the_difference(
 
 
 def test_half_a_config_and_a_workdir_that_is_a_file_are_refused(data, tmp_path):
-    create_or_check_run(small(data), open_dataset(data).schema, tmp_path)
+    create_or_check_run(small(data), open_dataset(data), tmp_path)
     whole = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(whole[: len(whole) // 2])
     with pytest.raises(
@@ -364,7 +419,7 @@ def test_a_line_of_skipped_steps_alone_says_how_many(data, tmp_path):
         train__log_every=1,
     )
     config.optim.warmup_steps = 0
-    config.train.eval_split = "none"  # scores of such weights have no metrics
+    config.train.eval_split = ""  # scores of such weights have no metrics
     skipped = train(config, tmp_path, progress=False)["skipped"]
     lines = [
         json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()

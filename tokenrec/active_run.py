@@ -12,20 +12,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.sharding import Mesh
 
 from tokenrec.checkpoint.checkpointer import Checkpointer
 from tokenrec.checkpoint.progress import Progress
+from tokenrec.checkpoint.run_folder import create_or_check_run, create_workdir
 from tokenrec.checkpoint.warm_start import initial_state
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.config.flatten import flatten_fields
 from tokenrec.data.batch import Batch, HostBatch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import stream_lengths, train_batches
-from tokenrec.errors import Stopped
+from tokenrec.errors import EXIT_INPUT, InputError, Stopped
 from tokenrec.evaluation.evaluate import make_evaluator
 from tokenrec.evaluation.selection import criterion, flatten_report, selection_value
 from tokenrec.jitted_step import JittedStep
@@ -34,6 +35,7 @@ from tokenrec.optim import schedule
 from tokenrec.run_setup import Setup
 from tokenrec.runtime import distributed
 from tokenrec.runtime.compilation_cache import persistent_compilation_cache
+from tokenrec.runtime.lease import Lease, acquire
 from tokenrec.runtime.preemption import StopRequested, StopSignals
 from tokenrec.runtime.profiler import StepProfiler, profile_steps
 from tokenrec.runtime.progress import ProgressDisplay
@@ -64,7 +66,10 @@ def run_context(
     show_progress: bool = True,
     make_state_logger: MakeStateLogger | None = None,
 ) -> Iterator[ActiveRun]:
-    """Hold the resources of a run: mesh, compile cache, signals, watchdog, checkpoints.
+    """Hold the resources of a run: its folder, mesh, signals, watchdog, checkpoints.
+
+    Nothing is written to the folder before this process, or the first one of several,
+    has its lease; then the files of the run are created, or checked on resume.
 
     Leaving the context waits for the checkpoint being written and closes everything,
     however the run ended.
@@ -74,14 +79,21 @@ def run_context(
       show_progress: print a progress bar, or lines where stderr is no terminal.
       make_state_logger: makes the function that measures the states of the model at
         each evaluation; needed with `train.log_states`.
+
+    Raises:
+      InputError: on all processes, if another trainer holds the folder, or if it holds
+        another run.
+      Stopped: a signal arrived while it waited for the folder.
     """
     train = setup.config.train
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
+        signals = stack.enter_context(StopSignals())
+        lease = _acquire_lease(setup, signals, stack)
+        create_or_check_run(setup.config, setup.dataset, setup.workdir)
         stack.enter_context(
             persistent_compilation_cache(setup.workdir, train.keep_compiled)
         )
-        signals = stack.enter_context(StopSignals())
         watchdog = stack.enter_context(
             Watchdog(
                 train.hang_seconds,
@@ -91,7 +103,7 @@ def run_context(
             )
         )
         state_logger = None
-        if setup.has_eval_split and train.log_states:
+        if setup.evaluates and train.log_states:
             if make_state_logger is None:
                 raise ValueError(
                     "train.log_states=True and make_state_logger=None; pass "
@@ -107,8 +119,48 @@ def run_context(
             )
         )
         yield ActiveRun(
-            setup, stack, signals, watchdog, checkpoints, state_logger, show_progress
+            setup,
+            stack,
+            signals,
+            watchdog,
+            checkpoints,
+            lease,
+            state_logger,
+            show_progress,
         )
+
+
+def _acquire_lease(
+    setup: Setup, signals: StopSignals, stack: contextlib.ExitStack
+) -> Lease | None:
+    """Take the lease of the folder in the first process, which holds it for all.
+
+    Args:
+      setup: the run.
+      signals: a signal ends the wait for a lease that may be stale.
+      stack: releases the lease.
+
+    Returns:
+      The lease; None in the other processes.
+    """
+
+    def stop_if_requested() -> None:
+        number = signals.signal_received
+        if number is not None:
+            raise Stopped(
+                f"{signal.Signals(number).name}: stopped while waiting for the lease of "
+                f"'{setup.workdir}'; there was nothing to save yet; rerun the command",
+                number,
+            )
+
+    lease = None
+    with distributed.raise_on_all_processes():
+        if distributed.is_first_process():
+            create_workdir(setup.workdir)
+            lease = stack.enter_context(
+                acquire(setup.workdir, interrupted=stop_if_requested)
+            )
+    return lease
 
 
 class ActiveRun:
@@ -126,6 +178,7 @@ class ActiveRun:
         signals: StopSignals,
         watchdog: Watchdog,
         checkpoints: Checkpointer,
+        lease: Lease | None,
         state_logger: StateLogger | None,
         show_progress: bool,
     ) -> None:
@@ -135,6 +188,7 @@ class ActiveRun:
         self._signals = signals
         self._watchdog = watchdog
         self._checkpoints = checkpoints
+        self._lease = lease
         self._state_logger = state_logger
         self._show_progress = show_progress
         self._evaluate = make_evaluator(setup.model, setup.dataset, setup.mesh)
@@ -179,20 +233,36 @@ class ActiveRun:
 
         Each process reads the samples that lie on its own devices. The batch of a step
         is a function of the seed and the step, so no iterator state is restored.
+
+        Raises:
+          Stopped: a signal asked the run to stop while the samples were counted.
         """
         config, mesh = self.setup.config, self.setup.mesh
-        with distributed.raise_on_all_processes():
-            batches = train_batches(
-                self.setup.dataset,
-                config.data,
-                start=start,
-                steps=config.optim.steps,
-                seed=config.seed,
-                own=local_batch_indices(
-                    mesh, config.data.batch_size, "data.batch_size"
-                ),
-                ages=reads_event_ages(config.model),
-            )
+
+        def on_progress(phase: str) -> None:
+            self._watchdog.enter_phase(phase)
+            self._signals.raise_if_requested()
+
+        self._watchdog.enter_phase("opening the input")
+        try:
+            with distributed.raise_on_all_processes():
+                batches = train_batches(
+                    self.setup.dataset,
+                    config.data,
+                    start=start,
+                    steps=config.optim.steps,
+                    seed=config.seed,
+                    own=local_batch_indices(
+                        mesh, config.data.batch_size, "data.batch_size"
+                    ),
+                    ages=reads_event_ages(config.model),
+                    on_progress=on_progress,
+                )
+        except StopRequested:
+            # All processes stop at the same call, so none waits for another.
+            number = self._signals.signal_received
+            assert number is not None
+            self.stop(number, Progress(step=start))
         self._stack.callback(batches.close)
         return batches
 
@@ -202,6 +272,8 @@ class ActiveRun:
         A trace of `train.profile_steps` begins when all programs are compiled.
         """
         config, workdir = self.setup.config, self.setup.workdir
+        self._watchdog.enter_phase("opening the logs")
+        self._check_lease()
         with distributed.raise_on_all_processes(), self._throughput.excluded():
             if distributed.is_first_process():
                 self._display = ProgressDisplay(
@@ -283,9 +355,11 @@ class ActiveRun:
 
         Raises:
           NonFiniteError: more steps were skipped than `optim.max_skipped` allows.
+          InputError: another trainer has taken over the folder.
         """
         self._watchdog.enter_phase(f"step {progress.step:,}: waiting for the devices")
         values, progress = self._metrics.flush(progress)
+        self._check_lease()
         timings = self._metrics.timings()
         learning_rate = float(self._learning_rate(progress.step - 1))
         logged = values | timings | {"learning_rate": learning_rate}
@@ -300,14 +374,19 @@ class ActiveRun:
         return progress.step == self._completed_step
 
     def stop_signal(self) -> int | None:
-        """Signal that asks the run to stop; all processes must call it equally often."""
+        """Signal that asks the run to stop; all processes must call it equally often.
+
+        Raises:
+          InputError: another trainer has taken over the folder.
+        """
+        self._check_lease()
         return self._signals.requested()
 
     def evaluation_due(self, progress: Progress) -> bool:
         """Whether this step is evaluated: every `train.eval_every`, and the last one."""
         last = progress.step >= self.setup.last_step
         due = last or _is_multiple(progress.step, self._train.eval_every)
-        return self.setup.has_eval_split and due
+        return self.setup.evaluates and due
 
     def evaluate(
         self, state: TrainState, progress: Progress
@@ -322,6 +401,7 @@ class ActiveRun:
 
         def between_batches() -> None:
             self._watchdog.enter_phase(f"step {step:,}: evaluation")
+            self._check_lease()
             self._signals.raise_if_requested()
 
         with self._throughput.excluded(), contextlib.suppress(StopRequested):
@@ -362,6 +442,9 @@ class ActiveRun:
 
         Steps are checked first: a checkpoint never holds the result of a bad step
         without its count.
+
+        Raises:
+          InputError: on all processes, if another trainer has taken over the folder.
         """
         step = progress.step
         with self._throughput.excluded():
@@ -369,6 +452,9 @@ class ActiveRun:
                 f"step {step:,}: waiting for the devices and the save before"
             )
             _, progress = self._metrics.flush(progress)
+            with distributed.raise_on_all_processes():
+                if self._lease is not None:
+                    self._lease.verify()
             began = time.perf_counter()
             # A run that resumes here has the metrics of the steps before.
             self._run_log.sync()
@@ -378,13 +464,12 @@ class ActiveRun:
             )
         return progress
 
-    def stop(self, number: int, state: TrainState, progress: Progress) -> None:
-        """End the run at the request of a signal, after its checkpoint is complete.
+    def stop(self, number: int, progress: Progress) -> NoReturn:
+        """End the run at the request of a signal, when its checkpoint is complete.
 
         Raises:
           Stopped: always.
         """
-        self.finish_saves(state, progress)
         name = signal.Signals(number).name
         saved = "checkpoint saved" if progress.step else "there was nothing to save yet"
         raise Stopped(
@@ -397,6 +482,20 @@ class ActiveRun:
         """Wait until the checkpoint of the last step is completely on disk."""
         self._watchdog.enter_phase(f"step {progress.step:,}: the last save")
         self._checkpoints.finish(progress.step, state, progress)
+
+    def _check_lease(self) -> None:
+        """Raise InputError if another trainer is known to have taken over the folder."""
+        if self._lease is None:
+            return
+        try:
+            self._lease.check()
+        except InputError as error:
+            if jax.process_count() == 1:
+                raise
+            # The other processes go on to their next collective operation: to close the
+            # run in order would wait for them.
+            print(f"tokenrec: {error}", file=sys.stderr)
+            distributed.exit_immediately(EXIT_INPUT)
 
     def summary(self, progress: Progress) -> dict[str, Any]:
         """Log the best evaluation beside the config; result as `train` returns it."""

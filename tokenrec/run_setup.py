@@ -7,11 +7,12 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from tokenrec.checkpoint.run_folder import create_or_check_run, run_identity
+from tokenrec.checkpoint.run_folder import run_identity
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import task_names
+from tokenrec.errors import InputError, suggest
 from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.runtime import distributed
 from tokenrec.runtime.paths import as_path
@@ -43,28 +44,44 @@ class Setup:
         return self.config.train.stop_at or self.config.optim.steps
 
     @property
-    def has_eval_split(self) -> bool:
-        """Whether the data set has the split that the run is evaluated on."""
-        return self.config.train.eval_split in self.dataset.splits
+    def evaluates(self) -> bool:
+        """Whether the run is evaluated: `train.eval_split` names a split."""
+        return bool(self.config.train.eval_split)
 
 
 def set_up(config: Config, workdir: Path) -> Setup:
-    """Validate the config, open the data set, and create or check the run's folder.
+    """Validate the config, open the data set, build the model and the mesh.
+
+    Nothing is written, and `workdir` is not read.
 
     Raises:
-      InputError: on all processes, if the config, the data set, the mesh or the run in
-        `workdir` do not fit together on any of them.
+      InputError: on all processes, if the config, the data set and the mesh do not fit
+        together on any of them.
     """
     with distributed.raise_on_all_processes():
         config = validate(config)
         dataset = open_dataset(
             data_directory(config), config.data.exclude, semantic_ids_path(config)
         )
+        _check_eval_split(config.train.eval_split, dataset)
         tasks = task_names(dataset.schema, config.data)
         model = build_model(config, dataset.schema, tasks)
         mesh = make_mesh(config.mesh)
         check_batch_sizes(config, mesh)
         check_mesh(config.model, mesh)
     distributed.assert_same_on_all_processes(run_identity(config, dataset))
-    create_or_check_run(config, dataset.schema, workdir)
     return Setup(config, as_path(workdir), dataset, model, mesh)
+
+
+def _check_eval_split(split: str, dataset: Dataset) -> None:
+    """Raise InputError if the data set lacks the split that evaluations read.
+
+    Without evaluations no checkpoint is the best one and the run never stops early, so
+    that a misspelt split would waste it.
+    """
+    if split and split not in dataset.splits:
+        raise InputError(
+            f"train.eval_split='{split}' is no split of the data set "
+            f"'{dataset.directory}'{suggest(split, dataset.splits)}; "
+            "train.eval_split='' trains without evaluation"
+        )

@@ -40,7 +40,8 @@ def train(
         not finite, or a spike; the checkpoints before them are kept.
       Stopped: a signal asked the run to stop; the state of the last step is saved.
     """
-    # 1. Everything derives from the config; processes that disagree end here.
+    # 1. Everything derives from the config; processes that disagree end here. Nothing is
+    # written until the run has its folder to itself.
     setup = set_up(config, as_path(workdir))
     with run_context(
         setup, show_progress=progress, make_state_logger=make_state_logger
@@ -85,5 +86,6 @@ def evaluate_and_save(
     # A run that has just finished ends as such, whatever was asked.
     complete = run.finished(progress) and progress.assessed
     if stop_signal is not None and not complete:
-        run.stop(stop_signal, state, progress)
+        run.finish_saves(state, progress)
+        run.stop(stop_signal, progress)
     return progress

@@ -90,7 +90,7 @@ def run(tmp_path_factory):
             width=8, heads=1, layers=2, windows=(4,), positions="additive"
         ),
     )
-    create_or_check_run(config, open_dataset(folder / "data").schema, folder / "run")
+    create_or_check_run(config, open_dataset(folder / "data"), folder / "run")
     model, dataset = open_model(folder / "run", None)
     mesh, random = make_mesh(config.mesh), np.random.default_rng(0)
 

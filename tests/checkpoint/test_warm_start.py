@@ -77,7 +77,7 @@ def saved(workdir, config, mesh, change=lambda model, state: state):
     """Write a run with one checkpoint, whose state `change` modifies; return the state."""
     dataset, model = opened(config)
     with jax.set_mesh(mesh), Checkpointer(workdir, keep=1) as checkpoints:
-        create_or_check_run(config, dataset.schema, workdir)
+        create_or_check_run(config, dataset, workdir)
         state = change(model, init_state(model, 7))
         checkpoints.save(STEP, state, Progress())
     return model, state
@@ -292,7 +292,7 @@ def test_a_source_that_does_not_fit_is_refused(old, new, tmp_path):
 def test_a_run_starts_warm_once_and_reports_it(old, tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     saved(first, plain(old), mesh_of(1, 1, 1))
-    config = plain(old, optim__steps=4, train__stop_at=1, train__eval_split="none")
+    config = plain(old, optim__steps=4, train__stop_at=1, train__eval_split="")
     config.train.warm_start = str(tmp_path / "own")
     with pytest.raises(InputError, match="is the --workdir itself"):
         train(config, tmp_path / "own", progress=False)

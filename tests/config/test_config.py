@@ -86,6 +86,16 @@ WRONG = [
     ({"train__stop_at": 2_000}, "train.stop_at=2000"),
     ({"train__eval_every": -1}, "train.eval_every=-1"),
     ({"train__patience": -1}, "train.patience=-1"),
+    ({"train__patience": 2}, "train.patience=2 with train.eval_every=0"),
+    (
+        {"train__patience": 2, "train__eval_every": 5, "train__eval_split": ""},
+        "train.patience=2 with train.eval_split=''",
+    ),
+    (
+        {"train__log_states": True, "train__eval_split": ""},
+        "train.log_states=True with train.eval_split=''",
+    ),
+    ({"train__eval_samples": -1}, "train.eval_samples=-1"),
     ({"model__width": 64.0}, "model.width=64.0"),
     ({"model__gate": 1}, "model.gate=1"),
     ({"model__windows": (32, "16")}, "model.windows"),
@@ -149,8 +159,8 @@ def test_all_problems_are_reported_at_once() -> None:
 def test_a_type_problem_does_not_hide_another_one(
     fields: dict[str, Any], part: str
 ) -> None:
-    problems = problems_of(edited(train__eval_split=3, **fields))
-    assert "train.eval_split=3 is not a string" in problems
+    problems = problems_of(edited(train__warm_start=3, **fields))
+    assert "train.warm_start=3 is not a string" in problems
     assert any(part in problem for problem in problems)
 
 

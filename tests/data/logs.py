@@ -154,6 +154,12 @@ class MemoryData:
     def chunk_lengths(self, split: str) -> np.ndarray:
         return np.diff(self.logs[split].start)
 
+    def row_marks(self, split: str) -> None:
+        return None
+
+    def check_shards(self, split: str) -> None:
+        """There are no files."""
+
     def load(
         self, split: str, start: int = 0, stop: int | None = None
     ) -> InteractionLog:

@@ -47,6 +47,7 @@ def read_all(directory: Path) -> None:
     data = open_dataset(directory)
     for split in data.splits:
         data.load(split)
+        data.row_marks(split)
     for table in ("plan", "item_id", "tags", "tab"):
         load_vocabulary(directory, table)
     load_tokenizer(directory)
@@ -61,6 +62,9 @@ FILES = [
         "chunks/train.npy",
         "chunks/valid.npy",
         "chunks/test.npy",
+        "marks/train.npy",
+        "marks/valid.npy",
+        "marks/test.npy",
     ),
     *(f"vocabularies/{table}.parquet" for table in ("item_id", "plan", "tab", "tags")),
 ]

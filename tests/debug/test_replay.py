@@ -37,7 +37,7 @@ def test_a_healthy_step_has_the_logged_loss_bit_for_bit(data, tmp_path):
         optim__steps=5,
         train__save_every=2,
         train__log_every=1,
-        train__eval_split="none",
+        train__eval_split="",
     )
     config.tokens.replicate_rows = 20
     config.optim.accumulate = 2
@@ -96,7 +96,7 @@ def test_an_infinite_row_is_traced_to_its_step_samples_and_feature(
         data,
         data__events=4,
         data__overlap=1,
-        train__eval_split="none",
+        train__eval_split="",
         data__exclude=("age", "vector"),
     )
     saved(run, config, mesh_of(1, 1, 1), spoil)

@@ -210,14 +210,14 @@ def test_other_semantic_ids_of_the_same_sizes_are_refused(data, codes, tmp_path)
         tmp_path / "ids.parquet",
     )
     mine, others = (
-        open_dataset(data, ("semantic_id",), str(path)).schema
+        open_dataset(data, ("semantic_id",), str(path))
         for path in (codes, tmp_path / "ids.parquet")
     )
-    assert mine.levels == others.levels
+    assert mine.schema.levels == others.schema.levels
     create_or_check_run(code_config(data, codes), mine, tmp_path / "run")
-    check_schema(mine, tmp_path / "run")
+    check_schema(mine.schema, tmp_path / "run")
     with pytest.raises(InputError, match="semantic ids"):
-        check_schema(others, tmp_path / "run")
+        check_schema(others.schema, tmp_path / "run")
 
 
 def test_semantic_ids_may_be_goals_without_being_features(data, codes):

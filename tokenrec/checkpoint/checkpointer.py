@@ -245,13 +245,7 @@ class Checkpointer(CheckpointReader):
         folder = self._folder / str(step)
         if distributed.is_first_process():
             # Storage that loses files without an error must not be noticed at a restart.
-            written = array_shapes((self._metadata(step).metadata or {}).get("state"))
-            missing = sorted(shapes.keys() - written.keys())
-            if missing or written != shapes:
-                raise InputError(
-                    f"its arrays are not those that were saved ({len(missing)} of "
-                    f"{len(shapes)} are missing)"
-                )
+            self._compare_with_saved(step, shapes)
         write_checksums(folder, jax.process_index(), jax.process_count())
         if distributed.is_first_process():
             self._wait_for_other_checksums(folder)
@@ -262,6 +256,24 @@ class Checkpointer(CheckpointReader):
                 best_step=best_step,
             ):
                 _delete(self._folder / str(old))
+
+    def _compare_with_saved(self, step: int, shapes: dict[str, str]) -> None:
+        """Raise InputError if the arrays on disk are not those that were saved."""
+        try:
+            written = array_shapes((self._metadata(step).metadata or {}).get("state"))
+        except StorageError:
+            raise
+        # Orbax raises nearly anything where files are missing.
+        except Exception as error:
+            raise InputError(
+                f"its arrays cannot be read back: {first_line(error)}"
+            ) from error
+        if written != shapes:
+            missing = len(shapes.keys() - written.keys())
+            raise InputError(
+                f"its arrays are not those that were saved: {missing} of {len(shapes)} "
+                "are missing"
+            )
 
     def _wait_for_other_checksums(self, folder: Path) -> None:
         """Wait until all processes have verified their share of a checkpoint.

@@ -1,7 +1,8 @@
 """The folder of a run: create it, check it on resume, and open a trained run.
 
-`WORKDIR/config.json` holds the config and `WORKDIR/schema.json` the schema of the data
-set that the run is trained on; `WORKDIR/checkpoints` holds the checkpoints.
+`WORKDIR/config.json` holds the config, `WORKDIR/schema.json` the schema of the data set
+that the run is trained on, and `WORKDIR/rows.json` the identity of its log rows;
+`WORKDIR/checkpoints` holds the checkpoints.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,18 +23,27 @@ from tokenrec.config import (
     to_json,
 )
 from tokenrec.config.flatten import flatten_fields
+from tokenrec.config.types import has_type
 from tokenrec.config.validate import validate
-from tokenrec.data.dataset import Dataset, open_dataset
+from tokenrec.data.dataset import Dataset, RowIdentity, open_dataset
 from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import Schema
-from tokenrec.errors import InputError
+from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
-from tokenrec.runtime.files import write_text_atomically
+from tokenrec.runtime.files import (
+    is_file,
+    read_json,
+    read_with_retries,
+    write_json,
+    write_text_atomically,
+)
 from tokenrec.runtime.paths import as_path, make_folder
+from tokenrec.runtime.retry import retry
 from tokenrec.state import ModelSpec, TrainState, abstract_state, build_model
 
 CONFIG_FILE = "config.json"
 SCHEMA_FILE = "schema.json"
+ROWS_FILE = "rows.json"
 
 # Sections and fields that may differ when a run resumes: they do not change what the
 # steps made so far have learned.
@@ -66,12 +77,12 @@ class OpenedRun(NamedTuple):
     state: TrainState
 
 
-def create_or_check_run(config: Config, schema: Schema, workdir: Path) -> None:
+def create_or_check_run(config: Config, dataset: Dataset, workdir: Path) -> None:
     """Write the files of a new run, or check that the folder holds this run.
 
     Args:
       config: the run's config.
-      schema: schema of the data set.
+      dataset: the data set.
       workdir: folder of the run.
 
     Raises:
@@ -81,32 +92,143 @@ def create_or_check_run(config: Config, schema: Schema, workdir: Path) -> None:
     # 1. The first process checks and writes.
     with distributed.raise_on_all_processes():
         if distributed.is_first_process():
-            _write_or_check(config, schema, workdir)
+            _write_or_check(config, dataset, workdir)
     # 2. The others must find what it wrote: each host may have a folder of this name.
     with distributed.raise_on_all_processes():
-        if not (workdir / CONFIG_FILE).is_file():
+        if not is_file(workdir / CONFIG_FILE):
             raise InputError(
                 f"workdir '{workdir}' lacks the {CONFIG_FILE} that process 0 has "
                 "written; give all processes one --workdir that they share"
             )
-        check_schema(schema, workdir)
+        check_schema(dataset.schema, workdir)
 
 
-def _write_or_check(config: Config, schema: Schema, workdir: Path) -> None:
+def create_workdir(workdir: Path) -> None:
+    """Create the folder of a run.
+
+    Raises:
+      InputError: it cannot be created.
+      StorageError: the storage is at fault.
+    """
     try:
-        make_folder(workdir)
+        retry(lambda: make_folder(workdir), workdir)
+    except StorageError:
+        raise
     except OSError as error:
         raise InputError(
             f"--workdir '{workdir}' cannot be created: {error.strerror or error}; give "
             "another folder"
         ) from error
+
+
+def _write_or_check(config: Config, dataset: Dataset, workdir: Path) -> None:
+    create_workdir(workdir)
     path = workdir / CONFIG_FILE
-    if path.is_file():
+    rows = {split: dataset.row_identity(split) for split in dataset.splits}
+    if is_file(path):
         _check_config(_read_run_config(path), config, workdir)
-        check_schema(schema, workdir)
-    # Both files are replaced atomically: with half a file the run could not resume.
-    write_text_atomically(workdir / SCHEMA_FILE, _schema_text(schema))
+        check_schema(dataset.schema, workdir)
+        rows = _check_rows(rows, workdir)
+    # The files are replaced atomically: with half a file the run could not resume.
+    write_json(
+        workdir / ROWS_FILE, {split: value._asdict() for split, value in rows.items()}
+    )
+    write_text_atomically(workdir / SCHEMA_FILE, _schema_text(dataset.schema))
     write_text_atomically(path, to_json(config))
+
+
+def _check_rows(now: dict[str, RowIdentity], workdir: Path) -> dict[str, RowIdentity]:
+    """Check that the log rows are those that the run was started with.
+
+    Which samples are left of an epoch follows from the rows and the step alone.
+
+    Returns:
+      What the run keeps from now on: all that is known of its rows.
+
+    Raises:
+      InputError: they are others.
+    """
+    path = workdir / ROWS_FILE
+    if not is_file(path):
+        print(
+            f"tokenrec: '{workdir}' is a run from before rows were compared: that the "
+            "data set has the rows that it was trained on cannot be checked; those of "
+            f"now are noted in {ROWS_FILE}",
+            file=sys.stderr,
+        )
+        return now
+    before = _read_rows(path)
+    changed = [
+        f"{split}: {_describe_change(before.get(split), now.get(split))}"
+        for split in sorted(before.keys() | now.keys())
+        if _rows_differ(before.get(split), now.get(split))
+    ]
+    if changed:
+        raise InputError(
+            f"the data set has other log rows than the one that '{workdir}' was trained "
+            f"on ('{path}'), though its schema is the same; samples would be left out "
+            "or read twice\n  " + "\n  ".join(changed) + "\n"
+            "give --data the folder that it was trained on, or go on with the new rows "
+            f"in a new --workdir with train.warm_start='{workdir}'"
+        )
+    unknown = [
+        split
+        for split, value in now.items()
+        if None in (value.rows_digest, before[split].rows_digest)
+    ]
+    if unknown:
+        print(
+            f"tokenrec: split {', '.join(unknown)} has no digest of its rows, because "
+            "an earlier version prepared it: only the lengths of its chunks were "
+            "compared with those that the run was trained on",
+            file=sys.stderr,
+        )
+    return {
+        split: value._replace(
+            rows_digest=value.rows_digest or before[split].rows_digest
+        )
+        for split, value in now.items()
+    }
+
+
+def _read_rows(path: Path) -> dict[str, RowIdentity]:
+    remedy = "delete it, and the rows are not compared at this start"
+    value = read_json(path, "the run's", remedy)
+    fields = RowIdentity.__annotations__.keys()
+    # Numbers of rows and chunks, and digests, of which one may be missing.
+    if not has_type(value, dict[str, dict[str, int | str | None]]) or any(
+        split.keys() != fields
+        or not (type(split["rows"]) is type(split["chunks"]) is int)
+        for split in value.values()
+    ):
+        raise InputError(f"the run's '{path}' is damaged; {remedy}")
+    return {name: RowIdentity(**split) for name, split in value.items()}
+
+
+def _rows_differ(before: RowIdentity | None, now: RowIdentity | None) -> bool:
+    if before is None or now is None:
+        return True
+    # One of them may come from before there were digests of rows.
+    if None in (before.rows_digest, now.rows_digest):
+        return before._replace(rows_digest=None) != now._replace(rows_digest=None)
+    return before != now
+
+
+def _describe_change(before: RowIdentity | None, now: RowIdentity | None) -> str:
+    def size(value: RowIdentity | None) -> str:
+        if value is None:
+            return "no such split"
+        return f"{value.rows:,} rows in {value.chunks:,} chunks"
+
+    if size(before) != size(now) or before is None or now is None:
+        return f"{size(before)} -> {size(now)}"
+    if before.lengths_digest != now.lengths_digest:
+        return f"{size(now)} before and now, but the chunks have other lengths"
+    return (
+        f"{size(now)} before and now, but with other users, times, items, requests, "
+        f"flags or labels: SHA-256 {str(before.rows_digest)[:12]} -> "
+        f"{str(now.rows_digest)[:12]}"
+    )
 
 
 def _check_config(before: Config, now: Config, workdir: Path) -> None:
@@ -149,10 +271,15 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, object]:
     # Copies of the data set may lie in different places.
     del fields["config data.path"]
     rows = {
-        f"data, rows of {split}": _digest(dataset.chunk_lengths(split).tobytes())
+        f"data, rows of {split}": _digest(
+            json.dumps(dataset.row_identity(split)).encode()
+        )
         for split in dataset.splits
     }
-    metadata = dataclasses.replace(dataset.metadata, schema=dataset.schema)
+    # Without the digests of the rows, which would be reported twice.
+    metadata = dataclasses.replace(
+        dataset.metadata, schema=dataset.schema, row_digests={}
+    )
     metadata_text = json.dumps(dataclasses.asdict(metadata))
     return (
         fields | rows | {"data, schema and metadata": _digest(metadata_text.encode())}
@@ -170,7 +297,11 @@ def _may_change(field: str) -> bool:
 def check_schema(schema: Schema, workdir: Path) -> None:
     """Raise InputError if the data set is not the one that the run was trained on."""
     path = workdir / SCHEMA_FILE
-    if path.read_text() != _schema_text(schema):
+    # Written by this version or an earlier one, and compared as text.
+    text = read_with_retries(
+        path.read_bytes, path, "the run's", "give --workdir the folder of a whole run"
+    )
+    if text != _schema_text(schema).encode():
         raise InputError(
             "the data set has another schema, vocabulary size, normalisation or "
             f"semantic ids than the one this run was trained on ('{path}'); give --data "
@@ -231,7 +362,7 @@ def open_model(workdir: Path, data: Path | None) -> tuple[ModelSpec, Dataset]:
 def load_run_config(workdir: Path, data: Path | None) -> Config:
     """Load the config of a run; `data` replaces the folder of its data set if given."""
     path = as_path(workdir) / CONFIG_FILE
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(
             f"workdir '{workdir}' holds no run (no {CONFIG_FILE}); train first, or check "
             "--workdir"

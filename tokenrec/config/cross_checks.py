@@ -192,8 +192,23 @@ def check_optim(config: Config) -> Iterator[str]:
 
 
 def check_train(config: Config) -> Iterator[str]:
-    """Check the end of the loop and the metric of the best checkpoint."""
+    """Check the end of the loop, and what its evaluations are to decide."""
     train = config.train
+    if train.patience and not train.eval_split:
+        yield (
+            f"train.patience={train.patience} with train.eval_split='' would never "
+            "stop the run: nothing is evaluated; name a split, or use patience=0"
+        )
+    elif train.patience and not train.eval_every:
+        yield (
+            f"train.patience={train.patience} with train.eval_every=0 would never stop "
+            "the run: it is evaluated at the end only; set train.eval_every"
+        )
+    if train.log_states and not train.eval_split:
+        yield (
+            "train.log_states=True with train.eval_split='' would log nothing: states "
+            "are measured at evaluations; name a split"
+        )
     if train.stop_at > config.optim.steps:
         yield (
             f"train.stop_at={train.stop_at} must be at most "

@@ -13,7 +13,7 @@ from tokenrec.config.fields import list_fields, list_sections
 from tokenrec.config.problems import ConfigProblem, raise_problems
 from tokenrec.config.suggestions import suggest_field
 from tokenrec.errors import InputError, suggest
-from tokenrec.runtime.files import parse_json
+from tokenrec.runtime.files import parse_json, read_with_retries
 
 # Fields of earlier versions, with the only value that still means what runs do now.
 REMOVED_FIELDS = {"tokens.tables_backend": "exchange"}
@@ -52,14 +52,12 @@ def read_config_file(path: Path) -> tuple[Config, list[ConfigProblem]]:
 
     Raises:
       InputError: the file cannot be read, or is not JSON.
+      StorageError: the storage is at fault, again and again.
     """
     where = f"config file '{path}'"
+    data = read_with_retries(path.read_bytes, path, "config file", "check the path")
     try:
-        config, problems = parse_config(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{where} cannot be read: {error.strerror}; check the path"
-        ) from error
+        config, problems = parse_config(data.decode())
     # An InputError, which does not name the path, or a UnicodeDecodeError.
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error

@@ -94,7 +94,7 @@ class TrainConfig:
 
     eval_split: str = "valid"
     """Split that the loop evaluates; `valid` chooses the best checkpoint without
-    looking at `test`."""
+    looking at `test`. Empty trains without evaluation."""
 
     eval_samples: int = field(0, at_least=1, special={0: "all"})
     """Samples that an evaluation of the loop scores, spread evenly over the split.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import tokenize
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from tokenrec.data import records
 from tokenrec.data.interaction_log import Catalogue, InteractionLog
 from tokenrec.data.log_decoder import LogDecoder, select_columns
 from tokenrec.data.metadata import load_manifest
+from tokenrec.data.row_marks import MARKS, marks_dtype
 from tokenrec.data.schema import MOST_ROWS, Schema
 from tokenrec.data.semantic_id_feature import (
     SEMANTIC_ID,
@@ -22,6 +25,7 @@ from tokenrec.data.semantic_id_file import align, load_semantic_ids
 from tokenrec.data.source import SPLITS
 from tokenrec.data.value_checks import check_catalogue, check_log
 from tokenrec.errors import InputError, suggest
+from tokenrec.runtime.files import read_with_retries
 
 # Folder of the catalogue, a .npy file per array.
 ITEMS = "items"
@@ -55,6 +59,23 @@ def open_dataset(
         damaged, a feature is unknown, or the semantic ids are not those of its items.
     """
     return Dataset(directory, exclude, semantic_ids)
+
+
+class RowIdentity(NamedTuple):
+    """The log rows of a split, in their order.
+
+    Attributes:
+      rows: number of log rows, those that chunks repeat included.
+      chunks: number of chunks.
+      lengths_digest: SHA-256 of the number of log rows of each chunk.
+      rows_digest: SHA-256 of users, times, items, requests, flags and labels; None for
+        a data set from before there was one.
+    """
+
+    rows: int
+    chunks: int
+    lengths_digest: str
+    rows_digest: str | None
 
 
 class Dataset:
@@ -92,6 +113,7 @@ class Dataset:
         self.catalogue = self._load_catalogue()
         self._decoder = LogDecoder(self.metadata, self.schema)
         self._chunk_lengths: dict[str, np.ndarray] = {}
+        self._row_marks: dict[str, np.ndarray] = {}
 
     def num_chunks(self, split: str) -> int:
         """Number of chunks of a split."""
@@ -119,6 +141,57 @@ class Dataset:
                 )
             self._chunk_lengths[split] = lengths
         return self._chunk_lengths[split]
+
+    def row_marks(self, split: str) -> np.ndarray | None:
+        """Marks of the log rows of a split: `[R]` of `row_marks.marks_dtype`, on disk.
+
+        Returns:
+          None for a data set from before there were marks.
+
+        Raises:
+          InputError: the split is unknown or empty, or the file is missing or damaged.
+        """
+        rows = int(self.chunk_lengths(split).sum())
+        name = f"{MARKS}/{split}.npy"
+        # Unlike the other files, marks without a digest are not used: a wrong mark
+        # would not be noticed.
+        if name not in self._manifest.files:
+            return None
+        # Kept: an evaluation plans its split every time, and its digest would be
+        # computed again.
+        if split in self._row_marks:
+            return self._row_marks[split]
+        marks = self._load_array(name)
+        dtype = marks_dtype(len(self.metadata.schema.tasks))
+        if marks.shape != (rows,) or marks.dtype != dtype:
+            raise InputError(
+                f"data: '{self.directory / name}' has the shape {marks.shape} of "
+                f"{marks.dtype}, not marks of {rows} rows; {_REMEDY}"
+            )
+        self._row_marks[split] = marks
+        return marks
+
+    def row_identity(self, split: str) -> RowIdentity:
+        """Describe the log rows of a split, to compare them with those of another time.
+
+        Neither excluded features nor semantic ids change it, nor where the data set is.
+        """
+        lengths = self.chunk_lengths(split)
+        return RowIdentity(
+            rows=int(lengths.sum()),
+            chunks=len(lengths),
+            lengths_digest=hashlib.sha256(lengths.astype("<i8").tobytes()).hexdigest(),
+            rows_digest=self.metadata.row_digests.get(split),
+        )
+
+    def check_shards(self, split: str) -> None:
+        """Check that the shards of a split are there and whole, without reading them.
+
+        Raises:
+          InputError: the split is unknown or empty, or a shard is missing, truncated or
+            of another data set.
+        """
+        records.check_shard_lengths(self.directory, split, self._shard_lengths(split))
 
     def load(
         self, split: str, start: int = 0, stop: int | None = None
@@ -214,9 +287,10 @@ class Dataset:
 
     def _load_array(self, name: str) -> np.ndarray:
         path = self._manifest.check(name)
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, EOFError, *_HEADER_ERRORS) as error:
-            raise InputError(
-                f"data: cannot read '{path}': {error}; {_REMEDY}"
-            ) from error
+        return read_with_retries(
+            lambda: np.load(path, mmap_mode="r", allow_pickle=False),
+            path,
+            "data:",
+            _REMEDY,
+            damage=(EOFError, *_HEADER_ERRORS),
+        )

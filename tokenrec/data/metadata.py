@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tokenrec.config.types import has_type, hint_name
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
-from tokenrec.runtime.files import read_json
+from tokenrec.runtime.files import digest_file, is_file, read_json, read_with_retries
 
 METADATA_FILE = "tokenrec.json"
 FORMAT_VERSION = 1
@@ -27,6 +27,7 @@ CHECKED = (
     "tokenizer.json",
     "items/*.npy",
     "chunks/*.npy",
+    "marks/*.npy",
     "vocabularies/*.parquet",
 )
 _REMEDY = "prepare the data set again"
@@ -38,7 +39,10 @@ _FIELD_TYPES = {
     "counts": dict[str, int],
     "options": dict[str, Any],
     "key_types": dict[str, str],
+    "row_digests": dict[str, str],
 }
+# Fields that data sets from before them lack.
+_OPTIONAL = ("row_digests",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Metadata:
       options: options of `prepare` that change its output (chunk_events, overlap, days
         of the splits).
       key_types: "user_id" and "item_id" -> "int64" or "string".
+      row_digests: split -> SHA-256 of its log rows in their order
+        (preparation/row_index.py); empty for a data set from before there was one.
     """
 
     schema: Schema
@@ -66,6 +72,7 @@ class Metadata:
     counts: dict[str, int]
     options: dict[str, Any]
     key_types: dict[str, str]
+    row_digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
         """Write `tokenrec.json`, the last file of a data set.
@@ -112,6 +119,7 @@ class Manifest(NamedTuple):
         Raises:
           InputError: the file is missing, cannot be read, or is not what `prepare`
             wrote.
+          StorageError: the storage is at fault, again and again.
         """
         path = self.directory / name
         # A data set from before there were digests still opens; the checks of values
@@ -140,7 +148,7 @@ def load_manifest(directory: Path) -> Manifest:
     """
     directory = Path(directory)
     path = directory / METADATA_FILE
-    if not path.exists():
+    if not is_file(path):
         raise InputError(
             f"data '{directory}' is not a prepared data set (no {METADATA_FILE}); run "
             "`tokenrec prepare`"
@@ -185,18 +193,18 @@ def checked_file(directory: Path, name: str) -> Path | None:
     """
     directory = Path(directory)
     files: dict[str, str] = {}
-    if (directory / METADATA_FILE).exists():
+    if is_file(directory / METADATA_FILE):
         manifest = load_manifest(directory)
         files = manifest.files
         if name in files:
             return manifest.check(name)
-    return directory / name if not files and (directory / name).exists() else None
+    return directory / name if not files and is_file(directory / name) else None
 
 
 def _parse_metadata(value: dict[str, Any], path: Path) -> Metadata:
     """Check the fields of `tokenrec.json` and build a `Metadata`."""
     for name in ("schema", *_FIELD_TYPES):
-        if name not in value:
+        if name not in value and name not in _OPTIONAL:
             raise InputError(f"data: '{path}' has no '{name}'; {_REMEDY}")
     for name, field_value in value.items():
         if name == "schema":
@@ -247,11 +255,5 @@ def _digest_value(value: dict[str, Any]) -> str:
 
 
 def _digest_file(path: Path) -> str:
-    """SHA-256 of a file."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(
-            f"data: '{path}' cannot be read: {error.strerror}; {_REMEDY}"
-        ) from error
+    """SHA-256 of a file, with retries."""
+    return read_with_retries(lambda: digest_file(path), path, "data:", _REMEDY)

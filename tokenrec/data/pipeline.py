@@ -21,8 +21,8 @@ The path of a log row from disk to device:
 
 **Resuming needs no state.** The batch of step n is a function of (data, config, seed,
 n). A checkpoint stores the step, and a resumed run passes it as `start`: nothing is
-replayed, and no iterator is saved. The price is one pass over the split at the start,
-which counts the samples of each window.
+replayed, and no iterator is saved. The price is a count of the samples of each window
+at the start, for which `prepare` keeps a few bytes of every log row (row_marks.py).
 
 **The number of processes changes nothing.** Every process holds the same windows and
 computes the same order of whole batches. It then gathers only the samples of its own
@@ -43,7 +43,7 @@ from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch, ReadRows
 from tokenrec.data.batch_order import TrainOrder
 from tokenrec.data.batch_shapes import batch_shapes, stream_lengths, task_names
-from tokenrec.data.windows import LogReader, Windows
+from tokenrec.data.windows import LogReader, OnProgress, Windows
 
 __all__ = [
     "LogReader",
@@ -61,7 +61,7 @@ BATCHES_AHEAD = 4
 
 
 def steps_per_epoch(dataset: LogReader, config: DataConfig) -> int:
-    """Count the training batches of one epoch. Reads the split once.
+    """Count the training batches of one epoch.
 
     Args:
       dataset: the prepared data set, without the excluded features.
@@ -80,6 +80,7 @@ def train_batches(
     start: int = 0,
     own: np.ndarray | None = None,
     ages: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> grain.DatasetIterator[HostBatch]:
     """Yield the batches of the steps `start` to `steps - 1`.
 
@@ -94,12 +95,16 @@ def train_batches(
       own: `[n] int64`, which samples of every batch this process gathers
         (`tokenrec.sharding.local_batch_indices`); None: all.
       ages: batches hold `Batch.ages`.
+      on_progress: called with a description of each part of the planning, which comes
+        before the first batch; what it raises ends it.
 
     Raises:
       InputError: no window has enough samples for a batch, the data set has no training
         split or no such task, or its chunks repeat fewer events than a history needs.
     """
-    windows = Windows(dataset, config, "train", train=True, ages=ages)
+    windows = Windows(
+        dataset, config, "train", train=True, ages=ages, on_progress=on_progress
+    )
     order = TrainOrder(windows, seed)
     batches = grain.MapDataset.range(start, steps).map(
         lambda step: order.batch(int(step), own)

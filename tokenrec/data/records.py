@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.schema import Schema, columns
 from tokenrec.errors import InputError
-from tokenrec.runtime.files import read_json
+from tokenrec.runtime.files import read_json, read_with_retries
 
 # Name and version of the data set in tensorflow-datasets.
 NAME = "tokenrec"
@@ -326,6 +326,7 @@ def read_records(
 
     Raises:
       InputError: a shard is missing, truncated or damaged; the message names it.
+      StorageError: the storage is at fault, again and again.
     """
     first = 0
     for shard, length in enumerate(lengths):
@@ -337,26 +338,94 @@ def read_records(
             yield from _read_shard(path, length, begin, end)
 
 
+def check_shard_lengths(directory: Path, split: str, lengths: list[int]) -> None:
+    """Check that the shards of a split exist, are whole, and have their records.
+
+    Reads the ends of the files only: a run whose last shard is missing should not learn
+    of it after days.
+
+    Args:
+      directory: folder of the data set.
+      split: name of the split.
+      lengths: records of each shard, as `shard_lengths` read them.
+
+    Raises:
+      InputError: a shard is missing, truncated, or of another data set.
+      StorageError: the storage is at fault, again and again.
+    """
+    for shard, length in enumerate(lengths):
+        path = shard_path(directory, split, shard, len(lengths))
+        _Shard(path, length).close()
+
+
 def _read_shard(path: Path, length: int, begin: int, end: int) -> Iterator[list[bytes]]:
     """Yield the records [begin, end) of a shard that should have `length` records."""
-    if not path.is_file():
-        raise InputError(f"data: the shard '{path}' is missing; {_REMEDY}")
-    try:
-        with contextlib.closing(
-            ArrayRecordReader(os.fspath(path), RANDOM_ACCESS)
-        ) as reader:
-            num_records = reader.num_records()
-            # A shard of another data set opens without an error, but has another
-            # number of records.
-            if num_records == length:
-                for place in range(begin, end, READ_CHUNKS):
-                    yield reader.read(place, min(place + READ_CHUNKS, end))
-    except RuntimeError as error:
-        raise InputError(
-            f"data: the shard '{path}' is damaged: {error}; {_REMEDY}"
-        ) from error
-    if num_records != length:
-        raise InputError(
-            f"data: the shard '{path}' holds {num_records} records, not {length}; it "
-            "belongs to another data set, so prepare this one again"
+    with contextlib.closing(_Shard(path, length)) as shard:
+        for place in range(begin, end, READ_CHUNKS):
+            yield shard.read(place, min(place + READ_CHUNKS, end))
+
+
+class _Shard:
+    """A shard that is open; a read that the storage fails is tried again.
+
+    Args:
+      path: path of the shard.
+      length: number of its records.
+
+    Raises:
+      InputError: the shard is missing, damaged or of another data set.
+      StorageError: the storage is at fault, again and again.
+    """
+
+    def __init__(self, path: Path, length: int) -> None:
+        self._path = path
+        self._length = length
+        self._reader: ArrayRecordReader | None = None
+        self._attempt(self._open)
+
+    def read(self, begin: int, end: int) -> list[bytes]:
+        """Read the records [begin, end)."""
+        return self._attempt(lambda: self._open().read(begin, end))
+
+    def close(self) -> None:
+        """Close the file."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            self._attempt(reader.close)
+
+    def _attempt[T](self, action: Callable[[], T]) -> T:
+        def attempt() -> T:
+            try:
+                return action()
+            except BaseException:
+                # A reader that has failed stays failed: the next attempt needs another.
+                self._reader = None
+                raise
+
+        return read_with_retries(
+            attempt, self._path, "data: the shard", _REMEDY, damage=(RuntimeError,)
         )
+
+    def _open(self) -> ArrayRecordReader:
+        """Return the reader, opened if it is not."""
+        if self._reader is not None:
+            return self._reader
+        if not self._path.is_file():
+            # Not `exists` alone: it is False as well where the storage is at fault.
+            self._path.stat()
+            raise InputError(f"data: the shard '{self._path}' is no file; {_REMEDY}")
+        reader = ArrayRecordReader(os.fspath(self._path), RANDOM_ACCESS)
+        if not reader.ok():
+            # The constructor keeps its error to itself, and `close` raises it.
+            reader.close()
+        num_records = reader.num_records()
+        # A shard of another data set opens without an error, but has another number of
+        # records.
+        if num_records != self._length:
+            raise InputError(
+                f"data: the shard '{self._path}' holds {num_records} records, not "
+                f"{self._length}; it belongs to another data set, so prepare this one "
+                "again"
+            )
+        self._reader = reader
+        return reader

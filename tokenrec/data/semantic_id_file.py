@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokenrec.errors import InputError
-from tokenrec.runtime.files import atomic_replace
+from tokenrec.runtime.files import atomic_replace, is_file, read_with_retries
 
 SEMANTIC_IDS = "semantic_ids.parquet"
 _DIGEST = b"sha256"
@@ -49,15 +49,21 @@ def load_semantic_ids(path: Path) -> SemanticIds:
     """
     file = Path(path) / SEMANTIC_IDS if Path(path).is_dir() else Path(path)
     where = f"semantic ids '{file}'"
-    if not file.is_file():
+    if not is_file(file):
         raise InputError(f"{where} do not exist; {_REMEDY}")
-    try:
+
+    def read() -> pa.Table:
         table = pq.read_table(file, page_checksum_verification=True)
         table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"{where} are not a Parquet file: {error}; make them again"
-        ) from error
+        return table
+
+    table = read_with_retries(
+        read,
+        file,
+        "semantic ids: the Parquet file",
+        "make them again",
+        damage=(pa.ArrowException, ValueError, OverflowError),
+    )
     if set(table.column_names) != {"item_id", "codes"}:
         raise InputError(
             f"{where} have the columns {', '.join(table.column_names)}, not item_id "

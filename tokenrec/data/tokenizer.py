@@ -25,7 +25,7 @@ import numpy as np
 from tokenrec.data.metadata import checked_file
 from tokenrec.data.schema import BYTES, FIRST_KNOWN, MISSING
 from tokenrec.errors import InputError
-from tokenrec.runtime.files import write_text_atomically
+from tokenrec.runtime.files import read_with_retries, write_text_atomically
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -112,12 +112,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             '"text" to the schema and prepare it again'
         )
     library = tokenizers_library()
-    try:
-        return library.Tokenizer.from_file(os.fspath(path))
-    except Exception as error:  # the library raises no finer one
-        raise InputError(
-            f"data: cannot read '{path}': {error}; prepare the data set again"
-        ) from error
+    return read_with_retries(
+        lambda: library.Tokenizer.from_file(os.fspath(path)),
+        path,
+        "data:",
+        "prepare the data set again",
+        damage=(Exception,),  # the library raises no finer one
+    )
 
 
 def encode_text(

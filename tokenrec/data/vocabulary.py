@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from tokenrec.data.metadata import checked_file
 from tokenrec.data.schema import FIRST_KNOWN, MISSING, UNKNOWN, Feature
 from tokenrec.errors import InputError
+from tokenrec.runtime.files import read_with_retries
 
 # Folder of the vocabularies, a Parquet file per table.
 VOCABULARIES = "vocabularies"
@@ -272,14 +273,19 @@ def load_vocabulary(directory: Path, table: str) -> np.ndarray:
             f"table '{table}' has no vocabulary in '{directory}'; name a table of a "
             "categorical or multi-valued feature"
         )
-    try:
+
+    def read() -> np.ndarray:
         values = pq.read_table(path)["value"]
         values.validate(full=True)
         return values.to_numpy()
-    except (pa.ArrowException, OSError, KeyError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"data: cannot read '{path}': {error}; prepare the data set again"
-        ) from error
+
+    return read_with_retries(
+        read,
+        path,
+        "data:",
+        "prepare the data set again",
+        damage=(pa.ArrowException, KeyError, ValueError, OverflowError),
+    )
 
 
 def canonical(values: pa.Array, where: str) -> pa.Array:

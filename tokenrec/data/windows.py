@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,11 +20,16 @@ from tokenrec.data.batch_shapes import stream_lengths, task_names
 from tokenrec.data.gather import ContextColumns, gather, rows_read
 from tokenrec.data.interaction_log import Catalogue, InteractionLog
 from tokenrec.data.metadata import Metadata
+from tokenrec.data.row_marks import log_of_marks
 from tokenrec.data.samples import Samples, cut_samples
 from tokenrec.data.schema import Schema, columns
 from tokenrec.data.two_slot_cache import TwoSlotCache
 from tokenrec.data.uc_samples import Streams
 from tokenrec.errors import InputError, suggest
+
+type OnProgress = Callable[[str], None]
+
+_BLOCK_ROWS = 1 << 18
 
 
 class LogReader(Protocol):
@@ -44,6 +49,22 @@ class LogReader(Protocol):
 
     def chunk_lengths(self, split: str) -> np.ndarray:
         """Log rows of each chunk of a split: `[chunks] int64`."""
+        ...
+
+    def row_marks(self, split: str) -> np.ndarray | None:
+        """Marks of the log rows of a split, with which its samples can be counted.
+
+        Returns:
+          `[R]` of `row_marks.marks_dtype`; None if there are none.
+        """
+        ...
+
+    def check_shards(self, split: str) -> None:
+        """Check that `load` will find the chunks of a split, without reading them.
+
+        Raises:
+          InputError: a file is missing or of another data set.
+        """
         ...
 
     def load(
@@ -102,6 +123,8 @@ class Windows:
       split: name of the split.
       train: cut samples for training rather than for evaluation.
       ages: batches hold `Batch.ages`.
+      on_progress: called with a description of what is planned next, many times if the
+        split is large; what it raises ends the planning.
 
     Attributes:
       config: as given.
@@ -122,6 +145,7 @@ class Windows:
         *,
         train: bool,
         ages: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> None:
         if split not in dataset.splits:
             known = suggest(split, dataset.splits)
@@ -143,11 +167,24 @@ class Windows:
         names = [task.name for task in dataset.schema.tasks]
         self._tasks = [names.index(name) for name in task_names(dataset.schema, config)]
         self._cache = TwoSlotCache(self._read)
-        self.plans = self._plan()
+        self.plans = self._plan(on_progress)
 
     def load(self, number: int) -> Window:
-        """Return a window, read from disk unless it is in memory."""
-        return self._cache.get((self.plans[number].start, self.plans[number].stop))
+        """Return a window, read from disk unless it is in memory.
+
+        Raises:
+          InputError: its log rows are damaged, or not those that were planned with.
+        """
+        plan = self.plans[number]
+        window = self._cache.get((plan.start, plan.stop))
+        samples = len(window.samples.length)
+        if samples != plan.samples:
+            raise InputError(
+                f"data: chunks {plan.start} to {plan.stop - 1} of split '{self.split}' "
+                f"have {samples} samples, and {plan.samples} by the marks of their "
+                "rows; files of two data sets were mixed: prepare the data set again"
+            )
+        return window
 
     def gather(self, number: int, chosen: np.ndarray, length: int) -> HostBatch:
         """Gather samples of a window into a batch.
@@ -212,31 +249,87 @@ class Windows:
         bucket = np.searchsorted(self.lengths, seen).astype(np.int8)
         return Window(log, samples, bucket)
 
-    def _plan(self) -> list[WindowPlan]:
+    def _plan(self, on_progress: OnProgress | None) -> list[WindowPlan]:
         """Cut the split into windows of about equal size, and count their samples.
 
-        Counting reads every window once. How many samples a window has depends on the
-        config, and the order of batches cannot be known without it.
+        How many samples a window has depends on the config, and the order of batches
+        cannot be known without it.
         """
-        ends = np.cumsum(self._dataset.chunk_lengths(self.split))
-        # The number of windows, rounded up.
-        count = -(-int(ends[-1]) // self.config.window_rows)
-        # Cut after the chunk that reaches each n-th share of the log rows. A chunk
-        # larger than a share makes two cuts fall together, and `unique` joins them.
-        inner = np.searchsorted(ends, np.arange(1, count) * ends[-1] / count) + 1
-        edges = np.unique([0, *inner, len(ends)]).tolist()
+        lengths = self._dataset.chunk_lengths(self.split)
+        self._dataset.check_shards(self.split)
+        start_of_chunk = np.concatenate([[0], np.cumsum(lengths)])
+        edges = _cut_evenly(lengths, self.config.window_rows)
+        marks = self._dataset.row_marks(self.split)
         plans = []
-        for start, stop in itertools.pairwise(edges):
-            samples = self._cache.get((start, stop)).samples
-            plan = WindowPlan(
-                start=start,
-                stop=stop,
-                first_row=int(ends[start - 1]) if start else 0,
-                samples=len(samples.length),
-                requests=int(samples.opens.sum()),
-            )
-            plans.append(plan)
+        for number, (start, stop) in enumerate(itertools.pairwise(edges), 1):
+
+            def report(number: int = number) -> None:
+                if on_progress is not None:
+                    on_progress(
+                        f"planning the split '{self.split}': window {number} of "
+                        f"{len(edges) - 1}"
+                    )
+
+            report()
+            if marks is None:
+                # A data set from before there were marks: its log rows are read.
+                counts = _count(self._cache.get((start, stop)).samples)
+            else:
+                counts = self._count_by_marks(
+                    marks, start_of_chunk[start : stop + 1], report
+                )
+            plans.append(WindowPlan(start, stop, int(start_of_chunk[start]), *counts))
         return plans
+
+    def _count_by_marks(
+        self, marks: np.ndarray, start: np.ndarray, report: Callable[[], None]
+    ) -> tuple[int, int]:
+        """Count the samples and the requests of a window without its log rows.
+
+        Args:
+          marks: those of the split.
+          start: `[U + 1] int64`, first log row of each chunk of the window, counted in
+            the split.
+          report: called before each block but the first.
+        """
+        samples = requests = 0
+        # Blocks of chunks that fit in the cache of a core: three times as fast.
+        blocks = _cut_evenly(np.diff(start), _BLOCK_ROWS)
+        for begin, end in itertools.pairwise(blocks):
+            if begin:
+                report()
+            first, last = start[[begin, end]]
+            log = log_of_marks(
+                marks[first:last], start[begin : end + 1] - first, self._tasks
+            )
+            counts = _count(cut_samples(log, self.config, train=self._train))
+            samples += counts[0]
+            requests += counts[1]
+        return samples, requests
+
+
+def _cut_evenly(lengths: np.ndarray, rows: int) -> list[int]:
+    """Cut chunks into parts of about equal size.
+
+    Args:
+      lengths: `[U] int64`, log rows of each chunk.
+      rows: about the most log rows of a part.
+
+    Returns:
+      The chunks at which parts begin, and U.
+    """
+    ends = np.cumsum(lengths)
+    # The number of parts, rounded up.
+    count = -(-int(ends[-1]) // rows)
+    # Cut after the chunk that reaches each n-th share of the log rows. A chunk larger
+    # than a share makes two cuts fall together, and `unique` joins them.
+    inner = np.searchsorted(ends, np.arange(1, count) * ends[-1] / count) + 1
+    return np.unique([0, *inner, len(ends)]).tolist()
+
+
+def _count(samples: Samples) -> tuple[int, int]:
+    """Number of samples, and of requests (NIO) or streams (UC)."""
+    return len(samples.length), int(samples.opens.sum())
 
 
 def _contiguous[T: (InteractionLog, Catalogue)](arrays: T) -> T:

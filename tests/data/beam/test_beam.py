@@ -24,6 +24,7 @@ from tokenrec.data.beam.prepare import prepare_with_beam
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.preparation.intake import PARTITION_ROWS
 from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.row_marks import log_of_marks
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import LogPart
 from tokenrec.data.sources.delimited import DelimitedSource
@@ -225,9 +226,10 @@ def assert_equal_but_for_order(local: Path, beam: Path) -> None:
     schemas = [
         dataclasses.replace(m.schema, features=tuple(plain)) for m in (one, other)
     ]
-    assert dataclasses.replace(one, schema=schemas[0]) == dataclasses.replace(
-        other, schema=schemas[1]
-    )
+    # The digests of rows stand for their order as well.
+    assert dataclasses.replace(
+        one, schema=schemas[0], row_digests={}
+    ) == dataclasses.replace(other, schema=schemas[1], row_digests={})
 
 
 def test_a_log_of_one_partition_gives_the_files_of_the_local_path(
@@ -256,6 +258,16 @@ def test_many_partitions_give_the_same_chunks_in_another_order(
     assert list(by_user(tmp_path / "beam")["train"]) != list(
         by_user(tmp_path / "local")["train"]
     )
+    digests = open_dataset(tmp_path / "local").metadata.row_digests
+    assert found.row_digests.keys() == digests.keys()
+    assert not found.row_digests.items() & digests.items()
+    data = open_dataset(tmp_path / "beam")
+    for split in data.splits:
+        log, marks = data.load(split), data.row_marks(split)
+        assert marks is not None
+        marked = log_of_marks(marks, log.start, [0])
+        np.testing.assert_array_equal(marked.flags, log.flags)
+        np.testing.assert_array_equal(marked.labels[:, 0], log.labels[:, 0])
     assert found.counts["repeats_dropped"] >= 60
     assert found.counts["users"] == 60, "those of the log and those of the table alone"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import stat
 import tarfile
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tokenrec.data.sources.archive import extract
+from tokenrec.data.sources.archive import MAX_HEADER_BYTES, extract
 from tokenrec.errors import InputError
 
 # It must not compress: the tests cut archives at half of their length.
@@ -97,6 +98,91 @@ def test_an_archive_that_unpacks_to_too_much_is_stopped(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="more than max_bytes=1000"):
         extract(archive, tmp_path / "out", max_bytes=1000)
     assert [p.name for p in tmp_path.iterdir()] == ["a.tar.gz"]
+
+
+def header(kind: bytes, body: bytes, name: str = "h") -> bytes:
+    """A member of a tar file as bytes, its header included."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    info.size = len(body)
+    return info.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % 512)
+
+
+def attribute(length: int, name: str = "comment") -> bytes:
+    """An attribute of a pax header with a value of `length` bytes."""
+    rest = b" " + name.encode() + b"=" + b"x" * length + b"\n"
+    size = len(rest)
+    while len(str(size)) + len(rest) != size:
+        size = len(str(size)) + len(rest)
+    return str(size).encode() + rest
+
+
+SMALL = header(tarfile.REGTYPE, b"content", "a")
+# What a gzip of a few kilobytes unpacks to gigabytes of: here only as large as it takes
+# to be refused.
+HUGE = {
+    "attributes": header(tarfile.XHDTYPE, attribute(MAX_HEADER_BYTES)) + SMALL,
+    "global attributes": header(tarfile.XGLTYPE, attribute(MAX_HEADER_BYTES)) + SMALL,
+    "many global attributes": b"".join(
+        header(tarfile.XGLTYPE, attribute(MAX_HEADER_BYTES // 2, f"key{i}"))
+        + header(tarfile.REGTYPE, b"", f"a{i}")
+        for i in range(4)
+    ),
+    "a long name": header(tarfile.GNUTYPE_LONGNAME, b"n" * (MAX_HEADER_BYTES + 1))
+    + SMALL,
+    "a long link": header(tarfile.GNUTYPE_LONGLINK, b"n" * (MAX_HEADER_BYTES + 1))
+    + SMALL,
+    "a sparse file": header(tarfile.GNUTYPE_SPARSE, b"", "a"),
+    "a sparse file by its attributes": header(
+        tarfile.XHDTYPE,
+        b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n24 GNU.sparse.name=a.txt\n",
+    )
+    + header(tarfile.REGTYPE, b"1\n0\n0\n"),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+@pytest.mark.parametrize("compressed", [True, False])
+def test_a_header_that_would_fill_memory_is_refused(
+    tmp_path: Path, name: str, compressed: bool
+) -> None:
+    content = HUGE[name] + bytes(1024)
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(gzip.compress(content) if compressed else content)
+    with pytest.raises(InputError, match=r"names or attributes of \d+|a sparse file"):
+        extract(archive, tmp_path / "out", max_bytes=10**6)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ordinary_attributes_and_long_names_are_read(tmp_path: Path) -> None:
+    long = "/".join(["folder" * 20] * 10)
+    for number, form in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
+        archive = tmp_path / f"{number}.tar.gz"
+        with tarfile.open(archive, "w:gz", format=form) as bundle:
+            for name in (f"{long}/a", f"{long}/b"):
+                info = tarfile.TarInfo(name)
+                info.size = 3
+                info.pax_headers = {"comment": "c" * 5000}
+                bundle.addfile(info, io.BytesIO(b"abc"))
+        paths = extract(archive, tmp_path / f"out{number}", max_bytes=100)
+        assert [path.read_bytes() for path in paths] == [b"abc", b"abc"]
+
+
+def test_members_that_were_read_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their attributes would add up over any number of members."""
+    archive = tar_of(tmp_path / "a.tar.gz", *((f"{i}", b"x") for i in range(50)))
+    kept: list[int] = []
+    usual = tarfile.TarFile.extractfile
+
+    def extractfile(self: tarfile.TarFile, member: tarfile.TarInfo) -> object:
+        kept.append(len(self.members))  # type: ignore[attr-defined]
+        return usual(self, member)
+
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", extractfile)
+    assert len(extract(archive, tmp_path / "out", max_bytes=1000)) == 50
+    assert set(kept) == {0}
 
 
 def test_a_truncated_archive_leaves_no_folder(tmp_path: Path) -> None:

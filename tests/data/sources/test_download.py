@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import io
 import logging
+import re
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tokenrec.data.sources.download import download
+from tokenrec.data.sources.download import _WebRedirects, download
 from tokenrec.errors import InputError
 
 BODY = np.random.default_rng(0).bytes(300_000)
@@ -30,6 +33,7 @@ class Server:
             int
         ] = []  # bytes sent of each of the next answers before the connection drops
         self.statuses: list[int] = []  # errors of the next answers
+        self.redirects: list[str] = []  # addresses that the next answers point to
         self.asked: list[str | None] = []
         self.url = ""
 
@@ -41,6 +45,12 @@ def handler_of(server: Server) -> type[http.server.BaseHTTPRequestHandler]:
             server.asked.append(wanted)
             if server.statuses:
                 self.send_error(server.statuses.pop(0))
+                return
+            if server.redirects:
+                self.send_response(302)
+                self.send_header("Location", server.redirects.pop(0))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
                 return
             start = (
                 int(wanted.removeprefix("bytes=").removesuffix("-"))
@@ -186,6 +196,46 @@ def test_a_missing_file_fails_at_once(server: Server, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="answers 404"):
         fetch(server, tmp_path / "f")
     assert len(server.asked) == 1
+
+
+def test_a_redirect_within_http_is_followed(server: Server, tmp_path: Path) -> None:
+    server.redirects = ["/elsewhere", server.url]
+    fetch(server, tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    "address", ["ftp://127.0.0.1:1/data", "file:///etc/passwd", "FTP://127.0.0.1:1/d"]
+)
+def test_a_redirect_to_another_protocol_is_refused_at_once(
+    server: Server, tmp_path: Path, address: str
+) -> None:
+    server.redirects = [address, address]
+    with pytest.raises(InputError, match=r"(?i)" + re.escape(address)) as refused:
+        fetch(server, tmp_path / "f")
+    assert server.url in str(refused.value)
+    assert len(server.asked) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_redirect_may_not_leave_https() -> None:
+    """A test server without a certificate cannot show it: the handler is asked."""
+    redirects = _WebRedirects()
+    to_plain = ("https://a.org/x", "http://a.org/y")
+    with pytest.raises(InputError, match="which is not https; refused"):
+        redirects.redirect_request(
+            urllib.request.Request(to_plain[0]),
+            io.BytesIO(),
+            302,
+            "Found",
+            {},
+            to_plain[1],
+        )
+    followed = redirects.redirect_request(
+        urllib.request.Request(to_plain[1]), io.BytesIO(), 302, "Found", {}, to_plain[0]
+    )
+    assert followed is not None
+    assert followed.full_url == to_plain[0]
 
 
 def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:

@@ -272,9 +272,9 @@ def test_a_missing_parquet_column_and_a_file_of_another_format_are_input_errors(
     assert "no column 'usr'; did you mean 'user'?" in parquet_problem(
         path, {"usr": pa.int64()}
     )
-    assert "cannot be read as Parquet" in parquet_problem(
+    assert "cannot be read: Parquet magic bytes" in parquet_problem(
         write(tmp_path / "b.parquet", HEADER), TYPES
     )
-    assert "cannot be read as Parquet" in parquet_problem(
+    assert "cannot be read: No such file" in parquet_problem(
         tmp_path / "absent.parquet", TYPES
     )

@@ -38,6 +38,7 @@ from tokenrec.data.preparation.partition import (
     pack_user_features,
     sort_and_deduplicate,
 )
+from tokenrec.data.preparation.row_index import ChunkIndex, index_chunks
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import LogPart, PartitionedSource
 from tokenrec.errors import InputError
@@ -72,11 +73,11 @@ class PartitionReport(NamedTuple):
 
     Attributes:
       counts: counts of its log rows and moments of their features.
-      sizes: by split, `[U] int64`, log rows of each chunk.
+      chunks: index of its chunks, by split.
     """
 
     counts: PreparationCounts
-    sizes: dict[str, np.ndarray]
+    chunks: dict[str, ChunkIndex]
 
 
 def count_partitions(
@@ -99,7 +100,7 @@ def build_shards(
     splits: Sequence[str],
     user_id_type: str,
     pipeline_options: Any,
-) -> tuple[dict[str, records.Shards], str, list[PartitionReport]]:
+) -> tuple[dict[str, records.Shards], str, Iterator[PartitionReport]]:
     """Run the second pass, and write the shards of `splits` below `options.work`.
 
     Args:
@@ -111,7 +112,7 @@ def build_shards(
 
     Returns:
       The shards of each split, their folder, and the reports of the partitions in
-      order.
+      order, each of which is read when it is asked for.
 
     Raises:
       InputError: rows of one request have different times.
@@ -134,8 +135,7 @@ def build_shards(
     for name in splits:
         info = builder.info.splits[name]
         shards[name] = records.Shards(list(info.shard_lengths), info.num_bytes)
-    reports = list(load_records(options.work, "reports"))
-    return shards, str(builder.data_path), reports
+    return shards, str(builder.data_path), load_records(options.work, "reports")
 
 
 class Tokenrec(tfds.core.GeneratorBasedBuilder):
@@ -263,7 +263,7 @@ def _make_chunks(
     del log_blocks  # the rows were copied; this is most of the partition's memory
 
     # 3. The steps of the local path.
-    counts, sizes = PreparationCounts.empty(schema), {}
+    counts, chunks = PreparationCounts.empty(schema), {}
     try:
         rows = sort_and_deduplicate(rows, schema, counts)
     except InputError as error:
@@ -272,11 +272,11 @@ def _make_chunks(
     user_ids = users.index.values()
     user_features = pack_user_features(users, schema)
     for run in cut_into_chunks(rows, options.chunk_events, options.overlap):
-        sizes[run.split] = np.diff(run.start)
+        chunks[run.split] = index_chunks(run, user_ids)
         for position, chunk in enumerate(chunk_records(run, user_ids, user_features)):
             key = (partition << _POSITION_BITS) + position
             yield tagged(run.split, (key, chunk._asdict()))
-    yield tagged("reports", (partition, PartitionReport(counts, sizes)))
+    yield tagged("reports", (partition, PartitionReport(counts, chunks)))
 
 
 def _save_report(numbered: tuple[int, PartitionReport], work: str) -> None:

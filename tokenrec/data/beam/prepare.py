@@ -15,11 +15,12 @@ The steps:
 1. Scan (`scan.py`): check every row, collect distinct values, summarise.
 2. Driver (`entities.py`): write vocabularies, tokenizer and catalogue; share the ids.
 3. Build (`builder.py`): encode every row again with final ids, make chunks and shards.
-4. Driver: copy the shards into the folder, and write the index of chunks and metadata.
+4. Driver: copy the shards into the folder, and write the index of rows and metadata.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -28,7 +29,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from tokenrec.data import records
@@ -42,9 +42,9 @@ from tokenrec.data.preparation.folder import (
     check_options,
     file_checksums,
     make_metadata,
-    write_chunk_index,
 )
 from tokenrec.data.preparation.intake import BLOCK_ROWS, check_has_training_rows
+from tokenrec.data.preparation.row_index import IndexWriter
 from tokenrec.data.preparation.staging import staged_folder
 from tokenrec.data.source import SPLITS, PartitionedSource, Source
 from tokenrec.data.vocabulary import value_tables
@@ -144,7 +144,7 @@ def _run_passes(
 ) -> Metadata:
     """Write all files of the data set to `folder`."""
     rows, written = _scan_log(source, folder, options)
-    shards = _build_shards(source, folder, rows, written, options)
+    shards, row_digests = _build_shards(source, folder, rows, written, options)
     counts = written.counts
     metadata = make_metadata(
         folder,
@@ -157,6 +157,7 @@ def _run_passes(
         source.provenance,
         checksums,
         {"chunk_events": options.chunk_events, "overlap": options.overlap},
+        row_digests,
     )
     records.write_metadata(folder, shards, metadata)
     # Last: it holds the digests of all other files but the shards.
@@ -201,8 +202,12 @@ def _build_shards(
     rows: RowSummary,
     written: WrittenEntities,
     options: _Options,
-) -> dict[str, records.Shards]:
-    """Run the second pass (steps 3 and 4); add its counts to `written.counts`."""
+) -> tuple[dict[str, records.Shards], dict[str, str]]:
+    """Run the second pass (steps 3 and 4); add its counts to `written.counts`.
+
+    Returns:
+      The shards of each split, and the SHA-256 of its rows.
+    """
     # Imported here: tensorflow-datasets takes about a second.
     from tokenrec.data.beam import builder
 
@@ -217,15 +222,15 @@ def _build_shards(
         source, build_options, splits, written.key_types["user_id"], options.pipeline
     )
     # Reports come in the order of partitions, and so do the records of the shards: the
-    # index of chunks must have the same order.
-    sizes: dict[str, list[np.ndarray]] = {name: [] for name in splits}
-    for report in reports:
-        written.counts.merge(report.counts)
-        for name, chunk_rows in report.sizes.items():
-            sizes[name].append(chunk_rows)
-    write_chunk_index(folder, sizes)
+    # index must have the same order.
+    with contextlib.closing(IndexWriter(folder)) as index:
+        for report in reports:
+            written.counts.merge(report.counts)
+            for name, part in report.chunks.items():
+                index.add(name, part)
+        row_digests = index.finish()
     _copy_shards(built, folder, shards)
-    return shards
+    return shards, row_digests
 
 
 def _copy_shards(

@@ -1,15 +1,16 @@
 """Write the files of a prepared folder that are not shards, and make its metadata.
 
-These are vocabularies, tokenizer, catalogue, index of chunks and `tokenrec.json`. The
+These are vocabularies, tokenizer, catalogue and `tokenrec.json`; row_index.py writes
+the index of the log rows. The
 local path and Apache Beam both call these functions.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from tokenrec.data.vocabulary import (
     value_tables,
 )
 from tokenrec.errors import InputError
+from tokenrec.runtime.files import digest_file, read_with_retries
 
 LONGEST_ITEM_ID = 1024  # characters
 NOTHING_TO_LEARN = (
@@ -81,14 +83,12 @@ def file_checksums(provenance: Provenance) -> dict[str, str]:
     name_counts = Counter(path.name for path in files)
     checksums = {}
     for path in files:
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise InputError(
-                f"source: cannot read '{os.fspath(path)}': {error.strerror}; check the "
-                "path and its permissions"
-            ) from error
+        digest = read_with_retries(
+            functools.partial(digest_file, path),
+            path,
+            "source:",
+            "check the path and its permissions",
+        )
         is_unique = name_counts[path.name] == 1
         name = path.name if is_unique else f"{path.parent.name}/{path.name}"
         checksums[name] = digest
@@ -192,21 +192,6 @@ def _fixed_width(item_id: np.ndarray) -> np.ndarray:
     return item_id.astype(str)
 
 
-def write_chunk_index(folder: Path, sizes: Mapping[str, Sequence[np.ndarray]]) -> None:
-    """Write the number of log rows of each chunk, a file per split.
-
-    Args:
-      folder: the prepared folder.
-      sizes: by split, arrays `[chunks]` that follow one another.
-    """
-    (folder / records.INDEX).mkdir()
-    for split, parts in sizes.items():
-        np.save(
-            folder / records.INDEX / f"{split}.npy",
-            np.concatenate(parts).astype(np.int64),
-        )
-
-
 def digest_ids(folder: Path, schema: Schema) -> str:
     """Compute a SHA-256 of the meaning of all ids.
 
@@ -248,6 +233,7 @@ def make_metadata(
     provenance: Provenance,
     checksums: dict[str, str],
     options: Mapping[str, int],
+    row_digests: dict[str, str],
 ) -> Metadata:
     """Make the metadata of a folder whose other files are written.
 
@@ -262,6 +248,7 @@ def make_metadata(
       provenance: origin of the data.
       checksums: SHA-256 of the raw files.
       options: options of `prepare` that change its output.
+      row_digests: SHA-256 of the log rows of each split.
 
     Returns:
       The metadata, with features normalised by `moments` and chunks counted.
@@ -293,4 +280,5 @@ def make_metadata(
         counts=dict(sorted(all_counts.items())),
         options=dict(options),
         key_types=key_types,
+        row_digests=row_digests,
     )

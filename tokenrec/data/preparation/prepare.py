@@ -15,7 +15,8 @@ Two passes: steps 1 and 2 read the log, steps 3 and 4 its encoded rows.
 3. Chunks (`partition.py`, `chunks.py`). One partition at a time is sorted, freed from
    repeats, counted and cut into chunks. Means and deviations of dense features are
    gathered on the way (`moments.py`).
-4. Shards (`tokenrec/data/records.py`). Each chunk is written as one record.
+4. Shards (`tokenrec/data/records.py`). Each chunk is written as one record, and its
+   rows are noted in the index of the split (`row_index.py`).
 
 Memory holds, at any time:
 
@@ -29,6 +30,7 @@ Memory holds, at any time:
 | `scratch/` (encoded rows by user) | during 1 and 2; removed at the end |
 | `vocabularies/`, `tokenizer.json`, `items/` | between the passes |
 | shards | during 4 |
+| `marks/` (how each row is cut into samples) | during 4 |
 | `chunks/` (rows of each chunk) | after the last shard |
 | `dataset_info.json`, `features.json`, `tokenrec.json` | last |
 
@@ -51,7 +53,6 @@ from tokenrec.data.preparation.folder import (
     file_checksums,
     make_metadata,
     write_catalogue,
-    write_chunk_index,
     write_tokenizer,
     write_vocabularies,
 )
@@ -65,8 +66,9 @@ from tokenrec.data.preparation.partition import (
     pack_user_features,
     sort_and_deduplicate,
 )
+from tokenrec.data.preparation.row_index import IndexWriter, index_chunks
 from tokenrec.data.preparation.staging import scratch_folder, staged_folder
-from tokenrec.data.source import SPLITS, Provenance, Source
+from tokenrec.data.source import Provenance, Source
 from tokenrec.errors import InputError
 
 
@@ -139,6 +141,8 @@ class _FolderWriter:
         self.vocabulary_ids: dict[str, np.ndarray] = {}
         self.table_rows: dict[str, int] = {}
         self.split_writers: dict[str, records.SplitWriter] = {}
+        self.index_writer = IndexWriter(folder)
+        self.row_digests: dict[str, str] = {}
         self.counts = PreparationCounts.empty(self.schema)
         # Moments of rows and actions are part of `counts`.
         self.moments = [
@@ -170,8 +174,7 @@ class _FolderWriter:
         self.items.dense = self.items.dense[:0]
 
     def write_chunks(self, chunk_events: int, overlap: int) -> None:
-        """Write the shards of all splits, and the index of chunks."""
-        sizes: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        """Write the shards of all splits, and their index."""
         try:
             for partition in self.ingestion.partitions.read():
                 row = partition["row"]
@@ -186,17 +189,15 @@ class _FolderWriter:
                 partition = sort_and_deduplicate(partition, self.schema, self.counts)
                 for run in cut_into_chunks(partition, chunk_events, overlap):
                     self._write_run(run)
-                    sizes[run.split].append(np.diff(run.start))
             for split_writer in self.split_writers.values():
                 split_writer.finish()
+            self.row_digests = self.index_writer.finish()
         finally:
+            self.index_writer.close()
             for split_writer in self.split_writers.values():
                 split_writer.close()
         if not self.split_writers:
             raise InputError(NOTHING_TO_LEARN)
-        write_chunk_index(
-            self.folder, {split: sizes[split] for split in self.split_writers}
-        )
 
     def _write_run(self, run: ChunkRun) -> None:
         # A split without chunks has no shards, so that it is absent from the metadata.
@@ -204,6 +205,7 @@ class _FolderWriter:
             self.split_writers[run.split] = records.SplitWriter(self.folder, run.split)
         for chunk in chunk_records(run, self.user_ids, self.user_features):
             self.split_writers[run.split].write(chunk)
+        self.index_writer.add(run.split, index_chunks(run, self.user_ids))
 
     def write_metadata(
         self, provenance: Provenance, checksums: dict[str, str], options: dict[str, int]
@@ -230,6 +232,7 @@ class _FolderWriter:
             provenance,
             checksums,
             options,
+            self.row_digests,
         )
         records.write_metadata(self.folder, shards, metadata)
         # Last: it holds the digests of all other files but the shards.

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tokenrec.data.metadata import METADATA_FILE
-from tokenrec.errors import InputError
+from tokenrec.errors import InputError, StorageError
+from tokenrec.runtime.retry import is_transient, retry, storage_error
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -35,13 +36,16 @@ def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
       InputError: `out` exists, and `overwrite` is False or `out` is not a prepared data
         set; or the disk is full.
+      StorageError: the disk of `out` is at fault.
     """
     out = Path(os.path.abspath(out))
     _check_replaceable(out, overwrite)
     _remove_leftovers(out)
     folder = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
     try:
-        folder.mkdir(parents=True)
+        retry(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
+    except StorageError:
+        raise
     except OSError as error:
         raise InputError(
             f"out='{out}': cannot make '{folder}': {error.strerror}; "
@@ -56,6 +60,9 @@ def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     # ArrayRecordWriter reports a full disk as a RuntimeError.
     except (OSError, RuntimeError) as error:
         if not _is_full_disk(error):
+            # Of a write that failed, ArrayRecord tells in a RuntimeError too.
+            if is_transient(error) and not isinstance(error, StorageError):
+                raise storage_error(error, folder) from error
             raise
         raise InputError(
             f"out='{out}': no space left on the disk, or the quota is used up; free "

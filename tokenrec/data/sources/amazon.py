@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import pyarrow as pa
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.data.source import SPLITS, Provenance
 from tokenrec.errors import InputError
-from tokenrec.runtime.files import read_json
+from tokenrec.runtime.files import RetryingFile, read_json
 
 START_MS = 1_388_534_400_000  # 2014-01-01 UTC, arbitrary
 DAY_MS = 86_400_000
@@ -187,7 +188,7 @@ def read_sequences(path: Path) -> Sequences:
     """
     line_of_user: dict[int, int] = {}
     items: list[np.ndarray] = []
-    with path.open("rb") as file:
+    with io.BufferedReader(RetryingFile(path)) as file:
         for number, line in enumerate(file, 1):
             fields = line.split()
             if not fields:

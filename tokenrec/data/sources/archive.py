@@ -7,6 +7,7 @@ bytes or files than expected are refused.
 from __future__ import annotations
 
 import gzip
+import io
 import lzma
 import os
 import shutil
@@ -19,9 +20,12 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from tokenrec.data.sources.download import BLOCK_BYTES, DISK_ERRORS
-from tokenrec.errors import InputError
+from tokenrec.errors import InputError, StorageError
+from tokenrec.runtime.files import RetryingFile, reading_error
+from tokenrec.runtime.retry import is_transient
 
 MAX_FILES = 10_000  # in an archive
+MAX_HEADER_BYTES = 1 << 18  # of the name or the attributes of a file in a tar
 
 # Errors of the readers of archives where bytes are wrong, besides OSError. ValueError
 # stands for a name or a number in a header.
@@ -121,8 +125,10 @@ def _unpack(
     return paths
 
 
-def _unpacking_problem(archive: Path, out: Path, error: Exception) -> InputError:
-    """Make the InputError for an error of `_unpack`."""
+def _unpacking_problem(
+    archive: Path, out: Path, error: Exception
+) -> InputError | StorageError:
+    """Make the error to raise for an error of `_unpack`."""
     if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
         return InputError(
             f"archive '{archive}' holds a name twice, or as a file and as a folder "
@@ -133,6 +139,9 @@ def _unpacking_problem(archive: Path, out: Path, error: Exception) -> InputError
             f"'{out}' cannot be written ({error.strerror}); make room or choose "
             "another folder"
         )
+    # Reads of the archive were tried again already; this may be a write as well.
+    if is_transient(error):
+        return reading_error(error, archive, "archive", "")
     return InputError(
         f"archive '{archive}' cannot be read ({error}); delete it and fetch it again"
     )
@@ -140,7 +149,7 @@ def _unpacking_problem(archive: Path, out: Path, error: Exception) -> InputError
 
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield name and content of each regular file, read once from front to back."""
-    with open(archive, "rb") as file:
+    with RetryingFile(archive) as file:
         magic = file.read(2)
     if magic == b"PK":
         yield from _zip_members(archive)
@@ -149,7 +158,7 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def _zip_members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    with zipfile.ZipFile(archive) as bundle:
+    with RetryingFile(archive) as file, zipfile.ZipFile(file) as bundle:
         for info in bundle.infolist():
             if info.is_dir():
                 continue
@@ -163,9 +172,16 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 def _tar_members(archive: Path, is_gzip: bool) -> Iterator[tuple[str, IO[bytes]]]:
     # The tarfile module would unpack gzip too, but does not look at its checksum.
-    with gzip.open(archive) if is_gzip else open(archive, "rb") as file:
-        with tarfile.open(fileobj=file, mode="r|" if is_gzip else "r|*") as bundle:
-            for member in bundle:
+    with (
+        io.BufferedReader(RetryingFile(archive)) as compressed,
+        gzip.open(compressed) if is_gzip else compressed as file,
+    ):
+        with tarfile.open(
+            fileobj=file, mode="r|" if is_gzip else "r|*", tarinfo=_SmallMember
+        ) as bundle:
+            while (member := bundle.next()) is not None:
+                # The module would keep every member, with its attributes.
+                bundle.members.clear()  # type: ignore[attr-defined]
                 if member.isdir():
                     continue
                 content = bundle.extractfile(member) if member.isreg() else None
@@ -176,6 +192,42 @@ def _tar_members(archive: Path, is_gzip: bool) -> Iterator[tuple[str, IO[bytes]]
         # The checksum comes after the end of the tar: read on, so that it is checked.
         while file.read(BLOCK_BYTES):
             pass
+
+
+class _SmallMember(tarfile.TarInfo):
+    """A member of a tar file whose headers are small; others are refused.
+
+    A long name, attributes and the map of a sparse file come in headers of their own,
+    of any size. The module reads each into memory as a whole, and a few kilobytes of
+    gzip unpack to gigabytes of them.
+    """
+
+    def _proc_gnulong(self, bundle: tarfile.TarFile) -> tarfile.TarInfo:
+        _check_header(self.size)
+        return super()._proc_gnulong(bundle)  # type: ignore[misc]
+
+    def _proc_pax(self, bundle: tarfile.TarFile) -> tarfile.TarInfo:
+        _check_header(self.size)
+        member = super()._proc_pax(bundle)  # type: ignore[misc]
+        # Global attributes add up, over any number of headers.
+        _check_header(sum(map(len, bundle.pax_headers.values())))
+        return member
+
+    def _proc_sparse(self, bundle: tarfile.TarFile) -> tarfile.TarInfo:
+        raise tarfile.ReadError("a sparse file; pack it as a plain one")
+
+    def _proc_gnusparse_00(self, *args: object) -> None:
+        raise tarfile.ReadError("a sparse file; pack it as a plain one")
+
+    _proc_gnusparse_01 = _proc_gnusparse_00
+    _proc_gnusparse_10 = _proc_gnusparse_00
+
+
+def _check_header(size: int) -> None:
+    if size > MAX_HEADER_BYTES:
+        raise tarfile.ReadError(
+            f"names or attributes of {size} bytes, more than {MAX_HEADER_BYTES}"
+        )
 
 
 def _refusal(archive: Path, name: str) -> InputError:

@@ -14,8 +14,10 @@ import os
 import shutil
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from tokenrec.errors import InputError
 
@@ -112,11 +114,38 @@ def download(
     return digest
 
 
+class _WebRedirects(urllib.request.HTTPRedirectHandler):
+    """Follow redirects to http and https, and never from https to http.
+
+    urllib would follow them to ftp as well, where no certificate says who answers.
+    """
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: Any,
+        code: int,
+        msg: str,
+        headers: Any,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        allowed = ("https",) if req.type == "https" else ("https", "http")
+        scheme = urllib.parse.urlsplit(newurl).scheme.lower()
+        if scheme not in allowed:
+            fp.close()
+            raise InputError(
+                f"url '{req.full_url}' redirects to '{newurl}', which is not "
+                f"{' or '.join(allowed)}; refused; give the address of the file itself"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _retry_reason(error: Exception, url: str, part: Path) -> str:
     """Return the reason of a failed try, if another may succeed; otherwise raise."""
     if isinstance(error, urllib.error.HTTPError):
         error.close()
-        if 400 <= error.code < 500 and error.code not in _RETRY_STATUSES:
+        # A redirect that was followed raises nothing.
+        if 300 <= error.code < 500 and error.code not in _RETRY_STATUSES:
             raise InputError(
                 f"url '{url}' answers {error.code} {error.msg}; check the address"
             )
@@ -143,7 +172,7 @@ def _receive(url: str, part: Path, timeout_s: float) -> None:
     if offset:
         headers["Range"] = f"bytes={offset}-"
     try:
-        response = urllib.request.urlopen(
+        response = urllib.request.build_opener(_WebRedirects).open(
             urllib.request.Request(url, headers=headers), timeout=timeout_s
         )
     except urllib.error.HTTPError as error:

@@ -21,11 +21,11 @@ from tokenrec.data.sources.tabular_errors import (
     LIST_SEPARATOR,
     encoding_problem,
     first_failure,
-    first_sentence,
     line_problem,
     value_problem,
 )
 from tokenrec.errors import InputError, suggest
+from tokenrec.runtime.files import RetryingFile, reading_error
 
 PARQUET_BATCH_ROWS = 1 << 16
 _LONGEST_LINE = 64 << 20
@@ -87,7 +87,7 @@ def read_parquet(
     schema = pa.schema(types)
     first_row = 1
     try:
-        with pa.parquet.ParquetFile(path) as file:
+        with RetryingFile(path) as source, pa.parquet.ParquetFile(source) as file:
             _require_columns(path, types, file.schema_arrow.names)
             for field in schema:
                 stored = file.schema_arrow.field(field.name).type
@@ -102,9 +102,7 @@ def read_parquet(
                 yield pa.RecordBatch.from_arrays(columns, schema=schema)
                 first_row += batch.num_rows
     except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"{path}: cannot be read as Parquet: {first_sentence(error)}; {FILE_REMEDY}"
-        ) from error
+        raise reading_error(error, path, "Parquet file", FILE_REMEDY) from error
 
 
 def read_batches(
@@ -143,7 +141,12 @@ def _line_blocks(path: Path, block_bytes: int) -> Iterator[bytes]:
     pending: list[bytes] = []
     pending_bytes = 0
     try:
-        with pa.input_stream(str(path), compression="detect") as stream:
+        with (
+            RetryingFile(path) as source,
+            pa.input_stream(
+                source, compression="gzip" if path.suffix.lower() == ".gz" else None
+            ) as stream,
+        ):
             while block := stream.read(block_bytes):
                 line_end = block.rfind(b"\n") + 1
                 if line_end:
@@ -159,9 +162,7 @@ def _line_blocks(path: Path, block_bytes: int) -> Iterator[bytes]:
                         f"this a CSV file? {FILE_REMEDY}"
                     )
     except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"{path}: cannot be read: {first_sentence(error)}; {FILE_REMEDY}"
-        ) from error
+        raise reading_error(error, path, "CSV file", FILE_REMEDY) from error
     if last := b"".join(pending):
         yield last
 

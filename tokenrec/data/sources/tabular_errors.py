@@ -119,8 +119,3 @@ def encoding_problem(path: Path, line: int, error: UnicodeDecodeError) -> str:
         f"{path}, line {line}: {value!r} is not UTF-8; save the file with UTF-8 "
         "encoding"
     )
-
-
-def first_sentence(error: Exception) -> str:
-    """Return the first line of an error's message, without its full stop."""
-    return str(error).splitlines()[0].rstrip(".")

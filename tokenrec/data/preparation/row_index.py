@@ -1,0 +1,151 @@
+"""Write the index of a split: the rows of each chunk, the marks of each row, a digest.
+
+The digest stands for the rows that samples are made of, in their order: users, times,
+requests, items, flags and labels. A run that resumes compares it (run_folder.py),
+because the samples that are left of an epoch follow from it. It does not depend on the
+shards, on features, or on where the data set lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from tokenrec.data import records
+from tokenrec.data.preparation.partition import ChunkRun
+from tokenrec.data.row_marks import MARKS, mark_rows
+
+# Fields of a log row that its identity consists of, besides the user.
+_IDENTITY = ("time", "request", "item", "flags", "labels")
+
+
+class ChunkIndex(NamedTuple):
+    """What the index holds of some chunks of one split. U chunks, m log rows.
+
+    Attributes:
+      sizes: `[U] int64`, log rows of each chunk.
+      marks: `[m]` of `row_marks.marks_dtype`.
+      digests: `[U, 32] uint8`, SHA-256 of each chunk's user and rows.
+    """
+
+    sizes: np.ndarray
+    marks: np.ndarray
+    digests: np.ndarray
+
+
+def index_chunks(run: ChunkRun, user_ids: np.ndarray) -> ChunkIndex:
+    """Make the index of a run of chunks.
+
+    Args:
+      run: chunks of one split; their items are rows of the catalogue.
+      user_ids: `[users]`, original ids (int64 or object), by code.
+    """
+    return ChunkIndex(
+        sizes=np.diff(run.start),
+        marks=mark_rows(run.rows, run.start),
+        digests=_digest_chunks(run, user_ids),
+    )
+
+
+def _digest_chunks(run: ChunkRun, user_ids: np.ndarray) -> np.ndarray:
+    """SHA-256 of each chunk: `[U, 32] uint8`."""
+    dtype = run.rows.dtype
+    fields = [(name, dtype[name].base, dtype[name].shape) for name in _IDENTITY]
+    identity = np.empty(len(run.rows), fields)
+    for name in _IDENTITY:
+        identity[name] = run.rows[name]
+    data, row_bytes = memoryview(identity.tobytes()), identity.dtype.itemsize
+    chunks = zip(
+        run.start[:-1].tolist(), run.start[1:].tolist(), run.user.tolist(), strict=True
+    )
+    digests = []
+    for begin, end, code in chunks:
+        user_id = user_ids[code]
+        # The letter keeps the users 7 and "7" apart, the length in front an id and the
+        # rows that follow it.
+        kind = "s" if isinstance(user_id, str) else "i"
+        user = f"{kind}{user_id}".encode()
+        digest = hashlib.sha256(len(user).to_bytes(4, "little") + user)
+        digest.update(data[begin * row_bytes : end * row_bytes])
+        digests.append(digest.digest())
+    return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+
+
+class IndexWriter:
+    """Write the index of all splits, part after part in the order of the shards.
+
+    Marks go to disk at once: memory holds the size of each chunk.
+
+    Args:
+      folder: the prepared folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._splits: dict[str, _SplitIndex] = {}
+
+    def add(self, split: str, part: ChunkIndex) -> None:
+        """Append the index of chunks of a split."""
+        if split not in self._splits:
+            self._splits[split] = _SplitIndex(self._folder, split, part.marks.dtype)
+        self._splits[split].add(part)
+
+    def finish(self) -> dict[str, str]:
+        """Complete the files.
+
+        Returns:
+          SHA-256 of the rows of each split, as hexadecimal digits.
+        """
+        (self._folder / records.INDEX).mkdir()
+        return {name: split.finish() for name, split in self._splits.items()}
+
+    def close(self) -> None:
+        """Close the files that are open."""
+        for split in self._splits.values():
+            split.close()
+
+
+class _SplitIndex:
+    """The index of one split."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype) -> None:
+        (folder / MARKS).mkdir(exist_ok=True)
+        self._sizes_path = folder / records.INDEX / f"{split}.npy"
+        self._sizes: list[np.ndarray] = []
+        self._digest = hashlib.sha256()
+        self._dtype = dtype
+        self._rows = 0
+        self._marks: IO[bytes] = (folder / MARKS / f"{split}.npy").open("wb")
+        self._write_header()
+
+    def add(self, part: ChunkIndex) -> None:
+        self._sizes.append(part.sizes)
+        self._digest.update(part.digests.tobytes())
+        self._marks.write(part.marks.tobytes())
+        self._rows += len(part.marks)
+
+    def finish(self) -> str:
+        np.save(self._sizes_path, np.concatenate(self._sizes).astype(np.int64))
+        # Now the number of rows is known.
+        self._marks.seek(0)
+        self._write_header()
+        self.close()
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        self._marks.close()
+
+    def _write_header(self) -> None:
+        # NumPy leaves room in the header for the first axis to grow, so that a header
+        # that is written again is as long as before.
+        np.lib.format.write_array_header_1_0(
+            self._marks,
+            {
+                "descr": np.lib.format.dtype_to_descr(self._dtype),
+                "fortran_order": False,
+                "shape": (self._rows,),
+            },
+        )

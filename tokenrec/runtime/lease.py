@@ -1,0 +1,596 @@
+"""Lease of a run's folder, so that one trainer at a time writes to it.
+
+The lease is a file in the folder, `lease-N.json`, with the identity of its holder, a
+random token, and a count that the holder raises every few seconds, the heartbeat. The
+highest N is the lease; an orderly exit deletes it.
+
+Three rules make it safe, also on a network disk and without file locks:
+
+- Whoever takes a lease creates a file that must not exist: number 1 without a lease,
+  N + 1 to take over a stale number N. Of several processes one succeeds. It then checks
+  that nothing has changed since it looked at N, and else withdraws.
+- A lease is stale if its holder has ended, which is seen at once on the same machine; or
+  if its heartbeat stands still while this process watches it. Clocks of two machines are
+  never compared.
+- A holder whose file is gone, or that is not the highest number any more, has lost the
+  lease. It notices at its next heartbeat and before each save, and writes no more.
+
+A holder that is suspended between its last check and the end of a write cannot notice.
+The silence that makes a lease stale is therefore several heartbeats long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import json
+import os
+import re
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tokenrec.errors import InputError, StorageError
+from tokenrec.runtime.process_identity import ProcessIdentity, this_process
+from tokenrec.runtime.retry import retry
+
+_NAME = re.compile(r"lease-([1-9][0-9]*)\.json")
+_PARTIAL_PREFIX = ".lease-"
+# All files have this size, so that a heartbeat changes bytes in place.
+_SIZE = 1024
+# Seconds before another attempt if someone else was faster; a network disk may show its
+# own directory late.
+_RETRY_SECONDS = 0.2
+# Looks at a higher number before the lease counts as lost.
+_LOOKS = 3
+# An exit does not wait longer for a heartbeat that hangs in a network disk.
+_JOIN_SECONDS = 30.0
+# What file systems without hard links answer.
+_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaseTiming:
+    """Seconds of the lease's waits.
+
+    Attributes:
+      heartbeat: between two heartbeats of a holder.
+      silence: without a heartbeat, until a lease is stale that is held on another
+        machine or in another container.
+      settle: between taking over such a lease and using it.
+      grace: for a holder on the same machine to end, before this process is refused: a
+        killed process takes a moment to free its memory.
+      poll: between two looks at a lease.
+    """
+
+    heartbeat: float = 10.0
+    silence: float = 45.0
+    settle: float = 5.0
+    grace: float = 5.0
+    poll: float = 0.5
+
+
+def acquire(
+    workdir: Path,
+    *,
+    timing: LeaseTiming | None = None,
+    interrupted: Callable[[], None] = lambda: None,
+) -> Lease:
+    """Take the lease of a run's folder, and keep it until `Lease.release`.
+
+    It waits up to `silence` and `settle` seconds if it cannot see whether the holder of
+    an earlier lease still runs.
+
+    Args:
+      workdir: folder of the run, which exists.
+      timing: the waits; None for those of `LeaseTiming`.
+      interrupted: called now and then during a wait; it may raise to end it.
+
+    Returns:
+      The lease; a context manager that releases it.
+
+    Raises:
+      InputError: another trainer holds the lease, or the folder cannot be written.
+      StorageError: the storage is at fault.
+    """
+    timing = timing or LeaseTiming()
+    try:
+        return _acquire(Path(workdir), timing, interrupted)
+    except StorageError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"--workdir '{workdir}': its lease cannot be written: {error.strerror}; "
+            "free disk space, grant access, or give another folder"
+        ) from error
+
+
+def _acquire(
+    workdir: Path, timing: LeaseTiming, interrupted: Callable[[], None]
+) -> Lease:
+    while True:
+        interrupted()
+        before = retry(lambda: _highest(workdir), workdir)
+        stale = _wait_until_stale(workdir, before, timing, interrupted)
+        if before and stale is None:
+            continue
+        lease = Lease(workdir, before + 1, _Record.of_this_process(), timing)
+        try:
+            if lease.take(before, stale, timing.settle):
+                break
+        except BaseException:
+            lease.withdraw()
+            raise
+        time.sleep(_RETRY_SECONDS)
+    _delete_others(workdir, before + 1)
+    if stale is not None:
+        print(
+            f"tokenrec: --workdir '{workdir}': {stale.holder} left without releasing "
+            "its lease; taken over",
+            file=sys.stderr,
+        )
+    lease.start()
+    return lease
+
+
+class Lease:
+    """The lease that this process holds; a context manager that releases it.
+
+    Args:
+      workdir: folder of the run.
+      number: number of its file.
+      record: contents of its file.
+      timing: seconds between heartbeats.
+    """
+
+    def __init__(
+        self, workdir: Path, number: int, record: _Record, timing: LeaseTiming
+    ) -> None:
+        self._workdir = workdir
+        self._number = number
+        self._path = _path(workdir, number)
+        self._record = record
+        self._interval = timing.heartbeat
+        self._last_look = _now()
+        self._loss = ""
+        self._released = threading.Event()
+        # A daemon: it must not keep a process alive that ends in another way.
+        self._thread = threading.Thread(
+            target=self._beat_until_released, name="lease heartbeat", daemon=True
+        )
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def start(self) -> None:
+        """Start the heartbeat."""
+        self._last_look = _now()
+        self._thread.start()
+
+    def take(self, before: int, stale: _Stale | None, settle: float) -> bool:
+        """Create the file of the lease.
+
+        Args:
+          before: number of the lease before it; 0 for none.
+          stale: that lease.
+          settle: see `LeaseTiming`.
+
+        Returns:
+          Whether this process now holds the lease; False if others were faster.
+        """
+        # 1. One process alone creates the file.
+        if not _create(self._workdir, self._number, self._record):
+            return False
+        # 2. While this process waited, other leases may have come and gone.
+        unchanged = stale is None or stale.token == retry(
+            lambda: _token(_path(self._workdir, before)), self._workdir
+        )
+        if not unchanged or retry(self.find_loss, self._workdir):
+            self.withdraw()
+            return False
+        # 3. Where creating a file is not exclusive, the last of several writers wins.
+        if stale is not None and stale.is_elsewhere:
+            time.sleep(settle)
+            return not retry(self.find_loss, self._workdir)
+        return True
+
+    def withdraw(self) -> None:
+        """Delete the file of a lease that was never used, if it is there."""
+        if retry(lambda: _token(self._path), self._path) == self._record.token:
+            retry(lambda: self._path.unlink(missing_ok=True), self._path)
+
+    def check(self) -> None:
+        """Raise InputError if the lease is known to be lost.
+
+        It is cheap enough for every step: it reads the file only if a heartbeat is
+        overdue, as after this process was suspended.
+        """
+        if not self._loss and _now() - self._last_look > 2 * self._interval:
+            try:
+                self._look()
+            except OSError as error:
+                self._warn(error)
+                # Not again at the next step.
+                self._last_look = _now()
+        self._raise_if_lost()
+
+    def verify(self) -> None:
+        """Read the lease, and raise InputError if it is lost; for use before a save.
+
+        Raises:
+          InputError: another trainer has taken the lease over, or it was deleted.
+          StorageError: it cannot be read.
+        """
+        if not self._loss:
+            retry(self._look, self._path)
+        self._raise_if_lost()
+
+    def release(self) -> None:
+        """Stop the heartbeat and delete the lease, unless it is lost."""
+        self._released.set()
+        if self._thread.is_alive():
+            self._thread.join(_JOIN_SECONDS)
+        try:
+            # One that was taken over in the meantime belongs to someone else.
+            if not self._loss and not self.find_loss():
+                self._path.unlink(missing_ok=True)
+        except OSError as error:
+            # The run is complete, or ends with an error of its own: both stay as they
+            # are. The next trainer finds that this process has ended.
+            self._warn(error)
+
+    def find_loss(self) -> str:
+        """Read the lease; say who has it if this process has lost it, else be empty."""
+        highest = _highest(self._workdir)
+        for _ in range(_LOOKS):
+            if highest == self._number or _token(self._path) != self._record.token:
+                break
+            # A process that was about to take over an earlier lease withdraws at once.
+            time.sleep(_RETRY_SECONDS)
+            highest = _highest(self._workdir)
+        if highest == self._number and _token(self._path) == self._record.token:
+            return ""
+        other = _Record.parse(_read(_path(self._workdir, highest)))
+        if other is None:
+            return f"its lease '{self._path.name}' was deleted"
+        return (
+            f"{other.holder} has taken it over at {other.since}, as happens after a "
+            "process was suspended"
+        )
+
+    def _look(self) -> None:
+        loss = self.find_loss()
+        # Once lost it stays lost, whichever thread has noticed it.
+        if loss:
+            self._loss = loss
+        self._last_look = _now()
+
+    def _raise_if_lost(self) -> None:
+        if self._loss:
+            raise InputError(
+                f"--workdir '{self._workdir}' no longer belongs to this process "
+                f"({self._record.process.pid}): {self._loss}; it ends without saving; "
+                "before you rerun the command, check that no other process trains there"
+            )
+
+    def _beat_until_released(self) -> None:
+        failed = False
+        while not self._loss and not self._released.wait(self._interval):
+            try:
+                self._look()
+                self._record = self._record.next_beat()
+                if not self._loss and not _overwrite(self._path, self._record):
+                    self._look()
+                failed = False
+            # The disk may be back at the next heartbeat. If it is not, the next save
+            # reports it; the heartbeat itself must not end the run.
+            except OSError as error:
+                if not failed:
+                    self._warn(error)
+                failed = True
+
+    def _warn(self, error: OSError) -> None:
+        print(
+            f"tokenrec: the lease '{self._path}' cannot be read or written: "
+            f"{error.strerror or error}; the run goes on",
+            file=sys.stderr,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """Contents of a lease.
+
+    Attributes:
+      token: random, different for each lease.
+      process: the process that holds it.
+      since: when it was taken, by the clock of the holder.
+      heartbeat: time of the last heartbeat, by the clock of the holder.
+      beats: number of heartbeats.
+      inode: number of its file, which a copy of the folder does not have.
+    """
+
+    token: str
+    process: ProcessIdentity
+    since: str
+    heartbeat: str
+    beats: int = 0
+    inode: int = 0
+
+    @classmethod
+    def of_this_process(cls) -> _Record:
+        now = _clock()
+        return cls(secrets.token_hex(16), this_process(), now, now)
+
+    @classmethod
+    def parse(cls, data: bytes | None) -> _Record | None:
+        """The record in a file; None without a file, or if it holds something else."""
+        try:
+            value: dict[str, Any] = json.loads(data or b"")
+            process = ProcessIdentity(
+                host=str(value["host"]),
+                boot=str(value["boot"]),
+                pid_namespace=str(value["pid_namespace"]),
+                pid=int(value["pid"]),
+                started=int(value["started"]),
+            )
+            return cls(
+                token=str(value["token"]),
+                process=process,
+                since=str(value["since"]),
+                heartbeat=str(value["heartbeat"]),
+                beats=int(value["beats"]),
+                inode=int(value["inode"]),
+            )
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+            return None
+
+    @property
+    def holder(self) -> str:
+        """The process, in words."""
+        return f"process {self.process.pid} on {self.process.host}"
+
+    def next_beat(self) -> _Record:
+        return dataclasses.replace(self, heartbeat=_clock(), beats=self.beats + 1)
+
+    def to_bytes(self, descriptor: int) -> bytes:
+        """Contents of the file that is open as `descriptor`."""
+        fields = {
+            "token": self.token,
+            **dataclasses.asdict(self.process),
+            "since": self.since,
+            "heartbeat": self.heartbeat,
+            "beats": self.beats,
+            "inode": os.fstat(descriptor).st_ino,
+        }
+        return json.dumps(fields).encode().ljust(_SIZE - 1) + b"\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stale:
+    """A lease that may be taken over.
+
+    Attributes:
+      token: its token; empty if its file holds something else.
+      holder: who held it, in words.
+      is_elsewhere: whether it is stale by silence: whether its holder still runs cannot
+        be seen from here.
+    """
+
+    token: str
+    holder: str
+    is_elsewhere: bool
+
+
+def _wait_until_stale(
+    workdir: Path,
+    number: int,
+    timing: LeaseTiming,
+    interrupted: Callable[[], None],
+) -> _Stale | None:
+    """Wait until a lease is stale, or gone.
+
+    Args:
+      workdir: folder of the run.
+      number: number of the lease; 0 for none.
+      timing: the waits.
+      interrupted: called after each look.
+
+    Returns:
+      The stale lease; None if there is none any more, or another one of this number.
+
+    Raises:
+      InputError: its holder is alive.
+    """
+    path = _path(workdir, number)
+    first = retry(lambda: _read(path), path) if number else None
+    if first is None:
+        return None
+    record = _Record.parse(first)
+    holder = record.holder if record else "a process that wrote no name"
+    token = record.token if record else ""
+    running = record.process.is_running() if record else None
+    if record and running and not _is_original(path, record):
+        # The holder has its lease in another folder, of which this one is a copy, or
+        # the file system numbers files anew: the heartbeat decides.
+        running = None
+    limit = timing.silence if running is None else timing.grace
+    if running is None:
+        print(
+            f"tokenrec: --workdir '{workdir}': {holder} holds the lease; waiting up to "
+            f"{timing.silence + timing.settle:g} s for a sign of life",
+            file=sys.stderr,
+        )
+    waited, looked = 0.0, time.monotonic()
+    while running is not False and waited < limit:
+        time.sleep(timing.poll)
+        interrupted()
+        # While the disk did not answer, the holder could not write either.
+        now = time.monotonic()
+        waited += min(now - looked, 2 * timing.poll)
+        looked = now
+        latest = retry(lambda: _read(path), path)
+        if latest is None:
+            return None
+        found = _Record.parse(latest)
+        if found is not None and found.token != token:
+            return None
+        if running is None and latest != first:
+            raise _in_use(workdir, path, found)
+        running = record.process.is_running() if record and running else running
+    if running:
+        raise _in_use(workdir, path, record)
+    return _Stale(token, holder, is_elsewhere=running is None)
+
+
+def _in_use(workdir: Path, path: Path, record: _Record | None) -> InputError:
+    known = (
+        f"{record.holder} trains there since {record.since} (last heartbeat "
+        f"{record.heartbeat})"
+        if record
+        else "another process trains there"
+    )
+    return InputError(
+        f"--workdir '{workdir}' is in use: {known}; give another --workdir, or wait for "
+        f"that process, or stop it; if it is surely gone, delete '{path}'"
+    )
+
+
+def _path(workdir: Path, number: int) -> Path:
+    return workdir / f"lease-{number}.json"
+
+
+def _numbers(workdir: Path) -> list[int]:
+    matches = [_NAME.fullmatch(name) for name in os.listdir(workdir)]
+    return [int(match[1]) for match in matches if match]
+
+
+def _highest(workdir: Path) -> int:
+    """Number of the lease; 0 without one."""
+    return max(_numbers(workdir), default=0)
+
+
+def _read(path: Path) -> bytes | None:
+    """First bytes of a file; None if it does not exist."""
+    # Opened anew each time: a network disk then asks its server.
+    try:
+        with path.open("rb") as file:
+            return file.read(_SIZE)
+    except FileNotFoundError:
+        return None
+
+
+def _is_original(path: Path, record: _Record) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return retry(lambda: path.stat(), path).st_ino == record.inode
+    return False
+
+
+def _token(path: Path) -> str:
+    """Token in a file; empty if it does not exist or holds something else."""
+    record = _Record.parse(_read(path))
+    return record.token if record else ""
+
+
+def _create(workdir: Path, number: int, record: _Record) -> bool:
+    """Create the file of a lease with its contents in one step.
+
+    Returns:
+      Whether this process has created it; False if it existed.
+    """
+    path = _path(workdir, number)
+    partial = workdir / f"{_PARTIAL_PREFIX}{record.token}"
+
+    def create() -> bool:
+        try:
+            _write_new(partial, record)
+            os.link(partial, path)
+        except FileExistsError:
+            # The answer of a network disk may have been lost, and the request repeated.
+            return _token(path) == record.token
+        except FileNotFoundError:
+            # The trainer that was faster has deleted the partial file.
+            return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            return _create_without_links(path, record)
+        finally:
+            partial.unlink(missing_ok=True)
+        return True
+
+    return retry(create, path)
+
+
+def _create_without_links(path: Path, record: _Record) -> bool:
+    try:
+        _write_new(path, record)
+    except FileExistsError:
+        return _token(path) == record.token
+    except OSError:
+        # Half a file would pass for the lease of someone else.
+        path.unlink(missing_ok=True)
+        raise
+    return True
+
+
+def _write_new(path: Path, record: _Record) -> None:
+    with path.open("xb") as file:
+        file.write(record.to_bytes(file.fileno()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _overwrite(path: Path, record: _Record) -> bool:
+    """Write a heartbeat into a lease in place; return False if it has another token."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    try:
+        # The file that is open is the one that is changed, whatever its name means now.
+        found = _Record.parse(os.pread(descriptor, _SIZE, 0))
+        if found is None or found.token != record.token:
+            return False
+        os.pwrite(descriptor, record.to_bytes(descriptor), 0)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _delete_others(workdir: Path, number: int) -> None:
+    """Delete leases before this one, and files that killed processes left behind."""
+    # They do not count. What cannot be deleted now is deleted at the next start.
+    with contextlib.suppress(OSError):
+        for other in _numbers(workdir):
+            if other < number:
+                _path(workdir, other).unlink(missing_ok=True)
+        for partial in workdir.glob(f"{_PARTIAL_PREFIX}*"):
+            partial.unlink(missing_ok=True)
+
+
+def _clock() -> str:
+    """Local time with its zone, for messages."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _now() -> float:
+    """Seconds of a clock that goes on while the machine is suspended, where it can."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
