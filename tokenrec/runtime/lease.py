@@ -15,6 +15,10 @@ Three rules make it safe, also on a network disk and without file locks:
 - A holder whose file is gone, or that is not the highest number any more, has lost the
   lease. It notices at its next heartbeat and before each save, and writes no more.
 
+In an object store the file is an object, which is created under the condition that it
+does not exist. A heartbeat replaces it, and may so bring back a lease that was taken over;
+its number is lower than that of the new one, and does not count.
+
 A holder that is suspended between its last check and the end of a write cannot notice.
 The silence that makes a lease stale is therefore several heartbeats long.
 """
@@ -38,8 +42,9 @@ from types import TracebackType
 from typing import Any
 
 from tokenrec.errors import InputError, StorageError
+from tokenrec.runtime.paths import as_path, create_exclusively, is_remote
 from tokenrec.runtime.process_identity import ProcessIdentity, this_process
-from tokenrec.runtime.retry import retry
+from tokenrec.runtime.retry import raise_storage_errors, retry
 
 _NAME = re.compile(r"lease-([1-9][0-9]*)\.json")
 _PARTIAL_PREFIX = ".lease-"
@@ -102,7 +107,7 @@ def acquire(
     """
     timing = timing or LeaseTiming()
     try:
-        return _acquire(Path(workdir), timing, interrupted)
+        return _acquire(as_path(workdir), timing, interrupted)
     except StorageError:
         raise
     except OSError as error:
@@ -248,7 +253,8 @@ class Lease:
         try:
             # One that was taken over in the meantime belongs to someone else.
             if not self._loss and not self.find_loss():
-                self._path.unlink(missing_ok=True)
+                with raise_storage_errors(self._path):
+                    self._path.unlink(missing_ok=True)
         except OSError as error:
             # The run is complete, or ends with an error of its own: both stay as they
             # are. The next trainer finds that this process has ended.
@@ -368,15 +374,15 @@ class _Record:
     def next_beat(self) -> _Record:
         return dataclasses.replace(self, heartbeat=_clock(), beats=self.beats + 1)
 
-    def to_bytes(self, descriptor: int) -> bytes:
-        """Contents of the file that is open as `descriptor`."""
+    def to_bytes(self, descriptor: int | None = None) -> bytes:
+        """Contents of the file that is open as `descriptor`; None for an object."""
         fields = {
             "token": self.token,
             **dataclasses.asdict(self.process),
             "since": self.since,
             "heartbeat": self.heartbeat,
             "beats": self.beats,
-            "inode": os.fstat(descriptor).st_ino,
+            "inode": 0 if descriptor is None else os.fstat(descriptor).st_ino,
         }
         return json.dumps(fields).encode().ljust(_SIZE - 1) + b"\n"
 
@@ -476,7 +482,12 @@ def _path(workdir: Path, number: int) -> Path:
 
 
 def _numbers(workdir: Path) -> list[int]:
-    matches = [_NAME.fullmatch(name) for name in os.listdir(workdir)]
+    if is_remote(workdir):
+        with raise_storage_errors(workdir):
+            names = [path.name for path in workdir.glob("lease-*.json")]
+    else:
+        names = os.listdir(workdir)
+    matches = [_NAME.fullmatch(name) for name in names]
     return [int(match[1]) for match in matches if match]
 
 
@@ -489,13 +500,16 @@ def _read(path: Path) -> bytes | None:
     """First bytes of a file; None if it does not exist."""
     # Opened anew each time: a network disk then asks its server.
     try:
-        with path.open("rb") as file:
+        with raise_storage_errors(path), path.open("rb") as file:
             return file.read(_SIZE)
     except FileNotFoundError:
         return None
 
 
 def _is_original(path: Path, record: _Record) -> bool:
+    if is_remote(path):
+        # Nothing tells an object from its copy.
+        return False
     with contextlib.suppress(FileNotFoundError):
         return retry(lambda: path.stat(), path).st_ino == record.inode
     return False
@@ -514,6 +528,8 @@ def _create(workdir: Path, number: int, record: _Record) -> bool:
       Whether this process has created it; False if it existed.
     """
     path = _path(workdir, number)
+    if is_remote(path):
+        return retry(lambda: create_exclusively(path, record.to_bytes()), path)
     partial = workdir / f"{_PARTIAL_PREFIX}{record.token}"
 
     def create() -> bool:
@@ -558,6 +574,12 @@ def _write_new(path: Path, record: _Record) -> None:
 
 def _overwrite(path: Path, record: _Record) -> bool:
     """Write a heartbeat into a lease in place; return False if it has another token."""
+    if is_remote(path):
+        if _token(path) != record.token:
+            return False
+        with raise_storage_errors(path):
+            path.write_bytes(record.to_bytes())
+        return True
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -576,7 +598,7 @@ def _overwrite(path: Path, record: _Record) -> bool:
 def _delete_others(workdir: Path, number: int) -> None:
     """Delete leases before this one, and files that killed processes left behind."""
     # They do not count. What cannot be deleted now is deleted at the next start.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), raise_storage_errors(workdir):
         for other in _numbers(workdir):
             if other < number:
                 _path(workdir, other).unlink(missing_ok=True)

@@ -7,11 +7,12 @@ is a `StorageError`, with an exit code of its own that schedulers restart.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tokenrec.errors import InputError, StorageError
@@ -130,6 +131,20 @@ def retry[T](action: Callable[[], T], path: os.PathLike[str] | str) -> T:
         if not is_transient(error):
             raise
         raise storage_error(error, path, attempts=len(_DELAYS) + 1) from error
+
+
+@contextlib.contextmanager
+def raise_storage_errors(path: os.PathLike[str] | str) -> Iterator[None]:
+    """Turn what the client of an object store raises for a fault into a StorageError.
+
+    Some of these errors are no OSError, which callers expect of a read or write.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not is_transient(error):
+            raise
+        raise storage_error(error, path) from error
 
 
 def storage_error(
