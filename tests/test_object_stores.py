@@ -13,6 +13,7 @@ import pytest
 
 import tokenrec
 from tests.object_servers import SCHEMES, Server, object_server
+from tests.runtime.test_distributed import finished, train_line
 from tests.test_train_loop import small
 from tokenrec.checkpoint.object_storage import COMMIT_FILE
 from tokenrec.checkpoint.reader import CheckpointReader
@@ -170,3 +171,24 @@ def test_a_bucket_that_does_not_exist_is_named(server: Server, data: Path) -> No
     workdir = f"{server.scheme}://no-such-bucket/run"
     with pytest.raises(InputError, match="no-such-bucket"):
         tokenrec.train(small(data), workdir, progress=False)
+
+
+def test_two_processes_share_a_run(
+    server: Server, remote_data: str, tmp_path: Path
+) -> None:
+    workdir = as_path(server.url("runs/two"))
+    fields = {"optim.steps": 4, "train.save_every": 2}
+    line = train_line(remote_data, workdir, **fields)
+    codes = finished(tmp_path, [line], [line])
+    assert codes == [0, 0], (tmp_path / "0.err").read_text()
+    with CheckpointReader(workdir) as checkpoints:
+        last = checkpoints.steps[-1]
+    names = list_files(workdir / "checkpoints" / str(last))
+    # Each process writes its arrays, and the checksums of its share of the files.
+    assert {"sums.0.json", "sums.1.json"} <= set(names)
+    assert {name.split("/")[1] for name in names if "/ocdbt." in name} == {
+        "ocdbt.process_0",
+        "ocdbt.process_1",
+    }
+    report = tokenrec.evaluate(workdir, "valid", checkpoint="latest")
+    assert report["step"] == last
