@@ -2,6 +2,7 @@
 
     python -m benchmarks.restarts --data DIR [--config kuairand_pure_uc] [--repeats 3]
                                   [--steps 120] [--save-every 20]
+                                  [--checkpoints 1000]
 
 Every run is a process of its own, started as a user would. Restarts resume from one
 checkpoint, in turns without and with the compiled programs that the first start kept
@@ -13,6 +14,10 @@ the time that the loop waited. `share` is that time over the time of the steps b
 two saves by the config's own `train.save_every`. `steps meanwhile` compares the two
 steps after each save, while the checkpoint is written in the background, with the same
 steps of a run that saves nothing.
+
+Opening a folder with many kept checkpoints is timed in this process: `open` finds the
+latest intact one, and `restore` reads it. The others are hard links of one checkpoint,
+so that their files are in the page cache.
 """
 
 from __future__ import annotations
@@ -29,10 +34,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from benchmarks.report import run_script, write_result
+from tokenrec.checkpoint.checkpointer import Checkpointer
+from tokenrec.checkpoint.reader import CHECKPOINTS_FOLDER
+from tokenrec.checkpoint.run_folder import open_model
 from tokenrec.config.load import load_config
 from tokenrec.errors import InputError
 from tokenrec.runtime.metric_writer import METRICS_FILE, read_log
+from tokenrec.sharding import make_mesh
+from tokenrec.state import abstract_state
 
 # A run that takes longer is killed and counts as failed.
 LIMIT_SECONDS = 1_800
@@ -196,6 +208,37 @@ def restarts(folder: Path, flags: argparse.Namespace) -> list[dict[str, Any]]:
     ]
 
 
+def opening(folder: Path, flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the opening of a run with one checkpoint and with many; a row for each."""
+    workdir = folder / "many"
+    start(workdir, flags, stop_at=4)
+    (first,) = (workdir / CHECKPOINTS_FOLDER).iterdir()
+    model, _ = open_model(workdir, flags.data)
+    rows = []
+    with jax.set_mesh(make_mesh(model.config.mesh, jax.devices())):
+        abstract = abstract_state(model)
+        for count in (1, flags.checkpoints):
+            for step in range(int(first.name) + 1, int(first.name) + count):
+                copy = first.with_name(str(step))
+                shutil.copytree(first, copy, copy_function=os.link)
+            opened, restored = [], []
+            for _ in range(flags.repeats):
+                began = time.perf_counter()
+                with Checkpointer(workdir, keep=count) as checkpoints:
+                    opened.append(time.perf_counter() - began)
+                    checkpoints.restore(abstract)
+                    restored.append(time.perf_counter() - began - opened[-1])
+            rows.append(
+                {
+                    "what": f"{count:,} kept checkpoints",
+                    "starts": flags.repeats,
+                    "open, s": round(statistics.median(opened), 3),
+                    "restore, s": round(statistics.median(restored), 3),
+                }
+            )
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -211,6 +254,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--save-every", type=int, default=20)
     parser.add_argument(
+        "--checkpoints", type=int, default=1_000, help="kept in the run that is opened"
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("benchmarks/results/restarts"),
@@ -218,11 +264,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     flags = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        rows = [cost_of_saves(Path(folder), flags), *restarts(Path(folder), flags)]
+        rows = [
+            cost_of_saves(Path(folder), flags),
+            *restarts(Path(folder), flags),
+            *opening(Path(folder), flags),
+        ]
     command = (
         f"python -m benchmarks.restarts --data DIR --config {flags.config} "
         f"--repeats {flags.repeats} --steps {flags.steps} "
-        f"--save-every {flags.save_every}"
+        f"--save-every {flags.save_every} --checkpoints {flags.checkpoints}"
     )
     write_result(
         flags.out,

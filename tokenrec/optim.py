@@ -2,13 +2,18 @@
 
 AdamW (Loshchilov and Hutter, arXiv 1711.05101) updates the dense weights; row-wise
 AdaGrad, in `ops/tables/lookup.py`, the embedding tables. Both follow one schedule: linear
-warm-up to the peak rate r, then a cosine to a fraction f of it.
+warm-up to the peak rate r, then a cosine to a fraction f of it. Its clock t is
+`TrainState.step`, the batches consumed: a skipped step moves the rates on as it does the
+data, and both rates end at `optim.steps`. Adam's bias correction alone counts the updates
+that were made, because its moments are sums over these.
 
     t < warmup:  r * (t + 1) / warmup
     else:        r * (f + (1 - f) / 2 * (1 + cos(pi * (t - warmup) / (steps - warmup))))
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +68,7 @@ def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """AdamW on a flat dict of weights.
 
     Gradients arrive clipped: the clip norm covers dense weights and table rows together.
+    Pass the state through `with_schedule_step` before an update.
     """
     return optax.adamw(
         schedule(config, config.learning_rate),
@@ -72,6 +78,30 @@ def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decays,
     )
+
+
+def with_schedule_step(state: Any, step: jax.Array) -> Any:
+    """Set the clock of the schedule in a state of `dense_optimizer`.
+
+    Optax counts the updates that were made, and so falls behind by each skipped step.
+    Its count stays in the state, because checkpoints hold it, but it is never read: a
+    checkpoint whose count has fallen behind continues at the rate of its step.
+
+    Args:
+      state: state of the optimizer.
+      step: `[] int32`, `TrainState.step`.
+
+    Returns:
+      The state with the same structure. Adam's own count is as it was.
+    """
+
+    def set_count(node: Any) -> Any:
+        return node._replace(count=step) if is_schedule(node) else node
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.map(set_count, state, is_leaf=is_schedule)
 
 
 def global_norm(

@@ -44,7 +44,8 @@ class TrainState:
     """Everything that training changes.
 
     Attributes:
-      step: `[] int32`, updates made.
+      step: `[] int32`, batches consumed, also those of skipped steps: the position in the
+        data, and the clock of the learning rates.
       params: dense weights by name, such as "backbone/blocks/0/gate/bias".
       tables: stacks of embedding tables, `[rows, width]` each, as they are stored (see
         `tokenrec/ops/tables/api.py`).
@@ -152,10 +153,48 @@ def bind_params(model: ModelSpec, params: dict[str, jax.Array]) -> Recommender:
     """Build the module with these weights.
 
     It is cheap and pure; call it inside a traced function.
+
+    Args:
+      model: the model.
+      params: its dense weights by name: arrays, or abstract ones for a module of shapes.
+
+    Raises:
+      InputError: weights are missing, unknown, or of another shape or type than the
+        model's. Most such weights would not fail later, but be broadcast or ignored.
     """
-    graph, paths = _module_structure(model)
-    weights = [(path, nnx.Param(params[_weight_name(path)])) for path in paths]
+    graph, leaves = _module_structure(model)
+    _check_weights({_weight_name(path): leaf for path, leaf in leaves}, params)
+    weights = [(path, nnx.Param(params[_weight_name(path)])) for path, _ in leaves]
     return nnx.merge(graph, nnx.from_flat_state(weights))
+
+
+def _check_weights(
+    expected: dict[str, jax.ShapeDtypeStruct], params: dict[str, jax.Array]
+) -> None:
+    """Raise InputError unless `params` has these names, shapes and types."""
+    problems = []
+    for name, leaf in expected.items():
+        if name not in params:
+            problems.append(
+                f"weight '{name}' is missing, and the model needs {_shape_text(leaf)}"
+            )
+        elif _shape_text(params[name]) != _shape_text(leaf):
+            problems.append(
+                f"weight '{name}' is {_shape_text(params[name])}, and the model needs "
+                f"{_shape_text(leaf)}"
+            )
+    problems.extend(
+        f"weight '{name}' {_shape_text(params[name])} is not one of the model's"
+        for name in sorted(params.keys() - expected.keys())
+    )
+    if not problems:
+        return
+    more = f" (and {len(problems) - 1:,} more)" if len(problems) > 1 else ""
+    raise InputError(
+        f"{problems[0]}{more}: these weights belong to another config or data set; build "
+        "the model with those of the run that they come from, or carry them over with "
+        "train.warm_start"
+    )
 
 
 def init_state(model: ModelSpec, seed: int) -> TrainState:
@@ -236,11 +275,19 @@ def _make_module(model: ModelSpec, key: jax.Array) -> Recommender:
 
 
 @functools.lru_cache(maxsize=16)
-def _module_structure(model: ModelSpec) -> tuple[Any, tuple[tuple[Any, ...], ...]]:
-    """Graph of the model's modules, and the path of each weight in it."""
+def _module_structure(
+    model: ModelSpec,
+) -> tuple[Any, tuple[tuple[tuple[Any, ...], jax.ShapeDtypeStruct], ...]]:
+    """Graph of the model's modules, and the path and shape of each weight in it."""
     module = nnx.eval_shape(lambda: _make_module(model, jax.random.key(0)))
     graph, weights = nnx.split(module)
-    return graph, tuple(path for path, _ in nnx.to_flat_state(weights))
+    return graph, tuple(
+        (path, leaf.get_value()) for path, leaf in nnx.to_flat_state(weights)
+    )
+
+
+def _shape_text(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
 def _weight_name(path: tuple[Any, ...]) -> str:

@@ -18,13 +18,24 @@ import jax.numpy as jnp
 from tokenrec.data.batch import Batch
 from tokenrec.losses import label_counts, sample_losses, with_negatives
 from tokenrec.ops.tables.api import UniqueRows, collect_gradients, update_rows
-from tokenrec.optim import clip_scale, dense_optimizer, global_norm, schedule
+from tokenrec.optim import (
+    clip_scale,
+    dense_optimizer,
+    global_norm,
+    schedule,
+    with_schedule_step,
+)
 from tokenrec.sharding import RULES
 from tokenrec.state import ModelSpec, TrainState, bind_params
-from tokenrec.tokens.embed import inverses
+from tokenrec.tokens.embed import NEGATIVES_PART, inverses
 
 # For each entity and stack, the index of every id of the batch into the unique rows.
 Inverses = dict[str, dict[str, jax.Array]]
+
+# What is folded into the key of a step: this number for the negatives, and numbers from
+# the other on for the dropout of the micro-batches. One batch uses the key as it is.
+NEGATIVES_KEY = 1
+FIRST_MICRO_BATCH_KEY = 2
 
 # Rate of the running mean of gradient norms: it remembers about 100 steps.
 NORM_RATE = 0.01
@@ -130,18 +141,56 @@ def step_inputs(model: ModelSpec, state: TrainState, batch: Batch) -> Inputs:
     """Prepare the inputs of the next step: draw keys and negatives, look up table rows."""
     # The key is a function of seed and step, so a resumed run draws the same numbers.
     key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
-    # Micro-batch i folds in i; the negatives take the first number that is left.
-    negatives_key = jax.random.fold_in(key, model.config.optim.accumulate)
-    batch = with_negatives(model, batch, negatives_key)
+    # `optim.accumulate` has no part in it: the same negatives are drawn for any split.
+    batch = with_negatives(model, batch, jax.random.fold_in(key, NEGATIVES_KEY))
     unique = model.embedder.find(batch)
     rows = model.embedder.gather(state.tables, unique)
     return Inputs(batch, key, unique, rows, label_counts(batch))
 
 
-def micro_batches(tree: Any, count: int) -> Any:
-    """Split a batch: `[B, ...]` -> `[count, B / count, ...]`.
+def micro_batches(
+    batch: Batch, row_indices: Inverses, key: jax.Array, count: int
+) -> tuple[Batch, Inverses, jax.Array]:
+    """Split a batch into micro-batches: `[B, ...]` -> `[count, B / count, ...]`.
 
     A micro-batch takes every count-th sample, so that each device keeps its samples.
+    The drawn negatives are not split but repeated, `[count, B, n]`: a sample is scored
+    against those of all samples, and a softmax over fewer is another objective.
+
+    Args:
+      batch: the batch of the step, with drawn negatives if there are any.
+      row_indices: which of the distinct rows each id of the batch is.
+      key: PRNG key of the step.
+      count: number of micro-batches.
+
+    Returns:
+      The batches, their indices, and their PRNG keys of dropout, `[count]`.
+    """
+
+    def repeat(leaf: jax.Array) -> jax.Array:
+        spec = RULES(None, "batch", *[None] * (leaf.ndim - 1))
+        return jnp.broadcast_to(leaf, (count, *leaf.shape), out_sharding=spec)
+
+    parts = split_samples(batch, count)
+    if batch.negatives is not None:
+        parts = parts._replace(negatives=repeat(batch.negatives))
+    part_indices = {
+        stack: {
+            part: repeat(ids) if part == NEGATIVES_PART else split_samples(ids, count)
+            for part, ids in of_stack.items()
+        }
+        for stack, of_stack in row_indices.items()
+    }
+    numbers = FIRST_MICRO_BATCH_KEY + jnp.arange(count)
+    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
+    return parts, part_indices, keys
+
+
+def split_samples[Tree](tree: Tree, count: int) -> Tree:
+    """Split the samples of arrays `[B, ...]` among micro-batches.
+
+    Returns:
+      Arrays `[count, B / count, ...]`; entry i holds the samples i, i + count, ...
     """
 
     def split(leaf: jax.Array) -> jax.Array:
@@ -168,18 +217,18 @@ def gradients(
     if micro_batch_count == 1:
         return loss_and_gradients(params, rows, model, row_indices, batch, counts, key)
 
-    # Losses are divided by the counts of the whole step, so the shares just add up.
+    # Losses are divided by the counts of the whole step, and every micro-batch meets
+    # all negatives, so the shares just add up.
     def add(total: Any, piece: tuple[Batch, Inverses, jax.Array]) -> tuple[Any, None]:
-        part, part_indices, number = piece
-        part_key = jax.random.fold_in(key, number)
+        part, part_indices, part_key = piece
         share = loss_and_gradients(
             params, rows, model, part_indices, part, counts, part_key
         )
         return jax.tree.map(jnp.add, total, share), None
 
     zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (params, rows)))
-    pieces = micro_batches((batch, row_indices), micro_batch_count)
-    return jax.lax.scan(add, zero, (*pieces, jnp.arange(micro_batch_count)))[0]
+    pieces = micro_batches(batch, row_indices, key, micro_batch_count)
+    return jax.lax.scan(add, zero, pieces)[0]
 
 
 def train_step(
@@ -266,8 +315,9 @@ def _update_params(
 ) -> tuple[dict[str, jax.Array], Any]:
     """Apply AdamW, or keep weights and optimizer state where `applied` is False."""
     old_state = state.opt_state["dense"]
+    # One clock for both rates: the tables follow `state.step` too.
     updates, new_state = dense_optimizer(model.config.optim).update(
-        dense, old_state, state.params
+        dense, with_schedule_step(old_state, state.step), state.params
     )
     if model.config.tokens.random_tokens:
         # Weight decay would move weights that have no gradient.

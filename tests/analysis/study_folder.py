@@ -32,6 +32,7 @@ DIFFERENCE = [
     "p_value",
     "users",
     "positives",
+    "undefined_draws",
 ]
 CURVE = ["study", "model", "seed", "learning_rate", "step", "name", "value"]
 RANK = ["study", "model", "seed", "step", "layer", "effective_rank"]
@@ -215,9 +216,11 @@ def difference_rows(
     for model, (gap, low, high) in gaps.items():
         for split in ("valid", "test"):
             who = (name, model, "ours", split)
-            rows.append((*who, "click", "auc", gap, low, high, 0.01, 800, 2000))
-            rows.append((*who, "click", "log_loss", -gap, -high, -low, 0.01, 800, 2000))
-            rows.append((*who, "rare", "auc", gap, low, high, 0.01, 800, 57))
+            rows.append((*who, "click", "auc", gap, low, high, 0.01, 800, 2000, 3))
+            rows.append(
+                (*who, "click", "log_loss", -gap, -high, -low, 0.01, 800, 2000, 0)
+            )
+            rows.append((*who, "rare", "auc", gap, low, high, 0.01, 800, 57, 140))
     return rows
 
 

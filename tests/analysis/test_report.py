@@ -25,6 +25,7 @@ from tests.analysis.study_folder import (
 )
 from tokenrec.analysis.model_styles import COLOURS, assign_styles, legend_key
 from tokenrec.analysis.rate_search import chosen_rates, search_of
+from tokenrec.analysis.result_tables import differences_table
 from tokenrec.analysis.study_files import read_study
 from tokenrec.analysis.study_metrics import MetricKey
 from tokenrec.analysis.study_rows import Difference
@@ -34,6 +35,7 @@ from tokenrec.analysis.summary import (
     summarize_study,
     verdict,
 )
+from tokenrec.analysis.wording import DASH
 from tokenrec.cli.main import main
 from tokenrec.errors import InputError
 
@@ -135,12 +137,25 @@ def test_differences_are_put_in_words(page: Path) -> None:
         "0.010",
         "800",
         "2,000",
+        "3",
         "better",
     ]
     assert rows["plain"][-1] == "≈ not distinguishable from 0"
     assert "better: rival; not distinguishable from it: plain." in words(
         page.read_text()
     )
+
+
+def test_differences_of_older_studies_lack_the_undefined_draws(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", optional=False)
+    older = [row[:-1] for row in difference_rows()]
+    write_rows(folder / "differences.parquet", DIFFERENCE[:-1], older)
+    found = read_study(folder).differences
+    assert found is not None
+    assert {row.undefined_draws for row in found} == {None}
+    table = differences_table(summary_of(folder))
+    assert table is not None
+    assert f'<td class="number">{DASH}</td><td>better</td>' in table.markup
 
 
 def test_the_search_is_shown_on_the_seed_that_all_rates_share(page: Path) -> None:
@@ -224,7 +239,7 @@ def test_a_reference_is_best_only_where_the_next_model_is_worse(tmp_path: Path) 
         folder = write_study(tmp_path / name, optional=False)
         write_about(folder, reference="rival")
         rows = [
-            (NAME, model, "rival", *CLICK, -0.02, low, high, 0.5, 800, 2000)
+            (NAME, model, "rival", *CLICK, -0.02, low, high, 0.5, 800, 2000, 0)
             for model in ("ours", "plain")
         ]
         write_rows(folder / "differences.parquet", DIFFERENCE, rows)

@@ -132,3 +132,16 @@ def test_checksums_of_earlier_versions_are_read(tmp_path: Path) -> None:
     assert find_damage(folder) == []
     (folder / "state" / "f004").write_bytes(b"x" * 20_000)
     assert find_damage(folder) == ["state/f004: other contents than were written"]
+
+
+@pytest.mark.parametrize("name", ["sums.json", "sums.0.json", "sums.1.json"])
+def test_without_one_of_its_files_a_checkpoint_is_not_verified(
+    tmp_path: Path, name: str
+) -> None:
+    folder = checkpoint(tmp_path / "1")
+    for index in range(2):
+        write_checksums(folder, index, 2)
+    assert is_verified(folder)
+    (folder / name).unlink()
+    assert not is_verified(folder)
+    assert find_damage(folder) == []

@@ -21,6 +21,7 @@ import pytest
 
 from tokenrec.errors import EXIT_INPUT, InputError
 from tokenrec.runtime import lease as lease_module
+from tokenrec.runtime import lease_file
 from tokenrec.runtime import retry as retry_module
 from tokenrec.runtime.lease import Lease, LeaseTiming, acquire
 from tokenrec.runtime.process_identity import ProcessIdentity, this_process
@@ -36,11 +37,11 @@ HOLDS = """
 import dataclasses, sys, time
 from pathlib import Path
 from tokenrec.errors import InputError
-from tokenrec.runtime import lease
-here = lease.this_process()
+from tokenrec.runtime import lease, lease_file
+here = lease_file.this_process()
 if sys.argv[2] == "elsewhere":
     far = dataclasses.replace(here, host="far", boot="another boot")
-    lease.this_process = lambda: far
+    lease_file.this_process = lambda: far
 with lease.acquire(Path(sys.argv[1]), timing=lease.LeaseTiming(heartbeat=0.1)) as held:
     print("held", flush=True)
     while True:
@@ -223,16 +224,16 @@ def test_a_storage_fault_before_a_save_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retry_module, "_DELAYS", (0.0, 0.0))
-    read = lease_module._read
+    read = lease_file.read_token
     failures = iter([errno.ESTALE, errno.EIO])
 
-    def faulty(path: Path) -> bytes | None:
+    def faulty(path: Path) -> str:
         for number in failures:
             raise OSError(number, os.strerror(number))
         return read(path)
 
     with acquire(tmp_path) as lease:
-        monkeypatch.setattr(lease_module, "_read", faulty)
+        monkeypatch.setattr(lease_module, "read_token", faulty)
         lease.verify()
 
 
@@ -265,7 +266,7 @@ def test_time_in_which_the_disk_does_not_answer_is_no_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_lease(tmp_path, boot="another boot")
-    read, looks = lease_module._read, []
+    read, looks = lease_file.read_lease, []
     now = [0.0]
 
     def hanging(name: Path) -> bytes | None:
@@ -277,7 +278,7 @@ def test_time_in_which_the_disk_does_not_answer_is_no_silence(
             write_lease(tmp_path, boot="another boot", beats=1)
         return data
 
-    monkeypatch.setattr(lease_module, "_read", hanging)
+    monkeypatch.setattr(lease_module, "read_lease", hanging)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(InputError, match="is in use"):
@@ -385,10 +386,10 @@ def test_a_heartbeat_never_writes_into_the_lease_of_another(
         beat = lease._record.next_beat()
         path = write_lease(tmp_path, 1)
         before = path.read_bytes()
-        assert not lease_module._overwrite(path, beat)
+        assert not lease_file.write_heartbeat(path, beat)
         assert path.read_bytes() == before
         path.unlink()
-        assert not lease_module._overwrite(path, beat)
+        assert not lease_file.write_heartbeat(path, beat)
         assert not path.exists()
 
 
@@ -424,11 +425,27 @@ def test_a_heartbeat_that_fails_is_said_and_does_not_end_the_run(
     assert leases(tmp_path) == []
 
 
-def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_full_disk_is_named(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = threading.Event()
 
-    monkeypatch.setattr(os, "fsync", full)
+    def link(*_: object) -> None:
+        full.set()
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def fsync(descriptor: int) -> None:
+        if full.is_set():
+            os.truncate(descriptor, 0)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if has_links:
+        full.set()
+    else:
+        # The disk is full when the lease itself is written, and not its partial file.
+        monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(InputError) as refused:
         acquire(tmp_path)
     assert f"--workdir '{tmp_path}': its lease cannot be written: No space left" in str(
@@ -470,7 +487,7 @@ def test_a_takeover_that_comes_late_withdraws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_lease(tmp_path, 1, started=1)
-    create = lease_module._create
+    create = lease_file.create_lease
     holders = []
 
     def late(*arguments: object) -> bool:
@@ -481,7 +498,7 @@ def test_a_takeover_that_comes_late_withdraws(
             holders.append(write_lease(tmp_path, 1, token="third"))
         return create(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(lease_module, "_create", late)
+    monkeypatch.setattr(lease_module, "create_lease", late)
     with pytest.raises(InputError, match="is in use"):
         acquire(tmp_path, timing=QUICK)
     assert leases(tmp_path) == ["lease-1.json"]
@@ -555,7 +572,7 @@ def churn(
         lease._thread.join()
         killed = dataclasses.replace(lease._record.process, started=1)
         record = dataclasses.replace(lease._record, process=killed)
-        lease_module._overwrite(lease._path, record)
+        lease_file.write_heartbeat(lease._path, record)
     results.put((together, lost))
 
 

@@ -81,6 +81,7 @@ def test_report_agrees_with_the_codes(data: Path, built: Path) -> None:
     assert report["collisions"]["distinct"] == [4, len(sizes)]
     first, second = (level["explained_variance"] for level in report["reconstruction"])
     assert 0 < first < second <= 1
+    assert all(level["converged"] for level in report["reconstruction"])
     assert len(report["neighbours"]) == 10
     aisle = {
         int(i): int(a)

@@ -84,7 +84,7 @@ def test_a_model_does_not_differ_from_itself_and_a_draw_is_the_same_for_all() ->
         labels, {"a": {0: scores}, "b": {0: scores}}, user, "a", draws=100
     )
     for models in one.values():
-        assert models["b"] == (0, 0, 0, 1)
+        assert models["b"] == (0, 0, 0, 1, 0)
     runs = {"a": {0: scores}, "b": {0: 1 - scores}}
     assert paired_bootstrap(
         labels, runs, user, "a", draws=100, seed=3
@@ -97,7 +97,7 @@ def test_a_model_with_fewer_seeds_is_compared_on_those_it_shares() -> None:
     seeds = dict(enumerate((scores + noise) / 2))
     runs = {"all": seeds, "first": {0: seeds[0]}, "none of them": {-1: seeds[0]}}
     found = paired_bootstrap(labels, runs, user, "all", draws=100)["auc"]
-    assert found["first"] == (0, 0, 0, 1)
+    assert found["first"] == (0, 0, 0, 1, 0)
     mean = np.mean([auc(labels, of_seed) for of_seed in seeds.values()])
     assert found["none of them"].value == pytest.approx(auc(labels, seeds[0]) - mean)
 
@@ -116,3 +116,78 @@ def test_intervals_hold_the_true_difference_about_as_often_as_they_say() -> None
         )["auc"]["b"]
         held += found.low <= 0 <= found.high
     assert 0.85 * studies < held <= studies
+
+
+def few_positive_users() -> tuple[
+    np.ndarray, dict[str, dict[int, np.ndarray]], np.ndarray
+]:
+    """Labels and two models; two of 30 users hold all positives."""
+    draw = np.random.default_rng(0)
+    user = np.repeat(np.arange(30), 6)
+    labels = ((user < 2) & (draw.uniform(size=180) < 0.7)).astype(int)
+    # Both models see the label, through noise of their own.
+    a, b = (0.25 * labels + draw.uniform(0, 0.7, 180) for _ in range(2))
+    return labels, {"a": {0: a}, "b": {0: b}}, user
+
+
+def test_undefined_draws_are_counted_and_left_out_of_interval_and_p_value() -> None:
+    labels, runs, user = few_positive_users()
+    draws = 400
+    found = paired_bootstrap(labels, runs, user, "a", draws=draws, seed=1)
+
+    # The same resamples, with metrics of the log rows that they repeat.
+    generator = np.random.default_rng(1)
+    deltas = []
+    for _ in range(draws):
+        drawn = generator.integers(30, size=30)
+        rows = np.concatenate([np.flatnonzero(user == u) for u in drawn])
+        of_models = [auc(labels[rows], of[0][rows]) for of in runs.values()]
+        if None not in of_models:
+            deltas.append(of_models[1] - of_models[0])
+    undefined = draws - len(deltas)
+    assert 0.08 * draws < undefined < 0.2 * draws  # exp(-2) = 0.135
+
+    estimate = found["auc"]["b"]
+    assert estimate.undefined_draws == undefined
+    expected = np.quantile(deltas, [0.025, 0.975])
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(expected))
+    share_below, share_above = (
+        np.mean(np.less_equal(deltas, 0)),
+        np.mean(np.greater_equal(deltas, 0)),
+    )
+    assert estimate.p_value == pytest.approx(2 * min(share_below, share_above))
+    # Counted over all draws, the undefined ones would be in neither tail.
+    assert estimate.p_value > 2 * min(share_below, share_above) * len(deltas) / draws
+    # A log loss is defined whatever is drawn.
+    assert found["log_loss"]["b"].undefined_draws == 0
+
+
+def test_the_least_p_value_is_that_of_the_defined_draws() -> None:
+    labels, _, user = few_positive_users()
+    runs = {"a": {0: 1.0 - labels}, "b": {0: labels + 0.0}}
+    found = paired_bootstrap(labels, runs, user, "a", draws=200)["auc"]["b"]
+    assert found.undefined_draws > 0
+    assert found.p_value == pytest.approx(2 / (200 - found.undefined_draws))
+    assert (found.low, found.high) == (1, 1)
+
+
+def test_a_metric_that_no_draw_defines_has_no_interval() -> None:
+    user = np.repeat(np.arange(20), 4)
+    labels = np.repeat(np.arange(20) % 2, 4)  # every user has one class: no GAUC
+    scores = np.random.default_rng(0).uniform(size=(2, 80))
+    runs = {"a": {0: scores[0]}, "b": {0: scores[1]}}
+    found = paired_bootstrap(labels, runs, user, "a", draws=100)
+    assert found["gauc"]["b"] == (None, None, None, None, 100)
+    assert found["auc"]["b"].undefined_draws == 0
+
+
+def test_too_few_defined_draws_make_no_interval() -> None:
+    # One user holds all positives: exp(-1) of 100 draws are undefined.
+    user = np.repeat(np.arange(20), 4)
+    labels = (user == 0).astype(int)
+    scores = np.random.default_rng(0).uniform(size=(2, 80))
+    runs = {"a": {0: scores[0]}, "b": {0: scores[1]}}
+    found = paired_bootstrap(labels, runs, user, "a", draws=100)["auc"]["b"]
+    assert found.value is not None
+    assert 20 < found.undefined_draws < 55
+    assert (found.low, found.high, found.p_value) == (None, None, None)

@@ -120,6 +120,6 @@ def cluster_information(
     for count in clusters:
         # A key of its own for each K, so that a list of one K gives the same clusters.
         key = jax.random.fold_in(jax.random.key(seed), count)
-        codes = fit_kmeans(labelled_states, count, key)[1]
+        codes = fit_kmeans(labelled_states, count, key).assigned
         information[count] = label_information(codes, known_labels, seed=seed)
     return information

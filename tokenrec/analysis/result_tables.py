@@ -187,11 +187,14 @@ def differences_table(summary: StudySummary) -> HtmlTable | None:
         Column("p"),
         Column("users"),
         Column("positives"),
+        Column("undefined draws"),
         Column(f"than {summary.reference}", numeric=False),
     ]
     note = (
         "Model minus reference, mean over seeds; a paired bootstrap over users. Users "
         "are resampled, seeds are not: their deviation is in the tables above. "
+        "Draws without positives or without negatives are undefined; interval and p are "
+        "without them, and more than a few mean that few users hold one class. "
         "Intervals and p are not corrected for the number of comparisons."
     )
     title = (
@@ -202,7 +205,7 @@ def differences_table(summary: StudySummary) -> HtmlTable | None:
 
 
 def _difference_row(difference: Difference) -> str:
-    p_value = difference.p_value
+    p_value, undefined_draws = difference.p_value, difference.undefined_draws
     cells = [
         f'<th scope="row">{escape(difference.model)}</th>',
         number_cell(decimal(difference.difference, sign=True)),
@@ -210,6 +213,7 @@ def _difference_row(difference: Difference) -> str:
         number_cell(DASH if p_value is None else f"{p_value:.3f}"),
         number_cell(f"{difference.users:,}"),
         number_cell(f"{difference.positives:,}"),
+        number_cell(DASH if undefined_draws is None else f"{undefined_draws:,}"),
         f"<td>{_VERDICTS[verdict(difference)]}</td>",
     ]
     row = "".join(cells)

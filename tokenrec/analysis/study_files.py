@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_args, get_type_hints
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from tokenrec.analysis.study_rows import (
     AttentionShare,
     CurvePoint,
@@ -209,8 +212,12 @@ def _read_rows[Row](path: Path, kind: type[Row], study: str) -> list[Row]:
     Raises:
       InputError: the file does not fit.
     """
-    hints = get_type_hints(kind)
-    table = read_table(path, columns_of(kind))
+    table = read_table(path, _columns_in(path, kind))
+    hints = {
+        name: hint
+        for name, hint in get_type_hints(kind).items()
+        if name in table.column_names
+    }
     # A study of one model has no differences; every other table has rows.
     if not table.num_rows and kind is not Difference:
         raise InputError(
@@ -237,7 +244,32 @@ def _read_rows[Row](path: Path, kind: type[Row], study: str) -> list[Row]:
             f"{path}: has rows of study '{other}', study.json is of '{study}'; keep "
             "studies apart"
         )
-    return [kind(*row) for row in zip(*columns, strict=True)]
+    return [
+        kind(**dict(zip(hints, row, strict=True))) for row in zip(*columns, strict=True)
+    ]
+
+
+def _columns_in(path: Path, kind: type) -> dict[str, pa.DataType]:
+    """Columns to read for rows of the data class `kind`.
+
+    A field with a default came later: files of older studies lack its column.
+    """
+    later = {
+        field.name
+        # A data class, as its caller says.
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING
+    }
+    try:
+        present = set(pq.read_schema(path).names)
+    except (OSError, pa.ArrowException):
+        # `read_table` says what is wrong with the file.
+        present = later
+    return {
+        name: arrow_type
+        for name, arrow_type in columns_of(kind).items()
+        if name in present or name not in later
+    }
 
 
 def _refuse_duplicates(path: Path, rows: Sequence[Result]) -> None:

@@ -39,7 +39,11 @@ class Result:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Difference:
-    """Model minus reference, mean over seeds, with its bootstrap interval."""
+    """Model minus reference, mean over seeds, with its bootstrap interval.
+
+    `undefined_draws` counts the resamples in which the metric is undefined; interval
+    and p-value are without them. Older studies do not record it.
+    """
 
     study: str
     model: str
@@ -53,6 +57,7 @@ class Difference:
     p_value: float | None
     users: int
     positives: int
+    undefined_draws: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -77,8 +77,9 @@ def is_verified(folder: Path) -> bool:
     try:
         listing = _read_listing(folder)
     except FileNotFoundError:
-        # Checkpoints of earlier versions have no listing.
-        return any(folder.glob(_CHECKSUM_FILES))
+        # Those of earlier versions have no listing, and no digest of themselves.
+        parts = [_read_object(path) for path in folder.glob(_CHECKSUM_FILES)]
+        return bool(parts) and not any(_DIGEST in part for part in parts)
     return all(
         (folder / f"sums.{index}.json").is_file()
         for index in range(listing["processes"])

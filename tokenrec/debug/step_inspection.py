@@ -20,9 +20,10 @@ from tokenrec.step import (
     Inverses,
     gradients,
     micro_batches,
+    split_samples,
     step_inputs,
 )
-from tokenrec.tokens.embed import inverses
+from tokenrec.tokens.embed import NEGATIVES_PART, inverses
 from tokenrec.tokens.layout import ROLES
 
 
@@ -110,13 +111,17 @@ def _inspect_samples(
     if count == 1:
         return inspect(inputs.batch, reads, inputs.key)
     # Each micro-batch has the dropout key that the training step gives it.
-    pieces = (*micro_batches((inputs.batch, reads), count), jnp.arange(count))
-    return jax.lax.map(
-        lambda piece: inspect(
-            piece[0], piece[1], jax.random.fold_in(inputs.key, piece[2])
-        ),
-        pieces,
-    )
+    pieces = micro_batches(inputs.batch, reads, inputs.key, count)
+    inspected: dict[str, Any] = jax.lax.map(lambda piece: inspect(*piece), pieces)
+    # All micro-batches meet all negatives, `[M, B]`: one of them tells about each
+    # sample's own.
+    features = inspected["features"]
+    if NEGATIVES_PART in features:
+        features[NEGATIVES_PART] = {
+            name: split_samples(bad[0], count)
+            for name, bad in features[NEGATIVES_PART].items()
+        }
+    return inspected
 
 
 def _norm(x: jax.Array) -> jax.Array:

@@ -15,9 +15,8 @@ Three rules make it safe, also on a network disk and without file locks:
 - A holder whose file is gone, or that is not the highest number any more, has lost the
   lease. It notices at its next heartbeat and before each save, and writes no more.
 
-In an object store the file is an object, which is created under the condition that it
-does not exist. A heartbeat replaces it, and may so bring back a lease that was taken over;
-its number is lower than that of the new one, and does not count.
+In an object store the file is an object, which is created on the condition that it does
+not exist.
 
 A holder that is suspended between its last check and the end of a write cannot notice.
 The silence that makes a lease stale is therefore several heartbeats long.
@@ -25,31 +24,30 @@ The silence that makes a lease stale is therefore several heartbeats long.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import datetime
-import errno
-import json
-import os
-import re
-import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from tokenrec.errors import InputError, StorageError
-from tokenrec.runtime.paths import as_path, create_exclusively, is_remote
-from tokenrec.runtime.process_identity import ProcessIdentity, this_process
-from tokenrec.runtime.retry import raise_storage_errors, retry
+from tokenrec.runtime.lease_file import (
+    LeaseRecord,
+    create_lease,
+    delete_earlier,
+    delete_lease,
+    highest_number,
+    is_original,
+    lease_path,
+    read_lease,
+    read_token,
+    write_heartbeat,
+)
+from tokenrec.runtime.paths import as_path
+from tokenrec.runtime.retry import retry
 
-_NAME = re.compile(r"lease-([1-9][0-9]*)\.json")
-_PARTIAL_PREFIX = ".lease-"
-# All files have this size, so that a heartbeat changes bytes in place.
-_SIZE = 1024
 # Seconds before another attempt if someone else was faster; a network disk may show its
 # own directory late.
 _RETRY_SECONDS = 0.2
@@ -57,8 +55,6 @@ _RETRY_SECONDS = 0.2
 _LOOKS = 3
 # An exit does not wait longer for a heartbeat that hangs in a network disk.
 _JOIN_SECONDS = 30.0
-# What file systems without hard links answer.
-_NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +118,11 @@ def _acquire(
 ) -> Lease:
     while True:
         interrupted()
-        before = retry(lambda: _highest(workdir), workdir)
+        before = retry(lambda: highest_number(workdir), workdir)
         stale = _wait_until_stale(workdir, before, timing, interrupted)
         if before and stale is None:
             continue
-        lease = Lease(workdir, before + 1, _Record.of_this_process(), timing)
+        lease = Lease(workdir, before + 1, LeaseRecord.of_this_process(), timing)
         try:
             if lease.take(before, stale, timing.settle):
                 break
@@ -134,7 +130,7 @@ def _acquire(
             lease.withdraw()
             raise
         time.sleep(_RETRY_SECONDS)
-    _delete_others(workdir, before + 1)
+    delete_earlier(workdir, before + 1)
     if stale is not None:
         print(
             f"tokenrec: --workdir '{workdir}': {stale.holder} left without releasing "
@@ -156,11 +152,11 @@ class Lease:
     """
 
     def __init__(
-        self, workdir: Path, number: int, record: _Record, timing: LeaseTiming
+        self, workdir: Path, number: int, record: LeaseRecord, timing: LeaseTiming
     ) -> None:
         self._workdir = workdir
         self._number = number
-        self._path = _path(workdir, number)
+        self._path = lease_path(workdir, number)
         self._record = record
         self._interval = timing.heartbeat
         self._last_look = _now()
@@ -199,11 +195,14 @@ class Lease:
           Whether this process now holds the lease; False if others were faster.
         """
         # 1. One process alone creates the file.
-        if not _create(self._workdir, self._number, self._record):
+        created = retry(
+            lambda: create_lease(self._workdir, self._number, self._record), self._path
+        )
+        if not created:
             return False
         # 2. While this process waited, other leases may have come and gone.
         unchanged = stale is None or stale.token == retry(
-            lambda: _token(_path(self._workdir, before)), self._workdir
+            lambda: read_token(lease_path(self._workdir, before)), self._workdir
         )
         if not unchanged or retry(self.find_loss, self._workdir):
             self.withdraw()
@@ -216,8 +215,8 @@ class Lease:
 
     def withdraw(self) -> None:
         """Delete the file of a lease that was never used, if it is there."""
-        if retry(lambda: _token(self._path), self._path) == self._record.token:
-            retry(lambda: self._path.unlink(missing_ok=True), self._path)
+        if retry(lambda: read_token(self._path), self._path) == self._record.token:
+            retry(lambda: delete_lease(self._path), self._path)
 
     def check(self) -> None:
         """Raise InputError if the lease is known to be lost.
@@ -253,8 +252,7 @@ class Lease:
         try:
             # One that was taken over in the meantime belongs to someone else.
             if not self._loss and not self.find_loss():
-                with raise_storage_errors(self._path):
-                    self._path.unlink(missing_ok=True)
+                delete_lease(self._path)
         except OSError as error:
             # The run is complete, or ends with an error of its own: both stay as they
             # are. The next trainer finds that this process has ended.
@@ -262,16 +260,16 @@ class Lease:
 
     def find_loss(self) -> str:
         """Read the lease; say who has it if this process has lost it, else be empty."""
-        highest = _highest(self._workdir)
+        highest = highest_number(self._workdir)
         for _ in range(_LOOKS):
-            if highest == self._number or _token(self._path) != self._record.token:
+            if highest == self._number or read_token(self._path) != self._record.token:
                 break
             # A process that was about to take over an earlier lease withdraws at once.
             time.sleep(_RETRY_SECONDS)
-            highest = _highest(self._workdir)
-        if highest == self._number and _token(self._path) == self._record.token:
+            highest = highest_number(self._workdir)
+        if highest == self._number and read_token(self._path) == self._record.token:
             return ""
-        other = _Record.parse(_read(_path(self._workdir, highest)))
+        other = LeaseRecord.parse(read_lease(lease_path(self._workdir, highest)))
         if other is None:
             return f"its lease '{self._path.name}' was deleted"
         return (
@@ -300,7 +298,7 @@ class Lease:
             try:
                 self._look()
                 self._record = self._record.next_beat()
-                if not self._loss and not _overwrite(self._path, self._record):
+                if not self._loss and not write_heartbeat(self._path, self._record):
                     self._look()
                 failed = False
             # The disk may be back at the next heartbeat. If it is not, the next save
@@ -316,75 +314,6 @@ class Lease:
             f"{error.strerror or error}; the run goes on",
             file=sys.stderr,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Record:
-    """Contents of a lease.
-
-    Attributes:
-      token: random, different for each lease.
-      process: the process that holds it.
-      since: when it was taken, by the clock of the holder.
-      heartbeat: time of the last heartbeat, by the clock of the holder.
-      beats: number of heartbeats.
-      inode: number of its file, which a copy of the folder does not have.
-    """
-
-    token: str
-    process: ProcessIdentity
-    since: str
-    heartbeat: str
-    beats: int = 0
-    inode: int = 0
-
-    @classmethod
-    def of_this_process(cls) -> _Record:
-        now = _clock()
-        return cls(secrets.token_hex(16), this_process(), now, now)
-
-    @classmethod
-    def parse(cls, data: bytes | None) -> _Record | None:
-        """The record in a file; None without a file, or if it holds something else."""
-        try:
-            value: dict[str, Any] = json.loads(data or b"")
-            process = ProcessIdentity(
-                host=str(value["host"]),
-                boot=str(value["boot"]),
-                pid_namespace=str(value["pid_namespace"]),
-                pid=int(value["pid"]),
-                started=int(value["started"]),
-            )
-            return cls(
-                token=str(value["token"]),
-                process=process,
-                since=str(value["since"]),
-                heartbeat=str(value["heartbeat"]),
-                beats=int(value["beats"]),
-                inode=int(value["inode"]),
-            )
-        except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
-            return None
-
-    @property
-    def holder(self) -> str:
-        """The process, in words."""
-        return f"process {self.process.pid} on {self.process.host}"
-
-    def next_beat(self) -> _Record:
-        return dataclasses.replace(self, heartbeat=_clock(), beats=self.beats + 1)
-
-    def to_bytes(self, descriptor: int | None = None) -> bytes:
-        """Contents of the file that is open as `descriptor`; None for an object."""
-        fields = {
-            "token": self.token,
-            **dataclasses.asdict(self.process),
-            "since": self.since,
-            "heartbeat": self.heartbeat,
-            "beats": self.beats,
-            "inode": 0 if descriptor is None else os.fstat(descriptor).st_ino,
-        }
-        return json.dumps(fields).encode().ljust(_SIZE - 1) + b"\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -423,15 +352,15 @@ def _wait_until_stale(
     Raises:
       InputError: its holder is alive.
     """
-    path = _path(workdir, number)
-    first = retry(lambda: _read(path), path) if number else None
+    path = lease_path(workdir, number)
+    first = retry(lambda: read_lease(path), path) if number else None
     if first is None:
         return None
-    record = _Record.parse(first)
+    record = LeaseRecord.parse(first)
     holder = record.holder if record else "a process that wrote no name"
     token = record.token if record else ""
     running = record.process.is_running() if record else None
-    if record and running and not _is_original(path, record):
+    if record and running and not retry(lambda: is_original(path, record), path):
         # The holder has its lease in another folder, of which this one is a copy, or
         # the file system numbers files anew: the heartbeat decides.
         running = None
@@ -450,10 +379,10 @@ def _wait_until_stale(
         now = time.monotonic()
         waited += min(now - looked, 2 * timing.poll)
         looked = now
-        latest = retry(lambda: _read(path), path)
+        latest = retry(lambda: read_lease(path), path)
         if latest is None:
             return None
-        found = _Record.parse(latest)
+        found = LeaseRecord.parse(latest)
         if found is not None and found.token != token:
             return None
         if running is None and latest != first:
@@ -464,7 +393,7 @@ def _wait_until_stale(
     return _Stale(token, holder, is_elsewhere=running is None)
 
 
-def _in_use(workdir: Path, path: Path, record: _Record | None) -> InputError:
+def _in_use(workdir: Path, path: Path, record: LeaseRecord | None) -> InputError:
     known = (
         f"{record.holder} trains there since {record.since} (last heartbeat "
         f"{record.heartbeat})"
@@ -475,140 +404,6 @@ def _in_use(workdir: Path, path: Path, record: _Record | None) -> InputError:
         f"--workdir '{workdir}' is in use: {known}; give another --workdir, or wait for "
         f"that process, or stop it; if it is surely gone, delete '{path}'"
     )
-
-
-def _path(workdir: Path, number: int) -> Path:
-    return workdir / f"lease-{number}.json"
-
-
-def _numbers(workdir: Path) -> list[int]:
-    if is_remote(workdir):
-        with raise_storage_errors(workdir):
-            names = [path.name for path in workdir.glob("lease-*.json")]
-    else:
-        names = os.listdir(workdir)
-    matches = [_NAME.fullmatch(name) for name in names]
-    return [int(match[1]) for match in matches if match]
-
-
-def _highest(workdir: Path) -> int:
-    """Number of the lease; 0 without one."""
-    return max(_numbers(workdir), default=0)
-
-
-def _read(path: Path) -> bytes | None:
-    """First bytes of a file; None if it does not exist."""
-    # Opened anew each time: a network disk then asks its server.
-    try:
-        with raise_storage_errors(path), path.open("rb") as file:
-            return file.read(_SIZE)
-    except FileNotFoundError:
-        return None
-
-
-def _is_original(path: Path, record: _Record) -> bool:
-    if is_remote(path):
-        # Nothing tells an object from its copy.
-        return False
-    with contextlib.suppress(FileNotFoundError):
-        return retry(lambda: path.stat(), path).st_ino == record.inode
-    return False
-
-
-def _token(path: Path) -> str:
-    """Token in a file; empty if it does not exist or holds something else."""
-    record = _Record.parse(_read(path))
-    return record.token if record else ""
-
-
-def _create(workdir: Path, number: int, record: _Record) -> bool:
-    """Create the file of a lease with its contents in one step.
-
-    Returns:
-      Whether this process has created it; False if it existed.
-    """
-    path = _path(workdir, number)
-    if is_remote(path):
-        return retry(lambda: create_exclusively(path, record.to_bytes()), path)
-    partial = workdir / f"{_PARTIAL_PREFIX}{record.token}"
-
-    def create() -> bool:
-        try:
-            _write_new(partial, record)
-            os.link(partial, path)
-        except FileExistsError:
-            # The answer of a network disk may have been lost, and the request repeated.
-            return _token(path) == record.token
-        except FileNotFoundError:
-            # The trainer that was faster has deleted the partial file.
-            return False
-        except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
-                raise
-            return _create_without_links(path, record)
-        finally:
-            partial.unlink(missing_ok=True)
-        return True
-
-    return retry(create, path)
-
-
-def _create_without_links(path: Path, record: _Record) -> bool:
-    try:
-        _write_new(path, record)
-    except FileExistsError:
-        return _token(path) == record.token
-    except OSError:
-        # Half a file would pass for the lease of someone else.
-        path.unlink(missing_ok=True)
-        raise
-    return True
-
-
-def _write_new(path: Path, record: _Record) -> None:
-    with path.open("xb") as file:
-        file.write(record.to_bytes(file.fileno()))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _overwrite(path: Path, record: _Record) -> bool:
-    """Write a heartbeat into a lease in place; return False if it has another token."""
-    if is_remote(path):
-        if _token(path) != record.token:
-            return False
-        with raise_storage_errors(path):
-            path.write_bytes(record.to_bytes())
-        return True
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        # The file that is open is the one that is changed, whatever its name means now.
-        found = _Record.parse(os.pread(descriptor, _SIZE, 0))
-        if found is None or found.token != record.token:
-            return False
-        os.pwrite(descriptor, record.to_bytes(descriptor), 0)
-        return True
-    finally:
-        os.close(descriptor)
-
-
-def _delete_others(workdir: Path, number: int) -> None:
-    """Delete leases before this one, and files that killed processes left behind."""
-    # They do not count. What cannot be deleted now is deleted at the next start.
-    with contextlib.suppress(OSError), raise_storage_errors(workdir):
-        for other in _numbers(workdir):
-            if other < number:
-                _path(workdir, other).unlink(missing_ok=True)
-        for partial in workdir.glob(f"{_PARTIAL_PREFIX}*"):
-            partial.unlink(missing_ok=True)
-
-
-def _clock() -> str:
-    """Local time with its zone, for messages."""
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _now() -> float:

@@ -68,24 +68,28 @@ def describe_collisions(codes: np.ndarray) -> dict[str, Any]:
 
 def describe_reconstruction(
     quantized: Quantized, values: np.ndarray
-) -> list[dict[str, float]]:
+) -> list[dict[str, float | bool]]:
     """Describe the error of each level.
 
     `mse` is the mean squared distance from the vectors, and `explained_variance` is 1
-    minus its share of their variance.
+    minus its share of their variance. With k-means, `converged` says whether it did.
 
     Args:
       quantized: codes and errors.
       values: `[N, D]`, the vectors.
     """
     variance = float(np.square(values - values.mean(axis=0)).sum(axis=1).mean())
-    return [
+    levels: list[dict[str, float | bool]] = [
         {
             "mse": float(error),
             "explained_variance": float(1 - error / variance) if variance > 0 else 0.0,
         }
         for error in quantized.errors
     ]
+    # RQ-VAE has no such levels.
+    for level, converged in zip(levels, quantized.converged, strict=False):
+        level["converged"] = converged
+    return levels
 
 
 def describe_neighbours(

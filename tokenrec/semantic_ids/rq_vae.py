@@ -147,9 +147,11 @@ def _start(table: jax.Array, sizes: Sequence[int], key: jax.Array) -> Weights:
     residual = np.asarray(_apply(encoder, table[first_batch]))
     books = []
     for level, size in enumerate(sizes):
-        book, assigned = fit_kmeans(residual, size, jax.random.fold_in(book_key, level))
-        residual = residual - book[assigned]
-        books.append(jnp.asarray(book))
+        level_key = jax.random.fold_in(book_key, level)
+        # One draw of first centroids: training moves the code words anyway.
+        clusters = fit_kmeans(residual, size, level_key, starts=1)
+        residual = residual - clusters.centroids[clusters.assigned]
+        books.append(jnp.asarray(clusters.centroids))
     return Weights(encoder, decoder, books)
 
 

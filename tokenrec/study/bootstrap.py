@@ -21,6 +21,18 @@ the resamples (percentile method). The two-sided p-value is
 
     p = 2 min(P(delta(w) <= 0), P(delta(w) >= 0))
 
+**Undefined resamples.** AUC is 0 / 0 in a resample without positives or without
+negatives, GAUC in one without a user that has both classes. If k of many users hold all
+positives, this happens in about exp(-k) of the resamples. Such a resample is dropped
+and counted: P and the quantiles are over the defined ones alone, for each metric. To
+draw until a resample is defined would give the same distribution, but the metrics of a
+table would no longer share their resamples, and nobody would see how many were
+rejected. The count is evidence of its own: an interval of which 5 % of the resamples
+are undefined comes from about three users with positives, too few to stand for others.
+Whether a resample is defined depends on labels and weights, not on scores, so that it is
+dropped for all models alike and the bootstrap stays paired. Of n defined resamples no
+p-value is below 2 / n; with n < LEAST_DRAWS there is neither interval nor p-value.
+
 Seeds are not resampled. A difference is one between means over the trained seeds, and
 the deviation over seeds is reported separately.
 """
@@ -37,21 +49,29 @@ from tokenrec.metrics.exact_auc import CLIP
 # The order of the metrics in the arrays of this module.
 METRICS = ("auc", "gauc", "log_loss")
 
+# An interval is made of the 2.5 % and 97.5 % quantiles; fewer resamples than this leave
+# two or less in each tail.
+LEAST_DRAWS = 100
+
 
 class Estimate(NamedTuple):
     """Estimated difference of a metric, model minus reference.
 
     Attributes:
-      value: the difference on the users as they are.
-      low: lower end of the 95 % interval.
+      value: the difference on the users as they are; None if the metric is undefined.
+      low: lower end of the 95 % interval; None with fewer than `LEAST_DRAWS` defined
+        resamples, as the other two.
       high: upper end of the 95 % interval.
       p_value: two-sided, of the hypothesis that the difference is 0.
+      undefined_draws: resamples in which the metric is undefined. They are not in the
+        interval and the p-value.
     """
 
-    value: float
-    low: float
-    high: float
-    p_value: float
+    value: float | None
+    low: float | None
+    high: float | None
+    p_value: float | None
+    undefined_draws: int
 
 
 def paired_bootstrap(
@@ -139,13 +159,19 @@ def _differences(
 
 
 def _estimate(value: float, resampled: np.ndarray) -> Estimate:
-    """Summarise the resampled differences `[draws]` of one metric."""
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    tail = min(np.mean(resampled <= 0), np.mean(resampled >= 0))
+    """Summarise the resampled differences `[draws]` of one metric; NaN is undefined."""
+    defined = resampled[~np.isnan(resampled)]
+    undefined_draws = len(resampled) - len(defined)
+    observed = None if np.isnan(value) else value
+    if observed is None or len(defined) < LEAST_DRAWS:
+        return Estimate(observed, None, None, None, undefined_draws)
+    low, high = np.quantile(defined, [0.025, 0.975])
+    # NaN is neither <= 0 nor >= 0: counted here, it would make both tails too small.
+    tail = min(np.mean(defined <= 0), np.mean(defined >= 0))
     # n resamples cannot support a p-value below 2 / n, and the two tails overlap where
     # resampled differences equal 0, so that twice the smaller one may exceed 1.
-    p_value = min(max(2 * tail, 2 / len(resampled)), 1)
-    return Estimate(value, float(low), float(high), float(p_value))
+    p_value = min(max(2 * tail, 2 / len(defined)), 1)
+    return Estimate(observed, float(low), float(high), float(p_value), undefined_draws)
 
 
 class _SortedScores:
@@ -181,7 +207,11 @@ class _SortedScores:
         self._counts = np.bincount(user, minlength=count)
 
     def metrics(self, weights: np.ndarray) -> np.ndarray:
-        """Compute AUC, GAUC and log loss `[3]` with `weights: [U]` of the users."""
+        """Compute AUC, GAUC and log loss `[3]` with `weights: [U]` of the users.
+
+        AUC and GAUC are NaN where `weights` leave them undefined. Every user has log
+        rows, so that the log loss is always defined.
+        """
         positive_weights = weights[self._positive_user]
         negative_weights = np.append(0.0, np.cumsum(weights[self._negative_user]))
         # Weight of the negatives that a positive outranks; a tie counts one half.
@@ -189,7 +219,7 @@ class _SortedScores:
             negative_weights[self._lower] + negative_weights[self._lower_or_equal]
         ) / 2
         pairs = positive_weights.sum() * negative_weights[-1]
-        auc = positive_weights @ outranked / pairs
+        auc = positive_weights @ outranked / pairs if pairs else np.nan
 
         mixed = weights * self._mixed_counts
         gauc = mixed @ self._user_auc / mixed.sum() if mixed.any() else np.nan

@@ -29,12 +29,10 @@ from tokenrec.config.load import load_config, run_file, shipped_folder
 from tokenrec.config.types import has_type, hint_name
 from tokenrec.data.source import SPLITS
 from tokenrec.errors import InputError, suggest
+from tokenrec.study.bootstrap import LEAST_DRAWS
 
 # The split on which learning rates are chosen.
 TUNING_SPLIT = "valid"
-# An interval is made of the 2.5 % and 97.5 % quantiles; fewer resamples than this leave
-# two or less in each tail.
-_LEAST_DRAWS = 100
 _RATE = "optim.learning_rate"
 # A model's name is the name of its folder too.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -190,7 +188,7 @@ def _problems(study: Study) -> Iterator[str]:
         )
     if study.cpu_hours <= 0:
         yield f"cpu_hours={study.cpu_hours} must be above 0"
-    if study.draws < _LEAST_DRAWS:
+    if study.draws < LEAST_DRAWS:
         yield f"draws={study.draws} is too few for an interval; use 1000"
     for name, fields in study.models.items():
         reserved = {_RATE, "seed"} & {*fields, *study.overrides}

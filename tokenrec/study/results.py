@@ -194,6 +194,7 @@ def difference_rows(
                     "p_value": estimate.p_value,
                     "users": user_count,
                     "positives": positives,
+                    "undefined_draws": estimate.undefined_draws,
                 }
 
 

@@ -24,11 +24,13 @@ import numpy as np
 from tokenrec.config import Config
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.data.schema import Feature, Schema, columns
+from tokenrec.errors import InputError
 from tokenrec.ops.tables.api import (
     UniqueRows,
     expand_rows,
     find_unique_rows,
     gather_rows,
+    stored_shape,
 )
 from tokenrec.ops.tables.lookup import Stack, build_stacks
 from tokenrec.tokens.feature_transforms import hashed_prefix_ids, table_widths
@@ -38,7 +40,8 @@ from tokenrec.tokens.makers import FeatureArrays
 # unlike the tables of features, no reserved ids.
 ITEM_ROWS = Feature("catalogue_item", "categorical", "item")
 # Parts of a batch that are looked up in this table.
-CATALOGUE_PARTS = ("items", "goals", "negatives")
+NEGATIVES_PART = "negatives"
+CATALOGUE_PARTS = ("items", "goals", NEGATIVES_PART)
 
 
 def samples_items(config: Config) -> bool:
@@ -130,7 +133,13 @@ class Embedder:
         Args:
           stored: stack name -> `[rows, w]`, the tables of the train state.
           unique_rows: the result of `find`.
+
+        Raises:
+          InputError: an array of `stored` is missing, or of another shape or type than
+            its stack. A gather would read other rows instead of failing.
         """
+        for name, stack in self.stacks.items():
+            _check_stored(stack, stored.get(name))
         return {
             name: gather_rows(stored[name], unique_rows[name]) for name in self.stacks
         }
@@ -253,6 +262,26 @@ def inverses(unique_rows: dict[str, UniqueRows]) -> dict[str, dict[str, jax.Arra
       Stack name -> part of the batch -> `[B, ..., columns of the stack]`.
     """
     return {name: of_stack.inverses for name, of_stack in unique_rows.items()}
+
+
+def _check_stored(stack: Stack, array: jax.Array | None) -> None:
+    """Raise InputError unless `array` is that of the stack."""
+    rows, width = stored_shape(stack)
+    if array is None:
+        problem = f"stack '{stack.name}' float32[{rows},{width}] is missing"
+    elif array.shape != (rows, width) or array.dtype != jnp.float32:
+        given = f"{array.dtype}[{','.join(map(str, array.shape))}]"
+        problem = (
+            f"stack '{stack.name}' is {given}, and the model needs "
+            f"float32[{rows},{width}]"
+        )
+    else:
+        return
+    raise InputError(
+        f"{problem} for the tables {', '.join(stack.offsets)}: these tables belong to "
+        "another config or data set; build the model with those of the run that they "
+        "come from, or carry them over with train.warm_start"
+    )
 
 
 def _catalogue_signals(items: jax.Array) -> Signals:

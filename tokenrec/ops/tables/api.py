@@ -63,8 +63,14 @@ def storage_spec(stack: Stack) -> tuple[tuple[int, int], PartitionSpec]:
     """
     if stack.spread:
         check_owners(jax.sharding.get_abstract_mesh().size)
-        return (stored_rows(stack.rows), stack.width), RULES("rows", None)
-    return (stack.rows, stack.width), RULES(None, None)
+        return stored_shape(stack), RULES("rows", None)
+    return stored_shape(stack), RULES(None, None)
+
+
+def stored_shape(stack: Stack) -> tuple[int, int]:
+    """Compute the shape of the array of a stack, `[rows, w]`, on any mesh."""
+    rows = stored_rows(stack.rows) if stack.spread else stack.rows
+    return rows, stack.width
 
 
 def find_unique_rows(stack: Stack, ids: Mapping[str, jax.Array]) -> UniqueRows:
