@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import tokenrec
-from tokenrec.cli.main import main
+from tokenrec.cli.entry import main
 
 CLONE = Path(__file__).parents[1]
 PROJECT = tomllib.loads((CLONE / "pyproject.toml").read_text())

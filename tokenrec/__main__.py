@@ -2,7 +2,7 @@
 
 import sys
 
-from tokenrec.cli.main import main
+from tokenrec.cli.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -295,6 +295,7 @@ class ActiveRun:
         count = config.train.profile_steps if distributed.is_first_process() else 0
         folder = self._run_log.folder or workdir
         self._profiler = self._stack.enter_context(profile_steps(folder, first, count))
+        self._signals.begin_steps()
 
     def finished(self, progress: Progress) -> bool:
         """Whether the last step is reached, or `train.patience` is used up."""
@@ -325,7 +326,9 @@ class ActiveRun:
             self._watchdog.enter_phase(f"step {step:,}: handing it to the devices")
             state, metrics = self._step(state, batch)
         else:
-            state, metrics = self._compile_and_step(state, batch, step)
+            # Nothing is lost if a signal ends the process in the first compilation.
+            with self._signals.nothing_to_save(self.is_complete(progress)):
+                state, metrics = self._compile_and_step(state, batch, step)
         self._profiler.after_step(step, metrics)
         flops = self._step.model_flops(batch)
         self._metrics.add(metrics, host.rows, timed=compiled, model_flops=flops)

@@ -232,6 +232,25 @@ def test_predict_passes_its_flags(
             3,
             "RESOURCE_EXHAUSTED",
         ),
+        (OSError(27, "File too large", "run/x"), 2, "File too large: 'run/x'"),
+        (OSError(36, "File name too long", "run/x"), 2, "File name too long: 'run/x'"),
+        (OSError(40, "Too many levels of symbolic links", "r"), 2, "links: 'r'"),
+        (OSError(24, "Too many open files", "run/x"), 2, "`ulimit -n 65536`"),
+        (
+            InputError("the shard 'a' is damaged: open() failed: Too many open files"),
+            2,
+            "open files is reached: the shard 'a' is damaged",
+        ),
+        (
+            ValueError(
+                "RESOURCE_EXHAUSTED: Error writing 'x': No space left on device"
+            ),
+            2,
+            "writing 'x': No space left",
+        ),
+        (OSError(12, "Cannot allocate memory"), 3, "out of memory"),
+        (RuntimeError("can't start new thread"), 2, "`ulimit -u`"),
+        (OSError(5, "Input/output error", "run/x"), 74, "rerun the same command"),
         (NonFiniteError("step 7: loss is nan"), 4, "step 7: loss is nan"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

@@ -15,7 +15,12 @@ FLAGS = {
     "image": "europe-docker.pkg.dev/my-project/tokenrec/train:0.1.0",
     "bucket": "my-bucket",
 }
-TPU_VM = {"target": "tpu-vm", "project": "my-project", "zone": "us-west4-a"}
+TPU_VM = {
+    "target": "tpu-vm",
+    "project": "my-project",
+    "zone": "us-west4-a",
+    "gcsfuse_sha256": "installed",
+}
 
 Launch = Callable[..., tuple[int, str, str]]
 

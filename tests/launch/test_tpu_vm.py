@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,6 +144,9 @@ def test_another_config_goes_to_the_run_s_folder_as_it_stands(
         ([1, 137, 1], 1, 3),
         ([75, 75, 75, 75, 1, 75, 1, 0], 0, 8),
         ([75, 1, 75, 1, 75, 1], 1, 6),
+        ([74, 0], 0, 2),
+        ([74, 5, 74], 74, 3),
+        ([143, 143, 143, 143, 75, 0], 0, 6),
     ],
 )
 def test_a_host_restarts_where_it_can_help(
@@ -149,15 +154,100 @@ def test_a_host_restarts_where_it_can_help(
 ) -> None:
     queue = script.parent / "codes"
     queue.write_text("".join(f"{code}\n" for code in codes))
-    code, calls = run(script, "host-train", CODES=str(queue))
+    devices = script.parent / "devices"
+    (devices / "vfio").mkdir(parents=True)
+    (devices / "accel0").symlink_to("/dev/null")
+    (devices / "vfio" / "7").symlink_to("/dev/null")
+    (devices / "accel_log").touch()
+    code, calls = run(script, "host-train", CODES=str(queue), DEVICES=str(devices))
     trained = [call for call in calls if call.startswith("docker run")]
     assert (code, len(trained)) == (ends, runs)
-    assert "--privileged --network=host" in trained[0]
+    # The chips of this host, and no other rights.
+    assert f"--device={devices}/accel0 --device={devices}/vfio/7 " in trained[0]
+    assert "--ulimit=memlock=-1" in trained[0]
+    assert "privileged" not in trained[0]
     assert "--env=JAX_PLATFORMS=tpu" in trained[0]
     assert trained[0].endswith(
         "tokenrec train --distributed --config=synthetic --data=/gcs/data/synthetic "
         "--workdir=/gcs/runs/synthetic --quiet"
     )
+
+
+PACKAGE = b"a package"
+INSTALLS = """#!/usr/bin/env bash
+printf '%s\\n' "$(basename "$0") $*" >> "$NOTES"
+[[ $1 == -fsSLo ]] && printf %s "a package" > "$2"
+exit 0
+"""
+
+
+def host_setup(
+    launch: Launch, tmp_path: Path, digest: str
+) -> tuple[int, list[str], str]:
+    """Run `host-setup` on a host without gcsfuse; return code, calls and stderr."""
+    _, out, _ = launch(
+        "--dry-run", "--skip-compile", **TPU_VM | {"gcsfuse_sha256": digest}
+    )
+    script = tmp_path / "job.sh"
+    script.write_text(out)
+    tools, notes = tmp_path / "tools", tmp_path / "notes"
+    tools.mkdir()
+    notes.write_text("")
+    for name in ("curl", "sudo"):
+        (tools / name).write_text(INSTALLS)
+        (tools / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(script), "host-setup"],
+        env={
+            "PATH": f"{tools}:/usr/bin:/bin",
+            "NOTES": str(notes),
+            "TMPDIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, notes.read_text().splitlines(), done.stderr
+
+
+def test_a_host_installs_the_package_of_the_digest_from_a_folder_of_its_own(
+    launch: Launch, tmp_path: Path
+) -> None:
+    digest = hashlib.sha256(PACKAGE).hexdigest()
+    code, calls, _ = host_setup(launch, tmp_path, digest)
+    assert code == 0
+    package = calls[0].split()[2]
+    # A name that nobody can know before.
+    assert re.fullmatch(rf"{tmp_path}/tmp\.\w+/gcsfuse_[\d.]+_amd64\.deb", package)
+    assert calls[1] == f"sudo apt-get install -y {package}"
+    assert not Path(package).parent.exists()
+
+
+@pytest.mark.parametrize("digest", ["0" * 64, "installed"])
+def test_a_host_installs_no_package_of_another_digest_or_of_none(
+    launch: Launch, tmp_path: Path, digest: str
+) -> None:
+    code, calls, errors = host_setup(launch, tmp_path, digest)
+    assert code == 2
+    assert "--gcsfuse-sha256" in errors
+    assert not [call for call in calls if call.startswith("sudo")]
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+@pytest.mark.parametrize(
+    ("digest", "message"),
+    [
+        (None, "needs --gcsfuse-sha256, the SHA-256 of gcsfuse_"),
+        ("abc", "gcsfuse_sha256='abc' is not a SHA-256"),
+    ],
+)
+def test_a_script_needs_a_digest(
+    launch: Launch, digest: str | None, message: str
+) -> None:
+    flags = TPU_VM | {"gcsfuse_sha256": digest}
+    code, _, errors = launch("--dry-run", "--skip-compile", **flags)
+    assert code == 2
+    assert message in errors
 
 
 def test_an_unknown_verb_lists_the_known_ones(script: Path) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from tokenrec.errors import InputError
+from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import files
-from tokenrec.runtime.metric_writer import JsonlWriter
+from tokenrec.runtime import retry as retry_module
+from tokenrec.runtime.metric_writer import JsonlWriter, read_log
 from tokenrec.runtime.progress import ProgressDisplay
 from tokenrec.runtime.run_log import open_run_log
 from tokenrec.runtime.throughput import Throughput
@@ -187,15 +193,121 @@ def test_everything_is_closed_when_the_run_fails(tmp_path, monkeypatch):
 )
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     writer = JsonlWriter(tmp_path)
-    words = rf"the log in '{tmp_path}' cannot be written: No space left.*rerun"
-    with Path("/dev/full").open("w") as full:
-        writer._file.close()
+    with Path("/dev/full").open("ab", buffering=0) as full:
+        writer.close()
         monkeypatch.setattr(writer, "_file", full)
-        with pytest.raises(InputError, match=words):
+        monkeypatch.setattr(writer, "_path", Path("/dev/full"))
+        with pytest.raises(
+            InputError, match=r"log in '/dev' cannot be written: No space left.*rerun"
+        ):
             writer.write(1, {"loss": 0.5})
-        # What could not be written is tried again.
-        with pytest.raises(InputError, match=words):
-            writer.close()
+
+
+class Flaky:
+    """An open file whose writes fail, and write a part, as they are told."""
+
+    def __init__(self, file: Any, errors: list[int]) -> None:
+        self._file = file
+        self._errors = errors
+
+    def write(self, data: bytes) -> int:
+        if self._errors:
+            number = self._errors.pop(0)
+            if number:
+                raise OSError(number, os.strerror(number))
+            return self._file.write(data[:5])
+        return self._file.write(data)
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@pytest.fixture
+def no_delay(monkeypatch):
+    monkeypatch.setattr(retry_module, "_DELAYS", (0.0,) * 4)
+
+
+def test_a_fault_that_passes_leaves_each_line_whole(tmp_path, monkeypatch, no_delay):
+    with contextlib.closing(JsonlWriter(tmp_path)) as writer:
+        # A part, an error, a part, and the rest.
+        flaky = Flaky(writer._file, [0, errno.EIO, errno.EIO, 0])
+        monkeypatch.setattr(writer, "_file", flaky)
+        writer.write(1, {"loss": 0.5})
+        writer.write(2, {"loss": 0.25})
+    assert [(line["step"], line["train/loss"]) for line in lines(tmp_path)] == [
+        (1, 0.5),
+        (2, 0.25),
+    ]
+
+
+def test_a_fault_that_persists_is_a_storage_error(tmp_path, monkeypatch, no_delay):
+    with contextlib.closing(JsonlWriter(tmp_path)) as writer:
+        monkeypatch.setattr(writer, "_file", Flaky(writer._file, [errno.EIO] * 9))
+        with pytest.raises(StorageError, match=rf"{tmp_path}/metrics\.jsonl'"):
+            writer.write(1, {"loss": 0.5})
+
+
+def test_a_deleted_log_is_made_again_and_says_so(tmp_path, capsys):
+    with contextlib.closing(JsonlWriter(tmp_path)) as writer:
+        writer.write(1, {"loss": 1})
+        (tmp_path / "metrics.jsonl").unlink()
+        writer.write(2, {"loss": 2})
+        writer.write(3, {"loss": 3})
+        assert steps(tmp_path) == [2, 3]
+    error = capsys.readouterr().err
+    assert error.count("was deleted or moved") == 1
+    assert str(tmp_path / "metrics.jsonl") in error
+
+
+def test_a_log_that_was_replaced_is_continued(tmp_path):
+    with contextlib.closing(JsonlWriter(tmp_path)) as writer:
+        writer.write(1, {"loss": 1})
+        copy = tmp_path / "copy"
+        copy.write_bytes((tmp_path / "metrics.jsonl").read_bytes())
+        copy.replace(tmp_path / "metrics.jsonl")
+        writer.write(2, {"loss": 2})
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_reading_and_cutting_a_large_log_takes_little_memory(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    values = ", ".join(f'"train/metric_{number}": 0.125' for number in range(50))
+    with path.open("w") as file:
+        for step in range(1, 5_001):
+            file.write(f'{{"step": {step}, {values}}}\n')
+    size = path.stat().st_size
+    assert size > 5_000_000
+    tracemalloc.start()
+    try:
+        # Nothing is dropped, then half of the lines.
+        for start_step in (5_000, 2_500):
+            JsonlWriter(tmp_path, start_step=start_step).close()
+        count = sum(1 for _ in read_log(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 2_500
+    assert peak < size / 10
+
+
+def test_a_fault_of_tensorboard_s_file_does_not_end_or_stop_the_run(tmp_path, capsys):
+    with (
+        Path("/dev/full").open("wb", buffering=0) as full,
+        open_run_log(tmp_path) as log,
+    ):
+        (_, tensorboard) = log._writers
+        # Its thread writes to a disk that is full from now on.
+        inner = tensorboard._events._events._py_recordio_writer
+        inner._writer.close()
+        inner._writer = full
+        # More than the queue of the thread holds.
+        for step in range(1, 31):
+            log.write(step, {"loss": 0.5})
+    assert steps(tmp_path) == list(range(1, 31))
+    assert capsys.readouterr().err.count("TensorBoard gets no more metrics") == 1
 
 
 def test_a_writer_that_cannot_be_closed_does_not_keep_the_others_open(tmp_path):

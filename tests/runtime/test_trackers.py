@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import struct
 import sys
 import time
@@ -13,7 +15,7 @@ import pytest
 
 from tokenrec.config import Config
 from tokenrec.config.validate import validate
-from tokenrec.errors import InputError
+from tokenrec.errors import InputError, NonFiniteError, Stopped
 from tokenrec.runtime.run_log import open_run_log
 
 CONFIG = {"model": {"width": 64, "windows": (32, 16)}, "train": {"trackers": ()}}
@@ -127,6 +129,56 @@ def test_mlflow_gets_every_step_and_a_resumed_run_goes_on_in_the_same_one(
     history = client.get_metric_history(run.info.run_id, "valid/recall_at_10")
     assert [point.step for point in history] == [20, 40]
     assert set(run.data.metrics) == {"train/loss", "valid/recall_at_10"}
+
+
+ENDS = {
+    "finished": (None, "FINISHED", (0, False)),
+    "preempted": (Stopped("SIGTERM", signal.SIGTERM), "KILLED", (1, True)),
+    "interrupted": (KeyboardInterrupt(), "KILLED", (1, True)),
+    "failed": (NonFiniteError("step 7"), "FAILED", (1, False)),
+}
+
+
+def end_run(workdir: Path, tracker: str, error: BaseException | None) -> None:
+    expected = contextlib.nullcontext() if error is None else pytest.raises(type(error))
+    with expected, open_run_log(workdir, trackers=(tracker,)) as log:
+        log.write(10, {"loss": 1})
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_mlflow_shows_how_a_run_ended(offline, tmp_path, end):
+    mlflow = pytest.importorskip("mlflow")
+    error, status, _ = ENDS[end]
+    end_run(tmp_path / "run", "mlflow", error)
+    uri = f"sqlite:///{tmp_path / 'run' / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("tokenrec")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == status
+    # A resumed run that reaches its end is finished after all.
+    end_run(tmp_path / "run", "mlflow", None)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_wandb_shows_how_a_run_ended(offline, tmp_path, end):
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    error, _, (exit_code, is_preempted) = ENDS[end]
+    end_run(tmp_path / "run", "wandb", error)
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    records = [
+        wandb_internal_pb2.Record.FromString(payload)
+        for payload in wandb_payloads(file)
+    ]
+    kinds = [record.WhichOneof("record_type") for record in records]
+    (exit_record,) = [record.exit for record in records if record.HasField("exit")]
+    assert exit_record.exit_code == exit_code
+    assert ("preempting" in kinds) == is_preempted
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,43 +11,19 @@ from importlib import metadata
 from absl import flags as absl_flags
 
 from tokenrec.cli import verbs_data, verbs_plan, verbs_run, verbs_study
+from tokenrec.cli.failures import explain
 from tokenrec.cli.parser import Parser
 from tokenrec.config.overrides import split_overrides
-from tokenrec.errors import (
-    EXIT_BAD_STEPS,
-    EXIT_DONE,
-    EXIT_INPUT,
-    EXIT_MEMORY,
-    EXIT_PREEMPTED,
-    EXIT_STORAGE,
-    InputError,
-    NonFiniteError,
-    Stopped,
-    StorageError,
-)
-from tokenrec.runtime.retry import TRANSIENT_ERRNOS
+from tokenrec.errors import EXIT_DONE, InputError
 
 # Exit code of an uncaught exception in Python.
 EXIT_FAULT = 1
-# 128 + SIGINT, as a shell reports it.
-EXIT_INTERRUPTED = 130
 
 _EPILOG = (
     "`tokenrec VERB --help` explains a verb. Exit codes: 0 done, 2 wrong input, "
     "3 out of memory, 4 training steps that are not finite, 5 hung, 74 a fault of the "
     "disk or network that may pass, 75 stopped by SIGTERM after saving, 130 stopped by "
     "Ctrl-C."
-)
-
-# Errors of the user's disk or paths, which are reported without a traceback.
-_DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
 )
 
 
@@ -66,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except BaseException as error:
-        code = _explain(error)
+        code = _report(error)
         if code is None:
             raise
         return code
@@ -96,35 +70,15 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     return parser, parsers
 
 
-def _explain(error: BaseException) -> int | None:
+def _report(error: BaseException) -> int | None:
     """Print a message for an error that a user can act on, and return the exit code.
 
     Any other error prints nothing and returns None.
     """
-    match error:
-        case InputError():
-            message, code = str(error), EXIT_INPUT
-        case NonFiniteError():
-            message, code = str(error), EXIT_BAD_STEPS
-        case MemoryError():
-            message, code = f"out of memory: {error}", EXIT_MEMORY
-        case StorageError():
-            message, code = str(error), EXIT_STORAGE
-        case OSError() if error.errno in TRANSIENT_ERRNOS:
-            message, code = f"{error}; rerun the same command", EXIT_STORAGE
-        case OSError() if error.errno in _DISK_ERRORS:
-            message, code = str(error), EXIT_INPUT
-        # A jax.errors.JaxRuntimeError. Verbs without JAX must not import its type.
-        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
-            message, code = f"out of device memory: {error}", EXIT_MEMORY
-        case Stopped():
-            terminated = error.signal == signal.SIGTERM
-            message = str(error)
-            code = EXIT_PREEMPTED if terminated else EXIT_INTERRUPTED
-        case KeyboardInterrupt():
-            message, code = "interrupted", EXIT_INTERRUPTED
-        case _:
-            return None
+    explained = explain(error)
+    if explained is None:
+        return None
+    message, code = explained
     print(f"tokenrec: {message}", file=sys.stderr)
     return code
 
@@ -167,7 +121,7 @@ def _run_distributed(args: argparse.Namespace) -> None:
     try:
         args.run(args)
     except BaseException as error:  # noqa: BLE001 - the process ends here
-        code = _explain(error)
+        code = _report(error)
         if code is None:
             traceback.print_exception(error)
         distributed.exit_immediately(EXIT_FAULT if code is None else code)

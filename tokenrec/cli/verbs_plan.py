@@ -233,6 +233,12 @@ def _add_cloud_flags(parser: Parser) -> None:
     )
     parser.add_argument("--project", help="Google Cloud project, for TPU VMs")
     parser.add_argument("--zone", help="Google Cloud zone, for TPU VMs")
+    parser.add_argument(
+        "--gcsfuse-sha256",
+        metavar="DIGEST",
+        help="SHA-256 of the package of gcsfuse that TPU VMs install "
+        "(launch/README.md); 'installed' if their image has it",
+    )
 
 
 def _launch(args: argparse.Namespace) -> None:
@@ -260,6 +266,7 @@ def _launch(args: argparse.Namespace) -> None:
         namespace=args.namespace,
         project=args.project,
         zone=args.zone,
+        gcsfuse_sha256=args.gcsfuse_sha256,
     )
     # The tool is looked for before the step is compiled, which takes minutes.
     tool = None if args.dry_run else find_tool(args.target)

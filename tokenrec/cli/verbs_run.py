@@ -24,6 +24,7 @@ from tokenrec.cli.arguments import (
 )
 from tokenrec.cli.parser import Parser, add_verb
 from tokenrec.runtime.files import write_json
+from tokenrec.runtime.limits import raise_open_file_limit
 from tokenrec.runtime.paths import path_argument
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def _train(args: argparse.Namespace) -> None:
     # A process may see another file than the others: without an error on all of them,
     # they would wait for the one that stopped.
     with _errors_on_all_processes(args):
+        raise_open_file_limit()
         config = config_from_flags(args)
     from tokenrec.analysis.watch import make_state_logger
     from tokenrec.runtime.distributed import is_first_process

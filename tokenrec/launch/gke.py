@@ -18,7 +18,7 @@ from tokenrec.launch.job import (
     MOST_RENAMED,
     MOUNT,
     RUNS,
-    SAVED_EXIT,
+    STOPPED_EXITS,
     USER_ID,
     LaunchJob,
     check_label,
@@ -131,7 +131,7 @@ def _pod_rules() -> list[dict[str, Any]]:
                 "values": sorted(codes),
             },
         }
-        for codes in (FINAL_EXITS, (SAVED_EXIT,))
+        for codes in (FINAL_EXITS, STOPPED_EXITS)
     ]
     evicted = {
         "action": "FailJob",

@@ -8,7 +8,8 @@ folders of the bucket, and the restart policy. gke.py and tpu_vm.py render it.
 | 0 | done | no |
 | 2, 3, 4 | wrong input, out of memory, a step that is not finite | no |
 | 75 | saved on the signal to stop | yes, not counted |
-| any other | crashed, or hung (5) | at most `max_restarts` times |
+| 143 | stopped by the signal before Python could catch it | yes, not counted |
+| any other | crashed, hung (5), or a storage fault that persists (74) | at most `max_restarts` times |
 
 After 2, 3 and 4 a restart would fail in the same way.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import signal
 from pathlib import Path, PurePosixPath
 
 from tokenrec.config import Config, data_directory
@@ -45,9 +47,10 @@ MOST_RENAMED = 200_000
 # The user of launch/Dockerfile, who owns the mounts.
 USER_ID = 1000
 
-# Exit codes after which a restart cannot help, and the one after which it is free.
+# Exit codes after which a restart cannot help, and those after which it is free. A shell
+# and an init report a process that SIGTERM killed as 128 + 15.
 FINAL_EXITS = (EXIT_INPUT, EXIT_MEMORY, EXIT_BAD_STEPS)
-SAVED_EXIT = EXIT_PREEMPTED
+STOPPED_EXITS = (EXIT_PREEMPTED, 128 + signal.SIGTERM)
 
 _LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LABEL_LENGTH = 63

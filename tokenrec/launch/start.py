@@ -31,6 +31,7 @@ def render(
     namespace: str | None,
     project: str | None,
     zone: str | None,
+    gcsfuse_sha256: str | None,
 ) -> str:
     """Render a job: YAML for "gke", a shell script for "tpu-vm".
 
@@ -42,12 +43,13 @@ def render(
       namespace: namespace of Kubernetes; only for "gke"; None: "default".
       project: project of Google Cloud; only for "tpu-vm".
       zone: zone of the TPU VMs; only for "tpu-vm".
+      gcsfuse_sha256: see `tpu_vm.script`; only for "tpu-vm".
 
     Raises:
       InputError: an argument is missing, malformed, or belongs to the other target.
     """
     if target == "gke":
-        _refuse(target, project=project, zone=zone)
+        _refuse(target, project=project, zone=zone, gcsfuse_sha256=gcsfuse_sha256)
         return gke.manifests(
             job,
             namespace=namespace or "default",
@@ -55,7 +57,11 @@ def render(
         )
     _refuse(target, namespace=namespace)
     return tpu_vm.script(
-        job, project=project, zone=zone, service_account=service_account
+        job,
+        project=project,
+        zone=zone,
+        service_account=service_account,
+        gcsfuse_sha256=gcsfuse_sha256,
     )
 
 
@@ -64,7 +70,7 @@ def _refuse(target: Target, **given: str | None) -> None:
         if value is not None:
             raise InputError(
                 f"{field}='{value}' does not apply to target='{target}'; leave "
-                f"--{field} out"
+                f"--{field.replace('_', '-')} out"
             )
 
 

@@ -11,10 +11,14 @@ from tokenrec.launch.job import (
     FINAL_EXITS,
     MOST_RENAMED,
     MOUNT,
-    SAVED_EXIT,
+    STOPPED_EXITS,
     USER_ID,
     LaunchJob,
 )
+
+# Cloud Storage FUSE, which mounts the bucket on hosts that do not have it.
+GCSFUSE_VERSION = "3.4.4"
+INSTALLED = "installed"
 
 # Flag -> pattern of its values, and the command that lists them.
 _FIELDS = {
@@ -39,6 +43,7 @@ def script(
     project: str | None,
     zone: str | None,
     service_account: str | None,
+    gcsfuse_sha256: str | None,
 ) -> str:
     """Render a job as a shell script whose verbs call gcloud.
 
@@ -48,10 +53,12 @@ def script(
       zone: zone of the TPU VMs.
       service_account: e-mail of an account that may read and write the bucket; None:
         the default account of the project.
+      gcsfuse_sha256: digest of the package of gcsfuse, which every host installs as
+        root; "installed": the hosts have it.
 
     Raises:
-      InputError: project or zone is missing or malformed, or the TPU VM service does
-        not serve the slice.
+      InputError: project, zone or digest is missing or malformed, or the TPU VM service
+        does not serve the slice.
     """
     # The script copies the config there, and every host sees it through the mount.
     config_file = job.workdir / "launch_config.py"
@@ -70,6 +77,8 @@ def script(
         "DATA": job.data,
         "MOUNT": str(MOUNT),
         "USER_ID": str(USER_ID),
+        "GCSFUSE_VERSION": GCSFUSE_VERSION,
+        "GCSFUSE_SHA256": _check_digest(gcsfuse_sha256),
         "MOST_RENAMED": str(MOST_RENAMED),
         "CONFIG_OBJECT": config_object,
         "CONFIG_TEXT": job.config_text or "",
@@ -78,7 +87,7 @@ def script(
         ],
         "COMMAND": job.command(config_file),
         "FINAL_EXITS": " ".join(map(str, FINAL_EXITS)),
-        "SAVED_EXIT": str(SAVED_EXIT),
+        "STOPPED_EXITS": " ".join(str(int(code)) for code in STOPPED_EXITS),
         "MAX_RESTARTS": str(job.max_restarts),
         "GRACE_SECONDS": str(job.grace_seconds),
     }
@@ -120,5 +129,23 @@ def _check_field(field: str, value: str | None) -> str:
         raise InputError(
             f"{field}='{value}' is not one of Google Cloud's; `{list_command}` lists "
             "them"
+        )
+    return value
+
+
+def _check_digest(value: str | None) -> str:
+    package = f"gcsfuse_{GCSFUSE_VERSION}_amd64.deb"
+    if not value:
+        raise InputError(
+            "gcsfuse_sha256 is not given; target='tpu-vm' needs --gcsfuse-sha256, the "
+            f"SHA-256 of {package}, because every host installs it as root: download it "
+            "from https://github.com/GoogleCloudPlatform/gcsfuse/releases, check where "
+            "it comes from, and run `sha256sum` on it; or give "
+            f"--gcsfuse-sha256={INSTALLED} if the image of the hosts has gcsfuse"
+        )
+    if value != INSTALLED and not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise InputError(
+            f"gcsfuse_sha256='{value}' is not a SHA-256 of 64 digits 0-9 and a-f; take "
+            f"it from `sha256sum {package}`, or give {INSTALLED}"
         )
     return value

@@ -61,10 +61,7 @@ start() {
 
 host-setup() {
   if ! command -v gcsfuse >/dev/null; then
-    local version=3.4.4
-    curl -fsSLo /tmp/gcsfuse.deb \
-      "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$version/gcsfuse_${version}_amd64.deb"
-    sudo apt-get install -y /tmp/gcsfuse.deb
+    install-gcsfuse
   fi
   # Data sets do not change, so what is known of them may be cached. Of a run every host
   # must see at once what another wrote, and checkpoint folders are renamed.
@@ -72,6 +69,26 @@ host-setup() {
   mount-folder runs --rename-dir-limit="$MOST_RENAMED" --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0
   sudo gcloud auth configure-docker "${IMAGE%%/*}" --quiet
   sudo docker pull "$IMAGE"
+}
+
+# Root installs the package: only the one whose digest `tokenrec launch` was given, from a
+# folder that no other user can write.
+install-gcsfuse() {
+  if [[ $GCSFUSE_SHA256 == installed ]]; then
+    echo "$NAME: this host has no gcsfuse; give --gcsfuse-sha256=DIGEST to tokenrec launch, or use an image that has it" >&2
+    exit 2
+  fi
+  local package=gcsfuse_${GCSFUSE_VERSION}_amd64.deb folder
+  folder=$(mktemp --directory)
+  curl -fsSLo "$folder/$package" \
+    "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v$GCSFUSE_VERSION/$package"
+  if ! echo "$GCSFUSE_SHA256  $folder/$package" | sha256sum --check --quiet >&2; then
+    rm -r "$folder"
+    echo "$NAME: $package is not the file of --gcsfuse-sha256=$GCSFUSE_SHA256; nothing is installed" >&2
+    exit 2
+  fi
+  sudo apt-get install -y "$folder/$package"
+  rm -r "$folder"
 }
 
 mount-folder() {
@@ -84,24 +101,39 @@ mount-folder() {
     "$BUCKET" "$folder"
 }
 
+# Adds the TPU chips of this host to `devices`: /dev/accelN, or groups of VFIO, by the
+# generation. The container gets these and no other rights; VFIO locks the memory that the
+# chips read. A container without chips fails, as JAX_PLATFORMS is tpu.
+find-devices() {
+  local device
+  for device in "${DEVICES:-/dev}"/accel* "${DEVICES:-/dev}"/vfio/*; do
+    if [[ -c $device ]]; then
+      devices+=("--device=$device")
+    fi
+  done
+}
+
 # Trains, with restarts by exit code. Every host runs this loop: when one host fails, the
 # others lose their connection to it, fail too, and all meet again after the restart.
 host-train() {
-  local restarts=0 stopping='' code
+  local restarts=0 stopping='' code devices=()
   trap 'stopping=1' TERM
   while true; do
     code=0
+    # Again at each start: a driver may need some time after a reboot.
+    devices=()
+    find-devices
     # Remove the container of a run that was killed.
     docker rm --force "$NAME" >/dev/null 2>&1 || true
-    docker run --rm --name="$NAME" --privileged --network=host --stop-timeout="$GRACE_SECONDS" \
-      --volume="$MOUNT:$MOUNT" "${ENVIRONMENT[@]}" "$IMAGE" "${COMMAND[@]}" || code=$?
+    docker run --rm --name="$NAME" --network=host --stop-timeout="$GRACE_SECONDS" \
+      "${devices[@]}" --ulimit=memlock=-1 --volume="$MOUNT:$MOUNT" "${ENVIRONMENT[@]}" "$IMAGE" "${COMMAND[@]}" || code=$?
     echo "$NAME: exit code $code, $restarts of $MAX_RESTARTS restarts" >&2
     if [[ $code == 0 || -n $stopping ]]; then
       exit 0
     elif [[ " $FINAL_EXITS " == *" $code "* ]]; then
       # A restart would fail in the same way.
       exit "$code"
-    elif [[ $code != "$SAVED_EXIT" ]] && ((restarts++ >= MAX_RESTARTS)); then
+    elif [[ " $STOPPED_EXITS " != *" $code "* ]] && ((restarts++ >= MAX_RESTARTS)); then
       exit "$code"
     fi
     sleep "${PAUSE_SECONDS:-10}"

@@ -77,6 +77,11 @@ def atomic_replace(path: Path) -> Iterator[Path]:
             _flush_to_disk(partial)
             # Atomic within one file system, which is why the file is beside its target.
             partial.replace(path)
+    except OSError as error:
+        # Errors of a write or a sync, such as a full disk, do not name the file.
+        if error.filename is None:
+            error.filename = os.fspath(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

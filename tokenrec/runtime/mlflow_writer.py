@@ -21,6 +21,7 @@ from tokenrec.runtime.trackers import (
     PROJECT,
     flat_config,
     import_tracker,
+    is_stop,
     load_run_id,
     save_run_id,
     warn_tracker_stopped,
@@ -52,6 +53,7 @@ class MlflowWriter:
     def __init__(self, workdir: Path, *, config: Mapping[str, Any]) -> None:
         self._mlflow = import_tracker(NAME)
         self._is_open = False
+        self._status = "FINISHED"
         folder = Path(workdir).absolute()
         self._uri = os.environ.get(
             "MLFLOW_TRACKING_URI", f"sqlite:///{folder / DATABASE_FILE}"
@@ -66,7 +68,7 @@ class MlflowWriter:
                 run_id = self._create_run(folder, config)
                 save_run_id(folder, NAME, run_id)
             else:
-                # The first part of the run marked it as finished.
+                # The first part of the run marked it as ended.
                 self._client.update_run(run_id, status="RUNNING")
             self._run_id = run_id
         self._is_open = True
@@ -100,11 +102,15 @@ class MlflowWriter:
         with self._stop_on_errors():
             self._client.log_batch(self._run_id, metrics=metrics)
 
+    def end_with(self, error: BaseException) -> None:
+        """Let `close` mark the run as killed or failed, and not as finished."""
+        self._status = "KILLED" if is_stop(error) else "FAILED"
+
     def close(self) -> None:
-        """Mark the tracker's run as finished; further calls do nothing."""
+        """Mark how the tracker's run ended; further calls do nothing."""
         if self._is_open:
             with self._stop_on_errors():
-                self._client.set_terminated(self._run_id)
+                self._client.set_terminated(self._run_id, status=self._status)
             self._is_open = False
 
     @contextlib.contextmanager

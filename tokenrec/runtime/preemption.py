@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+from tokenrec.runtime import early_stop
 
 
 class StopRequested(Exception):
@@ -26,6 +30,8 @@ class StopSignals:
       stop at the same call of `requested`. Ctrl-C ends the process that gets it.
     - Python delivers signals to the main thread only, so in another thread of a single
       process nothing is recorded.
+    - On the command line a run of one process that has nothing to save does not wait
+      for the end of a step; `early_stop` ends it.
 
     Attributes:
       signal_received: number of the signal; None before one is known here.
@@ -41,6 +47,9 @@ class StopSignals:
         if jax.process_count() == 1 and in_main_thread:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._earlier_handlers[number] = signal.signal(number, self._record)
+            early_stop.set_grace(early_stop.GRACE_SECONDS)
+            if early_stop.received():
+                self.signal_received = int(signal.SIGTERM)
         return self
 
     def __exit__(
@@ -49,8 +58,27 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        early_stop.set_grace(None)
         for number, handler in self._earlier_handlers.items():
             signal.signal(number, handler)
+
+    def begin_steps(self) -> None:
+        """The run has something to save from now on: a signal is only recorded."""
+        early_stop.set_grace(None)
+
+    @contextlib.contextmanager
+    def nothing_to_save(self, is_so: bool = True) -> Iterator[None]:
+        """Let SIGTERM end the process soon while the block runs, such as a compilation.
+
+        Args:
+          is_so: False changes nothing.
+        """
+        if is_so:
+            early_stop.set_grace(early_stop.GRACE_SECONDS)
+        try:
+            yield
+        finally:
+            early_stop.set_grace(None)
 
     def requested(self) -> int | None:
         """Return the signal that stops the run now, or None.

@@ -15,6 +15,7 @@ from tokenrec.runtime.metric_writer import (
     TensorBoardWriter,
     finite_values,
 )
+from tokenrec.runtime.trackers import OutcomeWriter
 
 
 class RunLog:
@@ -95,6 +96,9 @@ class RunLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        for writer in self._writers:
+            if error is not None and isinstance(writer, OutcomeWriter):
+                writer.end_with(error)
         self.close()
 
 

@@ -7,14 +7,28 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol, runtime_checkable
 
-from tokenrec.errors import InputError
+from tokenrec.errors import InputError, Stopped
 from tokenrec.runtime.files import parse_json, write_json
 
 # `{"TRACKER": "run id"}`: a run that resumes goes on in the same run of the tracker.
 RUN_IDS_FILE = "trackers.json"
 # Project of Weights & Biases and experiment of MLflow, unless a variable names another.
 PROJECT = "tokenrec"
+
+
+@runtime_checkable
+class OutcomeWriter(Protocol):
+    """A metric writer that shows how a run ended."""
+
+    def end_with(self, error: BaseException) -> None:
+        """Note the error by which the run ends, before `close`."""
+
+
+def is_stop(error: BaseException) -> bool:
+    """Whether a run ends by a signal, so that it can go on later."""
+    return isinstance(error, Stopped | KeyboardInterrupt)
 
 
 def import_tracker(package: str) -> ModuleType:

@@ -18,6 +18,7 @@ from tokenrec.runtime.metric_writer import finite_values, raise_write_errors
 from tokenrec.runtime.trackers import (
     PROJECT,
     import_tracker,
+    is_stop,
     load_run_id,
     save_run_id,
     warn_tracker_stopped,
@@ -44,6 +45,7 @@ class WandbWriter:
     def __init__(self, workdir: Path, *, config: Mapping[str, Any]) -> None:
         self._wandb = import_tracker(NAME)
         self._is_open = False
+        self._exit_code = 0
         folder = Path(workdir).absolute()
         with raise_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -94,11 +96,19 @@ class WandbWriter:
         with self._stop_on_errors():
             self._run.log(metrics, step=step)
 
+    def end_with(self, error: BaseException) -> None:
+        """Let `close` mark the run as preempted or failed, and not as finished."""
+        self._exit_code = 1
+        if self._is_open and is_stop(error):
+            with self._stop_on_errors():
+                # With it, an exit code that is not 0 means preempted.
+                self._run.mark_preempting()
+
     def close(self) -> None:
         """Wait for the upload and finish; further calls do nothing."""
         if self._is_open:
             with self._stop_on_errors():
-                self._run.finish()
+                self._run.finish(exit_code=self._exit_code)
             self._is_open = False
 
     @contextlib.contextmanager

@@ -85,11 +85,16 @@ class Watchdog:
         interval = min(self._seconds / _CHECKS, _MAX_CHECK_SECONDS)
         while not self._finished.wait(interval):
             if self.is_hung(time.monotonic()):
-                self._end_process(
-                    self._phase, time.monotonic() - self._phase_start, interval
-                )
+                try:
+                    self._report(
+                        self._phase, time.monotonic() - self._phase_start, interval
+                    )
+                finally:
+                    # Also if stderr cannot be written. An orderly exit would wait for
+                    # the thread that hangs.
+                    os._exit(EXIT_HUNG)
 
-    def _end_process(self, phase: str, seconds: float, interval: float) -> None:
+    def _report(self, phase: str, seconds: float, interval: float) -> None:
         print(
             f"tokenrec: process {self._index} of {self._count} hangs: {phase}, for "
             f"{seconds:,.0f} s (train.hang_seconds={self._seconds:g}); stacks of its "
@@ -111,8 +116,6 @@ class Watchdog:
         except OSError as error:
             print(f"tokenrec: '{self._folder}': {error}", file=sys.stderr)
         sys.stderr.flush()
-        # An orderly exit would wait for the thread that hangs.
-        os._exit(EXIT_HUNG)
 
     def _phase_file(self, index: int) -> Path:
         return self._folder / f"process-{index}.json"
