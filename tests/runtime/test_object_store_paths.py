@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.object_servers import SCHEMES, Server, object_server
-from tokenrec.errors import InputError, StorageError
+from tokenrec.cli.failures import explain
+from tokenrec.errors import EXIT_STORAGE, InputError, StorageError
 from tokenrec.runtime import local_copy as copies
 from tokenrec.runtime import log_mirror, retry
 from tokenrec.runtime.files import read_json, write_json
@@ -216,3 +217,8 @@ def test_a_server_that_is_gone_is_a_fault_of_the_storage(
         other.process.wait()
         with pytest.raises(StorageError, match=r"value\.json"):
             retry.retry(path.read_bytes, path)
+        with pytest.raises(Exception, match="onnect") as raw:
+            path.read_bytes()
+        explained = explain(raw.value)
+        assert explained is not None
+        assert explained[1] == EXIT_STORAGE

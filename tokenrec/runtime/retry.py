@@ -75,7 +75,7 @@ def is_transient(error: BaseException) -> bool:
         return True
     if isinstance(error, InputError):
         return False
-    if _is_fault_of_object_store(error):
+    if is_fault_of_object_store(error):
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in TRANSIENT_ERRNOS
@@ -85,7 +85,7 @@ def is_transient(error: BaseException) -> bool:
     return False
 
 
-def _is_fault_of_object_store(error: BaseException) -> bool:
+def is_fault_of_object_store(error: BaseException) -> bool:
     """Whether the client of an object store says that the network or server fails."""
     # These clients need not be installed, so their classes are known by their names.
     names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
