@@ -293,7 +293,8 @@ class ActiveRun:
         first = start + 1 + len(stream_lengths(config.data))
         # One trace is enough: all processes run the same program.
         count = config.train.profile_steps if distributed.is_first_process() else 0
-        self._profiler = self._stack.enter_context(profile_steps(workdir, first, count))
+        folder = self._run_log.folder or workdir
+        self._profiler = self._stack.enter_context(profile_steps(folder, first, count))
         self._signals.begin_steps()
 
     def finished(self, progress: Progress) -> bool:
@@ -458,6 +459,8 @@ class ActiveRun:
                 if self._lease is not None:
                     self._lease.verify()
             began = time.perf_counter()
+            # A run that resumes here has the metrics of the steps before.
+            self._run_log.sync()
             self._checkpoints.save(step, state, progress)
             self._run_log.write(
                 step, {"blocked_seconds": time.perf_counter() - began}, "save"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenrec.errors import InputError, suggest
+from tokenrec.runtime.paths import as_path, local_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,7 +48,7 @@ def prepare(
     elif options:
         names = ", ".join(options)
         raise InputError(f"{names}: arguments of a named source; source is an object")
-    return prepare_source(source, Path(out), overwrite=overwrite)
+    return prepare_source(source, local_path(out, "out"), overwrite=overwrite)
 
 
 def train(
@@ -67,7 +68,7 @@ def train(
     from tokenrec.train_loop import train as train_run
 
     return train_run(
-        config, Path(workdir), progress=progress, make_state_logger=make_state_logger
+        config, as_path(workdir), progress=progress, make_state_logger=make_state_logger
     )
 
 
@@ -96,7 +97,7 @@ def evaluate(
     from tokenrec.evaluation.evaluate import evaluate_run
 
     return evaluate_run(
-        Path(workdir),
+        as_path(workdir),
         split,
         checkpoint,
         _optional_path(data),
@@ -128,7 +129,7 @@ def predict(
     from tokenrec.evaluation.predict import predict_run
 
     return predict_run(
-        Path(workdir), split, checkpoint, _optional_path(data), Path(out)
+        as_path(workdir), split, checkpoint, _optional_path(data), as_path(out)
     )
 
 
@@ -182,7 +183,7 @@ def load(
     from tokenrec.checkpoint.run_folder import load_run_config, open_run
     from tokenrec.sharding import make_mesh
 
-    folder = Path(workdir)
+    folder = as_path(workdir)
     config = load_run_config(folder, _optional_path(data))
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -325,4 +326,4 @@ def _make_source(name: str, options: dict[str, Any]) -> Source:
 
 
 def _optional_path(path: str | Path | None) -> Path | None:
-    return None if path is None else Path(path)
+    return None if path is None else as_path(path)

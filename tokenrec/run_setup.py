@@ -15,6 +15,7 @@ from tokenrec.data.pipeline import task_names
 from tokenrec.errors import InputError, suggest
 from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.runtime import distributed
+from tokenrec.runtime.paths import as_path
 from tokenrec.sharding import check_batch_sizes, make_mesh
 from tokenrec.state import ModelSpec, build_model
 
@@ -69,7 +70,7 @@ def set_up(config: Config, workdir: Path) -> Setup:
         check_batch_sizes(config, mesh)
         check_mesh(config.model, mesh)
     distributed.assert_same_on_all_processes(run_identity(config, dataset))
-    return Setup(config, Path(workdir), dataset, model, mesh)
+    return Setup(config, as_path(workdir), dataset, model, mesh)
 
 
 def _check_eval_split(split: str, dataset: Dataset) -> None:

@@ -9,6 +9,7 @@ from tokenrec.active_run import ActiveRun, MakeStateLogger, run_context
 from tokenrec.checkpoint.progress import Progress
 from tokenrec.config import Config
 from tokenrec.run_setup import set_up
+from tokenrec.runtime.paths import as_path
 from tokenrec.state import TrainState
 
 
@@ -41,7 +42,7 @@ def train(
     """
     # 1. Everything derives from the config; processes that disagree end here. Nothing is
     # written until the run has its folder to itself.
-    setup = set_up(config, Path(workdir))
+    setup = set_up(config, as_path(workdir))
     with run_context(
         setup, show_progress=progress, make_state_logger=make_state_logger
     ) as run:

@@ -12,11 +12,10 @@ MOUNT=/gcs
 USER_ID=1000
 GCSFUSE_VERSION=3.4.4
 GCSFUSE_SHA256=installed
-MOST_RENAMED=200000
 CONFIG_OBJECT=''
 CONFIG_TEXT=''
-ENVIRONMENT=(--env=JAX_PLATFORMS=tpu --env=JAX_COMPILATION_CACHE_DIR=/gcs/runs/jax_cache --env=TOKENREC_DATA=/gcs/data)
-COMMAND=(tokenrec train --distributed --config=kuairand_27k --config.mesh.data=-1 --config.data.batch_size=256 --config.data.eval_batch_size=256 --data=/gcs/data/kuairand_27k --workdir=/gcs/runs/kuairand-27k --quiet)
+ENVIRONMENT=(--env=JAX_PLATFORMS=tpu --env=JAX_COMPILATION_CACHE_DIR=gs://my-bucket/runs/jax_cache --env=TOKENREC_DATA=/gcs/data)
+COMMAND=(tokenrec train --distributed --config=kuairand_27k --config.mesh.data=-1 --config.data.batch_size=256 --config.data.eval_batch_size=256 --data=/gcs/data/kuairand_27k --workdir=gs://my-bucket/runs/kuairand-27k --quiet)
 FINAL_EXITS='2 3 4'
 STOPPED_EXITS='75 143'
 MAX_RESTARTS=10
@@ -29,7 +28,7 @@ usage() {
 usage: bash $0 VERB
   data DIR     copy a prepared data set to gs://$BUCKET/data/$DATA
   create       request the slices as a queued resource, and wait until they are ready
-  setup        on every host: mount the bucket and pull the image
+  setup        on every host: mount the data sets and pull the image
   start        on every host: train in the background, with restarts
   up           create, setup and start
   status       show the state of the slices, and of the first host's training
@@ -69,7 +68,7 @@ create() {
 
 setup() {
   if [[ -n $CONFIG_OBJECT ]]; then
-    printf '%s' "$CONFIG_TEXT" | gcloud storage cp - "gs://$BUCKET/$CONFIG_OBJECT"
+    printf '%s' "$CONFIG_TEXT" | gcloud storage cp - "$CONFIG_OBJECT"
   fi
   tpus queued-resources scp "$0" "$NAME:$NAME.sh" --node=all --worker=all
   on_every_host "bash $NAME.sh host-setup"
@@ -85,10 +84,7 @@ host-setup() {
   if ! command -v gcsfuse >/dev/null; then
     install-gcsfuse
   fi
-  # Data sets do not change, so what is known of them may be cached. Of a run every host
-  # must see at once what another wrote, and checkpoint folders are renamed.
-  mount-folder data -o ro --metadata-cache-ttl-secs=-1
-  mount-folder runs --rename-dir-limit="$MOST_RENAMED" --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0
+  mount-data
   sudo gcloud auth configure-docker "${IMAGE%%/*}" --quiet
   sudo docker pull "$IMAGE"
 }
@@ -113,14 +109,15 @@ install-gcsfuse() {
   rm -r "$folder"
 }
 
-mount-folder() {
-  local folder=$MOUNT/$1
+mount-data() {
+  local folder=$MOUNT/data
   if mountpoint --quiet "$folder"; then
     return
   fi
   sudo mkdir -p "$folder"
-  sudo gcsfuse --only-dir="$1" --implicit-dirs --uid="$USER_ID" --gid="$USER_ID" -o allow_other "${@:2}" \
-    "$BUCKET" "$folder"
+  # Data sets do not change, so what is known of them may be cached.
+  sudo gcsfuse --only-dir=data --implicit-dirs --uid="$USER_ID" --gid="$USER_ID" -o allow_other -o ro \
+    --metadata-cache-ttl-secs=-1 "$BUCKET" "$folder"
 }
 
 # Adds the TPU chips of this host to `devices`: /dev/accelN, or groups of VFIO, by the

@@ -189,7 +189,7 @@ def test_slices_of_one_host_share_a_node_pool(launch: Launch) -> None:
     check(manifest)
 
 
-def test_data_are_mounted_read_only_and_runs_without_a_stale_cache(
+def test_data_are_mounted_read_only_and_runs_need_no_mount(
     job_set: dict[str, Any],
 ) -> None:
     template = spec_of(job_set)["template"]
@@ -200,21 +200,20 @@ def test_data_are_mounted_read_only_and_runs_without_a_stale_cache(
         for mount in template["spec"]["containers"][0]["volumeMounts"]
     }
     assert {name: mount["mountPath"] for name, mount in mounts.items()} == {
-        "data": "/gcs/data",
-        "runs": "/gcs/runs",
+        "data": "/gcs/data"
     }
-    assert (volumes["data"]["readOnly"], volumes["runs"]["readOnly"]) == (True, False)
+    assert volumes["data"]["readOnly"] is True
     assert mounts["data"]["readOnly"] is True
-    for name, volume in volumes.items():
-        options = volume["volumeAttributes"]["mountOptions"].split(",")
-        assert volume["volumeAttributes"]["bucketName"] == "my-bucket"
-        assert f"only-dir={name}" in options
-    assert "metadata-cache:ttl-secs:0" in options  # of runs
+    attributes = volumes["data"]["volumeAttributes"]
+    assert attributes["bucketName"] == "my-bucket"
+    assert "only-dir=data" in attributes["mountOptions"].split(",")
+    arguments = template["spec"]["containers"][0]["args"]
+    assert any(one.startswith("--workdir=gs://my-bucket/runs/") for one in arguments)
     environment = {
         one["name"]: one["value"] for one in template["spec"]["containers"][0]["env"]
     }
     assert environment["JAX_PLATFORMS"] == "tpu"
-    assert environment["JAX_COMPILATION_CACHE_DIR"].startswith("/gcs/runs/")
+    assert environment["JAX_COMPILATION_CACHE_DIR"] == "gs://my-bucket/runs/jax_cache"
 
 
 def decide(job_set: dict[str, Any], code: int, evicted: bool) -> str:

@@ -10,6 +10,7 @@ import yaml
 from tests.launch.conftest import TPU_VM, Launch
 from tokenrec.cli.main import build_parsers
 from tokenrec.config.overrides import split_overrides
+from tokenrec.runtime import paths
 
 DRY = ("--dry-run", "--skip-compile")
 
@@ -156,12 +157,14 @@ def command(out: str) -> list[str]:
 
 
 def test_hosts_train_an_installed_config_by_name_on_data_of_the_bucket(
-    launch: Launch,
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The image has gcsfs; this environment need not.
+    monkeypatch.setattr(paths, "_prepare_store", lambda scheme: None)
     _, out, _ = launch(*DRY, data="somewhere/else/set_7/", name="trial")
     assert command(out) == [
         *("tokenrec", "train", "--distributed", "--config=synthetic"),
-        *("--data=/gcs/data/set_7", "--workdir=/gcs/runs/trial", "--quiet"),
+        *("--data=/gcs/data/set_7", "--workdir=gs://my-bucket/runs/trial", "--quiet"),
     ]
     arguments, _ = split_overrides(command(out)[1:])
     assert build_parsers()[0].parse_args(arguments).distributed

@@ -129,7 +129,7 @@ def test_another_config_goes_to_the_run_s_folder_as_it_stands(
     _, calls = run(script, "setup")
     assert calls[0] == "gcloud storage cp - gs://my-bucket/runs/own/launch_config.py"
     assert "\n".join(calls[1 : calls.index(calls[-2])]) + "\n" == text
-    assert "--config=/gcs/runs/own/launch_config.py" in out
+    assert "--config=gs://my-bucket/runs/own/launch_config.py" in out
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_host_restarts_where_it_can_help(
     assert "--env=JAX_PLATFORMS=tpu" in trained[0]
     assert trained[0].endswith(
         "tokenrec train --distributed --config=synthetic --data=/gcs/data/synthetic "
-        "--workdir=/gcs/runs/synthetic --quiet"
+        "--workdir=gs://my-bucket/runs/synthetic --quiet"
     )
 
 

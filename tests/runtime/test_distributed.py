@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def train_line(data: Path, workdir: Path, **fields: object) -> str:
+def train_line(data: Path | str, workdir: Path, **fields: object) -> str:
     """Command line of a small training run; `fields` overrides config fields."""
     values = {
         "model.width": 4,

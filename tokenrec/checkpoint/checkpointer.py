@@ -26,6 +26,11 @@ from tokenrec.checkpoint.integrity import (
     write_checksums,
     write_signed_json,
 )
+from tokenrec.checkpoint.object_storage import (
+    orbax_context,
+    remove_uncommitted,
+    uncommit,
+)
 from tokenrec.checkpoint.pending_save import PendingSave
 from tokenrec.checkpoint.progress import Progress
 from tokenrec.checkpoint.reader import (
@@ -39,6 +44,7 @@ from tokenrec.checkpoint.reader import (
 from tokenrec.checkpoint.retention import steps_to_delete
 from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
+from tokenrec.runtime.paths import absolute, is_remote, make_folder, remove_folder
 from tokenrec.runtime.retry import is_transient, retry
 from tokenrec.runtime.versions import versions
 from tokenrec.state import TrainState
@@ -81,7 +87,7 @@ class Checkpointer(CheckpointReader):
         self._origin = {"config": config, "versions": versions()}
         self._pending_save: PendingSave | None = None
         self._failed_saves = 0
-        folder = Path(workdir).absolute() / CHECKPOINTS_FOLDER
+        folder = absolute(workdir) / CHECKPOINTS_FOLDER
         with distributed.raise_on_all_processes():
             if distributed.is_first_process():
                 retry(lambda: _prepare_folder(folder), folder)
@@ -148,12 +154,14 @@ class Checkpointer(CheckpointReader):
                 return
             # A fault of the storage has left it without checksums: write them now.
         else:
+            path = self._orbax_folder / str(step)
             try:
-                response = ocp.save_checkpointables_async(
-                    self._orbax_folder / str(step),
-                    {"state": state},
-                    custom_metadata={"progress": progress.to_json()} | self._origin,
-                )
+                with orbax_context(path):
+                    response = ocp.save_checkpointables_async(
+                        path,
+                        {"state": state},
+                        custom_metadata={"progress": progress.to_json()} | self._origin,
+                    )
             except Exception as error:  # noqa: BLE001 - as if it had come later
                 response = error
         self._pending_save = PendingSave(
@@ -314,10 +322,10 @@ class Checkpointer(CheckpointReader):
     def _raise_save_error(self, step: int, error: BaseException) -> None:
         # What Orbax and its storage library raise for a full or unwritable disk; others
         # are faults of the program, which keep their traceback.
-        if not isinstance(error, OSError | ValueError | RuntimeError):
+        transient = is_transient(error)
+        if not transient and not isinstance(error, OSError | ValueError | RuntimeError):
             raise error
         complete = [known for known in self.steps if known != step]
-        transient = is_transient(error)
         remedy = (
             "the storage is at fault: rerun the command when it is back"
             if transient
@@ -332,8 +340,10 @@ class Checkpointer(CheckpointReader):
 
 def _prepare_folder(folder: Path) -> None:
     """Make the folder of the checkpoints, and remove what an interrupted run left."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _remove_partial(folder)
+    if is_remote(folder):
+        return
     for path in folder.glob(_REPLACED_PREFIX + "*"):
         original = folder / path.name.removeprefix(_REPLACED_PREFIX)
         if original.exists():
@@ -344,6 +354,9 @@ def _prepare_folder(folder: Path) -> None:
 
 def _remove_partial(folder: Path) -> None:
     """Delete the folders of interrupted saves and deletions."""
+    if is_remote(folder):
+        remove_uncommitted(folder)
+        return
     for path in folder.glob(f"*{_PARTIAL_INFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f"{_DELETED_PREFIX}*"):
@@ -351,7 +364,11 @@ def _remove_partial(folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint; a kill in between leaves no part under its name."""
+    """Delete a checkpoint; a kill in between leaves no part that is taken for one."""
+    if is_remote(folder):
+        retry(lambda: uncommit(folder), folder)
+        retry(lambda: remove_folder(folder), folder)
+        return
     doomed = folder.with_name(f"{_DELETED_PREFIX}{folder.name}")
     retry(lambda: folder.rename(doomed), folder)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -23,8 +23,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenrec.checkpoint.object_storage import uncommit
 from tokenrec.errors import StorageError
 from tokenrec.runtime.files import parse_json, write_json
+from tokenrec.runtime.paths import file_size, is_remote, list_files, move_folder
 from tokenrec.runtime.retry import retry
 
 LISTING = "sums.json"
@@ -55,7 +57,7 @@ def write_checksums(folder: Path, index: int = 0, count: int = 1) -> None:
         written the listing.
     """
     if index == 0:
-        files = {name: (folder / name).stat().st_size for name in _data_files(folder)}
+        files = {name: file_size(folder / name) for name in _data_files(folder)}
         write_signed_json(folder / LISTING, {"files": files, "processes": count})
     else:
         files = _wait_for_listing(folder)
@@ -125,7 +127,10 @@ def quarantine(folder: Path) -> Path:
     while target.exists():
         number += 1
         target = folder.with_name(f"{QUARANTINE_PREFIX}{folder.name}-{number}")
-    return folder.rename(target)
+    if is_remote(folder):
+        # Half of a copy, or of what is left, must not be taken for a checkpoint.
+        uncommit(folder)
+    return move_folder(folder, target)
 
 
 def write_signed_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -237,7 +242,7 @@ def _differences(
         try:
             current = _checksum(folder / name)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            yield f"{name}: {error.strerror}"
+            yield f"{name}: {error.strerror or error}"
             continue
         # A file that was cut off is the most frequent damage, so it has its own text.
         if current["bytes"] != written["bytes"]:
@@ -252,7 +257,7 @@ def _checksum(path: Path, *, flush: bool = False) -> dict[str, int | str]:
     def read() -> dict[str, int | str]:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if flush:
+            if flush and not is_remote(path):
                 # Not all writers of Orbax do it: a power failure could empty the file.
                 os.fsync(file.fileno())
             # The file was read to its end, so the position is its size.
@@ -264,9 +269,9 @@ def _checksum(path: Path, *, flush: bool = False) -> dict[str, int | str]:
 def _data_files(folder: Path) -> list[str]:
     """Names of a checkpoint's files, without ours and without temporary ones."""
     return sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if not path.name.startswith(".") and not _is_ours(path) and path.is_file()
+        name
+        for name in list_files(folder)
+        if not Path(name).name.startswith(".") and not _is_ours(Path(name))
     )
 
 

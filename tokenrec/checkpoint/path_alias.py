@@ -15,7 +15,9 @@ from pathlib import Path
 
 import jax
 
+from tokenrec.checkpoint.object_storage import refuse_patterns
 from tokenrec.errors import InputError
+from tokenrec.runtime.paths import is_remote
 
 _SPECIAL = re.compile(r"[*?\[\]\\:]")
 
@@ -34,6 +36,10 @@ def orbax_path(folder: Path) -> Iterator[Path]:
       InputError: a run of several processes needs the same path in all of them, which a
         temporary folder is not.
     """
+    if is_remote(folder):
+        refuse_patterns(folder)
+        yield folder
+        return
     found = _SPECIAL.search(str(folder))
     if found is None:
         yield folder

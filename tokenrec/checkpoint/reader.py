@@ -22,10 +22,12 @@ from tokenrec.checkpoint.integrity import (
     is_verified,
     read_signed_json,
 )
+from tokenrec.checkpoint.object_storage import committed_steps, orbax_context
 from tokenrec.checkpoint.path_alias import orbax_path
 from tokenrec.checkpoint.progress import Progress
 from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
+from tokenrec.runtime.paths import absolute, is_remote
 from tokenrec.runtime.retry import is_transient, retry, storage_error
 from tokenrec.state import TrainState
 
@@ -45,7 +47,7 @@ class CheckpointReader:
     """
 
     def __init__(self, workdir: Path) -> None:
-        self._folder = Path(workdir).absolute() / CHECKPOINTS_FOLDER
+        self._folder = absolute(workdir) / CHECKPOINTS_FOLDER
         self._stack = contextlib.ExitStack()
         # What Orbax is given: another name of the same folder if it needs one.
         self._orbax_folder = self._stack.enter_context(orbax_path(self._folder))
@@ -173,7 +175,11 @@ class CheckpointReader:
           StorageError: on all processes, if it cannot be read now.
         """
         path = self._orbax_folder / str(step)
-        with distributed.raise_on_all_processes(), self._name_damage(step):
+        with (
+            distributed.raise_on_all_processes(),
+            self._name_damage(step),
+            orbax_context(path),
+        ):
             loaded = retry(
                 lambda: ocp.load_checkpointables(path, {"state": abstract}),
                 self._folder / str(step),
@@ -182,10 +188,11 @@ class CheckpointReader:
         return state
 
     def _metadata(self, step: int) -> Any:
-        return retry(
-            lambda: ocp.checkpointables_metadata(self._orbax_folder / str(step)),
-            self._folder / str(step),
-        )
+        path = self._orbax_folder / str(step)
+        with orbax_context(path):
+            return retry(
+                lambda: ocp.checkpointables_metadata(path), self._folder / str(step)
+            )
 
     @contextlib.contextmanager
     def _name_damage(self, step: int) -> Iterator[None]:
@@ -242,6 +249,8 @@ class CheckpointReader:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, in ascending order."""
+    if is_remote(folder):
+        return committed_steps(folder)
     return sorted(
         int(path.name)
         for path in folder.glob("*")

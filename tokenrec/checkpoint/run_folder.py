@@ -37,6 +37,7 @@ from tokenrec.runtime.files import (
     write_json,
     write_text_atomically,
 )
+from tokenrec.runtime.paths import as_path, make_folder
 from tokenrec.runtime.retry import retry
 from tokenrec.state import ModelSpec, TrainState, abstract_state, build_model
 
@@ -110,13 +111,13 @@ def create_workdir(workdir: Path) -> None:
       StorageError: the storage is at fault.
     """
     try:
-        retry(lambda: workdir.mkdir(parents=True, exist_ok=True), workdir)
+        retry(lambda: make_folder(workdir), workdir)
     except StorageError:
         raise
     except OSError as error:
         raise InputError(
-            f"--workdir '{workdir}' cannot be created: {error.strerror}; give another "
-            "folder"
+            f"--workdir '{workdir}' cannot be created: {error.strerror or error}; give "
+            "another folder"
         ) from error
 
 
@@ -360,7 +361,7 @@ def open_model(workdir: Path, data: Path | None) -> tuple[ModelSpec, Dataset]:
 
 def load_run_config(workdir: Path, data: Path | None) -> Config:
     """Load the config of a run; `data` replaces the folder of its data set if given."""
-    path = Path(workdir) / CONFIG_FILE
+    path = as_path(workdir) / CONFIG_FILE
     if not is_file(path):
         raise InputError(
             f"workdir '{workdir}' holds no run (no {CONFIG_FILE}); train first, or check "

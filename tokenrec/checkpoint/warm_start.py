@@ -27,6 +27,7 @@ from tokenrec.config import data_directory
 from tokenrec.errors import InputError
 from tokenrec.runtime import distributed
 from tokenrec.runtime.files import write_json
+from tokenrec.runtime.paths import as_path, is_remote
 from tokenrec.state import ModelSpec, TrainState, init_state
 
 REPORT_FILE = "warm_start.json"
@@ -48,16 +49,22 @@ def initial_state(model: ModelSpec, workdir: Path) -> TrainState:
     source = model.config.train.warm_start
     if not source:
         return init_state(model, model.config.seed)
-    if Path(source).resolve() == Path(workdir).resolve():
+    if _resolved(source) == _resolved(workdir):
         raise InputError(
             f"train.warm_start='{source}' is the --workdir itself, which resumes from "
             "its own checkpoints; name another run, or leave the field empty"
         )
     state, report = warm_start_state(model)
     if distributed.is_first_process():
-        write_json(Path(workdir) / REPORT_FILE, report)
+        write_json(as_path(workdir) / REPORT_FILE, report)
         print(to_text(report), file=sys.stderr)
     return state
+
+
+def _resolved(path: str | Path) -> Path:
+    """The path without links; that of an object store has none."""
+    path = as_path(path)
+    return path if is_remote(path) else path.resolve()
 
 
 def warm_start_state(model: ModelSpec) -> tuple[TrainState, dict[str, Any]]:
@@ -80,7 +87,7 @@ def warm_start_state(model: ModelSpec) -> tuple[TrainState, dict[str, Any]]:
         target = describe_run_weights(model, data_directory(model.config))
         plan = plan_warm_start(source, target)
     state = init_state(model, model.config.seed)
-    with CheckpointReader(Path(train.warm_start)) as checkpoints:
+    with CheckpointReader(as_path(train.warm_start)) as checkpoints:
         # 2. Dense weights: load the arrays that a match needs, all at once.
         arrays = {
             source.places[name].array

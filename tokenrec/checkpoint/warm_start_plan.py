@@ -20,6 +20,7 @@ from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import Schema
 from tokenrec.data.semantic_id_feature import SEMANTIC_ID
 from tokenrec.errors import InputError
+from tokenrec.runtime.paths import as_path
 from tokenrec.state import build_model
 
 # Weights in one line of a text.
@@ -51,8 +52,8 @@ def open_source_run(workdir: str, data: str) -> RunWeights:
       InputError: the run does not exist, or its data set is missing or another one.
     """
     try:
-        config = load_run_config(Path(workdir), Path(data) if data else None)
-        path = Path(workdir) / SCHEMA_FILE
+        config = load_run_config(as_path(workdir), as_path(data) if data else None)
+        path = as_path(workdir) / SCHEMA_FILE
         if not path.is_file():
             raise InputError(
                 f"it has no {SCHEMA_FILE}; give the folder that `tokenrec train` wrote"

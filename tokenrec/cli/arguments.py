@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import re
 from datetime import date
-from pathlib import Path
 
 from tokenrec.config import Config, MeshConfig
 from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.data.source import SPLITS
+from tokenrec.runtime.paths import path_argument
 
 _AXES = [field.name for field in dataclasses.fields(MeshConfig)]
 
@@ -59,14 +59,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_workdir_flag(parser: argparse.ArgumentParser, text: str) -> None:
     """Add `--workdir`, the folder of a run."""
-    parser.add_argument("--workdir", type=Path, required=True, help=text)
+    parser.add_argument("--workdir", type=path_argument, required=True, help=text)
 
 
 def add_run_data_flag(parser: argparse.ArgumentParser) -> None:
     """Add `--data`, which replaces the data set of a run."""
     parser.add_argument(
         "--data",
-        type=Path,
+        type=path_argument,
         help="folder of the prepared data set (default: that of the run)",
     )
 

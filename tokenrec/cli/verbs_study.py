@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenrec.cli.arguments import whole_number
 from tokenrec.cli.parser import Parser, add_verb
 from tokenrec.errors import InputError
+from tokenrec.runtime.paths import local_path_argument, path_argument
 
 if TYPE_CHECKING:
     from tokenrec.cli.parser import VerbParsers
@@ -35,18 +35,20 @@ def _add_study(verbs: VerbParsers) -> Parser:
     )
     parser.add_argument(
         "--config",
-        type=Path,
+        type=local_path_argument,
         required=True,
         help="study file, which is run, or the name of a shipped study",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_path_argument,
         required=True,
         help="folder of the runs and tables; reuse the folder to resume",
     )
     parser.add_argument(
-        "--data", type=Path, help="folder of the prepared data set; overrides data.path"
+        "--data",
+        type=path_argument,
+        help="folder of the prepared data set; overrides data.path",
     )
     parser.add_argument(
         "--side-by-side",
@@ -121,13 +123,16 @@ def _add_report(verbs: VerbParsers) -> Parser:
     )
     parser.add_argument(
         "--study",
-        type=Path,
+        type=local_path_argument,
         action="append",
         required=True,
         help="folder of a study; repeat the flag for several",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for report.html and figures/"
+        "--out",
+        type=local_path_argument,
+        required=True,
+        help="folder for report.html and figures/",
     )
     return parser
 

@@ -4,7 +4,12 @@
 `tokenrec.config.validate` checks them, `tokenrec.config.reference` lists the fields.
 """
 
-from tokenrec.config.config import Config, data_directory, semantic_ids_path
+from tokenrec.config.config import (
+    Config,
+    data_directory,
+    data_location,
+    semantic_ids_path,
+)
 from tokenrec.config.data_config import DataConfig
 from tokenrec.config.json_format import from_json, read_config, to_json
 from tokenrec.config.model_config import HeadConfig, ModelConfig, Remat
@@ -23,6 +28,7 @@ __all__ = [
     "TokensConfig",
     "TrainConfig",
     "data_directory",
+    "data_location",
     "from_json",
     "read_config",
     "semantic_ids_path",

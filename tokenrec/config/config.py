@@ -12,6 +12,8 @@ from tokenrec.config.model_config import HeadConfig, ModelConfig
 from tokenrec.config.tokens_config import TokensConfig
 from tokenrec.config.train_config import MeshConfig, OptimConfig, TrainConfig
 from tokenrec.errors import InputError
+from tokenrec.runtime.local_copy import local_copy
+from tokenrec.runtime.paths import as_path, is_remote
 
 
 @dataclasses.dataclass
@@ -32,15 +34,25 @@ class Config:
 
 
 def data_directory(config: Config) -> Path:
-    """Folder of the prepared data set.
+    """Local folder of the prepared data set; one in an object store is downloaded.
+
+    Raises:
+      InputError: see `data_location` and `local_copy`.
+      StorageError: see `local_copy`.
+    """
+    return local_copy(data_location(config))
+
+
+def data_location(config: Config) -> Path:
+    """Folder of the prepared data set, here or in an object store.
 
     It is `data.path`, or else `data.name` under `TOKENREC_DATA` or `data/`.
 
     Raises:
-      InputError: both fields are empty.
+      InputError: both fields are empty, or the path is a URL of another kind.
     """
     if config.data.path:
-        return Path(config.data.path)
+        return as_path(config.data.path)
     if config.data.name:
         return _data_root() / config.data.name
     raise InputError(
@@ -50,16 +62,20 @@ def data_directory(config: Config) -> Path:
 
 
 def semantic_ids_path(config: Config) -> str:
-    """Path of `data.semantic_ids`; empty without semantic ids.
+    """Local path of `data.semantic_ids`; empty without semantic ids.
 
-    A path that does not exist is looked up under `TOKENREC_DATA` or `data/`.
+    A path that does not exist is looked up under `TOKENREC_DATA` or `data/`. One in an
+    object store is downloaded.
     """
     given = config.data.semantic_ids
-    if not given or Path(given).exists():
+    if not given:
         return given
-    under_root = _data_root() / given
-    return str(under_root if under_root.exists() else given)
+    path = as_path(given)
+    if not is_remote(path) and not path.exists():
+        under_root = _data_root() / given
+        path = under_root if under_root.exists() else path
+    return str(local_copy(path))
 
 
 def _data_root() -> Path:
-    return Path(os.environ.get("TOKENREC_DATA", "data"))
+    return as_path(os.environ.get("TOKENREC_DATA", "data"))

@@ -19,6 +19,7 @@ from tokenrec.config.overrides import apply_overrides
 from tokenrec.config.problems import ConfigProblem
 from tokenrec.config.validate import validate
 from tokenrec.errors import InputError, suggest
+from tokenrec.runtime.local_copy import local_copy
 
 
 def load_config(path_or_name: str | None, overrides: Sequence[str] = ()) -> Config:
@@ -65,7 +66,7 @@ def find_config(path_or_name: str) -> Path:
     Raises:
       InputError: it is neither a file nor the name of a shipped config.
     """
-    path, shipped = Path(path_or_name), shipped_configs()
+    path, shipped = local_copy(path_or_name), shipped_configs()
     if path.is_file():
         return path
     spellings = (Path(path.stem), Path(path.name), Path("configs", path.name))

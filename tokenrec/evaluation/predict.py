@@ -24,6 +24,7 @@ from tokenrec.evaluation.evaluate import (
 )
 from tokenrec.runtime import distributed
 from tokenrec.runtime.files import atomic_replace
+from tokenrec.runtime.paths import make_folder
 from tokenrec.sharding import make_mesh
 
 
@@ -66,7 +67,7 @@ def predict_run(
 
 def _write(tables: Iterator[pa.Table], out: Path) -> int:
     """Write tables of one schema as a Parquet file; no table, no file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     first = next(tables, None)
     if first is None:
         return 0

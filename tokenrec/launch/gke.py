@@ -15,9 +15,7 @@ import yaml
 from tokenrec.launch.job import (
     DATA,
     FINAL_EXITS,
-    MOST_RENAMED,
     MOUNT,
-    RUNS,
     STOPPED_EXITS,
     USER_ID,
     LaunchJob,
@@ -142,7 +140,7 @@ def _pod_rules() -> list[dict[str, Any]]:
 
 def _pod(job: LaunchJob, service_account: str) -> dict[str, Any]:
     container = _container(job)
-    volumes = _volumes(job)
+    volumes = [_data_volume(job.bucket)]
     if job.config_text is not None:
         mount = {"name": "config", "mountPath": str(_CONFIG_FILE.parent)}
         container["volumeMounts"].append(mount)
@@ -175,7 +173,7 @@ def _container(job: LaunchJob) -> dict[str, Any]:
         "name": _CONTAINER,
         "image": job.image,
         # `args` and not `command`, which would replace the image's init.
-        "args": job.command(_CONFIG_FILE),
+        "args": job.command(str(_CONFIG_FILE)),
         "env": [
             {"name": name, "value": value} for name, value in job.environment.items()
         ],
@@ -186,38 +184,25 @@ def _container(job: LaunchJob) -> dict[str, Any]:
         },
         "volumeMounts": [
             {"name": DATA, "mountPath": str(MOUNT / DATA), "readOnly": True},
-            {"name": RUNS, "mountPath": str(MOUNT / RUNS)},
         ],
     }
 
 
-def _volumes(job: LaunchJob) -> list[dict[str, Any]]:
-    """Folders of the bucket; job.py says why they are mounted differently."""
-    data = _bucket_folder(
-        job.bucket, DATA, "metadata-cache:ttl-secs:-1", read_only=True
+def _data_volume(bucket: str) -> dict[str, Any]:
+    """Volume of the data sets in the bucket, mounted by Cloud Storage FUSE."""
+    options = (
+        f"only-dir={DATA}",
+        "implicit-dirs",
+        f"uid={USER_ID}",
+        f"gid={USER_ID}",
+        "metadata-cache:ttl-secs:-1",
     )
-    runs = _bucket_folder(
-        job.bucket,
-        RUNS,
-        "metadata-cache:ttl-secs:0",
-        "metadata-cache:negative-ttl-secs:0",
-        f"rename-dir-limit={MOST_RENAMED}",
-    )
-    return [data, runs]
-
-
-def _bucket_folder(
-    bucket: str, folder: str, *options: str, read_only: bool = False
-) -> dict[str, Any]:
-    """Volume of one folder of the bucket, mounted by Cloud Storage FUSE."""
-    owner = (f"only-dir={folder}", "implicit-dirs", f"uid={USER_ID}", f"gid={USER_ID}")
-    attributes = {"bucketName": bucket, "mountOptions": ",".join((*owner, *options))}
     csi = {
         "driver": "gcsfuse.csi.storage.gke.io",
-        "readOnly": read_only,
-        "volumeAttributes": attributes,
+        "readOnly": True,
+        "volumeAttributes": {"bucketName": bucket, "mountOptions": ",".join(options)},
     }
-    return {"name": folder, "csi": csi}
+    return {"name": DATA, "csi": csi}
 
 
 def _config_map(job: LaunchJob, namespace: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import re
 import signal
 from pathlib import Path, PurePosixPath
 
-from tokenrec.config import Config, data_directory
+from tokenrec.config import Config, data_location
 from tokenrec.config.load import shipped_configs
 from tokenrec.errors import (
     EXIT_BAD_STEPS,
@@ -32,19 +32,16 @@ from tokenrec.errors import (
     InputError,
 )
 from tokenrec.launch.slices import Slice, parse_slice
+from tokenrec.runtime.paths import is_remote
 
-# Hosts mount two folders of the bucket here with Cloud Storage FUSE, because tokenrec,
-# Orbax and ArrayRecord take plain paths. Data do not change, so what is known of them
-# may be cached. Of a run every host must see at once what another wrote, and folders
-# are renamed when a checkpoint is complete: that mount caches nothing and may rename
-# large folders.
+# Hosts mount the data sets of the bucket here with Cloud Storage FUSE, because ArrayRecord
+# takes plain paths, and a host may lack the disk for a copy. Data do not change, so what
+# is known of them may be cached. Runs need no mount: tokenrec writes them to `gs://`.
 MOUNT = PurePosixPath("/gcs")
 DATA = "data"
 RUNS = "runs"
-# The most files of a folder that may be renamed.
-MOST_RENAMED = 200_000
 
-# The user of launch/Dockerfile, who owns the mounts.
+# The user of launch/Dockerfile, who owns the mount.
 USER_ID = 1000
 
 # Exit codes after which a restart cannot help, and those after which it is free. A shell
@@ -96,17 +93,17 @@ class LaunchJob:
     spot: bool
 
     @property
-    def workdir(self) -> PurePosixPath:
-        """Folder of the run, on the hosts."""
-        return MOUNT / RUNS / self.name
+    def workdir(self) -> str:
+        """Folder of the run, in the bucket."""
+        return f"gs://{self.bucket}/{RUNS}/{self.name}"
 
-    def command(self, config_file: PurePosixPath) -> list[str]:
+    def command(self, config_file: str) -> list[str]:
         """Build the command that every host runs.
 
         Args:
-          config_file: path of `config_text` on the hosts.
+          config_file: path of `config_text`, on the hosts or in the bucket.
         """
-        config = self.config if self.config_text is None else str(config_file)
+        config = self.config if self.config_text is None else config_file
         return [
             *("tokenrec", "train", "--distributed", f"--config={config}"),
             *(f"--config.{override}" for override in self.overrides),
@@ -126,7 +123,7 @@ class LaunchJob:
         return {
             # A process that does not find its TPU must fail, not train on its CPU.
             "JAX_PLATFORMS": "tpu",
-            "JAX_COMPILATION_CACHE_DIR": str(MOUNT / RUNS / "jax_cache"),
+            "JAX_COMPILATION_CACHE_DIR": f"gs://{self.bucket}/{RUNS}/jax_cache",
             "TOKENREC_DATA": str(MOUNT / DATA),
         }
 
@@ -187,7 +184,7 @@ def plan_job(
         config=config_name,
         config_text=config_text,
         overrides=overrides,
-        data=Path(os.path.abspath(data_directory(config))).name,
+        data=_data_name(config),
         max_restarts=max_restarts,
         grace_seconds=grace_seconds,
         spot=spot,
@@ -248,6 +245,15 @@ def _check_slices(one_slice: Slice, slices: int) -> None:
             "host: several slices are joined only if each has several hosts; use one "
             "larger slice"
         )
+
+
+def _data_name(config: Config) -> str:
+    """Name of the data set, the last part of its path."""
+    location = data_location(config)
+    # The path may be that of the current folder, ".".
+    return (
+        location.name if is_remote(location) else Path(os.path.abspath(location)).name
+    )
 
 
 def _config_file(source: str) -> tuple[str, str | None]:

@@ -9,7 +9,6 @@ from importlib import resources
 from tokenrec.errors import InputError
 from tokenrec.launch.job import (
     FINAL_EXITS,
-    MOST_RENAMED,
     MOUNT,
     STOPPED_EXITS,
     USER_ID,
@@ -60,11 +59,8 @@ def script(
       InputError: project, zone or digest is missing or malformed, or the TPU VM service
         does not serve the slice.
     """
-    # The script copies the config there, and every host sees it through the mount.
-    config_file = job.workdir / "launch_config.py"
-    config_object = ""
-    if job.config_text is not None:
-        config_object = str(config_file.relative_to(MOUNT))
+    # The script copies the config there, and every host reads it.
+    config_file = f"{job.workdir}/launch_config.py"
     variables: dict[str, str | list[str]] = {
         "NAME": job.name,
         "PROJECT": _check_field("project", project),
@@ -79,8 +75,7 @@ def script(
         "USER_ID": str(USER_ID),
         "GCSFUSE_VERSION": GCSFUSE_VERSION,
         "GCSFUSE_SHA256": _check_digest(gcsfuse_sha256),
-        "MOST_RENAMED": str(MOST_RENAMED),
-        "CONFIG_OBJECT": config_object,
+        "CONFIG_OBJECT": "" if job.config_text is None else config_file,
         "CONFIG_TEXT": job.config_text or "",
         "ENVIRONMENT": [
             f"--env={name}={value}" for name, value in job.environment.items()

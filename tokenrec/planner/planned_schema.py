@@ -10,7 +10,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenrec.config import Config, data_directory, semantic_ids_path
+from tokenrec.config import (
+    Config,
+    data_directory,
+    data_location,
+    semantic_ids_path,
+)
 from tokenrec.config.load import shipped_folder
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.metadata import METADATA_FILE
@@ -29,7 +34,7 @@ def resolve_schema(config: Config) -> tuple[Schema, str]:
       InputError: neither is there, a folder given as `data.path` is not a data set, or
         the file is not a planned schema.
     """
-    directory = data_directory(config)
+    directory = data_location(config)
     # A prepared data set goes first, and a `data.path` that is given must be one.
     planned = (
         config.data.schema
@@ -37,8 +42,10 @@ def resolve_schema(config: Config) -> tuple[Schema, str]:
         and not (directory / METADATA_FILE).is_file()
     )
     if not planned:
-        schema = open_dataset(directory, semantic_ids=semantic_ids_path(config)).schema
-        return schema, f"prepared data set {directory}"
+        dataset = open_dataset(
+            data_directory(config), semantic_ids=semantic_ids_path(config)
+        )
+        return dataset.schema, f"prepared data set {directory}"
     if config.data.semantic_ids:
         raise InputError(
             f"data.semantic_ids='{config.data.semantic_ids}' belongs to a prepared "

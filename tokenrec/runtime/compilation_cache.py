@@ -18,6 +18,8 @@ from typing import TextIO
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from tokenrec.runtime.paths import absolute, is_remote
+
 COMPILED_FOLDER = "compiled"
 
 # How JAX begins its warnings about a cache that it cannot read or write.
@@ -48,11 +50,11 @@ def persistent_compilation_cache(workdir: Path, wanted: bool) -> Iterator[None]:
         if not wanted or jax.config.jax_compilation_cache_dir:
             yield
             return
-        folder = Path(workdir).absolute() / COMPILED_FOLDER
+        folder = absolute(workdir) / COMPILED_FOLDER
         # Machines with different processors may share the folder of a run.
         if jax.default_backend() == "cpu":
             folder /= _processor_hash()
-        problem = _prepare(folder, Path(workdir).absolute())
+        problem = _prepare(folder, absolute(workdir))
         if problem:
             print(
                 f"tokenrec: compiled programs are not kept: {problem}; the run goes on "
@@ -74,6 +76,9 @@ def persistent_compilation_cache(workdir: Path, wanted: bool) -> Iterator[None]:
 
 def _prepare(folder: Path, workdir: Path) -> str:
     """Make the folder of the cache; return why it cannot be used, else ""."""
+    if is_remote(workdir):
+        # Who may write there is decided by the rights of the bucket.
+        return ""
     try:
         # Whatever the umask allows, nobody else shall write here.
         for path in (workdir / COMPILED_FOLDER, folder):

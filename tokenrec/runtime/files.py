@@ -1,7 +1,8 @@
 """Write files atomically, and read and write JSON.
 
 A file that is written here is replaced in one step (`rename` in the same folder), so a
-reader or a run that was killed sees the old contents or the new ones, never a part.
+reader or a run that was killed sees the old contents or the new ones, never a part. In an
+object store, whose writes replace an object at once, it is written locally and uploaded.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import io
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenrec.errors import InputError, StorageError
+from tokenrec.runtime.paths import filesystem, is_remote, make_folder
 from tokenrec.runtime.retry import is_transient, retry, storage_error
 
 _LIMIT_TEXT = os.strerror(errno.EMFILE).lower()
@@ -32,7 +35,7 @@ def write_json(
       ValueError: a number is NaN or infinite, which JSON cannot represent.
       StorageError: the storage is at fault, again and again.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -55,8 +58,17 @@ def atomic_replace(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends.
 
     If the block raises, `path` keeps its contents and the temporary file is deleted. If
-    the block writes no file, `path` keeps its contents too.
+    the block writes no file, `path` keeps its contents too. For a path in an object
+    store the temporary file is local, and is uploaded when the block ends.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="tokenrec-") as folder:
+            local = Path(folder) / path.name
+            yield local
+            if local.exists():
+                # The object appears when the upload is complete.
+                filesystem(path).put_file(os.fspath(local), os.fspath(path))
+        return
     # The process id keeps two processes that write the same file apart.
     partial = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
@@ -89,6 +101,8 @@ def is_file(path: Path) -> bool:
     """
 
     def look_up() -> bool:
+        if is_remote(path):
+            return path.is_file()
         try:
             return stat.S_ISREG(path.stat().st_mode)
         except (FileNotFoundError, NotADirectoryError):

@@ -15,6 +15,9 @@ Three rules make it safe, also on a network disk and without file locks:
 - A holder whose file is gone, or that is not the highest number any more, has lost the
   lease. It notices at its next heartbeat and before each save, and writes no more.
 
+In an object store the file is an object, which is created on the condition that it does
+not exist.
+
 A holder that is suspended between its last check and the end of a write cannot notice.
 The silence that makes a lease stale is therefore several heartbeats long.
 """
@@ -34,6 +37,7 @@ from tokenrec.runtime.lease_file import (
     LeaseRecord,
     create_lease,
     delete_earlier,
+    delete_lease,
     highest_number,
     is_original,
     lease_path,
@@ -41,6 +45,7 @@ from tokenrec.runtime.lease_file import (
     read_token,
     write_heartbeat,
 )
+from tokenrec.runtime.paths import as_path
 from tokenrec.runtime.retry import retry
 
 # Seconds before another attempt if someone else was faster; a network disk may show its
@@ -98,7 +103,7 @@ def acquire(
     """
     timing = timing or LeaseTiming()
     try:
-        return _acquire(Path(workdir), timing, interrupted)
+        return _acquire(as_path(workdir), timing, interrupted)
     except StorageError:
         raise
     except OSError as error:
@@ -211,7 +216,7 @@ class Lease:
     def withdraw(self) -> None:
         """Delete the file of a lease that was never used, if it is there."""
         if retry(lambda: read_token(self._path), self._path) == self._record.token:
-            retry(lambda: self._path.unlink(missing_ok=True), self._path)
+            retry(lambda: delete_lease(self._path), self._path)
 
     def check(self) -> None:
         """Raise InputError if the lease is known to be lost.
@@ -247,7 +252,7 @@ class Lease:
         try:
             # One that was taken over in the meantime belongs to someone else.
             if not self._loss and not self.find_loss():
-                self._path.unlink(missing_ok=True)
+                delete_lease(self._path)
         except OSError as error:
             # The run is complete, or ends with an error of its own: both stay as they
             # are. The next trainer finds that this process has ended.

@@ -16,7 +16,9 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from tokenrec.runtime.paths import create_exclusively, is_remote
 from tokenrec.runtime.process_identity import ProcessIdentity, this_process
+from tokenrec.runtime.retry import raise_storage_errors
 
 _NAME = re.compile(r"lease-([1-9][0-9]*)\.json")
 _PARTIAL_PREFIX = ".lease-"
@@ -84,15 +86,15 @@ class LeaseRecord:
         """The record of the next heartbeat."""
         return dataclasses.replace(self, heartbeat=_clock(), beats=self.beats + 1)
 
-    def to_bytes(self, descriptor: int) -> bytes:
-        """Contents of the file that is open as `descriptor`."""
+    def to_bytes(self, descriptor: int | None = None) -> bytes:
+        """Contents of the file that is open as `descriptor`; None for an object."""
         fields = {
             "token": self.token,
             **dataclasses.asdict(self.process),
             "since": self.since,
             "heartbeat": self.heartbeat,
             "beats": self.beats,
-            "inode": os.fstat(descriptor).st_ino,
+            "inode": 0 if descriptor is None else os.fstat(descriptor).st_ino,
         }
         return json.dumps(fields).encode().ljust(_SIZE - 1) + b"\n"
 
@@ -103,7 +105,12 @@ def lease_path(workdir: Path, number: int) -> Path:
 
 
 def _numbers(workdir: Path) -> list[int]:
-    matches = [_NAME.fullmatch(name) for name in os.listdir(workdir)]
+    if is_remote(workdir):
+        with raise_storage_errors(workdir):
+            names = [path.name for path in workdir.glob("lease-*.json")]
+    else:
+        names = os.listdir(workdir)
+    matches = [_NAME.fullmatch(name) for name in names]
     return [int(match[1]) for match in matches if match]
 
 
@@ -116,7 +123,7 @@ def read_lease(path: Path) -> bytes | None:
     """First bytes of a file; None if it does not exist."""
     # Opened anew each time: a network disk then asks its server.
     try:
-        with path.open("rb") as file:
+        with raise_storage_errors(path), path.open("rb") as file:
             return file.read(_SIZE)
     except FileNotFoundError:
         return None
@@ -124,6 +131,9 @@ def read_lease(path: Path) -> bytes | None:
 
 def is_original(path: Path, record: LeaseRecord) -> bool:
     """Whether a record was written into this file, and not copied here."""
+    if is_remote(path):
+        # Nothing tells an object from its copy.
+        return False
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_ino == record.inode
     return False
@@ -149,6 +159,9 @@ def create_lease(workdir: Path, number: int, record: LeaseRecord) -> bool:
       Whether this process has created it; False if it existed.
     """
     path = lease_path(workdir, number)
+    if is_remote(path):
+        with raise_storage_errors(path):
+            return create_exclusively(path, record.to_bytes())
     partial = workdir / f"{_PARTIAL_PREFIX}{record.token}"
 
     try:
@@ -189,7 +202,17 @@ def _write_new(path: Path, record: LeaseRecord) -> None:
 
 
 def write_heartbeat(path: Path, record: LeaseRecord) -> bool:
-    """Write a heartbeat into a lease in place; return False if it has another token."""
+    """Write a heartbeat into a lease in place; return False if it has another token.
+
+    An object is replaced. If it was taken over and deleted since its token was read, it
+    is there again; its number is lower than that of the new lease, and does not count.
+    """
+    if is_remote(path):
+        if read_token(path) != record.token:
+            return False
+        with raise_storage_errors(path):
+            path.write_bytes(record.to_bytes())
+        return True
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
@@ -205,13 +228,19 @@ def write_heartbeat(path: Path, record: LeaseRecord) -> bool:
         os.close(descriptor)
 
 
+def delete_lease(path: Path) -> None:
+    """Delete the file of a lease, if it is there."""
+    with raise_storage_errors(path):
+        path.unlink(missing_ok=True)
+
+
 def delete_earlier(workdir: Path, number: int) -> None:
     """Delete leases before this one, and files that killed processes left behind."""
     # They do not count. What cannot be deleted now is deleted at the next start.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError), raise_storage_errors(workdir):
         for other in _numbers(workdir):
             if other < number:
-                lease_path(workdir, other).unlink(missing_ok=True)
+                delete_lease(lease_path(workdir, other))
         for partial in workdir.glob(f"{_PARTIAL_PREFIX}*"):
             partial.unlink(missing_ok=True)
 

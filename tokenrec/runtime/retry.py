@@ -7,11 +7,12 @@ is a `StorageError`, with an exit code of its own that schedulers restart.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tokenrec.errors import InputError, StorageError
@@ -50,6 +51,19 @@ _TRANSIENT_TEXTS = (
     "aborted:",
 )
 
+# Classes of the clients of object stores; s3fs and gcsfs pass them on.
+_TRANSIENT_CLASSES = frozenset(
+    {
+        "aiohttp.client_exceptions.ClientConnectionError",
+        "aiohttp.client_exceptions.ClientPayloadError",
+        "botocore.exceptions.ConnectionError",
+        "botocore.exceptions.HTTPClientError",
+        "google.auth.exceptions.TransportError",
+        "requests.exceptions.ConnectionError",
+    }
+)
+_GCS_ERROR = "gcsfs.retry.HttpError"
+
 
 def is_transient(error: BaseException) -> bool:
     """Whether an error is a fault of the storage that may pass.
@@ -61,12 +75,29 @@ def is_transient(error: BaseException) -> bool:
         return True
     if isinstance(error, InputError):
         return False
+    if is_fault_of_object_store(error):
+        return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in TRANSIENT_ERRNOS
     if isinstance(error, OSError | RuntimeError | ValueError):
         text = str(error).lower()
         return any(known in text for known in _TRANSIENT_TEXTS)
     return False
+
+
+def is_fault_of_object_store(error: BaseException) -> bool:
+    """Whether the client of an object store says that the network or server fails."""
+    # These clients need not be installed, so their classes are known by their names.
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__}
+    if names & _TRANSIENT_CLASSES or isinstance(error, TimeoutError):
+        return True
+    code = getattr(error, "code", None)
+    return _GCS_ERROR in names and code is not None and _is_server_fault(int(code))
+
+
+def _is_server_fault(status: int) -> bool:
+    """Whether an HTTP status asks for another attempt."""
+    return status >= 500 or status in (408, 429)
 
 
 def retry[T](action: Callable[[], T], path: os.PathLike[str] | str) -> T:
@@ -100,6 +131,20 @@ def retry[T](action: Callable[[], T], path: os.PathLike[str] | str) -> T:
         if not is_transient(error):
             raise
         raise storage_error(error, path, attempts=len(_DELAYS) + 1) from error
+
+
+@contextlib.contextmanager
+def raise_storage_errors(path: os.PathLike[str] | str) -> Iterator[None]:
+    """Turn what the client of an object store raises for a fault into a StorageError.
+
+    Some of these errors are no OSError, which callers expect of a read or write.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not is_transient(error):
+            raise
+        raise storage_error(error, path) from error
 
 
 def storage_error(

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, SupportsFloat
 
+from tokenrec.runtime.log_mirror import LogMirror
 from tokenrec.runtime.metric_writer import (
     JsonlWriter,
     MetricWriter,
@@ -23,10 +24,31 @@ class RunLog:
     Args:
       writers: all of them get the same metrics, in this order. A run whose process is
         not the first one has no writers, and `write` does nothing.
+      mirror: uploads what they write to a run's folder in an object store; None does
+        not.
     """
 
-    def __init__(self, writers: Sequence[MetricWriter] = ()) -> None:
+    def __init__(
+        self, writers: Sequence[MetricWriter] = (), mirror: LogMirror | None = None
+    ) -> None:
         self._writers = tuple(writers)
+        self._mirror = mirror
+
+    @property
+    def folder(self) -> Path | None:
+        """Folder that the writers write to; None without any."""
+        return None if self._mirror is None else self._mirror.folder
+
+    def sync(self) -> None:
+        """Upload what is written so far, before a checkpoint of this step.
+
+        It does nothing for a run's folder on a disk, which has it already.
+
+        Raises:
+          StorageError: it cannot be uploaded.
+        """
+        if self._mirror is not None:
+            self._mirror.sync()
 
     def write(
         self,
@@ -60,6 +82,8 @@ class RunLog:
         """Close all writers, the last one first, even if one of them fails."""
         # The stack calls all of them and raises the last error.
         with contextlib.ExitStack() as stack:
+            if self._mirror is not None:
+                stack.callback(self._mirror.close)
             for writer in self._writers:
                 stack.callback(writer.close)
 
@@ -109,14 +133,17 @@ def open_run_log(
         # If a later writer cannot be opened, the earlier ones are closed.
         for writer in more:
             opened.callback(writer.close)
+        mirror = LogMirror(workdir)
+        opened.callback(mirror.close)
         # First: if another writer fails later, the line is in metrics.jsonl already.
-        add(JsonlWriter(workdir, start_step=start_step))
-        add(TensorBoardWriter(workdir, start_step=start_step, config=config))
+        folder = mirror.folder
+        add(JsonlWriter(folder, start_step=start_step))
+        add(TensorBoardWriter(folder, start_step=start_step, config=config))
         for name in trackers:
-            add(_open_tracker(name, workdir, config or {}))
+            add(_open_tracker(name, folder, config or {}))
         # All are open: the log closes them from now on.
         opened.pop_all()
-    return RunLog([*writers, *more])
+    return RunLog([*writers, *more], mirror)
 
 
 def _open_tracker(name: str, workdir: Path, config: Mapping[str, Any]) -> MetricWriter:

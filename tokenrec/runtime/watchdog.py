@@ -13,6 +13,7 @@ from types import TracebackType
 
 from tokenrec.errors import EXIT_HUNG
 from tokenrec.runtime.files import write_json
+from tokenrec.runtime.paths import as_path
 
 HUNG_FOLDER = "hung"
 # Checks within the time that a phase may take, and the longest time between two.
@@ -39,7 +40,7 @@ class Watchdog:
         self, seconds: float, workdir: Path, index: int = 0, count: int = 1
     ) -> None:
         self._seconds = seconds
-        self._folder = Path(workdir) / HUNG_FOLDER
+        self._folder = as_path(workdir) / HUNG_FOLDER
         self._index = index
         self._count = count
         self._phase = "start"

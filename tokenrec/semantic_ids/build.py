@@ -19,6 +19,7 @@ from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.semantic_id_file import SEMANTIC_IDS, SemanticIds, save_semantic_ids
 from tokenrec.errors import InputError, suggest
 from tokenrec.runtime.files import write_json
+from tokenrec.runtime.paths import local_path
 from tokenrec.semantic_ids import report
 from tokenrec.semantic_ids.collisions import disambiguate
 from tokenrec.semantic_ids.item_vectors import VectorKind, item_vectors
@@ -65,9 +66,9 @@ def build_semantic_ids(
         give such vectors.
     """
     _check_options(method, vectors, levels, codes, seed)
-    out = Path(out)
+    out = local_path(out, "out")
     _check_out(out, overwrite)
-    dataset = open_dataset(Path(data))
+    dataset = open_dataset(local_path(data, "data"))
     full, result = _build(dataset, method, vectors, levels, codes, seed)
     # The ids come last: their file is there only with its report.
     out.mkdir(parents=True, exist_ok=True)

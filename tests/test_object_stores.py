@@ -1,0 +1,194 @@
+"""Runs whose folder and data set lie in an object store, on real servers of both kinds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tokenrec
+from tests.object_servers import SCHEMES, Server, object_server
+from tests.runtime.test_distributed import finished, train_line
+from tests.test_train_loop import small
+from tokenrec.checkpoint.object_storage import COMMIT_FILE
+from tokenrec.checkpoint.reader import CheckpointReader
+from tokenrec.config import to_json
+from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.sources.synthetic import SyntheticSource
+from tokenrec.errors import InputError
+from tokenrec.runtime.paths import as_path, filesystem, list_files
+from tokenrec.train_loop import train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "synthetic"
+    prepare(SyntheticSource(4_000, users=60, items=40), out)
+    return out
+
+
+@pytest.fixture(scope="module", params=SCHEMES)
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    with object_server(request.param, tmp_path_factory.mktemp("server")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def remote_data(server: Server, data: Path) -> str:
+    url = server.url("data/synthetic")
+    filesystem(as_path(url)).put(f"{data}/", f"{url}/", recursive=True)
+    return url
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TOKENREC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def log_of(workdir: Path) -> list[dict[str, Any]]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_run_in_an_object_store_equals_a_local_one(
+    server: Server, data: Path, remote_data: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"optim__steps": 6, "train__save_every": 2}
+    settings |= {"train__log_every": 1}
+    local = train(small(data, **settings), tmp_path / "local", progress=False)
+    config = small(data, **settings)
+    config.data.path = remote_data
+    workdir = as_path(server.url("runs/equal"))
+    config.train.stop_at = 3
+    train(config, workdir, progress=False)
+    config.train.stop_at = 0
+    remote = train(config, workdir, progress=False)
+    assert remote["best"] == local["best"]
+    assert remote["best_evaluation"] == local["best_evaluation"]
+    with (
+        CheckpointReader(workdir) as ours,
+        CheckpointReader(tmp_path / "local") as other,
+    ):
+        assert ours.steps == other.steps
+    # The second start continues the log of the first one.
+    steps = [record["step"] for record in log_of(workdir) if "train/loss" in record]
+    assert steps == sorted(set(steps))
+    assert steps[0] == 1
+    assert steps[-1] == 6
+    assert any(name.startswith("tensorboard/") for name in list_files(workdir))
+    report = tokenrec.evaluate(workdir, "valid")
+    assert report["step"] == remote["best_step"]
+    # No folder "gs:" or "s3:" beside the tests.
+    assert not any(Path(f"{scheme}:").exists() for scheme in SCHEMES)
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint(
+    server: Server, data: Path, remote_data: str, tmp_path: Path
+) -> None:
+    config = small(data, optim__steps=400, train__save_every=2, train__log_every=1)
+    config.data.path = remote_data
+    file = tmp_path / "config.json"
+    file.write_text(to_json(config))
+    workdir = as_path(server.url("runs/killed"))
+    command = [
+        *(sys.executable, "-m", "tokenrec", "train", f"--config={file}"),
+        *(f"--workdir={workdir}", "--quiet"),
+    ]
+    process = subprocess.Popen(command, env=os.environ | server.environment)
+    while not list((workdir / "checkpoints").glob(f"*/{COMMIT_FILE}")):
+        assert process.poll() is None, "the run ended before its first checkpoint"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = CheckpointReader(workdir).steps[-1]
+    # What a save that was killed has left: a folder without the file that Orbax adds.
+    (workdir / "checkpoints" / "398" / "state" / "manifest.ocdbt").write_bytes(b"half")
+    assert CheckpointReader(workdir).steps[-1] == saved
+    config.train.stop_at = saved + 2
+    summary = train(config, workdir, progress=False)
+    assert summary["step"] == saved + 2
+    assert not list_files(workdir / "checkpoints" / "398")
+    # No step before the checkpoint is missing in the log.
+    steps = {record["step"] for record in log_of(workdir) if "train/loss" in record}
+    assert steps >= set(range(1, saved + 1))
+
+
+def test_a_damaged_checkpoint_is_set_aside(
+    server: Server, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(data, optim__steps=4, train__save_every=2, train__keep=2)
+    workdir = as_path(server.url("runs/damaged"))
+    config.train.stop_at = 4
+    train(config, workdir, progress=False)
+    folder = workdir / "checkpoints"
+    newest = CheckpointReader(workdir).steps[-1]
+    arrays = [
+        name
+        for name in list_files(folder / str(newest))
+        if name.startswith("state/d/") or "/d/" in name
+    ]
+    damaged = folder / str(newest) / arrays[0]
+    contents = bytearray(damaged.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    damaged.write_bytes(bytes(contents))
+    summary = train(config, workdir, progress=False)
+    assert f"checkpoint {newest} is damaged" in capsys.readouterr().err
+    assert summary["step"] == 4
+    assert list_files(folder / f"damaged-{newest}")
+    assert CheckpointReader(workdir).steps[-1] == newest
+
+
+def test_old_checkpoints_are_deleted_whole(server: Server, data: Path) -> None:
+    config = small(data, optim__steps=6, train__save_every=1, train__keep=1)
+    config.train.eval_every = 100
+    workdir = as_path(server.url("runs/kept"))
+    train(config, workdir, progress=False)
+    steps = {name.partition("/")[0] for name in list_files(workdir / "checkpoints")}
+    assert steps == {str(step) for step in CheckpointReader(workdir).steps}
+    assert len(steps) == 1
+
+
+def test_predictions_are_written_to_the_store(
+    server: Server, data: Path, tmp_path: Path
+) -> None:
+    workdir = as_path(server.url("runs/predicted"))
+    train(small(data, optim__steps=2), workdir, progress=False)
+    rows = tokenrec.predict(workdir, "valid", server.url("out/scores.parquet"))
+    import pyarrow.parquet as pq
+
+    with as_path(server.url("out/scores.parquet")).open("rb") as file:
+        assert pq.read_table(file).num_rows == rows > 0
+
+
+def test_a_bucket_that_does_not_exist_is_named(server: Server, data: Path) -> None:
+    workdir = f"{server.scheme}://no-such-bucket/run"
+    with pytest.raises(InputError, match="no-such-bucket"):
+        tokenrec.train(small(data), workdir, progress=False)
+
+
+def test_two_processes_share_a_run(
+    server: Server, remote_data: str, tmp_path: Path
+) -> None:
+    workdir = as_path(server.url("runs/two"))
+    fields = {"optim.steps": 4, "train.save_every": 2}
+    line = train_line(remote_data, workdir, **fields)
+    codes = finished(tmp_path, [line], [line])
+    assert codes == [0, 0], (tmp_path / "0.err").read_text()
+    with CheckpointReader(workdir) as checkpoints:
+        last = checkpoints.steps[-1]
+    names = list_files(workdir / "checkpoints" / str(last))
+    # Each process writes its arrays, and the checksums of its share of the files.
+    assert {"sums.0.json", "sums.1.json"} <= set(names)
+    assert {name.split("/")[1] for name in names if "/ocdbt." in name} == {
+        "ocdbt.process_0",
+        "ocdbt.process_1",
+    }
+    report = tokenrec.evaluate(workdir, "valid", checkpoint="latest")
+    assert report["step"] == last
