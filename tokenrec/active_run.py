@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from tokenrec.checkpoint.checkpointer import Checkpointer
 from tokenrec.checkpoint.progress import Progress
-from tokenrec.checkpoint.run_folder import create_or_check_run, create_workdir
 from tokenrec.checkpoint.warm_start import initial_state
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.config.flatten import flatten_fields
@@ -34,24 +33,15 @@ from tokenrec.metrics_buffer import MetricsBuffer
 from tokenrec.optim import schedule
 from tokenrec.run_setup import Setup
 from tokenrec.runtime import distributed
-from tokenrec.runtime.compilation_cache import persistent_compilation_cache
-from tokenrec.runtime.lease import Lease, acquire
+from tokenrec.runtime.lease import Lease
 from tokenrec.runtime.preemption import StopRequested, StopSignals
 from tokenrec.runtime.profiler import StepProfiler, profile_steps
 from tokenrec.runtime.progress import ProgressDisplay
 from tokenrec.runtime.run_log import RunLog, open_run_log
 from tokenrec.runtime.throughput import Throughput
 from tokenrec.runtime.watchdog import Watchdog
-from tokenrec.sharding import (
-    local_batch_indices,
-    to_devices,
-)
-from tokenrec.state import (
-    ModelSpec,
-    TrainState,
-    abstract_state,
-    table_statistics,
-)
+from tokenrec.sharding import local_batch_indices, to_devices
+from tokenrec.state import ModelSpec, TrainState, abstract_state, table_statistics
 from tokenrec.step import Metrics
 
 # Values of the inside of a model by kind and name, such as {"rank": {"layer_0": 12.3}}.
@@ -59,116 +49,12 @@ StateLogger = Callable[[TrainState], dict[str, dict[str, float | None]]]
 MakeStateLogger = Callable[[ModelSpec, Dataset, Mesh], StateLogger]
 
 
-@contextlib.contextmanager
-def run_context(
-    setup: Setup,
-    *,
-    show_progress: bool = True,
-    make_state_logger: MakeStateLogger | None = None,
-) -> Iterator[ActiveRun]:
-    """Hold the resources of a run: its folder, mesh, signals, watchdog, checkpoints.
-
-    Nothing is written to the folder before this process, or the first one of several,
-    has its lease; then the files of the run are created, or checked on resume.
-
-    Leaving the context waits for the checkpoint being written and closes everything,
-    however the run ended.
-
-    Args:
-      setup: what `set_up` returned.
-      show_progress: print a progress bar, or lines where stderr is no terminal.
-      make_state_logger: makes the function that measures the states of the model at
-        each evaluation; needed with `train.log_states`.
-
-    Raises:
-      InputError: on all processes, if another trainer holds the folder, or if it holds
-        another run.
-      Stopped: a signal arrived while it waited for the folder.
-    """
-    train = setup.config.train
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(setup.mesh))
-        signals = stack.enter_context(StopSignals())
-        lease = _acquire_lease(setup, signals, stack)
-        create_or_check_run(setup.config, setup.dataset, setup.workdir)
-        stack.enter_context(
-            persistent_compilation_cache(setup.workdir, train.keep_compiled)
-        )
-        watchdog = stack.enter_context(
-            Watchdog(
-                train.hang_seconds,
-                setup.workdir,
-                jax.process_index(),
-                jax.process_count(),
-            )
-        )
-        state_logger = None
-        if setup.evaluates and train.log_states:
-            if make_state_logger is None:
-                raise ValueError(
-                    "train.log_states=True and make_state_logger=None; pass "
-                    "tokenrec.analysis.watch.make_state_logger, or call tokenrec.train"
-                )
-            state_logger = make_state_logger(setup.model, setup.dataset, setup.mesh)
-        checkpoints = stack.enter_context(
-            Checkpointer(
-                setup.workdir,
-                keep=train.keep,
-                keep_every=train.keep_every,
-                config=dataclasses.asdict(setup.config),
-            )
-        )
-        yield ActiveRun(
-            setup,
-            stack,
-            signals,
-            watchdog,
-            checkpoints,
-            lease,
-            state_logger,
-            show_progress,
-        )
-
-
-def _acquire_lease(
-    setup: Setup, signals: StopSignals, stack: contextlib.ExitStack
-) -> Lease | None:
-    """Take the lease of the folder in the first process, which holds it for all.
-
-    Args:
-      setup: the run.
-      signals: a signal ends the wait for a lease that may be stale.
-      stack: releases the lease.
-
-    Returns:
-      The lease; None in the other processes.
-    """
-
-    def stop_if_requested() -> None:
-        number = signals.signal_received
-        if number is not None:
-            raise Stopped(
-                f"{signal.Signals(number).name}: stopped while waiting for the lease of "
-                f"'{setup.workdir}'; there was nothing to save yet; rerun the command",
-                number,
-            )
-
-    lease = None
-    with distributed.raise_on_all_processes():
-        if distributed.is_first_process():
-            create_workdir(setup.workdir)
-            lease = stack.enter_context(
-                acquire(setup.workdir, interrupted=stop_if_requested)
-            )
-    return lease
-
-
 class ActiveRun:
     """The resources of a run, and one method for each thing that its loop does.
 
-    Made by `run_context`. State and progress are arguments and results of its methods;
-    it holds only what must live on the host between two steps, such as metrics that
-    have not been fetched from the devices.
+    Made by `run_context` (run_context.py). State and progress are arguments and results
+    of its methods; it holds only what must live on the host between two steps, such as
+    metrics that have not been fetched from the devices.
     """
 
     def __init__(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenrec.active_run import ActiveRun, MakeStateLogger, run_context
+from tokenrec.active_run import ActiveRun, MakeStateLogger
 from tokenrec.checkpoint.progress import Progress
 from tokenrec.config import Config
+from tokenrec.run_context import run_context
 from tokenrec.run_setup import set_up
 from tokenrec.runtime.paths import as_path
 from tokenrec.state import TrainState

@@ -44,6 +44,7 @@ from tokenrec.checkpoint.reader import (
 from tokenrec.checkpoint.retention import steps_to_delete
 from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
+from tokenrec.runtime.limits import open_files_reached
 from tokenrec.runtime.paths import absolute, is_remote, make_folder, remove_folder
 from tokenrec.runtime.retry import is_transient, retry
 from tokenrec.runtime.versions import versions
@@ -228,7 +229,8 @@ class Checkpointer(CheckpointReader):
         try:
             state = self._load_arrays(step, abstract)
         except InputError as error:
-            if verified:
+            # What could not be opened for want of file numbers is not damaged.
+            if verified or open_files_reached(error):
                 raise
             _set_aside(folder, str(error))
             _quarantine_damaged(self._folder)

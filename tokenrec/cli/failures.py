@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Iterator
 
 from tokenrec.errors import (
     EXIT_BAD_STEPS,
@@ -18,7 +17,7 @@ from tokenrec.errors import (
     Stopped,
     StorageError,
 )
-from tokenrec.runtime.limits import open_file_limit
+from tokenrec.runtime.limits import open_file_limit, open_files_reached
 from tokenrec.runtime.retry import TRANSIENT_ERRNOS, is_fault_of_object_store
 
 # 128 + SIGINT, as a shell reports it.
@@ -37,7 +36,6 @@ _USER_ERRNOS = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
-_OPEN_FILES_ERRNOS = (errno.EMFILE, errno.ENFILE)
 # C++ libraries raise a RuntimeError or a ValueError with the text of the error alone.
 _USER_TEXTS = tuple(
     os.strerror(number)
@@ -52,7 +50,7 @@ def explain(error: BaseException) -> tuple[str, int] | None:
     None for any other error, which keeps its traceback.
     """
     # First: libraries report it in many ways, also as damage of what they could not open.
-    if _open_files_reached(error):
+    if open_files_reached(error):
         return (
             f"the limit of {open_file_limit():,} open files is reached: "
             f"{_first_line(error)}. Raise it with `ulimit -n 65536`, or where the job is "
@@ -112,24 +110,6 @@ def _explain_library_error(error: Exception) -> tuple[str, int] | None:
             EXIT_INPUT,
         )
     return None
-
-
-def _open_files_reached(error: BaseException) -> bool:
-    texts = [os.strerror(number) for number in _OPEN_FILES_ERRNOS]
-    return any(
-        (isinstance(link, OSError) and link.errno in _OPEN_FILES_ERRNOS)
-        or any(text in str(link) for text in texts)
-        for link in _chain(error)
-    )
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and those that led to it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: BaseException) -> str:

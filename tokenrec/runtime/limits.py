@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
+from collections.abc import Iterator
 
 from tokenrec.errors import InputError
 
@@ -10,6 +13,7 @@ from tokenrec.errors import InputError
 _MIN_OPEN_FILES = 128
 # Enough for every run; a limit of a billion makes some libraries slow.
 _WANTED_OPEN_FILES = 65_536
+_OPEN_FILES_ERRNOS = (errno.EMFILE, errno.ENFILE)
 
 
 def raise_open_file_limit() -> None:
@@ -29,12 +33,34 @@ def raise_open_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if max(soft, most) < _MIN_OPEN_FILES:
         raise InputError(
-            f"this process may open {max(soft, most)} files at once (`ulimit -n`), and a run needs "
-            f"{_MIN_OPEN_FILES}; raise the limit with `ulimit -n 4096`, or where the "
-            "job is started, and rerun the same command"
+            f"this process may open {max(soft, most)} files at once (`ulimit -n`), and a "
+            f"run needs {_MIN_OPEN_FILES}; raise the limit with `ulimit -n 4096`, or "
+            "where the job is started, and rerun the same command"
         )
 
 
 def open_file_limit() -> int:
     """Return the number of files that this process may open at once."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def open_files_reached(error: BaseException) -> bool:
+    """Whether an error, or one that led to it, is the limit of open files.
+
+    Libraries report it in many ways, also as damage of what they could not open.
+    """
+    texts = [os.strerror(number) for number in _OPEN_FILES_ERRNOS]
+    return any(
+        (isinstance(link, OSError) and link.errno in _OPEN_FILES_ERRNOS)
+        or any(text in str(link) for text in texts)
+        for link in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
