@@ -426,6 +426,28 @@ def test_a_read_that_fails_once_is_not_damage(
 
 
 @pytest.mark.usefixtures("no_delays")
+@pytest.mark.parametrize("call", range(6))
+def test_a_listing_that_fails_does_not_look_like_an_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    saved(tmp_path, 1, 2)
+    real = os.scandir
+    calls = []
+
+    def scandir(folder: Any = ".") -> Any:
+        calls.append(folder)
+        if len(calls) == call + 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    run = restored(tmp_path)
+    assert run is not None
+    assert run[0] == 2
+    assert len(calls) > call
+
+
+@pytest.mark.usefixtures("no_delays")
 def test_a_save_that_the_storage_prevents_is_made_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -45,7 +45,13 @@ from tokenrec.checkpoint.retention import steps_to_delete
 from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
 from tokenrec.runtime.limits import open_files_reached
-from tokenrec.runtime.paths import absolute, is_remote, make_folder, remove_folder
+from tokenrec.runtime.paths import (
+    absolute,
+    is_remote,
+    list_names,
+    make_folder,
+    remove_folder,
+)
 from tokenrec.runtime.retry import is_transient, retry
 from tokenrec.runtime.versions import versions
 from tokenrec.state import TrainState
@@ -346,8 +352,11 @@ def _prepare_folder(folder: Path) -> None:
     _remove_partial(folder)
     if is_remote(folder):
         return
-    for path in folder.glob(_REPLACED_PREFIX + "*"):
-        original = folder / path.name.removeprefix(_REPLACED_PREFIX)
+    for name in list_names(folder):
+        if not name.startswith(_REPLACED_PREFIX):
+            continue
+        path = folder / name
+        original = folder / name.removeprefix(_REPLACED_PREFIX)
         if original.exists():
             shutil.rmtree(path)
         else:
@@ -359,10 +368,9 @@ def _remove_partial(folder: Path) -> None:
     if is_remote(folder):
         remove_uncommitted(folder)
         return
-    for path in folder.glob(f"*{_PARTIAL_INFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(f"{_DELETED_PREFIX}*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for name in list_names(folder):
+        if _PARTIAL_INFIX in name or name.startswith(_DELETED_PREFIX):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _delete(folder: Path) -> None:

@@ -15,18 +15,26 @@ checkpoint is *verified* when they are all there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from tokenrec.checkpoint.object_storage import uncommit
 from tokenrec.errors import StorageError
-from tokenrec.runtime.files import parse_json, write_json
-from tokenrec.runtime.paths import file_size, is_remote, list_files, move_folder
+from tokenrec.runtime.files import is_file, parse_json, write_json
+from tokenrec.runtime.paths import (
+    file_size,
+    is_remote,
+    list_files,
+    list_names,
+    move_folder,
+)
 from tokenrec.runtime.retry import retry
 
 LISTING = "sums.json"
@@ -57,7 +65,7 @@ def write_checksums(folder: Path, index: int = 0, count: int = 1) -> None:
         written the listing.
     """
     if index == 0:
-        files = {name: file_size(folder / name) for name in _data_files(folder)}
+        files = {name: _size(folder / name) for name in _data_files(folder)}
         write_signed_json(folder / LISTING, {"files": files, "processes": count})
     else:
         files = _wait_for_listing(folder)
@@ -78,17 +86,16 @@ def is_verified(folder: Path) -> bool:
         listing = _read_listing(folder)
     except FileNotFoundError:
         # Those of earlier versions have no listing, and no digest of themselves.
-        parts = [_read_object(path) for path in folder.glob(_CHECKSUM_FILES)]
+        parts = [_read_object(path) for path in _checksum_files(folder)]
         return bool(parts) and not any(_DIGEST in part for part in parts)
     return all(
-        (folder / f"sums.{index}.json").is_file()
-        for index in range(listing["processes"])
+        is_file(folder / f"sums.{index}.json") for index in range(listing["processes"])
     )
 
 
 def remove_checksums(folder: Path) -> None:
     """Delete the checksums of a checkpoint that is not verified."""
-    for path in [*folder.glob(_CHECKSUM_FILES), folder / LISTING]:
+    for path in [*_checksum_files(folder), folder / LISTING]:
         path.unlink(missing_ok=True)
 
 
@@ -110,7 +117,7 @@ def find_damage(folder: Path, index: int = 0, count: int = 1) -> list[str]:
     """
     try:
         expected = _read_all_checksums(folder)
-        if (folder / PROGRESS_FILE).exists():
+        with contextlib.suppress(FileNotFoundError):
             read_signed_json(folder / PROGRESS_FILE)
     except _DamagedError as damage:
         # The other files cannot be trusted either: nothing says what they should be.
@@ -198,7 +205,7 @@ def _read_all_checksums(folder: Path) -> dict[str, dict[str, Any]]:
       _DamagedError: a file is damaged, or lists other files than the listing.
     """
     checksums: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob(_CHECKSUM_FILES)):
+    for path in _checksum_files(folder):
         value = _read_object(path)
         # Files of earlier versions have no digest, and may list the temporary file of
         # another process.
@@ -208,7 +215,7 @@ def _read_all_checksums(folder: Path) -> dict[str, dict[str, Any]]:
             if not _is_checksum(checksum):
                 raise _DamagedError(f"{path.name}: '{name}' has no size and digest")
         checksums |= value
-    if (folder / LISTING).exists():
+    with contextlib.suppress(FileNotFoundError):
         listed = _read_listing(folder)["files"]
         if is_verified(folder) and checksums.keys() != listed.keys():
             raise _DamagedError(f"{LISTING}: lists other files than have a checksum")
@@ -266,6 +273,10 @@ def _checksum(path: Path, *, flush: bool = False) -> dict[str, int | str]:
     return retry(read, path)
 
 
+def _size(path: Path) -> int:
+    return retry(lambda: file_size(path), path)
+
+
 def _data_files(folder: Path) -> list[str]:
     """Names of a checkpoint's files, without ours and without temporary ones."""
     return sorted(
@@ -273,6 +284,13 @@ def _data_files(folder: Path) -> list[str]:
         for name in list_files(folder)
         if not Path(name).name.startswith(".") and not _is_ours(Path(name))
     )
+
+
+def _checksum_files(folder: Path) -> list[Path]:
+    """The checksum files of all processes."""
+    return [
+        folder / name for name in list_names(folder) if fnmatch(name, _CHECKSUM_FILES)
+    ]
 
 
 def _is_ours(path: Path) -> bool:

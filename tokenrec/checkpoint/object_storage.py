@@ -23,7 +23,7 @@ from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from tokenrec.errors import InputError
-from tokenrec.runtime.paths import is_remote, list_files, remove_folder
+from tokenrec.runtime.paths import is_remote, list_files, list_names, remove_folder
 
 # Orbax writes it last.
 COMMIT_FILE = "commit_success.txt"
@@ -69,9 +69,9 @@ def uncommit(checkpoint: Path) -> None:
 def remove_uncommitted(folder: Path) -> None:
     """Delete what interrupted saves and deletions left in an object store."""
     complete = set(committed_steps(folder))
-    for path in folder.glob("*"):
-        if path.name.isdecimal() and int(path.name) not in complete:
-            remove_folder(path)
+    for name in list_names(folder):
+        if name.isdecimal() and int(name) not in complete:
+            remove_folder(folder / name)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ from tokenrec.checkpoint.path_alias import orbax_path
 from tokenrec.checkpoint.progress import Progress
 from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
-from tokenrec.runtime.paths import absolute, is_remote
+from tokenrec.runtime.paths import absolute, is_remote, list_names
 from tokenrec.runtime.retry import is_transient, retry, storage_error
 from tokenrec.state import TrainState
 
@@ -105,7 +105,7 @@ class CheckpointReader:
         later = self._folder / str(step) / PROGRESS_FILE
         with self._name_damage(step):
             # An evaluation after the save has the last word.
-            if later.exists():
+            if retry(later.exists, later):
                 return Progress.from_json(read_signed_json(later), step)
             metadata = self._metadata(step).custom_metadata
             return Progress.from_json(metadata["progress"], step)
@@ -251,11 +251,8 @@ def checkpoint_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, in ascending order."""
     if is_remote(folder):
         return committed_steps(folder)
-    return sorted(
-        int(path.name)
-        for path in folder.glob("*")
-        if path.name.isdecimal() and path.is_dir()
-    )
+    named = [folder / name for name in list_names(folder) if name.isdecimal()]
+    return sorted(int(path.name) for path in named if retry(path.is_dir, path))
 
 
 def describe_damage(folder: Path) -> str:

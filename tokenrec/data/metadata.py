@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from tokenrec.config.types import has_type, hint_name
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
 from tokenrec.runtime.files import digest_file, is_file, read_json, read_with_retries
+from tokenrec.runtime.paths import list_files
 
 METADATA_FILE = "tokenrec.json"
 FORMAT_VERSION = 1
@@ -79,7 +81,11 @@ class Metadata:
 
         It holds the digests of the other files, so they must be complete.
         """
-        files = sorted(path for pattern in CHECKED for path in directory.glob(pattern))
+        files = [
+            directory / name
+            for name in list_files(directory)
+            if any(fnmatch(name, pattern) for pattern in CHECKED)
+        ]
         value = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
         value["files"] = {
             path.relative_to(directory).as_posix(): _digest_file(path) for path in files

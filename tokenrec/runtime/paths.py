@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from tokenrec.errors import InputError
+from tokenrec.runtime.retry import retry
 
 
 class _Store(NamedTuple):
@@ -126,12 +127,39 @@ def list_files(folder: Path) -> list[str]:
     """Names of all files below a folder, relative to it and sorted.
 
     Empty if there is no such folder.
+
+    Raises:
+      StorageError: the storage is at fault, again and again.
     """
+    return retry(lambda: _list_files(folder), folder)
+
+
+def list_names(folder: Path) -> list[str]:
+    """Names of the files and folders in a folder, sorted; empty without the folder.
+
+    `Path.glob` hides all errors, so that a folder that cannot be listed now would look
+    empty: a run without checkpoints, which begins again.
+
+    Raises:
+      StorageError: the storage is at fault, again and again.
+    """
+
+    def names() -> list[str]:
+        if is_remote(folder):
+            return sorted(path.name for path in folder.glob("*"))
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries)
+        return []
+
+    return retry(names, folder)
+
+
+def _list_files(folder: Path) -> list[str]:
     if not is_remote(folder):
         return sorted(
-            path.relative_to(folder).as_posix()
-            for path in folder.rglob("*")
-            if path.is_file()
+            (Path(root) / name).relative_to(folder).as_posix()
+            for root, _, names in os.walk(folder, onerror=_raise_unless_missing)
+            for name in names
         )
     prefix = object_key(folder) + "/"
     return sorted(
@@ -140,6 +168,12 @@ def list_files(folder: Path) -> list[str]:
         # Consoles of object stores make empty objects that stand for folders.
         if name.startswith(prefix) and not name.endswith("/")
     )
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    # Without it `os.walk` hides all errors.
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def file_size(path: Path) -> int:
