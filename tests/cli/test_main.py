@@ -225,7 +225,11 @@ def test_predict_passes_its_flags(
             2,
             "Permission denied: 'run'",
         ),
-        (OSError(28, "No space left on device"), 2, "No space left"),
+        (
+            OSError(28, "No space left on device"),
+            2,
+            "No space left on device; free disk",
+        ),
         (MemoryError("table of 10 TiB"), 3, "table of 10 TiB"),
         (
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
@@ -233,7 +237,7 @@ def test_predict_passes_its_flags(
             "RESOURCE_EXHAUSTED",
         ),
         (OSError(27, "File too large", "run/x"), 2, "File too large: 'run/x'"),
-        (OSError(36, "File name too long", "run/x"), 2, "File name too long: 'run/x'"),
+        (OSError(36, "File name too long", "run/x"), 2, "long: 'run/x'; use a shorter"),
         (OSError(40, "Too many levels of symbolic links", "r"), 2, "links: 'r'"),
         (OSError(24, "Too many open files", "run/x"), 2, "`ulimit -n 65536`"),
         (

@@ -26,8 +26,10 @@ import os, pathlib, time
 
 def hold(*arguments, **options):
     pathlib.Path(os.environ["HELD"]).touch()
-    while True:
+    for _ in range(120):
         time.sleep(1)
+    # Nobody ended it: the test fails, and leaves no process behind.
+    os._exit(99)
 """
 
 COMMAND_LINE = "import sys\nfrom tokenrec.cli.entry import main\nsys.exit(main())"

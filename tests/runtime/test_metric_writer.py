@@ -9,6 +9,7 @@ import math
 import os
 import struct
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -303,9 +304,15 @@ def test_a_fault_of_tensorboard_s_file_does_not_end_or_stop_the_run(tmp_path, ca
         inner = tensorboard._events._events._py_recordio_writer
         inner._writer.close()
         inner._writer = full
-        # More than the queue of the thread holds.
-        for step in range(1, 31):
-            log.write(step, {"loss": 0.5})
+        # More than the queue of the thread holds. In a thread: a write that waits for
+        # room would never end.
+        training = threading.Thread(
+            target=lambda: [log.write(step, {"loss": 0.5}) for step in range(1, 31)],
+            daemon=True,
+        )
+        training.start()
+        training.join(60)
+        assert not training.is_alive()
     assert steps(tmp_path) == list(range(1, 31))
     assert capsys.readouterr().err.count("TensorBoard gets no more metrics") == 1
 

@@ -50,6 +50,13 @@ def test_a_fault_that_persists_is_a_storage_error_that_names_the_path() -> None:
     assert action.calls == 5
 
 
+def test_a_fault_that_was_tried_again_inside_is_not_tried_again_outside() -> None:
+    action = Failing(99, errno.EIO)
+    with pytest.raises(StorageError, match="5 times"):
+        retry(lambda: retry(action, Path("/disk/file")), Path("/disk"))
+    assert action.calls == 5
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOENT, errno.EACCES])
 def test_other_errors_are_not_tried_again(number: int) -> None:
     action = Failing(1, number)

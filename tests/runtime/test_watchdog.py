@@ -6,6 +6,8 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from tokenrec.errors import EXIT_HUNG
 from tokenrec.runtime.watchdog import Watchdog
 
@@ -61,3 +63,17 @@ def test_leaving_the_watchdog_ends_its_thread_and_leaves_no_report(
         assert "watchdog" in {thread.name for thread in threading.enumerate()}
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
     assert not (tmp_path / "hung").exists()
+
+
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="only Linux has a disk that is always full"
+)
+def test_a_process_that_hangs_ends_even_if_it_cannot_print(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run(
+            [sys.executable, "-c", HANGS, str(tmp_path), "0", "1"],
+            stderr=full,
+            cwd=Path(__file__).parents[2],
+            check=False,
+        )
+    assert process.returncode == EXIT_HUNG

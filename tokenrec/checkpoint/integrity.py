@@ -147,7 +147,7 @@ def write_signed_json(path: Path, value: Mapping[str, Any]) -> None:
       StorageError: the storage is at fault, again and again.
     """
     signed = dict(value) | {_DIGEST: _digest(value)}
-    retry(lambda: write_json(path, signed), path)
+    write_json(path, signed)
 
 
 def read_signed_json(path: Path) -> dict[str, Any]:

@@ -23,19 +23,20 @@ from tokenrec.runtime.retry import TRANSIENT_ERRNOS, is_fault_of_object_store
 # 128 + SIGINT, as a shell reports it.
 EXIT_INTERRUPTED = 130
 
-# Errors of the user's disk, paths or limits, which are reported without a traceback.
-_USER_ERRNOS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EFBIG,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-)
+# Errors of the user's disk, paths or limits, which are reported without a traceback, with
+# the remedy.
+_REMEDIES = {
+    errno.ENOSPC: "free disk space, or inodes (`df -i`), and rerun the same command",
+    errno.EDQUOT: "free space within the quota, and rerun the same command",
+    errno.EACCES: "grant access, or use another path",
+    errno.EPERM: "grant access, or use another path",
+    errno.EROFS: "use a path on a disk that can be written",
+    errno.ENOTDIR: "a part of the path is a file; use another path",
+    errno.EISDIR: "the path is a folder; use another path",
+    errno.EFBIG: "raise the limit of the file size (`ulimit -f`), or use another disk",
+    errno.ENAMETOOLONG: "use a shorter path",
+    errno.ELOOP: "remove the loop of symbolic links",
+}
 # C++ libraries raise a RuntimeError or a ValueError with the text of the error alone.
 _USER_TEXTS = tuple(
     os.strerror(number)
@@ -86,8 +87,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
 def _explain_os_error(error: OSError) -> tuple[str, int] | None:
     if error.errno in TRANSIENT_ERRNOS:
         return f"{error}; rerun the same command", EXIT_STORAGE
-    if error.errno in _USER_ERRNOS:
-        return str(error), EXIT_INPUT
+    if error.errno in _REMEDIES:
+        return f"{error}; {_REMEDIES[error.errno]}", EXIT_INPUT
     if error.errno == errno.ENOMEM:
         return f"out of memory: {error}", EXIT_MEMORY
     return None

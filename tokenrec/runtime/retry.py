@@ -35,6 +35,7 @@ TRANSIENT_ERRNOS = frozenset(
         errno.ECONNRESET,
         errno.ECONNABORTED,
         errno.ECONNREFUSED,
+        errno.ENOTCONN,
         errno.ENETDOWN,
         errno.ENETUNREACH,
         errno.ENETRESET,
@@ -117,7 +118,8 @@ def retry[T](action: Callable[[], T], path: os.PathLike[str] | str) -> T:
         try:
             return action()
         except Exception as error:
-            if not is_transient(error):
+            # A StorageError was tried again where it arose.
+            if isinstance(error, StorageError) or not is_transient(error):
                 raise
             print(
                 f"tokenrec: '{os.fspath(path)}': {_reason(error)}; trying again in "
@@ -128,7 +130,7 @@ def retry[T](action: Callable[[], T], path: os.PathLike[str] | str) -> T:
     try:
         return action()
     except Exception as error:
-        if not is_transient(error):
+        if isinstance(error, StorageError) or not is_transient(error):
             raise
         raise storage_error(error, path, attempts=len(_DELAYS) + 1) from error
 
