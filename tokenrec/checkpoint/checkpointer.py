@@ -337,7 +337,7 @@ class Checkpointer(CheckpointReader):
         remedy = (
             "the storage is at fault: rerun the command when it is back"
             if transient
-            else "free disk space or grant access, and rerun the command"
+            else "free disk space, grant access or raise the limit, and rerun the command"
         )
         kind = StorageError if transient else InputError
         raise kind(

@@ -39,13 +39,15 @@ def orbax_context(folder: Path) -> Iterator[None]:
     Args:
       folder: folder of the checkpoints.
     """
-    if not os.fspath(folder).startswith(_S3):
-        yield
-        return
-    enable_s3()
-    options = ocp.options
-    atomicity = options.AtomicityOptions(mode=options.AtomicityMode.COMMIT_FILE)
-    with ocp.Context(atomicity_options=atomicity):
+    context = ocp.Context()
+    if os.fspath(folder).startswith(_S3):
+        enable_s3()
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
+    else:
+        # Where a folder cannot be made, the save fails at once, and not after the 300
+        # seconds that its other threads would wait for the folder.
+        context.asynchronous.create_directories_asynchronously = False
+    with context:
         yield
 
 
