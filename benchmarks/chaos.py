@@ -192,6 +192,9 @@ def inject_faults(result: Result) -> None:
         for number, kind in enumerate(draw_kinds(kinds, flags.faults, chance), 1):
             start = time.monotonic()
             outcome = outcome_of(KINDS[kind], lab)
+            # Results are kept, and the folder is not.
+            words = outcome.words.replace(f"{lab.folder}/", "")
+            outcome = outcome._replace(words=words)
             result.outcomes.append((kind, outcome))
             seconds = time.monotonic() - start
             line = f"{number}/{flags.faults} {kind}, {seconds:.0f} s: {outcome.ended}. "
