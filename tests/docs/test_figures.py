@@ -85,7 +85,7 @@ def faults() -> str:
     (total,) = [r for r in result["rows"] if r["kind"] == "all"]
     lost, bits = result["params"]["lost samples"], result["params"]["differing bits"]
     return (
-        f"{lost} samples lost, {bits} bits different, {total['failed']} unclear message"
+        f"{lost} samples lost, {bits} bits different, {total['failed']} wrong exit code"
     )
 
 
