@@ -500,11 +500,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no results": (
         lambda f: (f / "results.parquet").unlink(),
-        "results.parquet: cannot be read",
+        r"results.parquet' cannot be read",
     ),
     "broken results": (
         lambda f: (f / "results.parquet").write_bytes(b"PAR1"),
-        "results.parquet: cannot be read",
+        r"results.parquet' cannot be read",
     ),
     "empty results": (
         lambda f: write_rows(f / "results.parquet", RESULT, []),

@@ -11,6 +11,7 @@ import pytest
 from docs.examples import Example, examples, write_inputs
 from tests.docs.pages import DOCS, PAGES, name
 from tokenrec import errors
+from tokenrec.cli import failures
 from tokenrec.cli import main as cli
 
 PAGE = (DOCS / "troubleshooting.md").read_text()
@@ -29,7 +30,7 @@ QUICK = [
 def test_every_exit_code_has_its_line() -> None:
     codes = {
         value
-        for module in (errors, cli)
+        for module in (errors, cli, failures)
         for constant, value in vars(module).items()
         if constant.startswith("EXIT_")
     }
