@@ -27,7 +27,7 @@ from typing import Any
 
 from tokenrec.checkpoint.object_storage import uncommit
 from tokenrec.errors import StorageError
-from tokenrec.runtime.files import is_file, parse_json, write_json
+from tokenrec.runtime.files import is_file, write_json
 from tokenrec.runtime.paths import (
     file_size,
     is_remote,
@@ -171,9 +171,10 @@ class _DamagedError(ValueError):
 def _read_object(path: Path) -> dict[str, Any]:
     text = retry(path.read_bytes, path)
     try:
-        value = parse_json(text, path.name, "it is damaged")
-    except ValueError as error:
-        raise _DamagedError(str(error)) from error
+        value = json.loads(text)
+    # ValueError covers text that is not UTF-8, RecursionError one that is nested deeply.
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError(f"{path.name}: not JSON") from error
     if not isinstance(value, dict):
         raise _DamagedError(f"{path.name}: holds a {type(value).__name__}, no object")
     return value

@@ -275,7 +275,8 @@ def describe_damage(folder: Path) -> str:
             raise InputError(f"{error}; grant access to the checkpoint") from error
     # All processes must decide alike, or they wait for each other.
     texts = distributed.gather_from_all("; ".join(damage[:_MAX_LISTED]))
-    return "; ".join(text for text in texts if text)
+    # All of them find the same damage in the checksums.
+    return "; ".join(dict.fromkeys(text for text in texts if text))
 
 
 def first_line(error: BaseException) -> str:
