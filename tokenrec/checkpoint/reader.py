@@ -135,8 +135,8 @@ class CheckpointReader:
             others = [other for other in self.steps if other != step]
             raise InputError(
                 f"checkpoint {step} in '{self._folder}' is damaged: {damage}; use "
-                f"another one of {others}, or resume the training, which sets damaged "
-                "checkpoints aside"
+                f"--checkpoint with one of {others}, or resume the training, which sets "
+                "damaged checkpoints aside"
             )
         if distributed.is_first_process() and not is_verified(folder):
             print(
