@@ -61,7 +61,7 @@ class Recorder:
         stage: str,
         *,
         rehearse: bool = False,
-        seconds: float = math.inf,
+        seconds: float = 540.0,
     ) -> None:
         """Start the record anew.
 
@@ -199,7 +199,7 @@ def stage_flags(
         "--rehearse", action="store_true", help="tiny sizes, on any device"
     )
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="budget of the stage"
+        "--seconds", type=float, default=540.0, help="budget of the stage"
     )
     return parser.parse_args(argv)
 
