@@ -117,11 +117,15 @@ class Recorder:
     def case(self, **row: Any) -> Iterator[None]:
         """Turn an error inside into a row, so that the next case still runs.
 
+        A TimeoutError says that the case is left out.
+
         Args:
           **row: columns that name the case.
         """
         try:
             yield
+        except TimeoutError:
+            self.add(**row, result=LEFT_OUT, reason="out of time")
         except Exception as error:  # noqa: BLE001 - a result like others
             traceback.print_exc()
             text = " ".join(f"{type(error).__name__}: {error}".split())
