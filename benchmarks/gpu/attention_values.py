@@ -33,12 +33,11 @@ from benchmarks.attention_specs import (
     prefix_spec,
     stream_specs,
 )
+from benchmarks.gpu.choices import refusal
 from benchmarks.gpu.record import PASS, Recorder
-from benchmarks.gpu.reference import Result, errors, reference, without_padding
-from tokenrec.errors import InputError
+from benchmarks.gpu.reference import Result, draw_inputs, errors, reference
 from tokenrec.ops.attention import (
     attention,
-    choose,
     current_platform,
     implementations_of,
 )
@@ -106,27 +105,6 @@ def named_specs(*, rehearse: bool) -> dict[str, AttentionSpec]:
     }
 
 
-def refusal(spec: AttentionSpec, implementation: str) -> str:
-    """Why an implementation does not serve a spec on this device, or ""."""
-
-    def serve(q: jax.Array, k: jax.Array) -> jax.Array:
-        choose(
-            q,
-            k,
-            window=spec.window,
-            pattern=spec.pattern,
-            implementation=implementation,
-        )
-        return q
-
-    q, k, _, _ = spec.arrays()
-    try:
-        jax.eval_shape(serve, q, k)
-    except InputError as error:
-        return str(error)
-    return ""
-
-
 def make_jobs(specs: dict[str, AttentionSpec]) -> Iterator[Job]:
     """Yield what the implementations of this platform serve, in order of importance."""
     names = implementations_of(current_platform())
@@ -136,15 +114,6 @@ def make_jobs(specs: dict[str, AttentionSpec]) -> Iterator[Job]:
             for implementation in names:
                 if not refusal(typed, implementation):
                     yield Job(name, typed, implementation, precision)
-
-
-def inputs_of(spec: AttentionSpec) -> tuple[np.ndarray, ...]:
-    """q, k, v and the gradient of the output, rounded to the dtype of the spec."""
-    random = np.random.default_rng(0)
-    drawn = [
-        random.normal(size=array.shape).astype(array.dtype) for array in spec.arrays()
-    ]
-    return (*drawn[:3], without_padding(spec, drawn[3]))
 
 
 def compile_job(job: Job) -> jax.stages.Compiled:
@@ -206,7 +175,7 @@ def compare(recorder: Recorder, seconds: float) -> None:
                     break
                 key = job.name, job.spec.dtype
                 if key not in expected:
-                    inputs = inputs_of(job.spec)
+                    inputs = draw_inputs(job.spec)
                     expected[key] = inputs, reference(job.spec, *inputs)
                 inputs, wanted = expected[key]
                 result = Result(*map(np.asarray, compiled(*inputs)))

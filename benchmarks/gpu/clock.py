@@ -26,8 +26,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Turns that count.
-TURNS = 5
+# Measurements that count, and those of a launch that takes longer than the target.
+TURNS, SLOW_TURNS = 5, 3
 MOST_LAUNCHES = 2_000
 
 
@@ -37,7 +37,7 @@ class Looped:
     Args:
       function: traceable; returns an array or a tree of arrays.
       inputs: its arguments, floating-point arrays or their `jax.ShapeDtypeStruct`.
-      calls: turns of the loop.
+      calls: turns of the loop; 1: no loop is compiled, and calls are queued.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Looped:
             # The first call stands outside: it gives the loop its first outputs.
             return jax.lax.fori_loop(1, calls, turn, (inputs, function(*inputs)))[1]
 
-        self._calls = calls
-        self.loop = jax.jit(loop).lower(*inputs).compile()
+        self.calls = calls
         self.single = jax.jit(function).lower(*inputs).compile()
+        self.loop = jax.jit(loop).lower(*inputs).compile() if calls > 1 else self.single
 
     def seconds(self, *inputs: Any, target: float) -> float:
         """Median seconds of a call inside the loop.
@@ -63,7 +63,7 @@ class Looped:
           *inputs: the arguments.
           target: seconds that a measurement of several launches shall take.
         """
-        return launch_seconds(lambda: self.loop(*inputs), target=target) / self._calls
+        return launch_seconds(lambda: self.loop(*inputs), target=target) / self.calls
 
     def queued(self, *inputs: Any, target: float) -> float:
         """Median seconds of a call when each has a launch of its own."""
@@ -100,11 +100,19 @@ def launch_seconds(launch: Callable[[], Any], *, target: float) -> float:
         jax.block_until_ready(launch())
         return (time.perf_counter() - begin) / count
 
+    return median_seconds(seconds, target=target)
+
+
+def median_seconds(seconds: Callable[[int], float], *, target: float) -> float:
+    """Warm up, choose how many launches fill a measurement, and take the median.
+
+    Args:
+      seconds: seconds of a launch, over so many launches.
+      target: seconds that a measurement shall take.
+    """
     seconds(1)
-    count = launches(target, seconds(2))
+    count = math.ceil(target / max(seconds(2), 1e-9))
+    if count <= 1:
+        return statistics.median(seconds(1) for _ in range(SLOW_TURNS))
+    count = min(MOST_LAUNCHES, count)
     return statistics.median(seconds(count) for _ in range(TURNS))
-
-
-def launches(target: float, seconds: float) -> int:
-    """How many launches of so many seconds fill `target`."""
-    return min(MOST_LAUNCHES, max(2, math.ceil(target / max(seconds, 1e-9))))

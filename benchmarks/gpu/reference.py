@@ -7,7 +7,7 @@ Equations: `tokenrec.ops.attention.softmax`. It runs on the CPU whatever the dev
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -64,6 +64,19 @@ def without_padding(spec: AttentionSpec, gradient: np.ndarray) -> np.ndarray:
     )
 
 
+def draw_inputs(spec: AttentionSpec) -> tuple[np.ndarray, ...]:
+    """Draw q, k, v and the gradient of the output, rounded to the dtype of the spec.
+
+    The gradient is 0 at outputs of padding.
+    """
+    random = np.random.default_rng(0)
+    drawn = [
+        random.standard_normal(array.shape, np.float32).astype(array.dtype)
+        for array in spec.arrays()
+    ]
+    return (*drawn[:3], without_padding(spec, drawn[3]))
+
+
 def relative_error(
     result: np.ndarray, expected: np.ndarray, scale: float = 0.0
 ) -> float:
@@ -92,13 +105,50 @@ def errors(spec: AttentionSpec, result: Result, expected: Result) -> dict[str, f
     }
 
 
-def some_queries(spec: AttentionSpec, count: int) -> tuple[AttentionSpec, np.ndarray]:
-    """A spec of evenly spread queries, the first and the last among them.
+class Sample:
+    """The reference at a few queries of one stream and two heads.
 
-    Returns:
-      The spec, and the places of its queries among those of `spec`.
+    The output and the gradient of a query need no other query, so that long streams
+    can be checked.
+
+    Args:
+      spec: the arguments of the whole.
+      inputs: q, k, v and the gradient of the output, `[B, Q or K, H, h]`.
+      queries: evenly spread, the first and the last among them.
     """
-    places = np.unique(np.linspace(0, spec.queries - 1, count).astype(int))
-    positions = spec.pattern.query_positions[places]
-    pattern = dataclasses.replace(spec.pattern, query_positions=positions)
-    return spec.replace(pattern=pattern), places
+
+    def __init__(
+        self, spec: AttentionSpec, inputs: tuple[np.ndarray, ...], queries: int = 16
+    ) -> None:
+        self._places = np.unique(np.linspace(0, spec.queries - 1, queries).astype(int))
+        pattern = dataclasses.replace(
+            spec.pattern,
+            query_positions=spec.pattern.query_positions[self._places],
+        )
+        valid = None if spec.valid is None else spec.valid[:1]
+        self._spec = dataclasses.replace(spec, pattern=pattern, valid=valid)
+        q, k, v, gradient = inputs
+        keys = (k[:1, :, :2], v[:1, :, :2])
+        self._expected = reference(
+            self._spec, self._take(q), *keys, self._take(gradient)
+        )
+
+    def _take(self, x: Any) -> np.ndarray:
+        return np.asarray(x[:1, self._places, :2])
+
+    def error(self, out: Any, dq: Any | None = None) -> float:
+        """The larger relative error of an output and, if given, a gradient of q.
+
+        Args:
+          out: `[B, Q, H, h]`.
+          dq: `[B, Q, H, h]`.
+        """
+        shown = (
+            without_padding(self._spec, x)
+            for x in (self._take(out), self._expected.out)
+        )
+        found = [relative_error(*shown)]
+        if dq is not None:
+            found.append(relative_error(self._take(dq), self._expected.dq))
+        # NaN is as bad as infinity, and can be compared then.
+        return float(np.nan_to_num(found, nan=np.inf, posinf=np.inf).max())
