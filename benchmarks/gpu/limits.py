@@ -22,10 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.clock import launch_seconds
-from benchmarks.gpu.record import Recorder, run_stage
+from benchmarks.gpu.record import Recorder, run_stage, stage_flags
 from benchmarks.report import PACKAGES, versions
+from tokenrec.ops.attention import current_platform
 from tokenrec.planner.mfu import peak_flops
 
+# Exit status without a GPU, at which `run.sh` ends: the rest would measure the CPU.
+NO_GPU = 3
 # Of the CUDA plug-in and of the peers; "torch" includes CUDA's version.
 GPU_PACKAGES = (
     *PACKAGES,
@@ -114,6 +117,11 @@ def launch_rows(repeats: int) -> dict[str, float]:
 def measure(recorder: Recorder) -> None:
     """Add the rows of this stage."""
     recorder.add(table="device", **device_row())
+    if not recorder.rehearse and current_platform() != "gpu":
+        raise RuntimeError(
+            f"JAX runs on {current_platform()}, not on a GPU: "
+            "install the CUDA plug-in of its version, or rehearse with --rehearse"
+        )
     if recorder.rehearse:
         side, numbers, target, repeats = 128, 1 << 16, 0.01, 10
     else:
@@ -144,8 +152,10 @@ def measure(recorder: Recorder) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stage."""
-    return run_stage("limits", __doc__, measure, argv)
+    """Run the stage; the exit status is `NO_GPU` if there is none to measure."""
+    status = run_stage("limits", __doc__, measure, argv)
+    rehearses = stage_flags(__doc__, argv).rehearse
+    return status if rehearses or current_platform() == "gpu" else NO_GPU
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Make one JSON file and one page from the records of the stages.
 
-    python -m benchmarks.gpu.page --out OUT [--logs LOGS] [--command TEXT]
+    python -m benchmarks.gpu.page --out OUT [--logs LOGS] [--stages NAME,NAME]
 
 It reads every `OUT/STAGE.jsonl` and writes `OUT/gpu_CARD.json` and `OUT/gpu_CARD.md`.
 It runs after each stage, so that the page is there however the command ends, and reads
@@ -39,6 +39,7 @@ class Stage(NamedTuple):
     Attributes:
       name: key of `STAGES`.
       state: "passed", "FAILED", "CUT OFF" or "NO RECORD".
+      rehearsed: whether its figures mean nothing.
       seconds: its duration; None if it has no end.
       rows: rows of results.
       notes: remarks.
@@ -46,6 +47,7 @@ class Stage(NamedTuple):
 
     name: str
     state: str
+    rehearsed: bool
     seconds: float | None
     rows: list[dict[str, Any]]
     notes: list[str]
@@ -87,7 +89,9 @@ def read_stage(out: Path, name: str) -> Stage:
         state = "CUT OFF"
     else:
         state = "passed"
-    return Stage(name, state, ends[0]["seconds"] if ends else None, rows, notes)
+    rehearsed = any(record.get("rehearse") for record in records)
+    seconds = ends[0]["seconds"] if ends else None
+    return Stage(name, state, rehearsed, seconds, rows, notes)
 
 
 def tables_of(stage: Stage) -> dict[str, list[dict[str, Any]]]:
@@ -101,8 +105,8 @@ def tables_of(stage: Stage) -> dict[str, list[dict[str, Any]]]:
 
 def card_of(stages: Sequence[Stage]) -> str:
     """The card as a part of a file name: "nvidia_h100_80gb_hbm3", or "unknown"."""
-    for row in stages[0].rows:
-        if "device" in row:
+    for row in (row for stage in stages for row in stage.rows):
+        if row.get("table") == "device":
             return re.sub(r"[^a-z0-9]+", "_", row["device"].lower()).strip("_")
     return "unknown"
 
@@ -123,9 +127,15 @@ def stage_lines(stage: Stage, logs: Path | None) -> list[str]:
     return lines
 
 
-def write_page(out: Path, logs: Path | None, command: str) -> list[Stage]:
-    """Write both files; return the stages."""
-    stages = [read_stage(out, name) for name in STAGES]
+def write_page(out: Path, logs: Path | None, names: Sequence[str]) -> list[Stage]:
+    """Write both files; return the stages that were to run or have a record."""
+    found = [read_stage(out, name) for name in STAGES]
+    stages = [s for s in found if s.name in names or s.state != "NO RECORD"]
+    command = "benchmarks/gpu/run.sh OUT"
+    if len(stages) < len(STAGES):
+        command += f" --stages {','.join(stage.name for stage in stages)}"
+    if any(stage.rehearsed for stage in stages):
+        command += " --rehearse"
     card = card_of(stages)
     value = {
         "command": command,
@@ -139,6 +149,8 @@ def write_page(out: Path, logs: Path | None, command: str) -> list[Stage]:
         f"{stage.name} ({stage.state})" for stage in stages if stage.state != "passed"
     ]
     lines = [f"# On a GPU: {card}", "", f"`{command}`", ""]
+    if any(stage.rehearsed for stage in stages):
+        lines += ["**A rehearsal: the figures mean nothing.**", ""]
     if bad:
         lines += [f"**NOT ALL PASSED: {', '.join(bad)}.**", ""]
     lines += [markdown_table([stage.summary() for stage in stages]), ""]
@@ -156,10 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--logs", type=Path, help="folder of the stages' logs")
     parser.add_argument(
-        "--command", default="benchmarks/gpu/run.sh OUT", help="command on the page"
+        "--stages", default=",".join(STAGES), help="stages that were to run"
     )
     flags = parser.parse_args(argv)
-    stages = write_page(flags.out, flags.logs, flags.command)
+    stages = write_page(flags.out, flags.logs, flags.stages.split(","))
     print(markdown_table([stage.summary() for stage in stages]))
     return int(any(stage.state != "passed" for stage in stages))
 

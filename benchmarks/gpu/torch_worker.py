@@ -7,10 +7,10 @@ reads rows, one JSON object per line, until `{"done": true}`:
     {"seq_len": 8192, "windows": [256, null, 64], "batch": 4, "heads": 8,
      "head_dim": 64, "target": 0.05}
 
-`target` is the seconds of a measurement. A window takes compiled flex_attention with a block mask; full attention takes SDPA,
-causal, with the flash and the cuDNN back end, as well. Inputs are those of the stage.
-Short calls are recorded in a CUDA graph, so that neither the launches nor the
-interpreter count; `launched_ms` is without.
+`target` is the seconds of a measurement. A window takes compiled flex_attention with a
+block mask; full attention takes SDPA, causal, with the flash and the cuDNN back end, as
+well. Inputs are those of the stage. Short calls are recorded in a CUDA graph, so that
+neither the launches nor the interpreter count; `launched_ms` is without.
 """
 
 from __future__ import annotations
