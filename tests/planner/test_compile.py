@@ -291,6 +291,9 @@ def test_work_of_a_kernel_is_by_tiles_and_that_of_the_model_by_pairs():
     assert splash.block_sizes(splash.visible_spans(pattern, None), 256) == (256, 256)
     assert both.kernel_flops == 2 * 3 * 2 * 9 * 16 * 256 * 256
     assert both.kernel_bytes == 2 * 3 * ((4 * 256 + 8 * 256) * 16 * 2 + 2 * 4 * 256)
+    # The ten tiles of 64 x 64 on the diagonal of four and below it.
+    on_gpu = attention_work("triton", pattern, None, **sizes, backward=True)
+    assert on_gpu == both._replace(kernel_flops=2 * 3 * 2 * 9 * 16 * 10 * 64 * 64)
 
 
 def test_the_train_step_compiles_for_the_devices_at_hand_too():

@@ -10,7 +10,7 @@ from tokenrec.config.fields import field
 
 Positions = Literal["rope", "additive"]
 DType = Literal["float32", "bfloat16"]
-AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn"]
+AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn", "triton"]
 Remat = Literal["none", "dots", "full"]
 Retrieval = Literal["next_item", "semantic_id"]
 
@@ -94,7 +94,7 @@ class ModelConfig:
     attention: AttentionKind = "auto"
     """Attention kernel (tokenrec/ops/attention). `auto` takes the first of the
     platform's list that supports the layer; a named kernel is an error where it cannot
-    run."""
+    run. `triton`, on GPUs, has to be named: it is not in the list."""
 
     remat: Remat = "none"
     """Activations that the backward pass recomputes to save memory: `none`; `dots`, all

@@ -25,7 +25,8 @@ from jax.extend.core import Jaxpr
 from jax.sharding import Mesh
 
 from tokenrec.data.batch import Batch
-from tokenrec.ops.attention import Choice, choose, splash
+from tokenrec.ops.attention import Choice, choose, splash, triton
+from tokenrec.ops.attention.key_runs import visited_pairs
 from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.planner.attention_cost import (
     FORWARD_PRODUCTS,
@@ -40,9 +41,9 @@ from tokenrec.sharding import with_batch_sharding
 from tokenrec.state import ModelSpec, abstract_state, bind_params
 from tokenrec.step import step_loss, train_step
 
-# Splash computes the gradient of q, and those of k and v, in two kernels, each of which
-# computes the logits and their gradient.
-SPLASH_BACKWARD_PRODUCTS = 7
+# The Pallas kernels compute the gradient of q, and those of k and v, in two kernels,
+# each of which computes the logits and their gradient.
+KERNEL_BACKWARD_PRODUCTS = 7
 # FLOPs of a train step over those of its forward pass: the gradient of a product is two
 # products.
 STEP_OVER_FORWARD = 3
@@ -80,7 +81,7 @@ def attention_work(
     computes.
 
     Args:
-      implementation: name of the attention; only "splash" is a custom call.
+      implementation: name of the attention; "splash" and "triton" are custom calls.
       pattern: which queries see which keys.
       window: keys that a query of a sliding layer sees; None for full attention.
       batch: number of streams.
@@ -93,14 +94,18 @@ def attention_work(
     products = FORWARD_PRODUCTS + (MODEL_BACKWARD_PRODUCTS if backward else 0)
     pairs = visible_pairs(pattern, window)
     model_flops = batch * attention_flops(pairs, heads, head_dim, products)
-    if implementation != "splash":
+    if implementation == "splash":
+        spans = splash.visible_spans(pattern, window)
+        if isinstance(spans, str):
+            raise AssertionError(spans)
+        sides = splash.block_sizes(spans, shape[1])
+        tile_pairs = visible_tiles(pattern, window, *sides) * math.prod(sides)
+    elif implementation == "triton":
+        sides = triton.block_sizes(*shape, head_dim, itemsize)
+        tile_pairs = visited_pairs(triton.runs_of(pattern, window, *sides), *sides)
+    else:
         return Work(model_flops, 0.0, 0.0)
-    spans = splash.visible_spans(pattern, window)
-    if isinstance(spans, str):
-        raise AssertionError(spans)
-    sides = splash.block_sizes(spans, shape[1])
-    tile_pairs = visible_tiles(pattern, window, *sides) * math.prod(sides)
-    products = FORWARD_PRODUCTS + (SPLASH_BACKWARD_PRODUCTS if backward else 0)
+    products = FORWARD_PRODUCTS + (KERNEL_BACKWARD_PRODUCTS if backward else 0)
     moved_bytes = sum(
         attention_bytes(*shape, heads, head_dim, itemsize, backward=is_backward)
         for is_backward in ((False, True) if backward else (False,))

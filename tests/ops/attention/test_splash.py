@@ -13,8 +13,8 @@ from benchmarks.attention_specs import (
     prefix_spec,
     stream_specs,
 )
-from benchmarks.stream_layouts import build_layout
 from tests.ops.attention.compare import differences_from_dense, values_and_gradients
+from tests.ops.attention.patterns import many_patterns
 from tokenrec.ops.attention.dense import dense_attention
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
 from tokenrec.ops.attention.span_mask import pack_spans, visible_spans
@@ -25,45 +25,10 @@ from tokenrec.ops.attention.splash import (
     unsupported_reason,
     visited_tiles,
 )
-from tokenrec.tokens.layout import live_positions
 
 # Float32 rounding, as in test_blocked.py: the kernels add up tile by tile. Measured:
 # values 6.0e-7, gradients 1.2e-6. The margin is 3x.
 TOLERANCE = 4e-6
-
-# Fused events, candidates, target tokens.
-KINDS = (
-    (True, 1, 1),
-    (True, 4, 3),
-    (False, 1, 3),
-    (False, 4, 1),
-    (False, 0, 0),
-)
-
-
-def many_patterns():
-    """Patterns and windows of every layer of small models, needed tokens and all."""
-    for user_tokens, (fused, candidates, target_tokens) in (
-        (user_tokens, kind) for user_tokens in (0, 3) for kind in KINDS
-    ):
-        layout = build_layout(
-            user_tokens=user_tokens,
-            events=20,
-            fused=fused,
-            candidates=candidates,
-            target_tokens=target_tokens,
-        )
-        every = np.arange(len(layout.index))
-        for windows in (
-            (None, None, 6, 5),
-            (None, 9, 4, 1),
-            (5, 5, 5, 5),
-            (1, 1, 40, 3),
-        ):
-            needed = live_positions(layout, windows)
-            for window, keys, queries in zip(windows, needed, needed[1:], strict=False):
-                yield layout.pattern(queries, keys), window
-                yield layout.pattern(every, every), window
 
 
 def test_packed_spans_hold_what_the_pattern_shows():

@@ -14,6 +14,7 @@ Implementations, all of one signature:
     dense     one masked Q x K product                       any platform
     blocked   visible tiles of logits, in XLA                any platform
     cudnn     cuDNN's fused kernels                          GPU
+    triton    block-sparse Pallas kernels                    GPU, if it is named
     splash    block-sparse Pallas kernels                    TPU
 
 `choose` takes the first in the platform's order that can serve the shapes at hand and
@@ -32,7 +33,7 @@ from typing import NamedTuple
 import jax
 
 from tokenrec.errors import InputError, suggest
-from tokenrec.ops.attention import blocked, cudnn, dense, splash
+from tokenrec.ops.attention import blocked, cudnn, dense, splash, triton
 from tokenrec.ops.attention.pattern import ATTENTION_RESULT, Pattern, causal_pattern
 from tokenrec.sharding import RULES
 
@@ -79,6 +80,7 @@ IMPLEMENTATIONS = {
     "splash": Implementation(
         splash.splash_attention, splash.unsupported_reason, splash.inefficient_reason
     ),
+    "triton": Implementation(triton.triton_attention, triton.unsupported_reason),
 }
 
 # Implementations in plain XLA, which run on any platform, known or not.
@@ -91,6 +93,10 @@ PREFERRED = {
     "gpu": ("cudnn", *PORTABLE),
     "tpu": ("splash", *PORTABLE),
 }
+
+# Implementations that serve only when they are named, by platform: no measurement says
+# yet for which shapes they are the fastest.
+NAMED_ONLY = {"gpu": ("triton",)}
 
 
 class Choice(NamedTuple):
@@ -123,9 +129,10 @@ def current_platform() -> str:
 def implementations_of(platform: str) -> tuple[str, ...]:
     """List the implementations that run on a platform, preferred ones first.
 
-    On a platform that is not in `PREFERRED`, these are the portable ones.
+    Those that serve only when they are named stand last. On a platform that is not in
+    `PREFERRED`, these are the portable ones.
     """
-    return PREFERRED.get(platform, PORTABLE)
+    return PREFERRED.get(platform, PORTABLE) + NAMED_ONLY.get(platform, ())
 
 
 def unsupported_reason(

@@ -63,7 +63,9 @@ class QuerySpans(NamedTuple):
         )
 
 
-def visible_spans(pattern: Pattern, window: int | None) -> QuerySpans | str:
+def visible_spans(
+    pattern: Pattern, window: int | None, *, packable: bool = True
+) -> QuerySpans | str:
     """Find the two runs of keys that each query sees, less padding.
 
     The search is by bisection; no Q x K matrix is formed.
@@ -71,6 +73,7 @@ def visible_spans(pattern: Pattern, window: int | None) -> QuerySpans | str:
     Args:
       pattern: which queries may see which keys.
       window: keys that a query of a sliding layer sees; None in a full layer.
+      packable: refuse spans that `pack_spans` cannot hold.
 
     Returns:
       The spans, or the reason why what a query sees is not two runs of keys.
@@ -132,7 +135,7 @@ def visible_spans(pattern: Pattern, window: int | None) -> QuerySpans | str:
     stop = np.where(empty, border, stop)
     # The packed form needs the shared run to end at the border where there is an own
     # run.
-    if (~own_empty & (stop < border)).any():
+    if packable and (~own_empty & (stop < border)).any():
         return "a candidate's token does not see the last shared tokens"
     return QuerySpans(itself, start, stop, own_start, own_stop, border)
 
