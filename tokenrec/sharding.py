@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from tokenrec.config import Config, MeshConfig
 from tokenrec.errors import InputError
@@ -109,7 +109,7 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
     return _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts that a batch is split into; batch sizes are multiples of it."""
     return int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))
 

@@ -17,6 +17,14 @@ import jax.numpy as jnp
 
 from tokenrec.data.batch import Batch
 from tokenrec.losses import label_counts, sample_losses, with_negatives
+from tokenrec.micro_batches import (
+    Inverses,
+    cached_parts,
+    join_samples,
+    micro_batch_count,
+    micro_batches,
+)
+from tokenrec.ops.layers import sample_keys
 from tokenrec.ops.tables.api import UniqueRows, collect_gradients, update_rows
 from tokenrec.optim import (
     clip_scale,
@@ -25,17 +33,12 @@ from tokenrec.optim import (
     schedule,
     with_schedule_step,
 )
-from tokenrec.sharding import RULES
 from tokenrec.state import ModelSpec, TrainState, bind_params
-from tokenrec.tokens.embed import NEGATIVES_PART, inverses
+from tokenrec.tokens.embed import inverses
 
-# For each entity and stack, the index of every id of the batch into the unique rows.
-Inverses = dict[str, dict[str, jax.Array]]
-
-# What is folded into the key of a step: this number for the negatives, and numbers from
-# the other on for the dropout of the micro-batches. One batch uses the key as it is.
+# Numbers that are folded into the key of a step.
+DROPOUT_KEY = 0
 NEGATIVES_KEY = 1
-FIRST_MICRO_BATCH_KEY = 2
 
 # Rate of the running mean of gradient norms: it remembers about 100 steps.
 NORM_RATE = 0.01
@@ -69,14 +72,14 @@ class Inputs(NamedTuple):
 
     Attributes:
       batch: the batch, with drawn negatives if the softmax is sampled.
-      key: PRNG key of dropout.
+      keys: `[B]`, PRNG keys of dropout.
       unique: which rows of each stack of tables the batch reads.
       rows: `[u, width]` per stack, these rows.
       counts: `label_counts` of the batch.
     """
 
     batch: Batch
-    key: jax.Array
+    keys: jax.Array
     unique: dict[str, UniqueRows]
     rows: dict[str, jax.Array]
     counts: jax.Array
@@ -88,7 +91,7 @@ def forward(
     rows: dict[str, jax.Array],
     row_indices: Inverses,
     batch: Batch,
-    key: jax.Array | None,
+    keys: jax.Array | None,
 ) -> jax.Array:
     """Compute the logits of ranking.
 
@@ -98,14 +101,14 @@ def forward(
       rows: `[u, width]` per stack, the distinct table rows of the batch.
       row_indices: which of these rows each id of the batch is.
       batch: features and masks.
-      key: PRNG key of dropout; None in evaluation.
+      keys: `[B]`, PRNG keys of dropout; None in evaluation.
 
     Returns:
       `[B, N, K] float32`.
     """
     module = bind_params(model, params)
     entities = model.embedder.entities(rows, row_indices, batch)
-    return module.head(module(entities, batch, key))
+    return module.head(module(entities, batch, keys))
 
 
 def loss_fn(
@@ -115,7 +118,7 @@ def loss_fn(
     row_indices: Inverses,
     batch: Batch,
     counts: jax.Array,
-    key: jax.Array | None,
+    keys: jax.Array | None,
 ) -> jax.Array:
     """Compute the loss of a batch, or its share of the loss for a micro-batch.
 
@@ -126,14 +129,14 @@ def loss_fn(
       row_indices: which of these rows each id of the batch is.
       batch: features, masks, labels or goals.
       counts: `label_counts` of the whole step.
-      key: PRNG key of dropout; None for none.
+      keys: `[B]`, PRNG keys of dropout; None for none.
 
     Returns:
       `[] float32`.
     """
     module = bind_params(model, params)
     entities = model.embedder.entities(rows, row_indices, batch)
-    readouts = module(entities, batch, key)
+    readouts = module(entities, batch, keys)
     return jnp.sum(sample_losses(model, module, readouts, entities, batch, counts))
 
 
@@ -141,64 +144,13 @@ def step_inputs(model: ModelSpec, state: TrainState, batch: Batch) -> Inputs:
     """Prepare the inputs of the next step: draw keys and negatives, look up table rows."""
     # The key is a function of seed and step, so a resumed run draws the same numbers.
     key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
-    # `optim.accumulate` has no part in it: the same negatives are drawn for any split.
+    # Micro-batches have no part in it: negatives are those of the whole batch, and every
+    # sample has a key of dropout.
     batch = with_negatives(model, batch, jax.random.fold_in(key, NEGATIVES_KEY))
+    keys = sample_keys(jax.random.fold_in(key, DROPOUT_KEY), batch.valid.shape[0])
     unique = model.embedder.find(batch)
     rows = model.embedder.gather(state.tables, unique)
-    return Inputs(batch, key, unique, rows, label_counts(batch))
-
-
-def micro_batches(
-    batch: Batch, row_indices: Inverses, key: jax.Array, count: int
-) -> tuple[Batch, Inverses, jax.Array]:
-    """Split a batch into micro-batches: `[B, ...]` -> `[count, B / count, ...]`.
-
-    A micro-batch takes every count-th sample, so that each device keeps its samples.
-    The drawn negatives are not split but repeated, `[count, B, n]`: a sample is scored
-    against those of all samples, and a softmax over fewer is another objective.
-
-    Args:
-      batch: the batch of the step, with drawn negatives if there are any.
-      row_indices: which of the distinct rows each id of the batch is.
-      key: PRNG key of the step.
-      count: number of micro-batches.
-
-    Returns:
-      The batches, their indices, and their PRNG keys of dropout, `[count]`.
-    """
-
-    def repeat(leaf: jax.Array) -> jax.Array:
-        spec = RULES(None, "batch", *[None] * (leaf.ndim - 1))
-        return jnp.broadcast_to(leaf, (count, *leaf.shape), out_sharding=spec)
-
-    parts = split_samples(batch, count)
-    if batch.negatives is not None:
-        parts = parts._replace(negatives=repeat(batch.negatives))
-    part_indices = {
-        stack: {
-            part: repeat(ids) if part == NEGATIVES_PART else split_samples(ids, count)
-            for part, ids in of_stack.items()
-        }
-        for stack, of_stack in row_indices.items()
-    }
-    numbers = FIRST_MICRO_BATCH_KEY + jnp.arange(count)
-    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
-    return parts, part_indices, keys
-
-
-def split_samples[Tree](tree: Tree, count: int) -> Tree:
-    """Split the samples of arrays `[B, ...]` among micro-batches.
-
-    Returns:
-      Arrays `[count, B / count, ...]`; entry i holds the samples i, i + count, ...
-    """
-
-    def split(leaf: jax.Array) -> jax.Array:
-        shape = (leaf.shape[0] // count, count, *leaf.shape[1:])
-        spec = RULES("batch", *[None] * (len(shape) - 1))
-        return jnp.moveaxis(jnp.reshape(leaf, shape, out_sharding=spec), 1, 0)
-
-    return jax.tree.map(split, tree)
+    return Inputs(batch, keys, unique, rows, label_counts(batch))
 
 
 def gradients(
@@ -210,24 +162,26 @@ def gradients(
       The loss, `[]`; and the gradients of the dense weights by name and of the table
       rows, `[u, width]` per stack.
     """
-    batch, key, unique, rows, counts = inputs
+    batch, keys, unique, rows, counts = inputs
     row_indices = inverses(unique)
-    micro_batch_count = model.config.optim.accumulate
+    count = micro_batch_count(model, batch)
     loss_and_gradients = jax.value_and_grad(loss_fn, argnums=(0, 1))
-    if micro_batch_count == 1:
-        return loss_and_gradients(params, rows, model, row_indices, batch, counts, key)
+    if count == 1:
+        return loss_and_gradients(params, rows, model, row_indices, batch, counts, keys)
 
     # Losses are divided by the counts of the whole step, and every micro-batch meets
     # all negatives, so the shares just add up.
-    def add(total: Any, piece: tuple[Batch, Inverses, jax.Array]) -> tuple[Any, None]:
-        part, part_indices, part_key = piece
+    def add(
+        total: Any, piece: tuple[Batch, Inverses, jax.Array | None]
+    ) -> tuple[Any, None]:
+        part, part_indices, part_keys = piece
         share = loss_and_gradients(
-            params, rows, model, part_indices, part, counts, part_key
+            params, rows, model, part_indices, part, counts, part_keys
         )
         return jax.tree.map(jnp.add, total, share), None
 
     zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (params, rows)))
-    pieces = micro_batches(batch, row_indices, key, micro_batch_count)
+    pieces = micro_batches(batch, row_indices, keys, count)
     return jax.lax.scan(add, zero, pieces)[0]
 
 
@@ -352,5 +306,13 @@ def eval_step(model: ModelSpec, state: TrainState, batch: Batch) -> jax.Array:
     """
     unique = model.embedder.find(batch)
     rows = model.embedder.gather(state.tables, unique)
-    logits = forward(model, state.params, rows, inverses(unique), batch, None)
-    return jax.nn.sigmoid(logits)
+
+    def logits(batch: Batch, row_indices: Inverses) -> jax.Array:
+        return forward(model, state.params, rows, row_indices, batch, None)
+
+    row_indices = inverses(unique)
+    count = cached_parts(model, batch, batch.valid.shape[0])
+    if count == 1:
+        return jax.nn.sigmoid(logits(batch, row_indices))
+    parts = micro_batches(batch, row_indices, None, count)[:2]
+    return jax.nn.sigmoid(join_samples(jax.lax.map(lambda part: logits(*part), parts)))

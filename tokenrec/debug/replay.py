@@ -202,11 +202,7 @@ def _report(
       metrics: metrics of the step.
     """
     is_finite = bool(np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm))
-    # Micro-batches interleave the batch; the report names samples by their place in it.
-    samples = jax.tree.map(
-        lambda leaf: _in_batch_order(leaf, model.config.optim.accumulate),
-        inspected["samples"],
-    )
+    samples = inspected["samples"]
     tables = list(table_gradients(model, inspected["places"], inspected["by_row"]))
     weights = [
         {
@@ -232,8 +228,3 @@ def _report(
 
 def _by_gradient(entry: dict[str, Any]) -> float:
     return descending_order(entry["gradient_norm"])
-
-
-def _in_batch_order(leaf: np.ndarray, count: int) -> np.ndarray:
-    """Undo the split into micro-batches: n of m takes the samples n, n + m, ..."""
-    return leaf if count == 1 else np.moveaxis(leaf, 0, 1).reshape(-1)

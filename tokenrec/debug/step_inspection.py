@@ -12,17 +12,16 @@ import jax.numpy as jnp
 
 from tokenrec.data.batch import Batch
 from tokenrec.losses import sample_losses
+from tokenrec.micro_batches import (
+    Inverses,
+    join_samples,
+    micro_batch_count,
+    micro_batches,
+)
 from tokenrec.models.stream_layout import batch_layout
 from tokenrec.ops.tables.routing import RowRoute
 from tokenrec.state import ModelSpec, TrainState, bind_params
-from tokenrec.step import (
-    Inputs,
-    Inverses,
-    gradients,
-    micro_batches,
-    split_samples,
-    step_inputs,
-)
+from tokenrec.step import Inputs, gradients, step_inputs
 from tokenrec.tokens.embed import NEGATIVES_PART, inverses
 from tokenrec.tokens.layout import ROLES
 
@@ -72,16 +71,15 @@ def _inspect_samples(
 
     Returns:
       losses: `[B] float32`; features: part -> feature -> `[B] int32`; tokens: role ->
-      `[B] int32`; layers: a list of `[B] int32`. With M micro-batches all arrays are
-      `[M, B / M]`.
+      `[B] int32`; layers: a list of `[B] int32`.
     """
 
-    def inspect(batch: Batch, reads: Inverses, key: jax.Array) -> dict[str, Any]:
-        """Inspect one micro-batch; `key` is the dropout key, arrays are `[B / M]`."""
+    def inspect(batch: Batch, reads: Inverses, keys: jax.Array) -> dict[str, Any]:
+        """Inspect one of M micro-batches; arrays are `[B / M]`."""
         module = bind_params(model, params)
         entities = model.embedder.entities(inputs.rows, reads, batch)
         # The outputs of all layers, where `__call__` returns the last one.
-        tokens, outputs = module.trace(entities, batch, key)
+        tokens, outputs = module.trace(entities, batch, keys)
         layout = batch_layout(model.config, model.schema, model.literals, batch)
         roles = [role for role in ROLES if len(layout.positions_of(role))]
         kinds = {
@@ -107,19 +105,18 @@ def _inspect_samples(
             "layers": [_count_bad(output) for output in outputs],
         }
 
-    count, reads = model.config.optim.accumulate, inverses(inputs.unique)
+    count, reads = micro_batch_count(model, inputs.batch), inverses(inputs.unique)
     if count == 1:
-        return inspect(inputs.batch, reads, inputs.key)
-    # Each micro-batch has the dropout key that the training step gives it.
-    pieces = micro_batches(inputs.batch, reads, inputs.key, count)
+        return inspect(inputs.batch, reads, inputs.keys)
+    pieces = micro_batches(inputs.batch, reads, inputs.keys, count)
     inspected: dict[str, Any] = jax.lax.map(lambda piece: inspect(*piece), pieces)
     # All micro-batches meet all negatives, `[M, B]`: one of them tells about each
     # sample's own.
-    features = inspected["features"]
-    if NEGATIVES_PART in features:
-        features[NEGATIVES_PART] = {
-            name: split_samples(bad[0], count)
-            for name, bad in features[NEGATIVES_PART].items()
+    negatives = inspected["features"].pop(NEGATIVES_PART, None)
+    inspected = jax.tree.map(join_samples, inspected)
+    if negatives is not None:
+        inspected["features"][NEGATIVES_PART] = {
+            name: bad[0] for name, bad in negatives.items()
         }
     return inspected
 

@@ -34,7 +34,7 @@ from tokenrec.models.stream_layout import (
     title_features,
     user_token_count,
 )
-from tokenrec.ops.layers import Linear, dropout, flatten_tokens, split_key, weight
+from tokenrec.ops.layers import Linear, dropout, flatten_tokens, split_keys, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
 from tokenrec.tokens.embed import ITEM_ROWS, EntityFeatures
@@ -134,12 +134,12 @@ class Recommender(nnx.Module):
           entities: features of the parts "user", "state" and "action", and "target"
             where there are candidates or a query.
           batch: the batch.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
 
         Returns:
           `[B, R, d] float32`, the positions of `Layout.readout`.
         """
-        token_key, backbone_key = split_key(key, 2)
+        token_key, backbone_key = split_keys(key, 2)
         x, layout = self.make_stream(entities, batch)
         # Tokens and backbone have PRNG keys of their own.
         x = dropout(x, self.config.model.dropout, token_key)
@@ -157,13 +157,13 @@ class Recommender(nnx.Module):
         Args:
           entities: as in `__call__`.
           batch: the batch.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
 
         Returns:
           The tokens `[B, S, d]` before dropout, and the backbone's `layer_outputs`; the
           last of these is the result of `__call__`.
         """
-        token_key, backbone_key = split_key(key, 2)
+        token_key, backbone_key = split_keys(key, 2)
         tokens, layout = self.make_stream(entities, batch)
         x = dropout(tokens, self.config.model.dropout, token_key)
         inputs = self._backbone_inputs(layout, batch, backbone_key)

@@ -138,25 +138,27 @@ class RMSNorm(nnx.Module):
         return rms_normalize(x) * self.scale[...].astype(x.dtype)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     """Set random entries to zero, and scale the others to keep the mean.
 
-    The rate is rounded to a multiple of 1/256: one random byte per entry takes a
-    quarter of the random numbers that a float would.
+    Every sample draws from a key of its own, so that a sample's draws do not depend on
+    how the batch is split, over devices or into micro-batches. The rate is rounded to a
+    multiple of 1/256: one random byte per entry takes a quarter of the random numbers
+    that a float would.
 
     Args:
-      x: `[...]`.
+      x: `[B, ...]`.
       rate: probability that an entry is set to zero, in [0, 1).
-      key: PRNG key; None in evaluation, which changes nothing.
+      keys: `[B]`, PRNG keys; None in evaluation, which changes nothing.
 
     Returns:
-      `[...]` in the dtype of `x`.
+      `[B, ...]` in the dtype of `x`.
     """
     dropped = round(rate * 256)
-    if key is None or dropped == 0:
+    if keys is None or dropped == 0:
         return x
     # Comparing bytes with an integer: P(byte < dropped) = dropped / 256.
-    bits = jax.random.bits(key, x.shape, jnp.uint8, out_sharding=spec_of(x))
+    bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint8))(keys)
     return jnp.where(bits >= dropped, x * (256 / (256 - dropped)), 0).astype(x.dtype)
 
 
@@ -172,6 +174,14 @@ def spec_of(x: jax.Array) -> PartitionSpec:
     return jax.typeof(x).sharding.spec
 
 
-def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """Split a PRNG key `[]`; without a key, which is evaluation, every part is None."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
+def sample_keys(key: jax.Array, samples: int) -> jax.Array:
+    """Make a PRNG key for each sample of a batch, `[B]`, from the key of a step."""
+    numbers = jnp.arange(samples, out_sharding=RULES("batch"))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, numbers)
+
+
+def split_keys(keys: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """Split PRNG keys `[B]`; without keys, which is evaluation, every part is None."""
+    if keys is None:
+        return [None] * count
+    return list(jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys))

@@ -16,6 +16,7 @@ from tokenrec.config.validate import validate
 from tokenrec.errors import InputError
 from tokenrec.models.backbones.interface import Backbone as BackboneInterface
 from tokenrec.models.stream_layout import stream_layout
+from tokenrec.ops.layers import sample_keys
 from tokenrec.optim import decays
 from tokenrec.planner.describe import describe, to_text
 from tokenrec.sharding import with_batch_sharding
@@ -160,10 +161,9 @@ def test_weights_and_gradients_split_over_every_axis_that_a_kind_can(kind):
     with jax.set_mesh(mesh_of(*shape)):
 
         def read(weights, x, valid, real):
+            keys = sample_keys(jax.random.key(0), 8)
             return jnp.sum(
-                call(
-                    nnx.merge(graph, weights), x, layout, valid, real, jax.random.key(0)
-                )
+                call(nnx.merge(graph, weights), x, layout, valid, real, keys)
             )
 
         graph, weights = nnx.split(

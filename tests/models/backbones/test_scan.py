@@ -10,6 +10,7 @@ from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch
 from tokenrec.models.backbones.bfts import layer_windows, stack_sizes
 from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.models.stream_layout import candidate_mask
+from tokenrec.ops.layers import sample_keys
 from tokenrec.sharding import to_devices
 from tokenrec.state import bind_params, build_model, init_state
 
@@ -35,7 +36,7 @@ def loss_and_gradient(config, mesh):
     with jax.set_mesh(mesh):
         graph, weights = nnx.split(TokenFormer(config.model, rngs=nnx.Rngs(0)))
         value, found = jax.jit(jax.value_and_grad(loss))(
-            weights, *to_devices((x, events), mesh), jax.random.key(1)
+            weights, *to_devices((x, events), mesh), sample_keys(jax.random.key(1), 8)
         )
     sizes = stack_sizes(config.model)
     first, by_layer = np.cumsum((0, *sizes)), {}

@@ -44,7 +44,7 @@ from flax import nnx
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.rope_attention import Attention, KeysValues, Stream
 from tokenrec.ops.contract import contract
-from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
+from tokenrec.ops.layers import RMSNorm, constant, dropout, split_keys, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import select_positions
 
@@ -143,7 +143,7 @@ class Block(nnx.Module):
           key_positions: `[K]`, stream positions of `x`, ascending; they include the
             queries.
           stream: the stream.
-          dropout_key: PRNG key; None in evaluation.
+          dropout_key: `[B]`, PRNG keys; None in evaluation.
 
         Returns:
           `[B, Q, d]`.
@@ -169,14 +169,14 @@ class Block(nnx.Module):
             in `x`, ascending.
           key_positions: `[K]`, stream positions of `past` and of `x`, ascending.
           stream: the stream.
-          dropout_key: PRNG key; None in evaluation.
+          dropout_key: `[B]`, PRNG keys; None in evaluation.
           past: cached keys and values of the first K - K' key positions; None if `x`
             holds all.
 
         Returns:
           Outputs `[B, Q, d]`, and the keys and values of `x`.
         """
-        attention_key, ffn_key = split_key(dropout_key, 2)
+        attention_key, ffn_key = split_keys(dropout_key, 2)
         # `x` holds the last of the key positions; `past` holds those before them.
         x_positions = key_positions[len(key_positions) - x.shape[1] :]
         # 1. Keys and values of every input.

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tokenrec.ops.layers import Linear, dropout, split_key
+from tokenrec.ops.layers import Linear, dropout, split_keys
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import Layout, select_positions
 
@@ -133,7 +133,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Map `[B, N, inputs]` to `[B, N, widths[-1]]`; `key` of dropout or None."""
-        layer_keys = split_key(key, len(self.hidden))
+        layer_keys = split_keys(key, len(self.hidden))
         for layer, layer_key in zip(self.hidden, layer_keys, strict=True):
             x = dropout(jax.nn.silu(layer(x)), self.rate, layer_key)
         return x

@@ -27,7 +27,7 @@ from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import ffn_width
 from tokenrec.models.backbones.ctr_inputs import MLP, mean_pool_events, split_stream
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
-from tokenrec.ops.layers import Linear, split_key
+from tokenrec.ops.layers import Linear, split_keys
 from tokenrec.tokens.layout import Layout
 
 
@@ -64,13 +64,13 @@ class DCNv2(Backbone):
           layout: roles and order of the S tokens.
           events: `[B, T] bool`, real events.
           candidates: not read: each target is computed by itself.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: not read.
 
         Returns:
           `[B, N, D]` of each cross layer, then `[B, N, d]`.
         """
-        (mlp_key,) = split_key(key, 1)
+        (mlp_key,) = split_keys(key, 1)
         inputs = split_stream(x, layout)
         x_0 = inputs.concat_per_target(mean_pool_events(inputs, events), inputs.targets)
         # Each layer multiplies by x_0 once more: layer l holds crosses of degree l + 1.

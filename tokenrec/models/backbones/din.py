@@ -29,7 +29,7 @@ from tokenrec.models.backbones.block import ffn_width
 from tokenrec.models.backbones.ctr_inputs import MLP, CTRInputs, split_stream
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.ops.contract import contract
-from tokenrec.ops.layers import Linear, constant, split_key, weight
+from tokenrec.ops.layers import Linear, constant, split_keys, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import Layout
 
@@ -106,7 +106,7 @@ class DIN(Backbone):
           layout: roles and order of the S tokens.
           events: `[B, T] bool`, real events.
           candidates: not read: each target is computed by itself.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: not read.
 
         Returns:
@@ -114,7 +114,7 @@ class DIN(Backbone):
         """
         # A split key, so that the streams of random numbers differ from those of the
         # tokens.
-        (mlp_key,) = split_key(key, 1)
+        (mlp_key,) = split_keys(key, 1)
         inputs = split_stream(x, layout)
         interests = self.interests(inputs, events)
         features = inputs.concat_per_target(interests, inputs.targets)

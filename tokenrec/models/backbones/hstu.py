@@ -37,7 +37,7 @@ from tokenrec.models.backbones.bfts import layer_positions, layer_windows
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.ops.contract import contract
-from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
+from tokenrec.ops.layers import RMSNorm, constant, dropout, split_keys, weight
 from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import Layout, select_positions
@@ -187,7 +187,7 @@ class HSTULayer(nnx.Module):
           valid: `[B, K] bool`, keys that are not padding.
           ages: `[B, K] int32`, seconds before the request; None without a bias of
             times.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
 
         Returns:
           `[B, Q, d]`.
@@ -264,7 +264,7 @@ class HSTU(Backbone):
           layout: roles and order of the S tokens.
           events: `[B, T] bool`, real events.
           candidates: `[B, C] bool`, real candidates; None without candidates.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: `[B, T] int32`, seconds between each event and the request; None without
             `model.time_bias`.
 
@@ -276,7 +276,7 @@ class HSTU(Backbone):
         positions = layer_positions(self.config, layout)
         x = select_positions(x, positions[0], stream_positions)
         layer_outputs = []
-        layer_keys = split_key(key, len(self.blocks))
+        layer_keys = split_keys(key, len(self.blocks))
         for block, layer, layer_key in zip(
             self.blocks, self.attention_layers(layout), layer_keys, strict=True
         ):

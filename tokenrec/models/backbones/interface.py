@@ -58,7 +58,7 @@ class Backbone(nnx.Module):
           layout: roles and order of the S tokens.
           events: `[B, T] bool`, False for padding.
           candidates: `[B, C] bool`, False for padding; None without candidates.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: `[B, T] int32`, seconds between each event and the request, for
             backbones that read `model.time_bias`; None for all others.
 

@@ -41,7 +41,7 @@ from tokenrec.models.backbones.history_first import (
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.models.backbones.rope_attention import Stream
 from tokenrec.ops.attention.rotary import rotation
-from tokenrec.ops.layers import RMSNorm, split_key
+from tokenrec.ops.layers import RMSNorm, split_keys
 from tokenrec.tokens.history_compression import AttentionPooling
 from tokenrec.tokens.layout import Layout
 from tokenrec.tokens.stream_segments import StreamSegment
@@ -79,7 +79,7 @@ class LONGER(Backbone):
           layout: roles and order of the S tokens.
           events: `[B, T] bool`, real events.
           candidates: `[B, C] bool`, real candidates.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: not read.
 
         Returns:
@@ -103,7 +103,7 @@ class LONGER(Backbone):
         )
         # 2. The layers.
         layer_outputs = []
-        layer_keys = split_key(key, len(self.blocks))
+        layer_keys = split_keys(key, len(self.blocks))
         for block, layer, layer_key in zip(
             self.blocks, self.attention_layers(layout), layer_keys, strict=True
         ):

@@ -48,7 +48,7 @@ from tokenrec.ops.attention import attention
 from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.ops.attention.rotary import Rotation, rotate, rotation
 from tokenrec.ops.contract import contract
-from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
+from tokenrec.ops.layers import RMSNorm, constant, dropout, split_keys, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import Layout, select_positions
 
@@ -178,14 +178,14 @@ class OneTransBlock(nnx.Module):
           weight_sets: `[S]`, weight set of each token of the stream.
           valid: `[B, S] bool`, tokens of the stream that are not padding.
           turn: RoPE angles of the stream, `[B, S, 1, h / 2]`.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
 
         Returns:
           `[B, Q, d]`.
         """
         queries, keys = pattern.query_positions, pattern.key_positions
         stream_positions = np.arange(len(weight_sets))
-        attention_key, ffn_key = split_key(key, 2)
+        attention_key, ffn_key = split_keys(key, 2)
 
         def apply_rope(part: jax.Array, positions: np.ndarray) -> jax.Array:
             angles = [select_positions(a, positions, stream_positions) for a in turn]
@@ -254,7 +254,7 @@ class OneTrans(Backbone):
           layout: roles and order of the S tokens.
           events: `[B, T] bool`, real events.
           candidates: `[B, C] bool`, real candidates.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: not read.
 
         Returns:
@@ -275,7 +275,7 @@ class OneTrans(Backbone):
         valid = stream.valid(events, candidates)
         # 2. The layers.
         layer_outputs = []
-        layer_keys = split_key(key, len(self.blocks))
+        layer_keys = split_keys(key, len(self.blocks))
         for block, layer, layer_key in zip(
             self.blocks, self.attention_layers(layout), layer_keys, strict=True
         ):

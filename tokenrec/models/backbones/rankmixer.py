@@ -30,7 +30,7 @@ from tokenrec.models.backbones.block import ffn_width
 from tokenrec.models.backbones.ctr_inputs import mean_pool_events, split_stream
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.ops.contract import contract
-from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
+from tokenrec.ops.layers import RMSNorm, constant, dropout, split_keys, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import Layout
 
@@ -131,7 +131,7 @@ class RankMixer(Backbone):
           layout: roles and order of the S tokens.
           events: `[B, T] bool`, real events.
           candidates: not read: each target is computed by itself.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: not read.
 
         Returns:
@@ -148,7 +148,7 @@ class RankMixer(Backbone):
         # 2. The blocks.
         x = self.tokenize(parts)
         block_outputs = []
-        block_keys = split_key(key, len(self.blocks))
+        block_keys = split_keys(key, len(self.blocks))
         for block, block_key in zip(self.blocks, block_keys, strict=True):
             x = block(x, block_key)
             block_outputs.append(x)

@@ -36,7 +36,7 @@ from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.models.backbones.rope_attention import Attention, Stream
 from tokenrec.ops.attention.rotary import Rotation, rotation
 from tokenrec.ops.contract import contract
-from tokenrec.ops.layers import RMSNorm, constant, dropout, split_key, weight
+from tokenrec.ops.layers import RMSNorm, constant, dropout, split_keys, weight
 from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
 from tokenrec.tokens.layout import Layout, select_positions
@@ -79,12 +79,12 @@ class SASRecBlock(nnx.Module):
           x: `[B, T, d]`, all events.
           query_positions: `[Q]`, events whose outputs are needed, ascending.
           stream: the stream of the events.
-          dropout_key: PRNG key; None in evaluation.
+          dropout_key: `[B]`, PRNG keys; None in evaluation.
 
         Returns:
           `[B, Q, d]`.
         """
-        attention_key, ffn_key = split_key(dropout_key, 2)
+        attention_key, ffn_key = split_keys(dropout_key, 2)
         positions = stream.positions
         # 1. The attention branch.
         normed = self.attention_norm(x)
@@ -135,7 +135,7 @@ class SASRec(Backbone):
           layout: roles and order of the S tokens.
           events: `[B, T] bool`, real events.
           candidates: not read: each target is scored by itself.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: not read.
 
         Returns:
@@ -159,7 +159,7 @@ class SASRec(Backbone):
         # 2. The layers.
         layer_outputs = []
         output_positions = self._output_positions(layout)
-        layer_keys = split_key(key, len(self.blocks))
+        layer_keys = split_keys(key, len(self.blocks))
         for block, queries, layer_key in zip(
             self.blocks, output_positions, layer_keys, strict=True
         ):

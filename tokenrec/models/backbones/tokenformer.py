@@ -48,7 +48,7 @@ from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.models.backbones.rope_attention import KeysValues, Stream
 from tokenrec.models.backbones.stacking import apply_remat, stack_blocks, unstack_blocks
 from tokenrec.ops.attention.rotary import rotation
-from tokenrec.ops.layers import RMSNorm, split_key
+from tokenrec.ops.layers import RMSNorm, split_keys
 from tokenrec.tokens.layout import Layout, select_positions
 
 
@@ -133,7 +133,7 @@ class TokenFormer(Backbone):
           layout: roles and order of the S tokens.
           events: `[B, T] bool`, real events.
           candidates: `[B, C] bool`, real candidates; None without candidates.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: not read.
 
         Returns:
@@ -144,7 +144,7 @@ class TokenFormer(Backbone):
         # positions[l] enter layer l; positions[l + 1] leave it.
         positions = layer_positions(self.config, layout)
         x = select_positions(x, positions[0], stream_positions)
-        dropout_keys = split_key(key, self.config.layers)
+        dropout_keys = split_keys(key, self.config.layers)
         first = 0
         for block, size in zip(self.blocks, stack_sizes(self.config), strict=True):
             run_positions = positions[first : first + size + 1]
@@ -186,7 +186,7 @@ class TokenFormer(Backbone):
           layout: roles and order of the S tokens.
           events: `[B, T] bool`, real events.
           candidates: `[B, C] bool`, real candidates; None without candidates.
-          key: PRNG key of dropout; None in evaluation.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: not read.
 
         Returns:
@@ -195,7 +195,7 @@ class TokenFormer(Backbone):
         stream_positions = np.arange(layout.length)
         x, stream = self.prepare_inputs(x, layout, stream_positions, events, candidates)
         positions = layer_positions(self.config, layout)
-        dropout_keys = split_key(key, self.config.layers)
+        dropout_keys = split_keys(key, self.config.layers)
         x = select_positions(x, positions[0], stream_positions)
         layer_outputs = []
         for layer, inputs, outputs, layer_key in zip(

@@ -52,7 +52,9 @@ def rotation(positions: jax.Array, head_width: int, base: float) -> Rotation:
         -jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
     )
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    # Without the barrier XLA fuses cosines and sines into every rotation of every layer,
+    # and computes them anew in each.
+    return Rotation(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
 
 
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
