@@ -53,8 +53,8 @@ class OptimConfig:
 
     accumulate: int = field(1, at_least=1)
     """Micro-batches per step, among which `data.batch_size` is split. The result is
-    that of the whole batch, but for the draws of dropout; raise it when activations do
-    not fit."""
+    that of the whole batch; raise it when activations do not fit. On a CPU a
+    micro-batch is split further, to keep to the caches."""
 
     spike_norm: float = field(0.0, above=1, special={0: "off"})
     """Skip a step whose gradient norm is more than this many times its running mean.
