@@ -68,7 +68,11 @@ def test_importing_the_command_line_loads_no_heavy_package(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("file", "extras"),
-    [("constraints.txt", ("demo", "dev")), ("constraints-beam.txt", ("beam",))],
+    [
+        ("constraints.txt", ("demo", "dev")),
+        ("constraints-oldest.txt", ("demo", "dev")),
+        ("constraints-beam.txt", ("beam",)),
+    ],
 )
 def test_constraints_are_plain_pins_of_every_dependency(
     file: str, extras: tuple[str, ...]
@@ -85,6 +89,28 @@ def test_constraints_are_plain_pins_of_every_dependency(
     ]
     needed = {re.split(r"[><=;\[ ]", spec)[0] for spec in specs}
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in needed} <= pinned
+
+
+def floors(specs: list[str]) -> dict[str, str]:
+    """Oldest version of each package, by its name in a constraints file."""
+    found = {}
+    for spec in specs:
+        name, _, version = spec.partition(">=")
+        assert version, f"{spec}: names no oldest version"
+        found[re.sub(r"[-_.]+", "-", name).lower()] = version
+    return found
+
+
+def test_the_oldest_constraints_are_the_floors_of_the_core() -> None:
+    oldest = floors(PROJECT["project"]["dependencies"])
+    lines = (CLONE / "constraints-oldest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines)
+    assert {name: pins[name] for name in oldest} == oldest
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert floors([*extras["tpu"], *extras["gpu"]]) == {
+        "jax[tpu]": oldest["jax"],
+        "jax[cuda13]": oldest["jax"],
+    }
 
 
 def test_version_and_licence_are_the_same_everywhere() -> None:
