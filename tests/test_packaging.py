@@ -101,16 +101,29 @@ def floors(specs: list[str]) -> dict[str, str]:
     return found
 
 
+def pinned_versions(file: str) -> dict[str, str]:
+    """Version of each package of a constraints file."""
+    return dict(line.split("==") for line in (CLONE / file).read_text().splitlines())
+
+
 def test_the_oldest_constraints_are_the_floors_of_the_core() -> None:
     oldest = floors(PROJECT["project"]["dependencies"])
-    lines = (CLONE / "constraints-oldest.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines)
+    pins = pinned_versions("constraints-oldest.txt")
     assert {name: pins[name] for name in oldest} == oldest
     extras = PROJECT["project"]["optional-dependencies"]
     assert floors([*extras["tpu"], *extras["gpu"]]) == {
         "jax[tpu]": oldest["jax"],
         "jax[cuda13]": oldest["jax"],
     }
+
+
+def test_the_page_on_installing_has_the_versions_of_the_constraints() -> None:
+    page = (CLONE / "docs/install.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \| ([0-9.]+) \| ([0-9.]+) \|$", page, re.M)
+    oldest = pinned_versions("constraints-oldest.txt")
+    newest = pinned_versions("constraints.txt")
+    assert len(rows) > 5
+    assert rows == [(name, oldest[name], newest[name]) for name, _, _ in rows]
 
 
 def test_version_and_licence_are_the_same_everywhere() -> None:
