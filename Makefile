@@ -4,11 +4,13 @@
 # make test-all    the tests with every extra installed, in an environment of its own: nothing is skipped but what needs a TPU or GPU
 # make docs    the documentation as a site in site/, which needs no network
 # make test-beam   the tests of `prepare --beam`, in an environment of its own: Beam refuses the newest NumPy and Arrow
+# make test-oldest   the tests with the oldest supported versions (constraints-oldest.txt), in an environment of its own
 
 PYTHON  ?= $(shell command -v python3.12 || command -v python3)
 VENV    ?= .venv
 BEAM    ?= .venv-beam
 ALL     ?= .venv-all
+OLDEST  ?= .venv-oldest
 DATA    ?= data/complete_journey
 RUN     ?= runs/complete_journey
 SPLIT   ?= test
@@ -19,7 +21,7 @@ INSTALL  = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # XLA on a CPU takes fresh memory for the temporaries of every step; huge pages make a step about 15 % shorter.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train studies has-kuairand test test-all test-beam lint docs clean
+.PHONY: train studies has-kuairand test test-all test-beam test-oldest lint docs clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.demo
@@ -59,6 +61,9 @@ test-all: $(ALL)/.all
 test-beam: $(BEAM)/.beam
 	$(BEAM)/bin/python -m pytest tests/data/beam/test_beam.py
 
+test-oldest: $(OLDEST)/.oldest
+	$(OLDEST)/bin/python -m pytest -n logical --maxprocesses 8 -rs
+
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -69,9 +74,9 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(ALL) $(BEAM) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ALL) $(BEAM) $(OLDEST) site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-$(BIN)/python $(ALL)/bin/python $(BEAM)/bin/python: %/bin/python:
+$(BIN)/python $(ALL)/bin/python $(BEAM)/bin/python $(OLDEST)/bin/python: %/bin/python:
 	@test -n "$(PYTHON)" || { echo "tokenrec needs Python 3.12 or later: none found; set PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(PYTHON) -c "import sys; v = sys.version.split()[0]; sys.version_info >= (3, 12) or sys.exit('tokenrec needs Python 3.12 or later, $(PYTHON) is ' + v + '; set PYTHON=/path/to/python3.12')"
 	$(PYTHON) -m venv $*
@@ -95,4 +100,8 @@ $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python
 
 $(BEAM)/.beam: pyproject.toml constraints-beam.txt | $(BEAM)/bin/python
 	$(BEAM)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints-beam.txt -e ".[beam]" pytest tokenizers
+	touch $@
+
+$(OLDEST)/.oldest: pyproject.toml constraints-oldest.txt | $(OLDEST)/bin/python
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[demo,dev]"
 	touch $@

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from orbax.checkpoint import __version__ as orbax_version
+from orbax.checkpoint._src.path import gcs_utils
 
 import tokenrec
 from tests.object_servers import SCHEMES, Server, object_server
 from tests.runtime.test_distributed import finished, train_line
 from tests.test_train_loop import small
+from tokenrec.checkpoint import object_storage
 from tokenrec.checkpoint.object_storage import COMMIT_FILE
 from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.config import to_json
@@ -23,6 +26,8 @@ from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError
 from tokenrec.runtime.paths import as_path, filesystem, list_files
 from tokenrec.train_loop import train
+
+ORBAX, NEEDS_ORBAX = tuple(map(int, orbax_version.split("."))), (0, 12, 8)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +41,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
+    if request.param == "s3" and ORBAX < NEEDS_ORBAX:
+        pytest.skip("checkpoints in s3:// need orbax-checkpoint 0.12.8 (extra s3)")
     with object_server(request.param, tmp_path_factory.mktemp("server")) as running:
         yield running
+
+
+def test_a_version_of_orbax_without_s3_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        object_storage, "enable_s3", object_storage.enable_s3.__wrapped__
+    )
+    monkeypatch.delattr(gcs_utils, "get_kvstore_for_gcs", raising=False)
+    with pytest.raises(InputError, match=r"s3:.*orbax-checkpoint has no .*constraints"):
+        CheckpointReader(as_path("s3://bucket/run"))
 
 
 @pytest.fixture(scope="module")

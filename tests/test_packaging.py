@@ -68,7 +68,11 @@ def test_importing_the_command_line_loads_no_heavy_package(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("file", "extras"),
-    [("constraints.txt", ("demo", "dev")), ("constraints-beam.txt", ("beam",))],
+    [
+        ("constraints.txt", ("demo", "dev")),
+        ("constraints-oldest.txt", ("demo", "dev")),
+        ("constraints-beam.txt", ("beam",)),
+    ],
 )
 def test_constraints_are_plain_pins_of_every_dependency(
     file: str, extras: tuple[str, ...]
@@ -85,6 +89,41 @@ def test_constraints_are_plain_pins_of_every_dependency(
     ]
     needed = {re.split(r"[><=;\[ ]", spec)[0] for spec in specs}
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in needed} <= pinned
+
+
+def floors(specs: list[str]) -> dict[str, str]:
+    """Oldest version of each package, by its name in a constraints file."""
+    found = {}
+    for spec in specs:
+        name, _, version = spec.partition(">=")
+        assert version, f"{spec}: names no oldest version"
+        found[re.sub(r"[-_.]+", "-", name).lower()] = version
+    return found
+
+
+def pinned_versions(file: str) -> dict[str, str]:
+    """Version of each package of a constraints file."""
+    return dict(line.split("==") for line in (CLONE / file).read_text().splitlines())
+
+
+def test_the_oldest_constraints_are_the_floors_of_the_core() -> None:
+    oldest = floors(PROJECT["project"]["dependencies"])
+    pins = pinned_versions("constraints-oldest.txt")
+    assert {name: pins[name] for name in oldest} == oldest
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert floors([*extras["tpu"], *extras["gpu"]]) == {
+        "jax[tpu]": oldest["jax"],
+        "jax[cuda13]": oldest["jax"],
+    }
+
+
+def test_the_page_on_installing_has_the_versions_of_the_constraints() -> None:
+    page = (CLONE / "docs/install.md").read_text()
+    rows = re.findall(r"^\| `([a-z-]+)` \| ([0-9.]+) \| ([0-9.]+) \|$", page, re.M)
+    oldest = pinned_versions("constraints-oldest.txt")
+    newest = pinned_versions("constraints.txt")
+    assert len(rows) > 5
+    assert rows == [(name, oldest[name], newest[name]) for name, _, _ in rows]
 
 
 def test_version_and_licence_are_the_same_everywhere() -> None:

@@ -23,7 +23,7 @@ from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from tokenrec.errors import InputError
-from tokenrec.runtime.paths import is_remote, list_files, list_names, remove_folder
+from tokenrec.runtime.paths import list_files, list_names, remove_folder
 
 # Orbax writes it last.
 COMMIT_FILE = "commit_success.txt"
@@ -92,7 +92,7 @@ def enable_s3() -> None:
     if lacking:
         raise InputError(
             f"s3:// checkpoints: this version of orbax-checkpoint has no {lacking[0]}; "
-            "install the version in constraints.txt"
+            "install 0.12.8, the version in constraints.txt"
         )
     use_driver = tensorstore_utils._use_gcs_driver
     normalize = tensorstore_utils._normalize_path
@@ -132,15 +132,18 @@ def s3_spec(path: str) -> dict[str, Any]:
     return spec
 
 
-def refuse_patterns(folder: Path) -> None:
-    """Refuse characters in a path of an object store that Orbax takes for a pattern.
+def check_remote(folder: Path) -> None:
+    """Check that Orbax can save to a folder in an object store.
 
     Raises:
-      InputError: there is one.
+      InputError: its path has a character that Orbax takes for a pattern, or it is in
+        S3 and this version of Orbax cannot be made to write there.
     """
     found = next((mark for mark in os.fspath(folder) if mark in r"*?[]\\"), None)
-    if is_remote(folder) and found:
+    if found:
         raise InputError(
             f"--workdir: '{folder}' contains '{found}', which Orbax takes for a "
             r"pattern; give a --workdir without any of * ? [ ] \ "
         )
+    if os.fspath(folder).startswith(_S3):
+        enable_s3()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from tokenrec.checkpoint.object_storage import refuse_patterns
+from tokenrec.checkpoint.object_storage import check_remote
 from tokenrec.errors import InputError
 from tokenrec.runtime.paths import is_remote
 
@@ -34,10 +34,10 @@ def orbax_path(folder: Path) -> Iterator[Path]:
 
     Raises:
       InputError: a run of several processes needs the same path in all of them, which a
-        temporary folder is not.
+        temporary folder is not; or Orbax cannot save to this folder of an object store.
     """
     if is_remote(folder):
-        refuse_patterns(folder)
+        check_remote(folder)
         yield folder
         return
     found = _SPECIAL.search(str(folder))

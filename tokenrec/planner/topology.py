@@ -73,7 +73,7 @@ def topology_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
         )
     _set_libtpu_variables()
     try:
-        options = {"num_slices": slices} if slices > 1 else {}
+        options = _description_options(size, slices)
         devices = list(topologies.get_topology_desc(topology, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
@@ -91,6 +91,17 @@ def topology_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
             AXES,
             axis_types=(AxisType.Explicit,) * 3,
         )
+
+
+def _description_options(size: str, slices: int) -> dict[str, int | list[int]]:
+    """Options of libtpu that describe a topology of this size."""
+    options: dict[str, int | list[int]] = {"num_slices": slices} if slices > 1 else {}
+    sides = [int(side) for side in size.split("x")[:2]]
+    if 1 in sides:
+        # libtpu 0.0.48, that of JAX 0.11.2, supposes hosts of 2x2 chips for these pods
+        # too, and refuses them; later ones do not. This can go with JAX 0.11.
+        options["chips_per_host_bounds"] = [*(min(side, 2) for side in sides), 1]
+    return options
 
 
 def _set_libtpu_variables() -> None:

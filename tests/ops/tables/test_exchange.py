@@ -154,6 +154,29 @@ def test_an_overflow_takes_more_rounds_and_changes_nothing_else(sizes):
     assert run(sizes, IDS, capacity=1)[-1] > 1
 
 
+def test_an_array_without_entries_changes_no_other():
+    empty = np.zeros((BATCH, 0, 2), np.int32)
+    mesh = mesh_of(2, 2, 2)
+
+    def route(*ids):
+        plan = plan_exchange(ROWS, sum(array.size for array in ids))
+        return routing.route_ids(plan, ids)
+
+    def put(array):
+        spec = RULES("batch", *[None] * (array.ndim - 1))
+        return jax.device_put(array, jax.NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        expected, inverses = jax.jit(route)(*map(put, IDS))
+        found, (first, none, second) = jax.jit(route)(
+            *map(put, [IDS[0], empty, IDS[1]])
+        )
+    for one, other in zip((*expected, *inverses), (*found, first, second), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert none.shape == empty.shape
+    assert none.dtype == np.int32
+
+
 def test_a_refused_update_changes_no_bit():
     _, table, total, _, _ = run((2, 2, 2), CROWDED, capacity=2, apply=False)
     assert np.array_equal(table, TABLE)

@@ -140,6 +140,18 @@ def route_ids(
       The route, and for each array of ids an array `[B, ...] int32`: which of the
       shard's distinct rows each id is.
     """
+    # Arrays without an entry, as of a feature that a split has no events of, stay out
+    # of the map: jaxlib 0.11.2 crashes as it compiles one that joins them to others.
+    held = [array for array in ids if array.size] or list(ids)
+    route, inverses = _route_held_ids(plan, held)
+    found = iter(inverses)
+    return route, [next(found) if array.size else array for array in ids]
+
+
+def _route_held_ids(
+    plan: ExchangePlan, ids: Sequence[jax.Array]
+) -> tuple[RowRoute, list[jax.Array]]:
+    """Do the work of `route_ids` for arrays that have entries."""
 
     def local(*ids: jax.Array) -> tuple[RowRoute, list[jax.Array]]:
         """Route the ids of one device, `[B / S, ...]` each, to indices `[u]`."""
