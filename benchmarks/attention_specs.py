@@ -236,15 +236,17 @@ def _layer_specs(
     )
 
 
-def stream_specs(name: str, *, every_token: bool = False) -> tuple[AttentionSpec, ...]:
+def stream_specs(
+    name: str | Stream, *, every_token: bool = False
+) -> tuple[AttentionSpec, ...]:
     """Specs of the layers of a stream, bottom first.
 
     Args:
-      name: key of `STREAMS`.
+      name: key of `STREAMS`, or a stream.
       every_token: all tokens are queries and keys; otherwise those that a later layer
         or the heads need.
     """
-    stream = STREAMS[name]
+    stream = STREAMS[name] if isinstance(name, str) else name
     layout = stream.layout()
     valid = _padding(layout, continued=False)
     return _layer_specs(layout, stream.windows, valid, every_token=every_token)

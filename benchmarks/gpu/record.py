@@ -61,7 +61,7 @@ class Recorder:
         stage: str,
         *,
         rehearse: bool = False,
-        seconds: float = math.inf,
+        seconds: float = 540.0,
     ) -> None:
         """Start the record anew.
 
@@ -117,11 +117,15 @@ class Recorder:
     def case(self, **row: Any) -> Iterator[None]:
         """Turn an error inside into a row, so that the next case still runs.
 
+        A TimeoutError says that the case is left out.
+
         Args:
           **row: columns that name the case.
         """
         try:
             yield
+        except TimeoutError:
+            self.add(**row, result=LEFT_OUT, reason="out of time")
         except Exception as error:  # noqa: BLE001 - a result like others
             traceback.print_exc()
             text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -199,7 +203,7 @@ def stage_flags(
         "--rehearse", action="store_true", help="tiny sizes, on any device"
     )
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="budget of the stage"
+        "--seconds", type=float, default=540.0, help="budget of the stage"
     )
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Causal and sliding attention of PyTorch on a CPU; importing this needs PyTorch.
+"""Causal and sliding attention of PyTorch; importing this needs PyTorch.
 
 A variant is a function `(q, k, v) -> out` of tensors `[B, H, S, h]`.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch._dynamo
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -20,6 +21,11 @@ CAUSAL = "torch SDPA causal"
 BAND = "torch SDPA, band mask"
 CHUNKED = "torch SDPA, hand-chunked"
 FLEX = "torch flex_attention, compiled"
+# Back ends of SDPA by name; both serve full causal attention, without a window.
+BACKENDS = {
+    "torch SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "torch SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
 
 
 def sdpa_causal() -> Attend:
@@ -28,6 +34,19 @@ def sdpa_causal() -> Attend:
     The kernel skips what lies above the diagonal.
     """
     return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def sdpa_backend(name: str) -> Attend:
+    """Full causal attention by a back end of `BACKENDS`, and no other.
+
+    The gradient is that of the same back end.
+    """
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(BACKENDS[name]):
+            return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return attend
 
 
 def sdpa_band(seq_len: int, window: int) -> Attend:
@@ -70,7 +89,9 @@ def sdpa_chunked(window: int) -> Attend:
     return attend
 
 
-def flex(seq_len: int, window: int | None, *, fullgraph: bool = True) -> Attend:
+def flex(
+    seq_len: int, window: int | None, *, fullgraph: bool = True, device: str = "cpu"
+) -> Attend:
     """flex_attention with a block mask, compiled for these shapes at the first call.
 
     Args:
@@ -78,6 +99,7 @@ def flex(seq_len: int, window: int | None, *, fullgraph: bool = True) -> Attend:
       window: keys that a query sees; None: full causal attention.
       fullgraph: raise an error, in place of a slow run, if PyTorch compiles only a
         part.
+      device: of the tensors.
     """
 
     def see(
@@ -87,7 +109,7 @@ def flex(seq_len: int, window: int | None, *, fullgraph: bool = True) -> Attend:
         return causal if window is None else causal & (query - key < window)
 
     mask = create_block_mask(
-        see, B=None, H=None, Q_LEN=seq_len, KV_LEN=seq_len, device="cpu"
+        see, B=None, H=None, Q_LEN=seq_len, KV_LEN=seq_len, device=device
     )
     # The default, 8, has room for eight lengths and windows.
     torch._dynamo.config.recompile_limit = 1000
@@ -97,7 +119,7 @@ def flex(seq_len: int, window: int | None, *, fullgraph: bool = True) -> Attend:
 
 @functools.cache
 def flex_unsupported_reasons() -> tuple[str, str]:
-    """Say why flex_attention does not run here, or "".
+    """Say why flex_attention does not run on this CPU, or "".
 
     It is tried once on a small shape. Then PyTorch's compiler is reset: after a failure
     it runs every later call uncompiled.
