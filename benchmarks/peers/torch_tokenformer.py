@@ -39,7 +39,7 @@ def block_mask(plan: LayerPlan) -> BlockMask:
     """The visible pairs of a layer as a block mask of flex_attention."""
     query, key = torch.tensor(plan.query_index), torch.tensor(plan.key_index)
     query_static = torch.tensor(plan.query_static)
-    key_static = torch.tensor(plan.key_static)
+    key_shown = torch.tensor(~plan.key_static)
     window = plan.window
 
     def see(
@@ -49,7 +49,7 @@ def block_mask(plan: LayerPlan) -> BlockMask:
         seen = distance >= 0
         if window is None:
             return seen
-        return seen & (distance < window) & (query_static[q] | ~key_static[k])
+        return seen & (distance < window) & (query_static[q] | key_shown[k])
 
     return create_block_mask(
         see, None, None, len(query), len(key), device=str(query.device)
@@ -125,6 +125,8 @@ class Attention(nn.Module):
         k = self.rotate_keys(k).to(v.dtype).transpose(1, 2)
         v = v.transpose(1, 2)
         if self.flex:
+            # Compiled for a CPU (PyTorch 2.13), it misreads q and k that are not.
+            q, k = q.contiguous(), k.contiguous()
             attended = flex(q, k, v, block_mask=self.blocks)
         else:
             causal = self.mask_kind == "causal"
