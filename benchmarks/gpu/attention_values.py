@@ -95,7 +95,6 @@ def named_specs(*, rehearse: bool) -> dict[str, AttentionSpec]:
         kept = (
             "nio, layer 2",
             "nio, static",
-            "causal 30 of 40, window",
             "bidirectional",
         )
         specs = {name: spec for name, spec in specs.items() if name.startswith(kept)}

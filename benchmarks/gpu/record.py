@@ -78,7 +78,8 @@ class Recorder:
         self._begin = time.monotonic()
         self._end = self._begin + seconds
         out.mkdir(parents=True, exist_ok=True)
-        self._file = (out / f"{stage}.jsonl").open("w")
+        self._path = out / f"{stage}.jsonl"
+        self._path.write_text("")
         self._write({"event": "begin", "stage": stage, "rehearse": rehearse})
 
     def add(self, **row: Any) -> None:
@@ -164,7 +165,6 @@ class Recorder:
     def close(self) -> None:
         """End the record."""
         self._write({"event": "end", "seconds": time.monotonic() - self._begin})
-        self._file.close()
 
     def _write(self, value: dict[str, Any]) -> None:
         # JSON has no NaN and no infinity.
@@ -174,9 +174,10 @@ class Recorder:
             else cell
             for name, cell in value.items()
         }
-        self._file.write(json.dumps(value, default=_plain) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._path.open("a") as file:
+            file.write(json.dumps(value, default=_plain) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,6 +59,22 @@ def test_padded_streams_equal_dense_where_it_serves(name):
         keys = spec.pattern.key_positions
         assert spec.window is None or not spec.pattern.static[keys].any()
         assert_equals_dense(spec)
+
+
+@pytest.mark.parametrize("name", ["333 of 333, full", "300 of 300, full"])
+def test_the_kernels_get_an_even_number_of_tokens(name, monkeypatch):
+    lengths = []
+    attend = jax.nn.dot_product_attention
+
+    def observed(q, k, v, **options):
+        lengths.extend(x.shape[1] for x in (q, k, v))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", observed)
+    spec = CAUSAL_SPECS[name]
+    out = call(spec.pattern, spec.window, *spec.random_inputs()[:3], None)
+    assert out.shape[1] == spec.queries
+    assert set(lengths) == {spec.keys + spec.keys % 2}
 
 
 def reason_for(spec):

@@ -6,8 +6,10 @@ tokenrec stream has its padding before or between valid tokens. So
 
 1. queries are put in place among the keys, since the kernels want as many of them;
 2. the valid tokens of each stream are moved to its front, in order, and counted;
-3. the kernel runs; what it leaves behind the end of a stream is set to 0;
-4. the output is moved back, and the queries are taken out of it.
+3. one more token fills up an odd number: JAX refuses the gradient of an odd number.
+   It comes last, so that causal order hides it;
+4. the kernel runs; what it leaves behind the end of a stream is set to 0;
+5. the output is moved back, and the queries are taken out of it.
 
 Step 2 changes no distance that a window counts, because padding stands before the
 events of a stream. A pattern that is more than causal order and a window is refused
@@ -62,12 +64,13 @@ def unsupported_reason(
             q, k, k, is_causal=True, implementation="cudnn"
         )
 
-    # Tracing the call is enough for JAX and cuDNN to refuse a dtype, a head width, a
-    # GPU or a library. Queries in the shape of the keys, as `cudnn_attention` makes
-    # them.
-    whole = jax.ShapeDtypeStruct(k.shape, k.dtype)
+    # Tracing the call and its gradient is enough for JAX and cuDNN to refuse a dtype, a
+    # head width, a number of tokens, a GPU or a library. Queries in the shape of the
+    # keys, as `cudnn_attention` makes them.
+    batch, tokens, heads, width = k.shape
+    whole = jax.ShapeDtypeStruct((batch, tokens + tokens % 2, heads, width), k.dtype)
     try:
-        jax.eval_shape(fused, whole, whole)
+        jax.eval_shape(lambda q, k: jax.vjp(fused, q, k)[0], whole, whole)
     except (RuntimeError, NotImplementedError, ValueError) as reason:
         return str(reason)
     return ""
@@ -115,7 +118,13 @@ def cudnn_attention(
             jnp.take_along_axis(x, order[..., None, None], axis=1)
             for x in (queries, k, v)
         )
-    # 3. A window of w keys is w - 1 keys to the left of the query and 0 to the right.
+    # 3. An even number of tokens.
+    tokens = k.shape[1]
+    if tokens % 2:
+        queries, k, v = (
+            jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (queries, k, v)
+        )
+    # 4. A window of w keys is w - 1 keys to the left of the query and 0 to the right.
     out = jax.nn.dot_product_attention(
         queries,
         k,
@@ -125,11 +134,11 @@ def cudnn_attention(
         key_value_seq_lengths=lengths,
         local_window_size=None if window is None else (window - 1, 0),
         implementation=kernels,
-    )
-    # 4. What a kernel leaves behind the end of a stream is not defined.
+    )[:, :tokens]
+    # 5. What a kernel leaves behind the end of a stream is not defined.
     if lengths is not None and order is not None:
         out = jnp.where(
-            (jnp.arange(k.shape[1]) < lengths[:, None])[..., None, None], out, 0
+            (jnp.arange(tokens) < lengths[:, None])[..., None, None], out, 0
         )
         out = jnp.take_along_axis(
             out, jnp.argsort(order, axis=1)[..., None, None], axis=1
