@@ -125,8 +125,9 @@ class Attention(nn.Module):
         k = self.rotate_keys(k).to(v.dtype).transpose(1, 2)
         v = v.transpose(1, 2)
         if self.flex:
-            # Compiled for a CPU (PyTorch 2.13), it misreads q and k that are not.
-            q, k = q.contiguous(), k.contiguous()
+            if q.device.type == "cpu":
+                # Compiled for a CPU by PyTorch 2.13, it misreads arrays that are not.
+                q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
             attended = flex(q, k, v, block_mask=self.blocks)
         else:
             causal = self.mask_kind == "causal"
