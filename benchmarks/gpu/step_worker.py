@@ -5,8 +5,8 @@
 Each library has the memory of the card to itself, and a crash takes nothing along. The
 process prepares what needs no memory: imports, and for ours the compilation. It then
 prints `{"ready": seconds}` and waits for a line `{"seconds": s, "profile": bool}` on its
-standard input. It runs, prints `{"row": {...}}` and perhaps `{"kernels": [...]}`, and
-ends. An error is `{"error": text}`.
+standard input. It runs, prints `{"row": {...}}`, perhaps `{"kernels": [...]}`, and
+`{"done": true}`. An error is `{"error": text}`.
 
 Steps are queued without waiting: a turn is about half a second of them. The median of
 the turns counts.
@@ -243,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from benchmarks.gpu.kernels import profile
 
             say({"kernels": profile(step, PROFILED_STEPS)})
+        say({"done": True})
     except Exception as error:  # noqa: BLE001 - a result like others
         text = " ".join(f"{type(error).__name__}: {error}".split())
         say({"error": text[:ERROR_CHARACTERS]})

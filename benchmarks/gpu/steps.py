@@ -106,8 +106,8 @@ class Worker:
         self._process.stdin.flush()
 
     def end(self) -> int:
-        """The exit status of a process that said nothing more."""
-        return self._process.wait(timeout=10)
+        """Wait for a process that has closed its output; returns its exit status."""
+        return self._process.wait(timeout=LONGEST_WAIT)
 
 
 class Steps:
@@ -133,6 +133,10 @@ class Steps:
         turns = 1.0 if self._recorder.rehearse else 3.0
         worker.start({"seconds": turns, "profile": profile})
         while (answer := worker.answer(self._recorder.remaining())) is not None:
+            if "done" in answer:
+                # It holds the memory of the card until it has ended.
+                worker.stop()
+                return
             if "error" in answer:
                 reason = answer["error"]
                 self._recorder.add(table="steps", **named, result=ERROR, reason=reason)
@@ -144,9 +148,8 @@ class Steps:
                 )
             if "row" in answer:
                 self._add(named, answer["row"])
-        if (code := worker.end()) != 0:
-            reason = f"the process ended with {code}"
-            self._recorder.add(table="steps", **named, result=ERROR, reason=reason)
+        reason = f"the process ended with {worker.end()}"
+        self._recorder.add(table="steps", **named, result=ERROR, reason=reason)
 
     def _add(self, named: dict[str, str], row: dict[str, Any]) -> None:
         case, library = named["case"], named["library"]
