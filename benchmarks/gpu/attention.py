@@ -16,6 +16,7 @@ whose shapes are those of models: static tokens, candidates, padding.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -170,6 +171,9 @@ def add_goals(recorder: Recorder, found: list[dict[str, Any]]) -> None:
 
 def measure(recorder: Recorder) -> None:
     """Add the rows of this stage."""
+    # JAX keeps the memory that it has once taken; PyTorch needs the rest. It is read
+    # when JAX first looks for devices.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
     tiny = recorder.rehearse
     sizes = REHEARSED_SIZES if tiny else SIZES
     lengths = REHEARSED_SEQ_LENS if tiny else SEQ_LENS

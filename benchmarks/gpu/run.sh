@@ -60,6 +60,9 @@ trap 'rm -rf "$work"' EXIT
 if [[ ${#flags[@]} -gt 0 ]]; then
   export JAX_PLATFORMS=cpu
   TOTAL=86400
+else
+  # JAX must not fall back to the CPU in silence, and comparisons need the CPU as well.
+  export JAX_PLATFORMS=cuda,cpu
 fi
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 # Processes of JAX and PyTorch share the card.
@@ -67,12 +70,16 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
 # Stages and their processes compile some programs alike.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$work/compiled}
 
+# These wheels need no more than to be unpacked, so that pip may be missing as well.
 if ! "$python" -c "import grain" 2>/dev/null; then
-  if ! "$python" -m pip install --quiet --no-index --no-deps --target "$work/site" benchmarks/gpu/wheels/*.whl; then
-    echo "grain is not installed, and benchmarks/gpu/wheels cannot replace it; run benchmarks/gpu/wheels.sh beforehand" >&2
+  for wheel in benchmarks/gpu/wheels/*.whl; do
+    "$python" -m zipfile -e "$wheel" "$work/site" || exit 2
+  done
+  export PYTHONPATH=$PYTHONPATH:$work/site
+  if ! "$python" -c "import grain"; then
+    echo "grain is not installed, and benchmarks/gpu/wheels does not help; run benchmarks/gpu/wheels.sh beforehand" >&2
     exit 2
   fi
-  export PYTHONPATH=$PYTHONPATH:$work/site
 fi
 
 page() {
