@@ -28,7 +28,7 @@ from tokenrec.state import ModelSpec, build_model
 
 CASES = ("lrm_1b", "uc_2048", "nio", "nio_4096")
 # What a rehearsal changes.
-TINY_MODEL = {"width": 32, "heads": 2, "ffn_width": 48}
+TINY_MODEL = {"width": 32, "heads": 2, "layers": 3, "scan": 3, "ffn_width": 48}
 TINY_EVENTS, TINY_BATCH, TINY_ROWS = 24, 2, 50
 
 
@@ -102,11 +102,8 @@ def _case(
             "overlap": min(config.data.overlap, TINY_EVENTS // 2),
         }
         windows = (16, 8) if config.model.windows else ()
-        # Enough layers for a loop over stacked weights, where the config has one.
-        layers = (
-            config.model.scan if config.model.layers >= 2 * config.model.scan else 4
-        )
-        config = with_model(config, **TINY_MODEL, windows=windows, layers=layers)
+        # Three full layers are a loop over stacked weights, as in `lrm_1b`.
+        config = with_model(config, **TINY_MODEL, windows=windows)
         tables = {name: min(rows, TINY_ROWS) for name, rows in schema.tables.items()}
         schema = dataclasses.replace(schema, tables=tables)
         # flex_attention has no backward pass on a CPU; one case rehearses compilation.

@@ -39,17 +39,18 @@ def block_mask(plan: LayerPlan) -> BlockMask:
     """The visible pairs of a layer as a block mask of flex_attention."""
     query, key = torch.tensor(plan.query_index), torch.tensor(plan.key_index)
     query_static = torch.tensor(plan.query_static)
-    key_shown = torch.tensor(~plan.key_static)
-    window = plan.window
+    # A full layer shows static keys too, and its window is wider than any distance.
+    full = plan.window is None
+    key_shown = torch.tensor(~plan.key_static | full)
+    # Arrays, not numbers: layers of one shape then share a compiled program.
+    window = torch.tensor(1 + plan.query_index.max() if full else plan.window)
 
     def see(
         batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> torch.Tensor:
         distance = query[q] - key[k]
-        seen = distance >= 0
-        if window is None:
-            return seen
-        return seen & (distance < window) & (query_static[q] | key_shown[k])
+        shown = query_static[q] | key_shown[k]
+        return (distance >= 0) & (distance < window) & shown
 
     return create_block_mask(
         see, None, None, len(query), len(key), device=str(query.device)
