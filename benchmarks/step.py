@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,14 +47,18 @@ from tokenrec.sharding import make_mesh
 TABLE_ROWS = (10_000, 100_000, 1_000_000, 10_000_000)
 
 
-def lookup_runs(rows: int, ids: int, *, dense: bool) -> Run:
+def lookup_step(rows: int, *, dense: bool) -> Callable[..., Any]:
     """The part of a step that touches the table: look up, differentiate, update.
 
     Args:
       rows: rows of the table.
-      ids: uniform ids that a step looks up.
       dense: update by the gradient of the whole table, by the same equation; otherwise
         row-wise AdaGrad of the rows that were looked up.
+
+    Returns:
+      A jitted function of the table `[rows, w]`, its AdaGrad sums `[rows]`, ids `[n]`
+      and the gradient of each looked-up row, `[n, w]`, to the new table and sums. The
+      old ones are donated.
     """
 
     def loss(vectors: jax.Array, target: jax.Array) -> jax.Array:
@@ -87,7 +91,18 @@ def lookup_runs(rows: int, ids: int, *, dense: bool) -> Run:
         sums = sums + jnp.mean(jnp.square(gradient), axis=-1)
         return table - 0.05 * gradient / (jnp.sqrt(sums)[:, None] + 1e-8), sums
 
-    step = jax.jit(update_whole if dense else update_by_row, donate_argnums=(0, 1))
+    return jax.jit(update_whole if dense else update_by_row, donate_argnums=(0, 1))
+
+
+def lookup_runs(rows: int, ids: int, *, dense: bool) -> Run:
+    """`lookup_step` on a table of its own.
+
+    Args:
+      rows: rows of the table.
+      ids: uniform ids that a step looks up.
+      dense: as in `lookup_step`.
+    """
+    step = lookup_step(rows, dense=dense)
     random = np.random.default_rng(0)
     pool = itertools.cycle(
         [

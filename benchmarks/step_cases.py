@@ -97,15 +97,20 @@ def step_runs(config: Config, schema: Schema) -> tuple[Run, Run]:
     return train_run, lambda: eval_fn(state, next(batches))
 
 
-def table_case(rows: int) -> tuple[Config, Schema]:
-    """A small model that looks up 20,736 items a step in a table of so many rows."""
+def table_case(rows: int, width: int = TABLE_WIDTH) -> tuple[Config, Schema]:
+    """A small model that looks up 20,736 items a step in a table.
+
+    Args:
+      rows: rows of the table.
+      width: their width.
+    """
     features = (
         Feature("item", "categorical", "item"),
         Feature("watched", "dense", "action"),
     )
     config = Config(
         data=DataConfig(path="-", events=80, batch_size=256),
-        tokens=TokensConfig(embedding_dim=TABLE_WIDTH, fused=True),
+        tokens=TokensConfig(embedding_dim=width, fused=True),
         model=ModelConfig(width=32, heads=2, layers=2, windows=(16, 8)),
     )
     return config, Schema(features, (Task("click"),), {"item": rows})

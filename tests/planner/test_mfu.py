@@ -12,7 +12,7 @@ from tokenrec.planner.mfu import mfu
     [
         ("TPU v5 lite", 197e12),
         ("TPU v5p", 459e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
     ],
 )
 def test_mfu_is_the_share_of_the_peak(device_kind, peak):

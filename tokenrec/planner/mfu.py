@@ -11,13 +11,20 @@ from __future__ import annotations
 from tokenrec.errors import InputError
 from tokenrec.planner.roofline import chip
 
-# Dense bfloat16 peaks of NVIDIA's data sheets, FLOPs per second, by
-# `jax.Device.device_kind`. Peaks of TPUs: `tokenrec/planner/roofline.py`.
+# Dense bfloat16 peaks, FLOPs per second, by `jax.Device.device_kind`. Peaks of TPUs:
+# `tokenrec/planner/roofline.py`. NVIDIA's data sheets of the A100, H100 and H200 give
+# the Hopper figures with sparsity, twice as high: 1,979 TFLOP/s for H100 SXM and H200,
+# 1,671 for H100 NVL, 1,513 for H100 PCIe. 989.4 is the dense figure of the white paper
+# "NVIDIA H100 Tensor Core GPU Architecture".
 GPU_PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H100 PCIe": 756.5e12,
+    "NVIDIA H200": 989.4e12,
 }
 
 

@@ -15,8 +15,10 @@ from benchmarks.attention_specs import (
 )
 from tests.ops.attention.compare import differences_from_dense
 from tokenrec.errors import InputError
+from tokenrec.models.backbones.stacking import apply_remat
 from tokenrec.ops.attention import attention
 from tokenrec.ops.attention.cudnn import (
+    FORWARD_PRIMITIVE,
     MIN_QUERY_SHARE,
     cudnn_attention,
     unsupported_reason,
@@ -80,6 +82,29 @@ def test_the_kernels_get_an_even_number_of_tokens(name, monkeypatch):
 def reason_for(spec):
     q, k, _, _ = spec.replace(dtype="bfloat16", valid=None).arrays()
     return unsupported_reason(q, k, spec.pattern, spec.window)
+
+
+@pytest.mark.parametrize(("remat", "forward_passes"), [("dots", 1), ("full", 2)])
+def test_remat_of_dots_keeps_the_result_of_the_kernel(
+    remat, forward_passes, monkeypatch
+):
+    fused = "jax._src.cudnn.fused_attention_stablehlo"
+    # The program is traced, and never compiled: neither library nor GPU is needed.
+    monkeypatch.setattr(f"{fused}.check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(f"{fused}.check_compute_capability", lambda capability: True)
+
+    def block(x):
+        return jax.nn.dot_product_attention(
+            x, x, x, is_causal=True, implementation="cudnn"
+        )
+
+    def loss(x):
+        return jnp.sum(jnp.square(apply_remat(block, remat)(x)))
+
+    program = str(
+        jax.make_jaxpr(jax.grad(loss))(jnp.zeros((1, 8, 2, 64), jnp.bfloat16))
+    )
+    assert program.count(f"= {FORWARD_PRIMITIVE}[") == forward_passes
 
 
 def test_what_it_cannot_serve_is_refused_with_a_reason():

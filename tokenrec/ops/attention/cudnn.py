@@ -29,6 +29,10 @@ from tokenrec.ops.attention.pattern import Pattern
 # Least queries per key. Step 1 makes a query of every key, at its cost; below this
 # share the tiles of XLA do less.
 MIN_QUERY_SHARE = 0.5
+# Name of JAX's primitive for the forward kernel. Its outputs, the result and the sums
+# of the softmax, are what the backward kernel needs. They cannot be named
+# (`ATTENTION_RESULT`): they are made inside of `jax.nn`.
+FORWARD_PRIMITIVE = "dot_product_attention_fwd_wrapper"
 
 
 def unsupported_reason(
