@@ -1,9 +1,9 @@
 """Softmax attention for TPUs, GPUs and CPUs: one entry point, several implementations.
 
 Start with `attention` in `tokenrec.ops.attention.api`; `pattern` defines which tokens
-see which, `dense` is the reference, `blocked` (with `bands` and `tiles`), `cudnn`,
-`triton` (with `triton_calls`, `triton_kernels` and `key_runs`) and `splash` (with
-`span_mask`) skip what is not visible.
+see which, `dense` is the reference, `blocked` (with `bands`, `band_chunks`,
+`band_passes` and `tiles`), `cudnn`, `triton` (with `triton_calls`, `triton_kernels` and
+`key_runs`) and `splash` (with `span_mask`) skip what is not visible.
 """
 
 from tokenrec.ops.attention.api import (

@@ -35,6 +35,7 @@ import jax
 from tokenrec.errors import InputError, suggest
 from tokenrec.ops.attention import blocked, cudnn, dense, splash, triton
 from tokenrec.ops.attention.pattern import ATTENTION_RESULT, Pattern, causal_pattern
+from tokenrec.ops.attention.platform import current_platform
 from tokenrec.sharding import RULES
 
 __all__ = [
@@ -109,21 +110,6 @@ class Choice(NamedTuple):
 
     name: str
     refused: dict[str, str]
-
-
-def current_platform() -> str:
-    """Name the platform of the mesh in use, or of this process if there is no mesh.
-
-    The mesh may be that of a described pod, on which nothing runs.
-
-    Returns:
-      "cpu", "gpu" or "tpu", or JAX's name of another platform.
-    """
-    # A mesh of devices that only a topology describes has a platform, and this process
-    # need not have it.
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
-    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def implementations_of(platform: str) -> tuple[str, ...]:

@@ -18,33 +18,25 @@ order, a span is about w + t keys wide, and the work is linear in the length:
     tile 2           [-----]
     tile 3               [-----]
 
-`plan_band` finds offset, stride and width from a `Pattern`, in NumPy. `band_forward`
-and `band_backward` compute attention and its gradients; the backward pass forms the
-logits again (`tokenrec.ops.attention.softmax`).
+`plan_band` finds offset, stride and width from a `Pattern`, in NumPy;
+`tokenrec.ops.attention.band_passes` computes attention and its gradients.
 
-Shape letters: G streams times heads, Q queries, K keys, n tiles, t queries of a tile,
-u = width keys of a span, h width of a head.
+Shape letters: Q queries, K keys, n tiles, t queries of a tile, u = width keys of a span.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tokenrec.ops.attention.dense import MASKED
 from tokenrec.ops.attention.pattern import (
     FILL_KEY,
     FILL_QUERY,
     Pattern,
     TokenAttributes,
-    is_visible,
     take_or_fill,
 )
-from tokenrec.ops.attention.softmax import tile_gradients
 
 # Queries of a tile. Taller tiles hold more logits outside of the window, shorter ones
 # make the matrix products small.
@@ -86,8 +78,8 @@ class BandPlan(NamedTuple):
 
     @property
     def live_logits(self) -> int:
-        """Logits of one stream and head that are in memory together: all."""
-        return self.logits
+        """Logits of one stream and head that are in memory together: one tile."""
+        return self.tile * self.width
 
 
 def plan_band(pattern: Pattern, window: int) -> BandPlan | None:
@@ -168,173 +160,3 @@ def _visible_ranges(
     )
     first = np.where(low < shared, np.minimum(low, itself), np.minimum(own_low, itself))
     return first, itself
-
-
-def _to_tiles(x: jax.Array, plan: BandPlan) -> jax.Array:
-    """Cut queries `[G, Q, ...]` into tiles `[G, n, t, ...]`; zeros fill the last."""
-    x = jnp.pad(
-        x, ((0, 0), (0, plan.tiles * plan.tile - x.shape[1]), *[(0, 0)] * (x.ndim - 2))
-    )
-    return x.reshape(x.shape[0], plan.tiles, plan.tile, *x.shape[2:])
-
-
-def _from_tiles(x: jax.Array, queries: int) -> jax.Array:
-    """Join tiles `[G, n, t, ...]` to `[G, Q, ...]`, without the fill."""
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :queries]
-
-
-def _to_spans(x: jax.Array, plan: BandPlan) -> jax.Array:
-    """Copy keys `[G, K, ...]` into the spans of the tiles, `[G, n, u, ...]`.
-
-    Zeros stand where there is no key.
-    """
-    # 1. Lay the keys from `offset` on out over the n + strides - 1 strides that the
-    #    spans cover together.
-    covered = (plan.tiles + plan.strides - 1) * plan.stride
-    before = max(0, -plan.offset)
-    x = x[:, max(0, plan.offset) :][:, : covered - before]
-    x = jnp.pad(
-        x, ((0, 0), (before, covered - before - x.shape[1]), *[(0, 0)] * (x.ndim - 2))
-    )
-    by_stride = x.reshape(x.shape[0], -1, plan.stride, *x.shape[2:])
-    # 2. Span i is strides i, i + 1, ...: the a-th strides of all spans are one slice.
-    return jnp.concatenate(
-        [by_stride[:, a : a + plan.tiles] for a in range(plan.strides)], axis=2
-    )
-
-
-def _add_spans(x: jax.Array, plan: BandPlan, keys: int) -> jax.Array:
-    """Sum spans `[G, n, u, ...]` by key, `[G, K, ...]`; transposes `_to_spans`."""
-    unpadded = [(0, 0)] * (x.ndim - 2)
-    # 1. Shift the a-th strides of all spans to where they belong, and add.
-    parts = enumerate(jnp.split(x, plan.strides, axis=2))
-    by_stride = (
-        jnp.pad(part, ((0, 0), (a, plan.strides - 1 - a), *unpadded))
-        for a, part in parts
-    )
-    x = functools.reduce(jnp.add, by_stride)
-    # 2. Cut off what stands before and behind the keys; keys that no span covers get 0.
-    before = max(0, plan.offset)
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, max(0, -plan.offset) :]
-    x = x[:, : keys - before]
-    return jnp.pad(x, ((0, 0), (before, keys - before - x.shape[1]), *unpadded[1:]))
-
-
-def band_mask(plan: BandPlan) -> jax.Array:
-    """Compute the keys of its span that each query sees, `[n, t, u] bool`.
-
-    Padding is not taken into account.
-    """
-    # The barriers keep XLA from folding a mask of the stream's length into the program,
-    # and from comparing the attributes again for every stream and head.
-    query, key = jax.lax.optimization_barrier(
-        jax.tree.map(jnp.asarray, (plan.query, plan.key))
-    )
-    column = query.map(lambda field: field[:, :, None])
-    line = key.map(lambda field: field[:, None, :])
-    return jax.lax.optimization_barrier(is_visible(column, line, plan.window))
-
-
-def _masked_logits(
-    plan: BandPlan, seen: jax.Array, q: jax.Array, k: jax.Array, valid: jax.Array | None
-) -> jax.Array:
-    """Compute masked logits `[G, n, t, u] float32` of tiles `q` and spans `k`.
-
-    A query that sees nothing, which only padding does, has equal logits and is not NaN.
-
-    Args:
-      plan: the plan.
-      seen: `[n, t, u] bool`, of `band_mask`.
-      q: `[G, n, t, h]`.
-      k: `[G, n, u, h]`.
-      valid: `[G, K] bool`, or None.
-    """
-    logits = jnp.einsum("gnqd,gnkd->gnqk", q, k, preferred_element_type=jnp.float32)
-    if valid is not None:
-        seen = seen & _to_spans(valid, plan)[:, :, None, :]
-    return jnp.where(seen, logits, MASKED)
-
-
-def band_forward(
-    plan: BandPlan,
-    seen: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    valid: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Compute attention over the band.
-
-    Args:
-      plan: the plan.
-      seen: `[n, t, u] bool`, of `band_mask`.
-      q: `[G, Q, h]`, scaled.
-      k: `[G, K, h]`.
-      v: `[G, K, h]`.
-      valid: `[G, K] bool`, keys that are not padding; None: all.
-
-    Returns:
-      The output `[G, Q, h]` in the dtype of `q`, and the log of the softmax's
-      denominator `[G, Q] float32`, which the backward pass needs.
-    """
-    logits = _masked_logits(plan, seen, _to_tiles(q, plan), _to_spans(k, plan), valid)
-    maximum = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - maximum)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    spans = _to_spans(v, plan)
-    # Divided after the product: t x h quotients in place of t x u.
-    out = (
-        jnp.einsum(
-            "gnqk,gnkd->gnqd",
-            weights.astype(v.dtype),
-            spans,
-            preferred_element_type=jnp.float32,
-        )
-        / total
-    )
-    log_sum = (maximum + jnp.log(total))[..., 0]
-    queries = q.shape[1]
-    return _from_tiles(out.astype(q.dtype), queries), _from_tiles(log_sum, queries)
-
-
-def band_backward(
-    plan: BandPlan,
-    seen: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    valid: jax.Array | None,
-    log_sum: jax.Array,
-    output_dot_gradient: jax.Array,
-    gradient: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute the gradients of q, k and v over the band.
-
-    Args:
-      plan: the plan.
-      seen: `[n, t, u] bool`, of `band_mask`.
-      q: `[G, Q, h]`, scaled.
-      k: `[G, K, h]`.
-      v: `[G, K, h]`.
-      valid: `[G, K] bool`, keys that are not padding; None: all.
-      log_sum: `[G, Q] float32`, from `band_forward`.
-      output_dot_gradient: `[G, Q] float32`, sum of output times gradient over h.
-      gradient: `[G, Q, h]`, of the output.
-
-    Returns:
-      Gradients of q `[G, Q, h]`, k `[G, K, h]` and v `[G, K, h]`, float32.
-    """
-    q_tiles, gradient_tiles, log_sum_tiles, dot_tiles = (
-        _to_tiles(x, plan) for x in (q, gradient, log_sum, output_dot_gradient)
-    )
-    k_spans, v_spans = _to_spans(k, plan), _to_spans(v, plan)
-    logits = _masked_logits(plan, seen, q_tiles, k_spans, valid)
-    d_q, d_k, d_v = tile_gradients(
-        logits, log_sum_tiles, dot_tiles, q_tiles, k_spans, v_spans, gradient_tiles
-    )
-    keys = k.shape[1]
-    return (
-        _from_tiles(d_q, q.shape[1]),
-        _add_spans(d_k, plan, keys),
-        _add_spans(d_v, plan, keys),
-    )

@@ -4,15 +4,16 @@ How it works. A static plan, found at trace time from the `Pattern`, says which 
 logits hold a visible pair of tokens:
 
 - a sliding layer is a *band*: every tile of queries meets one span of keys, and spans
-  advance by a fixed stride (`tokenrec.ops.attention.bands`);
+  advance by a fixed stride (`tokenrec.ops.attention.bands`, computed in chunks by
+  `band_passes`);
 - any other pattern is a *list of key tiles* for every tile of queries
   (`tokenrec.ops.attention.tiles`).
 
 Both keep the output o and the logarithm L of the softmax's denominator from the forward
 pass, and form the weights `exp(s - L)` again in the backward pass, so that memory is
-linear in the length (Dao et al. 2022, "FlashAttention", arXiv 2205.14135). This module
-chooses the plan, joins streams and heads into one dimension, and ties the two passes
-together with a custom derivative.
+linear in the length (Dao et al. 2022, "FlashAttention", arXiv 2205.14135). A band on a
+CPU keeps o alone. This module chooses the plan, takes groups of streams, and ties the
+two passes together with a custom derivative.
 
 Shape letters: B streams, H heads, G = B x H, Q queries, K keys, h width of a head.
 """
@@ -27,14 +28,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from tokenrec.ops.attention.bands import (
-    BandPlan,
-    band_backward,
-    band_forward,
-    band_mask,
-    plan_band,
-)
+from tokenrec.ops.attention.band_chunks import stream_logits
+from tokenrec.ops.attention.band_passes import band_backward, band_forward, band_mask
+from tokenrec.ops.attention.bands import BandPlan, plan_band
 from tokenrec.ops.attention.pattern import ATTENTION_RESULT, Pattern
+from tokenrec.ops.attention.platform import current_platform
 from tokenrec.ops.attention.tiles import (
     TilePlan,
     plan_tiles,
@@ -144,14 +142,21 @@ def _forward(
     k: jax.Array,
     v: jax.Array,
     valid: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Compute the output `[B, Q, H, h]` and L `[G, Q] float32`."""
+) -> tuple[jax.Array, jax.Array | None]:
+    """Compute the output `[B, Q, H, h]`, and L in the plan's own shape, or None."""
     if isinstance(plan, BandPlan):
-        compute = functools.partial(band_forward, plan, band_mask(plan))
-    else:
-        compute = functools.partial(tile_forward, plan)
-    inputs = _merged_inputs(q, k, v, valid)
-    out, log_sum = _map_groups(compute, plan.live_logits, inputs)
+        return _map_groups(
+            functools.partial(
+                band_forward, plan, band_mask(plan), GROUP_LOGITS, _keeps_log_sum()
+            ),
+            stream_logits(plan, q.shape[2], GROUP_LOGITS),
+            (q, k, v, valid),
+        )
+    out, log_sum = _map_groups(
+        functools.partial(tile_forward, plan),
+        plan.live_logits,
+        _merged_inputs(q, k, v, valid),
+    )
     return _split_heads(out, q), log_sum
 
 
@@ -167,11 +172,23 @@ def _backward(
       residuals: q, k, v, valid, output and L, from the forward pass.
       gradient: `[B, Q, H, h]`, of the output.
     """
-    q, k, v, valid, out, log_sum = residuals
     if isinstance(plan, BandPlan):
-        compute = functools.partial(band_backward, plan, band_mask(plan))
+        d_q, d_k, d_v = _map_groups(
+            functools.partial(band_backward, plan, band_mask(plan), GROUP_LOGITS),
+            stream_logits(plan, gradient.shape[2], GROUP_LOGITS),
+            (*residuals, gradient),
+        )
     else:
-        compute = functools.partial(tile_backward, plan)
+        d_q, d_k, d_v = _tile_backward(plan, residuals, gradient)
+    q, k, v = residuals[:3]
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+def _tile_backward(
+    plan: TilePlan, residuals: tuple[Any, ...], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute what `_backward` does, over tiles."""
+    q, k, v, valid, out, log_sum = residuals
     # D of the backward pass: one sum over h in place of one over all keys.
     output_dot_gradient = jnp.sum(
         _merge_heads(out).astype(jnp.float32)
@@ -184,13 +201,24 @@ def _backward(
         output_dot_gradient,
         _merge_heads(gradient),
     )
-    d_q, d_k, d_v = _map_groups(compute, plan.live_logits, inputs)
+    d_q, d_k, d_v = _map_groups(
+        functools.partial(tile_backward, plan), plan.live_logits, inputs
+    )
     # The passes saw scaled queries: d(q) = scale * d(scale * q).
     return (
         _split_heads(d_q * _scale(q), q),
         _split_heads(d_k, k),
         _split_heads(d_v, v),
     )
+
+
+def _keeps_log_sum() -> bool:
+    """Whether sliding layers keep L for the backward pass.
+
+    A CPU computes the forward pass as one kernel if the output is its only result;
+    forming L again costs it less than the kernels of the forward pass taken apart.
+    """
+    return current_platform() != "cpu"
 
 
 def _scale(q: jax.Array) -> float:

@@ -27,6 +27,32 @@ import jax
 import jax.numpy as jnp
 
 
+def logit_gradients(
+    weights: jax.Array,
+    output_dot_gradient: jax.Array,
+    v: jax.Array,
+    gradient: jax.Array,
+) -> jax.Array:
+    """Compute the gradients of the logits of one tile: d(s).
+
+    Leading dimensions (`...`) are streams, heads and tiles; t counts the queries of a
+    tile and u its keys.
+
+    Args:
+      weights: `[..., t, u] float32`: p.
+      output_dot_gradient: `[..., t] float32`: D.
+      v: `[..., u, h]`.
+      gradient: `[..., t, h]`, of the output: g.
+
+    Returns:
+      `[..., t, u]` in the dtype of `v`, as operands of products are.
+    """
+    d_weights = jnp.einsum(
+        "...qd,...kd->...qk", gradient, v, preferred_element_type=jnp.float32
+    )
+    return (weights * (d_weights - output_dot_gradient[..., None])).astype(v.dtype)
+
+
 def tile_gradients(
     logits: jax.Array,
     log_sum: jax.Array,
@@ -37,9 +63,6 @@ def tile_gradients(
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute what one tile adds to the gradients of q, k and v.
-
-    Leading dimensions (`...`) are streams, heads and tiles; t counts the queries of a
-    tile and u its keys.
 
     Args:
       logits: `[..., t, u] float32`, masked: s.
@@ -54,12 +77,9 @@ def tile_gradients(
       d(q) `[..., t, h]`, d(k) `[..., u, h]` and d(v) `[..., u, h]`, float32.
     """
     weights = jnp.exp(logits - log_sum[..., None])
-    d_weights = jnp.einsum(
-        "...qd,...kd->...qk", gradient, v, preferred_element_type=jnp.float32
-    )
     # Products take operands in the dtype of q, as the forward pass does, and add up in
     # float32.
-    d_logits = (weights * (d_weights - output_dot_gradient[..., None])).astype(q.dtype)
+    d_logits = logit_gradients(weights, output_dot_gradient, v, gradient)
     d_v = jnp.einsum(
         "...qk,...qd->...kd",
         weights.astype(q.dtype),
