@@ -13,9 +13,11 @@ when a function is traced, on eight virtual CPU devices as on a pod.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
@@ -214,3 +216,47 @@ def to_host(tree: Any) -> Any:
 
 def _identity[T](tree: T) -> T:
     return tree
+
+
+def on_each_device(
+    local: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
+) -> Callable[..., Any]:
+    """Map a function over the devices of the mesh in use.
+
+    Args:
+      local: a function of the arrays of one device; it may use collectives. Values that
+        it leaves equal along an axis are not checked to be so.
+      in_specs: partitions of its arguments, each for all arrays of an argument or tree.
+      out_specs: partitions of its results.
+    """
+
+    def on_all(*arguments: Any) -> Any:
+        arrays, tree = jax.tree.flatten(arguments)
+        specs = jax.tree.leaves(jax.tree.broadcast(in_specs, arguments))
+        # Arrays without an entry are made on the device: jaxlib 0.11.2 crashes as it
+        # compiles a map that joins one to others.
+        own = jax.sharding.get_abstract_mesh()
+        empty = {
+            place: (jax.NamedSharding(own, spec).shard_shape(array.shape), array.dtype)
+            for place, (array, spec) in enumerate(zip(arrays, specs, strict=True))
+            if not array.size
+        }
+
+        def of_held(*held: jax.Array) -> Any:
+            rest = iter(held)
+            leaves = [
+                jnp.zeros(*empty[place]) if place in empty else next(rest)
+                for place in range(len(arrays))
+            ]
+            return local(*jax.tree.unflatten(tree, leaves))
+
+        held = [place for place in range(len(arrays)) if place not in empty]
+        mapped = jax.shard_map(
+            of_held,
+            in_specs=tuple(specs[place] for place in held),
+            out_specs=out_specs,
+            check_vma=False,
+        )
+        return mapped(*(arrays[place] for place in held))
+
+    return on_all

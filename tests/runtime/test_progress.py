@@ -37,6 +37,9 @@ class Clock:
 def use_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     # Not a fixture: pytest sets stderr anew between the setup of a test and its call.
     screen = Terminal()
+    # The size of the terminal that runs the tests, which a library may have set.
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "stderr", screen)
     return screen
 

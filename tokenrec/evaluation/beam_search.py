@@ -24,7 +24,7 @@ import numpy as np
 
 from tokenrec.errors import InputError
 from tokenrec.evaluation.trie import Level, Trie
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, on_each_device
 
 NO_ITEM = -1
 # Sorts behind every item.
@@ -242,9 +242,7 @@ def _per_request[T](
     )
     level = jax.tree.map(lambda x: jax.sharding.reshard(x, RULES(None)), level)
     split, whole = RULES("batch"), RULES()
-    return jax.shard_map(
-        compute, in_specs=(split, whole), out_specs=split, check_vma=False
-    )(requests, level)
+    return on_each_device(compute, (split, whole), split)(requests, level)
 
 
 def _zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -43,10 +43,9 @@ from tokenrec.ops.tables.routing import (
     batch_spec,
     find_buckets,
     my_owners,
-    on_each_device,
     rank_in_bucket,
 )
-from tokenrec.sharding import AXES, RULES
+from tokenrec.sharding import AXES, RULES, on_each_device
 
 # Scope of the loops that run only where a bucket overflows. The planner, which reads it
 # in the compiled program, does not count them.

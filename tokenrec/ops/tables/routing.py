@@ -21,15 +21,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tokenrec.ops.tables.storage import check_owners, to_storage_index
-from tokenrec.sharding import AXES, RULES
+from tokenrec.sharding import AXES, RULES, on_each_device
 
 # Mesh axes that split the batch into batch shards, and the one inside a batch shard.
 BATCH_AXES = ("data", "fsdp")
@@ -103,21 +103,6 @@ def plan_exchange(rows: int, ids: int) -> ExchangePlan:
     return ExchangePlan(rows, batch_shards, shard_devices, min(ids_each, capacity))
 
 
-def on_each_device(
-    local: Callable[..., Any], in_specs: Any, out_specs: Any
-) -> Callable[..., Any]:
-    """Map a function over the devices of the mesh.
-
-    Args:
-      local: a function of the arrays of one device; it may use collectives.
-      in_specs: partitions of its arguments.
-      out_specs: partitions of its results.
-    """
-    # Collectives here leave values equal along `tensor` in ways that the check of
-    # varying axes cannot see.
-    return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
 def batch_spec(dimensions: int) -> PartitionSpec:
     """Partition of an array whose first dimension is split as the batch."""
     return RULES("batch", *[None] * (dimensions - 1))
@@ -140,18 +125,6 @@ def route_ids(
       The route, and for each array of ids an array `[B, ...] int32`: which of the
       shard's distinct rows each id is.
     """
-    # Arrays without an entry, as of a feature that a split has no events of, stay out
-    # of the map: jaxlib 0.11.2 crashes as it compiles one that joins them to others.
-    held = [array for array in ids if array.size] or list(ids)
-    route, inverses = _route_held_ids(plan, held)
-    found = iter(inverses)
-    return route, [next(found) if array.size else array for array in ids]
-
-
-def _route_held_ids(
-    plan: ExchangePlan, ids: Sequence[jax.Array]
-) -> tuple[RowRoute, list[jax.Array]]:
-    """Do the work of `route_ids` for arrays that have entries."""
 
     def local(*ids: jax.Array) -> tuple[RowRoute, list[jax.Array]]:
         """Route the ids of one device, `[B / S, ...]` each, to indices `[u]`."""
