@@ -16,7 +16,7 @@ set -u
 
 # Stages with their seconds; with the page they add up to TOTAL.
 STAGES=(limits correctness attention steps tables train)
-declare -A BUDGETS=([limits]=45 [correctness]=130 [attention]=130 [steps]=120 [tables]=40 [train]=65)
+declare -A BUDGETS=([limits]=35 [correctness]=100 [attention]=110 [steps]=180 [tables]=40 [train]=65)
 TOTAL=540 LAST_PAGE=10
 # Seconds before its end at which a stage leaves out what it has not begun.
 MARGIN=10
