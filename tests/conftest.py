@@ -1,10 +1,13 @@
 """Every test runs on eight virtual CPU devices, and treats a warning as an error (pyproject.toml)."""
 
 import atexit
+import gc
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 # Tests compile many small programs that run once: quick compilation beats quick code.
 _FLAGS = (
@@ -21,6 +24,7 @@ if _COMPILED not in os.environ:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     atexit.register(shutil.rmtree, os.environ[_COMPILED], ignore_errors=True)
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
@@ -30,6 +34,23 @@ flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which nobody parses unde
 collect_ignore = (
     [] if importlib.util.find_spec("apache_beam") else ["data/beam/test_beam.py"]
 )
+
+
+# Every compiled program maps a few pieces of memory, and Linux gives a process 65,530; beyond that, compiling crashes.
+_MEMORY_MAPS = Path("/proc/self/maps")
+_MANY_MAPS = 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drop_compiled_programs() -> Iterator[None]:
+    """Drop the programs of earlier modules where a worker holds very many."""
+    yield
+    if _MEMORY_MAPS.exists():
+        with _MEMORY_MAPS.open() as maps:
+            count = sum(1 for _ in maps)
+        if count > _MANY_MAPS:
+            jax.clear_caches()
+            gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

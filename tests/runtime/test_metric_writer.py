@@ -301,9 +301,11 @@ def test_a_fault_of_tensorboard_s_file_does_not_end_or_stop_the_run(tmp_path, ca
     ):
         (_, tensorboard) = log._writers
         # Its thread writes to a disk that is full from now on.
-        inner = tensorboard._events._events._py_recordio_writer
-        inner._writer.close()
-        inner._writer = full
+        events = tensorboard._events._events
+        # Under the lock, as the thread may be about to flush.
+        with events._lock:
+            events._py_recordio_writer._writer.close()
+            events._py_recordio_writer._writer = full
         # More than the queue of the thread holds. In a thread: a write that waits for
         # room would never end.
         training = threading.Thread(
