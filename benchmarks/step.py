@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,7 @@ from benchmarks.step_cases import (
     table_case,
 )
 from benchmarks.timing import Run, paired_ratio, take_turns
+from tokenrec import micro_batches
 from tokenrec.config import Config, MeshConfig
 from tokenrec.ops.tables.lookup import (
     RowsState,
@@ -158,15 +161,23 @@ def bench_streams(cases: dict[str, Config], repeats: int) -> Iterator[dict[str, 
     In NIO these are samples.
 
     Args:
-      cases: name -> config; ratios are to the first one.
+      cases: name -> config; ratios are to the first one, which is timed as a whole
+        batch, too.
       repeats: turns of each.
     """
     schema = stream_schema()
     runs: dict[str, Run] = {}
     for name, config in cases.items():
         runs[f"train {name}"], runs[f"eval {name}"] = step_runs(config, schema)
-    seconds = take_turns(runs, repeats)
     base = next(iter(cases))
+    # The same program without the split that keeps to the caches.
+    whole = f"{base}, whole batch"
+    with mock.patch.object(micro_batches, "CACHED_NUMBERS", sys.maxsize):
+        runs[f"train {whole}"], runs[f"eval {whole}"] = step_runs(cases[base], schema)
+        # Compiled here: afterwards the split is back.
+        jax.block_until_ready((runs[f"train {whole}"](), runs[f"eval {whole}"]()))
+    cases = {base: cases[base], whole: cases[base]} | cases
+    seconds = take_turns(runs, repeats)
     for name, config in cases.items():
         user_centric = config.data.paradigm == "uc"
         labelled = config.data.events if user_centric else config.data.candidates

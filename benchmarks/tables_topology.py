@@ -31,9 +31,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.exchange_step import exchange_step
 from benchmarks.report import run_script, write_result
 from tokenrec.config import MeshConfig
-from tokenrec.ops.tables import exchange, routing, storage
+from tokenrec.ops.tables import storage
 from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.planner.hlo import read_program
 from tokenrec.planner.roofline import chip, network_seconds
@@ -63,24 +64,7 @@ def by_exchange(
     Returns:
       The new table and state.
     """
-    plan = routing.plan_exchange(table.shape[0], ids.size)
-    route, (inverse,) = routing.route_ids(plan, [ids])
-    rows = exchange.fetch_rows(plan, table, route)
-    gradients = jax.grad(
-        lambda rows: loss(exchange.expand_rows(rows, inverse), targets)
-    )(rows)
-    collected = exchange.collect_gradients(plan, route, gradients)
-    return exchange.update_owned_rows(
-        plan,
-        table,
-        RowsState(sums),
-        route,
-        gradients,
-        collected,
-        rate=jnp.float32(RATE),
-        decay=0.0,
-        apply=jnp.bool_(True),
-    )
+    return exchange_step(table, sums, ids, lambda rows: loss(rows, targets), RATE)[1:]
 
 
 def by_xla(

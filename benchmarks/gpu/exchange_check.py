@@ -8,54 +8,19 @@ float32 rounding, 2e-7 relative measured on a CPU.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.exchange_step import exchange_step
 from benchmarks.gpu.record import FAIL, PASS, Recorder
 from benchmarks.gpu.reference import relative_error
 from tokenrec.config import MeshConfig
-from tokenrec.ops.tables import exchange, routing
-from tokenrec.ops.tables.lookup import RowsState
-from tokenrec.ops.tables.routing import ExchangePlan, plan_exchange
 from tokenrec.ops.tables.storage import CYCLE, to_storage_index
 from tokenrec.sharding import RULES, make_mesh
 
 TABLE = "exchange on one device"
 RATE, TOLERANCE = 0.1, 1e-5
-
-
-def step(
-    plan: ExchangePlan, table: jax.Array, sums: jax.Array, ids: Any, target: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Look up `ids`, take the gradient of `sum(rows * target)`, and update.
-
-    Returns:
-      The row of every id, and the new table and AdaGrad sums as they are stored.
-    """
-    route, (inverse,) = routing.route_ids(plan, [ids])
-    rows = exchange.fetch_rows(plan, table, route)
-
-    def loss(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        vectors = exchange.expand_rows(rows, inverse)
-        return jnp.sum(vectors * target), vectors
-
-    gradients, vectors = jax.grad(loss, has_aux=True)(rows)
-    collected = exchange.collect_gradients(plan, route, gradients)
-    table, state = exchange.update_owned_rows(
-        plan,
-        table,
-        RowsState(sums),
-        route,
-        gradients,
-        collected,
-        rate=jnp.float32(RATE),
-        decay=0.0,
-        apply=jnp.bool_(True),
-    )
-    return vectors, table, state.sum
 
 
 def plain_update(
@@ -90,8 +55,12 @@ def compare(recorder: Recorder) -> None:
             jax.device_put(array, jax.NamedSharding(mesh, RULES(*names)))
             for array, names in zip(inputs, axes, strict=True)
         ]
-        plan = plan_exchange(rows, count)
-        vectors, new_table, new_sums = jax.jit(step, static_argnums=0)(plan, *placed)
+        vectors, new_table, state = jax.jit(
+            # The gradient of every looked-up row is its target.
+            lambda table, sums, ids, target: exchange_step(
+                table, sums, ids, lambda vectors: jnp.sum(vectors * target), RATE
+            )
+        )(*placed)
     wrong = int(np.sum(np.asarray(vectors) != table[ids]))
     recorder.add(
         table=TABLE,
@@ -103,6 +72,6 @@ def compare(recorder: Recorder) -> None:
     moved = np.asarray(new_table)[order].astype(np.float64) - table
     for part, got, wanted in (
         ("update of the table", moved, expected - table),
-        ("AdaGrad sums", np.asarray(new_sums)[order], sums),
+        ("AdaGrad sums", np.asarray(state.sum)[order], sums),
     ):
         recorder.check(relative_error(got, wanted), TOLERANCE, table=TABLE, part=part)
