@@ -153,13 +153,13 @@ def _check_explicit(
     platform = current_platform()
     if name not in implementations_of(platform):
         raise InputError(
-            f"implementation={name!r} does not run on {platform}; "
-            f"use one of: {', '.join(implementations_of(platform))}"
+            f"model.attention (implementation=)={name!r} does not run on {platform}; "
+            f"use one of: {', '.join(implementations_of(platform))}, or 'auto'"
         )
     if reason := unsupported_reason(name, q, k, pattern, window):
         raise InputError(
-            f"implementation={name!r} cannot serve: {reason}; "
-            "leave it out to fall through to the next one"
+            f"model.attention (implementation=)={name!r} cannot serve: {reason}; "
+            "use 'auto' (None) for the first one that can"
         )
 
 
