@@ -154,7 +154,7 @@ def _check_explicit(
     if name not in implementations_of(platform):
         raise InputError(
             f"model.attention (implementation=)={name!r} does not run on {platform}; "
-            f"use one of: {', '.join(implementations_of(platform))}, or 'auto'"
+            f"use one of: {', '.join(implementations_of(platform))}"
         )
     if reason := unsupported_reason(name, q, k, pattern, window):
         raise InputError(
