@@ -128,7 +128,7 @@ class Dataset:
         chunks = self.num_chunks(split)
         if split not in self._chunk_lengths:
             name = f"{records.INDEX}/{split}.npy"
-            lengths = self._load_array(name)
+            lengths = self.read_array(name)
             if (
                 lengths.shape != (chunks,)
                 or lengths.dtype != np.int64
@@ -161,7 +161,7 @@ class Dataset:
         # computed again.
         if split in self._row_marks:
             return self._row_marks[split]
-        marks = self._load_array(name)
+        marks = self.read_array(name)
         dtype = marks_dtype(len(self.metadata.schema.tasks))
         if marks.shape != (rows,) or marks.dtype != dtype:
             raise InputError(
@@ -283,9 +283,14 @@ class Dataset:
         return Catalogue(whole.item_id, ids, dense, self._codes)
 
     def _load_items(self, name: str) -> np.ndarray:
-        return self._load_array(f"{ITEMS}/{name}.npy")
+        return self.read_array(f"{ITEMS}/{name}.npy")
 
-    def _load_array(self, name: str) -> np.ndarray:
+    def read_array(self, name: str) -> np.ndarray:
+        """Open a .npy file of the folder, its digest checked.
+
+        Raises:
+          InputError: it is missing or damaged.
+        """
         path = self._manifest.check(name)
         return read_with_retries(
             lambda: np.load(path, mmap_mode="r", allow_pickle=False),

@@ -20,6 +20,9 @@ SCORED = 2
 # LEARNED: training may use the known labels. Set for scored log rows of the training
 # split, and for events that are not scored but have a label.
 LEARNED = 4
+# On disk only. REPEATED: an earlier chunk or split of the user holds the row as well, so
+# that the rows without it are the rows of the log, each once.
+REPEATED = 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenrec.data import records
-from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED
+from tokenrec.data.interaction_log import EVENT, LEARNED, REPEATED, SCORED
 from tokenrec.data.preparation.chunks import (
     TRAIN,
     check_request_times,
@@ -115,6 +115,9 @@ def sort_and_deduplicate(
     # 2. Check and mark what can be known only when all rows of a user are together.
     row = partition["row"]
     check_request_times(partition["user"], row["time"], row["request"])
+    # Rows of an earlier data set are history, whatever they were there.
+    earlier = (row["flags"] & REPEATED) > 0
+    row["flags"][earlier] = EVENT | REPEATED
     learned = is_learned(partition["split"], row["flags"], row["labels"])
     row["flags"] |= learned * np.uint8(LEARNED)
 
@@ -128,6 +131,8 @@ def sort_and_deduplicate(
 
 def _count_rows(partition: np.ndarray, schema: Schema, counts: Counter[str]) -> None:
     """Count rows, impressions, events and positive labels of each split."""
+    # Rows of an earlier data set (`prepare --like`) were counted there.
+    partition = partition[(partition["row"]["flags"] & REPEATED) == 0]
     row = partition["row"]
     for number, name in enumerate(SPLITS):
         in_split = partition["split"] == number
@@ -162,7 +167,7 @@ def cut_into_chunks(
             # A copy, so that the flags set below change no other split.
             rows = row[chunks.rows]
             # A row that is history here must be neither scored nor learned again.
-            rows["flags"][chunks.history_only] = EVENT
+            rows["flags"][chunks.history_only] = EVENT | REPEATED
             chunk_user = user[chunks.rows[chunks.start[:-1]]]
             yield ChunkRun(name, rows, chunks.start, chunk_user)
 
