@@ -334,7 +334,7 @@ def test_a_run_refuses_a_data_set_of_the_same_sizes_whose_ids_stand_for_other_va
             check_schema(other, tmp_path)
         else:
             with pytest.raises(
-                InputError, match="values of the vocabularies|items of the catalogue"
+                InputError, match=r"values of the vocabularies|items of the catalogue"
             ):
                 check_schema(other, tmp_path)
 

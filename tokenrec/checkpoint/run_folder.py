@@ -295,7 +295,7 @@ def _may_change(field: str) -> bool:
 
 
 def check_schema(
-    schema: Schema, workdir: Path, *, compare_items: bool = True
+    schema: Schema, workdir: Path, *, compare_items: bool = True, like: str = ""
 ) -> Schema:
     """Check that a data set gives a run's model what it was trained on.
 
@@ -304,6 +304,8 @@ def check_schema(
       workdir: folder of the run.
       compare_items: whether its catalogue must have the items of the run's; a ranking
         model reads features of items alone.
+      like: `ids_digest` of the data set whose items the catalogue begins with. If it is
+        that of the run, more items may follow.
 
     Returns:
       The schema that the run was trained on.
@@ -317,6 +319,7 @@ def check_schema(
         trained = Schema.from_json(value)
     except InputError as error:
         raise InputError(f"the run's '{path}': {error}; restore the file") from error
+    compare_items = compare_items and not (like and like == trained.ids_digest)
     differences = list(schema_differences(trained, schema, compare_items=compare_items))
     if differences:
         listed = "\n  ".join(differences)
@@ -376,7 +379,12 @@ def open_model(workdir: Path, data: Path | None) -> tuple[ModelSpec, Dataset]:
     )
     # A ranking model has no weights for items of the catalogue, only for features.
     is_ranking = config.data.objective == "ranking"
-    schema = check_schema(dataset.schema, workdir, compare_items=not is_ranking)
+    schema = check_schema(
+        dataset.schema,
+        workdir,
+        compare_items=not is_ranking,
+        like=dataset.like_ids_digest,
+    )
     return build_model(config, schema, task_names(schema, config.data)), dataset
 
 

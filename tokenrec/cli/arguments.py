@@ -45,7 +45,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name a trained run, its checkpoint, and a split."""
     add_workdir_flag(parser, "folder of the run")
     parser.add_argument(
-        "--split", choices=SPLITS, required=True, help="split of the data set"
+        "--split",
+        choices=SPLITS,
+        help="split of the data set (default: the one that it has, if it has one alone)",
     )
     parser.add_argument(
         "--checkpoint",
