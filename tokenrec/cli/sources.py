@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from tokenrec.cli.arguments import day, whole_number
@@ -44,14 +44,20 @@ def _add_kuairand_flags(parser: Parser) -> None:
     parser.add_argument(
         "--valid-from",
         type=day,
-        required=True,
-        help="first day of the valid split, YYYY-MM-DD",
+        help="first day of the valid split, YYYY-MM-DD (not with --like)",
     )
     parser.add_argument(
         "--test-from",
         type=day,
-        required=True,
-        help="first day of the test split, YYYY-MM-DD",
+        help="first day of the test split, YYYY-MM-DD (not with --like)",
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("time_ms", "file"),
+        default="time_ms",
+        help="what day, hour and weekday of a row come from: time_ms in China's time, "
+        "or the columns of the file, which lag behind it and by which others have split "
+        "(default: %(default)s)",
     )
 
 
@@ -130,11 +136,37 @@ def _add_delimited_flags(parser: Parser) -> None:
     )
 
 
+def _check_split_flags(args: argparse.Namespace, needed: Sequence[str]) -> None:
+    """Check that the splits are given, or `--like`, which needs none.
+
+    Args:
+      args: parsed arguments.
+      needed: names of the arguments without which there is no split.
+
+    Raises:
+      InputError: a flag is missing, or there is one too many.
+    """
+    for name in ("valid_from", "test_from"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if args.like is not None and value is not None:
+            raise InputError(
+                f"{flag}={value} does not go with --like, under which all rows are of "
+                "split test; leave it out"
+            )
+        if args.like is None and value is None and name in needed:
+            raise InputError(
+                f"{flag} is missing: rows from this time on are not trained on; give it"
+            )
+
+
 def _kuairand(args: argparse.Namespace) -> Source:
     from tokenrec.data.sources import kuairand
 
+    _check_split_flags(args, ("valid_from", "test_from"))
     root = kuairand.fetch(args.download, args.root) if args.download else args.root
-    return kuairand.KuaiRandSource(root, args.valid_from, args.test_from)
+    return kuairand.KuaiRandSource(
+        root, args.valid_from, args.test_from, clock=args.clock
+    )
 
 
 def _complete_journey(args: argparse.Namespace) -> Source:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,20 +123,15 @@ class Like:
         items.go_on_from(keys, np.array(whole.ids), np.array(whole.dense))
 
     def resume(self, source: Source) -> None:
-        """Let a source go on from the totals at the end of this data set's log.
+        """Let a source that counts the past go on from the end of this data set's log.
 
         Raises:
-          InputError: the source counts the past and this data set has no totals of it.
+          InputError: the totals that this data set has are not those of the source.
         """
-        names = self.metadata.state["source"]
-        if not isinstance(source, StatefulSource):
-            return
-        if not names:
-            raise InputError(
-                f"the source '{source.provenance.name}' counts the past, and "
-                f"'{self._folder}' has no totals to go on from; prepare it again"
-            )
-        source.resume(self._arrays(names), self.last_time)
+        if isinstance(source, StatefulSource):
+            names = self.metadata.state["source"]
+            arrays = {n: self._dataset.read_array(f"{STATE}/{n}.npy") for n in names}
+            source.resume(arrays, self.last_time)
 
     def later_rows(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Keep the rows later than this data set, all of one split.
@@ -211,9 +206,6 @@ class Like:
             counts = lengths[split]
             yield from records.read_records(self._folder, split, counts, 0, sum(counts))
         yield from read_events(self._folder, self.metadata.state["events"])
-
-    def _arrays(self, names: list[str]) -> Mapping[str, np.ndarray]:
-        return {name: self._dataset.read_array(f"{STATE}/{name}.npy") for name in names}
 
 
 def _declared(schema: Schema) -> Schema:
