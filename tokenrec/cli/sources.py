@@ -56,7 +56,7 @@ def _add_kuairand_flags(parser: Parser) -> None:
         choices=("time_ms", "file"),
         default="time_ms",
         help="what day, hour and weekday of a row come from: time_ms in China's time, "
-        "or the columns of the file, which lag behind it and by which others have split "
+        "or the file's own columns, which differ from it and by which others have split "
         "(default: %(default)s)",
     )
 

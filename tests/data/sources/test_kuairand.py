@@ -151,14 +151,14 @@ def test_rows_carry_splits_labels_and_context(tmp_path: Path) -> None:
     assert np.isnan(rows["video_age_days"][~known]).all()
 
 
-def test_day_and_hour_come_from_the_time_and_not_from_the_columns_that_lag(
+def test_day_and_hour_come_from_the_time_and_not_from_columns_that_differ(
     tmp_path: Path,
 ) -> None:
     log = Log()
     folder = write(tmp_path, log)
     told = read(folder)
     lines = (folder / LOG).read_text().splitlines()
-    # The file's own columns lag, for clicked rows alone: some fall on the day before.
+    # The file's own columns differ for clicked rows alone, some by a day.
     for n, line in enumerate(lines[1:], start=1):
         cells = line.split(",")
         if cells[5] == "1":

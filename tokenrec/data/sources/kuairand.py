@@ -143,8 +143,8 @@ class KuaiRandSource:
         files.
       clock: "time_ms": day, hour and weekday of a row are those of `time_ms` in China,
         by which histories are ordered. "file": those of the columns `date` and
-        `hourmin`, by which others have split; they lag behind `time_ms`, by up to three
-        hours and more often where a video was clicked, and so tell of the label.
+        `hourmin`, by which others have split, though they tell of the label
+        (`on_the_clock`).
 
     Raises:
       InputError: a file is missing, or files of more than one variant are in the

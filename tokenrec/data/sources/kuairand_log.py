@@ -45,8 +45,10 @@ def read_log(path: Path) -> Iterator[pa.RecordBatch]:
 def on_the_clock(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Replace `date` and `hourmin` by those of `time_ms`, in China's time (UTC+8).
 
-    The file's own lag behind `time_ms`, by up to three hours and more often where a
-    video was clicked, so that they tell something of the label.
+    The file's own lie later than `time_ms`, by up to three hours and more often where a
+    video was clicked, so that they tell something of the label: of KuaiRand-Pure's rows
+    17.5 % show another hour, and in tab 1 these have a click rate of 0.520 against 0.494
+    of the others.
 
     Args:
       batch: rows as `read_log` yields them.
