@@ -20,12 +20,12 @@ from tokenrec.data.preparation.chunks import (
     TRAIN,
     check_request_times,
     chunk_indices,
-    is_first_occurrence,
     is_learned,
     sort_order,
 )
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.moments import Moments
+from tokenrec.data.preparation.repeats import join_repeats
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import SPLITS
 
@@ -100,17 +100,18 @@ def sort_and_deduplicate(
     Raises:
       InputError: rows of one request have different times.
     """
-    # 1. Sort, and keep the first of rows that repeat one another.
+    # 1. Sort, and join rows that repeat one another.
     row = partition["row"]
     partition = partition[
-        sort_order(partition["user"], row["time"], row["request"], row["item"])
+        sort_order(
+            partition["user"],
+            row["time"],
+            row["request"],
+            row["item"],
+            row["flags"] & SCORED,
+        )
     ]
-    row = partition["row"]
-    first = is_first_occurrence(
-        partition["user"], row["time"], row["item"], row["flags"] & SCORED
-    )
-    counts.by_name["repeats_dropped"] += int((~first).sum())
-    partition = partition[first]
+    partition = join_repeats(partition, counts.by_name)
 
     # 2. Check and mark what can be known only when all rows of a user are together.
     row = partition["row"]

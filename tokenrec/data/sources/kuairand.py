@@ -48,7 +48,7 @@ from tokenrec.data.sources.kuairand_log import (
 )
 from tokenrec.data.sources.kuairand_rows import (
     finish_rows,
-    is_repeat,
+    join_repeats,
     rate_keys,
     raw_rows,
 )
@@ -208,12 +208,13 @@ class KuaiRandSource:
             rates.resume(self._earlier[0])
         for table in time_ordered(raw):
             labels = {task: integers(table[task]) for task in RATE_TASKS}
-            # `prepare` drops repeats, so that they must not count twice here.
+            # `prepare` joins repeats, so that they must not count twice here.
+            counted, labels = join_repeats(table, labels)
             past = rates.update(
                 table["time_ms"].to_numpy(),
                 rate_keys(table, self._videos),
                 labels,
-                ~is_repeat(table),
+                counted,
             )
             for start in range(0, table.num_rows, _OUT_ROWS):
                 part = slice(start, start + _OUT_ROWS)
