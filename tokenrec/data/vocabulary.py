@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
@@ -127,6 +128,16 @@ class ValueIndex:
             known = run[place] == values
             out[known] = codes[place[known]]
         return out
+
+    def value(self, code: int) -> int | str:
+        """Find the value of one code, without a list of all."""
+        if self.type == "string":
+            return next(itertools.islice(self._strings, code, None))
+        for run, codes in self._runs:
+            place = np.flatnonzero(codes == code)
+            if len(place):
+                return int(run[place[0]])
+        raise IndexError(f"code {code} of {self.size} values")
 
     def values(self) -> np.ndarray:
         """List the values in the order of their codes: `[size] int64 or object`."""

@@ -125,7 +125,7 @@ def test_items_and_users_without_features_get_missing_ones_but_keep_their_id(
     source = MemorySource(
         {"user_id": ["u", "v"], "item_id": [30, 10], "split": [0, 0]},
         {"user_id": ["v"]},
-        {"item_id": [20], "size": [1.0]},
+        {"item_id": [20, 30], "size": [1.0, None]},
         schema,
     )
     data = prepared(tmp_path, source)

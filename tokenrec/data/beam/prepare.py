@@ -35,6 +35,7 @@ from tokenrec.data import records
 from tokenrec.data.beam.engine import pipeline_options
 from tokenrec.data.beam.entities import WrittenEntities, write_entities
 from tokenrec.data.beam.scan import USER_PARTITIONS, RowSummary, ScanResult, scan
+from tokenrec.data.dataset import open_dataset
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.folder import (
@@ -44,6 +45,7 @@ from tokenrec.data.preparation.folder import (
     make_metadata,
 )
 from tokenrec.data.preparation.intake import BLOCK_ROWS, check_has_training_rows
+from tokenrec.data.preparation.notices import say_notices
 from tokenrec.data.preparation.row_index import IndexWriter
 from tokenrec.data.preparation.staging import staged_folder
 from tokenrec.data.preparation.state import StateWriter
@@ -113,6 +115,7 @@ def prepare_with_beam(
             metadata = _run_passes(partitioned, folder, checksums, options)
         finally:
             work_folder.rmtree()
+    say_notices(open_dataset(out))
     return metadata
 
 

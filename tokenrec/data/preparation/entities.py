@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.preparation.encode import encode_features
+from tokenrec.data.preparation.matches import Matches
 from tokenrec.data.preparation.raw_columns import (
     check_columns,
     string_column,
@@ -40,6 +41,7 @@ class Entities:
       key: `user_id` or `item_id`.
       features: features of the entity, in the order of their columns.
       index: original id to code; those of the source's table come first.
+      in_log: codes of the entities that occur in the log.
       trained: codes of the entities that occur in training rows.
       ids: `[size, I] int32`, provisional ids until `to_vocabulary_ids`.
       dense: `[size, D] float32`, NaN where missing.
@@ -51,7 +53,10 @@ class Entities:
         self.key = key
         self.features = features
         self.index = ValueIndex()
+        self.in_log = Marks()
         self.trained = Marks()
+        # Codes whose features are known from a table.
+        self._described = Marks()
         # Shared by users, items and log: features of any of them may share a table.
         self._tables = tables
         self._layout = columns(features)
@@ -74,6 +79,7 @@ class Entities:
         kind = pa.string() if keys.dtype == object else pa.int64()
         self.index.codes(pa.array(keys, kind), f"column '{self.key}'")
         self.ids, self.dense = ids, dense
+        self._described.add(np.arange(len(keys)))
 
     def read_table(self, table: pa.Table, where: str, block_rows: int) -> None:
         """Read the source's table of these entities.
@@ -92,7 +98,7 @@ class Entities:
         check_columns(table.column_names, expected, where)
         rows = table.num_rows
         self._table_codes = np.zeros(rows, np.int32)
-        in_table = Marks()
+        in_table = Marks()  # of this table, not of an earlier data set
         # Room for the case that all are new; what is left over is cut off at the end.
         self._grow(self.index.size + rows)
         # Strings are kept as they are: the tokenizer is trained after the log was read.
@@ -115,6 +121,7 @@ class Entities:
                     f"{first + repeat}); keep one of them"
                 )
             in_table.add(codes)
+            self._described.add(codes)
             self._table_codes[first : first + len(codes)] = codes
             self.ids[codes], self.dense[codes] = encode_features(
                 batch, self.features, self._tables, where, first
@@ -170,6 +177,24 @@ class Entities:
                     self.ids[trained, slice(*self._layout.ids[f.name])]
                 )
 
+    def matches(self) -> Matches:
+        """Compare the entities of the log with those of the source's table.
+
+        Entities that have no feature but their id need no table.
+        """
+        size = self.index.size
+        in_log, described = self.in_log.array(size), self._described.array(size)
+        if all(f.name == self.key for f in self.features):
+            described[:] = False
+        return Matches(
+            self.key,
+            in_table=int(described.sum()),
+            in_log=int(in_log.sum()),
+            matched=int((in_log & described).sum()),
+            table_example=self._example(described & ~in_log),
+            log_example=self._example(in_log & ~described),
+        )
+
     def training_texts(self) -> Iterator[str]:
         """Yield the texts of the entities of training rows, feature after feature."""
         # Entities without a row in the source's table have no text.
@@ -195,6 +220,14 @@ class Entities:
     def in_training(self) -> np.ndarray:
         """Return `[size] bool`, True for an entity of a training row."""
         return self.trained.array(self.index.size)
+
+    def _example(self, chosen: np.ndarray) -> int | str | None:
+        """The id of the first of `chosen: [size] bool`, None if there is none."""
+        code = int(chosen.argmax()) if len(chosen) else 0
+        if not len(chosen) or not chosen[code]:
+            return None
+        value = self.index.value(code)
+        return value if isinstance(value, str) else int(value)
 
     def _grow(self, size: int) -> None:
         """Make room for the features of `size` entities; new ones are missing."""

@@ -113,8 +113,9 @@ class LogEncoder:
                 table = self.tables.get(self.schema.feature(name).table_name)
                 if table is not None:
                     table.mark(ids[in_train, slice(*place)])
-        self.users.trained.add(out["user"][in_train])
-        self.items.trained.add(row["item"][in_train])
+        for entities, codes in ((self.users, out["user"]), (self.items, row["item"])):
+            entities.in_log.add(codes)
+            entities.trained.add(codes[in_train])
         return out
 
     def _check_columns(self, names: list[str]) -> None:

@@ -18,29 +18,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokenrec.data.schema import Feature, columns
+from tokenrec.data.schema import MISSING, Feature, columns
 
 
 class Moments:
     """Mean and deviation of each transformed dense feature, without missing values.
 
     Attributes:
-      missing: for each dense feature or embedding, the number of rows in which it, or
-        one of its numbers, is missing.
+      missing: for each feature, the number of rows in which it is missing: no id of an
+        integer feature is known, or a number of another is none.
     """
 
     def __init__(self, features: Sequence[Feature]) -> None:
-        layout = columns(features).dense
-        self._slices = {name: slice(*place) for name, place in layout.items()}
-        self.missing = dict.fromkeys(layout, 0)
+        place = columns(features)
+        layout = place.dense
+        self._slices = {name: slice(*span) for name, span in layout.items()}
+        self._id_slices = {name: slice(*span) for name, span in place.ids.items()}
+        self.missing = {feature.name: 0 for feature in features}
         # Embeddings are counted but not normalised: their maker applies an RMSNorm.
         self._columns = [(f, layout[f.name][0]) for f in features if f.kind == "dense"]
         self._count = np.zeros(len(self._columns))
         self._mean = np.zeros(len(self._columns))
         self._squared_deviations = np.zeros(len(self._columns))
 
-    def add(self, dense: np.ndarray) -> None:
-        """Add `dense: [n, D] float32`, rows of the features' matrix; NaN is missing."""
+    def add(self, ids: np.ndarray, dense: np.ndarray) -> None:
+        """Add rows of the features' matrices.
+
+        Args:
+          ids: `[n, I] int32`; 0 is missing.
+          dense: `[n, D] float32`; NaN is missing.
+        """
+        for name, place in self._id_slices.items():
+            self.missing[name] += int((ids[:, place] == MISSING).all(axis=1).sum())
         for name, place in self._slices.items():
             self.missing[name] += int(np.isnan(dense[:, place]).any(axis=1).sum())
         for i, (feature, column) in enumerate(self._columns):

@@ -125,8 +125,10 @@ def sort_and_deduplicate(
     # 3. Count. Moments come from training rows alone: no look into valid or test.
     _count_rows(partition, schema, counts.by_name)
     in_train = partition["split"] == TRAIN
-    counts.row_moments.add(row["row_dense"][in_train])
-    counts.action_moments.add(row["action_dense"][in_train])
+    counts.row_moments.add(row["row_ids"][in_train], row["row_dense"][in_train])
+    counts.action_moments.add(
+        row["action_ids"][in_train], row["action_dense"][in_train]
+    )
     return partition
 
 
@@ -144,8 +146,9 @@ def _count_rows(partition: np.ndarray, schema: Schema, counts: Counter[str]) -> 
         counts[f"events_{name}"] += int(event.sum())
         for i, task in enumerate(schema.tasks):
             # Labels of unscored rows enter no metric.
-            positives = int((row["labels"][scored, i] == 1).sum())
-            counts[f"positives_{name}_{task.name}"] += positives
+            labels = row["labels"][scored, i]
+            counts[f"positives_{name}_{task.name}"] += int((labels == 1).sum())
+            counts[f"labelled_{name}_{task.name}"] += int((labels >= 0).sum())
     counts["learned_train"] += int(((row["flags"] & LEARNED) > 0).sum())
 
 

@@ -46,6 +46,7 @@ from typing import Any
 import numpy as np
 
 from tokenrec.data import records
+from tokenrec.data.dataset import open_dataset
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.preparation.entities import to_vocabulary_ids
 from tokenrec.data.preparation.folder import (
@@ -60,6 +61,7 @@ from tokenrec.data.preparation.folder import (
 from tokenrec.data.preparation.intake import LogIngestion
 from tokenrec.data.preparation.like import open_like
 from tokenrec.data.preparation.moments import Moments
+from tokenrec.data.preparation.notices import say_notices
 from tokenrec.data.preparation.partition import (
     ChunkRun,
     PreparationCounts,
@@ -140,6 +142,7 @@ def prepare(
             metadata = writer.write_metadata(source.provenance, checksums, options)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+    say_notices(open_dataset(out))
     return metadata
 
 
@@ -178,11 +181,6 @@ class _FolderWriter:
 
     def write_entities(self) -> None:
         """Write vocabularies, tokenizer and catalogue; ids are final from here on."""
-        # Each user and item of a training row counts once, however often it occurs.
-        for entities, moments in zip(
-            (self.users, self.items), self.moments, strict=True
-        ):
-            moments.add(entities.dense[entities.in_training()])
         self.vocabulary_ids, self.table_rows = write_vocabularies(
             self.folder, self.schema, self.ingestion.encoder.tables
         )
@@ -197,13 +195,24 @@ class _FolderWriter:
         self.item_rows = write_catalogue(
             self.folder, self.items, self.like.items if self.like else 0
         )
-        self.counts.by_name["items"] = self.items.index.size
-        self.counts.by_name["users"] = self.users.index.size
+        self._count_entities()
         self.user_ids = self.users.index.values()
         self.user_features = pack_user_features(self.users, self.schema)
         # The catalogue is on disk; free its matrices before the second pass.
         self.items.ids = self.items.ids[:0]
         self.items.dense = self.items.dense[:0]
+
+    def _count_entities(self) -> None:
+        counts = self.counts.by_name
+        # Each user and item of a training row counts once, however often it occurs.
+        for name, entities, moments in zip(
+            ("users", "items"), (self.users, self.items), self.moments, strict=True
+        ):
+            trained = entities.in_training()
+            moments.add(entities.ids[trained], entities.dense[trained])
+            counts[name] = entities.index.size
+            counts[f"{name}_train"] = int(trained.sum())
+            entities.matches().count(counts)
 
     def write_chunks(self, chunk_events: int, overlap: int) -> None:
         """Write the shards of all splits, and their index."""
