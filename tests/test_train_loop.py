@@ -446,7 +446,7 @@ def test_an_undefined_metric_is_said_once(tmp_path, capsys):
     prepare(source, tmp_path / "data")
     capsys.readouterr()
     config = small(tmp_path / "data", optim__steps=4, train__eval_every=2)
-    config.data.tasks = ("click",)
+    config.data.tasks = {"click": 1.0}
     summary = train(config, tmp_path / "run", progress=False)
     assert summary["best_step"] == -1
     said = capsys.readouterr().err
