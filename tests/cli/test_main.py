@@ -373,7 +373,7 @@ def test_kuairand_prepares_the_folder_that_download_returns(
 
     def prepare(*arguments: Any, **options: Any) -> SimpleNamespace:
         seen.append((arguments, options))
-        return SimpleNamespace(counts={"users": 2})
+        return "prepared"
 
     replace(
         "tokenrec.data.sources.kuairand",
@@ -381,6 +381,7 @@ def test_kuairand_prepares_the_folder_that_download_returns(
         KuaiRandSource=lambda *arguments, clock: (*arguments, clock),
     )
     replace("tokenrec.data.preparation.prepare", prepare=prepare)
+    replace("tokenrec.data.preparation.summary", summarise=str)
     days = ["--valid-from", "2022-05-03", "--test-from", "2022-05-05"]
     line = ["prepare", "kuairand", "--root", str(tmp_path), "--out", "set", *days]
     assert main(line) == 0

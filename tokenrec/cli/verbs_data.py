@@ -123,8 +123,9 @@ def _prepare(args: argparse.Namespace) -> None:
             **given,
             like=data_folder(args.like),
         )
-    counts = [f"{name} {count:,}" for name, count in prepared.counts.items()]
-    print(f"{args.out}: {', '.join(counts)}")
+    from tokenrec.data.preparation.summary import summarise
+
+    print(f"{args.out}: {summarise(prepared)}")
 
 
 def _refuse_beam_flags(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from tests.data.memory_source import MemorySource
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.preparation.leaks import find_leaks
 from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.preparation.summary import summarise
 from tokenrec.errors import InputError
 
 
@@ -96,6 +97,18 @@ def test_a_clean_log_draws_no_notice(
         tmp_path / "out",
     )
     assert capsys.readouterr().err == ""
+
+
+def test_the_summary_tells_splits_and_labels(tmp_path: Path) -> None:
+    rows = {"split": pa.array([0, 0, 1, 1], pa.int8()), "scored": [True] * 3 + [False]}
+    text = summarise(prepare(source(rows=rows), tmp_path / "out"))
+    assert text.splitlines() == [
+        "3 users, 3 items, 0 repeats joined",
+        "split  rows  scored  events  click=1  click=0  like=1  like=0",
+        "-----  ----  ------  ------  -------  -------  ------  ------",
+        "train     2       2       2        1        1       1       1",
+        "valid     2       1       2        1        0       0       1",
+    ]
 
 
 def big_log(seed: int) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def _missing_notices(metadata: Metadata) -> Iterator[str]:
         missing = metadata.counts.get(f"missing_train_{feature.name}", 0)
         if rows and missing == rows:
             never.append(feature.name)
-        elif rows and missing >= _MOSTLY_MISSING * rows:
+        # An impression has no action, so that actions may well be missing in most rows.
+        elif feature.group != "action" and rows and missing >= _MOSTLY_MISSING * rows:
             mostly.append(f"{feature.name} {missing / rows:.0%}")
     if never:
         yield (
