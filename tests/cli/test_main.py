@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -371,7 +371,7 @@ def test_kuairand_prepares_the_folder_that_download_returns(
 ) -> None:
     seen: list[Any] = []
 
-    def prepare(*arguments: Any, **options: Any) -> SimpleNamespace:
+    def prepare(*arguments: Any, **options: Any) -> str:
         seen.append((arguments, options))
         return "prepared"
 
