@@ -103,7 +103,6 @@ def _entity_moments(
 ) -> tuple[Moments, Moments]:
     """Moments of the dense features of users and of items."""
     user_moments = Moments(schema.group("user"))
-    # In the order of partitions, so that the rounding of the sums does not vary.
     for summary in users:
         user_moments.merge(summary.moments)
     item_moments = Moments(schema.group("catalogue"))

@@ -68,8 +68,8 @@ def prepare_with_beam(
 ) -> Metadata:
     """Write the data set that `tokenrec.data.preparation.prepare.prepare` writes.
 
-    With more than one partition, shards hold users in another order, and means and
-    deviations differ by rounding (docs/guides/beam.md).
+    With more than one partition, shards hold users in another order
+    (docs/guides/beam.md).
 
     Args:
       source: the raw log. It must come in parts (`PartitionedSource`), and none of its

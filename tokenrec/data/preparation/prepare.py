@@ -31,6 +31,7 @@ Memory holds, at any time:
 | `vocabularies/`, `tokenizer.json`, `items/` | between the passes |
 | shards | during 4 |
 | `marks/` (how each row is cut into samples) | during 4 |
+| `state/` (what later rows go on from) | during 4 |
 | `chunks/` (rows of each chunk) | after the last shard |
 | `dataset_info.json`, `features.json`, `tokenrec.json` | last |
 
