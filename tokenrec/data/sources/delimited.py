@@ -38,7 +38,12 @@ from tokenrec.data.sources.delimited_columns import (
 from tokenrec.data.sources.delimited_files import expand
 from tokenrec.data.sources.delimited_notes import Notes
 from tokenrec.data.sources.delimited_schema import SchemaFile, read_schema
-from tokenrec.data.sources.delimited_times import UNIT_NAMES, likely_unit, split_time
+from tokenrec.data.sources.delimited_times import (
+    UNIT_NAMES,
+    are_days,
+    likely_unit,
+    split_time,
+)
 from tokenrec.errors import InputError
 
 # Values of the optional columns where the schema does not name them.
@@ -86,7 +91,7 @@ class DelimitedSource:
         if isinstance(schema, SchemaFile):
             self._schema_file = schema
         else:
-            schema_paths = expand([Path(schema)])
+            schema_paths = [Path(schema)]
             self._schema_file = read_schema(Path(schema))
         self.schema = self._schema_file.schema
         if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
@@ -130,6 +135,7 @@ class DelimitedSource:
         # 4. What is said and counted while reading.
         self._said: set[str] = set()
         self._counts: dict[str, int] = {}
+        self._counts_of: dict[str, dict[str, int]] = {}
         self.provenance = Provenance(
             name="delimited",
             licence="that of the log's owner",
@@ -165,7 +171,7 @@ class DelimitedSource:
                 f"{', '.join(map(str, self._log))}: no rows; a log needs at least a "
                 "header and rows; check the files"
             )
-        self._finish(notes)
+        self._finish("log", notes)
         self.check_times(earliest, latest)
 
     def row_parts(self) -> list[LogPart]:
@@ -197,6 +203,11 @@ class DelimitedSource:
             f"{_iso_time(latest)}, with numbers read as {UNIT_NAMES[form.unit]} since 1970 "
             "UTC"
         )
+        if are_days(earliest, latest, form):
+            raise InputError(
+                f"{runs}; the numbers are days, such as 20220503; write them as "
+                "2022-05-03"
+            )
         unit = likely_unit(earliest, latest, form)
         if unit is not None:
             raise InputError(
@@ -244,10 +255,14 @@ class DelimitedSource:
             yield from read_columns(path, specs, notes, delimiter=self._delimiter)
         notes.say()
 
-    def _finish(self, notes: Notes) -> None:
-        """Say the notes on a table, and add their counts."""
+    def _finish(self, table: str, notes: Notes) -> None:
+        """Say the notes on a table, and count them once however often it is read."""
         notes.say()
-        self._counts.update(notes.counts)
+        self._counts_of[table] = notes.counts
+        self._counts.clear()
+        for counts in self._counts_of.values():
+            for name, count in counts.items():
+                self._counts[name] = self._counts.get(name, 0) + count
 
     def _add_defaults_and_split(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         for name, default in _DEFAULTS.items():
@@ -275,7 +290,7 @@ class DelimitedSource:
         table = pa.Table.from_batches(batches, schema=schema)
         if paths:
             refuse_repeats(paths[0], specs[0].column, table.column(key))
-        self._finish(notes)
+        self._finish(key, notes)
         return table
 
 

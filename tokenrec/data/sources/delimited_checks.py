@@ -107,7 +107,7 @@ def checked_time(where: str, time: Mapping[str, Any]) -> dict[str, str]:
     """Return the arguments of `TimeFormat`, checked."""
     check_known(where, "time", time, ("unit", "zone"))
     unit, zone = time.get("unit", "ms"), time.get("zone", "UTC")
-    if unit not in UNITS:
+    if not isinstance(unit, str) or unit not in UNITS:
         raise InputError(
             f"{where}: time['unit']={unit!r} is no unit of time; known: "
             f"{', '.join(UNITS)}"

@@ -111,16 +111,13 @@ def _decimals(values: pa.Array, form: TimeFormat) -> pa.Array:
 def _moments(values: pa.Array, notes: ColumnNotes, form: TimeFormat) -> pa.Array:
     """Convert timestamps of any unit, with or without a zone."""
     unit = values.type.unit
-    if values.type.tz is None:
+    if values.type.tz is None and form.zone != "UTC":
         local = values
         values = _in_zone(values, form.zone)
         # Both readings agree but where clocks were changed.
         later = _in_zone(local, form.zone, "latest")
         add_note(notes, "ambiguous_times", pc.not_equal(values, later), local)
-    counts = values.cast(pa.int64())
-    if UNITS[unit] <= 1000:
-        return pc.multiply_checked(counts, 1000 // UNITS[unit])
-    return _floor_divide(counts, UNITS[unit] // 1000)
+    return _integers(values.cast(pa.int64()), TimeFormat(unit))
 
 
 def _in_zone(values: pa.Array, zone: str, which: str = "earliest") -> pa.Array:
@@ -187,6 +184,25 @@ def _zone(name: str) -> datetime.tzinfo:
         assert zone is not None
         return zone
     return zoneinfo.ZoneInfo(name)
+
+
+def are_days(earliest: int, latest: int, form: TimeFormat) -> bool:
+    """Whether times that were read as numbers are days such as 20220503.
+
+    >>> are_days(20_220_503, 20_220_630, TimeFormat())
+    True
+    >>> are_days(20_220_503, 20_220_690, TimeFormat())
+    False
+    """
+    for time in (earliest, latest):
+        number = time * UNITS[form.unit] // 1000
+        if not 19_950_101 <= number <= 21_001_231:
+            return False
+        try:
+            datetime.datetime.strptime(str(number), "%Y%m%d")
+        except ValueError:
+            return False
+    return True
 
 
 def likely_unit(earliest: int, latest: int, form: TimeFormat) -> str | None:

@@ -127,18 +127,14 @@ class _Raw(io.RawIOBase):
     def __init__(self, read: Callable[[int], bytes]) -> None:
         super().__init__()
         self._read = read
-        self._rest = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        # A decoded block may be longer than was asked for.
-        block = self._rest or self._read(len(buffer))
-        count = min(len(block), len(buffer))
-        buffer[:count] = block[:count]
-        self._rest = block[count:]
-        return count
+        block = self._read(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
 
 
 def _quoting_problem(path: Path, header: CsvHeader, record: _Record) -> str | None:
