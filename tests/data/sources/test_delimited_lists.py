@@ -96,7 +96,7 @@ def test_parquet_lists_are_lists(items, kind):
     [
         ([[3.0], [4.0, None]], [["3"], ["4", None]], [[3], [4, None]]),
         ([3, None], [["3"], None], [[3], None]),
-        (pa.array([[1, 2], None], pa.list_(pa.int8(), 2)), [["1", "2"], None], [[1, 2], None]),
+        (pa.array([[1, 2]], pa.list_(pa.int8(), 2)), [["1", "2"]], [[1, 2]]),
     ],
 )  # fmt: skip
 def test_lists_of_numbers_and_single_numbers_are_lists_too(
@@ -113,13 +113,17 @@ def test_lists_of_numbers_and_single_numbers_are_lists_too(
         ["1|2.5", None],
         [" 1 | 2.5", None],
         [[1, 2.5], None],
-        pa.array([[1, 2.5], None], pa.list_(pa.float32(), 2)),
         pa.array([[1, 2.5], None], pa.large_list(pa.float64())),
         [["1", "2.5"], None],
     ],
 )
 def test_vectors_are_read_from_text_and_lists(items, values):
     assert items.read(values, "embedding") == [[1.0, 2.5], None]
+
+
+def test_vectors_are_read_from_lists_of_a_fixed_size(items):
+    values = pa.array([[1, 2.5], [3, 4]], pa.list_(pa.float32(), 2))
+    assert items.read(values, "embedding") == [[1.0, 2.5], [3.0, 4.0]]
 
 
 def test_parts_are_stripped_and_empty_parts_left_out_which_is_counted_and_said(

@@ -286,7 +286,6 @@ def test_a_flag_that_is_missing_or_none_is_named(log):
         ([b"a", b"\xc3\xa9"], ["a", "é"], None),
         (pa.array(["x", "y"]).dictionary_encode(), ["x", "y"], None),
         (pa.array(["x", "y"], pa.large_string()), ["x", "y"], None),
-        (pa.array(["x", "y"], pa.string_view()), ["x", "y"], None),
         (["12.0", " 7"], ["12.0", " 7"], [12, 7]),
         (["007", "+7"], ["007", "+7"], [7, 7]),
         (["0x1F", "1"], ["0x1F", "1"], None),

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenrec.data.sources.delimited_checks import UNITS
+from tokenrec.data.sources.delimited_checks import UNITS, offset_of
 from tokenrec.data.sources.delimited_notes import ColumnNotes
 from tokenrec.data.sources.delimited_schema import TimeFormat
 from tokenrec.data.sources.delimited_values import (
@@ -111,6 +111,10 @@ def _decimals(values: pa.Array, form: TimeFormat) -> pa.Array:
 def _moments(values: pa.Array, notes: ColumnNotes, form: TimeFormat) -> pa.Array:
     """Convert timestamps of any unit, with or without a zone."""
     unit = values.type.unit
+    offset = offset_of(form.zone)
+    if values.type.tz is None and offset is not None:
+        here = _integers(values.cast(pa.int64()), TimeFormat(unit))
+        return pc.subtract(here, offset)
     if values.type.tz is None and form.zone != "UTC":
         local = values
         values = _in_zone(values, form.zone)
@@ -179,11 +183,10 @@ def split_time(field: str, value: Any, zone: str) -> int:
 
 
 def _zone(name: str) -> datetime.tzinfo:
-    if name[0] in "+-":
-        zone = datetime.datetime.strptime(name, "%z").tzinfo
-        assert zone is not None
-        return zone
-    return zoneinfo.ZoneInfo(name)
+    offset = offset_of(name)
+    if offset is None:
+        return zoneinfo.ZoneInfo(name)
+    return datetime.timezone(datetime.timedelta(milliseconds=offset))
 
 
 def are_days(earliest: int, latest: int, form: TimeFormat) -> bool:
