@@ -143,6 +143,14 @@ def _add_delimited_flags(parser: Parser) -> None:
         help="start of the test split, in the same form (default: no test split)",
     )
     parser.add_argument(
+        "--candidates",
+        type=local_path_argument,
+        nargs="+",
+        default=(),
+        help="with --like: files of rows to rank, like the log but without labels and "
+        "outcomes",
+    )
+    parser.add_argument(
         "--delimiter",
         help="what separates the fields of CSV files (default: found in the header: "
         "comma, tab, semicolon or |)",
@@ -216,6 +224,7 @@ DELIMITER_NAMES = {"\\t": "\t", "tab": "\t"}
 def _delimited(args: argparse.Namespace) -> Source:
     from tokenrec.data.sources.delimited import DelimitedSource
 
+    _check_split_flags(args, ())
     return DelimitedSource(
         args.schema,
         args.log,
@@ -224,6 +233,8 @@ def _delimited(args: argparse.Namespace) -> Source:
         args.valid_from,
         args.test_from,
         delimiter=DELIMITER_NAMES.get(args.delimiter, args.delimiter),
+        like=args.like is not None,
+        candidates=args.candidates,
     )
 
 

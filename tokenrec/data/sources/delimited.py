@@ -30,6 +30,7 @@ from tokenrec.data.schema import Feature
 from tokenrec.data.source import LogPart, Provenance
 from tokenrec.data.sources.delimited_columns import (
     ColumnSpec,
+    candidate_specs,
     log_specs,
     read_columns,
     refuse_repeats,
@@ -69,6 +70,11 @@ class DelimitedSource:
       test_from: first time of the test split; None for no test split.
       delimiter: what separates the fields of CSV files; None to find out from the
         header of each.
+      like: the rows are those of `prepare(like=...)`, which need no split; `valid_from`
+        and `test_from` are not read.
+      candidates: paths of rows that are to be ranked, with `like`: the columns of the
+        log without labels and features of actions. They are scored and no events; rows
+        of the log are then events that are not scored, unless it has such columns.
 
     Raises:
       InputError: the schema, a file or a value is wrong. Rows and tables are checked
@@ -85,6 +91,8 @@ class DelimitedSource:
         test_from: str | None = None,
         *,
         delimiter: str | None = None,
+        like: bool = False,
+        candidates: Sequence[Path] = (),
     ) -> None:
         # 1. Schema.
         schema_paths: list[Path] = []
@@ -103,8 +111,16 @@ class DelimitedSource:
 
         # 2. Files.
         files = self._schema_file.files
-        self._log = expand(log or files.log)
-        if not self._log:
+        self._candidates = expand(candidates) if candidates else []
+        if self._candidates and not like:
+            raise InputError(
+                f"candidates={self._candidates[0]} are ranked by a run that is trained; "
+                "add --like RUN, or give them as rows of the log"
+            )
+        # With candidates there may be no event since the run's data.
+        named = () if self._candidates else files.log
+        self._log = expand(log or named) if log or named else []
+        if not self._log and not self._candidates:
             raise InputError(
                 "log is empty; name at least one CSV or Parquet file (--log, or "
                 '"files": {"log": [...]} in the schema)'
@@ -114,22 +130,11 @@ class DelimitedSource:
         self._require_tables()
 
         # 3. Times of the splits.
-        valid_from = valid_from or files.valid_from
-        test_from = test_from or files.test_from
-        if valid_from is None:
-            raise InputError(
-                "valid_from is not given; say when the valid split begins "
-                '(--valid-from, or "files": {"valid_from": ...} in the schema)'
-            )
-        zone = self._schema_file.time.zone
-        self._valid_from = split_time("valid_from", valid_from, zone)
-        self._test_from = (
-            None if test_from is None else split_time("test_from", test_from, zone)
-        )
-        if self._test_from is not None and self._test_from <= self._valid_from:
-            raise InputError(
-                f"test_from={test_from} must be later than valid_from={valid_from}; "
-                "move one of them"
+        self._valid_from: int | None = None
+        self._test_from: int | None = None
+        if not like:
+            self._read_splits(
+                valid_from or files.valid_from, test_from or files.test_from
             )
 
         # 4. What is said and counted while reading.
@@ -140,7 +145,13 @@ class DelimitedSource:
             name="delimited",
             licence="that of the log's owner",
             citation="the user's own log",
-            files=(*schema_paths, *self._log, *self._users, *self._items),
+            files=(
+                *schema_paths,
+                *self._log,
+                *self._candidates,
+                *self._users,
+                *self._items,
+            ),
             counts=self._counts,
         )
 
@@ -159,16 +170,19 @@ class DelimitedSource:
         earliest: int | None = None
         latest: int | None = None
         notes = Notes(self._said)
-        for path in self._log:
-            for batch in self._read_log(path, notes):
+        readers = [(path, self._read_log) for path in self._log]
+        readers += [(path, self._read_candidates) for path in self._candidates]
+        for path, read in readers:
+            for batch in read(path, notes):
                 time = batch.column("time_ms").to_numpy()
                 first, last = int(time.min()), int(time.max())
                 earliest = first if earliest is None else min(earliest, first)
                 latest = last if latest is None else max(latest, last)
                 yield batch
         if earliest is None or latest is None:
+            paths = [str(path) for path, _ in readers]
             raise InputError(
-                f"{', '.join(map(str, self._log))}: no rows; a log needs at least a "
+                f"{', '.join(paths)}: no rows; a log needs at least a "
                 "header and rows; check the files"
             )
         self._finish("log", notes)
@@ -214,6 +228,8 @@ class DelimitedSource:
                 f"{runs}; they are sensible as {UNIT_NAMES[unit]}: say so in the schema, "
                 f'"time": {{"unit": "{unit}"}}'
             )
+        if self._valid_from is None:
+            return
         empty = ""
         if earliest >= self._valid_from:
             empty = "train"
@@ -223,6 +239,23 @@ class DelimitedSource:
             raise InputError(
                 f"valid_from={_iso_time(self._valid_from)} leaves {empty} empty: "
                 f"{runs}; move valid_from or correct the times"
+            )
+
+    def _read_splits(self, valid_from: str | None, test_from: str | None) -> None:
+        if valid_from is None:
+            raise InputError(
+                "valid_from is not given; say when the valid split begins "
+                '(--valid-from, or "files": {"valid_from": ...} in the schema)'
+            )
+        zone = self._schema_file.time.zone
+        self._valid_from = split_time("valid_from", valid_from, zone)
+        if test_from is None:
+            return
+        self._test_from = split_time("test_from", test_from, zone)
+        if self._test_from <= self._valid_from:
+            raise InputError(
+                f"test_from={test_from} must be later than valid_from={valid_from}; "
+                "move one of them"
             )
 
     def _require_tables(self) -> None:
@@ -242,6 +275,20 @@ class DelimitedSource:
         """Yield the rows of one file of the log."""
         specs = log_specs(self._schema_file)
         for batch in read_columns(path, specs, notes, delimiter=self._delimiter):
+            yield self._add_defaults_and_split(batch)
+
+    def _read_candidates(self, path: Path, notes: Notes) -> Iterator[pa.RecordBatch]:
+        """Yield rows that are to be ranked, with null labels and outcomes."""
+        specs = candidate_specs(self._schema_file)
+        kept = {"event", "scored", *(spec.name for spec in specs)}
+        lost = [s for s in log_specs(self._schema_file) if s.name not in kept]
+        for batch in read_columns(path, specs, notes, delimiter=self._delimiter):
+            for spec in lost:
+                nulls = pa.nulls(batch.num_rows, spec.type)
+                batch = batch.append_column(spec.name, nulls)
+            for name, value in (("event", False), ("scored", True)):
+                flags = pa.array(np.full(batch.num_rows, value))
+                batch = batch.append_column(name, flags)
             yield self._add_defaults_and_split(batch)
 
     def _read_part(
@@ -265,14 +312,18 @@ class DelimitedSource:
                 self._counts[name] = self._counts.get(name, 0) + count
 
     def _add_defaults_and_split(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        for name, default in _DEFAULTS.items():
+        defaults = dict(_DEFAULTS)
+        if self._candidates:
+            defaults["scored"] = False
+        for name, default in defaults.items():
             if name not in batch.schema.names:
                 values = pa.array(np.full(batch.num_rows, default))
                 batch = batch.append_column(name, values)
         time = batch.column("time_ms").to_numpy()
-        split = (time >= self._valid_from).astype(np.int8)
-        if self._test_from is not None:
-            split += time >= self._test_from
+        split = np.zeros(len(time), np.int8)
+        for start in (self._valid_from, self._test_from):
+            if start is not None:
+                split += time >= start
         return batch.append_column("split", pa.array(split))
 
     def _read_table(

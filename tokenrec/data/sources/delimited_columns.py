@@ -97,6 +97,17 @@ def log_specs(schema_file: SchemaFile) -> list[ColumnSpec]:
     return specs
 
 
+def candidate_specs(schema_file: SchemaFile) -> list[ColumnSpec]:
+    """Return the columns of rows that are to be ranked: without labels and outcomes."""
+    outcomes = {f.name for f in schema_file.schema.group("action")}
+    return [
+        spec
+        for spec in log_specs(schema_file)
+        if not spec.name.startswith("label_")
+        and spec.name not in {"event", "scored", *outcomes}
+    ]
+
+
 def table_specs(
     schema_file: SchemaFile, key: str, features: Sequence[Feature]
 ) -> list[ColumnSpec]:
