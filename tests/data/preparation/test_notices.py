@@ -103,7 +103,7 @@ def test_the_summary_tells_splits_and_labels(tmp_path: Path) -> None:
     rows = {"split": pa.array([0, 0, 1, 1], pa.int8()), "scored": [True] * 3 + [False]}
     text = summarise(prepare(source(rows=rows), tmp_path / "out"))
     assert text.splitlines() == [
-        "3 users, 3 items, 0 repeats joined",
+        "users 3, items 3, repeats_dropped 0",
         "split  rows  scored  events  click=1  click=0  like=1  like=0",
         "-----  ----  ------  ------  -------  -------  ------  ------",
         "train     2       2       2        1        1       1       1",

@@ -192,7 +192,7 @@ def test_command_line_prepares_the_named_data_set(
         )
         == 0
     )
-    assert "6 items" in capsys.readouterr().out
+    assert "items 6" in capsys.readouterr().out
     metadata = open_dataset(out).metadata
     assert metadata.source == "amazon Toys"
     assert sorted(metadata.checksums) == ["Toys.txt", "Toys_item2attributes.json"]

@@ -22,17 +22,11 @@ def summarise(metadata: Metadata) -> str:
     All counts are in `tokenrec.json`. What a source itself counted is listed too.
     """
     counts = metadata.counts
-    first = (
-        f"{counts['users']:,} users, {counts['items']:,} items, "
-        f"{counts['repeats_dropped']:,} repeats joined"
-    )
-    own = [
-        f"{name} {count:,}"
-        for name, count in counts.items()
-        if count and not name.startswith(_TOLD)
-    ]
+    own = [name for name in counts if counts[name] and not name.startswith(_TOLD)]
+    listed = ("users", "items", "repeats_dropped", *own)
+    first = ", ".join(f"{name} {counts[name]:,}" for name in listed)
     rows = [_split_row(metadata, split) for split in SPLITS if counts[f"rows_{split}"]]
-    return "\n".join([", ".join([first, *own]), format_table(rows)])
+    return f"{first}\n{format_table(rows)}"
 
 
 def _split_row(metadata: Metadata, split: str) -> dict[str, Any]:
