@@ -61,7 +61,7 @@ class DelimitedSource:
 
     Args:
       schema: JSON file, or what was read from one.
-      log: paths of log rows, in any order.
+      log: paths of log rows, in any order, or one path.
       users: path of a row per user; None where users have no feature but their id.
       items: path of a row per item; None where items have no feature but their id.
       valid_from: first time of the valid split: ISO date or time, in the zone of the
@@ -78,7 +78,7 @@ class DelimitedSource:
     def __init__(
         self,
         schema: Path | SchemaFile,
-        log: Sequence[Path] = (),
+        log: Sequence[Path] | Path | str = (),
         users: Path | None = None,
         items: Path | None = None,
         valid_from: str | None = None,
@@ -103,7 +103,8 @@ class DelimitedSource:
 
         # 2. Files.
         files = self._schema_file.files
-        self._log = expand(log or files.log)
+        paths = [Path(log)] if isinstance(log, (Path, str)) else log
+        self._log = expand(paths or files.log)
         if not self._log:
             raise InputError(
                 "log is empty; name at least one CSV or Parquet file (--log, or "
