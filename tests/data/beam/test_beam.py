@@ -293,7 +293,7 @@ def test_a_malformed_row_is_named_by_file_and_line_as_locally(
     third = (files.folder / "c.csv").read_text().splitlines()[3]
     files.replace("c.csv", third, third.replace(third.split(",")[2], "noon", 1))
     found = problem(files.source(), tmp_path / "set")
-    assert f"{files.folder}/c.csv, line 4: column 'at': 'noon' is not int64" in found
+    assert f"{files.folder}/c.csv, line 4: column 'at': 'noon' is not a time" in found
     with pytest.raises(InputError) as caught:
         prepare(files.source(), tmp_path / "local")
     assert str(caught.value) == found

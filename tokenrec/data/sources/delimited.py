@@ -62,7 +62,7 @@ class DelimitedSource:
 
     Args:
       schema: JSON file, or what was read from one.
-      log: paths of log rows, in any order.
+      log: paths of log rows, in any order, or one path.
       users: path of a row per user; None where users have no feature but their id.
       items: path of a row per item; None where items have no feature but their id.
       valid_from: first time of the valid split: ISO date or time, in the zone of the
@@ -84,7 +84,7 @@ class DelimitedSource:
     def __init__(
         self,
         schema: Path | SchemaFile,
-        log: Sequence[Path] = (),
+        log: Sequence[Path] | Path | str = (),
         users: Path | None = None,
         items: Path | None = None,
         valid_from: str | None = None,
@@ -111,15 +111,14 @@ class DelimitedSource:
 
         # 2. Files.
         files = self._schema_file.files
-        self._candidates = expand(candidates) if candidates else []
+        self._candidates = expand(_paths(candidates))
         if self._candidates and not like:
             raise InputError(
                 f"candidates={self._candidates[0]} are ranked by a run that is trained; "
                 "add --like RUN, or give them as rows of the log"
             )
         # With candidates there may be no event since the run's data.
-        named = () if self._candidates else files.log
-        self._log = expand(log or named) if log or named else []
+        self._log = expand(_paths(log) or (() if self._candidates else files.log))
         if not self._log and not self._candidates:
             raise InputError(
                 "log is empty; name at least one CSV or Parquet file (--log, or "
@@ -343,6 +342,11 @@ class DelimitedSource:
             refuse_repeats(paths[0], specs[0].column, table.column(key))
         self._finish(key, notes)
         return table
+
+
+def _paths(paths: Path | str | Sequence[Path]) -> Sequence[Path]:
+    """One path or several."""
+    return [Path(paths)] if isinstance(paths, (Path, str)) else paths
 
 
 def _expand_optional(path: Path | None) -> list[Path]:
