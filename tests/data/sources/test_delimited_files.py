@@ -139,7 +139,7 @@ def test_a_name_with_brackets_is_a_file_first(folder):
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".txt", ".inter", ""])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".txt", ".log", ""])
 def test_the_delimiter_is_found_in_the_header_and_said(
     folder, capsys, delimiter, suffix
 ):
@@ -167,18 +167,18 @@ def test_columns_decide_between_separators(folder):
 
 def test_names_with_types_are_those_of_recbole(folder):
     header = "user_id:token\titem_id:token\ttime_ms:float\tclick:float\n"
-    (folder / "x.inter").write_text(header + "u\ta\t1\t1\nv\tb\t5\t0\n")
+    (folder / "x.txt").write_text(header + "u\ta\t1\t1\nv\tb\t5\t0\n")
     items = "item_id:token\ttags:token_seq\na\tx y\nb\t\n"
-    (folder / "x.item").write_text(items)
+    (folder / "items.txt").write_text(items)
     schema = SCHEMA | {"separators": {"tags": " "}}
     (folder / "schema.json").write_text(json.dumps(schema))
-    log = source(folder, "x.inter", items=folder / "x.item")
+    log = source(folder, "x.txt", items=folder / "items.txt")
     assert users(log) == ["u", "v"]
     assert log.items()["tags"].to_pylist() == [["x", "y"], None]
     # An exact name wins.
     header = "user_id:token\tuser_id\titem_id\ttime_ms\tclick\n"
-    (folder / "x.inter").write_text(header + "t\tu\ta\t1\t1\nt\tv\tb\t5\t0\n")
-    assert users(source(folder, "x.inter")) == ["u", "v"]
+    (folder / "x.txt").write_text(header + "t\tu\ta\t1\t1\nt\tv\tb\t5\t0\n")
+    assert users(source(folder, "x.txt")) == ["u", "v"]
 
 
 def test_a_name_with_two_types_is_ambiguous(folder):
@@ -286,3 +286,15 @@ def test_no_files_and_no_split_are_named(folder):
     with pytest.raises(InputError, match=r"log is empty.*--log"):
         DelimitedSource(folder / "schema.json")
     assert "--valid-from" in problem(folder, valid_from=None)
+
+
+def test_an_atomic_file_of_recbole_is_not_taken_for_plain_text(
+    folder: Path,
+) -> None:
+    text = (
+        "user_id:token\titem_id:token\ttime_ms:float\tclick\nu\ta\t1\t1\nv\tb\t5\t0\n"
+    )
+    (folder / "x.inter").write_text(text)
+    with pytest.raises(InputError, match=r"prepare recbole --root .* --delimiter tab"):
+        users(source(folder, "x.inter"))
+    assert users(source(folder, "x.inter", delimiter="\t")) == ["u", "v"]
