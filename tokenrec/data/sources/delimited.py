@@ -39,12 +39,7 @@ from tokenrec.data.sources.delimited_columns import (
 from tokenrec.data.sources.delimited_files import expand
 from tokenrec.data.sources.delimited_notes import Notes
 from tokenrec.data.sources.delimited_schema import SchemaFile, read_schema
-from tokenrec.data.sources.delimited_times import (
-    UNIT_NAMES,
-    are_days,
-    likely_unit,
-    split_time,
-)
+from tokenrec.data.sources.delimited_splits import TimeSplits
 from tokenrec.errors import InputError
 
 # Values of the optional columns where the schema does not name them.
@@ -129,12 +124,17 @@ class DelimitedSource:
         self._require_tables()
 
         # 3. Times of the splits.
-        self._valid_from: int | None = None
-        self._test_from: int | None = None
-        if not like:
-            self._read_splits(
-                valid_from or files.valid_from, test_from or files.test_from
-            )
+        if like:
+            valid_from = test_from = None
+        else:
+            valid_from = valid_from or files.valid_from
+            test_from = test_from or files.test_from
+            if valid_from is None:
+                raise InputError(
+                    "valid_from is not given; say when the valid split begins "
+                    '(--valid-from, or "files": {"valid_from": ...} in the schema)'
+                )
+        self._splits = TimeSplits(self._schema_file, valid_from, test_from)
 
         # 4. What is said and counted while reading.
         self._said: set[str] = set()
@@ -207,55 +207,9 @@ class DelimitedSource:
         """Check that train and valid have rows.
 
         Raises:
-          InputError: all times are in one of them, which is often a wrong unit of time.
+          InputError: see `TimeSplits.check`.
         """
-        column = self._schema_file.column("time_ms")
-        form = self._schema_file.time
-        runs = (
-            f"column '{column}' runs from {_iso_time(earliest)} to "
-            f"{_iso_time(latest)}, with numbers read as {UNIT_NAMES[form.unit]} since 1970 "
-            "UTC"
-        )
-        if are_days(earliest, latest, form):
-            raise InputError(
-                f"{runs}; the numbers are days, such as 20220503; write them as "
-                "2022-05-03"
-            )
-        unit = likely_unit(earliest, latest, form)
-        if unit is not None:
-            raise InputError(
-                f"{runs}; they are sensible as {UNIT_NAMES[unit]}: say so in the schema, "
-                f'"time": {{"unit": "{unit}"}}'
-            )
-        if self._valid_from is None:
-            return
-        empty = ""
-        if earliest >= self._valid_from:
-            empty = "train"
-        elif latest < self._valid_from:
-            empty = "valid"
-        if empty:
-            raise InputError(
-                f"valid_from={_iso_time(self._valid_from)} leaves {empty} empty: "
-                f"{runs}; move valid_from or correct the times"
-            )
-
-    def _read_splits(self, valid_from: str | None, test_from: str | None) -> None:
-        if valid_from is None:
-            raise InputError(
-                "valid_from is not given; say when the valid split begins "
-                '(--valid-from, or "files": {"valid_from": ...} in the schema)'
-            )
-        zone = self._schema_file.time.zone
-        self._valid_from = split_time("valid_from", valid_from, zone)
-        if test_from is None:
-            return
-        self._test_from = split_time("test_from", test_from, zone)
-        if self._test_from <= self._valid_from:
-            raise InputError(
-                f"test_from={test_from} must be later than valid_from={valid_from}; "
-                "move one of them"
-            )
+        self._splits.check(earliest, latest)
 
     def _require_tables(self) -> None:
         """Check that each feature of a user or an item has a file to come from."""
@@ -318,11 +272,7 @@ class DelimitedSource:
             if name not in batch.schema.names:
                 values = pa.array(np.full(batch.num_rows, default))
                 batch = batch.append_column(name, values)
-        time = batch.column("time_ms").to_numpy()
-        split = np.zeros(len(time), np.int8)
-        for start in (self._valid_from, self._test_from):
-            if start is not None:
-                split += time >= start
+        split = self._splits.split_of(batch.column("time_ms").to_numpy())
         return batch.append_column("split", pa.array(split))
 
     def _read_table(
@@ -351,11 +301,3 @@ def _paths(paths: Path | str | Sequence[Path]) -> Sequence[Path]:
 
 def _expand_optional(path: Path | None) -> list[Path]:
     return [] if path is None else expand([path])
-
-
-def _iso_time(milliseconds: int) -> str:
-    """Format milliseconds as ISO time; a number beyond the calendar stays a number."""
-    try:
-        return str(np.datetime64(milliseconds, "ms").astype("datetime64[s]")) + "Z"
-    except (ValueError, OverflowError):
-        return str(milliseconds)
