@@ -8,7 +8,7 @@ Command:
     tokenrec evaluate --workdir=runs/kuairand_pure_nio --split=valid
 Hardware: 2 CPU cores.
 Time: about 5 minutes.
-Score: valid AUC is_click 0.7502 ± 0.0004, long_view 0.7556 ± 0.0004 (3 seeds).
+Score: valid AUC is_click 0.7503 ± 0.0005, long_view 0.7561 ± 0.0004 (3 seeds).
 Source: benchmarks/results/kuairand_pure.md.
 
 Each event is one token. The inputs are those of `kuairand_pure_uc`, and both configs

@@ -263,12 +263,12 @@ def test_training_is_stopped_when_the_time_runs_out(tmp_path: Path) -> None:
 
 def test_the_auc_is_compared_with_the_seeds_of_the_cpu(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, "train")
-    records = [{"step": 438, "valid/is_click/auc": 0.752, "valid/macro_auc": 0.7}]
+    records = [{"step": 438, "valid/is_click/auc": 0.7511, "valid/macro_auc": 0.7}]
     train.add_aucs(recorder, train.aucs(trained(records, stopped=False)))
     train.add_aucs(recorder, {"long_view": 0.74})
     click, view = rows_of(tmp_path, "train")
     assert click["result"] == PASS
-    assert click["cpu_mean"] == pytest.approx(0.7522, abs=1e-4)
+    assert click["cpu_mean"] == pytest.approx(0.7511, abs=1e-4)
     assert view["result"] == "FAIL"
 
 
