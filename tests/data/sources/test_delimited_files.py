@@ -133,6 +133,13 @@ def test_a_path_without_files_is_named(folder, log, words):
     assert words in message
 
 
+def test_a_column_that_only_the_name_of_a_folder_holds_is_named(folder):
+    (folder / "time_ms=2").mkdir()
+    (folder / "time_ms=2" / "a.csv").write_text("user_id,item_id,click\nu,a,1\n")
+    message = problem(folder, "time_ms=2")
+    assert "no column 'time_ms'; it is in the name of the folder 'time_ms=2'" in message
+
+
 def test_a_name_with_brackets_is_a_file_first(folder):
     (folder / "log[1].csv").write_text(HEADER + "u,a,1,1\nw,b,5,0\n")
     assert users(source(folder, "log[1].csv")) == ["u", "w"]
