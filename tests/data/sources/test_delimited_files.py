@@ -98,6 +98,30 @@ def test_a_part_per_file_gives_the_rows_and_survives_pickling(folder):
     assert in_parts == [row for batch in log.rows() for row in batch.to_pylist()]
 
 
+def test_links_to_folders_are_read_once_and_do_not_loop(folder):
+    write_parts(folder)
+    (folder / "outside").mkdir()
+    (folder / "outside" / "z.csv").write_text(HEADER + "z,a,7,1\n")
+    (folder / "parts" / "there").symlink_to(folder / "outside")
+    (folder / "parts" / "up").symlink_to(folder / "parts")
+    assert users(source(folder, "parts")) == ["p", "q", "r", "z"]
+
+
+def test_a_folder_that_may_not_be_read_is_not_left_out(folder, monkeypatch):
+    write_parts(folder)
+    usual = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("day=2"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    message = problem(folder, "parts")
+    for word in ("Permission denied", "check its permissions"):
+        assert word in message
+
+
 def test_users_and_items_may_be_folders(folder):
     (folder / "goods").mkdir()
     (folder / "goods" / "1.csv").write_text("item_id,tags\na,x\n")
@@ -131,6 +155,13 @@ def test_a_path_without_files_is_named(folder, log, words):
     message = problem(folder, log)
     assert log in message
     assert words in message
+
+
+def test_a_column_that_only_the_name_of_a_folder_holds_is_named(folder):
+    (folder / "time_ms=2").mkdir()
+    (folder / "time_ms=2" / "a.csv").write_text("user_id,item_id,click\nu,a,1\n")
+    message = problem(folder, "time_ms=2")
+    assert "no column 'time_ms'; it is in the name of the folder 'time_ms=2'" in message
 
 
 def test_a_name_with_brackets_is_a_file_first(folder):

@@ -194,7 +194,14 @@ def test_another_separator_than_the_declared_one_is_said(
 
 
 @pytest.mark.parametrize(
-    "values", [["a;b|c", "d;e"], ["a b", "c", "d", "e"], ["a", "b"], [None, None]]
+    "values",
+    [
+        ["a;b|c", "d;e"],
+        ["a b", "c", "d", "e"],
+        ["a;b", *"cdefghijk"],
+        ["a", "b"],
+        [None, None],
+    ],
 )
 def test_nothing_is_said_where_the_separator_is_used_or_others_are_rare(
     items, capsys, values

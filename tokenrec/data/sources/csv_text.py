@@ -200,7 +200,7 @@ class CsvHeader:
             for other in DELIMITERS
             if len(self.fields) == 1 and other in self.fields[0]
         ]
-        hint = nearest_column(name, self.fields)
+        hint = nearest_column(path, name, self.fields)
         if others:
             hint = (
                 f"; its header is one field, {self.fields[0]!r}: it is separated by "
@@ -218,8 +218,14 @@ def matching(name: str, fields: Sequence[str]) -> list[int]:
     return [i for i, match in enumerate(typed) if match and match[1] == name]
 
 
-def nearest_column(name: str, fields: Sequence[str]) -> str:
+def nearest_column(path: Path, name: str, fields: Sequence[str]) -> str:
     """Suggest a column; a difference of case or of spaces alone comes first."""
+    for folder in path.parts[:-1]:
+        if folder.startswith(f"{name}="):
+            return (
+                f"; it is in the name of the folder '{folder}', which is not read; "
+                "write it into the files"
+            )
     for field in fields:
         if field.strip().lower() == name.strip().lower():
             return f"; did you mean '{field}'?"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenrec.errors import InputError
+from tokenrec.runtime.files import is_file, reading_error
 
 
 def expand(paths: Iterable[Path]) -> list[Path]:
@@ -22,7 +24,7 @@ def expand(paths: Iterable[Path]) -> list[Path]:
 
 
 def _expand(path: Path) -> list[Path]:
-    if path.is_file():
+    if is_file(path):
         return [path]
     if path.is_dir():
         return _files_in(path)
@@ -45,16 +47,31 @@ def _expand(path: Path) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
+def _fail(error: OSError) -> None:
+    raise error
+
+
 def _is_marker(name: str) -> bool:
     return name.startswith((".", "_"))
 
 
 def _files_in(folder: Path) -> list[Path]:
-    files = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and not any(map(_is_marker, file.relative_to(folder).parts))
-    )
+    files: list[Path] = []
+    seen: set[str] = set()
+    try:
+        # `rglob` would leave out folders that it may not read, and links to folders.
+        for root, folders, names in os.walk(folder, onerror=_fail, followlinks=True):
+            # A link may lead to a folder that was read, or above.
+            if (real := os.path.realpath(root)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = [name for name in folders if not _is_marker(name)]
+            files += [Path(root, name) for name in names if not _is_marker(name)]
+    except OSError as error:
+        remedy = "check its permissions"
+        raise reading_error(error, folder, "folder", remedy) from error
+    files.sort()
     if not files:
         raise InputError(
             f"{folder}: is a folder without files to read; check the path (names that "

@@ -35,6 +35,8 @@ SEPARATORS = {
     "\t": "a tab",
     " ": "a space",
 }
+# The share of values that must hold it: names may have spaces and slashes in them.
+_SHARES = dict.fromkeys(SEPARATORS, 0.1) | {"/": 0.25, " ": 0.25}
 
 
 @dataclasses.dataclass
@@ -121,12 +123,17 @@ class Notes:
 
 
 def _separator_line(name: str, tally: _Tally) -> Iterator[str]:
-    """Yield a line where another separator is in most values, and the declared in none."""
+    """Yield a line where the declared separator is in no value, and another in many."""
     if tally.held.get(tally.separator):
         return
-    other = max(SEPARATORS, key=lambda other: tally.held.get(other, 0))
-    count = tally.held.get(other, 0)
-    if 2 * count > tally.values:
+    many = [
+        other
+        for other in SEPARATORS
+        if tally.held.get(other, 0) > _SHARES[other] * tally.values
+    ]
+    if many:
+        other = max(many, key=lambda other: tally.held[other])
+        count = tally.held[other]
         yield (
             f"{tally.path}: column '{tally.column}': every value is a single part, but "
             f"{count} of {tally.values}, such as {tally.examples[other]!r}, hold "

@@ -236,7 +236,7 @@ class RawParquet:
                     f"{path}: has {len(found)} columns '{name}'; rename all but one"
                 )
             if not found:
-                hint = nearest_column(name, stored)
+                hint = nearest_column(self._path, name, stored)
                 raise InputError(f"{path}: has no column '{name}'{hint}")
             self._stored.append(stored[found[0]])
         self.stored_types = {
