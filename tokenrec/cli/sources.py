@@ -104,14 +104,15 @@ def _add_delimited_flags(parser: Parser) -> None:
         "--schema",
         type=local_path_argument,
         required=True,
-        help="JSON file: features, tasks, columns",
+        help="JSON file: features, tasks, columns; may name the files and splits too",
     )
     parser.add_argument(
         "--log",
         type=local_path_argument,
         nargs="+",
-        required=True,
-        help="files with a row per impression or event, in any order",
+        default=(),
+        help="CSV or Parquet files, folders of such, or globs, with a row per "
+        "impression or event, in any order",
     )
     parser.add_argument(
         "--users", type=local_path_argument, help="file with a row per user"
@@ -121,12 +122,17 @@ def _add_delimited_flags(parser: Parser) -> None:
     )
     parser.add_argument(
         "--valid-from",
-        required=True,
-        help="start of the valid split: ISO date or time (UTC), or milliseconds",
+        help="start of the valid split: ISO date or time (UTC, or the zone of the "
+        "schema), or milliseconds",
     )
     parser.add_argument(
         "--test-from",
         help="start of the test split, in the same form (default: no test split)",
+    )
+    parser.add_argument(
+        "--delimiter",
+        help="what separates the fields of CSV files (default: found in the header: "
+        "comma, tab, semicolon or |)",
     )
 
 
@@ -164,11 +170,21 @@ def _synthetic(args: argparse.Namespace) -> Source:
     return ProfilesSource(args.rows, args.static_rank, static_weight=weight)
 
 
+# A tab is hard to write on a command line.
+DELIMITER_NAMES = {"\\t": "\t", "tab": "\t"}
+
+
 def _delimited(args: argparse.Namespace) -> Source:
     from tokenrec.data.sources.delimited import DelimitedSource
 
     return DelimitedSource(
-        args.schema, args.log, args.users, args.items, args.valid_from, args.test_from
+        args.schema,
+        args.log,
+        args.users,
+        args.items,
+        args.valid_from,
+        args.test_from,
+        delimiter=DELIMITER_NAMES.get(args.delimiter, args.delimiter),
     )
 
 

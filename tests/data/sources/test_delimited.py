@@ -294,36 +294,36 @@ def break_log(old: str, new: str):
         ),
         (
             break_log("3000", "noon"),
-            ["log.csv, line 4", "column 'at'", "'noon'", "int64"],
+            ["log.csv, line 4", "column 'at'", "'noon' is not a time", "milliseconds"],
         ),
         (
             break_log("1,a,1000", ",a,1000"),
-            ["log.csv, row 1", "column 'uid'", "not a user_id"],
+            ["log.csv, line 2", "column 'uid'", "not a user_id"],
         ),
         (
             break_log("1,b,3000", "1,b,"),
-            ["log.csv, row 3", "column 'at'", "not a time_ms"],
+            ["log.csv, line 4", "column 'at'", "not a time_ms"],
         ),
         (
             break_log("0,-1,x", "0,5,x"),
-            ["log.csv, row 3", "column 'buy'", "5 is not a label", "1, 0"],
+            ["log.csv, line 4", "column 'buy'", "'5' is not a label", "1, 0"],
         ),
         (
             break_log("1,2.5,1", "1,-inf,1"),
             [
-                "log.csv, row 1",
+                "log.csv, line 2",
                 "column 'seconds'",
-                "-inf is not a finite float32",
+                "'-inf' is not a finite float32",
                 "empty",
             ],
         ),
         (
             break_log("1,2.5,1", "1,1e39,1"),
-            ["log.csv, row 1", "column 'seconds'", "not a finite float32"],
+            ["log.csv, line 2", "column 'seconds'", "not a finite float32"],
         ),
         (
             lambda f: f.write("items.csv", ITEMS.replace("0.5|-1", "0.5|inf")),
-            ["items.csv, row 1", "'vector'", "finite"],
+            ["items.csv, line 2", "'vector'", "finite"],
         ),
         (
             lambda f: f.write("users.csv", USERS + "1,iron\n"),
@@ -331,11 +331,11 @@ def break_log(old: str, new: str):
         ),
         (
             lambda f: f.write("items.csv", ITEMS.replace("0.5|-1", "0.5")),
-            ["items.csv, row 1", "'vector'", "length=2"],
+            ["items.csv, line 2", "'vector'", "length=2"],
         ),
         (
             lambda f: f.write("items.csv", ITEMS.replace("0|3", "0|4")),
-            ["items.csv, row 1", "'code'", "0 .. 3"],
+            ["items.csv, line 2", "'code'", "0 .. 3"],
         ),
         (
             lambda f: f.write("items.csv", ITEMS.replace("0|3", "0;3")),

@@ -19,11 +19,9 @@ model sees for earlier events only. Licence and citation are those of the log's 
 
 from __future__ import annotations
 
-import datetime
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,10 +30,15 @@ from tokenrec.data.schema import Feature
 from tokenrec.data.source import LogPart, Provenance
 from tokenrec.data.sources.delimited_columns import (
     ColumnSpec,
+    log_specs,
     read_columns,
     refuse_repeats,
+    table_specs,
 )
-from tokenrec.data.sources.delimited_schema import KEYS, OPTIONAL, read_schema
+from tokenrec.data.sources.delimited_files import expand
+from tokenrec.data.sources.delimited_notes import Notes
+from tokenrec.data.sources.delimited_schema import SchemaFile, read_schema
+from tokenrec.data.sources.delimited_times import UNIT_NAMES, likely_unit, split_time
 from tokenrec.errors import InputError
 
 # Values of the optional columns where the schema does not name them.
@@ -45,15 +48,22 @@ _DEFAULTS = {"request": -1, "event": True, "scored": True}
 class DelimitedSource:
     """Log rows of the user's own files, as a `PartitionedSource`; a part is a file.
 
+    The schema may name the files and the splits (`LogFiles`); arguments that are given
+    replace them. A path is a CSV or Parquet file, a folder of such, or a glob.
+
+    `provenance.counts` has what was changed while reading, by kind and name, such as
+    `cleaned_lists_tags`; it is complete when everything was read.
+
     Args:
-      schema_file: JSON with `features`, `tasks`, and optionally `columns` and
-        `key_types`.
-      log: files of log rows, .csv, .csv.gz or .parquet, in any order.
-      users: file with a row per user; None where users have no feature but their id.
-      items: file with a row per item; None where items have no feature but their id.
-      valid_from: first time of the valid split: ISO date or time (UTC), or integer
-        milliseconds.
+      schema: JSON file, or what was read from one.
+      log: paths of log rows, in any order.
+      users: path of a row per user; None where users have no feature but their id.
+      items: path of a row per item; None where items have no feature but their id.
+      valid_from: first time of the valid split: ISO date or time, in the zone of the
+        schema unless it names one, or integer milliseconds.
       test_from: first time of the test split; None for no test split.
+      delimiter: what separates the fields of CSV files; None to find out from the
+        header of each.
 
     Raises:
       InputError: the schema, a file or a value is wrong. Rows and tables are checked
@@ -62,28 +72,54 @@ class DelimitedSource:
 
     def __init__(
         self,
-        schema_file: Path,
-        log: Sequence[Path],
-        users: Path | None,
-        items: Path | None,
-        valid_from: str,
-        test_from: str | None,
+        schema: Path | SchemaFile,
+        log: Sequence[Path] = (),
+        users: Path | None = None,
+        items: Path | None = None,
+        valid_from: str | None = None,
+        test_from: str | None = None,
+        *,
+        delimiter: str | None = None,
     ) -> None:
-        # 1. Files.
-        self._log = [Path(path) for path in log]
-        self._users = users
-        self._items = items
-        if not self._log:
-            raise InputError("log is empty; name at least one CSV or Parquet file")
-        tables = [Path(path) for path in (users, items) if path is not None]
-        for path in [Path(schema_file), *self._log, *tables]:
-            if not path.is_file():
-                raise InputError(f"{path}: no such file; check the path")
+        # 1. Schema.
+        schema_paths: list[Path] = []
+        if isinstance(schema, SchemaFile):
+            self._schema_file = schema
+        else:
+            schema_paths = expand([Path(schema)])
+            self._schema_file = read_schema(Path(schema))
+        self.schema = self._schema_file.schema
+        if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+            raise InputError(
+                f"delimiter={delimiter!r} must be one character, and neither a quote "
+                "nor a line break; for tabs write it as '\\t'"
+            )
+        self._delimiter = delimiter
 
-        # 2. Times of the splits.
-        self._valid_from = _milliseconds("valid_from", valid_from)
+        # 2. Files.
+        files = self._schema_file.files
+        self._log = expand(log or files.log)
+        if not self._log:
+            raise InputError(
+                "log is empty; name at least one CSV or Parquet file (--log, or "
+                '"files": {"log": [...]} in the schema)'
+            )
+        self._users = _expand_optional(users or files.users)
+        self._items = _expand_optional(items or files.items)
+        self._require_tables()
+
+        # 3. Times of the splits.
+        valid_from = valid_from or files.valid_from
+        test_from = test_from or files.test_from
+        if valid_from is None:
+            raise InputError(
+                "valid_from is not given; say when the valid split begins "
+                '(--valid-from, or "files": {"valid_from": ...} in the schema)'
+            )
+        zone = self._schema_file.time.zone
+        self._valid_from = split_time("valid_from", valid_from, zone)
         self._test_from = (
-            None if test_from is None else _milliseconds("test_from", test_from)
+            None if test_from is None else split_time("test_from", test_from, zone)
         )
         if self._test_from is not None and self._test_from <= self._valid_from:
             raise InputError(
@@ -91,15 +127,15 @@ class DelimitedSource:
                 "move one of them"
             )
 
-        # 3. Schema.
-        self._schema_file = read_schema(Path(schema_file))
-        self.schema = self._schema_file.schema
-        self._require_tables()
+        # 4. What is said and counted while reading.
+        self._said: set[str] = set()
+        self._counts: dict[str, int] = {}
         self.provenance = Provenance(
             name="delimited",
             licence="that of the log's owner",
             citation="the user's own log",
-            files=(Path(schema_file), *self._log, *tables),
+            files=(*schema_paths, *self._log, *self._users, *self._items),
+            counts=self._counts,
         )
 
     def users(self) -> pa.Table:
@@ -116,8 +152,9 @@ class DelimitedSource:
         """
         earliest: int | None = None
         latest: int | None = None
+        notes = Notes(self._said)
         for path in self._log:
-            for batch in self._read_log(path):
+            for batch in self._read_log(path, notes):
                 time = batch.column("time_ms").to_numpy()
                 first, last = int(time.min()), int(time.max())
                 earliest = first if earliest is None else min(earliest, first)
@@ -128,23 +165,24 @@ class DelimitedSource:
                 f"{', '.join(map(str, self._log))}: no rows; a log needs at least a "
                 "header and rows; check the files"
             )
+        self._finish(notes)
         self.check_times(earliest, latest)
 
     def row_parts(self) -> list[LogPart]:
         """Return a part for each file of the log."""
+        # A partial and not a lambda: parts are pickled for the workers of Beam.
         return [
-            LogPart(str(path), functools.partial(self._read_log, path))
+            LogPart(str(path), functools.partial(self._read_part, path))
             for path in self._log
         ]
 
     def user_parts(self) -> list[LogPart]:
-        """Return a part for the file of users, if there is one."""
-        if self._users is None:
-            return []
-        specs = self._table_specs("user_id", self.schema.group("user"))
-        # A partial and not a lambda: parts are pickled for the workers of Beam.
-        read = functools.partial(read_columns, Path(self._users), specs)
-        return [LogPart(str(self._users), read)]
+        """Return a part for each file of users."""
+        specs = table_specs(self._schema_file, "user_id", self.schema.group("user"))
+        return [
+            LogPart(str(path), functools.partial(self._read_part, path, specs))
+            for path in self._users
+        ]
 
     def check_times(self, earliest: int, latest: int) -> None:
         """Check that train and valid have rows.
@@ -152,50 +190,64 @@ class DelimitedSource:
         Raises:
           InputError: all times are in one of them, which is often a wrong unit of time.
         """
+        column = self._schema_file.column("time_ms")
+        form = self._schema_file.time
+        runs = (
+            f"column '{column}' runs from {_iso_time(earliest)} to "
+            f"{_iso_time(latest)}, with numbers read as {UNIT_NAMES[form.unit]} since 1970 "
+            "UTC"
+        )
+        unit = likely_unit(earliest, latest, form)
+        if unit is not None:
+            raise InputError(
+                f"{runs}; they are sensible as {UNIT_NAMES[unit]}: say so in the schema, "
+                f'"time": {{"unit": "{unit}"}}'
+            )
         empty = ""
         if earliest >= self._valid_from:
             empty = "train"
         elif latest < self._valid_from:
             empty = "valid"
         if empty:
-            column = self._schema_file.column("time_ms")
             raise InputError(
                 f"valid_from={_iso_time(self._valid_from)} leaves {empty} empty: "
-                f"column '{column}' runs from {_iso_time(earliest)} to "
-                f"{_iso_time(latest)}, read as milliseconds since 1970 UTC; move "
-                "valid_from or correct the times"
+                f"{runs}; move valid_from or correct the times"
             )
 
     def _require_tables(self) -> None:
         """Check that each feature of a user or an item has a file to come from."""
-        for option, file, features, key in (
+        for option, files, features, key in (
             ("users", self._users, self.schema.group("user"), "user_id"),
             ("items", self._items, self.schema.group("catalogue"), "item_id"),
         ):
             lost = [f.name for f in features if f.name != key]
-            if file is None and lost:
+            if not files and lost:
                 raise InputError(
                     f"{option} is not given, but the schema has {', '.join(lost)} of "
                     f"them; add --{option}"
                 )
 
-    def _read_log(self, path: Path) -> Iterator[pa.RecordBatch]:
+    def _read_log(self, path: Path, notes: Notes) -> Iterator[pa.RecordBatch]:
         """Yield the rows of one file of the log."""
-        schema_file = self._schema_file
-        specs = [
-            ColumnSpec(name, schema_file.column(name), self._key_type(name))
-            for name in KEYS
-        ]
-        for name, kind in OPTIONAL.items():
-            if name in schema_file.columns:
-                specs.append(ColumnSpec(name, schema_file.column(name), kind))
-        for task in self.schema.tasks:
-            column = schema_file.column(task.name)
-            specs.append(ColumnSpec(f"label_{task.name}", column, pa.int8()))
-        features = (*self.schema.group("row"), *self.schema.group("action"))
-        specs += [self._feature_spec(feature) for feature in features]
-        for batch in read_columns(path, specs):
+        specs = log_specs(self._schema_file)
+        for batch in read_columns(path, specs, notes, delimiter=self._delimiter):
             yield self._add_defaults_and_split(batch)
+
+    def _read_part(
+        self, path: Path, specs: Sequence[ColumnSpec] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of one file, of the log unless there are specs."""
+        notes = Notes(self._said)
+        if specs is None:
+            yield from self._read_log(path, notes)
+        else:
+            yield from read_columns(path, specs, notes, delimiter=self._delimiter)
+        notes.say()
+
+    def _finish(self, notes: Notes) -> None:
+        """Say the notes on a table, and add their counts."""
+        notes.say()
+        self._counts.update(notes.counts)
 
     def _add_defaults_and_split(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         for name, default in _DEFAULTS.items():
@@ -209,65 +261,26 @@ class DelimitedSource:
         return batch.append_column("split", pa.array(split))
 
     def _read_table(
-        self, key: str, path: Path | None, features: Sequence[Feature]
+        self, key: str, paths: Sequence[Path], features: Sequence[Feature]
     ) -> pa.Table:
         """Read the table of users or items; an empty one where there is no file."""
-        specs = self._table_specs(key, features)
+        specs = table_specs(self._schema_file, key, features)
         schema = pa.schema([(spec.name, spec.type) for spec in specs])
-        if path is None:
-            return schema.empty_table()
-        batches = list(read_columns(Path(path), specs))
+        notes = Notes(self._said)
+        batches = [
+            batch
+            for path in paths
+            for batch in read_columns(path, specs, notes, delimiter=self._delimiter)
+        ]
         table = pa.Table.from_batches(batches, schema=schema)
-        refuse_repeats(Path(path), specs[0].column, table.column(key))
+        if paths:
+            refuse_repeats(paths[0], specs[0].column, table.column(key))
+        self._finish(notes)
         return table
 
-    def _table_specs(self, key: str, features: Sequence[Feature]) -> list[ColumnSpec]:
-        specs = [ColumnSpec(key, self._schema_file.column(key), self._key_type(key))]
-        # The id may be a feature as well; it is yielded once.
-        return specs + [self._feature_spec(f) for f in features if f.name != key]
 
-    def _key_type(self, name: str) -> pa.DataType:
-        return pa.int64() if name == "time_ms" else self._schema_file.value_type(name)
-
-    def _feature_spec(self, feature: Feature) -> ColumnSpec:
-        if feature.kind == "dense":
-            # Read as float64, so that a number beyond float32 is refused and not inf.
-            kind = pa.float64()
-        elif feature.kind == "embedding":
-            kind = pa.list_(pa.float32())
-        elif feature.kind == "semantic_id":
-            kind = pa.list_(pa.int64())
-        elif feature.kind == "multi_valued":
-            kind = pa.list_(self._schema_file.value_type(feature.name))
-        else:
-            kind = self._schema_file.value_type(feature.name)
-        return ColumnSpec(
-            feature.name, self._schema_file.column(feature.name), kind, feature
-        )
-
-
-def _milliseconds(field: str, value: Any) -> int:
-    """Convert an ISO date or time, or an integer, to milliseconds since 1970 UTC.
-
-    >>> _milliseconds("valid_from", "2022-05-03")
-    1651536000000
-    >>> _milliseconds("valid_from", "1651536000000")
-    1651536000000
-    """
-    try:
-        return int(value)
-    except ValueError:
-        pass
-    try:
-        moment = datetime.datetime.fromisoformat(value)
-    except ValueError as error:
-        raise InputError(
-            f"{field}={value} is neither an ISO date or time nor integer milliseconds; "
-            "write it as 2022-05-03, 2022-05-03T12:00 or 1651536000000"
-        ) from error
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.UTC)
-    return round(moment.timestamp() * 1000)
+def _expand_optional(path: Path | None) -> list[Path]:
+    return [] if path is None else expand([path])
 
 
 def _iso_time(milliseconds: int) -> str:

@@ -1,13 +1,15 @@
 """Read columns of the user's own files for `delimited.py`, and check every value.
 
-`tabular.py` refuses what does not parse. Here the rules of a log are checked: keys are
-there, labels are 1, 0 or unknown, numbers are finite, lists have their length.
+The converters of `delimited_values.py` and its neighbours refuse what cannot be read.
+Here the rules of a log are checked: keys are there, numbers are finite, lists have
+their length.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokenrec.data.schema import Feature
-from tokenrec.data.sources.tabular import read_batches
+from tokenrec.data.sources.delimited_labels import (
+    compare,
+    read_flags,
+    read_labels,
+    read_requests,
+)
+from tokenrec.data.sources.delimited_lists import read_lists
+from tokenrec.data.sources.delimited_notes import ColumnNotes, Notes
+from tokenrec.data.sources.delimited_schema import KEYS, OPTIONAL, SchemaFile
+from tokenrec.data.sources.delimited_times import read_times
+from tokenrec.data.sources.delimited_values import (
+    WrongValue,
+    plain,
+    read_ids,
+    read_numbers,
+    read_texts,
+    true_rows,
+)
+from tokenrec.data.sources.tabular_raw import RawFile, open_raw
 from tokenrec.errors import InputError
 
 _NOT_FINITE = (
     "is not a finite float32; correct it, or leave the field empty where it is missing"
 )
+
+Convert = Callable[[pa.Array, ColumnNotes], pa.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +53,14 @@ class ColumnSpec:
       name: name of the column that is yielded.
       column: column of the file.
       type: type of the column that is yielded.
+      convert: converts the column of the file to that type.
       feature: its feature; None for a key or a label.
     """
 
     name: str
     column: str
     type: pa.DataType
+    convert: Convert
     feature: Feature | None = None
 
     @property
@@ -44,56 +68,152 @@ class ColumnSpec:
         return self.feature is None and self.name.startswith("label_")
 
 
-def read_columns(path: Path, specs: Sequence[ColumnSpec]) -> Iterator[pa.RecordBatch]:
+def log_specs(schema_file: SchemaFile) -> list[ColumnSpec]:
+    """Return the columns of the log."""
+    specs = [_key_spec(schema_file, name) for name in KEYS]
+    kinds: dict[str, tuple[pa.DataType, Convert]] = {
+        "request": (pa.int64(), read_requests),
+        "event": (pa.bool_(), read_flags),
+        "scored": (pa.bool_(), read_flags),
+    }
+    specs += [
+        ColumnSpec(name, schema_file.column(name), *kinds[name])
+        for name in OPTIONAL
+        if name in schema_file.columns
+    ]
+    for task in schema_file.schema.tasks:
+        rule = schema_file.labels.get(task.name)
+        convert = read_labels if rule is None else functools.partial(compare, rule=rule)
+        column = schema_file.column(task.name)
+        specs.append(ColumnSpec(f"label_{task.name}", column, pa.int8(), convert))
+    schema = schema_file.schema
+    labels = schema_file.label_columns()
+    for feature in (*schema.group("row"), *schema.group("action")):
+        spec = _feature_spec(schema_file, feature)
+        if spec.column in labels and feature.kind in ("categorical", "dense"):
+            read = functools.partial(_label_as_feature, kind=spec.type)
+            spec = dataclasses.replace(spec, convert=read)
+        specs.append(spec)
+    return specs
+
+
+def table_specs(
+    schema_file: SchemaFile, key: str, features: Sequence[Feature]
+) -> list[ColumnSpec]:
+    """Return the columns of the table of users or items, of which `key` is the id."""
+    # The id may be a feature as well; it is yielded once.
+    return [
+        _key_spec(schema_file, key),
+        *(_feature_spec(schema_file, f) for f in features if f.name != key),
+    ]
+
+
+def _key_spec(schema_file: SchemaFile, name: str) -> ColumnSpec:
+    column = schema_file.column(name)
+    if name == "time_ms":
+        convert = functools.partial(read_times, form=schema_file.time)
+        return ColumnSpec(name, column, pa.int64(), convert)
+    kind = schema_file.value_type(name)
+    return ColumnSpec(
+        name, column, kind, functools.partial(read_ids, kind=kind, is_key=True)
+    )
+
+
+def _feature_spec(schema_file: SchemaFile, feature: Feature) -> ColumnSpec:
+    column = schema_file.column(feature.name)
+    kind = schema_file.value_type(feature.name)
+    convert: Convert
+    if feature.kind == "dense":
+        # Read as float64, so that a number beyond float32 is refused and not inf.
+        kind, convert = pa.float64(), read_numbers
+    elif feature.kind == "text":
+        kind, convert = pa.string(), read_texts
+    elif feature.kind == "categorical":
+        keys = (schema_file.column("user_id"), schema_file.column("item_id"))
+        # A copy of an id is read as the id.
+        convert = functools.partial(read_ids, kind=kind, is_key=column in keys)
+    else:
+        parts = {"embedding": pa.float32(), "semantic_id": pa.int64()}
+        kind = pa.list_(parts.get(feature.kind, kind))
+        convert = functools.partial(
+            read_lists,
+            kind=kind,
+            separator=schema_file.separator(feature.name),
+            is_vector=feature.kind in parts,
+        )
+    return ColumnSpec(feature.name, column, kind, convert, feature)
+
+
+def _label_as_feature(
+    values: pa.Array, notes: ColumnNotes, *, kind: pa.DataType
+) -> pa.Array:
+    """Convert a label that is a feature as well: unknown is a missing value."""
+    labels = read_labels(values, notes)
+    labels = pc.if_else(pc.equal(labels, -1), pa.scalar(None, pa.int8()), labels)
+    return labels.cast(kind)
+
+
+def read_columns(
+    path: Path,
+    specs: Sequence[ColumnSpec],
+    notes: Notes,
+    *,
+    delimiter: str | None = None,
+) -> Iterator[pa.RecordBatch]:
     """Yield columns of a file, checked.
 
-    Several specs may name one column of the file: it is read with the type of the first
-    one and cast for the others.
-
     Args:
-      path: .csv, .csv.gz or .parquet file.
-      specs: the columns to yield, in order.
+      path: CSV or Parquet file.
+      specs: the columns to yield, in order; several may read one column of the file.
+      notes: gets what was changed and what is odd.
+      delimiter: what separates the fields of a CSV file; None to find out.
 
     Raises:
-      InputError: a value is wrong; names file, row, column, value, reason and remedy.
+      InputError: a value is wrong; names file, line or row, column, value, reason and
+        remedy.
     """
-    types: dict[str, pa.DataType] = {}
-    for spec in specs:
-        types.setdefault(spec.column, spec.type)
-    label_columns = {spec.column for spec in specs if spec.is_label}
+    raw = open_raw(
+        path, list(dict.fromkeys(spec.column for spec in specs)), delimiter=delimiter
+    )
+    for note in raw.notes:
+        notes.add_file(path, note)
     schema = pa.schema([(spec.name, spec.type) for spec in specs])
-    # Messages count rows from 1.
-    first_row = 1
-    for batch in read_batches(path, types):
+    of_columns = [notes.column(path, spec.column, spec.name) for spec in specs]
+    first_row = 0
+    for batch in raw.batches():
         if not batch.num_rows:
             continue
         arrays = []
-        for spec in specs:
-            values = batch.column(spec.column)
-            if spec.feature is not None and spec.column in label_columns:
-                # As a feature, a label that is unknown (-1) is a missing value.
-                missing = pa.scalar(None, values.type)
-                values = pc.if_else(pc.equal(values, -1), missing, values)
+        for spec, of_column in zip(specs, of_columns, strict=True):
+            stored = batch.column(spec.column)
             try:
-                values = values.cast(spec.type)
-            except pa.ArrowException as error:
+                values = spec.convert(plain(stored), of_column)
+                # Rules are checked in order; the first row that breaks one is named.
+                for wrong_rows, reason in _problems(spec, values):
+                    if len(wrong_rows):
+                        raise WrongValue(int(wrong_rows[0]), reason)
+            except WrongValue as error:
                 raise InputError(
-                    f"{path}: column '{spec.column}' as {spec.name}: {error}; "
-                    "correct the values, or the type of the name in the schema"
+                    _message(path, raw, first_row, spec, stored, error)
                 ) from error
-            if spec.name == "request":
-                values = values.fill_null(-1)
-            # Rules are checked in order, and the first row that breaks one is named.
-            for wrong_rows, reason in _problems(spec, values):
-                if len(wrong_rows):
-                    row = int(wrong_rows[0])
-                    raise InputError(
-                        f"{path}, row {first_row + row} (the header not counted): "
-                        f"column '{spec.column}': {values[row].as_py()!r} {reason}"
-                    )
             arrays.append(values)
         yield pa.RecordBatch.from_arrays(arrays, schema=schema)
         first_row += batch.num_rows
+
+
+def _message(
+    path: Path,
+    raw: RawFile,
+    first_row: int,
+    spec: ColumnSpec,
+    stored: pa.Array,
+    error: WrongValue,
+) -> str:
+    if error.row is None:
+        return f"{path}: column '{spec.column}' ({spec.name}) {error.reason}"
+    value = stored[error.row].as_py()
+    place = raw.place(first_row + error.row)
+    return f"{place}: column '{spec.column}': {value!r} {error.reason}"
 
 
 def _problems(spec: ColumnSpec, values: pa.Array) -> Iterator[tuple[np.ndarray, str]]:
@@ -104,23 +224,19 @@ def _problems(spec: ColumnSpec, values: pa.Array) -> Iterator[tuple[np.ndarray, 
     """
     feature = spec.feature
     if spec.is_label:
-        known = pc.is_in(values, value_set=pa.array([1, 0, -1, None], pa.int8()))
+        return
+    if feature is None:
         yield (
-            _true_rows(pc.invert(known)),
-            "is not a label; use 1, 0, or nothing where it is unknown",
-        )
-    elif feature is None:
-        yield (
-            _true_rows(pc.is_null(values)),
+            true_rows(pc.is_null(values)),
             f"is not a {spec.name}; every row needs one; fill it in or remove the row",
         )
         if spec.name == "request":
             yield (
-                _true_rows(pc.less(values, -1)),
+                true_rows(pc.less(values, -1)),
                 "is negative; use an integer from 0, or nothing for a row on its own",
             )
     elif feature.kind == "dense":
-        yield _true_rows(_beyond_float32(values)), _NOT_FINITE
+        yield true_rows(_beyond_float32(values)), _NOT_FINITE
     elif feature.kind in ("embedding", "semantic_id"):
         yield from _list_problems(feature, values)
 
@@ -131,9 +247,9 @@ def _list_problems(
     """Yield the rules of an embedding or a semantic id, as `_problems` does."""
     wrong_length = pc.not_equal(pc.list_value_length(values), feature.length)
     yield (
-        _true_rows(wrong_length),
+        true_rows(wrong_length),
         f"has not length={feature.length} values, which the schema says; correct one "
-        "of them",
+        "of them, or name what is between the values under separators",
     )
     numbers = pc.list_flatten(values)
     row_of_number = pc.list_parent_indices(values)
@@ -155,10 +271,6 @@ def _list_problems(
 def _beyond_float32(values: pa.Array) -> pa.Array:
     """Find numbers that are infinite, or would be once they are stored as float32."""
     return pc.greater(pc.abs(values), float(np.finfo(np.float32).max))
-
-
-def _true_rows(mask: pa.Array) -> np.ndarray:
-    return np.flatnonzero(mask.fill_null(False).to_numpy(zero_copy_only=False))
 
 
 def refuse_repeats(path: Path, column: str, keys: pa.ChunkedArray) -> None:

@@ -1,64 +1,206 @@
-"""Read and check the JSON schema of `delimited.py`.
+"""The JSON schema of `delimited.py`: what is read from the user's files, and how.
 
-The file has four parts, of which `features` and `tasks` are those of `Schema`:
+`features` and `tasks` are those of `Schema`; every other part is optional:
 
     {
-      "features": [{"name": "device", "kind": "categorical", "entity": "context"}],
-      "tasks": [{"name": "click"}],
-      "columns": {"user_id": "uid", "time_ms": "ts"},
-      "key_types": {"user_id": "int64"}
+      "features": [{"name": "tags", "kind": "multi_valued", "entity": "item",
+                    "length": 4}],
+      "tasks": [{"name": "liked"}],
+      "columns": {"user_id": "uid", "time_ms": "at"},
+      "key_types": {"user_id": "int64"},
+      "separators": {"tags": ";"},
+      "labels": {"liked": "rating >= 4"},
+      "time": {"unit": "s", "zone": "Europe/Oslo"},
+      "files": {"log": ["log.csv"], "items": "items.csv", "valid_from": "2022-05-03"}
     }
 
 `columns` maps a name to the column of the file that holds it; a name without an entry
 is the name of its column. `key_types` says "int64" for ids and categorical values that
-are integers; all others are strings.
+are integers; all others are strings. docs/guides/data.md describes the other parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from tokenrec.data.schema import Schema
-from tokenrec.errors import InputError, suggest
+from tokenrec.data.sources import delimited_checks as checks
+from tokenrec.data.sources.delimited_checks import KEYS, OPTIONAL, TYPES
+from tokenrec.errors import InputError
 from tokenrec.runtime.files import read_json
 
-KEYS = ("user_id", "item_id", "time_ms")
-# Columns that are read only if `columns` names them, and their types.
-OPTIONAL = {"request": pa.int64(), "event": pa.bool_(), "scored": pa.bool_()}
+__all__ = [
+    "DEFAULT_SEPARATOR",
+    "KEYS",
+    "OPTIONAL",
+    "LabelRule",
+    "LogFiles",
+    "SchemaFile",
+    "TimeFormat",
+    "read_schema",
+]
 
-_RESERVED = (*KEYS, *OPTIONAL, "split")
-# The id of an entity may be a categorical feature of that entity, under its own name.
-_KEY_FEATURES = (("user_id", "user"), ("item_id", "catalogue"))
-_TYPES = {"int64": pa.int64(), "string": pa.string()}
-_PARTS = {"features": list, "tasks": list, "columns": dict, "key_types": dict}
+DEFAULT_SEPARATOR = "|"
+
+_RULE = re.compile(
+    r"\s*(?P<column>.*?\S)\s*(?P<operator>>=|<=|==|!=|>|<)\s*"
+    r"(?P<number>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)\s*"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelRule:
+    """A label that is a comparison of a number: `rating >= 4`.
+
+    Attributes:
+      column: column of the file.
+      operator: `>=`, `>`, `<=`, `<`, `==` or `!=`.
+      number: what the column is compared with.
+    """
+
+    column: str
+    operator: str
+    number: int | float
+
+    def __str__(self) -> str:
+        return f"{self.column} {self.operator} {self.number}"
+
+    @classmethod
+    def parse(cls, text: str) -> LabelRule | None:
+        """Parse `COLUMN OP NUMBER`; None if the text is something else.
+
+        >>> LabelRule.parse("rating >= 4")
+        LabelRule(column='rating', operator='>=', number=4)
+        >>> LabelRule.parse("rating")
+        """
+        match = _RULE.fullmatch(text)
+        if match is None:
+            return None
+        digits = match["number"]
+        whole = re.fullmatch(r"[+-]?\d+", digits)
+        number = int(digits) if whole else float(digits)
+        return cls(match["column"], match["operator"], number)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeFormat:
+    """How times without a unit or a zone are read.
+
+    Attributes:
+      unit: of integer or decimal times since 1970 UTC: s, ms, us or ns.
+      zone: of dates and date-times that name none: an IANA name, or +08:00.
+    """
+
+    unit: str = "ms"
+    zone: str = "UTC"
+
+
+@dataclasses.dataclass(frozen=True)
+class LogFiles:
+    """Files and splits of the log, as `DelimitedSource` takes them.
+
+    Attributes:
+      log: files, folders or globs of log rows.
+      users: file, folder or glob of users.
+      items: file, folder or glob of items.
+      valid_from: first time of the valid split.
+      test_from: first time of the test split.
+    """
+
+    log: tuple[Path, ...] = ()
+    users: Path | None = None
+    items: Path | None = None
+    valid_from: str | None = None
+    test_from: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class SchemaFile:
-    """A schema, and where its names are in the files.
+    """A schema, and how its names are read from the files.
 
     Attributes:
       schema: features and tasks.
       columns: name to column of the file, where they differ.
       key_types: name of an id or a categorical feature to "int64" or "string".
+      separators: feature to the string between its values in text.
+      labels: task to the comparison that is its label.
+      time: unit and zone of times.
+      files: the files, where the schema names them.
     """
 
     schema: Schema
-    columns: Mapping[str, str]
-    key_types: Mapping[str, str]
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    key_types: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    separators: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, LabelRule] = dataclasses.field(default_factory=dict)
+    time: TimeFormat = TimeFormat()
+    files: LogFiles = LogFiles()
+
+    @classmethod
+    def from_json(cls, value: Any, where: str, folder: Path) -> SchemaFile:
+        """Check every name of a parsed schema.
+
+        Args:
+          value: the parsed JSON.
+          where: the schema's name for messages, usually its path.
+          folder: where relative paths of its files begin.
+
+        Raises:
+          InputError: a part or a name is unknown, or a value has the wrong type; names
+            `where` and the field.
+        """
+        checks.check_parts(where, value)
+        try:
+            schema = Schema.from_json(
+                {part: value.get(part, []) for part in ("features", "tasks")}
+            )
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        columns = value.get("columns", {})
+        key_types = value.get("key_types", {})
+        separators = value.get("separators", {})
+        checks.check_feature_names(where, schema)
+        checks.check_columns(where, schema, columns)
+        checks.check_key_types(where, schema, key_types)
+        checks.check_separators(where, schema, separators)
+        labels = _parse_labels(where, schema, columns, value.get("labels", {}))
+        time = TimeFormat(**checks.checked_time(where, value.get("time", {})))
+        files = _parse_files(where, value.get("files", {}), folder)
+        result = cls(schema, columns, key_types, separators, labels, time, files)
+        kinds = {
+            feature.name: result.value_type_name(feature.name)
+            for feature in schema.features
+            if feature.has_vocabulary
+        }
+        checks.check_shared_tables(where, schema, kinds)
+        return result
 
     def column(self, name: str) -> str:
         """Return the column of the file that holds `name`."""
-        return self.columns.get(name, name)
+        rule = self.labels.get(name)
+        return self.columns.get(name, name) if rule is None else rule.column
+
+    def separator(self, name: str) -> str:
+        """Return what stands between the values of a feature in text."""
+        return self.separators.get(name, DEFAULT_SEPARATOR)
+
+    def label_columns(self) -> set[str]:
+        """Return the columns that hold labels as such, and not what they compare."""
+        return {
+            self.column(task.name)
+            for task in self.schema.tasks
+            if task.name not in self.labels
+        }
 
     def value_type(self, name: str) -> pa.DataType:
         """Return the type of an id or of the values of a categorical feature."""
-        return _TYPES[self.value_type_name(name)]
+        return TYPES[self.value_type_name(name)]
 
     def value_type_name(self, name: str) -> str:
         """Return "int64" or "string".
@@ -72,109 +214,56 @@ class SchemaFile:
         for key in ("user_id", "item_id"):
             if column == self.column(key):
                 return self.key_types.get(key, "string")
-        is_label = column in {self.column(task.name) for task in self.schema.tasks}
-        return "int64" if is_label else "string"
+        return "int64" if column in self.label_columns() else "string"
 
 
 def read_schema(path: Path) -> SchemaFile:
     """Read a schema file, and check every name in it.
 
     Raises:
-      InputError: the file cannot be read, a part or a name is unknown, or a value has
-        the wrong type; names the file and the field.
+      InputError: the file cannot be read, or as `SchemaFile.from_json`.
     """
     value = read_json(path, "schema", "correct the schema file")
-    _check_parts(path, value)
-    try:
-        schema = Schema.from_json(
-            {part: value.get(part, []) for part in ("features", "tasks")}
-        )
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    _check_feature_names(path, schema)
-    schema_file = SchemaFile(
-        schema, value.get("columns", {}), value.get("key_types", {})
+    return SchemaFile.from_json(value, str(path), Path(path).parent)
+
+
+def _parse_labels(
+    where: str, schema: Schema, columns: Mapping[str, str], labels: Mapping[str, Any]
+) -> dict[str, LabelRule]:
+    checks.check_known(where, "labels", labels, [task.name for task in schema.tasks])
+    rules = {}
+    for task, text in labels.items():
+        rule = LabelRule.parse(text) if isinstance(text, str) else None
+        if rule is None:
+            raise InputError(
+                f"{where}: labels['{task}']={text!r} is not COLUMN OP NUMBER with one "
+                'of >= > <= < == !=; write it as "rating >= 4"'
+            )
+        if task in columns:
+            raise InputError(
+                f"{where}: task '{task}' has columns['{task}']='{columns[task]}' and "
+                f"labels['{task}']='{rule}', which names its column too; remove one "
+                "of them"
+            )
+        rules[task] = rule
+    return rules
+
+
+def _parse_files(where: str, files: Mapping[str, Any], folder: Path) -> LogFiles:
+    checks.check_files(where, files)
+    paths = {
+        name: folder / files[name]
+        for name in ("users", "items")
+        if files.get(name) is not None
+    }
+    splits = {name: files.get(name) for name in ("valid_from", "test_from")}
+    log = tuple(folder / path for path in files.get("log", []))
+    return LogFiles(
+        log,
+        paths.get("users"),
+        paths.get("items"),
+        **{
+            name: None if value is None else str(value)
+            for name, value in splits.items()
+        },
     )
-    _check_columns(path, schema_file)
-    _check_key_types(path, schema_file)
-    _check_shared_tables(path, schema_file)
-    return schema_file
-
-
-def _check_parts(path: Path, value: Any) -> None:
-    if not isinstance(value, dict):
-        raise InputError(
-            f"{path}: holds a {type(value).__name__}, but must hold a JSON object with "
-            f"{', '.join(_PARTS)}; correct the schema file"
-        )
-    _check_known(path, "schema", value, _PARTS)
-    for part, kind in _PARTS.items():
-        if not isinstance(value.get(part, kind()), kind):
-            wanted = "array" if kind is list else "object"
-            raise InputError(
-                f"{path}: '{part}' must be a JSON {wanted}; correct the schema file"
-            )
-
-
-def _check_feature_names(path: Path, schema: Schema) -> None:
-    """Refuse features with the name of a key, unless they are that key."""
-    for feature in schema.features:
-        is_key = (
-            feature.kind == "categorical"
-            and (feature.name, feature.group) in _KEY_FEATURES
-        )
-        if feature.name in _RESERVED and not is_key:
-            raise InputError(
-                f"{path}: feature '{feature.name}' has the name of a key; give it "
-                'another one, and its column under "columns": '
-                f'{{"another": "{feature.name}"}}'
-            )
-
-
-def _check_columns(path: Path, schema_file: SchemaFile) -> None:
-    names = [f.name for f in schema_file.schema.features]
-    names += [task.name for task in schema_file.schema.tasks]
-    _check_known(path, "columns", schema_file.columns, [*KEYS, *OPTIONAL, *names])
-    for name, column in schema_file.columns.items():
-        if not isinstance(column, str):
-            raise InputError(
-                f"{path}: columns['{name}']={column!r} must be the name of a column; "
-                "write it as a string"
-            )
-
-
-def _check_key_types(path: Path, schema_file: SchemaFile) -> None:
-    typed = [f.name for f in schema_file.schema.features if f.has_vocabulary]
-    names = ["user_id", "item_id", *typed]
-    _check_known(path, "key_types", schema_file.key_types, names)
-    for name, kind in schema_file.key_types.items():
-        if not isinstance(kind, str) or kind not in _TYPES:
-            raise InputError(
-                f"{path}: key_types['{name}']={kind!r} is no type"
-                f"{suggest(str(kind), _TYPES)}"
-            )
-
-
-def _check_shared_tables(path: Path, schema_file: SchemaFile) -> None:
-    """Refuse two types of values in one embedding table: its vocabulary is sorted."""
-    first_of_table: dict[str, str] = {}
-    for feature in schema_file.schema.features:
-        if not feature.has_vocabulary:
-            continue
-        first = first_of_table.setdefault(feature.table_name, feature.name)
-        kinds = [schema_file.value_type_name(n) for n in (first, feature.name)]
-        if kinds[0] != kinds[1]:
-            raise InputError(
-                f"{path}: features '{first}' ({kinds[0]}) and '{feature.name}' "
-                f"({kinds[1]}) share table '{feature.table_name}'; give them one type "
-                "under key_types"
-            )
-
-
-def _check_known(
-    path: Path, part: str, names: Iterable[str], known: Iterable[str]
-) -> None:
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise InputError(f"{path}: {part} has no '{name}'{suggest(name, known)}")
