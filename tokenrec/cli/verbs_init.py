@@ -27,14 +27,12 @@ def add_verbs(verbs: VerbParsers) -> dict[str, Parser]:
         type=local_path_argument,
         nargs="+",
         required=True,
-        help="files with a row per impression or event",
+        help="files with a row per impression or event, or folders or globs of them",
     )
     for table in ("users", "items"):
         parser.add_argument(
             f"--{table}",
             type=local_path_argument,
-            nargs="+",
-            default=[],
             help=f"file with a row per {table.removesuffix('s')}",
         )
     parser.add_argument(

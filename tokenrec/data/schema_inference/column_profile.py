@@ -16,7 +16,8 @@ from tokenrec.data.schema_inference.sample import TableSample
 ValueType = Literal["int", "float", "bool", "time", "string", "list", "empty", "other"]
 
 _INTEGER = r"^(0|-?[1-9][0-9]{0,17})$"
-_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+# Without leading zeros: 007 is a name.
+_NUMBER = r"^[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _BOOLEAN = r"^([Tt]rue|[Ff]alse|TRUE|FALSE)$"
 _ISO_TIME = (
     r"^[0-9]{4}-[0-9]{2}-[0-9]{2}"
@@ -34,7 +35,8 @@ class ColumnProfile:
       column: its name in the file.
       name: the same without the type of a RecBole header.
       header_type: that type; empty without one.
-      type: type of the values. Text that consists of integers is "int".
+      type: type of the values. Text that consists of integers is "int", and so are
+        whole numbers with a decimal point.
       values: `[n]`, converted to that type: int64, float64, bool, timestamp, string or
         list; null where missing.
       is_text: whether the file is text, so that every value has a spelling.
@@ -139,7 +141,7 @@ def _convert(
         return "int", values.cast(pa.int64(), safe=False)
     if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
         numbers = values.cast(pa.float64(), safe=False)
-        return "float", pc.if_else(pc.is_nan(numbers), None, numbers)
+        return _convert_floats(pc.if_else(pc.is_nan(numbers), None, numbers))
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return "time", values.cast(pa.timestamp("ms"), safe=False)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -155,12 +157,22 @@ def _convert_text(
     if as_text:
         return "string", values
     if _all_match(values, _NUMBER):
-        return "float", values.cast(pa.float64())
+        return _convert_floats(values.cast(pa.float64()))
     if _all_match(values, _BOOLEAN):
         return "bool", pc.equal(pc.utf8_lower(values), "true")
     if _all_match(values, _ISO_TIME):
         return "time", _parse_times(values)
     return "string", values
+
+
+def _convert_floats(values: pa.ChunkedArray) -> tuple[ValueType, pa.ChunkedArray]:
+    """Whole numbers with a decimal point are integers: pandas writes them so."""
+    whole = pc.and_(
+        pc.equal(values, pc.floor(values)), pc.less(pc.abs(values), 2.0**53)
+    )
+    if pc.all(whole).as_py():
+        return "int", values.cast(pa.int64())
+    return "float", values
 
 
 def _all_match(values: pa.ChunkedArray, pattern: str) -> bool:

@@ -20,7 +20,7 @@ FEW_VALUES = 20
 _CODE_WORDS = (
     r"(^|_)(id|code|type|status|class|category|kind|group|level|segment|cluster|zip|"
     r"zip_?code|postal\w*|gender|sex|tag|tags|genre|genres|brand|country|region|city|"
-    r"language|lang|feat\w*|onehot\w*)(_?\d+)?$|\wId$"
+    r"language|lang|hour|weekday|dow|month|feat\w*|onehot\w*)(_?\d+)?$|\wId$"
 )
 _AMOUNT_WORDS = (
     r"time|duration|seconds?$|_ms$|count|num$|amount|price|quantity|length|weight|age$|"
@@ -116,9 +116,9 @@ def choose_kind(
         )
     if column.header_type == "token" or _is_code(column):
         reason = f"its {column.distinct:,} numbers are codes"
-        # A number with decimals is a category by its spelling.
-        key_type = "int64" if column.type == "int" else "string"
-        return make("categorical", reason, key_type)
+        return make(
+            "categorical", reason, "int64" if column.type == "int" else "string"
+        )
     return make(
         "dense",
         f"it is a number with {column.distinct:,} values",
@@ -130,15 +130,8 @@ def _is_code(column: ColumnProfile) -> bool:
     """Whether numbers are names of something, and not amounts."""
     if column.distinct > 2 and _named(column, _AMOUNT_WORDS):
         return False
-    if column.type == "float":
-        # Parquet has no spelling of a number that could be a category.
-        whole = not (column.numbers[~np.isnan(column.numbers)] % 1).any()
-        return (
-            column.is_text
-            and whole
-            and (column.distinct <= FEW_VALUES or _named(column, _CODE_WORDS))
-        )
-    return column.distinct <= FEW_VALUES or _named(column, _CODE_WORDS)
+    few = column.distinct <= FEW_VALUES
+    return column.type == "int" and (few or _named(column, _CODE_WORDS))
 
 
 def _named(column: ColumnProfile, words: str) -> bool:

@@ -20,7 +20,7 @@ def _words(text: str) -> tuple[str, ...]:
 # in lower case, without `_id`, `id` and separators.
 USER_WORDS = _words(
     "user uid member customer client visitor household reader viewer listener shopper "
-    "account person buyer reviewer profile owner subscriber device"
+    "account person buyer reviewer subscriber session"
 )
 ITEM_WORDS = _words(
     "item iid video movie product sku asin article news song track book business show "
@@ -95,6 +95,9 @@ def find_id(
       InputError: no column looks like one.
     """
     shared = [c for c in columns if others is None or c.name in others]
+    if not shared:
+        # `find_key` says which column of the table to rename.
+        shared, others = list(columns), None
     usable = [c for c in shared if c.type in ("int", "string") and c.distinct > 1]
     for word in words:
         for column in usable:
@@ -107,10 +110,10 @@ def find_id(
         (column,) = usable
         return Key(column, f"it is the only column that the table of {flag}s has too")
     names = ", ".join(column.column for column in columns)
-    where = "" if others is None else f" and the table of {flag}s"
+    where = "" if others is None else f" that the table of {flag}s has too"
     raise InputError(
-        f"no column of the log{where} is called like a {flag}; the log has {names}; "
-        f"say which one it is with --{flag} COLUMN"
+        f"no column of the log{where} has a name such as {', '.join(words[:4])}; the "
+        f"log has {names}; say which one names the {flag} with --{flag} COLUMN"
     )
 
 

@@ -71,16 +71,16 @@ class Proposal:
 
 def propose(
     log: Sequence[Path],
-    users: Sequence[Path] = (),
-    items: Sequence[Path] = (),
+    users: Path | None = None,
+    items: Path | None = None,
     flags: Flags | None = None,
 ) -> Proposal:
     """Look at samples of a log and of its tables, and decide about every column.
 
     Args:
-      log: files of log rows.
-      users: files with a row per user.
-      items: files with a row per item.
+      log: files of log rows, or folders or globs of them.
+      users: file, folder or glob of a row per user.
+      items: file, folder or glob of a row per item.
       flags: what the user said; None for nothing.
 
     Raises:
@@ -88,11 +88,11 @@ def propose(
         time; names the flag that settles it.
     """
     flags = flags or Flags()
-    samples = {
-        name: read_sample(files)
-        for name, files in (("log", log), ("users", users), ("items", items))
-        if files
-    }
+    samples = {"log": read_sample(log)}
+    if users is not None:
+        samples["users"] = read_sample([users])
+    if items is not None:
+        samples["items"] = read_sample([items])
     columns = {name: profile_columns(sample) for name, sample in samples.items()}
     keys = find_keys(columns, flags)
     time = keys["time_ms"]

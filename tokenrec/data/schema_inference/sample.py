@@ -2,12 +2,11 @@
 
 A small table is read completely. Of a larger text file, blocks at equal distances are
 read, so that quantiles of the sample are about those of the file, whether it is sorted
-or not. A compressed text file can only be read from its head.
+or not. A compressed file has to be decompressed to its end for that.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,15 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from tokenrec.data.sources.csv_text import (
+    CsvHeader,
+    CsvText,
+    compression,
+    is_parquet,
+    open_text,
+    read_header,
+)
+from tokenrec.data.sources.delimited_files import expand
 from tokenrec.errors import InputError
 
 # Bytes of text that are read of a table, and the number of blocks they are in.
@@ -27,8 +35,7 @@ SAMPLE_ROWS = 400_000
 # Files of a table that are looked into.
 MOST_FILES = 8
 _BATCH_ROWS = 1 << 16
-_COMPRESSED = (".gz", ".zst")
-_DELIMITERS = ",\t;|"
+_PARQUET_BATCHES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +43,14 @@ class TableSample:
     """Some rows of a table, in the order of its files.
 
     Attributes:
-      files: the files of the table.
+      paths: paths of the table, as they were given.
       table: the rows, all columns. Those of text files are strings, null where empty.
       is_text: whether the files are text.
       complete: whether the sample is the whole table.
       rows: number of rows of the table; an estimate unless `complete`.
     """
 
-    files: tuple[Path, ...]
+    paths: tuple[Path, ...]
     table: pa.Table
     is_text: bool
     complete: bool
@@ -58,19 +65,16 @@ class TableSample:
         looked = self.table.num_rows
         if self.complete:
             return f"all {looked:,} rows"
-        return (
-            f"a sample of {looked:,} of about {self.rows:,} rows, from the head, the "
-            "middle and the end"
-        )
+        return f"{looked:,} of about {self.rows:,} rows, from all parts of the files"
 
 
 def read_sample(
-    files: Sequence[Path], *, sample_bytes: int = SAMPLE_BYTES, blocks: int = BLOCKS
+    paths: Sequence[Path], *, sample_bytes: int = SAMPLE_BYTES, blocks: int = BLOCKS
 ) -> TableSample:
     """Read a sample of a table.
 
     Args:
-      files: text or Parquet files of one table, in order.
+      paths: text or Parquet files of one table, or folders or globs of them.
       sample_bytes: the most bytes of text to read.
       blocks: number of blocks of a long text file.
 
@@ -78,9 +82,9 @@ def read_sample(
       InputError: a file cannot be read, has no rows, or has other columns than the
         first one.
     """
-    files = [Path(file) for file in files]
+    files = expand(paths)
     chosen = _spread(files, MOST_FILES)
-    is_text = not files[0].name.lower().endswith(".parquet")
+    is_text = not is_parquet(files[0])
     parts: list[pa.Table] = []
     read_share: list[float] = []
     for file in chosen:
@@ -90,7 +94,7 @@ def read_sample(
                 if is_text
                 else _read_parquet(file, SAMPLE_ROWS // len(chosen))
             )
-        except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+        except (OSError, pa.ArrowException) as error:
             raise InputError(
                 f"{file}: cannot be read as a table: {error}; name a text file with a "
                 "header (.csv, .tsv, .txt, .inter) or a .parquet file"
@@ -110,21 +114,12 @@ def read_sample(
         )
     share = float(np.mean(read_share)) * len(chosen) / len(files)
     return TableSample(
-        files=tuple(files),
+        paths=tuple(map(Path, paths)),
         table=table,
         is_text=is_text,
         complete=share >= 1,
         rows=table.num_rows if share >= 1 else round(table.num_rows / share),
     )
-
-
-def find_delimiter(header: str) -> str:
-    """Find what separates the names in a header: the most frequent of `,`, tab, ; and |.
-
-    >>> find_delimiter("user_id:token\\titem_id:token")
-    '\\t'
-    """
-    return max(_DELIMITERS, key=header.count)
 
 
 def _spread[T](values: Sequence[T], most: int) -> list[T]:
@@ -137,54 +132,94 @@ def _spread[T](values: Sequence[T], most: int) -> list[T]:
 
 def _read_text(file: Path, budget: int, blocks: int) -> tuple[pa.Table, float]:
     """Read blocks of a text file; return the rows and the share of the file read."""
+    with open_text(file) as text:
+        header = read_header(file, text, (), None)
+        text.skip(header.length)
+        head = _read_up_to(text, budget)
+        rest = text.read(1)
+        if not rest:
+            return _parse(head, header), 1.0
+        if compression(file) is not None or text.encoding != "utf-8":
+            return _sample_stream(text, head + rest, header, budget // blocks)
     size = file.stat().st_size
-    if file.suffix.lower() in _COMPRESSED:
-        with pa.input_stream(str(file), compression="detect") as stream:
-            head = stream.read(budget)
-            more = bool(stream.read(1))
-        # Of what is behind the head, only the compressed size is known.
-        return _parse(head, cut=more), (0.5 if more else 1.0)
+    length = budget // blocks
+    tables = []
     with file.open("rb") as stream:
-        if size <= budget:
-            return _parse(stream.read()), 1.0
-        length = budget // blocks
-        header = stream.readline()
-        tables = []
-        for place in np.linspace(len(header), size - length, blocks).astype(int):
+        for place in np.linspace(header.length, size - length, blocks).astype(int):
             stream.seek(int(place))
             block = stream.read(length)
-            if place > len(header):
+            if place > header.length:
                 # The block begins within a line.
                 block = block.partition(b"\n")[2]
-            tables.append(_parse(header + block, cut=place + length < size))
+            tables.append(_parse(block, header, cut=place + length < size))
     return pa.concat_tables(tables), budget / size
 
 
-def _parse(text: bytes, cut: bool = False) -> pa.Table:
-    """Parse lines under a header; all values are strings.
+def _sample_stream(
+    text: CsvText, head: bytes, header: CsvHeader, length: int
+) -> tuple[pa.Table, float]:
+    """Sample a file that can only be read from its head to its end.
 
     Args:
-      text: the lines, the header among them.
+      text: the file, behind `head`.
+      head: what was read of it.
+      header: names and separator.
+      length: bytes of a block.
+    """
+    blocks = [head[i : i + length] for i in range(0, len(head), length)]
+    blocks[-1] += _read_up_to(text, length - len(blocks[-1]))
+    kept = dict(enumerate(blocks))
+    most, stride, count = len(blocks), 1, len(blocks)
+    while block := _read_up_to(text, length):
+        # Every block at first; then every second, fourth, ... of them.
+        if count % stride == 0:
+            kept[count] = block
+        count += 1
+        if len(kept) > most:
+            stride *= 2
+            kept = {i: part for i, part in kept.items() if i % stride == 0}
+    tables = []
+    for i, block in kept.items():
+        # A block but the first begins within a line, and one but the last ends there.
+        whole = block.partition(b"\n")[2] if i else block
+        tables.append(_parse(whole, header, cut=i < count - 1))
+    return pa.concat_tables(tables), len(kept) / count
+
+
+def _read_up_to(text: CsvText, count: int) -> bytes:
+    """Read `count` bytes, or all there are."""
+    parts: list[bytes] = []
+    while count > 0 and (block := text.read(count)):
+        parts.append(block)
+        count -= len(block)
+    return b"".join(parts)
+
+
+def _parse(rows: bytes, header: CsvHeader, cut: bool = False) -> pa.Table:
+    """Parse lines without a header; all values are strings.
+
+    Args:
+      rows: the lines.
+      header: names and separator.
       cut: drop what is behind the last line break.
     """
     if cut:
-        text = text[: text.rfind(b"\n") + 1]
-    header, _, rows = text.removeprefix(b"\xef\xbb\xbf").partition(b"\n")
-    delimiter = find_delimiter(header.decode())
-    names = next(csv.reader([header.decode().rstrip("\r")], delimiter=delimiter), [])
+        rows = rows[: rows.rfind(b"\n") + 1]
     if not rows.strip():
-        return pa.table({name: pa.array([], pa.string()) for name in names})
+        return pa.table({name: pa.array([], pa.string()) for name in header.fields})
     return pa.csv.read_csv(
         pa.BufferReader(rows),
-        read_options=pa.csv.ReadOptions(column_names=names, block_size=len(rows) + 1),
+        read_options=pa.csv.ReadOptions(
+            column_names=header.fields, block_size=len(rows) + 1
+        ),
         parse_options=pa.csv.ParseOptions(
-            delimiter=delimiter,
+            delimiter=header.delimiter,
             newlines_in_values=True,
             # A block may begin inside a quoted value; `prepare` reads every line.
             invalid_row_handler=lambda row: "skip",
         ),
         convert_options=pa.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()),
+            column_types=dict.fromkeys(header.fields, pa.string()),
             null_values=[""],
             strings_can_be_null=True,
         ),
@@ -198,9 +233,11 @@ def _read_parquet(file: Path, most_rows: int) -> tuple[pa.Table, float]:
         groups = _spread(range(source.num_row_groups), MOST_FILES)
         in_groups = sum(source.metadata.row_group(group).num_rows for group in groups)
         kept = min(most_rows / max(in_groups, 1), 1.0)
+        # Many short batches, of each of which some rows are kept.
+        size = min(max(in_groups // _PARQUET_BATCHES, 1), _BATCH_ROWS)
         batches = [
             batch.slice(0, int(np.ceil(batch.num_rows * kept)))
-            for batch in source.iter_batches(_BATCH_ROWS, row_groups=groups)
+            for batch in source.iter_batches(size, row_groups=groups)
         ]
         table = pa.Table.from_batches(batches, schema=source.schema_arrow)
     return table, table.num_rows / rows if rows else 1.0

@@ -109,9 +109,8 @@ def reasons_text(proposal: Proposal, out: Path) -> str:
     """Say what was assumed, on what evidence, and where to look; Markdown."""
     lines = ["# What `tokenrec init` found", ""]
     for name, sample in proposal.samples.items():
-        files = ", ".join(f"`{file}`" for file in sample.files[:3])
-        more = f" and {len(sample.files) - 3} more" if len(sample.files) > 3 else ""
-        lines.append(f"- {name}: {files}{more}; looked at {sample.describe()}")
+        paths = ", ".join(f"`{path}`" for path in sample.paths)
+        lines.append(f"- {name}: {paths}; looked at {sample.describe()}")
     lines += [f"- {remark}" for remark in proposal.remarks]
     lines += ["", "## Next", "", "```sh", *commands(proposal, out), "```", ""]
     lines += ["## Look here first", "", *_check_lines(proposal), ""]
@@ -208,21 +207,20 @@ def _feature_json(feature: Feature) -> dict[str, Any]:
 
 def _files_json(proposal: Proposal, out: Path) -> dict[str, Any]:
     value: dict[str, Any] = {
-        "log": _relative(proposal.samples["log"].files, out),
+        "log": _relative(proposal.samples["log"].paths, out),
     }
     for table in ("users", "items"):
         if table in proposal.samples:
-            files = _relative(proposal.samples[table].files, out)
-            value[table] = files[0]
+            (value[table],) = _relative(proposal.samples[table].paths, out)
     value["valid_from"] = proposal.splits.valid_from
     value["test_from"] = proposal.splits.test_from
     return value
 
 
-def _relative(files: Sequence[Path], out: Path) -> list[str]:
+def _relative(paths: Sequence[Path], out: Path) -> list[str]:
     return [
-        Path(os.path.relpath(file.resolve(), out.resolve())).as_posix()
-        for file in files
+        Path(os.path.relpath(path.absolute(), out.absolute())).as_posix()
+        for path in paths
     ]
 
 
