@@ -25,6 +25,7 @@ from tokenrec.config import (
 )
 from tokenrec.config.data_sizes import (
     data_sizes,
+    fitting_batch,
     history_events,
     model_size,
     shrinking_windows,
@@ -36,25 +37,25 @@ from tokenrec.errors import InputError
 
 def get_config(data: Metadata | None) -> Config:
     sizes = data_sizes(data)
-    if data is not None and not sizes.labelled:
+    if data is not None and not data.schema.tasks:
         raise InputError(
-            "config 'ranker' learns labels, and the data set has none in its train "
-            "split; use --config=retriever, or add a task to the schema"
+            "config 'ranker' learns labels, and the data set has no task; use "
+            "--config=retriever, or add a task to the schema and prepare it again"
         )
     size = model_size(sizes.labelled)
+    batch_size = fitting_batch(size.batch_size, sizes.labelled)
     events = history_events(sizes)
     # A second look at each row helps while there are few; on long logs it overfits the
     # embedding tables.
-    steps = step_count(
-        sizes.labelled, size.batch_size, epochs=2 if sizes.labelled < 1_000_000 else 1
-    )
+    epochs = 2 if sizes.labelled < 1_000_000 else 1
+    steps = step_count(sizes.labelled, batch_size, epochs)
     return Config(
         data=DataConfig(
             paradigm="nio",
             events=events,
             buckets=(events // 4,),
-            batch_size=size.batch_size,
-            eval_batch_size=2 * size.batch_size,
+            batch_size=batch_size,
+            eval_batch_size=2 * batch_size,
         ),
         tokens=TokensConfig(embedding_dim=16, fused=True, user_tokens=1),
         model=ModelConfig(

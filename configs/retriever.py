@@ -25,12 +25,15 @@ from tokenrec.config import (
     TokensConfig,
     TrainConfig,
 )
-from tokenrec.config.data_sizes import data_sizes, history_events, step_count
+from tokenrec.config.data_sizes import (
+    data_sizes,
+    fitting_batch,
+    history_events,
+    step_count,
+)
 from tokenrec.data.metadata import Metadata
 from tokenrec.errors import InputError
 
-# Streams of a step.
-BATCH = 64
 # Above this many items the full softmax costs more than the rest of the model.
 FULL_SOFTMAX_ITEMS = 20_000
 
@@ -46,9 +49,10 @@ def get_config(data: Metadata | None) -> Config:
     # A stream goes on after `events - overlap` events, so these make an epoch.
     overlap = events // 2
     streams = max(sizes.events // (events - overlap), sizes.users)
+    batch_size = fitting_batch(64, streams)
     # Many passes over a short log, few over a long one.
     epochs = 15 if sizes.events < 500_000 else 5 if sizes.events < 10_000_000 else 1
-    steps = step_count(streams, BATCH, epochs)
+    steps = step_count(streams, batch_size, epochs)
     wide = sizes.events >= 5_000_000
     sampled = sizes.items > FULL_SOFTMAX_ITEMS
     return Config(
@@ -59,8 +63,8 @@ def get_config(data: Metadata | None) -> Config:
             events=events,
             overlap=overlap,
             buckets=(events // 4,),
-            batch_size=BATCH,
-            eval_batch_size=4 * BATCH,
+            batch_size=batch_size,
+            eval_batch_size=4 * batch_size,
         ),
         tokens=TokensConfig(
             embedding_dim=32 if sizes.events >= 50_000 else 16,
@@ -75,7 +79,7 @@ def get_config(data: Metadata | None) -> Config:
             dropout=0.2,
         ),
         head=HeadConfig(
-            negatives=16 * BATCH if sampled else 0, cosine=True, temperature=0.07
+            negatives=1_024 if sampled else 0, cosine=True, temperature=0.07
         ),
         optim=OptimConfig(
             steps=steps,

@@ -30,7 +30,7 @@ def prepare(
 
     Args:
       source: a `Source`, or the name of one: "synthetic", "complete_journey", "kuairand",
-        "amazon", "delimited".
+        "amazon", "recbole", "delimited".
       out: folder to make.
       overwrite: replace the prepared data set in `out`.
       options: arguments of the named source, such as `rows` of `SyntheticSource`.
@@ -306,6 +306,7 @@ def _make_source(name: str, options: dict[str, Any]) -> Source:
     from tokenrec.data.sources.complete_journey import CompleteJourneySource
     from tokenrec.data.sources.delimited import DelimitedSource
     from tokenrec.data.sources.kuairand import KuaiRandSource
+    from tokenrec.data.sources.recbole import RecBoleSource
     from tokenrec.data.sources.synthetic import SyntheticSource
 
     sources: dict[str, Any] = {
@@ -313,6 +314,7 @@ def _make_source(name: str, options: dict[str, Any]) -> Source:
         "complete_journey": CompleteJourneySource,
         "delimited": DelimitedSource,
         "kuairand": KuaiRandSource,
+        "recbole": RecBoleSource,
         "synthetic": SyntheticSource,
     }
     if name not in sources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -136,6 +137,47 @@ def _add_delimited_flags(parser: Parser) -> None:
     )
 
 
+def _add_recbole_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--root",
+        type=local_path_argument,
+        required=True,
+        help="folder of NAME.inter, and NAME.user and NAME.item if there are any",
+    )
+    parser.add_argument(
+        "--name", default="", help="name of the data set, if the folder holds several"
+    )
+    _add_inference_flags(parser)
+
+
+def _add_inference_flags(parser: Parser) -> None:
+    """Add the flags that say what `tokenrec init` would find out."""
+    parser.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        help="column of 1 and 0, or a threshold such as 'liked: rating >= 4'; repeat "
+        "it for several tasks (default: a rating is split most evenly)",
+    )
+    for key in ("user", "item", "time"):
+        parser.add_argument(
+            f"--{key}",
+            metavar="COLUMN",
+            default="",
+            help=f"column of the {key} (default: found by name and values)",
+        )
+    parser.add_argument(
+        "--valid-from",
+        help="start of the valid split: ISO date or time (UTC), or milliseconds "
+        "(default: after 80 %% of the log)",
+    )
+    parser.add_argument(
+        "--test-from",
+        help="start of the test split, in the same form (default: after 90 %%, or none "
+        "if --valid-from is given)",
+    )
+
+
 def _kuairand(args: argparse.Namespace) -> Source:
     from tokenrec.data.sources import kuairand
 
@@ -188,6 +230,23 @@ def _delimited(args: argparse.Namespace) -> Source:
     )
 
 
+def _recbole(args: argparse.Namespace) -> Source:
+    from tokenrec.data.sources.recbole import RecBoleSource
+
+    source = RecBoleSource(
+        args.root,
+        args.name,
+        args.label,
+        user=args.user,
+        item=args.item,
+        time=args.time,
+        valid_from=args.valid_from,
+        test_from=args.test_from,
+    )
+    print("\n".join(source.summary), file=sys.stderr)
+    return source
+
+
 SOURCES = {
     "kuairand": SourceVerb(
         "KuaiRand-Pure, -1K or -27K from the official files",
@@ -206,6 +265,9 @@ SOURCES = {
     ),
     "synthetic": SourceVerb(
         "a synthetic log with a known best AUC", _add_synthetic_flags, _synthetic
+    ),
+    "recbole": SourceVerb(
+        "a data set in RecBole's atomic files", _add_recbole_flags, _recbole
     ),
     "delimited": SourceVerb(
         "your own log in CSV or Parquet files (docs/guides/data.md)",

@@ -18,7 +18,7 @@ class DataSizes:
     """Sizes of the training split of a prepared data set.
 
     Attributes:
-      labelled: log rows with a label to learn from.
+      labelled: log rows to learn from, those with unknown labels included.
       events: log rows that enter histories.
       users: users of all splits.
       items: items of the catalogue.
@@ -77,6 +77,19 @@ def model_size(examples: int) -> ModelSize:
     if examples < 100_000_000:
         return ModelSize(128, 6, 1024)
     return ModelSize(256, 8, 4096)
+
+
+def fitting_batch(batch_size: int, samples: int) -> int:
+    """A batch of a short log: a power of two, at most a quarter of its samples.
+
+    It is at least 8, so that the devices of one host can share it.
+
+    >>> fitting_batch(64, 40_000), fitting_batch(64, 100)
+    (64, 16)
+    """
+    while batch_size > max(samples // 4, 8):
+        batch_size //= 2
+    return batch_size
 
 
 def history_events(sizes: DataSizes) -> int:

@@ -28,6 +28,8 @@ _AMOUNT_WORDS = (
 )
 _TEXT_WORDS = r"title|name|description|summary|headline|text|caption|abstract"
 _SEPARATORS = ("|", ";", ",", " ")
+# Part of the reason why lists of numbers are left out.
+UNEVEN = "a vector has one length"
 _LONGEST_LIST = 32
 _TEXT_CODES = 2048
 _LONGEST_TEXT = 24
@@ -150,7 +152,9 @@ def _transform(column: ColumnProfile) -> Transform:
 
 
 def _string_kind(column: ColumnProfile, entity: Entity, make: _Maker) -> KindChoice:
-    separator = " " if column.header_type == "token_seq" else find_separator(column)
+    # Types in the header say what is a list.
+    typed = {"token_seq": " ", "token": ""}
+    separator = typed.get(column.header_type, find_separator(column))
     looks_like_text = _is_text(column)
     if separator and not looks_like_text:
         lists = pc.split_pattern(column.values.drop_null(), separator)
@@ -269,8 +273,8 @@ def _vector_kind(column: ColumnProfile, make: _Maker) -> KindChoice:
     if len(lengths) > 1:
         return KindChoice(
             None,
-            f"its lists of numbers have {min(lengths)} to {max(lengths)} values, and a "
-            "vector has one length",
+            f"its lists of numbers have {min(lengths)} to {max(lengths)} values, and "
+            + UNEVEN,
         )
     return make(
         "embedding",

@@ -11,6 +11,7 @@ import numpy as np
 
 from tokenrec.data.schema_inference.column_profile import ColumnProfile
 from tokenrec.data.schema_inference.keys import column_named
+from tokenrec.data.sources.delimited_schema import LabelRule
 from tokenrec.errors import InputError
 
 OPERATORS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
@@ -86,11 +87,10 @@ def label_values(label: Label) -> np.ndarray:
     """Labels of the rows of the sample: `[n] int`, 1, 0, or -1 where unknown."""
     numbers = label.profile.numbers
     known = ~np.isnan(numbers)
-    if label.expression:
-        sign, bound = label.expression.rsplit(" ", 2)[1:]
-        positive = OPERATORS[sign](numbers, float(bound))
-    else:
-        positive = numbers == 1
+    # A column of 1 and 0 has no expression.
+    rule = LabelRule.parse(label.expression or f"{label.profile.column} == 1")
+    assert rule is not None
+    positive = OPERATORS[rule.operator](numbers, rule.number)
     return np.where(known, positive.astype(int), -1)
 
 
@@ -147,23 +147,22 @@ def _parse_label(columns: Sequence[ColumnProfile], flag: str) -> Label:
       InputError: it is neither, or the column does not hold numbers.
     """
     task, colon, expression = (part.strip() for part in flag.partition(":"))
-    match = re.fullmatch(r"(.+?)\s*(>=|<=|==|!=|>|<)\s*([-+.\deE]+)", expression)
-    if colon and not match:
+    rule = LabelRule.parse(expression)
+    if colon and rule is None:
         raise InputError(
             f"--label '{flag}' is not a label; write a column of 1 and 0, such as "
             "--label click, or a threshold, such as --label 'liked: rating >= 4'"
         )
-    column = column_named(columns, match.group(1) if match else task, "--label")
+    column = column_named(columns, task if rule is None else rule.column, "--label")
     if not column.is_number:
         raise InputError(
             f"--label '{flag}': column '{column.column}' holds {column.type} values "
             f"({column.examples()}), and a label is read from numbers; name another"
         )
     numbers = column.numbers[~np.isnan(column.numbers)]
-    if match:
-        bound = float(match.group(3))
-        positive = float(OPERATORS[match.group(2)](numbers, bound).mean())
-        text = f"{column.name} {match.group(2)} {bound:g}"
+    if rule is not None:
+        positive = float(OPERATORS[rule.operator](numbers, rule.number).mean())
+        text = str(dataclasses.replace(rule, column=column.name))
     elif column.is_binary:
         positive, text = float(numbers.mean()), ""
     else:
