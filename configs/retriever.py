@@ -51,7 +51,7 @@ def get_config(data: Metadata | None) -> Config:
     streams = max(sizes.events // (events - overlap), sizes.users)
     batch_size = fitting_batch(64, streams)
     # Many passes over a short log, few over a long one.
-    epochs = 15 if sizes.events < 500_000 else 5 if sizes.events < 10_000_000 else 1
+    epochs = 15 if sizes.events < 500_000 else 2
     steps = step_count(streams, batch_size, epochs)
     wide = sizes.events >= 5_000_000
     sampled = sizes.items > FULL_SOFTMAX_ITEMS

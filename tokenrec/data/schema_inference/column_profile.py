@@ -87,6 +87,11 @@ class ColumnProfile:
         values = values.cast(pa.float64(), safe=False)
         return values.to_numpy(zero_copy_only=False)
 
+    def first_of_each(self, owner: ColumnProfile) -> ColumnProfile:
+        """The column with the first row of each value of another column."""
+        _, first = np.unique(owner.codes, return_index=True)
+        return dataclasses.replace(self, values=self.values.take(pa.array(first)))
+
     @property
     def is_number(self) -> bool:
         return self.type in ("int", "float", "bool")

@@ -37,6 +37,9 @@ _POSITION_WORDS = r"position|place$|slot|rank$"
 # A circumstance that ranks the label better than this on its own is an outcome.
 TELLS_LABEL = 0.85
 _SAME = 0.995
+_OF_ITEM = "every row of an item has the same value"
+_OF_USER = "every row of a user has the same value"
+_OF_OWNER = (_OF_ITEM, _OF_USER)
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 
@@ -50,12 +53,14 @@ class LogContext:
       item: column of items.
       times: `[n] int64`, milliseconds.
       labels: the tasks.
+      wide: whether properties of users and items in the log become tables.
     """
 
     user: ColumnProfile
     item: ColumnProfile
     times: np.ndarray
     labels: Sequence[Label]
+    wide: bool = False
 
 
 def decide_log_column(
@@ -72,6 +77,11 @@ def decide_log_column(
     if reason:
         return Decision("log", column.column, "left out", reason)
     entity, per_row, reason, check = _entity(column, context)
+    if context.wide and reason in _OF_OWNER:
+        # As a table of the owner would have it: one row for each.
+        owner = context.item if entity == "item" else context.user
+        column = column.first_of_each(owner)
+        per_row = False
     choice = choose_kind(column, name, entity, per_row=per_row)
     if choice.feature is None:
         return Decision("log", column.column, "left out", choice.reason)
@@ -119,9 +129,9 @@ def _entity(
         reason = f"it tells the label by itself (AUC {told:.2f}): known only afterwards"
         return "action", False, reason, True
     if _is_property(column, context.item):
-        return "item", True, "every row of an item has the same value", True
+        return "item", True, _OF_ITEM, not context.wide
     if _is_property(column, context.user):
-        return "context", False, "every row of a user has the same value", False
+        return "user" if context.wide else "context", False, _OF_USER, False
     if re.search(_POSITION_WORDS, column.name.lower()):
         return "item", True, "its name is that of a place on a page", False
     if re.search(_CONTEXT_WORDS, column.name.lower()):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenrec.data.schema import Entity, Feature
+from tokenrec.data.schema import Entity, Feature, Schema, Task
 from tokenrec.data.schema_inference.column_profile import (
     ColumnProfile,
     profile_columns,
@@ -65,6 +65,12 @@ class Proposal:
         return "ranker" if self.labels else "retriever"
 
     @property
+    def schema(self) -> Schema:
+        """Features and tasks."""
+        features = tuple(d.feature for d in self.decisions if d.feature is not None)
+        return Schema(features, tuple(Task(label.task) for label in self.labels))
+
+    @property
     def features(self) -> list[Decision]:
         return [d for d in self.decisions if d.feature is not None]
 
@@ -87,12 +93,28 @@ def propose(
       InputError: a file cannot be read, or no column looks like a user, an item or a
         time; names the flag that settles it.
     """
-    flags = flags or Flags()
     samples = {"log": read_sample(log)}
     if users is not None:
         samples["users"] = read_sample([users])
     if items is not None:
         samples["items"] = read_sample([items])
+    return propose_for(samples, flags or Flags())
+
+
+def propose_for(
+    samples: dict[str, TableSample], flags: Flags, *, wide: bool = False
+) -> Proposal:
+    """Decide about every column of samples.
+
+    Args:
+      samples: "log", and perhaps "users" and "items".
+      flags: what the user said.
+      wide: whether the source makes the tables of users and items itself, from columns
+        of the log that say the same on every row of a user or an item.
+
+    Raises:
+      InputError: as `propose`.
+    """
     columns = {name: profile_columns(sample) for name, sample in samples.items()}
     keys = find_keys(columns, flags)
     time = keys["time_ms"]
@@ -106,7 +128,7 @@ def propose(
     labels = [label for label in found if label.has_both_classes]
     remarks = _one_class_remarks(found, flags)
     context = LogContext(
-        keys["user_id"].profile, keys["item_id"].profile, times, labels
+        keys["user_id"].profile, keys["item_id"].profile, times, labels, wide
     )
     names = _Names(label.task for label in labels)
     table_keys = find_table_keys(columns, keys)
