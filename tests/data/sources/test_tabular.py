@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from tokenrec.data.sources import tabular_errors, tabular_raw
 from tokenrec.data.sources.tabular import read_csv, read_parquet, read_table
 from tokenrec.errors import InputError
 
@@ -230,6 +231,17 @@ def test_quotes_that_do_not_match_are_named_by_their_line(
     path = write(tmp_path / "a.csv", HEADER + "".join(lines))
     message = problem(path, {"user": pa.string()}, block_bytes=block_bytes)
     for word in words:
+        assert word in message
+
+
+def test_a_quote_that_swallows_more_than_a_row_may_have_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tabular_raw, "_LONGEST_ROW", 1000)
+    monkeypatch.setattr(tabular_errors, "_LONGEST_VALUE", 1000)
+    lines = many(500)
+    lines[100] = '"u,x,1,1\n'
+    path = write(tmp_path / "a.csv", HEADER + "".join(lines))
+    message = problem(path, block_bytes=100)
+    for word in ("line 102", "a quote that never closes"):
         assert word in message
 
 

@@ -96,12 +96,11 @@ class CsvText:
 
     def read(self, count: int = -1) -> bytes:
         """Read at most `count` bytes; none at the end."""
-        if self._pending:
-            block, self._pending = self._pending, b""
-            if 0 <= count < len(block):
-                block, self._pending = block[:count], block[count:]
-        else:
-            block = self._decode(self._stream.read(count))
+        # Decoded bytes may be more than were read.
+        block = self._pending or self._decode(self._stream.read(count))
+        self._pending = b""
+        if 0 <= count < len(block):
+            block, self._pending = block[:count], block[count:]
         self.quotes += block.count(b'"')
         self.line_feeds += block.count(b"\n")
         self.has_escapes |= b'\\"' in block

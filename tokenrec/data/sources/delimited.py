@@ -38,7 +38,12 @@ from tokenrec.data.sources.delimited_columns import (
 from tokenrec.data.sources.delimited_files import expand
 from tokenrec.data.sources.delimited_notes import Notes
 from tokenrec.data.sources.delimited_schema import SchemaFile, read_schema
-from tokenrec.data.sources.delimited_times import UNIT_NAMES, likely_unit, split_time
+from tokenrec.data.sources.delimited_times import (
+    UNIT_NAMES,
+    are_days,
+    likely_unit,
+    split_time,
+)
 from tokenrec.errors import InputError
 
 # Values of the optional columns where the schema does not name them.
@@ -56,7 +61,7 @@ class DelimitedSource:
 
     Args:
       schema: JSON file, or what was read from one.
-      log: paths of log rows, in any order.
+      log: paths of log rows, in any order, or one path.
       users: path of a row per user; None where users have no feature but their id.
       items: path of a row per item; None where items have no feature but their id.
       valid_from: first time of the valid split: ISO date or time, in the zone of the
@@ -73,7 +78,7 @@ class DelimitedSource:
     def __init__(
         self,
         schema: Path | SchemaFile,
-        log: Sequence[Path] = (),
+        log: Sequence[Path] | Path | str = (),
         users: Path | None = None,
         items: Path | None = None,
         valid_from: str | None = None,
@@ -86,7 +91,7 @@ class DelimitedSource:
         if isinstance(schema, SchemaFile):
             self._schema_file = schema
         else:
-            schema_paths = expand([Path(schema)])
+            schema_paths = [Path(schema)]
             self._schema_file = read_schema(Path(schema))
         self.schema = self._schema_file.schema
         if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
@@ -98,7 +103,8 @@ class DelimitedSource:
 
         # 2. Files.
         files = self._schema_file.files
-        self._log = expand(log or files.log)
+        paths = [Path(log)] if isinstance(log, (Path, str)) else log
+        self._log = expand(paths or files.log)
         if not self._log:
             raise InputError(
                 "log is empty; name at least one CSV or Parquet file (--log, or "
@@ -130,6 +136,7 @@ class DelimitedSource:
         # 4. What is said and counted while reading.
         self._said: set[str] = set()
         self._counts: dict[str, int] = {}
+        self._counts_of: dict[str, dict[str, int]] = {}
         self.provenance = Provenance(
             name="delimited",
             licence="that of the log's owner",
@@ -165,7 +172,7 @@ class DelimitedSource:
                 f"{', '.join(map(str, self._log))}: no rows; a log needs at least a "
                 "header and rows; check the files"
             )
-        self._finish(notes)
+        self._finish("log", notes)
         self.check_times(earliest, latest)
 
     def row_parts(self) -> list[LogPart]:
@@ -197,6 +204,11 @@ class DelimitedSource:
             f"{_iso_time(latest)}, with numbers read as {UNIT_NAMES[form.unit]} since 1970 "
             "UTC"
         )
+        if are_days(earliest, latest, form):
+            raise InputError(
+                f"{runs}; the numbers are days, such as 20220503; write them as "
+                "2022-05-03"
+            )
         unit = likely_unit(earliest, latest, form)
         if unit is not None:
             raise InputError(
@@ -244,10 +256,14 @@ class DelimitedSource:
             yield from read_columns(path, specs, notes, delimiter=self._delimiter)
         notes.say()
 
-    def _finish(self, notes: Notes) -> None:
-        """Say the notes on a table, and add their counts."""
+    def _finish(self, table: str, notes: Notes) -> None:
+        """Say the notes on a table, and count them once however often it is read."""
         notes.say()
-        self._counts.update(notes.counts)
+        self._counts_of[table] = notes.counts
+        self._counts.clear()
+        for counts in self._counts_of.values():
+            for name, count in counts.items():
+                self._counts[name] = self._counts.get(name, 0) + count
 
     def _add_defaults_and_split(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         for name, default in _DEFAULTS.items():
@@ -275,7 +291,7 @@ class DelimitedSource:
         table = pa.Table.from_batches(batches, schema=schema)
         if paths:
             refuse_repeats(paths[0], specs[0].column, table.column(key))
-        self._finish(notes)
+        self._finish(key, notes)
         return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -107,20 +108,37 @@ def checked_time(where: str, time: Mapping[str, Any]) -> dict[str, str]:
     """Return the arguments of `TimeFormat`, checked."""
     check_known(where, "time", time, ("unit", "zone"))
     unit, zone = time.get("unit", "ms"), time.get("zone", "UTC")
-    if unit not in UNITS:
+    if not isinstance(unit, str) or unit not in UNITS:
         raise InputError(
             f"{where}: time['unit']={unit!r} is no unit of time; known: "
             f"{', '.join(UNITS)}"
         )
     try:
-        # Arrow knows the zones that it can convert; the epoch is a time in each.
-        pc.assume_timezone(pa.array([0], pa.timestamp("ms")), zone)
+        if offset_of(zone) is None:
+            # Arrow knows the zones that it can convert; the epoch is a time in each.
+            pc.assume_timezone(pa.array([0], pa.timestamp("ms")), zone)
     except (pa.ArrowException, TypeError) as error:
         raise InputError(
             f"{where}: time['zone']={zone!r} is no time zone; write an IANA name such "
             "as Europe/Oslo, or +08:00"
         ) from error
     return {"unit": unit, "zone": zone}
+
+
+def offset_of(zone: str) -> int | None:
+    """Return the milliseconds of a zone such as +08:00; None for one with a name.
+
+    Raises:
+      TypeError: it is no string.
+
+    >>> offset_of("-03:30"), offset_of("UTC")
+    (-12600000, None)
+    """
+    match = re.fullmatch(r"([+-])(\d\d):?([0-5]\d)", zone)
+    if match is None:
+        return None
+    minutes = 60 * int(match[2]) + int(match[3])
+    return (-1 if match[1] == "-" else 1) * minutes * 60_000
 
 
 def check_files(where: str, files: Mapping[str, Any]) -> None:

@@ -196,6 +196,11 @@ def read_columns(
                 raise InputError(
                     _message(path, raw, first_row, spec, stored, error)
                 ) from error
+            except pa.ArrowException as error:
+                raise InputError(
+                    f"{path}: column '{spec.column}' ({stored.type}) cannot be read "
+                    f"as {spec.name}: {error}; correct its values or its type"
+                ) from error
             arrays.append(values)
         yield pa.RecordBatch.from_arrays(arrays, schema=schema)
         first_row += batch.num_rows
@@ -253,18 +258,19 @@ def _list_problems(
     )
     numbers = pc.list_flatten(values)
     row_of_number = pc.list_parent_indices(values)
-    wrong = pc.is_null(numbers)
-    reason = "a value is missing"
-    if feature.kind == "embedding":
-        too_large = _beyond_float32(numbers).fill_null(False)
-        yield row_of_number.filter(too_large).to_numpy(), _NOT_FINITE
-    else:
-        outside = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, feature.codes))
-        wrong = pc.or_(wrong, outside.fill_null(False))
-        reason = f"codes must lie in 0 .. {feature.codes - 1}"
+    wrong = _beyond_float32(numbers)
+    reason = _NOT_FINITE
+    if feature.kind == "semantic_id":
+        wrong = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, feature.codes))
+        reason = (
+            f"is not a whole semantic_id: codes must lie in 0 .. {feature.codes - 1}; "
+            "correct it or leave the field empty"
+        )
+    yield row_of_number.filter(wrong.fill_null(False)).to_numpy(), reason
     yield (
-        row_of_number.filter(wrong).to_numpy(),
-        f"is not a whole {feature.kind}: {reason}; correct it or leave the field empty",
+        row_of_number.filter(pc.is_null(numbers)).to_numpy(),
+        f"is not a whole {feature.kind}: a value is missing; correct it or leave the "
+        "field empty",
     )
 
 

@@ -36,6 +36,8 @@ def _expand(path: Path) -> list[Path]:
         file
         for match in found
         for file in (_files_in(match) if match.is_dir() else [match])
+        # A pattern may ask for such names.
+        if not _is_marker(file.name) or _is_marker(path.name)
     ]
     if not files:
         raise InputError(f"{path}: matches no file; check the pattern")
@@ -43,14 +45,15 @@ def _expand(path: Path) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
+def _is_marker(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
 def _files_in(folder: Path) -> list[Path]:
     files = sorted(
         file
         for file in folder.rglob("*")
-        if file.is_file()
-        and not any(
-            part.startswith((".", "_")) for part in file.relative_to(folder).parts
-        )
+        if file.is_file() and not any(map(_is_marker, file.relative_to(folder).parts))
     )
     if not files:
         raise InputError(

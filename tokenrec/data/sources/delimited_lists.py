@@ -62,7 +62,7 @@ def read_lists(
 def _lists_of_one(values: pa.Array) -> pa.Array:
     missing = values.is_null()
     return _list_array(
-        values.drop_null(), missing.invert().cast(pa.int64()).to_numpy(), missing
+        values.drop_null(), pc.invert(missing).cast(pa.int64()).to_numpy(), missing
     )
 
 

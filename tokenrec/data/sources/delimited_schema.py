@@ -49,7 +49,7 @@ __all__ = [
 DEFAULT_SEPARATOR = "|"
 
 _RULE = re.compile(
-    r"\s*(?P<column>.*?\S)\s*(?P<operator>>=|<=|==|!=|>|<)\s*"
+    r"\s*(?P<column>[^<>=!]*[^<>=!\s])\s*(?P<operator>>=|<=|==|!=|>|<)\s*"
     r"(?P<number>[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)\s*"
 )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenrec.data.sources.delimited_checks import UNITS
+from tokenrec.data.sources.delimited_checks import UNITS, offset_of
 from tokenrec.data.sources.delimited_notes import ColumnNotes
 from tokenrec.data.sources.delimited_schema import TimeFormat
 from tokenrec.data.sources.delimited_values import (
@@ -111,16 +111,17 @@ def _decimals(values: pa.Array, form: TimeFormat) -> pa.Array:
 def _moments(values: pa.Array, notes: ColumnNotes, form: TimeFormat) -> pa.Array:
     """Convert timestamps of any unit, with or without a zone."""
     unit = values.type.unit
-    if values.type.tz is None:
+    offset = offset_of(form.zone)
+    if values.type.tz is None and offset is not None:
+        here = _integers(values.cast(pa.int64()), TimeFormat(unit))
+        return pc.subtract(here, offset)
+    if values.type.tz is None and form.zone != "UTC":
         local = values
         values = _in_zone(values, form.zone)
         # Both readings agree but where clocks were changed.
         later = _in_zone(local, form.zone, "latest")
         add_note(notes, "ambiguous_times", pc.not_equal(values, later), local)
-    counts = values.cast(pa.int64())
-    if UNITS[unit] <= 1000:
-        return pc.multiply_checked(counts, 1000 // UNITS[unit])
-    return _floor_divide(counts, UNITS[unit] // 1000)
+    return _integers(values.cast(pa.int64()), TimeFormat(unit))
 
 
 def _in_zone(values: pa.Array, zone: str, which: str = "earliest") -> pa.Array:
@@ -182,11 +183,29 @@ def split_time(field: str, value: Any, zone: str) -> int:
 
 
 def _zone(name: str) -> datetime.tzinfo:
-    if name[0] in "+-":
-        zone = datetime.datetime.strptime(name, "%z").tzinfo
-        assert zone is not None
-        return zone
-    return zoneinfo.ZoneInfo(name)
+    offset = offset_of(name)
+    if offset is None:
+        return zoneinfo.ZoneInfo(name)
+    return datetime.timezone(datetime.timedelta(milliseconds=offset))
+
+
+def are_days(earliest: int, latest: int, form: TimeFormat) -> bool:
+    """Whether times that were read as numbers are days such as 20220503.
+
+    >>> are_days(20_220_503, 20_220_630, TimeFormat())
+    True
+    >>> are_days(20_220_503, 20_220_690, TimeFormat())
+    False
+    """
+    for time in (earliest, latest):
+        number = time * UNITS[form.unit] // 1000
+        if not 19_950_101 <= number <= 21_001_231:
+            return False
+        try:
+            datetime.datetime.strptime(str(number), "%Y%m%d")
+        except ValueError:
+            return False
+    return True
 
 
 def likely_unit(earliest: int, latest: int, form: TimeFormat) -> str | None:

@@ -85,6 +85,19 @@ def cast(values: pa.Array, kind: pa.DataType, reason: str) -> pa.Array:
         raise WrongValue(row, reason) from error
 
 
+def may_hold(values: pa.Array, letters: bytes) -> bool:
+    """Whether one of some ASCII letters is in text, at the speed of memory.
+
+    True may be due to text beside a slice, so the answer decides only whether a slower
+    test is worthwhile.
+    """
+    data = values.buffers()[2]
+    if data is None:
+        return False
+    content = data.to_pybytes()
+    return any(bytes([letter]) in content for letter in letters)
+
+
 def refuse(mask: pa.Array, reason: str) -> None:
     """Raise a WrongValue for the first row that is true."""
     rows = true_rows(mask)
@@ -170,18 +183,18 @@ def _text_ids(
 ) -> pa.Array:
     if pa.types.is_integer(kind):
         return _text_integers(values, notes)
-    if is_key:
-        refuse(
-            pc.match_substring_regex(values, _ROUNDED_TEXT),
-            "is the text of a double, so ids of many digits have been rounded; "
-            f"{_ID_REMEDY}",
-        )
-    # Each pattern is looked for in the whole column only where a cheap sign is there.
-    if pc.any(pc.match_substring(values, ".0")).as_py():
+    if may_hold(values, b"."):
+        if is_key:
+            refuse(
+                pc.match_substring_regex(values, _ROUNDED_TEXT),
+                "is the text of a double, so ids of many digits have been rounded; "
+                f"{_ID_REMEDY}",
+            )
         like_floats = pc.match_substring_regex(values, _WHOLE_TEXT)
         add_note(notes, "ids_like_floats", like_floats, values)
-    padded = pc.match_substring_regex(values, _PADDED_TEXT)
-    add_note(notes, "padded", padded, values)
+    if may_hold(values, b" \t\r\n"):
+        padded = pc.match_substring_regex(values, _PADDED_TEXT)
+        add_note(notes, "padded", padded, values)
     words = pc.is_in(values, value_set=_MISSING_WORDS)
     add_note(notes, "missing_words", words, values)
     return values
@@ -200,7 +213,9 @@ def _text_integers(values: pa.Array, notes: ColumnNotes) -> pa.Array:
     add_note(notes, "whole_floats", floats, trimmed)
     reason = "is not int64; correct the value, or key_types"
     refuse(pc.match_substring_regex(trimmed, _HEXADECIMAL), reason)
-    return cast(whole_text(trimmed), pa.int64(), reason)
+    # Arrow reads no plus sign.
+    digits = pc.replace_substring_regex(whole_text(trimmed), r"^\+", "")
+    return cast(digits, pa.int64(), reason)
 
 
 def whole_numbers(values: pa.Array) -> pa.Array:
@@ -210,7 +225,9 @@ def whole_numbers(values: pa.Array) -> pa.Array:
       pa.ArrowException: a text is something else.
     """
     # Arrow reads hexadecimal numbers too.
-    if pc.any(pc.match_substring_regex(values, _HEXADECIMAL)).as_py():
+    if may_hold(values, b"xX") and (
+        pc.any(pc.match_substring_regex(values, _HEXADECIMAL)).as_py()
+    ):
         raise pa.ArrowInvalid("not a decimal number")
     return values.cast(pa.int64())
 

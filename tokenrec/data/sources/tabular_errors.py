@@ -15,9 +15,10 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from tokenrec.data.sources.csv_text import CsvHeader, open_text
+from tokenrec.errors import InputError
 
 # Python's csv refuses longer values; its own limit, 128 KiB, is too low for texts.
-_LONGEST_VALUE = 1 << 27
+_LONGEST_VALUE = 64 << 20
 
 
 class _Record(NamedTuple):
@@ -94,6 +95,7 @@ def record_problem(
 
 def _records(path: Path, header: CsvHeader) -> Iterator[_Record]:
     """Yield the records after the header; blank lines are none."""
+    first_line = header.lines + 1
     usual_limit = csv.field_size_limit(_LONGEST_VALUE)
     try:
         with open_text(path) as text:
@@ -111,12 +113,17 @@ def _records(path: Path, header: CsvHeader) -> Iterator[_Record]:
                     taken.append(line)
                     yield line
 
-            first_line = header.lines + 1
             for fields in csv.reader(take(), delimiter=header.delimiter):
                 if fields:
                     yield _Record(first_line, taken.copy(), fields)
                 first_line += len(taken)
                 taken.clear()
+    except csv.Error as error:
+        raise InputError(
+            f"{path}, line {first_line}: a value is longer than "
+            f"{_LONGEST_VALUE / (1 << 20):g} MiB, as behind a quote that never closes; "
+            'close it, or write a quote inside a value as ""'
+        ) from error
     finally:
         csv.field_size_limit(usual_limit)
 
@@ -127,18 +134,14 @@ class _Raw(io.RawIOBase):
     def __init__(self, read: Callable[[int], bytes]) -> None:
         super().__init__()
         self._read = read
-        self._rest = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        # A decoded block may be longer than was asked for.
-        block = self._rest or self._read(len(buffer))
-        count = min(len(block), len(buffer))
-        buffer[:count] = block[:count]
-        self._rest = block[count:]
-        return count
+        block = self._read(len(buffer))
+        buffer[: len(block)] = block
+        return len(block)
 
 
 def _quoting_problem(path: Path, header: CsvHeader, record: _Record) -> str | None:
