@@ -30,7 +30,7 @@ def prepare(
 
     Args:
       source: a `Source`, or the name of one: "synthetic", "complete_journey", "kuairand",
-        "amazon", "recbole", "delimited".
+        "amazon", "recbole", "tfds", "delimited".
       out: folder to make.
       overwrite: replace the prepared data set in `out`.
       options: arguments of the named source, such as `rows` of `SyntheticSource`.
@@ -308,6 +308,7 @@ def _make_source(name: str, options: dict[str, Any]) -> Source:
     from tokenrec.data.sources.kuairand import KuaiRandSource
     from tokenrec.data.sources.recbole import RecBoleSource
     from tokenrec.data.sources.synthetic import SyntheticSource
+    from tokenrec.data.sources.tfds import TfdsSource
 
     sources: dict[str, Any] = {
         "amazon": AmazonSource,
@@ -316,6 +317,7 @@ def _make_source(name: str, options: dict[str, Any]) -> Source:
         "kuairand": KuaiRandSource,
         "recbole": RecBoleSource,
         "synthetic": SyntheticSource,
+        "tfds": TfdsSource,
     }
     if name not in sources:
         raise InputError(f"source='{name}' does not exist{suggest(name, sources)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenrec.cli.arguments import day, whole_number
 from tokenrec.cli.parser import Parser
@@ -150,6 +150,23 @@ def _add_recbole_flags(parser: Parser) -> None:
     _add_inference_flags(parser)
 
 
+def _add_tfds_flags(parser: Parser) -> None:
+    parser.add_argument(
+        "--name", required=True, help="data set, such as movielens/1m-ratings"
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=local_path_argument,
+        help="folder of TFDS data sets (default: that of tensorflow-datasets)",
+    )
+    parser.add_argument(
+        "--split",
+        default="train",
+        help="split of the data set that is read (default: %(default)s)",
+    )
+    _add_inference_flags(parser)
+
+
 def _add_inference_flags(parser: Parser) -> None:
     """Add the flags that say what `tokenrec init` would find out."""
     parser.add_argument(
@@ -233,18 +250,24 @@ def _delimited(args: argparse.Namespace) -> Source:
 def _recbole(args: argparse.Namespace) -> Source:
     from tokenrec.data.sources.recbole import RecBoleSource
 
-    source = RecBoleSource(
-        args.root,
-        args.name,
-        args.label,
-        user=args.user,
-        item=args.item,
-        time=args.time,
-        valid_from=args.valid_from,
-        test_from=args.test_from,
+    source = RecBoleSource(args.root, args.name, args.label, **_inference_flags(args))
+    print("\n".join(source.summary), file=sys.stderr)
+    return source
+
+
+def _tfds(args: argparse.Namespace) -> Source:
+    from tokenrec.data.sources.tfds import TfdsSource
+
+    source = TfdsSource(
+        args.name, args.data_dir, args.split, args.label, **_inference_flags(args)
     )
     print("\n".join(source.summary), file=sys.stderr)
     return source
+
+
+def _inference_flags(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("user", "item", "time", "valid_from", "test_from")
+    return {name: getattr(args, name) for name in names}
 
 
 SOURCES = {
@@ -268,6 +291,9 @@ SOURCES = {
     ),
     "recbole": SourceVerb(
         "a data set in RecBole's atomic files", _add_recbole_flags, _recbole
+    ),
+    "tfds": SourceVerb(
+        "a data set of TensorFlow Datasets that is on disk", _add_tfds_flags, _tfds
     ),
     "delimited": SourceVerb(
         "your own log in CSV or Parquet files (docs/guides/data.md)",

@@ -25,7 +25,7 @@ OPERATORS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
 OUTCOME_WORDS = (
     r"click|like|follow|comment|forward|share|hate|dislike|buy|bought|purchas|convert|"
     r"conversion|long_?view|finish|complet|skip|favou?rite|wish|cart|install|download|"
-    r"subscri|repl(y|ied)|label|target|^y$|positive|success|vote|accept|reject|enter|"
+    r"subscri|repl(y|ied)|^(is_)?label|^target|^y$|positive|success|vote|accept|reject|enter|"
     r"watched|read$|played|listen|booked|saved|retweet|open(ed)?$|engage|interact"
 )
 RATING_WORDS = r"rating|^stars?$|_stars?$|score$|^overall$|^rate$|grade"
