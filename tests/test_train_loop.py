@@ -8,6 +8,7 @@ import time
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.counted import count_rows
@@ -429,3 +430,25 @@ def test_a_line_of_skipped_steps_alone_says_how_many(data, tmp_path):
     empty = [x for x in lines if "train/learning_rate" in x and "train/loss" not in x]
     assert skipped
     assert [x["train/skipped"] for x in empty] == list(range(1, skipped + 1))
+
+
+def test_an_undefined_metric_is_said_once(tmp_path, capsys):
+    source = SyntheticSource(3_000, users=40, items=24)
+    batches = [
+        batch.set_column(
+            batch.schema.names.index("label_click"),
+            "label_click",
+            pa.array([1] * batch.num_rows, pa.int8()),
+        )
+        for batch in source.rows()
+    ]
+    source.rows = lambda: iter(batches)
+    prepare(source, tmp_path / "data")
+    capsys.readouterr()
+    config = small(tmp_path / "data", optim__steps=4, train__eval_every=2)
+    config.data.tasks = {"click": 1.0}
+    summary = train(config, tmp_path / "run", progress=False)
+    assert summary["best_step"] == -1
+    said = capsys.readouterr().err
+    assert said.count("macro_auc on valid is undefined") == 1
+    assert "labels of one class alone" in said

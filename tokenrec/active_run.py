@@ -87,6 +87,7 @@ class ActiveRun:
         self._run_log = RunLog()
         self._display: ProgressDisplay | None = None
         self._profiler: StepProfiler | None = None
+        self._said_undefined = False
         self._last_report: dict[str, Any] | None = None
         self._best_report: dict[str, Any] | None = None
         # The step whose evaluation and checkpoint are complete: nothing is due there.
@@ -307,11 +308,28 @@ class ActiveRun:
             for kind, by_layer in inside.items():
                 self._run_log.write(step, by_layer, kind)
             self._run_log.write(step, table_statistics(state), "tables")
-            progress = progress.after_evaluation(selection_value(report, config))
+            value = selection_value(report, config)
+            if value is None:
+                self._say_undefined(step)
+            progress = progress.after_evaluation(value)
             self._last_report = report
             if progress.best_step == step:
                 self._best_report = report
         return progress, self._signals.signal_received
+
+    def _say_undefined(self, step: int) -> None:
+        """Say once that no checkpoint can be the best one."""
+        if self._said_undefined or not distributed.is_first_process():
+            return
+        self._said_undefined = True
+        print(
+            f"tokenrec: step {step:,}: {criterion(self.setup.config)} is undefined, so "
+            "that no checkpoint is the best one: each of its tasks has labels of one "
+            "class alone, or none; evaluate on a split that has both "
+            "(train.eval_split), choose by train.best_metric='loss', or train with "
+            "data.objective='retrieval' on a log of uses alone",
+            file=sys.stderr,
+        )
 
     def save_due(self, progress: Progress, stop_signal: int | None) -> bool:
         """Whether to save: the last step, the best so far, a stop, or `save_every`.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenrec.errors import InputError, suggest
+from tokenrec.runtime.files import is_file
 from tokenrec.runtime.paths import as_path, local_path
 
 if TYPE_CHECKING:
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    source: str | Source, out: str | Path, *, overwrite: bool = False, **options: Any
+    source: str | Source,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    like: str | Path | None = None,
+    **options: Any,
 ) -> Metadata:
     """Prepare a data set.
 
@@ -33,6 +39,8 @@ def prepare(
         "amazon", "recbole", "tfds", "delimited".
       out: folder to make.
       overwrite: replace the prepared data set in `out`.
+      like: folder of a data set, or of a run, that the new one goes on from; see
+        `tokenrec.data.preparation.prepare.prepare`.
       options: arguments of the named source, such as `rows` of `SyntheticSource`.
 
     Returns:
@@ -48,7 +56,9 @@ def prepare(
     elif options:
         names = ", ".join(options)
         raise InputError(f"{names}: arguments of a named source; source is an object")
-    return prepare_source(source, local_path(out, "out"), overwrite=overwrite)
+    return prepare_source(
+        source, local_path(out, "out"), overwrite=overwrite, like=data_folder(like)
+    )
 
 
 def train(
@@ -108,7 +118,7 @@ def evaluate(
 
 def predict(
     workdir: str | Path,
-    split: str,
+    split: str | None,
     out: str | Path,
     *,
     checkpoint: str = "best",
@@ -118,10 +128,11 @@ def predict(
 
     Args:
       workdir: folder of the run.
-      split: "train", "valid" or "test".
+      split: "train", "valid" or "test"; None is the only one of the data set.
       out: file to write.
       checkpoint: "best", "latest" or a step.
-      data: folder of the data set, if it has moved.
+      data: folder of the data set, if it has moved, or of another one that the run can
+        read, such as one prepared with `like`.
 
     Returns:
       The number of log rows, or of recommended items.
@@ -327,6 +338,20 @@ def _make_source(name: str, options: dict[str, Any]) -> Source:
         raise InputError(
             f"source='{name}': {error}; see {sources[name].__name__}"
         ) from error
+
+
+def data_folder(like: str | Path | None) -> Path | None:
+    """Find the data set that `like` names, by itself or by the run trained on it.
+
+    Raises:
+      InputError: it is a run whose data set is gone or another.
+    """
+    path = _optional_path(like)
+    if path is None or not is_file(path / "config.json"):
+        return path
+    from tokenrec.checkpoint.run_folder import data_of_run
+
+    return data_of_run(path)
 
 
 def _optional_path(path: str | Path | None) -> Path | None:

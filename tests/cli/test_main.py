@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -371,26 +371,27 @@ def test_kuairand_prepares_the_folder_that_download_returns(
 ) -> None:
     seen: list[Any] = []
 
-    def prepare(*arguments: Any, **options: Any) -> SimpleNamespace:
+    def prepare(*arguments: Any, **options: Any) -> str:
         seen.append((arguments, options))
-        return SimpleNamespace(counts={"users": 2})
+        return "prepared"
 
     replace(
         "tokenrec.data.sources.kuairand",
         fetch=lambda variant, root: root / variant,
-        KuaiRandSource=lambda *arguments: arguments,
+        KuaiRandSource=lambda *arguments, clock: (*arguments, clock),
     )
     replace("tokenrec.data.preparation.prepare", prepare=prepare)
+    replace("tokenrec.data.preparation.summary", summarise=str)
     days = ["--valid-from", "2022-05-03", "--test-from", "2022-05-05"]
     line = ["prepare", "kuairand", "--root", str(tmp_path), "--out", "set", *days]
     assert main(line) == 0
     assert main([*line, "--download", "pure", "--overlap", "64", "--overwrite"]) == 0
-    source = ("2022-05-03", "2022-05-05")
+    source = ("2022-05-03", "2022-05-05", "time_ms")
     assert seen == [
-        (((tmp_path, *source), Path("set")), {"overwrite": False}),
+        (((tmp_path, *source), Path("set")), {"overwrite": False, "like": None}),
         (
             ((tmp_path / "pure", *source), Path("set")),
-            {"overwrite": True, "overlap": 64},
+            {"overwrite": True, "overlap": 64, "like": None},
         ),
     ]
 

@@ -236,7 +236,7 @@ def set_to(
         (set_to("row_dense", np.inf, 1), "feature 'vector' is inf"),
         (set_to("action_dense", -np.inf, 0), "feature 'seconds' is -inf"),
         (set_to("labels", 2, 0), "a label is 2"),
-        (set_to("flags", 9), "flags is 9"),
+        (set_to("flags", 17), "flags is 17"),
         (set_to("request", -2), "request is -2"),
         (set_to("time", -(10**6)), "has the time -1000000, before"),
     ],
@@ -333,20 +333,30 @@ def test_a_run_refuses_a_data_set_of_the_same_sizes_whose_ids_stand_for_other_va
         if name == "same":
             check_schema(other, tmp_path)
         else:
-            with pytest.raises(InputError, match="another schema, vocabulary"):
+            with pytest.raises(
+                InputError, match=r"values of the vocabularies|items of the catalogue"
+            ):
                 check_schema(other, tmp_path)
 
 
-def test_missing_numbers_of_training_rows_are_counted(tmp_path: Path) -> None:
+def test_missing_values_of_training_rows_are_counted_for_every_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = {
         "user_id": [1, 2, 2, 3],
         "split": [0, 0, 0, 1],
         "price": [1.0, float("nan"), None, None],
+        "reaction": [5, None, 6, None],
+        "tab": [1, 2, 3, 4],
     }
-    users = {"user_id": [1, 2, 3], "age": [float("nan"), 5.0, None]}
-    counts = prepare(
-        MemorySource(rows | {"time_ms": [1, 2, 3, 4]}, users), tmp_path / "set"
-    ).counts
+    users = {
+        "user_id": [1, 2, 3],
+        "age": [float("nan"), 5.0, None],
+        "city": [1, 2, None],
+    }
+    items = {"item_id": [7, 8], "tags": [[1, None], []], "author": [3, 3]}
+    source = MemorySource(rows | {"time_ms": [1, 2, 3, 4]}, users, items)
+    counts = prepare(source, tmp_path / "set").counts
     missing = {
         name: count for name, count in counts.items() if name.startswith("missing")
     }
@@ -354,7 +364,12 @@ def test_missing_numbers_of_training_rows_are_counted(tmp_path: Path) -> None:
         "missing_train_price": 2,
         "missing_train_age": 1,
         "missing_train_duration": 1,
+        "missing_train_place": 3,
+        "missing_train_reaction": 1,
     }
+    said = capsys.readouterr().err
+    assert "never known in training: duration, place; check the columns" in said
+    assert "missing in most training rows: age 50%, price 67%" in said
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,12 @@ from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, RowIdentity, open_dataset
 from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import Schema
+from tokenrec.data.schema_difference import schema_differences
 from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
 from tokenrec.runtime.files import (
     is_file,
     read_json,
-    read_with_retries,
     write_json,
     write_text_atomically,
 )
@@ -294,19 +294,42 @@ def _may_change(field: str) -> bool:
     return any(field == free or field.startswith(free + ".") for free in FREE_TO_CHANGE)
 
 
-def check_schema(schema: Schema, workdir: Path) -> None:
-    """Raise InputError if the data set is not the one that the run was trained on."""
+def check_schema(
+    schema: Schema, workdir: Path, *, compare_items: bool = True, like: str = ""
+) -> Schema:
+    """Check that a data set gives a run's model what it was trained on.
+
+    Args:
+      schema: schema of the data set.
+      workdir: folder of the run.
+      compare_items: whether its catalogue must have the items of the run's; a ranking
+        model reads features of items alone.
+      like: `ids_digest` of the data set whose items the catalogue begins with. If it is
+        that of the run, more items may follow.
+
+    Returns:
+      The schema that the run was trained on.
+
+    Raises:
+      InputError: the schemas differ; the message lists in what.
+    """
     path = workdir / SCHEMA_FILE
-    # Written by this version or an earlier one, and compared as text.
-    text = read_with_retries(
-        path.read_bytes, path, "the run's", "give --workdir the folder of a whole run"
-    )
-    if text != _schema_text(schema).encode():
+    value = read_json(path, "the run's", "give --workdir the folder of a whole run")
+    try:
+        trained = Schema.from_json(value)
+    except InputError as error:
+        raise InputError(f"the run's '{path}': {error}; restore the file") from error
+    compare_items = compare_items and not (like and like == trained.ids_digest)
+    differences = list(schema_differences(trained, schema, compare_items=compare_items))
+    if differences:
+        listed = "\n  ".join(differences)
         raise InputError(
-            "the data set has another schema, vocabulary size, normalisation or "
-            f"semantic ids than the one this run was trained on ('{path}'); give --data "
-            "the folder it was trained on, and data.semantic_ids its file"
+            f"the data set is not one that this run can read: it differs from the one "
+            f"that the run was trained on ('{path}') in\n  {listed}\ngive --data the "
+            "folder that it was trained on, or one that was prepared with "
+            f"`tokenrec prepare --like '{workdir}'`, and data.semantic_ids the run's file"
         )
+    return trained
 
 
 def _schema_text(schema: Schema) -> str:
@@ -354,9 +377,38 @@ def open_model(workdir: Path, data: Path | None) -> tuple[ModelSpec, Dataset]:
     dataset = open_dataset(
         data_directory(config), config.data.exclude, semantic_ids_path(config)
     )
+    # A ranking model has no weights for items of the catalogue, only for features.
+    is_ranking = config.data.objective == "ranking"
+    schema = check_schema(
+        dataset.schema,
+        workdir,
+        compare_items=not is_ranking,
+        like=dataset.like_ids_digest,
+    )
+    return build_model(config, schema, task_names(schema, config.data)), dataset
+
+
+def data_of_run(workdir: Path) -> Path:
+    """Find the data set that a run was trained on, and check that it still is that.
+
+    Returns:
+      Its folder.
+
+    Raises:
+      InputError: there is no run, its data set is not where it was, or it is another.
+    """
+    config = load_run_config(workdir, None)
+    try:
+        dataset = open_dataset(
+            data_directory(config), config.data.exclude, semantic_ids_path(config)
+        )
+    except InputError as error:
+        raise InputError(
+            f"the data set of the run '{workdir}': {error}; if it was moved, give its "
+            "folder instead of the run"
+        ) from error
     check_schema(dataset.schema, workdir)
-    tasks = task_names(dataset.schema, config.data)
-    return build_model(config, dataset.schema, tasks), dataset
+    return dataset.directory
 
 
 def load_run_config(workdir: Path, data: Path | None) -> Config:

@@ -42,7 +42,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name a trained run, its checkpoint, and a split."""
     add_workdir_flag(parser, "folder of the run")
     parser.add_argument(
-        "--split", choices=SPLITS, required=True, help="split of the data set"
+        "--split",
+        choices=SPLITS,
+        help="split of the data set (default: the one that it has, if it has one alone)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -126,6 +128,16 @@ def day(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"'{text}' is not a day; write YYYY-MM-DD"
         ) from None
+
+
+def week_range(text: str) -> tuple[int, int]:
+    """Parse weeks, such as 1-47 or 48."""
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal()):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' are no weeks; write FIRST-LAST, such as 1-47, or one week"
+        )
+    return int(first), int(last or first)
 
 
 def checkpoint(text: str) -> str:

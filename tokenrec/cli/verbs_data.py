@@ -13,7 +13,7 @@ from tokenrec.cli.arguments import whole_number
 from tokenrec.cli.parser import Parser, add_verb
 from tokenrec.cli.sources import SOURCES
 from tokenrec.errors import InputError
-from tokenrec.runtime.paths import local_path_argument
+from tokenrec.runtime.paths import local_path_argument, path_argument
 
 if TYPE_CHECKING:
     from tokenrec.cli.parser import VerbParsers
@@ -68,6 +68,13 @@ def _add_output_flags(parser: Parser) -> None:
         "--overwrite", action="store_true", help="replace the data set at --out"
     )
     parser.add_argument(
+        "--like",
+        type=path_argument,
+        help="folder of a run or of a data set to go on from: its vocabularies, "
+        "normalisation and items stay, and later rows become split test, with their "
+        "histories, for `tokenrec predict --data` (docs/guides/scoring.md)",
+    )
+    parser.add_argument(
         "--beam",
         action="store_true",
         help="run on Apache Beam, for logs too long for one machine "
@@ -91,6 +98,11 @@ def _prepare(args: argparse.Namespace) -> None:
     if args.beam:
         from tokenrec.data.beam.prepare import prepare_with_beam
 
+        if args.like is not None:
+            raise InputError(
+                f"--like={args.like} does not work with --beam: rows since a data set "
+                "are prepared on one machine; leave --beam out"
+            )
         prepared = prepare_with_beam(
             args.make_source(args),
             args.out,
@@ -100,14 +112,20 @@ def _prepare(args: argparse.Namespace) -> None:
             arguments=shlex.split(args.beam_options or ""),
         )
     else:
+        from tokenrec.api import data_folder
         from tokenrec.data.preparation.prepare import prepare
 
         _refuse_beam_flags(args)
         prepared = prepare(
-            args.make_source(args), args.out, overwrite=args.overwrite, **given
+            args.make_source(args),
+            args.out,
+            overwrite=args.overwrite,
+            **given,
+            like=data_folder(args.like),
         )
-    counts = [f"{name} {count:,}" for name, count in prepared.counts.items()]
-    print(f"{args.out}: {', '.join(counts)}")
+    from tokenrec.data.preparation.summary import summarise
+
+    print(f"{args.out}: {summarise(prepared)}")
 
 
 def _refuse_beam_flags(args: argparse.Namespace) -> None:

@@ -100,10 +100,14 @@ class Dataset:
         schema = self.metadata.schema
         self._codes = None
         if semantic_ids:
-            self._codes = align(
-                load_semantic_ids(Path(semantic_ids)), self._load_items("item_id")
+            known = align(
+                load_semantic_ids(Path(semantic_ids)),
+                self._load_items("item_id")[: self.known_items],
             )
-            schema = with_semantic_id(schema, self._codes)
+            schema = with_semantic_id(schema, known)
+            # Items that are new since then have none.
+            new = schema.items - len(known)
+            self._codes = np.pad(known, ((0, new), (0, 0)), constant_values=-1)
         self.schema: Schema = schema.without(exclude)
         # Only tensorflow-datasets reads this file, but a damaged one is named here.
         self._manifest.check("features.json")
@@ -115,6 +119,36 @@ class Dataset:
         self._decoder = LogDecoder(self.metadata, self.schema)
         self._chunk_lengths: dict[str, np.ndarray] = {}
         self._row_marks: dict[str, np.ndarray] = {}
+
+    @property
+    def known_items(self) -> int:
+        """Items of the data set that this one was prepared like: the first ones here.
+
+        All items if there is none.
+        """
+        like = self.metadata.options.get("like")
+        return int(like["items"]) if like else self.metadata.schema.items
+
+    @property
+    def like_ids_digest(self) -> str:
+        """`Schema.ids_digest` of the data set that this one was prepared like, or ""."""
+        like = self.metadata.options.get("like")
+        return str(like["ids_digest"]) if like else ""
+
+    def choose_split(self, split: str | None) -> str:
+        """Return `split`, or the only split of the data set.
+
+        Raises:
+          InputError: none is given and the data set has several.
+        """
+        if split is not None:
+            return split
+        if len(self.splits) != 1:
+            raise InputError(
+                f"data '{self.directory}' has the splits {', '.join(self.splits)}; "
+                "name one with --split"
+            )
+        return self.splits[0]
 
     def num_chunks(self, split: str) -> int:
         """Number of chunks of a split."""
@@ -129,7 +163,7 @@ class Dataset:
         chunks = self.num_chunks(split)
         if split not in self._chunk_lengths:
             name = f"{records.INDEX}/{split}.npy"
-            lengths = self._load_array(name)
+            lengths = self.read_array(name)
             if (
                 lengths.shape != (chunks,)
                 or lengths.dtype != np.int64
@@ -162,7 +196,7 @@ class Dataset:
         # computed again.
         if split in self._row_marks:
             return self._row_marks[split]
-        marks = self._load_array(name)
+        marks = self.read_array(name)
         dtype = marks_dtype(len(self.metadata.schema.tasks))
         if marks.shape != (rows,) or marks.dtype != dtype:
             raise InputError(
@@ -297,12 +331,18 @@ class Dataset:
         if self._codes is not None and has_semantic_id:
             # The last columns, as the feature is the last one of the schema.
             ids = np.concatenate([ids, semantic_columns(self._codes)], axis=1)
-        return Catalogue(whole.item_id, ids, dense, self._codes)
+        known = self.known_items if self.known_items < full.items else None
+        return Catalogue(whole.item_id, ids, dense, self._codes, known)
 
     def _load_items(self, name: str) -> np.ndarray:
-        return self._load_array(f"{ITEMS}/{name}.npy")
+        return self.read_array(f"{ITEMS}/{name}.npy")
 
-    def _load_array(self, name: str) -> np.ndarray:
+    def read_array(self, name: str) -> np.ndarray:
+        """Open a .npy file of the folder, its digest checked.
+
+        Raises:
+          InputError: it is missing or damaged.
+        """
         path = self._manifest.check(name)
         return read_with_retries(
             lambda: np.load(path, mmap_mode="r", allow_pickle=False),

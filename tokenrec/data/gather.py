@@ -97,6 +97,15 @@ def rows_read(
     return np.where(positions.read, positions.reads, -1)
 
 
+def _known_items(
+    catalogue: Catalogue, items: np.ndarray, present: np.ndarray
+) -> np.ndarray:
+    """Items that a run has vectors of, of the same shape; -1 for others and none."""
+    if catalogue.known is not None:
+        present = present & (items < catalogue.known)
+    return np.where(present, items, -1).astype(np.int32)
+
+
 def _ranking_batch(
     log: InteractionLog, catalogue: Catalogue, samples: Samples, positions: Positions
 ) -> Batch:
@@ -133,12 +142,11 @@ def _retrieval_batch(
             np.where(context.ids, target.ids, 0),
             np.where(context.dense, target.dense, np.nan),
         )
-    items = np.take(log.item, rows, mode="clip")
-    goals = np.where(is_goal, np.take(log.item, goal_rows, mode="clip"), -1)
-    goals = goals.astype(np.int32)
+    items = _known_items(catalogue, np.take(log.item, rows, mode="clip"), valid)
+    goals = _known_items(catalogue, np.take(log.item, goal_rows, mode="clip"), is_goal)
     codes = None
     if catalogue.codes is not None:
-        codes = np.where(is_goal[..., None], catalogue.codes[goals], np.int32(-1))
+        codes = np.where(goals[..., None] >= 0, catalogue.codes[goals], np.int32(-1))
     return Batch(
         user=_signals(log.user_ids, log.user_dense, samples.chunk[picked], present),
         state=_state(log, catalogue, rows, valid),
@@ -147,7 +155,7 @@ def _retrieval_batch(
         target=target,
         labels=None,
         weight=is_goal.any(axis=-1).astype(np.float32),
-        items=np.where(valid, items, -1).astype(np.int32),
+        items=items,
         goals=goals,
         codes=codes,
     )

@@ -20,6 +20,9 @@ SCORED = 2
 # LEARNED: training may use the known labels. Set for scored log rows of the training
 # split, and for events that are not scored but have a label.
 LEARNED = 4
+# On disk only. REPEATED: an earlier chunk or split of the user holds the row as well, so
+# that the rows without it are the rows of the log, each once.
+REPEATED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +33,17 @@ class Catalogue:
       item_id: `[N] int64 or str`, original ids.
       ids: `[N, I] int32`, integer features of the group `catalogue`.
       dense: `[N, D] float32`, the other features of that group; NaN is missing.
-      codes: `[N, L] int32`, semantic ids; None unless the config names some.
+      codes: `[N, L] int32`, semantic ids, -1 for an item that has none; None unless the
+        config names some.
+      known: number of items that a run may retrieve, the first of the catalogue. The
+        others are new since the data set that this one was prepared like. None: all.
     """
 
     item_id: np.ndarray
     ids: np.ndarray
     dense: np.ndarray
     codes: np.ndarray | None = None
+    known: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

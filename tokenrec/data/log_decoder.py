@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tokenrec.data import records
-from tokenrec.data.interaction_log import InteractionLog
+from tokenrec.data.interaction_log import REPEATED, InteractionLog
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.schema import Feature, Group, Schema, columns
 from tokenrec.errors import InputError
@@ -106,6 +106,7 @@ class LogDecoder:
             getattr(log, f"{group}_dense")[place] = stored[f"{group}_dense"][:, dense]
         for name in _ROW_FIELDS:
             getattr(log, name)[row_slice] = rows[name]
+        log.flags[row_slice] &= np.uint8(~REPEATED & 0xFF)
 
 
 def select_columns(

@@ -21,6 +21,8 @@ from tokenrec.runtime.files import digest_file, is_file, read_json, read_with_re
 from tokenrec.runtime.paths import list_files
 
 METADATA_FILE = "tokenrec.json"
+# Folder of what a later data set goes on from (preparation/state.py).
+STATE = "state"
 FORMAT_VERSION = 1
 # Files with a digest, as glob patterns in the folder of the data set.
 CHECKED = (
@@ -31,6 +33,7 @@ CHECKED = (
     "chunks/*.npy",
     "marks/*.npy",
     "vocabularies/*.parquet",
+    f"{STATE}/*.npy",
 )
 _REMEDY = "prepare the data set again"
 _FIELD_TYPES = {
@@ -42,9 +45,10 @@ _FIELD_TYPES = {
     "options": dict[str, Any],
     "key_types": dict[str, str],
     "row_digests": dict[str, str],
+    "state": dict[str, Any],
 }
 # Fields that data sets from before them lack.
-_OPTIONAL = ("row_digests",)
+_OPTIONAL = ("row_digests", "state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Metadata:
       key_types: "user_id" and "item_id" -> "int64" or "string".
       row_digests: split -> SHA-256 of its log rows in their order
         (preparation/row_index.py); empty for a data set from before there was one.
+      state: what `prepare --like` goes on from (preparation/state.py); empty for a data
+        set that cannot be gone on from.
     """
 
     schema: Schema
@@ -75,6 +81,7 @@ class Metadata:
     options: dict[str, Any]
     key_types: dict[str, str]
     row_digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    state: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
         """Write `tokenrec.json`, the last file of a data set.

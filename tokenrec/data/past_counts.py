@@ -18,12 +18,21 @@ class PastCounts:
     Args:
       key: `[N] int64`.
       time: `[N] int64`, of the same pairs.
+      earlier: pairs that are earlier than all of these and all queries, as ascending
+        keys `[M] int64` and the count of each `[M] int64`.
 
     Raises:
       OverflowError: the distinct keys and the span of times do not fit into 63 bits.
     """
 
-    def __init__(self, key: np.ndarray, time: np.ndarray) -> None:
+    def __init__(
+        self,
+        key: np.ndarray,
+        time: np.ndarray,
+        earlier: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        none = np.zeros(0, np.int64)
+        self._earlier = (none, none) if earlier is None else earlier
         self._first = int(time.min()) if len(time) else 0
         self._span = int(time.max()) - self._first + 1 if len(time) else 1
         self._bits = self._span.bit_length()
@@ -47,6 +56,22 @@ class PastCounts:
         Returns:
           `[Q] int64`.
         """
+        return self._count_earlier(key) + self._count_pairs(key, time)
+
+    def totals(self) -> tuple[np.ndarray, np.ndarray]:
+        """All pairs as `earlier` of counts that go on from here: keys and counts."""
+        keys = np.union1d(self._earlier[0], self._key)
+        latest = np.full(len(keys), self._first + self._span)
+        return keys, self.before(keys, latest)
+
+    def _count_earlier(self, key: np.ndarray) -> np.ndarray:
+        keys, counts = self._earlier
+        if not len(keys):
+            return np.zeros(len(key), np.int64)
+        place = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
+        return np.where(keys[place] == key, counts[place], 0)
+
+    def _count_pairs(self, key: np.ndarray, time: np.ndarray) -> np.ndarray:
         if not len(self._key):
             return np.zeros(len(key), np.int64)
         rank = np.searchsorted(self._key, key)

@@ -143,6 +143,35 @@ class PastRates:
             features[f"count_{key.name}"] = count.astype(np.float32)
         return features
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Return all totals, from which `resume` goes on."""
+        arrays: dict[str, np.ndarray] = {"rates_overall": self._overall}
+        for name, counters in self._counters.items():
+            arrays[f"rates_{name}_ids"] = counters.ids
+            arrays[f"rates_{name}_totals"] = counters.totals
+        return arrays
+
+    def resume(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from totals that `state` returned, of the same keys and tasks.
+
+        Raises:
+          InputError: they are of other keys or tasks.
+        """
+        expected = {name: array.shape[1:] for name, array in self.state().items()}
+        given = {name: array.shape[1:] for name, array in state.items()}
+        if given != expected:
+            raise InputError(
+                f"the totals {sorted(given)} are not those of the keys "
+                f"{sorted(self._counters)} and tasks {list(self.tasks)}; prepare the "
+                "earlier data set again"
+            )
+        self._overall = np.array(state["rates_overall"])
+        for name in self._counters:
+            self._counters[name] = _Counters.of(
+                np.array(state[f"rates_{name}_ids"]),
+                np.array(state[f"rates_{name}_totals"]),
+            )
+
     def _check_order(self, time_ms: np.ndarray) -> None:
         # Not even equal to the call before: its log rows are counted already, and a log
         # row of the same time must not count.
@@ -231,29 +260,41 @@ def _sum_earlier(
 
 
 class _Counters:
-    """Totals per id, in arrays sorted by id."""
+    """Totals per id, in arrays sorted by id.
+
+    Attributes:
+      ids: `[N] int64`, ascending.
+      totals: `[N, width] int32`.
+    """
 
     def __init__(self, width: int) -> None:
-        self._ids = np.zeros(0, np.int64)
-        self._totals = np.zeros((0, width), np.int32)
+        self.ids = np.zeros(0, np.int64)
+        self.totals = np.zeros((0, width), np.int32)
+
+    @staticmethod
+    def of(ids: np.ndarray, totals: np.ndarray) -> _Counters:
+        """Totals `[N, width]` of ascending `ids: [N]`."""
+        counters = _Counters(totals.shape[1])
+        counters.ids, counters.totals = ids, totals
+        return counters
 
     def get(self, ids: np.ndarray) -> np.ndarray:
         """Totals of distinct `ids: [N]`, zero for new ones: `[N, width] int64`."""
         place, known = self._find(ids)
-        totals = np.zeros((len(ids), self._totals.shape[1]), np.int64)
-        totals[known] = self._totals[place[known]]
+        totals = np.zeros((len(ids), self.totals.shape[1]), np.int64)
+        totals[known] = self.totals[place[known]]
         return totals
 
     def add(self, ids: np.ndarray, totals: np.ndarray) -> None:
         """Add `totals: [N, width]` to the ascending, distinct `ids: [N]`."""
         place, known = self._find(ids)
-        self._totals[place[known]] += totals[known].astype(np.int32)
-        self._ids = np.insert(self._ids, place[~known], ids[~known])
-        self._totals = np.insert(self._totals, place[~known], totals[~known], axis=0)
+        self.totals[place[known]] += totals[known].astype(np.int32)
+        self.ids = np.insert(self.ids, place[~known], ids[~known])
+        self.totals = np.insert(self.totals, place[~known], totals[~known], axis=0)
 
     def _find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Place of each id in the sorted arrays, and whether it is there."""
-        place = np.searchsorted(self._ids, ids)
-        known = place < len(self._ids)
-        known[known] = self._ids[place[known]] == ids[known]
+        place = np.searchsorted(self.ids, ids)
+        known = place < len(self.ids)
+        known[known] = self.ids[place[known]] == ids[known]
         return place, known

@@ -61,7 +61,8 @@ def mark_rows(rows: np.ndarray, start: np.ndarray) -> np.ndarray:
     # A row with request -1 is a request of its own.
     new_request[1:] |= (request[1:] != request[:-1]) | (request[1:] < 0)
     marks = np.empty(len(rows), marks_dtype(labels.shape[1]))
-    marks["bits"] = rows["flags"] | NEW_TIME * new_time | NEW_REQUEST * new_request
+    flags = rows["flags"] & np.uint8(_FLAGS)
+    marks["bits"] = flags | NEW_TIME * new_time | NEW_REQUEST * new_request
     marks["known"] = np.packbits(labels >= 0, axis=1)
     marks["positive"] = np.packbits(labels == 1, axis=1)
     return marks

@@ -209,6 +209,8 @@ class Schema:
         same code-book sizes.
       ids_digest: SHA-256 of the vocabularies, the tokenizer and the item ids; it tells
         a data set from another whose tables have the same sizes.
+      vocabularies_digest: the same without the item ids. Data sets that have it equal
+        give every value the same id, though their catalogues may differ.
 
     Raises:
       InputError: the schema contradicts itself; the message lists every problem.
@@ -221,6 +223,7 @@ class Schema:
     levels: tuple[int, ...] = ()
     codes_digest: str = ""
     ids_digest: str = ""
+    vocabularies_digest: str = ""
 
     def __post_init__(self) -> None:
         # Imported here, because the checks import the types of this module.
@@ -266,7 +269,7 @@ class Schema:
     def to_json(self) -> dict[str, Any]:
         """Convert to a JSON object, the inverse of `from_json`."""
         value = dataclasses.asdict(self)
-        for name in ("codes_digest", "ids_digest"):
+        for name in ("codes_digest", "ids_digest", "vocabularies_digest"):
             # Runs and data sets from before the digests have no such key. Leaving an
             # empty digest out keeps their files equal to what is compared with them.
             if not value[name]:

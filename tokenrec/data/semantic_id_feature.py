@@ -12,7 +12,7 @@ import hashlib
 
 import numpy as np
 
-from tokenrec.data.schema import FIRST_KNOWN, Feature, Schema
+from tokenrec.data.schema import FIRST_KNOWN, MISSING, Feature, Schema
 from tokenrec.data.vocabulary import semantic_rows
 from tokenrec.errors import InputError
 
@@ -51,8 +51,11 @@ def with_semantic_id(schema: Schema, codes: np.ndarray) -> Schema:
 def semantic_columns(codes: np.ndarray) -> np.ndarray:
     """Convert codes `[N, L] int32` to ids of the feature's table, of the same shape.
 
+    A code of -1 is missing.
+
     Every level has table rows of its own: `id = 2 + level * width + code`, where width
     is the size of the largest code book.
     """
     width = int(codes.max()) + 1
-    return (FIRST_KNOWN + np.arange(codes.shape[1]) * width + codes).astype(np.int32)
+    ids = FIRST_KNOWN + np.arange(codes.shape[1]) * width + codes
+    return np.where(codes < 0, MISSING, ids).astype(np.int32)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.schema import Schema
@@ -82,6 +83,29 @@ class Source(Protocol):
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Yield the log rows."""
+        ...
+
+
+@runtime_checkable
+class StatefulSource(Source, Protocol):
+    """A raw log with features that count the past, which can go on where one ended."""
+
+    def state(self) -> Mapping[str, np.ndarray]:
+        """Return the totals at the end of the log, by a name that is a file's name.
+
+        It is called once, after `rows` has ended.
+        """
+        ...
+
+    def resume(self, state: Mapping[str, np.ndarray], last_time_ms: int) -> None:
+        """Go on from the totals of an earlier log.
+
+        It is called before `rows`, which then yields no row of that time or before.
+
+        Args:
+          state: what `state` returned at the end of that log.
+          last_time_ms: time of its last row.
+        """
         ...
 
 

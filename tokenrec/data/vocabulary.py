@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
@@ -110,6 +111,34 @@ class ValueIndex:
             indices = indices.fill_null(len(distinct))
         return distinct_codes[indices.to_numpy(zero_copy_only=False)]
 
+    def find(self, values: np.ndarray) -> np.ndarray:
+        """Look up codes, nothing added.
+
+        Args:
+          values: `[n] int64 or object`, of the type of this index.
+
+        Returns:
+          `[n] int32`, -1 where the value is not known.
+        """
+        if self.type == "string":
+            return np.array([self._strings.get(v, -1) for v in values], np.int32)
+        out = np.full(len(values), -1, np.int32)
+        for run, codes in self._runs:
+            place = np.minimum(np.searchsorted(run, values), len(run) - 1)
+            known = run[place] == values
+            out[known] = codes[place[known]]
+        return out
+
+    def value(self, code: int) -> int | str:
+        """Find the value of one code, without a list of all."""
+        if self.type == "string":
+            return next(itertools.islice(self._strings, code, None))
+        for run, codes in self._runs:
+            place = np.flatnonzero(codes == code)
+            if len(place):
+                return int(run[place[0]])
+        raise IndexError(f"code {code} of {self.size} values")
+
     def values(self) -> np.ndarray:
         """List the values in the order of their codes: `[size] int64 or object`."""
         if self.type == "string":
@@ -203,6 +232,35 @@ class TableValues:
             FIRST_KNOWN, FIRST_KNOWN + len(order), dtype=np.int32
         )
         return values[order], final
+
+
+class FrozenValues(TableValues):
+    """Values of the embedding table of an earlier data set, which stays as it is.
+
+    Provisional ids are ids already, `UNKNOWN` for a value that the table lacks.
+
+    Args:
+      known: `[V] int64 or object`, the values in the order of their ids.
+    """
+
+    def __init__(self, known: np.ndarray) -> None:
+        super().__init__()
+        self._known = known
+        if len(known):
+            kind = pa.string() if known.dtype == object else pa.int64()
+            self.index.codes(pa.array(known, kind), "the vocabulary")
+
+    def provisional(self, values: pa.Array, where: str) -> np.ndarray:
+        """Look up ids: `[n] int32`, `MISSING` where null, `UNKNOWN` where not known."""
+        ids = super().provisional(values, where)
+        return np.where(ids < FIRST_KNOWN + len(self._known), ids, np.int32(UNKNOWN))
+
+    def mark(self, provisional: np.ndarray) -> None:
+        """Take no value in."""
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the values, and `[V + 2] int32`, each id for itself."""
+        return self._known, np.arange(FIRST_KNOWN + len(self._known), dtype=np.int32)
 
 
 def value_tables(features: Iterable[Feature]) -> dict[str, TableValues]:

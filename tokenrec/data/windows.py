@@ -340,9 +340,9 @@ def _contiguous[T: (InteractionLog, Catalogue)](arrays: T) -> T:
     copies = {
         name: np.ascontiguousarray(array)
         for name, array in vars(arrays).items()
-        if array is not None
+        if isinstance(array, np.ndarray)
     }
-    return dataclasses.replace(arrays, **copies)
+    return dataclasses.replace(arrays, **copies)  # type: ignore[arg-type]
 
 
 def _context_columns(schema: Schema) -> ContextColumns:

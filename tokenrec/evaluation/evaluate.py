@@ -32,6 +32,7 @@ from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches
+from tokenrec.errors import InputError
 from tokenrec.evaluation.baseline_reports import (
     evaluate_baselines,
     retrieval_baselines,
@@ -110,7 +111,9 @@ def make_retrieval_step(
     if model.config.head.retrieval == "next_item":
         return jax.jit(functools.partial(rank_catalogue, model))
     assert dataset.catalogue.codes is not None
-    return jit_generate_step(model, build_trie(dataset.catalogue.codes))
+    return jit_generate_step(
+        model, build_trie(dataset.catalogue.codes[: dataset.known_items])
+    )
 
 
 def make_evaluator(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Evaluator:
@@ -235,7 +238,7 @@ def evaluate(scores: Iterator[Scores], tasks: tuple[str, ...]) -> dict[str, Any]
 
 def evaluate_run(
     workdir: Path,
-    split: str,
+    split: str | None,
     checkpoint: str,
     data: Path | None,
     *,
@@ -246,7 +249,7 @@ def evaluate_run(
 
     Args:
       workdir: folder of the run.
-      split: split to evaluate.
+      split: split to evaluate; None is the only one of the data set.
       checkpoint: "best", "latest" or a step.
       data: the prepared data set; None is that of the run's config.
       baselines: also compute the metrics of the baselines on the same rows.
@@ -271,8 +274,21 @@ def evaluate_run(
     # 2. The checkpoint, restored onto the mesh, and its metrics.
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
+    with distributed.raise_on_all_processes():
+        split = run.dataset.choose_split(split)
     report = evaluate_opened(run, mesh, split, baselines=baselines, limit=limit)
     return {"split": split, "step": run.step, "checkpoint": checkpoint} | report
+
+
+def _refuse_new_items(dataset: Dataset) -> None:
+    """Refuse to measure retrieval where some goals cannot be retrieved."""
+    new = dataset.schema.items - dataset.known_items
+    if new:
+        raise InputError(
+            f"data '{dataset.directory}' has {new:,} items that the run was not trained "
+            "with, and so cannot retrieve: recall would leave them out; train on a data "
+            "set that has them, or use `tokenrec predict`"
+        )
 
 
 def evaluate_opened(
@@ -296,6 +312,9 @@ def evaluate_opened(
       The report of `Evaluator`, and if asked `"baselines"`: reports by name.
     """
     config = run.model.config
+    with distributed.raise_on_all_processes():
+        if config.data.objective == "retrieval":
+            _refuse_new_items(run.dataset)
     with jax.set_mesh(mesh):
         if config.data.objective == "retrieval":
             return _evaluate_retrieval_run(run, config, split, mesh, baselines, limit)

@@ -29,7 +29,7 @@ from tokenrec.sharding import make_mesh
 
 
 def predict_run(
-    workdir: Path, split: str, checkpoint: str, data: Path | None, out: Path
+    workdir: Path, split: str | None, checkpoint: str, data: Path | None, out: Path
 ) -> int:
     """Write the scores of a split, as `tokenrec predict`, on all processes.
 
@@ -40,7 +40,7 @@ def predict_run(
 
     Args:
       workdir: folder of the run.
-      split: split to score.
+      split: split to score; None is the only one of the data set.
       checkpoint: "best", "latest" or a step.
       data: the prepared data set; None is that of the run's config.
       out: Parquet file to write. It appears when it is complete, and a failure leaves
@@ -58,7 +58,10 @@ def predict_run(
         mesh = make_mesh(config.mesh)
     distributed.assert_same_on_all_processes({"--split": split})
     with jax.set_mesh(mesh):
-        tables = prediction_tables(open_run(workdir, checkpoint, data), split, mesh)
+        run = open_run(workdir, checkpoint, data)
+        with distributed.raise_on_all_processes():
+            split = run.dataset.choose_split(split)
+        tables = prediction_tables(run, split, mesh)
         if distributed.is_first_process():
             return _write(tables, out)
         # The other processes take part in the computation and write nothing.

@@ -217,19 +217,10 @@ def assert_equal_but_for_order(local: Path, beam: Path) -> None:
     ]
     assert {n: contents(local)[n] for n in same} == {n: contents(beam)[n] for n in same}
     one, other = (open_dataset(f).metadata for f in (local, beam))
-    for a, b in zip(one.schema.features, other.schema.features, strict=True):
-        # Sums in another order: 3e-16 was measured.
-        assert (b.mean, b.deviation) == pytest.approx((a.mean, a.deviation), rel=1e-13)
-    plain = [
-        dataclasses.replace(f, mean=0.0, deviation=1.0) for f in one.schema.features
-    ]
-    schemas = [
-        dataclasses.replace(m.schema, features=tuple(plain)) for m in (one, other)
-    ]
     # The digests of rows stand for their order as well.
-    assert dataclasses.replace(
-        one, schema=schemas[0], row_digests={}
-    ) == dataclasses.replace(other, schema=schemas[1], row_digests={})
+    assert dataclasses.replace(one, row_digests={}) == dataclasses.replace(
+        other, row_digests={}
+    )
 
 
 def test_a_log_of_one_partition_gives_the_files_of_the_local_path(

@@ -105,10 +105,11 @@ def test_moments_merge_as_if_added_together() -> None:
     rows = np.random.default_rng(0).normal(1e4, 1, (300, 2)).astype(np.float32)
     rows[:200, 1] = np.nan
     whole, merged = Moments(features), Moments(features)
-    whole.add(rows)
+    none = np.zeros((300, 0), np.int32)
+    whole.add(none, rows)
     for part in (rows[:0], rows[:150], rows[150:160], rows[160:]):
         some = Moments(features)
-        some.add(part)
+        some.add(none[: len(part)], part)
         merged.merge(some)
     for name, feature in whole.features().items():
         other = merged.features()[name]

@@ -125,7 +125,7 @@ def test_items_and_users_without_features_get_missing_ones_but_keep_their_id(
     source = MemorySource(
         {"user_id": ["u", "v"], "item_id": [30, 10], "split": [0, 0]},
         {"user_id": ["v"]},
-        {"item_id": [20], "size": [1.0]},
+        {"item_id": [20, 30], "size": [1.0, None]},
         schema,
     )
     data = prepared(tmp_path, source)
@@ -228,7 +228,7 @@ def test_dense_statistics_are_of_transformed_training_values(tmp_path: Path) -> 
     )
 
 
-def test_exact_repeats_are_dropped_and_counted(tmp_path: Path) -> None:
+def test_repeats_are_joined_and_counted(tmp_path: Path) -> None:
     data = prepared(
         tmp_path,
         MemorySource(
@@ -250,9 +250,11 @@ def test_exact_repeats_are_dropped_and_counted(tmp_path: Path) -> None:
         for i in range(4)
         if log.item[i] == 0 and log.time[i] == 10 and log.flags[i] & SCORED
     ]
-    assert log.labels[kept].tolist() == [[1, -1]]
+    # Of the two rows one says that the item was clicked, the other that it was liked.
+    assert log.labels[kept].tolist() == [[1, 1]]
     assert data.metadata.counts["positives_train_click"] == 1
-    assert data.metadata.counts["positives_train_like"] == 1
+    assert data.metadata.counts["positives_train_like"] == 2
+    assert data.metadata.counts["repeats_other_labels"] == 1
 
 
 def test_only_scored_rows_and_labelled_events_of_train_are_learned(

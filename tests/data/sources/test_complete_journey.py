@@ -13,7 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.preparation.test_like import assert_same_test_rows
+from tokenrec.data.dataset import open_dataset
 from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.schema import columns
 from tokenrec.data.sources.complete_journey import SCHEMA, CompleteJourneySource
 from tokenrec.data.sources.complete_journey_purchases import read_purchases
 from tokenrec.data.sources.promotions import read_promotions
@@ -508,3 +511,35 @@ def test_package_holds_the_counts_that_the_splits_were_planned_on() -> None:
     )
     week = bought.week[promotions.find(bought.store, bought.week, bought.product) >= 0]
     assert np.histogram(week, [1, 43, 48, 54])[0].tolist() == [262_921, 28_535, 35_585]
+
+
+def test_later_weeks_go_on_from_the_counts_of_earlier_ones(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weeks = range(38, 50)
+    lines = {
+        (week * 100 + basket, int(product))
+        for week in weeks
+        for basket in range(8)
+        for product in rng.choice(np.arange(10, 22), 4, replace=False)
+    }
+    purchases = [
+        purchase(basket, product, week=basket // 100, household=1 + basket % 3)
+        for basket, product in sorted(lines)
+    ]
+    promotions = [
+        promotion(product, week) for week in weeks for product in range(10, 25)
+    ]
+    root = write(tmp_path / "files", purchases, promotions)
+    prepare(CompleteJourneySource(root, weeks=(1, 48)), tmp_path / "whole")
+    prepare(CompleteJourneySource(root, weeks=(1, 47)), tmp_path / "first")
+    later = CompleteJourneySource(root, weeks=(48, 48))
+    prepare(later, tmp_path / "later", like=tmp_path / "first")
+    one, other = (open_dataset(tmp_path / n) for n in ("whole", "later"))
+    assert_same_test_rows(one, other)
+    place = columns(one.schema.group("row")).dense
+    counted = one.load("test").row_dense[:, place["household_purchases"][0]]
+    assert len(np.unique(counted)) > 2
+    with pytest.raises(InputError, match="weeks=48-48: features that count the past"):
+        prepare(CompleteJourneySource(root, weeks=(48, 48)), tmp_path / "alone")
+    with pytest.raises(InputError, match="weeks=48-60 must lie in 1-53"):
+        CompleteJourneySource(root, weeks=(48, 60))

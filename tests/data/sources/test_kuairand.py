@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import http.server
@@ -10,15 +11,19 @@ import tarfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.preparation.test_like import assert_same_test_rows
+from tokenrec.data.dataset import open_dataset
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.kuairand import KuaiRandSource, fetch
 from tokenrec.data.sources.kuairand_history import settle_labels
+from tokenrec.data.sources.kuairand_log import on_the_clock
 from tokenrec.errors import InputError
 
 LOG = "log_standard_4_22_to_5_08_pure.csv"
@@ -110,9 +115,9 @@ def write(
     return folder
 
 
-def read(folder: Path, rates: bool = True) -> dict[str, np.ndarray]:
+def read(folder: Path, **options: Any) -> dict[str, np.ndarray]:
     """Read all rows, ordered by time, user and video, with NaN for null."""
-    source = KuaiRandSource(folder, "2022-05-03", "2022-05-05", rates=rates)
+    source = KuaiRandSource(folder, "2022-05-03", "2022-05-05", **options)
     table = pa.Table.from_batches(list(source.rows()))
     columns = {
         name: np.array(table[name].to_pylist(), float) for name in table.column_names
@@ -144,6 +149,84 @@ def test_rows_carry_splits_labels_and_context(tmp_path: Path) -> None:
     age = (rows["time_ms"] - START_MS) / DAY_MS + 21 - rows["item_id"]
     np.testing.assert_allclose(rows["video_age_days"][known], age[known], rtol=1e-6)
     assert np.isnan(rows["video_age_days"][~known]).all()
+
+
+def test_day_and_hour_come_from_the_time_and_not_from_columns_that_differ(
+    tmp_path: Path,
+) -> None:
+    log = Log()
+    folder = write(tmp_path, log)
+    told = read(folder)
+    lines = (folder / LOG).read_text().splitlines()
+    # The file's own columns differ for clicked rows alone, some by a day.
+    for n, line in enumerate(lines[1:], start=1):
+        cells = line.split(",")
+        if cells[5] == "1":
+            late = int(cells[4]) - 3 * 3_600_000 - START_MS
+            day, ms = divmod(late, DAY_MS)
+            cells[2] = str(20220501 + day if day >= 0 else 20220430)
+            cells[3] = str(ms // 3_600_000 * 100)
+            lines[n] = ",".join(cells)
+    (folder / LOG).write_text("\n".join(lines) + "\n")
+    for name, values in read(folder).items():
+        np.testing.assert_array_equal(values, told[name], err_msg=name)
+    by_file = read(folder, clock="file")
+    moved = by_file["hour"] != told["hour"]
+    np.testing.assert_array_equal(moved, told["label_is_click"] == 1)
+    assert (by_file["split"] != told["split"]).any()
+    with pytest.raises(InputError, match="clock='utc' is no clock"):
+        read(folder, clock="utc")
+
+
+def test_the_days_of_the_clock_are_those_of_the_calendar() -> None:
+    start = np.datetime64("2023-12-30T00:00", "ms").astype(np.int64)
+    # Every 37 minutes over the ends of a year and of a leap February.
+    time = start + np.arange(0, 70 * DAY_MS, 37 * 60_000)
+    batch = pa.RecordBatch.from_pydict(
+        {
+            "time_ms": time,
+            "date": np.zeros(len(time), np.int32),
+            "hourmin": np.zeros(len(time), np.int16),
+        }
+    )
+    batch = on_the_clock(batch)
+    zone = datetime.timezone(datetime.timedelta(hours=8))
+    for ms, date, hourmin in zip(
+        time.tolist(), *(batch[n].to_pylist() for n in ("date", "hourmin")), strict=True
+    ):
+        local = datetime.datetime.fromtimestamp(ms / 1000, zone)
+        assert f"{date} {hourmin:04d}" == local.strftime("%Y%m%d %H%M")
+
+
+@pytest.mark.parametrize("rates", [True, False])
+def test_later_rows_go_on_from_the_rates_of_the_earlier_log(
+    tmp_path: Path, rates: bool
+) -> None:
+    log = Log()
+    history = [
+        {
+            "user_id": 3,
+            "history_len": 2,
+            "last_time_ms": START_MS - 5,
+            "watch_seq": [1, 2],
+            "long_watch_seq": [1],
+            "like_seq": [],
+        }
+    ]
+    whole = write(tmp_path / "whole", log, history)
+    first, later = (write(tmp_path / n, log, history) for n in ("first", "later"))
+    lines = (whole / LOG).read_text().splitlines()
+    end = START_MS + 4 * DAY_MS
+    is_later = [int(line.split(",")[4]) >= end for line in lines[1:]]
+    for folder, wanted in ((first, False), (later, True)):
+        kept = [x for x, y in zip(lines[1:], is_later, strict=True) if y == wanted]
+        (folder / LOG).write_text("\n".join([lines[0], *kept]) + "\n")
+    days = ("2022-05-03", "2022-05-05")
+    prepare(KuaiRandSource(whole, *days, rates=rates), tmp_path / "a")
+    prepare(KuaiRandSource(first, *days, rates=rates), tmp_path / "b")
+    source = KuaiRandSource(later, None, None, rates=rates)
+    prepare(source, tmp_path / "c", like=tmp_path / "b")
+    assert_same_test_rows(open_dataset(tmp_path / "a"), open_dataset(tmp_path / "c"))
 
 
 def test_users_and_items_hold_the_declared_features(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from tokenrec.data.preparation.partition import (
     sort_and_deduplicate,
 )
 from tokenrec.data.preparation.row_index import ChunkIndex, index_chunks
+from tokenrec.data.preparation.state import events_without_chunk
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import LogPart, PartitionedSource
 from tokenrec.errors import InputError
@@ -74,10 +75,12 @@ class PartitionReport(NamedTuple):
     Attributes:
       counts: counts of its log rows and moments of their features.
       chunks: index of its chunks, by split.
+      events: records of its events that no chunk holds.
     """
 
     counts: PreparationCounts
     chunks: dict[str, ChunkIndex]
+    events: list[records.Chunk]
 
 
 def count_partitions(
@@ -276,7 +279,9 @@ def _make_chunks(
         for position, chunk in enumerate(chunk_records(run, user_ids, user_features)):
             key = (partition << _POSITION_BITS) + position
             yield tagged(run.split, (key, chunk._asdict()))
-    yield tagged("reports", (partition, PartitionReport(counts, chunks)))
+    rest = events_without_chunk(rows, options.overlap)
+    events = [] if rest is None else [*chunk_records(rest, user_ids, user_features)]
+    yield tagged("reports", (partition, PartitionReport(counts, chunks, events)))
 
 
 def _save_report(numbered: tuple[int, PartitionReport], work: str) -> None:

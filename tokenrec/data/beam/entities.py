@@ -22,6 +22,7 @@ from tokenrec.data.preparation.folder import (
     write_tokenizer,
     write_vocabularies,
 )
+from tokenrec.data.preparation.matches import Matches
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.preparation.partition import PreparationCounts
 from tokenrec.data.schema import Schema
@@ -74,11 +75,11 @@ def write_entities(
 
     # 2. Make ids final, as the local path does between its passes. Features of users
     #    follow in the second pass, where users are together.
-    moments = _entity_moments(schema, result.users, items)
     vocabulary_ids, table_rows = write_vocabularies(folder, schema, tables)
     table_rows |= write_tokenizer(folder, schema, (items,))
     to_vocabulary_ids(items.ids, items.features, vocabulary_ids)
     write_catalogue(folder, items)
+    moments = _entity_moments(schema, result.users, items)
 
     # 3. Share the sorted values with the workers of the second pass.
     for name in tables:
@@ -86,8 +87,13 @@ def write_entities(
     save_values(work, ITEM_IDS, np.sort(items.index.values()))
 
     counts = PreparationCounts.empty(schema)
-    counts.by_name["items"] = items.index.size
-    counts.by_name["users"] = sum(summary.users for summary in result.users)
+    by_name = counts.by_name
+    by_name["items"] = items.index.size
+    by_name["items_train"] = int(items.in_training().sum())
+    by_name["users"] = sum(summary.users for summary in result.users)
+    by_name["users_train"] = sum(summary.trained for summary in result.users)
+    Matches.sum((s.matches for s in result.users), "user_id").count(by_name)
+    items.matches().count(by_name)
     key_types = {"user_id": user_id_type, "item_id": items.index.type}
     return WrittenEntities(key_types, table_rows, moments, counts)
 
@@ -97,11 +103,11 @@ def _entity_moments(
 ) -> tuple[Moments, Moments]:
     """Moments of the dense features of users and of items."""
     user_moments = Moments(schema.group("user"))
-    # In the order of partitions, so that the rounding of the sums does not vary.
     for summary in users:
         user_moments.merge(summary.moments)
     item_moments = Moments(schema.group("catalogue"))
-    item_moments.add(items.dense[items.in_training()])
+    trained = items.in_training()
+    item_moments.add(items.ids[trained], items.dense[trained])
     return user_moments, item_moments
 
 
@@ -121,7 +127,9 @@ def _add_distinct_values(
     for d in distinct:
         values = pa.array(d.values, pa.string() if d.type == "string" else pa.int64())
         if d.table is None:
-            items.trained.add(items.codes(values, "rows()", 0)[d.trained])
+            codes = items.codes(values, "rows()", 0)
+            items.in_log.add(codes)
+            items.trained.add(codes[d.trained])
         else:
             # Workers send only those values of a table that training rows use.
             table = tables[d.table]

@@ -35,6 +35,7 @@ from tokenrec.data import records
 from tokenrec.data.beam.engine import pipeline_options
 from tokenrec.data.beam.entities import WrittenEntities, write_entities
 from tokenrec.data.beam.scan import USER_PARTITIONS, RowSummary, ScanResult, scan
+from tokenrec.data.dataset import open_dataset
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.folder import (
@@ -44,8 +45,10 @@ from tokenrec.data.preparation.folder import (
     make_metadata,
 )
 from tokenrec.data.preparation.intake import BLOCK_ROWS, check_has_training_rows
+from tokenrec.data.preparation.notices import say_notices
 from tokenrec.data.preparation.row_index import IndexWriter
 from tokenrec.data.preparation.staging import staged_folder
+from tokenrec.data.preparation.state import StateWriter
 from tokenrec.data.source import SPLITS, PartitionedSource, Source
 from tokenrec.data.vocabulary import value_tables
 from tokenrec.errors import InputError
@@ -65,8 +68,8 @@ def prepare_with_beam(
 ) -> Metadata:
     """Write the data set that `tokenrec.data.preparation.prepare.prepare` writes.
 
-    With more than one partition, shards hold users in another order, and means and
-    deviations differ by rounding (docs/guides/beam.md).
+    With more than one partition, shards hold users in another order
+    (docs/guides/beam.md).
 
     Args:
       source: the raw log. It must come in parts (`PartitionedSource`), and none of its
@@ -112,6 +115,7 @@ def prepare_with_beam(
             metadata = _run_passes(partitioned, folder, checksums, options)
         finally:
             work_folder.rmtree()
+    say_notices(open_dataset(out))
     return metadata
 
 
@@ -144,7 +148,7 @@ def _run_passes(
 ) -> Metadata:
     """Write all files of the data set to `folder`."""
     rows, written = _scan_log(source, folder, options)
-    shards, row_digests = _build_shards(source, folder, rows, written, options)
+    shards, row_digests, state = _build_shards(source, folder, rows, written, options)
     counts = written.counts
     metadata = make_metadata(
         folder,
@@ -158,6 +162,7 @@ def _run_passes(
         checksums,
         {"chunk_events": options.chunk_events, "overlap": options.overlap},
         row_digests,
+        state,
     )
     records.write_metadata(folder, shards, metadata)
     # Last: it holds the digests of all other files but the shards.
@@ -202,11 +207,11 @@ def _build_shards(
     rows: RowSummary,
     written: WrittenEntities,
     options: _Options,
-) -> tuple[dict[str, records.Shards], dict[str, str]]:
+) -> tuple[dict[str, records.Shards], dict[str, str], dict[str, Any]]:
     """Run the second pass (steps 3 and 4); add its counts to `written.counts`.
 
     Returns:
-      The shards of each split, and the SHA-256 of its rows.
+      The shards of each split, the SHA-256 of its rows, and `Metadata.state`.
     """
     # Imported here: tensorflow-datasets takes about a second.
     from tokenrec.data.beam import builder
@@ -223,14 +228,20 @@ def _build_shards(
     )
     # Reports come in the order of partitions, and so do the records of the shards: the
     # index must have the same order.
-    with contextlib.closing(IndexWriter(folder)) as index:
+    with (
+        contextlib.closing(IndexWriter(folder)) as index,
+        contextlib.closing(StateWriter(folder)) as state_writer,
+    ):
         for report in reports:
             written.counts.merge(report.counts)
             for name, part in report.chunks.items():
                 index.add(name, part)
+            state_writer.add(report.events)
         row_digests = index.finish()
+        # No source that Beam can read counts the past.
+        state = state_writer.finish(rows.latest, {})
     _copy_shards(built, folder, shards)
-    return shards, row_digests
+    return shards, row_digests, state
 
 
 def _copy_shards(

@@ -35,6 +35,7 @@ from tokenrec.data.beam.users import (
 from tokenrec.data.interaction_log import SCORED
 from tokenrec.data.preparation.chunks import TRAIN
 from tokenrec.data.preparation.intake import LogEncoder, rebatch
+from tokenrec.data.preparation.matches import Matches
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import SPLITS, LogPart, PartitionedSource
@@ -86,14 +87,18 @@ class UserSummary(NamedTuple):
     Attributes:
       partition: number of the partition.
       users: number of users.
+      trained: number of users of training rows.
       type: "int64" or "string", type of their ids.
-      moments: moments of the dense features of the users of training rows.
+      moments: moments of the features of the users of training rows.
+      matches: how users of the log meet those of the source's table.
     """
 
     partition: int
     users: int
+    trained: int
     type: str
     moments: Moments
+    matches: Matches
 
 
 class ScanResult(NamedTuple):
@@ -255,14 +260,22 @@ def _scan_users(
         return
     for block, codes in log_blocks:
         # The rows of a block of users are flags: True for a user of training rows.
+        users.in_log.add(codes)
         users.trained.add(codes[block.rows])
     users.complete()
     yield from _tagged_values(tables, tagged)
     moments = Moments(users.features)
-    moments.add(users.dense[users.in_training()])
-    yield tagged(
-        "counted", UserSummary(partition, users.index.size, users.index.type, moments)
+    trained = users.in_training()
+    moments.add(users.ids[trained], users.dense[trained])
+    summary = UserSummary(
+        partition,
+        users.index.size,
+        int(trained.sum()),
+        users.index.type,
+        moments,
+        users.matches(),
     )
+    yield tagged("counted", summary)
 
 
 def _tagged_values(tables: dict[str, TableValues], tagged: Any) -> Iterator[Any]:

@@ -43,50 +43,27 @@ class ChunkIndices(NamedTuple):
 
 
 def sort_order(
-    user: np.ndarray, time: np.ndarray, request: np.ndarray, item: np.ndarray
+    user: np.ndarray,
+    time: np.ndarray,
+    request: np.ndarray,
+    item: np.ndarray,
+    scored: np.ndarray,
 ) -> np.ndarray:
-    """Sort log rows by user, time, request and item.
+    """Sort log rows by user, time, request and item, an event before an impression.
 
-    The sort is stable: rows that are equal in all four keep the order of the log.
+    Rows that are equal in all of these repeat one another (repeats.py).
 
     Args:
       user: `[n] int32`, codes of the users.
       time: `[n] int64`, milliseconds.
       request: `[n] int64`, request numbers; -1 for a request of one row.
       item: `[n] int32`, codes or catalogue rows of the items.
+      scored: `[n]`, nonzero for an impression.
 
     Returns:
       `[n] int64`, the permutation that sorts the rows.
     """
-    return np.lexsort((item, request, time, user))
-
-
-def is_first_occurrence(
-    user: np.ndarray, time: np.ndarray, item: np.ndarray, scored: np.ndarray
-) -> np.ndarray:
-    """Find log rows that repeat the user, time, item and scored flag of an earlier row.
-
-    Args:
-      user: `[n] int32`, codes of the users.
-      time: `[n] int64`, milliseconds.
-      item: `[n] int32`, codes or catalogue rows of the items.
-      scored: `[n]`, nonzero for an impression. An event and an impression of the same
-        item at the same time are two rows, not a repeat.
-
-    Returns:
-      `[n] bool`, False for a repeat.
-    """
-    keys = (scored, item, time, user)
-    order = np.lexsort(keys)
-    # Repeats are neighbours after the sort, and the first of them is the earliest row
-    # because the sort is stable.
-    same = np.ones(max(len(order) - 1, 0), bool)
-    for key in keys:
-        ordered = key[order]
-        same &= ordered[1:] == ordered[:-1]
-    first = np.ones(len(order), bool)
-    first[order[1:][same]] = False
-    return first
+    return np.lexsort((scored, item, request, time, user))
 
 
 def check_request_times(

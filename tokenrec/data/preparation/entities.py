@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.preparation.encode import encode_features
+from tokenrec.data.preparation.matches import Matches
 from tokenrec.data.preparation.raw_columns import (
     check_columns,
     string_column,
@@ -40,6 +41,7 @@ class Entities:
       key: `user_id` or `item_id`.
       features: features of the entity, in the order of their columns.
       index: original id to code; those of the source's table come first.
+      in_log: codes of the entities that occur in the log.
       trained: codes of the entities that occur in training rows.
       ids: `[size, I] int32`, provisional ids until `to_vocabulary_ids`.
       dense: `[size, D] float32`, NaN where missing.
@@ -51,13 +53,33 @@ class Entities:
         self.key = key
         self.features = features
         self.index = ValueIndex()
+        self.in_log = Marks()
         self.trained = Marks()
+        # Codes whose features are known from a table.
+        self._described = Marks()
         # Shared by users, items and log: features of any of them may share a table.
         self._tables = tables
         self._layout = columns(features)
         self.ids = np.zeros((0, self._layout.ids_width), np.int32)
         self.dense = np.zeros((0, self._layout.dense_width), np.float32)
+        # Texts of the source's table, and the code of each of its rows.
         self._texts: dict[str, pa.ChunkedArray] = {}
+        self._table_codes = np.zeros(0, np.int32)
+
+    def go_on_from(self, keys: np.ndarray, ids: np.ndarray, dense: np.ndarray) -> None:
+        """Start with the entities of an earlier data set, before the table is read.
+
+        They keep their order and, where the table lacks them, their features.
+
+        Args:
+          keys: `[N] int64 or object`, original ids.
+          ids: `[N, I] int32`, vocabulary ids of `features`.
+          dense: `[N, D] float32`.
+        """
+        kind = pa.string() if keys.dtype == object else pa.int64()
+        self.index.codes(pa.array(keys, kind), f"column '{self.key}'")
+        self.ids, self.dense = ids, dense
+        self._described.add(np.arange(len(keys)))
 
     def read_table(self, table: pa.Table, where: str, block_rows: int) -> None:
         """Read the source's table of these entities.
@@ -75,8 +97,10 @@ class Entities:
         expected = list(dict.fromkeys([self.key, *(f.name for f in self.features)]))
         check_columns(table.column_names, expected, where)
         rows = table.num_rows
-        self.ids = np.zeros((rows, self._layout.ids_width), np.int32)
-        self.dense = np.full((rows, self._layout.dense_width), np.nan, np.float32)
+        self._table_codes = np.zeros(rows, np.int32)
+        in_table = Marks()  # of this table, not of an earlier data set
+        # Room for the case that all are new; what is left over is cut off at the end.
+        self._grow(self.index.size + rows)
         # Strings are kept as they are: the tokenizer is trained after the log was read.
         self._texts = {
             f.name: string_column(table, f.name, where)
@@ -86,19 +110,26 @@ class Entities:
         for first in range(0, rows, block_rows):
             batch = to_record_batch(table.slice(first, block_rows))
             codes = self.codes(batch.column(self.key), where, first)
-            # A new key gets the next code, so that a repeat shows as a smaller one.
-            wrong = codes != np.arange(first, first + len(codes))
-            if wrong.any():
-                repeat = int(wrong.argmax())
+            # Seen in an earlier block, or earlier in this one.
+            repeats = in_table.array(self.index.size)[codes]
+            repeats |= ~_is_first(codes)
+            if repeats.any():
+                repeat = int(repeats.argmax())
                 value = batch.column(self.key)[repeat].as_py()
                 raise InputError(
                     f"{where}: {self.key}={value!r} occurs twice (row "
                     f"{first + repeat}); keep one of them"
                 )
-            block = slice(first, first + len(codes))
-            self.ids[block], self.dense[block] = encode_features(
+            in_table.add(codes)
+            self._described.add(codes)
+            self._table_codes[first : first + len(codes)] = codes
+            self.ids[codes], self.dense[codes] = encode_features(
                 batch, self.features, self._tables, where, first
             )
+        self.ids, self.dense = (
+            self.ids[: self.index.size],
+            self.dense[: self.index.size],
+        )
 
     def codes(self, values: pa.Array, where: str, first: int) -> np.ndarray:
         """Return the code of each key, and add keys that are new.
@@ -129,14 +160,8 @@ class Entities:
         the vocabularies. It is called once, after the whole log.
         """
         known, total = len(self.ids), self.index.size
-        if known < total:
-            # Codes of the log's entities follow those of the table.
-            missing_ids = np.zeros((total - known, self._layout.ids_width), np.int32)
-            missing_dense = np.full(
-                (total - known, self._layout.dense_width), np.nan, np.float32
-            )
-            self.ids = np.concatenate([self.ids, missing_ids])
-            self.dense = np.concatenate([self.dense, missing_dense])
+        # Codes of the log's entities follow those of the table.
+        self._grow(total)
         for f in self.features:
             # The key itself is never missing.
             if f.name == self.key and f.kind == "categorical" and known < total:
@@ -152,13 +177,30 @@ class Entities:
                     self.ids[trained, slice(*self._layout.ids[f.name])]
                 )
 
+    def matches(self) -> Matches:
+        """Compare the entities of the log with those of the source's table.
+
+        Entities that have no feature but their id need no table.
+        """
+        size = self.index.size
+        in_log, described = self.in_log.array(size), self._described.array(size)
+        if all(f.name == self.key for f in self.features):
+            described[:] = False
+        return Matches(
+            self.key,
+            in_table=int(described.sum()),
+            in_log=int(in_log.sum()),
+            matched=int((in_log & described).sum()),
+            table_example=self._example(described & ~in_log),
+            log_example=self._example(in_log & ~described),
+        )
+
     def training_texts(self) -> Iterator[str]:
         """Yield the texts of the entities of training rows, feature after feature."""
-        trained = self.in_training()
+        # Entities without a row in the source's table have no text.
+        trained = pa.array(self.in_training()[self._table_codes])
         for texts in self._texts.values():
-            # Entities without a row in the source's table have no text.
-            in_table = pa.array(trained[: len(texts)])
-            for chunk in texts.filter(in_table).iterchunks():
+            for chunk in texts.filter(trained).iterchunks():
                 yield from (text for text in chunk.to_pylist() if text is not None)
 
     def encode_texts(self, tokenizer: Tokenizer) -> None:
@@ -170,13 +212,38 @@ class Entities:
             columns_of_text = slice(*self._layout.ids[f.name])
             for first in range(0, len(texts), TEXTS_AT_ONCE):
                 block = texts.slice(first, TEXTS_AT_ONCE).to_pylist()
-                self.ids[first : first + len(block), columns_of_text] = encode_texts(
+                codes = self._table_codes[first : first + len(block)]
+                self.ids[codes, columns_of_text] = encode_texts(
                     tokenizer, block, f.length
                 )
 
     def in_training(self) -> np.ndarray:
         """Return `[size] bool`, True for an entity of a training row."""
         return self.trained.array(self.index.size)
+
+    def _example(self, chosen: np.ndarray) -> int | str | None:
+        """The id of the first of `chosen: [size] bool`, None if there is none."""
+        code = int(chosen.argmax()) if len(chosen) else 0
+        if not len(chosen) or not chosen[code]:
+            return None
+        value = self.index.value(code)
+        return value if isinstance(value, str) else int(value)
+
+    def _grow(self, size: int) -> None:
+        """Make room for the features of `size` entities; new ones are missing."""
+        more = size - len(self.ids)
+        if more:
+            missing = np.zeros((more, self._layout.ids_width), np.int32)
+            self.ids = np.concatenate([self.ids, missing])
+            nan = np.full((more, self._layout.dense_width), np.nan, np.float32)
+            self.dense = np.concatenate([self.dense, nan])
+
+
+def _is_first(codes: np.ndarray) -> np.ndarray:
+    """Find the first occurrence of each of `codes: [n]`: `[n] bool`."""
+    first = np.zeros(len(codes), bool)
+    first[np.unique(codes, return_index=True)[1]] = True
+    return first
 
 
 def to_vocabulary_ids(

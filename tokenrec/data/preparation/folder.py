@@ -14,6 +14,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +41,9 @@ from tokenrec.data.vocabulary import (
 )
 from tokenrec.errors import InputError
 from tokenrec.runtime.files import digest_file, read_with_retries
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 LONGEST_ITEM_ID = 1024  # characters
 NOTHING_TO_LEARN = (
@@ -124,7 +128,10 @@ def write_vocabularies(
 
 
 def write_tokenizer(
-    folder: Path, schema: Schema, entities: Sequence[Entities]
+    folder: Path,
+    schema: Schema,
+    entities: Sequence[Entities],
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, int]:
     """Train and write the tokenizer, and give every text its ids.
 
@@ -134,6 +141,7 @@ def write_tokenizer(
       folder: the prepared folder.
       schema: features and tasks.
       entities: users and items; ids of their texts are filled in.
+      tokenizer: one that is trained already; None to train it.
 
     Returns:
       Rows of the table that all texts share, by its name; empty without a text feature.
@@ -142,16 +150,23 @@ def write_tokenizer(
     if not codes:
         return {}
     # The schema gives all texts the same number of codes: they share the tokenizer.
-    texts = itertools.chain(*(group.training_texts() for group in entities))
-    tokenizer = train_tokenizer(texts, codes[0])
+    if tokenizer is None:
+        texts = itertools.chain(*(group.training_texts() for group in entities))
+        tokenizer = train_tokenizer(texts, codes[0])
     for group in entities:
         group.encode_texts(tokenizer)
     save_tokenizer(tokenizer, folder)
     return {TEXT_TABLE: table_rows(tokenizer)}
 
 
-def write_catalogue(folder: Path, items: Entities) -> np.ndarray:
+def write_catalogue(folder: Path, items: Entities, first: int = 0) -> np.ndarray:
     """Write the items, whose ids are vocabulary ids, sorted by original id.
+
+    Args:
+      folder: the prepared folder.
+      items: the items.
+      first: number of items that keep their rows, those of an earlier data set; the
+        others follow them.
 
     Returns:
       `[items] int32`, from code of an item to its row of the catalogue.
@@ -160,7 +175,8 @@ def write_catalogue(folder: Path, items: Entities) -> np.ndarray:
       InputError: an item id is too long, or ends in a NUL character.
     """
     values = items.index.values()
-    order = np.argsort(values, kind="stable")
+    order = np.arange(len(values))
+    order[first:] = first + np.argsort(values[first:], kind="stable")
     # `rows` is the inverse of the permutation `order`.
     rows = np.empty(len(order), np.int32)
     rows[order] = np.arange(len(order), dtype=np.int32)
@@ -192,21 +208,41 @@ def _fixed_width(item_id: np.ndarray) -> np.ndarray:
     return item_id.astype(str)
 
 
-def digest_ids(folder: Path, schema: Schema) -> str:
-    """Compute a SHA-256 of the meaning of all ids.
+class IdDigests(NamedTuple):
+    """SHA-256 digests of the meaning of ids, as in `Schema`.
 
-    It covers the values of each vocabulary, the tokenizer, and the original ids of the
-    items. Values are hashed and not files, because another version of a library may
-    write the same values as other bytes.
+    Attributes:
+      ids: of the vocabularies, the tokenizer and the item ids.
+      vocabularies: of the vocabularies and the tokenizer.
     """
-    digest = hashlib.sha256()
+
+    ids: str
+    vocabularies: str
+
+
+def digest_ids(folder: Path, schema: Schema) -> IdDigests:
+    """Compute the digests of what the ids of a prepared folder mean.
+
+    Values are hashed and not files, because another version of a library may write the
+    same values as other bytes.
+    """
     values = {
         f"table {name}": load_vocabulary(folder, name)
         for name in value_tables(schema.features)
     }
-    values["items"] = np.load(
-        folder / ITEMS / "item_id.npy", mmap_mode="r", allow_pickle=False
+    tokenizer = b""
+    if any(f.kind == "text" for f in schema.features):
+        tokenizer = (folder / TOKENIZER_FILE).read_bytes()
+    items = np.load(folder / ITEMS / "item_id.npy", mmap_mode="r", allow_pickle=False)
+    return IdDigests(
+        ids=_digest_values({**values, "items": items}, tokenizer),
+        vocabularies=_digest_values(values, tokenizer),
     )
+
+
+def _digest_values(values: Mapping[str, np.ndarray], tokenizer: bytes) -> str:
+    """SHA-256 of arrays of int64 or strings by name, and of the tokenizer's file."""
+    digest = hashlib.sha256()
     for name, array in sorted(values.items()):
         digest.update(f"{name}: {len(array)} {array.dtype.kind}\n".encode())
         if array.dtype.kind == "i":
@@ -217,8 +253,7 @@ def digest_ids(folder: Path, schema: Schema) -> str:
             text = value.encode()
             # The length in front keeps ["ab", "c"] and ["a", "bc"] apart.
             digest.update(len(text).to_bytes(4, "little") + text)
-    if TEXT_TABLE in {f.table_name for f in schema.features if f.kind == "text"}:
-        digest.update((folder / TOKENIZER_FILE).read_bytes())
+    digest.update(tokenizer)
     return digest.hexdigest()
 
 
@@ -232,8 +267,9 @@ def make_metadata(
     key_types: dict[str, str],
     provenance: Provenance,
     checksums: dict[str, str],
-    options: Mapping[str, int],
+    options: Mapping[str, object],
     row_digests: dict[str, str],
+    state: Mapping[str, Any],
 ) -> Metadata:
     """Make the metadata of a folder whose other files are written.
 
@@ -241,7 +277,8 @@ def make_metadata(
       folder: the prepared folder.
       schema: features and tasks of the source.
       tables: rows of each embedding table.
-      moments: moments of the dense features of users, items, rows and actions.
+      moments: moments of the dense features of users, items, rows and actions; empty
+        where `schema` is normalised already.
       counts: numbers of log rows, users and items.
       shards: shards of each split.
       key_types: "int64" or "string" for `user_id` and `item_id`.
@@ -249,6 +286,7 @@ def make_metadata(
       checksums: SHA-256 of the raw files.
       options: options of `prepare` that change its output.
       row_digests: SHA-256 of the log rows of each split.
+      state: what a later data set goes on from.
 
     Returns:
       The metadata, with features normalised by `moments` and chunks counted.
@@ -264,6 +302,7 @@ def make_metadata(
         f"chunks_{split}": sum(written.lengths) for split, written in shards.items()
     }
     # What the source counted comes last: it wins where a name is the same.
+    digests = digest_ids(folder, schema)
     all_counts = {**counts, **chunks, **missing, **provenance.counts}
     return Metadata(
         schema=dataclasses.replace(
@@ -271,7 +310,8 @@ def make_metadata(
             features=tuple(normalised.get(f.name, f) for f in schema.features),
             tables=tables,
             items=counts["items"],
-            ids_digest=digest_ids(folder, schema),
+            ids_digest=digests.ids,
+            vocabularies_digest=digests.vocabularies,
         ),
         source=provenance.name,
         licence=provenance.licence,
@@ -281,4 +321,5 @@ def make_metadata(
         options=dict(options),
         key_types=key_types,
         row_digests=row_digests,
+        state=dict(state),
     )

@@ -16,6 +16,7 @@ from tokenrec.data.interaction_log import EVENT, SCORED
 from tokenrec.data.preparation.chunks import TRAIN
 from tokenrec.data.preparation.encode import encode_features
 from tokenrec.data.preparation.entities import Entities
+from tokenrec.data.preparation.like import Like
 from tokenrec.data.preparation.partition import encoded_row_dtype
 from tokenrec.data.preparation.raw_columns import (
     bool_column,
@@ -27,7 +28,7 @@ from tokenrec.data.preparation.raw_columns import (
 from tokenrec.data.preparation.spill import UserPartitions
 from tokenrec.data.schema import Schema, columns
 from tokenrec.data.source import SPLITS, Source
-from tokenrec.data.vocabulary import TableValues, value_tables
+from tokenrec.data.vocabulary import Marks, TableValues, value_tables
 from tokenrec.errors import InputError
 
 BLOCK_ROWS = 65_536  # log rows that are encoded at a time
@@ -43,14 +44,23 @@ class LogEncoder:
       tables: values of each embedding table.
       users: ids and features of the users, provisional until `to_vocabulary_ids`.
       items: ids and features of the items, provisional as well.
+
+    Args:
+      like: the data set to go on from; None to begin.
     """
 
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, like: Like | None = None) -> None:
         self.schema = schema
         self.dtype = encoded_row_dtype(schema)
-        self.tables: dict[str, TableValues] = value_tables(schema.features)
+        self.tables: dict[str, TableValues] = (
+            value_tables(schema.features) if like is None else like.tables()
+        )
         self.users = Entities("user_id", schema.group("user"), self.tables)
         self.items = Entities("item_id", schema.group("catalogue"), self.tables)
+        if like is not None:
+            like.add_items(self.items)
+            # Ids of another type would be other users.
+            self.users.index.type = like.metadata.key_types["user_id"]
 
     def encode(self, batch: pa.RecordBatch, first: int) -> np.ndarray:
         """Encode a block of raw log rows.
@@ -103,8 +113,9 @@ class LogEncoder:
                 table = self.tables.get(self.schema.feature(name).table_name)
                 if table is not None:
                     table.mark(ids[in_train, slice(*place)])
-        self.users.trained.add(out["user"][in_train])
-        self.items.trained.add(row["item"][in_train])
+        for entities, codes in ((self.users, out["user"]), (self.items, row["item"])):
+            entities.in_log.add(codes)
+            entities.trained.add(codes[in_train])
         return out
 
     def _check_columns(self, names: list[str]) -> None:
@@ -124,12 +135,16 @@ class LogIngestion:
       schema: features and tasks.
       encoder: distinct values, users and items of the log.
       partitions: encoded log rows by user, in memory or in the folder `work`.
+      like: the data set to go on from; None to begin.
+      last_time: time of the last row of the log, milliseconds.
     """
 
-    def __init__(self, schema: Schema, work: Path) -> None:
+    def __init__(self, schema: Schema, work: Path, like: Like | None = None) -> None:
         self.schema = schema
-        self.encoder = LogEncoder(schema)
+        self.like = like
+        self.encoder = LogEncoder(schema, like)
         self.partitions = UserPartitions(work, self.encoder.dtype, PARTITION_ROWS)
+        self.last_time = np.iinfo(np.int64).min
 
     def read(self, source: Source) -> None:
         """Read the source once.
@@ -142,13 +157,59 @@ class LogIngestion:
         users, items = self.encoder.users, self.encoder.items
         users.read_table(source.users(), "users()", BLOCK_ROWS)
         items.read_table(source.items(), "items()", BLOCK_ROWS)
-        first = 0
-        for batch in rebatch(source.rows()):
-            self.partitions.add(self.encoder.encode(batch, first))
-            first += batch.num_rows
-        check_has_training_rows(first, bool(users.in_training().any()))
+        if self.like is None:
+            first = self._read_rows(source.rows())
+            check_has_training_rows(first, bool(users.in_training().any()))
+        else:
+            self._read_later_rows(source, self.like)
         for entities in (users, items):
             entities.complete()
+
+    def _read_rows(
+        self, batches: Iterator[pa.RecordBatch], scored: Marks | None = None
+    ) -> int:
+        """Encode all rows; return their number.
+
+        Args:
+          batches: batches of the log.
+          scored: receives the users of impressions.
+        """
+        first = 0
+        for batch in rebatch(batches):
+            rows = self.encoder.encode(batch, first)
+            self.partitions.add(rows)
+            self.last_time = max(self.last_time, int(rows["row"]["time"].max()))
+            if scored is not None:
+                scored.add(rows["user"][(rows["row"]["flags"] & SCORED) > 0])
+            first += batch.num_rows
+        return first
+
+    def _read_later_rows(self, source: Source, like: Like) -> None:
+        """Read the rows later than those of `like`, and the histories before them."""
+        given = later = 0
+        scored = Marks()
+
+        def rows() -> Iterator[pa.RecordBatch]:
+            nonlocal given, later
+            for batch in source.rows():
+                given += batch.num_rows
+                batch = like.later_rows(batch)
+                later += batch.num_rows
+                if batch.num_rows:
+                    yield batch
+
+        self._read_rows(rows(), scored)
+        like.say_left_out(given - later)
+        users = self.encoder.users.index
+        wanted = scored.array(users.size)
+        if not wanted.any():
+            raise InputError(
+                f"rows(): {later:,} of {given:,} rows are later than the data set that "
+                "--like names, and none of them is scored, so there is nothing to "
+                "score; give the log rows (or candidates) after it"
+            )
+        for earlier in like.histories(users, wanted, self.schema):
+            self.partitions.add(earlier)
 
 
 def check_has_training_rows(rows: int, any_training: bool) -> None:

@@ -15,17 +15,17 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenrec.data import records
-from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED
+from tokenrec.data.interaction_log import EVENT, LEARNED, REPEATED, SCORED
 from tokenrec.data.preparation.chunks import (
     TRAIN,
     check_request_times,
     chunk_indices,
-    is_first_occurrence,
     is_learned,
     sort_order,
 )
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.moments import Moments
+from tokenrec.data.preparation.repeats import join_repeats
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import SPLITS
 
@@ -100,34 +100,42 @@ def sort_and_deduplicate(
     Raises:
       InputError: rows of one request have different times.
     """
-    # 1. Sort, and keep the first of rows that repeat one another.
+    # 1. Sort, and join rows that repeat one another.
     row = partition["row"]
     partition = partition[
-        sort_order(partition["user"], row["time"], row["request"], row["item"])
+        sort_order(
+            partition["user"],
+            row["time"],
+            row["request"],
+            row["item"],
+            row["flags"] & SCORED,
+        )
     ]
-    row = partition["row"]
-    first = is_first_occurrence(
-        partition["user"], row["time"], row["item"], row["flags"] & SCORED
-    )
-    counts.by_name["repeats_dropped"] += int((~first).sum())
-    partition = partition[first]
+    partition = join_repeats(partition, counts.by_name)
 
     # 2. Check and mark what can be known only when all rows of a user are together.
     row = partition["row"]
     check_request_times(partition["user"], row["time"], row["request"])
+    # Rows of an earlier data set are history, whatever they were there.
+    earlier = (row["flags"] & REPEATED) > 0
+    row["flags"][earlier] = EVENT | REPEATED
     learned = is_learned(partition["split"], row["flags"], row["labels"])
     row["flags"] |= learned * np.uint8(LEARNED)
 
     # 3. Count. Moments come from training rows alone: no look into valid or test.
     _count_rows(partition, schema, counts.by_name)
     in_train = partition["split"] == TRAIN
-    counts.row_moments.add(row["row_dense"][in_train])
-    counts.action_moments.add(row["action_dense"][in_train])
+    counts.row_moments.add(row["row_ids"][in_train], row["row_dense"][in_train])
+    counts.action_moments.add(
+        row["action_ids"][in_train], row["action_dense"][in_train]
+    )
     return partition
 
 
 def _count_rows(partition: np.ndarray, schema: Schema, counts: Counter[str]) -> None:
     """Count rows, impressions, events and positive labels of each split."""
+    # Rows of an earlier data set (`prepare --like`) were counted there.
+    partition = partition[(partition["row"]["flags"] & REPEATED) == 0]
     row = partition["row"]
     for number, name in enumerate(SPLITS):
         in_split = partition["split"] == number
@@ -138,8 +146,9 @@ def _count_rows(partition: np.ndarray, schema: Schema, counts: Counter[str]) -> 
         counts[f"events_{name}"] += int(event.sum())
         for i, task in enumerate(schema.tasks):
             # Labels of unscored rows enter no metric.
-            positives = int((row["labels"][scored, i] == 1).sum())
-            counts[f"positives_{name}_{task.name}"] += positives
+            labels = row["labels"][scored, i]
+            counts[f"positives_{name}_{task.name}"] += int((labels == 1).sum())
+            counts[f"labelled_{name}_{task.name}"] += int((labels >= 0).sum())
     counts["learned_train"] += int(((row["flags"] & LEARNED) > 0).sum())
 
 
@@ -162,7 +171,7 @@ def cut_into_chunks(
             # A copy, so that the flags set below change no other split.
             rows = row[chunks.rows]
             # A row that is history here must be neither scored nor learned again.
-            rows["flags"][chunks.history_only] = EVENT
+            rows["flags"][chunks.history_only] = EVENT | REPEATED
             chunk_user = user[chunks.rows[chunks.start[:-1]]]
             yield ChunkRun(name, rows, chunks.start, chunk_user)
 

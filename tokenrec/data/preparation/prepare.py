@@ -31,6 +31,7 @@ Memory holds, at any time:
 | `vocabularies/`, `tokenizer.json`, `items/` | between the passes |
 | shards | during 4 |
 | `marks/` (how each row is cut into samples) | during 4 |
+| `state/` (what later rows go on from) | during 4 |
 | `chunks/` (rows of each chunk) | after the last shard |
 | `dataset_info.json`, `features.json`, `tokenrec.json` | last |
 
@@ -41,10 +42,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tokenrec.data import records
+from tokenrec.data.dataset import open_dataset
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.preparation.entities import to_vocabulary_ids
 from tokenrec.data.preparation.folder import (
@@ -57,7 +60,9 @@ from tokenrec.data.preparation.folder import (
     write_vocabularies,
 )
 from tokenrec.data.preparation.intake import LogIngestion
+from tokenrec.data.preparation.like import open_like
 from tokenrec.data.preparation.moments import Moments
+from tokenrec.data.preparation.notices import say_notices
 from tokenrec.data.preparation.partition import (
     ChunkRun,
     PreparationCounts,
@@ -68,18 +73,22 @@ from tokenrec.data.preparation.partition import (
 )
 from tokenrec.data.preparation.row_index import IndexWriter, index_chunks
 from tokenrec.data.preparation.staging import scratch_folder, staged_folder
-from tokenrec.data.source import Provenance, Source
+from tokenrec.data.preparation.state import StateWriter, events_without_chunk
+from tokenrec.data.source import Provenance, Source, StatefulSource
 from tokenrec.errors import InputError
+
+_DEFAULTS = {"chunk_events": 4096, "overlap": 1024}
 
 
 def prepare(
     source: Source,
     out: Path,
     *,
-    chunk_events: int = 4096,
-    overlap: int = 1024,
+    chunk_events: int | None = None,
+    overlap: int | None = None,
     overwrite: bool = False,
     scratch: Path | None = None,
+    like: Path | None = None,
 ) -> Metadata:
     """Write the prepared data set of `source` to the folder `out`.
 
@@ -87,22 +96,35 @@ def prepare(
       source: the raw log.
       out: folder to make.
       chunk_events: the most log rows of a chunk, not counting the events repeated at
-        its head.
+        its head; by default 4096, or that of `like`.
       overlap: the most events that are repeated at the head of a chunk. It is the
-        longest history that a row there can have.
+        longest history that a row there can have. By default 1024, or that of `like`.
       overwrite: replace `out` if it is a prepared data set.
       scratch: folder for temporary files, which take about as much room as the data
         set; default: within the new folder, beside `out`.
+      like: a prepared data set to go on from. The new one keeps its vocabularies,
+        tokenizer, normalisation and items, holds the rows that are later than it as
+        split "test", with the histories that follow from both, and needs no train
+        split. A run that was trained on `like` can score it.
 
     Returns:
       The metadata of the data set.
 
     Raises:
       InputError: `out` exists, an option or a value of the source is wrong, the disk is
-        full, or the schema has a text and the library `tokenizers` is missing. `out` is
-        unchanged.
+        full, or the schema has a text and the library `tokenizers` is missing; or
+        `like` cannot be gone on from. `out` is unchanged.
     """
-    check_options(source.schema, chunk_events, overlap)
+    earlier = None if like is None else open_like(like)
+    defaults = _DEFAULTS if earlier is None else earlier.metadata.options
+    options = {
+        "chunk_events": _given(chunk_events, defaults["chunk_events"]),
+        "overlap": _given(overlap, defaults["overlap"]),
+    }
+    check_options(source.schema, **options)
+    if earlier is not None:
+        earlier.check_source(source)
+        earlier.resume(source)
     with staged_folder(Path(out), overwrite) as folder:
         # A file that is missing or unreadable should end the run now, not after hours.
         checksums = file_checksums(source.provenance)
@@ -112,16 +134,21 @@ def prepare(
             else scratch_folder(Path(scratch), Path(out))
         )
         try:
-            ingestion = LogIngestion(source.schema, work)
+            ingestion = LogIngestion(source.schema, work, earlier)
             ingestion.read(source)
             writer = _FolderWriter(ingestion, folder)
             writer.write_entities()
-            writer.write_chunks(chunk_events, overlap)
-            options = {"chunk_events": chunk_events, "overlap": overlap}
+            writer.write_chunks(**options)
+            writer.write_state(source)
             metadata = writer.write_metadata(source.provenance, checksums, options)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+    say_notices(open_dataset(out))
     return metadata
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 class _FolderWriter:
@@ -135,6 +162,7 @@ class _FolderWriter:
     def __init__(self, ingestion: LogIngestion, folder: Path) -> None:
         self.ingestion = ingestion
         self.folder = folder
+        self.like = ingestion.like
         self.schema = ingestion.schema
         self.users = ingestion.encoder.users
         self.items = ingestion.encoder.items
@@ -142,6 +170,9 @@ class _FolderWriter:
         self.table_rows: dict[str, int] = {}
         self.split_writers: dict[str, records.SplitWriter] = {}
         self.index_writer = IndexWriter(folder)
+        # One that goes on from another cannot be gone on from: it lacks other users.
+        self.state_writer = None if self.like else StateWriter(folder)
+        self.state: dict[str, Any] = {}
         self.row_digests: dict[str, str] = {}
         self.counts = PreparationCounts.empty(self.schema)
         # Moments of rows and actions are part of `counts`.
@@ -151,27 +182,38 @@ class _FolderWriter:
 
     def write_entities(self) -> None:
         """Write vocabularies, tokenizer and catalogue; ids are final from here on."""
-        # Each user and item of a training row counts once, however often it occurs.
-        for entities, moments in zip(
-            (self.users, self.items), self.moments, strict=True
-        ):
-            moments.add(entities.dense[entities.in_training()])
         self.vocabulary_ids, self.table_rows = write_vocabularies(
             self.folder, self.schema, self.ingestion.encoder.tables
         )
         self.table_rows |= write_tokenizer(
-            self.folder, self.schema, (self.users, self.items)
+            self.folder,
+            self.schema,
+            (self.users, self.items),
+            self.like.tokenizer() if self.like else None,
         )
         for entities in (self.users, self.items):
             to_vocabulary_ids(entities.ids, entities.features, self.vocabulary_ids)
-        self.item_rows = write_catalogue(self.folder, self.items)
-        self.counts.by_name["items"] = self.items.index.size
-        self.counts.by_name["users"] = self.users.index.size
+        self.item_rows = write_catalogue(
+            self.folder, self.items, self.like.items if self.like else 0
+        )
+        self._count_entities()
         self.user_ids = self.users.index.values()
         self.user_features = pack_user_features(self.users, self.schema)
         # The catalogue is on disk; free its matrices before the second pass.
         self.items.ids = self.items.ids[:0]
         self.items.dense = self.items.dense[:0]
+
+    def _count_entities(self) -> None:
+        counts = self.counts.by_name
+        # Each user and item of a training row counts once, however often it occurs.
+        for name, entities, moments in zip(
+            ("users", "items"), (self.users, self.items), self.moments, strict=True
+        ):
+            trained = entities.in_training()
+            moments.add(entities.ids[trained], entities.dense[trained])
+            counts[name] = entities.index.size
+            counts[f"{name}_train"] = int(trained.sum())
+            entities.matches().count(counts)
 
     def write_chunks(self, chunk_events: int, overlap: int) -> None:
         """Write the shards of all splits, and their index."""
@@ -189,11 +231,14 @@ class _FolderWriter:
                 partition = sort_and_deduplicate(partition, self.schema, self.counts)
                 for run in cut_into_chunks(partition, chunk_events, overlap):
                     self._write_run(run)
+                self._write_events(events_without_chunk(partition, overlap))
             for split_writer in self.split_writers.values():
                 split_writer.finish()
             self.row_digests = self.index_writer.finish()
         finally:
             self.index_writer.close()
+            if self.state_writer is not None:
+                self.state_writer.close()
             for split_writer in self.split_writers.values():
                 split_writer.close()
         if not self.split_writers:
@@ -206,6 +251,16 @@ class _FolderWriter:
         for chunk in chunk_records(run, self.user_ids, self.user_features):
             self.split_writers[run.split].write(chunk)
         self.index_writer.add(run.split, index_chunks(run, self.user_ids))
+
+    def _write_events(self, run: ChunkRun | None) -> None:
+        if run is not None and self.state_writer is not None:
+            self.state_writer.add(chunk_records(run, self.user_ids, self.user_features))
+
+    def write_state(self, source: Source) -> None:
+        """Write what a later data set goes on from."""
+        if self.state_writer is not None:
+            arrays = source.state() if isinstance(source, StatefulSource) else {}
+            self.state = self.state_writer.finish(self.ingestion.last_time, arrays)
 
     def write_metadata(
         self, provenance: Provenance, checksums: dict[str, str], options: dict[str, int]
@@ -221,18 +276,25 @@ class _FolderWriter:
             split: records.Shards(writer.shard_lengths, writer.num_bytes)
             for split, writer in self.split_writers.items()
         }
+        moments = (
+            *self.moments,
+            self.counts.row_moments,
+            self.counts.action_moments,
+        )
+        about_like = {} if self.like is None else {"like": self.like.describe()}
         metadata = make_metadata(
             self.folder,
-            self.schema,
+            self.like.metadata.schema if self.like else self.schema,
             self.table_rows,
-            (*self.moments, self.counts.row_moments, self.counts.action_moments),
+            () if self.like else moments,
             self.counts.by_name,
             shards,
             {e.key: e.index.type for e in (self.users, self.items)},
             provenance,
             checksums,
-            options,
+            {**options, **about_like},
             self.row_digests,
+            self.state,
         )
         records.write_metadata(self.folder, shards, metadata)
         # Last: it holds the digests of all other files but the shards.

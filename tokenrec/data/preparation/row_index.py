@@ -15,6 +15,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from tokenrec.data import records
+from tokenrec.data.interaction_log import REPEATED
 from tokenrec.data.preparation.partition import ChunkRun
 from tokenrec.data.row_marks import MARKS, mark_rows
 
@@ -57,6 +58,8 @@ def _digest_chunks(run: ChunkRun, user_ids: np.ndarray) -> np.ndarray:
     identity = np.empty(len(run.rows), fields)
     for name in _IDENTITY:
         identity[name] = run.rows[name]
+    # It says nothing about the rows, and data sets from before it lack it.
+    identity["flags"] &= np.uint8(~REPEATED & 0xFF)
     data, row_bytes = memoryview(identity.tobytes()), identity.dtype.itemsize
     chunks = zip(
         run.start[:-1].tolist(), run.start[1:].tolist(), run.user.tolist(), strict=True

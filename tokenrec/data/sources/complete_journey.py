@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,12 @@ from tokenrec.data.past_counts import PastCounts
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import Provenance
 from tokenrec.data.sources.complete_journey_purchases import Purchases, read_purchases
-from tokenrec.data.sources.complete_journey_rows import VALID_WEEK, RowBatches
+from tokenrec.data.sources.complete_journey_rows import (
+    LAST_WEEK,
+    RECENT_WEEKS,
+    VALID_WEEK,
+    RowBatches,
+)
 from tokenrec.data.sources.promotion_negatives import draw_negatives
 from tokenrec.data.sources.promotions import (
     PRODUCT_BITS,
@@ -110,6 +115,9 @@ class CompleteJourneySource:
         proportion to the sales of weeks 1-42, half uniformly. A shelf with too few
         products gives fewer.
       seed: seed of the draws.
+      weeks: first and last week of the rows. Negatives are those of all weeks: they
+        stand for what a store's own log would hold. The features that count the past
+        count these rows alone, and what `resume` adds.
 
     Raises:
       InputError: the package or a file is missing, or a file does not hold what it
@@ -119,8 +127,21 @@ class CompleteJourneySource:
     schema = SCHEMA
 
     def __init__(
-        self, root: Path | None = None, negatives: int = 4, seed: int = 0
+        self,
+        root: Path | None = None,
+        negatives: int = 4,
+        seed: int = 0,
+        weeks: tuple[int, int] = (1, LAST_WEEK),
     ) -> None:
+        first, last = weeks
+        if not 1 <= first <= last <= LAST_WEEK:
+            raise InputError(
+                f"weeks={first}-{last} must lie in 1-{LAST_WEEK}, the first not after "
+                "the last"
+            )
+        self._weeks = weeks
+        # The log that this one goes on from: its totals, and the time of its last row.
+        self._earlier: tuple[Mapping[str, np.ndarray], int] | None = None
         if negatives < 1:
             raise InputError(
                 f"negatives={negatives} must be at least 1: positives alone cannot be "
@@ -150,7 +171,9 @@ class CompleteJourneySource:
         table = read_table(
             self._path["demographics"], {"household_id": pa.int64()} | _DEMOGRAPHICS
         )
-        table = _add_missing_keys(table, "household_id", self._purchases.household)
+        table = _add_missing_keys(
+            table, "household_id", self._purchases.household[self._in_weeks]
+        )
         return table.add_column(0, "user_id", table["household_id"])
 
     def items(self) -> pa.Table:
@@ -169,7 +192,9 @@ class CompleteJourneySource:
             pc.binary_join_element_wise(*parts, " ", null_handling="skip")
         )
         table = table.append_column("title", title)
-        table = _add_missing_keys(table, "product_id", self._purchases.product)
+        table = _add_missing_keys(
+            table, "product_id", self._purchases.product[self._in_weeks]
+        )
         return table.add_column(0, "item_id", table["product_id"])
 
     def rows(self) -> Iterator[pa.RecordBatch]:
@@ -185,28 +210,78 @@ class CompleteJourneySource:
         line, promotion, label = _make_impressions(
             purchases, promotions, promoted, self._negatives, self._seed
         )
-        batches = RowBatches(
-            purchases,
-            promotions,
-            PastCounts(
-                purchases.household << PRODUCT_BITS | purchases.product, purchases.time
-            ),
-            PastCounts(purchases.product, purchases.week),
-        )
-        all_lines = np.arange(len(promoted))
-        for start in range(0, len(promoted), ROWS_PER_BATCH):
-            part = slice(start, start + ROWS_PER_BATCH)
-            yield batches.make(
-                all_lines[part], purchases.product[part], promoted[part], None
-            )
+        household_purchases, product_sales = self._past_counts()
+        batches = RowBatches(purchases, promotions, household_purchases, product_sales)
+        lines = np.flatnonzero(self._in_weeks)
+        for start in range(0, len(lines), ROWS_PER_BATCH):
+            own = lines[start : start + ROWS_PER_BATCH]
+            yield batches.make(own, purchases.product[own], promoted[own], None)
+        is_wanted = self._in_weeks[line]
+        line, promotion, label = line[is_wanted], promotion[is_wanted], label[is_wanted]
         for start in range(0, len(line), ROWS_PER_BATCH):
             part = slice(start, start + ROWS_PER_BATCH)
             product = promotions.key[promotion[part]] & ((1 << PRODUCT_BITS) - 1)
             yield batches.make(line[part], product, promotion[part], label[part])
 
+    def state(self) -> Mapping[str, np.ndarray]:
+        """Return the counts at the end of the weeks, as `StatefulSource`."""
+        household_purchases, _ = self._past_counts()
+        keys, counts = household_purchases.totals()
+        product, week = self._sold_by_week()
+        recent = week > self._weeks[1] - RECENT_WEEKS
+        return {
+            "household_purchases_keys": keys,
+            "household_purchases_counts": counts,
+            "product_sales_products": product[recent],
+            "product_sales_weeks": week[recent],
+        }
+
+    def resume(self, state: Mapping[str, np.ndarray], last_time_ms: int) -> None:
+        """Go on from the counts at the end of earlier weeks, as `StatefulSource`."""
+        self._earlier = state, last_time_ms
+
     @functools.cached_property
     def _purchases(self) -> Purchases:
         return read_purchases(self._path["transactions"])
+
+    @property
+    def _in_weeks(self) -> np.ndarray:
+        """The lines whose rows are yielded: `[L] bool`."""
+        purchases, (first, last) = self._purchases, self._weeks
+        inside = (purchases.week >= first) & (purchases.week <= last)
+        if self._earlier is not None:
+            inside &= purchases.time * 1000 > self._earlier[1]
+        elif first > 1:
+            raise InputError(
+                f"weeks={first}-{last}: features that count the past need the weeks "
+                "before; go on from a data set that has them (--like), or begin with "
+                "week 1"
+            )
+        return inside
+
+    def _past_counts(self) -> tuple[PastCounts, PastCounts]:
+        """Baskets by household and product in time, and by product in weeks."""
+        purchases, inside = self._purchases, self._in_weeks
+        key = purchases.household << PRODUCT_BITS | purchases.product
+        earlier = None
+        if self._earlier is not None:
+            state = self._earlier[0]
+            earlier = (
+                state["household_purchases_keys"],
+                state["household_purchases_counts"],
+            )
+        household_purchases = PastCounts(key[inside], purchases.time[inside], earlier)
+        return household_purchases, PastCounts(*self._sold_by_week())
+
+    def _sold_by_week(self) -> tuple[np.ndarray, np.ndarray]:
+        """Product and week of each line, and of the recent ones before them."""
+        inside = self._in_weeks
+        product, week = self._purchases.product[inside], self._purchases.week[inside]
+        if self._earlier is not None:
+            state = self._earlier[0]
+            product = np.concatenate([state["product_sales_products"], product])
+            week = np.concatenate([state["product_sales_weeks"], week])
+        return product, week
 
 
 def _make_impressions(

@@ -12,6 +12,7 @@ from tokenrec.data.sources.complete_journey_purchases import Purchases
 from tokenrec.data.sources.promotions import PRODUCT_BITS, Promotions
 
 VALID_WEEK, TEST_WEEK = 43, 48  # the first of each split
+LAST_WEEK = 53
 RECENT_WEEKS = 4  # of product_sales
 
 # Times of the file are UTC. Stores keep the time of New York, at whose midnight a week

@@ -27,11 +27,12 @@ from __future__ import annotations
 import datetime
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tokenrec.data.past_rates import PastRates, RateKey
 from tokenrec.data.schema import Feature, Schema, Task
@@ -39,10 +40,15 @@ from tokenrec.data.source import Provenance
 from tokenrec.data.sources.archive import extract
 from tokenrec.data.sources.download import download
 from tokenrec.data.sources.kuairand_history import HISTORY_TYPES, history_rows
-from tokenrec.data.sources.kuairand_log import TASKS, first_times, read_log
+from tokenrec.data.sources.kuairand_log import (
+    TASKS,
+    first_times,
+    on_the_clock,
+    read_log,
+)
 from tokenrec.data.sources.kuairand_rows import (
     finish_rows,
-    is_repeat,
+    join_repeats,
     rate_keys,
     raw_rows,
 )
@@ -96,6 +102,7 @@ _USER_CATEGORIES = (
 _USER_NUMBERS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
 
 _OUT_ROWS = 1 << 16
+CLOCKS = ("time_ms", "file")
 
 
 def features(*, rates: bool) -> tuple[Feature, ...]:
@@ -129,10 +136,15 @@ class KuaiRandSource:
     Args:
       root: folder of the files, or the folder whose `data` holds them.
       valid_from: first day of the valid split, an ISO date; rows before it are train.
-      test_from: first day of the test split, an ISO date.
+        None: all rows are.
+      test_from: first day of the test split, an ISO date; None for no test split.
       rates: whether to add past rates of clicks and long views. They need the rows in
         the order of time, and so room for a copy of the log in the folder for temporary
         files.
+      clock: "time_ms": day, hour and weekday of a row are those of `time_ms` in China,
+        by which histories are ordered. "file": those of the columns `date` and
+        `hourmin`, by which others have split, though they tell of the label
+        (`on_the_clock`).
 
     Raises:
       InputError: a file is missing, or files of more than one variant are in the
@@ -140,8 +152,16 @@ class KuaiRandSource:
     """
 
     def __init__(
-        self, root: Path, valid_from: str, test_from: str, rates: bool = True
+        self,
+        root: Path,
+        valid_from: str | None,
+        test_from: str | None,
+        rates: bool = True,
+        clock: str = "time_ms",
     ) -> None:
+        if clock not in CLOCKS:
+            raise InputError(f"clock='{clock}' is no clock{suggest(clock, CLOCKS)}")
+        self._clock = clock
         self._valid_from = _date_number("valid_from", valid_from)
         self._test_from = _date_number("test_from", test_from)
         if self._test_from < self._valid_from:
@@ -157,7 +177,10 @@ class KuaiRandSource:
         files = (*self._logs, *self._user_files, *video_files, *self._histories)
         _check_one_variant(folder, files)
         self._videos = Videos(video_files)
-        self._rates = rates
+        self._with_rates = rates
+        self._rates = PastRates(RATE_KEYS, RATE_TASKS)
+        # The log that this one goes on from: its totals, and the time of its last row.
+        self._earlier: tuple[Mapping[str, np.ndarray], int] | None = None
         self.schema = Schema(features(rates=rates), tuple(Task(name) for name in TASKS))
         self.provenance = Provenance("kuairand", LICENCE, CITATION, files)
 
@@ -176,29 +199,45 @@ class KuaiRandSource:
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Yield rows: in the order of time with rates, otherwise that of the files."""
         raw = itertools.chain(self._read_histories(), self._read_logs())
-        if not self._rates:
+        if not self._with_rates:
             for batch in raw:
                 yield finish_rows(pa.Table.from_batches([batch]), {}, self._videos)
             return
-        rates = PastRates(RATE_KEYS, RATE_TASKS)
+        rates = self._rates = PastRates(RATE_KEYS, RATE_TASKS)
+        if self._earlier is not None:
+            rates.resume(self._earlier[0])
         for table in time_ordered(raw):
             labels = {task: integers(table[task]) for task in RATE_TASKS}
-            # `prepare` drops repeats, so that they must not count twice here.
+            # `prepare` joins repeats, so that they must not count twice here.
+            counted, labels = join_repeats(table, labels)
             past = rates.update(
                 table["time_ms"].to_numpy(),
                 rate_keys(table, self._videos),
                 labels,
-                ~is_repeat(table),
+                counted,
             )
             for start in range(0, table.num_rows, _OUT_ROWS):
                 part = slice(start, start + _OUT_ROWS)
                 part_of_past = {name: values[part] for name, values in past.items()}
                 yield finish_rows(table[part], part_of_past, self._videos)
 
+    def state(self) -> Mapping[str, np.ndarray]:
+        """Return the totals of the past rates, as `StatefulSource`."""
+        return self._rates.state() if self._with_rates else {}
+
+    def resume(self, state: Mapping[str, np.ndarray], last_time_ms: int) -> None:
+        """Go on from the totals of an earlier log, as `StatefulSource`."""
+        self._earlier = state, last_time_ms
+
     def _read_logs(self) -> Iterator[pa.RecordBatch]:
         """Yield the impressions, as `raw_rows`."""
         for path in self._logs:
             for batch in read_log(path):
+                if self._earlier is not None:
+                    later = pc.greater(batch.column("time_ms"), self._earlier[1])
+                    batch = batch.filter(later)
+                if self._clock == "time_ms":
+                    batch = on_the_clock(batch)
                 date = batch.column("date").to_numpy()
                 split = (date >= self._valid_from).astype(np.int8)
                 split += (date >= self._test_from).astype(np.int8)
@@ -206,7 +245,8 @@ class KuaiRandSource:
 
     def _read_histories(self) -> Iterator[pa.RecordBatch]:
         """Yield the events before the log, as `raw_rows`; they are train, unscored."""
-        if not self._histories:
+        # An earlier log that this one goes on from has them already.
+        if not self._histories or self._earlier is not None:
             return
         # A pass over the log: events of the history must come before it.
         users, first_ms = first_times(self._logs)
@@ -285,8 +325,13 @@ def _check_one_variant(folder: Path, files: tuple[Path, ...]) -> None:
         )
 
 
-def _date_number(field: str, value: str) -> int:
-    """Convert an ISO date to the number that the log's column `date` holds."""
+def _date_number(field: str, value: str | None) -> int:
+    """Convert an ISO date to the number that the log's column `date` holds.
+
+    None is later than every date.
+    """
+    if value is None:
+        return 9999_99_99
     try:
         return int(datetime.date.fromisoformat(value).strftime("%Y%m%d"))
     except ValueError as error:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tokenrec.data.sources.kuairand_videos import CHINA_MS, DAY_MS
 from tokenrec.data.sources.tabular import read_csv
 from tokenrec.errors import InputError
 
@@ -39,6 +40,35 @@ def read_log(path: Path) -> Iterator[pa.RecordBatch]:
         _check(batch, path, line)
         line += batch.num_rows
         yield batch
+
+
+def on_the_clock(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Replace `date` and `hourmin` by those of `time_ms`, in China's time (UTC+8).
+
+    The file's own lie later than `time_ms`, by up to three hours and more often where a
+    video was clicked, so that they tell something of the label: of KuaiRand-Pure's rows
+    17.5 % show another hour, and in tab 1 these have a click rate of 0.520 against 0.494
+    of the others.
+
+    Args:
+      batch: rows as `read_log` yields them.
+    """
+    names = batch.schema.names
+    local = batch.column("time_ms").to_numpy() + CHINA_MS
+    day = local // DAY_MS
+    # From days since 1970 to numbers such as 20220425.
+    dates = day.astype("datetime64[D]")
+    months = dates.astype("datetime64[M]")
+    years = dates.astype("datetime64[Y]")
+    date = (years.astype(np.int64) + 1970) * 10_000
+    date += ((months - years).astype(np.int64) + 1) * 100
+    date += (dates - months).astype(np.int64) + 1
+    minute = (local - day * DAY_MS) // 60_000
+    hourmin = minute // 60 * 100 + minute % 60
+    for name, values in (("date", date), ("hourmin", hourmin)):
+        column = pa.array(values).cast(LOG_TYPES[name])
+        batch = batch.set_column(names.index(name), name, column)
+    return batch
 
 
 def first_times(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:

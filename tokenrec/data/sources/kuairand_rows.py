@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -53,17 +55,38 @@ def rate_keys(table: pa.Table, videos: Videos) -> dict[str, np.ndarray]:
     }
 
 
-def is_repeat(table: pa.Table) -> np.ndarray:
-    """Find rows that repeat user, video and time of an earlier row: `[n] bool`."""
+def join_repeats(
+    table: pa.Table, labels: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Find rows that repeat user, video and time of another, and join their labels.
+
+    `prepare` joins them by the same rule (tokenrec/data/preparation/repeats.py): 1 over
+    0 over unknown.
+
+    Args:
+      table: rows as `raw_rows` makes them; repeats share a table.
+      labels: task -> `[n] int8`, 1, 0, or -1 where unknown.
+
+    Returns:
+      `[n] bool`, False for all but one of the rows that repeat one another; and the
+      joined labels of these rows.
+    """
     columns = [table[name].to_numpy() for name in ("video_id", "user_id", "time_ms")]
-    order = np.lexsort(columns)
-    # The sort is stable: of equal rows the earliest comes first.
-    same = np.ones(len(order) - 1, bool)
+    # Within a repeat by tab, so that the row that counts does not depend on the files.
+    order = np.lexsort((integers(table["tab"]), *columns))
+    starts = np.ones(len(order), bool)
+    starts[1:] = False
     for column in columns:
-        same &= column[order][1:] == column[order][:-1]
-    repeated = np.zeros(len(order), bool)
-    repeated[order[1:]] = same
-    return repeated
+        starts[1:] |= column[order][1:] != column[order][:-1]
+    counted = np.zeros(len(order), bool)
+    counted[order[starts]] = True
+    joined = {}
+    for task, values in labels.items():
+        joined[task] = values.copy()
+        joined[task][order[starts]] = np.maximum.reduceat(
+            values[order], np.flatnonzero(starts)
+        )
+    return counted, joined
 
 
 def finish_rows(
