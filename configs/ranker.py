@@ -6,9 +6,10 @@ Command:
     tokenrec evaluate --workdir=runs/mine --split=test --baselines
 From a clone, `tokenrec train --config=configs/ranker.py` is the same.
 Hardware: a few CPU cores up to millions of log rows, an accelerator beyond.
-Time: TIME
-Score: SCORE
-Source: the commands of docs/tutorial.md.
+Time: MovieLens-100K about a minute, KuaiRand-Pure's log (170,000 rows, 4 tasks) two, on
+    2 CPU cores.
+Score: test AUC 0.7501 on MovieLens-100K (four stars or more, 1 seed).
+Source: docs/tutorial.md.
 
 The tasks and their weights are those of the data set, and all of its features are read.
 Width, depth, batch, steps and the length of histories follow from its counts

@@ -6,9 +6,10 @@ Command:
     tokenrec evaluate --workdir=runs/mine --split=test --baselines
 From a clone, `tokenrec train --config=configs/retriever.py` is the same.
 Hardware: a few CPU cores up to millions of log rows, an accelerator beyond.
-Time: TIME
-Score: SCORE
-Source: the commands of docs/guides/data.md, "Begin with a log".
+Time: MovieLens-100K about two minutes on 2 CPU cores.
+Score: test Recall@10 0.1344, NDCG@10 0.0759 on MovieLens-100K (four stars or more,
+    `head.drop_seen`, 1 seed).
+Source: docs/tutorial.md.
 
 Every event predicts the next one. Of a data set with labels, only rows whose first label
 is 1 are goals (`data.positive`); without labels, all scored rows are. Items that the user
