@@ -171,6 +171,8 @@ def test_rows_of_a_page_are_a_request(tmp_path: Path) -> None:
     found = decide(tmp_path, columns)
     assert found.keys["request"].profile.column == "request_id"
     assert found.rows_per_request == pytest.approx(4)
+    columns["request_id"] = [f"page {number}" for number in page]
+    assert decide(tmp_path, columns).keys["request"].profile.type == "string"
     # A session goes on for some time, and is none.
     columns["ts"] = columns["ts"] + np.arange(900)
     assert "request" not in decide(tmp_path, columns).keys

@@ -102,7 +102,12 @@ def test_line_breaks_in_quotes_do_not_hurt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("user,item\n", "has no rows"), ("", "empty"), ("PAR1 not Parquet", "cannot be")],
+    [
+        ("user,item\n", "has no rows"),
+        ("7,b0,5.0,1369699200\n8,b1,4.0,1369699300\n", "looks like a row"),
+        ("", "empty"),
+        ("PAR1 not Parquet", "cannot be"),
+    ],
 )
 def test_a_file_without_rows_is_refused(
     tmp_path: Path, text: str, message: str

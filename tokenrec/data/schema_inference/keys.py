@@ -126,9 +126,11 @@ def find_request(
     average.
     """
     for column in columns:
-        if column.type != "int" or stem(column.name) not in REQUEST_WORDS:
+        if stem(column.name) not in REQUEST_WORDS or column.known < column.rows:
             continue
-        if column.known < column.rows or column.numbers.min() < 0:
+        # Text becomes a number by a hash.
+        numbers = column.type == "int" and column.numbers.min() >= 0
+        if not (numbers or column.type == "string"):
             continue
         if same_within(column.codes, user.codes) < 1:
             continue

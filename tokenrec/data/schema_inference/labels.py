@@ -128,8 +128,12 @@ def _rating_label(column: ColumnProfile) -> Label:
     ratings = column.numbers[~np.isnan(column.numbers)]
     steps = np.unique(ratings)[1:]
     shares = [float((ratings >= step).mean()) for step in steps]
-    best = int(np.argmin(np.abs(np.array(shares) - 0.5)))
-    step, share = steps[best], shares[best]
+    # Of two that are as even, the one next to three quarters: 4 of 1 to 5.
+    usual = ratings.min() + 0.75 * (ratings.max() - ratings.min())
+    share, step = min(
+        zip(shares, steps, strict=True),
+        key=lambda pair: (round(abs(pair[0] - 0.5), 2), abs(pair[1] - usual)),
+    )
     return Label(
         "liked",
         column,

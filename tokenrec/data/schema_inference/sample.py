@@ -8,6 +8,7 @@ or not. A compressed file has to be decompressed to its end for that.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -134,6 +135,7 @@ def _read_text(file: Path, budget: int, blocks: int) -> tuple[pa.Table, float]:
     """Read blocks of a text file; return the rows and the share of the file read."""
     with open_text(file) as text:
         header = read_header(file, text, (), None)
+        _refuse_values_as_names(file, header.fields)
         text.skip(header.length)
         head = _read_up_to(text, budget)
         rest = text.read(1)
@@ -153,6 +155,16 @@ def _read_text(file: Path, budget: int, blocks: int) -> tuple[pa.Table, float]:
                 block = block.partition(b"\n")[2]
             tables.append(_parse(block, header, cut=place + length < size))
     return pa.concat_tables(tables), budget / size
+
+
+def _refuse_values_as_names(file: Path, names: Sequence[str]) -> None:
+    """Refuse a header that is a row: half of its fields are numbers."""
+    numbers = [name for name in names if re.fullmatch(r"-?\d+(\.\d+)?", name)]
+    if 2 * len(numbers) >= len(names):
+        raise InputError(
+            f"{file}, line 1: {', '.join(names[:6])} looks like a row and not like a "
+            "header; write a line with the names of the columns above it"
+        )
 
 
 def _sample_stream(
