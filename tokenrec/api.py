@@ -36,7 +36,7 @@ def prepare(
 
     Args:
       source: a `Source`, or the name of one: "synthetic", "complete_journey", "kuairand",
-        "amazon", "delimited".
+        "amazon", "recbole", "tfds", "delimited".
       out: folder to make.
       overwrite: replace the prepared data set in `out`.
       like: folder of a data set, or of a run, that the new one goes on from; see
@@ -317,14 +317,18 @@ def _make_source(name: str, options: dict[str, Any]) -> Source:
     from tokenrec.data.sources.complete_journey import CompleteJourneySource
     from tokenrec.data.sources.delimited import DelimitedSource
     from tokenrec.data.sources.kuairand import KuaiRandSource
+    from tokenrec.data.sources.recbole import RecBoleSource
     from tokenrec.data.sources.synthetic import SyntheticSource
+    from tokenrec.data.sources.tfds import TfdsSource
 
     sources: dict[str, Any] = {
         "amazon": AmazonSource,
         "complete_journey": CompleteJourneySource,
         "delimited": DelimitedSource,
         "kuairand": KuaiRandSource,
+        "recbole": RecBoleSource,
         "synthetic": SyntheticSource,
+        "tfds": TfdsSource,
     }
     if name not in sources:
         raise InputError(f"source='{name}' does not exist{suggest(name, sources)}")

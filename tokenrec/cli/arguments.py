@@ -35,10 +35,7 @@ def config_from_flags(args: argparse.Namespace) -> Config:
     Raises:
       InputError: there is no such config, or it has problems.
     """
-    config = load_config(args.config, args.overrides)
-    if args.data:
-        config.data.path = args.data
-    return config
+    return load_config(args.config, args.overrides, args.data or "")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

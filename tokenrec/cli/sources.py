@@ -8,6 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokenrec.cli.arguments import day, week_range, whole_number
 from tokenrec.cli.parser import Parser
+from tokenrec.cli.sources_inferred import (
+    add_recbole_flags,
+    add_tfds_flags,
+    make_recbole,
+    make_tfds,
+)
 from tokenrec.errors import InputError
 from tokenrec.runtime.paths import local_path_argument
 
@@ -256,6 +262,12 @@ SOURCES = {
     ),
     "synthetic": SourceVerb(
         "a synthetic log with a known best AUC", _add_synthetic_flags, _synthetic
+    ),
+    "recbole": SourceVerb(
+        "a data set in RecBole's atomic files", add_recbole_flags, make_recbole
+    ),
+    "tfds": SourceVerb(
+        "a data set of TensorFlow Datasets that is on disk", add_tfds_flags, make_tfds
     ),
     "delimited": SourceVerb(
         "your own log in CSV or Parquet files (docs/guides/data.md)",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from tokenrec.data import records
 from tokenrec.data.interaction_log import Catalogue, InteractionLog
@@ -274,6 +275,22 @@ class Dataset:
         where = self._where(split, start, stop)
         check_log(log, self.schema, len(self.catalogue.item_id), where)
         return log
+
+    def to_arrow(self, split: str) -> pa.RecordBatchReader:
+        """Stream the log rows of a split with their original ids and values.
+
+        Each log row comes once, without the history that chunks repeat. `arrow_rows.py`
+        describes the columns. `read_all()` of the result is a table in memory.
+
+        Args:
+          split: name of the split.
+
+        Raises:
+          InputError: the split is unknown or empty, or a file is missing or damaged.
+        """
+        from tokenrec.data.arrow_rows import read_rows
+
+        return read_rows(self, split)
 
     def _where(self, split: str, start: int, stop: int) -> str:
         """Name the chunks [start, stop), for messages."""

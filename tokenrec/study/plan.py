@@ -240,10 +240,8 @@ def base_config(study: Study, data: Path | None) -> Config:
 
 def _config(study: Study, fields: Mapping[str, Any], data: Path | None) -> Config:
     # Fields of a model replace the study's overrides of the same name.
-    config = load_config(
+    return load_config(
         study.base,
         [f"{name}={value}" for name, value in {**study.overrides, **fields}.items()],
+        "" if data is None else str(data),
     )
-    if data is not None:
-        config.data.path = str(data)
-    return config
