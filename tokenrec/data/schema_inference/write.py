@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenrec.data.schema import Feature
 from tokenrec.data.schema_inference.proposal import Proposal
+from tokenrec.data.sources.csv_text import ATOMIC_SUFFIXES
 from tokenrec.errors import InputError
 
 SCHEMA_FILE = "schema.json"
@@ -98,8 +99,13 @@ def commands(proposal: Proposal, out: Path) -> list[str]:
     evaluate = f"tokenrec evaluate --workdir {run} --split test --baselines"
     if proposal.splits.shares[2] * proposal.samples["log"].rows > 3 * _TEST_SAMPLES:
         evaluate += f" --samples {_TEST_SAMPLES}"
+    prepare = f"tokenrec prepare delimited --schema {schema} --out {data}"
+    paths = [p for sample in proposal.samples.values() for p in sample.paths]
+    # Without it such files are taken for those of `prepare recbole`.
+    if any(path.suffix.lower() in ATOMIC_SUFFIXES for path in paths):
+        prepare += " --delimiter tab"
     return [
-        f"tokenrec prepare delimited --schema {schema} --out {data}",
+        prepare,
         train,
         evaluate,
     ]

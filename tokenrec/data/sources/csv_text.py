@@ -246,13 +246,6 @@ def read_header(
     Raises:
       InputError: the file is empty, or its first line is not a header.
     """
-    # Their headers hold types, which a schema for plain text would read as names.
-    if delimiter is None and path.suffix.lower() in ATOMIC_SUFFIXES:
-        raise InputError(
-            f"{path}: is named as an atomic file of RecBole; `tokenrec prepare recbole "
-            f"--root '{path.parent}'` reads such files by the types in their headers; to "
-            "read it as text with a schema of your own, give --delimiter tab"
-        )
     head = text.head()
     if b"\0" in head[:4096]:
         raise InputError(

@@ -15,6 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from tokenrec.data.sources.csv_text import (
+    ATOMIC_SUFFIXES,
     FILE_REMEDY,
     CsvText,
     is_parquet,
@@ -64,6 +65,13 @@ def open_raw(
       InputError: the file cannot be read, or a column is missing.
     """
     path = Path(path)
+    # Their headers hold types, which a schema for plain text would read as names.
+    if delimiter is None and path.suffix.lower() in ATOMIC_SUFFIXES:
+        raise InputError(
+            f"{path}: is named as an atomic file of RecBole; `tokenrec prepare recbole "
+            f"--root '{path.parent}'` reads such files by the types in their headers; to "
+            "read it as text with a schema of your own, give --delimiter tab"
+        )
     named_parquet = path.name.lower().endswith(".parquet")
     try:
         parquet = named_parquet or is_parquet(path)
