@@ -162,6 +162,19 @@ def test_splits_of_a_short_log_are_exact_times(tmp_path: Path) -> None:
     assert splits.shares == pytest.approx((0.8, 0.1, 0.1))
 
 
+def test_splits_of_few_times_are_the_last_two(tmp_path: Path) -> None:
+    columns = clicks()
+    columns["ts"] = START * 1000 + np.minimum(np.arange(900), 2)
+    splits = decide(tmp_path, columns).splits
+    assert [splits.valid_from, splits.test_from] == [
+        str(START * 1000 + 1),
+        str(START * 1000 + 2),
+    ]
+    columns["ts"] = START * 1000 + np.arange(900) % 2
+    with pytest.raises(InputError, match=r"has 2 different times, from 2022-01-01"):
+        decide(tmp_path, columns)
+
+
 def test_rows_of_a_page_are_a_request(tmp_path: Path) -> None:
     columns = clicks()
     page = np.arange(900) // 4

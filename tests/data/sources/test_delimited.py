@@ -415,16 +415,18 @@ def test_every_example_of_the_documentation_runs(tmp_path, monkeypatch):
     ):
         Path(name).write_text(text)
     Path("schema.json").write_text(*blocks("json"))
-    (command,) = blocks("sh")
-    assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
+    for command in blocks("sh"):
+        assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
     Path("ratings.tsv").write_text(
         "".join(f"{t % 5}\t{t % 7}\t{1 + t % 5}\t{t}\n" for t in range(1000))
     )
-    access, source = blocks("python")
+    access, arrow, source = blocks("python")
     opened: dict[str, Any] = {}
     exec(access, opened)
     assert opened["log"].user_id.tolist() == [7, 8]
     assert opened["rows"]["labels"].shape[1] == 2
+    exec(arrow, opened)
+    assert opened["table"].num_rows == opened["log"].num_rows
     exec(source, {})
     counts = Metadata.load(tmp_path / "data" / "ratings").counts
     assert [counts[f"scored_{split}"] for split in ("train", "valid", "test")] == [

@@ -45,18 +45,26 @@ def choose_splits(times: np.ndarray) -> Splits:
     quantiles = [TRAIN_SHARE, TRAIN_SHARE + VALID_SHARE]
     exact = [int(ordered[int(len(ordered) * share)]) for share in quantiles]
     days = [round(time / DAY_MS) * DAY_MS for time in exact]
-    for begins, at_midnight in ((days, True), (exact, False)):
+    different = np.unique(ordered)
+    # Where most rows share a time, the last two times are valid and test.
+    last = [int(time) for time in different[-2:]]
+    for begins, least in ((days, _LEAST_SHARE), (exact, 0.0), (last, 0.0)):
         shares = _shares(ordered, begins)
-        if min(shares) >= (_LEAST_SHARE if at_midnight else 1e-9):
+        if len(begins) == 2 and min(shares) > least:
             break
     else:
         raise InputError(
-            f"the log has {len(np.unique(ordered)):,} different times, from "
-            f"{iso(ordered[0])} to {iso(ordered[-1])}, and most rows share one, so it "
-            "cannot be split by time; name a finer column with --time COLUMN"
+            f"the log has {len(different):,} different times, from "
+            f"{iso(int(ordered[0]))} to {iso(int(ordered[-1]))}, and three splits by "
+            "time need three; name a finer column with --time COLUMN"
         )
+    at_midnight = begins is days
     where = (
-        "at midnight (UTC) next to the quantiles" if at_midnight else "at the quantiles"
+        "at midnight (UTC) next to the quantiles"
+        if at_midnight
+        else "at the quantiles"
+        if begins is exact
+        else "at the last two times"
     )
     texts = [iso(time) if at_midnight else str(time) for time in begins]
     return Splits(
@@ -70,5 +78,7 @@ def choose_splits(times: np.ndarray) -> Splits:
 
 
 def _shares(ordered: np.ndarray, begins: list[int]) -> tuple[float, float, float]:
+    if len(begins) < 2:
+        return 0.0, 0.0, 0.0
     places = np.searchsorted(ordered, begins) / len(ordered)
     return float(places[0]), float(places[1] - places[0]), float(1 - places[1])
