@@ -343,15 +343,21 @@ def _make_source(name: str, options: dict[str, Any]) -> Source:
 def data_folder(like: str | Path | None) -> Path | None:
     """Find the data set that `like` names, by itself or by the run trained on it.
 
+    One in an object store is downloaded.
+
     Raises:
       InputError: it is a run whose data set is gone or another.
     """
     path = _optional_path(like)
-    if path is None or not is_file(path / "config.json"):
-        return path
-    from tokenrec.checkpoint.run_folder import data_of_run
+    if path is None:
+        return None
+    if is_file(path / "config.json"):
+        from tokenrec.checkpoint.run_folder import data_of_run
 
-    return data_of_run(path)
+        return data_of_run(path)
+    from tokenrec.runtime.local_copy import local_copy
+
+    return local_copy(path)
 
 
 def _optional_path(path: str | Path | None) -> Path | None:
