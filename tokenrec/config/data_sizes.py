@@ -121,7 +121,7 @@ def step_count(examples: int, batch_size: int, epochs: float) -> int:
     """Steps of some epochs, rounded to tens; between 200 and 100,000.
 
     >>> step_count(80_000, 256, 2)
-    630
+    620
     """
     steps = round(epochs * examples / batch_size / 10) * 10
     return min(max(steps, 200), 100_000)
