@@ -43,8 +43,8 @@ def test_ids_without_a_row_in_their_table_are_counted_and_said(
     ).counts
     assert (counts["items_without_row"], counts["users_without_row"]) == (2, 1)
     said = capsys.readouterr().err
-    assert "2 items of the log have no row in the table of items" in said
-    assert "1 users of the log have no row" in said
+    assert "items of the log without a row in the table of items: 2;" in said
+    assert "users of the log without a row in the table of users: 1;" in said
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def _join_notices(metadata: Metadata) -> Iterator[str]:
         without = metadata.counts.get(f"{entities}_without_row", 0)
         if without:
             yield (
-                f"{without:,} {entities} of the log have no row in the table of "
-                f"{entities}: their features are missing"
+                f"{entities} of the log without a row in the table of {entities}: "
+                f"{without:,}; their features are missing"
             )
 
 
