@@ -154,9 +154,9 @@ def _given(value: int | None, default: int) -> int:
 class _FolderWriter:
     """Second pass: write what the first pass collected to `folder`.
 
-    The three methods are called once each, in this order: `write_entities` makes the
-    ids final, `write_chunks` needs final ids, `write_metadata` describes what was
-    written.
+    The methods are called once each, in this order: `write_entities` makes the ids
+    final, `write_chunks` needs final ids, `write_state` and `write_metadata` describe
+    what was written.
     """
 
     def __init__(self, ingestion: LogIngestion, folder: Path) -> None:
