@@ -198,15 +198,16 @@ def chunk_records(
       user_ids: `[users]`, original ids (int64 or object), by code.
       user_features: `[users]` of `records.user_dtype`, by code.
     """
-    # One copy of all bytes, sliced without further copies for each chunk.
-    data, row_bytes = memoryview(run.rows.tobytes()), run.rows.dtype.itemsize
+    # One copy of all bytes, of which each chunk is a slice.
+    data, row_bytes = run.rows.tobytes(), run.rows.dtype.itemsize
+    users, user_bytes = user_features[run.user].tobytes(), user_features.dtype.itemsize
     chunks = zip(
         run.start[:-1].tolist(), run.start[1:].tolist(), run.user.tolist(), strict=True
     )
-    for begin, end, code in chunks:
+    for number, (begin, end, code) in enumerate(chunks):
         user_id = user_ids[code]
         yield records.Chunk(
             user_id if isinstance(user_id, str) else int(user_id),
-            user_features[code].tobytes(),
-            bytes(data[begin * row_bytes : end * row_bytes]),
+            users[number * user_bytes : (number + 1) * user_bytes],
+            data[begin * row_bytes : end * row_bytes],
         )

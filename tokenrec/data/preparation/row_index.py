@@ -60,7 +60,7 @@ def _digest_chunks(run: ChunkRun, user_ids: np.ndarray) -> np.ndarray:
         identity[name] = run.rows[name]
     # It says nothing about the rows, and data sets from before it lack it.
     identity["flags"] &= np.uint8(~REPEATED & 0xFF)
-    data, row_bytes = memoryview(identity.tobytes()), identity.dtype.itemsize
+    data, row_bytes = identity.tobytes(), identity.dtype.itemsize
     chunks = zip(
         run.start[:-1].tolist(), run.start[1:].tolist(), run.user.tolist(), strict=True
     )
@@ -71,9 +71,9 @@ def _digest_chunks(run: ChunkRun, user_ids: np.ndarray) -> np.ndarray:
         # rows that follow it.
         kind = "s" if isinstance(user_id, str) else "i"
         user = f"{kind}{user_id}".encode()
-        digest = hashlib.sha256(len(user).to_bytes(4, "little") + user)
-        digest.update(data[begin * row_bytes : end * row_bytes])
-        digests.append(digest.digest())
+        rows = data[begin * row_bytes : end * row_bytes]
+        length = len(user).to_bytes(4, "little")
+        digests.append(hashlib.sha256(length + user + rows).digest())
     return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
 
 
