@@ -327,7 +327,7 @@ def check_schema(
             f"the data set is not one that this run can read: it differs from the one "
             f"that the run was trained on ('{path}') in\n  {listed}\ngive --data the "
             "folder that it was trained on, or one that was prepared with "
-            f"`tokenrec prepare --like '{workdir}'`, and data.semantic_ids the run's file"
+            f"`tokenrec prepare --like '{workdir}'`, and data.semantic_ids the file of the run"
         )
     return trained
 
