@@ -53,16 +53,16 @@ has-kuairand:
 
 # A worker per core; each one runs XLA on eight virtual devices, so more than eight workers gain nothing.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n logical --maxprocesses 8
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test-all: $(ALL)/.all
-	$(ALL)/bin/python -m pytest -n logical --maxprocesses 8 -rs
+	$(ALL)/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal -rs
 
 test-beam: $(BEAM)/.beam
 	$(BEAM)/bin/python -m pytest tests/data/beam/test_beam.py
 
 test-oldest: $(OLDEST)/.oldest
-	$(OLDEST)/bin/python -m pytest -n logical --maxprocesses 8 -rs
+	$(OLDEST)/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
