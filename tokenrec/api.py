@@ -52,6 +52,9 @@ def prepare(
     from tokenrec.data.preparation.prepare import prepare as prepare_source
 
     if isinstance(source, str):
+        if source == "delimited" and like is not None:
+            # Its rows need no split then.
+            options = {"like": True, **options}
         source = _make_source(source, options)
     elif options:
         names = ", ".join(options)

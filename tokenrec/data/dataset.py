@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -227,6 +227,15 @@ class Dataset:
             of another data set.
         """
         records.check_shard_lengths(self.directory, split, self._shard_lengths(split))
+
+    def records(self, split: str) -> Iterator[list[bytes]]:
+        """Yield the records of a split as they are stored, some at a time.
+
+        Raises:
+          InputError: the split is unknown or empty, or a shard is missing or damaged.
+        """
+        lengths = self._shard_lengths(split)
+        yield from records.read_records(self.directory, split, lengths, 0, sum(lengths))
 
     def load(
         self, split: str, start: int = 0, stop: int | None = None

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tokenrec
 from tokenrec.cli.main import main
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.interaction_log import EVENT, SCORED
+from tokenrec.data.metadata import Metadata
 from tokenrec.data.sources.delimited import DelimitedSource
 from tokenrec.errors import InputError
 
@@ -95,3 +97,20 @@ def test_flags_that_do_not_go_together_are_refused(
             valid_from="60",
             candidates=[folder / "candidates.csv"],
         )
+
+
+def test_the_api_prepares_later_rows_as_the_command_line_does(folder: Path) -> None:
+    assert (
+        prepare(folder, "data", "--log", str(folder / "old.csv"), "--valid-from", "60")
+        == 0
+    )
+    like, new = folder / "data", folder / "new.csv"
+    assert prepare(folder, "one", "--like", str(like), "--log", str(new)) == 0
+    files = {"schema": folder / "schema.json", "log": [new]}
+    tokenrec.prepare("delimited", folder / "other", like=like, **files)
+    digests = [Metadata.load(folder / name).row_digests for name in ("one", "other")]
+    assert digests[0] == digests[1] != {}
+    with pytest.raises(
+        InputError, match=r"--like .*nothing.* is not a prepared data set"
+    ):
+        tokenrec.prepare("delimited", folder / "x", like=folder / "nothing", **files)

@@ -50,7 +50,10 @@ def open_like(path: Path) -> Like:
     Raises:
       InputError: it is none, is damaged, or cannot be gone on from.
     """
-    dataset = open_dataset(path)
+    try:
+        dataset = open_dataset(path)
+    except InputError as error:
+        raise InputError(f"--like '{path}': {error}") from error
     metadata = dataset.metadata
     if "like" in metadata.options:
         raise InputError(
@@ -162,7 +165,13 @@ class Like:
         """
         dtype = encoded_row_dtype(schema)
         for block in self._event_records():
-            chunks = [records.decode(record) for record in block]
+            try:
+                chunks = [records.decode(record) for record in block]
+            except ValueError as error:
+                raise InputError(
+                    f"--like: a record of '{self._folder}' is not a chunk of rows: "
+                    f"{error}; prepare the data set again"
+                ) from error
             ids = np.empty(len(chunks), np.int64 if users.type == "int64" else object)
             ids[:] = [chunk.user_id for chunk in chunks]
             codes = users.find(ids)
@@ -183,7 +192,7 @@ class Like:
                 yield np.concatenate(parts)
 
     def describe(self) -> dict[str, object]:
-        """What `options` of the new data set says of this one."""
+        """Return what the new data set keeps of this one, in its `options`."""
         return {
             "items": self.items,
             "ids_digest": self.metadata.schema.ids_digest,
@@ -201,10 +210,8 @@ class Like:
             )
 
     def _event_records(self) -> Iterator[list[bytes]]:
-        lengths = records.shard_lengths(self._folder / "dataset_info.json")
         for split in self._dataset.splits:
-            counts = lengths[split]
-            yield from records.read_records(self._folder, split, counts, 0, sum(counts))
+            yield from self._dataset.records(split)
         yield from read_events(self._folder, self.metadata.state["events"])
 
 
