@@ -9,7 +9,7 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
-from tokenrec.cli.arguments import whole_number
+from tokenrec.cli.arguments import memory_size, whole_number
 from tokenrec.cli.parser import Parser, add_verb
 from tokenrec.cli.sources import SOURCES
 from tokenrec.errors import InputError
@@ -75,6 +75,19 @@ def _add_output_flags(parser: Parser) -> None:
         "histories, for `tokenrec predict --data` (docs/guides/scoring.md)",
     )
     parser.add_argument(
+        "--memory",
+        type=memory_size,
+        help="what distinct ids, features of users and items and blocks of rows may take "
+        "in memory, about, such as 2GiB; the rest goes to --scratch (default: half of the "
+        "machine's memory)",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=local_path_argument,
+        help="folder for temporary files, which take about as much room as the data set "
+        "(default: beside --out)",
+    )
+    parser.add_argument(
         "--beam",
         action="store_true",
         help="run on Apache Beam, for logs too long for one machine "
@@ -93,16 +106,17 @@ def _add_output_flags(parser: Parser) -> None:
 
 def _prepare(args: argparse.Namespace) -> None:
     # Options that are not given keep the defaults of the functions below.
-    options = {"chunk_events": args.chunk_events, "overlap": args.overlap}
+    options = {
+        "chunk_events": args.chunk_events,
+        "overlap": args.overlap,
+        "memory": args.memory,
+        "scratch": args.scratch,
+    }
     given = {name: value for name, value in options.items() if value is not None}
     if args.beam:
         from tokenrec.data.beam.prepare import prepare_with_beam
 
-        if args.like is not None:
-            raise InputError(
-                f"--like={args.like} does not work with --beam: rows since a data set "
-                "are prepared on one machine; leave --beam out"
-            )
+        _refuse_flags_of_one_machine(args)
         prepared = prepare_with_beam(
             args.make_source(args),
             args.out,
@@ -126,6 +140,20 @@ def _prepare(args: argparse.Namespace) -> None:
     from tokenrec.data.preparation.summary import summarise
 
     print(f"{args.out}: {summarise(prepared)}")
+
+
+def _refuse_flags_of_one_machine(args: argparse.Namespace) -> None:
+    if args.like is not None:
+        raise InputError(
+            f"--like={args.like} does not work with --beam: rows since a data set "
+            "are prepared on one machine; leave --beam out"
+        )
+    for flag, value in {"--memory": args.memory, "--scratch": args.scratch}.items():
+        if value is not None:
+            raise InputError(
+                f"{flag}={value} is for one machine; with --beam, memory is that of the "
+                "workers, and temporary files go to --beam-work; leave it out"
+            )
 
 
 def _refuse_beam_flags(args: argparse.Namespace) -> None:
