@@ -83,13 +83,15 @@ class Entities:
         They keep their order and, where the table lacks them, their features.
 
         Args:
-          keys: `[N] int64 or object`, original ids.
+          keys: `[N] int64 or str`, original ids.
           ids: `[N, I] int32`, vocabulary ids of `features`.
           dense: `[N, D] float32`.
         """
-        kind = pa.string() if keys.dtype == object else pa.int64()
-        self.index.codes(pa.array(keys, kind), f"column '{self.key}'")
-        self.ids, self.dense = ids, dense
+        self._grow(len(keys))
+        for part in blocks(len(keys), self._limit.block_rows):
+            values = pa.array(keys[part].tolist())
+            self.index.codes(values, f"column '{self.key}'")
+            self.ids[part], self.dense[part] = ids[part], dense[part]
         self._described.add(np.arange(len(keys)))
 
     def read_table(self, table: pa.Table, where: str) -> None:

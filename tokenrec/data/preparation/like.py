@@ -123,10 +123,7 @@ class Like:
         """Start a new catalogue with the items of this one, in their order."""
         # Those of the shards, from which a config may exclude features.
         whole = open_dataset(self._folder).catalogue
-        keys = np.asarray(whole.item_id)
-        if keys.dtype.kind == "U":
-            keys = keys.astype(object)
-        items.go_on_from(keys, np.array(whole.ids), np.array(whole.dense))
+        items.go_on_from(whole.item_id, whole.ids, whole.dense)
 
     def resume(self, source: Source) -> None:
         """Let a source that counts the past go on from the end of this data set's log.

@@ -1,6 +1,7 @@
 """Turn the log of any `Source` into a prepared data set.
 
-Memory depends on the number of distinct ids, not on the number of log rows.
+Memory does not depend on the number of log rows, and on the number of distinct ids only
+up to a limit.
 
 Two passes: steps 1 and 2 read the log, steps 3 and 4 its encoded rows.
 
@@ -20,14 +21,17 @@ Two passes: steps 1 and 2 read the log, steps 3 and 4 its encoded rows.
 
 Memory holds, at any time:
 
-- the distinct values of each embedding table, and the features of all users and items;
-- `BLOCK_ROWS` (65,536) raw rows and at most `PARTITION_ROWS` (131,072) encoded rows,
-  more only where a single user has more;
+- the distinct values of each embedding table and the features of all users and items,
+  as long as the limit has room for them: `memory_limit.py` has the shares of it, and
+  says where the rest goes;
+- a byte or two per value, user and item;
+- a block of raw rows (65,536, more once values lie in files) and at most
+  `PARTITION_ROWS` (131,072) encoded rows, more only where a single user has more;
 - the strings of text features, until the tokenizer is trained.
 
 | file of the folder | written |
 |---|---|
-| `scratch/` (encoded rows by user) | during 1 and 2; removed at the end |
+| `scratch/` (rows by user, spilled values) | during 1 and 2; removed at the end |
 | `vocabularies/`, `tokenizer.json`, `items/` | between the passes |
 | shards | during 4 |
 | `marks/` (how each row is cut into samples) | during 4 |

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from tokenrec.data.arrow_spool import spooled_table
 from tokenrec.data.schema import Feature
 from tokenrec.data.source import LogPart, Provenance
 from tokenrec.data.sources.delimited_columns import (
@@ -282,12 +283,12 @@ class DelimitedSource:
         specs = table_specs(self._schema_file, key, features)
         schema = pa.schema([(spec.name, spec.type) for spec in specs])
         notes = Notes(self._said)
-        batches = [
+        batches = (
             batch
             for path in paths
             for batch in read_columns(path, specs, notes, delimiter=self._delimiter)
-        ]
-        table = pa.Table.from_batches(batches, schema=schema)
+        )
+        table = spooled_table(batches, schema)
         if paths:
             refuse_repeats(paths[0], specs[0].column, table.column(key))
         self._finish(key, notes)
