@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +136,12 @@ def test_the_largest_spills_first_and_only_beyond_the_limit(tmp_path: Path) -> N
     assert [v.spilled for v in held] == [False, True]
 
 
-def test_large_arrays_are_files_and_begin_as_zeros(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fallocate", [True, False])
+def test_large_arrays_are_files_and_begin_as_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fallocate: bool
+) -> None:
+    if not fallocate:
+        monkeypatch.delattr(os, "posix_fallocate")
     limit = MemoryLimit(LEAST_BYTES, tmp_path)
     large = limit.zeros((LEAST_BYTES // 64, 2), np.int8)
     assert isinstance(large, np.memmap)
@@ -145,6 +151,26 @@ def test_large_arrays_are_files_and_begin_as_zeros(tmp_path: Path) -> None:
     assert not isinstance(limit.zeros((10, 0), np.float32), np.memmap)
     assert not isinstance(NO_LIMIT.zeros((LEAST_BYTES // 64, 2), np.int8), np.memmap)
     assert not list(tmp_path.iterdir()), "the file has no name"
+
+
+def test_a_full_disk_is_an_error_when_the_array_is_made(tmp_path: Path) -> None:
+    # The first page that does not fit would end the process otherwise.
+    limit = MemoryLimit(LEAST_BYTES, tmp_path)
+    with pytest.raises(OSError, match=r"space|large"):
+        limit.zeros((2**50,), np.int8)
+
+
+def test_the_default_is_half_of_what_the_container_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_limit, "_CONTAINER_LIMITS", (tmp_path / "max",))
+    whole = memory_limit.default_memory()
+    (tmp_path / "max").write_text("max\n")
+    assert memory_limit.default_memory() == whole
+    (tmp_path / "max").write_text(f"{2**30}\n")
+    assert memory_limit.default_memory() == min(2**29, whole)
+    (tmp_path / "max").write_text("1000\n")
+    assert memory_limit.default_memory() == LEAST_BYTES
 
 
 def test_a_limit_below_the_least_is_refused() -> None:

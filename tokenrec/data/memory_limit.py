@@ -27,6 +27,12 @@ BLOCK_ROWS = 65_536  # raw log rows that are encoded at a time
 _VALUES, _BLOCK, _SORTED, _ARRAY = 3 / 8, 1 / 8, 1 / 8, 1 / 64
 _BYTES_OF_A_ROW = 1024  # a raw log row as Arrow columns, and encoded, with copies
 _BYTES_OF_A_SORTED_VALUE = 128
+# What the container may use: control groups of version 2 and 1.
+_CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
 _MOST_BLOCKS = 16  # blocks that are encoded at once
 
 
@@ -70,8 +76,8 @@ class MemoryLimit:
         if self._bytes is None or not self._has_spilled:
             return BLOCK_ROWS
         # A lookup of values sweeps over their files: larger blocks need fewer sweeps.
-        blocks = int(self._bytes * _BLOCK) // (_BYTES_OF_A_ROW * BLOCK_ROWS)
-        return BLOCK_ROWS * min(max(blocks, 1), _MOST_BLOCKS)
+        rows = int(self._bytes * _BLOCK) // _BYTES_OF_A_ROW
+        return BLOCK_ROWS * min(max(rows // BLOCK_ROWS, 1), _MOST_BLOCKS)
 
     @property
     def sorted_rows(self) -> int:
@@ -114,13 +120,25 @@ class MemoryLimit:
         if self._bytes is None or size <= self._bytes * _ARRAY:
             return np.zeros(shape, dtype)
         path = self.file()
-        with path.open("wb") as file:
-            # A full disk is an error here, and would be a SIGBUS when a page is written.
-            os.posix_fallocate(file.fileno(), 0, size)
+        _reserve(path, size)
         array = np.memmap(path, dtype, "r+", shape=shape)
         # The mapping keeps the file; without a name it ends with the array.
         path.unlink()
         return array
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of zeros, with room on the disk for all of them.
+
+    A full disk is an error here, and would be a SIGBUS when a mapped page is written.
+    """
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        zeros = bytes(2**20)  # macOS
+        for part in blocks(size, len(zeros)):
+            file.write(zeros[: part.stop - part.start])
 
 
 NO_LIMIT = MemoryLimit()
@@ -129,10 +147,7 @@ NO_LIMIT = MemoryLimit()
 def default_memory() -> int:
     """Half of the machine's memory, or of what its container may use, in bytes."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in (
-        Path("/sys/fs/cgroup/memory.max"),
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-    ):
+    for path in _CONTAINER_LIMITS:
         if path.is_file() and (text := path.read_text().strip()).isdigit():
             total = min(total, int(text))
     return max(total // 2, LEAST_BYTES)
