@@ -44,7 +44,7 @@ NEGATIVES_KEY = 1
 NORM_RATE = 0.01
 
 # With `tokens.random_tokens`, only weights with these prefixes are trained.
-TRAINED_WITH_RANDOM_TOKENS = ("backbone/", "head/")
+TRAINED_WITH_RANDOM_TOKENS = ("backbone/", "branch/", "head/")
 
 
 class Metrics(NamedTuple):

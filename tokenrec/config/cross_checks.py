@@ -9,7 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from tokenrec.config.backbones import backbone_problems, uses_heads, uses_rope
+from tokenrec.config.backbones import (
+    backbone_problems,
+    branch_problems,
+    uses_heads,
+    uses_rope,
+)
 from tokenrec.config.config import Config
 from tokenrec.config.stream_checks import (
     check_compression,
@@ -31,6 +36,7 @@ def cross_check(config: Config) -> Iterator[str]:
     yield from check_compression(config)
     yield from check_model(config)
     yield from backbone_problems(config)
+    yield from branch_problems(config)
     yield from check_optim(config)
     yield from check_train(config)
 
