@@ -240,7 +240,7 @@ def train_step(
         rounds = jnp.max(jnp.stack([u.rounds for u in inputs.unique.values()]))
     opt_state = {"dense": dense_state, "rows": rows_state} | norm_mean
     new_state = TrainState(state.step + 1, params, tables, opt_state)
-    examples = jnp.sum(inputs.batch.weight)
+    examples = jnp.sum((inputs.batch.weight > 0).astype(jnp.float32))
     return new_state, Metrics(loss, norm, examples, applied, rounds)
 
 

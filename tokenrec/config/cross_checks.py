@@ -54,6 +54,14 @@ def check_data(config: Config) -> Iterator[str]:
             f"data.positive='{data.positive}' is for data.objective='retrieval'; "
             "leave it empty"
         )
+    if data.unscored_weight != 1 and (
+        data.paradigm == "nio" or data.objective == "retrieval"
+    ):
+        yield (
+            f"data.unscored_weight={data.unscored_weight} with "
+            f"data.paradigm='{data.paradigm}' and data.objective='{data.objective}', "
+            "which learns from scored rows only; use 1"
+        )
     for bucket in data.buckets:
         if not 0 < bucket < data.events:
             yield (

@@ -205,6 +205,7 @@ class Windows:
             first_row=self.plans[number].first_row,
             context=self._context,
             ages=self._ages,
+            unscored_weight=self.config.unscored_weight,
         )
 
     def identify(self, number: int, chosen: np.ndarray, length: int) -> ReadRows:
