@@ -139,7 +139,11 @@ def _add_evaluate(verbs: VerbParsers) -> Parser:
 def _evaluate(args: argparse.Namespace) -> None:
     from tokenrec.evaluation.evaluate import evaluate_run
     from tokenrec.runtime.distributed import is_first_process
-    from tokenrec.runtime.result_table import format_table, result_rows
+    from tokenrec.runtime.result_table import (
+        calibration_rows,
+        format_table,
+        result_rows,
+    )
 
     result = evaluate_run(
         args.workdir,
@@ -159,6 +163,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     reports = {"this run": result, **result.get("baselines", {})}
     print(format_table(result_rows(reports)))
+    if calibration := calibration_rows(reports):
+        print("\n" + format_table(calibration))
 
 
 def _add_predict(verbs: VerbParsers) -> Parser:

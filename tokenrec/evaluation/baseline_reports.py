@@ -36,7 +36,8 @@ def evaluate_baselines(
       rows: `[n] int64`, log rows of the split, all of them scored, in any order.
 
     Returns:
-      Name -> metrics in the form of `metrics.binary.summarize`. A synthetic data set
+      Name -> metrics in the form of `metrics.binary.summarize`, calibration included.
+      A synthetic data set
       has a last entry "ceiling (known probabilities)", the metrics of the probabilities
       from which its labels were drawn.
     """
@@ -57,7 +58,7 @@ def evaluate_baselines(
     for name, scores in probabilities.items():
         store = ScoreStore(tasks)
         store.append(labels, scores[places].astype(np.float32), users)
-        reports[name] = store.summarize()
+        reports[name] = store.summarize(calibration=True)
     return reports
 
 

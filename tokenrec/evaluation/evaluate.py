@@ -9,7 +9,8 @@ Ranking, `score_split` and `evaluate`:
 3. `ScoreStore` collects labels, probabilities and users. Its memory is bounded: further
    rows lie in temporary files.
 4. After the last batch it computes exact AUC, GAUC, log loss and normalised entropy per
-   task. No metric is an average over batches.
+   task, and for `tokenrec evaluate` the calibration too. No metric is an average over
+   batches.
 
 Retrieval is the same with the steps of `catalogue.py`: items and ranks instead of
 probabilities, Recall@k, NDCG@k and MRR instead of AUC.
@@ -223,8 +224,15 @@ def score_split(
         )
 
 
-def evaluate(scores: Iterator[Scores], tasks: tuple[str, ...]) -> dict[str, Any]:
+def evaluate(
+    scores: Iterator[Scores], tasks: tuple[str, ...], *, calibration: bool = False
+) -> dict[str, Any]:
     """Compute the exact metrics of scored impressions.
+
+    Args:
+      scores: the impressions, batch by batch.
+      tasks: K names.
+      calibration: also compute the calibration of each task.
 
     Returns:
       `{"macro_auc", "macro_gauc", "tasks": {task: {...}}}`, in the form of
@@ -233,7 +241,7 @@ def evaluate(scores: Iterator[Scores], tasks: tuple[str, ...]) -> dict[str, Any]
     store = ScoreStore(tasks)
     for part in scores:
         store.append(part.labels, part.probabilities, group_codes(part.user_id))
-    return store.summarize()
+    return store.summarize(calibration=calibration)
 
 
 def evaluate_run(
@@ -309,7 +317,8 @@ def evaluate_opened(
       limit: number of samples or requests, spread evenly over the split; 0 is all.
 
     Returns:
-      The report of `Evaluator`, and if asked `"baselines"`: reports by name.
+      The report of `Evaluator`, for ranking with `"calibration"` of each task
+      (`metrics.calibration`), and if asked `"baselines"`: reports by name.
     """
     config = run.model.config
     with distributed.raise_on_all_processes():
@@ -347,7 +356,7 @@ def _evaluate_ranking_run(
 
     step = jit_eval_step(run.model)
     scores = score_split(step, run.state, config, run.dataset, split, mesh, limit=limit)
-    report = evaluate(noting_rows(scores), run.model.tasks)
+    report = evaluate(noting_rows(scores), run.model.tasks, calibration=True)
     if baselines:
         report["baselines"] = evaluate_baselines(
             run.dataset, split, run.model.tasks, np.concatenate(rows)

@@ -86,6 +86,32 @@ def result_rows(
     ]
 
 
+def calibration_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for `format_table` of the calibration: one per model and task.
+
+    Args:
+      results: as in `result_rows`; reports without calibration have no row.
+
+    Returns:
+      Column name -> value, for each row.
+    """
+    return [
+        {
+            "model": name,
+            "task": task,
+            "ECE": of["expected_error"],
+            "slope": of["slope"],
+            "intercept": of["intercept"],
+            "predicted": of["predicted"],
+            "observed": of["observed"],
+            "top 10 % over": of["top_decile"]["over_prediction"],
+        }
+        for name, summary in results.items()
+        for task, report in summary.get("tasks", {}).items()
+        if (of := report.get("calibration"))
+    ]
+
+
 def format_cell(value: Any) -> str:
     """Format a value: integers with thousands separators, floats with four digits."""
     if value is None:
