@@ -18,6 +18,7 @@ from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch, ReadRows
 from tokenrec.data.batch_shapes import stream_lengths, task_names
 from tokenrec.data.gather import ContextColumns, gather, rows_read
+from tokenrec.data.id_counts import RareIds, map_rare_items, map_rare_rows
 from tokenrec.data.interaction_log import Catalogue, InteractionLog
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.row_marks import log_of_marks
@@ -46,6 +47,11 @@ class LogReader(Protocol):
 
     @property
     def splits(self) -> Sequence[str]: ...
+
+    @property
+    def rare_ids(self) -> RareIds:
+        """Ids that batches replace by *unknown*; empty for none."""
+        ...
 
     def chunk_lengths(self, split: str) -> np.ndarray:
         """Log rows of each chunk of a split: `[chunks] int64`."""
@@ -157,7 +163,9 @@ class Windows:
         self._dataset = dataset
         self._train = train
         self._ages = ages
-        self._catalogue = _contiguous(dataset.catalogue)
+        self._rare = dataset.rare_ids
+        catalogue = map_rare_items(dataset.catalogue, dataset.schema, self._rare)
+        self._catalogue = _contiguous(catalogue)
         self._context = (
             _context_columns(dataset.schema)
             if config.objective == "retrieval"
@@ -240,6 +248,7 @@ class Windows:
 
     def _read(self, chunks: tuple[int, int]) -> Window:
         log = self._dataset.load(self.split, *chunks)
+        log = map_rare_rows(log, self._dataset.schema, self._rare)
         log = _contiguous(dataclasses.replace(log, labels=log.labels[:, self._tasks]))
         samples = cut_samples(log, self.config, train=self._train)
         # Streams of retrieval hold one event more than the model sees (samples.py).
