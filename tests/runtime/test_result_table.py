@@ -33,6 +33,28 @@ def test_results_table_groups_models_and_aligns_tasks():
     assert format_table([]) == ""
 
 
+def test_frozen_values_stand_beside_the_live_ones():
+    live = {"auc": 0.75, "gauc": 0.6, "positives": 3}
+    frozen = {"auc": 0.7, "gauc": 0.625, "positives": 3}
+    table = result_rows(
+        {
+            "ours": {
+                "tasks": {"click": live},
+                "frozen": {"tasks": {"click": frozen}},
+            }
+        }
+    )
+    assert list(table[0])[:6] == [
+        "model",
+        "task",
+        "AUC",
+        "frozen AUC",
+        "GAUC",
+        "frozen GAUC",
+    ]
+    assert list(table[0].values())[2:6] == [0.75, 0.7, 0.6, 0.625]
+
+
 def test_calibration_has_a_table_of_its_own():
     of_click = {
         "expected_error": 0.01,

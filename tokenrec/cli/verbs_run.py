@@ -133,6 +133,12 @@ def _add_evaluate(verbs: VerbParsers) -> Parser:
         help="number of requests to score, spread evenly over the split; 0 scores all "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--freeze-at",
+        metavar="TIME",
+        help="also evaluate with histories that end at this time: ISO date or time "
+        "(UTC unless it names a zone), milliseconds, or 'split', the first scored row",
+    )
     return parser
 
 
@@ -152,6 +158,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.data,
         baselines=args.baselines,
         limit=args.samples,
+        freeze_at=args.freeze_at,
     )
     if not is_first_process():
         return

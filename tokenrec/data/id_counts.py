@@ -83,7 +83,7 @@ def count_ids(dataset: CountedData, split: str = "train") -> dict[str, np.ndarra
         if f.kind in VALUE_KINDS
     }
     per_item = np.zeros(len(dataset.catalogue.item_id), np.int64)
-    for log in _parts(dataset, split):
+    for log in load_parts(dataset, split):
         counted = (log.flags & (SCORED | LEARNED)) != 0
         once = counted.astype(np.int64)
         rows_before = np.concatenate([[0], np.cumsum(once)])
@@ -96,7 +96,7 @@ def count_ids(dataset: CountedData, split: str = "train") -> dict[str, np.ndarra
     return counts
 
 
-def _parts(dataset: CountedData, split: str) -> Iterator[InteractionLog]:
+def load_parts(dataset: CountedData, split: str) -> Iterator[InteractionLog]:
     """Load a split, some chunks at a time."""
     ends = np.cumsum(dataset.chunk_lengths(split))
     parts = np.searchsorted(ends, np.arange(0, ends[-1], _ROWS_AT_ONCE), side="right")
