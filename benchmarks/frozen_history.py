@@ -3,8 +3,8 @@
     python -m benchmarks.frozen_history --data DIR --runs DIR [--seeds 0 1 2]
 
 `--runs` holds finished NIO runs of `benchmarks/kuairand_pure.py`. Each is evaluated
-twice: as it is, and with the impressions of the evaluated split removed from all
-histories. Nothing is trained again.
+with `tokenrec evaluate --freeze-at split`: as it is, and with histories that end where
+the evaluated split begins. Nothing is trained again.
 
 Why the two metrics may move apart: a user has 2.6 impressions in the split. A score
 that follows the labels of the same days ranks users well, which AUC rewards. Inside a
@@ -14,34 +14,14 @@ GAUC measures that order alone."""
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
-from unittest import mock
-
-import numpy as np
 
 from benchmarks.report import run_script, spread, write_result
-from tokenrec.data.dataset import Dataset
-from tokenrec.data.interaction_log import EVENT, SCORED, InteractionLog
 from tokenrec.evaluation.evaluate import evaluate_run
+from tokenrec.evaluation.freeze import SPLIT_START
 
 METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
-
-
-def without_scored_events(load: Any) -> Any:
-    """Wrap `Dataset.load` so that scored log rows enter no history."""
-
-    def load_frozen(
-        self: Dataset, split: str, start: int = 0, stop: int | None = None
-    ) -> InteractionLog:
-        log = load(self, split, start, stop)
-        flags = np.where(
-            (log.flags & SCORED) != 0, log.flags & ~np.uint8(EVENT), log.flags
-        )
-        return dataclasses.replace(log, flags=flags)
-
-    return load_frozen
 
 
 def main() -> None:
@@ -60,16 +40,17 @@ def main() -> None:
     # (task, history) -> the metrics of each seed.
     metrics_by_case: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for seed in arguments.seeds:
-        workdir = arguments.runs / f"nio_seed{seed}"
-        for history in ("up to the impression", "frozen at midnight of 3 May"):
-            load = (
-                Dataset.load
-                if history.startswith("up")
-                else without_scored_events(Dataset.load)
-            )
-            # The evaluation opens its data set itself, so its `load` is patched.
-            with mock.patch.object(Dataset, "load", load):
-                report = evaluate_run(workdir, "valid", "latest", arguments.data)
+        live = evaluate_run(
+            arguments.runs / f"nio_seed{seed}",
+            "valid",
+            "latest",
+            arguments.data,
+            freeze_at=SPLIT_START,
+        )
+        for history, report in (
+            ("up to the impression", live),
+            ("frozen at midnight of 3 May", live["frozen"]),
+        ):
             for task, metrics in report["tasks"].items():
                 metrics_by_case.setdefault((task, history), []).append(metrics)
     rows = []

@@ -26,6 +26,7 @@ from tokenrec.config import DataConfig
 from tokenrec.config.load import load_config
 from tokenrec.data.batch import HostBatch
 from tokenrec.data.dataset import open_dataset
+from tokenrec.data.id_counts import RareIds
 from tokenrec.data.interaction_log import (
     EVENT,
     LEARNED,
@@ -52,6 +53,7 @@ class Generated:
     catalogue: Catalogue
     schema: Schema
     splits: tuple[str, ...] = ("train",)
+    rare_ids: RareIds = dataclasses.field(default_factory=dict)
 
     @property
     def metadata(self) -> Metadata:

@@ -32,7 +32,7 @@ from tokenrec.ops.tables.exchange import CollectedGradients
 from tokenrec.ops.tables.storage import to_storage_index
 from tokenrec.optim import clip_scale, decays, global_norm, with_schedule_step
 from tokenrec.state import abstract_state, build_model, init_state
-from tokenrec.step import gradients, step_inputs, train_step
+from tokenrec.step import eval_step, gradients, step_inputs, train_step
 
 STEP = jax.jit(train_step, static_argnums=0)
 
@@ -143,6 +143,36 @@ def test_unknown_labels_and_unread_rows_carry_no_gradient(mesh):
     _, metrics = STEP(model, state, place(silent, mesh))
     assert float(metrics.loss) == 0
     assert float(metrics.grad_norm) == 0
+
+
+def test_the_loss_is_the_weighted_mean_of_the_known_labels_of_each_task(mesh):
+    config = tiny(paradigm="uc", events=4, model={"layers": 1, "windows": ()})
+    model = build_model(config, SCHEMA, TASKS)
+    state = init_state(model, 0)
+    batch = random_batch(config, lengths=[4, 3, 0, 2, 1, 4, 4, 2])
+    # Weights whose sum stays below 1, as in a batch of a few unscored events.
+    random = np.random.default_rng(0)
+    weight = (batch.valid * random.choice([0.0, 0.02, 0.05], batch.valid.shape)).astype(
+        np.float32
+    )
+    batch = batch._replace(weight=weight)
+    probability = np.asarray(
+        jax.jit(eval_step, static_argnums=0)(model, state, place(batch, mesh))
+    )
+    expected = 0.0
+    for task, factor in enumerate((1.0, 0.5)):
+        losses, weights = [], []
+        for b, n in zip(*np.nonzero(weight), strict=True):
+            label = batch.labels[b, n, task]
+            if label >= 0:
+                p = probability[b, n, task]
+                losses.append(-np.log(p if label else 1 - p) * weight[b, n])
+                weights.append(weight[b, n])
+        assert 0 < sum(weights) < 1
+        expected += factor * sum(losses) / sum(weights)
+    _, metrics = STEP(model, state, place(batch, mesh))
+    assert float(metrics.loss) == pytest.approx(expected, rel=1e-5)
+    assert int(metrics.examples) == np.count_nonzero(weight)
 
 
 def test_dropout_depends_on_the_step_and_on_nothing_else(mesh):

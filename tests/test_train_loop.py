@@ -17,6 +17,7 @@ from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.checkpoint.run_folder import (
     create_or_check_run,
     load_run_config,
+    open_model,
     open_run,
 )
 from tokenrec.config import (
@@ -104,14 +105,32 @@ def steps_logged(workdir):
     return list(losses_logged(workdir))
 
 
-def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(data, tmp_path):
+# Six steps an epoch: the tables stand still from the seventh.
+TABLE_OPTIONS = {
+    "data__batch_size": 64,
+    "tokens__id_dropout": 0.2,
+    "tokens__min_count": 120,
+    "optim__table_rates": (1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("options", [{}, TABLE_OPTIONS], ids=["plain", "tables"])
+def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(options, data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(small(data), whole, progress=False)
-    train(small(data, train__stop_at=4), parts, progress=False)
-    train(small(data), parts, progress=False)
+    train(small(data, **options), whole, progress=False)
+    train(small(data, train__stop_at=4, **options), parts, progress=False)
+    train(small(data, **options), parts, progress=False)
     for a, b in zip(leaves(whole), leaves(parts), strict=True):
         assert np.array_equal(a, b)
     assert steps_logged(parts) == steps_logged(whole) == [4, 8]
+    if not options:
+        return
+    # Whoever opens the run maps the ids that it mapped.
+    _, dataset = open_model(parts, None)
+    assert sum(rare.sum() for rare in dataset.rare_ids.values()) > 5
+    (parts / "id_counts.npz").unlink()
+    with pytest.raises(InputError, match=r"id_counts.npz' cannot be read"):
+        open_model(parts, None)
 
 
 def test_no_sample_is_lost_or_repeated_when_half_of_the_devices_go_on(

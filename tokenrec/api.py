@@ -93,6 +93,7 @@ def evaluate(
     data: str | Path | None = None,
     baselines: bool = False,
     samples: int = 0,
+    freeze_at: str | None = None,
 ) -> dict[str, Any]:
     """Compute the metrics of a run on a split.
 
@@ -103,6 +104,8 @@ def evaluate(
       data: folder of the data set, if it has moved.
       baselines: add the metrics of baselines on the same log rows.
       samples: evaluate this many samples, spread evenly over the split; 0 for all.
+      freeze_at: ranking: add the metrics with histories that end at this time, as the
+        flag `--freeze-at` reads it.
 
     Returns:
       The JSON value that `tokenrec evaluate --json` writes.
@@ -116,6 +119,7 @@ def evaluate(
         _optional_path(data),
         baselines=baselines,
         limit=samples,
+        freeze_at=freeze_at,
     )
 
 
@@ -223,13 +227,23 @@ class LoadedRun:
         self._jitted_step: Any = None
 
     def evaluate(
-        self, split: str = "valid", *, baselines: bool = False, samples: int = 0
+        self,
+        split: str = "valid",
+        *,
+        baselines: bool = False,
+        samples: int = 0,
+        freeze_at: str | None = None,
     ) -> dict[str, Any]:
         """Compute metrics of a split; see `tokenrec.evaluate`."""
         from tokenrec.evaluation.evaluate import evaluate_opened
 
         report = evaluate_opened(
-            self._run, self.mesh, split, baselines=baselines, limit=samples
+            self._run,
+            self.mesh,
+            split,
+            baselines=baselines,
+            limit=samples,
+            freeze_at=freeze_at,
         )
         return {"split": split, "step": self.checkpoint_step} | report
 

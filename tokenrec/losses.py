@@ -6,8 +6,9 @@ Ranking with K tasks, labels `y` and logits `z` (docs/methods.md section 2, "Tas
 
 n_k counts the known labels of task k in the whole step, over all devices and
 micro-batches, so that how a batch is split does not change its loss. Unknown labels are
--1 and carry no loss. Retrieval uses the cross-entropy of the next item, or of the codes
-of its semantic id, divided by the number of goals in the step.
+-1 and carry no loss. With `data.unscored_weight` both sums are weighted. Retrieval uses
+the cross-entropy of the next item, or of the codes of its semantic id, divided by the
+number of goals in the step.
 
 B samples, N scored positions of each, K tasks, R read-outs, P goals of each.
 """
@@ -27,11 +28,11 @@ from tokenrec.tokens.embed import ITEM_ROWS, EntityFeatures, samples_items
 
 
 def known_labels(batch: Batch) -> jax.Array:
-    """Mask of what carries loss.
+    """Weights of what carries loss.
 
     Returns:
-      Ranking: `[B, N, K] float32`, 1 where a position is scored and its label is known.
-      Retrieval: `[B, R, P] float32`, 1 for real goals.
+      Ranking: `[B, N, K] float32`, the weight of a position where its label is known,
+      otherwise 0. Retrieval: `[B, R, P] float32`, 1 for real goals.
     """
     if batch.labels is None:
         return (batch.goals >= 0).astype(jnp.float32)
@@ -39,7 +40,7 @@ def known_labels(batch: Batch) -> jax.Array:
 
 
 def label_counts(batch: Batch) -> jax.Array:
-    """Count the known labels of each task, `[K]`, or the goals, `[1]`."""
+    """Sum the weights of the known labels of each task, `[K]`, or the goals, `[1]`."""
     known = known_labels(batch)
     if batch.labels is None:
         return jnp.sum(known)[None]
@@ -73,7 +74,8 @@ def sample_losses(
     labels = jnp.maximum(batch.labels, 0).astype(jnp.float32)
     losses = optax.sigmoid_binary_cross_entropy(module.head(readouts), labels)
     by_task = jnp.sum(losses * known_labels(batch), axis=1)
-    return by_task @ (task_weights(model) / jnp.maximum(counts, 1))
+    # Not `maximum(counts, 1)`: a sum of small weights may lie below 1.
+    return by_task @ (task_weights(model) / jnp.where(counts > 0, counts, 1))
 
 
 def retrieval_losses(

@@ -2,7 +2,8 @@
 
 AdamW (Loshchilov and Hutter, arXiv 1711.05101) updates the dense weights; row-wise
 AdaGrad, in `ops/tables/lookup.py`, the embedding tables. Both follow one schedule: linear
-warm-up to the peak rate r, then a cosine to a fraction f of it. Its clock t is
+warm-up to the peak rate r, then a cosine to a fraction f of it; `table_rates` multiply
+that of the tables, epoch by epoch. Its clock t is
 `TrainState.step`, the batches consumed: a skipped step moves the rates on as it does the
 data, and both rates end at `optim.steps`. Adam's bias correction alone counts the updates
 that were made, because its moments are sums over these.
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from tokenrec.config import OptimConfig
+from tokenrec.errors import InputError
 from tokenrec.ops.tables.exchange import CollectedGradients
 
 # Last part of the names of weights that are excluded from weight decay, besides all
@@ -53,6 +55,40 @@ def schedule(config: OptimConfig, peak: float) -> optax.Schedule:
         return peak * jnp.where(share > 0, cosine, jnp.minimum(rising, 1.0))
 
     return rate
+
+
+def table_rate(
+    config: OptimConfig, epoch_steps: int, step: jax.Array | int
+) -> jax.Array:
+    """Compute the learning rate of the embedding tables.
+
+    Args:
+      config: schedule, peak and `table_rates`.
+      epoch_steps: steps of an epoch; read with `table_rates` only.
+      step: the step number.
+
+    Returns:
+      `[] float32`.
+
+    Raises:
+      InputError: `table_rates` is set and the steps of an epoch are not known.
+
+    >>> config = OptimConfig(steps=100, warmup_steps=0, table_rates=(1.0, 0.5, 0.0))
+    >>> config.table_learning_rate, config.final_fraction = 1.0, 1.0
+    >>> [float(table_rate(config, 10, step)) for step in (0, 9, 10, 19, 20, 99)]
+    [1.0, 1.0, 0.5, 0.5, 0.0, 0.0]
+    """
+    rate = schedule(config, config.table_learning_rate)(step)
+    if not config.table_rates:
+        return rate
+    if epoch_steps < 1:
+        raise InputError(
+            f"optim.table_rates={config.table_rates} follow epochs, and the model does "
+            "not know their steps; build it with epoch_steps"
+        )
+    epoch = jnp.asarray(step, jnp.int32) // epoch_steps
+    factors = jnp.asarray(config.table_rates, jnp.float32)
+    return rate * factors[jnp.minimum(epoch, len(config.table_rates) - 1)]
 
 
 def decays(params: dict[str, jax.Array]) -> dict[str, bool]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from tokenrec.checkpoint.run_folder import run_identity
+from tokenrec.checkpoint.run_folder import run_identity, use_id_counts
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, open_dataset
-from tokenrec.data.pipeline import task_names
+from tokenrec.data.pipeline import steps_per_epoch, task_names
 from tokenrec.errors import InputError, suggest
 from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.runtime import distributed
@@ -52,7 +52,8 @@ class Setup:
 def set_up(config: Config, workdir: Path) -> Setup:
     """Validate the config, open the data set, build the model and the mesh.
 
-    Nothing is written, and `workdir` is not read.
+    Nothing is written. Of `workdir` only the counts of ids are read, if a run there has
+    some (`tokens.min_count`).
 
     Raises:
       InputError: on all processes, if the config, the data set and the mesh do not fit
@@ -64,13 +65,25 @@ def set_up(config: Config, workdir: Path) -> Setup:
             data_directory(config), config.data.exclude, semantic_ids_path(config)
         )
         _check_eval_split(config.train.eval_split, dataset)
+        use_id_counts(config, dataset, as_path(workdir), trained=False)
         tasks = task_names(dataset.schema, config.data)
-        model = build_model(config, dataset.schema, tasks)
+        model = build_model(
+            config,
+            dataset.schema,
+            tasks,
+            epoch_steps=count_epoch_steps(config, dataset),
+        )
         mesh = make_mesh(config.mesh)
         check_batch_sizes(config, mesh)
         check_mesh(config.model, mesh)
     distributed.assert_same_on_all_processes(run_identity(config, dataset))
     return Setup(config, as_path(workdir), dataset, model, mesh)
+
+
+def count_epoch_steps(config: Config, dataset: Dataset) -> int:
+    """Steps of an epoch, for `ModelSpec.epoch_steps`; 0 if the config does not ask."""
+    # Counting the samples of a large data set takes a while.
+    return steps_per_epoch(dataset, config.data) if config.optim.table_rates else 0
 
 
 def _check_eval_split(split: str, dataset: Dataset) -> None:

@@ -32,6 +32,7 @@ from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.optim import dense_optimizer
 from tokenrec.sharding import RULES
 from tokenrec.tokens.embed import Embedder
+from tokenrec.tokens.id_dropout import check_table_names
 from tokenrec.tokens.layout import Layout
 
 # Standard deviation of the numbers that table rows start from.
@@ -72,6 +73,8 @@ class ModelSpec:
       tasks: names of the labels that are learned.
       embedder: plan of all table lookups.
       literals: token ids of each literal text of the prompt, in order.
+      epoch_steps: training steps of an epoch, which `optim.table_rates` follow; 0 where
+        it is not known.
     """
 
     config: Config
@@ -79,6 +82,7 @@ class ModelSpec:
     tasks: tuple[str, ...]
     embedder: Embedder
     literals: Literals = ()
+    epoch_steps: int = 0
 
     def layout(
         self,
@@ -100,20 +104,25 @@ class ModelSpec:
         )
 
 
-def build_model(config: Config, schema: Schema, tasks: tuple[str, ...]) -> ModelSpec:
+def build_model(
+    config: Config, schema: Schema, tasks: tuple[str, ...], *, epoch_steps: int = 0
+) -> ModelSpec:
     """Build the model of a config on a data set.
 
     Args:
       config: a validated config.
       schema: schema of the data set without the excluded features.
       tasks: names of the labels to learn.
+      epoch_steps: as `ModelSpec.epoch_steps`.
 
     Raises:
-      InputError: the prompt has literal text and the data set no tokenizer, or the last
-        sliding window holds no event.
+      InputError: the prompt has literal text and the data set no tokenizer, the last
+        sliding window holds no event, or an option of ids names an unknown table.
     """
+    check_table_names(schema, config.tokens)
     embedder = Embedder.build(schema, config)
-    model = ModelSpec(config, schema, tasks, embedder, prompt_literals(config))
+    literals = prompt_literals(config)
+    model = ModelSpec(config, schema, tasks, embedder, literals, epoch_steps)
     _check_last_window(model)
     return model
 

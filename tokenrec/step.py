@@ -30,21 +30,23 @@ from tokenrec.optim import (
     clip_scale,
     dense_optimizer,
     global_norm,
-    schedule,
+    table_rate,
     with_schedule_step,
 )
 from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.tokens.embed import inverses
+from tokenrec.tokens.id_dropout import drop_ids
 
 # Numbers that are folded into the key of a step.
 DROPOUT_KEY = 0
 NEGATIVES_KEY = 1
+ID_DROPOUT_KEY = 2
 
 # Rate of the running mean of gradient norms: it remembers about 100 steps.
 NORM_RATE = 0.01
 
 # With `tokens.random_tokens`, only weights with these prefixes are trained.
-TRAINED_WITH_RANDOM_TOKENS = ("backbone/", "head/")
+TRAINED_WITH_RANDOM_TOKENS = ("backbone/", "branch/", "head/")
 
 
 class Metrics(NamedTuple):
@@ -71,7 +73,8 @@ class Inputs(NamedTuple):
     """Inputs of the loss of a train step besides the dense weights.
 
     Attributes:
-      batch: the batch, with drawn negatives if the softmax is sampled.
+      batch: the batch, with drawn negatives if the softmax is sampled, and with the ids
+        that `tokens.id_dropout` leaves.
       keys: `[B]`, PRNG keys of dropout.
       unique: which rows of each stack of tables the batch reads.
       rows: `[u, width]` per stack, these rows.
@@ -148,6 +151,13 @@ def step_inputs(model: ModelSpec, state: TrainState, batch: Batch) -> Inputs:
     # sample has a key of dropout.
     batch = with_negatives(model, batch, jax.random.fold_in(key, NEGATIVES_KEY))
     keys = sample_keys(jax.random.fold_in(key, DROPOUT_KEY), batch.valid.shape[0])
+    drop_keys = jax.random.fold_in(key, ID_DROPOUT_KEY)
+    batch = drop_ids(
+        batch,
+        model.embedder.parts,
+        model.config.tokens,
+        sample_keys(drop_keys, batch.valid.shape[0]),
+    )
     unique = model.embedder.find(batch)
     rows = model.embedder.gather(state.tables, unique)
     return Inputs(batch, keys, unique, rows, label_counts(batch))
@@ -220,7 +230,7 @@ def train_step(
 
     # 5. Row-wise AdaGrad on the rows. A skipped step sends their ids out of range, so
     # that no table is copied.
-    rate = schedule(optim, optim.table_learning_rate)(state.step)
+    rate = table_rate(optim, model.epoch_steps, state.step)
     tables = dict(state.tables)
     rows_state = dict(state.opt_state["rows"])
     for name, unique in inputs.unique.items():
@@ -240,7 +250,7 @@ def train_step(
         rounds = jnp.max(jnp.stack([u.rounds for u in inputs.unique.values()]))
     opt_state = {"dense": dense_state, "rows": rows_state} | norm_mean
     new_state = TrainState(state.step + 1, params, tables, opt_state)
-    examples = jnp.sum(inputs.batch.weight)
+    examples = jnp.sum((inputs.batch.weight > 0).astype(jnp.float32))
     return new_state, Metrics(loss, norm, examples, applied, rounds)
 
 

@@ -35,6 +35,17 @@ DIFFERENCE = [
     "undefined_draws",
 ]
 CURVE = ["study", "model", "seed", "learning_rate", "step", "name", "value"]
+RELIABILITY = [
+    "study",
+    "model",
+    "seed",
+    "split",
+    "task",
+    "bin",
+    "predicted",
+    "observed",
+    "examples",
+]
 RANK = ["study", "model", "seed", "step", "layer", "effective_rank"]
 SPECTRUM = ["study", "model", "seed", "layer", "index", "singular_value"]
 INFORMATION = ["study", "model", "seed", "layer", "task", "clusters", "nats"]
@@ -83,6 +94,16 @@ def write_study(folder: Path, name: str = NAME, *, optional: bool = True) -> Pat
         folder / "curves.parquet",
         CURVE,
         [(name, m, s, RATES[m], *point) for m, s in models for point in curve],
+    )
+    bins = [(split, "click", n) for split in ("valid", "test") for n in (0, 1)]
+    write_rows(
+        folder / "reliability.parquet",
+        RELIABILITY,
+        [
+            (name, m, s, split, task, n, 0.2 + 0.4 * n, 0.1 + 0.3 * n + 0.1 * s, 50)
+            for m, s in models
+            for split, task, n in bins
+        ],
     )
     ranks = [(step, layer, 10.0 * step + layer) for step in (1, 2) for layer in (0, 1)]
     write_rows(

@@ -17,7 +17,11 @@ from tokenrec.analysis.summary import summarize_study
 pytest.importorskip("matplotlib")
 
 from tokenrec.analysis.attention_figures import draw_maps
-from tokenrec.analysis.quality_figures import draw_curves, draw_quality
+from tokenrec.analysis.quality_figures import (
+    draw_curves,
+    draw_quality,
+    draw_reliability,
+)
 from tokenrec.analysis.state_figures import draw_information
 
 
@@ -68,6 +72,24 @@ def test_learning_curves_have_the_logged_rank_of_the_top_layer(tmp_path: Path) -
         "valid/macro_auc",
         "rank/layer_10",
     ]
+
+
+def test_reliability_is_the_mean_over_seeds_beside_the_diagonal(
+    tmp_path: Path,
+) -> None:
+    files = read_study(write_study(tmp_path / "s"))
+    summary = summarize_study(files)
+    styles = assign_styles(summary.models)
+    (panel,) = draw_reliability(files.reliability, summary, styles).figure.axes
+    assert panel.get_title() == "click"
+    diagonal, *lines = panel.lines
+    assert diagonal.get_xdata()[1] == diagonal.get_ydata()[1] == pytest.approx(0.6)
+    assert len(lines) == 3
+    for line in lines:
+        assert list(line.get_xdata()) == pytest.approx([0.2, 0.6])
+        assert list(line.get_ydata()) == pytest.approx([0.2, 0.5])
+    valid = [row for row in files.reliability if row.split == "valid"]
+    assert draw_reliability(valid, summary, styles) is None
 
 
 def test_twenty_models_differ_in_every_kind_of_figure_and_in_tables() -> None:

@@ -283,6 +283,7 @@ def test_figures_are_in_the_page_and_in_files(page: Path) -> None:
         "maps",
         "quality-flops",
         "ranks",
+        "reliability",
         "spectra",
     ]
     files = sorted((page.parent / "figures").iterdir())
@@ -388,6 +389,7 @@ def test_sections_of_missing_files_are_absent_and_named(tmp_path: Path) -> None:
     assert "number best" not in text
     for file in (
         "differences.parquet",
+        "reliability.parquet",
         "curves.parquet",
         "flops.json",
         "ranks.parquet",

@@ -308,3 +308,25 @@ def test_a_run_starts_warm_once_and_reports_it(old, tmp_path, capsys):
     config.train.stop_at = 2
     assert train(config, second, progress=False)["step"] == 2
     assert "warm start" not in capsys.readouterr().err
+
+
+def test_a_branch_begins_fresh_beside_weights_that_are_carried_over(old, tmp_path):
+    mesh = mesh_of(1, 1, 1)
+    _, before = saved(tmp_path / "plain", plain(old), mesh)
+    # A branch of the same kind is carried over, and one of another kind is not, though
+    # its weights have the same names.
+    _, meant = saved(tmp_path / "mean", plain(old, model__branch="mean"), mesh)
+    for source, branch, carried in (
+        ("plain", "mean", False),
+        ("mean", "mean", True),
+        ("mean", "din", False),
+    ):
+        config = plain(old, model__branch=branch)
+        _, fresh, state, _ = warmed(config, tmp_path / source, mesh)
+        origin = before if source == "plain" else meant
+        for name in ("backbone/norm/scale", "head/kernel"):
+            assert np.array_equal(state.params[name], origin.params[name])
+        kernel = "branch/deep/hidden/1/kernel"
+        assert np.array_equal(
+            state.params[kernel], (meant if carried else fresh).params[kernel]
+        )

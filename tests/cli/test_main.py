@@ -140,8 +140,9 @@ def test_evaluate_passes_its_flags_and_writes_whole_json(
         *,
         baselines: bool = False,
         limit: int = 0,
+        freeze_at: str | None = None,
     ) -> dict[str, Any]:
-        seen.append((workdir, split, checkpoint, data, baselines, limit))
+        seen.append((workdir, split, checkpoint, data, baselines, limit, freeze_at))
         return RESULT | (
             {"baselines": {"popularity": {"tasks": {"click": TASK | {"auc": 0.5125}}}}}
             if baselines
@@ -160,12 +161,13 @@ def test_evaluate_passes_its_flags_and_writes_whole_json(
         str(file),
         "--baselines",
         "--samples=3000",
+        "--freeze-at=2022-05-03",
     ]
     assert main(["evaluate", *RUN, *flags]) == 0
     run = (Path("run"), "valid")
     assert seen == [
-        (*run, "best", None, False, 0),
-        (*run, "20", Path("set"), True, 3000),
+        (*run, "best", None, False, 0, None),
+        (*run, "20", Path("set"), True, 3000, "2022-05-03"),
     ]
     written = json.loads(file.read_text())
     assert written["tasks"]["click"] == TASK

@@ -49,6 +49,15 @@ WRONG = [
     ({"data__window_rows": 0}, "data.window_rows=0"),
     ({"data__buckets": (50,)}, "data.buckets: 50"),
     ({"data__overlap": 8}, "data.overlap=8"),
+    ({"data__unscored_weight": -0.5}, "data.unscored_weight=-0.5 must be at least 0"),
+    (
+        {"data__unscored_weight": float("nan")},
+        "data.unscored_weight=nan is not a finite number",
+    ),
+    (
+        {"data__unscored_weight": 0.5},
+        "data.unscored_weight=0.5 with data.paradigm='nio'",
+    ),
     ({"data__tasks": {"click": 0.0}}, "data.tasks['click']=0.0"),
     ({"data__paradigm": "uc", "data__overlap": 50}, "data.overlap=50"),
     ({"data__paradigm": "uc", "tokens__fused": True}, "tokens.fused=True"),

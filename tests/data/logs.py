@@ -128,12 +128,14 @@ class MemoryData:
       options: as in `Metadata.options`.
       schema: schema of the logs.
       on_load: called with each log that is loaded.
+      rare_ids: ids that batches replace by *unknown*.
     """
 
     logs: dict[str, InteractionLog]
     options: dict[str, int] = dataclasses.field(default_factory=dict)
     schema: Schema = SCHEMA
     on_load: Callable[[InteractionLog], None] = lambda log: None
+    rare_ids: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def metadata(self) -> Metadata:

@@ -9,6 +9,7 @@ import pytest
 from tests.data.batches import (
     CONFIGS,
     NIO,
+    UC,
     assert_equal,
     evaluated,
     memory_data,
@@ -20,7 +21,7 @@ from tests.data.batches import (
 from tests.data.logs import SCHEMA, MemoryData, shown
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch
-from tokenrec.data.interaction_log import EVENT, InteractionLog
+from tokenrec.data.interaction_log import EVENT, SCORED, InteractionLog
 from tokenrec.data.pipeline import batch_shapes, eval_batches, task_names, train_batches
 from tokenrec.data.samples import cut_samples
 
@@ -270,3 +271,24 @@ def test_histories_of_a_log_without_events_are_empty() -> None:
     batches = list(evaluated(data, NIO, "valid"))
     assert sorted(read_rows(batches)) == scored(data.logs["valid"])
     assert not any(host_batch.batch.valid.any() for host_batch in batches)
+
+
+def test_unscored_rows_have_their_weight_in_training_and_no_place_in_evaluation() -> (
+    None
+):
+    data = memory_data()
+    plain, weighted = (
+        take(data, replaced(UC, unscored_weight=weight), 9) for weight in (1.0, 0.25)
+    )
+    flags, seen = data.logs["train"].flags, set()
+    for host_batch, default in zip(weighted, plain, strict=True):
+        read = host_batch.rows >= 0
+        scored_row = (flags[host_batch.rows] & SCORED) != 0
+        expected = np.where(scored_row, 1.0, 0.25) * read
+        np.testing.assert_array_equal(host_batch.batch.weight, expected)
+        np.testing.assert_array_equal(default.batch.weight, read)
+        seen |= set(expected.ravel().tolist())
+        assert host_batch.batch.weight.dtype == np.float32
+    assert seen == {0.0, 0.25, 1.0}
+    for host_batch in evaluated(data, replaced(UC, unscored_weight=0.25), "valid"):
+        np.testing.assert_array_equal(host_batch.batch.weight, host_batch.rows >= 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -26,12 +27,19 @@ def chunk_rows(log: InteractionLog) -> list[list[int]]:
     return [list(range(a, b)) for a, b in itertools.pairwise(log.start)]
 
 
-def earlier_events(log: InteractionLog, rows: list[int], row: int) -> list[int]:
-    return [e for e in rows if log.flags[e] & EVENT and log.time[e] < log.time[row]]
+def earlier_events(
+    log: InteractionLog, rows: list[int], row: int, freeze_at: float = math.inf
+) -> list[int]:
+    end = min(log.time[row], freeze_at)
+    return [e for e in rows if log.flags[e] & EVENT and log.time[e] < end]
 
 
 def slow_requests(
-    log: InteractionLog, events: int, candidates: int, train: bool
+    log: InteractionLog,
+    events: int,
+    candidates: int,
+    train: bool,
+    freeze_at: float = math.inf,
 ) -> list[tuple[list[int], list[int]]]:
     samples = []
     for rows in chunk_rows(log):
@@ -44,7 +52,7 @@ def slow_requests(
                 ).append(row)
         for key in sorted(groups):
             members = groups[key]
-            history = earlier_events(log, rows, members[0])[-events:]
+            history = earlier_events(log, rows, members[0], freeze_at)[-events:]
             samples += [
                 (history, members[first : first + candidates])
                 for first in range(0, len(members), candidates)
@@ -53,13 +61,21 @@ def slow_requests(
 
 
 def slow_streams(
-    log: InteractionLog, events: int, overlap: int, train: bool
+    log: InteractionLog,
+    events: int,
+    overlap: int,
+    train: bool,
+    freeze_at: float = math.inf,
 ) -> list[tuple[list[int], list[int]]]:
     samples = []
     for rows in chunk_rows(log):
         run = [row for row in rows if log.flags[row] & EVENT]
         times = [log.time[row] for row in run]
-        firsts = [i for i in range(len(run)) if i == 0 or times[i] != times[i - 1]]
+        firsts = [
+            i
+            for i in range(len(run))
+            if (i == 0 or times[i] != times[i - 1]) and times[i] < freeze_at
+        ]
         if train:
             wanted = [
                 i
@@ -77,7 +93,7 @@ def slow_streams(
             due = [i for i in due if i >= stop]
         for i in wanted:
             if not train and i not in firsts:
-                history = earlier_events(log, rows, run[i])
+                history = earlier_events(log, rows, run[i], freeze_at)
                 samples.append(
                     ([*history[max(0, len(history) - events + 1) :], run[i]], [run[i]])
                 )
@@ -108,6 +124,26 @@ def test_streams_equal_the_rules_read_literally(
             log, DataConfig(paradigm="uc", events=events, overlap=overlap), train=train
         )
         assert shown(samples) == slow_streams(log, events, overlap, train)
+
+
+@pytest.mark.parametrize("paradigm", ["nio", "uc"])
+@pytest.mark.parametrize("freeze_at", [0, 1007, 1020, 10**6])
+def test_frozen_histories_end_before_their_time(paradigm: str, freeze_at: int) -> None:
+    uc = paradigm == "uc"
+    config = DataConfig(
+        paradigm=paradigm, events=6, overlap=2 * uc, candidates=1 if uc else 3
+    )  # type: ignore[arg-type]
+    for seed in SEEDS:
+        log = random_log(seed, all_events=uc)
+        samples = cut_samples(log, config, train=False, freeze_at=freeze_at)
+        expected = (
+            slow_streams(log, 6, 2, False, freeze_at)
+            if uc
+            else slow_requests(log, 6, 3, False, freeze_at)
+        )
+        assert shown(samples) == expected
+        scored = np.flatnonzero(log.flags & SCORED).tolist()
+        assert sorted(all_read(samples)) == scored
 
 
 def test_streams_skip_rows_that_are_no_events() -> None:

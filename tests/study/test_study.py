@@ -154,6 +154,17 @@ def test_the_best_rate_gets_all_seeds_and_the_tables_say_so(
         pq.read_table(out / "curves.parquet")["name"].to_pylist().count("train/loss")
         == 6
     )
+    bins = pq.read_table(out / "reliability.parquet").to_pylist()
+    of_run: dict[tuple[str, int, str, str], int] = {}
+    for row in bins:
+        run = (row["model"], row["seed"], row["split"], row["task"])
+        of_run[run] = of_run.get(run, 0) + row["examples"] * row["observed"]
+    assert {key[:2] for key in of_run} == {
+        (model, seed) for model in ("tokenformer", "bfts") for seed in (0, 1)
+    }
+    assert {round(of_run[key]) for key in of_run if key[2:] == ("valid", "click")} == {
+        study["data"]["positives"]["valid"]["click"]
+    }
 
     before = len(calls(out))
     run_study(SMALL, "small", out, data, command="tokenrec study")

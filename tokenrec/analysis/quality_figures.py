@@ -5,6 +5,7 @@ A function returns None if there is nothing to show.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,12 @@ from tokenrec.analysis.figure_style import (
     make_panels,
 )
 from tokenrec.analysis.study_metrics import MetricKey, higher_is_better, spread
-from tokenrec.analysis.study_rows import MACRO, CurvePoint, Difference
+from tokenrec.analysis.study_rows import (
+    MACRO,
+    CurvePoint,
+    Difference,
+    ReliabilityBin,
+)
 from tokenrec.analysis.summary import StudySummary, verdict
 from tokenrec.analysis.wording import metric_name, si_number
 
@@ -144,6 +150,62 @@ def draw_curves(
         "either side."
     )
     return ReportFigure("curves", "Learning curves", note, figure)
+
+
+def draw_reliability(
+    bins: Sequence[ReliabilityBin], summary: StudySummary, styles: Styles
+) -> ReportFigure | None:
+    """Draw observed against predicted rates: a panel for each claimed task.
+
+    Args:
+      bins: calibration of the final runs.
+      summary: summary of the study.
+      styles: style of each model.
+    """
+    tasks = [
+        task
+        for task in summary.claimed_tasks
+        if any((row.split, row.task) == (summary.main_split, task) for row in bins)
+    ]
+    if not tasks:
+        return None
+    figure, axes = make_panels(tasks, 3.2)
+    for ax, task in zip(axes, tasks, strict=True):
+        shown = [
+            row for row in bins if (row.split, row.task) == (summary.main_split, task)
+        ]
+        top = max(max(row.predicted, row.observed) for row in shown)
+        ax.plot([0, top], [0, top], color=INK, linewidth=0.8)
+        for model in summary.models:
+            by_bin: dict[int, list[ReliabilityBin]] = {}
+            for row in shown:
+                if row.model == model:
+                    by_bin.setdefault(row.bin, []).append(row)
+            # The seeds of a model have the same bins, unless many scores are equal.
+            points = [
+                (
+                    statistics.mean(row.predicted for row in rows),
+                    statistics.mean(row.observed for row in rows),
+                )
+                for _, rows in sorted(by_bin.items())
+            ]
+            if points:
+                style = styles[model].line_arguments(PAPER)
+                ax.plot(
+                    *zip(*points, strict=True), linewidth=1.2, markersize=3, **style
+                )
+        ax.set(xlabel="mean predicted probability", ylabel="observed share")
+    add_legend(figure, styles, [row for row in summary.models if _in(row, bins)])
+    note = (
+        f"On {summary.main_split}, mean over seeds. A point is a bin: the log rows in "
+        "order of their probability, cut into bins of equal size. On the line, labels "
+        "come as often as predicted; below it they are over-predicted."
+    )
+    return ReportFigure("reliability", "Reliability", note, figure)
+
+
+def _in(model: str, bins: Sequence[ReliabilityBin]) -> bool:
+    return any(row.model == model for row in bins)
 
 
 def draw_quality(

@@ -130,6 +130,8 @@ def _section_parts(
             yield result_tables.quality_table(summary, split, task, styles)
         if is_main:
             yield result_tables.differences_table(summary)
+        if is_main and files.reliability is not None:
+            yield quality_figures.draw_reliability(files.reliability, summary, styles)
     yield "<h3>Learning-rate search</h3>"
     yield result_tables.search_table(search_of(files.results), summary.rates)
     yield from _cost_parts(files, summary, styles)

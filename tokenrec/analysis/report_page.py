@@ -26,6 +26,7 @@ STATES_HEADING = "Inside the models"
 # Optional tables by their field of StudyFiles: what they show, and the file.
 _OPTIONAL = {
     "differences": ("Differences with intervals", "differences.parquet"),
+    "reliability": ("Reliability", "reliability.parquet"),
     "curves": ("Learning curves", "curves.parquet"),
     "flops": ("Quality against FLOPs", "flops.json"),
     "ranks": ("Effective ranks", "ranks.parquet"),

@@ -20,6 +20,7 @@ from tokenrec.analysis.study_rows import (
     EffectiveRank,
     LabelInformation,
     MapCell,
+    ReliabilityBin,
     Result,
     SingularValue,
     columns_of,
@@ -82,6 +83,7 @@ class StudyFiles:
       info: `study.json`.
       results: metrics of every run and baseline.
       differences: differences to the reference.
+      reliability: calibration of the final runs, bin by bin.
       curves: logged values of the runs.
       flops: model -> FLOPs of a forward pass per example.
       ranks: effective ranks of event states.
@@ -95,6 +97,7 @@ class StudyFiles:
     info: StudyInfo
     results: Sequence[Result]
     differences: Sequence[Difference] | None
+    reliability: Sequence[ReliabilityBin] | None
     curves: Sequence[CurvePoint] | None
     flops: Mapping[str, float] | None
     ranks: Sequence[EffectiveRank] | None
@@ -144,6 +147,7 @@ def read_study(folder: Path) -> StudyFiles:
         info,
         results,
         optional("differences.parquet", Difference),
+        optional("reliability.parquet", ReliabilityBin),
         optional("curves.parquet", CurvePoint),
         _read_flops(folder / "flops.json"),
         optional("ranks.parquet", EffectiveRank),

@@ -1,7 +1,7 @@
 """Rows of the tables of a study: a data class for each table, its fields the columns.
 
-`tokenrec study` writes `Result`, `Difference` and `CurvePoint`; the other tables come
-from `benchmarks/study_states.py`. docs/guides/studies.md lists the files.
+`tokenrec study` writes `Result`, `Difference`, `ReliabilityBin` and `CurvePoint`; the
+other tables come from `benchmarks/study_states.py`. docs/guides/studies.md lists the files.
 """
 
 from __future__ import annotations
@@ -58,6 +58,25 @@ class Difference:
     users: int
     positives: int
     undefined_draws: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """Log rows of one run with neighbouring probabilities (`metrics.calibration`).
+
+    `predicted` is their mean probability, `observed` their share of positive labels.
+    Bins count from 0, in ascending order of the probability.
+    """
+
+    study: str
+    model: str
+    seed: int
+    split: str
+    task: str
+    bin: int
+    predicted: float
+    observed: float
+    examples: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 `WORKDIR/config.json` holds the config, `WORKDIR/schema.json` the schema of the data set
 that the run is trained on, and `WORKDIR/rows.json` the identity of its log rows;
-`WORKDIR/checkpoints` holds the checkpoints.
+`WORKDIR/checkpoints` holds the checkpoints. With `tokens.min_count` there are the counts
+of ids too, `WORKDIR/id_counts.npz`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,14 @@ from tokenrec.config.flatten import flatten_fields
 from tokenrec.config.types import has_type
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, RowIdentity, open_dataset
+from tokenrec.data.id_counts import (
+    COUNTS_FILE,
+    asks_for_counts,
+    count_ids,
+    load_counts,
+    rare_ids,
+    save_counts,
+)
 from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import Schema
 from tokenrec.data.schema_difference import schema_differences
@@ -75,6 +84,36 @@ class OpenedRun(NamedTuple):
     dataset: Dataset
     step: int
     state: TrainState
+
+
+def use_id_counts(
+    config: Config, dataset: Dataset, workdir: Path, *, trained: bool
+) -> None:
+    """Give a data set the counts of ids that the run's `tokens.min_count` needs.
+
+    Args:
+      config: the run's config.
+      dataset: the data set; its `id_counts` and `rare_ids` are set.
+      workdir: folder of the run, which keeps the counts.
+      trained: the run exists, and its counts are those of its folder. Otherwise they
+        are counted in the training split if it has none; `create_or_check_run` writes
+        them.
+
+    Raises:
+      InputError: the run exists and lacks its counts, or they are damaged.
+    """
+    if not asks_for_counts(config.tokens):
+        return
+    kept = trained or _has_counts(workdir)
+    counts = load_counts(workdir, dataset.schema) if kept else count_ids(dataset)
+    dataset.id_counts = counts
+    dataset.rare_ids = rare_ids(counts, config.tokens)
+
+
+def _has_counts(workdir: Path) -> bool:
+    # The config is the last file that a new run writes: without it the counts may be
+    # those of another data set.
+    return is_file(workdir / CONFIG_FILE) and is_file(workdir / COUNTS_FILE)
 
 
 def create_or_check_run(config: Config, dataset: Dataset, workdir: Path) -> None:
@@ -134,6 +173,8 @@ def _write_or_check(config: Config, dataset: Dataset, workdir: Path) -> None:
         workdir / ROWS_FILE, {split: value._asdict() for split, value in rows.items()}
     )
     write_text_atomically(workdir / SCHEMA_FILE, _schema_text(dataset.schema))
+    if dataset.id_counts is not None and not _has_counts(workdir):
+        save_counts(dataset.id_counts, workdir)
     write_text_atomically(path, to_json(config))
 
 
@@ -385,6 +426,7 @@ def open_model(workdir: Path, data: Path | None) -> tuple[ModelSpec, Dataset]:
         compare_items=not is_ranking,
         like=dataset.like_ids_digest,
     )
+    use_id_counts(config, dataset, as_path(workdir), trained=True)
     return build_model(config, schema, task_names(schema, config.data)), dataset
 
 

@@ -187,6 +187,11 @@ def _weight_locations(
             # The same name means another weight in a backbone of another kind.
             locations[f"{kind}/{name}"] = WeightLocation(name)
             continue
+        if name.startswith("branch/"):
+            # Likewise: branches of two kinds read other features at the same place.
+            location = f"{model.config.model.branch}/{name}"
+            locations[location] = WeightLocation(name)
+            continue
         if not name.startswith("backbone/blocks/"):
             locations[name] = WeightLocation(name)
             continue

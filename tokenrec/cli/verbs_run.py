@@ -133,13 +133,23 @@ def _add_evaluate(verbs: VerbParsers) -> Parser:
         help="number of requests to score, spread evenly over the split; 0 scores all "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--freeze-at",
+        metavar="TIME",
+        help="also evaluate with histories that end at this time: ISO date or time "
+        "(UTC unless it names a zone), milliseconds, or 'split', the first scored row",
+    )
     return parser
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from tokenrec.evaluation.evaluate import evaluate_run
     from tokenrec.runtime.distributed import is_first_process
-    from tokenrec.runtime.result_table import format_table, result_rows
+    from tokenrec.runtime.result_table import (
+        calibration_rows,
+        format_table,
+        result_rows,
+    )
 
     result = evaluate_run(
         args.workdir,
@@ -148,6 +158,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         args.data,
         baselines=args.baselines,
         limit=args.samples,
+        freeze_at=args.freeze_at,
     )
     if not is_first_process():
         return
@@ -159,6 +170,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     reports = {"this run": result, **result.get("baselines", {})}
     print(format_table(result_rows(reports)))
+    if calibration := calibration_rows(reports):
+        print("\n" + format_table(calibration))
 
 
 def _add_predict(verbs: VerbParsers) -> Parser:

@@ -18,9 +18,18 @@ if TYPE_CHECKING:
     from tokenrec.config.tokens_config import TokensConfig
     from tokenrec.models.backbones.interface import Backbone
 
-# Every backbone reads these fields of `ModelConfig`, or `backbone_problems` checks them
-# with a message of their own.
-_ALWAYS_READ = ("kind", "width", "layers", "dropout", "dtype", "windows")
+# Every backbone reads these fields of `ModelConfig`, or the branch beside it does, or
+# `backbone_problems` checks them with a message of their own.
+_ALWAYS_READ = (
+    "kind",
+    "width",
+    "layers",
+    "dropout",
+    "dtype",
+    "windows",
+    "branch",
+    "branch_layers",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +214,27 @@ def _unread_fields(
                 f"model.{field.name}={value!r} {suffix}, which does not read it; "
                 f"leave it at {default!r}"
             )
+
+
+def branch_problems(config: Config) -> Iterator[str]:
+    """Yield a message for each option that `model.branch` does not support."""
+    model = config.model
+    if model.branch == "none":
+        default = type(model)().branch_layers
+        if model.branch_layers != default:
+            yield (
+                f"model.branch_layers={model.branch_layers} with model.branch='none' "
+                f"has no effect; leave it at {default}, or choose a branch"
+            )
+        return
+    suffix = f"with model.branch='{model.branch}'"
+    if config.data.objective == "retrieval":
+        yield (
+            f"data.objective='retrieval' {suffix}, which multiplies features of a "
+            "target; use 'ranking', or model.branch='none'"
+        )
+    # The branch takes the stream apart as DIN does.
+    yield from _unsupported_tokens(config.tokens, BACKBONES["din"], suffix)
 
 
 def _unsupported_tokens(

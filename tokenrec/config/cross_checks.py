@@ -9,7 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from tokenrec.config.backbones import backbone_problems, uses_heads, uses_rope
+from tokenrec.config.backbones import (
+    backbone_problems,
+    branch_problems,
+    uses_heads,
+    uses_rope,
+)
 from tokenrec.config.config import Config
 from tokenrec.config.stream_checks import (
     check_compression,
@@ -31,6 +36,7 @@ def cross_check(config: Config) -> Iterator[str]:
     yield from check_compression(config)
     yield from check_model(config)
     yield from backbone_problems(config)
+    yield from branch_problems(config)
     yield from check_optim(config)
     yield from check_train(config)
 
@@ -47,6 +53,14 @@ def check_data(config: Config) -> Iterator[str]:
         yield (
             f"data.positive='{data.positive}' is for data.objective='retrieval'; "
             "leave it empty"
+        )
+    if data.unscored_weight != 1 and (
+        data.paradigm == "nio" or data.objective == "retrieval"
+    ):
+        yield (
+            f"data.unscored_weight={data.unscored_weight} with "
+            f"data.paradigm='{data.paradigm}' and data.objective='{data.objective}', "
+            "which learns from scored rows only; use 1"
         )
     for bucket in data.buckets:
         if not 0 < bucket < data.events:

@@ -65,6 +65,12 @@ class DataConfig:
     carry no loss. A scored event has at least this much history, if its user has it.
     Higher is closer to `nio`, and each event is then computed more often."""
 
+    unscored_weight: float = field(1.0, at_least=0)
+    """User-centric ranking only: weight in the training loss of labelled events that
+    are not scored, such as those of a history file that lacks the context of the log.
+    Scored rows have weight 1. The loss of a step is the weighted mean; 0 leaves such
+    events without loss. Evaluation reads scored rows only and does not change."""
+
     candidates: int = field(1, at_least=1)
     """C, the most candidates of a request that share a stream and its history; larger
     requests are split. 1 gives each impression its own stream. With

@@ -12,6 +12,7 @@ Positions = Literal["rope", "additive"]
 DType = Literal["float32", "bfloat16"]
 AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn", "triton"]
 Remat = Literal["none", "dots", "full"]
+BranchKind = Literal["none", "mean", "din"]
 Retrieval = Literal["next_item", "semantic_id"]
 
 
@@ -106,6 +107,15 @@ class ModelConfig:
     stacked weights; the top one of them stays outside the loop. Compile time then does
     not grow with depth. The results are the same, but weights are stored under other
     names, so a run cannot resume with another value."""
+
+    branch: BranchKind = "none"
+    """Ranking: a branch beside the backbone, whose output is added to the read-outs.
+    It multiplies user, target, read-out and the `mean` of the earlier events in cross
+    layers and an MLP. `din` adds DIN's weighted sum of the events. Its weights grow
+    with the square of `width`; `din` takes memory for each pair of target and event."""
+
+    branch_layers: int = field(2, at_least=1)
+    """Cross layers of the branch, and layers of its MLP, which is `ffn_width` wide."""
 
     merge: int = field(4, at_least=1)
     """`longer` only: neighbouring events that are merged into one token."""

@@ -60,6 +60,28 @@ class TokensConfig:
     """Embedding width by table name. Tables of one width share an array, so few
     different widths are faster."""
 
+    id_dropout: float = field(0.0, at_least=0, below=1)
+    """Probability that a known id of a categorical or multi-valued feature becomes
+    *unknown* in training, occurrence by occurrence. It trains the row of unknown
+    values, and keeps a model from memorising single ids, above all in later epochs.
+    For tables that `id_dropouts` does not name."""
+
+    id_dropouts: dict[str, float] = dataclasses.field(
+        default_factory=dict, metadata={BOUNDS: Bounds(at_least=0, below=1)}
+    )
+    """`id_dropout` by table name."""
+
+    min_count: int = field(0, at_least=1, special={0: "off"})
+    """Fewest training rows with an id for it to have a row of its own; rarer ids read
+    the row of *unknown*, in training and ever after. Counted over the log rows of the
+    training split that are scored or carry a label. 1 leaves out the ids that training
+    never sees. For tables that `min_counts` does not name."""
+
+    min_counts: dict[str, int] = dataclasses.field(
+        default_factory=dict, metadata={BOUNDS: Bounds(at_least=0)}
+    )
+    """`min_count` by table name; 0 keeps all ids."""
+
     replicate_rows: int = field(100_000, at_least=1, special={0: "spread every table"})
     """Tables with at most this many rows are replicated on every device; the rows of
     longer ones are spread over all devices. Lower it if tables fill the memory. The

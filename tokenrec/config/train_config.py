@@ -24,6 +24,12 @@ class OptimConfig:
     """Peak learning rate of the embedding tables. Item vectors of a sampled softmax
     want more, about 0.3."""
 
+    table_rates: tuple[float, ...] = field((), at_least=0)
+    """Factor of the learning rate of the tables in each epoch; the last one holds for
+    all later epochs. (): 1 throughout. `1,0` trains the tables in the first epoch
+    only, so that further epochs cannot memorise single ids. The factor multiplies the
+    schedule, and with 0 `table_weight_decay` is off too."""
+
     warmup_steps: int = field(100, at_least=0)
     """Steps of linear warm-up of both learning rates."""
 
@@ -35,8 +41,10 @@ class OptimConfig:
     gate are excluded."""
 
     table_weight_decay: float = field(0.0, at_least=0)
-    """L2 weight decay of the table rows that a batch reads; other rows do not
-    change."""
+    """L2 weight decay of the table rows that a batch reads, per step and unit of the
+    learning rate: a row shrinks by `rate * decay` of itself whenever it is read, and
+    others do not change. AdaGrad's steps shrink with the gradients so far and the decay
+    does not, so it wins in later epochs."""
 
     beta1: float = field(0.9, at_least=0, below=1)
     """AdamW decay of the mean gradient."""

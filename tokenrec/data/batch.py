@@ -68,7 +68,8 @@ class Batch(NamedTuple):
       labels: ranking: `[B, C, K] int8` in NIO, `[B, T, K] int8` in UC; 1, 0, or -1
         where unknown or not to be read. Retrieval: None.
       weight: `[B, C] float32` in NIO, `[B, T]` in UC, `[B, R]` in retrieval; 1 where
-        there is a loss (training) or a score (evaluation), otherwise 0.
+        there is a loss (training) or a score (evaluation), otherwise 0. In the training
+        of UC, `data.unscored_weight` at events that are not scored.
       items: retrieval: `[B, T] int32`, catalogue row of each event; -1 for padding.
         Ranking: None.
       goals: retrieval: `[B, R, P] int32`, catalogue rows of the goals; -1 fills up.

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.data import records
+from tokenrec.data.id_counts import IdCounts, RareIds
 from tokenrec.data.interaction_log import Catalogue, InteractionLog
 from tokenrec.data.log_decoder import LogDecoder, select_columns
 from tokenrec.data.metadata import load_manifest
@@ -89,6 +90,10 @@ class Dataset:
       catalogue: features of the items, columns as in `schema`; memory-mapped where no
         column is dropped or added.
       splits: names of the splits that hold a chunk.
+      id_counts: how often training sees each id, where a run asks for it; set by
+        `tokenrec.checkpoint.run_folder.use_id_counts`.
+      rare_ids: ids that batches replace by *unknown*, which follow from them. Neither
+        `load` nor `catalogue` replaces them.
     """
 
     def __init__(
@@ -119,6 +124,8 @@ class Dataset:
         self._decoder = LogDecoder(self.metadata, self.schema)
         self._chunk_lengths: dict[str, np.ndarray] = {}
         self._row_marks: dict[str, np.ndarray] = {}
+        self.id_counts: IdCounts | None = None
+        self.rare_ids: RareIds = {}
 
     @property
     def known_items(self) -> int:

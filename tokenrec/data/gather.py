@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenrec.data.batch import Batch, HostBatch, Signals
-from tokenrec.data.interaction_log import Catalogue, InteractionLog
+from tokenrec.data.interaction_log import SCORED, Catalogue, InteractionLog
 from tokenrec.data.nio_samples import Requests
 from tokenrec.data.sample_positions import Positions, locate
 from tokenrec.data.samples import Samples
@@ -46,6 +46,7 @@ def gather(
     first_row: int,
     context: ContextColumns | None = None,
     ages: bool = False,
+    unscored_weight: float = 1.0,
 ) -> HostBatch:
     """Gather samples into one batch.
 
@@ -64,13 +65,15 @@ def gather(
       context: None in ranking. In retrieval the log rows that samples read are goals,
         and these are the columns that a request shows of them.
       ages: the batch holds `Batch.ages`.
+      unscored_weight: ranking: `Batch.weight` of log rows that are read and not scored,
+        which there are in training only.
     """
     goals = context is not None
     positions = locate(samples, chosen, length, candidates, goals=goals)
     if context is not None:
         batch = _retrieval_batch(log, catalogue, samples, positions, context)
     else:
-        batch = _ranking_batch(log, catalogue, samples, positions)
+        batch = _ranking_batch(log, catalogue, samples, positions, unscored_weight)
     if ages:
         batch = batch._replace(ages=_ages(log, samples, positions))
     rows = np.where(positions.read, positions.reads + first_row, -1)
@@ -107,13 +110,21 @@ def _known_items(
 
 
 def _ranking_batch(
-    log: InteractionLog, catalogue: Catalogue, samples: Samples, positions: Positions
+    log: InteractionLog,
+    catalogue: Catalogue,
+    samples: Samples,
+    positions: Positions,
+    unscored_weight: float,
 ) -> Batch:
     picked, present, rows, valid, reads, read = positions
     target = None
     if isinstance(samples, Requests):
         target = _state(log, catalogue, reads, read)
     labels = np.take(log.labels, reads, axis=0, mode="clip")
+    weight = read.astype(np.float32)
+    if unscored_weight != 1:
+        scored = (np.take(log.flags, reads, mode="clip") & SCORED) != 0
+        weight[read & ~scored] = unscored_weight
     return Batch(
         user=_signals(log.user_ids, log.user_dense, samples.chunk[picked], present),
         state=_state(log, catalogue, rows, valid),
@@ -121,7 +132,7 @@ def _ranking_batch(
         valid=valid,
         target=target,
         labels=np.where(read[..., None], labels, np.int8(-1)),
-        weight=read.astype(np.float32),
+        weight=weight,
     )
 
 

@@ -7,6 +7,8 @@ between its events.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from tokenrec.data.interaction_log import EVENT, InteractionLog
@@ -41,3 +43,19 @@ def index_time_groups(log: InteractionLog) -> np.ndarray:
     # chunks are left out: the start of one at the end of the log is R, out of range.
     opens[log.start[:-1][np.diff(log.start) > 0]] = True
     return np.maximum.accumulate(np.where(opens, np.arange(log.num_rows), 0))
+
+
+def index_history_ends(log: InteractionLog, freeze_at: int | None) -> np.ndarray:
+    """First log row that is not in the history of each log row: `[R] int64`.
+
+    Args:
+      log: whole chunks.
+      freeze_at: milliseconds; log rows from this time on enter no history. None: those
+        of the same time on.
+    """
+    if freeze_at is None:
+        return index_time_groups(log)
+    # Log rows from then on count as one group of equal time.
+    return index_time_groups(
+        dataclasses.replace(log, time=np.minimum(log.time, freeze_at))
+    )

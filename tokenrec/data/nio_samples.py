@@ -10,7 +10,12 @@ import dataclasses
 import numpy as np
 
 from tokenrec.data.interaction_log import InteractionLog
-from tokenrec.data.log_index import count_events, index_chunks, index_time_groups
+from tokenrec.data.log_index import (
+    count_events,
+    index_chunks,
+    index_history_ends,
+    index_time_groups,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,12 @@ class Requests:
 
 
 def cut_requests(
-    log: InteractionLog, scored: np.ndarray, events: int, candidates: int
+    log: InteractionLog,
+    scored: np.ndarray,
+    events: int,
+    candidates: int,
+    *,
+    freeze_at: int | None = None,
 ) -> Requests:
     """Group the scored log rows into requests, and cut requests at C candidates.
 
@@ -47,6 +57,7 @@ def cut_requests(
       scored: `[R] bool`, log rows to read.
       events: T, the most events of a history.
       candidates: C, the most candidates of a sample.
+      freeze_at: milliseconds; histories end before this time. None: before the request.
     """
     event_rows, before = count_events(log)
     time_group = index_time_groups(log)
@@ -74,7 +85,7 @@ def cut_requests(
     # 4. The history ends before the time group, so that no candidate sees an event of
     #    its own time, and begins in the chunk of the request.
     chunk = index_chunks(log)[rows[first]]
-    stop = before[groups[first]]
+    stop = before[index_history_ends(log, freeze_at)[rows[first]]]
     length = np.minimum(events, stop - before[log.start[chunk]]).astype(np.int32)
     return Requests(
         event_rows=event_rows,

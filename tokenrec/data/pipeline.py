@@ -123,6 +123,7 @@ def eval_batches(
     limit: int = 0,
     own: np.ndarray | None = None,
     ages: bool = False,
+    freeze_at: int | None = None,
 ) -> Iterator[tuple[HostBatch, ReadRows]]:
     """Yield every sample of a split once, with the identities of the log rows read.
 
@@ -139,6 +140,7 @@ def eval_batches(
       own: `[n] int64`, which samples of every batch this process gathers
         (`tokenrec.sharding.local_batch_indices`); None: all.
       ages: batches hold `Batch.ages`.
+      freeze_at: milliseconds; events from this time on enter no history (samples.py).
 
     Yields:
       The samples `own` of a batch, and the `ReadRows` of the whole batch.
@@ -148,7 +150,9 @@ def eval_batches(
         events than a history needs.
     """
     # Not a generator itself, so that wrong input is an error at the call.
-    windows = Windows(dataset, config, split, train=False, ages=ages)
+    windows = Windows(
+        dataset, config, split, train=False, ages=ages, freeze_at=freeze_at
+    )
     total = sum(plan.requests for plan in windows.plans)
     wanted = np.arange(total)
     if 0 < limit < total:

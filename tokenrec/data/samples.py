@@ -37,6 +37,14 @@ later one would see the actions of the others. In evaluation each later one, a
     stream 1    [a  b  c  d]     reads a b d
     stream 2    [a  c]           reads c       (evaluation only)
 
+**Frozen histories** (`tokenrec evaluate --freeze-at`). Events from a time on enter no
+history. A request of NIO then has the history of that time, and in UC every scored
+event from then on is read in a stream of its own, as a sibling is. Example as above,
+frozen at time 2:
+
+    stream 1    [a]              reads a
+    streams     [a b] [a c] [a d]    read b, c and d
+
 **Retrieval** reads *goals*: log rows whose items are to be found. In NIO, and in every
 evaluation, the goals of a request are its positives. In UC training a stream holds one
 event more than the model sees, and the goal of an event is the event after it.
@@ -56,7 +64,13 @@ from tokenrec.errors import InputError
 type Samples = Requests | Streams
 
 
-def cut_samples(log: InteractionLog, config: DataConfig, *, train: bool) -> Samples:
+def cut_samples(
+    log: InteractionLog,
+    config: DataConfig,
+    *,
+    train: bool,
+    freeze_at: int | None = None,
+) -> Samples:
     """Cut a log into the samples of `config.paradigm`.
 
     Samples are in the order of time within a chunk, and chunk after chunk.
@@ -65,6 +79,8 @@ def cut_samples(log: InteractionLog, config: DataConfig, *, train: bool) -> Samp
       log: whole chunks; `log.labels: [R, K] int8` holds the configured tasks only.
       config: its fields objective, paradigm, events, overlap and candidates are read.
       train: leave out log rows without a known label, and in UC the siblings.
+      freeze_at: milliseconds; events from this time on enter no history. Evaluation of
+        ranking only.
 
     Returns:
       `Requests` in NIO and in every evaluation of retrieval, otherwise `Streams`.
@@ -78,7 +94,9 @@ def cut_samples(log: InteractionLog, config: DataConfig, *, train: bool) -> Samp
     if config.paradigm == "nio":
         scored = (log.flags & SCORED) != 0
         read = scored & known if train else scored
-        return cut_requests(log, read, config.events, config.candidates)
+        return cut_requests(
+            log, read, config.events, config.candidates, freeze_at=freeze_at
+        )
     _check_scored_are_events(log)
     # Training also learns from events of other splits that have a label; evaluation
     # reads what is scored in this split.
@@ -86,7 +104,14 @@ def cut_samples(log: InteractionLog, config: DataConfig, *, train: bool) -> Samp
     read = (log.flags & wanted) == wanted
     if train:
         read &= known
-    return cut_streams(log, read, config.events, config.overlap, siblings=not train)
+    return cut_streams(
+        log,
+        read,
+        config.events,
+        config.overlap,
+        siblings=not train,
+        freeze_at=freeze_at,
+    )
 
 
 def _cut_goals(log: InteractionLog, config: DataConfig, *, train: bool) -> Samples:

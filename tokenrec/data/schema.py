@@ -76,6 +76,8 @@ Group = Literal["user", "catalogue", "row", "action"]
 Transform = Literal["identity", "log1p"]
 # Kinds whose values are ids of an embedding table.
 INTEGER_KINDS = ("categorical", "multi_valued", "semantic_id", "text")
+# Those whose ids stand for values of the data, and not for codes or words.
+VALUE_KINDS = ("categorical", "multi_valued")
 
 
 @dataclasses.dataclass(frozen=True)

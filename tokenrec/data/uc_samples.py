@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenrec.data.interaction_log import InteractionLog
-from tokenrec.data.log_index import count_events, index_chunks, index_time_groups
+from tokenrec.data.log_index import count_events, index_chunks, index_history_ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,13 @@ class Streams:
 
 
 def cut_streams(
-    log: InteractionLog, read: np.ndarray, events: int, overlap: int, *, siblings: bool
+    log: InteractionLog,
+    read: np.ndarray,
+    events: int,
+    overlap: int,
+    *,
+    siblings: bool,
+    freeze_at: int | None = None,
 ) -> Streams:
     """Cover the read log rows with streams.
 
@@ -57,16 +63,21 @@ def cut_streams(
       overlap: events at the head of a continued stream that are history only.
       siblings: give every read event that shares its time with an earlier event of the
         log a stream of its own; otherwise it is not read.
+      freeze_at: milliseconds; read events from this time on are siblings whose runs end
+        before it.
     """
     event_rows, before = count_events(log)
-    time_group = index_time_groups(log)
+    history_end = index_history_ends(log, freeze_at)
     chunk_begin = before[log.start[:-1]]
     chunk_end = before[log.start[1:]]
 
     # 1. Find the read events that are the first of their time: those with as many
     #    events before them as before their whole time group.
-    earlier = before[time_group]
+    earlier = before[history_end]
     is_first = earlier == before[:-1]
+    if freeze_at is not None:
+        # The first event from then on as well: all have the same history.
+        is_first &= log.time < freeze_at
     readable = read & is_first
 
     # 2. Cover them with runs.
@@ -74,7 +85,8 @@ def cut_streams(
         before[np.flatnonzero(readable)], chunk_begin, chunk_end, events, overlap
     )
 
-    # 3. Add a stream for each sibling. Its run ends before its time group.
+    # 3. Add a stream for each sibling. Its run ends before its time group, or where
+    #    histories are frozen.
     rows = np.flatnonzero(read & ~is_first) if siblings else np.empty(0, np.int64)
     sibling_chunk = index_chunks(log)[rows]
     history = np.minimum(events - 1, earlier[rows] - chunk_begin[sibling_chunk])

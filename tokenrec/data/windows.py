@@ -17,7 +17,9 @@ import numpy as np
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch, ReadRows
 from tokenrec.data.batch_shapes import stream_lengths, task_names
+from tokenrec.data.frozen_heads import check_frozen_heads
 from tokenrec.data.gather import ContextColumns, gather, rows_read
+from tokenrec.data.id_counts import RareIds, map_rare_items, map_rare_rows
 from tokenrec.data.interaction_log import Catalogue, InteractionLog
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.row_marks import log_of_marks
@@ -46,6 +48,11 @@ class LogReader(Protocol):
 
     @property
     def splits(self) -> Sequence[str]: ...
+
+    @property
+    def rare_ids(self) -> RareIds:
+        """Ids that batches replace by *unknown*; empty for none."""
+        ...
 
     def chunk_lengths(self, split: str) -> np.ndarray:
         """Log rows of each chunk of a split: `[chunks] int64`."""
@@ -123,6 +130,7 @@ class Windows:
       split: name of the split.
       train: cut samples for training rather than for evaluation.
       ages: batches hold `Batch.ages`.
+      freeze_at: milliseconds; histories end before this time (samples.py).
       on_progress: called with a description of what is planned next, many times if the
         split is large; what it raises ends the planning.
 
@@ -145,6 +153,7 @@ class Windows:
         *,
         train: bool,
         ages: bool = False,
+        freeze_at: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> None:
         if split not in dataset.splits:
@@ -157,7 +166,10 @@ class Windows:
         self._dataset = dataset
         self._train = train
         self._ages = ages
-        self._catalogue = _contiguous(dataset.catalogue)
+        self._freeze_at = freeze_at
+        self._rare = dataset.rare_ids
+        catalogue = map_rare_items(dataset.catalogue, dataset.schema, self._rare)
+        self._catalogue = _contiguous(catalogue)
         self._context = (
             _context_columns(dataset.schema)
             if config.objective == "retrieval"
@@ -205,6 +217,7 @@ class Windows:
             first_row=self.plans[number].first_row,
             context=self._context,
             ages=self._ages,
+            unscored_weight=self.config.unscored_weight,
         )
 
     def identify(self, number: int, chosen: np.ndarray, length: int) -> ReadRows:
@@ -239,8 +252,14 @@ class Windows:
 
     def _read(self, chunks: tuple[int, int]) -> Window:
         log = self._dataset.load(self.split, *chunks)
+        log = map_rare_rows(log, self._dataset.schema, self._rare)
         log = _contiguous(dataclasses.replace(log, labels=log.labels[:, self._tasks]))
-        samples = cut_samples(log, self.config, train=self._train)
+        if self._freeze_at is not None:
+            head = self._dataset.metadata.options.get("overlap")
+            check_frozen_heads(log, self._freeze_at, self.config.events, head)
+        samples = cut_samples(
+            log, self.config, train=self._train, freeze_at=self._freeze_at
+        )
         # Streams of retrieval hold one event more than the model sees (samples.py).
         retrieval = self.config.objective == "retrieval"
         goal_only = int(isinstance(samples, Streams) and retrieval)
@@ -259,7 +278,10 @@ class Windows:
         self._dataset.check_shards(self.split)
         start_of_chunk = np.concatenate([[0], np.cumsum(lengths)])
         edges = _cut_evenly(lengths, self.config.window_rows)
-        marks = self._dataset.row_marks(self.split)
+        # Marks say which log rows share a time, and not when that was.
+        marks = None
+        if self._freeze_at is None:
+            marks = self._dataset.row_marks(self.split)
         plans = []
         for number, (start, stop) in enumerate(itertools.pairwise(edges), 1):
 
@@ -272,7 +294,8 @@ class Windows:
 
             report()
             if marks is None:
-                # A data set from before there were marks: its log rows are read.
+                # A data set from before there were marks, or frozen histories: the log
+                # rows are read.
                 counts = _count(self._cache.get((start, stop)).samples)
             else:
                 counts = self._count_by_marks(

@@ -8,6 +8,7 @@ computes the same program alike every time. Nothing is written into the run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from tokenrec.debug.report import (
 )
 from tokenrec.debug.step_inspection import inspect_step
 from tokenrec.errors import InputError
+from tokenrec.run_setup import count_epoch_steps
 from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, to_devices
 from tokenrec.state import ModelSpec, TrainState, abstract_state, init_state
 from tokenrec.step import Metrics, train_step
@@ -69,6 +71,8 @@ def replay_run(
     # 1. Open the run.
     model, dataset = open_model(workdir, data)
     config = model.config
+    epoch_steps = count_epoch_steps(config, dataset)
+    model = dataclasses.replace(model, epoch_steps=epoch_steps)
     # Before the mesh is made: a wrong number must not cost a compilation.
     if step >= config.optim.steps:
         raise InputError(

@@ -25,7 +25,12 @@ from tokenrec.sharding import RULES
 
 
 def evaluate_baselines(
-    dataset: Dataset, split: str, tasks: tuple[str, ...], rows: np.ndarray
+    dataset: Dataset,
+    split: str,
+    tasks: tuple[str, ...],
+    rows: np.ndarray,
+    *,
+    freeze_at: int | None = None,
 ) -> dict[str, Any]:
     """Compute the metrics of the baselines on given rows of a split.
 
@@ -34,14 +39,16 @@ def evaluate_baselines(
       split: split that the rows are of.
       tasks: K names.
       rows: `[n] int64`, log rows of the split, all of them scored, in any order.
+      freeze_at: milliseconds; earlier events and past rates end before this time.
 
     Returns:
-      Name -> metrics in the form of `metrics.binary.summarize`. A synthetic data set
+      Name -> metrics in the form of `metrics.binary.summarize`, calibration included.
+      A synthetic data set
       has a last entry "ceiling (known probabilities)", the metrics of the probabilities
       from which its labels were drawn.
     """
     log = dataset.load(split)
-    probabilities = split_baselines(dataset, split, tasks)
+    probabilities = split_baselines(dataset, split, tasks, freeze_at=freeze_at)
     ceiling = known_probabilities(dataset, split, log, tasks)
     if ceiling is not None:
         probabilities[CEILING] = ceiling
@@ -57,7 +64,7 @@ def evaluate_baselines(
     for name, scores in probabilities.items():
         store = ScoreStore(tasks)
         store.append(labels, scores[places].astype(np.float32), users)
-        reports[name] = store.summarize()
+        reports[name] = store.summarize(calibration=True)
     return reports
 
 

@@ -24,6 +24,7 @@ R log rows, K tasks. All counts are exact; memory is a few arrays of R integers 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -208,7 +209,11 @@ def baselines(
 
 
 def split_baselines(
-    dataset: Dataset, split: str, tasks: Sequence[str]
+    dataset: Dataset,
+    split: str,
+    tasks: Sequence[str],
+    *,
+    freeze_at: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Compute `baselines` for the scored rows of a split of a data set.
 
@@ -218,15 +223,23 @@ def split_baselines(
       dataset: the prepared data set.
       split: split to score.
       tasks: K names.
+      freeze_at: milliseconds; "repeat" and "rates" count what is earlier than this
+        time. Totals and regressions of the training split are what a baseline has
+        learned, and stay.
 
     Returns:
       Name of the baseline -> `[rows scored, K] float64`, in row order.
     """
+    log = dataset.load(split)
+    if freeze_at is not None:
+        # What is strictly earlier than a row counts: later rows move to the time at
+        # which nothing more counts.
+        log = dataclasses.replace(log, time=np.minimum(log.time, freeze_at))
     task_names = [task.name for task in dataset.schema.tasks]
     item_columns = _categorical_columns(dataset.schema.group("catalogue"))
     return baselines(
         dataset.load("train"),
-        dataset.load(split),
+        log,
         [task_names.index(task) for task in tasks],
         attributes=dataset.catalogue.ids[:, item_columns],
         context=_categorical_columns(dataset.schema.group("row")),

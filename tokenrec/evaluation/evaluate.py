@@ -9,7 +9,8 @@ Ranking, `score_split` and `evaluate`:
 3. `ScoreStore` collects labels, probabilities and users. Its memory is bounded: further
    rows lie in temporary files.
 4. After the last batch it computes exact AUC, GAUC, log loss and normalised entropy per
-   task. No metric is an average over batches.
+   task, and for `tokenrec evaluate` the calibration too. No metric is an average over
+   batches.
 
 Retrieval is the same with the steps of `catalogue.py`: items and ranks instead of
 probabilities, Recall@k, NDCG@k and MRR instead of AUC.
@@ -38,6 +39,7 @@ from tokenrec.evaluation.baseline_reports import (
     retrieval_baselines,
 )
 from tokenrec.evaluation.catalogue import rank_catalogue, rank_split, summarize
+from tokenrec.evaluation.freeze import add_frozen, check_freeze, freeze_time
 from tokenrec.evaluation.generate import jit_generate_step
 from tokenrec.evaluation.retrieval_result import RetrievalResult
 from tokenrec.evaluation.trie import build_trie
@@ -181,6 +183,7 @@ def score_split(
     mesh: Mesh,
     *,
     limit: int = 0,
+    freeze_at: int | None = None,
 ) -> Iterator[Scores]:
     """Yield the scores of every impression of a split, batch by batch.
 
@@ -195,6 +198,7 @@ def score_split(
       split: split to score.
       mesh: mesh that `step` runs on.
       limit: number of samples, spread evenly over the split; 0 is all of them.
+      freeze_at: milliseconds; events from this time on enter no history.
 
     Yields:
       The scores of n impressions.
@@ -209,6 +213,7 @@ def score_split(
         limit=limit,
         own=local,
         ages=reads_event_ages(config.model),
+        freeze_at=freeze_at,
     ):
         probabilities = to_host(step(state, to_devices(host.batch, mesh)))
         # Positions `[B, N]` that hold an impression; others fill the batch.
@@ -223,8 +228,15 @@ def score_split(
         )
 
 
-def evaluate(scores: Iterator[Scores], tasks: tuple[str, ...]) -> dict[str, Any]:
+def evaluate(
+    scores: Iterator[Scores], tasks: tuple[str, ...], *, calibration: bool = False
+) -> dict[str, Any]:
     """Compute the exact metrics of scored impressions.
+
+    Args:
+      scores: the impressions, batch by batch.
+      tasks: K names.
+      calibration: also compute the calibration of each task.
 
     Returns:
       `{"macro_auc", "macro_gauc", "tasks": {task: {...}}}`, in the form of
@@ -233,7 +245,7 @@ def evaluate(scores: Iterator[Scores], tasks: tuple[str, ...]) -> dict[str, Any]
     store = ScoreStore(tasks)
     for part in scores:
         store.append(part.labels, part.probabilities, group_codes(part.user_id))
-    return store.summarize()
+    return store.summarize(calibration=calibration)
 
 
 def evaluate_run(
@@ -244,6 +256,7 @@ def evaluate_run(
     *,
     baselines: bool = False,
     limit: int = 0,
+    freeze_at: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint of a run, as `tokenrec evaluate`, on all processes.
 
@@ -254,10 +267,10 @@ def evaluate_run(
       data: the prepared data set; None is that of the run's config.
       baselines: also compute the metrics of the baselines on the same rows.
       limit: number of samples or requests, spread evenly over the split; 0 is all.
+      freeze_at: as in `evaluate_opened`.
 
     Returns:
-      `{"split", "step", "checkpoint"}`, the report of `Evaluator`, and if asked
-      `"baselines"`: reports by name.
+      `{"split", "step", "checkpoint"}` and the report of `evaluate_opened`.
 
     Raises:
       InputError: the run, the checkpoint, the split or the data set is missing or
@@ -269,14 +282,21 @@ def evaluate_run(
         config = load_run_config(workdir, data)
         mesh = make_mesh(config.mesh)
     distributed.assert_same_on_all_processes(
-        {"--split": split, "--baselines": baselines, "--samples": limit}
+        {
+            "--split": split,
+            "--baselines": baselines,
+            "--samples": limit,
+            "--freeze-at": freeze_at,
+        }
     )
     # 2. The checkpoint, restored onto the mesh, and its metrics.
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
     with distributed.raise_on_all_processes():
         split = run.dataset.choose_split(split)
-    report = evaluate_opened(run, mesh, split, baselines=baselines, limit=limit)
+    report = evaluate_opened(
+        run, mesh, split, baselines=baselines, limit=limit, freeze_at=freeze_at
+    )
     return {"split": split, "step": run.step, "checkpoint": checkpoint} | report
 
 
@@ -298,6 +318,7 @@ def evaluate_opened(
     *,
     baselines: bool = False,
     limit: int = 0,
+    freeze_at: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate an opened run, on all processes.
 
@@ -307,18 +328,35 @@ def evaluate_opened(
       split: split to evaluate.
       baselines: also compute the metrics of the baselines on the same rows.
       limit: number of samples or requests, spread evenly over the split; 0 is all.
+      freeze_at: ranking: also evaluate with histories that end at this time, an ISO
+        date or time or "split" (`freeze.freeze_time`); None: not.
 
     Returns:
-      The report of `Evaluator`, and if asked `"baselines"`: reports by name.
+      The report of `Evaluator`, for ranking with `"calibration"` of each task
+      (`metrics.calibration`), and if asked `"baselines"`: reports by name. With
+      `freeze_at` each report has `"frozen"`: `{"history_ends_ms"}` and the report with
+      frozen histories, of the same rows.
+
+    Raises:
+      InputError: `freeze_at` is no time, freezes nothing, or does not go with the run
+        or with `limit`.
     """
     config = run.model.config
     with distributed.raise_on_all_processes():
         if config.data.objective == "retrieval":
             _refuse_new_items(run.dataset)
+        end = None
+        if freeze_at is not None:
+            check_freeze(config, limit)
+            end = freeze_time(run.dataset, split, freeze_at)
     with jax.set_mesh(mesh):
         if config.data.objective == "retrieval":
             return _evaluate_retrieval_run(run, config, split, mesh, baselines, limit)
-        return _evaluate_ranking_run(run, config, split, mesh, baselines, limit)
+        report = _evaluate_ranking_run(run, split, mesh, baselines, limit, None)
+        if end is not None:
+            frozen = _evaluate_ranking_run(run, split, mesh, baselines, limit, end)
+            add_frozen(report, frozen, end)
+        return report
 
 
 def _evaluate_retrieval_run(
@@ -334,9 +372,15 @@ def _evaluate_retrieval_run(
 
 
 def _evaluate_ranking_run(
-    run: OpenedRun, config: Config, split: str, mesh: Mesh, baselines: bool, limit: int
+    run: OpenedRun,
+    split: str,
+    mesh: Mesh,
+    baselines: bool,
+    limit: int,
+    freeze_at: int | None,
 ) -> dict[str, Any]:
-    """Report of a ranking run."""
+    """Report of a ranking run, with histories frozen at a time or not."""
+    config = run.model.config
     rows: list[np.ndarray] = []
 
     def noting_rows(scores: Iterator[Scores]) -> Iterator[Scores]:
@@ -346,10 +390,23 @@ def _evaluate_ranking_run(
             yield part
 
     step = jit_eval_step(run.model)
-    scores = score_split(step, run.state, config, run.dataset, split, mesh, limit=limit)
-    report = evaluate(noting_rows(scores), run.model.tasks)
+    scores = score_split(
+        step,
+        run.state,
+        config,
+        run.dataset,
+        split,
+        mesh,
+        limit=limit,
+        freeze_at=freeze_at,
+    )
+    report = evaluate(noting_rows(scores), run.model.tasks, calibration=True)
     if baselines:
         report["baselines"] = evaluate_baselines(
-            run.dataset, split, run.model.tasks, np.concatenate(rows)
+            run.dataset,
+            split,
+            run.model.tasks,
+            np.concatenate(rows),
+            freeze_at=freeze_at,
         )
     return report

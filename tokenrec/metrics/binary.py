@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from tokenrec.errors import InputError
+from tokenrec.metrics.calibration import calibration_of_sorted
 from tokenrec.metrics.exact_auc import (
     auc_of_sorted,
     gauc_of_sorted,
@@ -146,6 +147,8 @@ def summarize(
     probabilities: np.ndarray,
     users: np.ndarray,
     tasks: Sequence[str],
+    *,
+    calibration: bool = False,
 ) -> dict[str, Any]:
     """Compute all metrics per task, and the means of AUC and GAUC over tasks.
 
@@ -155,6 +158,7 @@ def summarize(
       probabilities: `[N, K] float32`.
       users: `[N]`, integers or strings, the groups of GAUC.
       tasks: K names.
+      calibration: also compute `calibration_of_sorted`, as "calibration" of each task.
 
     Returns:
       `{"macro_auc", "macro_gauc", "tasks": {task: {"auc", "gauc", "log_loss",
@@ -179,26 +183,36 @@ def summarize(
         # Each task has its own log rows: those whose label is known.
         known = labels[:, k] != -1
         y, p = check_scores(labels[known, k], probabilities[known, k])
-        reports[task] = task_report(*_sorted_classes(y, p), gauc(y, p, users[known]))
+        reports[task] = task_report(
+            *_sorted_classes(y, p),
+            gauc(y, p, users[known]),
+            calibration=calibration,
+        )
     return with_macro_means(reports)
 
 
 def task_report(
-    positives: np.ndarray, negatives: np.ndarray, grouped_auc: float | None
-) -> dict[str, float | int | None]:
+    positives: np.ndarray,
+    negatives: np.ndarray,
+    grouped_auc: float | None,
+    *,
+    calibration: bool = False,
+) -> dict[str, Any]:
     """Compute the metrics of one task from sorted probabilities.
 
     Args:
       positives: `[P]`, ascending probabilities of the positive log rows.
       negatives: `[N]`, ascending probabilities of the negative log rows.
       grouped_auc: GAUC of the same log rows.
+      calibration: also compute the calibration.
 
     Returns:
-      `{"auc", "gauc", "log_loss", "normalized_entropy", "positives", "examples"}`.
+      `{"auc", "gauc", "log_loss", "normalized_entropy", "positives", "examples"}`, and
+      if asked "calibration", the result of `calibration_of_sorted`.
     """
     examples = len(positives) + len(negatives)
     loss = loss_of_sorted(positives, negatives) / examples if examples else None
-    return {
+    report: dict[str, Any] = {
         "auc": auc_of_sorted(positives, negatives),
         "gauc": grouped_auc,
         "log_loss": loss,
@@ -206,10 +220,13 @@ def task_report(
         "positives": len(positives),
         "examples": examples,
     }
+    if calibration:
+        report["calibration"] = calibration_of_sorted(positives, negatives)
+    return report
 
 
 def with_macro_means(
-    reports: dict[str, dict[str, float | int | None]],
+    reports: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Add the means over tasks to reports by task, in the form of `summarize`."""
     means = {}

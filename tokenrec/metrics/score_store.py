@@ -126,7 +126,7 @@ class ScoreStore:
         for block in (*self._spilled, *self._fresh):
             yield block["label"], block["score"], block["group"]
 
-    def summarize(self) -> dict[str, Any]:
+    def summarize(self, *, calibration: bool = False) -> dict[str, Any]:
         """Compute the exact metrics of all log rows, as `metrics.binary.summarize`."""
         # A sort key needs dense group codes: the position among all distinct users.
         users = np.empty(0, np.int64)
@@ -135,11 +135,14 @@ class ScoreStore:
             distinct = np.concatenate([np.unique(group) for group in batch])
             users = np.union1d(users, distinct)
         reports = {
-            task: self._task_report(k, users) for k, task in enumerate(self.tasks)
+            task: self._task_report(k, users, calibration)
+            for k, task in enumerate(self.tasks)
         }
         return with_macro_means(reports)
 
-    def _task_report(self, k: int, users: np.ndarray) -> dict[str, float | int | None]:
+    def _task_report(
+        self, k: int, users: np.ndarray, calibration: bool
+    ) -> dict[str, Any]:
         """Metrics of task k; `users: [U] int64` are all users, ascending."""
         # 1. Arrays of the right size, in memory or in files.
         negatives = self._array(self._count_labels(k, 0), np.float32)
@@ -160,7 +163,7 @@ class ScoreStore:
         for array in (negatives, positives, keys):
             array.sort()
         grouped_auc = gauc_of_sorted(keys, self._memory_rows)
-        return task_report(positives, negatives, grouped_auc)
+        return task_report(positives, negatives, grouped_auc, calibration=calibration)
 
     def _count_labels(self, k: int, value: int) -> int:
         return sum(

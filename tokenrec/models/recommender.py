@@ -1,6 +1,7 @@
 """The recommender: makers, layout, backbone and head, from a batch to what is scored.
 
     features -makers-> tokens [B, S, d] -backbone-> read-outs [B, R, d] -head-> scores
+                                `------ branch ------^   model.branch only
 
 TokenFormer and a Large Recommendation Model of Token Factory are two configs of this
 one module (docs/methods.md section 1). The layout of the stream comes from the prompt
@@ -23,6 +24,7 @@ from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Schema
 from tokenrec.models.backbones.interface import make_backbone
+from tokenrec.models.branch import Branch
 from tokenrec.models.entity_makers import make_entity_maker, make_target_maker
 from tokenrec.models.heads import NextItemHead, SemanticIdHead
 from tokenrec.models.stream_layout import (
@@ -107,6 +109,12 @@ class Recommender(nnx.Module):
         longest = stream_layout(config, schema, config.data.events, literals)
         self.backbone = make_backbone(config.model, longest, rngs=rngs)
         self.head = self._make_head(tasks, rngs)
+        # 4. Last, so that the weights above start from the same numbers without it.
+        self.branch = (
+            None
+            if config.model.branch == "none"
+            else Branch(config.model, longest, rngs=rngs)
+        )
 
     def _make_head(
         self, tasks: int, rngs: nnx.Rngs
@@ -139,12 +147,12 @@ class Recommender(nnx.Module):
         Returns:
           `[B, R, d] float32`, the positions of `Layout.readout`.
         """
-        token_key, backbone_key = split_keys(key, 2)
+        token_key, backbone_key, branch_key = self._split_keys(key)
         x, layout = self.make_stream(entities, batch)
         # Tokens and backbone have PRNG keys of their own.
         x = dropout(x, self.config.model.dropout, token_key)
-        inputs = self._backbone_inputs(layout, batch, backbone_key)
-        return self.backbone(x, *inputs).astype(jnp.float32)
+        readouts = self.backbone(x, *self._backbone_inputs(layout, batch, backbone_key))
+        return self._add_branch(x, readouts, layout, batch, branch_key)
 
     def trace(
         self,
@@ -160,15 +168,37 @@ class Recommender(nnx.Module):
           key: `[B]`, PRNG keys of dropout; None in evaluation.
 
         Returns:
-          The tokens `[B, S, d]` before dropout, and the backbone's `layer_outputs`; the
-          last of these is the result of `__call__`.
+          The tokens `[B, S, d]` before dropout, and the backbone's `layer_outputs`, the
+          last of which is replaced by the result of `__call__`.
         """
-        token_key, backbone_key = split_keys(key, 2)
+        token_key, backbone_key, branch_key = self._split_keys(key)
         tokens, layout = self.make_stream(entities, batch)
         x = dropout(tokens, self.config.model.dropout, token_key)
         inputs = self._backbone_inputs(layout, batch, backbone_key)
-        outputs = self.backbone.layer_outputs(x, *inputs)
-        return tokens, [*outputs[:-1], outputs[-1].astype(jnp.float32)]
+        *outputs, readouts = self.backbone.layer_outputs(x, *inputs)
+        readouts = self._add_branch(x, readouts, layout, batch, branch_key)
+        return tokens, [*outputs, readouts]
+
+    def _split_keys(self, key: jax.Array | None) -> list[jax.Array | None]:
+        """PRNG keys `[B]` of the tokens, the backbone and the branch."""
+        if self.branch is None:
+            return [*split_keys(key, 2), None]
+        return split_keys(key, 3)
+
+    def _add_branch(
+        self,
+        x: jax.Array,
+        readouts: jax.Array,
+        layout: Layout,
+        batch: Batch,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """Add the branch, if any, to read-outs of the backbone, `[B, R, d] float32`."""
+        wide = readouts.astype(jnp.float32)
+        if self.branch is None:
+            return wide
+        added = self.branch(x, readouts, layout, batch.valid, key)
+        return wide + added.astype(jnp.float32)
 
     def _backbone_inputs(
         self, layout: Layout, batch: Batch, key: jax.Array | None

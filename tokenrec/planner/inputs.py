@@ -49,7 +49,10 @@ def planned_inputs(
       InputError: the config and the schema do not go together.
     """
     schema = schema.without(config.data.exclude)
-    model = build_model(config, schema, task_names(schema, config.data))
+    # How many steps an epoch has changes no shape.
+    model = build_model(
+        config, schema, task_names(schema, config.data), epoch_steps=config.optim.steps
+    )
     batch = batch_shapes(
         schema,
         config.data,

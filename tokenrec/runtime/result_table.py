@@ -15,6 +15,10 @@ _RANKING_COLUMNS = {
 }
 
 
+# Columns that are shown for frozen histories too.
+_FROZEN_COLUMNS = ("AUC", "GAUC")
+
+
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format rows as a text table with aligned columns.
 
@@ -65,7 +69,8 @@ def result_rows(
 
     Args:
       results: model name -> summary as the evaluation returns it, `{"tasks": {TASK:
-        report}}` or `{"retrieval": report}`; a report may lack metrics.
+        report}}` or `{"retrieval": report}`; a report may lack metrics. A ranking
+        summary may have a second one, "frozen".
       header: name of the first column, which holds the keys of `results`.
 
     Returns:
@@ -78,11 +83,43 @@ def result_rows(
     ]
     if retrieval:
         return retrieval
+    rows = []
+    for name, summary in results.items():
+        frozen = summary.get("frozen", {}).get("tasks", {})
+        for task, report in summary["tasks"].items():
+            row: dict[str, Any] = {header: name, "task": task}
+            for column, key in _RANKING_COLUMNS.items():
+                row[column] = report.get(key)
+                # Beside the live value, where it was asked for.
+                if task in frozen and column in _FROZEN_COLUMNS:
+                    row[f"frozen {column}"] = frozen[task].get(key)
+            rows.append(row)
+    return rows
+
+
+def calibration_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for `format_table` of the calibration: one per model and task.
+
+    Args:
+      results: as in `result_rows`; reports without calibration have no row.
+
+    Returns:
+      Column name -> value, for each row.
+    """
     return [
-        {header: name, "task": task}
-        | {column: report.get(key) for column, key in _RANKING_COLUMNS.items()}
+        {
+            "model": name,
+            "task": task,
+            "ECE": of["expected_error"],
+            "slope": of["slope"],
+            "intercept": of["intercept"],
+            "predicted": of["predicted"],
+            "observed": of["observed"],
+            "top 10 % over": of["top_decile"]["over_prediction"],
+        }
         for name, summary in results.items()
-        for task, report in summary["tasks"].items()
+        for task, report in summary.get("tasks", {}).items()
+        if (of := report.get("calibration"))
     ]
 
 

@@ -52,9 +52,15 @@ class ScoredSplit(NamedTuple):
     labels: np.ndarray
     scores: np.ndarray
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self, *, calibration: bool = False) -> dict[str, Any]:
         """Compute the report of `tokenrec.metrics.binary.summarize`."""
-        return summarize(self.labels, self.scores, self.users, self.tasks)
+        return summarize(
+            self.labels,
+            self.scores,
+            self.users,
+            self.tasks,
+            calibration=calibration,
+        )
 
 
 def read_scores(path: Path) -> ScoredSplit:
@@ -135,6 +141,25 @@ def result_rows(
     for metric in ("auc", "gauc"):
         value = report[f"macro_{metric}"]
         yield run | {"task": "macro", "metric": metric, "value": value}
+
+
+def reliability_rows(
+    study: str, run: TrainingRun, split: str, report: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Make the rows of `ReliabilityBin` of one run.
+
+    Args:
+      study: name of the study.
+      run: model and seed.
+      split: the split that was scored.
+      report: report of `ScoredSplit.metrics` with calibration.
+    """
+    columns = {"study": study, "model": run.model, "seed": run.seed, "split": split}
+    for task, values in report["tasks"].items():
+        # A task without labels has no calibration.
+        bins = (values["calibration"] or {"reliability": []})["reliability"]
+        for number, of_bin in enumerate(bins):
+            yield columns | {"task": task, "bin": number} | of_bin
 
 
 def difference_rows(

@@ -28,8 +28,8 @@ def run_study(
 ) -> None:
     """Train and score what is missing, then write the tables of the study.
 
-    The tables are `results.parquet`, `differences.parquet`, `curves.parquet`,
-    `flops.json` and `study.json` in `out`. If the budget ends before the study does,
+    The tables are `results.parquet`, `differences.parquet`, `reliability.parquet`,
+    `curves.parquet`, `flops.json` and `study.json` in `out`. If the budget ends before the study does,
     they hold the runs that are done.
 
     Args:

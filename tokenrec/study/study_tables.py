@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenrec.analysis.study_rows import CurvePoint, Difference, Result
+from tokenrec.analysis.study_rows import (
+    CurvePoint,
+    Difference,
+    ReliabilityBin,
+    Result,
+)
 from tokenrec.config import Config
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.interaction_log import SCORED
@@ -24,6 +29,7 @@ from tokenrec.study.results import (
     curve_rows,
     difference_rows,
     median_speed,
+    reliability_rows,
     result_rows,
     sort_order,
     write_rows,
@@ -36,11 +42,13 @@ class _SplitTables(NamedTuple):
 
     Attributes:
       results: rows of `Result`.
+      reliability: rows of `ReliabilityBin`, of the final runs.
       differences: rows of `Difference`.
       positives: task -> number of positive labels; None without any final run.
     """
 
     results: list[dict[str, Any]]
+    reliability: list[dict[str, Any]]
     differences: list[dict[str, Any]]
     positives: dict[str, int] | None
 
@@ -65,16 +73,21 @@ def write_tables(
     runs = list(dict.fromkeys([*search_runs(study), *final]))
 
     results: list[dict[str, Any]] = []
+    reliability: list[dict[str, Any]] = []
     differences: list[dict[str, Any]] = []
     positives: dict[str, dict[str, int]] = {}
     for split in study.splits:
         tables = _split_tables(folder, name, dataset, split, runs, final, sizes)
         results += tables.results
+        reliability += tables.reliability
         differences += tables.differences
         if tables.positives is not None:
             positives[split] = tables.positives
     write_rows(out / "results.parquet", results, Result)
     write_rows(out / "differences.parquet", differences, Difference)
+    # An empty table would be refused as that of a study that did not end.
+    if reliability:
+        write_rows(out / "reliability.parquet", reliability, ReliabilityBin)
 
     # Unfinished and diverged runs have curves too.
     curves = [row for run in runs for row in curve_rows(name, run, out / run.folder)]
@@ -131,6 +144,7 @@ def _split_tables(
       sizes: model -> parameters and FLOPs.
     """
     results: list[dict[str, Any]] = []
+    reliability: list[dict[str, Any]] = []
     final_scores: dict[str, dict[int, ScoredSplit]] = {}
     for run in runs:
         scored = folder.scores(run, split)
@@ -143,14 +157,14 @@ def _split_tables(
             "examples_per_second": median_speed(folder.out / run.folder),
             "parameters": parameters,
         }
-        rows = result_rows(
-            name, run.model, run.seed, run.learning_rate, split, scored.metrics()
-        )
+        report = scored.metrics(calibration=run in final)
+        rows = result_rows(name, run.model, run.seed, run.learning_rate, split, report)
         results += [row | cost for row in rows]
         if run in final:
+            reliability += reliability_rows(name, run, split, report)
             final_scores.setdefault(run.model, {})[run.seed] = scored
     if not final_scores:
-        return _SplitTables(results, [], None)
+        return _SplitTables(results, [], [], None)
 
     # All runs scored the same impressions, which `difference_rows` checks.
     example = next(iter(next(iter(final_scores.values())).values()))
@@ -169,7 +183,7 @@ def _split_tables(
     if reference in final_scores:
         draws = folder.study.draws
         differences += difference_rows(name, split, final_scores, reference, draws)
-    return _SplitTables(results, differences, positives)
+    return _SplitTables(results, reliability, differences, positives)
 
 
 def _baselines(

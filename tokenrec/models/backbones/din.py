@@ -72,6 +72,25 @@ class ActivationUnit(nnx.Module):
         return weights + self.output_bias[...].astype(dtype)
 
 
+def pool_interests(
+    unit: ActivationUnit, inputs: CTRInputs, events: jax.Array
+) -> jax.Array:
+    """Sum the events that precede each target, weighted for it.
+
+    Args:
+      unit: the activation unit.
+      inputs: the stream, taken apart.
+      events: `[B, T] bool`, real events.
+
+    Returns:
+      u of the module's equations, `[B, N, d]`; zeros without earlier events.
+    """
+    visible = jnp.asarray(inputs.earlier) & events[:, None, :]
+    # Zero, not -inf: the weights are not normalised, so a hidden event adds nothing.
+    weights = jnp.where(visible, unit(inputs.events, inputs.targets), 0)
+    return jnp.einsum("bnt,btd->bnd", weights, inputs.events)
+
+
 class DIN(Backbone):
     """Target attention over the events, then an MLP."""
 
@@ -81,14 +100,6 @@ class DIN(Backbone):
         inputs = (len(longest.positions_of("user")) + 2) * d
         self.deep = MLP(inputs, (inner,) * config.layers, config.dropout, rngs=rngs)
         self.output = Linear(inner, d, axis="embed", rngs=rngs)
-
-    def interests(self, inputs: CTRInputs, events: jax.Array) -> jax.Array:
-        """Compute u, `[B, N, d]`; `events: [B, T] bool` are the real ones."""
-        visible = jnp.asarray(inputs.earlier) & events[:, None, :]
-        # Zero, not -inf: the weights are not normalised, so a hidden event adds
-        # nothing.
-        weights = jnp.where(visible, self.unit(inputs.events, inputs.targets), 0)
-        return jnp.einsum("bnt,btd->bnd", weights, inputs.events)
 
     def layer_outputs(
         self,
@@ -116,7 +127,7 @@ class DIN(Backbone):
         # tokens.
         (mlp_key,) = split_keys(key, 1)
         inputs = split_stream(x, layout)
-        interests = self.interests(inputs, events)
+        interests = pool_interests(self.unit, inputs, events)
         features = inputs.concat_per_target(interests, inputs.targets)
         hidden = self.deep(features, mlp_key)
         return [interests, hidden, self.output(hidden)]
