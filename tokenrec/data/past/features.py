@@ -1,0 +1,302 @@
+"""Compute the declared statistics of a log, block after block in the order of time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tokenrec.data.past import measures as m
+from tokenrec.data.past.declaration import (
+    UNITS_MS,
+    KeyStatistics,
+    PastStatistics,
+    duration_ms,
+    half_life_ms,
+    time_names,
+)
+from tokenrec.data.past.keys import Hashes, KeyColumns, combine
+from tokenrec.data.past.rates import smoothed_mean, smoothed_rate
+from tokenrec.data.past.totals import KeyTotals, TotalOverflowError
+from tokenrec.data.past.user_times import TimesOfUsers
+from tokenrec.data.schema import Feature, Schema
+from tokenrec.data.time_order import time_blocks, time_ordered
+from tokenrec.errors import InputError
+
+# Log rows whose statistics are computed at once; where a block ends changes nothing.
+_BLOCK_ROWS = 131_072
+
+_Key = tuple[str, ...]
+
+
+class PastFeatures:
+    """Statistics of the past of a log's rows.
+
+    Args:
+      statistics: the declaration, which was checked.
+      schema: schema of the source, without the statistics.
+    """
+
+    def __init__(self, statistics: PastStatistics, schema: Schema) -> None:
+        self._declared = statistics.of_tasks(schema)
+        self._schema = schema
+        self.features: tuple[Feature, ...] = statistics.features(schema)
+        self._tables: dict[str, pa.Table] = {}
+        # The log that this one goes on from: its totals, and the time of its last row.
+        self._earlier: tuple[Mapping[str, np.ndarray], int] | None = None
+        self._plans = _plan(self._declared)
+        self._names = {name for key in self._plans for name in key}
+        self._start()
+
+    def describe(self, key: str, table: pa.Table) -> None:
+        """Describe users or items; needed before `add_to`.
+
+        Args:
+          key: "user_id" or "item_id".
+          table: `Source.users` or `Source.items`.
+        """
+        self._tables[key] = table.select(
+            [n for n in table.column_names if n == key or n in self._names]
+        )
+
+    def add_to(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield log rows in the order of time, with the features added.
+
+        Raises:
+          InputError: a column or a value is wrong, or as `time_ordered`.
+        """
+        self._start()
+        if self._earlier is not None:
+            batches = _later(batches, self._earlier[1])
+        for table in time_blocks(time_ordered(batches), _BLOCK_ROWS):
+            past = self._update(table)
+            for feature in self.features:
+                values = past[feature.name].astype(np.float32)
+                column = pa.array(values, mask=np.isnan(values))
+                table = table.append_column(feature.name, column)
+            yield from table.to_batches()
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return all totals and the declaration, by names that files can have."""
+        arrays = {"declaration": self._digest()}
+        for part, totals in self._parts().items():
+            for name, array in totals.state().items():
+                arrays[f"{part}_{name}"] = array
+        return arrays
+
+    def resume(self, state: Mapping[str, np.ndarray], last_time_ms: int) -> None:
+        """Go on from what `state` returned; the rows until `last_time_ms` are left out.
+
+        Raises:
+          InputError: it is of another declaration.
+        """
+        given = state.get("declaration")
+        if given is None or not np.array_equal(given, self._digest()):
+            raise InputError(
+                "the statistics are declared otherwise than those of the earlier data "
+                "set, whose totals they go on from; give the same declaration, or "
+                "prepare the earlier data set again"
+            )
+        self._earlier = state, last_time_ms
+
+    def _start(self) -> None:
+        """Begin, or go on from an earlier log, whichever times the log is read."""
+        self._columns = KeyColumns(self._schema, sorted(self._names))
+        for key, table in self._tables.items():
+            self._columns.add_table(key, table)
+        session = self._declared.times.session
+        self._times = TimesOfUsers(duration_ms(session) if session else None)
+        self._totals = {
+            key: KeyTotals(
+                np.array([m.scale_of(name) for name in plan.measures]),
+                [half_life_ms(horizon) for horizon in plan.horizons],
+            )
+            for key, plan in self._plans.items()
+        }
+        if self._earlier is None:
+            return
+        for part, totals in self._parts().items():
+            head = f"{part}_"
+            totals.resume(
+                {
+                    name.removeprefix(head): array
+                    for name, array in self._earlier[0].items()
+                    if name.startswith(head)
+                }
+            )
+
+    def _parts(self) -> dict[str, KeyColumns | TimesOfUsers | KeyTotals]:
+        """What has a state, by its name there; keys are numbered."""
+        numbered = {f"key_{i}": t for i, t in enumerate(self._totals.values())}
+        return {"columns": self._columns, "times": self._times, **numbered}
+
+    def _digest(self) -> np.ndarray:
+        text = json.dumps(self._declared.to_json(), sort_keys=True)
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def _update(self, table: pa.Table) -> dict[str, np.ndarray]:
+        """Features of a block, `[R] float64` each; then count its rows."""
+        columns = self._columns.of_rows(table)
+        tasks = [task.name for task in self._schema.tasks]
+        means = {name for part in self._declared.keys for name in part.means}
+        measures = m.measures(
+            table,
+            columns,
+            tasks,
+            [f for f in self._schema.features if f.name in means],
+            self._declared.unscored,
+        )
+        totals = {
+            key: self._update_key(key, table, columns, measures) for key in self._plans
+        }
+        out: dict[str, np.ndarray] = {}
+        for part in self._declared.keys:
+            out |= _features_of_key(part, totals)
+        for match in self._declared.matches:
+            found = totals[match.key]
+            for horizon in match.horizons:
+                for task in (None, *(match.tasks or ())):
+                    name = m.EVENTS if task is None else m.positive_events(task)
+                    out[match.count(task, horizon)] = np.where(
+                        found.present, found.of(name, horizon), np.nan
+                    )
+        if time_names(self._declared.times):
+            out |= self._update_times(table, columns, measures)
+        if self._declared.unscored != "full":
+            hidden = ~m.flags(table, "scored")
+            for name in out:
+                out[name] = np.where(hidden, np.nan, out[name])
+        return out
+
+    def _update_key(
+        self,
+        key: _Key,
+        table: pa.Table,
+        columns: Mapping[str, Hashes],
+        measures: Mapping[str, np.ndarray],
+    ) -> _Totals:
+        """Totals of the strictly earlier rows of each row's key; then add the block."""
+        plan = self._plans[key]
+        rows, keys = combine([columns[n] for n in key], table.num_rows)
+        values = np.stack([measures[name][rows] for name in plan.measures], axis=1)
+        time = table["time_ms"].to_numpy()[rows]
+        try:
+            before = self._totals[key].update(keys, time, values)
+        except TotalOverflowError as error:
+            raise InputError(
+                f"statistics of {'_'.join(key) or 'all rows'}: the sum of "
+                f"'{plan.measures[error.column]}' is too large for exact sums; give the "
+                'feature "transform": "log1p"'
+            ) from error
+        present = np.zeros(table.num_rows, bool)
+        present[rows] = True
+        by_horizon = {}
+        for horizon, entries in zip(plan.horizons, before, strict=True):
+            # A row with several values of a column adds up their totals.
+            total = np.zeros((table.num_rows, len(plan.measures)))
+            np.add.at(total, rows, entries)
+            by_horizon[horizon] = dict(zip(plan.measures, total.T, strict=True))
+        return _Totals(present, by_horizon)
+
+    def _update_times(
+        self,
+        table: pa.Table,
+        columns: Mapping[str, Hashes],
+        measures: Mapping[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        times = self._declared.times
+        length = np.full(table.num_rows, np.nan)
+        if times.idle_after:
+            length = m.numbers(table, times.idle_after) * UNITS_MS[times.unit]
+        features = self._times.update(
+            columns["user_id"].first_of_each(),
+            table["time_ms"].to_numpy(),
+            measures[m.EVENTS] > 0,
+            length,
+        )
+        return {name: features[name] for name in time_names(times)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Totals:
+    """Totals of a key before each row.
+
+    Attributes:
+      present: `[R] bool`, the row has the key.
+      by_horizon: horizon -> measure -> `[R] float64`.
+    """
+
+    present: np.ndarray
+    by_horizon: Mapping[str, Mapping[str, np.ndarray]]
+
+    def of(self, measure: str, horizon: str) -> np.ndarray:
+        return self.by_horizon[horizon][measure]
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What is counted by a key, in the order of first need."""
+
+    measures: list[str] = dataclasses.field(default_factory=list)
+    horizons: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, measures: Iterable[str], horizons: Iterable[str]) -> None:
+        self.measures = list(dict.fromkeys((*self.measures, *measures)))
+        self.horizons = list(dict.fromkeys((*self.horizons, *horizons)))
+
+
+def _plan(declared: PastStatistics) -> dict[_Key, _Plan]:
+    """What is counted by each key; `()` is the key of all rows."""
+    plans: dict[_Key, _Plan] = {}
+    for part in declared.keys:
+        needed = [m.ROWS]
+        for task in part.tasks or ():
+            needed += [m.known(task), m.positive(task)]
+        for feature in part.means:
+            needed += [m.valued(feature), m.value_of(feature)]
+        plans.setdefault(part.key, _Plan()).add(needed, part.horizons)
+        # Without rates and means there is nothing to smooth.
+        for parent in part.chain()[1:] if len(needed) > 1 else ():
+            plans.setdefault(parent, _Plan()).add(needed[1:], part.horizons)
+    for match in declared.matches:
+        needed = [m.EVENTS, *map(m.positive_events, match.tasks or ())]
+        plans.setdefault(match.key, _Plan()).add(needed, match.horizons)
+    return plans
+
+
+def _features_of_key(
+    part: KeyStatistics, totals: Mapping[_Key, _Totals]
+) -> dict[str, np.ndarray]:
+    """Rates, means and counts of a key, `[R] float64` each."""
+    out: dict[str, np.ndarray] = {}
+    present = totals[part.key].present
+    for horizon in part.horizons:
+
+        def chain(measure: str, horizon: str = horizon) -> list[np.ndarray]:
+            return [totals[key].of(measure, horizon) for key in part.chain()]
+
+        for task in part.tasks or ():
+            out[part.rate(task, horizon)] = smoothed_rate(
+                chain(m.known(task)), chain(m.positive(task)), part.strength
+            )
+        for feature in part.means:
+            out[part.mean(feature, horizon)] = smoothed_mean(
+                chain(m.valued(feature)), chain(m.value_of(feature)), part.strength
+            )
+        rows = totals[part.key].of(m.ROWS, horizon)
+        out[part.count(horizon)] = np.where(present, rows, np.nan)
+    return out
+
+
+def _later(
+    batches: Iterable[pa.RecordBatch], last_time_ms: int
+) -> Iterator[pa.RecordBatch]:
+    """Keep the rows later than a time."""
+    for batch in batches:
+        batch = batch.filter(pc.greater(batch.column("time_ms"), last_time_ms))
+        if batch.num_rows:
+            yield batch
