@@ -24,6 +24,7 @@ from tokenrec.data.past.rates import smoothed_mean, smoothed_rate
 from tokenrec.data.past.totals import KeyTotals, TotalOverflowError
 from tokenrec.data.past.user_times import TimesOfUsers
 from tokenrec.data.schema import Feature, Schema
+from tokenrec.data.source import Source
 from tokenrec.data.time_order import time_blocks, time_ordered
 from tokenrec.errors import InputError
 
@@ -62,6 +63,17 @@ class PastFeatures:
         self._tables[key] = table.select(
             [n for n in table.column_names if n == key or n in self._names]
         )
+
+    def require_tables(self, source: Source) -> None:
+        """Read the tables of users and items, unless `describe` was given them.
+
+        Args:
+          source: a source whose `users` and `items` call `describe`.
+        """
+        if "user_id" not in self._tables:
+            source.users()
+        if "item_id" not in self._tables:
+            source.items()
 
     def add_to(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield log rows in the order of time, with the features added.

@@ -12,7 +12,8 @@ from tokenrec.data.past.declaration import PastStatistics
 from tokenrec.data.past.declaration_json import check_statistics, parse_statistics
 from tokenrec.data.past.features import PastFeatures
 from tokenrec.data.schema import Schema
-from tokenrec.data.source import Provenance, Source, StatefulSource
+from tokenrec.data.source import Source, StatefulSource
+from tokenrec.errors import InputError
 from tokenrec.runtime.files import read_json
 
 _OWN, _INNER = "past_", "source_"
@@ -29,20 +30,18 @@ class WithStatistics:
       statistics: what is counted.
 
     Raises:
-      InputError: the declaration does not fit the schema of the source.
+      InputError: the declaration does not fit the schema of the source, or the source
+        declares statistics itself.
     """
 
     def __init__(self, source: Source, statistics: PastStatistics) -> None:
+        refuse_second(source)
         check_statistics(statistics, source.schema, "statistics")
+        self.statistics = statistics
         self._source = source
+        self.provenance = source.provenance
         self._past = PastFeatures(statistics, source.schema)
         self.schema = with_features(source.schema, self._past)
-        self._described: set[str] = set()
-
-    @property
-    def provenance(self) -> Provenance:
-        """That of the source."""
-        return self._source.provenance
 
     def users(self) -> pa.Table:
         return self._describe("user_id", self._source.users())
@@ -52,11 +51,7 @@ class WithStatistics:
 
     def rows(self) -> Iterator[pa.RecordBatch]:
         """Yield the log rows in the order of time, with the statistics."""
-        # Only for a caller who did not ask for the tables: they are read once.
-        if "user_id" not in self._described:
-            self.users()
-        if "item_id" not in self._described:
-            self.items()
+        self._past.require_tables(self)
         yield from self._past.add_to(self._source.rows())
 
     def state(self) -> Mapping[str, np.ndarray]:
@@ -75,13 +70,25 @@ class WithStatistics:
 
     def _describe(self, key: str, table: pa.Table) -> pa.Table:
         self._past.describe(key, table)
-        self._described.add(key)
         return table
 
 
 def with_features(schema: Schema, past: PastFeatures) -> Schema:
     """Add the features of statistics to a schema."""
     return Schema((*schema.features, *past.features), schema.tasks)
+
+
+def refuse_second(source: Source) -> None:
+    """Refuse a source that declares statistics itself.
+
+    Raises:
+      InputError: it does.
+    """
+    if getattr(source, "statistics", None) is not None:
+        raise InputError(
+            f"source '{source.provenance.name}' declares statistics too; leave one of "
+            "them out"
+        )
 
 
 def read_statistics(path: Path, schema: Schema) -> PastStatistics:
