@@ -29,7 +29,7 @@ from tokenrec.data.time_order import time_blocks, time_ordered
 from tokenrec.errors import InputError
 
 # Log rows whose statistics are computed at once; where a block ends changes nothing.
-_BLOCK_ROWS = 131_072
+_BLOCK_ROWS = 65_536
 
 _Key = tuple[str, ...]
 

@@ -62,7 +62,9 @@ class KeyTotals:
     def __init__(self, scales: np.ndarray, half_lives: Sequence[int | None]) -> None:
         self._scales = scales
         self._keys = KeyIndex()
-        self._horizons = [_Horizon(scales, half_life) for half_life in half_lives]
+        self._horizons = [
+            _AllPast(scales) if h is None else _Decayed(scales, h) for h in half_lives
+        ]
 
     def update(
         self, key: np.ndarray, time: np.ndarray, values: np.ndarray
@@ -108,7 +110,7 @@ class KeyTotals:
         self._keys = KeyIndex(np.array(state["keys"]))
         for number, horizon in enumerate(self._horizons):
             horizon.resume(
-                {name: np.array(state[f"{name}_{number}"]) for name in _Horizon.NAMES}
+                {name: np.array(state[f"{name}_{number}"]) for name in horizon.NAMES}
             )
 
 
@@ -137,22 +139,15 @@ class KeyIndex:
         return place
 
 
-class _Horizon:
-    """Totals of one horizon, by the number of the key.
+class _AllPast:
+    """Totals of all the past, by the number of the key: integer sums."""
 
-    A key has the number of its last epoch, the carry from the epochs before, and the
-    integer sums of this one.
-    """
+    NAMES: tuple[str, ...] = ("sums",)
 
-    NAMES = ("epoch", "carry", "sums")
-
-    def __init__(self, scales: np.ndarray, half_life: int | None) -> None:
+    def __init__(self, scales: np.ndarray) -> None:
         self._scales = scales
-        self._half_life = half_life
-        self._arrays = {
-            "epoch": np.zeros(0, np.int64),
-            "carry": np.zeros((0, len(scales))),
-            "sums": np.zeros((0, len(scales)), np.int64),
+        self._arrays: dict[str, np.ndarray] = {
+            "sums": np.zeros((0, len(scales)), np.int64)
         }
 
     def arrays(self, places: np.ndarray) -> dict[str, np.ndarray]:
@@ -160,6 +155,7 @@ class _Horizon:
         return {name: array[places] for name, array in self._arrays.items()}
 
     def resume(self, arrays: dict[str, np.ndarray]) -> None:
+        """Go on from arrays of the keys 0, 1, ..."""
         self._arrays = arrays
 
     def update(
@@ -181,28 +177,66 @@ class _Horizon:
           `[E, width] float64`.
         """
         self._grow(int(place.max()) + 1)
+        parts = np.rint(values * self._scales).astype(np.int64)
+        sums = self._arrays["sums"][place]
+        before = sums[np.cumsum(group_start) - 1]
+        before += _sum_earlier(parts, group_start, time)
+        ended = sums + np.add.reduceat(parts, np.flatnonzero(group_start))
+        _check_sums(ended)
+        self._arrays["sums"][place] = ended
+        return before / self._scales
+
+    def _grow(self, size: int) -> None:
+        """Make room for keys up to a number, half as much again as needed."""
+        if size > len(self._arrays["sums"]):
+            for name, array in self._arrays.items():
+                shape = (size + size // 2, *array.shape[1:])
+                larger = np.zeros(shape, array.dtype)
+                larger[: len(array)] = array
+                self._arrays[name] = larger
+
+
+class _Decayed(_AllPast):
+    """Totals with a half-life, by the number of the key.
+
+    A key has the number of its last epoch, the carry from the epochs before, and the
+    integer sums of this one.
+    """
+
+    NAMES = ("sums", "carry", "epoch")
+
+    def __init__(self, scales: np.ndarray, half_life: int) -> None:
+        super().__init__(scales)
+        self._half_life = half_life
+        self._arrays["carry"] = np.zeros((0, len(scales)))
+        self._arrays["epoch"] = np.zeros(0, np.int64)
+
+    def update(
+        self,
+        group_start: np.ndarray,
+        place: np.ndarray,
+        time: np.ndarray,
+        values: np.ndarray,
+    ) -> np.ndarray:
+        """As that of `_AllPast`."""
+        self._grow(int(place.max()) + 1)
 
         # 1. What each entry adds to the sums of its epoch.
-        epoch, weight = self._epochs(time)
-        parts = np.rint(values * weight[:, None] * self._scales).astype(np.int64)
+        span = EPOCH_HALF_LIVES * self._half_life
+        epoch = time // span
+        weight = np.exp2((time - epoch * span) / self._half_life)[:, None]
+        parts = np.rint(values * weight * self._scales).astype(np.int64)
 
-        # 2. Sums of the earlier entries of the same key and epoch. The cumulative sum
-        #    runs over all keys and may wrap around, which its differences do not show.
+        # 2. Sums of the earlier entries of the same key and epoch: a run.
         run_start = group_start | run_starts(epoch)
-        exclusive = np.cumsum(parts, axis=0) - parts
-        index = np.arange(len(time))
-        tie_start = run_start | run_starts(time)
-        first_of_run = np.maximum.accumulate(np.where(run_start, index, 0))
-        first_of_tie = np.maximum.accumulate(np.where(tie_start, index, 0))
-        within = exclusive[first_of_tie] - exclusive[first_of_run]
+        within = _sum_earlier(parts, run_start, time)
 
-        # 3. What each run of key and epoch begins with.
+        # 3. What each run begins with.
         runs = np.flatnonzero(run_start)
         run_sums = np.add.reduceat(parts, runs)
         carry, sums = self._begins(group_start[runs], place, epoch[runs], run_sums)
         number = np.cumsum(run_start) - 1
-        before = carry[number] + (sums[number] + within) / self._scales
-        return before / weight[:, None]
+        return (carry[number] + (sums[number] + within) / self._scales) / weight
 
     def _begins(
         self,
@@ -246,21 +280,11 @@ class _Horizon:
             )
         last = np.append(first[1:], len(is_first)) - 1
         ended = sums[last] + run_sums[last]
-        too_large = (np.abs(ended) >= _MOST_SUM).any(axis=0)
-        if too_large.any():
-            raise TotalOverflowError(int(np.argmax(too_large)))
+        _check_sums(ended)
         self._arrays["epoch"][place] = epoch[last]
         self._arrays["carry"][place] = carry[last]
         self._arrays["sums"][place] = ended
         return carry, sums
-
-    def _epochs(self, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epoch of each time, and the weight of a log row there."""
-        if self._half_life is None:
-            return np.zeros(len(time), np.int64), np.ones(len(time))
-        span = EPOCH_HALF_LIVES * self._half_life
-        epoch = time // span
-        return epoch, np.exp2((time - epoch * span) / self._half_life)
 
     def _advance(
         self, carry: np.ndarray, sums: np.ndarray, epochs: np.ndarray
@@ -272,13 +296,34 @@ class _Horizon:
         passed[np.abs(passed) < _LEAST] = 0.0
         return passed
 
-    def _grow(self, size: int) -> None:
-        """Make room for keys up to a number, twice as much as needed."""
-        if size > len(self._arrays["epoch"]):
-            for name, array in self._arrays.items():
-                larger = np.zeros((2 * size, *array.shape[1:]), array.dtype)
-                larger[: len(array)] = array
-                self._arrays[name] = larger
+
+def _sum_earlier(
+    parts: np.ndarray, run_start: np.ndarray, time: np.ndarray
+) -> np.ndarray:
+    """Sum over the earlier entries of a run, those of the same time excluded.
+
+    Args:
+      parts: `[E, width] int64`.
+      run_start: `[E] bool`, True where a run begins.
+      time: `[E] int64`, ascending within a run.
+
+    Returns:
+      `[E, width] int64`.
+    """
+    # The cumulative sum runs over all keys and may wrap around, which its differences
+    # do not show.
+    exclusive = np.cumsum(parts, axis=0) - parts
+    index = np.arange(len(time))
+    tie_start = run_start | run_starts(time)
+    first_of_run = np.maximum.accumulate(np.where(run_start, index, 0))
+    first_of_tie = np.maximum.accumulate(np.where(tie_start, index, 0))
+    return exclusive[first_of_tie] - exclusive[first_of_run]
+
+
+def _check_sums(sums: np.ndarray) -> None:
+    too_large = (np.abs(sums) >= _MOST_SUM).any(axis=0)
+    if too_large.any():
+        raise TotalOverflowError(int(np.argmax(too_large)))
 
 
 def run_starts(values: np.ndarray) -> np.ndarray:
