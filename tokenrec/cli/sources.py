@@ -198,6 +198,7 @@ def _kuairand(args: argparse.Namespace) -> Source:
         # Declared statistics take the place of the past rates.
         rates=args.statistics is None,
         clock=args.clock,
+        play_share=args.statistics == "kuairand",
     )
 
 
