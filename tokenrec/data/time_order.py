@@ -97,7 +97,7 @@ class _Spill:
 
     def add(self, batch: pa.RecordBatch) -> None:
         """Append log rows to the files of their spans."""
-        self._check_schema(batch.schema)
+        batch = self._like_the_first(batch)
         time = batch.column("time_ms").to_numpy()
         while len(self._paths.keys() | set(np.unique(time // self._span_ms))) > (
             _MOST_SPANS
@@ -145,18 +145,16 @@ class _Spill:
             paths.setdefault(span // 2, []).extend(self._paths[span])
         self._paths = paths
 
-    def _check_schema(self, schema: pa.Schema) -> None:
+    def _like_the_first(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Order the columns as in the first batch, which all batches resemble."""
         if self._schema is None:
-            self._schema = schema
-        if not schema.equals(self._schema):
-            names = [
-                name
-                for name in {*schema.names, *self._schema.names}
-                if name not in schema.names
-                or name not in self._schema.names
-                or schema.field(name).type != self._schema.field(name).type
-            ]
+            self._schema = batch.schema
+        types = dict(zip(batch.schema.names, batch.schema.types, strict=True))
+        first = dict(zip(self._schema.names, self._schema.types, strict=True))
+        if types != first:
+            names = [n for n in {*types, *first} if types.get(n) != first.get(n)]
             raise InputError(
                 f"rows(): batches disagree about the columns {sorted(names)}; yield "
-                "the same columns of the same types, in the same order"
+                "the same columns of the same types"
             )
+        return batch.select(self._schema.names)

@@ -103,6 +103,24 @@ def test_a_declaration_that_does_not_fit_is_refused_with_the_reason(
         parse_statistics(declared, SCHEMA, "here")
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("time_ms", [None] * 400, r"'time_ms' .*null"),
+        ("time_ms", ["a"] * 400, "'time_ms' has the type string"),
+        ("label_click", [5] * 400, "'label_click' is 5 in row 0"),
+        ("tab", [0.5] * 400, "feature 'tab' has the type double, but a key"),
+    ],
+)
+def test_a_wrong_column_is_refused_before_it_is_counted(
+    name: str, values: list[Any], message: str
+) -> None:
+    log = random_log(3)
+    log[name] = values
+    with pytest.raises(InputError, match=message):
+        list(with_statistics(log, ITEMS).rows())
+
+
 def test_a_value_too_large_for_exact_sums_is_refused() -> None:
     log = random_log(3)
     log["price"] = np.full(len(log["user_id"]), 2e6, np.float32)
@@ -186,6 +204,16 @@ def test_a_schema_file_declares_statistics(folder: Folder) -> None:
     assert folder.prepare("later", like, log="later.csv") == 0
     later = open_dataset(folder.folder / "later").to_arrow("test").read_all()
     assert later.to_pylist() == table
+
+    # To rank what was not shown yet, with the columns of a candidate.
+    folder.write("candidates.csv", "sku,uid,slot,ts\ncup,8,2,6000\ntea,8,1,6000\n")
+    path = folder.folder / "candidates.csv"
+    assert folder.prepare("rank", like, f"--candidates={path}", log="first.csv") == 0
+    ranked = open_dataset(folder.folder / "rank").to_arrow("test").read_all()
+    cup, tea = sorted(ranked.to_pylist(), key=lambda r: r["item_id"])
+    names = [f.name for f in data.schema.features if f.name.startswith("rate_")]
+    assert [cup[n] for n in names] == [table[0][n] for n in names]
+    assert tea["count_item_id"] == 3.0
 
 
 def test_a_declaration_in_a_file_is_added_to_any_source(

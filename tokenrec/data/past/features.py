@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from tokenrec.data.past import measures as m
 from tokenrec.data.past.declaration import (
@@ -23,6 +22,12 @@ from tokenrec.data.past.keys import Hashes, KeyColumns, combine
 from tokenrec.data.past.rates import smoothed_mean, smoothed_rate
 from tokenrec.data.past.totals import KeyTotals, TotalOverflowError
 from tokenrec.data.past.user_times import TimesOfUsers
+from tokenrec.data.preparation.raw_columns import (
+    bool_column,
+    check_columns,
+    integer_column,
+    label_column,
+)
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.data.source import Source
 from tokenrec.data.time_order import time_blocks, time_ordered
@@ -30,6 +35,16 @@ from tokenrec.errors import InputError
 
 # Log rows whose statistics are computed at once; where a block ends changes nothing.
 _BLOCK_ROWS = 65_536
+
+_ROW_COLUMNS = (
+    "user_id",
+    "item_id",
+    "time_ms",
+    "split",
+    "event",
+    "scored",
+    "request",
+)
 
 _Key = tuple[str, ...]
 
@@ -82,9 +97,8 @@ class PastFeatures:
           InputError: a column or a value is wrong, or as `time_ordered`.
         """
         self._start()
-        if self._earlier is not None:
-            batches = _later(batches, self._earlier[1])
-        for table in time_blocks(time_ordered(batches), _BLOCK_ROWS):
+        later = self._later(batches)
+        for table in time_blocks(time_ordered(later), _BLOCK_ROWS):
             past = self._update(table)
             for feature in self.features:
                 values = past[feature.name].astype(np.float32)
@@ -140,6 +154,30 @@ class PastFeatures:
                     if name.startswith(head)
                 }
             )
+
+    def _later(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Keep the rows later than the earlier log, and check what is needed of them.
+
+        `prepare` checks all columns, but after the statistics have used them.
+        """
+        labels = [f"label_{task.name}" for task in self._schema.tasks]
+        features = (*self._schema.group("row"), *self._schema.group("action"))
+        expected = [*_ROW_COLUMNS, *labels, *(f.name for f in features)]
+        first = 0
+        for batch in batches:
+            check_columns(batch.schema.names, list(dict.fromkeys(expected)), "rows()")
+            time = integer_column(batch, "time_ms", first)
+            for name in ("event", "scored"):
+                bool_column(batch, name, first)
+            for name in labels:
+                label_column(batch, name, first)
+            first += batch.num_rows
+            place = batch.schema.names.index("time_ms")
+            batch = batch.set_column(place, "time_ms", pa.array(time))
+            if self._earlier is not None:
+                batch = batch.filter(pa.array(time > self._earlier[1]))
+            if batch.num_rows:
+                yield batch
 
     def _parts(self) -> dict[str, KeyColumns | TimesOfUsers | KeyTotals]:
         """What has a state, by its name there; keys are numbered."""
@@ -302,13 +340,3 @@ def _features_of_key(
         rows = totals[part.key].of(m.ROWS, horizon)
         out[part.count(horizon)] = np.where(present, rows, np.nan)
     return out
-
-
-def _later(
-    batches: Iterable[pa.RecordBatch], last_time_ms: int
-) -> Iterator[pa.RecordBatch]:
-    """Keep the rows later than a time."""
-    for batch in batches:
-        batch = batch.filter(pc.greater(batch.column("time_ms"), last_time_ms))
-        if batch.num_rows:
-            yield batch
