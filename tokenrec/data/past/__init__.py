@@ -8,7 +8,8 @@ the log is read in the order of time:
 - source.py: `WithStatistics`, a source with the features added.
 - features.py: blocks of the log in the order of time to features, and the state.
 - keys.py: the keys of a log row, as 64-bit hashes.
-- totals.py: running totals per key, of all the past or with a half-life.
+- totals.py: running totals per key, of all the past or with a half-life;
+  key_index.py numbers the keys.
 - measures.py: what a log row adds to the totals; rows that repeat another add nothing.
 - rates.py: totals to smoothed rates and means.
 - user_times.py: gaps and sessions of a user.

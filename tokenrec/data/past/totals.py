@@ -28,6 +28,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tokenrec.data.past.key_index import KeyIndex
+
 EPOCH_HALF_LIVES = 4
 # Steps of the totals: 2^-24 of a count.
 SCALE = 2.0**24
@@ -99,9 +101,10 @@ class KeyTotals:
 
     def state(self) -> dict[str, np.ndarray]:
         """Return all totals, from which `resume` goes on, keys in ascending order."""
-        arrays = {"keys": self._keys.ids}
+        ids, places = self._keys.items()
+        arrays = {"keys": ids}
         for number, horizon in enumerate(self._horizons):
-            for name, array in horizon.arrays(self._keys.places).items():
+            for name, array in horizon.arrays(places).items():
                 arrays[f"{name}_{number}"] = array
         return arrays
 
@@ -112,31 +115,6 @@ class KeyTotals:
             horizon.resume(
                 {name: np.array(state[f"{name}_{number}"]) for name in horizon.NAMES}
             )
-
-
-class KeyIndex:
-    """Numbers of keys, 0, 1, ... in the order in which they came.
-
-    Attributes:
-      ids: `[N] uint64`, ascending.
-      places: `[N] int64`, number of each of these.
-    """
-
-    def __init__(self, ids: np.ndarray | None = None) -> None:
-        self.ids = np.zeros(0, np.uint64) if ids is None else ids
-        self.places = np.arange(len(self.ids))
-
-    def add(self, ids: np.ndarray) -> np.ndarray:
-        """Return the numbers of ascending, distinct `ids: [n]`, new ones included."""
-        at = np.searchsorted(self.ids, ids)
-        known = at < len(self.ids)
-        known[known] = self.ids[at[known]] == ids[known]
-        place = np.empty(len(ids), np.int64)
-        place[known] = self.places[at[known]]
-        place[~known] = len(self.ids) + np.arange(len(ids) - np.count_nonzero(known))
-        self.ids = np.insert(self.ids, at[~known], ids[~known])
-        self.places = np.insert(self.places, at[~known], place[~known])
-        return place
 
 
 class _AllPast:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from tokenrec.data.past.totals import KeyIndex, run_starts
+from tokenrec.data.past.key_index import KeyIndex
+from tokenrec.data.past.totals import run_starts
 
 
 class TimesOfUsers:
@@ -61,7 +62,7 @@ class TimesOfUsers:
         # 2. What is kept of each moment's user.
         first = user_start[starts]
         place = self._users.add(user[user_start])
-        self._grow(len(self._users.ids))
+        self._grow(len(self._users))
         owner = np.cumsum(first) - 1
         kept = {name: array[place][owner] for name, array in self._arrays.items()}
 
@@ -108,9 +109,9 @@ class TimesOfUsers:
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what is kept of each user, from which `resume` goes on."""
-        places = self._users.places
+        ids, places = self._users.items()
         return {
-            "users": self._users.ids,
+            "users": ids,
             **{name: array[places] for name, array in self._arrays.items()},
         }
 
