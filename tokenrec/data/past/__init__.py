@@ -11,7 +11,7 @@ the log is read in the order of time:
 - totals.py: running totals per key, of all the past or with a half-life;
   key_index.py numbers the keys.
 - measures.py: what a log row adds to the totals; rows that repeat another add nothing.
-- rates.py: totals to smoothed rates and means.
+- plan.py: what is counted by which key; rates.py: smoothed rates and means of it.
 - user_times.py: gaps and sessions of a user.
 
 Two rules hold everywhere. A log row sees strictly earlier times only, so that neither

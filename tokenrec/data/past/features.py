@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -12,14 +11,19 @@ import pyarrow as pa
 from tokenrec.data.past import measures as m
 from tokenrec.data.past.declaration import (
     UNITS_MS,
-    KeyStatistics,
     PastStatistics,
     duration_ms,
     half_life_ms,
     time_names,
 )
 from tokenrec.data.past.keys import Hashes, KeyColumns, combine
-from tokenrec.data.past.rates import smoothed_mean, smoothed_rate
+from tokenrec.data.past.plan import (
+    Key,
+    KeyedTotals,
+    features_of_key,
+    features_of_matches,
+    plan_keys,
+)
 from tokenrec.data.past.totals import KeyTotals, TotalOverflowError
 from tokenrec.data.past.user_times import TimesOfUsers
 from tokenrec.data.preparation.raw_columns import (
@@ -46,8 +50,6 @@ _ROW_COLUMNS = (
     "request",
 )
 
-_Key = tuple[str, ...]
-
 
 class PastFeatures:
     """Statistics of the past of a log's rows.
@@ -64,7 +66,7 @@ class PastFeatures:
         self._tables: dict[str, pa.Table] = {}
         # The log that this one goes on from: its totals, and the time of its last row.
         self._earlier: tuple[Mapping[str, np.ndarray], int] | None = None
-        self._plans = _plan(self._declared)
+        self._plans = plan_keys(self._declared)
         self._names = {name for key in self._plans for name in key}
         self._start()
 
@@ -205,15 +207,9 @@ class PastFeatures:
         }
         out: dict[str, np.ndarray] = {}
         for part in self._declared.keys:
-            out |= _features_of_key(part, totals)
+            out |= features_of_key(part, totals)
         for match in self._declared.matches:
-            found = totals[match.key]
-            for horizon in match.horizons:
-                for task in (None, *(match.tasks or ())):
-                    name = m.EVENTS if task is None else m.positive_events(task)
-                    out[match.count(task, horizon)] = np.where(
-                        found.present, found.of(name, horizon), np.nan
-                    )
+            out |= features_of_matches(match, totals[match.key])
         if time_names(self._declared.times):
             out |= self._update_times(table, columns, measures)
         if self._declared.unscored != "full":
@@ -224,11 +220,11 @@ class PastFeatures:
 
     def _update_key(
         self,
-        key: _Key,
+        key: Key,
         table: pa.Table,
         columns: Mapping[str, Hashes],
         measures: Mapping[str, np.ndarray],
-    ) -> _Totals:
+    ) -> KeyedTotals:
         """Totals of the strictly earlier rows of each row's key; then add the block."""
         plan = self._plans[key]
         rows, keys = combine([columns[n] for n in key], table.num_rows)
@@ -250,7 +246,7 @@ class PastFeatures:
             total = np.zeros((table.num_rows, len(plan.measures)))
             np.add.at(total, rows, entries)
             by_horizon[horizon] = dict(zip(plan.measures, total.T, strict=True))
-        return _Totals(present, by_horizon)
+        return KeyedTotals(present, by_horizon)
 
     def _update_times(
         self,
@@ -269,74 +265,3 @@ class PastFeatures:
             length,
         )
         return {name: features[name] for name in time_names(times)}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Totals:
-    """Totals of a key before each row.
-
-    Attributes:
-      present: `[R] bool`, the row has the key.
-      by_horizon: horizon -> measure -> `[R] float64`.
-    """
-
-    present: np.ndarray
-    by_horizon: Mapping[str, Mapping[str, np.ndarray]]
-
-    def of(self, measure: str, horizon: str) -> np.ndarray:
-        return self.by_horizon[horizon][measure]
-
-
-@dataclasses.dataclass
-class _Plan:
-    """What is counted by a key, in the order of first need."""
-
-    measures: list[str] = dataclasses.field(default_factory=list)
-    horizons: list[str] = dataclasses.field(default_factory=list)
-
-    def add(self, measures: Iterable[str], horizons: Iterable[str]) -> None:
-        self.measures = list(dict.fromkeys((*self.measures, *measures)))
-        self.horizons = list(dict.fromkeys((*self.horizons, *horizons)))
-
-
-def _plan(declared: PastStatistics) -> dict[_Key, _Plan]:
-    """What is counted by each key; `()` is the key of all rows."""
-    plans: dict[_Key, _Plan] = {}
-    for part in declared.keys:
-        needed = [m.ROWS]
-        for task in part.tasks or ():
-            needed += [m.known(task), m.positive(task)]
-        for feature in part.means:
-            needed += [m.valued(feature), m.value_of(feature)]
-        plans.setdefault(part.key, _Plan()).add(needed, part.horizons)
-        # Without rates and means there is nothing to smooth.
-        for parent in part.chain()[1:] if len(needed) > 1 else ():
-            plans.setdefault(parent, _Plan()).add(needed[1:], part.horizons)
-    for match in declared.matches:
-        needed = [m.EVENTS, *map(m.positive_events, match.tasks or ())]
-        plans.setdefault(match.key, _Plan()).add(needed, match.horizons)
-    return plans
-
-
-def _features_of_key(
-    part: KeyStatistics, totals: Mapping[_Key, _Totals]
-) -> dict[str, np.ndarray]:
-    """Rates, means and counts of a key, `[R] float64` each."""
-    out: dict[str, np.ndarray] = {}
-    present = totals[part.key].present
-    for horizon in part.horizons:
-
-        def chain(measure: str, horizon: str = horizon) -> list[np.ndarray]:
-            return [totals[key].of(measure, horizon) for key in part.chain()]
-
-        for task in part.tasks or ():
-            out[part.rate(task, horizon)] = smoothed_rate(
-                chain(m.known(task)), chain(m.positive(task)), part.strength
-            )
-        for feature in part.means:
-            out[part.mean(feature, horizon)] = smoothed_mean(
-                chain(m.valued(feature)), chain(m.value_of(feature)), part.strength
-            )
-        rows = totals[part.key].of(m.ROWS, horizon)
-        out[part.count(horizon)] = np.where(present, rows, np.nan)
-    return out
