@@ -198,7 +198,6 @@ def _kuairand(args: argparse.Namespace) -> Source:
         # Declared statistics take the place of the past rates.
         rates=args.statistics is None,
         clock=args.clock,
-        play_share=args.statistics == "kuairand",
     )
 
 

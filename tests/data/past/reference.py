@@ -7,13 +7,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+
 from tokenrec.data.past.declaration import (
+    ALL,
     UNITS_MS,
     KeyStatistics,
     PastStatistics,
     duration_ms,
     half_life_ms,
+    last_events,
 )
+from tokenrec.data.past.keys import hash_column
 
 Row = dict[str, Any]
 
@@ -38,14 +43,18 @@ class Reference:
     def features(self, row: Row) -> dict[str, float]:
         """All features of one row, NaN where missing."""
         past = [other for other in self.counted if other["time_ms"] < row["time_ms"]]
+        events = [other for other in past if other["event"]]
+        self._last = sorted(
+            (other for other in events if other["user_id"] == row["user_id"]),
+            key=lambda o: (o["time_ms"], hash_of_item(o["item_id"]), o["scored"]),
+        )
         out: dict[str, float] = {}
         for part in self.declared.keys:
             for horizon in part.horizons:
                 out |= self._of_key(part, horizon, row, past)
-        events = [other for other in past if other["event"]]
         for match in self.declared.matches:
             for horizon in match.horizons:
-                weights = _weights(match.key, horizon, row, events)
+                weights = self._weights(match.key, horizon, row, events)
                 for task in (None, *(match.tasks or ())):
                     total = sum(
                         w
@@ -80,7 +89,7 @@ class Reference:
         self, part: KeyStatistics, horizon: str, row: Row, past: Sequence[Row]
     ) -> dict[str, float]:
         out = {}
-        chain = [_weights(key, horizon, row, past) for key in part.chain()]
+        chain = [self._weights(key, horizon, row, past) for key in part.chain()]
         for task in part.tasks or ():
             label = f"label_{task}"
             known = [sum(w for w, o in c if o[label] is not None) for c in chain]
@@ -101,6 +110,17 @@ class Reference:
         count = sum(w for w, _ in chain[0])
         out[part.count(horizon)] = count if _keys(part.key, row) else math.nan
         return out
+
+    def _weights(
+        self, key: tuple[str, ...], horizon: str, row: Row, past: Sequence[Row]
+    ) -> list[tuple[float, Row]]:
+        """Earlier rows with the key, and what each counts."""
+        number = last_events(horizon)
+        if number is None:
+            return _weights(key, horizon, row, past)
+        if "user_id" in key:
+            past = self._last[-number:]
+        return _weights(key, ALL, row, past)
 
     def _times(self, row: Row, events: Sequence[Row]) -> dict[str, float]:
         times = self.declared.times
@@ -127,6 +147,11 @@ class Reference:
                 count += sum(other["time_ms"] == time for other in mine)
             out["past_session"] = count
         return out
+
+
+def hash_of_item(item: int) -> int:
+    """What decides which of several events at one time are the last."""
+    return int(hash_column(pa.array([item]), "item_id").values[0])
 
 
 def _keys(key: tuple[str, ...], row: Row) -> list[tuple[Any, ...]]:

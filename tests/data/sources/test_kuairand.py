@@ -206,9 +206,7 @@ def test_later_rows_go_on_from_the_past_of_the_earlier_log(
     tmp_path: Path, past: str
 ) -> None:
     def source(folder: Path, *days: str | None) -> Source:
-        found = KuaiRandSource(
-            folder, *days, rates=past == "rates", play_share=past == "statistics"
-        )
+        found = KuaiRandSource(folder, *days, rates=past == "rates")
         if past != "statistics":
             return found
         return WithStatistics(found, load_statistics("kuairand", found.schema))

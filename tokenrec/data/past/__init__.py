@@ -10,6 +10,7 @@ the log is read in the order of time:
 - keys.py: the keys of a log row, as 64-bit hashes.
 - totals.py: running totals per key, of all the past or with a half-life;
   key_index.py numbers the keys.
+- last_events.py: the same over the last n events of the user.
 - measures.py: what a log row adds to the totals; rows that repeat another add nothing.
 - plan.py: what is counted by which key; rates.py: smoothed rates and means of it.
 - user_times.py: gaps and sessions of a user.

@@ -17,6 +17,7 @@ ALL = "all"
 # Milliseconds of each unit of a duration such as "7d".
 UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _DURATION = re.compile(r"([1-9]\d{0,8})(ms|s|m|h|d)")
+_LAST = re.compile(r"last ([1-9]\d{0,3})")
 
 Unscored = Literal["count", "skip", "full"]
 
@@ -31,7 +32,9 @@ class KeyStatistics:
         that of the log rows of any of them.
       tasks: labels whose rates are features; None for all.
       means: dense features of the row or the action whose means are features.
-      horizons: "all" for all the past, or a half-life such as "7d".
+      horizons: "all" for all the past, a half-life such as "7d", or "last 20" for the
+        last 20 events of the user, with `user_id` in the key. Of several events at one
+        time, a hash of the item decides which are the last.
       parent: key towards which a rate of few log rows is smoothed; None for the key
         less its last column, `()` for the rate of all log rows.
       strength: log rows of evidence that the parent's rate is worth.
@@ -208,6 +211,17 @@ def duration_ms(text: str) -> int | None:
     return int(match[1]) * UNITS_MS[match[2]] if match else None
 
 
+def last_events(horizon: str) -> int | None:
+    """Number of events of a horizon such as "last 20"; None of the others."""
+    match = _LAST.fullmatch(horizon)
+    return int(match[1]) if match else None
+
+
+def horizon_of(key: tuple[str, ...], horizon: str) -> str:
+    """The horizon of a parent key: last events need a user, of all rows it is "all"."""
+    return ALL if last_events(horizon) and "user_id" not in key else horizon
+
+
 def half_life_ms(horizon: str) -> int | None:
     """Half-life of a horizon that was checked, in milliseconds; None for all the past."""
     return None if horizon == ALL else duration_ms(horizon)
@@ -220,7 +234,7 @@ def _entity(schema: Schema, key: tuple[str, ...]) -> Entity:
 
 
 def _suffix(horizon: str) -> str:
-    return "" if horizon == ALL else horizon
+    return "" if horizon == ALL else horizon.replace(" ", "")
 
 
 def _named(*parts: str) -> str:

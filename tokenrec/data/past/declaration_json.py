@@ -16,6 +16,7 @@ from tokenrec.data.past.declaration import (
     PastStatistics,
     UserTimes,
     duration_ms,
+    last_events,
     time_names,
 )
 from tokenrec.data.schema import Schema
@@ -23,6 +24,8 @@ from tokenrec.errors import InputError, suggest
 
 # Shorter half-lives would cut a block of the log into too many epochs.
 _LEAST_HALF_LIFE_MS = 1_000
+# Of each user so many events would be kept, and looked at for each row.
+_MOST_EVENTS = 200
 _LONGEST_MS = 100 * 365 * UNITS_MS["d"]
 _LISTS = {"keys": KeyStatistics, "matches": Matches}
 # What is usually a list of one may be written as a string.
@@ -170,8 +173,20 @@ def _check_tasks_and_horizons(
     if not part.horizons:
         raise InputError(f"{where}: horizons is empty; leave it out, or write '{ALL}'")
     for horizon in part.horizons:
-        if horizon != ALL:
-            _check_duration(horizon, f"{where}: horizons", f"'{ALL}' or a half-life")
+        events = last_events(horizon)
+        if events is not None and events > _MOST_EVENTS:
+            raise InputError(
+                f"{where}: horizons='{horizon}' must be at most {_MOST_EVENTS} events, "
+                "which are kept of each user; a half-life costs less"
+            )
+        if events is not None and "user_id" not in part.key:
+            raise InputError(
+                f"{where}: horizons='{horizon}' are events of the user; add user_id to "
+                "the key, or write a half-life such as 7d"
+            )
+        if events is None and horizon != ALL:
+            wanted = f"'{ALL}', a half-life or 'last 20'"
+            _check_duration(horizon, f"{where}: horizons", wanted)
 
 
 def _check_times(times: UserTimes, schema: Schema, where: str) -> None:

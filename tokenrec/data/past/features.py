@@ -14,9 +14,11 @@ from tokenrec.data.past.declaration import (
     PastStatistics,
     duration_ms,
     half_life_ms,
+    last_events,
     time_names,
 )
 from tokenrec.data.past.keys import Hashes, KeyColumns, combine
+from tokenrec.data.past.last_events import LastEvents
 from tokenrec.data.past.plan import (
     Key,
     KeyedTotals,
@@ -141,9 +143,18 @@ class PastFeatures:
         self._totals = {
             key: KeyTotals(
                 np.array([m.scale_of(name) for name in plan.measures]),
-                [half_life_ms(horizon) for horizon in plan.horizons],
+                [half_life_ms(horizon) for horizon in plan.running()],
             )
             for key, plan in self._plans.items()
+        }
+        self._windows = {
+            key: LastEvents(
+                [last_events(horizon) or 0 for horizon in plan.windows()],
+                self._columns.most_keys(key),
+                np.array([m.scale_of(name) for name in plan.measures]),
+            )
+            for key, plan in self._plans.items()
+            if plan.windows()
         }
         if self._earlier is None:
             return
@@ -181,10 +192,14 @@ class PastFeatures:
             if batch.num_rows:
                 yield batch
 
-    def _parts(self) -> dict[str, KeyColumns | TimesOfUsers | KeyTotals]:
+    def _parts(self) -> dict[str, KeyColumns | TimesOfUsers | KeyTotals | LastEvents]:
         """What has a state, by its name there; keys are numbered."""
-        numbered = {f"key_{i}": t for i, t in enumerate(self._totals.values())}
-        return {"columns": self._columns, "times": self._times, **numbered}
+        return {
+            "columns": self._columns,
+            "times": self._times,
+            **{f"key_{i}": t for i, t in enumerate(self._totals.values())},
+            **{f"last_{i}": t for i, t in enumerate(self._windows.values())},
+        }
 
     def _digest(self) -> np.ndarray:
         text = json.dumps(self._declared.to_json(), sort_keys=True)
@@ -240,13 +255,41 @@ class PastFeatures:
             ) from error
         present = np.zeros(table.num_rows, bool)
         present[rows] = True
-        by_horizon = {}
-        for horizon, entries in zip(plan.horizons, before, strict=True):
+        totals = {}
+        for horizon, entries in zip(plan.running(), before, strict=True):
             # A row with several values of a column adds up their totals.
-            total = np.zeros((table.num_rows, len(plan.measures)))
+            total = totals[horizon] = np.zeros((table.num_rows, len(plan.measures)))
             np.add.at(total, rows, entries)
-            by_horizon[horizon] = dict(zip(plan.measures, total.T, strict=True))
-        return KeyedTotals(present, by_horizon)
+        if plan.windows():
+            offsets = np.cumsum(np.bincount(rows, minlength=table.num_rows))
+            hashes = Hashes(np.append(0, offsets), keys)
+            windows = self._update_window(key, table, columns, measures, hashes)
+            totals |= dict(zip(plan.windows(), windows, strict=True))
+        return KeyedTotals(
+            present,
+            {h: dict(zip(plan.measures, t.T, strict=True)) for h, t in totals.items()},
+        )
+
+    def _update_window(
+        self,
+        key: Key,
+        table: pa.Table,
+        columns: Mapping[str, Hashes],
+        measures: Mapping[str, np.ndarray],
+        keys: Hashes,
+    ) -> list[np.ndarray]:
+        """The same of the user's last events, `[R, measures]` for each horizon."""
+        user = columns["user_id"].first_of_each()
+        time = table["time_ms"].to_numpy()
+        item = columns["item_id"].first_of_each()
+        return self._windows[key].update(
+            np.lexsort((m.flags(table, "scored"), item, time, user)),
+            user,
+            time,
+            measures[m.EVENTS] > 0,
+            keys,
+            np.stack([measures[name] for name in self._plans[key].measures], axis=1),
+        )
 
     def _update_times(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -156,6 +157,11 @@ class KeyColumns:
             column = _cut(feature, table[feature.name])
             columns[feature.name] = hash_column(column, where)
         return columns
+
+    def most_keys(self, key: Sequence[str]) -> int:
+        """The most keys of a log row: more than 1 with multi-valued columns."""
+        features = (*self._in_log, *(f for fs in self._features.values() for f in fs))
+        return math.prod(f.length for f in features if f.name in key)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return the features of users and items, from which `resume` goes on."""

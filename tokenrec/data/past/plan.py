@@ -8,7 +8,13 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from tokenrec.data.past import measures as m
-from tokenrec.data.past.declaration import KeyStatistics, Matches, PastStatistics
+from tokenrec.data.past.declaration import (
+    KeyStatistics,
+    Matches,
+    PastStatistics,
+    horizon_of,
+    last_events,
+)
 from tokenrec.data.past.rates import smoothed_mean, smoothed_rate
 
 Key = tuple[str, ...]
@@ -41,6 +47,14 @@ class KeyPlan:
         self.measures = list(dict.fromkeys((*self.measures, *measures)))
         self.horizons = list(dict.fromkeys((*self.horizons, *horizons)))
 
+    def running(self) -> list[str]:
+        """Horizons of running totals: all the past and half-lives."""
+        return [h for h in self.horizons if last_events(h) is None]
+
+    def windows(self) -> list[str]:
+        """Horizons of the user's last events."""
+        return [h for h in self.horizons if last_events(h) is not None]
+
 
 def plan_keys(declared: PastStatistics) -> dict[Key, KeyPlan]:
     """What is counted by each key; `()` is the key of all rows."""
@@ -54,7 +68,8 @@ def plan_keys(declared: PastStatistics) -> dict[Key, KeyPlan]:
         plans.setdefault(part.key, KeyPlan()).add(needed, part.horizons)
         # Without rates and means there is nothing to smooth.
         for parent in part.chain()[1:] if len(needed) > 1 else ():
-            plans.setdefault(parent, KeyPlan()).add(needed[1:], part.horizons)
+            horizons = [horizon_of(parent, horizon) for horizon in part.horizons]
+            plans.setdefault(parent, KeyPlan()).add(needed[1:], horizons)
     for match in declared.matches:
         needed = [m.EVENTS, *map(m.positive_events, match.tasks or ())]
         plans.setdefault(match.key, KeyPlan()).add(needed, match.horizons)
@@ -70,7 +85,10 @@ def features_of_key(
     for horizon in part.horizons:
 
         def chain(measure: str, horizon: str = horizon) -> list[np.ndarray]:
-            return [totals[key].of(measure, horizon) for key in part.chain()]
+            return [
+                totals[key].of(measure, horizon_of(key, horizon))
+                for key in part.chain()
+            ]
 
         for task in part.tasks or ():
             out[part.rate(task, horizon)] = smoothed_rate(

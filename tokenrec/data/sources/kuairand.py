@@ -47,7 +47,6 @@ from tokenrec.data.sources.kuairand_log import (
     read_log,
 )
 from tokenrec.data.sources.kuairand_rows import (
-    PLAY_SHARE,
     finish_rows,
     join_repeats,
     rate_keys,
@@ -106,10 +105,9 @@ _OUT_ROWS = 1 << 16
 CLOCKS = ("time_ms", "file")
 
 
-def features(*, rates: bool, play_share: bool = False) -> tuple[Feature, ...]:
-    """Return the features of a prepared KuaiRand, as the arguments of the source say."""
+def features(*, rates: bool) -> tuple[Feature, ...]:
+    """Return the features of a prepared KuaiRand, with or without past rates."""
     past = PastRates(RATE_KEYS, RATE_TASKS).features() if rates else ()
-    share = Feature(PLAY_SHARE, "dense", "action", transform="log1p")
     return (
         Feature("user_id", "categorical", "user"),
         *(Feature(name, "categorical", "user") for name in _USER_CATEGORIES),
@@ -128,7 +126,6 @@ def features(*, rates: bool, play_share: bool = False) -> tuple[Feature, ...]:
         *(Feature(name, "categorical", "action") for name in TASKS),
         Feature("play_time_ms", "dense", "action", transform="log1p"),
         Feature("played_share", "categorical", "action"),
-        *((share,) if play_share else ()),
         *past,
     )
 
@@ -148,8 +145,6 @@ class KuaiRandSource:
         by which histories are ordered. "file": those of the columns `date` and
         `hourmin`, by which others have split, though they tell of the label
         (`on_the_clock`).
-      play_share: whether to add the share of the video that was played as a number,
-        beside its bucket, so that statistics of the past can have its mean.
 
     Raises:
       InputError: a file is missing, or files of more than one variant are in the
@@ -163,7 +158,6 @@ class KuaiRandSource:
         test_from: str | None,
         rates: bool = True,
         clock: str = "time_ms",
-        play_share: bool = False,
     ) -> None:
         if clock not in CLOCKS:
             raise InputError(f"clock='{clock}' is no clock{suggest(clock, CLOCKS)}")
@@ -184,14 +178,10 @@ class KuaiRandSource:
         _check_one_variant(folder, files)
         self._videos = Videos(video_files)
         self._with_rates = rates
-        self._with_share = play_share
         self._rates = PastRates(RATE_KEYS, RATE_TASKS)
         # The log that this one goes on from: its totals, and the time of its last row.
         self._earlier: tuple[Mapping[str, np.ndarray], int] | None = None
-        self.schema = Schema(
-            features(rates=rates, play_share=play_share),
-            tuple(Task(name) for name in TASKS),
-        )
+        self.schema = Schema(features(rates=rates), tuple(Task(name) for name in TASKS))
         self.provenance = Provenance("kuairand", LICENCE, CITATION, files)
 
     def users(self) -> pa.Table:
@@ -211,7 +201,7 @@ class KuaiRandSource:
         raw = itertools.chain(self._read_histories(), self._read_logs())
         if not self._with_rates:
             for batch in raw:
-                yield self._finish(pa.Table.from_batches([batch]), {})
+                yield finish_rows(pa.Table.from_batches([batch]), {}, self._videos)
             return
         rates = self._rates = PastRates(RATE_KEYS, RATE_TASKS)
         if self._earlier is not None:
@@ -229,12 +219,7 @@ class KuaiRandSource:
             for start in range(0, table.num_rows, _OUT_ROWS):
                 part = slice(start, start + _OUT_ROWS)
                 part_of_past = {name: values[part] for name, values in past.items()}
-                yield self._finish(table[part], part_of_past)
-
-    def _finish(
-        self, table: pa.Table, past: Mapping[str, np.ndarray]
-    ) -> pa.RecordBatch:
-        return finish_rows(table, past, self._videos, play_share=self._with_share)
+                yield finish_rows(table[part], part_of_past, self._videos)
 
     def state(self) -> Mapping[str, np.ndarray]:
         """Return the totals of the past rates, as `StatefulSource`."""

@@ -12,7 +12,6 @@ from tokenrec.data.sources.kuairand_log import LOG_TYPES, TASKS, parse_date
 from tokenrec.data.sources.kuairand_videos import DAY_MS, Videos, bucket, integers
 from tokenrec.errors import InputError
 
-PLAY_SHARE = "play_share"
 # Edges of the buckets of the share of a video that was played.
 PLAYED_EDGES = np.array([0.02, 0.1, 0.25, 0.5, 0.75, 0.95, 1.05, 1.5, 2.0])
 
@@ -91,11 +90,7 @@ def join_repeats(
 
 
 def finish_rows(
-    table: pa.Table,
-    past: Mapping[str, np.ndarray],
-    videos: Videos,
-    *,
-    play_share: bool = False,
+    table: pa.Table, past: dict[str, np.ndarray], videos: Videos
 ) -> pa.RecordBatch:
     """Make the columns of `Source.rows`.
 
@@ -105,7 +100,6 @@ def finish_rows(
       table: rows as `raw_rows` makes them.
       past: past rates by feature, `[n] float32`.
       videos: videos of the catalogue.
-      play_share: whether to add the column `PLAY_SHARE`.
     """
     scored = table["scored"].to_numpy()
     rows = len(scored)
@@ -135,7 +129,6 @@ def finish_rows(
         **{task: pc.cast(table[task], pa.int64()) for task in TASKS},
         "play_time_ms": table["play_time_ms"],
         "played_share": bucket(played, PLAYED_EDGES),
-        **({PLAY_SHARE: _null_for_nan(played)} if play_share else {}),
         **{
             name: _null_for_nan(np.where(scored, values, np.float32(np.nan)))
             for name, values in past.items()
