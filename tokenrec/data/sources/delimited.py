@@ -117,21 +117,21 @@ class DelimitedSource:
 
         # 2. Files.
         files = self._schema_file.files
-        self._candidates = expand(_paths(candidates))
+        self._candidates = expand(candidates)
         if self._candidates and not like:
             raise InputError(
                 f"candidates={self._candidates[0]} are ranked by a run that is trained; "
                 "add --like RUN, or give them as rows of the log"
             )
         # With candidates there may be no event since the run's data.
-        self._log = expand(_paths(log) or (() if self._candidates else files.log))
+        self._log = expand(log or (() if self._candidates else files.log))
         if not self._log and not self._candidates:
             raise InputError(
                 "log is empty; name at least one CSV or Parquet file (--log, or "
                 '"files": {"log": [...]} in the schema)'
             )
-        self._users = _expand_optional(users or files.users)
-        self._items = _expand_optional(items or files.items)
+        self._users = expand(users or files.users)
+        self._items = expand(items or files.items)
         self._require_tables()
 
         # 3. Times of the splits.
@@ -323,12 +323,3 @@ class DelimitedSource:
         if self._past is not None:
             self._past.describe(key, table)
         return table
-
-
-def _paths(paths: Path | str | Sequence[Path]) -> Sequence[Path]:
-    """One path or several."""
-    return [Path(paths)] if isinstance(paths, (Path, str)) else paths
-
-
-def _expand_optional(path: Path | None) -> list[Path]:
-    return [] if path is None else expand([path])
