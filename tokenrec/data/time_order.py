@@ -104,8 +104,15 @@ class _Spill:
         ):
             self._lengthen_spans(time)
         row_span = time // self._span_ms
-        for span in np.unique(row_span).tolist():
-            part = batch.filter(pa.array(row_span == span))
+        # Stably, so that rows of equal time keep their order.
+        order = np.argsort(row_span, kind="stable")
+        batch = batch.take(pa.array(order))
+        spans, starts = np.unique(row_span[order], return_index=True)
+        lengths = np.diff(starts, append=len(time))
+        for span, start, length in zip(
+            spans.tolist(), starts.tolist(), lengths.tolist(), strict=True
+        ):
+            part = batch.slice(start, length)
             self._writer(span, batch.schema).write_batch(part)
 
     def close(self) -> None:

@@ -257,9 +257,12 @@ class PastFeatures:
         present[rows] = True
         totals = {}
         for horizon, entries in zip(plan.running(), before, strict=True):
-            # A row with several values of a column adds up their totals.
             total = totals[horizon] = np.zeros((table.num_rows, len(plan.measures)))
-            np.add.at(total, rows, entries)
+            if len(rows) == np.count_nonzero(present):
+                total[rows] = entries
+            else:
+                # A row with several values of a column adds up their totals.
+                np.add.at(total, rows, entries)
         if plan.windows():
             offsets = np.cumsum(np.bincount(rows, minlength=table.num_rows))
             hashes = Hashes(np.append(0, offsets), keys)
