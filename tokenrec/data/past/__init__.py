@@ -28,6 +28,7 @@ from tokenrec.data.past.declaration import (
     PastStatistics,
     UserTimes,
 )
+from tokenrec.data.past.declaration_json import parse_statistics
 from tokenrec.data.past.source import WithStatistics
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "PastStatistics",
     "UserTimes",
     "WithStatistics",
+    "parse_statistics",
 ]

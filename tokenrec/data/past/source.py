@@ -25,6 +25,9 @@ class WithStatistics:
     The log rows come in the order of time. That needs room for a copy of the log in the
     folder for temporary files, and memory for the totals of each distinct key.
 
+        statistics = PastStatistics(keys=(KeyStatistics(("item_id",)),))
+        prepare(WithStatistics(source, statistics), Path("data/mine"))
+
     Args:
       source: the source.
       statistics: what is counted.
