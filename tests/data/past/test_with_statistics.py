@@ -21,7 +21,7 @@ from tests.data.preparation.test_like import (
 )
 from tokenrec.cli.main import main
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.past import WithStatistics
+from tokenrec.data.past import WithStatistics, totals
 from tokenrec.data.past.declaration_json import parse_statistics
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import columns
@@ -130,6 +130,15 @@ def test_a_value_too_large_for_exact_sums_is_refused() -> None:
         InputError, match=r"'price' is 2e\+06 .* \"transform\": \"log1p"
     ):
         list(with_statistics(log, ITEMS).rows())
+
+
+def test_a_sum_too_large_for_its_integers_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(totals, "_MOST_SUM", 1 << 26)
+    message = "statistics of .*: the sum of '.*' is too large for exact sums"
+    with pytest.raises(InputError, match=message):
+        list(with_statistics(random_log(3), ITEMS).rows())
 
 
 SCHEMA_FILE = {
@@ -241,6 +250,10 @@ def test_a_declaration_in_a_file_is_added_to_any_source(
     # One declaration a data set.
     assert folder.prepare("two", *splits, flag) == 2
     assert "declares statistics too; leave one of them out" in capsys.readouterr().err
+    folder.write("schema.json", json.dumps(schema))
+    assert folder.prepare("none", *splits, "--statistics=kuairnd") == 2
+    assert "kuairnd" in (said := capsys.readouterr().err)
+    assert "did you mean 'kuairand'" in said
 
 
 def test_a_mistake_in_the_schema_file_names_the_field(folder: Folder) -> None:

@@ -9,6 +9,7 @@ from tokenrec.data.past.declaration import PastStatistics
 from tokenrec.data.past.declaration_json import parse_statistics
 from tokenrec.data.past.source import read_statistics
 from tokenrec.data.schema import Schema
+from tokenrec.errors import InputError, suggest
 
 # For `tokenrec prepare kuairand`, whose past rates they replace. The tasks are those
 # that KuaiRand's models predict; the others are too rare for a rate. Lists were compared
@@ -76,8 +77,14 @@ def load_statistics(name: str, schema: Schema) -> PastStatistics:
       schema: schema of the source.
 
     Raises:
-      InputError: the file cannot be read, or the declaration does not fit the schema.
+      InputError: there is no such file, it cannot be read, or the declaration does not
+        fit the schema.
     """
     if name in SHIPPED:
         return parse_statistics(SHIPPED[name], schema, f"statistics '{name}'")
+    if not Path(name).exists():
+        raise InputError(
+            f"statistics='{name}' is neither a file nor the name of a shipped "
+            f"declaration{suggest(name, SHIPPED)}"
+        )
     return read_statistics(Path(name), schema)
