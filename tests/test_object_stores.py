@@ -110,6 +110,8 @@ def test_a_run_in_an_object_store_equals_a_local_one(
     assert not any(Path(f"{scheme}:").exists() for scheme in SCHEMES)
 
 
+# One store each for the two slowest: only names of files and processes differ in them.
+@pytest.mark.parametrize("server", ["s3"], indirect=True)
 def test_a_killed_run_resumes_from_its_last_checkpoint(
     server: Server, data: Path, remote_data: str, tmp_path: Path
 ) -> None:
@@ -193,6 +195,7 @@ def test_a_bucket_that_does_not_exist_is_named(server: Server, data: Path) -> No
         tokenrec.train(small(data), workdir, progress=False)
 
 
+@pytest.mark.parametrize("server", ["gs"], indirect=True)
 def test_two_processes_share_a_run(
     server: Server, remote_data: str, tmp_path: Path
 ) -> None:

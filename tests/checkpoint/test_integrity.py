@@ -63,7 +63,7 @@ def test_concurrent_processes_leave_a_checksum_for_each_file(
 ) -> None:
     context = multiprocessing.get_context("forkserver")
     files = {f"state/f{number:03}" for number in range(6 + 4 * count)}
-    for trial in range(10):
+    for trial in range(40 // count):
         folder = checkpoint(tmp_path / str(trial), len(files))
         # The temporary file of a process that was killed.
         (folder / ".sums.1.json.incomplete-4711").write_text("{")

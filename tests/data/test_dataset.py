@@ -16,7 +16,7 @@ from tokenrec.data.dataset import open_dataset
 from tokenrec.data.interaction_log import InteractionLog
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import columns
-from tokenrec.data.vocabulary import ValueIndex, load_vocabulary
+from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError
 
 
@@ -197,21 +197,3 @@ def test_a_shard_of_another_data_set_is_named(tmp_path: Path) -> None:
     path.write_bytes((make(tmp_path / "other", users=12) / SHARD).read_bytes())
     with pytest.raises(InputError, match=f"{SHARD}.*belongs to another data set"):
         open_dataset(tmp_path / "set").load("train")
-
-
-def test_value_index_gives_each_value_one_code_for_good() -> None:
-    random = np.random.default_rng(1)
-    for kind in (int, str):
-        index, codes_of = ValueIndex(), {}
-        for _ in range(40):
-            values = [
-                None if v % 17 == 0 else kind(v)
-                for v in random.integers(-(2**62), 2**62, 20) % 150
-            ]
-            codes = index.codes(pa.array(values), "column")
-            for value, code in zip(values, codes.tolist(), strict=True):
-                assert code == (
-                    -1 if value is None else codes_of.setdefault(value, code)
-                )
-        assert sorted(codes_of.values()) == list(range(index.size))
-        assert index.values().tolist() == sorted(codes_of, key=codes_of.__getitem__)

@@ -18,7 +18,7 @@ from tests.data.test_dataset import SHARD, assert_logs_equal
 from tokenrec.checkpoint.run_folder import SCHEMA_FILE, check_schema
 from tokenrec.data import metadata, records
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.preparation.folder import LONGEST_ITEM_ID
+from tokenrec.data.preparation.catalogue import LONGEST_ITEM_ID
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.tokenizer import load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary

@@ -103,6 +103,21 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def memory_size(text: str) -> int:
+    """Parse a number of bytes with a unit.
+
+    >>> memory_size("2GiB"), memory_size("512MiB"), memory_size("1.5GB")
+    (2147483648, 536870912, 1500000000)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a size of memory; write it as 2GiB or 512MiB"
+        )
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1))
+
+
 def mesh(text: str) -> MeshConfig:
     """Parse the sizes of mesh axes; axes that are not named keep their defaults.
 

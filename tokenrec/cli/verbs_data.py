@@ -9,7 +9,7 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
-from tokenrec.cli.arguments import whole_number
+from tokenrec.cli.arguments import memory_size, whole_number
 from tokenrec.cli.parser import Parser, add_verb
 from tokenrec.cli.sources import SOURCES
 from tokenrec.errors import InputError
@@ -82,6 +82,19 @@ def _add_output_flags(parser: Parser) -> None:
         "shipped for this source, in place of its past rates",
     )
     parser.add_argument(
+        "--memory",
+        type=memory_size,
+        help="what distinct ids, features of users and items and blocks of rows may take "
+        "in memory, about, such as 2GiB; the rest goes to --scratch (default: half of the "
+        "machine's memory)",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=local_path_argument,
+        help="folder for temporary files, which take about as much room as the data set "
+        "(default: beside --out)",
+    )
+    parser.add_argument(
         "--beam",
         action="store_true",
         help="run on Apache Beam, for logs too long for one machine "
@@ -100,16 +113,17 @@ def _add_output_flags(parser: Parser) -> None:
 
 def _prepare(args: argparse.Namespace) -> None:
     # Options that are not given keep the defaults of the functions below.
-    options = {"chunk_events": args.chunk_events, "overlap": args.overlap}
+    options = {
+        "chunk_events": args.chunk_events,
+        "overlap": args.overlap,
+        "memory": args.memory,
+        "scratch": args.scratch,
+    }
     given = {name: value for name, value in options.items() if value is not None}
     if args.beam:
         from tokenrec.data.beam.prepare import prepare_with_beam
 
-        if args.like is not None:
-            raise InputError(
-                f"--like={args.like} does not work with --beam: rows since a data set "
-                "are prepared on one machine; leave --beam out"
-            )
+        _refuse_flags_of_one_machine(args)
         prepared = prepare_with_beam(
             _make_source(args),
             args.out,
@@ -145,6 +159,20 @@ def _make_source(args: argparse.Namespace) -> Source:
 
     refuse_second(source)
     return WithStatistics(source, load_statistics(args.statistics, source.schema))
+
+
+def _refuse_flags_of_one_machine(args: argparse.Namespace) -> None:
+    if args.like is not None:
+        raise InputError(
+            f"--like={args.like} does not work with --beam: rows since a data set "
+            "are prepared on one machine; leave --beam out"
+        )
+    for flag, value in {"--memory": args.memory, "--scratch": args.scratch}.items():
+        if value is not None:
+            raise InputError(
+                f"{flag}={value} is for one machine; with --beam, memory is that of the "
+                "workers, and temporary files go to --beam-work; leave it out"
+            )
 
 
 def _refuse_beam_flags(args: argparse.Namespace) -> None:

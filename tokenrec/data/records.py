@@ -76,6 +76,12 @@ def user_dtype(schema: Schema) -> np.dtype:
     )
 
 
+# A group is what ArrayRecord compresses and reads together: one chunk. Measured beside
+# its default, zstd:3: files 2 to 7 % larger, written in half of the time and read in 0.6
+# to 1.0 of it (KuaiRand-Pure, Complete Journey, chunks of a few rows).
+_WRITER_OPTIONS = "group_size:1,zstd:-1"
+
+
 class Chunk(NamedTuple):
     """A record.
 
@@ -152,8 +158,7 @@ class SplitWriter:
     def _next_shard(self) -> None:
         self.close()
         path = self._directory / f"{NAME}-{self._split}.shard-{len(self._paths):05d}"
-        # A group is what ArrayRecord compresses and reads together: one chunk.
-        self._writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+        self._writer = ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS)
         self._paths.append(path)
         self.shard_lengths.append(0)
         self._shard_bytes = 0

@@ -13,7 +13,8 @@ from tokenrec.data.beam.shared_files import load_values, save_values
 from tokenrec.data.beam.users import LogBlock, partition_log, partition_of_user
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import Feature
-from tokenrec.data.vocabulary import TableValues, ValueIndex
+from tokenrec.data.value_index import ValueIndex
+from tokenrec.data.vocabulary import TableValues
 
 WORDS = sorted(
     {
@@ -53,10 +54,12 @@ def test_final_ids_are_those_of_the_local_path() -> None:
     table = TableValues()
     provisional = table.provisional(pa.array(["b", None, "c", "a", "d"]), "values")
     table.mark(provisional[[0, 3]])
-    known, final = table.finish()
+    known: list[pa.Array] = []
+    final = table.finish(known.append)
     assert (
-        vocabulary_ids(table, pa.array(known, pa.large_string())).tolist()
+        vocabulary_ids(table, pa.concat_arrays(known)).tolist()
         == final.tolist()
+        == [0, 1, 3, 1, 2, 1]
     )
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from tests.data.memory_source import MemorySource
-from tokenrec.data import records
+from tokenrec.data import memory_limit, records
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.interaction_log import EVENT, LEARNED, SCORED, InteractionLog
 from tokenrec.data.preparation import intake
@@ -160,7 +160,7 @@ def test_semantic_ids_need_no_vocabulary(tmp_path: Path) -> None:
 def test_lists_of_any_arrow_type_keep_their_rows_across_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: pa.DataType
 ) -> None:
-    monkeypatch.setattr(intake, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(memory_limit, "BLOCK_ROWS", 7)
     features = (
         Feature("tags", "multi_valued", "context", length=2),
         Feature("vector", "embedding", "action", length=3),
@@ -429,7 +429,7 @@ def test_a_log_too_large_for_memory_gives_the_same_data_set(
     monkeypatch.setattr(
         intake, "PARTITION_ROWS", 9
     )  # fewer than the rows of some users
-    monkeypatch.setattr(intake, "BLOCK_ROWS", 50)
+    monkeypatch.setattr(memory_limit, "BLOCK_ROWS", 50)
     monkeypatch.setattr(records, "SHARD_BYTES", 2000)
     large = MemorySource(random_rows(), batch_rows=33)
     prepare(

@@ -33,9 +33,9 @@ from tokenrec.data.preparation.entities import to_vocabulary_ids
 from tokenrec.data.preparation.intake import LogEncoder, rebatch
 from tokenrec.data.preparation.partition import (
     PreparationCounts,
+    Users,
     chunk_records,
     cut_into_chunks,
-    pack_user_features,
     sort_and_deduplicate,
 )
 from tokenrec.data.preparation.row_index import ChunkIndex, index_chunks
@@ -272,15 +272,14 @@ def _make_chunks(
     except InputError as error:
         yield tagged("problems", ((3, partition), str(error)))
         return
-    user_ids = users.index.values()
-    user_features = pack_user_features(users, schema)
+    chunk_users = Users(users, schema)
     for run in cut_into_chunks(rows, options.chunk_events, options.overlap):
-        chunks[run.split] = index_chunks(run, user_ids)
-        for position, chunk in enumerate(chunk_records(run, user_ids, user_features)):
+        chunks[run.split] = index_chunks(run, chunk_users)
+        for position, chunk in enumerate(chunk_records(run, chunk_users)):
             key = (partition << _POSITION_BITS) + position
             yield tagged(run.split, (key, chunk._asdict()))
     rest = events_without_chunk(rows, options.overlap)
-    events = [] if rest is None else [*chunk_records(rest, user_ids, user_features)]
+    events = [] if rest is None else [*chunk_records(rest, chunk_users)]
     yield tagged("reports", (partition, PartitionReport(counts, chunks, events)))
 
 

@@ -16,9 +16,9 @@ import pyarrow as pa
 from tokenrec.data.beam.lookup import ITEM_IDS, vocabulary_file
 from tokenrec.data.beam.scan import DistinctValues, ScanResult, UserSummary
 from tokenrec.data.beam.shared_files import save_values
+from tokenrec.data.preparation.catalogue import write_catalogue
 from tokenrec.data.preparation.entities import Entities, to_vocabulary_ids
 from tokenrec.data.preparation.folder import (
-    write_catalogue,
     write_tokenizer,
     write_vocabularies,
 )
@@ -106,8 +106,8 @@ def _entity_moments(
     for summary in users:
         user_moments.merge(summary.moments)
     item_moments = Moments(schema.group("catalogue"))
-    trained = items.in_training()
-    item_moments.add(items.ids[trained], items.dense[trained])
+    for features in items.training_features():
+        item_moments.add(*features)
     return user_moments, item_moments
 
 

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from tokenrec.data.beam.shared_files import load_values
 from tokenrec.data.schema import FIRST_KNOWN, MISSING, UNKNOWN, Feature
-from tokenrec.data.vocabulary import TableValues, ValueIndex
+from tokenrec.data.value_index import ValueIndex
+from tokenrec.data.vocabulary import TableValues
 
 # File in the shared folder with the original ids of the catalogue, sorted as its rows
 # are.

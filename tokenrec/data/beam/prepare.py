@@ -44,7 +44,7 @@ from tokenrec.data.preparation.folder import (
     file_checksums,
     make_metadata,
 )
-from tokenrec.data.preparation.intake import BLOCK_ROWS, check_has_training_rows
+from tokenrec.data.preparation.intake import check_has_training_rows
 from tokenrec.data.preparation.notices import say_notices
 from tokenrec.data.preparation.row_index import IndexWriter
 from tokenrec.data.preparation.staging import staged_folder
@@ -178,7 +178,7 @@ def _scan_log(
     # The table of items is read before the log: it is small, and a problem in it ends
     # the run soon.
     items = Entities("item_id", schema.group("catalogue"), tables)
-    items.read_table(source.items(), "items()", BLOCK_ROWS)
+    items.read_table(source.items(), "items()")
     result = scan(source, options.work, options.pipeline, options.user_partitions)
     rows = _check_log(source, result)
     written = write_entities(folder, options.work, schema, items, tables, result)

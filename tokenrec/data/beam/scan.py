@@ -39,7 +39,8 @@ from tokenrec.data.preparation.matches import Matches
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import SPLITS, LogPart, PartitionedSource
-from tokenrec.data.vocabulary import Marks, TableValues, ValueIndex
+from tokenrec.data.value_index import Marks, ValueIndex
+from tokenrec.data.vocabulary import TableValues
 from tokenrec.errors import InputError
 
 USER_PARTITIONS = 256
@@ -265,12 +266,12 @@ def _scan_users(
     users.complete()
     yield from _tagged_values(tables, tagged)
     moments = Moments(users.features)
-    trained = users.in_training()
-    moments.add(users.ids[trained], users.dense[trained])
+    for features in users.training_features():
+        moments.add(*features)
     summary = UserSummary(
         partition,
         users.index.size,
-        int(trained.sum()),
+        int(users.in_training().sum()),
         users.index.type,
         moments,
         users.matches(),
@@ -282,7 +283,7 @@ def _tagged_values(tables: dict[str, TableValues], tagged: Any) -> Iterator[Any]
     """Yield the marked values of each table that has any."""
     for name, table in tables.items():
         if table.index.type:
-            known, _ = table.finish()
+            known = table.index.values()[table.trained.array(table.index.size)]
             key = (_TABLE, name, table.index.type)
             yield tagged("values", (key, (known, np.ones(len(known), bool))))
 

@@ -17,11 +17,12 @@ import pyarrow as pa
 
 from tokenrec.data.preparation.encode import encode_features
 from tokenrec.data.preparation.entities import Entities
-from tokenrec.data.preparation.intake import BLOCK_ROWS, rebatch
+from tokenrec.data.preparation.intake import rebatch
 from tokenrec.data.preparation.raw_columns import check_columns, concatenate
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import LogPart
-from tokenrec.data.vocabulary import TableValues, canonical, value_tables
+from tokenrec.data.value_index import canonical
+from tokenrec.data.vocabulary import TableValues, value_tables
 from tokenrec.errors import InputError
 
 # Number of the part, and of the block's first row in the part. A shuffle keeps no
@@ -166,7 +167,7 @@ def gather_users(
     if user_blocks:
         _refuse_repeats(user_blocks)
         batch = concatenate([block.batch for block in user_blocks], "users()")
-        users.read_table(pa.Table.from_batches([batch]), "users()", BLOCK_ROWS)
+        users.read_table(pa.Table.from_batches([batch]), "users()")
     log_blocks = []
     for block in sorted(log, key=lambda block: block.order):
         codes = users.codes(block.user_id, "rows()", block.order[1])

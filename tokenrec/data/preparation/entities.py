@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
+from tokenrec.data.memory_limit import NO_LIMIT, MemoryLimit, blocks
 from tokenrec.data.preparation.encode import encode_features
 from tokenrec.data.preparation.matches import Matches
 from tokenrec.data.preparation.raw_columns import (
@@ -22,13 +23,15 @@ from tokenrec.data.preparation.raw_columns import (
 )
 from tokenrec.data.schema import Feature, columns
 from tokenrec.data.tokenizer import encode_texts
-from tokenrec.data.vocabulary import Marks, TableValues, ValueIndex
+from tokenrec.data.value_index import Marks, ValueIndex
+from tokenrec.data.vocabulary import TableValues
 from tokenrec.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TEXTS_AT_ONCE = 65_536
+_ROWS_AT_ONCE = 2**20
 
 
 class Entities:
@@ -45,14 +48,21 @@ class Entities:
       trained: codes of the entities that occur in training rows.
       ids: `[size, I] int32`, provisional ids until `to_vocabulary_ids`.
       dense: `[size, D] float32`, NaN where missing.
+
+    Args:
+      limit: of the memory that ids and features may take.
     """
 
     def __init__(
-        self, key: str, features: Sequence[Feature], tables: dict[str, TableValues]
+        self,
+        key: str,
+        features: Sequence[Feature],
+        tables: dict[str, TableValues],
+        limit: MemoryLimit = NO_LIMIT,
     ) -> None:
         self.key = key
         self.features = features
-        self.index = ValueIndex()
+        self.index = ValueIndex(limit)
         self.in_log = Marks()
         self.trained = Marks()
         # Codes whose features are known from a table.
@@ -60,6 +70,7 @@ class Entities:
         # Shared by users, items and log: features of any of them may share a table.
         self._tables = tables
         self._layout = columns(features)
+        self._limit = limit
         self.ids = np.zeros((0, self._layout.ids_width), np.int32)
         self.dense = np.zeros((0, self._layout.dense_width), np.float32)
         # Texts of the source's table, and the code of each of its rows.
@@ -72,22 +83,23 @@ class Entities:
         They keep their order and, where the table lacks them, their features.
 
         Args:
-          keys: `[N] int64 or object`, original ids.
+          keys: `[N] int64 or str`, original ids.
           ids: `[N, I] int32`, vocabulary ids of `features`.
           dense: `[N, D] float32`.
         """
-        kind = pa.string() if keys.dtype == object else pa.int64()
-        self.index.codes(pa.array(keys, kind), f"column '{self.key}'")
-        self.ids, self.dense = ids, dense
+        self._grow(len(keys))
+        for part in blocks(len(keys), self._limit.block_rows):
+            values = pa.array(keys[part].tolist())
+            self.index.codes(values, f"column '{self.key}'")
+            self.ids[part], self.dense[part] = ids[part], dense[part]
         self._described.add(np.arange(len(keys)))
 
-    def read_table(self, table: pa.Table, where: str, block_rows: int) -> None:
+    def read_table(self, table: pa.Table, where: str) -> None:
         """Read the source's table of these entities.
 
         Args:
           table: one row per entity, a column of the key and one for each feature.
           where: name of the table in messages, such as `users()`.
-          block_rows: rows to encode at a time.
 
         Raises:
           InputError: a column is missing or unknown, a value does not fit its feature,
@@ -107,8 +119,9 @@ class Entities:
             for f in self.features
             if f.kind == "text"
         }
-        for first in range(0, rows, block_rows):
-            batch = to_record_batch(table.slice(first, block_rows))
+        for part in blocks(rows, self._limit.block_rows):
+            first = part.start
+            batch = to_record_batch(table.slice(first, part.stop - first))
             codes = self.codes(batch.column(self.key), where, first)
             # Seen in an earlier block, or earlier in this one.
             repeats = in_table.array(self.index.size)[codes]
@@ -165,17 +178,24 @@ class Entities:
         for f in self.features:
             # The key itself is never missing.
             if f.name == self.key and f.kind == "categorical" and known < total:
-                keys = pa.array(self.index.values()[known:])
-                column = self._layout.ids[f.name][0]
-                self.ids[known:, column] = self._tables[f.table_name].provisional(
-                    keys, f"feature '{f.name}'"
-                )
+                keys = self.index.array()[known:]
+                column = self.ids[known:, self._layout.ids[f.name][0]]
+                for part in blocks(len(keys), self._limit.block_rows):
+                    column[part] = self._tables[f.table_name].provisional(
+                        keys[part], f"feature '{f.name}'"
+                    )
+        for ids, _ in self.training_features():
+            for f in self.features:
+                if f.has_vocabulary:
+                    place = slice(*self._layout.ids[f.name])
+                    self._tables[f.table_name].mark(ids[:, place])
+
+    def training_features(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield `ids` and `dense` of the entities of training rows, some at a time."""
         trained = self.in_training()
-        for f in self.features:
-            if f.has_vocabulary:
-                self._tables[f.table_name].mark(
-                    self.ids[trained, slice(*self._layout.ids[f.name])]
-                )
+        for part in blocks(len(trained), self._limit.block_rows):
+            chosen = part.start + np.flatnonzero(trained[part])
+            yield self.ids[chosen], self.dense[chosen]
 
     def matches(self) -> Matches:
         """Compare the entities of the log with those of the source's table.
@@ -226,17 +246,19 @@ class Entities:
         code = int(chosen.argmax()) if len(chosen) else 0
         if not len(chosen) or not chosen[code]:
             return None
-        value = self.index.value(code)
-        return value if isinstance(value, str) else int(value)
+        value: int | str = self.index.array()[code].as_py()
+        return value
 
     def _grow(self, size: int) -> None:
         """Make room for the features of `size` entities; new ones are missing."""
-        more = size - len(self.ids)
-        if more:
-            missing = np.zeros((more, self._layout.ids_width), np.int32)
-            self.ids = np.concatenate([self.ids, missing])
-            nan = np.full((more, self._layout.dense_width), np.nan, np.float32)
-            self.dense = np.concatenate([self.dense, nan])
+        ids = self._limit.zeros((size, self._layout.ids_width), np.int32)
+        dense = self._limit.zeros((size, self._layout.dense_width), np.float32)
+        for part in blocks(size, self._limit.block_rows):
+            known = self.ids[part]
+            ids[part][: len(known)] = known
+            dense[part][: len(known)] = self.dense[part]
+            dense[part][len(known) :] = np.nan
+        self.ids, self.dense = ids, dense
 
 
 def _is_first(codes: np.ndarray) -> np.ndarray:
@@ -259,5 +281,6 @@ def to_vocabulary_ids(
     layout = columns(features)
     for f in features:
         if f.has_vocabulary:
-            part = ids[:, slice(*layout.ids[f.name])]
-            part[...] = vocabulary_ids[f.table_name][part]
+            column = ids[:, slice(*layout.ids[f.name])]
+            for part in blocks(len(ids), _ROWS_AT_ONCE):
+                column[part] = vocabulary_ids[f.table_name][column[part]]

@@ -1,32 +1,30 @@
 """Write the files of a prepared folder that are not shards, and make its metadata.
 
-These are vocabularies, tokenizer, catalogue and `tokenrec.json`; row_index.py writes
-the index of the log rows. The
-local path and Apache Beam both call these functions.
+These are vocabularies, tokenizer and `tokenrec.json`; catalogue.py writes the items, and
+row_index.py the index of the log rows. The local path and Apache Beam both call these
+functions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tokenrec.data import records
-from tokenrec.data.dataset import ITEMS
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.preparation.entities import Entities
+from tokenrec.data.preparation.id_digests import digest_ids
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import TEXT_TABLE, Feature, Schema
 from tokenrec.data.source import Provenance
 from tokenrec.data.tokenizer import (
-    TOKENIZER_FILE,
     save_tokenizer,
     table_rows,
     tokenizers_library,
@@ -34,10 +32,8 @@ from tokenrec.data.tokenizer import (
 )
 from tokenrec.data.vocabulary import (
     TableValues,
-    load_vocabulary,
-    save_vocabulary,
+    VocabularyWriter,
     semantic_rows,
-    value_tables,
 )
 from tokenrec.errors import InputError
 from tokenrec.runtime.files import digest_file, read_with_retries
@@ -45,7 +41,6 @@ from tokenrec.runtime.files import digest_file, read_with_retries
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-LONGEST_ITEM_ID = 1024  # characters
 NOTHING_TO_LEARN = (
     "rows(): no row is an event, scored, or has a label, so there is nothing to learn "
     "from; set `scored` for impressions and `event` for uses"
@@ -120,10 +115,10 @@ def write_vocabularies(
             rows[f.table_name] = semantic_rows(f)
         # Features may share a table; it is written once.
         elif f.has_vocabulary and f.table_name not in vocabulary_ids:
-            known, vocabulary_ids[f.table_name] = tables[f.table_name].finish()
+            with VocabularyWriter(folder, f.table_name) as writer:
+                vocabulary_ids[f.table_name] = tables[f.table_name].finish(writer.write)
             # Two rows more than values: the ids for missing and unknown.
-            rows[f.table_name] = len(known) + 2
-            save_vocabulary(folder, f.table_name, known)
+            rows[f.table_name] = writer.size + 2
     return vocabulary_ids, rows
 
 
@@ -157,104 +152,6 @@ def write_tokenizer(
         group.encode_texts(tokenizer)
     save_tokenizer(tokenizer, folder)
     return {TEXT_TABLE: table_rows(tokenizer)}
-
-
-def write_catalogue(folder: Path, items: Entities, first: int = 0) -> np.ndarray:
-    """Write the items, whose ids are vocabulary ids, sorted by original id.
-
-    Args:
-      folder: the prepared folder.
-      items: the items.
-      first: number of items that keep their rows, those of an earlier data set; the
-        others follow them.
-
-    Returns:
-      `[items] int32`, from code of an item to its row of the catalogue.
-
-    Raises:
-      InputError: an item id is too long, or ends in a NUL character.
-    """
-    values = items.index.values()
-    order = np.arange(len(values))
-    order[first:] = first + np.argsort(values[first:], kind="stable")
-    # `rows` is the inverse of the permutation `order`.
-    rows = np.empty(len(order), np.int32)
-    rows[order] = np.arange(len(order), dtype=np.int32)
-    item_id = values[order]
-    if item_id.dtype == object:
-        item_id = _fixed_width(item_id)
-    target = folder / ITEMS
-    target.mkdir()
-    np.save(target / "item_id.npy", item_id)
-    np.save(target / "ids.npy", items.ids[order])
-    np.save(target / "dense.npy", items.dense[order])
-    return rows
-
-
-def _fixed_width(item_id: np.ndarray) -> np.ndarray:
-    """Convert strings to NumPy's fixed width, which can be memory-mapped.
-
-    Each takes the width of the longest, filled up with NUL, so that one long id would
-    make the file huge and a NUL at the end would be lost.
-    """
-    for value in item_id.tolist():
-        if len(value) > LONGEST_ITEM_ID:
-            problem = f"{len(value)} characters, more than {LONGEST_ITEM_ID}"
-        elif value.endswith("\0"):
-            problem = "a NUL at its end, which is not kept"
-        else:
-            continue
-        raise InputError(f"item_id={value[:40]!r} has {problem}; give it another id")
-    return item_id.astype(str)
-
-
-class IdDigests(NamedTuple):
-    """SHA-256 digests of the meaning of ids, as in `Schema`.
-
-    Attributes:
-      ids: of the vocabularies, the tokenizer and the item ids.
-      vocabularies: of the vocabularies and the tokenizer.
-    """
-
-    ids: str
-    vocabularies: str
-
-
-def digest_ids(folder: Path, schema: Schema) -> IdDigests:
-    """Compute the digests of what the ids of a prepared folder mean.
-
-    Values are hashed and not files, because another version of a library may write the
-    same values as other bytes.
-    """
-    values = {
-        f"table {name}": load_vocabulary(folder, name)
-        for name in value_tables(schema.features)
-    }
-    tokenizer = b""
-    if any(f.kind == "text" for f in schema.features):
-        tokenizer = (folder / TOKENIZER_FILE).read_bytes()
-    items = np.load(folder / ITEMS / "item_id.npy", mmap_mode="r", allow_pickle=False)
-    return IdDigests(
-        ids=_digest_values({**values, "items": items}, tokenizer),
-        vocabularies=_digest_values(values, tokenizer),
-    )
-
-
-def _digest_values(values: Mapping[str, np.ndarray], tokenizer: bytes) -> str:
-    """SHA-256 of arrays of int64 or strings by name, and of the tokenizer's file."""
-    digest = hashlib.sha256()
-    for name, array in sorted(values.items()):
-        digest.update(f"{name}: {len(array)} {array.dtype.kind}\n".encode())
-        if array.dtype.kind == "i":
-            # Little-endian int64 on every machine.
-            digest.update(np.ascontiguousarray(array, "<i8"))
-            continue
-        for value in array.tolist():
-            text = value.encode()
-            # The length in front keeps ["ab", "c"] and ["a", "bc"] apart.
-            digest.update(len(text).to_bytes(4, "little") + text)
-    digest.update(tokenizer)
-    return digest.hexdigest()
 
 
 def make_metadata(

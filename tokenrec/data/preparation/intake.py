@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.interaction_log import EVENT, SCORED
+from tokenrec.data.memory_limit import NO_LIMIT, MemoryLimit, blocks
 from tokenrec.data.preparation.chunks import TRAIN
 from tokenrec.data.preparation.encode import encode_features
 from tokenrec.data.preparation.entities import Entities
@@ -28,10 +29,10 @@ from tokenrec.data.preparation.raw_columns import (
 from tokenrec.data.preparation.spill import UserPartitions
 from tokenrec.data.schema import Schema, columns
 from tokenrec.data.source import SPLITS, Source
-from tokenrec.data.vocabulary import Marks, TableValues, value_tables
+from tokenrec.data.value_index import Marks
+from tokenrec.data.vocabulary import TableValues, value_tables
 from tokenrec.errors import InputError
 
-BLOCK_ROWS = 65_536  # log rows that are encoded at a time
 PARTITION_ROWS = 131_072  # encoded log rows that stay in memory before they are spilled
 
 
@@ -47,16 +48,19 @@ class LogEncoder:
 
     Args:
       like: the data set to go on from; None to begin.
+      limit: of the memory that values, users and items may take.
     """
 
-    def __init__(self, schema: Schema, like: Like | None = None) -> None:
+    def __init__(
+        self, schema: Schema, like: Like | None = None, limit: MemoryLimit = NO_LIMIT
+    ) -> None:
         self.schema = schema
         self.dtype = encoded_row_dtype(schema)
         self.tables: dict[str, TableValues] = (
-            value_tables(schema.features) if like is None else like.tables()
+            value_tables(schema.features, limit) if like is None else like.tables(limit)
         )
-        self.users = Entities("user_id", schema.group("user"), self.tables)
-        self.items = Entities("item_id", schema.group("catalogue"), self.tables)
+        self.users = Entities("user_id", schema.group("user"), self.tables, limit)
+        self.items = Entities("item_id", schema.group("catalogue"), self.tables, limit)
         if like is not None:
             like.add_items(self.items)
             # Ids of another type would be other users.
@@ -137,13 +141,21 @@ class LogIngestion:
       partitions: encoded log rows by user, in memory or in the folder `work`.
       like: the data set to go on from; None to begin.
       last_time: time of the last row of the log, milliseconds.
+      limit: of the memory that values, users and items may take.
+
+    Args:
+      memory: bytes of that limit.
     """
 
-    def __init__(self, schema: Schema, work: Path, like: Like | None = None) -> None:
+    def __init__(
+        self, schema: Schema, work: Path, like: Like | None, memory: int
+    ) -> None:
         self.schema = schema
         self.like = like
-        self.encoder = LogEncoder(schema, like)
-        self.partitions = UserPartitions(work, self.encoder.dtype, PARTITION_ROWS)
+        self.limit = MemoryLimit(memory, work / "values")
+        self.encoder = LogEncoder(schema, like, self.limit)
+        rows = work / "rows"
+        self.partitions = UserPartitions(rows, self.encoder.dtype, PARTITION_ROWS)
         self.last_time = np.iinfo(np.int64).min
 
     def read(self, source: Source) -> None:
@@ -155,8 +167,8 @@ class LogIngestion:
         # The tables come first, so that their entities get the first codes and the rows
         # of their matrices are those codes.
         users, items = self.encoder.users, self.encoder.items
-        users.read_table(source.users(), "users()", BLOCK_ROWS)
-        items.read_table(source.items(), "items()", BLOCK_ROWS)
+        users.read_table(source.users(), "users()")
+        items.read_table(source.items(), "items()")
         if self.like is None:
             first = self._read_rows(source.rows())
             check_has_training_rows(first, bool(users.in_training().any()))
@@ -175,7 +187,7 @@ class LogIngestion:
           scored: receives the users of impressions.
         """
         first = 0
-        for batch in rebatch(batches):
+        for batch in rebatch(batches, self.limit):
             rows = self.encoder.encode(batch, first)
             self.partitions.add(rows)
             self.last_time = max(self.last_time, int(rows["row"]["time"].max()))
@@ -230,8 +242,10 @@ def check_has_training_rows(rows: int, any_training: bool) -> None:
         )
 
 
-def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yield the same log rows in batches of about `BLOCK_ROWS`.
+def rebatch(
+    batches: Iterator[pa.RecordBatch], limit: MemoryLimit = NO_LIMIT
+) -> Iterator[pa.RecordBatch]:
+    """Yield the same log rows in batches of about `limit.block_rows`.
 
     Sources choose their own batch sizes; small ones would cost a dictionary encoding
     and a merge of values each, large ones memory.
@@ -239,11 +253,12 @@ def rebatch(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     waiting: list[pa.RecordBatch] = []
     rows = 0
     for batch in batches:
+        wanted = limit.block_rows
         # A large batch is cut, and small ones are collected.
-        for first in range(0, batch.num_rows, BLOCK_ROWS):
-            waiting.append(batch.slice(first, BLOCK_ROWS))
+        for part in blocks(batch.num_rows, wanted):
+            waiting.append(batch.slice(part.start, part.stop - part.start))
             rows += waiting[-1].num_rows
-            if rows >= BLOCK_ROWS:
+            if rows >= wanted:
                 yield concatenate(waiting, "rows()")
                 waiting = []
                 rows = 0

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from tokenrec.data import records
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.interaction_log import EVENT, REPEATED
+from tokenrec.data.memory_limit import MemoryLimit
 from tokenrec.data.metadata import STATE
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.partition import encoded_row_dtype
@@ -29,11 +30,11 @@ from tokenrec.data.schema import Schema
 from tokenrec.data.schema_difference import schema_differences
 from tokenrec.data.source import SPLITS, Source, StatefulSource
 from tokenrec.data.tokenizer import load_tokenizer
+from tokenrec.data.value_index import ValueIndex
 from tokenrec.data.vocabulary import (
     FrozenValues,
     TableValues,
-    ValueIndex,
-    load_vocabulary,
+    Vocabulary,
     value_tables,
 )
 from tokenrec.errors import InputError
@@ -106,10 +107,12 @@ class Like:
                 f"--like names:\n  {listed}\ngive the source the same schema and options"
             )
 
-    def tables(self) -> dict[str, TableValues]:
+    def tables(self, limit: MemoryLimit) -> dict[str, TableValues]:
         """Return the values of each embedding table, by its name."""
-        names = value_tables(self.metadata.schema.features)
-        return {n: FrozenValues(load_vocabulary(self._folder, n)) for n in names}
+        return {
+            name: FrozenValues(Vocabulary(self._folder, name).parts(), limit)
+            for name in value_tables(self.metadata.schema.features)
+        }
 
     def tokenizer(self) -> Any:
         """Return the tokenizer; None if no feature is a text."""
@@ -120,10 +123,7 @@ class Like:
         """Start a new catalogue with the items of this one, in their order."""
         # Those of the shards, from which a config may exclude features.
         whole = open_dataset(self._folder).catalogue
-        keys = np.asarray(whole.item_id)
-        if keys.dtype.kind == "U":
-            keys = keys.astype(object)
-        items.go_on_from(keys, np.array(whole.ids), np.array(whole.dense))
+        items.go_on_from(whole.item_id, whole.ids, whole.dense)
 
     def resume(self, source: Source) -> None:
         """Let a source that counts the past go on from the end of this data set's log.
@@ -172,8 +172,8 @@ class Like:
                     f"--like: a record of '{self._folder}' is not a chunk of rows: "
                     f"{error}; prepare the data set again"
                 ) from error
-            ids = np.empty(len(chunks), np.int64 if users.type == "int64" else object)
-            ids[:] = [chunk.user_id for chunk in chunks]
+            kind = pa.int64() if users.type == "int64" else pa.string()
+            ids = pa.array([chunk.user_id for chunk in chunks], kind)
             codes = users.find(ids)
             parts = []
             for chunk, code in zip(chunks, codes.tolist(), strict=True):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from tokenrec.data import records
 from tokenrec.data.interaction_log import EVENT, LEARNED, REPEATED, SCORED
@@ -176,38 +177,42 @@ def cut_into_chunks(
             yield ChunkRun(name, rows, chunks.start, chunk_user)
 
 
-def pack_user_features(users: Entities, schema: Schema) -> np.ndarray:
-    """Pack the features of all users, once their ids are vocabulary ids.
+class Users:
+    """Original ids and features of all users, once their ids are vocabulary ids."""
 
-    Returns:
-      `[users.index.size]` of `records.user_dtype`, by code of the user.
-    """
-    packed = np.zeros(users.index.size, records.user_dtype(schema))
-    packed["user_ids"] = users.ids
-    packed["user_dense"] = users.dense
-    return packed
+    def __init__(self, users: Entities, schema: Schema) -> None:
+        self._ids = users.index.array()
+        self._entities = users
+        self._dtype = records.user_dtype(schema)
+
+    def ids(self, codes: np.ndarray) -> list[int | str]:
+        """Return the original ids of users `codes: [n]`."""
+        ids: list[int | str] = self._ids.take(pa.array(codes)).to_pylist()
+        return ids
+
+    def features(self, codes: np.ndarray) -> np.ndarray:
+        """Pack the features of users `codes: [n]`: `[n]` of `records.user_dtype`."""
+        packed = np.zeros(len(codes), self._dtype)
+        packed["user_ids"] = self._entities.ids[codes]
+        packed["user_dense"] = self._entities.dense[codes]
+        return packed
 
 
-def chunk_records(
-    run: ChunkRun, user_ids: np.ndarray, user_features: np.ndarray
-) -> Iterator[records.Chunk]:
-    """Yield the chunks of a run as records.
-
-    Args:
-      run: chunks of one split.
-      user_ids: `[users]`, original ids (int64 or object), by code.
-      user_features: `[users]` of `records.user_dtype`, by code.
-    """
+def chunk_records(run: ChunkRun, users: Users) -> Iterator[records.Chunk]:
+    """Yield the chunks of a run as records."""
     # One copy of all bytes, of which each chunk is a slice.
     data, row_bytes = run.rows.tobytes(), run.rows.dtype.itemsize
-    users, user_bytes = user_features[run.user].tobytes(), user_features.dtype.itemsize
+    packed = users.features(run.user)
+    features, user_bytes = packed.tobytes(), packed.dtype.itemsize
     chunks = zip(
-        run.start[:-1].tolist(), run.start[1:].tolist(), run.user.tolist(), strict=True
+        run.start[:-1].tolist(),
+        run.start[1:].tolist(),
+        users.ids(run.user),
+        strict=True,
     )
-    for number, (begin, end, code) in enumerate(chunks):
-        user_id = user_ids[code]
+    for number, (begin, end, user_id) in enumerate(chunks):
         yield records.Chunk(
-            user_id if isinstance(user_id, str) else int(user_id),
-            users[number * user_bytes : (number + 1) * user_bytes],
+            user_id,
+            features[number * user_bytes : (number + 1) * user_bytes],
             data[begin * row_bytes : end * row_bytes],
         )

@@ -1,6 +1,7 @@
 """Turn the log of any `Source` into a prepared data set.
 
-Memory depends on the number of distinct ids, not on the number of log rows.
+Memory does not depend on the number of log rows, and on the number of distinct ids only
+up to a limit.
 
 Two passes: steps 1 and 2 read the log, steps 3 and 4 its encoded rows.
 
@@ -20,14 +21,17 @@ Two passes: steps 1 and 2 read the log, steps 3 and 4 its encoded rows.
 
 Memory holds, at any time:
 
-- the distinct values of each embedding table, and the features of all users and items;
-- `BLOCK_ROWS` (65,536) raw rows and at most `PARTITION_ROWS` (131,072) encoded rows,
-  more only where a single user has more;
+- the distinct values of each embedding table and the features of all users and items,
+  as long as the limit has room for them: `memory_limit.py` has the shares of it, and
+  says where the rest goes;
+- a byte or two per value, user and item;
+- a block of raw rows (65,536, more once values lie in files) and at most
+  `PARTITION_ROWS` (131,072) encoded rows, more only where a single user has more;
 - the strings of text features, until the tokenizer is trained.
 
 | file of the folder | written |
 |---|---|
-| `scratch/` (encoded rows by user) | during 1 and 2; removed at the end |
+| `scratch/` (rows by user, spilled values) | during 1 and 2; removed at the end |
 | `vocabularies/`, `tokenizer.json`, `items/` | between the passes |
 | shards | during 4 |
 | `marks/` (how each row is cut into samples) | during 4 |
@@ -48,14 +52,15 @@ import numpy as np
 
 from tokenrec.data import records
 from tokenrec.data.dataset import open_dataset
+from tokenrec.data.memory_limit import default_memory
 from tokenrec.data.metadata import Metadata
+from tokenrec.data.preparation.catalogue import write_catalogue
 from tokenrec.data.preparation.entities import to_vocabulary_ids
 from tokenrec.data.preparation.folder import (
     NOTHING_TO_LEARN,
     check_options,
     file_checksums,
     make_metadata,
-    write_catalogue,
     write_tokenizer,
     write_vocabularies,
 )
@@ -66,9 +71,9 @@ from tokenrec.data.preparation.notices import say_notices
 from tokenrec.data.preparation.partition import (
     ChunkRun,
     PreparationCounts,
+    Users,
     chunk_records,
     cut_into_chunks,
-    pack_user_features,
     sort_and_deduplicate,
 )
 from tokenrec.data.preparation.row_index import IndexWriter, index_chunks
@@ -89,6 +94,7 @@ def prepare(
     overwrite: bool = False,
     scratch: Path | None = None,
     like: Path | None = None,
+    memory: int | None = None,
 ) -> Metadata:
     """Write the prepared data set of `source` to the folder `out`.
 
@@ -106,6 +112,9 @@ def prepare(
         tokenizer, normalisation and items, holds the rows that are later than it as
         split "test", with the histories that follow from both, and needs no train
         split. A run that was trained on `like` can score it.
+      memory: bytes that the distinct ids, their features and the blocks that are worked
+        on may take, about; what exceeds them goes to `scratch`. By default half of the
+        machine's memory.
 
     Returns:
       The metadata of the data set.
@@ -134,7 +143,8 @@ def prepare(
             else scratch_folder(Path(scratch), Path(out))
         )
         try:
-            ingestion = LogIngestion(source.schema, work, earlier)
+            memory = default_memory() if memory is None else memory
+            ingestion = LogIngestion(source.schema, work, earlier, memory)
             ingestion.read(source)
             writer = _FolderWriter(ingestion, folder)
             writer.write_entities()
@@ -194,11 +204,13 @@ class _FolderWriter:
         for entities in (self.users, self.items):
             to_vocabulary_ids(entities.ids, entities.features, self.vocabulary_ids)
         self.item_rows = write_catalogue(
-            self.folder, self.items, self.like.items if self.like else 0
+            self.folder,
+            self.items,
+            self.like.items if self.like else 0,
+            self.ingestion.limit,
         )
         self._count_entities()
-        self.user_ids = self.users.index.values()
-        self.user_features = pack_user_features(self.users, self.schema)
+        self.chunk_users = Users(self.users, self.schema)
         # The catalogue is on disk; free its matrices before the second pass.
         self.items.ids = self.items.ids[:0]
         self.items.dense = self.items.dense[:0]
@@ -209,10 +221,10 @@ class _FolderWriter:
         for name, entities, moments in zip(
             ("users", "items"), (self.users, self.items), self.moments, strict=True
         ):
-            trained = entities.in_training()
-            moments.add(entities.ids[trained], entities.dense[trained])
+            for features in entities.training_features():
+                moments.add(*features)
             counts[name] = entities.index.size
-            counts[f"{name}_train"] = int(trained.sum())
+            counts[f"{name}_train"] = int(entities.in_training().sum())
             entities.matches().count(counts)
 
     def write_chunks(self, chunk_events: int, overlap: int) -> None:
@@ -248,13 +260,13 @@ class _FolderWriter:
         # A split without chunks has no shards, so that it is absent from the metadata.
         if run.split not in self.split_writers:
             self.split_writers[run.split] = records.SplitWriter(self.folder, run.split)
-        for chunk in chunk_records(run, self.user_ids, self.user_features):
+        for chunk in chunk_records(run, self.chunk_users):
             self.split_writers[run.split].write(chunk)
-        self.index_writer.add(run.split, index_chunks(run, self.user_ids))
+        self.index_writer.add(run.split, index_chunks(run, self.chunk_users))
 
     def _write_events(self, run: ChunkRun | None) -> None:
         if run is not None and self.state_writer is not None:
-            self.state_writer.add(chunk_records(run, self.user_ids, self.user_features))
+            self.state_writer.add(chunk_records(run, self.chunk_users))
 
     def write_state(self, source: Source) -> None:
         """Write what a later data set goes on from."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from tokenrec.data import records
 from tokenrec.data.interaction_log import REPEATED
-from tokenrec.data.preparation.partition import ChunkRun
+from tokenrec.data.preparation.partition import ChunkRun, Users
 from tokenrec.data.row_marks import MARKS, mark_rows
 
 # Fields of a log row that its identity consists of, besides the user.
@@ -37,21 +37,16 @@ class ChunkIndex(NamedTuple):
     digests: np.ndarray
 
 
-def index_chunks(run: ChunkRun, user_ids: np.ndarray) -> ChunkIndex:
-    """Make the index of a run of chunks.
-
-    Args:
-      run: chunks of one split; their items are rows of the catalogue.
-      user_ids: `[users]`, original ids (int64 or object), by code.
-    """
+def index_chunks(run: ChunkRun, users: Users) -> ChunkIndex:
+    """Make the index of a run of chunks, whose items are rows of the catalogue."""
     return ChunkIndex(
         sizes=np.diff(run.start),
         marks=mark_rows(run.rows, run.start),
-        digests=_digest_chunks(run, user_ids),
+        digests=_digest_chunks(run, users),
     )
 
 
-def _digest_chunks(run: ChunkRun, user_ids: np.ndarray) -> np.ndarray:
+def _digest_chunks(run: ChunkRun, users: Users) -> np.ndarray:
     """SHA-256 of each chunk: `[U, 32] uint8`."""
     dtype = run.rows.dtype
     fields = [(name, dtype[name].base, dtype[name].shape) for name in _IDENTITY]
@@ -62,11 +57,13 @@ def _digest_chunks(run: ChunkRun, user_ids: np.ndarray) -> np.ndarray:
     identity["flags"] &= np.uint8(~REPEATED & 0xFF)
     data, row_bytes = identity.tobytes(), identity.dtype.itemsize
     chunks = zip(
-        run.start[:-1].tolist(), run.start[1:].tolist(), run.user.tolist(), strict=True
+        run.start[:-1].tolist(),
+        run.start[1:].tolist(),
+        users.ids(run.user),
+        strict=True,
     )
     digests = []
-    for begin, end, code in chunks:
-        user_id = user_ids[code]
+    for begin, end, user_id in chunks:
         # The letter keeps the users 7 and "7" apart, the length in front an id and the
         # rows that follow it.
         kind = "s" if isinstance(user_id, str) else "i"

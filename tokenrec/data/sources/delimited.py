@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from tokenrec.data.arrow_spool import spooled_table
 from tokenrec.data.past.features import PastFeatures
 from tokenrec.data.past.source import with_features
 from tokenrec.data.schema import Feature
@@ -311,12 +312,12 @@ class DelimitedSource:
         specs = table_specs(self._schema_file, key, features)
         schema = pa.schema([(spec.name, spec.type) for spec in specs])
         notes = Notes(self._said)
-        batches = [
+        batches = (
             batch
             for path in paths
             for batch in read_columns(path, specs, notes, delimiter=self._delimiter)
-        ]
-        table = pa.Table.from_batches(batches, schema=schema)
+        )
+        table = spooled_table(batches, schema)
         if paths:
             refuse_repeats(paths[0], specs[0].column, table.column(key))
         self._finish(key, notes)

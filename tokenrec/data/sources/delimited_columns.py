@@ -42,6 +42,8 @@ _NOT_FINITE = (
     "is not a finite float32; correct it, or leave the field empty where it is missing"
 )
 
+_COUNTED_IDS = 1_000_000
+
 Convert = Callable[[pa.Array, ColumnNotes], pa.Array]
 
 
@@ -293,6 +295,9 @@ def _beyond_float32(values: pa.Array) -> pa.Array:
 def refuse_repeats(path: Path, column: str, keys: pa.ChunkedArray) -> None:
     """Refuse an id that has several rows in the table of users or items.
 
+    A long table is left to `prepare`, which finds repeats in bounded memory but knows
+    neither file nor column.
+
     Args:
       path: file of the table, for messages.
       column: column of the ids, for messages.
@@ -301,6 +306,8 @@ def refuse_repeats(path: Path, column: str, keys: pa.ChunkedArray) -> None:
     Raises:
       InputError: an id occurs twice.
     """
+    if len(keys) > _COUNTED_IDS:
+        return
     counts = pc.value_counts(keys)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(repeated):
