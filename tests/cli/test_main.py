@@ -380,7 +380,7 @@ def test_kuairand_prepares_the_folder_that_download_returns(
     replace(
         "tokenrec.data.sources.kuairand",
         fetch=lambda variant, root: root / variant,
-        KuaiRandSource=lambda *arguments, clock: (*arguments, clock),
+        KuaiRandSource=lambda *arguments, rates, clock: (*arguments, rates, clock),
     )
     replace("tokenrec.data.preparation.prepare", prepare=prepare)
     replace("tokenrec.data.preparation.summary", summarise=str)
@@ -388,7 +388,7 @@ def test_kuairand_prepares_the_folder_that_download_returns(
     line = ["prepare", "kuairand", "--root", str(tmp_path), "--out", "set", *days]
     assert main(line) == 0
     assert main([*line, "--download", "pure", "--overlap", "64", "--overwrite"]) == 0
-    source = ("2022-05-03", "2022-05-05", "time_ms")
+    source = ("2022-05-03", "2022-05-05", True, "time_ms")
     assert seen == [
         (((tmp_path, *source), Path("set")), {"overwrite": False, "like": None}),
         (

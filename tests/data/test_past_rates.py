@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from tokenrec.data.past_rates import PastRates, RateKey
-from tokenrec.data.time_order import time_ordered
+from tokenrec.data.time_order import time_blocks, time_ordered
 from tokenrec.errors import InputError
 
 KEYS = (RateKey("video", "item"), RateKey("user", "context"))
@@ -165,7 +165,38 @@ def test_spilled_rows_come_back_in_the_order_of_time_with_ties_together() -> Non
     np.testing.assert_array_equal(numbers, np.argsort(time, kind="stable"))
 
 
+def test_a_log_of_decades_is_sorted_in_fewer_longer_spans() -> None:
+    rng = np.random.default_rng(4)
+    time = rng.integers(0, 30 * 365, 3000) * 86_400_000
+    number = np.arange(3000)
+    batches = [
+        pa.RecordBatch.from_pydict(
+            {"time_ms": time[i : i + 700], "number": number[i : i + 700]}
+        )
+        for i in range(0, 3000, 700)
+    ]
+    tables = list(time_ordered(batches))
+    assert 250 < len(tables) <= 500
+    joined = pa.concat_tables(tables)
+    order = np.argsort(time, kind="stable")
+    np.testing.assert_array_equal(joined["number"].to_numpy(), order)
+    blocks = list(time_blocks(tables, 64))
+    assert pa.concat_tables(blocks).equals(joined)
+    assert all(64 <= block.num_rows < 80 for block in blocks[:-1])
+    for earlier, later in itertools.pairwise(blocks):
+        assert earlier["time_ms"][-1].as_py() < later["time_ms"][0].as_py()
+
+
+def test_batches_of_other_columns_are_refused() -> None:
+    batches = [
+        pa.RecordBatch.from_pydict({"time_ms": [1], "number": number})
+        for number in ([1], ["a"])
+    ]
+    with pytest.raises(InputError, match=r"disagree about the columns \['number'\]"):
+        list(time_ordered(batches))
+
+
 def test_times_that_are_not_milliseconds_are_refused() -> None:
-    time = np.arange(600) * 1_000_000_000
+    time = np.arange(600) * 10**12
     with pytest.raises(InputError, match="check that it is in milliseconds"):
         list(time_ordered([pa.RecordBatch.from_pydict({"time_ms": time})]))

@@ -192,7 +192,12 @@ def _kuairand(args: argparse.Namespace) -> Source:
     _check_split_flags(args, ("valid_from", "test_from"))
     root = kuairand.fetch(args.download, args.root) if args.download else args.root
     return kuairand.KuaiRandSource(
-        root, args.valid_from, args.test_from, clock=args.clock
+        root,
+        args.valid_from,
+        args.test_from,
+        # Declared statistics take the place of the past rates.
+        rates=args.statistics is None,
+        clock=args.clock,
     )
 
 

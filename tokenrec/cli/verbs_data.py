@@ -17,6 +17,7 @@ from tokenrec.runtime.paths import local_path_argument, path_argument
 
 if TYPE_CHECKING:
     from tokenrec.cli.parser import VerbParsers
+    from tokenrec.data.source import Source
 
 
 def add_verbs(verbs: VerbParsers) -> dict[str, Parser]:
@@ -75,6 +76,12 @@ def _add_output_flags(parser: Parser) -> None:
         "histories, for `tokenrec predict --data` (docs/guides/scoring.md)",
     )
     parser.add_argument(
+        "--statistics",
+        help="JSON file that declares statistics of the past, such as rates and counts "
+        "by item, as features (docs/guides/data.md); kuairand: the declaration that is "
+        "shipped for this source, in place of its past rates",
+    )
+    parser.add_argument(
         "--memory",
         type=memory_size,
         help="what distinct ids, features of users and items and blocks of rows may take "
@@ -118,7 +125,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
         _refuse_flags_of_one_machine(args)
         prepared = prepare_with_beam(
-            args.make_source(args),
+            _make_source(args),
             args.out,
             overwrite=args.overwrite,
             **given,
@@ -131,7 +138,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
         _refuse_beam_flags(args)
         prepared = prepare(
-            args.make_source(args),
+            _make_source(args),
             args.out,
             overwrite=args.overwrite,
             **given,
@@ -140,6 +147,18 @@ def _prepare(args: argparse.Namespace) -> None:
     from tokenrec.data.preparation.summary import summarise
 
     print(f"{args.out}: {summarise(prepared)}")
+
+
+def _make_source(args: argparse.Namespace) -> Source:
+    """Make the source, with the statistics of `--statistics`."""
+    source: Source = args.make_source(args)
+    if args.statistics is None:
+        return source
+    from tokenrec.data.past.shipped import load_statistics
+    from tokenrec.data.past.source import WithStatistics, refuse_second
+
+    refuse_second(source)
+    return WithStatistics(source, load_statistics(args.statistics, source.schema))
 
 
 def _refuse_flags_of_one_machine(args: argparse.Namespace) -> None:

@@ -414,12 +414,17 @@ def test_every_example_of_the_documentation_runs(tmp_path, monkeypatch):
         ("log.csv", "users.csv", "items.csv"), blocks("csv"), strict=True
     ):
         Path(name).write_text(text)
-    Path("schema.json").write_text(*blocks("json"))
+    for name, text in zip(
+        ("schema.json", "statistics.json"), blocks("json"), strict=True
+    ):
+        Path(name).write_text(text)
     for command in blocks("sh"):
         assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
     Path("ratings.tsv").write_text(
         "".join(f"{t % 5}\t{t % 7}\t{1 + t % 5}\t{t}\n" for t in range(1000))
     )
+    names = [f.name for f in Metadata.load(Path("data/with_past")).schema.features]
+    assert {"rate_item_id_click", "matches_brand_buy", "past_session"} < {*names}
     access, arrow, source = blocks("python")
     opened: dict[str, Any] = {}
     exec(access, opened)

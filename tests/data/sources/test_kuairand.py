@@ -20,7 +20,10 @@ import pytest
 
 from tests.data.preparation.test_like import assert_same_test_rows
 from tokenrec.data.dataset import open_dataset
+from tokenrec.data.past import WithStatistics
+from tokenrec.data.past.shipped import load_statistics
 from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.source import Source
 from tokenrec.data.sources.kuairand import KuaiRandSource, fetch
 from tokenrec.data.sources.kuairand_history import settle_labels
 from tokenrec.data.sources.kuairand_log import on_the_clock
@@ -198,10 +201,16 @@ def test_the_days_of_the_clock_are_those_of_the_calendar() -> None:
         assert f"{date} {hourmin:04d}" == local.strftime("%Y%m%d %H%M")
 
 
-@pytest.mark.parametrize("rates", [True, False])
-def test_later_rows_go_on_from_the_rates_of_the_earlier_log(
-    tmp_path: Path, rates: bool
+@pytest.mark.parametrize("past", ["rates", "nothing", "statistics"])
+def test_later_rows_go_on_from_the_past_of_the_earlier_log(
+    tmp_path: Path, past: str
 ) -> None:
+    def source(folder: Path, *days: str | None) -> Source:
+        found = KuaiRandSource(folder, *days, rates=past == "rates")
+        if past != "statistics":
+            return found
+        return WithStatistics(found, load_statistics("kuairand", found.schema))
+
     log = Log()
     history = [
         {
@@ -222,10 +231,9 @@ def test_later_rows_go_on_from_the_rates_of_the_earlier_log(
         kept = [x for x, y in zip(lines[1:], is_later, strict=True) if y == wanted]
         (folder / LOG).write_text("\n".join([lines[0], *kept]) + "\n")
     days = ("2022-05-03", "2022-05-05")
-    prepare(KuaiRandSource(whole, *days, rates=rates), tmp_path / "a")
-    prepare(KuaiRandSource(first, *days, rates=rates), tmp_path / "b")
-    source = KuaiRandSource(later, None, None, rates=rates)
-    prepare(source, tmp_path / "c", like=tmp_path / "b")
+    prepare(source(whole, *days), tmp_path / "a")
+    prepare(source(first, *days), tmp_path / "b")
+    prepare(source(later, None, None), tmp_path / "c", like=tmp_path / "b")
     assert_same_test_rows(open_dataset(tmp_path / "a"), open_dataset(tmp_path / "c"))
 
 

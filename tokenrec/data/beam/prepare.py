@@ -263,8 +263,13 @@ def _require_parts(source: Source) -> PartitionedSource:
     """Return the source, if Beam can read it.
 
     Raises:
-      InputError: it has no parts, or a text of users.
+      InputError: it has no parts, statistics of the past, or a text of users.
     """
+    if getattr(source, "statistics", None) is not None:
+        raise InputError(
+            "statistics need the rows in the order of time, which --beam does not "
+            "have; leave --beam out, or the statistics"
+        )
     has_parts = all(
         hasattr(source, name) for name in ("row_parts", "user_parts", "check_times")
     )

@@ -10,7 +10,8 @@ docs/guides/data.md has a complete example. The files:
 
 The schema names the columns that are read (`delimited_schema.py`); all others are left
 out. Splits are made by time: rows before `valid_from` are train, rows before
-`test_from` valid, the rest test.
+`test_from` valid, the rest test. It may declare statistics of the past
+(tokenrec/data/past), which are added to the log rows.
 
 Nothing can check here what a column means. A column that is known only after the item
 was shown (watch time, quantity, another label) must have the entity `action`, which the
@@ -20,13 +21,15 @@ model sees for earlier events only. Licence and citation are those of the log's 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.arrow_spool import spooled_table
+from tokenrec.data.past.features import PastFeatures
+from tokenrec.data.past.source import with_features
 from tokenrec.data.schema import Feature
 from tokenrec.data.source import LogPart, Provenance
 from tokenrec.data.sources.delimited_columns import (
@@ -48,7 +51,10 @@ _DEFAULTS = {"request": -1, "event": True, "scored": True}
 
 
 class DelimitedSource:
-    """Log rows of the user's own files, as a `PartitionedSource`; a part is a file.
+    """Log rows of the user's own files.
+
+    It is a `PartitionedSource`, whose parts are files, and with statistics of the past
+    a `StatefulSource`.
 
     The schema may name the files and the splits (`LogFiles`); arguments that are given
     replace them. A path is a CSV or Parquet file, a folder of such, or a glob.
@@ -97,7 +103,12 @@ class DelimitedSource:
         else:
             schema_paths = [Path(schema)]
             self._schema_file = read_schema(Path(schema))
-        self.schema = self._schema_file.schema
+        self.schema = schema_of_files = self._schema_file.schema
+        self.statistics = self._schema_file.statistics
+        self._past: PastFeatures | None = None
+        if self.statistics is not None:
+            self._past = PastFeatures(self.statistics, schema_of_files)
+            self.schema = with_features(schema_of_files, self._past)
         if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
             raise InputError(
                 f"delimiter={delimiter!r} must be one character, and neither a quote "
@@ -107,21 +118,21 @@ class DelimitedSource:
 
         # 2. Files.
         files = self._schema_file.files
-        self._candidates = expand(_paths(candidates))
+        self._candidates = expand(candidates)
         if self._candidates and not like:
             raise InputError(
                 f"candidates={self._candidates[0]} are ranked by a run that is trained; "
                 "add --like RUN, or give them as rows of the log"
             )
         # With candidates there may be no event since the run's data.
-        self._log = expand(_paths(log) or (() if self._candidates else files.log))
+        self._log = expand(log or (() if self._candidates else files.log))
         if not self._log and not self._candidates:
             raise InputError(
                 "log is empty; name at least one CSV or Parquet file (--log, or "
                 '"files": {"log": [...]} in the schema)'
             )
-        self._users = _expand_optional(users or files.users)
-        self._items = _expand_optional(items or files.items)
+        self._users = expand(users or files.users)
+        self._items = expand(items or files.items)
         self._require_tables()
 
         # 3. Times of the splits.
@@ -162,11 +173,29 @@ class DelimitedSource:
         return self._read_table("item_id", self._items, self.schema.group("catalogue"))
 
     def rows(self) -> Iterator[pa.RecordBatch]:
-        """Yield the log rows in the order of the files.
+        """Yield the log rows, with statistics in the order of time, else of the files.
 
         Raises:
           InputError: a value is wrong; or, at the end, train or valid is empty.
         """
+        if self._past is None:
+            yield from self._read_rows()
+            return
+        # `prepare` has read the tables, and they are read here if nobody did.
+        self._past.require_tables(self)
+        yield from self._past.add_to(self._read_rows())
+
+    def state(self) -> Mapping[str, np.ndarray]:
+        """Return the totals of the statistics, as `StatefulSource`."""
+        return {} if self._past is None else self._past.state()
+
+    def resume(self, state: Mapping[str, np.ndarray], last_time_ms: int) -> None:
+        """Go on from the totals of an earlier log, as `StatefulSource`."""
+        if self._past is not None:
+            self._past.resume(state, last_time_ms)
+
+    def _read_rows(self) -> Iterator[pa.RecordBatch]:
+        """Yield the log rows in the order of the files."""
         earliest: int | None = None
         latest: int | None = None
         notes = Notes(self._said)
@@ -292,13 +321,6 @@ class DelimitedSource:
         if paths:
             refuse_repeats(paths[0], specs[0].column, table.column(key))
         self._finish(key, notes)
+        if self._past is not None:
+            self._past.describe(key, table)
         return table
-
-
-def _paths(paths: Path | str | Sequence[Path]) -> Sequence[Path]:
-    """One path or several."""
-    return [Path(paths)] if isinstance(paths, (Path, str)) else paths
-
-
-def _expand_optional(path: Path | None) -> list[Path]:
-    return [] if path is None else expand([path])

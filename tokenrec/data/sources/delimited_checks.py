@@ -32,6 +32,7 @@ _PARTS = {
     "labels": dict,
     "time": dict,
     "files": dict,
+    "statistics": dict,
 }
 _FILES = ("log", "users", "items", "valid_from", "test_from")
 

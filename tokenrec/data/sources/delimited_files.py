@@ -11,8 +11,8 @@ from tokenrec.errors import InputError
 from tokenrec.runtime.files import is_file, reading_error
 
 
-def expand(paths: Iterable[Path]) -> list[Path]:
-    """Return the files of paths, those of a folder or a glob in sorted order.
+def expand(paths: Iterable[Path] | Path | str | None) -> list[Path]:
+    """Return the files of paths or of one, those of a folder or a glob in sorted order.
 
     A folder is read with the folders in it. Names that begin with a dot or an
     underscore are left out: Spark and others write such markers beside the parts.
@@ -20,7 +20,9 @@ def expand(paths: Iterable[Path]) -> list[Path]:
     Raises:
       InputError: there is no such file, or none in a folder.
     """
-    return [file for path in paths for file in _expand(Path(path))]
+    if isinstance(paths, (Path, str)):
+        paths = [Path(paths)]
+    return [file for path in paths or () for file in _expand(Path(path))]
 
 
 def _expand(path: Path) -> list[Path]:

@@ -11,7 +11,8 @@
       "separators": {"tags": ";"},
       "labels": {"liked": "rating >= 4"},
       "time": {"unit": "s", "zone": "Europe/Oslo"},
-      "files": {"log": ["log.csv"], "items": "items.csv", "valid_from": "2022-05-03"}
+      "files": {"log": ["log.csv"], "items": "items.csv", "valid_from": "2022-05-03"},
+      "statistics": {"keys": ["item_id"], "times": {"gap": true}}
     }
 
 `columns` maps a name to the column of the file that holds it; a name without an entry
@@ -29,6 +30,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from tokenrec.data.past.declaration import PastStatistics
+from tokenrec.data.past.declaration_json import parse_statistics
 from tokenrec.data.schema import Schema
 from tokenrec.data.sources import delimited_checks as checks
 from tokenrec.data.sources.delimited_checks import KEYS, OPTIONAL, TYPES
@@ -132,6 +135,7 @@ class SchemaFile:
       labels: task to the comparison that is its label.
       time: unit and zone of times.
       files: the files, where the schema names them.
+      statistics: features that count the past; None for none.
     """
 
     schema: Schema
@@ -141,6 +145,7 @@ class SchemaFile:
     labels: Mapping[str, LabelRule] = dataclasses.field(default_factory=dict)
     time: TimeFormat = TimeFormat()
     files: LogFiles = LogFiles()
+    statistics: PastStatistics | None = None
 
     @classmethod
     def from_json(cls, value: Any, where: str, folder: Path) -> SchemaFile:
@@ -172,7 +177,13 @@ class SchemaFile:
         labels = _parse_labels(where, schema, columns, value.get("labels", {}))
         time = TimeFormat(**checks.checked_time(where, value.get("time", {})))
         files = _parse_files(where, value.get("files", {}), folder)
-        result = cls(schema, columns, key_types, separators, labels, time, files)
+        statistics = None
+        if "statistics" in value:
+            at = f"{where}: statistics"
+            statistics = parse_statistics(value["statistics"], schema, at)
+        result = cls(
+            schema, columns, key_types, separators, labels, time, files, statistics
+        )
         kinds = {
             feature.name: result.value_type_name(feature.name)
             for feature in schema.features

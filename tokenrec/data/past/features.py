@@ -1,0 +1,313 @@
+"""Compute the declared statistics of a log, block after block in the order of time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from tokenrec.data.past import measures as m
+from tokenrec.data.past.declaration import (
+    UNITS_MS,
+    PastStatistics,
+    duration_ms,
+    half_life_ms,
+    last_events,
+    time_names,
+)
+from tokenrec.data.past.keys import Hashes, KeyColumns, combine
+from tokenrec.data.past.last_events import LastEvents
+from tokenrec.data.past.plan import (
+    Key,
+    KeyedTotals,
+    features_of_key,
+    features_of_matches,
+    plan_keys,
+)
+from tokenrec.data.past.totals import KeyTotals, TotalOverflowError
+from tokenrec.data.past.user_times import TimesOfUsers
+from tokenrec.data.preparation.raw_columns import (
+    bool_column,
+    check_columns,
+    integer_column,
+    label_column,
+)
+from tokenrec.data.schema import Feature, Schema
+from tokenrec.data.source import Source
+from tokenrec.data.time_order import time_blocks, time_ordered
+from tokenrec.errors import InputError
+
+# Log rows whose statistics are computed at once; where a block ends changes nothing.
+_BLOCK_ROWS = 65_536
+
+_ROW_COLUMNS = (
+    "user_id",
+    "item_id",
+    "time_ms",
+    "split",
+    "event",
+    "scored",
+    "request",
+)
+
+
+class PastFeatures:
+    """Statistics of the past of a log's rows.
+
+    Args:
+      statistics: the declaration, which was checked.
+      schema: schema of the source, without the statistics.
+    """
+
+    def __init__(self, statistics: PastStatistics, schema: Schema) -> None:
+        self._declared = statistics.of_tasks(schema)
+        self._schema = schema
+        self.features: tuple[Feature, ...] = statistics.features(schema)
+        self._tables: dict[str, pa.Table] = {}
+        # The log that this one goes on from: its totals, and the time of its last row.
+        self._earlier: tuple[Mapping[str, np.ndarray], int] | None = None
+        self._plans = plan_keys(self._declared)
+        self._names = {name for key in self._plans for name in key}
+        self._start()
+
+    def describe(self, key: str, table: pa.Table) -> None:
+        """Describe users or items; needed before `add_to`.
+
+        Args:
+          key: "user_id" or "item_id".
+          table: `Source.users` or `Source.items`.
+        """
+        self._tables[key] = table.select(
+            [n for n in table.column_names if n == key or n in self._names]
+        )
+
+    def require_tables(self, source: Source) -> None:
+        """Read the tables of users and items, unless `describe` was given them.
+
+        Args:
+          source: a source whose `users` and `items` call `describe`.
+        """
+        if "user_id" not in self._tables:
+            source.users()
+        if "item_id" not in self._tables:
+            source.items()
+
+    def add_to(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield log rows in the order of time, with the features added.
+
+        Raises:
+          InputError: a column or a value is wrong, or as `time_ordered`.
+        """
+        self._start()
+        later = self._later(batches)
+        for table in time_blocks(time_ordered(later), _BLOCK_ROWS):
+            past = self._update(table)
+            for feature in self.features:
+                values = past[feature.name].astype(np.float32)
+                column = pa.array(values, mask=np.isnan(values))
+                table = table.append_column(feature.name, column)
+            yield from table.to_batches()
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return all totals and the declaration, by names that files can have."""
+        arrays = {"declaration": self._digest()}
+        for part, totals in self._parts().items():
+            for name, array in totals.state().items():
+                arrays[f"{part}_{name}"] = array
+        return arrays
+
+    def resume(self, state: Mapping[str, np.ndarray], last_time_ms: int) -> None:
+        """Go on from what `state` returned; the rows until `last_time_ms` are left out.
+
+        Raises:
+          InputError: it is of another declaration.
+        """
+        given = state.get("declaration")
+        if given is None or not np.array_equal(given, self._digest()):
+            raise InputError(
+                "the statistics are declared otherwise than those of the earlier data "
+                "set, whose totals they go on from; give the same declaration, or "
+                "prepare the earlier data set again"
+            )
+        self._earlier = state, last_time_ms
+
+    def _start(self) -> None:
+        """Begin, or go on from an earlier log, whichever times the log is read."""
+        self._columns = KeyColumns(self._schema, sorted(self._names))
+        for key, table in self._tables.items():
+            self._columns.add_table(key, table)
+        session = self._declared.times.session
+        self._times = TimesOfUsers(duration_ms(session) if session else None)
+        self._totals = {
+            key: KeyTotals(
+                np.array([m.scale_of(name) for name in plan.measures]),
+                [half_life_ms(horizon) for horizon in plan.running()],
+            )
+            for key, plan in self._plans.items()
+        }
+        self._windows = {
+            key: LastEvents(
+                [last_events(horizon) or 0 for horizon in plan.windows()],
+                self._columns.most_keys(key),
+                np.array([m.scale_of(name) for name in plan.measures]),
+            )
+            for key, plan in self._plans.items()
+            if plan.windows()
+        }
+        if self._earlier is None:
+            return
+        for part, totals in self._parts().items():
+            head = f"{part}_"
+            totals.resume(
+                {
+                    name.removeprefix(head): array
+                    for name, array in self._earlier[0].items()
+                    if name.startswith(head)
+                }
+            )
+
+    def _later(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Keep the rows later than the earlier log, and check what is needed of them.
+
+        `prepare` checks all columns, but after the statistics have used them.
+        """
+        labels = [f"label_{task.name}" for task in self._schema.tasks]
+        features = (*self._schema.group("row"), *self._schema.group("action"))
+        expected = [*_ROW_COLUMNS, *labels, *(f.name for f in features)]
+        first = 0
+        for batch in batches:
+            check_columns(batch.schema.names, list(dict.fromkeys(expected)), "rows()")
+            time = integer_column(batch, "time_ms", first)
+            for name in ("event", "scored"):
+                bool_column(batch, name, first)
+            for name in labels:
+                label_column(batch, name, first)
+            first += batch.num_rows
+            place = batch.schema.names.index("time_ms")
+            batch = batch.set_column(place, "time_ms", pa.array(time))
+            if self._earlier is not None:
+                batch = batch.filter(pa.array(time > self._earlier[1]))
+            if batch.num_rows:
+                yield batch
+
+    def _parts(self) -> dict[str, KeyColumns | TimesOfUsers | KeyTotals | LastEvents]:
+        """What has a state, by its name there; keys are numbered."""
+        return {
+            "columns": self._columns,
+            "times": self._times,
+            **{f"key_{i}": t for i, t in enumerate(self._totals.values())},
+            **{f"last_{i}": t for i, t in enumerate(self._windows.values())},
+        }
+
+    def _digest(self) -> np.ndarray:
+        text = json.dumps(self._declared.to_json(), sort_keys=True)
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def _update(self, table: pa.Table) -> dict[str, np.ndarray]:
+        """Features of a block, `[R] float64` each; then count its rows."""
+        columns = self._columns.of_rows(table)
+        tasks = [task.name for task in self._schema.tasks]
+        means = {name for part in self._declared.keys for name in part.means}
+        measures = m.measures(
+            table,
+            columns,
+            tasks,
+            [f for f in self._schema.features if f.name in means],
+            self._declared.unscored,
+        )
+        totals = {
+            key: self._update_key(key, table, columns, measures) for key in self._plans
+        }
+        out: dict[str, np.ndarray] = {}
+        for part in self._declared.keys:
+            out |= features_of_key(part, totals)
+        for match in self._declared.matches:
+            out |= features_of_matches(match, totals[match.key])
+        if time_names(self._declared.times):
+            out |= self._update_times(table, columns, measures)
+        if self._declared.unscored != "full":
+            hidden = ~m.flags(table, "scored")
+            for name in out:
+                out[name] = np.where(hidden, np.nan, out[name])
+        return out
+
+    def _update_key(
+        self,
+        key: Key,
+        table: pa.Table,
+        columns: Mapping[str, Hashes],
+        measures: Mapping[str, np.ndarray],
+    ) -> KeyedTotals:
+        """Totals of the strictly earlier rows of each row's key; then add the block."""
+        plan = self._plans[key]
+        rows, keys = combine([columns[n] for n in key], table.num_rows)
+        values = np.stack([measures[name][rows] for name in plan.measures], axis=1)
+        time = table["time_ms"].to_numpy()[rows]
+        try:
+            before = self._totals[key].update(keys, time, values)
+        except TotalOverflowError as error:
+            raise InputError(
+                f"statistics of {'_'.join(key) or 'all rows'}: the sum of "
+                f"'{plan.measures[error.column]}' is too large for exact sums; give the "
+                'feature "transform": "log1p"'
+            ) from error
+        present = np.zeros(table.num_rows, bool)
+        present[rows] = True
+        totals = {}
+        for horizon, entries in zip(plan.running(), before, strict=True):
+            total = totals[horizon] = np.zeros((table.num_rows, len(plan.measures)))
+            if len(rows) == np.count_nonzero(present):
+                total[rows] = entries
+            else:
+                # A row with several values of a column adds up their totals.
+                np.add.at(total, rows, entries)
+        if plan.windows():
+            offsets = np.cumsum(np.bincount(rows, minlength=table.num_rows))
+            hashes = Hashes(np.append(0, offsets), keys)
+            windows = self._update_window(key, table, columns, measures, hashes)
+            totals |= dict(zip(plan.windows(), windows, strict=True))
+        return KeyedTotals(
+            present,
+            {h: dict(zip(plan.measures, t.T, strict=True)) for h, t in totals.items()},
+        )
+
+    def _update_window(
+        self,
+        key: Key,
+        table: pa.Table,
+        columns: Mapping[str, Hashes],
+        measures: Mapping[str, np.ndarray],
+        keys: Hashes,
+    ) -> list[np.ndarray]:
+        """The same of the user's last events, `[R, measures]` for each horizon."""
+        user = columns["user_id"].first_of_each()
+        time = table["time_ms"].to_numpy()
+        item = columns["item_id"].first_of_each()
+        return self._windows[key].update(
+            np.lexsort((m.flags(table, "scored"), item, time, user)),
+            user,
+            time,
+            measures[m.EVENTS] > 0,
+            keys,
+            np.stack([measures[name] for name in self._plans[key].measures], axis=1),
+        )
+
+    def _update_times(
+        self,
+        table: pa.Table,
+        columns: Mapping[str, Hashes],
+        measures: Mapping[str, np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        times = self._declared.times
+        length = np.full(table.num_rows, np.nan)
+        if times.idle_after:
+            length = m.numbers(table, times.idle_after) * UNITS_MS[times.unit]
+        features = self._times.update(
+            columns["user_id"].first_of_each(),
+            table["time_ms"].to_numpy(),
+            measures[m.EVENTS] > 0,
+            length,
+        )
+        return {name: features[name] for name in time_names(times)}

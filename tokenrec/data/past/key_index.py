@@ -1,0 +1,68 @@
+"""Number keys that come block by block, in memory of 16 bytes a key."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# New keys that are not merged with the others yet.
+_MOST_RECENT = 1 << 16
+
+
+class KeyIndex:
+    """Numbers of keys, 0, 1, ... in the order in which they came.
+
+    New keys go to a small sorted array, which is merged into the large one now and then,
+    so that a key is not moved with every block of a long log.
+
+    Args:
+      ids: `[N] uint64`, ascending: the keys 0 to N - 1.
+    """
+
+    def __init__(self, ids: np.ndarray | None = None) -> None:
+        ids = np.zeros(0, np.uint64) if ids is None else ids
+        # Ascending ids, and the number of each.
+        self._merged = ids, np.arange(len(ids))
+        self._recent = ids[:0], np.arange(0)
+
+    def __len__(self) -> int:
+        return len(self._merged[0]) + len(self._recent[0])
+
+    def add(self, ids: np.ndarray) -> np.ndarray:
+        """Return the numbers of ascending, distinct `ids: [n]`, new ones included."""
+        place = _find(self._merged, ids)
+        rest = np.flatnonzero(place < 0)
+        place[rest] = _find(self._recent, ids[rest])
+        new = np.flatnonzero(place < 0)
+        place[new] = len(self) + np.arange(len(new))
+        self._recent = _insert(self._recent, ids[new], place[new])
+        if len(self._recent[0]) > _MOST_RECENT + len(self._merged[0]) // 4:
+            self._merge()
+        return place
+
+    def items(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return all ids in ascending order, `[N] uint64`, and their numbers."""
+        self._merge()
+        return self._merged
+
+    def _merge(self) -> None:
+        self._merged = _insert(self._merged, *self._recent)
+        self._recent = self._recent[0][:0], self._recent[1][:0]
+
+
+def _find(table: tuple[np.ndarray, np.ndarray], ids: np.ndarray) -> np.ndarray:
+    """Numbers of `ids: [n]` in a table of ascending ids, -1 where they are not."""
+    known_ids, places = table
+    at = np.searchsorted(known_ids, ids)
+    known = at < len(known_ids)
+    known[known] = known_ids[at[known]] == ids[known]
+    place = np.full(len(ids), -1)
+    place[known] = places[at[known]]
+    return place
+
+
+def _insert(
+    table: tuple[np.ndarray, np.ndarray], ids: np.ndarray, places: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Add ascending ids that a table lacks."""
+    at = np.searchsorted(table[0], ids)
+    return np.insert(table[0], at, ids), np.insert(table[1], at, places)

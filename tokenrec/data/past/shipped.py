@@ -1,0 +1,90 @@
+"""Declarations of statistics that come with tokenrec, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenrec.data.past.declaration import PastStatistics
+from tokenrec.data.past.declaration_json import parse_statistics
+from tokenrec.data.past.source import read_statistics
+from tokenrec.data.schema import Schema
+from tokenrec.errors import InputError, suggest
+
+# For `tokenrec prepare kuairand`, whose past rates they replace. The tasks are those
+# that KuaiRand's models predict; the others are too rare for a rate. Lists were compared
+# on 2 May of KuaiRand-Pure, the last day of train.
+_TASKS = ["is_click", "long_view"]
+_WITH_DECAY = ["all", "1d"]
+
+
+def _kuairand_key(*key: str, horizons: list[str] | None = None) -> dict[str, Any]:
+    return {"key": list(key), "tasks": _TASKS, "horizons": horizons or ["all"]}
+
+
+SHIPPED: dict[str, dict[str, Any]] = {
+    "kuairand": {
+        "keys": [
+            {
+                **_kuairand_key("item_id", horizons=_WITH_DECAY),
+                "means": ["play_time_ms"],
+            },
+            _kuairand_key("author_id", horizons=_WITH_DECAY),
+            _kuairand_key("tag"),
+            _kuairand_key("music_id"),
+            {
+                **_kuairand_key("user_id", horizons=["all", "1d", "1h"]),
+                "means": ["play_time_ms"],
+            },
+            _kuairand_key("user_id", "tab", horizons=_WITH_DECAY),
+            _kuairand_key("user_id", "author_id"),
+            _kuairand_key("user_id", "tag"),
+            _kuairand_key("user_id", "item_id"),
+            _kuairand_key("user_id", "duration_bucket"),
+            _kuairand_key("user_id", "tab", "duration_bucket"),
+            _kuairand_key("user_id", "video_type"),
+            _kuairand_key("user_id", "hour"),
+            _kuairand_key("duration_bucket"),
+            _kuairand_key("tab", "author_id"),
+            _kuairand_key("tab", "item_id"),
+            _kuairand_key("tab", "tag"),
+            _kuairand_key("tab", "music_id"),
+            _kuairand_key("tab", "duration_bucket"),
+            _kuairand_key("tab", "user_active_degree"),
+            _kuairand_key("tab", "hour"),
+            _kuairand_key("tab", "weekday"),
+            {"key": "user_id", "name": "burst", "tasks": [], "horizons": ["1m", "10m"]},
+        ],
+        "matches": [
+            {"of": name, "tasks": _TASKS}
+            for name in ("item_id", "author_id", "tag", "music_id")
+        ],
+        "times": {
+            "gap": True,
+            "idle_after": "play_time_ms",
+            "unit": "ms",
+            "session": "30m",
+        },
+    }
+}
+
+
+def load_statistics(name: str, schema: Schema) -> PastStatistics:
+    """Return a declaration by its name, or of a JSON file.
+
+    Args:
+      name: name of a shipped declaration, or path of a file.
+      schema: schema of the source.
+
+    Raises:
+      InputError: there is no such file, it cannot be read, or the declaration does not
+        fit the schema.
+    """
+    if name in SHIPPED:
+        return parse_statistics(SHIPPED[name], schema, f"statistics '{name}'")
+    if not Path(name).exists():
+        raise InputError(
+            f"statistics='{name}' is neither a file nor the name of a shipped "
+            f"declaration{suggest(name, SHIPPED)}"
+        )
+    return read_statistics(Path(name), schema)

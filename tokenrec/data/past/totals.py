@@ -1,0 +1,311 @@
+"""Running totals per key over the strictly earlier log rows, with or without decay.
+
+With a half-life h, the total of a key at time T is
+
+    sum_i v_i 2^(-(T - t_i) / h)        over log rows i of the key with t_i < T
+
+and without one the plain sum. Float sums would depend on the order of the additions, and
+so on where a log is cut. Here every addition is one of integers:
+
+- Time is cut into *epochs* of `EPOCH_HALF_LIVES` half-lives, on a grid that begins in
+  1970. Within an epoch that begins at L, a log row adds the integer
+  `round(v_i 2^((t_i - L) / h) scale)`, at most 2^4 times larger than at the epoch's
+  begin. So no weight overflows, however long the log (forward decay; Cormode et al.,
+  Forward Decay, ICDE 2009).
+- At the end of an epoch the total is multiplied by a power of two, which is exact, and
+  goes on as the *carry* of the key. A key without log rows costs nothing meanwhile.
+
+The total at T is `(carry + sum / scale) / 2^((T - L) / h)`: the same bits however the
+log is cut, and whatever the order of log rows of equal time. The weights are rounded
+to 2^-24 (`SCALE`), less than a float32 feature resolves. What is older than 100
+half-lives is dropped, so that a key that was last seen before is like one never seen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from tokenrec.data.past.key_index import KeyIndex
+
+EPOCH_HALF_LIVES = 4
+# Steps of the totals: 2^-24 of a count.
+SCALE = 2.0**24
+# A total below it is dropped.
+_LEAST = 2.0**-100
+# Sums stay below it, so that a block of log rows cannot overflow int64.
+_MOST_SUM = 1 << 62
+
+
+class TotalOverflowError(Exception):
+    """A total is too large for int64.
+
+    Attributes:
+      column: number of the total's column.
+    """
+
+    def __init__(self, column: int) -> None:
+        super().__init__(column)
+        self.column = column
+
+
+class KeyTotals:
+    """Totals per key, over several horizons.
+
+    Memory grows with the number of distinct keys, not with the number of log rows.
+
+    Args:
+      scales: `[width]`, steps per unit of each column.
+      half_lives: half-life of each horizon in milliseconds; None for all the past.
+    """
+
+    def __init__(self, scales: np.ndarray, half_lives: Sequence[int | None]) -> None:
+        self._scales = scales
+        self._keys = KeyIndex()
+        self._horizons = [
+            _AllPast(scales) if h is None else _Decayed(scales, h) for h in half_lives
+        ]
+
+    def update(
+        self, key: np.ndarray, time: np.ndarray, values: np.ndarray
+    ) -> list[np.ndarray]:
+        """Sum the strictly earlier entries of each entry's key, and then add these.
+
+        Args:
+          key: `[E] uint64`.
+          time: `[E] int64`, milliseconds, ascending, and all later than those of the
+            call before.
+          values: `[E, width] float64`, what an entry adds to the totals of its key.
+
+        Returns:
+          For each horizon `[E, width] float64`.
+
+        Raises:
+          TotalOverflowError: a total is too large.
+        """
+        if not len(key):
+            return [np.zeros(values.shape) for _ in self._horizons]
+        # Sort by key, stably: the entries of a key are a run in the order of time.
+        order = np.argsort(key, kind="stable")
+        key, time, values = key[order], time[order], values[order]
+        group_start = run_starts(key)
+        place = self._keys.add(key[group_start])
+        results = []
+        for horizon in self._horizons:
+            before = np.empty(values.shape)
+            before[order] = horizon.update(group_start, place, time, values)
+            results.append(before)
+        return results
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return all totals, from which `resume` goes on, keys in ascending order."""
+        ids, places = self._keys.items()
+        arrays = {"keys": ids}
+        for number, horizon in enumerate(self._horizons):
+            for name, array in horizon.arrays(places).items():
+                arrays[f"{name}_{number}"] = array
+        return arrays
+
+    def resume(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `state` returned, of the same columns and horizons."""
+        self._keys = KeyIndex(np.array(state["keys"]))
+        for number, horizon in enumerate(self._horizons):
+            horizon.resume(
+                {name: np.array(state[f"{name}_{number}"]) for name in horizon.NAMES}
+            )
+
+
+class _AllPast:
+    """Totals of all the past, by the number of the key: integer sums."""
+
+    NAMES: tuple[str, ...] = ("sums",)
+
+    def __init__(self, scales: np.ndarray) -> None:
+        self._scales = scales
+        self._arrays: dict[str, np.ndarray] = {
+            "sums": np.zeros((0, len(scales)), np.int64)
+        }
+
+    def arrays(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        """Arrays of the keys with these numbers."""
+        return {name: array[places] for name, array in self._arrays.items()}
+
+    def resume(self, arrays: dict[str, np.ndarray]) -> None:
+        """Go on from arrays of the keys 0, 1, ..."""
+        self._arrays = arrays
+
+    def update(
+        self,
+        group_start: np.ndarray,
+        place: np.ndarray,
+        time: np.ndarray,
+        values: np.ndarray,
+    ) -> np.ndarray:
+        """Sum the earlier entries of each group, and add the groups to their keys.
+
+        Args:
+          group_start: `[E] bool`, True where the entries of a key begin.
+          place: `[G] int64`, number of each group's key.
+          time: `[E] int64`, ascending within a group.
+          values: `[E, width] float64`.
+
+        Returns:
+          `[E, width] float64`.
+        """
+        self._grow(int(place.max()) + 1)
+        parts = np.rint(values * self._scales).astype(np.int64)
+        sums = self._arrays["sums"][place]
+        before = sums[np.cumsum(group_start) - 1]
+        before += _sum_earlier(parts, group_start, time)
+        ended = sums + np.add.reduceat(parts, np.flatnonzero(group_start))
+        _check_sums(ended)
+        self._arrays["sums"][place] = ended
+        return before / self._scales
+
+    def _grow(self, size: int) -> None:
+        """Make room for keys up to a number, half as much again as needed."""
+        if size > len(self._arrays["sums"]):
+            for name, array in self._arrays.items():
+                shape = (size + size // 2, *array.shape[1:])
+                larger = np.zeros(shape, array.dtype)
+                larger[: len(array)] = array
+                self._arrays[name] = larger
+
+
+class _Decayed(_AllPast):
+    """Totals with a half-life, by the number of the key.
+
+    A key has the number of its last epoch, the carry from the epochs before, and the
+    integer sums of this one.
+    """
+
+    NAMES = ("sums", "carry", "epoch")
+
+    def __init__(self, scales: np.ndarray, half_life: int) -> None:
+        super().__init__(scales)
+        self._half_life = half_life
+        self._arrays["carry"] = np.zeros((0, len(scales)))
+        self._arrays["epoch"] = np.zeros(0, np.int64)
+
+    def update(
+        self,
+        group_start: np.ndarray,
+        place: np.ndarray,
+        time: np.ndarray,
+        values: np.ndarray,
+    ) -> np.ndarray:
+        """As that of `_AllPast`."""
+        self._grow(int(place.max()) + 1)
+
+        # 1. What each entry adds to the sums of its epoch.
+        span = EPOCH_HALF_LIVES * self._half_life
+        epoch = time // span
+        weight = np.exp2((time - epoch * span) / self._half_life)[:, None]
+        parts = np.rint(values * weight * self._scales).astype(np.int64)
+
+        # 2. Sums of the earlier entries of the same key and epoch: a run.
+        run_start = group_start | run_starts(epoch)
+        within = _sum_earlier(parts, run_start, time)
+
+        # 3. What each run begins with.
+        runs = np.flatnonzero(run_start)
+        run_sums = np.add.reduceat(parts, runs)
+        carry, sums = self._begins(group_start[runs], place, epoch[runs], run_sums)
+        number = np.cumsum(run_start) - 1
+        return (carry[number] + (sums[number] + within) / self._scales) / weight
+
+    def _begins(
+        self,
+        is_first: np.ndarray,
+        place: np.ndarray,
+        epoch: np.ndarray,
+        run_sums: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Carry and sums with which each run begins; keep those of the last runs.
+
+        Args:
+          is_first: `[K] bool`, whether a run is the first of its key.
+          place: `[G] int64`, number of each key.
+          epoch: `[K] int64`.
+          run_sums: `[K, width] int64`, sums of each run.
+
+        Returns:
+          `[K, width] float64` and `[K, width] int64`.
+        """
+        carry = np.zeros(run_sums.shape)
+        sums = np.zeros(run_sums.shape, np.int64)
+        first = np.flatnonzero(is_first)
+        kept = self.arrays(place)
+        same = (kept["epoch"] == epoch[first])[:, None]
+        passed = self._advance(
+            kept["carry"], kept["sums"], epoch[first] - kept["epoch"]
+        )
+        carry[first] = np.where(same, kept["carry"], passed)
+        sums[first] = np.where(same, kept["sums"], 0)
+        # The runs of a key one after another, those of all keys at once. A block of six
+        # hours has few epochs, unless the half-life is one of seconds.
+        rank = np.arange(len(is_first)) - first[np.cumsum(is_first) - 1]
+        by_rank = np.argsort(rank, kind="stable")
+        bounds = np.searchsorted(rank[by_rank], np.arange(1, rank.max() + 2))
+        for low, high in itertools.pairwise(bounds.tolist()):
+            run = by_rank[low:high]
+            carry[run] = self._advance(
+                carry[run - 1],
+                sums[run - 1] + run_sums[run - 1],
+                epoch[run] - epoch[run - 1],
+            )
+        last = np.append(first[1:], len(is_first)) - 1
+        ended = sums[last] + run_sums[last]
+        _check_sums(ended)
+        self._arrays["epoch"][place] = epoch[last]
+        self._arrays["carry"][place] = carry[last]
+        self._arrays["sums"][place] = ended
+        return carry, sums
+
+    def _advance(
+        self, carry: np.ndarray, sums: np.ndarray, epochs: np.ndarray
+    ) -> np.ndarray:
+        """The carry after a number of epochs, `[n]`, of a carry and sums `[n, width]`."""
+        # Beyond 100 epochs nothing is left; a larger power would not fit into int32.
+        power = -EPOCH_HALF_LIVES * np.minimum(epochs, 100)
+        passed = np.ldexp(carry + sums / self._scales, power[:, None].astype(np.int32))
+        passed[np.abs(passed) < _LEAST] = 0.0
+        return passed
+
+
+def _sum_earlier(
+    parts: np.ndarray, run_start: np.ndarray, time: np.ndarray
+) -> np.ndarray:
+    """Sum over the earlier entries of a run, those of the same time excluded.
+
+    Args:
+      parts: `[E, width] int64`.
+      run_start: `[E] bool`, True where a run begins.
+      time: `[E] int64`, ascending within a run.
+
+    Returns:
+      `[E, width] int64`.
+    """
+    # The cumulative sum runs over all keys and may wrap around, which its differences
+    # do not show.
+    exclusive = np.cumsum(parts, axis=0) - parts
+    index = np.arange(len(time))
+    tie_start = run_start | run_starts(time)
+    first_of_run = np.maximum.accumulate(np.where(run_start, index, 0))
+    first_of_tie = np.maximum.accumulate(np.where(tie_start, index, 0))
+    return exclusive[first_of_tie] - exclusive[first_of_run]
+
+
+def _check_sums(sums: np.ndarray) -> None:
+    too_large = (np.abs(sums) >= _MOST_SUM).any(axis=0)
+    if too_large.any():
+        raise TotalOverflowError(int(np.argmax(too_large)))
+
+
+def run_starts(values: np.ndarray) -> np.ndarray:
+    """Whether each of `values: [n]` differs from the one before it: `[n] bool`."""
+    starts = np.ones(len(values), bool)
+    starts[1:] = values[1:] != values[:-1]
+    return starts
