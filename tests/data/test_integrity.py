@@ -20,6 +20,7 @@ from tokenrec.data import metadata, records
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.preparation.catalogue import LONGEST_ITEM_ID
 from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.tokenizer import load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError
@@ -371,6 +372,17 @@ def test_missing_values_of_training_rows_are_counted_for_every_kind(
     assert "never known in training: duration, place; check the columns" in said
     # Impressions have no action: `price` is not listed.
     assert "missing in most training rows: age 50%\n" in said
+
+
+def test_a_notice_lists_the_first_of_many_features(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features = [Feature(f"f{i}", "categorical", "context") for i in range(12)]
+    schema = Schema(tuple(features), (Task("click"),))
+    source = MemorySource({"user_id": [1]}, schema=schema)
+    prepare(source, tmp_path / "set")
+    said = capsys.readouterr().err
+    assert "never known in training: f0, f1, f2, f3, f4, f5, f6, f7 and 4 more;" in said
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.metadata import Metadata
@@ -12,6 +12,7 @@ from tokenrec.data.source import SPLITS
 
 # Features that lack a value in this share of training rows are listed.
 _MOSTLY_MISSING = 0.5
+_MOST_NAMES = 8  # features that a notice lists
 _ROWS_OF_GROUP = {
     "user": "users_train",
     "catalogue": "items_train",
@@ -80,11 +81,19 @@ def _missing_notices(metadata: Metadata) -> Iterator[str]:
             mostly.append(f"{feature.name} {missing / rows:.0%}")
     if never:
         yield (
-            f"never known in training: {', '.join(never)}; check the columns, or leave "
+            f"never known in training: {_listed(never)}; check the columns, or leave "
             "the features out"
         )
     if mostly:
-        yield f"missing in most training rows: {', '.join(mostly)}"
+        yield f"missing in most training rows: {_listed(mostly)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Join names; of many, the first, since `tokenrec.json` has the counts of all."""
+    if len(names) <= _MOST_NAMES:
+        return ", ".join(names)
+    more = len(names) - _MOST_NAMES
+    return f"{', '.join(names[:_MOST_NAMES])} and {more} more"
 
 
 def _label_notices(metadata: Metadata) -> Iterator[str]:
