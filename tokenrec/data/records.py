@@ -158,10 +158,15 @@ class SplitWriter:
     def _next_shard(self) -> None:
         self.close()
         path = self._directory / f"{NAME}-{self._split}.shard-{len(self._paths):05d}"
-        self._writer = ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS)
+        self._writer = shard_writer(path)
         self._paths.append(path)
         self.shard_lengths.append(0)
         self._shard_bytes = 0
+
+
+def shard_writer(path: Path) -> ArrayRecordWriter:
+    """Open a new shard for its records, as `encode` returns them."""
+    return ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS)
 
 
 def encode(chunk: Chunk) -> bytes:

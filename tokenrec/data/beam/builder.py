@@ -210,12 +210,11 @@ class _ShardWriter(tfds.core.writer.ExampleWriter):
     """
 
     def write(self, path: Any, examples: Iterable[tuple[int, bytes]]) -> None:
-        encoded = (
-            (key, records.encode(records.decode(example))) for key, example in examples
-        )
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder, "shard")
-            super().write(local, encoded)
+            with contextlib.closing(records.shard_writer(local)) as writer:
+                for _, example in examples:
+                    writer.write(records.encode(records.decode(example)))
             with local.open("rb") as shard, epath.Path(path).open("wb") as file:
                 shutil.copyfileobj(shard, file)
 
