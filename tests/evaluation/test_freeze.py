@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,12 +20,17 @@ from tokenrec import (
     TokensConfig,
     TrainConfig,
 )
+from tokenrec.checkpoint.checkpointer import Checkpointer
+from tokenrec.checkpoint.progress import Progress
+from tokenrec.checkpoint.run_folder import create_or_check_run
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.frozen_heads import check_frozen_heads
 from tokenrec.data.interaction_log import EVENT, SCORED
-from tokenrec.data.pipeline import eval_batches
+from tokenrec.data.pipeline import eval_batches, task_names
 from tokenrec.evaluation.baselines import split_baselines
 from tokenrec.evaluation.freeze import check_freeze, freeze_time
+from tokenrec.sharding import make_mesh
+from tokenrec.state import build_model, init_state
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,12 @@ def workdir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         optim=OptimConfig(steps=4, warmup_steps=1),
         train=TrainConfig(eval_split=""),
     )
-    tokenrec.train(config, folder, progress=False)
+    # A run that is not trained: frozen and live scores differ all the same.
+    dataset = open_dataset(data)
+    model = build_model(config, dataset.schema, task_names(dataset.schema, config.data))
+    with jax.set_mesh(make_mesh(config.mesh)), Checkpointer(folder, keep=1) as saved:
+        create_or_check_run(config, dataset, folder)
+        saved.save(0, init_state(model, 0), Progress())
     return folder
 
 
