@@ -75,7 +75,7 @@ def test_a_row_has_its_own_values_and_earlier_counts(dataset: Dataset) -> None:
     rows = np.flatnonzero(log.flags & SCORED)[::7]
     x = features.matrix(rows)
     column = dict(zip(features.names, x.T, strict=True))
-    assert features.names[: features.categorical] == ("author", "tab")
+    assert features.names[:4] == ("author", "tab", "age", "rate")
     assert not {"tags", "seconds", "item_id"} & set(features.names)
     chunk = np.searchsorted(log.start, rows, side="right") - 1
     np.testing.assert_array_equal(column["age"], log.user_dense[chunk, 0])
@@ -88,17 +88,6 @@ def test_a_row_has_its_own_values_and_earlier_counts(dataset: Dataset) -> None:
     np.testing.assert_array_equal(column["log count of click, item"], rates[:, 1])
     repeats = np.log1p(repeat_scores(log)[rows]).astype(np.float32)
     np.testing.assert_array_equal(column["repeats"], repeats)
-
-
-def test_rare_ids_are_no_categories(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tokenrec.evaluation.row_features.MOST_CATEGORIES", 4)
-    train = dataset.load("train")
-    features = read_row_features(dataset, train, train, (0,))
-    assert features.names[: features.categorical] == ("tab",)
-    assert "log-odds of click, author" in features.names
-    assert features.matrix(np.arange(5)).shape == (5, len(features.names))
 
 
 @needs_lightgbm
@@ -120,7 +109,7 @@ def test_trees_come_near_the_best_auc_and_see_no_label_of_the_split(
     )
     reached = auc(labels, scores[:, 1])
     assert best > 0.85
-    # Measured: 0.908 of 0.919.
+    # Measured: 0.907 of 0.919.
     assert best - 0.02 < reached < best + 0.01
     # Bit for bit the same again; with the labels of the split changed, too.
     changed = dataclasses.replace(log, labels=1 - log.labels)
@@ -141,9 +130,9 @@ def test_only_the_latest_rows_are_learned_from_and_parts_change_no_score(
     seen: list[np.ndarray] = []
     fit = boosted_trees._fit
 
-    def noting(categorical: int, x: np.ndarray, *rest: np.ndarray) -> object:
-        seen.append(rest[1])
-        return fit(categorical, x, *rest)
+    def noting(x: np.ndarray, labels: np.ndarray, time: np.ndarray) -> object:
+        seen.append(time)
+        return fit(x, labels, time)
 
     monkeypatch.setattr(boosted_trees, "_fit", noting)
     scores = lightgbm_scores(dataset, "valid", ("click",))

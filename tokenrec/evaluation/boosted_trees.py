@@ -3,8 +3,11 @@
 LightGBM (Ke et al., NeurIPS 2017) learns each task on its own, from the scored rows of
 the training split, with the features of `row_features.py`. The last tenth of these rows
 in time decides after how many trees to stop, and then as many are fitted to all rows;
-no row of the split that is scored is seen. Seed and parameters are fixed and the
-training is deterministic. The library is the extra `baselines`.
+no row of the split that is scored is seen. Ids are numbers to the trees: with
+LightGBM's own splits on categories the sum of the log losses of two tasks of
+KuaiRand-Pure on the last tenth of train was higher, 1.1243 against 1.1233. Seed and
+parameters are fixed and the training is deterministic. The library is the extra
+`baselines`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import numpy as np
 
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.interaction_log import SCORED
-from tokenrec.evaluation.row_features import RowFeatures, read_row_features
+from tokenrec.evaluation.row_features import read_row_features
 
 LIGHTGBM = "lightgbm"
 INSTALL = 'pip install ".[baselines]"'
@@ -40,10 +43,6 @@ _PARAMETERS: dict[str, Any] = {
     "bagging_fraction": 0.8,
     "bagging_freq": 1,
     "lambda_l2": 5.0,
-    # A category needs some rows of its own, so that ids do not stand for their labels.
-    "min_data_per_group": 200,
-    "cat_smooth": 50.0,
-    "cat_l2": 50.0,
     "seed": 0,
     "deterministic": True,
     "force_row_wise": True,
@@ -89,7 +88,7 @@ def lightgbm_scores(
     rows = rows[np.argsort(train.time[rows], kind="stable")][-MOST_ROWS:]
     features = read_row_features(dataset, train, train, places)
     x, time = features.matrix(rows), train.time[rows]
-    models = [_Model(features, x, train.labels[rows, task], time) for task in places]
+    models = [_Model(x, train.labels[rows, task], time) for task in places]
     # 2. The rows of the split, some at a time.
     del x
     features = read_row_features(dataset, train, log, places)
@@ -107,26 +106,19 @@ class _Model:
     """The trees of one task.
 
     Args:
-      features: names of the features.
       x: `[n, F] float32`, in the order of time.
       labels: `[n] int8`, -1 where unknown.
       time: `[n] int64`, ascending.
     """
 
-    def __init__(
-        self,
-        features: RowFeatures,
-        x: np.ndarray,
-        labels: np.ndarray,
-        time: np.ndarray,
-    ) -> None:
+    def __init__(self, x: np.ndarray, labels: np.ndarray, time: np.ndarray) -> None:
         known = labels >= 0
         if not known.all():
             x, labels, time = x[known], labels[known], time[known]
         self._share = (float(labels.sum()) + 0.5) / (len(labels) + 1)
         self._trees = None
         if 0 < labels.sum() < len(labels):
-            self._trees = _fit(features.categorical, x, labels, time)
+            self._trees = _fit(x, labels, time)
 
     def probability(self, x: np.ndarray) -> np.ndarray:
         """Probabilities `[m] float64` of rows with features `x: [m, F]`."""
@@ -135,17 +127,12 @@ class _Model:
         return self._trees.predict(x)
 
 
-def _fit(categorical: int, x: np.ndarray, labels: np.ndarray, time: np.ndarray) -> Any:
+def _fit(x: np.ndarray, labels: np.ndarray, time: np.ndarray) -> Any:
     """Choose the number of trees on the last rows, and fit so many to all rows."""
     import lightgbm
 
     def data(part: slice, reference: Any = None) -> Any:
-        return lightgbm.Dataset(
-            x[part],
-            labels[part],
-            reference=reference,
-            categorical_feature=list(range(categorical)),
-        )
+        return lightgbm.Dataset(x[part], labels[part], reference=reference)
 
     # Rows of one time are on one side.
     cut = int(np.searchsorted(time, time[int(len(time) * (1 - STOP_SHARE))]))

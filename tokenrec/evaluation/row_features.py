@@ -2,8 +2,7 @@
 
 A row has the values that a model may know of it, and what the other baselines count:
 
-- every categorical feature of user, item and context, as the id of its table, where the
-  table has at most `MOST_CATEGORIES` ids; larger ones are keys of the rates below;
+- every categorical feature of user, item and context, as the id of its table;
 - every dense feature of the same three, NaN where missing; past statistics that the
   data set was prepared with are among them;
 - of each key of `baselines.row_keys` (user, item, both, attributes of item and context)
@@ -18,17 +17,14 @@ texts and embeddings have no single value, and are left out.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.interaction_log import InteractionLog
-from tokenrec.data.schema import Feature, Schema, columns
+from tokenrec.data.schema import Feature, columns
 from tokenrec.evaluation.baselines import past_rates, repeat_scores, row_keys
-
-# A split on a category keeps a bit for every id up to the largest one that it sends left.
-MOST_CATEGORIES = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +35,9 @@ class RowFeatures:
 
     Attributes:
       names: of the F features, the categorical ones first.
-      categorical: number of the categorical ones.
     """
 
     names: tuple[str, ...]
-    categorical: int
     _dataset: Dataset
     _train: InteractionLog
     _log: InteractionLog
@@ -71,8 +65,7 @@ class RowFeatures:
             (schema.group("row"), log.row_ids, log.row_dense, rows),
         ):
             categorical, numbers = _single_columns(features)
-            small = [categorical[name] for name in _small(schema, categorical)]
-            ids.append(id_matrix[at][:, small])
+            ids.append(id_matrix[at][:, list(categorical.values())])
             dense.append(dense_matrix[at][:, list(numbers.values())])
         return np.concatenate(
             [*ids, *dense, *self._counted(rows)], axis=1, dtype=np.float32
@@ -108,7 +101,7 @@ def read_row_features(
     attributes = dataset.catalogue.ids[:, list(item_columns.values())]
     context = list(context_columns.values())
     groups = [_single_columns(schema.group(g)) for g in ("user", "catalogue", "row")]
-    categorical = [name for ids, _ in groups for name in _small(schema, ids)]
+    categorical = [name for ids, _ in groups for name in ids]
     dense = [name for _, numbers in groups for name in numbers]
     keys = ["user", "item", "user and item", *item_columns, *context_columns]
     rates = [
@@ -119,7 +112,6 @@ def read_row_features(
     ]
     return RowFeatures(
         names=(*categorical, *dense, *rates, "repeats"),
-        categorical=len(categorical),
         _dataset=dataset,
         _train=train,
         _log=log,
@@ -128,15 +120,6 @@ def read_row_features(
         _keys=row_keys(log, users, attributes, context),
         _repeats=repeat_scores(log),
     )
-
-
-def _small(schema: Schema, names: Iterable[str]) -> list[str]:
-    """Categorical features with few enough ids."""
-    return [
-        name
-        for name in names
-        if schema.tables[schema.feature(name).table_name] <= MOST_CATEGORIES
-    ]
 
 
 def _single_columns(
