@@ -91,7 +91,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@ $(VENV)/.demo
 
 $(ALL)/.all: pyproject.toml constraints.txt | $(ALL)/bin/python
-	$(ALL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev,mlflow,peers,report,text,wandb]"
+	$(ALL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[baselines,demo,dev,mlflow,peers,report,text,wandb]"
 	touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(BIN)/python

@@ -154,10 +154,10 @@ def predict(
 def describe(config: Config) -> dict[str, Any]:
     """Count parameters, tokens and FLOPs of a config; see `tokenrec describe --json`."""
     from tokenrec.planner.describe import describe as describe_config
-    from tokenrec.planner.planned_schema import resolve_schema
+    from tokenrec.planner.planned_schema import resolve_schema, resolve_steps
 
     schema, _ = resolve_schema(config)
-    return describe_config(config, schema)
+    return describe_config(resolve_steps(config), schema)
 
 
 def compile(

@@ -39,10 +39,19 @@ def schedule(config: OptimConfig, peak: float) -> optax.Schedule:
     Returns:
       A function of the step number, a Python integer or a traced array.
 
+    Raises:
+      InputError: the steps of `epochs` have not been counted (run_length.py).
+
     >>> rate = schedule(OptimConfig(steps=100, warmup_steps=10), 1.0)
     >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 55, 100)]
     [0.1, 0.6, 1.0, 0.5, 0.0]
     """
+    if config.steps < 1:
+        raise InputError(
+            f"optim.epochs={config.epochs:g} is no number of steps yet, which a "
+            "schedule needs; count them with tokenrec.run_length.with_steps, or set "
+            "optim.steps"
+        )
     warmup = config.warmup_steps
     decay_steps = max(config.steps - warmup, 1)
     final = config.final_fraction

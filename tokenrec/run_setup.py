@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from jax.sharding import Mesh
 
-from tokenrec.checkpoint.run_folder import run_identity, use_id_counts
+from tokenrec.checkpoint.run_folder import run_identity, steps_of_run, use_id_counts
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import steps_per_epoch, task_names
 from tokenrec.errors import InputError, suggest
 from tokenrec.models.backbones.mesh_check import check_mesh
+from tokenrec.run_length import with_steps
 from tokenrec.runtime import distributed
 from tokenrec.runtime.paths import as_path
 from tokenrec.sharding import check_batch_sizes, make_mesh
@@ -52,8 +54,8 @@ class Setup:
 def set_up(config: Config, workdir: Path) -> Setup:
     """Validate the config, open the data set, build the model and the mesh.
 
-    Nothing is written. Of `workdir` only the counts of ids are read, if a run there has
-    some (`tokens.min_count`).
+    Nothing is written. Of a run in `workdir` only what follows from its data set is
+    read: the steps of `optim.epochs`, and the counts of ids of `tokens.min_count`.
 
     Raises:
       InputError: on all processes, if the config, the data set and the mesh do not fit
@@ -66,13 +68,10 @@ def set_up(config: Config, workdir: Path) -> Setup:
         )
         _check_eval_split(config.train.eval_split, dataset)
         use_id_counts(config, dataset, as_path(workdir), trained=False)
+        epoch_steps = count_epoch_steps(config, dataset)
+        config = _use_steps(config, dataset, as_path(workdir), epoch_steps)
         tasks = task_names(dataset.schema, config.data)
-        model = build_model(
-            config,
-            dataset.schema,
-            tasks,
-            epoch_steps=count_epoch_steps(config, dataset),
-        )
+        model = build_model(config, dataset.schema, tasks, epoch_steps=epoch_steps)
         mesh = make_mesh(config.mesh)
         check_batch_sizes(config, mesh)
         check_mesh(config.model, mesh)
@@ -84,6 +83,41 @@ def count_epoch_steps(config: Config, dataset: Dataset) -> int:
     """Steps of an epoch, for `ModelSpec.epoch_steps`; 0 if the config does not ask."""
     # Counting the samples of a large data set takes a while.
     return steps_per_epoch(dataset, config.data) if config.optim.table_rates else 0
+
+
+def _use_steps(
+    config: Config, dataset: Dataset, workdir: Path, epoch_steps: int
+) -> Config:
+    """Set the steps of `optim.epochs`: those of the run in `workdir`, or counted now.
+
+    Args:
+      config: the validated config.
+      dataset: the data set.
+      workdir: folder of the run.
+      epoch_steps: steps of an epoch, 0 if they have not been counted.
+    """
+    optim = config.optim
+    if not optim.epochs:
+        return config
+    kept = steps_of_run(workdir, optim.epochs)
+    if kept and optim.steps in (0, kept):
+        # Checked as a config with steps is.
+        kept_optim = dataclasses.replace(optim, steps=kept)
+        config = validate(dataclasses.replace(config, optim=kept_optim))
+        origin = "by the config of the run"
+    elif kept:
+        # Other steps than those of the run: `create_or_check_run` refuses them.
+        return config
+    else:
+        config = with_steps(config, dataset, epoch_steps=epoch_steps)
+        origin = "by the training samples of the data set"
+    if distributed.is_first_process():
+        print(
+            f"tokenrec: optim.epochs={optim.epochs:g} is {config.optim.steps:,} steps, "
+            f"{origin}",
+            file=sys.stderr,
+        )
+    return config
 
 
 def _check_eval_split(split: str, dataset: Dataset) -> None:

@@ -116,6 +116,18 @@ def _has_counts(workdir: Path) -> bool:
     return is_file(workdir / CONFIG_FILE) and is_file(workdir / COUNTS_FILE)
 
 
+def steps_of_run(workdir: Path, epochs: float) -> int:
+    """Read the steps of a run whose length is `epochs`; 0 if the folder holds none.
+
+    They are those of the data set that the run began with.
+    """
+    path = workdir / CONFIG_FILE
+    if not is_file(path):
+        return 0
+    optim = _read_run_config(path).optim
+    return optim.steps if optim.epochs == epochs else 0
+
+
 def create_or_check_run(config: Config, dataset: Dataset, workdir: Path) -> None:
     """Write the files of a new run, or check that the folder holds this run.
 

@@ -98,10 +98,10 @@ def _describe(args: argparse.Namespace) -> None:
     # A wrong config is reported before JAX is imported, which takes seconds.
     config = config_from_flags(args)
     from tokenrec.planner.describe import describe, to_text
-    from tokenrec.planner.planned_schema import resolve_schema
+    from tokenrec.planner.planned_schema import resolve_schema, resolve_steps
 
     schema, origin = resolve_schema(config)
-    description = describe(config, schema)
+    description = describe(resolve_steps(config), schema)
     if args.json:
         write_json(args.json, description)
     print(origin)

@@ -196,13 +196,24 @@ def check_model(config: Config) -> Iterator[str]:
 
 
 def check_optim(config: Config) -> Iterator[str]:
-    """Check the schedule."""
+    """Check the schedule. Steps of epochs are known with the data set only."""
     optim = config.optim
-    if optim.warmup_steps > optim.steps:
+    if not (optim.steps or optim.epochs):
         yield (
-            f"optim.warmup_steps={optim.warmup_steps} must be at most "
-            f"optim.steps={optim.steps}"
+            f"optim.steps={optim.steps} and optim.epochs={optim.epochs:g} give training "
+            "no length; set one of them"
         )
+    elif optim.steps and optim.warmup_steps > optim.steps:
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps} must be at most {_length(config)}"
+        )
+
+
+def _length(config: Config) -> str:
+    """The steps of a run, for messages, with the epochs that they are of."""
+    epochs = config.optim.epochs
+    suffix = f", the steps of optim.epochs={epochs:g}" if epochs else ""
+    return f"optim.steps={config.optim.steps}{suffix}"
 
 
 def check_train(config: Config) -> Iterator[str]:
@@ -223,10 +234,10 @@ def check_train(config: Config) -> Iterator[str]:
             "train.log_states=True with train.eval_split='' would log nothing: states "
             "are measured at evaluations; name a split"
         )
-    if train.stop_at > config.optim.steps:
+    if train.stop_at > config.optim.steps > 0:
         yield (
-            f"train.stop_at={train.stop_at} must be at most "
-            f"optim.steps={config.optim.steps}; use 0 to train all steps"
+            f"train.stop_at={train.stop_at} must be at most {_length(config)}; "
+            "use 0 to train all steps"
         )
     retrieval_metric = train.best_metric in ("recall@10", "ndcg@10")
     if config.data.objective == "ranking" and retrieval_metric:

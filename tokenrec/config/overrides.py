@@ -6,6 +6,7 @@ of typed elements are registered here, because it has none for them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, Literal, get_args, get_origin
@@ -18,10 +19,14 @@ from tokenrec.config.fields import list_fields, list_sections
 from tokenrec.config.json_format import REMOVED_FIELDS
 from tokenrec.config.problems import ConfigProblem
 from tokenrec.config.suggestions import suggest_field
+from tokenrec.config.train_config import OptimConfig
 from tokenrec.config.types import hint_name
 from tokenrec.errors import InputError
 
 PREFIX = "--config."
+
+# Fields that each say how long to train.
+RUN_LENGTHS = ("optim.steps", "optim.epochs")
 
 _TYPES = {field.name: field.type for field in list_fields(Config)}
 _SECTIONS = dict(list_sections(Config))
@@ -60,6 +65,9 @@ def apply_overrides(
 ) -> tuple[Config, list[ConfigProblem]]:
     """Set fields of a config, and list the overrides that cannot be used.
 
+    An override of `optim.epochs` switches the `optim.steps` of the config off, and the
+    other way round.
+
     Args:
       config: the config before the overrides; it is not changed.
       overrides: `model.width=128`, in order; the last one of a field wins.
@@ -71,7 +79,30 @@ def apply_overrides(
             config = _override(config, field, text)
         except InputError as error:
             problems.append(ConfigProblem(_owner(field), str(error)))
-    return config, problems
+    return _keep_one_length(config, overrides, problems), problems
+
+
+def _keep_one_length(
+    config: Config, overrides: Sequence[str], problems: list[ConfigProblem]
+) -> Config:
+    """Keep the one of `RUN_LENGTHS` that was overridden; both are a problem."""
+    optim = config.optim
+    given = {override.partition("=")[0] for override in overrides}
+    given &= set(RUN_LENGTHS)
+    if not given or not isinstance(optim, OptimConfig):
+        return config
+    # One that is set to 0 leaves the other as it is.
+    if not (optim.steps and optim.epochs):
+        return config
+    if len(given) == 2:
+        text = (
+            f"optim.steps={optim.steps} and optim.epochs={optim.epochs} both say how "
+            "long to train; give one of them"
+        )
+        problems.append(ConfigProblem("optim.steps", text))
+        return config
+    kept = {"epochs": 0.0} if "optim.steps" in given else {"steps": 0}
+    return dataclasses.replace(config, optim=dataclasses.replace(optim, **kept))
 
 
 def _owner(field: str) -> str:

@@ -12,10 +12,16 @@ from tokenrec.config.fields import field
 class OptimConfig:
     """AdamW for the dense weights, row-wise AdaGrad for the embedding tables."""
 
-    steps: int = field(1000, at_least=1)
+    steps: int = field(1000, at_least=1, special={0: "those of optim.epochs"})
     """Training steps, and the horizon of the schedule: linear warm-up, then a cosine to
     `final_fraction` of the peak. `train.stop_at` ends a run earlier on the same
-    schedule."""
+    schedule. An override of it switches `epochs` off."""
+
+    epochs: float = field(0.0, above=0, special={0: "off: optim.steps"})
+    """Length of training in passes over the training samples, fractions included, in
+    place of `steps`: give `steps=0` in a config file; an override of `epochs` sets it
+    so. The steps are `epochs` times the batches of an epoch, rounded, and the run's
+    config.json keeps both."""
 
     learning_rate: float = field(1e-3, above=0)
     """Peak learning rate of the dense weights. The first field to tune."""

@@ -1,12 +1,14 @@
 """Metrics of the baselines on the rows that a run was evaluated on.
 
-For `tokenrec evaluate --baselines`: the baselines of `baselines.py` and, for synthetic
-data, the ceiling of `ceiling.py`; or, for retrieval, the most popular items.
+For `tokenrec evaluate --baselines`: the baselines of `baselines.py`, where it is
+installed the LightGBM of `boosted_trees.py`, and for synthetic data the ceiling of
+`ceiling.py`; or, for retrieval, the most popular items.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -17,10 +19,17 @@ from tokenrec.config import Config
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.interaction_log import SCORED
 from tokenrec.evaluation.baselines import goal_counts, split_baselines
+from tokenrec.evaluation.boosted_trees import (
+    INSTALL,
+    LIGHTGBM,
+    has_lightgbm,
+    lightgbm_scores,
+)
 from tokenrec.evaluation.catalogue import rank_by_counts, rank_split, summarize
 from tokenrec.evaluation.ceiling import CEILING, known_probabilities
 from tokenrec.metrics.groups import group_codes
 from tokenrec.metrics.score_store import ScoreStore
+from tokenrec.runtime import distributed
 from tokenrec.sharding import RULES
 
 
@@ -43,12 +52,23 @@ def evaluate_baselines(
 
     Returns:
       Name -> metrics in the form of `metrics.binary.summarize`, calibration included.
-      A synthetic data set
-      has a last entry "ceiling (known probabilities)", the metrics of the probabilities
-      from which its labels were drawn.
+      "lightgbm" is among them if the library is installed, and otherwise a line on
+      stderr says how to install it. A synthetic data set has a last entry "ceiling
+      (known probabilities)", the metrics of the probabilities from which its labels
+      were drawn.
     """
     log = dataset.load(split)
     probabilities = split_baselines(dataset, split, tasks, freeze_at=freeze_at)
+    if has_lightgbm():
+        probabilities[LIGHTGBM] = lightgbm_scores(
+            dataset, split, tasks, freeze_at=freeze_at
+        )
+    elif freeze_at is None and distributed.is_first_process():
+        print(
+            f"tokenrec: no baseline '{LIGHTGBM}', because the library is not "
+            f"installed: {INSTALL}",
+            file=sys.stderr,
+        )
     ceiling = known_probabilities(dataset, split, log, tasks)
     if ceiling is not None:
         probabilities[CEILING] = ceiling

@@ -36,6 +36,8 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
       - "parameters" {"dense", "tables", "by_part", "by_table", "spread"}: numbers of
         dense weights and of tables, and the tables that are sharded over all devices;
       - "objective", "paradigm", "tasks";
+      - "training" {"steps", "epochs"}: null where the config has none. The steps of
+        epochs follow from a prepared data set (`planned_schema.resolve_steps`);
       - "tokens" of the longest stream, "layout": runs of its token groups;
       - "history" {"events", "tokens", "how"};
       - "layers": [{"layer", "window", "queries", "keys", "implementation", "refused"}],
@@ -62,6 +64,10 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
         "objective": config.data.objective,
         "paradigm": config.data.paradigm,
         "tasks": list(model.tasks),
+        "training": {
+            "steps": config.optim.steps or None,
+            "epochs": config.optim.epochs or None,
+        },
         "tokens": layout.length,
         "layout": _runs(layout),
         "history": _history(config, model.schema, layout),
@@ -162,9 +168,19 @@ def to_text(description: dict[str, Any]) -> str:
         "",
         *_layer_lines(description["layers"]),
         "",
+        _training_line(description["training"]),
         f"forward     {description['flops_per_example'] / 1e6:,.2f} MFLOP per sample",
     ]
     return "\n".join(lines)
+
+
+def _training_line(training: dict[str, Any]) -> str:
+    steps, epochs = training["steps"], training["epochs"]
+    if epochs is None:
+        return f"training    {steps:,} steps"
+    if steps is None:
+        return f"training    {epochs:g} epochs; a prepared data set gives the steps"
+    return f"training    {steps:,} steps, which are {epochs:g} epochs"
 
 
 def _parameter_lines(parameters: dict[str, Any]) -> list[str]:

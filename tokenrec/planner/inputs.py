@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -49,9 +50,13 @@ def planned_inputs(
       InputError: the config and the schema do not go together.
     """
     schema = schema.without(config.data.exclude)
-    # How many steps an epoch has changes no shape.
+    # How many steps a run and an epoch have changes no shape: with `optim.epochs` they
+    # may not be known, and any will do.
+    optim = config.optim
+    steps = optim.steps or max(optim.warmup_steps, 1)
+    config = dataclasses.replace(config, optim=dataclasses.replace(optim, steps=steps))
     model = build_model(
-        config, schema, task_names(schema, config.data), epoch_steps=config.optim.steps
+        config, schema, task_names(schema, config.data), epoch_steps=steps
     )
     batch = batch_shapes(
         schema,

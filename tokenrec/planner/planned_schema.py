@@ -21,6 +21,7 @@ from tokenrec.data.dataset import open_dataset
 from tokenrec.data.metadata import METADATA_FILE
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError, suggest
+from tokenrec.run_length import with_steps
 from tokenrec.runtime.files import read_json
 
 
@@ -35,13 +36,7 @@ def resolve_schema(config: Config) -> tuple[Schema, str]:
         the file is not a planned schema.
     """
     directory = data_location(config)
-    # A prepared data set goes first, and a `data.path` that is given must be one.
-    planned = (
-        config.data.schema
-        and not config.data.path
-        and not (directory / METADATA_FILE).is_file()
-    )
-    if not planned:
+    if not _is_planned(config):
         dataset = open_dataset(
             data_directory(config), semantic_ids=semantic_ids_path(config)
         )
@@ -54,6 +49,28 @@ def resolve_schema(config: Config) -> tuple[Schema, str]:
         )
     path = _find(config.data.schema)
     return read_planned(path), f"planned schema {path.name}; no data set at {directory}"
+
+
+def resolve_steps(config: Config) -> Config:
+    """Set the steps of `optim.epochs` (run_length.py), if the data set is prepared.
+
+    Without a prepared data set the config stays as it is.
+    """
+    if not config.optim.epochs or _is_planned(config):
+        return config
+    dataset = open_dataset(
+        data_directory(config), config.data.exclude, semantic_ids_path(config)
+    )
+    return with_steps(config, dataset)
+
+
+def _is_planned(config: Config) -> bool:
+    # A prepared data set goes first, and a `data.path` that is given must be one.
+    return bool(
+        config.data.schema
+        and not config.data.path
+        and not (data_location(config) / METADATA_FILE).is_file()
+    )
 
 
 def read_planned(path: Path) -> Schema:

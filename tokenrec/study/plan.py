@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 
 from tokenrec.config import Config
 from tokenrec.config.load import load_config, run_file, shipped_folder
+from tokenrec.config.overrides import RUN_LENGTHS
 from tokenrec.config.types import has_type, hint_name
 from tokenrec.data.source import SPLITS
 from tokenrec.errors import InputError, suggest
@@ -239,9 +240,16 @@ def base_config(study: Study, data: Path | None) -> Config:
 
 
 def _config(study: Study, fields: Mapping[str, Any], data: Path | None) -> Config:
-    # Fields of a model replace the study's overrides of the same name.
+    # Fields of a model replace the study's overrides of the same name, and its epochs
+    # the study's steps.
+    own_length = not fields.keys().isdisjoint(RUN_LENGTHS)
+    shared = {
+        name: value
+        for name, value in study.overrides.items()
+        if not (own_length and name in RUN_LENGTHS)
+    }
     return load_config(
         study.base,
-        [f"{name}={value}" for name, value in {**study.overrides, **fields}.items()],
+        [f"{name}={value}" for name, value in {**shared, **fields}.items()],
         "" if data is None else str(data),
     )
