@@ -34,6 +34,7 @@ TABLES = (
     "differences.parquet",
     "flops.json",
     "curves.parquet",
+    "reliability.parquet",
 )
 # Files that `benchmarks/study_states.py` adds.
 STATES = (
