@@ -80,6 +80,14 @@ def pod() -> str:
     ).replace("%", " %")
 
 
+def prepared() -> str:
+    large = row("prepare_scale", rows=100_000_000)
+    return (
+        f"{large['anonymous_mib'] / 1024:.1f} GiB of memory, "
+        f"{round(large['rows_per_cpu_second'], -3):,} rows a CPU second"
+    )
+
+
 def faults() -> str:
     result = json.loads((ROOT / "benchmarks" / "results" / "chaos.json").read_text())
     (total,) = [r for r in result["rows"] if r["kind"] == "all"]
@@ -91,7 +99,17 @@ def faults() -> str:
 
 @pytest.mark.parametrize(
     "figure",
-    [journey, kuairand, beauty, soft_tokens, attention, long_step, pod, faults],
+    [
+        journey,
+        kuairand,
+        beauty,
+        soft_tokens,
+        attention,
+        long_step,
+        pod,
+        prepared,
+        faults,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_a_figure_of_the_readme_is_that_of_its_result(figure: Any) -> None:
