@@ -37,7 +37,7 @@ from tokenrec.ops.layers import split_keys
 _NUMBERS = 1 << 16
 
 
-def value_tables(features: Iterable[Feature]) -> set[str]:
+def names_of_value_tables(features: Iterable[Feature]) -> set[str]:
     """Names of the tables whose ids are values of categorical features."""
     return {f.table_name for f in features if f.kind in VALUE_KINDS}
 
@@ -48,7 +48,7 @@ def check_table_names(schema: Schema, config: TokensConfig) -> None:
     Raises:
       InputError: the data set has no such table, or its ids are not those of values.
     """
-    known = value_tables(schema.features)
+    known = names_of_value_tables(schema.features)
     for field in ("id_dropouts", "min_counts"):
         for name in getattr(config, field):
             if name not in known:

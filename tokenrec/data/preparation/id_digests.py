@@ -7,7 +7,7 @@ values as other bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,51 +36,37 @@ class IdDigests(NamedTuple):
     vocabularies: str
 
 
-class _Values(NamedTuple):
-    """Values in parts, and what is hashed before them: number and NumPy's kind."""
-
-    header: str
-    parts: Iterator[bytes]
-
-
 def digest_ids(folder: Path, schema: Schema) -> IdDigests:
     """Compute the digests of a folder whose vocabularies and items are written."""
-    tokenizer = b""
+    ids, vocabularies = hashlib.sha256(), hashlib.sha256()
+    for part in _item_parts(folder):
+        ids.update(part)
+    for table in sorted(value_tables(schema.features)):
+        for part in _table_parts(folder, table):
+            ids.update(part)
+            vocabularies.update(part)
     if any(f.kind == "text" for f in schema.features):
         tokenizer = (folder / TOKENIZER_FILE).read_bytes()
-    # "items" comes before every "table ...".
-    tables = sorted(value_tables(schema.features))
-    vocabularies = [_of_table(folder, table) for table in tables]
-    digest = _digest(vocabularies, tokenizer)
-    vocabularies = [_of_table(folder, table) for table in tables]
-    return IdDigests(_digest([_of_items(folder), *vocabularies], tokenizer), digest)
+        ids.update(tokenizer)
+        vocabularies.update(tokenizer)
+    return IdDigests(ids.hexdigest(), vocabularies.hexdigest())
 
 
-def _digest(values: Sequence[_Values], tokenizer: bytes) -> str:
-    digest = hashlib.sha256()
-    for header, parts in values:
-        digest.update(header.encode())
-        for part in parts:
-            digest.update(part)
-    digest.update(tokenizer)
-    return digest.hexdigest()
-
-
-def _of_table(folder: Path, table: str) -> _Values:
+def _table_parts(folder: Path, table: str) -> Iterator[bytes]:
+    """Yield what is hashed of a vocabulary: number, NumPy's kind, and the values."""
     vocabulary = Vocabulary(folder, table)
     kind = "i" if vocabulary.type == "int64" else "O"
-    header = f"table {table}: {vocabulary.size} {kind}\n"
-    return _Values(header, map(_value_bytes, vocabulary.parts()))
+    yield f"table {table}: {vocabulary.size} {kind}\n".encode()
+    yield from map(_value_bytes, vocabulary.parts())
 
 
-def _of_items(folder: Path) -> _Values:
+def _item_parts(folder: Path) -> Iterator[bytes]:
+    """Yield what is hashed of the item ids, in the same form."""
     path = folder / ITEMS / "item_id.npy"
     items = np.load(path, mmap_mode="r", allow_pickle=False)
-    parts = (
-        _value_bytes(pa.array(items[part].tolist()))
-        for part in blocks(len(items), _ITEMS_AT_ONCE)
-    )
-    return _Values(f"items: {len(items)} {items.dtype.kind}\n", parts)
+    yield f"items: {len(items)} {items.dtype.kind}\n".encode()
+    for part in blocks(len(items), _ITEMS_AT_ONCE):
+        yield _value_bytes(pa.array(items[part].tolist()))
 
 
 def _value_bytes(values: pa.Array) -> bytes:

@@ -24,7 +24,7 @@ Memory holds, at any time:
 - the distinct values of each embedding table and the features of all users and items,
   as long as the limit has room for them: `memory_limit.py` has the shares of it, and
   says where the rest goes;
-- a byte or two per value, user and item;
+- a few bytes per value, user and item, and 8 per chunk;
 - a block of raw rows (65,536, more once values lie in files) and at most
   `PARTITION_ROWS` (131,072) encoded rows, more only where a single user has more;
 - the strings of text features, until the tokenizer is trained.
