@@ -2,11 +2,14 @@
 
 Ranking with K tasks, labels `y` and logits `z` (docs/methods.md section 2, "Tasks"):
 
-    L = sum_k w_k / n_k * sum_i BCE(z_ik, y_ik)
+    L = sum_k w_k / n_k * sum_i l_k(z_ik, y_ik)
 
-n_k counts the known labels of task k in the whole step, over all devices and
-micro-batches, so that how a batch is split does not change its loss. Unknown labels are
--1 and carry no loss. With `data.unscored_weight` both sums are weighted. Retrieval uses
+l_k is the loss of the task's kind (`tokenrec/task_losses.py`), for a binary label the
+cross-entropy. n_k counts the known labels of task k in the whole step, over all devices
+and micro-batches, so that how a batch is split does not change its loss. Unknown labels
+are -1 and carry no loss. With weights of rows or `data.unscored_weight` both sums are
+weighted. `data.request_loss` adds a loss inside each request, likewise divided by its
+count in the whole step and multiplied by w_k and `data.request_weight`. Retrieval uses
 the cross-entropy of the next item, or of the codes of its semantic id, divided by the
 number of goals in the step.
 
@@ -17,13 +20,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from tokenrec.data.batch import Batch
 from tokenrec.models.heads import NextItemHead, SemanticIdHead
 from tokenrec.models.recommender import Recommender
 from tokenrec.sharding import RULES
 from tokenrec.state import ModelSpec
+from tokenrec.task_losses import pointwise_losses, request_counts, request_losses
 from tokenrec.tokens.embed import ITEM_ROWS, EntityFeatures, samples_items
 
 
@@ -39,12 +42,23 @@ def known_labels(batch: Batch) -> jax.Array:
     return batch.weight[..., None] * (batch.labels >= 0)
 
 
-def label_counts(batch: Batch) -> jax.Array:
-    """Sum the weights of the known labels of each task, `[K]`, or the goals, `[1]`."""
+def label_counts(model: ModelSpec, batch: Batch) -> jax.Array:
+    """Count what the losses of a step are divided by.
+
+    Returns:
+      Ranking: the sum of the weights of the known labels of each task, `[K]`; with a
+      loss inside requests followed by `request_counts`, `[2 K]` together. Retrieval:
+      the number of goals, `[1]`.
+    """
     known = known_labels(batch)
     if batch.labels is None:
         return jnp.sum(known)[None]
-    return jnp.sum(known, axis=(0, 1))
+    counts = jnp.sum(known, axis=(0, 1))
+    request_loss = model.config.data.request_loss
+    if request_loss == "none":
+        return counts
+    inside = request_counts(model.task_plans, batch, known, request_loss)
+    return jnp.concatenate([counts, inside])
 
 
 def sample_losses(
@@ -71,11 +85,17 @@ def sample_losses(
     if batch.labels is None:
         losses = retrieval_losses(module, readouts, entities, batch)
         return losses / jnp.maximum(counts[0], 1)
-    labels = jnp.maximum(batch.labels, 0).astype(jnp.float32)
-    losses = optax.sigmoid_binary_cross_entropy(module.head(readouts), labels)
-    by_task = jnp.sum(losses * known_labels(batch), axis=1)
+    data, plans = model.config.data, model.task_plans
+    logits, known = module.head(readouts), known_labels(batch)
+    losses = pointwise_losses(plans, logits, batch, data.huber_delta)
+    by_task = jnp.sum(losses * known, axis=1)
+    weights = task_weights(model)
+    if data.request_loss != "none":
+        inside = request_losses(plans, logits, batch, known, data.request_loss)
+        by_task = jnp.concatenate([by_task, inside], axis=1)
+        weights = jnp.concatenate([weights, data.request_weight * weights])
     # Not `maximum(counts, 1)`: a sum of small weights may lie below 1.
-    return by_task @ (task_weights(model) / jnp.where(counts > 0, counts, 1))
+    return by_task @ (weights / jnp.where(counts > 0, counts, 1))
 
 
 def retrieval_losses(

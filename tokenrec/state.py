@@ -31,6 +31,8 @@ from tokenrec.ops.tables.api import storage_spec
 from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.optim import dense_optimizer
 from tokenrec.sharding import RULES
+from tokenrec.task_losses import check_request_loss
+from tokenrec.task_plan import TaskPlan, check_auxiliary, plan_tasks
 from tokenrec.tokens.embed import Embedder
 from tokenrec.tokens.id_dropout import check_table_names
 from tokenrec.tokens.layout import Layout
@@ -84,6 +86,17 @@ class ModelSpec:
     literals: Literals = ()
     epoch_steps: int = 0
 
+    @functools.cached_property
+    def task_plans(self) -> tuple[TaskPlan, ...]:
+        """How each task of ranking is learned."""
+        return plan_tasks(self.schema, self.tasks, self.config.data.losses)
+
+    @property
+    def evaluated_tasks(self) -> tuple[str, ...]:
+        """Tasks that are evaluated: those that `data.auxiliary` does not name."""
+        auxiliary = self.config.data.auxiliary
+        return tuple(name for name in self.tasks if name not in auxiliary)
+
     def layout(
         self,
         events: int,
@@ -117,9 +130,14 @@ def build_model(
 
     Raises:
       InputError: the prompt has literal text and the data set no tokenizer, the last
-        sliding window holds no event, or an option of ids names an unknown table.
+        sliding window holds no event, an option of ids names an unknown table, or an
+        option of tasks an unknown task or a loss that does not fit it.
     """
     check_table_names(schema, config.tokens)
+    if config.data.objective == "ranking":
+        plans = plan_tasks(schema, tasks, config.data.losses)
+        check_auxiliary(config.data, tasks)
+        check_request_loss(plans, config.data.request_loss)
     embedder = Embedder.build(schema, config)
     literals = prompt_literals(config)
     model = ModelSpec(config, schema, tasks, embedder, literals, epoch_steps)
@@ -277,7 +295,7 @@ def _make_module(model: ModelSpec, key: jax.Array) -> Recommender:
     return Recommender(
         model.config,
         model.schema,
-        len(model.tasks),
+        sum(plan.task.width for plan in model.task_plans),
         model.literals,
         rngs=nnx.Rngs(params=key),
     )

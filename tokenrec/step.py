@@ -34,6 +34,7 @@ from tokenrec.optim import (
     with_schedule_step,
 )
 from tokenrec.state import ModelSpec, TrainState, bind_params
+from tokenrec.task_losses import predict_tasks
 from tokenrec.tokens.embed import inverses
 from tokenrec.tokens.id_dropout import drop_ids
 
@@ -107,7 +108,7 @@ def forward(
       keys: `[B]`, PRNG keys of dropout; None in evaluation.
 
     Returns:
-      `[B, N, K] float32`.
+      `[B, N, O] float32`, `[B, N, K]` if all tasks are binary.
     """
     module = bind_params(model, params)
     entities = model.embedder.entities(rows, row_indices, batch)
@@ -160,7 +161,7 @@ def step_inputs(model: ModelSpec, state: TrainState, batch: Batch) -> Inputs:
     )
     unique = model.embedder.find(batch)
     rows = model.embedder.gather(state.tables, unique)
-    return Inputs(batch, keys, unique, rows, label_counts(batch))
+    return Inputs(batch, keys, unique, rows, label_counts(model, batch))
 
 
 def gradients(
@@ -305,14 +306,15 @@ def step_loss(model: ModelSpec, state: TrainState, batch: Batch) -> jax.Array:
     batch = with_negatives(model, batch, jax.random.key(0))
     unique = model.embedder.find(batch)
     rows = model.embedder.gather(state.tables, unique)
-    counts = label_counts(batch)
+    counts = label_counts(model, batch)
     return loss_fn(state.params, rows, model, inverses(unique), batch, counts, None)
 
 
 def eval_step(model: ModelSpec, state: TrainState, batch: Batch) -> jax.Array:
-    """Compute probabilities, `[B, N, K] float32`.
+    """Compute the predictions of `predict_tasks`, `[B, N, O] float32`.
 
-    Positions of weight 0 are padding; the caller drops them.
+    These are probabilities `[B, N, K]` if all tasks are binary. Positions of weight 0
+    are padding; the caller drops them.
     """
     unique = model.embedder.find(batch)
     rows = model.embedder.gather(state.tables, unique)
@@ -323,6 +325,7 @@ def eval_step(model: ModelSpec, state: TrainState, batch: Batch) -> jax.Array:
     row_indices = inverses(unique)
     count = cached_parts(model, batch, batch.valid.shape[0])
     if count == 1:
-        return jax.nn.sigmoid(logits(batch, row_indices))
+        return predict_tasks(model.task_plans, logits(batch, row_indices))
     parts = micro_batches(batch, row_indices, None, count)[:2]
-    return jax.nn.sigmoid(join_samples(jax.lax.map(lambda part: logits(*part), parts)))
+    joined = join_samples(jax.lax.map(lambda part: logits(*part), parts))
+    return predict_tasks(model.task_plans, joined)

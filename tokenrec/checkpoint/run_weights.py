@@ -30,6 +30,7 @@ from tokenrec.models.heads import SemanticIdHead
 from tokenrec.ops.tables.lookup import Stack
 from tokenrec.sharding import make_mesh
 from tokenrec.state import ModelSpec, TrainState, abstract_state, bind_params
+from tokenrec.task_plan import output_names
 from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
 from tokenrec.tokens.embed import ITEM_ROWS
 from tokenrec.tokens.makers import FeatureTransforms
@@ -209,9 +210,10 @@ def _weight_keys(model: ModelSpec, data: Path) -> dict[str, EntryKeys]:
     config = model.config
     keys: dict[str, EntryKeys] = {}
     if config.data.objective == "ranking":
+        outputs = output_names(model.task_plans)
         keys = {
-            "head/kernel": EntryKeys.of("tasks", model.tasks, axis=1),
-            "head/bias": EntryKeys.of("tasks", model.tasks),
+            "head/kernel": EntryKeys.of("tasks", outputs, axis=1),
+            "head/bias": EntryKeys.of("tasks", outputs),
         }
     elif config.head.retrieval == "next_item" and not config.head.negatives:
         keys = {"head/items": _item_keys(data)}

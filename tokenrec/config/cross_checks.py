@@ -62,6 +62,7 @@ def check_data(config: Config) -> Iterator[str]:
             f"data.paradigm='{data.paradigm}' and data.objective='{data.objective}', "
             "which learns from scored rows only; use 1"
         )
+    yield from _check_task_options(config)
     for bucket in data.buckets:
         if not 0 < bucket < data.events:
             yield (
@@ -72,6 +73,34 @@ def check_data(config: Config) -> Iterator[str]:
         yield (
             f"data.batch_size={data.batch_size} is not a multiple of "
             f"optim.accumulate={config.optim.accumulate}; use a multiple"
+        )
+
+
+def _check_task_options(config: Config) -> Iterator[str]:
+    """Check the options of tasks, which retrieval does not have."""
+    data = config.data
+    if data.objective == "retrieval":
+        for name, value, unset in (
+            ("losses", data.losses, {}),
+            ("auxiliary", data.auxiliary, ()),
+            ("request_loss", data.request_loss, "none"),
+            ("request_ndcg", data.request_ndcg, 0),
+        ):
+            if value != unset and value != []:
+                yield (
+                    f"data.{name}={value!r} is for data.objective='ranking', which has "
+                    f"labels; use {unset!r}"
+                )
+    elif data.request_loss != "none" and data.paradigm == "uc":
+        yield (
+            f"data.request_loss='{data.request_loss}' with data.paradigm='uc': of the "
+            "events of one time a training stream reads the first alone, so that a "
+            "request has nothing to compare; use data.paradigm='nio', or 'none'"
+        )
+    elif data.request_loss != "none" and data.candidates == 1:
+        yield (
+            f"data.request_loss='{data.request_loss}' compares the candidates of a "
+            "request, and data.candidates=1 gives each a sample of its own; raise it"
         )
 
 

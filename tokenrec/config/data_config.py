@@ -9,6 +9,8 @@ from tokenrec.config.fields import BOUNDS, Bounds, field
 
 Objective = Literal["ranking", "retrieval"]
 Paradigm = Literal["nio", "uc"]
+# Losses of tasks (tokenrec/task_plan.py says which kind has which).
+LOSS_NAMES = ("huber", "squared", "weighted_logistic", "cross_entropy")
 
 
 @dataclasses.dataclass
@@ -41,6 +43,36 @@ class DataConfig:
     )
     """Tasks that are trained and evaluated, each with the weight of its loss. Empty:
     every task of the data set, with the weight in its schema."""
+
+    losses: dict[str, str] = dataclasses.field(
+        default_factory=dict, metadata={BOUNDS: Bounds(choices=LOSS_NAMES)}
+    )
+    """Losses of tasks whose labels are numbers (kind `real`): `huber` (the default) or
+    `squared`, of the standardised label; `weighted_logistic` for durations and other
+    labels of 0 or more; `cross_entropy` for shares from 0 to 1. Other kinds have the
+    cross-entropy. docs/methods.md, section 2, "Tasks"."""
+
+    huber_delta: float = field(1.0, above=0)
+    """Error beyond which `huber` grows linearly, in standard deviations of the
+    label."""
+
+    auxiliary: tuple[str, ...] = ()
+    """Tasks that are trained but not evaluated: they enter no metric, and not the
+    choice of the best checkpoint."""
+
+    request_loss: Literal["none", "pairwise", "listwise"] = "none"
+    """New impression only, ranking: a loss among the candidates of a sample, which
+    share a request, beside the loss of each label. `pairwise` compares each pair of
+    different labels (BPR), `listwise` is the cross-entropy of a softmax over the
+    candidates. It needs `candidates` above 1."""
+
+    request_weight: float = field(1.0, above=0)
+    """Weight of `request_loss` beside the losses of the labels. It also has the weight
+    of its task."""
+
+    request_ndcg: int = field(0, at_least=1, special={0: "not computed"})
+    """Ranking: evaluations also compute NDCG at this many places within requests of two
+    rows or more, with the label as gain."""
 
     objective: Objective = "ranking"
     """`ranking` predicts the labels of an impression. `retrieval` predicts the next

@@ -10,7 +10,9 @@ yield those that are scored, because what else happened then is stored as histor
 | time_ms | int64 | milliseconds since 1970 UTC |
 | request | int64 | -1 for a row on its own |
 | event, scored | bool | as the source said |
-| label_TASK | int8 | 1, 0, or null where unknown |
+| label_TASK | int8 | 1, 0 or the index of the class; null where unknown |
+| label_TASK | float32 | the same of a task of numbers |
+| row_weight | float32 | weight of the row; only where the schema has it |
 | one per feature | original value | null where missing |
 | unknown | list of strings | features whose value no training row holds |
 
@@ -27,7 +29,15 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.data.interaction_log import EVENT, SCORED, InteractionLog
-from tokenrec.data.schema import FIRST_KNOWN, MISSING, UNKNOWN, Feature, columns
+from tokenrec.data.schema import (
+    FIRST_KNOWN,
+    MISSING,
+    UNKNOWN,
+    Feature,
+    Schema,
+    Task,
+    columns,
+)
 from tokenrec.data.source import SPLITS
 from tokenrec.data.tokenizer import decode, load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary
@@ -92,7 +102,8 @@ class RowDecoder:
             ("request", pa.int64()),
             ("event", pa.bool_()),
             ("scored", pa.bool_()),
-            *((f"label_{task.name}", pa.int8()) for task in self._schema.tasks),
+            *((f"label_{task.name}", _label_type(task)) for task in self._schema.tasks),
+            *((("row_weight", pa.float32()),) if self._schema.weighted else ()),
             *(
                 (f.name, self._decoders[f.name](_no_values(f)).type)
                 for f in self._features
@@ -116,7 +127,6 @@ class RowDecoder:
           rows: `[n] int64`, the rows of `log` to decode.
         """
         chunk = np.searchsorted(log.start, rows, side="right") - 1
-        labels = log.labels[rows]
         arrays = [
             pa.array(log.user_id[chunk], self._user_type),
             self._items.take(pa.array(log.item[rows])),
@@ -124,10 +134,8 @@ class RowDecoder:
             pa.array(log.request[rows]),
             pa.array((log.flags[rows] & EVENT) > 0),
             pa.array((log.flags[rows] & SCORED) > 0),
-            *(
-                pa.array(labels[:, i], mask=labels[:, i] < 0)
-                for i in range(labels.shape[1])
-            ),
+            *_label_arrays(self._schema, log, rows),
+            *(() if log.weight is None else (pa.array(log.weight[rows]),)),
         ]
         unknown = []
         for feature in self._features:
@@ -150,6 +158,25 @@ class RowDecoder:
             return getattr(self._catalogue, matrix)[log.item[rows], start:stop]
         at = chunk if group == "user" else rows
         return getattr(log, f"{group}_{matrix}")[at, start:stop]
+
+
+def _label_type(task: Task) -> pa.DataType:
+    return pa.float32() if task.kind == "real" else pa.int8()
+
+
+def _label_arrays(
+    schema: Schema, log: InteractionLog, rows: np.ndarray
+) -> Iterator[pa.Array]:
+    """Yield the labels of log rows `[n]`, an array of each task."""
+    real = 0
+    for k, task in enumerate(schema.tasks):
+        values = log.labels[rows, k]
+        mask = values < 0
+        if task.kind == "real":
+            assert log.targets is not None
+            values = log.targets[rows, real]
+            real += 1
+        yield pa.array(values, mask=mask)
 
 
 def _key_type(name: str) -> pa.DataType:

@@ -65,11 +65,13 @@ class Batch(NamedTuple):
       target: ranking, NIO: `[B, C, I or D]`, item and context of each candidate, with
         the columns of `state`. Retrieval, NIO: `[B, 1, I or D]`, the context of the
         request; features of an item are missing. UC: None.
-      labels: ranking: `[B, C, K] int8` in NIO, `[B, T, K] int8` in UC; 1, 0, or -1
-        where unknown or not to be read. Retrieval: None.
+      labels: ranking: `[B, C, K] int8` in NIO, `[B, T, K] int8` in UC; -1 where
+        unknown or not to be read, otherwise as in `InteractionLog.labels`: 1 or 0, or
+        the index of a class. Retrieval: None.
       weight: `[B, C] float32` in NIO, `[B, T]` in UC, `[B, R]` in retrieval; 1 where
-        there is a loss (training) or a score (evaluation), otherwise 0. In the training
-        of UC, `data.unscored_weight` at events that are not scored.
+        there is a loss (training) or a score (evaluation), otherwise 0. In training the
+        weight of the row if the data set has weights, and in UC times
+        `data.unscored_weight` at events that are not scored.
       items: retrieval: `[B, T] int32`, catalogue row of each event; -1 for padding.
         Ranking: None.
       goals: retrieval: `[B, R, P] int32`, catalogue rows of the goals; -1 fills up.
@@ -81,6 +83,9 @@ class Batch(NamedTuple):
       ages: `[B, T] int32`, whole seconds from each event to the request (NIO) or to the
         newest event of the stream (UC); 0 for padding. None unless the model reads
         them.
+      targets: ranking: `[B, C, V] float32` in NIO, `[B, T, V]` in UC, labels of the V
+        tasks of numbers, in the order of the tasks; 0 where the label is not known.
+        None without such a task.
     """
 
     user: Signals
@@ -95,6 +100,7 @@ class Batch(NamedTuple):
     codes: Leaf = None
     negatives: Leaf = None
     ages: Leaf = None
+    targets: Leaf = None
 
 
 class HostBatch(NamedTuple):
@@ -123,7 +129,9 @@ class ReadRows(NamedTuple):
       item_id: `[n]`, original ids of the items.
       time: `[n] int64`, milliseconds.
       item: `[n] int32`, catalogue row of the item.
-      labels: `[n, K] int8`, 1, 0, or -1 where unknown.
+      labels: `[n, K] int8`, -1 where unknown, as in `Batch.labels`.
+      request: `[n] int64`, number of the request; -1 for a row on its own.
+      targets: `[n, V] float32`, NaN where unknown; None without a task of numbers.
     """
 
     rows: Leaf
@@ -132,3 +140,5 @@ class ReadRows(NamedTuple):
     time: Leaf
     item: Leaf
     labels: Leaf
+    request: Leaf
+    targets: Leaf = None

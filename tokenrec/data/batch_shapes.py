@@ -33,6 +33,13 @@ def task_names(schema: Schema, config: DataConfig) -> tuple[str, ...]:
                 f"data.positive: the data set has no task '{config.positive}'"
                 f"{suggest(config.positive, known)}"
             )
+        if config.positive and config.positive not in {
+            task.name for task in schema.binary_tasks
+        }:
+            raise InputError(
+                f"data.positive='{config.positive}' is no binary task, whose positive "
+                "labels are the items to retrieve; name another, or leave it empty"
+            )
         return (config.positive,) if config.positive else ()
     if not known:
         raise InputError(
@@ -45,6 +52,12 @@ def task_names(schema: Schema, config: DataConfig) -> tuple[str, ...]:
                 f"data.tasks: the data set has no task '{name}'{suggest(name, known)}"
             )
     return tuple(config.tasks) or known
+
+
+def target_columns(schema: Schema, tasks: Sequence[str]) -> list[int]:
+    """Columns of `InteractionLog.targets` of the tasks of numbers, in their order."""
+    real = [task.name for task in schema.real_tasks]
+    return [real.index(name) for name in tasks if name in real]
 
 
 def stream_lengths(config: DataConfig) -> tuple[int, ...]:
@@ -74,10 +87,18 @@ def batch_shapes(
     Raises:
       InputError: the data set has no such task.
     """
-    tasks = len(task_names(schema, config))
+    names = task_names(schema, config)
+    targets = len(target_columns(schema, names))
+    if config.objective == "retrieval":
+        targets = 0
     return {
         length: _batch_shape(
-            schema, config, (batch_size, length), tasks=tasks, ages=ages
+            schema,
+            config,
+            (batch_size, length),
+            tasks=len(names),
+            targets=targets,
+            ages=ages,
         )
         for length in stream_lengths(config)
     }
@@ -89,6 +110,7 @@ def _batch_shape(
     positions: tuple[int, int],
     *,
     tasks: int,
+    targets: int,
     ages: bool,
 ) -> Batch:
     """Describe a batch with histories of `positions = (B, T)`."""
@@ -117,6 +139,7 @@ def _batch_shape(
             else None
         ),
         ages=_array(np.int32, size, length) if ages else None,
+        targets=_array(np.float32, size, read_outs, targets) if targets else None,
     )
 
 

@@ -47,6 +47,7 @@ def gather(
     context: ContextColumns | None = None,
     ages: bool = False,
     unscored_weight: float = 1.0,
+    row_weights: bool = False,
 ) -> HostBatch:
     """Gather samples into one batch.
 
@@ -67,6 +68,7 @@ def gather(
       ages: the batch holds `Batch.ages`.
       unscored_weight: ranking: `Batch.weight` of log rows that are read and not scored,
         which there are in training only.
+      row_weights: ranking: `Batch.weight` is multiplied by the weights of the log.
     """
     goals = context is not None
     positions = locate(samples, chosen, length, candidates, goals=goals)
@@ -74,6 +76,9 @@ def gather(
         batch = _retrieval_batch(log, catalogue, samples, positions, context)
     else:
         batch = _ranking_batch(log, catalogue, samples, positions, unscored_weight)
+        if row_weights and log.weight is not None:
+            weights = np.take(log.weight, positions.reads, mode="clip")
+            batch = batch._replace(weight=batch.weight * weights)
     if ages:
         batch = batch._replace(ages=_ages(log, samples, positions))
     rows = np.where(positions.read, positions.reads + first_row, -1)
@@ -133,7 +138,19 @@ def _ranking_batch(
         target=target,
         labels=np.where(read[..., None], labels, np.int8(-1)),
         weight=weight,
+        targets=_targets(log, reads, read),
     )
+
+
+def _targets(
+    log: InteractionLog, reads: np.ndarray, read: np.ndarray
+) -> np.ndarray | None:
+    """Labels of the tasks of numbers, `[..., V] float32`; 0 where unknown or not read."""
+    if log.targets is None:
+        return None
+    targets = np.take(log.targets, reads, axis=0, mode="clip")
+    # Not NaN: it would pass through the loss, whose weight is 0 there.
+    return np.where(read[..., None], np.nan_to_num(targets), np.float32(0))
 
 
 def _retrieval_batch(

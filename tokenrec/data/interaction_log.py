@@ -65,11 +65,17 @@ class InteractionLog:
       flags: `[R] uint8`, EVENT | SCORED | LEARNED.
       request: `[R] int64`; scored log rows of one user with equal request >= 0 were
         shown together, -1 is a request of its own.
-      labels: `[R, K] int8`, 1, 0, or -1 where unknown, per task.
+      labels: `[R, K] int8`, per task; -1 where unknown. A binary label is 1 or 0, that
+        of a task of classes the index of the class, and a number, which `targets`
+        holds, is 0 here.
       row_ids: `[R, I_row] int32`, integer features of the group `row`.
       row_dense: `[R, D_row] float32`, other features of the group `row`.
       action_ids: `[R, I_action] int32`, integer features of the group `action`.
       action_dense: `[R, D_action] float32`, other features of the group `action`.
+      targets: `[R, V] float32`, labels of the tasks of numbers (`Schema.real_tasks`),
+        NaN where unknown; None without such a task.
+      weight: `[R] float32`, weight of the row in the training loss; None without
+        `Schema.weighted`.
     """
 
     start: np.ndarray
@@ -85,6 +91,8 @@ class InteractionLog:
     row_dense: np.ndarray
     action_ids: np.ndarray
     action_dense: np.ndarray
+    targets: np.ndarray | None = None
+    weight: np.ndarray | None = None
 
     @property
     def num_rows(self) -> int:

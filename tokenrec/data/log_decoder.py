@@ -31,6 +31,8 @@ class LogDecoder:
         self._row_dtype = records.row_dtype(full)
         self._user_dtype = records.user_dtype(full)
         self._tasks = len(full.tasks)
+        self._targets = len(full.real_tasks)
+        self._weighted = full.weighted
         self._string_ids = metadata.key_types["user_id"] == "string"
         # Columns of the records' matrices that are kept: of `ids`, and of `dense`.
         self._kept = {
@@ -63,6 +65,10 @@ class LogDecoder:
             flags=np.empty(rows, np.uint8),
             request=np.empty(rows, np.int64),
             labels=np.empty((rows, self._tasks), np.int8),
+            targets=(
+                np.empty((rows, self._targets), np.float32) if self._targets else None
+            ),
+            weight=np.empty(rows, np.float32) if self._weighted else None,
             **matrices,
         )
 
@@ -106,6 +112,10 @@ class LogDecoder:
             getattr(log, f"{group}_dense")[place] = stored[f"{group}_dense"][:, dense]
         for name in _ROW_FIELDS:
             getattr(log, name)[row_slice] = rows[name]
+        if log.targets is not None:
+            log.targets[row_slice] = rows["targets"]
+        if log.weight is not None:
+            log.weight[row_slice] = rows["weight"]
         log.flags[row_slice] &= np.uint8(~REPEATED & 0xFF)
 
 

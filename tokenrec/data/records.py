@@ -50,19 +50,23 @@ def row_dtype(schema: Schema) -> np.dtype:
     row = columns(schema.group("row"))
     action = columns(schema.group("action"))
     # Little-endian on every machine. The order is part of the format on disk.
-    return np.dtype(
-        [
-            ("time", "<i8"),
-            ("request", "<i8"),
-            ("item", "<i4"),
-            ("row_ids", "<i4", (row.ids_width,)),
-            ("row_dense", "<f4", (row.dense_width,)),
-            ("action_ids", "<i4", (action.ids_width,)),
-            ("action_dense", "<f4", (action.dense_width,)),
-            ("flags", "u1"),
-            ("labels", "i1", (len(schema.tasks),)),
-        ]
-    )
+    fields: list[tuple[Any, ...]] = [
+        ("time", "<i8"),
+        ("request", "<i8"),
+        ("item", "<i4"),
+        ("row_ids", "<i4", (row.ids_width,)),
+        ("row_dense", "<f4", (row.dense_width,)),
+        ("action_ids", "<i4", (action.ids_width,)),
+        ("action_dense", "<f4", (action.dense_width,)),
+        ("flags", "u1"),
+        ("labels", "i1", (len(schema.tasks),)),
+    ]
+    # Only where the schema asks for them: other data sets have no such column.
+    if schema.real_tasks:
+        fields.append(("targets", "<f4", (len(schema.real_tasks),)))
+    if schema.weighted:
+        fields.append(("weight", "<f4"))
+    return np.dtype(fields)
 
 
 def user_dtype(schema: Schema) -> np.dtype:

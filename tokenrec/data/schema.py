@@ -67,6 +67,8 @@ BYTES = 256
 MOST_ROWS = 2**31 - 1
 # The most values of one feature in one log row.
 LONGEST = 1 << 16
+# The most classes of a task: labels are stored as int8.
+MOST_CLASSES = 127
 
 Kind = Literal[
     "categorical", "multi_valued", "dense", "embedding", "semantic_id", "text"
@@ -74,6 +76,7 @@ Kind = Literal[
 Entity = Literal["user", "context", "item", "action"]
 Group = Literal["user", "catalogue", "row", "action"]
 Transform = Literal["identity", "log1p"]
+TaskKind = Literal["binary", "real", "classes"]
 # Kinds whose values are ids of an embedding table.
 INTEGER_KINDS = ("categorical", "multi_valued", "semantic_id", "text")
 # Those whose ids stand for values of the data, and not for codes or words.
@@ -140,15 +143,39 @@ class Feature:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A binary label of each log row: 1, 0, or -1 where it is unknown.
+    """A label of each log row.
+
+    | kind | label | example |
+    |---|---|---|
+    | `binary` | 1 or 0 | clicked |
+    | `real` | a finite number | seconds watched, share watched, price |
+    | `classes` | one of `classes`, as its index from 0 | stars |
 
     Attributes:
       name: name of the label, unique among the tasks.
       weight: weight of its loss, unless the config gives another.
+      kind: what the label is (table above).
+      classes: kind `classes`: the names of the classes, in order.
+      mean: kind `real`: mean of the labels that training learns from; `prepare` fills
+        in this and the following three.
+      deviation: their standard deviation.
+      least: the smallest of them.
+      most: the greatest of them.
     """
 
     name: str
     weight: float = 1.0
+    kind: TaskKind = "binary"
+    classes: tuple[str, ...] = ()
+    mean: float = 0.0
+    deviation: float = 1.0
+    least: float = 0.0
+    most: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """Number of logits of the task, and of its predicted values."""
+        return len(self.classes) if self.kind == "classes" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +240,8 @@ class Schema:
         a data set from another whose tables have the same sizes.
       vocabularies_digest: the same without the item ids. Data sets that have it equal
         give every value the same id, though their catalogues may differ.
+      weighted: log rows have a weight in the training loss, the column `row_weight`
+        of `Source.rows`.
 
     Raises:
       InputError: the schema contradicts itself; the message lists every problem.
@@ -226,6 +255,7 @@ class Schema:
     codes_digest: str = ""
     ids_digest: str = ""
     vocabularies_digest: str = ""
+    weighted: bool = False
 
     def __post_init__(self) -> None:
         # Imported here, because the checks import the types of this module.
@@ -238,6 +268,16 @@ class Schema:
     def group(self, group: Group) -> tuple[Feature, ...]:
         """Features that are stored in a group, in the order of the schema."""
         return tuple(f for f in self.features if f.group == group)
+
+    @property
+    def real_tasks(self) -> tuple[Task, ...]:
+        """Tasks whose labels are numbers, in the order of `InteractionLog.targets`."""
+        return tuple(task for task in self.tasks if task.kind == "real")
+
+    @property
+    def binary_tasks(self) -> tuple[Task, ...]:
+        """Tasks whose labels are 1 or 0."""
+        return tuple(task for task in self.tasks if task.kind == "binary")
 
     @property
     def state(self) -> tuple[Feature, ...]:
@@ -276,6 +316,10 @@ class Schema:
             # empty digest out keeps their files equal to what is compared with them.
             if not value[name]:
                 del value[name]
+        # The same for what only labels that are not binary, or row weights, need.
+        if not self.weighted:
+            del value["weighted"]
+        value["tasks"] = tuple(_task_json(task) for task in self.tasks)
         return value
 
     @staticmethod
@@ -296,8 +340,22 @@ class Schema:
                     "JSON objects"
                 )
             fields[name] = tuple(_parse(kind, part) for part in parts)
+        fields["tasks"] = tuple(
+            dataclasses.replace(task, classes=tuple(task.classes))
+            for task in fields["tasks"]
+        )
         schema = _parse(Schema, fields)
         return dataclasses.replace(schema, levels=tuple(schema.levels))
+
+
+def _task_json(task: Task) -> dict[str, Any]:
+    """Name and weight of a task, and its other fields where they are not defaults."""
+    plain = Task(task.name)
+    return {
+        name: value
+        for name, value in dataclasses.asdict(task).items()
+        if name in ("name", "weight") or value != getattr(plain, name)
+    }
 
 
 def _parse[T](kind: type[T], value: Any) -> T:

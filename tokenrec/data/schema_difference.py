@@ -24,8 +24,18 @@ def schema_differences(
     yield from _feature_differences(trained, other)
     if trained.tasks != other.tasks:
         names = [[task.name for task in schema.tasks] for schema in (trained, other)]
-        what = "tasks" if names[0] != names[1] else "weights of the tasks"
+        weights = [
+            [dataclasses.replace(task, weight=1.0) for task in schema.tasks]
+            for schema in (trained, other)
+        ]
+        what = "weights of the tasks"
+        if weights[0] != weights[1]:
+            what = "kinds, classes or normalisation of the tasks"
+        if names[0] != names[1]:
+            what = "tasks"
         yield f"{what}: {trained.tasks} -> {other.tasks}"
+    if trained.weighted != other.weighted:
+        yield f"weights of the rows: {trained.weighted} -> {other.weighted}"
     for table in sorted(trained.tables.keys() | other.tables.keys()):
         rows = (trained.tables.get(table), other.tables.get(table))
         if rows[0] != rows[1]:

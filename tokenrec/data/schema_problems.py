@@ -15,6 +15,7 @@ from tokenrec.data.schema import (
     BYTES,
     FIRST_KNOWN,
     LONGEST,
+    MOST_CLASSES,
     MOST_ROWS,
     TEXT_TABLE,
     Entity,
@@ -22,6 +23,7 @@ from tokenrec.data.schema import (
     Kind,
     Schema,
     Task,
+    TaskKind,
     Transform,
 )
 from tokenrec.errors import suggest
@@ -63,6 +65,34 @@ def _task_problems(tasks: Sequence[Task]) -> Iterator[str]:
                 f"task '{task.name}': weight={task.weight} must be 0 or more, and "
                 "finite"
             )
+        yield from _kind_problems(task)
+
+
+def _kind_problems(task: Task) -> Iterator[str]:
+    """Yield what is wrong with the kind of a task, or with its classes."""
+    where, kinds = f"task '{task.name}'", get_args(TaskKind)
+    if task.kind not in kinds:
+        yield f"{where}: kind={task.kind!r} is not a choice{suggest(task.kind, kinds)}"
+    if task.kind != "classes":
+        if task.classes:
+            yield (
+                f"{where}: classes={list(task.classes)}, but its kind is "
+                f"'{task.kind}'; leave them out, or use the kind 'classes'"
+            )
+    elif not 2 <= len(task.classes) <= MOST_CLASSES:
+        yield (
+            f"{where}: the kind 'classes' needs the names of 2 to {MOST_CLASSES} "
+            f"classes, in order, and has {len(task.classes)}; write them as "
+            '"classes": ["1", "2", "3"]'
+        )
+    for name in _repeated(task.classes):
+        yield f"{where}: class '{name}' is declared more than once; drop one"
+    # Also refuses NaN.
+    if not task.deviation > 0:
+        yield (
+            f"{where}: deviation={task.deviation} must be positive, as labels are "
+            "divided by it"
+        )
 
 
 def _name_problems(name: str) -> Iterator[str]:

@@ -52,7 +52,10 @@ class Source(Protocol):
     | event | bool | the log row enters the histories of later log rows |
     | scored | bool | the log row is an impression: a sample of its split |
     | request | int64 | number from 0 of the log rows shown together; -1: alone |
-    | label_TASK | int8 | 1, 0, or null or -1 where unknown, for each task |
+    | label_TASK | int8 | 1, 0, or null or -1 where unknown, for each binary task |
+    | label_TASK | int8 | index of the class, null or -1: unknown; a task of classes |
+    | label_TASK | float | a number, null where unknown; a task of numbers |
+    | row_weight | float | weight in the training loss, null: 1; with `Schema.weighted` |
     | one per feature of the groups `row` and `action` | raw value | null is missing |
 
     Log rows of one user with an equal request share a time and a history. A categorical

@@ -44,12 +44,7 @@ def check_log(log: InteractionLog, schema: Schema, items: int, where: str) -> No
         f"{where}: the item",
         "the catalogue has this many rows",
     )
-    _check_range(
-        log.labels,
-        (-1, 1),
-        f"{where}: a label",
-        "a label is 1, 0, or -1 where it is unknown",
-    )
+    _check_labels(log, schema, where)
     _check_range(
         log.flags,
         (0, EVENT | SCORED | LEARNED),
@@ -68,6 +63,38 @@ def check_log(log: InteractionLog, schema: Schema, items: int, where: str) -> No
         dense = getattr(log, f"{group}_dense")
         _check_features(ids, dense, schema.group(group), schema, where)
     _check_times(log, where)
+
+
+def _check_labels(log: InteractionLog, schema: Schema, where: str) -> None:
+    """Check labels, and the weights of the rows."""
+    kinds = {task.kind for task in schema.tasks}
+    if kinds <= {"binary"}:
+        _check_range(
+            log.labels,
+            (-1, 1),
+            f"{where}: a label",
+            "a label is 1, 0, or -1 where it is unknown",
+        )
+    else:
+        for k, task in enumerate(schema.tasks):
+            most = {"binary": 1, "real": 0}.get(task.kind, task.width - 1)
+            _check_range(
+                log.labels[:, k],
+                (-1, most),
+                f"{where}: a label of '{task.name}'",
+                f"{most} is the greatest, and -1 is unknown",
+            )
+    numbers = {"a target": log.targets, "a weight": log.weight}
+    for name, values in numbers.items():
+        if values is not None and np.isinf(values).any():
+            raise InputError(f"{where}: {name} is infinite; {_REMEDY}")
+    if log.targets is not None:
+        real = [k for k, task in enumerate(schema.tasks) if task.kind == "real"]
+        if ((log.labels[:, real] < 0) != np.isnan(log.targets)).any():
+            raise InputError(f"{where}: a label and its target disagree; {_REMEDY}")
+    # Also refuses NaN.
+    if log.weight is not None and not (log.weight >= 0).all():
+        raise InputError(f"{where}: a weight is negative or none; {_REMEDY}")
 
 
 def _check_times(log: InteractionLog, where: str) -> None:

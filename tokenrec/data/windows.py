@@ -16,7 +16,7 @@ import numpy as np
 
 from tokenrec.config import DataConfig
 from tokenrec.data.batch import HostBatch, ReadRows
-from tokenrec.data.batch_shapes import stream_lengths, task_names
+from tokenrec.data.batch_shapes import stream_lengths, target_columns, task_names
 from tokenrec.data.frozen_heads import check_frozen_heads
 from tokenrec.data.gather import ContextColumns, gather, rows_read
 from tokenrec.data.id_counts import RareIds, map_rare_items, map_rare_rows
@@ -177,7 +177,9 @@ class Windows:
         )
         # Columns of the labels, in the order of the config.
         names = [task.name for task in dataset.schema.tasks]
-        self._tasks = [names.index(name) for name in task_names(dataset.schema, config)]
+        chosen = task_names(dataset.schema, config)
+        self._tasks = [names.index(name) for name in chosen]
+        self._targets = target_columns(dataset.schema, chosen)
         self._cache = TwoSlotCache(self._read)
         self.plans = self._plan(on_progress)
 
@@ -218,6 +220,7 @@ class Windows:
             context=self._context,
             ages=self._ages,
             unscored_weight=self.config.unscored_weight,
+            row_weights=self._train,
         )
 
     def identify(self, number: int, chosen: np.ndarray, length: int) -> ReadRows:
@@ -248,12 +251,20 @@ class Windows:
             time=log.time[read],
             item=item,
             labels=log.labels[read],
+            request=log.request[read],
+            targets=None if log.targets is None else log.targets[read],
         )
 
     def _read(self, chunks: tuple[int, int]) -> Window:
         log = self._dataset.load(self.split, *chunks)
         log = map_rare_rows(log, self._dataset.schema, self._rare)
-        log = _contiguous(dataclasses.replace(log, labels=log.labels[:, self._tasks]))
+        targets = log.targets
+        if targets is not None:
+            # A run without a task of numbers has none.
+            targets = targets[:, self._targets] if self._targets else None
+        log = _contiguous(
+            dataclasses.replace(log, labels=log.labels[:, self._tasks], targets=targets)
+        )
         if self._freeze_at is not None:
             head = self._dataset.metadata.options.get("overlap")
             check_frozen_heads(log, self._freeze_at, self.config.events, head)

@@ -59,7 +59,8 @@ class Recommender(nnx.Module):
     Args:
       config: the run's config.
       schema: features, without the excluded ones.
-      tasks: number of binary tasks of ranking.
+      outputs: number of logits of ranking: one of each task, and one of each class
+        of a task of classes.
       literals: token ids of the literal texts of the prompt.
     """
 
@@ -67,7 +68,7 @@ class Recommender(nnx.Module):
         self,
         config: Config,
         schema: Schema,
-        tasks: int,
+        outputs: int,
         literals: Literals = (),
         *,
         rngs: nnx.Rngs,
@@ -108,7 +109,7 @@ class Recommender(nnx.Module):
         # never from the one at hand.
         longest = stream_layout(config, schema, config.data.events, literals)
         self.backbone = make_backbone(config.model, longest, rngs=rngs)
-        self.head = self._make_head(tasks, rngs)
+        self.head = self._make_head(outputs, rngs)
         # 4. Last, so that the weights above start from the same numbers without it.
         self.branch = (
             None
@@ -117,13 +118,12 @@ class Recommender(nnx.Module):
         )
 
     def _make_head(
-        self, tasks: int, rngs: nnx.Rngs
+        self, outputs: int, rngs: nnx.Rngs
     ) -> Linear | NextItemHead | SemanticIdHead:
         """Create the head of the objective."""
         config, width = self.config, self.config.model.width
         if config.data.objective == "ranking":
-            # One score per task.
-            return Linear(width, tasks, rngs=rngs)
+            return Linear(width, outputs, rngs=rngs)
         if config.head.retrieval == "next_item":
             return NextItemHead(config.head, width, self.schema.items, rngs=rngs)
         return SemanticIdHead(

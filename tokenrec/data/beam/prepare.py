@@ -152,7 +152,7 @@ def _run_passes(
     counts = written.counts
     metadata = make_metadata(
         folder,
-        source.schema,
+        counts.label_moments.fill_in(source.schema),
         written.table_rows,
         (*written.moments, counts.row_moments, counts.action_moments),
         counts.by_name,

@@ -150,8 +150,8 @@ class PastStatistics:
         return tuple(self._features(schema))
 
     def of_tasks(self, schema: Schema) -> PastStatistics:
-        """The same with all tasks named where none is."""
-        all_tasks = tuple(task.name for task in schema.tasks)
+        """The same with all binary tasks named where none is."""
+        all_tasks = tuple(task.name for task in schema.binary_tasks)
 
         def named[T: (KeyStatistics, Matches)](part: T) -> T:
             tasks = all_tasks if part.tasks is None else part.tasks

@@ -168,7 +168,14 @@ def _check_key(schema: Schema, key: Sequence[str], where: str) -> None:
 def _check_tasks_and_horizons(
     part: KeyStatistics | Matches, schema: Schema, where: str
 ) -> None:
-    tasks = [task.name for task in schema.tasks]
+    for task in schema.tasks:
+        if task.kind != "binary" and task.name in (part.tasks or ()):
+            raise InputError(
+                f"{where}: tasks: '{task.name}' has the kind '{task.kind}', and a rate "
+                "is that of a binary label; name others, or count the mean of an "
+                "action under means"
+            )
+    tasks = [task.name for task in schema.binary_tasks]
     _check_names(part.tasks or (), tasks, f"{where}: tasks")
     if not part.horizons:
         raise InputError(f"{where}: horizons is empty; leave it out, or write '{ALL}'")

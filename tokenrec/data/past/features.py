@@ -28,11 +28,11 @@ from tokenrec.data.past.plan import (
 )
 from tokenrec.data.past.totals import KeyTotals, TotalOverflowError
 from tokenrec.data.past.user_times import TimesOfUsers
+from tokenrec.data.preparation.label_columns import label_column, weight_column
 from tokenrec.data.preparation.raw_columns import (
     bool_column,
     check_columns,
     integer_column,
-    label_column,
 )
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.data.source import Source
@@ -174,6 +174,8 @@ class PastFeatures:
         `prepare` checks all columns, but after the statistics have used them.
         """
         labels = [f"label_{task.name}" for task in self._schema.tasks]
+        if self._schema.weighted:
+            labels.append("row_weight")
         features = (*self._schema.group("row"), *self._schema.group("action"))
         expected = [*_ROW_COLUMNS, *labels, *(f.name for f in features)]
         first = 0
@@ -182,8 +184,10 @@ class PastFeatures:
             time = integer_column(batch, "time_ms", first)
             for name in ("event", "scored"):
                 bool_column(batch, name, first)
-            for name in labels:
-                label_column(batch, name, first)
+            for task in self._schema.tasks:
+                label_column(batch, task, first)
+            if self._schema.weighted:
+                weight_column(batch, first)
             first += batch.num_rows
             place = batch.schema.names.index("time_ms")
             batch = batch.set_column(place, "time_ms", pa.array(time))
@@ -208,7 +212,7 @@ class PastFeatures:
     def _update(self, table: pa.Table) -> dict[str, np.ndarray]:
         """Features of a block, `[R] float64` each; then count its rows."""
         columns = self._columns.of_rows(table)
-        tasks = [task.name for task in self._schema.tasks]
+        tasks = [task.name for task in self._schema.binary_tasks]
         means = {name for part in self._declared.keys for name in part.means}
         measures = m.measures(
             table,

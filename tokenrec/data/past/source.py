@@ -78,7 +78,8 @@ class WithStatistics:
 
 def with_features(schema: Schema, past: PastFeatures) -> Schema:
     """Add the features of statistics to a schema."""
-    return Schema((*schema.features, *past.features), schema.tasks)
+    features = (*schema.features, *past.features)
+    return Schema(features, schema.tasks, weighted=schema.weighted)
 
 
 def refuse_second(source: Source) -> None:

@@ -17,6 +17,7 @@ from tokenrec.data.memory_limit import NO_LIMIT, MemoryLimit, blocks
 from tokenrec.data.preparation.chunks import TRAIN
 from tokenrec.data.preparation.encode import encode_features
 from tokenrec.data.preparation.entities import Entities
+from tokenrec.data.preparation.label_columns import read_labels
 from tokenrec.data.preparation.like import Like
 from tokenrec.data.preparation.partition import encoded_row_dtype
 from tokenrec.data.preparation.raw_columns import (
@@ -24,7 +25,6 @@ from tokenrec.data.preparation.raw_columns import (
     check_columns,
     concatenate,
     integer_column,
-    label_column,
 )
 from tokenrec.data.preparation.spill import UserPartitions
 from tokenrec.data.schema import Schema, columns
@@ -98,9 +98,8 @@ class LogEncoder:
         # A bool times a uint8 is a uint8; a Python int would make it an int64.
         row["flags"] = event * np.uint8(EVENT) | scored * np.uint8(SCORED)
 
-        # 2. Labels.
-        for i, task in enumerate(self.schema.tasks):
-            row["labels"][:, i] = label_column(batch, f"label_{task.name}", first)
+        # 2. Labels and weights.
+        read_labels(batch, self.schema, row, first)
 
         # 3. Features. Only values of training rows will enter the vocabularies.
         in_train = out["split"] == TRAIN
@@ -126,6 +125,7 @@ class LogEncoder:
         expected = [
             *("user_id", "item_id", "time_ms", "split", "event", "scored", "request"),
             *(f"label_{task.name}" for task in self.schema.tasks),
+            *(("row_weight",) if self.schema.weighted else ()),
             *(f.name for f in self.schema.group("row")),
             *(f.name for f in self.schema.group("action")),
         ]

@@ -56,6 +56,9 @@ def find_leaks(dataset: Dataset, rows: int = SAMPLED_ROWS) -> list[Leak]:
     scored = np.flatnonzero(log.flags & SCORED)
     leaks = []
     for k, task in enumerate(dataset.schema.tasks):
+        # A leak shows in the AUC, which other labels do not have.
+        if task.kind != "binary":
+            continue
         known = scored[log.labels[scored, k] >= 0]
         labels = log.labels[known, k] == 1
         if min(labels.sum(), (~labels).sum()) < _FEWEST:

@@ -26,7 +26,7 @@ from tokenrec.data.metadata import STATE
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.partition import encoded_row_dtype
 from tokenrec.data.preparation.state import read_events
-from tokenrec.data.schema import Schema
+from tokenrec.data.schema import Schema, Task
 from tokenrec.data.schema_difference import schema_differences
 from tokenrec.data.source import SPLITS, Source, StatefulSource
 from tokenrec.data.tokenizer import load_tokenizer
@@ -220,4 +220,7 @@ def _declared(schema: Schema) -> Schema:
     features = [
         dataclasses.replace(f, mean=0.0, deviation=1.0) for f in schema.features
     ]
-    return Schema(tuple(features), schema.tasks)
+    tasks = [
+        Task(task.name, task.weight, task.kind, task.classes) for task in schema.tasks
+    ]
+    return Schema(tuple(features), tuple(tasks), weighted=schema.weighted)

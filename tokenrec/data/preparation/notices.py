@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.metadata import Metadata
 from tokenrec.data.preparation.leaks import find_leaks
+from tokenrec.data.schema import Task
 from tokenrec.data.source import SPLITS
 
 # Features that lack a value in this share of training rows are listed.
@@ -63,8 +64,8 @@ def _repeat_notices(metadata: Metadata) -> Iterator[str]:
     if labels or features:
         yield (
             f"{counts['repeats_dropped']:,} rows repeat user, item and time of another "
-            f"and were joined with it; {labels:,} of them had another label (1 was kept "
-            f"over 0) and {features:,} other features (the row with fewer missing "
+            f"and were joined with it; {labels:,} of them had another label (the "
+            f"greatest was kept) and {features:,} other features (the row with fewer missing "
             "values was kept)"
         )
 
@@ -96,6 +97,14 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:_MOST_NAMES])} and {more} more"
 
 
+def _constant_notice(task: Task) -> Iterator[str]:
+    if task.kind == "real" and task.least == task.most:
+        yield (
+            f"task '{task.name}': all labels of train are {task.least:g}, so that there "
+            "is nothing to learn; check its column"
+        )
+
+
 def _label_notices(metadata: Metadata) -> Iterator[str]:
     counts = metadata.counts
     for task in metadata.schema.tasks:
@@ -105,6 +114,9 @@ def _label_notices(metadata: Metadata) -> Iterator[str]:
                 f"no impression of train has a label of task '{task.name}': a ranking "
                 "model learns nothing of it"
             )
+            continue
+        if task.kind != "binary":
+            yield from _constant_notice(task)
             continue
         for split in SPLITS:
             labelled = counts.get(f"labelled_{split}_{task.name}", 0)

@@ -25,6 +25,7 @@ from tokenrec.data.preparation.chunks import (
     sort_order,
 )
 from tokenrec.data.preparation.entities import Entities
+from tokenrec.data.preparation.label_moments import LabelMoments
 from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.preparation.repeats import join_repeats
 from tokenrec.data.schema import Schema
@@ -39,16 +40,22 @@ class PreparationCounts:
       by_name: numbers of log rows by name, as in `counts` of `tokenrec.json`.
       row_moments: moments of the features of the group `row`, over training rows.
       action_moments: moments of the features of the group `action`, over training rows.
+      label_moments: moments of the labels of numbers, over rows that training learns
+        from.
     """
 
     by_name: Counter[str]
     row_moments: Moments
     action_moments: Moments
+    label_moments: LabelMoments
 
     @staticmethod
     def empty(schema: Schema) -> PreparationCounts:
         return PreparationCounts(
-            Counter(), Moments(schema.group("row")), Moments(schema.group("action"))
+            Counter(),
+            Moments(schema.group("row")),
+            Moments(schema.group("action")),
+            LabelMoments(schema),
         )
 
     def merge(self, other: PreparationCounts) -> None:
@@ -56,6 +63,7 @@ class PreparationCounts:
         self.by_name.update(other.by_name)
         self.row_moments.merge(other.row_moments)
         self.action_moments.merge(other.action_moments)
+        self.label_moments.merge(other.label_moments)
 
 
 class ChunkRun(NamedTuple):
@@ -130,11 +138,13 @@ def sort_and_deduplicate(
     counts.action_moments.add(
         row["action_ids"][in_train], row["action_dense"][in_train]
     )
+    if schema.real_tasks:
+        counts.label_moments.add(row["targets"][learned])
     return partition
 
 
 def _count_rows(partition: np.ndarray, schema: Schema, counts: Counter[str]) -> None:
-    """Count rows, impressions, events and positive labels of each split."""
+    """Count rows, impressions, events, known and positive labels of each split."""
     # Rows of an earlier data set (`prepare --like`) were counted there.
     partition = partition[(partition["row"]["flags"] & REPEATED) == 0]
     row = partition["row"]
@@ -148,7 +158,8 @@ def _count_rows(partition: np.ndarray, schema: Schema, counts: Counter[str]) -> 
         for i, task in enumerate(schema.tasks):
             # Labels of unscored rows enter no metric.
             labels = row["labels"][scored, i]
-            counts[f"positives_{name}_{task.name}"] += int((labels == 1).sum())
+            if task.kind == "binary":
+                counts[f"positives_{name}_{task.name}"] += int((labels == 1).sum())
             counts[f"labelled_{name}_{task.name}"] += int((labels >= 0).sum())
     counts["learned_train"] += int(((row["flags"] & LEARNED) > 0).sum())
 

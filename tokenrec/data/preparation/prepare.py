@@ -296,7 +296,9 @@ class _FolderWriter:
         about_like = {} if self.like is None else {"like": self.like.describe()}
         metadata = make_metadata(
             self.folder,
-            self.like.metadata.schema if self.like else self.schema,
+            self.like.metadata.schema
+            if self.like
+            else self.counts.label_moments.fill_in(self.schema),
             self.table_rows,
             () if self.like else moments,
             self.counts.by_name,

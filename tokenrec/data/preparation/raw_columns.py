@@ -1,8 +1,8 @@
 """Check the columns of a source's tables and log, before they are encoded.
 
-`Source.rows` yields keys, times, flags and labels in columns of fixed names and types;
-each function here reads one kind of them. The columns of features are read by
-`encode.py`.
+`Source.rows` yields keys, times and flags in columns of fixed names and types; each
+function here reads one kind of them. Labels are read by `label_columns.py`, and the
+columns of features by `encode.py`.
 """
 
 from __future__ import annotations
@@ -138,41 +138,6 @@ def bool_column(batch: pa.RecordBatch, name: str, first: int) -> np.ndarray:
             f"{where} has the type {values.type}, but must be bool; cast it"
         )
     return values.to_numpy(zero_copy_only=False)
-
-
-def label_column(batch: pa.RecordBatch, name: str, first: int) -> np.ndarray:
-    """Read a label column of `rows()`.
-
-    Args:
-      batch: log rows.
-      name: name of the column.
-      first: number of the batch's first row, for messages.
-
-    Returns:
-      `[n] int8`, 1, 0, or -1 where the label is -1 or null, which means unknown.
-
-    Raises:
-      InputError: the column holds another type or value.
-    """
-    values, where = batch.column(name), f"rows(): column '{name}'"
-    if pa.types.is_null(values.type):
-        return np.full(len(values), -1, np.int8)
-    if not (pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
-        raise InputError(
-            f"{where} has the type {values.type}, but a label is int8: 1, 0, -1 or "
-            "null; cast it"
-        )
-    # Compared as int64: a cast to int8 would turn 257 into 1.
-    labels = values.cast(pa.int64(), safe=False).fill_null(-1)
-    out = labels.to_numpy(zero_copy_only=False)
-    wrong = (out < -1) | (out > 1)
-    if wrong.any():
-        row = int(wrong.argmax())
-        raise InputError(
-            f"{where} is {out[row]} in row {first + row}; a label is 1, 0, or -1 or "
-            "null where unknown; correct it in the source"
-        )
-    return out.astype(np.int8)
 
 
 def string_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:

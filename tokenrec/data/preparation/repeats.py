@@ -4,7 +4,8 @@ Rows of one user, item and time are one row, except that an event and an impress
 two. Logs repeat rows when files overlap, when a client sends an event again, or when a
 view and a purchase of the same second are two lines. Where such rows disagree:
 
-- a label is 1 if any of them says 1, else 0 if any says 0, else unknown;
+- a label is the greatest that any of them says (1 over 0, more seconds over fewer, the
+  later class over the earlier), or unknown if none says any; so is the weight;
 - features come from one of them, the one with the fewest missing values, and among
   equals the one whose bytes are greatest, which is arbitrary and always the same.
 """
@@ -40,20 +41,30 @@ def join_repeats(partition: np.ndarray, counts: Counter[str]) -> np.ndarray:
     rows = partition["row"][repeated].copy()
     _, group = np.unique(group[repeated], return_inverse=True)
     labels = _join_labels(rows["labels"], group)
-    own_labels = rows["labels"].copy()
+    numbers: dict[str, np.ndarray] = {
+        name: _greatest(rows[name], group)
+        for name in ("targets", "weight")
+        if name in (rows.dtype.names or ())
+    }
+    known_otherwise = (rows["labels"] >= 0) & (rows["labels"] != labels[group])
+    disagrees = known_otherwise.any(axis=1)
+    for name, greatest in numbers.items():
+        other = ~np.isnan(rows[name]) & (rows[name] != greatest[group])
+        disagrees |= other.reshape(len(rows), -1).any(axis=1)
+        rows[name] = 0
     rows["labels"] = 0
+    counts["repeats_other_labels"] += int(disagrees.sum())
 
     best = _best_of_each(rows, group)
     differs = _bytes_rank(rows) != _bytes_rank(rows)[best][group]
     counts["repeats_other_features"] += int(differs.sum())
     is_best = np.zeros(len(rows), bool)
     is_best[best] = True
-    known_otherwise = (own_labels >= 0) & (own_labels != labels[group])
-    counts["repeats_other_labels"] += int(known_otherwise.any(axis=1).sum())
 
     kept = np.ones(len(partition), bool)
     kept[repeated] = is_best
-    partition["row"]["labels"][repeated[best]] = labels
+    for name, values in {"labels": labels, **numbers}.items():
+        partition["row"][name][repeated[best]] = values
     return partition[kept]
 
 
@@ -80,6 +91,13 @@ def _join_labels(labels: np.ndarray, group: np.ndarray) -> np.ndarray:
     # Known over unknown and 1 over 0: the greatest of 1, 0 and -1.
     np.maximum.at(joined, group, labels)
     return joined
+
+
+def _greatest(numbers: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """The greatest number of each group, NaN where it has none: `[groups, ...]`."""
+    greatest = np.full((int(group.max()) + 1, *numbers.shape[1:]), np.nan, np.float32)
+    np.fmax.at(greatest, group, numbers)
+    return greatest
 
 
 def _best_of_each(rows: np.ndarray, group: np.ndarray) -> np.ndarray:

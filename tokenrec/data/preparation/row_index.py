@@ -19,8 +19,9 @@ from tokenrec.data.interaction_log import REPEATED
 from tokenrec.data.preparation.partition import ChunkRun, Users
 from tokenrec.data.row_marks import MARKS, mark_rows
 
-# Fields of a log row that its identity consists of, besides the user.
-_IDENTITY = ("time", "request", "item", "flags", "labels")
+# Fields of a log row that its identity consists of, besides the user; the last two only
+# where the log has them.
+_IDENTITY = ("time", "request", "item", "flags", "labels", "targets", "weight")
 
 
 class ChunkIndex(NamedTuple):
@@ -49,9 +50,10 @@ def index_chunks(run: ChunkRun, users: Users) -> ChunkIndex:
 def _digest_chunks(run: ChunkRun, users: Users) -> np.ndarray:
     """SHA-256 of each chunk: `[U, 32] uint8`."""
     dtype = run.rows.dtype
-    fields = [(name, dtype[name].base, dtype[name].shape) for name in _IDENTITY]
+    names = [name for name in _IDENTITY if name in (dtype.names or ())]
+    fields = [(name, dtype[name].base, dtype[name].shape) for name in names]
     identity = np.empty(len(run.rows), fields)
-    for name in _IDENTITY:
+    for name in names:
         identity[name] = run.rows[name]
     # It says nothing about the rows, and data sets from before it lack it.
     identity["flags"] &= np.uint8(~REPEATED & 0xFF)

@@ -36,6 +36,9 @@ def _split_row(metadata: Metadata, split: str) -> dict[str, Any]:
         row[what] = counts[f"{what}_{split}"]
     for task in metadata.schema.tasks:
         labelled = counts[f"labelled_{split}_{task.name}"]
+        if task.kind != "binary":
+            row[f"{task.name} known"] = labelled
+            continue
         positives = counts[f"positives_{split}_{task.name}"]
         row[f"{task.name}=1"] = positives
         row[f"{task.name}=0"] = labelled - positives

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenrec.data.schema import Entity, Feature, Schema, Task
+from tokenrec.data.schema import Entity, Feature, Schema
 from tokenrec.data.schema_inference.column_profile import (
     ColumnProfile,
     profile_columns,
@@ -32,7 +32,10 @@ from tokenrec.data.schema_inference.times import milliseconds
 from tokenrec.errors import InputError
 
 # Names that a feature cannot have (delimited_schema.py).
-_RESERVED = ("user_id", "item_id", "time_ms", "request", "event", "scored", "split")
+_RESERVED = (
+    *("user_id", "item_id", "time_ms", "request", "event", "scored", "row_weight"),
+    "split",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Proposal:
     def schema(self) -> Schema:
         """Features and tasks."""
         features = tuple(d.feature for d in self.decisions if d.feature is not None)
-        return Schema(features, tuple(Task(label.task) for label in self.labels))
+        return Schema(features, tuple(label.as_task for label in self.labels))
 
     @property
     def features(self) -> list[Decision]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenrec.data.schema import Feature
+from tokenrec.data.schema_inference.labels import Label
 from tokenrec.data.schema_inference.proposal import Proposal
 from tokenrec.data.sources.csv_text import ATOMIC_SUFFIXES
 from tokenrec.errors import InputError
@@ -67,7 +68,7 @@ def schema_json(proposal: Proposal, out: Path) -> dict[str, Any]:
         "features": [
             _feature_json(d.feature) for d in proposal.features if d.feature is not None
         ],
-        "tasks": [{"name": label.task} for label in proposal.labels],
+        "tasks": [_task_json(label) for label in proposal.labels],
         "columns": columns,
         "key_types": {
             name: kind for name, kind in key_types.items() if kind == "int64"
@@ -193,6 +194,15 @@ def _role(role: str, feature: Feature | None) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def _task_json(label: Label) -> dict[str, Any]:
+    if label.kind == "binary":
+        return {"name": label.task}
+    value: dict[str, Any] = {"name": label.task, "kind": label.kind}
+    if label.classes:
+        value["classes"] = list(label.classes)
+    return value
 
 
 def _feature_json(feature: Feature) -> dict[str, Any]:

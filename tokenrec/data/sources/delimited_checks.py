@@ -14,7 +14,7 @@ from tokenrec.errors import InputError, suggest
 
 KEYS = ("user_id", "item_id", "time_ms")
 # Columns that are read only if `columns` names them.
-OPTIONAL = ("request", "event", "scored")
+OPTIONAL = ("request", "event", "scored", "row_weight")
 TYPES = {"int64": pa.int64(), "string": pa.string()}
 # Units of times, and how many of each a second has.
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}

@@ -16,12 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenrec.data.schema import Feature
+from tokenrec.data.schema import Feature, Task
 from tokenrec.data.sources.delimited_labels import (
     compare,
+    read_classes,
     read_flags,
     read_labels,
     read_requests,
+    read_targets,
+    read_weights,
 )
 from tokenrec.data.sources.delimited_lists import read_lists
 from tokenrec.data.sources.delimited_notes import ColumnNotes, Notes
@@ -29,6 +32,7 @@ from tokenrec.data.sources.delimited_schema import KEYS, OPTIONAL, SchemaFile
 from tokenrec.data.sources.delimited_times import read_times
 from tokenrec.data.sources.delimited_values import (
     WrongValue,
+    beyond_float32,
     plain,
     read_ids,
     read_numbers,
@@ -77,17 +81,14 @@ def log_specs(schema_file: SchemaFile) -> list[ColumnSpec]:
         "request": (pa.int64(), read_requests),
         "event": (pa.bool_(), read_flags),
         "scored": (pa.bool_(), read_flags),
+        "row_weight": (pa.float64(), read_weights),
     }
     specs += [
         ColumnSpec(name, schema_file.column(name), *kinds[name])
         for name in OPTIONAL
         if name in schema_file.columns
     ]
-    for task in schema_file.schema.tasks:
-        rule = schema_file.labels.get(task.name)
-        convert = read_labels if rule is None else functools.partial(compare, rule=rule)
-        column = schema_file.column(task.name)
-        specs.append(ColumnSpec(f"label_{task.name}", column, pa.int8(), convert))
+    specs += [_label_spec(schema_file, task) for task in schema_file.schema.tasks]
     schema = schema_file.schema
     labels = schema_file.label_columns()
     for feature in (*schema.group("row"), *schema.group("action")):
@@ -119,6 +120,19 @@ def table_specs(
         _key_spec(schema_file, key),
         *(_feature_spec(schema_file, f) for f in features if f.name != key),
     ]
+
+
+def _label_spec(schema_file: SchemaFile, task: Task) -> ColumnSpec:
+    name, column = f"label_{task.name}", schema_file.column(task.name)
+    rule = schema_file.labels.get(task.name)
+    convert: Convert = read_labels
+    if task.kind == "real":
+        return ColumnSpec(name, column, pa.float64(), read_targets)
+    if task.kind == "classes":
+        convert = functools.partial(read_classes, classes=task.classes)
+    elif rule is not None:
+        convert = functools.partial(compare, rule=rule)
+    return ColumnSpec(name, column, pa.int8(), convert)
 
 
 def _key_spec(schema_file: SchemaFile, name: str) -> ColumnSpec:
@@ -241,7 +255,8 @@ def _problems(spec: ColumnSpec, values: pa.Array) -> Iterator[tuple[np.ndarray, 
       Indices of the rows that break the rule, and the reason and the remedy.
     """
     feature = spec.feature
-    if spec.is_label:
+    # Their converters refuse what is wrong, and null is allowed.
+    if spec.is_label or spec.name == "row_weight":
         return
     if feature is None:
         yield (
@@ -254,7 +269,7 @@ def _problems(spec: ColumnSpec, values: pa.Array) -> Iterator[tuple[np.ndarray, 
                 "is negative; use an integer from 0, or nothing for a row on its own",
             )
     elif feature.kind == "dense":
-        yield true_rows(_beyond_float32(values)), _NOT_FINITE
+        yield true_rows(beyond_float32(values)), _NOT_FINITE
     elif feature.kind in ("embedding", "semantic_id"):
         yield from _list_problems(feature, values)
 
@@ -271,7 +286,7 @@ def _list_problems(
     )
     numbers = pc.list_flatten(values)
     row_of_number = pc.list_parent_indices(values)
-    wrong = _beyond_float32(numbers)
+    wrong = beyond_float32(numbers)
     reason = _NOT_FINITE
     if feature.kind == "semantic_id":
         wrong = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, feature.codes))
@@ -285,11 +300,6 @@ def _list_problems(
         f"is not a whole {feature.kind}: a value is missing; correct it or leave the "
         "field empty",
     )
-
-
-def _beyond_float32(values: pa.Array) -> pa.Array:
-    """Find numbers that are infinite, or would be once they are stored as float32."""
-    return pc.greater(pc.abs(values), float(np.finfo(np.float32).max))
 
 
 def refuse_repeats(path: Path, column: str, keys: pa.ChunkedArray) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,8 +14,10 @@ from tokenrec.data.sources.delimited_schema import LabelRule
 from tokenrec.data.sources.delimited_values import (
     WrongValue,
     add_note,
+    beyond_float32,
     cast,
     numbers,
+    read_ids,
     refuse,
     whole_numbers,
     whole_text,
@@ -38,6 +40,50 @@ def read_labels(values: pa.Array, notes: ColumnNotes) -> pa.Array:
     """Convert labels to int8: 1, 0, and -1 or null where unknown."""
     reason = "is not a label; use 1, 0, or nothing where it is unknown"
     return _read_words(values, _LABELS, reason).cast(pa.int8())
+
+
+def read_targets(values: pa.Array, notes: ColumnNotes) -> pa.Array:
+    """Convert labels of the kind real to float64, null where unknown."""
+    return _finite(values, "is not a finite float32; correct it, or leave it empty")
+
+
+def read_weights(values: pa.Array, notes: ColumnNotes) -> pa.Array:
+    """Convert weights of rows to float64, null where there is none."""
+    found = _finite(values, "is not a finite float32; correct it, or leave it empty")
+    refuse(
+        pc.less(found, 0), "is negative; a weight is 0 or more, or nothing, which is 1"
+    )
+    return found
+
+
+def _finite(values: pa.Array, reason: str) -> pa.Array:
+    found = numbers(values)
+    found = pc.if_else(pc.is_nan(found), pa.scalar(None, pa.float64()), found)
+    refuse(beyond_float32(found), reason)
+    return found
+
+
+def read_classes(
+    values: pa.Array, notes: ColumnNotes, *, classes: Sequence[str]
+) -> pa.Array:
+    """Convert the names of classes to their index: int8, null where unknown.
+
+    A whole number is the class of its digits, with a decimal point or without.
+    """
+    text = pc.utf8_trim_whitespace(
+        read_ids(values, notes, kind=pa.string(), is_key=False)
+    )
+    known = pa.array(classes, pa.string())
+    index = pc.coalesce(
+        pc.index_in(text, value_set=known),
+        pc.index_in(whole_text(text), value_set=known),
+    )
+    refuse(
+        pc.and_(pc.is_valid(text), pc.is_null(index)),
+        f"is no class; the schema has {', '.join(classes)}; correct it, add it to "
+        "classes, or leave it empty where it is unknown",
+    )
+    return index.cast(pa.int8())
 
 
 def read_flags(values: pa.Array, notes: ColumnNotes) -> pa.Array:

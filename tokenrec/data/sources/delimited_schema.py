@@ -168,6 +168,7 @@ class SchemaFile:
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         columns = value.get("columns", {})
+        schema = dataclasses.replace(schema, weighted="row_weight" in columns)
         key_types = value.get("key_types", {})
         separators = value.get("separators", {})
         checks.check_feature_names(where, schema)
@@ -202,10 +203,10 @@ class SchemaFile:
         return self.separators.get(name, DEFAULT_SEPARATOR)
 
     def label_columns(self) -> set[str]:
-        """Return the columns that hold labels as such, and not what they compare."""
+        """Return the columns of binary labels as such, and not what they compare."""
         return {
             self.column(task.name)
-            for task in self.schema.tasks
+            for task in self.schema.binary_tasks
             if task.name not in self.labels
         }
 
@@ -243,7 +244,14 @@ def _parse_labels(
 ) -> dict[str, LabelRule]:
     checks.check_known(where, "labels", labels, [task.name for task in schema.tasks])
     rules = {}
+    kinds = {task.name: task.kind for task in schema.tasks}
     for task, text in labels.items():
+        if kinds[task] != "binary":
+            raise InputError(
+                f"{where}: labels['{task}']={text!r} compares a number, which gives a "
+                f"binary label, but the task has the kind '{kinds[task]}'; leave it out "
+                "and name the column of the label under columns"
+            )
         rule = LabelRule.parse(text) if isinstance(text, str) else None
         if rule is None:
             raise InputError(

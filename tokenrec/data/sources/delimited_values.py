@@ -260,6 +260,11 @@ def numbers(values: pa.Array) -> pa.Array:
     return values.cast(pa.float64(), safe=False)
 
 
+def beyond_float32(values: pa.Array) -> pa.Array:
+    """Find numbers that are infinite, or would be once they are stored as float32."""
+    return pc.greater(pc.abs(values), float(np.finfo(np.float32).max))
+
+
 def read_texts(values: pa.Array, notes: ColumnNotes) -> pa.Array:
     """Convert texts to strings."""
     if pa.types.is_nested(values.type):

@@ -27,7 +27,7 @@ import pyarrow as pa
 from tokenrec.data.schema import Feature
 from tokenrec.data.schema_inference.column_profile import profile_columns
 from tokenrec.data.schema_inference.find_keys import Flags
-from tokenrec.data.schema_inference.labels import Label, label_values
+from tokenrec.data.schema_inference.labels import Label, stored_labels
 from tokenrec.data.schema_inference.proposal import Proposal, propose_for
 from tokenrec.data.schema_inference.sample import TableSample
 from tokenrec.data.schema_inference.times import milliseconds
@@ -133,8 +133,9 @@ class TfdsSource:
                 (profile,) = profile_columns(
                     _as_sample(batch.select([label.profile.column]))
                 )
-                values = label_values(dataclasses.replace(label, profile=profile))
-                columns[f"label_{label.task}"] = values.astype(np.int8)
+                columns[f"label_{label.task}"] = stored_labels(
+                    dataclasses.replace(label, profile=profile)
+                )
             for feature in features:
                 columns[feature.name] = self._read(feature.name, batch)
             yield pa.RecordBatch.from_pydict(columns)
