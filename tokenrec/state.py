@@ -32,7 +32,12 @@ from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.optim import dense_optimizer
 from tokenrec.sharding import RULES
 from tokenrec.task_losses import check_request_loss
-from tokenrec.task_plan import TaskPlan, check_auxiliary, plan_tasks
+from tokenrec.task_plan import (
+    TaskPlan,
+    check_auxiliary,
+    evaluated_tasks,
+    plan_tasks,
+)
 from tokenrec.tokens.embed import Embedder
 from tokenrec.tokens.id_dropout import check_table_names
 from tokenrec.tokens.layout import Layout
@@ -92,10 +97,9 @@ class ModelSpec:
         return plan_tasks(self.schema, self.tasks, self.config.data.losses)
 
     @property
-    def evaluated_tasks(self) -> tuple[str, ...]:
-        """Tasks that are evaluated: those that `data.auxiliary` does not name."""
-        auxiliary = self.config.data.auxiliary
-        return tuple(name for name in self.tasks if name not in auxiliary)
+    def evaluated_plans(self) -> tuple[TaskPlan, ...]:
+        """The same of the tasks that are evaluated, in the columns of their scores."""
+        return evaluated_tasks(self.task_plans, self.config.data.auxiliary).plans
 
     def layout(
         self,

@@ -120,6 +120,40 @@ def check_auxiliary(config: DataConfig, names: Sequence[str]) -> None:
         )
 
 
+class EvaluatedTasks(NamedTuple):
+    """The tasks of a run that are evaluated, and where their values are in a batch.
+
+    Attributes:
+      plans: the tasks, with places in what is selected.
+      labels: columns of the labels.
+      outputs: columns of the predictions.
+      targets: columns of the targets.
+    """
+
+    plans: tuple[TaskPlan, ...]
+    labels: tuple[int, ...]
+    outputs: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+def evaluated_tasks(
+    plans: Sequence[TaskPlan], auxiliary: Sequence[str]
+) -> EvaluatedTasks:
+    """Leave the tasks out that `data.auxiliary` names."""
+    kept = [i for i, plan in enumerate(plans) if plan.task.name not in auxiliary]
+    selected: list[TaskPlan] = []
+    outputs: list[int] = []
+    targets: list[int] = []
+    for i in kept:
+        plan, start = plans[i], len(outputs)
+        target = len(targets) if plan.target >= 0 else -1
+        outputs += range(plan.start, plan.stop)
+        if plan.target >= 0:
+            targets.append(plan.target)
+        selected.append(plan._replace(start=start, stop=len(outputs), target=target))
+    return EvaluatedTasks(tuple(selected), tuple(kept), tuple(outputs), tuple(targets))
+
+
 def output_names(plans: Sequence[TaskPlan]) -> tuple[str, ...]:
     """Names of the logits: the task, or `TASK/CLASS` of a task of classes.
 

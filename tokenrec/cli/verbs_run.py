@@ -85,7 +85,7 @@ def _training_result(summary: Mapping[str, Any], workdir: Path, split: str) -> s
 
     Without an evaluation of the best step the table shows the last one, and says so.
     """
-    from tokenrec.runtime.result_table import format_table, result_rows
+    from tokenrec.runtime.result_table import format_results
 
     step, best_step = summary["step"], summary["best_step"]
     best, last = summary.get("best_evaluation"), summary["evaluation"]
@@ -95,10 +95,10 @@ def _training_result(summary: Mapping[str, Any], workdir: Path, split: str) -> s
         lines.append(f"best checkpoint: step {best_step:,}")
     if best:
         lines[-1] += f"; its metrics on {split}:"
-        lines.append(format_table(result_rows({split: best}, "split")))
+        lines.append(format_results({split: best}, "split"))
     elif last:
         lines.append(f"last evaluation: step {step:,}; its metrics on {split}:")
-        lines.append(format_table(result_rows({split: last}, "split")))
+        lines.append(format_results({split: last}, "split"))
     return "\n".join(lines)
 
 
@@ -145,11 +145,7 @@ def _add_evaluate(verbs: VerbParsers) -> Parser:
 def _evaluate(args: argparse.Namespace) -> None:
     from tokenrec.evaluation.evaluate import evaluate_run
     from tokenrec.runtime.distributed import is_first_process
-    from tokenrec.runtime.result_table import (
-        calibration_rows,
-        format_table,
-        result_rows,
-    )
+    from tokenrec.runtime.result_table import format_results
 
     result = evaluate_run(
         args.workdir,
@@ -169,9 +165,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         f"({result['checkpoint']})"
     )
     reports = {"this run": result, **result.get("baselines", {})}
-    print(format_table(result_rows(reports)))
-    if calibration := calibration_rows(reports):
-        print("\n" + format_table(calibration))
+    print(format_results(reports))
 
 
 def _add_predict(verbs: VerbParsers) -> Parser:

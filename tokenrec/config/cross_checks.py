@@ -150,7 +150,7 @@ def check_retrieval(config: Config) -> Iterator[str]:
             f"head.negatives={head.negatives} {suffix} must be a multiple of "
             f"data.batch_size={config.data.batch_size}"
         )
-    if config.train.best_metric in ("macro_auc", "macro_gauc", "loss"):
+    if config.train.best_metric in ("macro_auc", "macro_gauc", "loss", "request_ndcg"):
         yield (
             f"train.best_metric='{config.train.best_metric}' {suffix} is a metric of "
             "ranking; use 'recall@10' or 'ndcg@10'"
@@ -267,6 +267,11 @@ def check_train(config: Config) -> Iterator[str]:
         yield (
             f"train.stop_at={train.stop_at} must be at most {_length(config)}; "
             "use 0 to train all steps"
+        )
+    if train.best_metric == "request_ndcg" and not config.data.request_ndcg:
+        yield (
+            "train.best_metric='request_ndcg' with data.request_ndcg=0, which computes "
+            "none; set the number of places, such as 10"
         )
     retrieval_metric = train.best_metric in ("recall@10", "ndcg@10")
     if config.data.objective == "ranking" and retrieval_metric:

@@ -134,10 +134,17 @@ class TrainConfig:
     gate of every layer, to watch for collapse."""
 
     best_metric: Literal[
-        "auto", "macro_auc", "macro_gauc", "loss", "recall@10", "ndcg@10"
+        "auto",
+        "macro_auc",
+        "macro_gauc",
+        "loss",
+        "request_ndcg",
+        "recall@10",
+        "ndcg@10",
     ] = "auto"
     """Metric that decides the best checkpoint and early stopping. Ranking: `macro_auc`,
-    `macro_gauc` or `loss` (lower is better). Retrieval: `recall@10` or `ndcg@10`.
+    `macro_gauc`, `loss` (lower is better) or `request_ndcg` (with
+    `data.request_ndcg`). Retrieval: `recall@10` or `ndcg@10`.
     `auto` is `macro_auc`, or `ndcg@10` for retrieval."""
 
     patience: int = field(0, at_least=1, special={0: "no early stopping"})

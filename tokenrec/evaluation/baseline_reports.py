@@ -46,7 +46,7 @@ def evaluate_baselines(
     Args:
       dataset: the prepared data set.
       split: split that the rows are of.
-      tasks: K names.
+      tasks: K names of binary tasks; without any there are no baselines.
       rows: `[n] int64`, log rows of the split, all of them scored, in any order.
       freeze_at: milliseconds; earlier events and past rates end before this time.
 
@@ -57,6 +57,8 @@ def evaluate_baselines(
       (known probabilities)", the metrics of the probabilities from which its labels
       were drawn.
     """
+    if not tasks:
+        return {}
     log = dataset.load(split)
     probabilities = split_baselines(dataset, split, tasks, freeze_at=freeze_at)
     if has_lightgbm():

@@ -4,13 +4,14 @@ Ranking, `score_split` and `evaluate`:
 
 1. `data.pipeline.eval_batches` yields every impression of the split once, in batches of
    one shape. A process gathers the samples of its own devices.
-2. The eval step computes probabilities `[B, N, K]` on the mesh; `to_host` brings those
-   of all processes to each of them. Rows that only fill a batch are left out.
-3. `ScoreStore` collects labels, probabilities and users. Its memory is bounded: further
-   rows lie in temporary files.
+2. The eval step computes predictions `[B, N, O]` on the mesh; `to_host` brings those
+   of all processes to each of them. Rows that only fill a batch are left out, and so
+   are the tasks that `data.auxiliary` names.
+3. `TaskStore` collects labels, predictions and users. Of binary tasks memory is
+   bounded: further rows lie in temporary files.
 4. After the last batch it computes exact AUC, GAUC, log loss and normalised entropy per
-   task, and for `tokenrec evaluate` the calibration too. No metric is an average over
-   batches.
+   binary task, and for `tokenrec evaluate` the calibration too; of other tasks the
+   metrics of their kind. No metric is an average over batches.
 
 Retrieval is the same with the steps of `catalogue.py`: items and ranks instead of
 probabilities, Recall@k, NDCG@k and MRR instead of AUC.
@@ -19,6 +20,7 @@ probabilities, Recall@k, NDCG@k and MRR instead of AUC.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -32,7 +34,7 @@ from tokenrec.config import Config
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
-from tokenrec.data.pipeline import eval_batches
+from tokenrec.data.pipeline import eval_batches, task_names
 from tokenrec.errors import InputError
 from tokenrec.evaluation.baseline_reports import (
     evaluate_baselines,
@@ -42,25 +44,30 @@ from tokenrec.evaluation.catalogue import rank_catalogue, rank_split, summarize
 from tokenrec.evaluation.freeze import add_frozen, check_freeze, freeze_time
 from tokenrec.evaluation.generate import jit_generate_step
 from tokenrec.evaluation.retrieval_result import RetrievalResult
+from tokenrec.evaluation.task_store import TaskStore
 from tokenrec.evaluation.trie import build_trie
 from tokenrec.metrics.groups import group_codes
-from tokenrec.metrics.score_store import ScoreStore
 from tokenrec.runtime import distributed
 from tokenrec.sharding import local_batch_indices, make_mesh, to_devices, to_host
 from tokenrec.state import ModelSpec, TrainState
 from tokenrec.step import eval_step
+from tokenrec.task_plan import evaluated_tasks, plan_tasks
 
 
 class Scores(NamedTuple):
-    """Scored impressions of one batch: n log rows, K tasks.
+    """Scored impressions of one batch: n log rows, K tasks that are evaluated.
 
     Attributes:
       row: `[n] int64`, number of the log row in the split.
       user_id: `[n]`, original ids.
       item_id: `[n]`, original ids.
       time: `[n] int64`, milliseconds.
-      labels: `[n, K] int8`, -1 where unknown.
-      probabilities: `[n, K] float32`.
+      labels: `[n, K] int8`, -1 where unknown, as in `Batch.labels`.
+      probabilities: `[n, O] float32`, the predictions of `predict_tasks`: of binary
+        tasks probabilities, `[n, K]` if all are.
+      request: `[n] int64`, number of the request; -1 for a row on its own.
+      targets: `[n, V] float32`, labels of tasks of numbers, NaN where unknown; None
+        without such a task.
     """
 
     row: np.ndarray
@@ -69,6 +76,8 @@ class Scores(NamedTuple):
     time: np.ndarray
     labels: np.ndarray
     probabilities: np.ndarray
+    request: np.ndarray
+    targets: np.ndarray | None = None
 
 
 class Evaluator(Protocol):
@@ -98,7 +107,7 @@ class Evaluator(Protocol):
 
 
 def jit_eval_step(model: ModelSpec) -> Callable[[TrainState, Batch], jax.Array]:
-    """Compile the step from a batch to probabilities `[B, N, K] float32`."""
+    """Compile the step from a batch to predictions `[B, N, O] float32`."""
     return jax.jit(functools.partial(eval_step, model))
 
 
@@ -159,7 +168,7 @@ def make_evaluator(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Evaluator:
         between_batches: Callable[[], None] | None = None,
     ) -> dict[str, Any]:
         scores = score_split(step, state, config, dataset, split, mesh, limit=limit)
-        return evaluate(_calling(scores, between_batches), model.tasks)
+        return evaluate(_calling(scores, between_batches), model)
 
     return _evaluate_ranking
 
@@ -191,7 +200,7 @@ def score_split(
     scores of all.
 
     Args:
-      step: maps a state and a batch to probabilities `[B, N, K]`.
+      step: maps a state and a batch to predictions `[B, N, O]`.
       state: weights and tables.
       config: of the run.
       dataset: the prepared data set.
@@ -206,6 +215,9 @@ def score_split(
     local = local_batch_indices(
         mesh, config.data.eval_batch_size, "data.eval_batch_size"
     )
+    names = task_names(dataset.schema, config.data)
+    plans = plan_tasks(dataset.schema, names, config.data.losses)
+    kept = evaluated_tasks(plans, config.data.auxiliary)
     for host, read_rows in eval_batches(
         dataset,
         config.data,
@@ -215,36 +227,46 @@ def score_split(
         ages=reads_event_ages(config.model),
         freeze_at=freeze_at,
     ):
-        probabilities = to_host(step(state, to_devices(host.batch, mesh)))
+        predictions = to_host(step(state, to_devices(host.batch, mesh)))
         # Positions `[B, N]` that hold an impression; others fill the batch.
         is_read = read_rows.rows >= 0
+        targets = read_rows.targets
         yield Scores(
             row=read_rows.rows[is_read],
             user_id=read_rows.user_id,
             item_id=read_rows.item_id,
             time=read_rows.time,
-            labels=read_rows.labels,
-            probabilities=probabilities[is_read],
+            labels=read_rows.labels[:, kept.labels],
+            probabilities=predictions[is_read][:, kept.outputs],
+            request=read_rows.request,
+            targets=targets[:, kept.targets] if kept.targets else None,
         )
 
 
 def evaluate(
-    scores: Iterator[Scores], tasks: tuple[str, ...], *, calibration: bool = False
+    scores: Iterator[Scores], model: ModelSpec, *, calibration: bool = False
 ) -> dict[str, Any]:
     """Compute the exact metrics of scored impressions.
 
     Args:
       scores: the impressions, batch by batch.
-      tasks: K names.
+      model: static half of the run.
       calibration: also compute the calibration of each task.
 
     Returns:
       `{"macro_auc", "macro_gauc", "tasks": {task: {...}}}`, in the form of
-      `metrics.binary.summarize`.
+      `TaskStore.summarize`.
     """
-    store = ScoreStore(tasks)
+    store = TaskStore(model.evaluated_plans, ndcg=model.config.data.request_ndcg)
     for part in scores:
-        store.append(part.labels, part.probabilities, group_codes(part.user_id))
+        store.append(
+            part.labels,
+            part.probabilities,
+            group_codes(part.user_id),
+            targets=part.targets,
+            time=part.time,
+            request=part.request,
+        )
     return store.summarize(calibration=calibration)
 
 
@@ -371,6 +393,19 @@ def _evaluate_retrieval_run(
     return report
 
 
+def _binary_tasks(model: ModelSpec, freeze_at: int | None) -> tuple[str, ...]:
+    """Evaluated tasks that the baselines score; say once which they do not."""
+    tasks = [plan.task for plan in model.evaluated_plans]
+    others = [task.name for task in tasks if task.kind != "binary"]
+    if others and freeze_at is None and distributed.is_first_process():
+        print(
+            f"tokenrec: the baselines score binary tasks only, and not "
+            f"{', '.join(others)}, whose reports hold the metrics of a constant",
+            file=sys.stderr,
+        )
+    return tuple(task.name for task in tasks if task.kind == "binary")
+
+
 def _evaluate_ranking_run(
     run: OpenedRun,
     split: str,
@@ -400,12 +435,12 @@ def _evaluate_ranking_run(
         limit=limit,
         freeze_at=freeze_at,
     )
-    report = evaluate(noting_rows(scores), run.model.tasks, calibration=True)
+    report = evaluate(noting_rows(scores), run.model, calibration=True)
     if baselines:
         report["baselines"] = evaluate_baselines(
             run.dataset,
             split,
-            run.model.tasks,
+            _binary_tasks(run.model, freeze_at),
             np.concatenate(rows),
             freeze_at=freeze_at,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -26,6 +26,7 @@ from tokenrec.runtime import distributed
 from tokenrec.runtime.files import atomic_replace
 from tokenrec.runtime.paths import make_folder
 from tokenrec.sharding import make_mesh
+from tokenrec.task_plan import TaskPlan
 
 
 def predict_run(
@@ -34,9 +35,12 @@ def predict_run(
     """Write the scores of a split, as `tokenrec predict`, on all processes.
 
     Ranking: a table row per impression, with the columns `user_id, item_id, time_ms`,
-    and per task `label_TASK` (int8, null where unknown) and `score_TASK` (float32
-    probability). Retrieval: `head.top_k` table rows per request, with the columns
-    `user_id, rank` (from 1), `item_id, score, time_ms` (of the request).
+    and per task `label_TASK` (null where unknown) and float32 scores. Of a binary task
+    the label is an int8, and `score_TASK` a probability; of a task of numbers both are
+    float32 numbers in the unit of the label; of a task of classes the label is the name
+    of the class, and `score_TASK_CLASS` the probability of each. Retrieval:
+    `head.top_k` table rows per request, with the columns `user_id, rank` (from 1),
+    `item_id, score, time_ms` (of the request).
 
     Args:
       workdir: folder of the run.
@@ -99,7 +103,7 @@ def prediction_tables(run: OpenedRun, split: str, mesh: Mesh) -> Iterator[pa.Tab
         return
     step = jit_eval_step(run.model)
     for scores in score_split(step, run.state, config, run.dataset, split, mesh):
-        yield _scores_table(scores, run.model.tasks)
+        yield _scores_table(scores, run.model.evaluated_plans)
 
 
 def _retrieval_tables(
@@ -134,17 +138,26 @@ def _items_table(answers: RankedItems) -> pa.Table:
     )
 
 
-def _scores_table(scores: Scores, tasks: tuple[str, ...]) -> pa.Table:
+def _scores_table(scores: Scores, plans: Sequence[TaskPlan]) -> pa.Table:
     """A table row per impression."""
     columns = {
         "user_id": pa.array(scores.user_id),
         "item_id": pa.array(scores.item_id),
         "time_ms": pa.array(scores.time),
     }
-    for k, task in enumerate(tasks):
-        label = scores.labels[:, k]
-        columns[f"label_{task}"] = pa.array(label, mask=label < 0)
-        columns[f"score_{task}"] = pa.array(
-            np.ascontiguousarray(scores.probabilities[:, k])
-        )
+    for k, plan in enumerate(plans):
+        task, label = plan.task, scores.labels[:, k]
+        values = pa.array(label, mask=label < 0)
+        names = [f"score_{task.name}"]
+        if task.kind == "real":
+            assert scores.targets is not None
+            values = pa.array(scores.targets[:, plan.target], mask=label < 0)
+        elif task.kind == "classes":
+            values = pa.array(task.classes, pa.string()).take(values)
+            names = [f"score_{task.name}_{of_class}" for of_class in task.classes]
+        columns[f"label_{task.name}"] = values
+        for name, output in zip(names, range(plan.start, plan.stop), strict=True):
+            columns[name] = pa.array(
+                np.ascontiguousarray(scores.probabilities[:, output])
+            )
     return pa.table(columns)

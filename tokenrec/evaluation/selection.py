@@ -12,8 +12,10 @@ from tokenrec.config import Config
 def selection_value(report: dict[str, Any], config: Config) -> float | None:
     """Value of `train.best_metric` in a report; higher is better.
 
-    `auto` is NDCG@10 for retrieval and the mean AUC of the tasks for ranking. The loss
-    is the mean log loss of the tasks, negated.
+    `auto` is NDCG@10 for retrieval and the mean AUC of the tasks for ranking (of tasks
+    that are not binary, `metrics.binary.with_macro_means`). The loss is negated; it is
+    the mean over tasks of the log loss, and of a task of numbers of half the squared
+    error in standard deviations.
 
     Returns:
       None if the metric is undefined, such as the AUC of a task without positives.
@@ -21,9 +23,14 @@ def selection_value(report: dict[str, Any], config: Config) -> float | None:
     metric = config.train.best_metric
     if config.data.objective == "retrieval":
         return report["retrieval"]["ndcg@10" if metric == "auto" else metric]
+    if metric == "request_ndcg":
+        return report[f"macro_request_ndcg@{config.data.request_ndcg}"]
     if metric != "loss":
         return report["macro_auc" if metric == "auto" else metric]
-    losses = [task["log_loss"] for task in report["tasks"].values()]
+    losses = [
+        task["log_loss"] if "log_loss" in task else task["loss"]
+        for task in report["tasks"].values()
+    ]
     defined = [loss for loss in losses if loss is not None]
     return -float(np.mean(defined)) if defined else None
 
@@ -36,6 +43,8 @@ def criterion(config: Config) -> str:
     train = config.train
     default = "ndcg@10" if config.data.objective == "retrieval" else "macro_auc"
     metric = default if train.best_metric == "auto" else train.best_metric
+    if metric == "request_ndcg":
+        metric = f"{metric}@{config.data.request_ndcg}"
     samples = f", {train.eval_samples} samples" if train.eval_samples else ""
     return f"{metric} on {train.eval_split}{samples}"
 

@@ -228,10 +228,18 @@ def task_report(
 def with_macro_means(
     reports: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Add the means over tasks to reports by task, in the form of `summarize`."""
+    """Add the means over tasks to reports by task, in the form of `summarize`.
+
+    The mean AUC takes of each task the share of pairs in the right order: the AUC of a
+    binary task, the XAUC of numbers (which is the AUC where they are 1 and 0), and the
+    mean one-vs-rest AUC of classes. The mean GAUC is over binary tasks.
+    """
     means = {}
-    for name in ("auc", "gauc"):
-        values = [report[name] for report in reports.values()]
+    for name, keys in (("auc", ("auc", "xauc", "ovr_auc")), ("gauc", ("gauc",))):
+        values = [
+            next((report[key] for key in keys if key in report), None)
+            for report in reports.values()
+        ]
         defined = [value for value in values if value is not None]
         # fsum rounds once, so that the order of the tasks does not matter.
         means[f"macro_{name}"] = math.fsum(defined) / len(defined) if defined else None

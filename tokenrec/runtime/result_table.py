@@ -15,6 +15,24 @@ _RANKING_COLUMNS = {
 }
 
 
+_NUMBER_COLUMNS = {
+    "RMSE": "rmse",
+    "of mean": "rmse_of_mean",
+    "MAE": "mae",
+    "MAE of mean": "mae_of_mean",
+    "XAUC": "xauc",
+    "predicted": "predicted",
+    "observed": "observed",
+    "examples": "examples",
+}
+_CLASS_COLUMNS = {
+    "accuracy": "accuracy",
+    "of commonest": "accuracy_of_commonest",
+    "log loss": "log_loss",
+    "NE": "normalized_entropy",
+    "OvR AUC": "ovr_auc",
+    "examples": "examples",
+}
 # Columns that are shown for frozen histories too.
 _FROZEN_COLUMNS = ("AUC", "GAUC")
 
@@ -62,10 +80,29 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(aligned)
 
 
+def format_results(
+    results: Mapping[str, Mapping[str, Any]], header: str = "model"
+) -> str:
+    """Format reports as the tables of their tasks and calibration, blank line between.
+
+    Args:
+      results: as in `result_rows`.
+      header: name of the first column.
+    """
+    tables = [
+        result_rows(results, header),
+        calibration_rows(results),
+        *other_tables(results, header),
+    ]
+    return "\n\n".join(format_table(rows) for rows in tables if rows)
+
+
 def result_rows(
     results: Mapping[str, Mapping[str, Any]], header: str = "model"
 ) -> list[dict[str, Any]]:
-    """Rows for `format_table`: one per model and task, or per model of retrieval.
+    """Rows for `format_table`: one per model and binary task, or of retrieval.
+
+    `other_tables` has the other tasks.
 
     Args:
       results: model name -> summary as the evaluation returns it, `{"tasks": {TASK:
@@ -87,6 +124,8 @@ def result_rows(
     for name, summary in results.items():
         frozen = summary.get("frozen", {}).get("tasks", {})
         for task, report in summary["tasks"].items():
+            if "rmse" in report or "accuracy" in report:
+                continue
             row: dict[str, Any] = {header: name, "task": task}
             for column, key in _RANKING_COLUMNS.items():
                 row[column] = report.get(key)
@@ -95,6 +134,38 @@ def result_rows(
                     row[f"frozen {column}"] = frozen[task].get(key)
             rows.append(row)
     return rows
+
+
+def other_tables(
+    results: Mapping[str, Mapping[str, Any]], header: str = "model"
+) -> list[list[dict[str, Any]]]:
+    """Rows for `format_table` of tasks that are not binary, and of whole requests.
+
+    Args:
+      results: as in `result_rows`.
+      header: name of the first column.
+
+    Returns:
+      The rows of a table for tasks of numbers, of one for tasks of classes, and of one
+      for NDCG within requests, those that have any. A row has a model and a task.
+    """
+    kinds = (("rmse", _NUMBER_COLUMNS), ("accuracy", _CLASS_COLUMNS))
+    tables: list[list[dict[str, Any]]] = [[], [], []]
+    for name, summary in results.items():
+        for task, report in summary.get("tasks", {}).items():
+            row: dict[str, Any] = {header: name, "task": task}
+            for table, (key, columns) in zip(tables, kinds, strict=False):
+                if key in report:
+                    values = {column: report[key] for column, key in columns.items()}
+                    table.append(row | values)
+            ndcg = {
+                key.removeprefix("request_").upper(): value
+                for key, value in report.items()
+                if key.startswith("request_ndcg@")
+            }
+            if ndcg:
+                tables[2].append(row | ndcg | {"requests": report["requests"]})
+    return [table for table in tables if table]
 
 
 def calibration_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
