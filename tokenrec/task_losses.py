@@ -93,7 +93,7 @@ def _real_loss(
     standardised = (target - task.mean) / task.deviation
     if plan.loss == "squared":
         return 0.5 * jnp.square(z - standardised)
-    return optax.huber_loss(z, standardised, huber_delta)
+    return optax.huber_loss(z, standardised, delta=huber_delta)
 
 
 def predict_tasks(plans: Sequence[TaskPlan], logits: jax.Array) -> jax.Array:

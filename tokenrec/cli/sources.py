@@ -116,6 +116,11 @@ def _add_synthetic_flags(parser: Parser) -> None:
         type=float,
         help="weight of the profile in the labels; needs --static-rank (default: 1)",
     )
+    parser.add_argument(
+        "--label-kinds",
+        action="store_true",
+        help="add a label that is a number, one of five classes, and weights of rows",
+    )
 
 
 def _add_delimited_flags(parser: Parser) -> None:
@@ -215,15 +220,21 @@ def _amazon(args: argparse.Namespace) -> Source:
 
 def _synthetic(args: argparse.Namespace) -> Source:
     from tokenrec.data.sources.synthetic import SyntheticSource
+    from tokenrec.data.sources.synthetic_labels import LabelKindsSource
     from tokenrec.data.sources.synthetic_profiles import ProfilesSource
 
+    if args.label_kinds and args.static_rank is not None:
+        raise InputError(
+            f"--label-kinds does not go with --static-rank={args.static_rank}, which "
+            "makes another log; leave one out"
+        )
     if args.static_rank is None:
         if args.static_weight is not None:
             raise InputError(
                 f"--static-weight={args.static_weight} weighs user profiles, and there "
                 "are none; set their number with --static-rank"
             )
-        return SyntheticSource(args.rows)
+        return (LabelKindsSource if args.label_kinds else SyntheticSource)(args.rows)
     weight = 1.0 if args.static_weight is None else args.static_weight
     return ProfilesSource(args.rows, args.static_rank, static_weight=weight)
 

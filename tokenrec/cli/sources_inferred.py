@@ -51,8 +51,9 @@ def _add_inference_flags(parser: Parser) -> None:
         "--label",
         action="append",
         default=[],
-        help="column of 1 and 0, or a threshold such as 'liked: rating >= 4'; repeat "
-        "it for several tasks (default: a rating is split most evenly)",
+        help="column of 1 and 0, a threshold such as 'liked: rating >= 4', a number such "
+        "as 'seconds: real', or classes such as 'stars: classes'; repeat it for several "
+        "tasks (default: a rating is split most evenly)",
     )
     for key in ("user", "item", "time"):
         parser.add_argument(

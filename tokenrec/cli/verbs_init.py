@@ -53,8 +53,9 @@ def add_verbs(verbs: VerbParsers) -> dict[str, Parser]:
         "--label",
         action="append",
         default=[],
-        help="column of 1 and 0, or a threshold such as 'liked: rating >= 4'; repeat "
-        "it for several tasks (default: found by name and values)",
+        help="column of 1 and 0, a threshold such as 'liked: rating >= 4', a number such "
+        "as 'seconds: real', or classes such as 'stars: classes'; repeat it for several "
+        "tasks (default: found by name and values)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the schema at --out"

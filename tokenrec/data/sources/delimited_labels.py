@@ -70,9 +70,10 @@ def read_classes(
 
     A whole number is the class of its digits, with a decimal point or without.
     """
-    text = pc.utf8_trim_whitespace(
-        read_ids(values, notes, kind=pa.string(), is_key=False)
-    )
+    # Text needs none of the notes on ids: "2.0" and " 2" are the class 2.
+    if not pa.types.is_string(values.type):
+        values = read_ids(values, notes, kind=pa.string(), is_key=False)
+    text = pc.utf8_trim_whitespace(values)
     known = pa.array(classes, pa.string())
     index = pc.coalesce(
         pc.index_in(text, value_set=known),
