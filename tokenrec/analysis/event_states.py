@@ -227,7 +227,12 @@ def read_event_states(
     names = layer_names(len(of_layers) - 1)
     of_tasks = {}
     if labels:
-        of_tasks = dict(zip(model.tasks, np.concatenate(labels).T, strict=True))
+        columns = np.concatenate(labels).T
+        of_tasks = {
+            plan.task.name: column
+            for plan, column in zip(model.task_plans, columns, strict=True)
+            if plan.task.kind == "binary"
+        }
     return EventStates(dict(zip(names, of_layers, strict=True)), of_tasks, run.step)
 
 

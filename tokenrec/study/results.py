@@ -64,7 +64,11 @@ class ScoredSplit(NamedTuple):
 
 
 def read_scores(path: Path) -> ScoredSplit:
-    """Read the scores that `tokenrec predict` wrote."""
+    """Read the scores of binary tasks that `tokenrec predict` wrote.
+
+    Raises:
+      InputError: there is no binary task, and studies compare no others.
+    """
     table = pq.read_table(path)
     # Runs write their impressions in different orders. Sorted by key, which occurs once
     # in a data set, the scores of two runs can be compared row by row.
@@ -72,8 +76,14 @@ def read_scores(path: Path) -> ScoredSplit:
     tasks = tuple(
         name.removeprefix("label_")
         for name in table.column_names
-        if name.startswith("label_")
+        # The labels of other kinds of tasks have other types.
+        if name.startswith("label_") and table[name].type == pa.int8()
     )
+    if not tasks:
+        raise InputError(
+            f"{path} has no scores of a binary task, and a study compares these only; "
+            "add one to data.tasks, or compare the runs with `tokenrec evaluate`"
+        )
     labels = [
         table[f"label_{task}"].fill_null(-1).to_numpy().astype(np.int8)
         for task in tasks

@@ -14,10 +14,8 @@ from tokenrec.analysis.study_rows import (
     ReliabilityBin,
     Result,
 )
-from tokenrec.config import Config
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.interaction_log import SCORED
-from tokenrec.data.pipeline import task_names
 from tokenrec.evaluation.baselines import split_baselines
 from tokenrec.runtime.files import write_json
 from tokenrec.runtime.versions import versions
@@ -172,7 +170,7 @@ def _split_tables(
         task: int((example.labels[:, k] == 1).sum())
         for k, task in enumerate(example.tasks)
     }
-    for baseline, scored in _baselines(dataset, folder.base, split, example):
+    for baseline, scored in _baselines(dataset, split, example):
         results += result_rows(
             name, baseline, BASELINE_SEED, None, split, scored.metrics()
         )
@@ -187,7 +185,7 @@ def _split_tables(
 
 
 def _baselines(
-    dataset: Dataset, config: Config, split: str, example: ScoredSplit
+    dataset: Dataset, split: str, example: ScoredSplit
 ) -> Iterator[tuple[str, ScoredSplit]]:
     """Score the baselines that need no training, on the impressions of `example`."""
     log = dataset.load(split)
@@ -200,7 +198,6 @@ def _baselines(
         dataset.catalogue.item_id[log.item[log_rows]],
         log.time[log_rows],
     )
-    tasks = task_names(dataset.schema, config.data)
-    for name, probabilities in split_baselines(dataset, split, tasks).items():
+    for name, probabilities in split_baselines(dataset, split, example.tasks).items():
         scores = probabilities[order].astype(np.float32)
         yield name, example._replace(scores=scores)

@@ -16,7 +16,7 @@ from tokenrec.data.past.declaration import KeyStatistics, PastStatistics
 from tokenrec.data.past.source import WithStatistics
 from tokenrec.data.pipeline import eval_batches, train_batches
 from tokenrec.data.preparation.prepare import prepare
-from tokenrec.data.schema import Schema, Task
+from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.schema_difference import schema_differences
 from tokenrec.errors import InputError
 
@@ -202,3 +202,22 @@ def test_statistics_of_the_past_count_binary_labels_alone(tmp_path):
     wrong = PastStatistics(keys=(KeyStatistics(("item_id",), tasks=("seconds",)),))
     with pytest.raises(InputError, match="'seconds' has the kind 'real'"):
         WithStatistics(source(), wrong)
+
+
+def test_a_feature_that_tells_a_number_is_named_as_a_leak(tmp_path, capsys):
+    schema = Schema(
+        (Feature("length", "dense", "context"), Feature("tab", "dense", "context")),
+        (TASKS[1],),
+    )
+    random = np.random.default_rng(0)
+    seconds = random.random(200)
+    rows = {
+        "user_id": np.arange(200),
+        "label_seconds": seconds,
+        "length": 2 * seconds,
+        "tab": random.random(200),
+    }
+    prepare(MemorySource(rows, schema=schema), tmp_path / "set")
+    err = capsys.readouterr().err
+    assert "feature 'length' predicts task 'seconds' by itself" in err
+    assert "'tab' predicts" not in err

@@ -14,7 +14,7 @@ import numpy as np
 
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.interaction_log import SCORED, InteractionLog
-from tokenrec.data.schema import Feature, columns
+from tokenrec.data.schema import Feature, Schema, columns
 
 LEAK_AUC = 0.98
 SAMPLED_ROWS = 50_000
@@ -56,11 +56,8 @@ def find_leaks(dataset: Dataset, rows: int = SAMPLED_ROWS) -> list[Leak]:
     scored = np.flatnonzero(log.flags & SCORED)
     leaks = []
     for k, task in enumerate(dataset.schema.tasks):
-        # A leak shows in the AUC, which other labels do not have.
-        if task.kind != "binary":
-            continue
         known = scored[log.labels[scored, k] >= 0]
-        labels = log.labels[known, k] == 1
+        labels = _upper_labels(log, dataset.schema, k, known)
         if min(labels.sum(), (~labels).sum()) < _FEWEST:
             continue
         for feature, ids, dense in _features(dataset, log, known):
@@ -68,6 +65,23 @@ def find_leaks(dataset: Dataset, rows: int = SAMPLED_ROWS) -> list[Leak]:
             if auc > LEAK_AUC:
                 leaks.append(Leak(feature.name, task.name, auc))
     return sorted(leaks, key=lambda leak: -leak.auc)
+
+
+def _upper_labels(
+    log: InteractionLog, schema: Schema, k: int, rows: np.ndarray
+) -> np.ndarray:
+    """Whether labels of task k are 1, or in the upper half: `[n] bool`.
+
+    What tells a number or a class tells on which side of the middle it is.
+    """
+    task = schema.tasks[k]
+    if task.kind == "real" and len(rows):
+        assert log.targets is not None
+        values = log.targets[rows, schema.real_tasks.index(task)]
+        return values > np.median(values)
+    if task.kind == "classes":
+        return 2 * log.labels[rows, k].astype(np.int64) >= task.width
+    return log.labels[rows, k] == 1
 
 
 def _features(

@@ -107,7 +107,7 @@ def label_values(label: Label) -> np.ndarray:
     A label that is not binary is 1 in its upper half: what tells it tells that as well.
     """
     if label.kind == "classes":
-        index = class_indices(label)
+        index = class_indices(label).astype(np.int64)
         return np.where(index < 0, -1, 2 * index >= len(label.classes)).astype(int)
     numbers = label.profile.numbers
     if label.kind == "real":
