@@ -23,7 +23,7 @@ from tokenrec.train_loop import train
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds") / "set"
-    prepare(LabelKindsSource(6_000, users=40, items=30, requests=4), folder)
+    prepare(LabelKindsSource(20_000, users=40, items=30, requests=4), folder)
     return folder
 
 
@@ -43,9 +43,9 @@ def run(data, tmp_path_factory):
             request_ndcg=3,
         ),
         tokens=TokensConfig(embedding_dim=8),
-        model=ModelConfig(width=16, heads=2, layers=1, windows=()),
+        model=ModelConfig(width=16, heads=2, layers=2, windows=()),
         optim=OptimConfig(
-            steps=100, warmup_steps=5, learning_rate=2e-2, table_learning_rate=0.2
+            steps=100, warmup_steps=5, learning_rate=1e-2, table_learning_rate=0.1
         ),
         train=TrainConfig(best_metric="request_ndcg"),
     )

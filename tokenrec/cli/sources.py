@@ -65,6 +65,11 @@ def _add_kuairand_flags(parser: Parser) -> None:
         "or the file's own columns, which differ from it and by which others have split "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--play-share",
+        action="store_true",
+        help="add the label play_share, the share of the video that was played",
+    )
 
 
 def _add_complete_journey_flags(parser: Parser) -> None:
@@ -203,6 +208,7 @@ def _kuairand(args: argparse.Namespace) -> Source:
         # Declared statistics take the place of the past rates.
         rates=args.statistics is None,
         clock=args.clock,
+        play_share=args.play_share,
     )
 
 

@@ -237,6 +237,20 @@ def test_later_rows_go_on_from_the_past_of_the_earlier_log(
     assert_same_test_rows(open_dataset(tmp_path / "a"), open_dataset(tmp_path / "c"))
 
 
+def test_the_share_played_is_a_label_if_asked_for_and_changes_nothing_else(
+    tmp_path: Path,
+) -> None:
+    log = Log()
+    folder = write(tmp_path, log)
+    order = np.lexsort((log.video, log.user, log.time))
+    plain, with_share = read(folder), read(folder, play_share=True)
+    share = with_share.pop("label_play_share")
+    np.testing.assert_allclose(share, np.minimum(log.played[order] / 30_000, 1))
+    assert plain.keys() == with_share.keys()
+    for name, values in plain.items():
+        np.testing.assert_array_equal(with_share[name], values)
+
+
 def test_users_and_items_hold_the_declared_features(tmp_path: Path) -> None:
     source = KuaiRandSource(write(tmp_path, Log()), "2022-05-03", "2022-05-05")
     users, items = source.users(), source.items()

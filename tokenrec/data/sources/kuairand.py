@@ -47,6 +47,7 @@ from tokenrec.data.sources.kuairand_log import (
     read_log,
 )
 from tokenrec.data.sources.kuairand_rows import (
+    PLAY_SHARE,
     finish_rows,
     join_repeats,
     rate_keys,
@@ -145,6 +146,8 @@ class KuaiRandSource:
         by which histories are ordered. "file": those of the columns `date` and
         `hourmin`, by which others have split, though they tell of the label
         (`on_the_clock`).
+      play_share: add the task of numbers `play_share`, the time played over the length
+        of the video, at most 1; unknown where either is not known.
 
     Raises:
       InputError: a file is missing, or files of more than one variant are in the
@@ -158,6 +161,7 @@ class KuaiRandSource:
         test_from: str | None,
         rates: bool = True,
         clock: str = "time_ms",
+        play_share: bool = False,
     ) -> None:
         if clock not in CLOCKS:
             raise InputError(f"clock='{clock}' is no clock{suggest(clock, CLOCKS)}")
@@ -181,7 +185,11 @@ class KuaiRandSource:
         self._rates = PastRates(RATE_KEYS, RATE_TASKS)
         # The log that this one goes on from: its totals, and the time of its last row.
         self._earlier: tuple[Mapping[str, np.ndarray], int] | None = None
-        self.schema = Schema(features(rates=rates), tuple(Task(name) for name in TASKS))
+        self._play_share = play_share
+        tasks = [Task(name) for name in TASKS]
+        if play_share:
+            tasks.append(Task(PLAY_SHARE, kind="real"))
+        self.schema = Schema(features(rates=rates), tuple(tasks))
         self.provenance = Provenance("kuairand", LICENCE, CITATION, files)
 
     def users(self) -> pa.Table:
@@ -201,7 +209,9 @@ class KuaiRandSource:
         raw = itertools.chain(self._read_histories(), self._read_logs())
         if not self._with_rates:
             for batch in raw:
-                yield finish_rows(pa.Table.from_batches([batch]), {}, self._videos)
+                yield finish_rows(
+                    pa.Table.from_batches([batch]), {}, self._videos, self._play_share
+                )
             return
         rates = self._rates = PastRates(RATE_KEYS, RATE_TASKS)
         if self._earlier is not None:
@@ -219,7 +229,9 @@ class KuaiRandSource:
             for start in range(0, table.num_rows, _OUT_ROWS):
                 part = slice(start, start + _OUT_ROWS)
                 part_of_past = {name: values[part] for name, values in past.items()}
-                yield finish_rows(table[part], part_of_past, self._videos)
+                yield finish_rows(
+                    table[part], part_of_past, self._videos, self._play_share
+                )
 
     def state(self) -> Mapping[str, np.ndarray]:
         """Return the totals of the past rates, as `StatefulSource`."""

@@ -12,6 +12,8 @@ from tokenrec.data.sources.kuairand_log import LOG_TYPES, TASKS, parse_date
 from tokenrec.data.sources.kuairand_videos import DAY_MS, Videos, bucket, integers
 from tokenrec.errors import InputError
 
+# Name of the optional label of the share of a video that was played.
+PLAY_SHARE = "play_share"
 # Edges of the buckets of the share of a video that was played.
 PLAYED_EDGES = np.array([0.02, 0.1, 0.25, 0.5, 0.75, 0.95, 1.05, 1.5, 2.0])
 
@@ -90,7 +92,10 @@ def join_repeats(
 
 
 def finish_rows(
-    table: pa.Table, past: dict[str, np.ndarray], videos: Videos
+    table: pa.Table,
+    past: dict[str, np.ndarray],
+    videos: Videos,
+    play_share: bool = False,
 ) -> pa.RecordBatch:
     """Make the columns of `Source.rows`.
 
@@ -100,6 +105,7 @@ def finish_rows(
       table: rows as `raw_rows` makes them.
       past: past rates by feature, `[n] float32`.
       videos: videos of the catalogue.
+      play_share: add the label `PLAY_SHARE`.
     """
     scored = table["scored"].to_numpy()
     rows = len(scored)
@@ -134,6 +140,9 @@ def finish_rows(
             for name, values in past.items()
         },
     }
+    if play_share:
+        # A video that is played again has no more than the whole.
+        columns[f"label_{PLAY_SHARE}"] = _null_for_nan(np.minimum(played, 1))
     return pa.table(columns).combine_chunks().to_batches()[0]
 
 
