@@ -29,6 +29,7 @@ from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import LogPart
 from tokenrec.data.sources.delimited import DelimitedSource
 from tokenrec.data.sources.synthetic import SyntheticSource
+from tokenrec.data.sources.synthetic_labels import LabelKindsSource
 from tokenrec.errors import InputError
 
 SMALL = {"chunk_events": 12, "overlap": 5}  # most users have several chunks
@@ -165,7 +166,8 @@ def files(tmp_path: Path) -> Files:
 
 
 def synthetic() -> SyntheticSource:
-    return SyntheticSource(
+    # With labels of every kind and weights of rows.
+    return LabelKindsSource(
         3_000, users=150, items=60, requests=3, batch_rows=300
     )  # three parts
 
