@@ -252,7 +252,8 @@ class LoadedRun:
 
         Returns:
           Ranking: a row per impression with `user_id, item_id, time_ms`, and
-          `label_TASK` and `score_TASK` of each task. Retrieval: `head.top_k` rows per
+          `label_TASK` and `score_TASK` of each task; of a task of classes
+          `score_TASK_CLASS` of each class. Retrieval: `head.top_k` rows per
           request with `user_id, rank, item_id, score, time_ms`.
         """
         import jax
@@ -307,8 +308,9 @@ class LoadedRun:
           batch: NumPy arrays, as `batches` yields them.
 
         Returns:
-          Ranking: probabilities `[B, N, K] float32` of the scored positions; those with
-          `batch.weight` 0 are padding. Retrieval: a `RetrievalResult` with items and
+          Ranking: predictions `[B, N, O] float32` of the scored positions, one of each
+          task (probabilities of binary tasks, numbers in the unit of the label) and one
+          of each class; those with `batch.weight` 0 are padding. Retrieval: a `RetrievalResult` with items and
           scores `[B, k]`.
         """
         import jax
