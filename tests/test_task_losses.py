@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokenrec.config import DataConfig
+from tokenrec.config import Config, DataConfig, TrainConfig
+from tokenrec.config.validate import validate
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.data.schema import Schema, Task
 from tokenrec.errors import InputError
@@ -268,3 +269,28 @@ def test_options_of_tasks_that_cannot_work_are_refused():
     check_request_loss(debt, "pairwise")
     with pytest.raises(InputError, match="'listwise' needs labels of 0 or more"):
         check_request_loss(debt, "listwise")
+
+
+@pytest.mark.parametrize(
+    ("data", "train", "message"),
+    [
+        (
+            {"objective": "retrieval", "losses": {"seconds": "huber"}},
+            {},
+            r"data.losses=.*is for data.objective='ranking'.*use \{\}",
+        ),
+        (
+            {"paradigm": "uc", "request_loss": "pairwise"},
+            {},
+            "a training stream reads the first alone.*data.paradigm='nio'",
+        ),
+        ({"request_loss": "listwise"}, {}, "data.candidates=1.*raise it"),
+        ({"request_loss": "triplet"}, {}, "'triplet' is not a choice.*pairwise"),
+        ({"losses": {"seconds": "hubert"}}, {}, "'hubert' must be huber, squared"),
+        ({}, {"best_metric": "request_ndcg"}, "data.request_ndcg=0.*such as 10"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(data, train, message):
+    config = Config(data=DataConfig(path="-", **data), train=TrainConfig(**train))
+    with pytest.raises(InputError, match=message):
+        validate(config)

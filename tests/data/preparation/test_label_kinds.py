@@ -10,7 +10,7 @@ import pytest
 from tests.data.memory_source import SCHEMA as PLAIN
 from tests.data.memory_source import MemorySource
 from tokenrec.config import DataConfig
-from tokenrec.data.batch_shapes import batch_shapes
+from tokenrec.data.batch_shapes import batch_shapes, task_names
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.past.declaration import KeyStatistics, PastStatistics
 from tokenrec.data.past.source import WithStatistics
@@ -202,6 +202,12 @@ def test_statistics_of_the_past_count_binary_labels_alone(tmp_path):
     wrong = PastStatistics(keys=(KeyStatistics(("item_id",), tasks=("seconds",)),))
     with pytest.raises(InputError, match="'seconds' has the kind 'real'"):
         WithStatistics(source(), wrong)
+
+
+def test_only_positive_labels_can_be_retrieved():
+    config = DataConfig(objective="retrieval", positive="seconds")
+    with pytest.raises(InputError, match=r"data\.positive='seconds' is no binary task"):
+        task_names(SCHEMA, config)
 
 
 def test_a_feature_that_tells_a_number_is_named_as_a_leak(tmp_path, capsys):

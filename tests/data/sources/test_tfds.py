@@ -133,6 +133,25 @@ def test_rows_are_the_examples(folder: Path, tmp_path: Path) -> None:
         assert row["device/model"] == example["device"]["model"]
 
 
+def test_a_rating_is_a_number_or_a_class_if_labels_say_so(folder: Path) -> None:
+    labels = ["user_rating: real", "user_occupation_label: classes"]
+    source = TfdsSource("toy/ratings", folder, labels=labels)
+    assert [task.kind for task in source.schema.tasks] == ["real", "classes"]
+    assert source.schema.tasks[1].classes == tuple(JOBS)
+    rows = pa.Table.from_batches(source.rows())
+    found = list(
+        zip(
+            rows["label_user_rating"].to_pylist(),
+            rows["label_user_occupation_label"].to_pylist(),
+            strict=True,
+        )
+    )
+    users = [int(row["user_id"]) for row in examples()]
+    jobs = [user % 2 if user % 5 else -1 for user in users]
+    ratings = [row["user_rating"] for row in examples()]
+    assert sorted(found) == sorted(zip(ratings, jobs, strict=True))
+
+
 def test_columns_may_be_named_on_the_command_line(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
