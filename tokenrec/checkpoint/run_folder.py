@@ -333,7 +333,7 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, object]:
     metadata = dataclasses.replace(
         dataset.metadata, schema=dataset.schema, row_digests={}
     )
-    metadata_text = json.dumps(dataclasses.asdict(metadata))
+    metadata_text = json.dumps(metadata.as_dict())
     return (
         fields | rows | {"data, schema and metadata": _digest(metadata_text.encode())}
     )

@@ -93,13 +93,17 @@ class Metadata:
             for name in list_files(directory)
             if any(fnmatch(name, pattern) for pattern in CHECKED)
         ]
-        value = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        value = {"format_version": FORMAT_VERSION} | self.as_dict()
         value["files"] = {
             path.relative_to(directory).as_posix(): _digest_file(path) for path in files
         }
         # Last, so that it covers the digests of the files too.
         value["digest"] = _digest_value(value)
         (directory / METADATA_FILE).write_text(json.dumps(value, indent=1) + "\n")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to a dict, as `dataclasses.asdict` and `Schema.as_dict`."""
+        return dataclasses.asdict(self) | {"schema": self.schema.as_dict()}
 
     @staticmethod
     def load(directory: Path) -> Metadata:

@@ -308,18 +308,26 @@ class Schema:
         tables = {name: rows for name, rows in self.tables.items() if name in used}
         return dataclasses.replace(self, features=features, tables=tables)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to a dict, as `dataclasses.asdict`.
+
+        What only labels that are not binary, or weights of rows, need is left out where
+        there are none: files of other data sets stay as they were.
+        """
+        value = dataclasses.asdict(self)
+        value["tasks"] = tuple(_task_json(task) for task in self.tasks)
+        if not self.weighted:
+            del value["weighted"]
+        return value
+
     def to_json(self) -> dict[str, Any]:
         """Convert to a JSON object, the inverse of `from_json`."""
-        value = dataclasses.asdict(self)
+        value = self.as_dict()
         for name in ("codes_digest", "ids_digest", "vocabularies_digest"):
             # Runs and data sets from before the digests have no such key. Leaving an
             # empty digest out keeps their files equal to what is compared with them.
             if not value[name]:
                 del value[name]
-        # The same for what only labels that are not binary, or row weights, need.
-        if not self.weighted:
-            del value["weighted"]
-        value["tasks"] = tuple(_task_json(task) for task in self.tasks)
         return value
 
     @staticmethod

@@ -80,6 +80,7 @@ def test_a_schema_is_the_same_after_json_and_one_of_binary_tasks_is_as_before(da
         {"name": "like", "weight": 1.0},
     )
     assert "weighted" not in PLAIN.to_json()
+    assert PLAIN.as_dict()["tasks"] == PLAIN.to_json()["tasks"]
 
 
 @pytest.mark.parametrize("paradigm", ["nio", "uc"])
