@@ -205,6 +205,30 @@ def test_statistics_of_the_past_count_binary_labels_alone(tmp_path):
         WithStatistics(source(), wrong)
 
 
+def test_later_rows_keep_the_normalisation_of_the_labels(data, tmp_path):
+    later = {
+        "user_id": [1, 2],
+        "time_ms": [200, 201],
+        "split": [0, 0],
+        "label_seconds": [60.0, None],
+        "label_stars": pa.array([1, None], pa.int8()),
+        "row_weight": [5.0, None],
+    }
+    prepare(MemorySource(later, schema=SCHEMA), tmp_path / "set", like=data.directory)
+    found = open_dataset(tmp_path / "set")
+    assert found.schema.tasks == data.schema.tasks
+    assert found.schema.weighted
+    rows = found.to_arrow("test").read_all().sort_by("time_ms").to_pydict()
+    assert rows["label_seconds"] == [60.0, None]
+    assert rows["label_stars"] == [1, None]
+    # A history holds the earlier rows with their labels.
+    log = found.load("test")
+    assert log.targets[log.time == 3, 0].tolist() == [6.5]
+    other = dataclasses.replace(SCHEMA, tasks=SCHEMA.tasks[:3])
+    with pytest.raises(InputError, match="tasks: "):
+        prepare(MemorySource(ROWS, schema=other), tmp_path / "x", like=data.directory)
+
+
 def test_only_positive_labels_can_be_retrieved():
     config = DataConfig(objective="retrieval", positive="seconds")
     with pytest.raises(InputError, match=r"data\.positive='seconds' is no binary task"):
