@@ -79,7 +79,7 @@ def _add_output_flags(parser: Parser) -> None:
         "--statistics",
         help="JSON file that declares statistics of the past, such as rates and counts "
         "by item, as features (docs/guides/data.md), or `none` (default: those that are "
-        "shipped for the source, if any: kuairand)",
+        "shipped for the source, as for kuairand and complete_journey)",
     )
     parser.add_argument(
         "--memory",

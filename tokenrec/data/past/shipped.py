@@ -68,7 +68,30 @@ SHIPPED: dict[str, dict[str, Any]] = {
             "unit": "ms",
             "session": "30m",
         },
-    }
+    },
+    "complete_journey": {
+        "keys": [
+            {"key": "item_id", "horizons": ["all", "14d"]},
+            {"key": "product_type"},
+            {"key": "user_id", "horizons": ["all", "28d"]},
+            {"key": ["user_id", "item_id"], "horizons": ["all", "28d"]},
+            {"key": ["user_id", "product_type"], "horizons": ["all", "28d"]},
+            {"key": ["user_id", "product_category"]},
+            {"key": ["user_id", "manufacturer_id"]},
+            {"key": ["user_id", "department"]},
+            {"key": ["store_id", "item_id"], "parent": ["item_id"]},
+            {"key": ["display_location", "mailer_location"]},
+            {"key": ["item_id", "display_location"]},
+        ],
+        "matches": [
+            "item_id",
+            "product_type",
+            "product_category",
+            "manufacturer_id",
+            "brand",
+        ],
+        "times": {"gap": True},
+    },
 }
 
 
