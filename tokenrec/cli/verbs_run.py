@@ -136,8 +136,9 @@ def _add_evaluate(verbs: VerbParsers) -> Parser:
     parser.add_argument(
         "--freeze-at",
         metavar="TIME",
-        help="also evaluate with histories that end at this time: ISO date or time "
-        "(UTC unless it names a zone), milliseconds, or 'split', the first scored row",
+        help="also evaluate with histories and statistics of the past that end at this "
+        "time: ISO date or time (UTC unless it names a zone), milliseconds, or 'split', "
+        "the first scored row",
     )
     return parser
 

@@ -72,7 +72,8 @@ def lightgbm_scores(
       split: split to score; its labels are not read.
       tasks: K names.
       freeze_at: milliseconds; past rates and repeats of the rows that are scored count
-        what is earlier than this time. Features of the data set stay as prepared.
+        what is earlier than this time, and their statistics of the past are those of
+        the start of the split.
 
     Returns:
       `[rows scored, K] float64`, in row order. A task without labels of both classes
@@ -80,7 +81,8 @@ def lightgbm_scores(
     """
     names = [task.name for task in dataset.schema.tasks]
     places = tuple(names.index(task) for task in tasks)
-    train, log = dataset.load("train"), dataset.load(split)
+    train = dataset.load("train")
+    log = dataset.load(split, frozen=freeze_at is not None)
     if freeze_at is not None:
         log = dataclasses.replace(log, time=np.minimum(log.time, freeze_at))
     # 1. The latest scored rows of the training split, in the order of time.
