@@ -128,7 +128,7 @@ class MemoryData:
       options: as in `Metadata.options`.
       schema: schema of the logs.
       on_load: called with each log that is loaded.
-      rare_ids: ids that batches replace by *unknown*.
+      rare_ids: by which ids batches replace those of a table.
     """
 
     logs: dict[str, InteractionLog]

@@ -93,8 +93,8 @@ class Dataset:
       splits: names of the splits that hold a chunk.
       id_counts: how often training sees each id, where a run asks for it; set by
         `tokenrec.checkpoint.run_folder.use_id_counts`.
-      rare_ids: ids that batches replace by *unknown*, which follow from them. Neither
-        `load` nor `catalogue` replaces them.
+      rare_ids: by which ids batches replace rare ones, which follows from them.
+        Neither `load` nor `catalogue` replaces them.
     """
 
     def __init__(

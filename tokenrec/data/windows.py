@@ -51,7 +51,7 @@ class LogReader(Protocol):
 
     @property
     def rare_ids(self) -> RareIds:
-        """Ids that batches replace by *unknown*; empty for none."""
+        """By which ids batches replace those of a table; empty for none."""
         ...
 
     def chunk_lengths(self, split: str) -> np.ndarray:
