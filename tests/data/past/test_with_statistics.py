@@ -21,7 +21,7 @@ from tests.data.preparation.test_like import (
 )
 from tokenrec.cli.main import main
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.past import WithStatistics, totals
+from tokenrec.data.past import WithStatistics, runs
 from tokenrec.data.past.declaration_json import parse_statistics
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import columns
@@ -135,7 +135,7 @@ def test_a_value_too_large_for_exact_sums_is_refused() -> None:
 def test_a_sum_too_large_for_its_integers_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(totals, "_MOST_SUM", 1 << 26)
+    monkeypatch.setattr(runs, "_MOST_SUM", 1 << 26)
     message = "statistics of .*: the sum of '.*' is too large for exact sums"
     with pytest.raises(InputError, match=message):
         list(with_statistics(random_log(3), ITEMS).rows())

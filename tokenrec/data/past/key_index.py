@@ -29,14 +29,19 @@ class KeyIndex:
 
     def add(self, ids: np.ndarray) -> np.ndarray:
         """Return the numbers of ascending, distinct `ids: [n]`, new ones included."""
-        place = _find(self._merged, ids)
-        rest = np.flatnonzero(place < 0)
-        place[rest] = _find(self._recent, ids[rest])
+        place = self.find(ids)
         new = np.flatnonzero(place < 0)
         place[new] = len(self) + np.arange(len(new))
         self._recent = _insert(self._recent, ids[new], place[new])
         if len(self._recent[0]) > _MOST_RECENT + len(self._merged[0]) // 4:
             self._merge()
+        return place
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """Return the numbers of distinct `ids: [n]`, -1 of those that did not come."""
+        place = _find(self._merged, ids)
+        rest = np.flatnonzero(place < 0)
+        place[rest] = _find(self._recent, ids[rest])
         return place
 
     def items(self) -> tuple[np.ndarray, np.ndarray]:
