@@ -160,6 +160,10 @@ class KeyColumns:
         """Describe users or items by a table from `hash_table`."""
         self._tables[key] = table
 
+    def no_table(self, key: str) -> KeyTable:
+        """A table without users or items."""
+        return KeyTable.empty(self._features[key])
+
     def needs_table(self, key: str) -> bool:
         """Whether keys have columns of users (`user_id`) or of items (`item_id`)."""
         return bool(self._features[key])

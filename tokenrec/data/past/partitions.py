@@ -8,7 +8,7 @@ computed (tokenrec/data/beam/statistics.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +50,10 @@ class PartitionFeatures(PastFeatures):
         """Whether keys have columns of users (`user_id`) or of items (`item_id`)."""
         return self._columns.needs_table(key)
 
+    def no_table(self, key: str) -> KeyTable:
+        """A table without users or items."""
+        return self._columns.no_table(key)
+
     def plan(self, key: Key) -> KeyPlan:
         """What is counted by a key."""
         return self._plans[key]
@@ -57,6 +61,11 @@ class PartitionFeatures(PastFeatures):
     def totals(self, key: Key) -> KeyTotals:
         """The totals of a key."""
         return self._totals[key]
+
+    def no_totals(self, key: Key) -> list[np.ndarray]:
+        """Totals before each of no entries, for each horizon."""
+        plan = self._plans[key]
+        return [np.zeros((0, len(plan.measures))) for _ in plan.running()]
 
     def shared_entries(self, table: pa.Table) -> dict[Key, Entries]:
         """Entries of the shared keys, of rows in the order of time.
@@ -105,19 +114,21 @@ class PartitionFeatures(PastFeatures):
         return f"key_{list(self._plans).index(key)}"
 
     def whole_state(
-        self, parts: Mapping[str, Sequence[Mapping[str, np.ndarray]]]
+        self, states_of: Callable[[str], Iterable[Mapping[str, np.ndarray]]]
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Join what the partitions ended with; yield names and arrays as of `state`.
 
+        The tables of users and items are those of this one.
+
         Args:
-          parts: name of each part but the columns -> states of disjoint keys or users.
-            It is asked for one part after another.
+          states_of: returns the states of a part, of disjoint keys or users; one part
+            after another is asked for.
         """
         yield "declaration", self._digest()
         for name, part in self._parts().items():
             # Without a log row this one has the arrays of a state without keys.
             own = part.state()
-            state = own if name == COLUMNS else join_states([own, *parts[name]])
+            state = own if name == COLUMNS else join_states([own, *states_of(name)])
             yield from named_state(name, state).items()
 
 
