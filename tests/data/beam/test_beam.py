@@ -269,14 +269,20 @@ def test_many_partitions_give_the_same_chunks_in_another_order(
 
 
 def test_workers_of_other_processes_give_the_same(tmp_path: Path) -> None:
-    prepare(synthetic(), tmp_path / "local", **SMALL)
+    def source() -> WithStatistics:
+        declared = {"keys": [{"key": ["genre", "hour"], "tasks": "click"}]}
+        log = synthetic()
+        return WithStatistics(log, parse_statistics(declared, log.schema, "here"))
+
+    prepare(source(), tmp_path / "local", **SMALL)
     workers = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
     work = tmp_path / "shared"
     prepare_with_beam(
-        synthetic(),
+        source(),
         tmp_path / "beam",
         **SMALL,
         **MANY,
+        span_rows=1000,
         arguments=workers,
         work=str(work),
     )

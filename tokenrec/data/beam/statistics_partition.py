@@ -51,7 +51,7 @@ class EntryPiece(NamedTuple):
         others follow it.
       keys: `[n] uint64`.
       time: `[n] int64`, ascending.
-      values: `[n, width] float64`.
+      values: `[n, width]`, float64, or int8 where that holds them.
     """
 
     partition: int
@@ -129,7 +129,7 @@ def collect_entries(
         span = np.searchsorted(edges, time, side="right")
         for at, where in _slices(span):
             piece = EntryPiece(
-                partition, where.start, keys[where], time[where], values[where]
+                partition, where.start, keys[where], time[where], _packed(values[where])
             )
             yield tagged("entries", ((number, at), piece))
         runs = past.totals(key).runs(keys, time, values, span)
@@ -217,6 +217,13 @@ def _slices(ascending: np.ndarray) -> Iterator[tuple[int, slice]]:
         values.tolist(), starts.tolist(), stops.tolist(), strict=True
     ):
         yield value, slice(start, stop)
+
+
+def _packed(values: np.ndarray) -> np.ndarray:
+    """Most values are flags, which need no eight bytes in a shuffle."""
+    with np.errstate(invalid="ignore"):
+        small = values.astype(np.int8)
+    return small if np.array_equal(small, values) else values
 
 
 def _by_shard(runs: list[Runs], shards: int) -> Iterator[tuple[int, list[Runs]]]:
