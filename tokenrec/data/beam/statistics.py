@@ -49,8 +49,8 @@ from tokenrec.data.beam.statistics_partition import (
 )
 from tokenrec.data.beam.statistics_totals import merge_runs, start_spans, total_entries
 from tokenrec.data.beam.users import partition_of_user, rows_by_partition
-from tokenrec.data.past.features import check_rows
 from tokenrec.data.past.keys import KeyTable
+from tokenrec.data.past.log_rows import check_rows
 from tokenrec.data.preparation.intake import rebatch
 from tokenrec.data.source import LogPart, PartitionedSource
 

@@ -122,8 +122,7 @@ def collect_entries(
         return
     save_records(options.work, numbered(_ROWS, partition), PartitionRows(table, users))
     yield tagged("partitions", (partition, None))
-    for number, key in enumerate(past.shared):
-        _, keys, time, values = entries[key]
+    for number, (keys, time, values) in enumerate(entries):
         if not len(keys):
             continue
         span = np.searchsorted(edges, time, side="right")
@@ -132,7 +131,7 @@ def collect_entries(
                 partition, where.start, keys[where], time[where], _packed(values[where])
             )
             yield tagged("entries", ((number, at), piece))
-        runs = past.totals(key).runs(keys, time, values, span)
+        runs = past.totals(past.shared[number]).runs(keys, time, values, span)
         for shard, of_shard in _by_shard(runs, options.spans):
             yield tagged("runs", ((number, shard), of_shard))
 

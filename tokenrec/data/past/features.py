@@ -19,6 +19,7 @@ from tokenrec.data.past.declaration import (
 )
 from tokenrec.data.past.keys import Hashes, KeyColumns, combine
 from tokenrec.data.past.last_events import LastEvents
+from tokenrec.data.past.log_rows import check_rows
 from tokenrec.data.past.plan import (
     Entries,
     Key,
@@ -31,12 +32,6 @@ from tokenrec.data.past.plan import (
 from tokenrec.data.past.runs import TotalOverflowError
 from tokenrec.data.past.totals import KeyTotals
 from tokenrec.data.past.user_times import TimesOfUsers
-from tokenrec.data.preparation.raw_columns import (
-    bool_column,
-    check_columns,
-    integer_column,
-    label_column,
-)
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.data.source import Source
 from tokenrec.data.time_order import time_blocks, time_ordered
@@ -44,16 +39,6 @@ from tokenrec.errors import InputError
 
 # Log rows whose statistics are computed at once; where a block ends changes nothing.
 _BLOCK_ROWS = 65_536
-
-_ROW_COLUMNS = (
-    "user_id",
-    "item_id",
-    "time_ms",
-    "split",
-    "event",
-    "scored",
-    "request",
-)
 
 
 class PastFeatures:
@@ -323,32 +308,6 @@ class PastFeatures:
             length,
         )
         return {name: features[name] for name in time_names(times)}
-
-
-def check_rows(batch: pa.RecordBatch, schema: Schema, first: int) -> pa.RecordBatch:
-    """Check what statistics need of log rows, and convert `time_ms` to int64.
-
-    `prepare` checks all columns, but after the statistics have used them.
-
-    Args:
-      batch: log rows with the columns of `Source.rows`.
-      schema: schema of the source, without the statistics.
-      first: number of the batch's first row, for messages.
-
-    Raises:
-      InputError: a column or a value is wrong; names it.
-    """
-    labels = [f"label_{task.name}" for task in schema.tasks]
-    features = (*schema.group("row"), *schema.group("action"))
-    expected = [*_ROW_COLUMNS, *labels, *(f.name for f in features)]
-    check_columns(batch.schema.names, list(dict.fromkeys(expected)), "rows()")
-    time = integer_column(batch, "time_ms", first)
-    for name in ("event", "scored"):
-        bool_column(batch, name, first)
-    for name in labels:
-        label_column(batch, name, first)
-    place = batch.schema.names.index("time_ms")
-    return batch.set_column(place, "time_ms", pa.array(time))
 
 
 def named_state(part: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

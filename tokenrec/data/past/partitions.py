@@ -16,7 +16,7 @@ import pyarrow as pa
 from tokenrec.data.past.declaration import PastStatistics
 from tokenrec.data.past.features import PastFeatures, named_state
 from tokenrec.data.past.keys import KeyTable
-from tokenrec.data.past.plan import Entries, Key, KeyPlan
+from tokenrec.data.past.plan import Key, KeyPlan
 from tokenrec.data.past.totals import KeyTotals
 from tokenrec.data.schema import Schema
 
@@ -67,26 +67,33 @@ class PartitionFeatures(PastFeatures):
         plan = self._plans[key]
         return [np.zeros((0, len(plan.measures))) for _ in plan.running()]
 
-    def shared_entries(self, table: pa.Table) -> dict[Key, Entries]:
-        """Entries of the shared keys, of rows in the order of time.
+    def shared_entries(
+        self, table: pa.Table
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Return keys, times and values of the entries, one shared key after another.
+
+        A declaration has many keys, and the entries of each are as large as the log
+        rows, so that those of one are made at a time.
 
         Args:
-          table: all rows of the partition.
+          table: all rows of the partition, in the order of time.
+
+        Raises:
+          InputError: a value is too large, or those of a key cannot be hashed.
         """
-        parts: dict[Key, list[Entries]] = {key: [] for key in self.shared}
-        # Blocks bound the memory of what is computed on the way.
-        first = 0
+        blocks = []
         for block in self._blocks([table]):
             columns = self._columns.of_rows(block)
-            measures = self._measures(block, columns)
-            for key, of_key in parts.items():
-                entries = self._entries(key, block, columns, measures)
-                of_key.append(entries._replace(rows=entries.rows + first))
-            first += block.num_rows
-        return {
-            key: Entries(*map(np.concatenate, zip(*of_key, strict=True)))
-            for key, of_key in parts.items()
-        }
+            blocks.append((block, columns, self._measures(block, columns)))
+        parts = ([self._entries(key, *b) for b in blocks] for key in self.shared)
+        return (
+            (
+                np.concatenate([part.keys for part in of_key]),
+                np.concatenate([part.time for part in of_key]),
+                np.concatenate([part.values for part in of_key]),
+            )
+            for of_key in parts
+        )
 
     def add_to_partition(
         self, table: pa.Table, totals: Mapping[Key, Sequence[np.ndarray]]
