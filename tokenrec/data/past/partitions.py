@@ -20,6 +20,7 @@ from tokenrec.data.past.plan import Key, KeyPlan
 from tokenrec.data.past.totals import KeyTotals
 from tokenrec.data.schema import Schema
 
+# Part of the state with the tables of users and items.
 COLUMNS = "columns"
 
 
@@ -111,10 +112,10 @@ class PartitionFeatures(PastFeatures):
         return pa.concat_tables([self.add_to_block(block) for block in blocks])
 
     def state_by_part(self) -> dict[str, dict[str, np.ndarray]]:
-        """The state of all but the shared keys, part by part."""
-        shared = {self.name_of(key) for key in self.shared}
+        """The state that the users of the partition have, part by part."""
+        others = {COLUMNS, *map(self.name_of, self.shared)}
         parts = self._parts().items()
-        return {name: part.state() for name, part in parts if name not in shared}
+        return {name: part.state() for name, part in parts if name not in others}
 
     def name_of(self, key: Key) -> str:
         """The part of the state that has the totals of a key."""
