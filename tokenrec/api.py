@@ -130,6 +130,7 @@ def predict(
     *,
     checkpoint: str = "best",
     data: str | Path | None = None,
+    freeze_at: str | None = None,
 ) -> int:
     """Write the scores of a split to a Parquet file.
 
@@ -140,6 +141,8 @@ def predict(
       checkpoint: "best", "latest" or a step.
       data: folder of the data set, if it has moved, or of another one that the run can
         read, such as one prepared with `like`.
+      freeze_at: score with histories and statistics of the past that end at this time,
+        as in `evaluate`.
 
     Returns:
       The number of log rows, or of recommended items.
@@ -147,7 +150,12 @@ def predict(
     from tokenrec.evaluation.predict import predict_run
 
     return predict_run(
-        as_path(workdir), split, checkpoint, _optional_path(data), as_path(out)
+        as_path(workdir),
+        split,
+        checkpoint,
+        _optional_path(data),
+        as_path(out),
+        freeze_at=freeze_at,
     )
 
 

@@ -163,7 +163,12 @@ class MemoryData:
         """There are no files."""
 
     def load(
-        self, split: str, start: int = 0, stop: int | None = None
+        self,
+        split: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        frozen: bool = False,
     ) -> InteractionLog:
         log = self.logs[split]
         first, last = log.start[[start, log.num_chunks if stop is None else stop]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -17,6 +18,7 @@ from tokenrec.data.past.declaration import (
     last_events,
     time_names,
 )
+from tokenrec.data.past.frozen import FrozenFeatures
 from tokenrec.data.past.keys import Hashes, KeyColumns, combine
 from tokenrec.data.past.last_events import LastEvents
 from tokenrec.data.past.log_rows import check_rows
@@ -33,7 +35,7 @@ from tokenrec.data.past.runs import TotalOverflowError
 from tokenrec.data.past.totals import KeyTotals
 from tokenrec.data.past.user_times import TimesOfUsers
 from tokenrec.data.schema import Feature, Schema
-from tokenrec.data.source import Source
+from tokenrec.data.source import FROZEN_COLUMN, Frozen, Source
 from tokenrec.data.time_order import time_blocks, time_ordered
 from tokenrec.errors import InputError
 
@@ -59,6 +61,7 @@ class PastFeatures:
         self._plans = plan_keys(self._declared)
         self._names = {name for key in self._plans for name in key}
         self._start()
+        self.frozen = FrozenFeatures(self.features)
 
     def describe(self, key: str, table: pa.Table) -> None:
         """Describe users or items; needed before `add_to`.
@@ -85,13 +88,20 @@ class PastFeatures:
     def add_to(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield log rows in the order of time, with the features added.
 
+        The column `FROZEN_COLUMN` is added too (frozen.py).
+
         Raises:
           InputError: a column or a value is wrong, or as `time_ordered`.
         """
         self._start()
+        self.frozen = FrozenFeatures(
+            self.features, None if self._earlier is None else self._earlier[1]
+        )
         later = self._later(batches)
         for table in self._blocks(time_ordered(later)):
-            yield from self.add_to_block(table).to_batches()
+            for part in self.frozen.cut(table):
+                part = part.append_column(FROZEN_COLUMN, self.frozen.of(part, self))
+                yield from self.add_to_block(part).to_batches()
 
     def add_to_block(self, table: pa.Table) -> pa.Table:
         """Add the features to log rows, all later than those of the call before."""
@@ -101,6 +111,31 @@ class PastFeatures:
             column = pa.array(values, mask=np.isnan(values))
             table = table.append_column(feature.name, column)
         return table
+
+    def describe_frozen(self) -> Frozen:
+        """Describe the frozen statistics of the rows that `add_to` yielded."""
+        return Frozen(tuple(f.name for f in self.features), self.frozen.times)
+
+    def without_totals(self) -> PastFeatures:
+        """The same statistics with nothing counted, to which `take_over` gives totals."""
+        other = copy.copy(self)
+        other._begin()
+        return other
+
+    def take_over(self, other: PastFeatures, table: pa.Table) -> None:
+        """Begin with the totals of another for the keys of a block that are new here."""
+        columns = self._columns.of_rows(table)
+        for key in self._plans:
+            _, keys = combine([columns[name] for name in key], table.num_rows)
+            self._totals[key].take_over(other._totals[key], keys)
+        user = columns["user_id"].first_of_each()
+        for key, windows in self._windows.items():
+            windows.take_over(other._windows[key], user)
+        self._times.take_over(other._times, user)
+
+    def without_counting(self, table: pa.Table) -> dict[str, np.ndarray]:
+        """Features of log rows, `[R] float64` each, which do not count for later ones."""
+        return self._update(table, count=False)
 
     def state(self) -> dict[str, np.ndarray]:
         """Return all totals and the declaration, by names that files can have."""
@@ -129,6 +164,21 @@ class PastFeatures:
         self._columns = KeyColumns(self._schema, sorted(self._names))
         for key, table in self._tables.items():
             self._columns.add_table(key, table)
+        self._begin()
+        if self._earlier is None:
+            return
+        for part, totals in self._parts().items():
+            head = f"{part}_"
+            totals.resume(
+                {
+                    name.removeprefix(head): array
+                    for name, array in self._earlier[0].items()
+                    if name.startswith(head)
+                }
+            )
+
+    def _begin(self) -> None:
+        """Begin with nothing counted."""
         session = self._declared.times.session
         self._times = TimesOfUsers(duration_ms(session) if session else None)
         self._totals = {
@@ -147,17 +197,6 @@ class PastFeatures:
             for key, plan in self._plans.items()
             if plan.windows()
         }
-        if self._earlier is None:
-            return
-        for part, totals in self._parts().items():
-            head = f"{part}_"
-            totals.resume(
-                {
-                    name.removeprefix(head): array
-                    for name, array in self._earlier[0].items()
-                    if name.startswith(head)
-                }
-            )
 
     def _later(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Keep the rows later than the earlier log, checked."""
@@ -189,10 +228,12 @@ class PastFeatures:
         text = json.dumps(self._declared.to_json(), sort_keys=True)
         return np.frombuffer(text.encode(), np.uint8)
 
-    def _update(self, table: pa.Table) -> dict[str, np.ndarray]:
-        """Features of a block, `[R] float64` each; then count its rows."""
+    def _update(self, table: pa.Table, count: bool = True) -> dict[str, np.ndarray]:
+        """Features of a block, `[R] float64` each; then count its rows, or not."""
         columns = self._columns.of_rows(table)
         measures = self._measures(table, columns)
+        if not count:
+            measures = {name: np.zeros_like(each) for name, each in measures.items()}
         totals = {
             key: self._update_key(key, table, columns, measures) for key in self._plans
         }

@@ -49,6 +49,19 @@ class KeyIndex:
         self._merge()
         return self._merged
 
+    def add_from(
+        self, other: KeyIndex, ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Add those of `ids: [n]` that did not come yet.
+
+        Returns:
+          Of the added ids that another index has: their numbers here, and there.
+        """
+        ids = np.unique(ids)
+        ids = ids[self.find(ids) < 0]
+        here, there = self.add(ids), other.find(ids)
+        return here[there >= 0], there[there >= 0]
+
     def _merge(self) -> None:
         self._merged = _insert(self._merged, *self._recent)
         self._recent = self._recent[0][:0], self._recent[1][:0]

@@ -117,6 +117,18 @@ class LastEvents:
         self._arrays["values"][place[of_user], slot] = all_values[last]
         return [results[count] for count in self._counts]
 
+    def take_over(self, other: LastEvents, user: np.ndarray) -> None:
+        """Begin with the events that another has of the users that did not come yet.
+
+        Args:
+          other: of the same numbers of events and keys.
+          user: `[R] uint64`.
+        """
+        here, there = self._users.add_from(other._users, user)
+        self._grow(len(self._users))
+        for name, array in other._arrays.items():
+            self._arrays[name][here] = array[there]
+
     def state(self) -> dict[str, np.ndarray]:
         """Return what is kept of each user, from which `resume` goes on."""
         ids, places = self._users.items()

@@ -13,7 +13,7 @@ from tokenrec.data.past.declaration import PastStatistics
 from tokenrec.data.past.declaration_json import check_statistics, parse_statistics
 from tokenrec.data.past.features import PastFeatures
 from tokenrec.data.schema import Schema
-from tokenrec.data.source import Source, StatefulSource
+from tokenrec.data.source import Frozen, Source, StatefulSource
 from tokenrec.errors import InputError
 from tokenrec.runtime.files import read_json
 
@@ -83,6 +83,10 @@ class WithStatistics:
             for name, array in self._source.state().items():
                 arrays[_INNER + name] = array
         return arrays
+
+    def frozen(self) -> Frozen:
+        """Describe the frozen statistics, as `FreezingSource`."""
+        return self._past.describe_frozen()
 
     def resume(self, state: Mapping[str, np.ndarray], last_time_ms: int) -> None:
         """Go on from the totals of an earlier log, as `StatefulSource`."""

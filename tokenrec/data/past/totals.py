@@ -149,6 +149,17 @@ class KeyTotals:
                 {name: np.array(state[f"{name}_{number}"]) for name in horizon.NAMES}
             )
 
+    def take_over(self, other: KeyTotals, key: np.ndarray) -> None:
+        """Begin with the totals that another has of the keys that did not come yet.
+
+        Args:
+          other: of the same columns and horizons.
+          key: `[E] uint64`; a key that the other does not have begins with none.
+        """
+        here, there = self._keys.add_from(other._keys, key)
+        for mine, theirs in zip(self._horizons, other._horizons, strict=True):
+            mine.take_over(here, theirs.arrays(there), len(self._keys))
+
 
 class _AllPast:
     """Totals of all the past, by the number of the key: integer sums."""
@@ -164,6 +175,14 @@ class _AllPast:
     def arrays(self, places: np.ndarray) -> dict[str, np.ndarray]:
         """Arrays of the keys with these numbers."""
         return {name: array[places] for name, array in self._arrays.items()}
+
+    def take_over(
+        self, places: np.ndarray, arrays: Mapping[str, np.ndarray], size: int
+    ) -> None:
+        """Put arrays of keys at their numbers `places`; there are `size` keys."""
+        self._grow(size)
+        for name, array in arrays.items():
+            self._arrays[name][places] = array
 
     def resume(self, arrays: dict[str, np.ndarray]) -> None:
         """Go on from arrays of the keys 0, 1, ..."""

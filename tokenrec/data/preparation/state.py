@@ -65,6 +65,7 @@ def events_without_chunk(partition: np.ndarray, overlap: int) -> ChunkRun | None
         rows=partition["row"][rows[latest]],
         start=np.concatenate([[0], np.cumsum(lengths)]),
         user=user[rows[start]],
+        frozen=partition["frozen"][rows[latest]],
     )
 
 

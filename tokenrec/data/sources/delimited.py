@@ -32,7 +32,7 @@ from tokenrec.data.arrow_spool import spooled_table
 from tokenrec.data.past.features import PastFeatures
 from tokenrec.data.past.source import with_features
 from tokenrec.data.schema import Feature
-from tokenrec.data.source import LogPart, Provenance
+from tokenrec.data.source import Frozen, LogPart, Provenance
 from tokenrec.data.sources.delimited_columns import (
     ColumnSpec,
     candidate_specs,
@@ -191,6 +191,10 @@ class DelimitedSource:
     def state(self) -> Mapping[str, np.ndarray]:
         """Return the totals of the statistics, as `StatefulSource`."""
         return {} if self._past is None else self._past.state()
+
+    def frozen(self) -> Frozen | None:
+        """Describe the frozen statistics, as `FreezingSource`."""
+        return None if self._past is None else self._past.describe_frozen()
 
     def resume(self, state: Mapping[str, np.ndarray], last_time_ms: int) -> None:
         """Go on from the totals of an earlier log, as `StatefulSource`."""
