@@ -12,8 +12,8 @@ Score: test AUC 0.7501 on MovieLens-100K (four stars or more, 1 seed).
 Source: docs/tutorial.md.
 
 The tasks and their weights are those of the data set, and all of its features are read.
-Width, depth, batch, steps and the length of histories follow from its counts
-(tokenrec/config/data_sizes.py). Every field can be overridden: `--config.optim.steps`.
+Width, depth, batch, epochs and the length of histories follow from its counts
+(tokenrec/config/data_sizes.py). Every field can be overridden: `--config.optim.epochs`.
 """
 
 from tokenrec.config import (
@@ -25,12 +25,14 @@ from tokenrec.config import (
     TrainConfig,
 )
 from tokenrec.config.data_sizes import (
+    WARMUP_STEPS,
     data_sizes,
+    evaluation_steps,
     fitting_batch,
+    fitting_epochs,
     history_events,
     model_size,
     shrinking_windows,
-    step_count,
 )
 from tokenrec.data.metadata import Metadata
 from tokenrec.errors import InputError
@@ -48,8 +50,10 @@ def get_config(data: Metadata | None) -> Config:
     events = history_events(sizes)
     # A second look at each row helps while there are few; on long logs it overfits the
     # embedding tables.
-    epochs = 2 if sizes.labelled < 1_000_000 else 1
-    steps = step_count(sizes.labelled, batch_size, epochs)
+    epochs = fitting_epochs(
+        2 if sizes.labelled < 1_000_000 else 1, sizes.labelled, batch_size
+    )
+    between = evaluation_steps(epochs, sizes.labelled, batch_size)
     return Config(
         data=DataConfig(
             paradigm="nio",
@@ -67,15 +71,16 @@ def get_config(data: Metadata | None) -> Config:
             dropout=0.1,
         ),
         optim=OptimConfig(
-            steps=steps,
-            warmup_steps=steps // 10,
+            steps=0,
+            epochs=epochs,
+            warmup_steps=WARMUP_STEPS,
             learning_rate=2e-3 if size.width <= 64 else 1e-3,
             table_learning_rate=0.05,
         ),
         train=TrainConfig(
-            eval_every=max(steps // 5, 50),
+            eval_every=between,
             eval_split="valid" if sizes.has_valid else "",
             eval_samples=20_000,
-            save_every=max(steps // 5, 50),
+            save_every=between,
         ),
     )

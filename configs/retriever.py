@@ -27,10 +27,12 @@ from tokenrec.config import (
     TrainConfig,
 )
 from tokenrec.config.data_sizes import (
+    WARMUP_STEPS,
     data_sizes,
+    evaluation_steps,
     fitting_batch,
+    fitting_epochs,
     history_events,
-    step_count,
 )
 from tokenrec.data.metadata import Metadata
 from tokenrec.errors import InputError
@@ -52,8 +54,8 @@ def get_config(data: Metadata | None) -> Config:
     streams = max(sizes.events // (events - overlap), sizes.users)
     batch_size = fitting_batch(64, streams)
     # Many passes over a short log, few over a long one.
-    epochs = 15 if sizes.events < 500_000 else 2
-    steps = step_count(streams, batch_size, epochs)
+    epochs = fitting_epochs(15 if sizes.events < 500_000 else 2, streams, batch_size)
+    between = evaluation_steps(epochs, streams, batch_size)
     wide = sizes.events >= 5_000_000
     sampled = sizes.items > FULL_SOFTMAX_ITEMS
     return Config(
@@ -83,16 +85,17 @@ def get_config(data: Metadata | None) -> Config:
             negatives=1_024 if sampled else 0, cosine=True, temperature=0.07
         ),
         optim=OptimConfig(
-            steps=steps,
-            warmup_steps=steps // 10,
+            steps=0,
+            epochs=epochs,
+            warmup_steps=WARMUP_STEPS,
             learning_rate=2e-3,
             # Item vectors of a sampled softmax are table rows and want a high rate.
             table_learning_rate=0.3 if sampled else 0.05,
         ),
         train=TrainConfig(
-            eval_every=max(steps // 5, 50),
+            eval_every=between,
             eval_split="valid" if sizes.has_valid else "",
             eval_samples=5_000,
-            save_every=max(steps // 5, 50),
+            save_every=between,
         ),
     )

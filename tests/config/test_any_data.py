@@ -72,7 +72,8 @@ def test_a_data_set_of_a_config_file_may_be_named_in_three_ways(
     assert by_flag == by_path
     assert by_name.optim == by_flag.optim
     # The sizes without a data set are those of a longer log.
-    assert load_config("ranker").optim.steps > by_flag.optim.steps
+    assert load_config("ranker").train.eval_every > by_flag.train.eval_every
+    assert load_config("ranker").optim.epochs == 1.0 < by_flag.optim.epochs
 
 
 def test_data_without_labels_is_not_ranked(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ WRONG = [
     ({"data__paradigm": "uc", "data__candidates": 2}, "data.candidates=2"),
     ({"data__paradigm": "uc", "tokens__target_tokens": 2}, "tokens.target_tokens=2"),
     ({"tokens__user_tokens": -1}, "tokens.user_tokens=-1"),
+    ({"tokens__rare_buckets": 4}, "tokens.rare_buckets=4 with tokens.min_count=0"),
     ({"tokens__embedding_dims": {"item": 0}}, "tokens.embedding_dims['item']=0"),
     ({"model__heads": 5}, "model.heads=5"),
     ({"model__width": 6, "model__heads": 2}, "even head"),

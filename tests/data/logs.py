@@ -128,7 +128,7 @@ class MemoryData:
       options: as in `Metadata.options`.
       schema: schema of the logs.
       on_load: called with each log that is loaded.
-      rare_ids: ids that batches replace by *unknown*.
+      rare_ids: by which ids batches replace those of a table.
     """
 
     logs: dict[str, InteractionLog]
@@ -163,7 +163,12 @@ class MemoryData:
         """There are no files."""
 
     def load(
-        self, split: str, start: int = 0, stop: int | None = None
+        self,
+        split: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        frozen: bool = False,
     ) -> InteractionLog:
         log = self.logs[split]
         first, last = log.start[[start, log.num_chunks if stop is None else stop]]

@@ -58,8 +58,8 @@ def test_an_id_is_rare_below_the_count_of_its_table_and_reserved_ids_never_are()
     counts = {"video": np.array([0, 0, 4, 5, 0]), "tab": np.array([9, 0, 1, 2])}
     config = TokensConfig(min_count=5, min_counts={"tab": 2})
     rare = rare_ids(counts, config)
-    assert rare["video"].tolist() == [False, False, True, False, True]
-    assert rare["tab"].tolist() == [False, False, True, False]
+    assert rare["video"].tolist() == [0, 1, 1, 3, 1]
+    assert rare["tab"].tolist() == [0, 1, 1, 3]
     assert rare_ids(
         counts, TokensConfig(min_count=5, min_counts={"tab": 0})
     ).keys() == {"video"}
@@ -68,16 +68,37 @@ def test_an_id_is_rare_below_the_count_of_its_table_and_reserved_ids_never_are()
     assert asks_for_counts(TokensConfig(min_counts={"tab": 2}))
 
 
+def test_rare_ids_share_rows_of_their_own_by_a_hash() -> None:
+    counts = {"video": np.array([0, 0, *([1, 7] * 3_000)]), "tab": np.array([9, 0, 1])}
+    config = TokensConfig(min_count=5, rare_buckets=16)
+    read = rare_ids(counts, config)["video"]
+    is_rare = counts["video"] < 5
+    is_rare[:2] = False
+    # Other ids keep their rows; the shared ones are those of unknown and of rare ids.
+    np.testing.assert_array_equal(read[~is_rare], np.flatnonzero(~is_rare))
+    shared = np.flatnonzero(is_rare)[:15]
+    rows, sizes = np.unique(read[is_rare], return_counts=True)
+    assert rows.tolist() == [1, *shared]
+    assert sizes.min() > 3_000 / 16 * 0.7
+    assert sizes.max() < 3_000 / 16 * 1.3
+    # The row of an id neither depends on other ids' counts nor on chance.
+    again = rare_ids({"video": counts["video"] * 4}, config)["video"]
+    np.testing.assert_array_equal(read, again)
+    # A table with one rare id has two buckets at most.
+    assert rare_ids(counts, config)["tab"].tolist() in ([0, 1, 1], [0, 1, 2])
+
+
 @CONFIGS
 def test_batches_hold_unknown_in_place_of_rare_ids_and_differ_in_nothing_else(
     config: DataConfig,
 ) -> None:
     plain, mapped = memory_data(), memory_data()
+    video = np.arange(20)
     mapped.rare_ids = {
-        "video": np.arange(20) % 3 == 2,
-        "age": np.arange(9) == 5,
-        "tab": np.arange(9) > 6,
-        "clicked": np.arange(4) == 2,
+        "video": np.where(video % 3 == 2, np.where(video % 2, 1, 2), video),
+        "age": np.where(np.arange(9) == 5, 1, np.arange(9)),
+        "tab": np.where(np.arange(9) > 6, 1, np.arange(9)),
+        "clicked": np.array([0, 1, 1, 3]),
     }
     changed = 0
     before = [*take(plain, config, 9), *evaluated(plain, config, "valid")]
@@ -95,7 +116,7 @@ def test_batches_hold_unknown_in_place_of_rare_ids_and_differ_in_nothing_else(
             for name, span in columns(features).ids.items():
                 if name in mapped.rare_ids:
                     of_table = expected[..., slice(*span)]
-                    of_table[mapped.rare_ids[name][of_table]] = 1
+                    of_table[:] = mapped.rare_ids[name][of_table]
             np.testing.assert_array_equal(getattr(new.batch, part).ids, expected)
             np.testing.assert_array_equal(getattr(new.batch, part).dense, signals.dense)
             changed += (expected != signals.ids).sum()

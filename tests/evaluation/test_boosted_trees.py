@@ -116,7 +116,9 @@ def test_trees_come_near_the_best_auc_and_see_no_label_of_the_split(
     load = dataset.load
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            dataset, "load", lambda name: changed if name == "valid" else load(name)
+            dataset,
+            "load",
+            lambda name, **_: changed if name == "valid" else load(name),
         )
         again = lightgbm_scores(dataset, "valid", ("never", "click"))
     np.testing.assert_array_equal(again, scores)

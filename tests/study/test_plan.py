@@ -104,6 +104,10 @@ def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
             {"models": {"a": {"model.heads": 3}}, "reference": "a"},
             "model 'a': .*model.heads=3 does not divide",
         ),
+        ({"freeze_at": "2022-05-02"}, "freeze_at='2022-05-02' is not .*'split'"),
+        ({"ensembles": {"bfts": ("bfts",)}}, "'bfts' is a model; give the average"),
+        ({"ensembles": {"all": ("bfst",)}}, "name one or more.*did you mean 'bfts'"),
+        ({"ensembles": {"all": ()}}, r"averages \(\); name one or more"),
         ({"base": "amazon_beauty"}, "studies compare rankers"),
     ],
 )

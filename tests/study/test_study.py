@@ -14,17 +14,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tests.data.memory_source import MemorySource
 from tests.study.test_plan import STUDY
+from tokenrec.analysis.model_styles import assign_styles
+from tokenrec.analysis.result_tables import quality_table
+from tokenrec.analysis.study_files import read_study
+from tokenrec.analysis.summary import summarize_study
+from tokenrec.data.dataset import Dataset
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError, Stopped
-from tokenrec.study import jobs
-from tokenrec.study.results import best_rates
+from tokenrec.study import comparisons, jobs
+from tokenrec.study.results import ScoredSplit, best_rates
 from tokenrec.study.runner import run_study
 
 SMALL = dataclasses.replace(
@@ -44,7 +50,8 @@ verb, *rest = sys.argv[1:]
 flags = dict(flag.removeprefix("--").split("=", 1) for flag in rest if "=" in flag)
 folder = Path(flags.get("workdir") or flags.get("config")).parent
 with open(os.environ["CALLS"], "a") as calls:
-    print(verb, folder.relative_to(os.environ["OUT"]), flags.get("split", ""), file=calls)
+    split = flags.get("split", "") + flags.get("freeze-at", "").replace("split", "*")
+    print(verb, folder.relative_to(os.environ["OUT"]), split, file=calls)
 if os.environ.get("FAILS", "nowhere") in str(folder) and verb == "train":
     sys.exit("no such luck")
 if os.environ.get("DIVERGES", "nowhere") in str(folder) and verb == "train":
@@ -63,6 +70,7 @@ else:
     rows = pq.read_table(os.environ["ROWS"]).filter(pa.compute.field("split") == flags["split"]).drop(["split"])
     draw = np.random.default_rng(config["seed"])
     noise = 0.2 if config["optim"]["learning_rate"] == 3e-3 and not config["model"]["gate"] else 0.6
+    noise += 0.2 * ("freeze-at" in flags)
     for task in ("click", "buy"):
         label = rows[f"label_{task}"].fill_null(0).to_numpy()
         score = np.clip((1 - noise) * label + noise * draw.uniform(size=len(label)), 0.01, 0.99)
@@ -179,6 +187,93 @@ def test_the_best_rate_gets_all_seeds_and_the_tables_say_so(
             data,
             command="",
         )
+
+
+def test_frozen_scores_averages_and_lightgbm_have_rows_of_their_own(
+    data: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    class Trees:
+        def __init__(self, dataset: Dataset, tasks: tuple[str, ...]) -> None:
+            trained.append(tasks)
+            self.dataset = dataset
+
+        def scores(self, split: str, *, freeze_at: int | None = None) -> np.ndarray:
+            rows = self.dataset.metadata.counts[f"scored_{split}"]
+            return np.full((rows, 2), 0.25 if freeze_at is None else 0.75)
+
+    monkeypatch.setattr(comparisons, "BoostedTrees", Trees)
+    monkeypatch.setattr(comparisons, "has_lightgbm", lambda: True)
+    study = dataclasses.replace(
+        SMALL,
+        models={"tokenformer": {}},
+        learning_rates=(1e-3,),
+        splits=("valid",),
+        freeze_at="split",
+        ensembles={"both seeds": ("tokenformer",)},
+    )
+    run_study(study, "small", out, data, command="", side_by_side=2)
+    done = calls(out)
+    assert sum(call.endswith("valid*") for call in done) == 2
+    rows = pq.read_table(out / "results.parquet").to_pylist()
+    value = {
+        (r["model"], r["seed"], r["task"], r["metric"]): r["value"]
+        for r in rows
+        if r["split"] == "valid"
+    }
+    for metric in ("auc", "gauc"):
+        live = [value["tokenformer", s, "click", metric] for s in (0, 1)]
+        frozen = [value["tokenformer", s, "click", f"frozen_{metric}"] for s in (0, 1)]
+        assert max(frozen) < min(live)
+    # Independent noise cancels in the mean.
+    assert value["both seeds", -1, "click", "auc"] > max(live)
+    assert value["lightgbm", -1, "click", "log_loss"] > 0
+    assert value["lightgbm", -1, "click", "frozen_auc"] == 0.5
+    assert ("tokenformer", 0, "click", "frozen_log_loss") not in value
+    assert {
+        (r["learning_rate"], r["seed"]) for r in rows if r["model"] == "both seeds"
+    } == {(None, -1)}
+    differences = pq.read_table(out / "differences.parquet").to_pylist()
+    assert {
+        r["metric"]
+        for r in differences
+        if r["model"] == "both seeds" and r["task"] == "buy"
+    } == {"auc", "gauc", "log_loss", "frozen_auc", "frozen_gauc"}
+    summary = summarize_study(read_study(out))
+    assert summary.ensembles == ("both seeds",)
+    assert summary.models == ("tokenformer",)
+    assert "lightgbm" in summary.baselines
+    assert "both seeds" not in summary.baselines
+    table = quality_table(
+        summary, "valid", "click", assign_styles(summary.models)
+    ).markup
+    assert "GAUC frozen" in table
+    assert "ensembles" in table
+    # LightGBM is trained once, and nothing is made again.
+    run_study(study, "small", out, data, command="")
+    assert calls(out) == done
+    assert len(trained) == 1
+
+
+def test_a_mean_of_log_odds_is_that_of_the_seeds_and_models() -> None:
+    rng = np.random.default_rng(0)
+    runs = [rng.uniform(0.01, 0.99, (5, 2)).astype(np.float32) for _ in range(4)]
+    got = comparisons.mean_log_odds(runs)
+    for i, j in np.ndindex(5, 2):
+        odds = [float(p[i, j]) / (1 - float(p[i, j])) for p in runs]
+        mean = np.prod(odds) ** (1 / len(odds))
+        np.testing.assert_allclose(got[i, j], mean / (1 + mean), rtol=1e-6)
+    sure = comparisons.mean_log_odds([np.float32([[0.0, 1.0]])])
+    np.testing.assert_allclose(sure, [[1e-7, 1 - 1e-7]], rtol=1e-6)
+    # Of two models with two seeds; without all seeds there is none.
+    empty = ScoredSplit((), pa.table({}), np.zeros(5), np.zeros((5, 2)), runs[0])
+    each = [empty._replace(scores=scores) for scores in runs]
+    scores = {"a": {0: each[0], 1: each[1]}, "b": {0: each[2], 1: each[3]}}
+    ((name, found),) = comparisons.average({"mix": ("a", "b")}, (0, 1), scores)
+    assert name == "mix"
+    np.testing.assert_array_equal(found.scores, got)
+    assert not list(comparisons.average({"mix": ("a", "b")}, (0, 1, 2), scores))
 
 
 def test_a_run_that_fails_is_named_with_its_words_and_what_is_done_stays(

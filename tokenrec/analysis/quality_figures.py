@@ -80,8 +80,8 @@ def draw_differences(summary: StudySummary, styles: Styles) -> ReportFigure | No
     note = (
         f"On {summary.main_split}; better is to the {side}. Bars are 95 % intervals of "
         "a paired bootstrap over users. Hollow and grey: the interval contains 0, so "
-        "the model is not distinguishable from the reference. Rate baselines are in the "
-        "tables."
+        "the model is not distinguishable from the reference. Baselines and ensembles are "
+        "in the tables."
     )
     title = f"Difference to {summary.reference}"
     return ReportFigure("differences", title, note, figure)

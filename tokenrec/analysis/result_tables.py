@@ -147,8 +147,13 @@ def quality_table(
         columns.append(Column(f"{metric_name(metric)} {arrow}"))
     known = {model for key in keys.values() for model in summary.spreads[key]}
     trained = [row(model) for model in summary.models if model in known]
+    ensembles = [row(model) for model in summary.ensembles if model in known]
     baselines = [row(model) for model in summary.baselines if model in known]
-    groups = [("", trained), ("rate baselines", baselines)]
+    groups = [
+        ("", trained),
+        ("ensembles: averages of the log-odds of runs", ensembles),
+        ("baselines", baselines),
+    ]
 
     if reason:
         markup = table_markup(columns, groups, "unclaimed")

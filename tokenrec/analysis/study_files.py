@@ -50,6 +50,7 @@ class StudyInfo:
       versions: package -> version.
       data: "rows" of each split, and "positives" by split and task.
       diverged: folders of runs with non-finite steps; older studies do not record them.
+      ensembles: name -> models whose scores it averages; older studies have none.
     """
 
     study: str
@@ -64,6 +65,7 @@ class StudyInfo:
     versions: dict[str, Any]
     data: dict[str, Any]
     diverged: tuple[str, ...] = ()
+    ensembles: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def positives(self, split: str, task: str) -> int | None:
         """Positive labels of a task in a split; None if they are not recorded."""
@@ -164,8 +166,8 @@ def _read_info(path: Path) -> StudyInfo:
     hints = get_type_hints(StudyInfo)
     if not isinstance(fields, dict):
         raise InputError(f"{path}: is not a JSON object; {_REMEDY}")
-    # Studies from before the field existed have no "diverged".
-    fields = {"diverged": [], **fields}
+    # Studies from before the fields existed lack them.
+    fields = {"diverged": [], "ensembles": {}, **fields}
     for name, hint in hints.items():
         if name not in fields:
             raise InputError(f"{path}: has no field '{name}'{suggest(name, fields)}")

@@ -23,7 +23,10 @@ _ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Result:
-    """A metric of one run, or of a baseline, which has no learning rate and seed -1."""
+    """A metric of one run; of a baseline or an ensemble, without rate, with seed -1.
+
+    `frozen_auc` and `frozen_gauc` are those of frozen histories and statistics.
+    """
 
     study: str
     model: str

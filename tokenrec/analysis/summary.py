@@ -33,6 +33,7 @@ class StudySummary:
     Attributes:
       models: trained models, in the order of the study file.
       baselines: models without training.
+      ensembles: averages of the scores of several runs.
       reference: the model that the others are compared with.
       rates: trained model -> chosen learning rate.
       seeds: trained model -> seeds at that rate.
@@ -46,6 +47,7 @@ class StudySummary:
 
     models: tuple[str, ...]
     baselines: tuple[str, ...]
+    ensembles: tuple[str, ...]
     reference: str
     rates: Mapping[str, float]
     seeds: Mapping[str, tuple[int, ...]]
@@ -96,8 +98,13 @@ def summarize_study(files: StudyFiles) -> StudySummary:
     return StudySummary(
         models=tuple(model for model in models if model in rates),
         baselines=tuple(
-            model for model in models if model not in rates and model in with_results
+            model
+            for model in models
+            if model not in rates
+            and model in with_results
+            and model not in files.info.ensembles
         ),
+        ensembles=tuple(name for name in files.info.ensembles if name in with_results),
         reference=files.info.reference,
         rates=rates,
         seeds={

@@ -14,8 +14,12 @@ def metric_name(metric: str) -> str:
 
     >>> metric_name("auc"), metric_name("ndcg@10"), metric_name("normalized_entropy")
     ('AUC', 'NDCG@10', 'normalised entropy')
+    >>> metric_name("frozen_gauc")
+    'GAUC frozen'
     """
     written = {
+        "frozen_auc": "AUC frozen",
+        "frozen_gauc": "GAUC frozen",
         "log_loss": "log loss",
         "normalized_entropy": "normalised entropy",
         "recall": "Recall",

@@ -136,8 +136,9 @@ def _add_evaluate(verbs: VerbParsers) -> Parser:
     parser.add_argument(
         "--freeze-at",
         metavar="TIME",
-        help="also evaluate with histories that end at this time: ISO date or time "
-        "(UTC unless it names a zone), milliseconds, or 'split', the first scored row",
+        help="also evaluate with histories and statistics of the past that end at this "
+        "time: ISO date or time (UTC unless it names a zone), milliseconds, or 'split', "
+        "the first scored row",
     )
     return parser
 
@@ -179,6 +180,12 @@ def _add_predict(verbs: VerbParsers) -> Parser:
     parser.add_argument(
         "--out", type=path_argument, required=True, help="Parquet file to write"
     )
+    parser.add_argument(
+        "--freeze-at",
+        metavar="TIME",
+        help="score with histories and statistics of the past that end at this time, as "
+        "evaluate --freeze-at",
+    )
     return parser
 
 
@@ -186,7 +193,14 @@ def _predict(args: argparse.Namespace) -> None:
     from tokenrec.evaluation.predict import predict_run
     from tokenrec.runtime.distributed import is_first_process
 
-    rows = predict_run(args.workdir, args.split, args.checkpoint, args.data, args.out)
+    rows = predict_run(
+        args.workdir,
+        args.split,
+        args.checkpoint,
+        args.data,
+        args.out,
+        freeze_at=args.freeze_at,
+    )
     if is_first_process():
         print(f"{args.out}: {rows:,} rows")
 

@@ -34,11 +34,24 @@ def cross_check(config: Config) -> Iterator[str]:
     yield from check_prompt(config)
     yield from check_entities(config)
     yield from check_compression(config)
+    yield from check_ids(config)
     yield from check_model(config)
     yield from backbone_problems(config)
     yield from branch_problems(config)
     yield from check_optim(config)
     yield from check_train(config)
+
+
+def check_ids(config: Config) -> Iterator[str]:
+    """Check the options of rare ids."""
+    tokens = config.tokens
+    any_rare = tokens.min_count or any(tokens.min_counts.values())
+    if tokens.rare_buckets > 1 and not any_rare:
+        yield (
+            f"tokens.rare_buckets={tokens.rare_buckets} with tokens.min_count=0 and no "
+            "tokens.min_counts: no id is rare; set the fewest training rows of an id "
+            "that has a row of its own, or leave it at 1"
+        )
 
 
 def check_data(config: Config) -> Iterator[str]:

@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenrec.data.metadata import Metadata
 
+# The fewest and the most steps of a run.
+_STEPS = (200, 100_000)
+# Steps until the learning rate is reached: few enough for the shortest run, in which a
+# sample may hold many labelled rows.
+WARMUP_STEPS = 5
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSizes:
@@ -117,11 +123,23 @@ def shrinking_windows(layers: int, events: int) -> tuple[int, ...]:
     return tuple(max(events >> (i + 1), 4) for i in range(max(layers // 2, 1)))
 
 
-def step_count(examples: int, batch_size: int, epochs: float) -> int:
-    """Steps of some epochs, rounded to tens; between 200 and 100,000.
+def fitting_epochs(epochs: float, samples: int, batch_size: int) -> float:
+    """Epochs of a log, more of a short one and fewer of a very long one.
 
-    >>> step_count(80_000, 256, 2)
-    620
+    They are those of 200 to 100,000 batches, as far as the counts of a data set tell.
+
+    >>> fitting_epochs(2, 80_000, 256), fitting_epochs(2, 4_000, 256)
+    (2.0, 12.8)
     """
-    steps = round(epochs * examples / batch_size / 10) * 10
-    return min(max(steps, 200), 100_000)
+    per_epoch = max(samples, 1) / batch_size
+    least, most = _STEPS
+    return round(min(max(epochs, least / per_epoch), most / per_epoch), 3)
+
+
+def evaluation_steps(epochs: float, samples: int, batch_size: int) -> int:
+    """Steps between two of about five evaluations.
+
+    >>> evaluation_steps(2, 80_000, 256), evaluation_steps(2, 4_000, 256)
+    (125, 50)
+    """
+    return max(round(epochs * samples / batch_size / 5), 50)

@@ -82,6 +82,11 @@ class TokensConfig:
     )
     """`min_count` by table name; 0 keeps all ids."""
 
+    rare_buckets: int = field(1, at_least=1)
+    """Rows of a table that its ids below `min_count` share, by a hash of the id: that
+    of *unknown* and, above 1, those of some of these ids, so that tables do not
+    grow."""
+
     replicate_rows: int = field(100_000, at_least=1, special={0: "spread every table"})
     """Tables with at most this many rows are replicated on every device; the rows of
     longer ones are spread over all devices. Lower it if tables fill the memory. The

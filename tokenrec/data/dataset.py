@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.data import records
+from tokenrec.data.frozen_rows import FrozenStatistics
 from tokenrec.data.id_counts import IdCounts, RareIds
 from tokenrec.data.interaction_log import Catalogue, InteractionLog
 from tokenrec.data.log_decoder import LogDecoder, select_columns
@@ -92,8 +93,8 @@ class Dataset:
       splits: names of the splits that hold a chunk.
       id_counts: how often training sees each id, where a run asks for it; set by
         `tokenrec.checkpoint.run_folder.use_id_counts`.
-      rare_ids: ids that batches replace by *unknown*, which follow from them. Neither
-        `load` nor `catalogue` replaces them.
+      rare_ids: by which ids batches replace rare ones, which follows from them.
+        Neither `load` nor `catalogue` replaces them.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Dataset:
         self._decoder = LogDecoder(self.metadata, self.schema)
         self._chunk_lengths: dict[str, np.ndarray] = {}
         self._row_marks: dict[str, np.ndarray] = {}
+        self._frozen: dict[str, FrozenStatistics] = {}
         self.id_counts: IdCounts | None = None
         self.rare_ids: RareIds = {}
 
@@ -245,7 +247,12 @@ class Dataset:
         yield from records.read_records(self.directory, split, lengths, 0, sum(lengths))
 
     def load(
-        self, split: str, start: int = 0, stop: int | None = None
+        self,
+        split: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        frozen: bool = False,
     ) -> InteractionLog:
         """Read the chunks [start, stop) of a split.
 
@@ -253,6 +260,8 @@ class Dataset:
           split: name of the split.
           start: first chunk.
           stop: chunk after the last one; None: all chunks to the end.
+          frozen: scored rows have their statistics of the past as of the start of the
+            split (frozen_rows.py).
 
         Raises:
           InputError: the split is unknown or empty, the range does not lie within it,
@@ -287,6 +296,9 @@ class Dataset:
             self._decoder.fill(log, first, block, where)
             first = last
 
+        if frozen:
+            self._frozen_statistics(split).put(log, start)
+
         # 3. Check the values.
         where = self._where(split, start, stop)
         check_log(log, self.schema, len(self.catalogue.item_id), where)
@@ -307,6 +319,12 @@ class Dataset:
         from tokenrec.data.arrow_rows import read_rows
 
         return read_rows(self, split)
+
+    def _frozen_statistics(self, split: str) -> FrozenStatistics:
+        """Frozen statistics of a split, opened once."""
+        if split not in self._frozen:
+            self._frozen[split] = FrozenStatistics(self, split)
+        return self._frozen[split]
 
     def _where(self, split: str, start: int, stop: int) -> str:
         """Name the chunks [start, stop), for messages."""

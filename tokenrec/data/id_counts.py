@@ -1,9 +1,11 @@
-"""Count how often training sees each id, and map rare ids to *unknown*.
+"""Count how often training sees each id, and let rare ids share rows.
 
 `prepare` gives an id to every value that the training split holds, however rarely. With
 `tokens.min_count` a run lets ids with fewer log rows read the row of *unknown*: the
 counts are made once, when the run starts, and kept in its folder, so that evaluation
 and scoring of any data set map the same ids. The data set itself is not changed.
+With `tokens.rare_buckets` = k, rare ids are dealt over k rows by a hash of the id: that
+of *unknown*, so that it is trained for what comes later, and those of k - 1 rare ids.
 
 A log row is counted if it is scored or carries a label, so that the events that chunks
 repeat do not count twice. An item's ids count once for each such row of the item, a
@@ -24,6 +26,7 @@ import numpy as np
 
 from tokenrec.config import TokensConfig
 from tokenrec.data.interaction_log import LEARNED, SCORED, Catalogue, InteractionLog
+from tokenrec.data.past.keys import mix
 from tokenrec.data.schema import (
     FIRST_KNOWN,
     UNKNOWN,
@@ -126,14 +129,15 @@ def _add(
 
 
 def rare_ids(counts: IdCounts, config: TokensConfig) -> dict[str, np.ndarray]:
-    """Mark the ids that have no row of their own.
+    """Find the row that each id reads, where some have none of their own.
 
     Args:
       counts: of `count_ids`.
       config: `tokens` of the run's config.
 
     Returns:
-      Table -> `[rows] bool`, for the tables with a rare id. The reserved ids are none.
+      Table -> `[rows] int32`, the id whose row an id reads, for the tables with a rare
+      id. The reserved ids are none.
     """
     rare = {}
     for table, of_table in counts.items():
@@ -141,12 +145,26 @@ def rare_ids(counts: IdCounts, config: TokensConfig) -> dict[str, np.ndarray]:
         is_rare = of_table < least
         is_rare[:FIRST_KNOWN] = False
         if is_rare.any():
-            rare[table] = is_rare
+            rare[table] = _shared_rows(is_rare, config.rare_buckets)
     return rare
 
 
+def _shared_rows(is_rare: np.ndarray, buckets: int) -> np.ndarray:
+    """The row that each id reads, `[rows] int32`, with `is_rare: [rows] bool`.
+
+    >>> _shared_rows(np.array([False, False, True, False, True]), 1).tolist()
+    [0, 1, 1, 3, 1]
+    """
+    read = np.arange(len(is_rare), dtype=np.int32)
+    ids = read[is_rare]
+    # The rows of rare ids are free. A table that has fewer of them has fewer buckets.
+    rows = np.append(np.int32(UNKNOWN), ids[: buckets - 1])
+    read[is_rare] = rows[mix(ids.astype(np.uint64)) % np.uint64(len(rows))]
+    return read
+
+
 def map_rare_rows(log: InteractionLog, schema: Schema, rare: RareIds) -> InteractionLog:
-    """Copy a log with rare ids replaced by *unknown*; the same log if there are none."""
+    """Copy a log with rare ids replaced (`rare_ids`); the same log if there are none."""
     groups: tuple[Group, ...] = ("user", "row", "action")
     changed = {
         f"{group}_ids": _mapped(getattr(log, f"{group}_ids"), schema, group, rare)
@@ -156,7 +174,7 @@ def map_rare_rows(log: InteractionLog, schema: Schema, rare: RareIds) -> Interac
 
 
 def map_rare_items(catalogue: Catalogue, schema: Schema, rare: RareIds) -> Catalogue:
-    """Copy a catalogue with rare ids replaced by *unknown*."""
+    """Copy a catalogue with rare ids replaced by those whose rows they read."""
     ids = _mapped(catalogue.ids, schema, "catalogue", rare)
     return dataclasses.replace(catalogue, ids=ids)
 
@@ -172,7 +190,7 @@ def _mapped(ids: np.ndarray, schema: Schema, group: Group, rare: RareIds) -> np.
     place = columns(schema.group(group))
     for f in features:
         columns_of = ids[:, slice(*place.ids[f.name])]
-        columns_of[rare[f.table_name][columns_of]] = UNKNOWN
+        columns_of[:] = rare[f.table_name][columns_of]
     return ids
 
 

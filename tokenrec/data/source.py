@@ -17,6 +17,9 @@ import pyarrow as pa
 from tokenrec.data.schema import Schema
 
 SPLITS = ("train", "valid", "test")
+# Column of log rows that a `FreezingSource` adds: lists of float32, null but for the
+# scored rows of valid and test.
+FROZEN_COLUMN = "frozen_statistics"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +112,29 @@ class StatefulSource(Source, Protocol):
           state: what `state` returned at the end of that log.
           last_time_ms: time of its last row.
         """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Features that a source also gives as of the start of a split.
+
+    Attributes:
+      features: their names, in the order of the lists in `FROZEN_COLUMN`.
+      times: split -> earliest and latest time at which it is frozen so, milliseconds;
+        no row lies between, and none before them if the earliest is None.
+    """
+
+    features: tuple[str, ...]
+    times: Mapping[str, tuple[int | None, int]]
+
+
+@runtime_checkable
+class FreezingSource(Source, Protocol):
+    """A raw log whose rows have a column `FROZEN_COLUMN`, for `evaluate --freeze-at`."""
+
+    def frozen(self) -> Frozen | None:
+        """Describe the column; None if there is none. Called after `rows` has ended."""
         ...
 
 

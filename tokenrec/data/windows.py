@@ -51,7 +51,7 @@ class LogReader(Protocol):
 
     @property
     def rare_ids(self) -> RareIds:
-        """Ids that batches replace by *unknown*; empty for none."""
+        """By which ids batches replace those of a table; empty for none."""
         ...
 
     def chunk_lengths(self, split: str) -> np.ndarray:
@@ -75,7 +75,12 @@ class LogReader(Protocol):
         ...
 
     def load(
-        self, split: str, start: int = 0, stop: int | None = None
+        self,
+        split: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        frozen: bool = False,
     ) -> InteractionLog:
         """Read chunks of a split.
 
@@ -83,6 +88,7 @@ class LogReader(Protocol):
           split: name of the split.
           start: first chunk.
           stop: chunk after the last one; None: all chunks to the end.
+          frozen: scored rows have statistics as of the start of the split.
         """
         ...
 
@@ -256,7 +262,8 @@ class Windows:
         )
 
     def _read(self, chunks: tuple[int, int]) -> Window:
-        log = self._dataset.load(self.split, *chunks)
+        frozen = self._freeze_at is not None
+        log = self._dataset.load(self.split, *chunks, frozen=frozen)
         log = map_rare_rows(log, self._dataset.schema, self._rare)
         targets = log.targets
         if targets is not None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,41 +66,59 @@ def lightgbm_scores(
     *,
     freeze_at: int | None = None,
 ) -> np.ndarray:
-    """Train on the training split, and score the scored rows of a split.
+    """Train on the training split, and score a split: `BoostedTrees.scores`."""
+    return BoostedTrees(dataset, tasks).scores(split, freeze_at=freeze_at)
+
+
+class BoostedTrees:
+    """The trees of K tasks, trained on the training split of a data set.
 
     Args:
       dataset: the prepared data set, without the features that the run excludes.
-      split: split to score; its labels are not read.
       tasks: K names.
-      freeze_at: milliseconds; past rates and repeats of the rows that are scored count
-        what is earlier than this time. Features of the data set stay as prepared.
-
-    Returns:
-      `[rows scored, K] float64`, in row order. A task without labels of both classes
-      has its smoothed share everywhere.
     """
-    names = [task.name for task in dataset.schema.tasks]
-    places = tuple(names.index(task) for task in tasks)
-    train, log = dataset.load("train"), dataset.load(split)
-    if freeze_at is not None:
-        log = dataclasses.replace(log, time=np.minimum(log.time, freeze_at))
-    # 1. The latest scored rows of the training split, in the order of time.
-    rows = np.flatnonzero(train.flags & SCORED)
-    rows = rows[np.argsort(train.time[rows], kind="stable")][-MOST_ROWS:]
-    features = read_row_features(dataset, train, train, places)
-    x, time = features.matrix(rows), train.time[rows]
-    models = [_Model(x, train.labels[rows, task], time) for task in places]
-    # 2. The rows of the split, some at a time.
-    del x
-    features = read_row_features(dataset, train, log, places)
-    scored = np.flatnonzero(log.flags & SCORED)
-    result = np.empty((len(scored), len(tasks)))
-    for start in range(0, len(scored), MOST_ROWS):
-        part = slice(start, start + MOST_ROWS)
-        x = features.matrix(scored[part])
-        for column, model in enumerate(models):
-            result[part, column] = model.probability(x)
-    return result
+
+    def __init__(self, dataset: Dataset, tasks: Sequence[str]) -> None:
+        names = [task.name for task in dataset.schema.tasks]
+        self._dataset = dataset
+        self._places = tuple(names.index(task) for task in tasks)
+        # The latest scored rows of the training split, in the order of time.
+        train = dataset.load("train")
+        rows = np.flatnonzero(train.flags & SCORED)
+        rows = rows[np.argsort(train.time[rows], kind="stable")][-MOST_ROWS:]
+        features = read_row_features(dataset, train, train, self._places)
+        x, time = features.matrix(rows), train.time[rows]
+        self._models = [
+            _Model(x, train.labels[rows, task], time) for task in self._places
+        ]
+
+    def scores(self, split: str, *, freeze_at: int | None = None) -> np.ndarray:
+        """Score the scored rows of a split, whose labels are not read.
+
+        Args:
+          split: split to score.
+          freeze_at: milliseconds; past rates and repeats of the rows that are scored
+            count what is earlier than this time, and their statistics of the past are
+            those of the start of the split.
+
+        Returns:
+          `[rows scored, K] float64`, in row order. A task without labels of both
+          classes has its smoothed share everywhere.
+        """
+        dataset = self._dataset
+        log = dataset.load(split, frozen=freeze_at is not None)
+        if freeze_at is not None:
+            log = dataclasses.replace(log, time=np.minimum(log.time, freeze_at))
+        features = read_row_features(dataset, dataset.load("train"), log, self._places)
+        scored = np.flatnonzero(log.flags & SCORED)
+        result = np.empty((len(scored), len(self._models)))
+        # Some rows at a time.
+        for start in range(0, len(scored), MOST_ROWS):
+            part = slice(start, start + MOST_ROWS)
+            x = features.matrix(scored[part])
+            for column, model in enumerate(self._models):
+                result[part, column] = model.probability(x)
+        return result
 
 
 class _Model:

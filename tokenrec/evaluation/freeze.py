@@ -7,9 +7,10 @@ and one positive, an earlier positive makes the later ones likelier to be negati
 that a model which follows the user's mood ranks the user's own impressions worse. With
 histories that end at one time for all impressions of a user, GAUC compares items alone.
 
-What is frozen: histories, and the past that the baselines count. What is not: features
-of the log rows themselves. Past statistics that `prepare` wrote as such features are
-those of their row's time, because the data set keeps their totals at its end only.
+What is frozen: histories, the past that the baselines count, and declared statistics of
+the past (tokenrec/data/past), of which the data set keeps those of the start of valid
+and test. Another time is refused where it has such statistics. What is not: the other
+features of the log rows, a source's own counts of the past among them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from tokenrec.config import Config
 from tokenrec.data.dataset import Dataset
+from tokenrec.data.frozen_rows import check_frozen_time
 from tokenrec.data.id_counts import load_parts
 from tokenrec.data.interaction_log import SCORED
 from tokenrec.data.sources.delimited_times import split_time
@@ -61,7 +63,8 @@ def freeze_time(dataset: Dataset, split: str, text: str) -> int:
         or "split", the time of the first scored row of the split.
 
     Raises:
-      InputError: it is none of these, or no scored row is as late.
+      InputError: it is none of these, no scored row is as late, or the data set has
+        statistics of the past that cannot be frozen then.
     """
     first, last = None, None
     for log in load_parts(dataset, split):
@@ -71,15 +74,14 @@ def freeze_time(dataset: Dataset, split: str, text: str) -> int:
             last = max(int(times.max()), int(times.max()) if last is None else last)
     if first is None or last is None:
         raise InputError(f"--freeze-at={text}: split '{split}' has no scored row")
-    if text == SPLIT_START:
-        return first
-    time = split_time("--freeze-at", text, "UTC")
+    time = first if text == SPLIT_START else split_time("--freeze-at", text, "UTC")
     if time > last:
         raise InputError(
             f"--freeze-at={text} is {time} ms, later than every scored row of split "
             f"'{split}', which are from {first} to {last} ms: nothing would be frozen; "
             f"use an earlier time, or {SPLIT_START}"
         )
+    check_frozen_time(dataset.metadata, dataset.schema, split, time, text)
     return time
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from tokenrec.checkpoint.run_folder import OpenedRun
-from tokenrec.data.schema import FIRST_KNOWN, UNKNOWN, columns
+from tokenrec.data.schema import FIRST_KNOWN, columns
 from tokenrec.errors import InputError
 from tokenrec.models.heads import NextItemHead
 from tokenrec.ops.tables.storage import to_storage_index
@@ -61,11 +61,9 @@ def _item_id_feature(run: OpenedRun) -> tuple[str, np.ndarray]:
         # Items that the training days lack share the id for unknown values.
         known = ids[ids >= FIRST_KNOWN]
         if len(known) and len(np.unique(known)) == len(known):
-            # The model reads the row of *unknown* for rare items (`tokens.min_count`).
+            # The model reads shared rows for rare items (`tokens.min_count`).
             rare = run.dataset.rare_ids.get(feature.table_name)
-            return feature.table_name, (
-                ids if rare is None else np.where(rare[ids], UNKNOWN, ids)
-            )
+            return feature.table_name, ids if rare is None else rare[ids]
     names = ", ".join(feature.name for feature in features)
     raise InputError(
         "the model has no vector per item: no categorical item feature has a value of "

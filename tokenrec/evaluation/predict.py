@@ -22,6 +22,7 @@ from tokenrec.evaluation.evaluate import (
     make_retrieval_step,
     score_split,
 )
+from tokenrec.evaluation.freeze import check_freeze, freeze_time
 from tokenrec.runtime import distributed
 from tokenrec.runtime.files import atomic_replace
 from tokenrec.runtime.paths import make_folder
@@ -30,7 +31,13 @@ from tokenrec.task_plan import TaskPlan
 
 
 def predict_run(
-    workdir: Path, split: str | None, checkpoint: str, data: Path | None, out: Path
+    workdir: Path,
+    split: str | None,
+    checkpoint: str,
+    data: Path | None,
+    out: Path,
+    *,
+    freeze_at: str | None = None,
 ) -> int:
     """Write the scores of a split, as `tokenrec predict`, on all processes.
 
@@ -49,6 +56,8 @@ def predict_run(
       data: the prepared data set; None is that of the run's config.
       out: Parquet file to write. It appears when it is complete, and a failure leaves
         an older file as it was. The first process writes it.
+      freeze_at: ranking: histories and statistics of the past end at this time
+        (`freeze.freeze_time`); None: they do not.
 
     Returns:
       The number of table rows.
@@ -60,12 +69,18 @@ def predict_run(
     with distributed.raise_on_all_processes():
         config = load_run_config(workdir, data)
         mesh = make_mesh(config.mesh)
-    distributed.assert_same_on_all_processes({"--split": split})
+    distributed.assert_same_on_all_processes(
+        {"--split": split, "--freeze-at": freeze_at}
+    )
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
         with distributed.raise_on_all_processes():
             split = run.dataset.choose_split(split)
-        tables = prediction_tables(run, split, mesh)
+            end = None
+            if freeze_at is not None:
+                check_freeze(run.model.config, 0)
+                end = freeze_time(run.dataset, split, freeze_at)
+        tables = prediction_tables(run, split, mesh, freeze_at=end)
         if distributed.is_first_process():
             return _write(tables, out)
         # The other processes take part in the computation and write nothing.
@@ -89,20 +104,25 @@ def _write(tables: Iterator[pa.Table], out: Path) -> int:
     return rows
 
 
-def prediction_tables(run: OpenedRun, split: str, mesh: Mesh) -> Iterator[pa.Table]:
+def prediction_tables(
+    run: OpenedRun, split: str, mesh: Mesh, *, freeze_at: int | None = None
+) -> Iterator[pa.Table]:
     """Yield the scores of a split, batch by batch, as tables of one schema.
 
     Args:
       run: the run and its weights.
       split: split to score.
       mesh: the mesh in use, which holds the weights.
+      freeze_at: ranking: milliseconds at which histories end.
     """
     config = run.model.config
     if config.data.objective == "retrieval":
         yield from _retrieval_tables(run, config, split, mesh)
         return
     step = jit_eval_step(run.model)
-    for scores in score_split(step, run.state, config, run.dataset, split, mesh):
+    for scores in score_split(
+        step, run.state, config, run.dataset, split, mesh, freeze_at=freeze_at
+    ):
         yield _scores_table(scores, run.model.evaluated_plans)
 
 

@@ -1,10 +1,11 @@
 """Run the commands of a study in child processes, within its budget of CPU-hours.
 
-One training run of a study is up to three commands in a folder of its own:
+One training run of a study is a few commands in a folder of its own:
 
     describe   parameters and FLOPs of the model  -> figures.json
     train      the training itself                -> run/, then trained.json
     predict    scores of one split                -> SPLIT.parquet
+    predict    the same, frozen (`freeze_at`)     -> SPLIT.frozen.parquet
 
 Each is a `tokenrec` command in a process of its own, so that the process of the study
 never holds an accelerator. A command whose file exists is not run again, and `train`
@@ -34,6 +35,7 @@ TOKENREC = (sys.executable, "-m", "tokenrec")
 # Names inside the folder of a training run.
 RUN_FOLDER = "run"
 DESCRIPTION_FILE = "figures.json"
+FROZEN_SUFFIX = ".frozen"
 _CONFIG = "config.json"
 _TRAINED = "trained.json"
 _DIVERGED = "diverged.json"
@@ -51,6 +53,7 @@ class RunRequest(NamedTuple):
       splits: splits whose scores are wanted.
       checkpoint: the checkpoint that is scored, "latest" or "best".
       described: whether the model's parameters and FLOPs are wanted.
+      freeze_at: where not empty, frozen scores are wanted too (`predict --freeze-at`).
     """
 
     folder: Path
@@ -58,6 +61,7 @@ class RunRequest(NamedTuple):
     splits: tuple[str, ...]
     checkpoint: str
     described: bool = False
+    freeze_at: str = ""
 
 
 class BudgetSpent(InputError):
@@ -204,10 +208,13 @@ def _check_config(request: RunRequest) -> None:
 
 
 def _missing(request: RunRequest) -> list[str]:
-    """Names of commands without output: "describe", "train", and each split."""
+    """Names of commands without output: "describe", "train", each split, frozen too."""
     outputs = {"describe": DESCRIPTION_FILE} if request.described else {}
     outputs["train"] = _TRAINED
     outputs |= {split: f"{split}.parquet" for split in request.splits}
+    if request.freeze_at:
+        frozen = [split + FROZEN_SUFFIX for split in request.splits]
+        outputs |= {name: f"{name}.parquet" for name in frozen}
     return [
         name for name, file in outputs.items() if not (request.folder / file).is_file()
     ]
@@ -222,12 +229,15 @@ def _arguments(request: RunRequest, name: str) -> list[str]:
         return ["describe", config, f"--json={folder / DESCRIPTION_FILE}"]
     if name == "train":
         return ["train", config, workdir, "--quiet"]
+    split = name.removesuffix(FROZEN_SUFFIX)
+    frozen = [] if split == name else [f"--freeze-at={request.freeze_at}"]
     return [
         "predict",
         workdir,
-        f"--split={name}",
+        f"--split={split}",
         f"--checkpoint={request.checkpoint}",
         f"--out={folder / name}.parquet",
+        *frozen,
     ]
 
 

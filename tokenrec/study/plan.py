@@ -59,6 +59,11 @@ class Study:
       checkpoint: the checkpoint that is scored, "latest" or "best"; the best one is
         chosen on `train.eval_split`.
       draws: resamples of the users for each confidence interval.
+      freeze_at: "split": the final runs and the baselines are also scored with
+        histories and statistics of the past that end where a split begins
+        (`tokenrec/evaluation/freeze.py`). Empty: they are not.
+      ensembles: name -> models whose log-odds are averaged, first over all seeds of
+        each model: one of a single model is the average of its seeds.
     """
 
     base: str
@@ -72,6 +77,8 @@ class Study:
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     checkpoint: Literal["latest", "best"] = "latest"
     draws: int = 1_000
+    freeze_at: Literal["", "split"] = ""
+    ensembles: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def rates_of(self, model: str) -> tuple[float, ...]:
         """Learning rates that are tried for a model."""
@@ -169,6 +176,15 @@ def _problems(study: Study) -> Iterator[str]:
             yield (
                 f"own_rates: '{name}' is none of the models"
                 f"{suggest(name, study.models)}"
+            )
+    for name, members in study.ensembles.items():
+        if name in study.models:
+            yield f"ensembles: '{name}' is a model; give the average another name"
+        unknown = [member for member in members if member not in study.models]
+        if unknown or not members:
+            yield (
+                f"ensembles: '{name}' averages {members!r}; name one or more of the "
+                f"models{suggest(unknown[0], study.models) if unknown else ''}"
             )
     # A repeated rate or seed would name one folder twice.
     lists: dict[str, tuple[Any, ...]] = {

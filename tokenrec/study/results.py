@@ -29,7 +29,10 @@ from tokenrec.study.jobs import RUN_FOLDER
 from tokenrec.study.plan import TrainingRun
 
 METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
-# The seed in the tables of baselines, which are not trained.
+# Metrics of frozen histories, whose names have a prefix.
+_FROZEN_METRICS = ("auc", "gauc")
+_FROZEN = "frozen_"
+# The seed in the tables of baselines and ensembles, which are no runs.
 BASELINE_SEED = -1
 # An impression of a data set is identified by user, item and time.
 _KEY = ("user_id", "item_id", "time_ms")
@@ -126,17 +129,21 @@ def result_rows(
     rate: float | None,
     split: str,
     report: Mapping[str, Any],
+    *,
+    frozen: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Make the rows of `Result` of one model, without speed and number of parameters.
 
     Args:
       study: name of the study.
-      model: name of the model or baseline.
-      seed: seed of the run; BASELINE_SEED for a baseline.
-      rate: learning rate; None for a baseline.
+      model: name of the model, ensemble or baseline.
+      seed: seed of the run; BASELINE_SEED for the others.
+      rate: learning rate; None for the others.
       split: the split that was scored.
       report: report of `ScoredSplit.metrics`.
+      frozen: it is of frozen scores, of which AUC and GAUC alone are listed.
     """
+    metrics, prefix = (_FROZEN_METRICS, _FROZEN) if frozen else (METRICS, "")
     run = {
         "study": study,
         "model": model,
@@ -146,11 +153,12 @@ def result_rows(
     }
     # The report holds Python floats, and None where a metric is undefined.
     for task, values in report["tasks"].items():
-        for metric in METRICS:
-            yield run | {"task": task, "metric": metric, "value": values[metric]}
+        for metric in metrics:
+            value = values[metric]
+            yield run | {"task": task, "metric": prefix + metric, "value": value}
     for metric in ("auc", "gauc"):
         value = report[f"macro_{metric}"]
-        yield run | {"task": "macro", "metric": metric, "value": value}
+        yield run | {"task": "macro", "metric": prefix + metric, "value": value}
 
 
 def reliability_rows(
@@ -178,6 +186,8 @@ def difference_rows(
     runs: Mapping[str, Mapping[int, ScoredSplit]],
     reference: str,
     draws: int,
+    *,
+    frozen: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Make the rows of `Difference` of a split, for tasks with labels of both classes.
 
@@ -187,6 +197,7 @@ def difference_rows(
       runs: model -> seed -> scores.
       reference: the model that the others are compared with.
       draws: resamples of the bootstrap.
+      frozen: the scores are frozen ones, of which AUC and GAUC alone are compared.
 
     Raises:
       InputError: two models did not score the same impressions.
@@ -215,6 +226,8 @@ def difference_rows(
         estimates = paired_bootstrap(labels, scores, users, reference, draws=draws)
         user_count = len(np.unique(users))
         for metric, by_model in estimates.items():
+            if frozen and metric not in _FROZEN_METRICS:
+                continue
             for model, estimate in by_model.items():
                 yield {
                     "study": study,
@@ -222,7 +235,7 @@ def difference_rows(
                     "reference": reference,
                     "split": split,
                     "task": task,
-                    "metric": metric,
+                    "metric": f"{_FROZEN}{metric}" if frozen else metric,
                     "difference": estimate.value,
                     "low": estimate.low,
                     "high": estimate.high,

@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenrec.config import data_directory, semantic_ids_path
 from tokenrec.data.dataset import open_dataset
 from tokenrec.errors import InputError
+from tokenrec.evaluation.freeze import freeze_time
 from tokenrec.study.jobs import Budget, BudgetSpent, run_missing
 from tokenrec.study.plan import Study, search_runs
 from tokenrec.study.study_folder import StudyFolder
@@ -59,6 +60,10 @@ def run_study(
             f"only {', '.join(dataset.splits)}; leave it out, or prepare the data set "
             "with it"
         )
+    if study.freeze_at:
+        for split in study.splits:
+            # For its error, before hours of training.
+            freeze_time(dataset, split, study.freeze_at)
     # Refused before the folder is made, so that a slip leaves nothing behind.
     if tables_only and not folder.chosen_rates():
         raise InputError(
@@ -72,7 +77,10 @@ def run_study(
             # The rates of the final runs are known once the whole search is done.
             search = [folder.search_request(run) for run in search_runs(study)]
             run_missing(search, budget, side_by_side)
-            final = [folder.request(run, study.splits) for run in folder.final_runs()]
+            final = [
+                folder.request(run, study.splits, frozen=bool(study.freeze_at))
+                for run in folder.final_runs()
+            ]
             run_missing(final, budget, side_by_side)
     # The tables of what is done are worth having when the budget ends.
     except BudgetSpent:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenrec.runtime.files import read_json
-from tokenrec.study.jobs import DESCRIPTION_FILE, RunRequest, is_done
+from tokenrec.study.jobs import (
+    DESCRIPTION_FILE,
+    FROZEN_SUFFIX,
+    RunRequest,
+    is_done,
+)
 from tokenrec.study.plan import (
     TUNING_SPLIT,
     Study,
@@ -33,11 +38,19 @@ class StudyFolder:
         self.data = data
         self.base = base_config(study, data)
 
-    def request(self, run: TrainingRun, splits: tuple[str, ...]) -> RunRequest:
-        """Request a run and its scores on `splits`."""
+    def request(
+        self, run: TrainingRun, splits: tuple[str, ...], *, frozen: bool = False
+    ) -> RunRequest:
+        """Request a run and its scores on `splits`, frozen ones too if asked."""
         # Every request has a config of its own: configs are mutable.
         config = run_config(self.study, run, self.data)
-        return RunRequest(self.out / run.folder, config, splits, self.study.checkpoint)
+        return RunRequest(
+            self.out / run.folder,
+            config,
+            splits,
+            self.study.checkpoint,
+            freeze_at=self.study.freeze_at if frozen else "",
+        )
 
     def search_request(self, run: TrainingRun) -> RunRequest:
         """Request a run of the search; the first of a model describes the model too."""
@@ -63,12 +76,15 @@ class StudyFolder:
                 )
         return sizes
 
-    def scores(self, run: TrainingRun, split: str) -> ScoredSplit | None:
-        """Read the scores of a run; None if it is not done."""
+    def scores(
+        self, run: TrainingRun, split: str, *, frozen: bool = False
+    ) -> ScoredSplit | None:
+        """Read the scores of a run, live or frozen; None if it is not done."""
         # The file of scores alone does not suffice: training must be complete too.
-        if not is_done(self.request(run, (split,))):
+        if not is_done(self.request(run, (split,), frozen=frozen)):
             return None
-        return read_scores(self.out / run.folder / f"{split}.parquet")
+        suffix = FROZEN_SUFFIX if frozen else ""
+        return read_scores(self.out / run.folder / f"{split}{suffix}.parquet")
 
     def chosen_rates(self) -> dict[str, float]:
         """Choose the rate of each model by macro AUC on valid, of finished runs."""

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from tokenrec.analysis.study_rows import (
     CurvePoint,
@@ -15,10 +12,11 @@ from tokenrec.analysis.study_rows import (
     Result,
 )
 from tokenrec.data.dataset import Dataset
-from tokenrec.data.interaction_log import SCORED
-from tokenrec.evaluation.baselines import split_baselines
+from tokenrec.data.pipeline import task_names
+from tokenrec.evaluation.freeze import freeze_time
 from tokenrec.runtime.files import write_json
 from tokenrec.runtime.versions import versions
+from tokenrec.study.comparisons import Baselines, average
 from tokenrec.study.jobs import diverged
 from tokenrec.study.plan import TrainingRun, final_runs, search_runs
 from tokenrec.study.results import (
@@ -29,7 +27,6 @@ from tokenrec.study.results import (
     median_speed,
     reliability_rows,
     result_rows,
-    sort_order,
     write_rows,
 )
 from tokenrec.study.study_folder import StudyFolder
@@ -67,6 +64,13 @@ def write_tables(
     chosen = folder.chosen_rates()
     sizes = folder.model_sizes()
     final = final_runs(study, chosen)
+    binary = {task.name for task in dataset.schema.binary_tasks}
+    tasks = tuple(
+        name
+        for name in task_names(dataset.schema, folder.base.data)
+        if name in binary and name not in folder.base.data.auxiliary
+    )
+    baselines = Baselines(out, dataset, tasks)
     # Each run once: the first final run of a model is one of the search.
     runs = list(dict.fromkeys([*search_runs(study), *final]))
 
@@ -75,7 +79,9 @@ def write_tables(
     differences: list[dict[str, Any]] = []
     positives: dict[str, dict[str, int]] = {}
     for split in study.splits:
-        tables = _split_tables(folder, name, dataset, split, runs, final, sizes)
+        tables = _split_tables(
+            folder, name, dataset, split, runs, final, sizes, baselines
+        )
         results += tables.results
         reliability += tables.reliability
         differences += tables.differences
@@ -98,6 +104,7 @@ def write_tables(
         "command": command,
         "base": dataclasses.asdict(folder.base),
         "arms": {model: dict(fields) for model, fields in study.models.items()},
+        "ensembles": {name: list(of) for name, of in study.ensembles.items()},
         "chosen": chosen,
         "learning_rates": sorted({run.learning_rate for run in search_runs(study)}),
         "seeds": list(study.seeds),
@@ -129,6 +136,7 @@ def _split_tables(
     runs: list[TrainingRun],
     final: list[TrainingRun],
     sizes: dict[str, tuple[int, float]],
+    baselines: Baselines,
 ) -> _SplitTables:
     """Make the rows of one split.
 
@@ -140,10 +148,12 @@ def _split_tables(
       runs: all runs, each once.
       final: the final runs among them, which are compared with the reference.
       sizes: model -> parameters and FLOPs.
+      baselines: those of the study.
     """
     results: list[dict[str, Any]] = []
     reliability: list[dict[str, Any]] = []
-    final_scores: dict[str, dict[int, ScoredSplit]] = {}
+    live: dict[str, dict[int, ScoredSplit]] = {}
+    frozen: dict[str, dict[int, ScoredSplit]] = {}
     for run in runs:
         scored = folder.scores(run, split)
         if scored is None:
@@ -155,49 +165,51 @@ def _split_tables(
             "examples_per_second": median_speed(folder.out / run.folder),
             "parameters": parameters,
         }
+        about = (name, run.model, run.seed, run.learning_rate, split)
         report = scored.metrics(calibration=run in final)
-        rows = result_rows(name, run.model, run.seed, run.learning_rate, split, report)
-        results += [row | cost for row in rows]
-        if run in final:
-            reliability += reliability_rows(name, run, split, report)
-            final_scores.setdefault(run.model, {})[run.seed] = scored
-    if not final_scores:
+        results += [row | cost for row in result_rows(*about, report)]
+        if run not in final:
+            continue
+        reliability += reliability_rows(name, run, split, report)
+        live.setdefault(run.model, {})[run.seed] = scored
+        if folder.study.freeze_at:
+            scored = folder.scores(run, split, frozen=True)
+            if scored is not None:
+                rows = result_rows(*about, scored.metrics(), frozen=True)
+                results += [row | cost for row in rows]
+                frozen.setdefault(run.model, {})[run.seed] = scored
+    if not live:
         return _SplitTables(results, [], [], None)
 
     # All runs scored the same impressions, which `difference_rows` checks.
-    example = next(iter(next(iter(final_scores.values())).values()))
+    example = next(iter(next(iter(live.values())).values()))
     positives = {
         task: int((example.labels[:, k] == 1).sum())
         for k, task in enumerate(example.tasks)
     }
-    for baseline, scored in _baselines(dataset, split, example):
-        results += result_rows(
-            name, baseline, BASELINE_SEED, None, split, scored.metrics()
-        )
-        # Compared with the reference like a model of one seed.
-        final_scores[baseline] = {BASELINE_SEED: scored}
-    reference = folder.study.reference
+    study = folder.study
     differences: list[dict[str, Any]] = []
-    if reference in final_scores:
-        draws = folder.study.draws
-        differences += difference_rows(name, split, final_scores, reference, draws)
+    for scores in (live, frozen) if frozen else (live,):
+        is_frozen = scores is frozen
+        end = freeze_time(dataset, split, study.freeze_at) if is_frozen else None
+        others = [
+            *average(study.ensembles, study.seeds, scores),
+            *baselines.scores(split, example, end),
+        ]
+        for other, scored in others:
+            results += result_rows(
+                name,
+                other,
+                BASELINE_SEED,
+                None,
+                split,
+                scored.metrics(),
+                frozen=is_frozen,
+            )
+            # Compared with the reference like a model of one seed.
+            scores[other] = {BASELINE_SEED: scored}
+        if study.reference in scores:
+            differences += difference_rows(
+                name, split, scores, study.reference, study.draws, frozen=is_frozen
+            )
     return _SplitTables(results, reliability, differences, positives)
-
-
-def _baselines(
-    dataset: Dataset, split: str, example: ScoredSplit
-) -> Iterator[tuple[str, ScoredSplit]]:
-    """Score the baselines that need no training, on the impressions of `example`."""
-    log = dataset.load(split)
-    log_rows = np.flatnonzero(log.flags & SCORED > 0)
-    # A chunk of the log is a run of rows of one user.
-    users = np.repeat(log.user_id, np.diff(log.start))
-    # The log is in order of chunks, `example` in order of user, item and time.
-    order = sort_order(
-        users[log_rows],
-        dataset.catalogue.item_id[log.item[log_rows]],
-        log.time[log_rows],
-    )
-    for name, probabilities in split_baselines(dataset, split, example.tasks).items():
-        scores = probabilities[order].astype(np.float32)
-        yield name, example._replace(scores=scores)

@@ -40,9 +40,17 @@ class Reference:
     def __post_init__(self) -> None:
         self.counted = self._join_repeats()
 
-    def features(self, row: Row) -> dict[str, float]:
-        """All features of one row, NaN where missing."""
-        past = [other for other in self.counted if other["time_ms"] < row["time_ms"]]
+    def features(self, row: Row, frozen_at: int | None = None) -> dict[str, float]:
+        """All features of one row, NaN where missing.
+
+        Args:
+          row: the row.
+          frozen_at: rows from this time on are as if they were not in the log.
+        """
+        end = row["time_ms"]
+        if frozen_at is not None:
+            end = min(end, frozen_at)
+        past = [other for other in self.counted if other["time_ms"] < end]
         events = [other for other in past if other["event"]]
         self._last = sorted(
             (other for other in events if other["user_id"] == row["user_id"]),

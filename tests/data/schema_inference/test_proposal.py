@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tokenrec.data.schema_inference.find_keys import Flags
 from tokenrec.data.schema_inference.keys import stem
 from tokenrec.data.schema_inference.proposal import Proposal, propose
 from tokenrec.data.schema_inference.write import write_proposal
+from tokenrec.data.sources.delimited_schema import read_schema
 from tokenrec.errors import InputError
 
 
@@ -122,6 +124,55 @@ def test_a_log_of_positives_is_for_a_retriever(tmp_path: Path) -> None:
     found = decide(tmp_path, columns)
     assert (found.config, found.labels) == ("retriever", [])
     assert decision(found, "click").role == "left out"
+
+
+def test_a_log_with_labels_gets_a_few_statistics_each_with_a_reason(
+    tmp_path: Path,
+) -> None:
+    log = write_csv(tmp_path / "log.csv", clicks())
+    items = {
+        "sku": [f"s{i}" for i in range(30)],
+        "brand": [f"b{i % 5}" for i in range(30)],
+        # Too many values, or one: they pool nothing.
+        "name": [f"n{i}" for i in range(30)],
+        "shop": ["here"] * 30,
+    }
+    found = propose([log], None, write_csv(tmp_path / "items.csv", items))
+    half_life = "1d"  # of a log of a month
+    assert found.statistics.value == {
+        "keys": [
+            {"key": "item_id", "horizons": ["all", half_life]},
+            {"key": "user_id", "horizons": ["all", half_life]},
+            {"key": "brand"},
+            {"key": ["user_id", "brand"]},
+            {"key": "hour"},
+            {"key": "device"},
+        ],
+        "matches": ["item_id", "brand"],
+        "times": {"gap": True},
+    }
+    write_proposal(found, tmp_path / "out")
+    schema = read_schema(tmp_path / "out" / "schema.json")
+    assert schema.statistics is not None
+    names = {f.name for f in schema.statistics.features(schema.schema)}
+    assert {"rate_item_id_click_1d", "count_user_id", "past_gap"} <= names
+    reasons = (tmp_path / "out" / "README.md").read_text()
+    for what in ("item_id", "user_id x brand", "past_gap"):
+        assert re.search(rf"^\| `{what}` \| \w.+ \|$", reasons, re.MULTILINE)
+
+
+def test_statistics_are_left_out_without_labels_and_where_a_name_is_taken(
+    tmp_path: Path,
+) -> None:
+    columns = clicks()
+    taken = columns | {"rate_item_id_click": columns["price"]}
+    found = decide(tmp_path, taken)
+    assert not found.statistics.value
+    assert any("because 'rate_item_id_click' is a column" in r for r in found.remarks)
+    found = decide(tmp_path, {n: columns[n] for n in ("uid", "sku", "ts")})
+    assert not found.statistics.value
+    write_proposal(found, tmp_path / "out")
+    assert "statistics" not in json.loads((tmp_path / "out/schema.json").read_text())
 
 
 def test_rare_reactions_are_actions_and_no_tasks(tmp_path: Path) -> None:

@@ -29,9 +29,7 @@ class KeyIndex:
 
     def add(self, ids: np.ndarray) -> np.ndarray:
         """Return the numbers of ascending, distinct `ids: [n]`, new ones included."""
-        place = _find(self._merged, ids)
-        rest = np.flatnonzero(place < 0)
-        place[rest] = _find(self._recent, ids[rest])
+        place = self.find(ids)
         new = np.flatnonzero(place < 0)
         place[new] = len(self) + np.arange(len(new))
         self._recent = _insert(self._recent, ids[new], place[new])
@@ -39,10 +37,30 @@ class KeyIndex:
             self._merge()
         return place
 
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """Return the numbers of distinct `ids: [n]`, -1 of those that did not come."""
+        place = _find(self._merged, ids)
+        rest = np.flatnonzero(place < 0)
+        place[rest] = _find(self._recent, ids[rest])
+        return place
+
     def items(self) -> tuple[np.ndarray, np.ndarray]:
         """Return all ids in ascending order, `[N] uint64`, and their numbers."""
         self._merge()
         return self._merged
+
+    def add_from(
+        self, other: KeyIndex, ids: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Add those of `ids: [n]` that did not come yet.
+
+        Returns:
+          Of the added ids that another index has: their numbers here, and there.
+        """
+        ids = np.unique(ids)
+        ids = ids[self.find(ids) < 0]
+        here, there = self.add(ids), other.find(ids)
+        return here[there >= 0], there[there >= 0]
 
     def _merge(self) -> None:
         self._merged = _insert(self._merged, *self._recent)

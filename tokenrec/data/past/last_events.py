@@ -8,7 +8,7 @@ import numpy as np
 
 from tokenrec.data.past.key_index import KeyIndex
 from tokenrec.data.past.keys import Hashes
-from tokenrec.data.past.totals import run_starts
+from tokenrec.data.past.runs import run_starts
 
 
 class LastEvents:
@@ -116,6 +116,18 @@ class LastEvents:
         self._arrays["keys"][place[of_user], slot] = all_keys[last]
         self._arrays["values"][place[of_user], slot] = all_values[last]
         return [results[count] for count in self._counts]
+
+    def take_over(self, other: LastEvents, user: np.ndarray) -> None:
+        """Begin with the events that another has of the users that did not come yet.
+
+        Args:
+          other: of the same numbers of events and keys.
+          user: `[R] uint64`.
+        """
+        here, there = self._users.add_from(other._users, user)
+        self._grow(len(self._users))
+        for name, array in other._arrays.items():
+            self._arrays[name][here] = array[there]
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what is kept of each user, from which `resume` goes on."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tokenrec.data.past.key_index import KeyIndex
-from tokenrec.data.past.totals import run_starts
+from tokenrec.data.past.runs import run_starts
 
 
 class TimesOfUsers:
@@ -106,6 +106,18 @@ class TimesOfUsers:
             out[name] = np.empty(len(order))
             out[name][order] = values[row_moment]
         return out
+
+    def take_over(self, other: TimesOfUsers, user: np.ndarray) -> None:
+        """Begin with what another keeps of the users that did not come yet.
+
+        Args:
+          other: times with the same gap that ends a session.
+          user: `[R] uint64`.
+        """
+        here, there = self._users.add_from(other._users, user)
+        self._grow(len(self._users))
+        for name, array in other._arrays.items():
+            self._arrays[name][here] = array[there]
 
     def state(self) -> dict[str, np.ndarray]:
         """Return what is kept of each user, from which `resume` goes on."""

@@ -17,6 +17,7 @@ from tokenrec.data.memory_limit import NO_LIMIT, MemoryLimit, blocks
 from tokenrec.data.preparation.chunks import TRAIN
 from tokenrec.data.preparation.encode import encode_features
 from tokenrec.data.preparation.entities import Entities
+from tokenrec.data.preparation.frozen import FrozenValues
 from tokenrec.data.preparation.label_columns import read_labels
 from tokenrec.data.preparation.like import Like
 from tokenrec.data.preparation.partition import encoded_row_dtype
@@ -140,6 +141,7 @@ class LogIngestion:
       encoder: distinct values, users and items of the log.
       partitions: encoded log rows by user, in memory or in the folder `work`.
       like: the data set to go on from; None to begin.
+      frozen: frozen statistics of the log, in a temporary file.
       last_time: time of the last row of the log, milliseconds.
       limit: of the memory that values, users and items may take.
 
@@ -156,6 +158,7 @@ class LogIngestion:
         self.encoder = LogEncoder(schema, like, self.limit)
         rows = work / "rows"
         self.partitions = UserPartitions(rows, self.encoder.dtype, PARTITION_ROWS)
+        self.frozen = FrozenValues(work / "frozen")
         self.last_time = np.iinfo(np.int64).min
 
     def read(self, source: Source) -> None:
@@ -188,7 +191,9 @@ class LogIngestion:
         """
         first = 0
         for batch in rebatch(batches, self.limit):
+            batch, frozen = self.frozen.add(batch)
             rows = self.encoder.encode(batch, first)
+            rows["frozen"] = frozen
             self.partitions.add(rows)
             self.last_time = max(self.last_time, int(rows["row"]["time"].max()))
             if scored is not None:

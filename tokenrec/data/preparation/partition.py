@@ -74,21 +74,29 @@ class ChunkRun(NamedTuple):
       rows: `[m]` of `records.row_dtype`, log rows, chunk after chunk.
       start: `[U + 1] int64`, first log row of each chunk.
       user: `[U] int32`, code of each chunk's user.
+      frozen: `[m] int64`, place of each log row's frozen statistics, 0 for none.
     """
 
     split: str
     rows: np.ndarray
     start: np.ndarray
     user: np.ndarray
+    frozen: np.ndarray
 
 
 def encoded_row_dtype(schema: Schema) -> np.dtype:
     """Type of an encoded log row: the code of its user, its split, and its columns.
 
     User and split are not part of a chunk's rows: a chunk has one user and one split.
+    `frozen` is the place of its frozen statistics (frozen.py), 0 for none.
     """
     return np.dtype(
-        [("user", "<i4"), ("split", "u1"), ("row", records.row_dtype(schema))]
+        [
+            ("user", "<i4"),
+            ("split", "u1"),
+            ("frozen", "<i8"),
+            ("row", records.row_dtype(schema)),
+        ]
     )
 
 
@@ -185,7 +193,8 @@ def cut_into_chunks(
             # A row that is history here must be neither scored nor learned again.
             rows["flags"][chunks.history_only] = EVENT | REPEATED
             chunk_user = user[chunks.rows[chunks.start[:-1]]]
-            yield ChunkRun(name, rows, chunks.start, chunk_user)
+            frozen = partition["frozen"][chunks.rows]
+            yield ChunkRun(name, rows, chunks.start, chunk_user, frozen)
 
 
 class Users:

@@ -35,6 +35,7 @@ Memory holds, at any time:
 | `vocabularies/`, `tokenizer.json`, `items/` | between the passes |
 | shards | during 4 |
 | `marks/` (how each row is cut into samples) | during 4 |
+| `frozen/` (statistics as of the start of a split) | during 4 |
 | `state/` (what later rows go on from) | during 4 |
 | `chunks/` (rows of each chunk) | after the last shard |
 | `dataset_info.json`, `features.json`, `tokenrec.json` | last |
@@ -64,6 +65,7 @@ from tokenrec.data.preparation.folder import (
     write_tokenizer,
     write_vocabularies,
 )
+from tokenrec.data.preparation.frozen import FrozenWriter, describe_frozen
 from tokenrec.data.preparation.intake import LogIngestion
 from tokenrec.data.preparation.like import open_like
 from tokenrec.data.preparation.moments import Moments
@@ -150,7 +152,9 @@ def prepare(
             writer.write_entities()
             writer.write_chunks(**options)
             writer.write_state(source)
-            metadata = writer.write_metadata(source.provenance, checksums, options)
+            metadata = writer.write_metadata(
+                source.provenance, checksums, options | describe_frozen(source)
+            )
         finally:
             shutil.rmtree(work, ignore_errors=True)
     say_notices(open_dataset(out))
@@ -180,6 +184,7 @@ class _FolderWriter:
         self.table_rows: dict[str, int] = {}
         self.split_writers: dict[str, records.SplitWriter] = {}
         self.index_writer = IndexWriter(folder)
+        self.frozen_writer = FrozenWriter(folder, ingestion.frozen)
         # One that goes on from another cannot be gone on from: it lacks other users.
         self.state_writer = None if self.like else StateWriter(folder)
         self.state: dict[str, Any] = {}
@@ -247,8 +252,10 @@ class _FolderWriter:
             for split_writer in self.split_writers.values():
                 split_writer.finish()
             self.row_digests = self.index_writer.finish()
+            self.frozen_writer.finish()
         finally:
             self.index_writer.close()
+            self.frozen_writer.close()
             if self.state_writer is not None:
                 self.state_writer.close()
             for split_writer in self.split_writers.values():
@@ -263,6 +270,7 @@ class _FolderWriter:
         for chunk in chunk_records(run, self.chunk_users):
             self.split_writers[run.split].write(chunk)
         self.index_writer.add(run.split, index_chunks(run, self.chunk_users))
+        self.frozen_writer.add(run)
 
     def _write_events(self, run: ChunkRun | None) -> None:
         if run is not None and self.state_writer is not None:
@@ -272,17 +280,19 @@ class _FolderWriter:
         """Write what a later data set goes on from."""
         if self.state_writer is not None:
             arrays = source.state() if isinstance(source, StatefulSource) else {}
-            self.state = self.state_writer.finish(self.ingestion.last_time, arrays)
+            self.state = self.state_writer.finish(
+                self.ingestion.last_time, arrays.items()
+            )
 
     def write_metadata(
-        self, provenance: Provenance, checksums: dict[str, str], options: dict[str, int]
+        self, provenance: Provenance, checksums: dict[str, str], options: dict[str, Any]
     ) -> Metadata:
         """Write the JSON files of the folder.
 
         Args:
           provenance: origin of the data.
           checksums: SHA-256 of the raw files.
-          options: options of `prepare` that change its output.
+          options: options of `prepare` that change its output, and `describe_frozen`.
         """
         shards = {
             split: records.Shards(writer.shard_lengths, writer.num_bytes)

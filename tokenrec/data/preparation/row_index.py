@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tokenrec.data import records
 from tokenrec.data.interaction_log import REPEATED
+from tokenrec.data.preparation.array_file import ArrayFile
 from tokenrec.data.preparation.partition import ChunkRun, Users
 from tokenrec.data.row_marks import MARKS, mark_rows
 
@@ -118,36 +119,17 @@ class _SplitIndex:
         self._sizes_path = folder / records.INDEX / f"{split}.npy"
         self._sizes: list[np.ndarray] = []
         self._digest = hashlib.sha256()
-        self._dtype = dtype
-        self._rows = 0
-        self._marks: IO[bytes] = (folder / MARKS / f"{split}.npy").open("wb")
-        self._write_header()
+        self._marks = ArrayFile(folder / MARKS / f"{split}.npy", dtype)
 
     def add(self, part: ChunkIndex) -> None:
         self._sizes.append(part.sizes)
         self._digest.update(part.digests.tobytes())
-        self._marks.write(part.marks.tobytes())
-        self._rows += len(part.marks)
+        self._marks.append(part.marks)
 
     def finish(self) -> str:
         np.save(self._sizes_path, np.concatenate(self._sizes).astype(np.int64))
-        # Now the number of rows is known.
-        self._marks.seek(0)
-        self._write_header()
-        self.close()
+        self._marks.finish()
         return self._digest.hexdigest()
 
     def close(self) -> None:
         self._marks.close()
-
-    def _write_header(self) -> None:
-        # NumPy leaves room in the header for the first axis to grow, so that a header
-        # that is written again is as long as before.
-        np.lib.format.write_array_header_1_0(
-            self._marks,
-            {
-                "descr": np.lib.format.dtype_to_descr(self._dtype),
-                "fortran_order": False,
-                "shape": (self._rows,),
-            },
-        )

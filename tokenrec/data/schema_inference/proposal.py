@@ -28,6 +28,10 @@ from tokenrec.data.schema_inference.labels import Label, find_labels
 from tokenrec.data.schema_inference.log_columns import LogContext, decide_log_column
 from tokenrec.data.schema_inference.sample import TableSample, read_sample
 from tokenrec.data.schema_inference.splits import Splits, choose_splits
+from tokenrec.data.schema_inference.statistics import (
+    ProposedStatistics,
+    propose_statistics,
+)
 from tokenrec.data.schema_inference.times import milliseconds
 from tokenrec.errors import InputError
 
@@ -51,6 +55,7 @@ class Proposal:
       remarks: further sentences for the user.
       repeats: share of the rows whose user had their item before.
       rows_per_request: mean rows of a request; 1 without requests.
+      statistics: statistics of the past; none without labels.
     """
 
     samples: dict[str, TableSample]
@@ -61,6 +66,7 @@ class Proposal:
     remarks: list[str]
     repeats: float
     rows_per_request: float
+    statistics: ProposedStatistics
 
     @property
     def config(self) -> str:
@@ -139,6 +145,26 @@ def propose_for(
     decisions = _key_decisions(keys, table_keys)
     decisions += _log_decisions(rest, labels, context, names)
     decisions += _table_decisions(columns, table_keys, names)
+    repeats = _repeat_share(context)
+    profiles = {
+        (table, c.column): c for table, of_table in columns.items() for c in of_table
+    }
+    statistics = ProposedStatistics()
+    if labels:
+        statistics = propose_statistics(
+            decisions,
+            lambda decision: profiles[decision.table, decision.column].distinct,
+            keys["item_id"].profile.distinct,
+            times,
+            repeats,
+        )
+        taken_names = {d.feature.name for d in decisions if d.feature is not None}
+        if clash := taken_names & statistics.feature_names(labels):
+            remarks.append(
+                f"no statistics of the past are proposed, because '{min(clash)}' is a "
+                "column already"
+            )
+            statistics = ProposedStatistics()
     return Proposal(
         samples=samples,
         keys=keys,
@@ -146,10 +172,11 @@ def propose_for(
         decisions=decisions,
         splits=choose_splits(times),
         remarks=remarks,
-        repeats=_repeat_share(context),
+        repeats=repeats,
         rows_per_request=request.profile.rows / request.profile.distinct
         if request
         else 1.0,
+        statistics=statistics,
     )
 
 

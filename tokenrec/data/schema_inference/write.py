@@ -35,7 +35,10 @@ def write_proposal(proposal: Proposal, out: Path, *, overwrite: bool = False) ->
             f"{path} exists; name another --out, or add --overwrite to replace it"
         )
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(_format_json(schema_json(proposal, out)), encoding="utf-8")
+    value = schema_json(proposal, out)
+    if proposal.statistics.value:
+        value["statistics"] = proposal.statistics.value
+    path.write_text(_format_json(value), encoding="utf-8")
     (out / REASONS_FILE).write_text(reasons_text(proposal, out), encoding="utf-8")
 
 
@@ -130,6 +133,15 @@ def reasons_text(proposal: Proposal, out: Path) -> str:
             if d.table == table
         ]
         lines.append("")
+    if proposal.statistics.value:
+        lines += ["## Statistics of the past", ""]
+        lines += ["Of strictly earlier rows: rates of each label, and counts.", ""]
+        lines += ["| counted by | because |", "|---|---|"]
+        lines += [
+            f"| `{what}` | {_cell(reason)} |"
+            for what, reason in proposal.statistics.reasons
+        ]
+        lines.append("")
     lines += [
         "Change `schema.json` where this is wrong: `action` is what is known only after",
         "the item was shown, and the model sees it for earlier rows only; `context` is",
@@ -165,6 +177,9 @@ def summary_lines(proposal: Proposal) -> list[str]:
         ]
         if names:
             lines.append(f"{entity} features: {', '.join(names)}")
+    if proposal.statistics.value:
+        counted = [what for what, _ in proposal.statistics.reasons]
+        lines.append(f"statistics of the past: {', '.join(counted)}")
     left = [d.column for d in proposal.decisions if d.role == "left out"]
     if left:
         lines.append(f"left out: {', '.join(left)}")

@@ -20,6 +20,7 @@ model sees for earlier events only. Licence and citation are those of the log's 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from tokenrec.data.arrow_spool import spooled_table
 from tokenrec.data.past.features import PastFeatures
 from tokenrec.data.past.source import with_features
 from tokenrec.data.schema import Feature
-from tokenrec.data.source import LogPart, Provenance
+from tokenrec.data.source import Frozen, LogPart, Provenance
 from tokenrec.data.sources.delimited_columns import (
     ColumnSpec,
     candidate_specs,
@@ -82,6 +83,8 @@ class DelimitedSource:
       InputError: the schema, a file or a value is wrong. Rows and tables are checked
         while they are read.
     """
+
+    state_head = ""
 
     def __init__(
         self,
@@ -189,10 +192,21 @@ class DelimitedSource:
         """Return the totals of the statistics, as `StatefulSource`."""
         return {} if self._past is None else self._past.state()
 
+    def frozen(self) -> Frozen | None:
+        """Describe the frozen statistics, as `FreezingSource`."""
+        return None if self._past is None else self._past.describe_frozen()
+
     def resume(self, state: Mapping[str, np.ndarray], last_time_ms: int) -> None:
         """Go on from the totals of an earlier log, as `StatefulSource`."""
         if self._past is not None:
             self._past.resume(state, last_time_ms)
+
+    def without_statistics(self) -> DelimitedSource:
+        """Return the same files without statistics, as `SourceWithStatistics`."""
+        plain = copy.copy(self)
+        plain.schema = self._schema_file.schema
+        plain.statistics = plain._past = None
+        return plain
 
     def _read_rows(self) -> Iterator[pa.RecordBatch]:
         """Yield the log rows in the order of the files."""
