@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from tokenrec.runtime.result_table import calibration_rows, format_table, result_rows
+from tokenrec.runtime.result_table import (
+    calibration_rows,
+    format_results,
+    format_table,
+    result_rows,
+)
 
 
 def test_results_table_groups_models_and_aligns_tasks():
@@ -74,3 +79,47 @@ def test_calibration_has_a_table_of_its_own():
         "-----  -----  ------  ------  ---------  ---------  --------  -------------",
         "ours   click  0.0100  0.9000          -     0.3000    0.2500         0.0500",
     ]
+
+
+def test_each_kind_of_task_has_a_table():
+    number = {
+        "rmse": 2.0,
+        "mae": 1.0,
+        "xauc": 0.75,
+        "rmse_of_mean": 3.0,
+        "mae_of_mean": 1.5,
+        "predicted": 4.0,
+        "observed": 5.0,
+        "examples": 9,
+    }
+    classes = {
+        "accuracy": 0.5,
+        "log_loss": 1.0,
+        "normalized_entropy": 0.75,
+        "ovr_auc": 0.625,
+        "accuracy_of_commonest": 0.25,
+        "examples": 8,
+    }
+    text = format_results(
+        {
+            "ours": {
+                "tasks": {
+                    "seconds": number | {"request_ndcg@3": 0.875, "requests": 4},
+                    "stars": classes,
+                },
+                "frozen": {"tasks": {"seconds": number | {"rmse": 2.5}}},
+            }
+        }
+    )
+    numbers, of_classes, requests = text.split("\n\n")
+    assert numbers.splitlines()[0].split()[:3] == ["model", "task", "RMSE"]
+    assert "frozen RMSE" in numbers
+    assert numbers.splitlines()[2].split()[:4] == [
+        "ours",
+        "seconds",
+        "2.0000",
+        "2.5000",
+    ]
+    assert "of commonest" in of_classes
+    assert "frozen accuracy" not in of_classes
+    assert requests.splitlines()[2].split() == ["ours", "seconds", "0.8750", "4"]

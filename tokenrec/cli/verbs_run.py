@@ -140,6 +140,13 @@ def _add_evaluate(verbs: VerbParsers) -> Parser:
         "time: ISO date or time (UTC unless it names a zone), milliseconds, or 'split', "
         "the first scored row",
     )
+    parser.add_argument(
+        "--request-ndcg",
+        type=whole_number,
+        metavar="K",
+        help="also compute NDCG at this many places within requests (default: "
+        "data.request_ndcg of the run)",
+    )
     return parser
 
 
@@ -156,6 +163,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         baselines=args.baselines,
         limit=args.samples,
         freeze_at=args.freeze_at,
+        request_ndcg=args.request_ndcg,
     )
     if not is_first_process():
         return

@@ -27,10 +27,11 @@ from tokenrec.evaluation.boosted_trees import (
 )
 from tokenrec.evaluation.catalogue import rank_by_counts, rank_split, summarize
 from tokenrec.evaluation.ceiling import CEILING, known_probabilities
+from tokenrec.evaluation.task_store import TaskStore
 from tokenrec.metrics.groups import group_codes
-from tokenrec.metrics.score_store import ScoreStore
 from tokenrec.runtime import distributed
 from tokenrec.sharding import RULES
+from tokenrec.task_plan import plan_tasks
 
 
 def evaluate_baselines(
@@ -40,6 +41,7 @@ def evaluate_baselines(
     rows: np.ndarray,
     *,
     freeze_at: int | None = None,
+    ndcg: int = 0,
 ) -> dict[str, Any]:
     """Compute the metrics of the baselines on given rows of a split.
 
@@ -49,9 +51,10 @@ def evaluate_baselines(
       tasks: K names of binary tasks; without any there are no baselines.
       rows: `[n] int64`, log rows of the split, all of them scored, in any order.
       freeze_at: milliseconds; earlier events and past rates end before this time.
+      ndcg: also compute NDCG at this many places within requests; 0: not.
 
     Returns:
-      Name -> metrics in the form of `metrics.binary.summarize`, calibration included.
+      Name -> metrics in the form of `TaskStore.summarize`, calibration included.
       "lightgbm" is among them if the library is installed, and otherwise a line on
       stderr says how to install it. A synthetic data set has a last entry "ceiling
       (known probabilities)", the metrics of the probabilities from which its labels
@@ -81,11 +84,17 @@ def evaluate_baselines(
     columns = [task_names.index(task) for task in tasks]
     chunk_users = group_codes(log.user_id)
     users = np.repeat(chunk_users, np.diff(log.start))[scored[places]]
-    labels = log.labels[scored[places]][:, columns]
+    at = scored[places]
     reports = {}
     for name, scores in probabilities.items():
-        store = ScoreStore(tasks)
-        store.append(labels, scores[places].astype(np.float32), users)
+        store = TaskStore(plan_tasks(dataset.schema, tasks, {}), ndcg=ndcg)
+        store.append(
+            log.labels[at][:, columns],
+            scores[places].astype(np.float32),
+            users,
+            time=log.time[at],
+            request=log.request[at],
+        )
         reports[name] = store.summarize(calibration=True)
     return reports
 

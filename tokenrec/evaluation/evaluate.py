@@ -19,6 +19,7 @@ probabilities, Recall@k, NDCG@k and MRR instead of AUC.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -279,6 +280,7 @@ def evaluate_run(
     baselines: bool = False,
     limit: int = 0,
     freeze_at: str | None = None,
+    request_ndcg: int | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint of a run, as `tokenrec evaluate`, on all processes.
 
@@ -290,6 +292,7 @@ def evaluate_run(
       baselines: also compute the metrics of the baselines on the same rows.
       limit: number of samples or requests, spread evenly over the split; 0 is all.
       freeze_at: as in `evaluate_opened`.
+      request_ndcg: takes the place of the run's `data.request_ndcg`.
 
     Returns:
       `{"split", "step", "checkpoint"}` and the report of `evaluate_opened`.
@@ -309,17 +312,38 @@ def evaluate_run(
             "--baselines": baselines,
             "--samples": limit,
             "--freeze-at": freeze_at,
+            "--request-ndcg": request_ndcg,
         }
     )
     # 2. The checkpoint, restored onto the mesh, and its metrics.
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
+    if request_ndcg is not None:
+        run = _with_request_ndcg(run, request_ndcg)
     with distributed.raise_on_all_processes():
         split = run.dataset.choose_split(split)
     report = evaluate_opened(
         run, mesh, split, baselines=baselines, limit=limit, freeze_at=freeze_at
     )
     return {"split": split, "step": run.step, "checkpoint": checkpoint} | report
+
+
+def _with_request_ndcg(run: OpenedRun, places: int) -> OpenedRun:
+    """Return the run with another `data.request_ndcg`.
+
+    Raises:
+      InputError: it retrieves, and so has no requests to order.
+    """
+    config = run.model.config
+    if config.data.objective == "retrieval":
+        raise InputError(
+            f"--request-ndcg={places} orders the rows of a request, and the run has "
+            "data.objective='retrieval', whose NDCG is that of the catalogue; leave it "
+            "out"
+        )
+    data = dataclasses.replace(config.data, request_ndcg=places)
+    config = dataclasses.replace(config, data=data)
+    return run._replace(model=dataclasses.replace(run.model, config=config))
 
 
 def _refuse_new_items(dataset: Dataset) -> None:
@@ -443,5 +467,6 @@ def _evaluate_ranking_run(
             _binary_tasks(run.model, freeze_at),
             np.concatenate(rows),
             freeze_at=freeze_at,
+            ndcg=config.data.request_ndcg,
         )
     return report

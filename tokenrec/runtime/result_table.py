@@ -34,7 +34,7 @@ _CLASS_COLUMNS = {
     "examples": "examples",
 }
 # Columns that are shown for frozen histories too.
-_FROZEN_COLUMNS = ("AUC", "GAUC")
+_FROZEN_COLUMNS = ("AUC", "GAUC", "RMSE", "XAUC", "accuracy", "OvR AUC")
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -127,13 +127,23 @@ def result_rows(
             if "rmse" in report or "accuracy" in report:
                 continue
             row: dict[str, Any] = {header: name, "task": task}
-            for column, key in _RANKING_COLUMNS.items():
-                row[column] = report.get(key)
-                # Beside the live value, where it was asked for.
-                if task in frozen and column in _FROZEN_COLUMNS:
-                    row[f"frozen {column}"] = frozen[task].get(key)
-            rows.append(row)
+            cells = _metric_cells(report, frozen.get(task), _RANKING_COLUMNS)
+            rows.append(row | cells)
     return rows
+
+
+def _metric_cells(
+    report: Mapping[str, Any],
+    frozen: Mapping[str, Any] | None,
+    columns: Mapping[str, str],
+) -> dict[str, Any]:
+    """Metrics of a task by column, those of frozen histories beside the live ones."""
+    cells: dict[str, Any] = {}
+    for column, key in columns.items():
+        cells[column] = report.get(key)
+        if frozen is not None and column in _FROZEN_COLUMNS:
+            cells[f"frozen {column}"] = frozen.get(key)
+    return cells
 
 
 def other_tables(
@@ -152,12 +162,12 @@ def other_tables(
     kinds = (("rmse", _NUMBER_COLUMNS), ("accuracy", _CLASS_COLUMNS))
     tables: list[list[dict[str, Any]]] = [[], [], []]
     for name, summary in results.items():
+        frozen = summary.get("frozen", {}).get("tasks", {})
         for task, report in summary.get("tasks", {}).items():
             row: dict[str, Any] = {header: name, "task": task}
-            for table, (key, columns) in zip(tables, kinds, strict=False):
-                if key in report:
-                    values = {column: report[key] for column, key in columns.items()}
-                    table.append(row | values)
+            for table, (own, columns) in zip(tables, kinds, strict=False):
+                if own in report:
+                    table.append(row | _metric_cells(report, frozen.get(task), columns))
             ndcg = {
                 key.removeprefix("request_").upper(): value
                 for key, value in report.items()
