@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from tokenrec.config import DataConfig
-from tokenrec.data.schema import Schema, Task, TaskKind
+from tokenrec.data.schema import Schema
+from tokenrec.data.task import Task, TaskKind
 from tokenrec.errors import InputError, suggest
 
 LOSSES: dict[TaskKind, tuple[str, ...]] = {

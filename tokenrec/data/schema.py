@@ -53,6 +53,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from tokenrec.config.types import has_type, hint_name
+from tokenrec.data.task import Task, task_json
 from tokenrec.errors import InputError, suggest
 
 # Reserved ids of every embedding table, and the id of its first known value.
@@ -67,8 +68,6 @@ BYTES = 256
 MOST_ROWS = 2**31 - 1
 # The most values of one feature in one log row.
 LONGEST = 1 << 16
-# The most classes of a task: labels are stored as int8.
-MOST_CLASSES = 127
 
 Kind = Literal[
     "categorical", "multi_valued", "dense", "embedding", "semantic_id", "text"
@@ -76,7 +75,6 @@ Kind = Literal[
 Entity = Literal["user", "context", "item", "action"]
 Group = Literal["user", "catalogue", "row", "action"]
 Transform = Literal["identity", "log1p"]
-TaskKind = Literal["binary", "real", "classes"]
 # Kinds whose values are ids of an embedding table.
 INTEGER_KINDS = ("categorical", "multi_valued", "semantic_id", "text")
 # Those whose ids stand for values of the data, and not for codes or words.
@@ -139,43 +137,6 @@ class Feature:
         if self.entity == "action":
             return "action"
         return "row" if self.entity == "context" or self.per_row else "catalogue"
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A label of each log row.
-
-    | kind | label | example |
-    |---|---|---|
-    | `binary` | 1 or 0 | clicked |
-    | `real` | a finite number | seconds watched, share watched, price |
-    | `classes` | one of `classes`, as its index from 0 | stars |
-
-    Attributes:
-      name: name of the label, unique among the tasks.
-      weight: weight of its loss, unless the config gives another.
-      kind: what the label is (table above).
-      classes: kind `classes`: the names of the classes, in order.
-      mean: kind `real`: mean of the labels that training learns from; `prepare` fills
-        in this and the following three.
-      deviation: their standard deviation.
-      least: the smallest of them.
-      most: the greatest of them.
-    """
-
-    name: str
-    weight: float = 1.0
-    kind: TaskKind = "binary"
-    classes: tuple[str, ...] = ()
-    mean: float = 0.0
-    deviation: float = 1.0
-    least: float = 0.0
-    most: float = 0.0
-
-    @property
-    def width(self) -> int:
-        """Number of logits of the task, and of its predicted values."""
-        return len(self.classes) if self.kind == "classes" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,7 +276,7 @@ class Schema:
         there are none: files of other data sets stay as they were.
         """
         value = dataclasses.asdict(self)
-        value["tasks"] = tuple(_task_json(task) for task in self.tasks)
+        value["tasks"] = tuple(task_json(task) for task in self.tasks)
         if not self.weighted:
             del value["weighted"]
         return value
@@ -354,16 +315,6 @@ class Schema:
         )
         schema = _parse(Schema, fields)
         return dataclasses.replace(schema, levels=tuple(schema.levels))
-
-
-def _task_json(task: Task) -> dict[str, Any]:
-    """Name and weight of a task, and its other fields where they are not defaults."""
-    plain = Task(task.name)
-    return {
-        name: value
-        for name, value in dataclasses.asdict(task).items()
-        if name in ("name", "weight") or value != getattr(plain, name)
-    }
 
 
 def _parse[T](kind: type[T], value: Any) -> T:

@@ -15,7 +15,6 @@ from tokenrec.data.schema import (
     BYTES,
     FIRST_KNOWN,
     LONGEST,
-    MOST_CLASSES,
     MOST_ROWS,
     TEXT_TABLE,
     Entity,
@@ -23,9 +22,9 @@ from tokenrec.data.schema import (
     Kind,
     Schema,
     Task,
-    TaskKind,
     Transform,
 )
+from tokenrec.data.task import MOST_CLASSES, TaskKind
 from tokenrec.errors import suggest
 
 # Bytes: the file of a vocabulary is named after its table, and file systems allow 255.

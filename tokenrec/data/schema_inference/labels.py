@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenrec.data.schema import MOST_CLASSES, Task, TaskKind
 from tokenrec.data.schema_inference.column_profile import ColumnProfile
 from tokenrec.data.schema_inference.keys import column_named
 from tokenrec.data.sources.delimited_schema import LabelRule
+from tokenrec.data.task import MOST_CLASSES, Task, TaskKind
 from tokenrec.errors import InputError
 
 OPERATORS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
