@@ -225,8 +225,8 @@ def test_chunks_of_very_unequal_size_do_not_make_a_window_too_large() -> None:
     small, large = random_log(1, chunks=80, rows=2), random_log(2, chunks=30, rows=60)
     joined = {
         name: np.concatenate([getattr(small, name), getattr(large, name)])
-        for name in vars(small)
-        if name not in ("start", "user_id")
+        for name, array in vars(small).items()
+        if name not in ("start", "user_id") and array is not None
     }
     start = np.concatenate([small.start, large.start[1:] + small.num_rows])
     data.logs["valid"] = InteractionLog(start=start, user_id=np.arange(110), **joined)
