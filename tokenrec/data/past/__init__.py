@@ -14,6 +14,7 @@ the log is read in the order of time:
 - measures.py: what a log row adds to the totals; rows that repeat another add nothing.
 - plan.py: what is counted by which key; rates.py: smoothed rates and means of it.
 - user_times.py: gaps and sessions of a user.
+- frozen.py: the same of scored rows, as if the log had ended before their split.
 
 Two rules hold everywhere. A log row sees strictly earlier times only, so that neither
 its own outcome, nor that of a row shown at the same moment, nor the future enters a
