@@ -30,7 +30,9 @@ train: $(VENV)/.demo
 	$(BIN)/python -m tokenrec evaluate --workdir $(RUN) --split $(SPLIT) --baselines --samples 3000 --json $(RUN)/eval.json
 
 # KUAIRAND is the folder of the official archive, which `tokenrec prepare kuairand --download pure` fetches.
-KUAIRAND_STUDIES := kuairand_pure_rivals kuairand_pure_rivals_seeds kuairand_pure_rivals_nio kuairand_pure_ablations
+# The search for rates ends a day before what the other studies of KuaiRand-Pure report.
+KUAIRAND_SEARCH := kuairand_pure_rivals
+KUAIRAND_STUDIES := kuairand_pure_rivals_seeds kuairand_pure_rivals_nio kuairand_pure_ablations
 JOURNEY_STUDIES := complete_journey_rivals complete_journey_rivals_full complete_journey_length complete_journey_scaling
 STUDY = $(BIN)/python -m tokenrec study --side-by-side 2
 
@@ -38,6 +40,9 @@ studies: has-kuairand $(VENV)/.dev
 	test -f data/kuairand_pure/tokenrec.json || $(BIN)/python -m tokenrec prepare kuairand --root $(KUAIRAND) \
 	    --out data/kuairand_pure --valid-from 2022-05-03 --test-from 2022-05-05
 	test -f data/complete_journey/tokenrec.json || $(BIN)/python -m tokenrec prepare complete_journey --out data/complete_journey
+	test -f data/kuairand_pure_tune/tokenrec.json || $(BIN)/python -m tokenrec prepare kuairand --root $(KUAIRAND) \
+	    --out data/kuairand_pure_tune --valid-from 2022-05-02 --test-from 2022-05-03
+	$(STUDY) --config=configs/studies/$(KUAIRAND_SEARCH).py --data data/kuairand_pure_tune --out $(STUDIES)/$(KUAIRAND_SEARCH)
 	set -e; for name in $(KUAIRAND_STUDIES); do \
 	    $(STUDY) --config=configs/studies/$$name.py --data data/kuairand_pure --out $(STUDIES)/$$name; done
 	set -e; for name in $(JOURNEY_STUDIES); do \
@@ -45,7 +50,7 @@ studies: has-kuairand $(VENV)/.dev
 	$(BIN)/python -m benchmarks.study_states --study $(STUDIES)/kuairand_pure_ablations --data data/kuairand_pure \
 	    --models tokenformer transformer 4F-no-static
 	$(BIN)/python -m benchmarks.collapse --work $(STUDIES)/collapse --out $(STUDIES)/collapse/result
-	$(BIN)/python -m tokenrec report $(patsubst %,--study $(STUDIES)/%,$(KUAIRAND_STUDIES) $(JOURNEY_STUDIES)) \
+	$(BIN)/python -m tokenrec report $(patsubst %,--study $(STUDIES)/%,$(KUAIRAND_SEARCH) $(KUAIRAND_STUDIES) $(JOURNEY_STUDIES)) \
 	    --out $(STUDIES)/report
 
 has-kuairand:

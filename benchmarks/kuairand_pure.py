@@ -4,8 +4,10 @@
 
 `--root` is the folder of the official files. Every seed is a run under `--runs`: a run
 that was stopped resumes, a finished one is only read. Nothing is chosen on the split
-that is reported: the last checkpoint is evaluated. The tables show mean and sample
-deviation over seeds, and every seed.
+that is reported: the last checkpoint is evaluated. Beside the live metrics are those
+with histories and statistics frozen at the start of 3 May (`evaluate --freeze-at`), and
+the baselines on the same impressions. The tables show mean and sample deviation over
+seeds, and every seed.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 from benchmarks.report import run_script, spread, write_result
 from tokenrec.config.load import load_config
 from tokenrec.data.metadata import METADATA_FILE
+from tokenrec.data.past.shipped import add_statistics
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.kuairand import KuaiRandSource
 from tokenrec.evaluation.evaluate import evaluate_run
@@ -27,6 +30,7 @@ from tokenrec.runtime.files import write_json
 from tokenrec.train_loop import train
 
 METRICS = ("auc", "gauc", "log_loss", "normalized_entropy")
+FROZEN = ("auc", "gauc")
 
 
 def cpu_seconds() -> float:
@@ -56,13 +60,23 @@ def run_seed(config_name: str, seed: int, data: Path, runs: Path) -> dict[str, A
     config.data.path = str(data)
     summary = train(config, workdir)
     trained = cpu_seconds()
-    report = evaluate_run(workdir, "valid", "latest", data)
+    report = evaluate_run(
+        workdir,
+        "valid",
+        "latest",
+        data,
+        freeze_at="split",
+        # They need no run, and are the same for each.
+        baselines=config_name == "uc" and seed == 0,
+    )
     record = {
         "config": config_name,
         "seed": seed,
         "step": report["step"],
         "tasks": report["tasks"],
         "macro_auc": report["macro_auc"],
+        "frozen": report["frozen"]["tasks"],
+        "baselines": report.get("baselines", {}),
         "examples_per_second": summary["examples_per_second"],
         "train_cpu_seconds": trained - began,
         "evaluate_cpu_seconds": cpu_seconds() - trained,
@@ -86,10 +100,31 @@ def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 row[metric] = spread(
                     [record["tasks"][task][metric] for record in of_config]
                 )
+            for metric in FROZEN:
+                row[f"{metric}, frozen"] = spread(
+                    [record["frozen"][task][metric] for record in of_config]
+                )
             row["positives"] = of_config[0]["tasks"][task]["positives"]
             row["examples"] = of_config[0]["tasks"][task]["examples"]
             rows.append(row)
+    for record in records:
+        rows += baseline_rows(record["baselines"])
     return rows
+
+
+def baseline_rows(baselines: dict[str, Any]) -> list[dict[str, Any]]:
+    """Make a table row per baseline and task."""
+    return [
+        {"config": name, "task": task, "seeds": 1}
+        | {metric: figures[metric] for metric in METRICS}
+        | {
+            f"{metric}, frozen": report["frozen"]["tasks"][task][metric]
+            for metric in FROZEN
+        }
+        | {name: figures[name] for name in ("positives", "examples")}
+        for name, report in baselines.items()
+        for task, figures in report["tasks"].items()
+    ]
 
 
 def seed_row(record: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +133,10 @@ def seed_row(record: dict[str, Any]) -> dict[str, Any]:
         f"{task} {metric}": record["tasks"][task][metric]
         for task in record["tasks"]
         for metric in ("auc", "gauc")
+    } | {
+        f"{task} {metric}, frozen": record["frozen"][task][metric]
+        for task in record["tasks"]
+        for metric in FROZEN
     }
     costs = ("examples_per_second", "train_cpu_seconds", "evaluate_cpu_seconds")
     return (
@@ -125,9 +164,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     if not (arguments.data / METADATA_FILE).is_file():
-        prepare(
-            KuaiRandSource(arguments.root, "2022-05-03", "2022-05-05"), arguments.data
-        )
+        source = KuaiRandSource(arguments.root, "2022-05-03", "2022-05-05")
+        prepare(add_statistics(source, "kuairand", None), arguments.data)
     records = []
     for config_name in arguments.configs:
         for seed in arguments.seeds:

@@ -50,13 +50,13 @@ class Task:
     """A data set and its objective.
 
     Attributes:
-      config: name of a file of `configs/`; its data section names excluded features and
-        the binary tasks.
+      config: name of a file of `configs/`; its data section names the binary tasks.
       item: the feature that is the item's id.
       text: entity -> features that are written as text; entities that are not named are
         written with all of their features.
       positive: the task whose positives are retrieved; empty for ranking.
       candidates: candidates that share a stream; in retrieval the goals of a request.
+      exclude: features that no arm reads.
     """
 
     config: str
@@ -64,6 +64,7 @@ class Task:
     text: dict[str, tuple[str, ...]]
     positive: str
     candidates: int
+    exclude: tuple[str, ...] = ()
 
 
 # As in the paper, the text of an item is a semantic id of up to 8 levels, a channel and
@@ -91,6 +92,7 @@ TASKS: dict[str, Task] = {
         },
         "",
         20,
+        ("title",),
     ),
     "complete_journey_retrieval": Task(
         "complete_journey",
@@ -106,6 +108,7 @@ TASKS: dict[str, Task] = {
         },
         "bought",
         10,
+        ("title",),
     ),
     "kuairand_pure": Task(
         "kuairand_pure_nio",
@@ -122,12 +125,13 @@ TASKS: dict[str, Task] = {
                 SEMANTIC_ID,
                 "author_id",
                 "video_duration",
-                "rate_video_is_click",
-                "rate_video_long_view",
+                "rate_item_id_is_click",
+                "rate_item_id_long_view",
             ),
         },
         "",
         1,
+        ("user_id",),
     ),
 }
 
@@ -340,7 +344,7 @@ def arm_config(
     # 1. The entities of the prompt and their features.
     segments = ("history",) if form.bare else ("user", "history", "query")
     known = _entity_features(
-        schema.without(f.name for f in schema.features if f.name in base.data.exclude),
+        schema.without(f.name for f in schema.features if f.name in about.exclude),
         ranking,
     )
     present = {

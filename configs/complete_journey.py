@@ -37,7 +37,9 @@ def get_config() -> Config:
             exclude=("title",),
         ),
         tokens=TokensConfig(embedding_dim=16, fused=True, user_tokens=1),
-        model=ModelConfig(width=64, heads=2, layers=4, windows=(32, 16), dropout=0.1),
+        model=ModelConfig(
+            width=64, heads=2, layers=4, windows=(32, 16), dropout=0.1, branch="mean"
+        ),
         optim=OptimConfig(
             steps=1_000,
             warmup_steps=100,

@@ -3,7 +3,7 @@ r"""KuaiRand-27K on a TPU pod, user-centric: 32 million videos, 2,048 events a s
 Command:
     tokenrec compile --config=configs/kuairand_27k.py --topology v5p:8x8x8
     tokenrec prepare kuairand --root DIR --download 27k --out data/kuairand_27k \
-        --valid-from 2022-05-03 --test-from 2022-05-05
+        --valid-from 2022-05-03 --test-from 2022-05-05 --statistics none
     tokenrec train --config=configs/kuairand_27k.py --workdir=runs/kuairand_27k \
         --distributed
 Hardware: 512 TPU v5p chips.

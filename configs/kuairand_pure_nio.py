@@ -24,14 +24,7 @@ from tokenrec.config import (
     TrainConfig,
 )
 
-# Rates of the user are excluded: the stream already holds what the user did lately, and
-# the rates of long views lack the history file, from which most of its events come.
-USER_RATES = tuple(
-    f"{figure}_{key}{label}"
-    for key in ("user", "user_author", "user_tag")
-    for figure, label in (("rate", "_is_click"), ("rate", "_long_view"), ("count", ""))
-)
-EXCLUDE = ("user_id", *USER_RATES, "count_tab", "count_tag")
+EXCLUDE = ("user_id", "video_id", "author_id", "music_id")
 
 
 def get_config() -> Config:

@@ -3,7 +3,7 @@ r"""Large recommendation model for a TPU pod: 1.27 billion dense weights, KuaiRa
 Command:
     tokenrec compile --config=configs/lrm_1b.py --topology v5p:8x8x8
     tokenrec prepare kuairand --root DIR --download 27k --out data/kuairand_27k \
-        --valid-from 2022-05-03 --test-from 2022-05-05
+        --valid-from 2022-05-03 --test-from 2022-05-05 --statistics none
     tokenrec train --config=configs/lrm_1b.py --workdir=runs/lrm_1b --distributed
 Hardware: 512 TPU v5p chips.
 Time: at least 150 ms per step, by the roofline of the compiled step.

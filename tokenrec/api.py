@@ -30,6 +30,7 @@ def prepare(
     *,
     overwrite: bool = False,
     like: str | Path | None = None,
+    statistics: str | None = None,
     **options: Any,
 ) -> Metadata:
     """Prepare a data set.
@@ -41,6 +42,9 @@ def prepare(
       overwrite: replace the prepared data set in `out`.
       like: folder of a data set, or of a run, that the new one goes on from; see
         `tokenrec.data.preparation.prepare.prepare`.
+      statistics: of a named source: JSON file that declares statistics of the past, or
+        "none"; None for those that are shipped for the source, if any, as the flag
+        `--statistics`.
       options: arguments of the named source, such as `rows` of `SyntheticSource`.
 
     Returns:
@@ -55,9 +59,11 @@ def prepare(
         if source == "delimited" and like is not None:
             # Its rows need no split then.
             options = {"like": True, **options}
-        source = _make_source(source, options)
-    elif options:
-        names = ", ".join(options)
+        from tokenrec.data.past.shipped import add_statistics
+
+        source = add_statistics(_make_source(source, options), source, statistics)
+    elif options or statistics is not None:
+        names = ", ".join([*options, *(["statistics"] if statistics else [])])
         raise InputError(f"{names}: arguments of a named source; source is an object")
     return prepare_source(
         source, local_path(out, "out"), overwrite=overwrite, like=data_folder(like)

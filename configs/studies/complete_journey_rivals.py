@@ -6,7 +6,7 @@ Command:
         --data data/complete_journey --out studies/complete_journey_rivals \
         --side-by-side 2
 Hardware: 2 CPU cores.
-Time: 24 runs of about 1 CPU-minute; rerun the command to resume.
+Time: 28 runs of about 1 CPU-minute; rerun the command to resume.
 Score: benchmarks/results/studies/complete_journey_rivals.md.
 
 A quarter of the steps of `complete_journey`. All models try the two learning rates that
@@ -19,13 +19,18 @@ from tokenrec.study.plan import Study
 
 ALL_FULL = {"model.windows": ()}
 
+ALONE = {"model.branch": "none"}
+RIVAL = {**ALL_FULL, **ALONE}
+
 MODELS = {
+    # With a branch beside the backbone.
     "tokenformer": {},
-    "transformer": {**ALL_FULL, "model.gate": False},
-    "hstu": {**ALL_FULL, "model.kind": "hstu"},
-    "din": {**ALL_FULL, "model.kind": "din", "model.layers": 2},
-    "dcnv2": {**ALL_FULL, "model.kind": "dcnv2", "model.layers": 3},
-    "interleaved": {"tokens.fused": False, "model.windows": (64, 32)},
+    "tokenformer-alone": ALONE,
+    "transformer": {**RIVAL, "model.gate": False},
+    "hstu": {**RIVAL, "model.kind": "hstu"},
+    "din": {**RIVAL, "model.kind": "din", "model.layers": 2},
+    "dcnv2": {**RIVAL, "model.kind": "dcnv2", "model.layers": 3},
+    "interleaved": {**ALONE, "tokens.fused": False, "model.windows": (64, 32)},
 }
 
 
@@ -43,5 +48,5 @@ def get_study() -> Study:
             "train.eval_samples": 500,
             "train.save_every": 0,
         },
-        cpu_hours=0.6,
+        cpu_hours=0.8,
     )

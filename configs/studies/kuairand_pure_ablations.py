@@ -6,7 +6,7 @@ Command:
     tokenrec study --config=configs/studies/kuairand_pure_ablations.py \
         --data data/kuairand_pure --out studies/kuairand_pure_ablations --side-by-side 2
 Hardware: 2 CPU cores.
-Time: 36 runs of about 3 CPU-minutes; rerun the command to resume.
+Time: 39 runs of about 6 CPU-minutes; rerun the command to resume.
 Score: benchmarks/results/studies/kuairand_pure_ablations.md.
 
 One learning rate, the best one of TokenFormer and of the transformer in
@@ -17,22 +17,25 @@ which an event has two.
 
 from tokenrec.study.plan import Study
 
-PLAIN = {"model.gate": False, "model.windows": ()}
+# Without the branch, so that what a part does is not done beside it.
+ALONE = {"model.branch": "none"}
+PLAIN = {**ALONE, "model.gate": False, "model.windows": ()}
 
 MODELS = {
     # 2F2S with the gate, windows 32 and 16.
-    "tokenformer": {},
+    "tokenformer": ALONE,
     "transformer": PLAIN,
     "4F-no-static": {**PLAIN, "tokens.prompt": ("history",)},
-    "4S": {"model.windows": (64, 64, 32, 16)},
-    "additive-positions": {"model.positions": "additive"},
-    "2S2F": {"model.windows": (32, 16, 0, 0)},
-    "3F1S": {"model.windows": (32,)},
-    "1F3S": {"model.windows": (64, 32, 16)},
-    "static-kept": {"model.discard_static": False},
-    "gate-bias-0": {"model.gate_bias": 0.0},
-    "gate-bias-2": {"model.gate_bias": 2.0},
-    "equal-windows": {"model.windows": (32, 32)},
+    "4S": {**ALONE, "model.windows": (64, 64, 32, 16)},
+    "additive-positions": {**ALONE, "model.positions": "additive"},
+    "2S2F": {**ALONE, "model.windows": (32, 16, 0, 0)},
+    "3F1S": {**ALONE, "model.windows": (32,)},
+    "1F3S": {**ALONE, "model.windows": (64, 32, 16)},
+    "static-kept": {**ALONE, "model.discard_static": False},
+    "gate-bias-0": {**ALONE, "model.gate_bias": 0.0},
+    "gate-bias-2": {**ALONE, "model.gate_bias": 2.0},
+    "equal-windows": {**ALONE, "model.windows": (32, 32)},
+    "branch": {},
 }
 
 
@@ -50,5 +53,5 @@ def get_study() -> Study:
             "train.eval_every": 219,
             "train.log_states": True,
         },
-        cpu_hours=2.5,
+        cpu_hours=4.5,
     )

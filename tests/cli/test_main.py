@@ -380,15 +380,16 @@ def test_kuairand_prepares_the_folder_that_download_returns(
     replace(
         "tokenrec.data.sources.kuairand",
         fetch=lambda variant, root: root / variant,
-        KuaiRandSource=lambda *arguments, rates, clock: (*arguments, rates, clock),
+        KuaiRandSource=lambda *arguments, clock: (*arguments, clock),
     )
     replace("tokenrec.data.preparation.prepare", prepare=prepare)
     replace("tokenrec.data.preparation.summary", summarise=str)
     days = ["--valid-from", "2022-05-03", "--test-from", "2022-05-05"]
     line = ["prepare", "kuairand", "--root", str(tmp_path), "--out", "set", *days]
+    line += ["--statistics", "none"]
     assert main(line) == 0
     assert main([*line, "--download", "pure", "--overlap", "64", "--overwrite"]) == 0
-    source = ("2022-05-03", "2022-05-05", True, "time_ms")
+    source = ("2022-05-03", "2022-05-05", "time_ms")
     assert seen == [
         (((tmp_path, *source), Path("set")), {"overwrite": False, "like": None}),
         (

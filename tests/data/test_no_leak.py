@@ -20,8 +20,9 @@ from tests.data.sources.test_kuairand import DAY_MS, HISTORY, START_MS, Log, wri
 from tests.scorer import Key, Scored, Scorer, changed, prepared
 from tokenrec.config import DataConfig
 from tokenrec.data.dataset import Dataset
+from tokenrec.data.past.shipped import add_statistics
 from tokenrec.data.pipeline import eval_batches
-from tokenrec.data.sources.kuairand import RATE_TASKS, KuaiRandSource
+from tokenrec.data.sources.kuairand import KuaiRandSource
 
 VALID_FROM, TEST_FROM = (
     START_MS + 2 * DAY_MS,
@@ -37,6 +38,8 @@ OUTCOMES = {
     "is_forward": 4,
     "long_view": 6,
 }
+# Outcomes of which the shipped statistics hold rates or means.
+COUNTED = ("is_click", "long_view", "play_time_ms")
 NO_FEATURES = {"is_hate": 5, "profile_stay_time": 7}
 UC = DataConfig(path="-", paradigm="uc", events=16, overlap=8, eval_batch_size=64)
 NIO = DataConfig(path="-", paradigm="nio", events=50, eval_batch_size=64)
@@ -56,8 +59,9 @@ class World:
 
 def from_files(log: Log, folder: Path) -> Dataset:
     source = KuaiRandSource(
-        write(folder / "raw", log, HISTORY), "2022-05-03", "2022-05-05", rates=True
+        write(folder / "raw", log, HISTORY), "2022-05-03", "2022-05-05"
     )
+    source = add_statistics(source, "kuairand", None)
     return prepared(source, folder / "prepared")
 
 
@@ -186,9 +190,9 @@ def test_an_outcome_moves_later_scores_but_not_its_own(
         assert own in after
         assert min(key[2] for key in moved) > time  # not empty: min would raise
         users = {key[0] for key in moved}
-        # Past rates of a video carry a click to other users; outcomes without rates
-        # stay in the user's history.
-        assert users > {user} if outcome in RATE_TASKS else users == {user}
+        # Statistics of a video carry a click to other users; outcomes without
+        # statistics stay in the user's history.
+        assert users > {user} if outcome in COUNTED else users == {user}
 
 
 def test_outcomes_that_are_no_features_move_nothing_at_all(

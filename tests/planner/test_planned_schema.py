@@ -10,7 +10,7 @@ from tokenrec.cli.main import main
 from tokenrec.config import Config, DataConfig
 from tokenrec.config.load import load_config, shipped_folder
 from tokenrec.data.preparation.prepare import prepare
-from tokenrec.data.sources.kuairand import features
+from tokenrec.data.sources.kuairand import FEATURES
 from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError
 from tokenrec.planner.planned_schema import read_planned, resolve_schema
@@ -27,7 +27,7 @@ def test_the_shipped_schema_is_what_its_command_writes_and_what_kuairand_prepare
         json.dumps(plan_kuairand_27k.planned())
     )
     schema = read_planned(SHIPPED)
-    assert schema.features == features(rates=True)
+    assert schema.features == FEATURES
     assert schema.items == 32_038_725
     assert set(schema.tables) == {f.table_name for f in schema.features if f.is_integer}
     assert schema.tables["video_id"] == 32_038_725 + 2

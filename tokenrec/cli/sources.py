@@ -195,8 +195,6 @@ def _kuairand(args: argparse.Namespace) -> Source:
         root,
         args.valid_from,
         args.test_from,
-        # Declared statistics take the place of the past rates.
-        rates=args.statistics is None,
         clock=args.clock,
     )
 

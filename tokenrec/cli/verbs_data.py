@@ -78,8 +78,8 @@ def _add_output_flags(parser: Parser) -> None:
     parser.add_argument(
         "--statistics",
         help="JSON file that declares statistics of the past, such as rates and counts "
-        "by item, as features (docs/guides/data.md); kuairand: the declaration that is "
-        "shipped for this source, in place of its past rates",
+        "by item, as features (docs/guides/data.md), or `none` (default: those that are "
+        "shipped for the source, as for kuairand and complete_journey)",
     )
     parser.add_argument(
         "--memory",
@@ -151,14 +151,9 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _make_source(args: argparse.Namespace) -> Source:
     """Make the source, with the statistics of `--statistics`."""
-    source: Source = args.make_source(args)
-    if args.statistics is None:
-        return source
-    from tokenrec.data.past.shipped import load_statistics
-    from tokenrec.data.past.source import WithStatistics, refuse_second
+    from tokenrec.data.past.shipped import add_statistics
 
-    refuse_second(source)
-    return WithStatistics(source, load_statistics(args.statistics, source.schema))
+    return add_statistics(args.make_source(args), args.source, args.statistics)
 
 
 def _refuse_flags_of_one_machine(args: argparse.Namespace) -> None:

@@ -8,8 +8,8 @@ Two halves meet in a prepared data set on disk.
 - preparation/: streams a source into chunks of users' log rows; beam/ does the same on
   many machines.
 - schema.py, schema_problems.py: features, entities, tasks. Read this first.
-- vocabulary.py, tokenizer.py, past_rates.py, past_counts.py, time_order.py: what
-  preparation derives from values, texts and times.
+- vocabulary.py, tokenizer.py, past_counts.py, time_order.py: what preparation derives
+  from values, texts and times.
 - past/: statistics of the past that any source can declare.
 - metadata.py, records.py: the files of a prepared data set.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.data.memory_source import SCHEMA as MEMORY_SCHEMA
 from tests.data.memory_source import MemorySource
+from tests.data.past.declared import DECLARED, random_rows
+from tests.data.past.declared import source as past_rows
 from tokenrec.cli.main import main
 from tokenrec.data import records
 from tokenrec.data.beam.prepare import prepare_with_beam
 from tokenrec.data.dataset import open_dataset
+from tokenrec.data.frozen_rows import FROZEN, check_frozen_time
+from tokenrec.data.metadata import Metadata
+from tokenrec.data.past import WithStatistics, parse_statistics, runs
 from tokenrec.data.preparation.intake import PARTITION_ROWS
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.row_marks import log_of_marks
@@ -179,6 +186,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def without_frozen(metadata: Metadata) -> Metadata:
+    """Leave out statistics as of the start of a split, which Beam does not keep."""
+    options = {k: v for k, v in metadata.options.items() if k != FROZEN}
+    return dataclasses.replace(metadata, options=options, row_digests={})
+
+
 def chunks(folder: Path) -> dict[str, list[records.Chunk]]:
     return {
         split: [
@@ -209,7 +222,9 @@ def assert_equal_but_for_order(local: Path, beam: Path) -> None:
         assert [len(c.rows) // row_bytes for c in chunks(beam)[split]] == open_dataset(
             beam
         ).chunk_lengths(split).tolist()
-    assert contents(local).keys() == contents(beam).keys()
+    assert {n for n in contents(local) if not n.startswith(f"{FROZEN}/")} == (
+        contents(beam).keys()
+    )
     same = [
         n
         for n in contents(local)
@@ -218,9 +233,7 @@ def assert_equal_but_for_order(local: Path, beam: Path) -> None:
     assert {n: contents(local)[n] for n in same} == {n: contents(beam)[n] for n in same}
     one, other = (open_dataset(f).metadata for f in (local, beam))
     # The digests of rows stand for their order as well.
-    assert dataclasses.replace(one, row_digests={}) == dataclasses.replace(
-        other, row_digests={}
-    )
+    assert without_frozen(one) == without_frozen(other)
 
 
 def test_a_log_of_one_partition_gives_the_files_of_the_local_path(
@@ -264,14 +277,20 @@ def test_many_partitions_give_the_same_chunks_in_another_order(
 
 
 def test_workers_of_other_processes_give_the_same(tmp_path: Path) -> None:
-    prepare(synthetic(), tmp_path / "local", **SMALL)
+    def source() -> WithStatistics:
+        declared = {"keys": [{"key": ["genre", "hour"], "tasks": "click"}]}
+        log = synthetic()
+        return WithStatistics(log, parse_statistics(declared, log.schema, "here"))
+
+    prepare(source(), tmp_path / "local", **SMALL)
     workers = ["--direct_num_workers=2", "--direct_running_mode=multi_processing"]
     work = tmp_path / "shared"
     prepare_with_beam(
-        synthetic(),
+        source(),
         tmp_path / "beam",
         **SMALL,
         **MANY,
+        span_rows=1000,
         arguments=workers,
         work=str(work),
     )
@@ -344,6 +363,9 @@ class Changing(MemorySource):
 
     others: tuple[MemorySource, ...] = ()
 
+    def rows(self) -> Iterator[pa.RecordBatch]:
+        return itertools.chain(*(part.read() for part in self.row_parts()))
+
     def row_parts(self) -> list[LogPart]:
         return [
             LogPart(f"part {i}", s.rows)
@@ -401,9 +423,119 @@ def test_a_bad_part_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+PAST_KEYS = [
+    # Shared keys with half-lives; several values of a row are added up.
+    {"key": "tags", "horizons": ["all", "1m", "2h"], "means": "price"},
+    {"key": "tab", "horizons": ["1h"]},
+]
+
+
+def past_source(rows: list[dict[str, Any]], *cuts: int) -> WithStatistics:
+    """A source with statistics of every kind, in parts that end at `cuts`."""
+    declared = {**DECLARED, "keys": [*DECLARED["keys"], *PAST_KEYS]}
+    valid_from = np.quantile([row["time_ms"] for row in rows], 0.7)
+
+    def part(rows: list[dict[str, Any]]) -> MemorySource:
+        source = past_rows(rows)
+        split = [int(row["time_ms"] >= valid_from) for row in rows]
+        source.row_columns["split"] = pa.array(split, pa.int8())
+        return source
+
+    ends = itertools.pairwise([0, *cuts, len(rows)])
+    first, *others = [part(rows[begin:end]) for begin, end in ends]
+    source = Changing(
+        first.row_columns, first.user_columns, first.item_columns, others=tuple(others)
+    )
+    return WithStatistics(source, parse_statistics(declared, MEMORY_SCHEMA, "here"))
+
+
+def test_statistics_of_the_past_have_the_bits_of_one_machine(tmp_path: Path) -> None:
+    rows = random_rows(400, seed=1)
+    # Rows that repeat others, and parts that are not in the order of time.
+    rows += [{**row, "price": 1.0, "label_click": 1} for row in rows[:30]]
+    np.random.default_rng(0).shuffle(rows)  # type: ignore[arg-type]
+    prepare(past_source(rows), tmp_path / "local", **SMALL)
+    one = past_source(rows, 100, 300)
+    prepare_with_beam(one, tmp_path / "one", **SMALL, **ONE)
+    local, beam = contents(tmp_path / "local"), contents(tmp_path / "one")
+    # All but the frozen statistics, and the metadata, which has digests of all files.
+    assert {n: d for n, d in local.items() if not n.startswith(FROZEN)} | {
+        "tokenrec.json": beam["tokenrec.json"]
+    } == beam
+    assert_equal_but_for_order(tmp_path / "local", tmp_path / "one")
+    data = open_dataset(tmp_path / "one")
+    with pytest.raises(InputError, match="prepare it again on one machine"):
+        check_frozen_time(data.metadata, data.schema, "valid", 0, "split")
+    many = past_source(rows, 100, 300)
+    # Five spans of time, in which keys with many rows begin with totals.
+    prepare_with_beam(many, tmp_path / "many", **SMALL, **MANY, span_rows=90)
+    assert_equal_but_for_order(tmp_path / "local", tmp_path / "many")
+    local, beam = contents(tmp_path / "local"), contents(tmp_path / "many")
+    state = [name for name in local if name.startswith("state/past_")]
+    assert {name: local[name] for name in state} == {name: beam[name] for name in state}
+    assert len(state) > 30
+
+
+def test_statistics_of_a_schema_file_go_on_from_beam(
+    tmp_path: Path, files: Files
+) -> None:
+    statistics = {
+        "keys": ["sku", {"key": ["plan", "tags"], "means": "seconds"}, "user_id"],
+        "matches": [{"of": "tags", "horizons": "last 3"}],
+        "times": {"gap": True, "idle_after": "seconds", "session": "1s"},
+    }
+    text = json.dumps({**SCHEMA, "statistics": statistics})
+    (files.folder / "schema.json").write_text(text)
+    prepare(files.source(), tmp_path / "local", **SMALL)
+    prepare_with_beam(files.source(), tmp_path / "beam", **SMALL, **MANY, span_rows=300)
+    assert_equal_but_for_order(tmp_path / "local", tmp_path / "beam")
+    header, *lines = (files.folder / "c.csv").read_text().splitlines()[:40]
+    for number, line in enumerate(lines):
+        user, item, _, _, *rest = line.split(",")
+        lines[number] = ",".join([user, item, str(1000 + number // 2), "-1", *rest])
+    (files.folder / "d.csv").write_text("\n".join([header, *lines, ""]))
+    for name in ("local", "beam"):
+        source = DelimitedSource(
+            files.folder / "schema.json",
+            files.folder / "d.csv",
+            files.users,
+            files.items,
+            like=True,
+        )
+        prepare(source, tmp_path / f"after_{name}", like=tmp_path / name)
+    local, beam = (contents(tmp_path / f"after_{n}") for n in ("local", "beam"))
+    assert {n: d for n, d in local.items() if n.startswith("tokenrec-")} == {
+        n: d for n, d in beam.items() if n.startswith("tokenrec-")
+    }
+
+
+@pytest.mark.parametrize(
+    ("most", "price", "message"),
+    [
+        (1 << 26, 1.0, "statistics of .*: the sum of '.*' is too large for exact sums"),
+        (1 << 62, 2e6, r"'price' is 2e\+06 in a row, .* \"transform\": \"log1p"),
+    ],
+)
+def test_statistics_too_large_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    price: float,
+    message: str,
+) -> None:
+    monkeypatch.setattr(runs, "_MOST_SUM", most)
+    rows = [{**row, "price": price} for row in random_rows(100, seed=1)]
+    with pytest.raises(InputError, match=message):
+        prepare_with_beam(past_source(rows, 50), tmp_path / "set", **MANY)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_source_without_parts_and_a_text_of_users_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="source 'memory' does not come in parts"):
-        prepare_with_beam(MemorySource({"user_id": [1]}), tmp_path / "set")
+    whole = MemorySource({"user_id": [1]})
+    declared = parse_statistics(DECLARED, MEMORY_SCHEMA, "here")
+    for source in (whole, WithStatistics(whole, declared)):
+        with pytest.raises(InputError, match="source 'memory' does not come in parts"):
+            prepare_with_beam(source, tmp_path / "set")
     schema = Schema((Feature("about", "text", "user", codes=300),), (Task("click"),))
     with pytest.raises(InputError, match="'about' is a text of users"):
         prepare_with_beam(Changing({"user_id": [1]}, schema=schema), tmp_path / "set")

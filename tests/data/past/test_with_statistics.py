@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.data.memory_source import SCHEMA, MemorySource
-from tests.data.past.test_past_statistics import DECLARED
+from tests.data.past.declared import DECLARED
 from tests.data.preparation.test_like import (
     END,
     ITEMS,
@@ -21,7 +21,7 @@ from tests.data.preparation.test_like import (
 )
 from tokenrec.cli.main import main
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.past import WithStatistics, totals
+from tokenrec.data.past import WithStatistics, runs
 from tokenrec.data.past.declaration_json import parse_statistics
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import columns
@@ -135,7 +135,7 @@ def test_a_value_too_large_for_exact_sums_is_refused() -> None:
 def test_a_sum_too_large_for_its_integers_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(totals, "_MOST_SUM", 1 << 26)
+    monkeypatch.setattr(runs, "_MOST_SUM", 1 << 26)
     message = "statistics of .*: the sum of '.*' is too large for exact sums"
     with pytest.raises(InputError, match=message):
         list(with_statistics(random_log(3), ITEMS).rows())
@@ -241,13 +241,8 @@ def test_a_declaration_in_a_file_is_added_to_any_source(
     one, other = (open_dataset(folder.folder / n) for n in ("one", "other"))
     assert one.schema == other.schema
     assert one.metadata.row_digests == other.metadata.row_digests
-    # Beam has no order of time.
-    assert folder.prepare("beam", *splits, flag, "--beam") == 2
-    assert "statistics need the rows in the order of time" in capsys.readouterr().err
-    folder.write("schema.json", json.dumps(SCHEMA_FILE))
-    assert folder.prepare("beam", *splits, "--beam") == 2
-    assert "statistics need the rows in the order of time" in capsys.readouterr().err
     # One declaration a data set.
+    folder.write("schema.json", json.dumps(SCHEMA_FILE))
     assert folder.prepare("two", *splits, flag) == 2
     assert "declares statistics too; leave one of them out" in capsys.readouterr().err
     folder.write("schema.json", json.dumps(schema))

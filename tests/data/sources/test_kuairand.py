@@ -1,4 +1,4 @@
-"""Tests of the source kuairand: splits, histories, past rates, and no leaks."""
+"""Tests of the source kuairand: splits, histories, statistics, and no leaks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ import pytest
 
 from tests.data.preparation.test_like import assert_same_test_rows
 from tokenrec.data.dataset import open_dataset
-from tokenrec.data.past import WithStatistics
-from tokenrec.data.past.shipped import load_statistics
+from tokenrec.data.past.shipped import add_statistics
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.source import Source
 from tokenrec.data.sources.kuairand import KuaiRandSource, fetch
@@ -118,9 +117,13 @@ def write(
     return folder
 
 
-def read(folder: Path, **options: Any) -> dict[str, np.ndarray]:
+def read(
+    folder: Path, statistics: str | None = "none", **options: Any
+) -> dict[str, np.ndarray]:
     """Read all rows, ordered by time, user and video, with NaN for null."""
-    source = KuaiRandSource(folder, "2022-05-03", "2022-05-05", **options)
+    plain = KuaiRandSource(folder, "2022-05-03", "2022-05-05", **options)
+    source = add_statistics(plain, "kuairand", statistics)
+    source.users(), source.items()  # statistics look features up in these
     table = pa.Table.from_batches(list(source.rows()))
     columns = {
         name: np.array(table[name].to_pylist(), float) for name in table.column_names
@@ -201,15 +204,12 @@ def test_the_days_of_the_clock_are_those_of_the_calendar() -> None:
         assert f"{date} {hourmin:04d}" == local.strftime("%Y%m%d %H%M")
 
 
-@pytest.mark.parametrize("past", ["rates", "nothing", "statistics"])
+@pytest.mark.parametrize("statistics", ["none", None])
 def test_later_rows_go_on_from_the_past_of_the_earlier_log(
-    tmp_path: Path, past: str
+    tmp_path: Path, statistics: str | None
 ) -> None:
     def source(folder: Path, *days: str | None) -> Source:
-        found = KuaiRandSource(folder, *days, rates=past == "rates")
-        if past != "statistics":
-            return found
-        return WithStatistics(found, load_statistics("kuairand", found.schema))
+        return add_statistics(KuaiRandSource(folder, *days), "kuairand", statistics)
 
     log = Log()
     history = [
@@ -267,14 +267,16 @@ def test_features_of_a_row_do_not_depend_on_its_outcomes_or_the_future(
     now = log.time >= moment
     other.label[now] = 1 - other.label[now]
     other.played[now] = 1
-    before, after = read(write(tmp_path / "a", log)), read(write(tmp_path / "b", other))
+    before = read(write(tmp_path / "a", log), statistics=None)
+    after = read(write(tmp_path / "b", other), statistics=None)
     shown = before["time_ms"] <= moment
     for name in before.keys() - {f"label_{task}" for task in OUTCOMES} - set(OUTCOMES):
         np.testing.assert_array_equal(
             before[name][shown], after[name][shown], err_msg=name
         )
     assert (
-        before["rate_video_is_click"][~shown] != after["rate_video_is_click"][~shown]
+        before["rate_item_id_is_click"][~shown]
+        != after["rate_item_id_is_click"][~shown]
     ).any()
 
 
@@ -300,29 +302,6 @@ def test_the_order_of_lines_and_files_does_not_matter(tmp_path: Path) -> None:
     before, after = read(a), read(b)
     for name in before:
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
-
-
-def test_rates_count_each_earlier_impression_once(tmp_path: Path) -> None:
-    log = Log()
-    rows = read(write(tmp_path, log))
-    order = np.lexsort((log.video, log.user, log.time))
-    time, user, video = log.time[order], log.user[order], log.video[order]
-    unique = ~np.array([False] + [(time[i], user[i], video[i]) == (time[i - 1], user[i - 1], video[i - 1])
-                                  for i in range(1, len(time))])  # fmt: skip
-    assert (~unique).sum() >= 2
-    for name, key in (("video", video), ("user", user)):
-        counts = [
-            np.sum(unique & (time < time[i]) & (key == key[i]))
-            for i in range(len(time))
-        ]
-        np.testing.assert_array_equal(rows[f"count_{name}"], counts)
-    author = [np.sum(unique & (time < t) & (video < 18) & (video % 5 == v % 5)) if v < 18 else np.nan
-              for t, v in zip(time, video, strict=True)]  # fmt: skip
-    np.testing.assert_array_equal(rows["count_author"], author)
-    tagged = (video < 18) & (video != 4)
-    pairs = [np.sum(unique & (time < time[i]) & tagged & (video % 4 == video[i] % 4) & (user == user[i]))
-             if tagged[i] else np.nan for i in range(len(time))]  # fmt: skip
-    np.testing.assert_array_equal(rows["count_user_tag"], pairs)
 
 
 HISTORY: Sequence[Mapping[str, object]] = [
@@ -365,32 +344,21 @@ def test_history_events_come_before_the_log_with_the_labels_that_are_settled(
         "weekday",
         "play_time_ms",
         "played_share",
-        "count_video",
     )
     for name in unknown:
         assert np.isnan(rows[name][old]).all(), name
-    assert not np.isnan(rows["count_video"][~old]).any()
-    assert read(tmp_path, rates=False)["scored"].sum() == (~old).sum()
 
 
-def test_history_labels_enter_the_rates_of_later_rows(tmp_path: Path) -> None:
+def test_history_labels_enter_the_statistics_of_later_rows(tmp_path: Path) -> None:
     log = Log()
-    with_history, without = (
-        read(write(tmp_path / "a", log, HISTORY)),
-        read(write(tmp_path / "b", log)),
-    )
-    logged = with_history["scored"] == 1
-    earliest = int(
-        np.flatnonzero((without["item_id"] == 7) & (without["count_video"] == 0))[0]
-    )
-    assert with_history["count_video"][logged][earliest] == 1
-    assert with_history["rate_video_long_view"][logged][earliest] > 0
-    assert np.isnan(with_history["rate_video_is_click"][logged][earliest])
-    for user in (3, 4):
-        mine = without["user_id"] == user
-        np.testing.assert_array_equal(
-            with_history["count_user"][logged][mine], without["count_user"][mine]
-        )
+    rows = read(write(tmp_path, log, HISTORY), statistics=None)
+    old = rows["scored"] == 0
+    assert np.isnan(rows["count_item_id"][old]).all()
+    # Video 7 was watched once in the histories, and its first row in the log says so.
+    first = np.flatnonzero((rows["item_id"] == 7) & ~old)[0]
+    assert rows["count_item_id"][first] == 1
+    assert rows["rate_item_id_long_view"][first] > 0
+    assert np.isnan(rows["rate_item_id_is_click"][first])
 
 
 def test_settled_labels_equal_the_enumeration_of_all_embeddings() -> None:

@@ -41,7 +41,7 @@ from tokenrec.data.preparation.partition import (
 from tokenrec.data.preparation.row_index import ChunkIndex, index_chunks
 from tokenrec.data.preparation.state import events_without_chunk
 from tokenrec.data.schema import Schema
-from tokenrec.data.source import LogPart, PartitionedSource
+from tokenrec.data.source import LogPart
 from tokenrec.errors import InputError
 
 PARTITION_BYTES = 64 << 20
@@ -98,7 +98,8 @@ def count_partitions(
 
 
 def build_shards(
-    source: PartitionedSource,
+    row_parts: Sequence[LogPart],
+    user_parts: Sequence[LogPart],
     options: BuildOptions,
     splits: Sequence[str],
     user_id_type: str,
@@ -107,7 +108,8 @@ def build_shards(
     """Run the second pass, and write the shards of `splits` below `options.work`.
 
     Args:
-      source: the raw log.
+      row_parts: parts of the log.
+      user_parts: parts of the source's table of users.
       options: options of the pass.
       splits: names of the splits that have chunks.
       user_id_type: "int64" or "string".
@@ -120,7 +122,7 @@ def build_shards(
     Raises:
       InputError: rows of one request have different times.
     """
-    builder = Tokenrec(source, options, splits, user_id_type)
+    builder = Tokenrec(row_parts, user_parts, options, splits, user_id_type)
     config = tfds.download.DownloadConfig(beam_options=pipeline_options)
     try:
         # The builder prints the name of a folder that exists for this pass only.
@@ -151,12 +153,14 @@ class Tokenrec(tfds.core.GeneratorBasedBuilder):
 
     def __init__(
         self,
-        source: PartitionedSource,
+        row_parts: Sequence[LogPart],
+        user_parts: Sequence[LogPart],
         options: BuildOptions,
         splits: Sequence[str],
         user_id_type: str,
     ) -> None:
-        self._source = source
+        self._row_parts = row_parts
+        self._user_parts = user_parts
         self._options = options
         self._splits = splits
         self._user_id_type = user_id_type
@@ -171,10 +175,10 @@ class Tokenrec(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any, pipeline: Any) -> dict[str, Any]:
         beam, options = beam_library(), self._options
-        rows = create_parts(pipeline, self._source.row_parts(), "Row") | (
+        rows = create_parts(pipeline, self._row_parts, "Row") | (
             "Encode rows" >> beam.FlatMap(_encode_rows, options)
         )
-        table = create_parts(pipeline, self._source.user_parts(), "User") | (
+        table = create_parts(pipeline, self._user_parts, "User") | (
             "Encode users"
             >> beam.FlatMap(
                 partition_user_part, options.schema, options.partitions

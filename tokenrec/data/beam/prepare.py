@@ -4,18 +4,22 @@ The functions that check, encode, sort, cut and serialise log rows are those of 
 local path (`tokenrec/data/preparation/`). This package holds what is left without them:
 
 - `engine.py` imports Beam and chooses its runner;
+- `log.py` says what the second pass reads;
 - `users.py` brings users and their log rows together in a shuffle;
 - `lookup.py` and `shared_files.py` give every worker the ids that the first pass found;
 - `problems.py` reports the first problem of the input, whichever worker met it;
 - `scan.py` and `builder.py` are the two pipelines, `entities.py` the step between them,
-  and this module is their driver.
+  and this module is their driver;
+- `statistics.py` is a third pipeline, for a source that declares statistics of the
+  past.
 
 The steps:
 
 1. Scan (`scan.py`): check every row, collect distinct values, summarise.
 2. Driver (`entities.py`): write vocabularies, tokenizer and catalogue; share the ids.
-3. Build (`builder.py`): encode every row again with final ids, make chunks and shards.
-4. Driver: copy the shards into the folder, and write the index of rows and metadata.
+3. Statistics (`statistics.py`), if any: read every row again, and add the features.
+4. Build (`builder.py`): encode every row again with final ids, make chunks and shards.
+5. Driver: copy the shards into the folder, and write the index of rows and metadata.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from etils import epath
 from tokenrec.data import records
 from tokenrec.data.beam.engine import pipeline_options
 from tokenrec.data.beam.entities import WrittenEntities, write_entities
+from tokenrec.data.beam.log import EncodableLog, open_log, require_parts
 from tokenrec.data.beam.scan import USER_PARTITIONS, RowSummary, ScanResult, scan
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.metadata import Metadata
@@ -49,6 +54,7 @@ from tokenrec.data.preparation.notices import say_notices
 from tokenrec.data.preparation.row_index import IndexWriter
 from tokenrec.data.preparation.staging import staged_folder
 from tokenrec.data.preparation.state import StateWriter
+from tokenrec.data.schema import Schema
 from tokenrec.data.source import SPLITS, PartitionedSource, Source
 from tokenrec.data.vocabulary import value_tables
 from tokenrec.errors import InputError
@@ -65,6 +71,7 @@ def prepare_with_beam(
     arguments: Sequence[str] = (),
     partition_bytes: int | None = None,
     user_partitions: int = USER_PARTITIONS,
+    span_rows: int | None = None,
 ) -> Metadata:
     """Write the data set that `tokenrec.data.preparation.prepare.prepare` writes.
 
@@ -85,6 +92,8 @@ def prepare_with_beam(
       partition_bytes: bytes of log rows that a worker of the second pass holds at a
         time; default: `builder.PARTITION_BYTES`.
       user_partitions: partitions of the users in the first pass.
+      span_rows: log rows of a span of time, for statistics of the past; default:
+        `statistics.SPAN_ROWS`.
 
     Returns:
       The metadata of the data set.
@@ -94,7 +103,7 @@ def prepare_with_beam(
         installed.
     """
     check_options(source.schema, chunk_events, overlap)
-    partitioned = _require_parts(source)
+    plain = require_parts(source)
     beam_options = pipeline_options(arguments)
     with staged_folder(Path(out), overwrite) as folder:
         checksums = file_checksums(source.provenance)
@@ -110,9 +119,10 @@ def prepare_with_beam(
             beam_options,
             partition_bytes,
             user_partitions,
+            span_rows,
         )
         try:
-            metadata = _run_passes(partitioned, folder, checksums, options)
+            metadata = _run_passes(source, plain, folder, checksums, options)
         finally:
             work_folder.rmtree()
     say_notices(open_dataset(out))
@@ -130,6 +140,7 @@ class _Options:
       pipeline: Beam's `PipelineOptions`.
       partition_bytes: as in `prepare_with_beam`.
       user_partitions: as in `prepare_with_beam`.
+      span_rows: as in `prepare_with_beam`.
     """
 
     chunk_events: int
@@ -138,17 +149,36 @@ class _Options:
     pipeline: Any
     partition_bytes: int | None
     user_partitions: int
+    span_rows: int | None
 
 
 def _run_passes(
-    source: PartitionedSource,
+    source: Source,
+    plain: PartitionedSource,
     folder: Path,
     checksums: dict[str, str],
     options: _Options,
 ) -> Metadata:
-    """Write all files of the data set to `folder`."""
-    rows, written = _scan_log(source, folder, options)
-    shards, row_digests, state = _build_shards(source, folder, rows, written, options)
+    """Write all files of the data set to `folder`.
+
+    Args:
+      source: the source.
+      plain: the same without statistics of the past.
+      folder: the prepared folder.
+      checksums: SHA-256 of the raw files.
+      options: options of the run.
+    """
+    rows, written = _scan_log(source.schema, plain, folder, options)
+    log = open_log(
+        source,
+        plain,
+        rows,
+        options.work,
+        options.pipeline,
+        options.partition_bytes,
+        options.span_rows,
+    )
+    shards, row_digests, state = _build_shards(log, folder, rows, written, options)
     counts = written.counts
     metadata = make_metadata(
         folder,
@@ -171,10 +201,17 @@ def _run_passes(
 
 
 def _scan_log(
-    source: PartitionedSource, folder: Path, options: _Options
+    schema: Schema, source: PartitionedSource, folder: Path, options: _Options
 ) -> tuple[RowSummary, WrittenEntities]:
-    """Run the first pass, and write what it found (steps 1 and 2)."""
-    schema, tables = source.schema, value_tables(source.schema.features)
+    """Run the first pass, and write what it found (steps 1 and 2).
+
+    Args:
+      schema: schema of the data set.
+      source: the log without statistics, which have neither ids nor tables.
+      folder: the prepared folder.
+      options: options of the run.
+    """
+    tables = value_tables(schema.features)
     # The table of items is read before the log: it is small, and a problem in it ends
     # the run soon.
     items = Entities("item_id", schema.group("catalogue"), tables)
@@ -202,13 +239,13 @@ def _check_log(source: PartitionedSource, result: ScanResult) -> RowSummary:
 
 
 def _build_shards(
-    source: PartitionedSource,
+    log: EncodableLog,
     folder: Path,
     rows: RowSummary,
     written: WrittenEntities,
     options: _Options,
 ) -> tuple[dict[str, records.Shards], dict[str, str], dict[str, Any]]:
-    """Run the second pass (steps 3 and 4); add its counts to `written.counts`.
+    """Run the second pass (steps 4 and 5); add its counts to `written.counts`.
 
     Returns:
       The shards of each split, the SHA-256 of its rows, and `Metadata.state`.
@@ -216,15 +253,17 @@ def _build_shards(
     # Imported here: tensorflow-datasets takes about a second.
     from tokenrec.data.beam import builder
 
-    partitions = builder.count_partitions(
-        source.schema, rows.rows, options.partition_bytes or builder.PARTITION_BYTES
-    )
     build_options = builder.BuildOptions(
-        source.schema, options.chunk_events, options.overlap, partitions, options.work
+        log.schema, options.chunk_events, options.overlap, log.partitions, options.work
     )
     splits = [name for name in SPLITS if name in rows.splits]
     shards, built, reports = builder.build_shards(
-        source, build_options, splits, written.key_types["user_id"], options.pipeline
+        log.row_parts,
+        log.user_parts,
+        build_options,
+        splits,
+        written.key_types["user_id"],
+        options.pipeline,
     )
     # Reports come in the order of partitions, and so do the records of the shards: the
     # index must have the same order.
@@ -238,8 +277,7 @@ def _build_shards(
                 index.add(name, part)
             state_writer.add(report.events)
         row_digests = index.finish()
-        # No source that Beam can read counts the past.
-        state = state_writer.finish(rows.latest, {})
+        state = state_writer.finish(rows.latest, log.state)
     _copy_shards(built, folder, shards)
     return shards, row_digests, state
 
@@ -257,32 +295,3 @@ def _copy_shards(
                 target.open("wb") as file,
             ):
                 shutil.copyfileobj(written, file)
-
-
-def _require_parts(source: Source) -> PartitionedSource:
-    """Return the source, if Beam can read it.
-
-    Raises:
-      InputError: it has no parts, statistics of the past, or a text of users.
-    """
-    if getattr(source, "statistics", None) is not None:
-        raise InputError(
-            "statistics need the rows in the order of time, which --beam does not "
-            "have; leave --beam out, or the statistics"
-        )
-    has_parts = all(
-        hasattr(source, name) for name in ("row_parts", "user_parts", "check_times")
-    )
-    if not has_parts:
-        raise InputError(
-            f"source '{source.provenance.name}' does not come in parts, so --beam "
-            "cannot read it; leave --beam out, or write its rows to Parquet files and "
-            "use the source delimited"
-        )
-    texts = [f.name for f in source.schema.group("user") if f.kind == "text"]
-    if texts:
-        raise InputError(
-            f"feature '{texts[0]}' is a text of users, whom --beam never gathers in "
-            "one place to train a tokenizer on; leave it out, or leave --beam out"
-        )
-    return source  # type: ignore[return-value]

@@ -56,12 +56,23 @@ def save_scan_result(value: Any, work: str, name: str) -> None:
 
 def load_records(work: str, folder: str) -> Iterator[Any]:
     """Yield the values that `save_records` wrote to `work/folder`, sorted by name."""
+    for name in record_names(work, folder):
+        yield load_record(work, name)
+
+
+def record_names(work: str, folder: str) -> list[str]:
+    """Return the names of the values that `save_records` wrote to a folder, sorted."""
     directory = epath.Path(work) / folder
-    if directory.exists():
-        for path in sorted(directory.iterdir(), key=lambda p: p.name):
-            # A dot marks the file of a worker that was stopped while it wrote.
-            if not path.name.startswith("."):
-                yield pickle.loads(path.read_bytes())
+    if not directory.exists():
+        return []
+    names = sorted(path.name for path in directory.iterdir())
+    # A dot marks the file of a worker that was stopped while it wrote.
+    return [f"{folder}/{name}" for name in names if not name.startswith(".")]
+
+
+def load_record(work: str, name: str) -> Any:
+    """Return the value that `save_records` wrote to `work/name`."""
+    return pickle.loads((epath.Path(work) / name).read_bytes())
 
 
 def save_values(work: str, name: str, values: np.ndarray) -> None:

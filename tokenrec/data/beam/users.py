@@ -96,7 +96,7 @@ def partition_users(
 ) -> Iterator[tuple[int, UserBlock]]:
     """Yield the block's rows of each partition, with its number."""
     partition = partition_of_user(block.batch.column("user_id"), partitions)
-    for number, rows in _rows_by_partition(partition):
+    for number, rows in rows_by_partition(partition):
         piece = block._replace(
             numbers=block.numbers[rows], batch=block.batch.take(pa.array(rows))
         )
@@ -106,7 +106,7 @@ def partition_users(
 def partition_log(block: LogBlock, partitions: int) -> Iterator[tuple[int, LogBlock]]:
     """Yield the block's rows of each partition, with its number."""
     partition = partition_of_user(block.user_id, partitions)
-    for number, rows in _rows_by_partition(partition):
+    for number, rows in rows_by_partition(partition):
         piece = block._replace(
             user_id=block.user_id.take(pa.array(rows)), rows=block.rows[rows]
         )
@@ -192,7 +192,7 @@ def _refuse_repeats(user_blocks: Sequence[UserBlock]) -> None:
             seen.add(user_id)
 
 
-def _rows_by_partition(partition: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def rows_by_partition(partition: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yield each partition that occurs, and the positions where it does, in order."""
     # Stable, so that the rows of a user keep the order of the log.
     order = np.argsort(partition, kind="stable")

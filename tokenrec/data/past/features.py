@@ -21,21 +21,19 @@ from tokenrec.data.past.declaration import (
 from tokenrec.data.past.frozen import FrozenFeatures
 from tokenrec.data.past.keys import Hashes, KeyColumns, combine
 from tokenrec.data.past.last_events import LastEvents
+from tokenrec.data.past.log_rows import check_rows
 from tokenrec.data.past.plan import (
+    Entries,
     Key,
     KeyedTotals,
     features_of_key,
     features_of_matches,
+    overflow_problem,
     plan_keys,
 )
-from tokenrec.data.past.totals import KeyTotals, TotalOverflowError
+from tokenrec.data.past.runs import TotalOverflowError
+from tokenrec.data.past.totals import KeyTotals
 from tokenrec.data.past.user_times import TimesOfUsers
-from tokenrec.data.preparation.raw_columns import (
-    bool_column,
-    check_columns,
-    integer_column,
-    label_column,
-)
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.data.source import FROZEN_COLUMN, Frozen, Source
 from tokenrec.data.time_order import time_blocks, time_ordered
@@ -43,16 +41,6 @@ from tokenrec.errors import InputError
 
 # Log rows whose statistics are computed at once; where a block ends changes nothing.
 _BLOCK_ROWS = 65_536
-
-_ROW_COLUMNS = (
-    "user_id",
-    "item_id",
-    "time_ms",
-    "split",
-    "event",
-    "scored",
-    "request",
-)
 
 
 class PastFeatures:
@@ -110,7 +98,7 @@ class PastFeatures:
             self.features, None if self._earlier is None else self._earlier[1]
         )
         later = self._later(batches)
-        for table in time_blocks(time_ordered(later), _BLOCK_ROWS):
+        for table in self._blocks(time_ordered(later)):
             for part in self.frozen.cut(table):
                 part = part.append_column(FROZEN_COLUMN, self.frozen.of(part, self))
                 yield from self.add_to_block(part).to_batches()
@@ -153,8 +141,7 @@ class PastFeatures:
         """Return all totals and the declaration, by names that files can have."""
         arrays = {"declaration": self._digest()}
         for part, totals in self._parts().items():
-            for name, array in totals.state().items():
-                arrays[f"{part}_{name}"] = array
+            arrays |= named_state(part, totals.state())
         return arrays
 
     def resume(self, state: Mapping[str, np.ndarray], last_time_ms: int) -> None:
@@ -212,28 +199,21 @@ class PastFeatures:
         }
 
     def _later(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Keep the rows later than the earlier log, and check what is needed of them.
-
-        `prepare` checks all columns, but after the statistics have used them.
-        """
-        labels = [f"label_{task.name}" for task in self._schema.tasks]
-        features = (*self._schema.group("row"), *self._schema.group("action"))
-        expected = [*_ROW_COLUMNS, *labels, *(f.name for f in features)]
+        """Keep the rows later than the earlier log, checked."""
         first = 0
         for batch in batches:
-            check_columns(batch.schema.names, list(dict.fromkeys(expected)), "rows()")
-            time = integer_column(batch, "time_ms", first)
-            for name in ("event", "scored"):
-                bool_column(batch, name, first)
-            for name in labels:
-                label_column(batch, name, first)
-            first += batch.num_rows
-            place = batch.schema.names.index("time_ms")
-            batch = batch.set_column(place, "time_ms", pa.array(time))
+            rows = batch.num_rows
+            batch = check_rows(batch, self._schema, first)
+            first += rows
             if self._earlier is not None:
+                time = batch["time_ms"].to_numpy()
                 batch = batch.filter(pa.array(time > self._earlier[1]))
             if batch.num_rows:
                 yield batch
+
+    def _blocks(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Cut log rows in the order of time into what is computed at once."""
+        return time_blocks(tables, _BLOCK_ROWS)
 
     def _parts(self) -> dict[str, KeyColumns | TimesOfUsers | KeyTotals | LastEvents]:
         """What has a state, by its name there; keys are numbered."""
@@ -251,15 +231,7 @@ class PastFeatures:
     def _update(self, table: pa.Table, count: bool = True) -> dict[str, np.ndarray]:
         """Features of a block, `[R] float64` each; then count its rows, or not."""
         columns = self._columns.of_rows(table)
-        tasks = [task.name for task in self._schema.tasks]
-        means = {name for part in self._declared.keys for name in part.means}
-        measures = m.measures(
-            table,
-            columns,
-            tasks,
-            [f for f in self._schema.features if f.name in means],
-            self._declared.unscored,
-        )
+        measures = self._measures(table, columns)
         if not count:
             measures = {name: np.zeros_like(each) for name, each in measures.items()}
         totals = {
@@ -278,6 +250,33 @@ class PastFeatures:
                 out[name] = np.where(hidden, np.nan, out[name])
         return out
 
+    def _measures(
+        self, table: pa.Table, columns: Mapping[str, Hashes]
+    ) -> dict[str, np.ndarray]:
+        """What each row of a block adds to the totals."""
+        tasks = [task.name for task in self._schema.tasks]
+        means = {name for part in self._declared.keys for name in part.means}
+        return m.measures(
+            table,
+            columns,
+            tasks,
+            [f for f in self._schema.features if f.name in means],
+            self._declared.unscored,
+        )
+
+    def _entries(
+        self,
+        key: Key,
+        table: pa.Table,
+        columns: Mapping[str, Hashes],
+        measures: Mapping[str, np.ndarray],
+    ) -> Entries:
+        """What the rows of a block add to the totals of a key."""
+        rows, keys = combine([columns[n] for n in key], table.num_rows)
+        names = self._plans[key].measures
+        values = np.stack([measures[name][rows] for name in names], axis=1)
+        return Entries(rows, keys, table["time_ms"].to_numpy()[rows], values)
+
     def _update_key(
         self,
         key: Key,
@@ -287,17 +286,11 @@ class PastFeatures:
     ) -> KeyedTotals:
         """Totals of the strictly earlier rows of each row's key; then add the block."""
         plan = self._plans[key]
-        rows, keys = combine([columns[n] for n in key], table.num_rows)
-        values = np.stack([measures[name][rows] for name in plan.measures], axis=1)
-        time = table["time_ms"].to_numpy()[rows]
+        rows, keys, time, values = self._entries(key, table, columns, measures)
         try:
             before = self._totals[key].update(keys, time, values)
         except TotalOverflowError as error:
-            raise InputError(
-                f"statistics of {'_'.join(key) or 'all rows'}: the sum of "
-                f"'{plan.measures[error.column]}' is too large for exact sums; give the "
-                'feature "transform": "log1p"'
-            ) from error
+            raise overflow_problem(key, plan, error) from error
         present = np.zeros(table.num_rows, bool)
         present[rows] = True
         totals = {}
@@ -356,3 +349,8 @@ class PastFeatures:
             length,
         )
         return {name: features[name] for name in time_names(times)}
+
+
+def named_state(part: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of one part of the state, by their names in the whole."""
+    return {f"{part}_{name}": array for name, array in arrays.items()}

@@ -48,6 +48,12 @@ class Hashes:
         places = self.offsets[rows].repeat(lengths) + _count_up(lengths)
         return Hashes(_offsets(lengths), self.values[places])
 
+    @classmethod
+    def join(cls, parts: Sequence[Hashes]) -> Hashes:
+        """Hashes of the rows of all parts."""
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        return cls(_offsets(lengths), np.concatenate([part.values for part in parts]))
+
     def first_of_each(self) -> np.ndarray:
         """The first hash of each row, 0 where there is none: `[n] uint64`."""
         has_value = np.diff(self.offsets) > 0
@@ -132,7 +138,7 @@ class KeyColumns:
             for key, group in _TABLES.items()
         }
         self._in_log = [f for f in schema.group("row") if f.name in names]
-        self._tables = {key: _Table.empty(f) for key, f in self._features.items()}
+        self._tables = {key: KeyTable.empty(f) for key, f in self._features.items()}
 
     def add_table(self, key: str, table: pa.Table) -> None:
         """Describe users or items; those of earlier tables stay if they are not there.
@@ -141,10 +147,26 @@ class KeyColumns:
           key: "user_id" or "item_id".
           table: `Source.users` or `Source.items`.
         """
+        self.use_table(key, self.hash_table(key, table).joined(self._tables[key]))
+
+    def hash_table(self, key: str, table: pa.Table) -> KeyTable:
+        """Hash what keys need of a table of users or items, as for `add_table`."""
         columns = {f.name: _cut(f, table[f.name]) for f in self._features[key]}
         ids = hash_column(table[key], f"column '{key}'").first_of_each()
         hashes = {n: hash_column(c, f"feature '{n}'") for n, c in columns.items()}
-        self._tables[key] = _Table.sort(ids, hashes).joined(self._tables[key])
+        return KeyTable.sort(ids, hashes)
+
+    def use_table(self, key: str, table: KeyTable) -> None:
+        """Describe users or items by a table from `hash_table`."""
+        self._tables[key] = table
+
+    def no_table(self, key: str) -> KeyTable:
+        """A table without users or items."""
+        return KeyTable.empty(self._features[key])
+
+    def needs_table(self, key: str) -> bool:
+        """Whether keys have columns of users (`user_id`) or of items (`item_id`)."""
+        return bool(self._features[key])
 
     def of_rows(self, table: pa.Table) -> dict[str, Hashes]:
         """Hash ids and all columns of log rows, by the name of the column."""
@@ -187,12 +209,12 @@ class KeyColumns:
                 )
                 for number, f in enumerate(features)
             }
-            before = _Table(np.array(state[f"{key}s"]), hashes)
+            before = KeyTable(np.array(state[f"{key}s"]), hashes)
             self._tables[key] = self._tables[key].joined(before)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Table:
+class KeyTable:
     """Hashes of the features of users or items.
 
     Attributes:
@@ -204,27 +226,27 @@ class _Table:
     hashes: dict[str, Hashes]
 
     @classmethod
-    def empty(cls, features: Sequence[Feature]) -> _Table:
+    def empty(cls, features: Sequence[Feature]) -> KeyTable:
         none = Hashes(np.zeros(1, np.int64), np.zeros(0, np.uint64))
         return cls(np.zeros(0, np.uint64), {f.name: none for f in features})
 
     @classmethod
-    def sort(cls, ids: np.ndarray, hashes: dict[str, Hashes]) -> _Table:
+    def sort(cls, ids: np.ndarray, hashes: dict[str, Hashes]) -> KeyTable:
         ids, order = np.unique(ids, return_index=True)
         return cls(ids, {name: h.take(order) for name, h in hashes.items()})
 
-    def joined(self, earlier: _Table) -> _Table:
+    def joined(self, earlier: KeyTable) -> KeyTable:
         """Add what only an earlier table has."""
-        # The first of equal ids is taken: that of this table.
-        ids = np.concatenate([self.ids, earlier.ids])
-        hashes = {
-            name: Hashes(
-                np.append(h.offsets, len(h.values) + earlier.hashes[name].offsets[1:]),
-                np.append(h.values, earlier.hashes[name].values),
-            )
-            for name, h in self.hashes.items()
-        }
-        return self.sort(ids, hashes)
+        return self.join([self, earlier])
+
+    @classmethod
+    def join(cls, tables: Sequence[KeyTable]) -> KeyTable:
+        """Join tables of the same features; the first one that has an id describes it."""
+        # The first of equal ids is taken.
+        ids = np.concatenate([table.ids for table in tables])
+        names = tables[0].hashes
+        hashes = {n: Hashes.join([table.hashes[n] for table in tables]) for n in names}
+        return cls.sort(ids, hashes)
 
     def look_up(self, ids: np.ndarray) -> dict[str, Hashes]:
         """Hashes of each feature of `ids: [n]`, none of unknown ones."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from tokenrec.data.past.key_index import KeyIndex
 from tokenrec.data.past.keys import Hashes
-from tokenrec.data.past.totals import run_starts
+from tokenrec.data.past.runs import run_starts
 
 
 class LastEvents:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +17,27 @@ from tokenrec.data.past.declaration import (
     last_events,
 )
 from tokenrec.data.past.rates import smoothed_mean, smoothed_rate
+from tokenrec.data.past.runs import TotalOverflowError
+from tokenrec.errors import InputError
 
 Key = tuple[str, ...]
+
+
+class Entries(NamedTuple):
+    """What log rows add to the totals of a key. E entries.
+
+    Attributes:
+      rows: `[E] int64`, ascending; the row of each, which has several where a column of
+        the key has several values.
+      keys: `[E] uint64`.
+      time: `[E] int64`, milliseconds.
+      values: `[E, width] float64`.
+    """
+
+    rows: np.ndarray
+    keys: np.ndarray
+    time: np.ndarray
+    values: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,3 +132,12 @@ def features_of_matches(match: Matches, totals: KeyedTotals) -> dict[str, np.nda
             count = totals.of(measure, horizon)
             out[match.count(task, horizon)] = np.where(totals.present, count, np.nan)
     return out
+
+
+def overflow_problem(key: Key, plan: KeyPlan, error: TotalOverflowError) -> InputError:
+    """Say which sum is too large, and what to do."""
+    return InputError(
+        f"statistics of {'_'.join(key) or 'all rows'}: the sum of "
+        f"'{plan.measures[error.column]}' is too large for exact sums; give the "
+        'feature "transform": "log1p"'
+    )

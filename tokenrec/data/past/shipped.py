@@ -1,4 +1,6 @@
-"""Declarations of statistics that come with tokenrec, by name."""
+"""Declarations of statistics that come with tokenrec, by name of a source.
+
+`tokenrec prepare` adds them to that source unless `--statistics` says otherwise."""
 
 from __future__ import annotations
 
@@ -7,13 +9,14 @@ from typing import Any
 
 from tokenrec.data.past.declaration import PastStatistics
 from tokenrec.data.past.declaration_json import parse_statistics
-from tokenrec.data.past.source import read_statistics
+from tokenrec.data.past.source import WithStatistics, read_statistics, refuse_second
 from tokenrec.data.schema import Schema
+from tokenrec.data.source import Source
 from tokenrec.errors import InputError, suggest
 
-# For `tokenrec prepare kuairand`, whose past rates they replace. The tasks are those
-# that KuaiRand's models predict; the others are too rare for a rate. Lists were compared
-# on 2 May of KuaiRand-Pure, the last day of train.
+NONE = "none"
+# The tasks are those that KuaiRand's models predict; the others are too rare for a rate.
+# Lists were compared on 2 May of KuaiRand-Pure, the last day of train.
 _TASKS = ["is_click", "long_view"]
 _WITH_DECAY = ["all", "1d"]
 
@@ -65,7 +68,30 @@ SHIPPED: dict[str, dict[str, Any]] = {
             "unit": "ms",
             "session": "30m",
         },
-    }
+    },
+    "complete_journey": {
+        "keys": [
+            {"key": "item_id", "horizons": ["all", "14d"]},
+            {"key": "product_type"},
+            {"key": "user_id", "horizons": ["all", "28d"]},
+            {"key": ["user_id", "item_id"], "horizons": ["all", "28d"]},
+            {"key": ["user_id", "product_type"], "horizons": ["all", "28d"]},
+            {"key": ["user_id", "product_category"]},
+            {"key": ["user_id", "manufacturer_id"]},
+            {"key": ["user_id", "department"]},
+            {"key": ["store_id", "item_id"], "parent": ["item_id"]},
+            {"key": ["display_location", "mailer_location"]},
+            {"key": ["item_id", "display_location"]},
+        ],
+        "matches": [
+            "item_id",
+            "product_type",
+            "product_category",
+            "manufacturer_id",
+            "brand",
+        ],
+        "times": {"gap": True},
+    },
 }
 
 
@@ -88,3 +114,23 @@ def load_statistics(name: str, schema: Schema) -> PastStatistics:
             f"declaration{suggest(name, SHIPPED)}"
         )
     return read_statistics(Path(name), schema)
+
+
+def add_statistics(source: Source, name: str, chosen: str | None) -> Source:
+    """Add statistics of the past to a named source.
+
+    Args:
+      source: the source.
+      name: its name, by which a shipped declaration is found.
+      chosen: as `load_statistics`, or "none" for no statistics. None: those shipped for
+        the source, if there are any.
+
+    Raises:
+      InputError: as `load_statistics`, or the source declares statistics itself.
+    """
+    if chosen is None:
+        chosen = name if name in SHIPPED else NONE
+    if chosen == NONE:
+        return source
+    refuse_second(source)
+    return WithStatistics(source, load_statistics(chosen, source.schema))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,22 @@ from tokenrec.errors import InputError
 from tokenrec.runtime.files import read_json
 
 _OWN, _INNER = "past_", "source_"
+
+
+class SourceWithStatistics(Source, Protocol):
+    """A source that may declare statistics of the past, which `rows` adds.
+
+    Attributes:
+      statistics: the declaration; None if there is none.
+      state_head: what the names of their arrays in `state` begin with.
+    """
+
+    statistics: PastStatistics | None
+    state_head: str
+
+    def without_statistics(self) -> Source:
+        """Return the source with neither the features nor the order of time."""
+        ...
 
 
 class WithStatistics:
@@ -37,10 +54,12 @@ class WithStatistics:
         declares statistics itself.
     """
 
+    state_head = _OWN
+
     def __init__(self, source: Source, statistics: PastStatistics) -> None:
         refuse_second(source)
         check_statistics(statistics, source.schema, "statistics")
-        self.statistics = statistics
+        self.statistics: PastStatistics | None = statistics
         self._source = source
         self.provenance = source.provenance
         self._past = PastFeatures(statistics, source.schema)
@@ -75,9 +94,20 @@ class WithStatistics:
         if isinstance(self._source, StatefulSource):
             self._source.resume(_those(state, _INNER), last_time_ms)
 
+    def without_statistics(self) -> Source:
+        """Return the source as it was, as `SourceWithStatistics`."""
+        return self._source
+
     def _describe(self, key: str, table: pa.Table) -> pa.Table:
         self._past.describe(key, table)
         return table
+
+
+def declaring(source: Source) -> SourceWithStatistics | None:
+    """Return a source that declares statistics as one; None of the others."""
+    if getattr(source, "statistics", None) is None:
+        return None
+    return source  # type: ignore[return-value]
 
 
 def with_features(schema: Schema, past: PastFeatures) -> Schema:
@@ -91,7 +121,7 @@ def refuse_second(source: Source) -> None:
     Raises:
       InputError: it does.
     """
-    if getattr(source, "statistics", None) is not None:
+    if declaring(source) is not None:
         raise InputError(
             f"source '{source.provenance.name}' declares statistics too; leave one of "
             "them out"

@@ -29,26 +29,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tokenrec.data.past.key_index import KeyIndex
+from tokenrec.data.past.runs import Runs, check_sums, run_starts, sum_earlier
 
 EPOCH_HALF_LIVES = 4
 # Steps of the totals: 2^-24 of a count.
 SCALE = 2.0**24
 # A total below it is dropped.
 _LEAST = 2.0**-100
-# Sums stay below it, so that a block of log rows cannot overflow int64.
-_MOST_SUM = 1 << 62
-
-
-class TotalOverflowError(Exception):
-    """A total is too large for int64.
-
-    Attributes:
-      column: number of the total's column.
-    """
-
-    def __init__(self, column: int) -> None:
-        super().__init__(column)
-        self.column = column
 
 
 class KeyTotals:
@@ -99,9 +86,55 @@ class KeyTotals:
             results.append(before)
         return results
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Return all totals, from which `resume` goes on, keys in ascending order."""
-        ids, places = self._keys.items()
+    def runs(
+        self, key: np.ndarray, time: np.ndarray, values: np.ndarray, span: np.ndarray
+    ) -> list[Runs]:
+        """Sum entries by span of time and key, for the `add` of another.
+
+        Args:
+          key: `[E] uint64`.
+          time: `[E] int64`, milliseconds.
+          values: `[E, width] float64`.
+          span: `[E] int64`, number of the span of each.
+
+        Returns:
+          The runs of each horizon, of the same spans and keys.
+        """
+        return [
+            Runs.merge([Runs(span, key, *horizon.parts(time, values))])
+            for horizon in self._horizons
+        ]
+
+    def add(self, runs: Sequence[Runs]) -> None:
+        """Add the entries of one span, later than all that were added before.
+
+        Args:
+          runs: the runs of each horizon, sorted by key.
+
+        Raises:
+          TotalOverflowError: a total is too large.
+        """
+        for number, (horizon, of_horizon) in enumerate(
+            zip(self._horizons, runs, strict=True)
+        ):
+            group_start = run_starts(of_horizon.key)
+            # All horizons have the same keys.
+            if number == 0:
+                place = self._keys.add(of_horizon.key[group_start])
+            check_sums(of_horizon.sums)
+            horizon.add(group_start, place, of_horizon.epoch, of_horizon.sums)
+
+    def state(self, keys: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Return all totals, from which `resume` goes on, keys in ascending order.
+
+        Args:
+          keys: `[n] uint64`, ascending: only those of them that have come.
+        """
+        if keys is None:
+            ids, places = self._keys.items()
+        else:
+            places = self._keys.find(keys)
+            ids, places = keys[places >= 0], places[places >= 0]
         arrays = {"keys": ids}
         for number, horizon in enumerate(self._horizons):
             for name, array in horizon.arrays(places).items():
@@ -174,14 +207,39 @@ class _AllPast:
           `[E, width] float64`.
         """
         self._grow(int(place.max()) + 1)
-        parts = np.rint(values * self._scales).astype(np.int64)
-        sums = self._arrays["sums"][place]
-        before = sums[np.cumsum(group_start) - 1]
-        before += _sum_earlier(parts, group_start, time)
-        ended = sums + np.add.reduceat(parts, np.flatnonzero(group_start))
-        _check_sums(ended)
-        self._arrays["sums"][place] = ended
+        epoch, parts = self.parts(time, values)
+        before = self._arrays["sums"][place][np.cumsum(group_start) - 1]
+        before += sum_earlier(parts, group_start, time)
+        self.add(group_start, place, epoch, parts)
         return before / self._scales
+
+    def parts(
+        self, time: np.ndarray, values: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What entries add: their epochs `[E] int64`, and `[E, width] int64`."""
+        parts = np.rint(values * self._scales).astype(np.int64)
+        return np.zeros(len(time), np.int64), parts
+
+    def add(
+        self,
+        group_start: np.ndarray,
+        place: np.ndarray,
+        epoch: np.ndarray,
+        sums: np.ndarray,
+    ) -> None:
+        """Add runs, or entries, to the totals of their keys.
+
+        Args:
+          group_start: `[K] bool`, True where the runs of a key begin.
+          place: `[G] int64`, number of each group's key.
+          epoch: `[K] int64`, ascending within a group.
+          sums: `[K, width] int64`.
+        """
+        self._grow(int(place.max()) + 1)
+        ended = self._arrays["sums"][place]
+        ended += np.add.reduceat(sums, np.flatnonzero(group_start))
+        check_sums(ended)
+        self._arrays["sums"][place] = ended
 
     def _grow(self, size: int) -> None:
         """Make room for keys up to a number, half as much again as needed."""
@@ -219,14 +277,12 @@ class _Decayed(_AllPast):
         self._grow(int(place.max()) + 1)
 
         # 1. What each entry adds to the sums of its epoch.
-        span = EPOCH_HALF_LIVES * self._half_life
-        epoch = time // span
-        weight = np.exp2((time - epoch * span) / self._half_life)[:, None]
+        epoch, weight = self._weigh(time)
         parts = np.rint(values * weight * self._scales).astype(np.int64)
 
         # 2. Sums of the earlier entries of the same key and epoch: a run.
         run_start = group_start | run_starts(epoch)
-        within = _sum_earlier(parts, run_start, time)
+        within = sum_earlier(parts, run_start, time)
 
         # 3. What each run begins with.
         runs = np.flatnonzero(run_start)
@@ -234,6 +290,30 @@ class _Decayed(_AllPast):
         carry, sums = self._begins(group_start[runs], place, epoch[runs], run_sums)
         number = np.cumsum(run_start) - 1
         return (carry[number] + (sums[number] + within) / self._scales) / weight
+
+    def parts(
+        self, time: np.ndarray, values: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As that of `_AllPast`."""
+        epoch, weight = self._weigh(time)
+        return epoch, np.rint(values * weight * self._scales).astype(np.int64)
+
+    def add(
+        self,
+        group_start: np.ndarray,
+        place: np.ndarray,
+        epoch: np.ndarray,
+        sums: np.ndarray,
+    ) -> None:
+        """Add runs of different epochs to the totals of their keys."""
+        self._grow(int(place.max()) + 1)
+        self._begins(group_start, place, epoch, sums)
+
+    def _weigh(self, time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs `[E] int64`, and weights within them `[E, 1] float64`."""
+        span = EPOCH_HALF_LIVES * self._half_life
+        epoch = time // span
+        return epoch, np.exp2((time - epoch * span) / self._half_life)[:, None]
 
     def _begins(
         self,
@@ -277,7 +357,7 @@ class _Decayed(_AllPast):
             )
         last = np.append(first[1:], len(is_first)) - 1
         ended = sums[last] + run_sums[last]
-        _check_sums(ended)
+        check_sums(ended)
         self._arrays["epoch"][place] = epoch[last]
         self._arrays["carry"][place] = carry[last]
         self._arrays["sums"][place] = ended
@@ -292,39 +372,3 @@ class _Decayed(_AllPast):
         passed = np.ldexp(carry + sums / self._scales, power[:, None].astype(np.int32))
         passed[np.abs(passed) < _LEAST] = 0.0
         return passed
-
-
-def _sum_earlier(
-    parts: np.ndarray, run_start: np.ndarray, time: np.ndarray
-) -> np.ndarray:
-    """Sum over the earlier entries of a run, those of the same time excluded.
-
-    Args:
-      parts: `[E, width] int64`.
-      run_start: `[E] bool`, True where a run begins.
-      time: `[E] int64`, ascending within a run.
-
-    Returns:
-      `[E, width] int64`.
-    """
-    # The cumulative sum runs over all keys and may wrap around, which its differences
-    # do not show.
-    exclusive = np.cumsum(parts, axis=0) - parts
-    index = np.arange(len(time))
-    tie_start = run_start | run_starts(time)
-    first_of_run = np.maximum.accumulate(np.where(run_start, index, 0))
-    first_of_tie = np.maximum.accumulate(np.where(tie_start, index, 0))
-    return exclusive[first_of_tie] - exclusive[first_of_run]
-
-
-def _check_sums(sums: np.ndarray) -> None:
-    too_large = (np.abs(sums) >= _MOST_SUM).any(axis=0)
-    if too_large.any():
-        raise TotalOverflowError(int(np.argmax(too_large)))
-
-
-def run_starts(values: np.ndarray) -> np.ndarray:
-    """Whether each of `values: [n]` differs from the one before it: `[n] bool`."""
-    starts = np.ones(len(values), bool)
-    starts[1:] = values[1:] != values[:-1]
-    return starts

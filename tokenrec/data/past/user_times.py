@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from tokenrec.data.past.key_index import KeyIndex
-from tokenrec.data.past.totals import run_starts
+from tokenrec.data.past.runs import run_starts
 
 
 class TimesOfUsers:

@@ -280,7 +280,9 @@ class _FolderWriter:
         """Write what a later data set goes on from."""
         if self.state_writer is not None:
             arrays = source.state() if isinstance(source, StatefulSource) else {}
-            self.state = self.state_writer.finish(self.ingestion.last_time, arrays)
+            self.state = self.state_writer.finish(
+                self.ingestion.last_time, arrays.items()
+            )
 
     def write_metadata(
         self, provenance: Provenance, checksums: dict[str, str], options: dict[str, Any]

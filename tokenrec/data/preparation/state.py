@@ -15,7 +15,7 @@ totals that it ended with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,24 +87,26 @@ class StateWriter:
             self._events.write(chunk)
 
     def finish(
-        self, last_time: int, arrays: Mapping[str, np.ndarray]
+        self, last_time: int, arrays: Iterable[tuple[str, np.ndarray]]
     ) -> dict[str, Any]:
         """Complete the files.
 
         Args:
           last_time: time of the last row of the log, milliseconds.
-          arrays: state of the source, by name.
+          arrays: names and arrays of the state of the source.
 
         Returns:
           `Metadata.state`.
         """
         self._events.finish()
-        for name, array in arrays.items():
+        names = []
+        for name, array in arrays:
             np.save(self._folder / f"{name}.npy", array, allow_pickle=False)
+            names.append(name)
         return {
             "last_time_ms": last_time,
             "events": self._events.shard_lengths,
-            "source": sorted(arrays),
+            "source": sorted(names),
         }
 
     def close(self) -> None:

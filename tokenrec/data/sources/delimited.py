@@ -20,6 +20,7 @@ model sees for earlier events only. Licence and citation are those of the log's 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,6 +83,8 @@ class DelimitedSource:
       InputError: the schema, a file or a value is wrong. Rows and tables are checked
         while they are read.
     """
+
+    state_head = ""
 
     def __init__(
         self,
@@ -197,6 +200,13 @@ class DelimitedSource:
         """Go on from the totals of an earlier log, as `StatefulSource`."""
         if self._past is not None:
             self._past.resume(state, last_time_ms)
+
+    def without_statistics(self) -> DelimitedSource:
+        """Return the same files without statistics, as `SourceWithStatistics`."""
+        plain = copy.copy(self)
+        plain.schema = self._schema_file.schema
+        plain.statistics = plain._past = None
+        return plain
 
     def _read_rows(self) -> Iterator[pa.RecordBatch]:
         """Yield the log rows in the order of the files."""

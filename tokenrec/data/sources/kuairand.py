@@ -17,9 +17,9 @@ Not read: `video_features_statistic_*`, whose counts cover the whole period and 
 into the future, and `log_random_*`, whose exposure is another policy.
 
 Outcomes of a row (the six labels, play time, share played) are `action` features: the
-model sees them for earlier events only. The past rates of clicks and long views
-(`tokenrec/data/past_rates.py`) count rows of strictly earlier times. The user files do not
-say when they were taken; follower counts and the like may postdate a row.
+model sees them for earlier events only. `tokenrec prepare kuairand` adds statistics of
+the past, those of `tokenrec/data/past/shipped.py`. The user files do not say when they
+were taken; follower counts and the like may postdate a row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tokenrec.data.past_rates import PastRates, RateKey
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.data.source import Provenance
 from tokenrec.data.sources.archive import extract
@@ -48,30 +47,16 @@ from tokenrec.data.sources.kuairand_log import (
 )
 from tokenrec.data.sources.kuairand_rows import (
     finish_rows,
-    join_repeats,
-    rate_keys,
     raw_rows,
 )
 from tokenrec.data.sources.kuairand_videos import (
     MOST_TAGS,
     VIDEO_CATEGORIES,
     Videos,
-    integers,
 )
 from tokenrec.data.sources.tabular import read_csv, read_parquet
-from tokenrec.data.time_order import time_ordered
 from tokenrec.errors import InputError, suggest
 
-RATE_TASKS = ("is_click", "long_view")
-RATE_KEYS = (
-    RateKey("video", "item"),
-    RateKey("author", "item"),
-    RateKey("tag", "item"),
-    RateKey("user", "context"),
-    RateKey("user_author", "context"),
-    RateKey("user_tag", "context"),
-    RateKey("tab", "context"),
-)
 CITATION = (
     "Gao et al., KuaiRand: An Unbiased Sequential Recommendation Dataset with Randomly "
     "Exposed Videos, CIKM 2022, https://doi.org/10.1145/3511808.3557624"
@@ -101,33 +86,28 @@ _USER_CATEGORIES = (
 )
 _USER_NUMBERS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
 
-_OUT_ROWS = 1 << 16
 CLOCKS = ("time_ms", "file")
 
 
-def features(*, rates: bool) -> tuple[Feature, ...]:
-    """Return the features of a prepared KuaiRand, with or without past rates."""
-    past = PastRates(RATE_KEYS, RATE_TASKS).features() if rates else ()
-    return (
-        Feature("user_id", "categorical", "user"),
-        *(Feature(name, "categorical", "user") for name in _USER_CATEGORIES),
-        *(Feature(name, "dense", "user", transform="log1p") for name in _USER_NUMBERS),
-        Feature("video_id", "categorical", "item"),
-        Feature("author_id", "categorical", "item"),
-        Feature("tag", "multi_valued", "item", length=MOST_TAGS),
-        *(Feature(name, "categorical", "item") for name in VIDEO_CATEGORIES),
-        Feature("duration_bucket", "categorical", "item"),
-        Feature("video_duration", "dense", "item", transform="log1p"),
-        Feature("video_age_days", "dense", "item", transform="log1p", per_row=True),
-        Feature("tab", "categorical", "context"),
-        Feature("hour", "categorical", "context"),
-        Feature("weekday", "categorical", "context"),
-        # The labels of an earlier event are part of its action.
-        *(Feature(name, "categorical", "action") for name in TASKS),
-        Feature("play_time_ms", "dense", "action", transform="log1p"),
-        Feature("played_share", "categorical", "action"),
-        *past,
-    )
+FEATURES = (
+    Feature("user_id", "categorical", "user"),
+    *(Feature(name, "categorical", "user") for name in _USER_CATEGORIES),
+    *(Feature(name, "dense", "user", transform="log1p") for name in _USER_NUMBERS),
+    Feature("video_id", "categorical", "item"),
+    Feature("author_id", "categorical", "item"),
+    Feature("tag", "multi_valued", "item", length=MOST_TAGS),
+    *(Feature(name, "categorical", "item") for name in VIDEO_CATEGORIES),
+    Feature("duration_bucket", "categorical", "item"),
+    Feature("video_duration", "dense", "item", transform="log1p"),
+    Feature("video_age_days", "dense", "item", transform="log1p", per_row=True),
+    Feature("tab", "categorical", "context"),
+    Feature("hour", "categorical", "context"),
+    Feature("weekday", "categorical", "context"),
+    # The labels of an earlier event are part of its action.
+    *(Feature(name, "categorical", "action") for name in TASKS),
+    Feature("play_time_ms", "dense", "action", transform="log1p"),
+    Feature("played_share", "categorical", "action"),
+)
 
 
 class KuaiRandSource:
@@ -138,9 +118,6 @@ class KuaiRandSource:
       valid_from: first day of the valid split, an ISO date; rows before it are train.
         None: all rows are.
       test_from: first day of the test split, an ISO date; None for no test split.
-      rates: whether to add past rates of clicks and long views. They need the rows in
-        the order of time, and so room for a copy of the log in the folder for temporary
-        files.
       clock: "time_ms": day, hour and weekday of a row are those of `time_ms` in China,
         by which histories are ordered. "file": those of the columns `date` and
         `hourmin`, by which others have split, though they tell of the label
@@ -156,7 +133,6 @@ class KuaiRandSource:
         root: Path,
         valid_from: str | None,
         test_from: str | None,
-        rates: bool = True,
         clock: str = "time_ms",
     ) -> None:
         if clock not in CLOCKS:
@@ -177,11 +153,9 @@ class KuaiRandSource:
         files = (*self._logs, *self._user_files, *video_files, *self._histories)
         _check_one_variant(folder, files)
         self._videos = Videos(video_files)
-        self._with_rates = rates
-        self._rates = PastRates(RATE_KEYS, RATE_TASKS)
-        # The log that this one goes on from: its totals, and the time of its last row.
-        self._earlier: tuple[Mapping[str, np.ndarray], int] | None = None
-        self.schema = Schema(features(rates=rates), tuple(Task(name) for name in TASKS))
+        # Time of the last row of the log that this one goes on from.
+        self._earlier_ms: int | None = None
+        self.schema = Schema(FEATURES, tuple(Task(name) for name in TASKS))
         self.provenance = Provenance("kuairand", LICENCE, CITATION, files)
 
     def users(self) -> pa.Table:
@@ -197,44 +171,24 @@ class KuaiRandSource:
         return self._videos.catalogue()
 
     def rows(self) -> Iterator[pa.RecordBatch]:
-        """Yield rows: in the order of time with rates, otherwise that of the files."""
-        raw = itertools.chain(self._read_histories(), self._read_logs())
-        if not self._with_rates:
-            for batch in raw:
-                yield finish_rows(pa.Table.from_batches([batch]), {}, self._videos)
-            return
-        rates = self._rates = PastRates(RATE_KEYS, RATE_TASKS)
-        if self._earlier is not None:
-            rates.resume(self._earlier[0])
-        for table in time_ordered(raw):
-            labels = {task: integers(table[task]) for task in RATE_TASKS}
-            # `prepare` joins repeats, so that they must not count twice here.
-            counted, labels = join_repeats(table, labels)
-            past = rates.update(
-                table["time_ms"].to_numpy(),
-                rate_keys(table, self._videos),
-                labels,
-                counted,
-            )
-            for start in range(0, table.num_rows, _OUT_ROWS):
-                part = slice(start, start + _OUT_ROWS)
-                part_of_past = {name: values[part] for name, values in past.items()}
-                yield finish_rows(table[part], part_of_past, self._videos)
+        """Yield the earlier events, then the impressions, each as the files have them."""
+        for batch in itertools.chain(self._read_histories(), self._read_logs()):
+            yield finish_rows(pa.Table.from_batches([batch]), self._videos)
 
     def state(self) -> Mapping[str, np.ndarray]:
-        """Return the totals of the past rates, as `StatefulSource`."""
-        return self._rates.state() if self._with_rates else {}
+        """Return nothing: a later log needs only to know that there is an earlier one."""
+        return {}
 
     def resume(self, state: Mapping[str, np.ndarray], last_time_ms: int) -> None:
-        """Go on from the totals of an earlier log, as `StatefulSource`."""
-        self._earlier = state, last_time_ms
+        """Go on after an earlier log, as `StatefulSource`."""
+        self._earlier_ms = last_time_ms
 
     def _read_logs(self) -> Iterator[pa.RecordBatch]:
         """Yield the impressions, as `raw_rows`."""
         for path in self._logs:
             for batch in read_log(path):
-                if self._earlier is not None:
-                    later = pc.greater(batch.column("time_ms"), self._earlier[1])
+                if self._earlier_ms is not None:
+                    later = pc.greater(batch.column("time_ms"), self._earlier_ms)
                     batch = batch.filter(later)
                 if self._clock == "time_ms":
                     batch = on_the_clock(batch)
@@ -246,7 +200,7 @@ class KuaiRandSource:
     def _read_histories(self) -> Iterator[pa.RecordBatch]:
         """Yield the events before the log, as `raw_rows`; they are train, unscored."""
         # An earlier log that this one goes on from has them already.
-        if not self._histories or self._earlier is not None:
+        if not self._histories or self._earlier_ms is not None:
             return
         # A pass over the log: events of the history must come before it.
         users, first_ms = first_times(self._logs)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tokenrec.data.sources.kuairand_log import LOG_TYPES, TASKS, parse_date
 from tokenrec.data.sources.kuairand_videos import DAY_MS, Videos, bucket, integers
-from tokenrec.errors import InputError
 
 # Edges of the buckets of the share of a video that was played.
 PLAYED_EDGES = np.array([0.02, 0.1, 0.25, 0.5, 0.75, 0.95, 1.05, 1.5, 2.0])
@@ -39,66 +36,13 @@ def raw_rows(
     )
 
 
-def rate_keys(table: pa.Table, videos: Videos) -> dict[str, np.ndarray]:
-    """Return the keys of past rates: by name, `[n] int64`, -1 for none."""
-    user, video = table["user_id"].to_numpy(), table["video_id"].to_numpy()
-    author = videos.lookup("author", video, -1)
-    tag = videos.lookup("tag", video, -1)
-    return {
-        "video": video,
-        "author": author,
-        "tag": tag,
-        "user": user,
-        "user_author": _pair_keys(user, author),
-        "user_tag": _pair_keys(user, tag),
-        "tab": integers(table["tab"]),
-    }
-
-
-def join_repeats(
-    table: pa.Table, labels: Mapping[str, np.ndarray]
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Find rows that repeat user, video and time of another, and join their labels.
-
-    `prepare` joins them by the same rule (tokenrec/data/preparation/repeats.py): 1 over
-    0 over unknown.
-
-    Args:
-      table: rows as `raw_rows` makes them; repeats share a table.
-      labels: task -> `[n] int8`, 1, 0, or -1 where unknown.
-
-    Returns:
-      `[n] bool`, False for all but one of the rows that repeat one another; and the
-      joined labels of these rows.
-    """
-    columns = [table[name].to_numpy() for name in ("video_id", "user_id", "time_ms")]
-    # Within a repeat by tab, so that the row that counts does not depend on the files.
-    order = np.lexsort((integers(table["tab"]), *columns))
-    starts = np.ones(len(order), bool)
-    starts[1:] = False
-    for column in columns:
-        starts[1:] |= column[order][1:] != column[order][:-1]
-    counted = np.zeros(len(order), bool)
-    counted[order[starts]] = True
-    joined = {}
-    for task, values in labels.items():
-        joined[task] = values.copy()
-        joined[task][order[starts]] = np.maximum.reduceat(
-            values[order], np.flatnonzero(starts)
-        )
-    return counted, joined
-
-
-def finish_rows(
-    table: pa.Table, past: dict[str, np.ndarray], videos: Videos
-) -> pa.RecordBatch:
+def finish_rows(table: pa.Table, videos: Videos) -> pa.RecordBatch:
     """Make the columns of `Source.rows`.
 
-    Events without a log row (those of the history) have null context and rates.
+    Events without a log row (those of the history) have null context.
 
     Args:
       table: rows as `raw_rows` makes them.
-      past: past rates by feature, `[n] float32`.
       videos: videos of the catalogue.
     """
     scored = table["scored"].to_numpy()
@@ -129,10 +73,6 @@ def finish_rows(
         **{task: pc.cast(table[task], pa.int64()) for task in TASKS},
         "play_time_ms": table["play_time_ms"],
         "played_share": bucket(played, PLAYED_EDGES),
-        **{
-            name: _null_for_nan(np.where(scored, values, np.float32(np.nan)))
-            for name, values in past.items()
-        },
     }
     return pa.table(columns).combine_chunks().to_batches()[0]
 
@@ -147,17 +87,6 @@ def _weekdays(dates: pa.ChunkedArray) -> pa.Array:
     ]
     weekday = np.array(days, np.int64)[inverse]
     return pa.array(weekday, mask=weekday < 0)
-
-
-def _pair_keys(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Pack two keys into one: `[n] int64`, -1 where the second is missing."""
-    largest = max(int(first.max()), int(second.max()))
-    if largest >= 1 << 31:
-        raise InputError(
-            f"id {largest} is above {2**31 - 1}, too large to be combined with another "
-            "for past rates; renumber it, or use KuaiRandSource(..., rates=False)"
-        )
-    return np.where(second < 0, -1, (first << 31) | second)
 
 
 def _null_for_nan(values: np.ndarray) -> pa.Array:
