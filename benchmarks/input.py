@@ -69,7 +69,12 @@ class Generated:
         """There are no files."""
 
     def load(
-        self, split: str, start: int = 0, stop: int | None = None
+        self,
+        split: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        frozen: bool = False,
     ) -> InteractionLog:
         if (start, stop) != (0, self.log.num_chunks):
             raise ValueError(

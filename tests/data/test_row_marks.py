@@ -253,8 +253,8 @@ def test_rows_that_do_not_fit_the_marks_are_refused(
     plan = Windows(data, SMALL, "train", train=True)
     usual = Dataset.load
 
-    def unscored(self: Dataset, *args: int) -> InteractionLog:
-        log = usual(self, *args)
+    def unscored(self: Dataset, *args: int, frozen: bool) -> InteractionLog:
+        log = usual(self, *args, frozen=frozen)
         return dataclasses.replace(log, flags=np.zeros_like(log.flags))
 
     monkeypatch.setattr(Dataset, "load", unscored)

@@ -18,6 +18,7 @@ Two halves meet in a prepared data set on disk.
 - dataset.py, log_decoder.py, value_checks.py, interaction_log.py: opening a data set,
   and its chunks as arrays in memory.
 - semantic_id_file.py, semantic_id_feature.py: semantic ids of the items.
+- frozen_rows.py: statistics of the past as of the start of a split.
 - samples.py, nio_samples.py, uc_samples.py, log_index.py: cutting requests and streams.
 - windows.py, two_slot_cache.py, batch_order.py: windows in memory, and the order of
   training batches.

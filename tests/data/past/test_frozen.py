@@ -25,6 +25,8 @@ from tokenrec.data.past import PastStatistics, WithStatistics, features
 from tokenrec.data.past.declaration import Unscored
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.data.preparation import intake
+from tokenrec.data.preparation.frozen import FrozenValues, FrozenWriter
+from tokenrec.data.preparation.partition import ChunkRun
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import columns
 from tokenrec.data.source import FROZEN_COLUMN, SPLITS
@@ -218,6 +220,17 @@ def test_rows_on_disk_and_like_change_nothing(
         overlap=40,
     )
     assert_same_frozen(open_dataset(whole), open_dataset(tmp_path / "small"))
+
+
+def test_a_split_in_which_some_rows_alone_have_them_is_refused(
+    tmp_path: Path,
+) -> None:
+    rows = np.zeros(2, [("flags", "u1")])
+    rows["flags"] = SCORED
+    run = ChunkRun("valid", rows, np.array([0, 2]), np.array([0]), np.array([1, 0]))
+    writer = FrozenWriter(tmp_path, FrozenValues(tmp_path / "values"))
+    with pytest.raises(InputError, match="null in a scored row of valid"):
+        writer.add(run)
 
 
 def test_another_time_than_the_start_of_a_split_is_refused(whole: Path) -> None:

@@ -95,6 +95,8 @@ def test_unit_of_time_is_found_and_said(tmp_path: Path, per_second: int) -> None
     assert first == inter()["timestamp:float"][0] * 1000
     unit = {1: "seconds", 1000: "milliseconds"}[per_second]
     assert any(f"read as {unit} since 1970" in line for line in source.summary)
+    # Statistics of the past are those of --statistics.
+    assert not any("statistics" in line for line in source.summary)
 
 
 def test_splits_may_be_given(root: Path) -> None:

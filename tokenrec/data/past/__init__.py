@@ -15,6 +15,7 @@ the log is read in the order of time:
 - measures.py: what a log row adds to the totals; rows that repeat another add nothing.
 - plan.py: what is counted by which key; rates.py: smoothed rates and means of it.
 - user_times.py: gaps and sessions of a user.
+- frozen.py: the same of scored rows, as if the log had ended before their split.
 - partitions.py: the same for a part of the users, with totals from elsewhere
   (tokenrec/data/beam).
 

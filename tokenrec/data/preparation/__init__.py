@@ -6,6 +6,7 @@ user), `folder.py` (vocabularies, catalogue, metadata), `partition.py` and `chun
 (second pass), `repeats.py` (rows that repeat one another), `moments.py`
 (normalisation), `staging.py` (a folder that appears when it is complete).
 
-What later rows go on from is written by `state.py` and read by `like.py`. What the user
-is told comes from `matches.py`, `notices.py`, `leaks.py` and `summary.py`.
+Statistics as of the start of a split pass by the encoded rows (`frozen.py`). What later
+rows go on from is written by `state.py` and read by `like.py`. What the user is told
+comes from `matches.py`, `notices.py`, `leaks.py` and `summary.py`.
 """

@@ -20,6 +20,7 @@ from tokenrec.data.interaction_log import SCORED
 from tokenrec.data.preparation.array_file import ArrayFile
 from tokenrec.data.preparation.partition import ChunkRun
 from tokenrec.data.source import FROZEN_COLUMN, FreezingSource, Source
+from tokenrec.errors import InputError
 
 
 class FrozenValues:
@@ -84,8 +85,13 @@ class FrozenWriter:
         """Append those of the scored rows of a run of chunks."""
         places = run.frozen[(run.rows["flags"] & SCORED) != 0]
         # A log that declares none, and the split train, have no places.
-        if not len(places) or not places.all():
+        if not places.any():
             return
+        if not places.all():
+            raise InputError(
+                f"rows(): column '{FROZEN_COLUMN}' is null in a scored row of "
+                f"{run.split} and not in others; give it to all scored rows of the split"
+            )
         values = self._values.read(places)
         if run.split not in self._files:
             self._folder.mkdir(exist_ok=True)

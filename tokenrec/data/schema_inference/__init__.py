@@ -9,6 +9,7 @@
 - `log_columns.py` and `entity_columns.py` decide about all other columns;
 - `feature_kinds.py` chooses the kind of a feature;
 - `splits.py` chooses the days of the splits;
+- `statistics.py` proposes statistics of the past;
 - `write.py` writes schema.json and README.md, and the commands that come next.
 
 A column whose meaning is not clear becomes an `action` feature, which a model sees for

@@ -28,6 +28,7 @@ from pathlib import Path
 from tokenrec.data.schema_inference.feature_kinds import UNEVEN
 from tokenrec.data.schema_inference.find_keys import Flags
 from tokenrec.data.schema_inference.proposal import Proposal, propose
+from tokenrec.data.schema_inference.statistics import ProposedStatistics
 from tokenrec.data.schema_inference.write import schema_json, summary_lines
 from tokenrec.data.sources.delimited import DelimitedSource
 from tokenrec.data.sources.delimited_schema import LogFiles, SchemaFile
@@ -74,7 +75,10 @@ class RecBoleSource(DelimitedSource):
         tables = [log.with_suffix(suffix) for suffix in (".user", ".item")]
         users, items = (path if path.is_file() else None for path in tables)
         flags = Flags(user, item, time, tuple(labels))
-        proposal = propose([log], users, items, flags)
+        # Statistics of the past are for `init` to propose: here --statistics adds them.
+        proposal = dataclasses.replace(
+            propose([log], users, items, flags), statistics=ProposedStatistics()
+        )
         for table, sample in proposal.samples.items():
             _require_types(sample.paths[0], table, sample.names)
         _refuse_uneven_vectors(proposal)
