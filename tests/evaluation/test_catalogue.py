@@ -163,7 +163,7 @@ def test_a_sampled_softmax_estimates_the_partition_of_the_full_one():
 
 
 @pytest.mark.parametrize(
-    "head", [{}, {"negatives": 16}, {"cosine": True, "temperature": 0.1}]
+    "head", [{"copy": True}, {"negatives": 16}, {"cosine": True, "temperature": 0.1}]
 )
 def test_ranks_are_those_of_all_scores(data, head):
     config = walking(data, head=head | {"top_k": ITEMS})
@@ -286,7 +286,7 @@ def test_a_step_and_its_answers_agree_on_a_mesh(data, codes, kind):
     if kind == "codes":
         config = code_config(data, codes)
     else:
-        config = walking(data, head={"negatives": 16, "drop_seen": True})
+        config = walking(data, head={"negatives": 16, "copy": True})
         config.tokens.replicate_rows = 5
     dataset, model = opened(config)
     host, batch = (
