@@ -116,7 +116,7 @@ def copied_items(
     if head.copy is None:
         return None
     vectors = module.event_item_vectors(entities, batch)
-    return CopiedItems(head.copy(readouts, batch.items), vectors)
+    return CopiedItems(head.copy(readouts, batch.items, vectors), vectors)
 
 
 def with_negatives(model: ModelSpec, batch: Batch, key: jax.Array) -> Batch:

@@ -10,7 +10,7 @@ from tests.worlds import one_device
 from tokenrec.config import Config, DataConfig, HeadConfig, TokensConfig
 from tokenrec.config.validate import validate
 from tokenrec.errors import InputError
-from tokenrec.models.copying import START, CopyBonus, add_to_partition
+from tokenrec.models.copying import START, CopyBonus, CopyBonuses, add_to_partition
 from tokenrec.models.heads import CopiedItems, NextItemHead
 from tokenrec.sharding import RULES
 
@@ -22,7 +22,7 @@ HISTORY = np.array(
 
 
 def make_copy(seed: int = 0) -> CopyBonus:
-    copy = CopyBonus(WIDTH)
+    copy = CopyBonus(WIDTH, rngs=nnx.Rngs(seed))
     draw = np.random.default_rng(seed)
     copy.kernel[...] = jnp.asarray(draw.normal(size=(WIDTH, 3)) * 0.3, jnp.float32)
     copy.bias[...] = jnp.asarray(draw.normal(size=3) * 0.3, jnp.float32)
@@ -47,15 +47,28 @@ def put(x: np.ndarray) -> jax.Array:
     return jax.sharding.reshard(jnp.asarray(x), RULES("batch", *[None] * (x.ndim - 1)))
 
 
+def event_vectors(items: np.ndarray) -> np.ndarray:
+    """Vectors `[..., d]` of items, 0 for none."""
+    table = np.random.default_rng(4).normal(size=(ITEMS, WIDTH)).astype(np.float32)
+    return np.where((items >= 0)[..., None], table[items], 0)
+
+
+def apply(copy: CopyBonus, h: jax.Array, history: np.ndarray) -> CopyBonuses:
+    return copy(h, put(history), put(event_vectors(history)))
+
+
 def slow_bonus(copy: CopyBonus, h: np.ndarray, events: np.ndarray, item: int) -> float:
     """Bonus of an item at a read-out `h: [d]` after `events`, oldest first."""
     kernel, bias = (np.asarray(copy.kernel[...]), np.asarray(copy.bias[...]))
     unit = h / np.sqrt((h**2).mean() + 1e-6)
     a, b, g = unit @ kernel + bias + np.array(START)
+    query = unit @ np.asarray(copy.query.kernel[...])
     total = 0.0
     for back, event in enumerate(events[::-1], start=1):
         if event == item:
-            total += np.exp(a - b * np.log(back))
+            key = event_vectors(event) @ np.asarray(copy.key.kernel[...])
+            attention = query @ key / np.sqrt(len(key))
+            total += np.exp(attention + a - b * np.log(back))
     return float(np.log1p(np.exp(g)) * np.log1p(total))
 
 
@@ -72,7 +85,7 @@ def dense_bonuses(copy: CopyBonus, h: np.ndarray) -> np.ndarray:
 def test_bonuses_are_those_of_a_loop(readouts):
     with jax.set_mesh(one_device()):
         copy, h = make_copy(), draw_readouts(readouts)
-        found = copy(put(h), put(HISTORY))
+        found = apply(copy, put(h), HISTORY)
         every = np.broadcast_to(np.arange(ITEMS), (*h.shape[:2], ITEMS))
         by_item = found.at(put(every))
         nothing = found.at(put(np.full((*h.shape[:2], 1), -1)))
@@ -90,14 +103,14 @@ def test_bonuses_are_those_of_a_loop(readouts):
 def test_the_newest_event_of_a_stream_is_read_as_a_request_is():
     with jax.set_mesh(one_device()):
         copy, h, history = make_copy(), put(draw_readouts(EVENTS)), HISTORY
-        stream = copy(h, put(history)).bonuses
-        request = copy(h[:, -1:], put(history)).bonuses
+        stream = apply(copy, h, history).bonuses
+        request = apply(copy, h[:, -1:], history).bonuses
         # What follows an event changes nothing before it.
         later = history.copy()
         later[:, 4:] = 2
-        changed = copy(h, put(later)).bonuses
+        changed = apply(copy, h, later).bonuses
         padded = np.pad(history, ((0, 0), (3, 0)), constant_values=-1)
-        longer = copy(h[:, -1:], put(padded)).bonuses
+        longer = apply(copy, h[:, -1:], padded).bonuses
     # Products of other shapes: measured 3e-7.
     np.testing.assert_allclose(stream[:, -1:], request, rtol=1e-5)
     np.testing.assert_allclose(longer[..., 3:], request, rtol=1e-5)
@@ -120,7 +133,8 @@ def test_losses_and_gradients_are_those_of_scores_with_bonuses(readouts, sampled
 
         def fast(weights, h):
             head = nnx.merge(graph, weights)
-            copied = CopiedItems(head.copy(h, items), head.lookup(items))
+            vectors = head.lookup(items)
+            copied = CopiedItems(head.copy(h, items, vectors), vectors)
             if not sampled:
                 return jnp.sum(head.full_losses(h, goals, copied))
             every = jnp.arange(ITEMS)
@@ -134,7 +148,7 @@ def test_losses_and_gradients_are_those_of_scores_with_bonuses(readouts, sampled
             """Loss of the scores of all items, `[B, R, V]`."""
             head = nnx.merge(graph, weights)
             scores = head.scores(h, head.vectors())
-            bonuses = head.copy(h, items)
+            bonuses = head.copy(h, items, head.lookup(items))
             scores += bonuses.at(put(np.broadcast_to(np.arange(ITEMS), scores.shape)))
             return -jnp.sum(jax.nn.log_softmax(scores) * put(counts))
 

@@ -86,7 +86,8 @@ def rank_catalogue(
     goals = batch.goals[:, 0]
     added = _history_scores(settings, batch.items)
     if module.head.copy is not None:
-        added = module.head.copy(h, batch.items).bonuses[:, 0]
+        event_vectors = module.event_item_vectors(entities, batch)
+        added = module.head.copy(h, batch.items, event_vectors).bonuses[:, 0]
     stack = _item_stack(model)
     if stack is not None and stack.spread:
         return sharded_top_k(

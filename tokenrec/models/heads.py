@@ -73,7 +73,7 @@ class NextItemHead(nnx.Module):
             if config.negatives
             else weight(rngs, (items, width), None, "embed", inputs=width)
         )
-        self.copy = CopyBonus(width) if config.copy else None
+        self.copy = CopyBonus(width, rngs=rngs) if config.copy else None
 
     def vectors(self) -> jax.Array:
         """All item vectors of a full softmax, `[V, d]`."""
