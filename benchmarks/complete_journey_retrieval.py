@@ -1,12 +1,13 @@
 """Predict a household's next products among all of Complete Journey, over seeds.
 
-    python -m benchmarks.complete_journey_retrieval --data DIR [--seeds 0 1 2]
+    python -m benchmarks.complete_journey_retrieval --data DIR [--seeds 0 1 2] \\
+        [--arms copy no_copy]
 
 `--data` is the output of `tokenrec prepare complete_journey`. The goals of a request
 are the promoted products of a basket, ranked in the full catalogue.
 
 - `copy` is configs/complete_journey_retrieval.py.
-- `no copy` is the same without `head.copy`, with the first seed alone.
+- `no_copy` is the same without `head.copy`, with the first seed alone.
 - In brackets, what needs no model and counts the whole training split
   (`tokenrec evaluate --baselines`), with the histories of the config.
 
@@ -35,7 +36,7 @@ from tokenrec.train_loop import train
 
 CONFIG = "complete_journey_retrieval"
 # Arm -> overrides of the config.
-ARMS = {"copy": (), "no copy": ("head.copy=False",)}
+ARMS = {"copy": (), "no_copy": ("head.copy=False",)}
 METRICS = ("recall@1", "recall@10", "recall@50", "ndcg@10", "mrr")
 
 
@@ -54,7 +55,7 @@ def run_seed(arm: str, seed: int, data: Path, runs: Path) -> dict[str, Any]:
     Raises:
       InputError: the run was trained with other settings.
     """
-    workdir = runs / f"{arm.replace(' ', '_')}_seed{seed}"
+    workdir = runs / f"{arm}_seed{seed}"
     kept = workdir / "result.json"
     config = load_config(CONFIG, [f"seed={seed}", *ARMS[arm]])
     config.data.path = str(data)
@@ -125,17 +126,18 @@ def main() -> None:
         "--out", type=Path, default=Path(f"benchmarks/results/{CONFIG}")
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     arguments = parser.parse_args()
-    wanted = [("copy", seed) for seed in arguments.seeds]
-    wanted.append(("no copy", arguments.seeds[0]))
     records = []
-    for arm, seed in wanted:
-        records.append(run_seed(arm, seed, arguments.data, arguments.runs))
-        print(json.dumps(records[-1]), file=sys.stderr, flush=True)
-    first = arguments.runs / f"copy_seed{arguments.seeds[0]}"
+    for arm in arguments.arms:
+        for seed in arguments.seeds if arm == "copy" else arguments.seeds[:1]:
+            records.append(run_seed(arm, seed, arguments.data, arguments.runs))
+            print(json.dumps(records[-1]), file=sys.stderr, flush=True)
+    first = arguments.runs / f"{arguments.arms[0]}_seed{arguments.seeds[0]}"
     config = load_config(CONFIG, [])
     seeds = " ".join(map(str, arguments.seeds))
-    command = f"python -m benchmarks.{CONFIG} --data DIR --seeds {seeds}"
+    chosen = f"--seeds {seeds} --arms {' '.join(arguments.arms)}"
+    command = f"python -m benchmarks.{CONFIG} --data DIR {chosen}"
     settings = {
         "events": config.data.events,
         "requests": config.optim.steps * config.data.batch_size,
