@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenrec.data.batch import Batch
-from tokenrec.models.heads import NextItemHead, SemanticIdHead
+from tokenrec.models.heads import CopiedItems, NextItemHead, SemanticIdHead
 from tokenrec.models.recommender import Recommender
 from tokenrec.sharding import RULES
 from tokenrec.state import ModelSpec
@@ -109,8 +109,9 @@ def retrieval_losses(
     if isinstance(head, SemanticIdHead):
         return head.losses(readouts, batch.codes)
     assert isinstance(head, NextItemHead)
+    copied = copied_items(module, readouts, entities, batch)
     if batch.negatives is None:
-        return head.full_losses(readouts, batch.goals)
+        return head.full_losses(readouts, batch.goals, copied)
 
     # Every sample is scored against the negatives of all samples, so these are gathered.
     goal_vectors = entities["goals"].values[ITEM_ROWS.name][..., 0, :]
@@ -119,8 +120,23 @@ def retrieval_losses(
     negative_vectors = negative_vectors.reshape(-1, drawn.shape[-1])
     negatives = jax.sharding.reshard(batch.negatives, RULES(None, None)).reshape(-1)
     return head.sampled_losses(
-        readouts, batch.goals, goal_vectors, negatives, negative_vectors
+        readouts, batch.goals, goal_vectors, negatives, negative_vectors, copied
     )
+
+
+def copied_items(
+    module: Recommender,
+    readouts: jax.Array,
+    entities: dict[str, EntityFeatures],
+    batch: Batch,
+) -> CopiedItems | None:
+    """Prepare the items of the history for a head with `head.copy`; None without it."""
+    head = module.head
+    assert isinstance(head, NextItemHead)
+    if head.copy is None:
+        return None
+    vectors = module.event_item_vectors(entities, batch)
+    return CopiedItems(head.copy(readouts, batch.items, vectors), vectors)
 
 
 def with_negatives(model: ModelSpec, batch: Batch, key: jax.Array) -> Batch:

@@ -21,8 +21,8 @@ def test_ids_and_places_are_inverse():
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 8, 1)])
-@pytest.mark.parametrize("dropped", [False, True])
-def test_answers_and_ranks_are_those_of_the_whole_catalogue(sizes, dropped):
+@pytest.mark.parametrize("changed", ["nothing", "dropped", "raised"])
+def test_answers_and_ranks_are_those_of_the_whole_catalogue(sizes, changed):
     random = np.random.default_rng(0)
     table = random.normal(size=(ROWS, WIDTH)).astype(np.float32)
     # Equal scores share a rank.
@@ -33,9 +33,13 @@ def test_answers_and_ranks_are_those_of_the_whole_catalogue(sizes, dropped):
     # A goal that is left out.
     seen[0, 0] = 7
     scores = queries @ (2 * table[FIRST : FIRST + ITEMS]).T
-    if dropped:
+    added = np.full(seen.shape, -np.inf, np.float32)
+    if changed == "raised":
+        added = random.random(seen.shape).astype(np.float32)
+    if changed != "nothing":
         for row, items in enumerate(seen):
-            scores[row, items[items >= 0]] = -np.inf
+            known = items >= 0
+            np.add.at(scores[row], items[known], added[row, known])
     expected = -np.sort(-scores, axis=1)[:, :COUNT]
     own = np.take_along_axis(scores, np.maximum(goals, 0), axis=1)
     higher, equal = (
@@ -55,11 +59,11 @@ def test_answers_and_ranks_are_those_of_the_whole_catalogue(sizes, dropped):
 
     with jax.set_mesh(mesh):
         found = jax.jit(
-            lambda queries, table, goals, seen: sharded_top_k(
+            lambda queries, table, goals, history: sharded_top_k(
                 queries,
                 table,
                 goals,
-                seen,
+                history,
                 first=FIRST,
                 items=ITEMS,
                 count=COUNT,
@@ -71,7 +75,9 @@ def test_answers_and_ranks_are_those_of_the_whole_catalogue(sizes, dropped):
                 put(stored, "rows", None),
                 put(goals, "batch", None),
             ),
-            put(seen, "batch", None) if dropped else None,
+            None
+            if changed == "nothing"
+            else (put(seen, "batch", None), put(added, "batch", None)),
         )
     # Sums of four products in float32: equal here, with AVX2 and with AVX512; another
     # order rounds by 1e-7.
@@ -87,12 +93,13 @@ def test_answers_and_ranks_are_those_of_the_whole_catalogue(sizes, dropped):
 def test_a_short_catalogue_fills_its_answers_with_no_item():
     with jax.set_mesh(mesh_of(1, 1, 1)):
         table = jax.sharding.reshard(jnp.ones((CYCLE, 2)), RULES("rows", None))
-        goals, seen = jnp.array([[0]]), jnp.array([[0, 1]])
+        goals = jnp.array([[0]])
+        history = jnp.array([[0, 1]]), jnp.full((1, 2), -jnp.inf)
         found = sharded_top_k(
             jnp.ones((1, 2)),
             table,
             goals,
-            seen,
+            history,
             first=0,
             items=3,
             count=3,

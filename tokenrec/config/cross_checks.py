@@ -158,6 +158,11 @@ def check_retrieval(config: Config) -> Iterator[str]:
         )
     if head.retrieval == "semantic_id":
         yield from _check_semantic_id_head(config)
+    if head.copy and head.drop_seen:
+        yield (
+            f"head.copy=True with head.drop_seen=True {suffix}: the first raises the "
+            "items of the history, which the second leaves out; use one of them"
+        )
     if head.negatives % config.data.batch_size:
         yield (
             f"head.negatives={head.negatives} {suffix} must be a multiple of "
@@ -191,6 +196,11 @@ def _check_semantic_id_head(config: Config) -> Iterator[str]:
         )
     if head.negatives:
         yield f"head.negatives={head.negatives} {suffix}, which draws none; use 0"
+    if head.copy:
+        yield (
+            f"head.copy=True {suffix}: the bonus is of whole items, and codes are "
+            "generated level by level; use head.retrieval='next_item'"
+        )
 
 
 def check_model(config: Config) -> Iterator[str]:

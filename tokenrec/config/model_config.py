@@ -151,6 +151,10 @@ class HeadConfig:
     temperature: float = field(1.0, above=0)
     """`next_item`: divisor of the scores."""
 
+    copy: bool = False
+    """`next_item`: add a bonus to the items of the history, which grows with how often
+    and how recently they were taken. Use it where users take an item again."""
+
     beams: int = field(20, at_least=1)
     """`semantic_id`: width of the beam search, at least `top_k`. Wider finds better
     items and takes longer; Recall@k and NDCG@k with k above it are null."""

@@ -18,7 +18,7 @@ searched by `sharded_top_k`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,20 +83,28 @@ def rank_catalogue(
     assert isinstance(module.head, NextItemHead)
     h = module(entities, batch, None)
     settings = model.config.head
+    goals = batch.goals[:, 0]
+    added = _history_scores(settings, batch.items)
+    if module.head.copy is not None:
+        event_vectors = module.event_item_vectors(entities, batch)
+        added = module.head.copy(h, batch.items, event_vectors).bonuses[:, 0]
     stack = _item_stack(model)
     if stack is not None and stack.spread:
         return sharded_top_k(
             module.head.query(h)[:, 0],
             state.tables[stack.name],
-            batch.goals[:, 0],
-            batch.items if settings.drop_seen else None,
+            goals,
+            None if added is None else (batch.items, added),
             first=stack.offsets[ITEM_ROWS.name],
             items=model.schema.items,
             count=settings.top_k,
             key=module.head.key,
         )
     vectors = _item_vectors(model, module.head, state, stack)
-    return _top_items(module.head.scores(h, vectors)[:, 0], batch, settings)
+    scores = module.head.scores(h, vectors)[:, 0]
+    if added is not None:
+        scores = _add_at_items(scores, batch.items, added)
+    return _top_items(scores, goals, settings.top_k)
 
 
 def rank_by_counts(
@@ -122,17 +130,26 @@ def rank_by_counts(
         out_sharding=RULES("batch", None),
     )
     if repeat:
-        scores = _at_items(scores, batch.items, "add", 1.0)
-    return _top_items(scores, batch, head)
+        ones = jnp.ones_like(batch.items, scores.dtype)
+        scores = _add_at_items(scores, batch.items, ones)
+    added = _history_scores(head, batch.items)
+    if added is not None:
+        scores = _add_at_items(scores, batch.items, added)
+    return _top_items(scores, batch.goals[:, 0], head.top_k)
 
 
-def _top_items(scores: jax.Array, batch: Batch, head: HeadConfig) -> RetrievalResult:
-    """Top-k and ranks of `scores: [B, V]`."""
-    if head.drop_seen:
-        scores = _at_items(scores, batch.items, "set", -jnp.inf)
-    values, items = jax.lax.top_k(scores, min(head.top_k, scores.shape[1]))
+def _history_scores(head: HeadConfig, items: jax.Array) -> jax.Array | None:
+    """What `head.drop_seen` adds to the items of the history, `[B, T]`; None: nothing."""
+    if not head.drop_seen:
+        return None
+    return jnp.full_like(items, -jnp.inf, jnp.float32)
+
+
+def _top_items(scores: jax.Array, goals: jax.Array, count: int) -> RetrievalResult:
+    """Top-k of `scores: [B, V]` and ranks of `goals: [B, P]`."""
+    values, items = jax.lax.top_k(scores, min(count, scores.shape[1]))
     items = jnp.where(values > -jnp.inf, items, -1)
-    ranks = goal_ranks(scores, jnp.arange(scores.shape[1]), batch.goals[:, 0])
+    ranks = goal_ranks(scores, jnp.arange(scores.shape[1]), goals)
     return RetrievalResult(items.astype(jnp.int32), values, ranks)
 
 
@@ -152,26 +169,26 @@ def _item_vectors(
     return state.tables[stack.name][first : first + model.schema.items]
 
 
-def _at_items(
-    scores: jax.Array, items: jax.Array, how: Literal["set", "add"], value: float
-) -> jax.Array:
-    """Set or add `value` to `scores: [B, V]` at the items of the history, `[B, T]`.
+def _add_at_items(scores: jax.Array, items: jax.Array, added: jax.Array) -> jax.Array:
+    """Add `added: [B, T]` to `scores: [B, V]` at the items of the history, `[B, T]`.
 
-    "add" adds once per event.
+    It is added once per event.
     """
 
-    def _per_request(scores: jax.Array, items: jax.Array) -> jax.Array:
+    def _per_request(
+        scores: jax.Array, items: jax.Array, added: jax.Array
+    ) -> jax.Array:
         request = jnp.arange(scores.shape[0])[:, None]
         # -1, no event, would count from the end: it is sent out of range and dropped.
         columns = jnp.where(items < 0, scores.shape[1], items)
-        return getattr(scores.at[request, columns], how)(value, mode="drop")
+        return scores.at[request, columns].add(added, mode="drop")
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _per_request(scores, items)
+        return _per_request(scores, items, added)
     spec = RULES("batch", None)
-    return jax.shard_map(_per_request, in_specs=(spec, spec), out_specs=spec)(
-        scores, items
+    return jax.shard_map(_per_request, in_specs=(spec,) * 3, out_specs=spec)(
+        scores, items, added
     )
 
 

@@ -24,7 +24,7 @@ def sharded_top_k(
     queries: jax.Array,
     table: jax.Array,
     goals: jax.Array,
-    seen: jax.Array | None,
+    history: tuple[jax.Array, jax.Array] | None,
     *,
     first: int,
     items: int,
@@ -41,8 +41,9 @@ def sharded_top_k(
       table: `[rows, d]`, a stack of embedding tables in storage order, split over all
         devices.
       goals: `[B, P] int32`, catalogue rows; -1 fills.
-      seen: `[B, T] int32`, catalogue rows that are left out, -1 fills; None leaves out
-        none.
+      history: `[B, T] int32`, catalogue rows whose scores change, -1 fills, and
+        `[B, T] float32`, what is added to them: `-inf` leaves an item out. It is added
+        once per event. None changes none.
       first: table row of the first item.
       items: number of items V; the catalogue is table rows `first` to `first + V - 1`.
       count: k, items returned, V at most.
@@ -61,15 +62,15 @@ def sharded_top_k(
         out_specs=batch,
         check_vma=False,
     )
-    queries, goals, seen = jax.sharding.reshard((queries, goals, seen), batch)
-    return search(queries, table, goals, seen)
+    queries, goals, history = jax.sharding.reshard((queries, goals, history), batch)
+    return search(queries, table, goals, history)
 
 
 def _score_own_rows(
     queries: jax.Array,
     table: jax.Array,
     goals: jax.Array,
-    seen: jax.Array | None,
+    history: tuple[jax.Array, jax.Array] | None,
     *,
     first: int,
     items: int,
@@ -83,8 +84,8 @@ def _score_own_rows(
     """
     # 1. The whole batch on every device.
     batch_shard = queries.shape[0]
-    queries, goals, seen = jax.lax.all_gather(
-        (queries, goals, seen), BATCH_AXES, tiled=True
+    queries, goals, history = jax.lax.all_gather(
+        (queries, goals, history), BATCH_AXES, tiled=True
     )
     # 2. Scores of this device's rows. Rows of other tables in the stack are no items.
     own_rows = table.shape[0]
@@ -95,12 +96,14 @@ def _score_own_rows(
     is_item = (item >= 0) & (item < items)
     products = jnp.einsum("bd,vd->bv", queries, key(table))
     scores = jnp.where(is_item, products, -jnp.inf)
-    # 3. Seen items are dropped by the device that owns them; others are out of range.
-    if seen is not None:
+    # 3. Scores of the history's items are changed by the device that owns them; others
+    # are out of range.
+    if history is not None:
+        seen, added = history
         column = to_storage_index(jnp.maximum(seen, 0) + first, stored_rows) - begin
         column = jnp.where((seen >= 0) & (column >= 0), column, own_rows)
         row = jnp.arange(len(column))[:, None]
-        scores = scores.at[row, column].set(-jnp.inf, mode="drop")
+        scores = scores.at[row, column].add(added, mode="drop")
     # 4. The best of each device, then the best of those.
     values, columns = jax.lax.top_k(scores, min(count, own_rows))
     values, candidates = jax.lax.all_gather(

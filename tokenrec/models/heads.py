@@ -9,28 +9,44 @@ follows:
 
     s(h, v) = h . e_v / temperature, of unit vectors with `head.cosine`
 
+With `head.copy` the items of the history have a bonus (`tokenrec.models.copying`).
+
 h_0 is the read-out, and h_l the output at the code of level l - 1 of the goal, so that
 the semantic id is predicted level by level (TIGER: Rajput et al., arXiv 2305.05065,
 2023).
 
 Ranking needs no class of its own: one linear layer scores its tasks.
 
-Letters: B batch, R read-outs, P goals of a read-out, V items, L levels, C_l codes of
-level l, n sampled items, d model width."""
+Letters: B batch, R read-outs, T events, P goals of a read-out, V items, L levels, C_l
+codes of level l, n sampled items, d model width."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from tokenrec.config import HeadConfig
+from tokenrec.models.copying import CopyBonus, CopyBonuses, add_to_partition
 from tokenrec.ops.contract import contract, gather_over_fsdp
 from tokenrec.ops.layers import flatten_tokens, weight
 from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
+
+
+class CopiedItems(NamedTuple):
+    """The items of the history as the losses need them, with `head.copy`.
+
+    Attributes:
+      bonuses: `CopyBonus` of the read-outs.
+      vectors: `[B, T, d]`, item vectors of the events.
+    """
+
+    bonuses: CopyBonuses
+    vectors: jax.Array
 
 
 class NextItemHead(nnx.Module):
@@ -44,6 +60,7 @@ class NextItemHead(nnx.Module):
     Attributes:
       items: item vectors `[V, d]` of a full softmax; None with a sampled softmax, whose
         vectors are rows of an embedding table.
+      copy: bonus of the items of the history; None without `head.copy`.
     """
 
     def __init__(self, config: HeadConfig, width: int, items: int, *, rngs: nnx.Rngs):
@@ -56,6 +73,7 @@ class NextItemHead(nnx.Module):
             if config.negatives
             else weight(rngs, (items, width), None, "embed", inputs=width)
         )
+        self.copy = CopyBonus(width, rngs=rngs) if config.copy else None
 
     def vectors(self) -> jax.Array:
         """All item vectors of a full softmax, `[V, d]`."""
@@ -73,12 +91,15 @@ class NextItemHead(nnx.Module):
             "brd,vd->brv", self.query(h), self.key(vectors), RULES("batch", None, None)
         )
 
-    def full_losses(self, h: jax.Array, goals: jax.Array) -> jax.Array:
+    def full_losses(
+        self, h: jax.Array, goals: jax.Array, copied: CopiedItems | None = None
+    ) -> jax.Array:
         """Compute the cross-entropy of each goal against the whole catalogue.
 
         Args:
           h: `[B, R, d]`, read-outs.
           goals: `[B, R, P] int32`, -1 fills up.
+          copied: the items of the history, with `head.copy`.
 
         Returns:
           `[B] float32`, summed over the goals.
@@ -86,6 +107,11 @@ class NextItemHead(nnx.Module):
         # One partition function per read-out serves all of its goals.
         partition = jax.nn.logsumexp(self.scores(h, self.vectors()), axis=-1)
         goal_scores = self._goal_scores(h, self.lookup(goals))
+        if copied is not None:
+            goal_scores += copied.bonuses.at(goals)
+            partition = add_to_partition(
+                partition, self._event_scores(h, copied), copied.bonuses.bonuses
+            )
         losses = jnp.where(goals >= 0, partition[..., None] - goal_scores, 0)
         return jnp.sum(losses, axis=(1, 2))
 
@@ -96,6 +122,7 @@ class NextItemHead(nnx.Module):
         goal_vectors: jax.Array,
         negatives: jax.Array,
         negative_vectors: jax.Array,
+        copied: CopiedItems | None = None,
     ) -> jax.Array:
         """Compute the cross-entropy of each goal against sampled items.
 
@@ -103,12 +130,16 @@ class NextItemHead(nnx.Module):
         is lowered by log(n / V) (log-Q correction; Bengio and Senécal, *Adaptive
         Importance Sampling*, 2008). A draw that is the goal itself is left out.
 
+        The draws estimate the partition of the scores without bonus. What the bonuses
+        of `head.copy` add to it is exact, because all items of the history are at hand.
+
         Args:
           h: `[B, R, d]`, read-outs.
           goals: `[B, R, P] int32`, -1 fills up.
           goal_vectors: `[B, R, P, d]`.
           negatives: `[n] int32`, the drawn items.
           negative_vectors: `[n, d]`.
+          copied: the items of the history, with `head.copy`.
 
         Returns:
           `[B] float32`, summed over the goals.
@@ -121,15 +152,25 @@ class NextItemHead(nnx.Module):
         others = jax.nn.logsumexp(
             jnp.where(is_goal, -jnp.inf, drawn[:, :, None]), axis=-1
         )
-        losses = jnp.where(
-            goals >= 0, jnp.logaddexp(goal_scores, others) - goal_scores, 0
-        )
+        partition = jnp.logaddexp(goal_scores, others)
+        if copied is not None:
+            goal_scores += copied.bonuses.at(goals)
+            partition = add_to_partition(
+                partition,
+                self._event_scores(h, copied)[:, :, None],
+                copied.bonuses.bonuses[:, :, None],
+            )
+        losses = jnp.where(goals >= 0, partition - goal_scores, 0)
         return jnp.sum(losses, axis=(1, 2))
 
     def _goal_scores(self, h: jax.Array, goal_vectors: jax.Array) -> jax.Array:
         """Score each goal, `[B, R, P]`."""
         # Item vectors of goals are gathered, not multiplied with the whole table.
         return jnp.einsum("brd,brpd->brp", self.query(h), self.key(goal_vectors))
+
+    def _event_scores(self, h: jax.Array, copied: CopiedItems) -> jax.Array:
+        """Score the item of each event, without bonus, `[B, R, T]`."""
+        return jnp.einsum("brd,btd->brt", self.query(h), self.key(copied.vectors))
 
     def query(self, h: jax.Array) -> jax.Array:
         """Scale read-outs `[..., d]` for scoring, temperature included."""

@@ -336,6 +336,21 @@ class Recommender(nnx.Module):
             or "history" in self.config.tokens.text
         ):
             return None
+        return self.event_item_vectors(entities, batch)
+
+    def event_item_vectors(
+        self, entities: dict[str, EntityFeatures], batch: Batch
+    ) -> jax.Array:
+        """Output vectors of the events' items with a next-item head, `[B, T, d]`.
+
+        Args:
+          entities: as in `__call__`.
+          batch: the batch.
+
+        Returns:
+          Zeros for an event without item.
+        """
+        assert isinstance(self.head, NextItemHead)
         assert batch.items is not None
         if self.head.items is not None:
             return self.head.lookup(batch.items)
