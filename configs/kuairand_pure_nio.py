@@ -40,9 +40,15 @@ def get_config() -> Config:
             eval_batch_size=512,
         ),
         tokens=TokensConfig(embedding_dim=16, fused=True, user_tokens=4),
-        model=ModelConfig(width=64, heads=2, layers=4, windows=(32, 16), dropout=0.1),
+        model=ModelConfig(
+            width=64, heads=2, layers=4, windows=(32, 16), dropout=0.1, branch="mean"
+        ),
         optim=OptimConfig(
-            steps=512, warmup_steps=60, learning_rate=1e-3, table_learning_rate=0.05
+            steps=0,
+            epochs=2,
+            warmup_steps=60,
+            learning_rate=1e-3,
+            table_learning_rate=0.05,
         ),
         train=TrainConfig(),
     )
