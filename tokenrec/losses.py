@@ -99,9 +99,8 @@ def retrieval_losses(
     negative_vectors = jax.sharding.reshard(drawn, RULES(*[None] * drawn.ndim))
     negative_vectors = negative_vectors.reshape(-1, drawn.shape[-1])
     negatives = jax.sharding.reshard(batch.negatives, RULES(None, None)).reshape(-1)
-    history = batch.items if head.config.unseen_negatives else None
     return head.sampled_losses(
-        readouts, batch.goals, goal_vectors, negatives, negative_vectors, history
+        readouts, batch.goals, goal_vectors, negatives, negative_vectors
     )
 
 

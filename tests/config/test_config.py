@@ -121,7 +121,7 @@ WRONG = [
     ),
     ({"tokens__text": {"query": ("hour",)}}, "holds none"),
     (RETRIEVAL | {"tokens__random_tokens": True}, "use tied=False"),
-    (RETRIEVAL | {"head__unseen_negatives": True}, "head.negatives=0, which draws no"),
+    (RETRIEVAL | {"head__item_features": ("a",)}, "head.negatives=0, whose item"),
     (
         RETRIEVAL
         | {

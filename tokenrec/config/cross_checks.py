@@ -126,11 +126,6 @@ def check_retrieval(config: Config) -> Iterator[str]:
             f"head.item_features={head.item_features} {suffix} and head.negatives=0, "
             "whose item vectors are no table rows: set head.negatives, or use ()"
         )
-    if head.unseen_negatives and not head.negatives:
-        yield (
-            f"head.unseen_negatives=True {suffix} and head.negatives=0, which draws no "
-            "items: set head.negatives, or use False"
-        )
     if config.train.best_metric in ("macro_auc", "macro_gauc", "loss"):
         yield (
             f"train.best_metric='{config.train.best_metric}' {suffix} is a metric of "

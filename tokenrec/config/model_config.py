@@ -140,11 +140,6 @@ class HeadConfig:
     `data.batch_size`. The full softmax trains the item table as a dense weight, which
     every device gathers; sample when the catalogue is too long for that."""
 
-    unseen_negatives: bool = False
-    """`next_item`, sampled softmax: leave out drawn items that stand in the history, as
-    the goal is left out. Use it with `drop_seen`: training then compares the goal with
-    the items that compete in the ranking, and no others."""
-
     item_features: tuple[str, ...] = ()
     """`next_item`, sampled softmax: categorical and multi-valued item features, such as
     brand and category, whose embeddings are added to the output vector of an item.

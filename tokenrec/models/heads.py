@@ -96,14 +96,12 @@ class NextItemHead(nnx.Module):
         goal_vectors: jax.Array,
         negatives: jax.Array,
         negative_vectors: jax.Array,
-        history: jax.Array | None = None,
     ) -> jax.Array:
         """Compute the cross-entropy of each goal against sampled items.
 
         Of n uniform draws an item is expected n / V times, so the logit of a drawn item
         is lowered by log(n / V) (log-Q correction; Bengio and Senécal, *Adaptive
-        Importance Sampling*, 2008). A draw that is the goal itself is left out, and with
-        `head.unseen_negatives` one that the read-out has in its history.
+        Importance Sampling*, 2008). A draw that is the goal itself is left out.
 
         Args:
           h: `[B, R, d]`, read-outs.
@@ -111,8 +109,6 @@ class NextItemHead(nnx.Module):
           goal_vectors: `[B, R, P, d]`.
           negatives: `[n] int32`, the drawn items.
           negative_vectors: `[n, d]`.
-          history: `[B, T] int32`, items of the events, -1 fills up; None leaves no draw
-            out for them. R is T, a read-out per event, or 1, at the newest event.
 
         Returns:
           `[B] float32`, summed over the goals.
@@ -121,11 +117,9 @@ class NextItemHead(nnx.Module):
         # The goal itself is not drawn, so its logit is not corrected.
         log_expected = math.log(negatives.shape[0] / self.count)
         drawn = self.scores(h, negative_vectors) - log_expected
-        left_out = goals[..., None] == negatives
-        if history is not None:
-            left_out |= _seen_before(history, negatives, h.shape[1])[:, :, None]
+        is_goal = goals[..., None] == negatives
         others = jax.nn.logsumexp(
-            jnp.where(left_out, -jnp.inf, drawn[:, :, None]), axis=-1
+            jnp.where(is_goal, -jnp.inf, drawn[:, :, None]), axis=-1
         )
         losses = jnp.where(
             goals >= 0, jnp.logaddexp(goal_scores, others) - goal_scores, 0
@@ -146,26 +140,6 @@ class NextItemHead(nnx.Module):
     def key(self, vectors: jax.Array) -> jax.Array:
         """Scale item vectors `[..., d]` for scoring."""
         return _unit(vectors) if self.config.cosine else vectors
-
-
-def _seen_before(history: jax.Array, items: jax.Array, reads: int) -> jax.Array:
-    """Whether an item stands in the history up to a read-out.
-
-    Args:
-      history: `[B, T] int32`, items of the events; -1 fills up.
-      items: `[n] int32`.
-      reads: R, which is T or 1: the last R events have a read-out each.
-
-    Returns:
-      `[B, R, n] bool`.
-    """
-    events = history.shape[1]
-    # The first event with the item, or T: a smaller array than one of all pairs of
-    # read-outs and events.
-    position = jnp.arange(events)[:, None]
-    is_event = history[..., None] == items
-    first = jnp.min(jnp.where(is_event, position, events), axis=1)
-    return first[:, None] <= jnp.arange(events - reads, events)[:, None]
 
 
 class SemanticIdHead(nnx.Module):
