@@ -104,7 +104,7 @@ def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
             {"models": {"a": {"model.heads": 3}}, "reference": "a"},
             "model 'a': .*model.heads=3 does not divide",
         ),
-        ({"base": "amazon_beauty"}, "studies compare rankers"),
+        ({"base": "amazon"}, "studies compare rankers"),
     ],
 )
 def test_a_slip_is_refused_with_its_field(changes: dict, words: str) -> None:
