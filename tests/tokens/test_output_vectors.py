@@ -110,27 +110,25 @@ def test_ranks_and_exported_vectors_are_sums_of_rows(data):
 
 
 def test_a_step_trains_both_tables_on_a_mesh_and_in_parts(data):
-    losses = []
-    for mesh, accumulate in ((one_device(), 1), (mesh_of(2, 1, 1), 2)):
-        config = small(data)
-        config.optim.accumulate = accumulate
-        dataset, model = opened(config)
-        batch = first_batch(dataset, config).batch
-        with jax.set_mesh(mesh):
-            before = init_state(model, 0)
-            tables = jax.device_get(before.tables)
-            step = jax.jit(train_step, static_argnums=0)
-            state, metrics = step(model, before, to_devices(batch, mesh))
-            losses.append(float(metrics.loss))
-            moved = jax.device_get(state.tables)
-        stack = item_stack(model)
-        changed = (tables[stack.name] != moved[stack.name]).any(axis=1)
-        first = stack.offsets["output_item"]
-        # The rows of missing and unknown values stay.
-        assert not changed[first : first + 2].any()
-        assert changed[first + 2 : first + 2 + ITEMS].all()
-        assert changed[stack.offsets["catalogue_item"] :][:ITEMS].all()
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    config = small(data)
+    config.optim.accumulate = 2
+    dataset, model = opened(config)
+    batch = first_batch(dataset, config).batch
+    mesh = mesh_of(2, 1, 1)
+    with jax.set_mesh(mesh):
+        before = init_state(model, 0)
+        tables = jax.device_get(before.tables)
+        step = jax.jit(train_step, static_argnums=0)
+        state, metrics = step(model, before, to_devices(batch, mesh))
+        assert metrics.applied
+        moved = jax.device_get(state.tables)
+    stack = item_stack(model)
+    changed = (tables[stack.name] != moved[stack.name]).any(axis=1)
+    first = stack.offsets["output_item"]
+    # The rows of missing and unknown values stay.
+    assert not changed[first : first + 2].any()
+    assert changed[first + 2 : first + 2 + ITEMS].all()
+    assert changed[stack.offsets["catalogue_item"] :][:ITEMS].all()
 
 
 def test_what_does_not_fit_is_refused(data):
