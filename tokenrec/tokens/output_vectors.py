@@ -127,7 +127,7 @@ def item_table_ids(items: jax.Array, item_ids: np.ndarray | None) -> jax.Array:
     rows = jnp.maximum(items, 0)
     if item_ids is None:
         return rows[..., None]
-    table = jax.sharding.reshard(jnp.asarray(item_ids), RULES(None, None))
+    table = jax.sharding.reshard(_as_constant(item_ids), RULES(None, None))
     return jnp.concatenate([rows[..., None], expand_rows(table, rows)], axis=-1)
 
 
@@ -170,12 +170,16 @@ def all_output_vectors(
     if item_ids is None:
         first = stack.offsets[ITEM_ROWS.name]
         return table[first : first + items]
-    ids = np.concatenate([np.arange(items)[:, None], item_ids], axis=1)
+    rows = jnp.arange(items, dtype=jnp.int32)[:, None]
+    ids = jnp.concatenate([rows, _as_constant(item_ids)], axis=1)
     spans = columns(features).ids
     ids_of = {f.name: ids[:, slice(*spans[f.name])] for f in features}
     values = {
         f.name: table[ids_of[f.name] + stack.offsets[f.table_name]] for f in features
     }
-    return output_vectors(
-        values, {name: jnp.asarray(of) for name, of in ids_of.items()}
-    )
+    return output_vectors(values, ids_of)
+
+
+def _as_constant(item_ids: np.ndarray) -> jax.Array:
+    """The ids as a constant that XLA does not compute with while it compiles."""
+    return jax.lax.optimization_barrier(jnp.asarray(item_ids))
