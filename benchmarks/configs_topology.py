@@ -61,10 +61,15 @@ def schema_of(config: Config, data: Path) -> tuple[Schema, str]:
     dropped = tuple(
         Feature(name, "categorical", "user") for name in config.data.exclude
     )
+    shared = tuple(
+        Feature(name, "multi_valued", "item", length=8)
+        for name in config.head.item_features
+    )
     tasks = tuple(Task(name) for name in config.data.tasks) or stand_in.tasks
-    tables = stand_in.tables | {feature.name: 30_000 for feature in dropped}
+    named = dropped + shared
+    tables = stand_in.tables | {feature.name: 30_000 for feature in named}
     return Schema(
-        stand_in.features + dropped, tasks, tables, items=10_000, levels=(256,) * 4
+        stand_in.features + named, tasks, tables, items=10_000, levels=(256,) * 4
     ), "stand-in"
 
 

@@ -102,7 +102,9 @@ def opened(config):
     dataset = open_dataset(
         config.data.path, config.data.exclude, config.data.semantic_ids
     )
-    return dataset, build_model(config, dataset.schema, ())
+    return dataset, build_model(
+        config, dataset.schema, (), catalogue_ids=dataset.catalogue.ids
+    )
 
 
 def first_batch(dataset, config):

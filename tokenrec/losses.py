@@ -27,7 +27,8 @@ from tokenrec.models.recommender import Recommender
 from tokenrec.sharding import RULES
 from tokenrec.state import ModelSpec
 from tokenrec.task_losses import pointwise_losses, request_counts, request_losses
-from tokenrec.tokens.embed import ITEM_ROWS, EntityFeatures, samples_items
+from tokenrec.tokens.embed import EntityFeatures, samples_items
+from tokenrec.tokens.output_vectors import output_vectors
 
 
 def known_labels(batch: Batch) -> jax.Array:
@@ -114,8 +115,8 @@ def retrieval_losses(
         return head.full_losses(readouts, batch.goals, copied)
 
     # Every sample is scored against the negatives of all samples, so these are gathered.
-    goal_vectors = entities["goals"].values[ITEM_ROWS.name][..., 0, :]
-    drawn = entities["negatives"].values[ITEM_ROWS.name]
+    goal_vectors = output_vectors(*entities["goals"])
+    drawn = output_vectors(*entities["negatives"])
     negative_vectors = jax.sharding.reshard(drawn, RULES(*[None] * drawn.ndim))
     negative_vectors = negative_vectors.reshape(-1, drawn.shape[-1])
     negatives = jax.sharding.reshard(batch.negatives, RULES(None, None)).reshape(-1)

@@ -26,7 +26,7 @@ from tokenrec.models.stream_layout import batch_layout
 from tokenrec.ops.attention import current_platform
 from tokenrec.sharding import RULES, batch_shards
 from tokenrec.state import ModelSpec
-from tokenrec.tokens.embed import NEGATIVES_PART
+from tokenrec.tokens.output_vectors import NEGATIVES_PART
 
 # For each entity and stack, the index of every id of the batch into the unique rows.
 Inverses = dict[str, dict[str, jax.Array]]

@@ -71,7 +71,13 @@ def set_up(config: Config, workdir: Path) -> Setup:
         epoch_steps = count_epoch_steps(config, dataset)
         config = _use_steps(config, dataset, as_path(workdir), epoch_steps)
         tasks = task_names(dataset.schema, config.data)
-        model = build_model(config, dataset.schema, tasks, epoch_steps=epoch_steps)
+        model = build_model(
+            config,
+            dataset.schema,
+            tasks,
+            epoch_steps=epoch_steps,
+            catalogue_ids=dataset.catalogue.ids,
+        )
         mesh = make_mesh(config.mesh)
         check_batch_sizes(config, mesh)
         check_mesh(config.model, mesh)

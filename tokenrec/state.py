@@ -122,7 +122,12 @@ class ModelSpec:
 
 
 def build_model(
-    config: Config, schema: Schema, tasks: tuple[str, ...], *, epoch_steps: int = 0
+    config: Config,
+    schema: Schema,
+    tasks: tuple[str, ...],
+    *,
+    epoch_steps: int = 0,
+    catalogue_ids: np.ndarray | None = None,
 ) -> ModelSpec:
     """Build the model of a config on a data set.
 
@@ -131,18 +136,21 @@ def build_model(
       schema: schema of the data set without the excluded features.
       tasks: names of the labels to learn.
       epoch_steps: as `ModelSpec.epoch_steps`.
+      catalogue_ids: `Catalogue.ids` of the data set, for `head.item_features`; a model
+        that has such features and is not run can do without.
 
     Raises:
       InputError: the prompt has literal text and the data set no tokenizer, the last
-        sliding window holds no event, an option of ids names an unknown table, or an
-        option of tasks an unknown task or a loss that does not fit it.
+        sliding window holds no event, an option of ids names an unknown table, an
+        option of tasks an unknown task or a loss that does not fit it, or
+        `head.item_features` does not fit.
     """
     check_table_names(schema, config.tokens)
     if config.data.objective == "ranking":
         plans = plan_tasks(schema, tasks, config.data.losses)
         check_auxiliary(config.data, tasks)
         check_request_loss(plans, config.data.request_loss)
-    embedder = Embedder.build(schema, config)
+    embedder = Embedder.build(schema, config, catalogue_ids)
     literals = prompt_literals(config)
     model = ModelSpec(config, schema, tasks, embedder, literals, epoch_steps)
     _check_last_window(model)

@@ -247,6 +247,26 @@ def test_item_vectors_are_carried_over_by_item(old, new, tmp_path):
     np.testing.assert_array_equal(vectors(here, state), wanted)
 
 
+def test_features_of_item_vectors_are_carried_over_by_value(old, new, tmp_path):
+    config = plain(old, data__objective="retrieval", tokens__fused=True)
+    config.head.negatives = 16
+    config.head.item_features = ("genre",)
+    mesh = mesh_of(1, 1, 1)
+    there, before = saved(tmp_path, config, mesh)
+    config.data.path = str(new)
+    here, fresh, state, _ = warmed(config, tmp_path, mesh)
+    known, values = (
+        ["missing", "unknown", *load_vocabulary(data, "genre").tolist()]
+        for data in (old, new)
+    )
+    wanted = rows_of(here, fresh, "output_genre").copy()
+    for row, value in enumerate(values):
+        if value in known:
+            wanted[row] = rows_of(there, before, "output_genre")[known.index(value)]
+    np.testing.assert_array_equal(rows_of(here, state, "output_genre"), wanted)
+    assert len(set(known) & set(values)) > 2
+
+
 def test_a_source_that_does_not_fit_is_refused(old, new, tmp_path):
     mesh, run = mesh_of(1, 1, 1), tmp_path / "run"
     moved = tmp_path / "moved"

@@ -122,6 +122,7 @@ WRONG = [
     ),
     ({"tokens__text": {"query": ("hour",)}}, "holds none"),
     (RETRIEVAL | {"tokens__random_tokens": True}, "use tied=False"),
+    (RETRIEVAL | {"head__item_features": ("a",)}, "head.negatives=0, whose item"),
     (
         RETRIEVAL
         | {

@@ -108,7 +108,7 @@ def test_a_run_has_the_fields_of_the_base_the_study_and_its_model() -> None:
         ({"ensembles": {"bfts": ("bfts",)}}, "'bfts' is a model; give the average"),
         ({"ensembles": {"all": ("bfst",)}}, "name one or more.*did you mean 'bfts'"),
         ({"ensembles": {"all": ()}}, r"averages \(\); name one or more"),
-        ({"base": "amazon_beauty"}, "studies compare rankers"),
+        ({"base": "amazon"}, "studies compare rankers"),
     ],
 )
 def test_a_slip_is_refused_with_its_field(changes: dict, words: str) -> None:

@@ -439,7 +439,9 @@ def open_model(workdir: Path, data: Path | None) -> tuple[ModelSpec, Dataset]:
         like=dataset.like_ids_digest,
     )
     use_id_counts(config, dataset, as_path(workdir), trained=True)
-    return build_model(config, schema, task_names(schema, config.data)), dataset
+    tasks = task_names(schema, config.data)
+    ids = dataset.catalogue.ids
+    return build_model(config, schema, tasks, catalogue_ids=ids), dataset
 
 
 def data_of_run(workdir: Path) -> Path:

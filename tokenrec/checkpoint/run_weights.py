@@ -32,8 +32,8 @@ from tokenrec.sharding import make_mesh
 from tokenrec.state import ModelSpec, TrainState, abstract_state, bind_params
 from tokenrec.task_plan import output_names
 from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
-from tokenrec.tokens.embed import ITEM_ROWS
 from tokenrec.tokens.makers import FeatureTransforms
+from tokenrec.tokens.output_vectors import ITEM_ROWS, PREFIX
 
 
 class EntryKeys(NamedTuple):
@@ -148,9 +148,13 @@ def table_keys(name: str, run: RunWeights) -> EntryKeys:
         for feature in model.schema.features
         if feature.is_integer and feature.table_name == name
     ]
-    # The output vectors of items have no feature, but the ids of the catalogue.
+    # The output vectors of items have no feature, but the ids of the catalogue, and
+    # those of `head.item_features` the values of the features' own tables.
     if name == ITEM_ROWS.name and not features:
         keys = _item_keys(run.data)
+    elif not features:
+        values = load_vocabulary(run.data, name.removeprefix(PREFIX))
+        keys = EntryKeys.of("values", values, FIRST_KNOWN)
     elif name == TEXT_TABLE and features[0].kind == "text":
         keys = EntryKeys.of("tokens", _tokens(run.data), FIRST_KNOWN)
     elif features[0].kind == "semantic_id":

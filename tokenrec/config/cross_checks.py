@@ -168,6 +168,11 @@ def check_retrieval(config: Config) -> Iterator[str]:
             f"head.negatives={head.negatives} {suffix} must be a multiple of "
             f"data.batch_size={config.data.batch_size}"
         )
+    if head.item_features and not head.negatives:
+        yield (
+            f"head.item_features={head.item_features} {suffix} and head.negatives=0, "
+            "whose item vectors are no table rows: set head.negatives, or use ()"
+        )
     if config.train.best_metric in ("macro_auc", "macro_gauc", "loss", "request_ndcg"):
         yield (
             f"train.best_metric='{config.train.best_metric}' {suffix} is a metric of "

@@ -140,6 +140,12 @@ class HeadConfig:
     `data.batch_size`. The full softmax trains the item table as a dense weight, which
     every device gathers; sample when the catalogue is too long for that."""
 
+    item_features: tuple[str, ...] = ()
+    """`next_item`, sampled softmax: categorical and multi-valued item features, such as
+    brand and category, whose embeddings are added to the output vector of an item.
+    Items of few events gain most. Needs tables that every device holds
+    (`tokens.replicate_rows`)."""
+
     tied: bool = True
     """`next_item`: add the output vector of an item to the tokens of its events.
     `semantic_id`: read codes with the vectors that they are scored against."""

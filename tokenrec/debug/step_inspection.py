@@ -22,8 +22,9 @@ from tokenrec.models.stream_layout import batch_layout
 from tokenrec.ops.tables.routing import RowRoute
 from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.step import Inputs, gradients, step_inputs
-from tokenrec.tokens.embed import NEGATIVES_PART, inverses
+from tokenrec.tokens.embed import inverses
 from tokenrec.tokens.layout import ROLES
+from tokenrec.tokens.output_vectors import NEGATIVES_PART
 
 
 def inspect_step(model: ModelSpec, state: TrainState, batch: Batch) -> dict[str, Any]:

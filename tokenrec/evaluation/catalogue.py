@@ -38,7 +38,11 @@ from tokenrec.models.heads import NextItemHead
 from tokenrec.ops.tables.lookup import Stack
 from tokenrec.sharding import RULES, local_batch_indices, to_devices, to_host
 from tokenrec.state import ModelSpec, TrainState, bind_params
-from tokenrec.tokens.embed import ITEM_ROWS
+from tokenrec.tokens.output_vectors import (
+    CATALOGUE_PARTS,
+    ITEM_ROWS,
+    all_output_vectors,
+)
 
 CUTOFFS = (1, 5, 10, 50)
 
@@ -165,8 +169,14 @@ def _item_vectors(
     """`[V, d]` of all items."""
     if stack is None:
         return head.vectors()
-    first = stack.offsets[ITEM_ROWS.name]
-    return state.tables[stack.name][first : first + model.schema.items]
+    embedder = model.embedder
+    return all_output_vectors(
+        state.tables[stack.name],
+        stack,
+        embedder.parts[CATALOGUE_PARTS[0]],
+        embedder.item_ids,
+        model.schema.items,
+    )
 
 
 def _add_at_items(scores: jax.Array, items: jax.Array, added: jax.Array) -> jax.Array:

@@ -12,14 +12,18 @@ from tokenrec.models.heads import NextItemHead
 from tokenrec.ops.tables.storage import to_storage_index
 from tokenrec.sharding import to_host
 from tokenrec.state import bind_params
-from tokenrec.tokens.embed import ITEM_ROWS
+from tokenrec.tokens.output_vectors import (
+    CATALOGUE_PARTS,
+    ITEM_ROWS,
+    all_output_vectors,
+)
 
 
 def item_vectors(run: OpenedRun) -> pa.Table:
     """Collect the vector of each item; call it under the run's mesh.
 
     Retrieval of the next item: the output vectors, from the dense weights (full softmax)
-    or from the row-wise tables (sampled softmax). Other runs: the table rows of the
+    or from the row-wise tables (sampled softmax), `head.item_features` included. Other runs: the table rows of the
     item's id, which is the categorical item feature with a value of its own for every
     item.
 
@@ -35,7 +39,7 @@ def item_vectors(run: OpenedRun) -> pa.Table:
     if isinstance(head, NextItemHead) and head.items is not None:
         vectors = np.asarray(to_host(head.items[...]))
     elif isinstance(head, NextItemHead):
-        vectors = _table_rows(run, ITEM_ROWS.name, np.arange(count))
+        vectors = _output_vectors(run, count)
     else:
         table, ids = _item_id_feature(run)
         vectors = _table_rows(run, table, ids)
@@ -47,6 +51,24 @@ def item_vectors(run: OpenedRun) -> pa.Table:
             "vector": pa.FixedSizeListArray.from_arrays(flat, width),
         }
     )
+
+
+def _output_vectors(run: OpenedRun, count: int) -> np.ndarray:
+    """Output vectors `[V, d]` of a sampled softmax."""
+    embedder = run.model.embedder
+    if embedder.item_ids is None:
+        return _table_rows(run, ITEM_ROWS.name, np.arange(count))
+    # Tables of `head.item_features` are never spread.
+    name, stack = next(
+        (name, stack)
+        for name, stack in embedder.stacks.items()
+        if ITEM_ROWS.name in stack.offsets
+    )
+    features = embedder.parts[CATALOGUE_PARTS[0]]
+    vectors = all_output_vectors(
+        run.state.tables[name], stack, features, embedder.item_ids, count
+    )
+    return np.asarray(to_host(vectors))
 
 
 def _item_id_feature(run: OpenedRun) -> tuple[str, np.ndarray]:

@@ -39,9 +39,10 @@ from tokenrec.models.stream_layout import (
 from tokenrec.ops.layers import Linear, dropout, flatten_tokens, split_keys, weight
 from tokenrec.sharding import RULES
 from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
-from tokenrec.tokens.embed import ITEM_ROWS, EntityFeatures
+from tokenrec.tokens.embed import EntityFeatures
 from tokenrec.tokens.history import HistoryMaker, merge_entities
 from tokenrec.tokens.layout import Layout
+from tokenrec.tokens.output_vectors import output_vectors
 
 
 def _learned_tokens(count: int, width: int, rngs: nnx.Rngs) -> nnx.Param | None:
@@ -356,5 +357,5 @@ class Recommender(nnx.Module):
             return self.head.lookup(batch.items)
         # Sampled softmax: the vectors are rows of a table.
         known = (batch.items >= 0)[..., None]
-        vectors = entities["items"].values[ITEM_ROWS.name][..., 0, :]
+        vectors = output_vectors(*entities["items"])
         return jnp.where(known, vectors, 0)

@@ -6,13 +6,14 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec.config import Config
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import batch_shapes, task_names
-from tokenrec.data.schema import Schema
+from tokenrec.data.schema import Schema, columns
 from tokenrec.state import ModelSpec, TrainState, abstract_state, build_model
 
 
@@ -55,8 +56,15 @@ def planned_inputs(
     optim = config.optim
     steps = optim.steps or max(optim.warmup_steps, 1)
     config = dataclasses.replace(config, optim=dataclasses.replace(optim, steps=steps))
+    # A planned catalogue has no values yet: `head.item_features` are all missing.
+    widths = columns(schema.group("catalogue")).ids_width
+    no_ids = np.zeros((schema.items, widths), np.int32)
     model = build_model(
-        config, schema, task_names(schema, config.data), epoch_steps=steps
+        config,
+        schema,
+        task_names(schema, config.data),
+        epoch_steps=steps,
+        catalogue_ids=no_ids if config.head.item_features else None,
     )
     batch = batch_shapes(
         schema,

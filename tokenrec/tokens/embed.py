@@ -35,13 +35,13 @@ from tokenrec.ops.tables.api import (
 from tokenrec.ops.tables.lookup import Stack, build_stacks
 from tokenrec.tokens.feature_transforms import hashed_prefix_ids, table_widths
 from tokenrec.tokens.makers import FeatureArrays
-
-# The item table of a sampled softmax. It has a row for each item of the catalogue and,
-# unlike the tables of features, no reserved ids.
-ITEM_ROWS = Feature("catalogue_item", "categorical", "item")
-# Parts of a batch that are looked up in this table.
-NEGATIVES_PART = "negatives"
-CATALOGUE_PARTS = ("items", "goals", NEGATIVES_PART)
+from tokenrec.tokens.output_vectors import (
+    CATALOGUE_PARTS,
+    item_table_ids,
+    output_features,
+    output_tables,
+    select_item_ids,
+)
 
 
 def samples_items(config: Config) -> bool:
@@ -76,16 +76,32 @@ class Embedder:
       tables: table name -> number of rows.
       stacks: stack name -> its tables.
       hashed: semantic ids are looked up by the hashes of their prefixes.
+      item_ids: `[V, I] int32`, ids of `head.item_features`; None without such features,
+        and in a plan that looks nothing up.
     """
 
     parts: dict[str, tuple[Feature, ...]]
     tables: dict[str, int]
     stacks: dict[str, Stack]
     hashed: bool
+    item_ids: np.ndarray | None = None
 
     @staticmethod
-    def build(schema: Schema, config: Config) -> Embedder:
-        """Plan the look-ups of a config; `schema` is without the excluded features."""
+    def build(
+        schema: Schema, config: Config, catalogue_ids: np.ndarray | None = None
+    ) -> Embedder:
+        """Plan the look-ups of a config.
+
+        Args:
+          schema: schema without the excluded features.
+          config: a validated config.
+          catalogue_ids: `Catalogue.ids` of the data set; `head.item_features` are not
+            looked up without it.
+
+        Raises:
+          InputError: `head.item_features` does not fit the schema or
+            `tokens.replicate_rows`.
+        """
         parts = {
             "user": schema.group("user"),
             "state": schema.state,
@@ -93,16 +109,23 @@ class Embedder:
         }
         tables = schema.tables
         widths = table_widths(schema.features, config.tokens)
+        item_ids = None
         if samples_items(config):
+            features = output_features(schema, config)
+            item_tables = output_tables(schema, features)
+            parts |= dict.fromkeys(CATALOGUE_PARTS, features)
+            tables = tables | item_tables
             # Item vectors have the model's width: they are scored against read-outs.
-            parts |= dict.fromkeys(CATALOGUE_PARTS, (ITEM_ROWS,))
-            tables = tables | {ITEM_ROWS.name: schema.items}
-            widths = widths | {ITEM_ROWS.name: config.model.width}
+            widths = widths | dict.fromkeys(item_tables, config.model.width)
+            item_ids = select_item_ids(schema, features, catalogue_ids)
+            if len(features) > 1:
+                _check_replicated(item_tables, config.tokens.replicate_rows)
         return Embedder(
             parts=parts | {"target": schema.state},
             tables=tables,
             stacks=build_stacks(tables, widths, config.tokens.replicate_rows),
             hashed=config.tokens.semantic_id == "prefix",
+            item_ids=item_ids,
         )
 
     def find(self, batch: Batch) -> dict[str, UniqueRows]:
@@ -251,8 +274,18 @@ class Embedder:
                 strict=True,
             ):
                 if items is not None:
-                    parts.append((name, _catalogue_signals(items)))
+                    parts.append((name, self._catalogue_signals(items)))
         return [(name, signals) for name, signals in parts if signals is not None]
+
+    def _catalogue_signals(self, items: jax.Array) -> Signals:
+        """Catalogue rows `[...]` as the ids of `CATALOGUE_PARTS`, `[..., 1 + I]`."""
+        if self.item_ids is None and len(self.parts[CATALOGUE_PARTS[0]]) > 1:
+            raise InputError(
+                "head.item_features are features of a catalogue, and the model was "
+                "built without one; give build_model the data set's"
+            )
+        ids = item_table_ids(items, self.item_ids)
+        return Signals(ids, jnp.zeros((*items.shape, 0)))
 
 
 def inverses(unique_rows: dict[str, UniqueRows]) -> dict[str, dict[str, jax.Array]]:
@@ -284,9 +317,12 @@ def _check_stored(stack: Stack, array: jax.Array | None) -> None:
     )
 
 
-def _catalogue_signals(items: jax.Array) -> Signals:
-    """Catalogue rows `[...]` as the ids of a feature, `[..., 1]`.
-
-    -1, which fills up, reads row 0; the reader masks it.
-    """
-    return Signals(jnp.maximum(items, 0)[..., None], jnp.zeros((*items.shape, 0)))
+def _check_replicated(tables: dict[str, int], replicate_rows: int) -> None:
+    """Raise InputError if a table of `head.item_features`, or of items, is spread."""
+    name = max(tables, key=lambda table: tables[table])
+    if tables[name] > replicate_rows:
+        raise InputError(
+            f"tokens.replicate_rows={replicate_rows} spreads the {tables[name]:,} rows "
+            f"of '{name}' over the devices, and head.item_features need them on each; "
+            f"raise it to {tables[name]}, or use head.item_features=()"
+        )

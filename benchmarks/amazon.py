@@ -1,11 +1,11 @@
-"""Train on Amazon Beauty, leave-one-out, over seeds; report Recall@k and NDCG@k.
+"""Train on Amazon Beauty and Toys, leave-one-out; report Recall@k and NDCG@k.
 
-    python -m benchmarks.amazon_beauty --root DIR \\
+    python -m benchmarks.amazon --root DIR [--data beauty toys] \\
         [--configs next_item next_item_refit generative] [--seeds 0 1 2]
 
 The goal is the last item of every user, ranked in the full catalogue. `--root` is the
-folder with `Beauty.txt` and its attributes. Every seed is a run under `--runs`: a run
-that was stopped resumes, a finished one is only read.
+folder with `Beauty.txt`, `Toys_and_Games.txt` and their attributes. Every seed is a run
+under `--runs`: a run that was stopped resumes, a finished one is only read.
 
 - `next_item` is evaluated at the checkpoint with the best NDCG@10 on `valid`, the items
   before the last.
@@ -13,7 +13,13 @@ that was stopped resumes, a finished one is only read.
   training data. Nothing is chosen: the last checkpoint is evaluated.
 - `generative` generates semantic ids, made by RQ-KMeans of co-occurrence in `train`.
 
-Leave-one-out is not a split by time. It is used to compare with published tables.
+Both data sets have the same settings, which were chosen on `valid`.
+
+Leave-one-out is not a split by time. It is used to compare with published tables, which
+follow two conventions. Both train on all but the last two items of a user and read the
+item before last at the end. S3-Rec and its followers then leave the items of the
+history out of the ranking. TIGER, ActionPiece and other generative models rank all that
+a beam search finds, seen items too. In these data sets no goal is in its history.
 """
 
 from __future__ import annotations
@@ -32,12 +38,14 @@ from benchmarks.report import run_script, spread, write_result
 from tokenrec.checkpoint.run_folder import CONFIG_FILE, load_run_config, open_run
 from tokenrec.config import to_json
 from tokenrec.config.load import load_config
+from tokenrec.data.dataset import open_dataset
 from tokenrec.data.metadata import METADATA_FILE
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.semantic_id_file import SEMANTIC_IDS
 from tokenrec.data.sources.amazon import AmazonSource
 from tokenrec.errors import InputError
 from tokenrec.evaluation.evaluate import make_evaluator
+from tokenrec.run_length import with_steps
 from tokenrec.runtime.files import write_json
 from tokenrec.semantic_ids.build import build_semantic_ids
 from tokenrec.sharding import make_mesh
@@ -45,22 +53,24 @@ from tokenrec.train_loop import train
 
 # Name of the shipped config, and how many last items of a user are not learned.
 CONFIGS = {
-    "next_item": ("amazon_beauty", 2),
-    "next_item_refit": ("amazon_beauty", 1),
-    "generative": ("amazon_beauty_generative", 2),
+    "next_item": ("amazon", 2),
+    "next_item_refit": ("amazon", 1),
+    "generative": ("amazon_generative", 2),
 }
+# Short name of the data set -> name of its files.
+DATA = {"beauty": "Beauty", "toys": "Toys_and_Games"}
 SEEN_TOO = ", seen items ranked too"
 METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
-# Full ranking, leave-one-out, as published in their papers; not run by us.
-PUBLISHED = (
-    {"config": "eSASRec (published)", "recall@10": ".0928", "ndcg@10": ".0523"},
-    {"config": "ActionPiece (published)", "recall@10": ".0775", "ndcg@10": ".0424"},
-    {
-        "config": "TIGER, ids of text (published)",
-        "recall@10": ".0648",
-        "ndcg@10": ".0384",
+# Full ranking, leave-one-out, as published in their papers; not run by us. Recall@10
+# and NDCG@10.
+PUBLISHED = {
+    "beauty": {
+        "eSASRec (published)": (".0928", ".0523"),
+        "ActionPiece (published)": (".0775", ".0424"),
+        "TIGER, ids of text (published)": (".0648", ".0384"),
     },
-)
+    "toys": {"TIGER, ids of text (published)": (".0712", ".0432")},
+}
 
 
 def cpu_seconds() -> float:
@@ -69,14 +79,16 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[str, Any]:
+def run_seed(
+    data_name: str, name: str, seed: int, prepared: Path, runs: Path
+) -> dict[str, Any]:
     """Train and evaluate one seed, unless it is done.
 
     Args:
+      data_name: key of `DATA`.
       name: key of `CONFIGS`.
       seed: random seed.
-      data: the prepared data set.
-      ids: folder of the semantic ids.
+      prepared: folder of the prepared data sets and their semantic ids.
       runs: folder of the runs.
 
     Returns:
@@ -85,13 +97,14 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
     Raises:
       InputError: the run was trained with other settings.
     """
-    workdir = runs / f"{name}_seed{seed}"
+    workdir = runs / f"{data_name}_{name}_seed{seed}"
     kept = workdir / "result.json"
     file, held_out = CONFIGS[name]
+    data = data_folder(prepared, data_name, held_out)
     config = load_config(file, [f"seed={seed}"])
     config.data.path = str(data)
     if config.data.semantic_ids:
-        config.data.semantic_ids = str(ids)
+        config.data.semantic_ids = str(ids_folder(prepared, data_name))
     if held_out == 1:
         # The test split is evaluated once, after the last step.
         config.train = dataclasses.replace(
@@ -99,7 +112,7 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
         )
     if kept.is_file():
         if json.loads((workdir / CONFIG_FILE).read_text()) != json.loads(
-            to_json(config)
+            to_json(with_steps(config, open_dataset(data)))
         ):
             raise InputError(
                 f"runs: '{workdir}' was trained with other settings; "
@@ -110,6 +123,7 @@ def run_seed(name: str, seed: int, data: Path, ids: Path, runs: Path) -> dict[st
     summary = train(config, workdir)
     trained = cpu_seconds()
     record = {
+        "data": data_name,
         "config": name,
         "seed": seed,
         "step": summary["step"],
@@ -155,24 +169,59 @@ def _retrieval(workdir: Path, split: str, data: Path) -> dict[str, float]:
 
 
 def table_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Make table rows per config: mean and sample deviation over seeds on `test`.
+    """Make table rows per data set and config: mean and sample deviation on `test`.
 
-    Published results follow. It is not known whether those runs ranked seen items, or
-    trained on `valid` in the end.
+    Published results follow those of each data set.
     """
     rows: list[dict[str, Any]] = []
-    for name in dict.fromkeys(record["config"] for record in records):
-        of_config = [record for record in records if record["config"] == name]
-        for suffix in (
-            ("", SEEN_TOO) if f"test {METRICS[0]}{SEEN_TOO}" in of_config[0] else ("",)
-        ):
-            row: dict[str, Any] = {"config": f"{name}{suffix}", "seeds": len(of_config)}
-            for metric in METRICS:
-                row[metric] = spread(
-                    [record[f"test {metric}{suffix}"] for record in of_config]
-                )
-            rows.append(row)
-    return [*rows, *({"seeds": "", **row} for row in PUBLISHED)]
+    for data in dict.fromkeys(record["data"] for record in records):
+        of_data = [record for record in records if record["data"] == data]
+        for name in dict.fromkeys(record["config"] for record in of_data):
+            rows += _config_rows([r for r in of_data if r["config"] == name])
+        rows += [
+            {"data": data, "config": name, "seeds": ""}
+            | {"recall@10": recall, "ndcg@10": ndcg}
+            for name, (recall, ndcg) in PUBLISHED[data].items()
+        ]
+    return rows
+
+
+def _config_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the seeds of one config: without seen items, and with them."""
+    with_seen = f"test {METRICS[0]}{SEEN_TOO}" in records[0]
+    return [
+        {
+            "data": records[0]["data"],
+            "config": f"{records[0]['config']}{suffix}",
+            "seeds": len(records),
+        }
+        | {
+            metric: spread([record[f"test {metric}{suffix}"] for record in records])
+            for metric in METRICS
+        }
+        for suffix in (("", SEEN_TOO) if with_seen else ("",))
+    ]
+
+
+def data_folder(prepared: Path, data_name: str, held_out: int) -> Path:
+    """Folder of a prepared data set, by how many last items of a user are held out."""
+    return prepared / f"amazon_{data_name}{'_refit' if held_out == 1 else ''}"
+
+
+def ids_folder(prepared: Path, data_name: str) -> Path:
+    """Folder of the semantic ids of a data set."""
+    return prepared / f"amazon_{data_name}_ids"
+
+
+def prepare_data(root: Path, prepared: Path, data_name: str, names: list[str]) -> None:
+    """Prepare what some configs read of a data set, unless it is there."""
+    for held_out in {CONFIGS[name][1] for name in names}:
+        folder = data_folder(prepared, data_name, held_out)
+        if not (folder / METADATA_FILE).is_file():
+            prepare(AmazonSource(root, DATA[data_name], held_out=held_out), folder)
+    ids = ids_folder(prepared, data_name)
+    if "generative" in names and not (ids / SEMANTIC_IDS).is_file():
+        build_semantic_ids(data_folder(prepared, data_name, 2), ids)
 
 
 def main() -> None:
@@ -180,49 +229,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=Path("data/amazon_beauty"))
-    parser.add_argument("--ids", type=Path, default=Path("data/amazon_beauty_ids"))
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs/benchmarks/amazon_beauty")
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/amazon_beauty")
-    )
+    parser.add_argument("--prepared", type=Path, default=Path("data"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks/amazon"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/amazon"))
+    parser.add_argument("--data", nargs="+", default=list(DATA), choices=list(DATA))
     parser.add_argument(
         "--configs", nargs="+", default=list(CONFIGS), choices=list(CONFIGS)
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
-    folders = {
-        2: arguments.data,
-        1: arguments.data.with_name(arguments.data.name + "_refit"),
-    }
-    for held_out in {CONFIGS[name][1] for name in arguments.configs}:
-        if not (folders[held_out] / METADATA_FILE).is_file():
-            prepare(
-                AmazonSource(arguments.root, "Beauty", held_out=held_out),
-                folders[held_out],
-            )
-    if (
-        "generative" in arguments.configs
-        and not (arguments.ids / SEMANTIC_IDS).is_file()
-    ):
-        build_semantic_ids(arguments.data, arguments.ids)
     records = []
-    for name in arguments.configs:
-        for seed in arguments.seeds:
-            data = folders[CONFIGS[name][1]]
-            records.append(run_seed(name, seed, data, arguments.ids, arguments.runs))
-            print(json.dumps(records[-1]), file=sys.stderr, flush=True)
-    seeds_text = " ".join(map(str, arguments.seeds))
-    chosen = f"--configs {' '.join(arguments.configs)} --seeds {seeds_text}"
-    command = f"python -m benchmarks.amazon_beauty --root DIR {chosen}"
+    for data in arguments.data:
+        prepare_data(arguments.root, arguments.prepared, data, arguments.configs)
+        for name in arguments.configs:
+            for seed in arguments.seeds:
+                records.append(
+                    run_seed(data, name, seed, arguments.prepared, arguments.runs)
+                )
+                print(json.dumps(records[-1]), file=sys.stderr, flush=True)
+    chosen = " ".join(
+        f"--{name} {' '.join(map(str, getattr(arguments, name)))}"
+        for name in ("data", "configs", "seeds")
+    )
+    command = f"python -m benchmarks.amazon --root DIR {chosen}"
     settings = {
         "split": "leave-one-out",
         "ranked": "the whole catalogue",
         "checkpoint": "best NDCG@10 on valid, of a refit the last",
     }
-    title = "Amazon Beauty, the last item of every user"
+    title = "Amazon Beauty and Toys, the last item of every user"
     write_result(
         arguments.out,
         table_rows(records),
