@@ -141,8 +141,10 @@ def test_evaluate_passes_its_flags_and_writes_whole_json(
         baselines: bool = False,
         limit: int = 0,
         freeze_at: str | None = None,
+        request_ndcg: int | None = None,
     ) -> dict[str, Any]:
-        seen.append((workdir, split, checkpoint, data, baselines, limit, freeze_at))
+        options = (baselines, limit, freeze_at, request_ndcg)
+        seen.append((workdir, split, checkpoint, data, *options))
         return RESULT | (
             {"baselines": {"popularity": {"tasks": {"click": TASK | {"auc": 0.5125}}}}}
             if baselines
@@ -162,12 +164,13 @@ def test_evaluate_passes_its_flags_and_writes_whole_json(
         "--baselines",
         "--samples=3000",
         "--freeze-at=2022-05-03",
+        "--request-ndcg=5",
     ]
     assert main(["evaluate", *RUN, *flags]) == 0
     run = (Path("run"), "valid")
     assert seen == [
-        (*run, "best", None, False, 0, None),
-        (*run, "20", Path("set"), True, 3000, "2022-05-03"),
+        (*run, "best", None, False, 0, None, None),
+        (*run, "20", Path("set"), True, 3000, "2022-05-03", 5),
     ]
     written = json.loads(file.read_text())
     assert written["tasks"]["click"] == TASK
@@ -205,12 +208,15 @@ def test_predict_passes_its_flags(
     seen: list[Any] = []
     replace(
         "tokenrec.evaluation.predict",
-        predict_run=lambda *arguments: seen.append(arguments) or 1234,
+        predict_run=lambda *arguments, freeze_at: (
+            seen.append((*arguments, freeze_at)) or 1234
+        ),
     )
-    assert (
-        main(["predict", *RUN, "--checkpoint=latest", "--out", "scores.parquet"]) == 0
-    )
-    assert seen == [(Path("run"), "valid", "latest", None, Path("scores.parquet"))]
+    line = ["predict", *RUN, "--checkpoint=latest", "--out", "scores.parquet"]
+    assert main(line) == 0
+    assert main([*line, "--freeze-at", "split"]) == 0
+    arguments = (Path("run"), "valid", "latest", None, Path("scores.parquet"))
+    assert seen == [(*arguments, None), (*arguments, "split")]
     assert "1,234 rows" in capsys.readouterr().out
 
 
@@ -380,7 +386,7 @@ def test_kuairand_prepares_the_folder_that_download_returns(
     replace(
         "tokenrec.data.sources.kuairand",
         fetch=lambda variant, root: root / variant,
-        KuaiRandSource=lambda *arguments, clock: (*arguments, clock),
+        KuaiRandSource=lambda *arguments, clock, play_share: (*arguments, clock),
     )
     replace("tokenrec.data.preparation.prepare", prepare=prepare)
     replace("tokenrec.data.preparation.summary", summarise=str)

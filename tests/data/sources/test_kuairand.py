@@ -22,7 +22,7 @@ from tests.data.preparation.test_like import assert_same_test_rows
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.past.shipped import add_statistics
 from tokenrec.data.preparation.prepare import prepare
-from tokenrec.data.source import Source
+from tokenrec.data.source import FROZEN_COLUMN, Source
 from tokenrec.data.sources.kuairand import KuaiRandSource, fetch
 from tokenrec.data.sources.kuairand_history import settle_labels
 from tokenrec.data.sources.kuairand_log import on_the_clock
@@ -126,7 +126,9 @@ def read(
     source.users(), source.items()  # statistics look features up in these
     table = pa.Table.from_batches(list(source.rows()))
     columns = {
-        name: np.array(table[name].to_pylist(), float) for name in table.column_names
+        name: np.array(table[name].to_pylist(), float)
+        for name in table.column_names
+        if name != FROZEN_COLUMN
     }
     order = np.lexsort((columns["item_id"], columns["user_id"], columns["time_ms"]))
     return {name: values[order] for name, values in columns.items()}
