@@ -215,7 +215,7 @@ def test_features_of_items_are_per_row_and_all_of_them_dense() -> None:
     assert {f.kind for f in found.values()} == {"dense"}
     assert {f.group for f in found.values()} == {"row"}
     assert found["rate_item_id_click"].entity == "item"
-    assert found["rate_user_id_author_click_2h"].entity == "context"
+    assert found["rate_user_id_author_click_2h"].entity == "item"
     assert found["count_topic"].transform == "log1p"
     assert found["mean_tab_city_price"].transform == "identity"
 

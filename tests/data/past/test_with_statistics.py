@@ -20,9 +20,11 @@ from tests.data.preparation.test_like import (
     tables,
 )
 from tokenrec.cli.main import main
+from tokenrec.config import DataConfig
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.past import WithStatistics, runs
 from tokenrec.data.past.declaration_json import parse_statistics
+from tokenrec.data.pipeline import eval_batches
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import columns
 from tokenrec.data.sources.delimited import DelimitedSource
@@ -53,6 +55,27 @@ def test_later_rows_have_the_bits_of_one_log(tmp_path: Path) -> None:
     for name in ("count_item_id", "rate_user_id_click_2h", "matches_item_id"):
         values = test.row_dense[:, places[name][0]]
         assert len(np.unique(values[~np.isnan(values)])) > 5, name
+
+
+def test_a_retrieval_request_sees_no_statistic_of_its_goal(tmp_path: Path) -> None:
+    prepare(with_statistics(random_log(3), ITEMS), tmp_path / "set")
+    dataset = open_dataset(tmp_path / "set")
+    config = DataConfig(path="-", objective="retrieval", paradigm="nio", events=8)
+    batch = next(eval_batches(dataset, config, "train"))[0].batch
+    assert batch.target is not None
+    places = columns(dataset.schema.state).dense
+    seen = {
+        name: not np.isnan(batch.target.dense[..., slice(*place)]).all()
+        for name, place in places.items()
+    }
+    # A key of the user alone is known before the item is; one with the item is not.
+    assert seen["count_user_id_2h"]
+    assert seen["past_gap"]
+    of_item = ("item_id", "author", "tags", "topic")
+    hidden = [n for n in seen if any(column in n for column in of_item)]
+    assert "count_user_id_author_2h" in hidden
+    assert any(n.startswith("matches") for n in hidden)
+    assert not any(seen[name] for name in hidden)
 
 
 def test_totals_of_another_declaration_are_refused(tmp_path: Path) -> None:

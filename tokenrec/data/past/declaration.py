@@ -183,10 +183,14 @@ class PastStatistics:
                 name = part.count(horizon)
                 yield Feature(name, "dense", entity, transform="log1p", per_row=per_row)
         for match in full.matches:
+            entity = _entity(schema, (match.of,))
+            per_row = entity == "item"
             for horizon in match.horizons:
                 for counted in (None, *(match.tasks or ())):
                     name = match.count(counted, horizon)
-                    yield Feature(name, "dense", "context", transform="log1p")
+                    yield Feature(
+                        name, "dense", entity, transform="log1p", per_row=per_row
+                    )
         for name in time_names(self.times):
             yield Feature(name, "dense", "context", transform="log1p")
 
@@ -228,9 +232,13 @@ def half_life_ms(horizon: str) -> int | None:
 
 
 def _entity(schema: Schema, key: tuple[str, ...]) -> Entity:
-    """The entity of a key's features: the item if all columns are of the item."""
+    """The entity of a key's features: the item if a column of the key is of the item.
+
+    What depends on the item must not be context: a retrieval request has the context of
+    its goal, which would give the goal away, and the candidates of a query share one.
+    """
     of_item = {f.name for f in schema.features if f.entity == "item"} | {"item_id"}
-    return "item" if of_item.issuperset(key) else "context"
+    return "context" if of_item.isdisjoint(key) else "item"
 
 
 def _suffix(horizon: str) -> str:
