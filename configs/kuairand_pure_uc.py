@@ -6,12 +6,13 @@ Command:
     tokenrec train --config=configs/kuairand_pure_uc.py --workdir=runs/kuairand_pure_uc
     tokenrec evaluate --workdir=runs/kuairand_pure_uc --split=valid
 Hardware: 2 CPU cores.
-Time: about 4 minutes.
-Score: valid AUC is_click 0.7511 ± 0.0009, long_view 0.7531 ± 0.0005 (3 seeds).
+Time: about 5 CPU minutes.
+Score: valid AUC is_click 0.7547 ± 0.0002, long_view 0.7579 ± 0.0003 (3 seeds).
 Source: benchmarks/results/kuairand_pure.md.
 
-It trains for one epoch: in single runs a second one gained nothing, with or without a
-user embedding. Earlier events whose long-view label is known carry loss too.
+Settings were compared on 2 May, the last day of train
+(benchmarks/results/kuairand_pure_tuning.md); a third epoch loses clicks. Earlier events
+whose long-view label is known carry loss too.
 """
 
 from tokenrec.config import (

@@ -33,13 +33,30 @@ def journey() -> str:
 
 
 def kuairand() -> str:
-    click = row("kuairand_pure", config="uc", task="is_click")["auc"]
-    return f"{click} / {row('kuairand_pure', config='uc', task='long_view')['auc']}"
+    (ours, trees) = (
+        [
+            row("kuairand_pure", config=config, task=task)["auc"]
+            for task in ("is_click", "long_view")
+        ]
+        for config in ("uc", "lightgbm")
+    )
+    return (
+        f"{' / '.join(ours)}; LightGBM on the same statistics: "
+        f"{trees[0]:.4f} / {trees[1]:.4f}"
+    )
 
 
 def beauty() -> str:
-    scores = row("amazon_beauty", config="next_item")
+    scores = row("amazon", data="beauty", config="next_item")
     return f"{scores['recall@10']} / {scores['ndcg@10']}"
+
+
+def next_products() -> str:
+    copy, repeat = (
+        row("complete_journey_retrieval", arm=arm)["recall@10"]
+        for arm in ("copy", "(repeat)")
+    )
+    return f"{copy}; the household's own products: {repeat}"
 
 
 def soft_tokens() -> str:
@@ -103,6 +120,7 @@ def faults() -> str:
         journey,
         kuairand,
         beauty,
+        next_products,
         soft_tokens,
         attention,
         long_step,
@@ -132,9 +150,12 @@ def test_the_headline_tables_are_those_of_their_results() -> None:
             for task in ("is_click", "long_view")
         )
         assert f"| `kuairand_pure_{config}` | {click} | {view} |" in RESULTS
-    for config in ("next_item", "next_item_refit"):
-        scores = row("amazon_beauty", config=config)
+    for config in ("next_item", "next_item, seen items ranked too"):
+        scores = row("amazon", data="beauty", config=config)
         assert f"| {scores['recall@10']} | {scores['ndcg@10']} |" in RESULTS
+    for arm in ("copy", "(repeat)"):
+        recall = row("complete_journey_retrieval", arm=arm)["recall@10"]
+        assert f"| {recall} |" in RESULTS
     (scores,) = (
         r for r in rows("amazon_beauty_generative") if r["config"] == "generative"
     )
