@@ -248,7 +248,9 @@ def _digest_data(folder: Path) -> str:
 def _arrays(folder: Path, data: Any) -> Iterator[np.ndarray]:
     for split in data.splits:
         log = data.load(split)
-        yield from (getattr(log, field.name) for field in dataclasses.fields(log))
+        # Without labels of numbers or weights of rows there are no arrays of these.
+        fields = (getattr(log, field.name) for field in dataclasses.fields(log))
+        yield from (array for array in fields if array is not None)
     yield from (data.catalogue.item_id, data.catalogue.ids, data.catalogue.dense)
     for name in ("plan", "item_id", "tags", "tab"):
         yield load_vocabulary(folder, name)

@@ -87,8 +87,8 @@ def test_the_models_have_the_sizes_that_the_page_gives() -> None:
         sizes[name] = (sum(w.size for w in dense.values()), tokens)
         assert config.data.batch_size > step_models.TINY_BATCH
     assert sizes == {
-        "lrm_1b": (1_269_715_973, 2048),
-        "uc_2048": (32_830_978, 2048),
+        "lrm_1b": (1_269_672_965, 2048),
+        "uc_2048": (32_787_970, 2048),
         "nio": (310_338, 79),
         "nio_4096": (310_338, 79),
     }
@@ -263,12 +263,12 @@ def test_training_is_stopped_when_the_time_runs_out(tmp_path: Path) -> None:
 
 def test_the_auc_is_compared_with_the_seeds_of_the_cpu(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, "train")
-    records = [{"step": 438, "valid/is_click/auc": 0.7511, "valid/macro_auc": 0.7}]
+    records = [{"step": 878, "valid/is_click/auc": 0.7547, "valid/macro_auc": 0.7}]
     train.add_aucs(recorder, train.aucs(trained(records, stopped=False)))
     train.add_aucs(recorder, {"long_view": 0.74})
     click, view = rows_of(tmp_path, "train")
     assert click["result"] == PASS
-    assert click["cpu_mean"] == pytest.approx(0.7511, abs=1e-4)
+    assert click["cpu_mean"] == pytest.approx(0.7547, abs=1e-4)
     assert view["result"] == "FAIL"
 
 

@@ -80,13 +80,10 @@ def planned(task, data, ids, arms=None, requests=16 * BATCH):
 
 
 def model_of(config):
-    return build_model(
-        config,
-        open_dataset(
-            config.data.path, config.data.exclude, config.data.semantic_ids
-        ).schema,
-        LABELS,
-    )
+    schema = open_dataset(
+        config.data.path, config.data.exclude, config.data.semantic_ids
+    ).schema
+    return build_model(config, schema, tuple(task.name for task in schema.tasks))
 
 
 def counts(config):

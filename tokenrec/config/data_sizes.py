@@ -133,7 +133,7 @@ def fitting_epochs(epochs: float, samples: int, batch_size: int) -> float:
     """
     per_epoch = max(samples, 1) / batch_size
     least, most = _STEPS
-    return round(min(max(epochs, least / per_epoch), most / per_epoch), 3)
+    return round(min(max(float(epochs), least / per_epoch), most / per_epoch), 3)
 
 
 def evaluation_steps(epochs: float, samples: int, batch_size: int) -> int:
