@@ -16,10 +16,11 @@ under `--runs`: a run that was stopped resumes, a finished one is only read.
 Both data sets have the same settings, which were chosen on `valid`.
 
 Leave-one-out is not a split by time. It is used to compare with published tables, which
-follow two conventions. Both train on all but the last two items of a user and read the
-item before last at the end. S3-Rec and its followers then leave the items of the
-history out of the ranking. TIGER, ActionPiece and other generative models rank all that
-a beam search finds, seen items too. In these data sets no goal is in its history.
+follow two conventions: the trainer of S3-Rec leaves the items of the history out of the
+ranking, and the evaluation of ActionPiece ranks all that its beam search finds, seen
+items too. Which one the other published figures follow, and whether their models learn
+the items before the last in the end, is not known. In these data sets no goal is in its
+history.
 """
 
 from __future__ import annotations

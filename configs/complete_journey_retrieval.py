@@ -1,7 +1,7 @@
 """Complete Journey: predict the promoted products that a household buys next, of 92,348.
 
 Command:
-    tokenrec prepare complete_journey --out data/complete_journey
+    tokenrec prepare complete_journey --statistics none --out data/complete_journey
     tokenrec train --config=configs/complete_journey_retrieval.py \\
         --workdir=runs/complete_journey_retrieval
     tokenrec evaluate --workdir=runs/complete_journey_retrieval --split=valid --baselines
