@@ -53,7 +53,7 @@ def check_frozen_time(
         raise InputError(
             f"--freeze-at={text}: the data set has statistics of the past and was "
             "prepared without keeping them as of the start of each split, so that they "
-            "would go on beyond that time; prepare it again on one machine"
+            "would go on beyond that time; prepare it again, without --beam"
         )
     if not names:
         return

@@ -466,7 +466,7 @@ def test_statistics_of_the_past_have_the_bits_of_one_machine(tmp_path: Path) -> 
     } == beam
     assert_equal_but_for_order(tmp_path / "local", tmp_path / "one")
     data = open_dataset(tmp_path / "one")
-    with pytest.raises(InputError, match="prepare it again on one machine"):
+    with pytest.raises(InputError, match="prepare it again, without --beam"):
         check_frozen_time(data.metadata, data.schema, "valid", 0, "split")
     many = past_source(rows, 100, 300)
     # Five spans of time, in which keys with many rows begin with totals.

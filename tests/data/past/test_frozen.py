@@ -254,5 +254,5 @@ def test_another_time_than_the_start_of_a_split_is_refused(whole: Path) -> None:
     # Without the features there is nothing to freeze.
     check("valid", 0, dataset.metadata.options[FROZEN]["features"])
     del dataset.metadata.options[FROZEN]
-    with pytest.raises(InputError, match="prepare it again on one machine"):
+    with pytest.raises(InputError, match="prepare it again, without --beam"):
         check("valid", latest)

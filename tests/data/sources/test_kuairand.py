@@ -123,7 +123,9 @@ def read(
     """Read all rows, ordered by time, user and video, with NaN for null."""
     plain = KuaiRandSource(folder, "2022-05-03", "2022-05-05", **options)
     source = add_statistics(plain, "kuairand", statistics)
-    source.users(), source.items()  # statistics look features up in these
+    # Statistics look features up in these.
+    source.users()
+    source.items()
     table = pa.Table.from_batches(list(source.rows()))
     columns = {
         name: np.array(table[name].to_pylist(), float)

@@ -3,14 +3,14 @@
 `tokenrec evaluate --freeze-at` scores a split as if nothing of it was known yet. A row
 of valid or test that is scored therefore has its statistics twice: those of its own
 time, and the *frozen* ones, which count the log rows earlier than the first scored row
-of its split and no others. Otherwise they are what they are: with a half-life, what is
-counted goes on to decay until the time of the row; a gap is the time of the row less
-that of the user's last event before the freeze.
+of its split and no others. They are computed at the time of the row all the same: what
+has a half-life decays until then, and a gap is the time of the row less that of the
+user's last event before the freeze.
 
-No totals are copied as a whole. When a split begins, it gets totals of its own that are
-empty, and before the log counts a block, these take over what the log has of the keys
-of the block: a key that comes for the first time since has its totals of the freeze.
-Memory grows with the distinct keys of the rows from there on.
+The totals are not copied when a split begins, since most of their keys do not come up
+again. A split begins with empty totals of its own. Before a block of rows is counted, the
+keys of the block that these lack are copied from the totals of the log, which are still
+those of the freeze for such keys. Memory grows with the distinct keys of the rows since.
 """
 
 from __future__ import annotations
