@@ -14,12 +14,8 @@ from tests.data.memory_source import MemorySource
 from tests.data.preparation.test_like import END, ITEMS, part, random_log, tables
 from tests.test_api import config_of
 from tokenrec import Config, HeadConfig, InputError
-from tokenrec.cli.main import main
 from tokenrec.data.preparation.prepare import prepare
-from tokenrec.data.semantic_id_file import load_semantic_ids
 from tokenrec.semantic_ids.build import build_semantic_ids
-from tokenrec.semantic_ids.rq_kmeans import fit_rq_kmeans
-from tokenrec.semantic_ids.vectors import normalize
 
 
 @pytest.fixture(scope="module")
@@ -140,25 +136,3 @@ def test_semantic_ids_stay_and_new_items_have_none(
     )
     assert tokenrec.predict(generator, "test", tmp_path / "q", data=folder / "later")
     assert max(pq.read_table(tmp_path / "q")["item_id"].to_pylist()) < 12
-
-
-def test_semantic_ids_of_the_item_vectors_of_a_run(
-    folder: Path, tmp_path: Path
-) -> None:
-    data = folder / "first"
-    workdir = train(
-        data, tmp_path / "run", data__objective="retrieval", tokens__fused=True
-    )
-    out = tmp_path / "ids"
-    command = ["semantic-ids", "--data", str(data), "--out", str(out)]
-    small = ["--levels", "2", "--codes", "4", "--vectors", "run"]
-    assert main([*command, *small, "--run", str(workdir)]) == 0
-    vectors = np.array(tokenrec.load(workdir).item_vectors()["vector"].to_pylist())
-    expected = fit_rq_kmeans(normalize(vectors).values, [4, 4], 0).codes
-    np.testing.assert_array_equal(load_semantic_ids(out).codes[:, :2], expected)
-    # The items of another data set have other vectors.
-    with pytest.raises(InputError, match="items of the catalogue: 12 -> 15"):
-        build_semantic_ids(
-            folder / "whole", tmp_path / "no", vectors="run", run=workdir
-        )
-    assert not (tmp_path / "no").exists()

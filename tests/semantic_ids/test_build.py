@@ -144,13 +144,6 @@ def test_rq_vae_writes_the_same_contract(
     assert load_semantic_ids(tmp_path / "ids").codes.shape == (36, report["levels"])
 
 
-def test_a_run_goes_with_its_vectors(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"vectors='run' needs the run .* \(--run\)"):
-        build_semantic_ids(data, tmp_path / "ids", vectors="run")
-    with pytest.raises(InputError, match=r"run='w' goes with vectors='run', but"):
-        build_semantic_ids(data, tmp_path / "ids", run="w")
-
-
 def test_ids_are_replaced_only_when_asked(
     data: Path, built: Path, tmp_path: Path
 ) -> None:

@@ -222,19 +222,11 @@ def _add_semantic_ids(verbs: VerbParsers) -> Parser:
     )
     parser.add_argument(
         "--vectors",
-        choices=("cooccurrence", "text", "both", "run"),
+        choices=("cooccurrence", "text", "both"),
         default="cooccurrence",
         help="item vectors to quantise: co-occurrence in the train split, which every "
-        "data set has, the text of item features that are strings "
-        '(pip install ".[text]"), both, or those of the trained run of --run '
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--run",
-        dest="trained_run",
-        type=path_argument,
-        metavar="WORKDIR",
-        help="with --vectors run: folder of a trained retriever",
+        "data set has, or the text of item features that are strings "
+        '(pip install ".[text]") (default: %(default)s)',
     )
     parser.add_argument(
         "--seed",
@@ -260,7 +252,6 @@ def _semantic_ids(args: argparse.Namespace) -> None:
         codes=args.codes,
         seed=args.seed,
         overwrite=args.overwrite,
-        run=args.trained_run,
     )
     sizes = " x ".join(map(str, report["codes_per_level"]))
     alike = report["collisions"]["items"]

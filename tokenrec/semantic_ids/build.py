@@ -1,7 +1,6 @@
 """Build the semantic ids of a prepared data set, for `tokenrec semantic-ids`.
 
-1. Give every item a vector, from co-occurrence, text, both, or a trained run
-   (item_vectors.py).
+1. Give every item a vector, from co-occurrence, text, or both (item_vectors.py).
 2. Quantise the vectors to codes, coarse to fine (rq_kmeans.py, rq_vae.py).
 3. Number the items without a vector, and add a last level where items still have the
    same codes (collisions.py).
@@ -20,7 +19,7 @@ from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.semantic_id_file import SEMANTIC_IDS, SemanticIds, save_semantic_ids
 from tokenrec.errors import InputError, suggest
 from tokenrec.runtime.files import write_json
-from tokenrec.runtime.paths import as_path, local_path
+from tokenrec.runtime.paths import local_path
 from tokenrec.semantic_ids import report
 from tokenrec.semantic_ids.collisions import disambiguate
 from tokenrec.semantic_ids.item_vectors import VectorKind, item_vectors
@@ -44,7 +43,6 @@ def build_semantic_ids(
     codes: int = 256,
     seed: int = 0,
     overwrite: bool = False,
-    run: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write `semantic_ids.parquet` and `report.json`, and return the report.
 
@@ -56,26 +54,22 @@ def build_semantic_ids(
       data: folder of the prepared data set.
       out: folder to write to; it is made if need be.
       method: "rq_kmeans" or "rq_vae" (docs/methods.md section 2).
-      vectors: "cooccurrence" of train events, "text" of the catalogue, "both", or "run":
-        the output vectors of a trained retriever.
+      vectors: "cooccurrence" of train events, "text" of the catalogue, or "both".
       levels: quantised levels. If items still have the same codes, one more level tells
         them apart.
       codes: size of each level's code book.
       seed: random seed; one seed gives one result on one kind of device.
       overwrite: replace semantic ids at `out`.
-      run: with `vectors="run"`, folder of the trained run.
 
     Raises:
       InputError: an option is wrong, `out` holds semantic ids, or the data set cannot
         give such vectors.
     """
     _check_options(method, vectors, levels, codes, seed)
-    _check_run(vectors, run)
     out = local_path(out, "out")
     _check_out(out, overwrite)
     dataset = open_dataset(local_path(data, "data"))
-    workdir = None if run is None else as_path(run)
-    full, result = _build(dataset, method, vectors, levels, codes, seed, workdir)
+    full, result = _build(dataset, method, vectors, levels, codes, seed)
     # The ids come last: their file is there only with its report.
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / REPORT, result)
@@ -90,7 +84,6 @@ def _build(
     levels: int,
     codes: int,
     seed: int,
-    run: Path | None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """Compute the codes of all items, `[N, L] int32`, and the report.
 
@@ -101,7 +94,6 @@ def _build(
       levels: quantised levels.
       codes: size of each level's code book.
       seed: random seed.
-      run: folder of the run that the vectors are of; None for other vectors.
     """
     times = [time.monotonic()]
 
@@ -109,7 +101,7 @@ def _build(
     events = train_events(dataset)
     items = len(dataset.catalogue.item_id)
     popularity = np.bincount(events.item, minlength=items)
-    by_item = item_vectors(dataset, events, vectors, seed, run)
+    by_item = item_vectors(dataset, events, vectors, seed)
     times.append(time.monotonic())
 
     # 2. Codes of the items with a vector.
@@ -230,19 +222,6 @@ def _check_options(
         raise InputError(f"codes={codes} must be from 2 to 65536; 256 is usual")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed={seed} must be from 0 to 2^32 - 1")
-
-
-def _check_run(vectors: VectorKind, run: str | Path | None) -> None:
-    if vectors == "run" and run is None:
-        raise InputError(
-            "vectors='run' needs the run whose item vectors are quantised; name its "
-            "folder with run (--run)"
-        )
-    if vectors != "run" and run is not None:
-        raise InputError(
-            f"run='{run}' goes with vectors='run', but vectors='{vectors}'; give one "
-            "of the two"
-        )
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,18 +12,14 @@ from tokenrec.semantic_ids.text_vectors import text_vectors
 from tokenrec.semantic_ids.train_events import TrainEvents
 from tokenrec.semantic_ids.vectors import ItemVectors, nearest_rows, normalize
 
-VectorKind = Literal["cooccurrence", "text", "both", "run"]
+VectorKind = Literal["cooccurrence", "text", "both"]
 
 # Items by text whose co-occurrence vectors stand in for that of an item without one.
 NEIGHBOURS = 10
 
 
 def item_vectors(
-    dataset: Dataset,
-    events: TrainEvents,
-    kind: VectorKind,
-    seed: int,
-    run: Path | None = None,
+    dataset: Dataset, events: TrainEvents, kind: VectorKind, seed: int
 ) -> ItemVectors:
     """Compute vectors of every item of the catalogue.
 
@@ -34,17 +29,12 @@ def item_vectors(
       kind: "cooccurrence", "text", or "both" side by side, each half with half of the
         squared length. With "both" an item without a co-occurrence vector takes the
         mean of those of the items nearest to it by text, so that its semantic id lies
-        among theirs. "run": those of a trained retriever.
+        among theirs.
       seed: random seed.
-      run: folder of that retriever's run.
 
     Raises:
-      InputError: no item gets a vector, there is no text (see `text_vectors`), or the
-        run has no vectors or another data set.
+      InputError: no item gets a vector, or there is no text (see `text_vectors`).
     """
-    if kind == "run":
-        assert run is not None
-        return trained_vectors(dataset, run)
     if kind == "text":
         return text_vectors(dataset)
     # Text first: a missing package is an error before the slow part.
@@ -55,25 +45,6 @@ def item_vectors(
         return cooccurrence
     filled = _fill_by_text(cooccurrence, text)
     return normalize(np.concatenate([filled, text.values], axis=1))
-
-
-def trained_vectors(dataset: Dataset, run: Path) -> ItemVectors:
-    """Item vectors of the best checkpoint of a run (`tokenrec.LoadedRun.item_vectors`).
-
-    Args:
-      dataset: the prepared data set whose items get semantic ids.
-      run: folder of a run that was trained on this data set.
-
-    Raises:
-      InputError: the run has no vector per item, or the data set is not the one that it
-        was trained on.
-    """
-    # The API is built on these packages, so that it is imported here.
-    from tokenrec.api import load
-
-    trained = load(run, data=dataset.directory).item_vectors()
-    vectors = trained["vector"].combine_chunks().flatten().to_numpy()
-    return normalize(vectors.reshape(len(trained), -1))
 
 
 def _fill_by_text(cooccurrence: ItemVectors, text: ItemVectors) -> np.ndarray:
