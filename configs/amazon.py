@@ -39,7 +39,7 @@ def get_config() -> Config:
             eval_batch_size=256,
         ),
         tokens=TokensConfig(embedding_dim=16, fused=True),
-        model=ModelConfig(width=64, heads=2, layers=2, windows=(), dropout=0.4),
+        model=ModelConfig(width=128, heads=2, layers=2, windows=(), dropout=0.4),
         # Nobody reviews an item twice here, so seen items need no place in the ranking.
         head=HeadConfig(
             negatives=1_024,
