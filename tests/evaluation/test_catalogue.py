@@ -305,10 +305,11 @@ def test_metrics_that_look_further_than_the_answers_are_not_given():
     )
 
 
-@pytest.mark.parametrize("kind", ["spread", "codes"])
+@pytest.mark.parametrize("kind", ["spread", "codes", "copied codes"])
 def test_a_step_and_its_answers_agree_on_a_mesh(data, codes, kind):
-    if kind == "codes":
+    if kind != "spread":
         config = code_config(data, codes)
+        config.head.copy = kind == "copied codes"
     else:
         config = walking(data, head={"negatives": 16, "copy": True})
         config.tokens.replicate_rows = 5
