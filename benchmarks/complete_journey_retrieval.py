@@ -1,13 +1,17 @@
 """Predict a household's next products among all of Complete Journey, over seeds.
 
     python -m benchmarks.complete_journey_retrieval --data DIR [--seeds 0 1 2] \\
-        [--arms copy no_copy]
+        [--arms copy no_copy generative_copy generative] [--semantic-ids DIR]
 
 `--data` is the output of `tokenrec prepare complete_journey`. The goals of a request
 are the promoted products of a basket, ranked in the full catalogue.
 
 - `copy` is configs/complete_journey_retrieval.py.
-- `no_copy` is the same without `head.copy`, with the first seed alone.
+- `no_copy` is the same without `head.copy`.
+- `generative_copy` generates semantic ids with 50 beams, and copies; `--semantic-ids`
+  is the output of `tokenrec semantic-ids`.
+- `generative` is the same without `head.copy`.
+- Arms without copies are run with the first seed alone.
 - In brackets, what needs no model and counts the whole training split
   (`tokenrec evaluate --baselines`), with the histories of the config.
 
@@ -25,28 +29,62 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from benchmarks.report import run_script, spread, write_result
 from tokenrec.checkpoint.run_folder import CONFIG_FILE
-from tokenrec.config import to_json
+from tokenrec.config import Config, to_json
 from tokenrec.config.load import load_config
+from tokenrec.data.dataset import open_dataset
 from tokenrec.errors import InputError
+from tokenrec.evaluation.baseline_reports import retrieval_baselines
 from tokenrec.evaluation.evaluate import evaluate_run
 from tokenrec.runtime.files import write_json
+from tokenrec.sharding import make_mesh
 from tokenrec.train_loop import train
 
 CONFIG = "complete_journey_retrieval"
 # Arm -> overrides of the config.
-ARMS = {"copy": (), "no_copy": ("head.copy=False",)}
+GENERATIVE = ("head.retrieval=semantic_id", "head.beams=50")
+ARMS: dict[str, tuple[str, ...]] = {
+    "copy": (),
+    "no_copy": ("head.copy=False",),
+    "generative_copy": GENERATIVE,
+    "generative": (*GENERATIVE, "head.copy=False"),
+}
+OF_ALL_SEEDS = ("copy", "generative_copy")
 METRICS = ("recall@1", "recall@10", "recall@50", "ndcg@10", "mrr")
 
 
-def run_seed(arm: str, seed: int, data: Path, runs: Path) -> dict[str, Any]:
+def arm_config(arm: str, seed: int, data: Path, semantic_ids: Path | None) -> Config:
+    """Make the config of a run.
+
+    Raises:
+      InputError: a generative arm lacks its semantic ids.
+    """
+    overrides = [f"seed={seed}", *ARMS[arm]]
+    if arm.startswith("generative"):
+        if semantic_ids is None:
+            raise InputError(
+                f"arm '{arm}' generates semantic ids; give --semantic-ids, the output "
+                "of `tokenrec semantic-ids`"
+            )
+        overrides.append(f"data.semantic_ids={semantic_ids}")
+    config = load_config(CONFIG, overrides)
+    config.data.path = str(data)
+    return config
+
+
+def run_seed(
+    arm: str, seed: int, data: Path, semantic_ids: Path | None, runs: Path
+) -> dict[str, Any]:
     """Train and evaluate one seed, unless it is done.
 
     Args:
       arm: key of `ARMS`.
       seed: random seed.
       data: the prepared data set.
+      semantic_ids: its semantic ids, for a generative arm.
       runs: folder of the runs.
 
     Returns:
@@ -57,8 +95,7 @@ def run_seed(arm: str, seed: int, data: Path, runs: Path) -> dict[str, Any]:
     """
     workdir = runs / f"{arm}_seed{seed}"
     kept = workdir / "result.json"
-    config = load_config(CONFIG, [f"seed={seed}", *ARMS[arm]])
-    config.data.path = str(data)
+    config = arm_config(arm, seed, data, semantic_ids)
     if kept.is_file():
         trained_with = json.loads((workdir / CONFIG_FILE).read_text())
         if trained_with != json.loads(to_json(config)):
@@ -68,11 +105,13 @@ def run_seed(arm: str, seed: int, data: Path, runs: Path) -> dict[str, Any]:
             )
         return json.loads(kept.read_text())
     began, fresh = cpu_seconds(), not workdir.exists()
-    train(config, workdir)
+    # A run ends with an evaluation of what is then its last checkpoint.
+    report = train(config, workdir)["evaluation"]
     seconds = cpu_seconds() - began
-    report = evaluate_run(
-        workdir, "valid", "latest", None, limit=config.train.eval_samples
-    )
+    if report is None:
+        report = evaluate_run(
+            workdir, "valid", "latest", None, limit=config.train.eval_samples
+        )
     record = {"arm": arm, "seed": seed} | {
         metric: report["retrieval"][metric] for metric in METRICS
     }
@@ -88,15 +127,18 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def baseline_rows(workdir: Path) -> list[dict[str, Any]]:
-    """Evaluate what needs no model on the requests of a run; kept in its folder."""
-    kept = workdir / "baselines.json"
+def baseline_rows(data: Path, runs: Path) -> list[dict[str, Any]]:
+    """Evaluate what needs no model on the requests of the runs; kept in their folder."""
+    kept = runs / "baselines.json"
     if not kept.is_file():
-        limit = load_config(CONFIG, []).train.eval_samples
-        report = evaluate_run(
-            workdir, "valid", "latest", None, baselines=True, limit=limit
-        )
-        write_json(kept, report["baselines"])
+        config = load_config(CONFIG, [])
+        mesh = make_mesh(config.mesh)
+        dataset = open_dataset(data, config.data.exclude, config.data.semantic_ids)
+        with jax.set_mesh(mesh):
+            reports = retrieval_baselines(
+                config, dataset, "valid", mesh, limit=config.train.eval_samples
+            )
+        write_json(kept, reports)
     return [
         {"arm": f"({name})", "seeds": ""}
         | {metric: spread([report["retrieval"][metric]]) for metric in METRICS}
@@ -121,6 +163,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="prepared data set")
+    parser.add_argument("--semantic-ids", type=Path, help="of the generative arms")
     parser.add_argument("--runs", type=Path, default=Path(f"runs/benchmarks/{CONFIG}"))
     parser.add_argument(
         "--out", type=Path, default=Path(f"benchmarks/results/{CONFIG}")
@@ -130,13 +173,23 @@ def main() -> None:
     arguments = parser.parse_args()
     records = []
     for arm in arguments.arms:
-        for seed in arguments.seeds if arm == "copy" else arguments.seeds[:1]:
-            records.append(run_seed(arm, seed, arguments.data, arguments.runs))
+        few = arguments.seeds[:1]
+        for seed in arguments.seeds if arm in OF_ALL_SEEDS else few:
+            records.append(
+                run_seed(
+                    arm,
+                    seed,
+                    arguments.data,
+                    arguments.semantic_ids,
+                    arguments.runs,
+                )
+            )
             print(json.dumps(records[-1]), file=sys.stderr, flush=True)
-    first = arguments.runs / f"{arguments.arms[0]}_seed{arguments.seeds[0]}"
     config = load_config(CONFIG, [])
     seeds = " ".join(map(str, arguments.seeds))
     chosen = f"--seeds {seeds} --arms {' '.join(arguments.arms)}"
+    if arguments.semantic_ids is not None:
+        chosen += " --semantic-ids DIR"
     command = f"python -m benchmarks.{CONFIG} --data DIR {chosen}"
     settings = {
         "events": config.data.events,
@@ -147,7 +200,7 @@ def main() -> None:
     title = "Complete Journey, next products"
     write_result(
         arguments.out,
-        [*table_rows(records), *baseline_rows(first)],
+        [*table_rows(records), *baseline_rows(arguments.data, arguments.runs)],
         settings,
         command,
         title=f"{title}: mean ± deviation over seeds",

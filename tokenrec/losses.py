@@ -108,7 +108,12 @@ def retrieval_losses(
     """Sum the cross-entropies of the goals of each sample: `[B, R, d]` -> `[B]`."""
     head = module.head
     if isinstance(head, SemanticIdHead):
-        return head.losses(readouts, batch.codes)
+        if head.copy is None:
+            return head.losses(readouts, batch.codes)
+        # Behind the read-outs of the history lie those of the goals' codes.
+        reads = readouts[:, : batch.goals.shape[1]]
+        mixture = head.copy(reads, batch.items, module.event_tokens(entities))
+        return head.copy_losses(readouts, batch.codes, batch.goals, mixture)
     assert isinstance(head, NextItemHead)
     copied = copied_items(module, readouts, entities, batch)
     if batch.negatives is None:

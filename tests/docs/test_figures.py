@@ -156,6 +156,9 @@ def test_the_headline_tables_are_those_of_their_results() -> None:
     for arm in ("copy", "(repeat)"):
         recall = row("complete_journey_retrieval", arm=arm)["recall@10"]
         assert f"| {recall} |" in RESULTS
+    for arm in ("generative_copy", "generative"):
+        recall = row("complete_journey_retrieval_generative", arm=arm)["recall@10"]
+        assert f"| {recall} |" in RESULTS
     (scores,) = (
         r for r in rows("amazon_beauty_generative") if r["config"] == "generative"
     )

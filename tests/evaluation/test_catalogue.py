@@ -309,6 +309,7 @@ def test_metrics_that_look_further_than_the_answers_are_not_given():
 def test_a_step_and_its_answers_agree_on_a_mesh(data, codes, kind):
     if kind == "codes":
         config = code_config(data, codes)
+        config.head.copy = True
     else:
         config = walking(data, head={"negatives": 16, "copy": True})
         config.tokens.replicate_rows = 5

@@ -47,12 +47,18 @@ def codes(tmp_path_factory):
     return save_codes(tmp_path_factory.mktemp("codes") / "semantic_ids.parquet")
 
 
-@pytest.mark.parametrize("options", [{}, {"paradigm": "nio", "overlap": 0}])
+@pytest.mark.parametrize(
+    ("options", "copy"),
+    [({}, False), ({"paradigm": "nio", "overlap": 0}, False), ({}, True)],
+)
 def test_the_score_of_a_generated_item_is_its_probability_in_training(
-    data, codes, options
+    data, codes, options, copy, monkeypatch
 ):
     """Compare teacher forcing over the stream with the cached prefix and beams."""
+    # Eight events are three slices, of which the last is padded.
+    monkeypatch.setattr("tokenrec.evaluation.generate.HISTORY_SLICE", 3)
     config = code_config(data, codes, **options)
+    config.head.copy = copy
     dataset, model = opened(config)
     mesh = one_device()
     with jax.set_mesh(mesh):
@@ -61,7 +67,9 @@ def test_the_score_of_a_generated_item_is_its_probability_in_training(
         batch = to_devices(host.batch, mesh)
         trie = build_trie(dataset.catalogue.codes)
         beams = jax.device_get(
-            jax.jit(generate, static_argnums=0)(model, state, batch, trie)
+            jax.jit(generate, static_argnums=0)(
+                model, state, batch, trie, jnp.asarray(dataset.catalogue.codes)
+            )
         )
         # All items exist, each once.
         assert (np.sort(beams.items, axis=1) == np.arange(ITEMS)).all()

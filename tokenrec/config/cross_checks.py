@@ -201,11 +201,6 @@ def _check_semantic_id_head(config: Config) -> Iterator[str]:
         )
     if head.negatives:
         yield f"head.negatives={head.negatives} {suffix}, which draws none; use 0"
-    if head.copy:
-        yield (
-            f"head.copy=True {suffix}: the bonus is of whole items, and codes are "
-            "generated level by level; use head.retrieval='next_item'"
-        )
 
 
 def check_model(config: Config) -> Iterator[str]:

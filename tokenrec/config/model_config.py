@@ -158,8 +158,9 @@ class HeadConfig:
     """`next_item`: divisor of the scores."""
 
     copy: bool = False
-    """`next_item`: add a bonus to the items of the history, which grows with how often
-    and how recently they were taken. Use it where users take an item again."""
+    """Raise the items of the history, the more the oftener and the more recently they
+    were taken: `next_item` adds a bonus to their scores, `semantic_id` mixes copies of
+    them with the generated items. Use it where users take an item again."""
 
     beams: int = field(20, at_least=1)
     """`semantic_id`: width of the beam search, at least `top_k`. Wider finds better

@@ -46,7 +46,6 @@ from tokenrec.evaluation.freeze import add_frozen, check_freeze, freeze_time
 from tokenrec.evaluation.generate import jit_generate_step
 from tokenrec.evaluation.retrieval_result import RetrievalResult
 from tokenrec.evaluation.task_store import TaskStore
-from tokenrec.evaluation.trie import build_trie
 from tokenrec.metrics.groups import group_codes
 from tokenrec.runtime import distributed
 from tokenrec.sharding import local_batch_indices, make_mesh, to_devices, to_host
@@ -117,15 +116,13 @@ def make_retrieval_step(
 ) -> Callable[[TrainState, Batch], RetrievalResult]:
     """Compile the step that answers a retrieval batch.
 
-    Call it under the mesh that the step runs on: the trie of a head "semantic_id" is
-    put on its devices.
+    Call it under the mesh that the step runs on: the semantic ids of a head
+    "semantic_id" are put on its devices.
     """
     if model.config.head.retrieval == "next_item":
         return jax.jit(functools.partial(rank_catalogue, model))
     assert dataset.catalogue.codes is not None
-    return jit_generate_step(
-        model, build_trie(dataset.catalogue.codes[: dataset.known_items])
-    )
+    return jit_generate_step(model, dataset.catalogue.codes[: dataset.known_items])
 
 
 def make_evaluator(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Evaluator:

@@ -119,10 +119,14 @@ def build_trie(codes: np.ndarray) -> Trie:
         )
     most_children = tuple(int(np.max(level.child_count)) for level in levels)
     code_counts = tuple(int(top) + 1 for top in codes.max(axis=0))
-    trie = Trie(tuple(levels), most_children, code_counts)
+    return to_every_device(Trie(tuple(levels), most_children, code_counts))
+
+
+def to_every_device[T](arrays: T) -> T:
+    """Put arrays or a tree of them whole on every device of the mesh in use."""
     mesh = jax.sharding.get_mesh()
     return jax.device_put(
-        trie, None if mesh.empty else jax.NamedSharding(mesh, RULES())
+        arrays, None if mesh.empty else jax.NamedSharding(mesh, RULES())
     )
 
 

@@ -9,7 +9,8 @@ follows:
 
     s(h, v) = h . e_v / temperature, of unit vectors with `head.cosine`
 
-With `head.copy` the items of the history have a bonus (`tokenrec.models.copying`).
+With `head.copy` the items of the history have a bonus (`tokenrec.models.copying`), or,
+with semantic ids, a share of the probability (`tokenrec.models.copy_mixture`).
 
 h_0 is the read-out, and h_l the output at the code of level l - 1 of the goal, so that
 the semantic id is predicted level by level (TIGER: Rajput et al., arXiv 2305.05065,
@@ -23,6 +24,7 @@ codes of level l, n sampled items, d model width."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -30,6 +32,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokenrec.config import HeadConfig
+from tokenrec.models.copy_mixture import CopyGate, CopyMixture
 from tokenrec.models.copying import CopyBonus, CopyBonuses, add_to_partition
 from tokenrec.ops.contract import contract, gather_over_fsdp
 from tokenrec.ops.layers import flatten_tokens, weight
@@ -190,10 +193,20 @@ class SemanticIdHead(nnx.Module):
       levels: number of codes of each level, C_l.
       width: d.
       tied: codes are read with the vectors that they are scored against.
+      copy: mix with copies of the items of the history.
+
+    Attributes:
+      copy: the part of the mixture that copies; None without it.
     """
 
     def __init__(
-        self, levels: tuple[int, ...], width: int, *, tied: bool, rngs: nnx.Rngs
+        self,
+        levels: tuple[int, ...],
+        width: int,
+        *,
+        tied: bool,
+        copy: bool = False,
+        rngs: nnx.Rngs,
     ):
         self.levels = levels
         # Every level takes as many rows as the largest, so that a row is found by
@@ -201,6 +214,7 @@ class SemanticIdHead(nnx.Module):
         shape = (len(levels) * max(levels), width)
         self.outputs = weight(rngs, shape, None, "embed", inputs=width)
         self.inputs = None if tied else weight(rngs, shape, None, "embed", inputs=width)
+        self.copy = CopyGate(width, rngs=rngs) if copy else None
 
     def tokens(self, codes: jax.Array) -> jax.Array:
         """Look up the tokens of codes.
@@ -231,13 +245,58 @@ class SemanticIdHead(nnx.Module):
         """Compute the cross-entropy of all levels of all goals.
 
         Args:
+          h: `[B, R + R P (L - 1), d]`, as for `code_log_probs`.
+          codes: `[B, R, P, L] int32`, -1 fills up.
+
+        Returns:
+          `[B] float32`, summed over the goals and levels.
+        """
+        total = jnp.zeros(codes.shape[0], out_sharding=RULES("batch"))
+        for log_probs in self.code_log_probs(h, codes):
+            total -= jnp.sum(log_probs, axis=1)
+        return total
+
+    def copy_losses(
+        self, h: jax.Array, codes: jax.Array, goals: jax.Array, copied: CopyMixture
+    ) -> jax.Array:
+        """Compute -log of the mixture with the copies of each goal.
+
+        Args:
+          h: `[B, R + R P (L - 1), d]`, as for `code_log_probs`.
+          codes: `[B, R, P, L] int32`, -1 fills up.
+          goals: `[B, R, P] int32`, catalogue rows; -1 fills up.
+          copied: the copies at the R read-outs.
+
+        Returns:
+          `[B] float32`, summed over the goals.
+        """
+        mixed = copied.log_probs(goals, self.item_log_probs(h, codes))
+        return -jnp.sum(jnp.where(goals >= 0, mixed, 0), axis=(1, 2))
+
+    def item_log_probs(self, h: jax.Array, codes: jax.Array) -> jax.Array:
+        """Log-probabilities of the items with these codes, log P_gen.
+
+        Args:
+          h: `[B, R + R P (L - 1), d]`, as for `code_log_probs`.
+          codes: `[B, R, P, L] int32`, -1 fills up.
+
+        Returns:
+          `[B, R, P] float32`; 0 where codes fill up.
+        """
+        by_level = jnp.stack(list(self.code_log_probs(h, codes)))
+        return jnp.sum(by_level, axis=0).reshape(codes.shape[:3])
+
+    def code_log_probs(self, h: jax.Array, codes: jax.Array) -> Iterator[jax.Array]:
+        """Yield the log-probabilities of the codes of goals, level by level.
+
+        Args:
           h: `[B, R + R P (L - 1), d]`: the read-outs, each of which predicts the first
             level of its goals, then the outputs at the goals' codes, each of which
             predicts the next level.
           codes: `[B, R, P, L] int32`, -1 fills up.
 
-        Returns:
-          `[B] float32`, summed over the goals and levels.
+        Yields:
+          `[B, R P] float32`; 0 where codes fill up.
         """
         reads, goals, levels = codes.shape[1:]
         flat_codes = flatten_tokens(codes)
@@ -246,7 +305,6 @@ class SemanticIdHead(nnx.Module):
         inputs = [jnp.repeat(h[:, :reads], goals, axis=1)] + [
             h[:, reads + k :: levels - 1] for k in range(levels - 1)
         ]
-        total = jnp.zeros(codes.shape[0], out_sharding=RULES("batch"))
         for level in range(levels):
             log_probs = self.log_probs(inputs[level], level)
             code = flat_codes[..., level]
@@ -254,8 +312,7 @@ class SemanticIdHead(nnx.Module):
             # scatter.
             is_code = jnp.arange(log_probs.shape[-1]) == code[..., None]
             log_prob = jnp.sum(jnp.where(is_code, log_probs, 0), axis=-1)
-            total -= jnp.sum(jnp.where(code >= 0, log_prob, 0), axis=1)
-        return total
+            yield jnp.where(code >= 0, log_prob, 0)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -128,7 +128,11 @@ class Recommender(nnx.Module):
         if config.head.retrieval == "next_item":
             return NextItemHead(config.head, width, self.schema.items, rngs=rngs)
         return SemanticIdHead(
-            self.schema.levels, width, tied=config.head.tied, rngs=rngs
+            self.schema.levels,
+            width,
+            tied=config.head.tied,
+            copy=config.head.copy,
+            rngs=rngs,
         )
 
     def __call__(
@@ -359,3 +363,19 @@ class Recommender(nnx.Module):
         known = (batch.items >= 0)[..., None]
         vectors = output_vectors(*entities["items"])
         return jnp.where(known, vectors, 0)
+
+    def event_tokens(self, entities: dict[str, EntityFeatures]) -> jax.Array:
+        """Tokens of whole events, before the backbone and whatever of them it reads.
+
+        Args:
+          entities: as in `__call__`.
+
+        Returns:
+          `[B, T, d]`, the mean of the tokens of an event that has several.
+        """
+        tokens = jnp.mean(self.history.event_tokens(entities, self._dtype), axis=2)
+        # A batch of 1 has lost its sharding.
+        tokens = jax.sharding.reshard(tokens, RULES("batch", None, None))
+        # As in `make_stream`, for the control whose tokens are not trained.
+        random = self.config.tokens.random_tokens
+        return jax.lax.stop_gradient(tokens) if random else tokens

@@ -209,8 +209,8 @@ class HistoryMaker(nnx.Module):
           `[B, n, d]`, the n tokens of `history_segment`.
         """
         # Padding events are computed too; attention and compression mask them.
-        state, action = entities["state"], entities["action"]
         if self.event is None:
+            state, action = entities["state"], entities["action"]
             assert self.state is not None
             assert self.action is not None
             # [B, T, 2, d]: state and action of an event lie side by side.
@@ -219,7 +219,7 @@ class HistoryMaker(nnx.Module):
                 self.action(*merge_entities(action), dtype),
             ]
             return flatten_tokens(jnp.concatenate(pairs, axis=2))
-        event_tokens = self.event(*merge_entities(state, action), dtype)
+        event_tokens = self.event_tokens(entities, dtype)
         if items is not None:
             # [B, T, 1, d] + [B, T, n, d]: tied item vectors reach every token of the
             # event.
@@ -228,3 +228,19 @@ class HistoryMaker(nnx.Module):
         if self.compressor is not None:
             tokens = self.compressor(tokens, valid)
         return tokens[:, _cap(self.config, tokens.shape[1])]
+
+    def event_tokens(
+        self, entities: dict[str, EntityFeatures], dtype: jnp.dtype
+    ) -> jax.Array:
+        """Make the n tokens of every whole event, neither compressed nor cut.
+
+        Args:
+          entities: features of the parts "state" and "action", `[B, T, ...]`.
+          dtype: of the computation and the tokens.
+
+        Returns:
+          `[B, T, n, d]`, n = 1 for soft tokens.
+        """
+        assert self.event is not None
+        features = merge_entities(entities["state"], entities["action"])
+        return self.event(*features, dtype)
