@@ -101,7 +101,7 @@ def test_a_missing_field_is_named(name):
             "candidates.item_id: has 2 values, more than the limit of 1",
         ),
         ({"history": 2}, "history.time_ms: has 3 values, more than the limit of 2"),
-        ({"columns": 1}, "candidates: has 2 columns, more than the limit of 1"),
+        ({"columns": 2}, "user: has 3 columns, more than the limit of 2"),
         ({"values": 1}, "user.interests: has 2 values, more than the limit of 1"),
         (
             {"text": 4},
@@ -110,8 +110,10 @@ def test_a_missing_field_is_named(name):
     ],
 )
 def test_a_limit_is_kept(limit, message):
+    user = {"user_id": 7, "age": "25-34", "interests": [1, 2]}
+    request = _request(history={"time_ms": [1, 2, 2], "item_id": [4, 5, 6]}, user=user)
     with pytest.raises(BadRequest, match=message):
-        parse_request(_request(), Limits(**limit))
+        parse_request(request, Limits(**limit))
 
 
 _json = st.recursive(
