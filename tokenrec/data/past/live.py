@@ -61,6 +61,21 @@ class LivePast(PastFeatures):
         """Names of the columns that keys are made of."""
         return set(self._names)
 
+    def mean_columns(self) -> set[str]:
+        """Names of the dense features whose values are counted."""
+        means = {name for part in self._declared.keys for name in part.means}
+        return means | {self._declared.times.idle_after} - {""}
+
+    def check(self, table: pa.Table) -> None:
+        """Check that the values of log rows can be counted.
+
+        Raises:
+          InputError: one is too large for exact sums.
+        """
+        for part in self._declared.keys:
+            for name in part.means:
+                m.transformed(table, self._schema.feature(name))
+
     def count(self, table: pa.Table) -> None:
         """Count events, all later than the watermark, in the order of time.
 
