@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def make_replay(folder: Path, seed: int, strings: bool = False) -> Replay:
     values = {name: column.to_pylist() for name, column in later.items()}
     del values["split"]
     rows = [
-        dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)
+        dict(zip(values, row, strict=True))
+        for row in zip(*values.values(), strict=True)
     ]
     return Replay(folder, rows, open_dataset(folder / "whole"))
 
@@ -83,7 +85,9 @@ def expected(data: Dataset) -> Iterator[dict[str, Any]]:
     for chunk in range(log.num_chunks):
         rows = np.arange(log.start[chunk], log.start[chunk + 1])
         for row in rows[log.flags[rows] & SCORED > 0]:
-            earlier = rows[(log.time[rows] < log.time[row]) & (log.flags[rows] & EVENT > 0)]
+            earlier = rows[
+                (log.time[rows] < log.time[row]) & (log.flags[rows] & EVENT > 0)
+            ]
             yield {
                 "user_id": log.user_id[chunk],
                 "item_id": data.catalogue.item_id[log.item[row]],
@@ -143,9 +147,14 @@ def encode(data: Dataset, feature: Feature, values: Any) -> np.ndarray:
     """Ids or numbers of the values of a feature that has one value."""
     if not feature.is_integer:
         return np.array([np.nan if v is None else v for v in values], np.float32)
-    known = load_vocabulary(data.directory, feature.table_name).tolist()
-    ids = {value: FIRST_KNOWN + i for i, value in enumerate(known)} | {None: 0}
+    ids = _ids(data.directory, feature.table_name)
     return np.array([ids.get(value, 1) for value in values])
+
+
+@functools.cache
+def _ids(directory: Path, table: str) -> dict[Any, int]:
+    known = load_vocabulary(directory, table).tolist()
+    return {value: FIRST_KNOWN + i for i, value in enumerate(known)} | {None: 0}
 
 
 def replay(
@@ -195,4 +204,5 @@ def replay(
             assert_completed(given.whole, want, state.complete(request))
             asked += 1
     assert not waiting
+    state.close()
     return asked

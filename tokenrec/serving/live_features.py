@@ -84,22 +84,27 @@ class LiveFeatures:
         if self._sums is not None:
             self._sums.count(table)
 
-    def of_rows(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    def of_rows(self, rows: Sequence[Row], first: int = 0) -> np.ndarray:
         """Compute the features of log rows; count nothing.
 
         Args:
           rows: as the table of `LivePast.of_rows`.
+          first: the first row whose features are wanted.
 
         Returns:
-          Feature -> `[R] float32`, NaN where missing.
+          `[R - first, F] float32` in the order of `computed`, NaN where missing.
         """
         table = self._schema.table(rows, self._columns)
         out: dict[str, np.ndarray] = {}
         if self._past is not None:
-            out |= self._past.of_rows(table)
+            past = self._past.of_rows(table, first)
+            out |= {name: values[first:] for name, values in past.items()}
         if self._sums is not None:
-            out |= self._sums.of_rows(table)
-        return {name: out[name].astype(np.float32) for name in self.computed}
+            out |= self._sums.of_rows(table.slice(first))
+        features = np.empty((len(rows) - first, len(self.computed)), np.float32)
+        for i, name in enumerate(self.computed):
+            features[:, i] = out[name]
+        return features
 
     def forget(self, rows: Sequence[Row], watermark_ms: int) -> None:
         """Move the watermark.

@@ -96,17 +96,17 @@ def _feature(request: Request, schema: LiveSchema, feature: Feature) -> list[Any
 
 
 def computed_columns(
-    request: Request, schema: LiveSchema, computed: Mapping[str, np.ndarray]
+    request: Request, schema: LiveSchema, computed: np.ndarray
 ) -> tuple[dict[str, Value], dict[str, Column]]:
     """Add the computed columns to the context and the candidates of a request.
 
     Args:
       request: the request.
       schema: columns of log rows.
-      computed: feature -> `[C] float32`, NaN where missing.
+      computed: `[C, F] float32`, the computed features, NaN where missing.
     """
     context, candidates = dict(request.context), dict(request.candidates)
-    for name, values in computed.items():
+    for name, values in zip(schema.computed, computed.T, strict=True):
         if schema.schema.feature(name).entity == "context":
             # The same for all candidates: no column of its key is of the item.
             context[name] = None if np.isnan(values[0]) else float(values[0])

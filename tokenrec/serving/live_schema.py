@@ -7,6 +7,7 @@ which were not shown yet: no events, without labels.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class LiveSchema:
     scored: bool | None
     exclude: tuple[str, ...] = ()
 
-    @property
+    @functools.cached_property
     def given(self) -> list[Feature]:
         """Features of rows and actions that events have to give."""
         features = self.schema.group("row") + self.schema.group("action")
@@ -58,20 +59,29 @@ class LiveSchema:
         """Columns of the binary labels, which statistics count."""
         return [f"label_{task.name}" for task in self.schema.binary_tasks]
 
-    @property
+    @functools.cached_property
     def row_columns(self) -> list[str]:
         """Columns of a log row, in the order of `Row`."""
         return [*_FIRST_COLUMNS, *self.labels, *(f.name for f in self.given)]
 
+    @functools.cached_property
+    def place(self) -> dict[str, int]:
+        """Place of each column in a `Row`."""
+        return {name: i for i, name in enumerate(self.row_columns)}
+
     def arrow_schema(self, names: Iterable[str] | None = None) -> pa.Schema:
         """Types of some columns of log rows; of all by default."""
+        types = self._types
+        names = self.row_columns if names is None else names
+        return pa.schema([(name, types[name]) for name in names])
+
+    @functools.cached_property
+    def _types(self) -> dict[str, pa.DataType]:
         types = {name: _TYPES[kind] for name, kind in self.key_types.items()}
         types |= {"time_ms": pa.int64(), "request": pa.int64()}
         types |= {"event": pa.bool_(), "scored": pa.bool_()}
         types |= dict.fromkeys(self.labels, pa.int8())
-        types |= {f.name: self.arrow_type(f) for f in self.given}
-        names = self.row_columns if names is None else names
-        return pa.schema([(name, types[name]) for name in names])
+        return types | {f.name: self.arrow_type(f) for f in self.given}
 
     def arrow_type(self, feature: Feature) -> pa.DataType:
         """Type of the values of a feature."""
@@ -88,10 +98,9 @@ class LiveSchema:
     ) -> pa.Table:
         """Make a table of log rows, with some of the columns."""
         types = self.arrow_schema(names)
-        place = {name: i for i, name in enumerate(self.row_columns)}
         columns = [
-            pa.array([row[place[name]] for row in rows], types.field(name).type)
-            for name in types.names
+            pa.array([row[self.place[field.name]] for row in rows], field.type)
+            for field in types
         ]
         return pa.Table.from_arrays(columns, schema=types)
 

@@ -23,10 +23,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokenrec.errors import InputError
 from tokenrec.serving.live_features import LiveFeatures
 from tokenrec.serving.live_files import SavedState, read_state, write_state
-from tokenrec.serving.live_histories import Histories
+from tokenrec.serving.live_histories import Event, Histories
 from tokenrec.serving.live_journal import Journal
 from tokenrec.serving.live_request import candidate_rows, computed_columns
 from tokenrec.serving.live_schema import IS_EVENT, TIME, USER, Row
@@ -83,7 +85,9 @@ class LiveState:
             saved.arrays,
             saved.watermark_ms,
         )
-        self._histories = Histories(saved.histories, saved.events)
+        self._histories = Histories(
+            saved.histories, saved.schema.computed, saved.events
+        )
         self._window = EventWindow(saved.items)
         self.computed = self._features.computed
         # The watermark that histories and totals stand at: they follow now and then.
@@ -132,9 +136,13 @@ class LiveState:
         )
         if journal is not None:
             state._journal = Journal(journal)
-            for table in state._journal.read(state._frame):
-                # They were accepted once, whatever the lateness is now.
-                state._accept(read_events_table(state._schema, table))
+            try:
+                for table in state._journal.read(state._frame):
+                    # They were accepted once, whatever the lateness is now.
+                    state._accept(read_events_table(state._schema, table))
+            except BaseException:
+                state._journal.close()
+                raise
         state._advance()
         return state
 
@@ -213,19 +221,13 @@ class LiveState:
                     "time of now, or open the state with a greater lateness_ms"
                 )
             self._count_all()
-            mine = self._window.of(user, before=request.time_ms)
-            features = self._features.of_rows([*mine, *rows])
-            table, newer = self._histories.of(user, self._saved.events)
-        split = len(mine)
-        of_window = [
-            (row, tuple(values[i] for values in features.values()))
-            for i, row in enumerate(mine)
-            if row[IS_EVENT]
-        ]
-        events = [*newer, *of_window]
-        history = history_columns(self._schema, table, events, self._saved.events)
-        of_candidates = {name: values[split:] for name, values in features.items()}
-        context, candidates = computed_columns(request, self._schema, of_candidates)
+            try:
+                window, features = self._compute(user, request.time_ms, rows)
+            except InputError as error:
+                raise BadRequest(str(error)) from error
+            past = self._histories.of(user, self._saved.events)
+        history = history_columns(self._schema, past, window, self._saved.events)
+        context, candidates = computed_columns(request, self._schema, features)
         return dataclasses.replace(
             request, history=history, context=context, candidates=candidates
         )
@@ -260,6 +262,30 @@ class LiveState:
         with self._lock:
             if self._journal is not None:
                 self._journal.close()
+
+    def _compute(
+        self, user: Any, time: int, rows: Sequence[Row]
+    ) -> tuple[list[Event], np.ndarray]:
+        """Compute the features of candidates, and of the user's events of the window.
+
+        Returns:
+          The events that histories hold, and `[C, F] float32`.
+        """
+        kept = self._window.of(user, before=time)
+        # Those of events are computed once, unless an earlier event comes late.
+        first = next(
+            (i for i, e in enumerate(kept) if not self._window.is_current(e)), len(kept)
+        )
+        features = self._features.of_rows([*(e.row for e in kept), *rows], first)
+        events = kept[first:]
+        for event, values in zip(events, features[: len(events)], strict=True):
+            self._window.keep(event, values.copy())
+        window = [
+            (e.row, e.features)
+            for e in kept
+            if e.row[IS_EVENT] and e.features is not None
+        ]
+        return window, features[len(events) :]
 
     def _accept(self, events: Sequence[tuple[EventId, Row]]) -> None:
         """Count events that were accepted before."""
@@ -311,8 +337,7 @@ class LiveState:
             features = self._features.of_rows(rows)
             for i, row in enumerate(rows):
                 if row[IS_EVENT]:
-                    values = tuple(array[i] for array in features.values())
-                    self._histories.add(row[USER], (row, values))
+                    self._histories.add(row[USER], (row, features[i]))
         self._features.forget(rows, watermark)
         self._window.forget(watermark)
         self._folded = watermark

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokenrec.serving.live_histories import Event
+from tokenrec.serving.live_histories import Event, Past
 from tokenrec.serving.live_schema import LiveSchema, Row
 from tokenrec.serving.live_window import EventId
 from tokenrec.serving.request import Column
@@ -63,33 +63,38 @@ def newer_table(schema: LiveSchema, events: Sequence[Event]) -> pa.Table:
 
 
 def history_columns(
-    schema: LiveSchema, table: pa.Table, events: Sequence[Event], most: int
+    schema: LiveSchema, past: Past, window: Sequence[Event], most: int
 ) -> dict[str, Column]:
     """Join the events of a user to the history of a request.
 
     Args:
       schema: columns of events.
-      table: the events of the snapshot.
-      events: those since then.
+      past: the events until the watermark.
+      window: those since then.
       most: the most events of the history.
 
     Returns:
       The columns of the last events, oldest first; none if the user has no event.
     """
-    events = events[max(len(events) - most, 0) :]
-    old = most - len(events)
-    table = table.slice(max(table.num_rows - old, 0))
-    if not len(events) and not table.num_rows:
-        return {}
-    place = {name: i for i, name in enumerate(schema.row_columns)}
+    newer = [*past.newer, *window]
+    newer = newer[max(len(newer) - most, 0) :]
+    old = min(most - len(newer), len(past.computed))
+    given, matrix = past.given.slice(past.given.num_rows - old), past.computed[-old:]
+    if not old:
+        matrix = matrix[:0]
+        if not newer:
+            return {}
     columns: dict[str, Column] = {}
     for name in ("time_ms", "item_id", *(f.name for f in schema.given)):
-        values: list[Any] = table[name].to_pylist()
-        at = place[name]
-        values.extend(row[at] for row, _ in events)
+        if name in schema.exclude:
+            continue
+        values: list[Any] = given[name].to_pylist()
+        at = schema.place[name]
+        values.extend(row[at] for row, _ in newer)
         columns[name] = values
+    if newer:
+        matrix = np.concatenate([matrix, np.stack([computed for _, computed in newer])])
     for i, name in enumerate(schema.computed):
-        old_values = table[name].fill_null(np.nan).to_numpy()
-        newer = np.array([computed[i] for _, computed in events], np.float32)
-        columns[name] = np.concatenate([old_values, newer])
-    return {n: values for n, values in columns.items() if n not in schema.exclude}
+        if name not in schema.exclude:
+            columns[name] = matrix[:, i]
+    return columns

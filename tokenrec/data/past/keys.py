@@ -40,23 +40,28 @@ class Hashes:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of values of each row: `[n] int64`."""
+        return self.offsets[1:] - self.offsets[:-1]
+
     def take(self, rows: np.ndarray) -> Hashes:
         """Hashes of `rows: [m] int64`, none where the row is -1."""
         if not len(self):
             return Hashes(np.zeros(len(rows) + 1, np.int64), self.values[:0])
-        lengths = np.where(rows < 0, 0, np.diff(self.offsets)[rows])
+        lengths = np.where(rows < 0, 0, self.lengths[rows])
         places = self.offsets[rows].repeat(lengths) + _count_up(lengths)
         return Hashes(_offsets(lengths), self.values[places])
 
     @classmethod
     def join(cls, parts: Sequence[Hashes]) -> Hashes:
         """Hashes of the rows of all parts."""
-        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        lengths = np.concatenate([part.lengths for part in parts])
         return cls(_offsets(lengths), np.concatenate([part.values for part in parts]))
 
     def first_of_each(self) -> np.ndarray:
         """The first hash of each row, 0 where there is none: `[n] uint64`."""
-        has_value = np.diff(self.offsets) > 0
+        has_value = self.lengths > 0
         first = np.zeros(len(self), np.uint64)
         first[has_value] = self.values[self.offsets[:-1][has_value]]
         return first
@@ -104,7 +109,7 @@ def combine(columns: Sequence[Hashes], rows: int) -> tuple[np.ndarray, np.ndarra
     row = np.arange(rows)
     keys = np.zeros(rows, np.uint64)
     for column in columns:
-        lengths = np.diff(column.offsets)[row]
+        lengths = column.lengths[row]
         places = column.offsets[row].repeat(lengths) + _count_up(lengths)
         row, keys = row.repeat(lengths), keys.repeat(lengths)
         keys = mix(mix(keys) + column.values[places])

@@ -95,20 +95,28 @@ class LivePast(PastFeatures):
             except TotalOverflowError as error:
                 raise overflow_problem(key, self._plans[key], error) from error
 
-    def of_rows(self, table: pa.Table) -> dict[str, np.ndarray]:
+    def of_rows(self, table: pa.Table, first: int = 0) -> dict[str, np.ndarray]:
         """Compute the statistics of log rows; nothing is counted.
 
         Args:
           table: log rows in the order of time, later than the watermark: of each user
             all events that were counted since then and are not later than the user's
             last row here, and the rows that are asked for, which are no events.
+          first: the first row whose statistics are wanted; those before it are there
+            for the others.
 
         Returns:
-          Feature -> `[R] float64`, NaN where missing.
+          Feature -> `[R] float64`, NaN where missing; of no use before `first`.
         """
         view = copy.copy(self)
         view._begin()
-        view._totals = self._totals
+        wanted = np.arange(table.num_rows) >= first
+        if self._declared.unscored != "full":
+            # Others have none.
+            wanted &= m.flags(table, "scored")
+        time = table["time_ms"].to_numpy()[wanted]
+        since = int(time[0]) if len(time) else np.iinfo(np.int64).max
+        view._totals = {key: _Since(live, since) for key, live in self._live.items()}
         user = hash_column(table["user_id"], "column 'user_id'").first_of_each()
         view._times.take_over(self._times, user)
         for key, windows in view._windows.items():
@@ -133,3 +141,26 @@ class LivePast(PastFeatures):
                 self._update_window(key, table, columns, measures, rows, keys)
         for live in self._live.values():
             live.forget(watermark)
+
+
+class _Since(KeyTotals):
+    """Totals that are read from a time on, and 0 before.
+
+    Args:
+      live: the totals.
+      since: milliseconds.
+    """
+
+    def __init__(self, live: LiveTotals, since: int) -> None:
+        self._live = live
+        self._since = since
+
+    def update(
+        self, key: np.ndarray, time: np.ndarray, values: np.ndarray
+    ) -> list[np.ndarray]:
+        """Sum the strictly earlier entries, as that of `LiveTotals`."""
+        first = int(np.searchsorted(time, self._since))
+        if first == 0:
+            return self._live.update(key, time, values)
+        sums = self._live.update(key[first:], time[first:], values[first:])
+        return [np.concatenate([np.zeros((first, s.shape[1])), s]) for s in sums]

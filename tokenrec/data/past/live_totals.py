@@ -101,9 +101,8 @@ class LiveTotals(KeyTotals):
         """Move the watermark: times until then are neither added nor asked for."""
         old, rest = self._window.split(watermark)
         self._base.update(*old.in_time_order())
-        base = self._base.without_keys()
-        base.take_over(self._base, rest.key)
-        self._base, self._window = base, _Window(len(self._scales))
+        self._base = self._base.of_keys(np.unique(rest.key))
+        self._window = _Window(len(self._scales))
         self._window.add(rest)
 
     def state(self, keys: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -117,16 +116,14 @@ class LiveTotals(KeyTotals):
 
     def _computed(self, keys: np.ndarray) -> KeyTotals:
         """Totals of `keys: [n]`, distinct, from the base and the window."""
-        totals = self._base.without_keys()
-        totals.take_over(self._base, keys)
+        totals = self._base.of_keys(keys)
         totals.update(*self._window.of(keys).in_time_order())
         return totals
 
     def _before(self, key: np.ndarray, time: np.ndarray) -> list[np.ndarray]:
         """Totals of keys at times before their newest entries."""
         keys = np.unique(key)
-        totals = self._base.without_keys()
-        totals.take_over(self._base, keys)
+        totals = self._base.of_keys(keys)
         entries = self._window.of(keys)
         # What is asked for stands among the entries, and adds nothing.
         asked = _Entries(key, time, np.zeros((len(key), len(self._scales))))

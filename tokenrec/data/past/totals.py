@@ -60,6 +60,19 @@ class KeyTotals:
         """Return totals of the same columns and horizons with nothing counted."""
         return KeyTotals(self._scales, self._half_lives)
 
+    def of_keys(self, keys: np.ndarray) -> KeyTotals:
+        """Return a copy of the totals of some keys, which may be changed.
+
+        Args:
+          keys: `[n] uint64`, ascending and distinct; a key that did not come has none.
+        """
+        place = self._keys.find(keys)
+        known = np.flatnonzero(place >= 0)
+        copy = self.without_keys()
+        copy._keys = KeyIndex(keys)
+        copy._copy(self, known, place[known])
+        return copy
+
     def before(self, key: np.ndarray, time: np.ndarray) -> list[np.ndarray]:
         """Read the totals of keys at given times, and change nothing.
 

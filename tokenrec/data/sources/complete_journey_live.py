@@ -22,8 +22,8 @@ from tokenrec.data.sources.promotions import PRODUCT_BITS
 from tokenrec.errors import InputError
 
 _WEEK_BITS = 16
-# Bits of a household, beside which a product fits into 63.
-_HOUSEHOLD_BITS = 38
+# Household and product fit into 63 bits together.
+_BITS = {"user_id": 38, "item_id": PRODUCT_BITS, "week": _WEEK_BITS}
 
 
 class LivePurchases:
@@ -50,22 +50,7 @@ class LivePurchases:
         Raises:
           InputError: one is missing or out of range.
         """
-        for name, bits in (
-            ("user_id", _HOUSEHOLD_BITS),
-            ("item_id", PRODUCT_BITS),
-            ("week", _WEEK_BITS),
-        ):
-            column = table[name]
-            values = column.to_numpy()
-            wrong = (
-                column.null_count > 0
-                or not ((values >= 0) & (values < 1 << bits)).all()
-            )
-            if wrong or (np.floor(values) != values).any():
-                raise InputError(
-                    f"column '{name}': a value is missing or not a whole number from 0 "
-                    f"to {(1 << bits) - 1}; purchases are counted by it; correct it"
-                )
+        _columns(table)
 
     def count(self, table: pa.Table) -> None:
         """Count the purchases among log rows in the order of time."""
@@ -131,5 +116,15 @@ def _by_week(product: np.ndarray, week: np.ndarray) -> np.ndarray:
 
 def _columns(table: pa.Table) -> list[np.ndarray]:
     """Household, product, week and time of log rows: `[R] int64` each."""
-    names = ("user_id", "item_id", "week", "time_ms")
-    return [table[name].to_numpy().astype(np.int64) for name in names]
+    columns = []
+    for name, bits in _BITS.items():
+        # A null would become NaN, which fails the comparison.
+        values = table[name].cast(pa.float64()).to_numpy()
+        whole = (values >= 0) & (values < 1 << bits) & (np.floor(values) == values)
+        if not whole.all():
+            raise InputError(
+                f"column '{name}': a value is missing or not a whole number from 0 to "
+                f"{(1 << bits) - 1}; purchases are counted by it; correct it"
+            )
+        columns.append(values.astype(np.int64))
+    return [*columns, table["time_ms"].to_numpy()]
