@@ -21,6 +21,7 @@ from tokenrec.data.sources.complete_journey_rows import RECENT_WEEKS
 from tokenrec.data.sources.promotions import PRODUCT_BITS
 from tokenrec.errors import InputError
 
+_FIRST_WEEK = "product_sales_first_week"
 _WEEK_BITS = 16
 # Household and product fit into 63 bits together.
 _BITS = {"user_id": 38, "item_id": PRODUCT_BITS, "week": _WEEK_BITS}
@@ -41,8 +42,12 @@ class LivePurchases:
             state["household_purchases_keys"], state["household_purchases_counts"]
         )
         product = state["product_sales_products"]
-        sales = _by_week(product, state["product_sales_weeks"].astype(np.int64))
+        week = state["product_sales_weeks"].astype(np.int64)
+        sales = _by_week(product, week)
         self._sales = _counts(*np.unique(sales, return_counts=True))
+        # The source ends with a week, and keeps what the next one needs.
+        first = week.max(initial=0) - RECENT_WEEKS + 1
+        self._first_week = int(state.get(_FIRST_WEEK, first))
 
     def check(self, table: pa.Table) -> None:
         """Check that the ids and weeks of log rows can be counted.
@@ -65,6 +70,13 @@ class LivePurchases:
         household, product, week, time = _columns(table)
         keys = _by_household(household, product)
         (purchases,) = self._purchases.update(keys, time, np.zeros((len(time), 1)))
+        missing = np.maximum(week - RECENT_WEEKS, 1) < self._first_week
+        if missing.any():
+            raise InputError(
+                f"column 'week': week {week[missing][0]} needs the sales of the "
+                f"{RECENT_WEEKS} weeks before it, and those before week "
+                f"{self._first_week} are not kept; send the week of now"
+            )
         # The weeks strictly before this one, one after another; none is before week 0.
         weeks = week[:, None] - np.arange(1, RECENT_WEEKS + 1)
         products = np.broadcast_to(product[:, None], weeks.shape)
@@ -85,17 +97,23 @@ class LivePurchases:
         self._sales.forget(watermark)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return the counts at the watermark, as `CompleteJourneySource.state`."""
+        """Return the counts at the watermark, as `CompleteJourneySource.state`.
+
+        The first week whose sales are kept is added.
+        """
         purchases, sales = self._purchases.state(), self._sales.state()
         keys, count = sales["keys"].astype(np.int64), sales["sums_0"][:, 0]
         week = keys & ((1 << _WEEK_BITS) - 1)
-        recent = week > week.max(initial=0) - RECENT_WEEKS
+        # The week of the last purchase may go on.
+        first = max(self._first_week, week[count > 0].max(initial=0) - RECENT_WEEKS)
+        recent = week >= first
         product = keys >> _WEEK_BITS
         return {
             "household_purchases_keys": purchases["keys"].astype(np.int64),
             "household_purchases_counts": purchases["sums_0"][:, 0],
             "product_sales_products": product[recent].repeat(count[recent]),
             "product_sales_weeks": week[recent].repeat(count[recent]),
+            _FIRST_WEEK: np.array(first),
         }
 
 
