@@ -105,7 +105,9 @@ class LivePurchases:
         keys, count = sales["keys"].astype(np.int64), sales["sums_0"][:, 0]
         week = keys & ((1 << _WEEK_BITS) - 1)
         # The week of the last purchase may go on.
-        first = max(self._first_week, week[count > 0].max(initial=0) - RECENT_WEEKS)
+        first = max(
+            self._first_week, int(week[count > 0].max(initial=0)) - RECENT_WEEKS
+        )
         recent = week >= first
         product = keys >> _WEEK_BITS
         return {
