@@ -9,6 +9,7 @@ probability of about n^2 / 2^65: 3 in a million for ten million keys.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,11 @@ class Hashes:
     def lengths(self) -> np.ndarray:
         """Number of values of each row: `[n] int64`."""
         return self.offsets[1:] - self.offsets[:-1]
+
+    @functools.cached_property
+    def has_one_each(self) -> bool:
+        """Whether each row has one value."""
+        return len(self.values) == len(self) and bool((self.lengths == 1).all())
 
     def take(self, rows: np.ndarray) -> Hashes:
         """Hashes of `rows: [m] int64`, none where the row is -1."""
@@ -108,7 +114,13 @@ def combine(columns: Sequence[Hashes], rows: int) -> tuple[np.ndarray, np.ndarra
     """
     row = np.arange(rows)
     keys = np.zeros(rows, np.uint64)
+    one_each = True  # so far
     for column in columns:
+        one_each = one_each and column.has_one_each
+        if one_each:
+            # The usual case, in a fraction of the time.
+            keys = mix(mix(keys) + column.values)
+            continue
         lengths = column.lengths[row]
         places = column.offsets[row].repeat(lengths) + _count_up(lengths)
         row, keys = row.repeat(lengths), keys.repeat(lengths)

@@ -45,7 +45,7 @@ class LiveTotals(KeyTotals):
         self._window = _Window(len(self._scales))
 
     def count(self, key: np.ndarray, time: np.ndarray, values: np.ndarray) -> None:
-        """Add entries, all later than the watermark.
+        """Add entries, all later than the watermark, also before others.
 
         Args:
           key: `[E] uint64`.
@@ -67,7 +67,7 @@ class LiveTotals(KeyTotals):
             self._head.replace(self._computed(again), again)
             other = ~np.isin(key, again)
             key, time, values = key[other], time[other], values[other]
-        self._head.update(key, time, values)
+        self._head.count(key, time, values)
 
     def update(
         self, key: np.ndarray, time: np.ndarray, values: np.ndarray
@@ -100,7 +100,7 @@ class LiveTotals(KeyTotals):
     def forget(self, watermark: int) -> None:
         """Move the watermark: times until then are neither added nor asked for."""
         old, rest = self._window.split(watermark)
-        self._base.update(*old.in_time_order())
+        self._base.count(*old.in_time_order())
         self._base = self._base.of_keys(np.unique(rest.key))
         self._window = _Window(len(self._scales))
         self._window.add(rest)
@@ -117,7 +117,7 @@ class LiveTotals(KeyTotals):
     def _computed(self, keys: np.ndarray) -> KeyTotals:
         """Totals of `keys: [n]`, distinct, from the base and the window."""
         totals = self._base.of_keys(keys)
-        totals.update(*self._window.of(keys).in_time_order())
+        totals.count(*self._window.of(keys).in_time_order())
         return totals
 
     def _before(self, key: np.ndarray, time: np.ndarray) -> list[np.ndarray]:

@@ -143,6 +143,21 @@ class KeyTotals:
             results.append(before)
         return results
 
+    def count(self, key: np.ndarray, time: np.ndarray, values: np.ndarray) -> None:
+        """Add entries as `update` does, without the sums of the earlier ones."""
+        if not len(key):
+            return
+        order = np.argsort(key, kind="stable")
+        key, time, values = key[order], time[order], values[order]
+        group_start = run_starts(key)
+        place = self._keys.add(key[group_start])
+        for horizon in self._horizons:
+            epoch, parts = horizon.parts(time, values)
+            run_start = group_start | run_starts(epoch)
+            runs = np.flatnonzero(run_start)
+            sums = np.add.reduceat(parts, runs)
+            horizon.add(group_start[runs], place, epoch[runs], sums)
+
     def runs(
         self, key: np.ndarray, time: np.ndarray, values: np.ndarray, span: np.ndarray
     ) -> list[Runs]:
