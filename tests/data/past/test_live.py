@@ -24,6 +24,9 @@ from tokenrec.errors import InputError
 
 # With epochs of 12 and of 200 milliseconds.
 HALF_LIVES = (None, 3, 50)
+# Totals over several epochs then have more bits than a float64: the order of additions
+# would show.
+_LARGE = 2.0**18 / 3
 entries = st.lists(
     st.tuples(st.integers(0, 3), st.integers(1, 90), st.integers(-2, 5)), max_size=25
 )
@@ -42,7 +45,7 @@ def columns(
     """Key, time and values of entries, in the order of time."""
     rows = sorted(rows, key=lambda row: row[1])
     array = np.array(rows, np.int64).reshape(-1, 3)
-    return array[:, 0].astype(np.uint64), array[:, 1], array[:, 2:] / 3
+    return array[:, 0].astype(np.uint64), array[:, 1], array[:, 2:] * _LARGE
 
 
 def in_order(
