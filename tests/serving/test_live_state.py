@@ -120,6 +120,33 @@ def test_a_request_sees_strictly_earlier_events_alone(given: Replay) -> None:
     assert seen(state, time) == (before[0] + 1, before[1] + 1)
 
 
+def test_a_late_event_changes_the_statistics_of_later_events(given: Replay) -> None:
+    state, in_order = open_state(given), open_state(given)
+    time = END + 10 * MINUTE
+    early, event_, late = (
+        event("a", time - 2, item_id=3),
+        event("b", time),
+        event("c", time - 1, user_id=2),
+    )
+
+    def history(state: LiveState) -> dict[str, Any]:
+        return dict(state.complete(request(time + 1)).history)
+
+    for columns in (early, event_):
+        state.add_events(columns)
+    before = history(state)
+    state.add_events(late)
+    after = history(state)
+    for columns in (early, late, event_):
+        in_order.add_events(columns)
+    wanted = history(in_order)
+    for name, column in wanted.items():
+        np.testing.assert_array_equal(after[name], column, err_msg=name)
+    # Of item 2 there was one more before the event of the user.
+    counts = (list(h["count_item_id"][-2:]) for h in (before, after))
+    assert [b - a for a, b in zip(*counts, strict=True)] == [0, 1]
+
+
 def test_an_event_counts_once(given: Replay) -> None:
     state = open_state(given)
     time = END + 10 * MINUTE
