@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.data.memory_source import SCHEMA
 from tests.data.past.declared import DECLARED, random_rows, source
 from tests.data.past.reference import Row
+from tokenrec.data.past import live_totals
 from tokenrec.data.past.declaration_json import parse_statistics
 from tokenrec.data.past.features import PastFeatures
 from tokenrec.data.past.live import LivePast
@@ -68,8 +69,22 @@ def in_order(
     queries=asked,
     watermark=st.integers(0, 60),
     move=st.integers(0, 60),
+    many=st.sampled_from([0, 3, 256]),
 )
 def test_totals_take_entries_in_any_order(
+    before: list[tuple[int, int, int]],
+    batches: list[list[tuple[int, int, int]]],
+    queries: list[tuple[int, int]],
+    watermark: int,
+    move: int,
+    many: int,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_totals, "_MANY", many)
+        check_any_order(before, batches, queries, watermark, move)
+
+
+def check_any_order(
     before: list[tuple[int, int, int]],
     batches: list[list[tuple[int, int, int]]],
     queries: list[tuple[int, int]],
