@@ -271,10 +271,10 @@ def test_excluded_features_are_used_and_left_out(given: Replay, tmp_path: Path) 
 def test_acknowledged_events_survive(given: Replay, tmp_path: Path) -> None:
     journal, saved = tmp_path / "journal", tmp_path / "saved"
     state = open_state(given, journal)
-    time = END + MINUTE
+    time = END + 20 * MINUTE
     for number in range(3):
         state.add_events(event(number, time + number, item_id=number))
-    want = seen(state, time + 9)
+    want, watermark = seen(state, time + 9), state.watermark_ms
     # Killed while it wrote: the last frame is cut off, which nobody was told of.
     whole = journal.read_bytes()
     size = len(whole)
@@ -284,6 +284,7 @@ def test_acknowledged_events_survive(given: Replay, tmp_path: Path) -> None:
     state = open_state(given, journal)
     assert seen(state, time + 9) == want
     assert journal.stat().st_size == size
+    assert state.watermark_ms == watermark > open_state(given).watermark_ms
     assert state.receive(event(2, time + 2, item_id=2)) == Received(repeated=1)
     # Killed after the state was saved, before the journal began anew.
     state.save(saved)

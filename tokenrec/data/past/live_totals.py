@@ -144,13 +144,9 @@ class LiveTotals(KeyTotals):
         """
         if self._window.size_of(keys) > _MANY:
             # The newest entries are few beside all of the window: they are taken away
-            # from the head, as integers, unless an epoch has ended since.
-            later = self._window.of(keys, time).in_time_order()
-            times = np.full(len(keys), time)
-            if not (
-                self._head.is_past_epoch(keys, times).any()
-                or self._head.is_past_epoch(later.key, later.time).any()
-            ):
+            # from the head, as integers, unless an epoch has ended since the time.
+            if not self._head.is_past_epoch(keys, np.full(len(keys), time)).any():
+                later = self._window.of(keys, time).in_time_order()
                 totals = self._head.of_keys(keys)
                 totals.count(later.key, later.time, -later.values)
                 return totals, later
