@@ -149,7 +149,7 @@ class ArithmeticScorer:
         self.entered.release()
         assert self.gate.wait(60)
         if any(POISON in one.items for one in batch):
-            raise PoisonError("a value of the request: 666")
+            raise PoisonError(f"a value of the request: {POISON}")
 
     def _prefix(self, one: Encoded) -> float:
         powers = np.arange(1, len(one.history) + 1)

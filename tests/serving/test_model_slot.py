@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.serving.arithmetic_scorer import Artifact, ArithmeticScorer, Prefix
+from tests.serving.arithmetic_scorer import ArithmeticScorer, Artifact, Prefix
 from tests.serving.request_bodies import body_of, request_of
 from tokenrec.errors import InputError
 from tokenrec.serving.golden import replay_golden
@@ -152,7 +152,7 @@ def test_lost_golden_scores_and_none_at_all_are_errors() -> None:
     scorer = WithArtifact()
     golden = golden_of(scorer, 2)
     golden[1][1].append([0.0, 0.0])
-    with pytest.raises(InputError, match="golden request 1: .* scores"):
+    with pytest.raises(InputError, match=r"golden request 1: \("):
         replay_golden(scorer, golden, 4, Limits())
     with pytest.raises(InputError, match="no golden request"):
         replay_golden(scorer, [], 4, Limits())
