@@ -285,6 +285,30 @@ def test_a_request_in_flight_ends_on_the_model_that_it_began_with(
             )
 
 
+def test_late_prefixes_of_a_first_load_are_not_taken_for_those_of_a_second(
+    server: Served, link: Path, tmp_path: Path
+) -> None:
+    async def swap_there_and_back() -> Answer:
+        first.gate.clear()
+        late = asyncio.create_task(call(server.app, "/v1/score", body_of(0)))
+        while not first.entered.acquire(blocking=False):
+            await asyncio.sleep(0.001)
+        point(link, write_artifact(tmp_path / "second", 2.0))
+        assert server.slot.check()
+        first.gate.set()
+        # Its prefix is stored now, though its model no longer serves.
+        return await late
+
+    first = server.scorer
+    assert asyncio.run(swap_there_and_back()).status == 200
+    point(link, tmp_path / "first")
+    assert server.slot.check()
+    assert server.scorer.digest == first.digest
+    answer = ask(server, "/v1/score", body_of(0))
+    assert answer.json["cache"] == "miss"
+    np.testing.assert_array_equal(scores_of(answer), first.expected(request_of(0)))
+
+
 def test_models_tells_of_the_one_that_serves_and_of_a_load_that_failed(
     server: Served, link: Path, tmp_path: Path
 ) -> None:
@@ -310,7 +334,10 @@ def test_health_and_readiness(link: Path) -> None:
         assert ask(server, "/readyz").json == {"status": "ready"}
         server.scorer.gate.clear()
         answer = server.batcher.submit(
-            server.scorer, server.scorer.encode(request_of(1)), "", float("inf")
+            server.scorer,
+            server.scorer.encode(request_of(1)),
+            ("", "", b""),
+            float("inf"),
         )
         assert server.scorer.entered.acquire(timeout=60)
         time.sleep(0.001)

@@ -70,8 +70,9 @@ def submit(
     request: Request,
     deadline: float = NEVER,
 ) -> Answer:
-    user = str(request.user["user_id"])
-    return batcher.submit(scorer, scorer.encode(request), user, deadline)
+    encoded = scorer.encode(request)
+    name = (scorer.digest, str(request.user["user_id"]), encoded.prefix_key)
+    return batcher.submit(scorer, encoded, name, deadline)
 
 
 def with_item(request: Request, item: int) -> Request:

@@ -60,7 +60,7 @@ def test_a_link_that_moves_swaps_the_model_and_drops_its_prefixes(
 ) -> None:
     slot, store, metrics = slot_of(link)
     old = slot.model
-    store.put((old.scorer.digest, "u", b""), Prefix(old.scorer, 0.0))
+    store.put((old.name, "u", b""), Prefix(old.scorer, 0.0))
     assert not slot.check()
     point(link, write_artifact(tmp_path / "second", 2.0))
     assert slot.check()

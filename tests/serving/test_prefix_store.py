@@ -47,7 +47,7 @@ def test_artifact_user_and_history_each_keep_prefixes_apart() -> None:
     for number, one in enumerate(names):
         store.put(one, Block(str(number), 1))
     assert [getattr(store.get(one), "text", None) for one in names] == list("0123")
-    assert store.drop_artifact("a") == 3
+    assert store.drop_model("a") == 3
     assert store.get(names[1]) is not None
     assert store.get(names[0]) is None
 

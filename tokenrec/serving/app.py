@@ -129,9 +129,8 @@ class App:
         async with self._reader.read(scope, receive) as body:
             self._observe("read", begin)
             prepared = await self._prepare(body, model)
-        future = self._batcher.submit(
-            model.scorer, prepared.encoded, prepared.user, deadline
-        )
+        name = (model.name, prepared.user, prepared.encoded.prefix_key)
+        future = self._batcher.submit(model.scorer, prepared.encoded, name, deadline)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 scores, was_held = await asyncio.wrap_future(future)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenrec.serving.prefix_store import PrefixName
 from tokenrec.serving.server_metrics import padded
 
 # All requests of a batch are padded to its longest candidate list. One that is more than
@@ -45,7 +46,7 @@ class Job:
     Attributes:
       scorer: the scorer that encoded it.
       encoded: the request, of C candidates.
-      user: id of the user.
+      name: name of its prefix.
       deadline: time of the clock after which nobody waits.
       submitted: time of the clock.
       future: receives the scores `[C, O]` and `was_held`.
@@ -56,7 +57,7 @@ class Job:
 
     scorer: Any
     encoded: Any
-    user: str
+    name: PrefixName
     deadline: float
     submitted: float
     future: Future[tuple[np.ndarray, bool]] = dataclasses.field(default_factory=Future)

@@ -89,7 +89,7 @@ class Batcher:
         self._thread.start()
 
     def submit(
-        self, scorer: Any, encoded: Any, user: str, deadline: float
+        self, scorer: Any, encoded: Any, name: PrefixName, deadline: float
     ) -> Future[tuple[np.ndarray, bool]]:
         """Queue a request.
 
@@ -97,7 +97,7 @@ class Batcher:
           scorer: scorer that encoded it, and that will score it whatever model serves
             by then.
           encoded: the request, of C candidates.
-          user: id of the user, part of the name of its prefix.
+          name: name of its prefix.
           deadline: time of the clock after which nobody waits for the answer.
 
         Returns:
@@ -107,7 +107,7 @@ class Batcher:
         Raises:
           QueueFullError: too many requests wait, or the batcher is closing.
         """
-        job = Job(scorer, encoded, user, deadline, submitted=self._clock())
+        job = Job(scorer, encoded, name, deadline, submitted=self._clock())
         slices = cut(job, self.limits)
         with self._changed:
             if self._closing or self._waiting >= self.limits.queue:
@@ -216,12 +216,11 @@ class Batcher:
         for job in {id(s.job): s.job for s in batch}.values():
             if job.prefix is not None:
                 continue
-            name = (job.scorer.digest, job.user, job.encoded.prefix_key)
-            job.prefix = self.store.get(name)
+            job.prefix = self.store.get(job.name)
             job.was_held = job.prefix is not None
             if job.prefix is None:
                 # Two requests of one user share the computation.
-                missing.setdefault(name, []).append(job)
+                missing.setdefault(job.name, []).append(job)
         if not missing:
             return
         begin = self._clock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import threading
@@ -18,6 +19,8 @@ _LOG = logging.getLogger("tokenrec.serving")
 
 MANIFEST = "manifest.json"
 
+_SERIALS = itertools.count()
+
 # What a link points to: the folder, and the identity of its manifest.
 type Target = tuple[str, int, int, int]
 
@@ -31,6 +34,7 @@ class ServedModel:
       path: folder of the artifact, links resolved.
       ready_ms: time at which it was ready, in milliseconds since 1970.
       compiles: shapes that were compiled by then.
+      serial: number of the load, which no other model of this process has.
       live: histories and counters that events keep up to date; None without them.
     """
 
@@ -38,7 +42,17 @@ class ServedModel:
     path: Path
     ready_ms: int
     compiles: int
+    serial: int
     live: Any = None
+
+    @property
+    def name(self) -> str:
+        """Name of this load of the artifact.
+
+        A prefix belongs to the arrays of one load: when an artifact serves again, late
+        prefixes of its first load must not be taken for its own.
+        """
+        return f"{self.scorer.digest}:{self.serial}"
 
     def compiles_since_ready(self) -> int:
         """Return the number of shapes that were compiled while it served."""
@@ -117,8 +131,7 @@ class ModelSlot:
         old, self.model = self.model, model
         self._record("ok", model.path, "")
         _LOG.info("%s serves in place of %s", model.path, old.path.name)
-        if old.scorer.digest != model.scorer.digest:
-            self._store.drop_artifact(old.scorer.digest)
+        self._store.drop_model(old.name)
         return True
 
     def _record(self, outcome: str, path: Path, error: str) -> None:
@@ -154,7 +167,8 @@ class Watcher:
 
 def ready(scorer: Any, path: Path, live: Any = None) -> ServedModel:
     """Return a scorer that has been warmed and checked as the model to serve."""
-    return ServedModel(scorer, path, _now_ms(), int(scorer.compiles), live)
+    compiles = int(scorer.compiles)
+    return ServedModel(scorer, path, _now_ms(), compiles, next(_SERIALS), live)
 
 
 def read_target(path: Path) -> Target | None:

@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from typing import Protocol
 
-# Digest of the artifact, user, digest of what the prefix was computed from.
+# Name of the loaded model, user, digest of what the prefix was computed from.
 type PrefixName = tuple[str, str, bytes]
 
 # Memory of an entry beside its arrays: its name, its place in the dict, the objects.
@@ -47,7 +47,7 @@ class PrefixStore[P: Sized]:
     """Least-recently-used cache of prefixes, bounded by their bytes.
 
     The name of a prefix holds everything that it depends on: the weights and programs
-    (digest of the artifact), the user, and the encoded history (its digest). So an
+    (name of the loaded model), the user, and the encoded history (its digest). So an
     entry is never stale: a user with a new event has another name, and so has every
     user after a swap of the model.
 
@@ -90,10 +90,10 @@ class PrefixStore[P: Sized]:
             self._entries[name] = (prefix, size)
             self._nbytes += size
 
-    def drop_artifact(self, digest: str) -> int:
-        """Drop all prefixes of an artifact that no longer serves; return their number."""
+    def drop_model(self, model: str) -> int:
+        """Drop all prefixes of a model that no longer serves; return their number."""
         with self._lock:
-            names = [name for name in self._entries if name[0] == digest]
+            names = [name for name in self._entries if name[0] == model]
             for name in names:
                 self._remove(name)
             return len(names)
