@@ -168,6 +168,20 @@ class PastStatistics:
         value: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return value
 
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> PastStatistics:
+        """Convert from a JSON object, the inverse of `to_json`; nothing is checked."""
+
+        def fields(part: dict[str, Any]) -> dict[str, Any]:
+            return {n: tuple(v) if isinstance(v, list) else v for n, v in part.items()}
+
+        return PastStatistics(
+            tuple(KeyStatistics(**fields(part)) for part in value["keys"]),
+            tuple(Matches(**fields(part)) for part in value["matches"]),
+            UserTimes(**value["times"]),
+            value["unscored"],
+        )
+
     def _features(self, schema: Schema) -> Iterator[Feature]:
         full = self.of_tasks(schema)
         for part in full.keys:

@@ -302,9 +302,7 @@ class PastFeatures:
                 # A row with several values of a column adds up their totals.
                 np.add.at(total, rows, entries)
         if plan.windows():
-            offsets = np.cumsum(np.bincount(rows, minlength=table.num_rows))
-            hashes = Hashes(np.append(0, offsets), keys)
-            windows = self._update_window(key, table, columns, measures, hashes)
+            windows = self._update_window(key, table, columns, measures, rows, keys)
             totals |= dict(zip(plan.windows(), windows, strict=True))
         return KeyedTotals(
             present,
@@ -317,9 +315,11 @@ class PastFeatures:
         table: pa.Table,
         columns: Mapping[str, Hashes],
         measures: Mapping[str, np.ndarray],
-        keys: Hashes,
+        rows: np.ndarray,
+        keys: np.ndarray,
     ) -> list[np.ndarray]:
         """The same of the user's last events, `[R, measures]` for each horizon."""
+        offsets = np.cumsum(np.bincount(rows, minlength=table.num_rows))
         user = columns["user_id"].first_of_each()
         time = table["time_ms"].to_numpy()
         item = columns["item_id"].first_of_each()
@@ -328,7 +328,7 @@ class PastFeatures:
             user,
             time,
             measures[m.EVENTS] > 0,
-            keys,
+            Hashes(np.append(0, offsets), keys),
             np.stack([measures[name] for name in self._plans[key].measures], axis=1),
         )
 

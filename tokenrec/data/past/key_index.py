@@ -31,6 +31,8 @@ class KeyIndex:
         """Return the numbers of ascending, distinct `ids: [n]`, new ones included."""
         place = self.find(ids)
         new = np.flatnonzero(place < 0)
+        if not len(new):
+            return place
         place[new] = len(self) + np.arange(len(new))
         self._recent = _insert(self._recent, ids[new], place[new])
         if len(self._recent[0]) > _MOST_RECENT + len(self._merged[0]) // 4:
@@ -40,8 +42,9 @@ class KeyIndex:
     def find(self, ids: np.ndarray) -> np.ndarray:
         """Return the numbers of distinct `ids: [n]`, -1 of those that did not come."""
         place = _find(self._merged, ids)
-        rest = np.flatnonzero(place < 0)
-        place[rest] = _find(self._recent, ids[rest])
+        if len(self._recent[0]):
+            rest = np.flatnonzero(place < 0)
+            place[rest] = _find(self._recent, ids[rest])
         return place
 
     def items(self) -> tuple[np.ndarray, np.ndarray]:
@@ -63,6 +66,8 @@ class KeyIndex:
         return here[there >= 0], there[there >= 0]
 
     def _merge(self) -> None:
+        if not len(self._recent[0]):
+            return
         self._merged = _insert(self._merged, *self._recent)
         self._recent = self._recent[0][:0], self._recent[1][:0]
 
@@ -70,12 +75,11 @@ class KeyIndex:
 def _find(table: tuple[np.ndarray, np.ndarray], ids: np.ndarray) -> np.ndarray:
     """Numbers of `ids: [n]` in a table of ascending ids, -1 where they are not."""
     known_ids, places = table
-    at = np.searchsorted(known_ids, ids)
-    known = at < len(known_ids)
-    known[known] = known_ids[at[known]] == ids[known]
-    place = np.full(len(ids), -1)
-    place[known] = places[at[known]]
-    return place
+    if not len(known_ids):
+        return np.full(len(ids), -1)
+    # An id after the last one is compared with the last one, and differs.
+    at = np.minimum(known_ids.searchsorted(ids), len(known_ids) - 1)
+    return np.where(known_ids[at] == ids, places[at], -1)
 
 
 def _insert(

@@ -50,10 +50,67 @@ class KeyTotals:
 
     def __init__(self, scales: np.ndarray, half_lives: Sequence[int | None]) -> None:
         self._scales = scales
+        self._half_lives = half_lives
         self._keys = KeyIndex()
         self._horizons = [
             _AllPast(scales) if h is None else _Decayed(scales, h) for h in half_lives
         ]
+
+    def without_keys(self) -> KeyTotals:
+        """Return totals of the same columns and horizons with nothing counted."""
+        return KeyTotals(self._scales, self._half_lives)
+
+    def of_keys(self, keys: np.ndarray) -> KeyTotals:
+        """Return a copy of the totals of some keys, which may be changed.
+
+        Args:
+          keys: `[n] uint64`, ascending and distinct; a key that did not come has none.
+        """
+        place = self._keys.find(keys)
+        known = np.flatnonzero(place >= 0)
+        copy = self.without_keys()
+        copy._keys = KeyIndex(keys)
+        copy._copy(self, known, place[known])
+        return copy
+
+    def before(self, key: np.ndarray, time: np.ndarray) -> list[np.ndarray]:
+        """Read the totals of keys at given times, and change nothing.
+
+        Args:
+          key: `[E] uint64`, in any order; a key that did not come has totals of 0.
+          time: `[E] int64`, milliseconds, later than all entries of the key.
+
+        Returns:
+          For each horizon `[E, width] float64`, with the bits that `update` returns.
+        """
+        place = self._keys.find(key)
+        known = np.flatnonzero(place >= 0)
+        results = []
+        for horizon in self._horizons:
+            totals = np.zeros((len(key), len(self._scales)))
+            totals[known] = horizon.before(place[known], time[known])
+            results.append(totals)
+        return results
+
+    def is_past_epoch(self, key: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """Whether an epoch later than that of an entry has begun for its key.
+
+        If none has, integers are all that the entry adds, so it may be added after
+        entries of later times.
+
+        Args:
+          key: `[E] uint64`.
+          time: `[E] int64`, milliseconds.
+
+        Returns:
+          `[E] bool`.
+        """
+        place = self._keys.find(key)
+        known = np.flatnonzero(place >= 0)
+        past = np.zeros(len(key), bool)
+        for horizon in self._horizons:
+            past[known] |= horizon.is_past_epoch(place[known], time[known])
+        return past
 
     def update(
         self, key: np.ndarray, time: np.ndarray, values: np.ndarray
@@ -85,6 +142,21 @@ class KeyTotals:
             before[order] = horizon.update(group_start, place, time, values)
             results.append(before)
         return results
+
+    def count(self, key: np.ndarray, time: np.ndarray, values: np.ndarray) -> None:
+        """Add entries as `update` does, without the sums of the earlier ones."""
+        if not len(key):
+            return
+        order = np.argsort(key, kind="stable")
+        key, time, values = key[order], time[order], values[order]
+        group_start = run_starts(key)
+        place = self._keys.add(key[group_start])
+        for horizon in self._horizons:
+            epoch, parts = horizon.parts(time, values)
+            run_start = group_start | run_starts(epoch)
+            runs = np.flatnonzero(run_start)
+            sums = np.add.reduceat(parts, runs)
+            horizon.add(group_start[runs], place, epoch[runs], sums)
 
     def runs(
         self, key: np.ndarray, time: np.ndarray, values: np.ndarray, span: np.ndarray
@@ -157,6 +229,19 @@ class KeyTotals:
           key: `[E] uint64`; a key that the other does not have begins with none.
         """
         here, there = self._keys.add_from(other._keys, key)
+        self._copy(other, here, there)
+
+    def replace(self, other: KeyTotals, key: np.ndarray) -> None:
+        """Replace the totals of keys that both have by those of another.
+
+        Args:
+          other: of the same columns and horizons.
+          key: `[n] uint64`, distinct.
+        """
+        self._copy(other, self._keys.find(key), other._keys.find(key))
+
+    def _copy(self, other: KeyTotals, here: np.ndarray, there: np.ndarray) -> None:
+        """Copy the totals of the keys with the numbers `there` to those `here`."""
         for mine, theirs in zip(self._horizons, other._horizons, strict=True):
             mine.take_over(here, theirs.arrays(there), len(self._keys))
 
@@ -212,6 +297,18 @@ class _AllPast:
         before += sum_earlier(parts, group_start, time)
         self.add(group_start, place, epoch, parts)
         return before / self._scales
+
+    def before(self, place: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """Totals at `time: [E]` of the keys with the numbers `place: [E]`.
+
+        Returns:
+          `[E, width] float64`.
+        """
+        return self._arrays["sums"][place] / self._scales
+
+    def is_past_epoch(self, place: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """As that of `KeyTotals`, by the numbers of the keys: all past is one epoch."""
+        return np.zeros(len(place), bool)
 
     def parts(
         self, time: np.ndarray, values: np.ndarray
@@ -291,6 +388,17 @@ class _Decayed(_AllPast):
         number = np.cumsum(run_start) - 1
         return (carry[number] + (sums[number] + within) / self._scales) / weight
 
+    def before(self, place: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """As that of `_AllPast`."""
+        epoch, weight = self._weigh(time)
+        carry, sums = self._at_epoch(place, epoch)
+        return (carry + sums / self._scales) / weight
+
+    def is_past_epoch(self, place: np.ndarray, time: np.ndarray) -> np.ndarray:
+        """As that of `KeyTotals`, by the numbers of the keys."""
+        epoch, _ = self._weigh(time)
+        return self._arrays["epoch"][place] > epoch
+
     def parts(
         self, time: np.ndarray, values: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -336,13 +444,7 @@ class _Decayed(_AllPast):
         carry = np.zeros(run_sums.shape)
         sums = np.zeros(run_sums.shape, np.int64)
         first = np.flatnonzero(is_first)
-        kept = self.arrays(place)
-        same = (kept["epoch"] == epoch[first])[:, None]
-        passed = self._advance(
-            kept["carry"], kept["sums"], epoch[first] - kept["epoch"]
-        )
-        carry[first] = np.where(same, kept["carry"], passed)
-        sums[first] = np.where(same, kept["sums"], 0)
+        carry[first], sums[first] = self._at_epoch(place, epoch[first])
         # The runs of a key one after another, those of all keys at once. A block of six
         # hours has few epochs, unless the half-life is one of seconds.
         rank = np.arange(len(is_first)) - first[np.cumsum(is_first) - 1]
@@ -362,6 +464,23 @@ class _Decayed(_AllPast):
         self._arrays["carry"][place] = carry[last]
         self._arrays["sums"][place] = ended
         return carry, sums
+
+    def _at_epoch(
+        self, place: np.ndarray, epoch: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Carry and sums of keys in an epoch, before what is added in it from now on.
+
+        Args:
+          place: `[n] int64`, number of each key.
+          epoch: `[n] int64`, not earlier than that of the key.
+
+        Returns:
+          `[n, width] float64` and `[n, width] int64`.
+        """
+        kept = self.arrays(place)
+        same = (kept["epoch"] == epoch)[:, None]
+        passed = self._advance(kept["carry"], kept["sums"], epoch - kept["epoch"])
+        return np.where(same, kept["carry"], passed), np.where(same, kept["sums"], 0)
 
     def _advance(
         self, carry: np.ndarray, sums: np.ndarray, epochs: np.ndarray

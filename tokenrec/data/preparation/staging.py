@@ -23,7 +23,9 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+def staged_folder(
+    out: Path, overwrite: bool, marker: str = METADATA_FILE
+) -> Iterator[Path]:
     """Yield a new folder that becomes `out` when the block ends without an error.
 
     On an error the new folder is removed and a previous `out` stays as it was.
@@ -32,15 +34,16 @@ def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     Args:
       out: final path of the folder.
       overwrite: replace `out` if it is a prepared data set.
+      marker: a file that every folder of this kind holds.
 
     Raises:
       InputError: `out` exists, and `overwrite` is False or `out` is not a prepared data
-        set; or the disk is full.
+        set (holds no `marker`); or the disk is full.
       StorageError: the disk of `out` is at fault.
     """
     out = Path(os.path.abspath(out))
-    _check_replaceable(out, overwrite)
-    _remove_leftovers(out)
+    _check_replaceable(out, overwrite, marker)
+    remove_leftovers(out)
     folder = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
     try:
         retry(lambda: folder.mkdir(parents=True, exist_ok=True), folder)
@@ -56,7 +59,7 @@ def staged_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         # The contents must be on disk before the name is: a rename may survive a power
         # failure that the data of the files does not.
         _sync_tree(folder)
-        _publish(folder, out, overwrite)
+        _publish(folder, out, overwrite, marker)
     # ArrayRecordWriter reports a full disk as a RuntimeError.
     except (OSError, RuntimeError) as error:
         if not _is_full_disk(error):
@@ -84,11 +87,11 @@ def scratch_folder(parent: Path, out: Path) -> Path:
       The path; the folder does not exist yet.
     """
     name = parent / f"{Path(os.path.abspath(out)).name}.scratch"
-    _remove_leftovers(name)
+    remove_leftovers(name)
     return name.with_name(f"{name.name}.incomplete-{os.getpid()}")
 
 
-def _check_replaceable(out: Path, overwrite: bool) -> None:
+def _check_replaceable(out: Path, overwrite: bool, marker: str) -> None:
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -97,14 +100,14 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         )
     # Only an empty folder or a data set is ever deleted, whatever the user asked for.
     is_empty = out.is_dir() and not any(out.iterdir())
-    if out.is_symlink() or not (is_empty or (out / METADATA_FILE).is_file()):
+    if out.is_symlink() or not (is_empty or (out / marker).is_file()):
         raise InputError(
             f"out='{out}' is not a prepared data set, so it is not overwritten; "
             "give another folder"
         )
 
 
-def _remove_leftovers(out: Path) -> None:
+def remove_leftovers(out: Path) -> None:
     """Remove incomplete folders of dead processes.
 
     An `out` that such a process had moved aside is put back.
@@ -123,10 +126,10 @@ def _remove_leftovers(out: Path) -> None:
                 shutil.rmtree(folder)
 
 
-def _publish(folder: Path, out: Path, overwrite: bool) -> None:
+def _publish(folder: Path, out: Path, overwrite: bool, marker: str) -> None:
     """Rename `folder` to `out`; a previous `out` is moved aside until that is done."""
     # Preparation takes long: another process may have made `out` in the meantime.
-    _check_replaceable(out, overwrite)
+    _check_replaceable(out, overwrite, marker)
     previous = out.with_name(f"{out.name}.previous-{os.getpid()}")
     if out.exists():
         out.rename(previous)

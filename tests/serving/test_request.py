@@ -1,0 +1,141 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenrec.serving.request import BadRequest, Limits, Request, parse_request
+
+
+def _request(**fields):
+    return {
+        "user": {"user_id": 7, "age": "25-34", "interests": [1, 2]},
+        "time_ms": 1_000,
+        "history": {
+            "time_ms": [1, 2, 2],
+            "item_id": [4, 5, 6],
+            "price": [1.5, None, 2],
+        },
+        "context": {"store": 3},
+        "candidates": {"item_id": [8, 9], "place": ["front", None]},
+    } | fields
+
+
+def test_a_request_keeps_its_columns():
+    parsed = parse_request(_request(user_version="3"), Limits())
+    assert parsed == Request(**_request(), user_version="3")
+    assert parsed.events == 3
+    assert parsed.candidate_count == 2
+
+
+def test_arrays_are_columns_too():
+    history = {"time_ms": np.arange(3), "item_id": np.array(["a", "b", "c"])}
+    parsed = parse_request(_request(history=history), Limits())
+    assert parsed.events == 3
+
+
+def test_a_user_may_have_no_past():
+    value = _request(history={})
+    assert parse_request(value, Limits()).events == 0
+    del value["history"], value["context"]
+    assert parse_request(value, Limits()).context == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"canidates": {}}, "no field 'canidates'; did you mean 'candidates'"),
+        ({"time_ms": "now"}, "time_ms: 'now' is not an int64"),
+        ({"time_ms": True}, "time_ms: True is not an int64"),
+        ({"user": [1]}, r"user: \[1\] is not a JSON object"),
+        ({"context": {"store": math.nan}}, "context.store: nan is not finite"),
+        ({"context": {"store": {}}}, r"context.store: \{\} is a dict"),
+        ({"context": {"store": [[1]]}}, "a list within a list"),
+        ({"context": {"store": 1 << 63}}, "exceeds 64 bits"),
+        ({"candidates": {"item_id": []}}, "missing or empty"),
+        ({"candidates": {"place": [1]}}, "missing or empty"),
+        ({"candidates": {"item_id": 3}}, "candidates.item_id: 3 is not a list"),
+        (
+            {"candidates": {"item_id": [1], "place": [1, 2]}},
+            "candidates.place: has 2 values, and the column 'item_id' has 1",
+        ),
+        ({"history": {"time_ms": [1]}}, "history: the column 'item_id' is missing"),
+        (
+            {"history": {"time_ms": [3, 2], "item_id": [1, 1]}},
+            r"history.time_ms\[1\]: 2 is earlier than the event before it, 3",
+        ),
+        (
+            {"history": {"time_ms": [1_000], "item_id": [1]}},
+            "not earlier than the request at time_ms=1000",
+        ),
+        (
+            {"history": {"time_ms": np.array([1.5]), "item_id": [1]}},
+            r"history.time_ms\[0\]: np.float64\(1.5\) is not an int64",
+        ),
+        (
+            {"candidates": {"item_id": [1], "x": np.array([np.inf])}},
+            "candidates.x: holds inf",
+        ),
+        ({"user_version": 3}, "user_version: 3 is no text"),
+    ],
+)
+def test_what_is_wrong_is_named(fields, message):
+    with pytest.raises(BadRequest, match=message):
+        parse_request(_request(**fields), Limits())
+
+
+@pytest.mark.parametrize("name", ["user", "time_ms", "candidates"])
+def test_a_missing_field_is_named(name):
+    value = _request()
+    del value[name]
+    with pytest.raises(BadRequest, match=f"the field '{name}' is missing"):
+        parse_request(value, Limits())
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        (
+            {"candidates": 1},
+            "candidates.item_id: has 2 values, more than the limit of 1",
+        ),
+        ({"history": 2}, "history.time_ms: has 3 values, more than the limit of 2"),
+        ({"columns": 2}, "user: has 3 columns, more than the limit of 2"),
+        ({"values": 1}, "user.interests: has 2 values, more than the limit of 1"),
+        (
+            {"text": 4},
+            r"candidates.place\[0\]: has 5 characters, more than the limit of 4",
+        ),
+    ],
+)
+def test_a_limit_is_kept(limit, message):
+    user = {"user_id": 7, "age": "25-34", "interests": [1, 2]}
+    request = _request(history={"time_ms": [1, 2, 2], "item_id": [4, 5, 6]}, user=user)
+    with pytest.raises(BadRequest, match=message):
+        parse_request(request, Limits(**limit))
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["time_ms", "item_id", "x"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"user": _json, "time_ms": _json, "candidates": _json},
+        optional={"history": _json, "context": _json, "user_version": _json},
+    )
+    | _json
+)
+def test_any_json_is_a_request_or_refused(value):
+    try:
+        parsed = parse_request(value, Limits(candidates=3))
+    except BadRequest:
+        return
+    assert 1 <= parsed.candidate_count <= 3

@@ -1,0 +1,10 @@
+"""Serve a trained run: export it as an artifact, and score requests with that alone.
+
+    request    parse and check a request
+    artifact   open an exported run, its digests checked
+    encoder    a request to the arrays of the model
+    scorer     prefill a request, and score its candidates
+    export     make an artifact of a run (needs the packages of training)
+
+docs/guides/serving.md describes the artifact and the request.
+"""
