@@ -10,7 +10,14 @@ from importlib import metadata
 
 from absl import flags as absl_flags
 
-from tokenrec.cli import verbs_data, verbs_init, verbs_plan, verbs_run, verbs_study
+from tokenrec.cli import (
+    verbs_data,
+    verbs_init,
+    verbs_plan,
+    verbs_run,
+    verbs_server,
+    verbs_study,
+)
 from tokenrec.cli.failures import explain
 from tokenrec.cli.parser import Parser
 from tokenrec.config.overrides import split_overrides
@@ -65,7 +72,14 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
         dest="verb", required=True, metavar="verb", parser_class=Parser
     )
     parsers: dict[str, Parser] = {}
-    for module in (verbs_init, verbs_data, verbs_run, verbs_plan, verbs_study):
+    for module in (
+        verbs_init,
+        verbs_data,
+        verbs_run,
+        verbs_server,
+        verbs_plan,
+        verbs_study,
+    ):
         parsers |= module.add_verbs(verbs)
     return parser, parsers
 
