@@ -7,7 +7,13 @@ A request has one history and many candidates, which are scored in slices. Varia
     cached        the history once, then each slice against its cached keys and values
     again         the history again with each slice
     alone         the history again with each candidate
+    folded        as cached, but each candidate with logits for the history and itself
+                  alone (folded_extend.py), which is what serving does
     one stream    the history and all candidates in one stream
+
+The times of "cached" and "folded" hold the history; those of "extend" are the
+candidates alone, against a history that is cached already, for each of the two, and
+"extend, dense" with a logit for every candidate and another (`model.attention='dense'`).
 
 Tokens are random and weights fresh. Makers and head are left out, as they cost all
 variants the same. The variants take turns within one run, so that load on the machine
@@ -16,6 +22,7 @@ falls on each alike and their ratios hold."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +38,7 @@ from benchmarks.report import run_script, write_result
 from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec.config import MeshConfig, ModelConfig
 from tokenrec.errors import InputError
+from tokenrec.models.backbones.folded_extend import extend_folded
 from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.sharding import RULES, make_mesh
 from tokenrec.tokens.layout import Layout
@@ -120,19 +128,35 @@ class Request:
                 None,
             )
 
+        @jax.jit
+        def fold(weights: Any, cache: Any, x: jax.Array) -> jax.Array:
+            events = all_real(x, history - 2)
+            own, layout = x[:, :, None], stream(history, 1)
+            return extend_folded(merge(weights), cache, own, layout, events)[:, :, 0]
+
         self._prefill, self._extend, self._forward = prefill, extend, forward
+        self._fold = fold
 
     def prefill(self) -> Any:
         """Compute the prefix cache."""
         return self._prefill(self.weights, self.prefix)
 
-    def cached(self, size: int) -> Callable[[], list[jax.Array]]:
-        """Create a run: the history once, then slices of `size` candidates."""
+    def cached(
+        self, size: int, *, folded: bool = False, cache: Any = None
+    ) -> Callable[[], list[jax.Array]]:
+        """Create a run: the history once, then slices of `size` candidates.
+
+        Args:
+          size: candidates of a slice.
+          folded: candidates have no logits for one another.
+          cache: cache of the history, which is not computed then.
+        """
         slices = jnp.split(self.own, self.candidates // size, axis=1)
+        extend = self._fold if folded else self._extend
 
         def run() -> list[jax.Array]:
-            cache = self.prefill()
-            return [self._extend(self.weights, cache, own) for own in slices]
+            kept = self.prefill() if cache is None else cache
+            return [extend(self.weights, kept, own) for own in slices]
 
         return run
 
@@ -194,8 +218,21 @@ def bench(
             }
             if alone:
                 runs["alone"] = request.alone()
+            cache = request.prefill()
+            masked = Request(
+                dataclasses.replace(STACKS[name], attention="dense"),
+                history,
+                candidates,
+                batch,
+            )
             for size in slices:
                 runs["cached", size] = request.cached(size)
+                runs["folded", size] = request.cached(size, folded=True)
+                runs["extend", size] = request.cached(size, cache=cache)
+                runs["extend, dense", size] = masked.cached(size, cache=cache)
+                runs["extend, folded", size] = request.cached(
+                    size, folded=True, cache=cache
+                )
                 runs["again", size] = (
                     runs["one stream"] if size == candidates else request.again(size)
                 )
@@ -218,6 +255,13 @@ def bench(
                     "prefill, ms": 1e3 * statistics.median(seconds["prefill"]),
                     "cached, ms": 1e3 * statistics.median(cached),
                     "least, ms": 1e3 * min(cached),
+                    "folded, ms": 1e3 * statistics.median(seconds["folded", size]),
+                    "extend / folded": paired_ratio(
+                        seconds["extend", size], seconds["extend, folded", size]
+                    ),
+                    "extend, dense / folded": paired_ratio(
+                        seconds["extend, dense", size], seconds["extend, folded", size]
+                    ),
                     "history with each slice / cached": paired_ratio(
                         seconds["again", size], cached
                     ),

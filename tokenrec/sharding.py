@@ -74,6 +74,18 @@ class Rules:
 RULES = Rules()
 
 
+def on_mesh(spec: PartitionSpec) -> PartitionSpec | None:
+    """The partition; None where no mesh is in use, as in an exported program."""
+    return None if jax.sharding.get_abstract_mesh().empty else spec
+
+
+def reshard[T](x: T, spec: PartitionSpec) -> T:
+    """`jax.sharding.reshard`; the array itself where no mesh is in use."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.sharding.reshard(x, spec)
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Build the explicit mesh `(data, fsdp, tensor)`.
 

@@ -101,6 +101,14 @@ class ModelSpec:
         """The same of the tasks that are evaluated, in the columns of their scores."""
         return evaluated_tasks(self.task_plans, self.config.data.auxiliary).plans
 
+    def param_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the dense weights, by name."""
+        _, leaves = _module_structure(self)
+        return {
+            _weight_name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for path, leaf in leaves
+        }
+
     def layout(
         self,
         events: int,

@@ -16,6 +16,7 @@ from tests.worlds import mesh_of, one_device
 from tokenrec.config import ModelConfig
 from tokenrec.errors import InputError
 from tokenrec.models.backbones.bfts import cached_positions
+from tokenrec.models.backbones.folded_extend import extend_folded
 from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.sharding import RULES
 
@@ -283,3 +284,76 @@ def test_the_benchmark_scores_alike_with_and_without_the_cache(tmp_path):
         InputError, match="--candidates 4 is no multiple of a slice of 3"
     ):
         prefix_cache.main([*sizes, "--slices", "3"])
+
+
+def folded(backbone, layout, x, events, candidates):
+    """Read-outs of the candidates, `[B, C, d]`, each beside the others."""
+    length, count = shared(layout), layout.candidates
+    one = dataclasses.replace(
+        layout,
+        candidates=1,
+        **{
+            name: getattr(layout, name)[layout.candidate < 1]
+            for name in (
+                "roles",
+                "index",
+                "reach",
+                "candidate",
+                "event",
+                "offset",
+                "static",
+            )
+        },
+        readout=layout.readout[: len(layout.readout) // count],
+    )
+
+    @jax.jit
+    def both(x, events):
+        cache, _ = backbone.prefill(x[:, :length], layout, events)
+        own = jnp.reshape(
+            x[:, length:],
+            (x.shape[0], count, -1, WIDTH),
+            out_sharding=RULES("batch", None, None, None),
+        )
+        return extend_folded(backbone, cache, own, one, events)[:, :, -1]
+
+    return both(x, events)
+
+
+@pytest.mark.parametrize(("tokens", "fused"), [(1, True), (3, False)])
+def test_folded_candidates_equal_a_stream_of_all(tokens, fused):
+    layout = stream(3, tokens, fused=fused)
+    backbone = build(stack("2F2S"))
+    arrays = inputs(layout, padded=False)
+    got = folded(backbone, layout, *arrays)
+    assert_same(got, uncached(backbone, layout, *arrays))
+    assert_same(got, cached(backbone, layout, *arrays)[1])
+
+
+@pytest.mark.parametrize("option", OPTIONS[:2], ids=str)
+def test_options_of_the_model_are_folded_likewise(option):
+    layout = dataclasses.replace(
+        stream(4, 2), discard=option.get("discard_static", True)
+    )
+    backbone = build(stack("1F1S", **option), layout)
+    arrays = inputs(layout, padded=False)
+    assert_same(folded(backbone, layout, *arrays), uncached(backbone, layout, *arrays))
+
+
+def test_a_mesh_folds_candidates_likewise():
+    layout = stream(3, 2)
+    arrays = inputs(layout, padded=False)
+    expected = np.asarray(uncached(build(stack("1F1S")), layout, *arrays))
+    with jax.set_mesh(mesh_of(2, 2, 2)):
+        got = folded(build(stack("1F1S")), layout, *inputs(layout, padded=False))
+    assert_same(got, expected)
+
+
+def test_folded_candidates_need_the_layout_of_one():
+    layout = stream(2)
+    backbone = build(stack("1F1S"))
+    x, events, _ = inputs(layout)
+    length = shared(layout)
+    cache, _ = backbone.prefill(x[:, :length], layout, events)
+    with pytest.raises(InputError, match="the layout has 2 candidates"):
+        extend_folded(backbone, cache, x[:, length:, None], layout, events)

@@ -28,10 +28,15 @@ from flax import nnx
 
 from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.block import ffn_width
-from tokenrec.models.backbones.ctr_inputs import MLP, mean_pool_events, split_stream
+from tokenrec.models.backbones.ctr_inputs import (
+    MLP,
+    CTRInputs,
+    mean_pool_events,
+    split_stream,
+)
 from tokenrec.models.backbones.din import ActivationUnit, pool_interests
 from tokenrec.ops.layers import Linear, split_keys
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, on_mesh
 from tokenrec.tokens.layout import Layout
 
 
@@ -79,22 +84,49 @@ class Branch(nnx.Module):
         # A split key, so that the streams of random numbers differ from those of the
         # tokens.
         (mlp_key,) = split_keys(key, 1)
-        inputs = split_stream(x, layout)
-        users, width = len(layout.positions_of("user")), x.shape[2]
-        if users:
-            shape, spec = (x.shape[0], 1, users, width), RULES("batch", *[None] * 3)
-            tokens = jnp.reshape(inputs.user, shape, out_sharding=spec)
-            inputs = inputs._replace(user=jnp.mean(tokens, axis=2))
-        parts = [
-            inputs.targets,
-            mean_pool_events(inputs, events),
-            readouts.astype(x.dtype),
-        ]
-        if self.unit is not None:
-            parts.append(pool_interests(self.unit, inputs, events))
+        inputs = mean_user(split_stream(x, layout), len(layout.positions_of("user")))
+        history = mean_pool_events(inputs, events)
+        interests = (
+            None if self.unit is None else pool_interests(self.unit, inputs, events)
+        )
+        return self.cross(inputs, history, readouts, interests, mlp_key)
+
+    def cross(
+        self,
+        inputs: CTRInputs,
+        history: jax.Array,
+        readouts: jax.Array,
+        interests: jax.Array | None,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """Cross what belongs to the request with the targets and their read-outs.
+
+        Args:
+          inputs: its user, `mean_user`, and its targets `[B, N, d]` are read.
+          history: mean of the earlier events, `[B, N or 1, d]`.
+          readouts: `[B, N, d]`, of the backbone, in any dtype.
+          interests: DIN's sum of the earlier events, `[B, N, d]`; None without.
+          key: `[B]`, PRNG keys of dropout; None in evaluation.
+
+        Returns:
+          `[B, N, d]` in the dtype of the targets.
+        """
+        parts = [inputs.targets, history, readouts.astype(inputs.targets.dtype)]
+        if interests is not None:
+            parts.append(interests)
         x_0 = inputs.concat_per_target(*parts)
         crossed = x_0
         for cross in self.crosses:
             crossed = x_0 * cross(crossed) + crossed
-        deep = self.deep(x_0, mlp_key)
+        deep = self.deep(x_0, key)
         return self.output(jnp.concatenate([crossed, deep], axis=2))
+
+
+def mean_user(inputs: CTRInputs, users: int) -> CTRInputs:
+    """Replace the concatenated user tokens by their mean, `[B, 1, d]`."""
+    if not users:
+        return inputs
+    batch, width = inputs.user.shape[0], inputs.targets.shape[2]
+    shape, spec = (batch, 1, users, width), RULES("batch", *[None] * 3)
+    tokens = jnp.reshape(inputs.user, shape, out_sharding=on_mesh(spec))
+    return inputs._replace(user=jnp.mean(tokens, axis=2))

@@ -37,7 +37,7 @@ from tokenrec.models.stream_layout import (
     user_token_count,
 )
 from tokenrec.ops.layers import Linear, dropout, flatten_tokens, split_keys, weight
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, on_mesh, reshard
 from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
 from tokenrec.tokens.embed import EntityFeatures
 from tokenrec.tokens.history import HistoryMaker, merge_entities
@@ -289,7 +289,7 @@ class Recommender(nnx.Module):
                 words = self._literal_tokens(next(literals), batch)[:, None]
                 shape = (words.shape[0], batch.weight.shape[1], *words.shape[2:])
                 spec = RULES("batch", None, None, None)
-                parts.append(jnp.broadcast_to(words, shape, out_sharding=spec))
+                parts.append(jnp.broadcast_to(words, shape, out_sharding=on_mesh(spec)))
             elif segment.kind == "title":
                 assert self.title is not None
                 parts.append(self.title(values, ids, self._dtype))
@@ -313,7 +313,7 @@ class Recommender(nnx.Module):
         """Give every stream the same tokens, `[n, d]` to `[B, n, d]`."""
         shape = (batch.valid.shape[0], *vectors.shape)
         # Not `broadcast_to` with `out_sharding`, which it drops where the batch is 1.
-        return jax.sharding.reshard(
+        return reshard(
             jnp.broadcast_to(vectors.astype(self._dtype), shape),
             RULES("batch", None, None),
         )

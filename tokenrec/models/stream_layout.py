@@ -134,6 +134,33 @@ def stream_layout(
     )
 
 
+def served_layout(
+    config: Config, schema: Schema, events: int, literals: Literals = ()
+) -> Layout:
+    """Lay out the stream of a request with one candidate, as `extend_folded` reads it.
+
+    A candidate of a model that was trained on streams (UC) is the state of the event
+    that follows the history: what it sees is what that state sees in a stream.
+
+    Args:
+      config: the config of a ranking run.
+      schema: features, without the excluded ones.
+      events: T of the history.
+      literals: token ids of the literal texts of the prompt.
+    """
+    if config.data.paradigm == "nio":
+        return stream_layout(config, schema, events, literals, candidates=1)
+    prefix, _ = _prompt_segments(config, schema, events, literals)
+    return make_layout(
+        prefix,
+        [StreamSegment.tokens("state", 1)],
+        events=events,
+        candidates=1,
+        readout="candidates",
+        discard_static=config.model.discard_static,
+    )
+
+
 def _prompt_segments(
     config: Config, schema: Schema, events: int, literals: Literals
 ) -> tuple[list[StreamSegment], list[StreamSegment]]:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, on_mesh, reshard
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -46,19 +46,19 @@ def contract(
     Returns:
       The product in the dtype of `x`.
     """
-    return jnp.einsum(
-        equation, x, gather_over_fsdp(w.astype(x.dtype)), out_sharding=spec
-    )
+    gathered = gather_over_fsdp(w.astype(x.dtype))
+    return jnp.einsum(equation, x, gathered, out_sharding=on_mesh(spec))
 
 
 def gather_over_fsdp(w: jax.Array) -> jax.Array:
     """Gather a weight `[...]` along the dimension that lies in shards over `fsdp`.
 
-    A differentiable all-gather; nothing happens where no dimension lies in shards.
+    A differentiable all-gather; nothing happens where no dimension lies in shards, or
+    no mesh is in use.
     """
     spec = jax.typeof(w).sharding.spec
     gathered = PartitionSpec(*(None if axis == RULES.embed else axis for axis in spec))
-    return w if gathered == spec else jax.sharding.reshard(w, gathered)
+    return w if gathered == spec else reshard(w, gathered)
 
 
 def _forward(
@@ -68,7 +68,7 @@ def _forward(
     # keeps its result, only where it is not wrapped in a function with a custom
     # derivative.
     gathered = gather_over_fsdp(w.astype(x.dtype))
-    return jnp.einsum(equation, x, gathered, out_sharding=spec), (x, w)
+    return jnp.einsum(equation, x, gathered, out_sharding=on_mesh(spec)), (x, w)
 
 
 def _backward(
@@ -84,7 +84,7 @@ def _backward(
         f"{y_axes},{w_axes}->{x_axes}",
         g,
         gather_over_fsdp(w.astype(x.dtype)),
-        out_sharding=jax.typeof(x).sharding.spec,
+        out_sharding=on_mesh(jax.typeof(x).sharding.spec),
     )
     # Laid out as the shard at once. XLA for TPU then scatters the sum; asked for the
     # whole gradient first, it does not.
@@ -95,7 +95,7 @@ def _backward(
         f"{first[0]},{second[0]}->{w_axes}",
         first[1],
         second[1],
-        out_sharding=jax.typeof(w).sharding.spec,
+        out_sharding=on_mesh(jax.typeof(w).sharding.spec),
         preferred_element_type=w.dtype,
     )
     return d_x, d_w

@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from tokenrec.ops.contract import contract
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, on_mesh
 
 
 def weight(
@@ -47,7 +47,7 @@ def constant(value: float, shape: Sequence[int], *axes: str | None) -> nnx.Param
       *axes: logical axis of each dimension, None for one that is not split.
     """
     return nnx.Param(
-        jnp.full(tuple(shape), value, jnp.float32, out_sharding=RULES(*axes))
+        jnp.full(tuple(shape), value, jnp.float32, out_sharding=on_mesh(RULES(*axes)))
     )
 
 
@@ -68,7 +68,9 @@ def draw_uniform(
     """
     # A uniform number in [-a, a] has variance a^2 / 3.
     limit = deviation * 3**0.5
-    return jax.random.uniform(key, shape, jnp.float32, -limit, limit, out_sharding=spec)
+    return jax.random.uniform(
+        key, shape, jnp.float32, -limit, limit, out_sharding=on_mesh(spec)
+    )
 
 
 class Linear(nnx.Module):
@@ -166,7 +168,7 @@ def flatten_tokens(x: jax.Array) -> jax.Array:
     """Join the middle axes, `[B, ..., d] -> [B, N, d]`."""
     shape = (x.shape[0], x.size // (x.shape[0] * x.shape[-1]), x.shape[-1])
     # JAX cannot tell by itself over which axis a batch of one is split.
-    return jnp.reshape(x, shape, out_sharding=RULES("batch", None, None))
+    return jnp.reshape(x, shape, out_sharding=on_mesh(RULES("batch", None, None)))
 
 
 def spec_of(x: jax.Array) -> PartitionSpec:

@@ -111,7 +111,7 @@ def parse_request(value: Any, limits: Limits) -> Request:
     """
     if not isinstance(value, dict):
         raise BadRequest(
-            f"request: {_short(value)} is not a JSON object; send one with the fields "
+            f"request: {short_repr(value)} is not a JSON object; send one with the fields "
             f"{', '.join(_REQUIRED)}"
         )
     for name in value:
@@ -131,7 +131,9 @@ def parse_request(value: Any, limits: Limits) -> Request:
         )
     version = value.get("user_version")
     if version is not None and not isinstance(version, str):
-        raise BadRequest(f"user_version: {_short(version)} is no text; send a string")
+        raise BadRequest(
+            f"user_version: {short_repr(version)} is no text; send a string"
+        )
     if version is not None and len(version) > limits.text:
         raise BadRequest(_too_long("user_version", len(version), limits.text))
     return Request(
@@ -161,7 +163,7 @@ def _columns(part: Any, name: str, limits: Limits, most: int) -> dict[str, Colum
         is_array = isinstance(values, np.ndarray) and values.ndim == 1
         if not is_array and not isinstance(values, list):
             raise BadRequest(
-                f"{where}: {_short(values)} is not a list; send one value per row"
+                f"{where}: {short_repr(values)} is not a list; send one value per row"
             )
         if len(values) > most:
             raise BadRequest(_too_long(where, len(values), most))
@@ -182,13 +184,13 @@ def _columns(part: Any, name: str, limits: Limits, most: int) -> dict[str, Colum
 def _part(part: Any, name: str, limits: Limits) -> dict[str, Any]:
     if not isinstance(part, dict):
         raise BadRequest(
-            f"{name}: {_short(part)} is not a JSON object; send columns by their names"
+            f"{name}: {short_repr(part)} is not a JSON object; send columns by their names"
         )
     if len(part) > limits.columns:
         raise BadRequest(_too_long(name, len(part), limits.columns, "columns"))
     for column in part:
         if not isinstance(column, str):
-            raise BadRequest(f"{name}: the name {_short(column)} is no text")
+            raise BadRequest(f"{name}: the name {short_repr(column)} is no text")
     return dict(part)
 
 
@@ -211,7 +213,7 @@ def _check_value(
         for inner in value:
             if isinstance(inner, (list, tuple, dict, np.ndarray)):
                 raise BadRequest(
-                    f"{place}: {_short(inner)} is a list within a list; send a list of "
+                    f"{place}: {short_repr(inner)} is a list within a list; send a list of "
                     "numbers or texts"
                 )
             _check_value(inner, place, limits)
@@ -228,7 +230,7 @@ def _check_value(
             f"{place}: {value} is not finite; send null where a value is missing"
         )
     raise BadRequest(
-        f"{place}: {_short(value)} is a {kind.__name__}; send a number, a text, null or "
+        f"{place}: {short_repr(value)} is a {kind.__name__}; send a number, a text, null or "
         "a list of them"
     )
 
@@ -272,7 +274,7 @@ def _time(value: Any, where: str) -> int:
     number = value.item() if isinstance(value, np.integer) else value
     if type(number) is not int or not -_INT64 <= number < _INT64:
         raise BadRequest(
-            f"{where}: {_short(value)} is not an int64; send whole milliseconds"
+            f"{where}: {short_repr(value)} is not an int64; send whole milliseconds"
         )
     return number
 
@@ -281,7 +283,7 @@ def _too_long(where: str, count: int, most: int, unit: str = "values") -> str:
     return f"{where}: has {count} {unit}, more than the limit of {most}; send fewer"
 
 
-def _short(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Show a value of a caller in a message, without all of a long one."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

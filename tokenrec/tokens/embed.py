@@ -134,19 +134,22 @@ class Embedder:
         Returns:
           Stack name -> its distinct rows; `inverses` of these are by part of the batch.
         """
-        unique_rows = {}
-        for name, stack in self.stacks.items():
-            rows_by_part = {}
-            for part, signals in self._signals(batch):
-                id_columns, offsets = self._stack_columns(part, stack)
-                ids = self._table_ids(part, signals.ids)[..., id_columns]
-                # A stack is several tables one after another; the offset is where a
-                # table begins.
-                rows_by_part[part] = ids + jnp.asarray(offsets, jnp.int32)
-            # All parts together: a row that two parts read is gathered and updated
-            # once.
-            unique_rows[name] = find_unique_rows(stack, rows_by_part)
-        return unique_rows
+        # All parts together: a row that two parts read is gathered and updated once.
+        return {
+            name: find_unique_rows(stack, self.stack_rows(stack, batch))
+            for name, stack in self.stacks.items()
+        }
+
+    def stack_rows(self, stack: Stack, batch: Batch) -> dict[str, jax.Array]:
+        """Rows of a stack that a batch reads: part -> `[B, ..., columns of the stack]`."""
+        rows_by_part = {}
+        for part, signals in self._signals(batch):
+            id_columns, offsets = self._stack_columns(part, stack)
+            ids = self._table_ids(part, signals.ids)[..., id_columns]
+            # A stack is several tables one after another; the offset is where a table
+            # begins.
+            rows_by_part[part] = ids + jnp.asarray(offsets, jnp.int32)
+        return rows_by_part
 
     def gather(
         self, stored: dict[str, jax.Array], unique_rows: dict[str, UniqueRows]

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from tokenrec.ops.layers import Linear, dropout, split_keys
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, on_mesh
 from tokenrec.tokens.layout import Layout, select_positions
 
 
@@ -53,7 +53,7 @@ class CTRInputs(NamedTuple):
         """
         shape, spec = self.targets.shape[:2], RULES("batch", None, None)
         broadcast = [
-            jnp.broadcast_to(x, (*shape, x.shape[2]), out_sharding=spec)
+            jnp.broadcast_to(x, (*shape, x.shape[2]), out_sharding=on_mesh(spec))
             for x in (self.user, *parts)
         ]
         return jnp.concatenate(broadcast, axis=2)
@@ -61,16 +61,37 @@ class CTRInputs(NamedTuple):
 
 def split_stream(x: jax.Array, layout: Layout) -> CTRInputs:
     """Split a stream `x: [B, S, d]` into user, events and targets."""
-    stream_positions = np.arange(layout.length)
+    flat_user, events = split_prefix(x, layout)
+    uc = not layout.candidates
+    before = np.tri(layout.events, k=-1, dtype=bool)
+    earlier = before if uc else np.ones((1, layout.events), bool)
+    # The read-outs of ranking are the targets: candidates in NIO, states in UC.
+    targets = select_positions(x, layout.readout, np.arange(layout.length))
+    return CTRInputs(flat_user, events, targets, earlier)
+
+
+def split_prefix(x: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Take the user and the events from a stream, or from its prefix alone.
+
+    Args:
+      x: `[B, n, d]`, all tokens of the layout or those of its prefix.
+      layout: layout of the whole stream.
+
+    Returns:
+      `[B, 1, M d]` and `[B, T, d]`, as in `CTRInputs`.
+    """
+    stream_positions = np.arange(x.shape[1])
     user = layout.positions_of("user")
     # `select_positions` needs at least one position.
     user_tokens = select_positions(x, user, stream_positions) if len(user) else x[:, :0]
     flat_user = jnp.reshape(
         user_tokens,
         (x.shape[0], 1, len(user) * x.shape[2]),
-        out_sharding=RULES("batch", None, None),
+        out_sharding=on_mesh(RULES("batch", None, None)),
     )
     states = layout.positions_of("state")
+    # In serving a candidate may be a state, which is no event of the history.
+    states = states[layout.candidate[states] < 0]
     if len(states):
         actions = layout.positions_of("action")
         # An interleaved event is the sum of its state and its action.
@@ -79,12 +100,7 @@ def split_stream(x: jax.Array, layout: Layout) -> CTRInputs:
         )
     else:
         events = select_positions(x, layout.positions_of("event"), stream_positions)
-    uc = not layout.candidates
-    before = np.tri(layout.events, k=-1, dtype=bool)
-    earlier = before if uc else np.ones((1, layout.events), bool)
-    # The read-outs of ranking are the targets: candidates in NIO, states in UC.
-    targets = select_positions(x, layout.readout, stream_positions)
-    return CTRInputs(flat_user, events, targets, earlier)
+    return flat_user, events
 
 
 def mean_pool_events(

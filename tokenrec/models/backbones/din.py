@@ -30,7 +30,7 @@ from tokenrec.models.backbones.ctr_inputs import MLP, CTRInputs, split_stream
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import Linear, constant, split_keys, weight
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, on_mesh
 from tokenrec.tokens.layout import Layout
 
 # Hidden units k of the activation unit.
@@ -59,7 +59,9 @@ class ActivationUnit(nnx.Module):
         from_events = contract("btd,dk->btk", events, kernel[0] + kernel[2], tokens)
         from_targets = contract("bnd,dk->bnk", targets, kernel[1] - kernel[2], tokens)
         scaled = targets[..., None] * kernel[3].astype(dtype)
-        from_products = jnp.einsum("btd,bndk->bntk", events, scaled, out_sharding=pairs)
+        from_products = jnp.einsum(
+            "btd,bndk->bntk", events, scaled, out_sharding=on_mesh(pairs)
+        )
         hidden = (
             from_products
             + from_events[:, None]

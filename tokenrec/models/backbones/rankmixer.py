@@ -31,7 +31,7 @@ from tokenrec.models.backbones.ctr_inputs import mean_pool_events, split_stream
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, split_keys, weight
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, on_mesh
 from tokenrec.tokens.layout import Layout
 
 # How many of the newest events each pooled history averages; None takes all.
@@ -144,7 +144,7 @@ class RankMixer(Backbone):
         # Zeros at the end make the parts equal where H does not divide the width of e.
         flat = jnp.pad(flat, ((0, 0), (0, 0), (0, -flat.shape[2] % self.tokens)))
         shape = (*flat.shape[:2], self.tokens, -1)
-        parts = jnp.reshape(flat, shape, out_sharding=RULES(*TOKEN_AXES))
+        parts = jnp.reshape(flat, shape, out_sharding=on_mesh(RULES(*TOKEN_AXES)))
         # 2. The blocks.
         x = self.tokenize(parts)
         block_outputs = []

@@ -117,8 +117,8 @@ class Attention(nnx.Module):
         Returns:
           Keys and values `[B, K, H, h]`.
         """
-        k = self._project(x, self.key)
-        v = self._project(x, self.value)
+        k = self.project(x, self.key)
+        v = self.project(x, self.value)
         # QK-norm has no learned scale here. It commutes with RoPE, which keeps norms.
         k = rms_normalize(k) if self.qk_norm else k
         return KeysValues(stream.rotate(k, positions), v)
@@ -143,7 +143,7 @@ class Attention(nnx.Module):
         Returns:
           `[B, Q, d]`.
         """
-        q = self._project(x, self.query)
+        q = self.project(x, self.query)
         q = rms_normalize(q) if self.qk_norm else q
         # `valid` covers the whole stream; attention reads it for the keys.
         stream_positions = np.arange(stream.layout.length)
@@ -160,7 +160,7 @@ class Attention(nnx.Module):
             "bqhk,hkd->bqd", attended, self.output[...], RULES("batch", None, None)
         )
 
-    def _project(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
+    def project(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
         """Project `[B, n, d]` to the heads, `[B, n, H, h]`."""
         return contract(
             "bsd,dhk->bshk", x, kernel[...], RULES("batch", None, "heads", None)

@@ -122,6 +122,9 @@ def _map_groups(
       The results, `[G, ...]`.
     """
     total = jax.tree.leaves(arrays)[0].shape[0]
+    if not isinstance(total, int):
+        # The symbolic batch of an exported program cannot be divided into groups.
+        return compute(*arrays)
     # The largest divisor of G that fits, so that all groups have one shape.
     group = 1
     for size in range(1, total + 1):

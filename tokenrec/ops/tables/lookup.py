@@ -34,6 +34,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tokenrec.sharding import on_mesh
+
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
@@ -140,7 +142,7 @@ def expand_rows(rows: jax.Array, inverse: jax.Array) -> jax.Array:
       inverse: `[...] int32`, which of them each id reads.
     """
     spec = PartitionSpec(*jax.typeof(inverse).sharding.spec, None)
-    return rows.at[inverse].get(mode="promise_in_bounds", out_sharding=spec)
+    return rows.at[inverse].get(mode="promise_in_bounds", out_sharding=on_mesh(spec))
 
 
 class RowsState(NamedTuple):
