@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -409,12 +411,15 @@ class Received(NamedTuple):
 class Live:
     """A state that knows one history."""
 
+    last_time_ms = 8
     history: Mapping[str, list[int]] = {"time_ms": [7, 8], "item_id": [1, 2]}
 
     def complete(self, request: Request) -> Request:
         return dataclasses.replace(request, history=dict(self.history))
 
     def receive(self, columns: Any) -> Received:
+        if "full" in columns:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if "event_id" not in columns:
             raise BadRequest("events: no column 'event_id'; send one")
         return Received(len(columns["event_id"]), 2)
@@ -447,8 +452,11 @@ def test_events_are_counted_or_refused(server: Served) -> None:
         "repeated": 2,
     }
     assert server.metrics.events.value() == 3
+    assert ask(server, "/v1/models").json["models"][0]["events_until_ms"] == 8
     assert "no column 'event_id'" in ask(server, "/v1/events", {"events": {}}).error[1]
     assert ask(server, "/v1/events", []).status == 400
+    full = ask(server, "/v1/events", {"events": {"full": []}})
+    assert (full.status, full.error[0]) == (503, "storage")
 
 
 JSON_VALUES = st.recursive(

@@ -93,6 +93,19 @@ def test_a_model_that_cannot_serve_leaves_the_old_one_and_is_reported_once(
     assert slot.last_load.outcome == "ok"
 
 
+def test_a_copy_of_the_model_that_serves_is_not_loaded(
+    link: Path, tmp_path: Path
+) -> None:
+    slot, _, _ = slot_of(link)
+    first = slot.model
+    point(link, write_artifact(tmp_path / "broken", -1.0))
+    assert slot.check()
+    point(link, write_artifact(tmp_path / "copy", 1.0))
+    assert not slot.check()
+    assert slot.model is first
+    assert (slot.last_load.name, slot.last_load.outcome) == ("copy", "ok")
+
+
 def test_a_link_that_is_gone_for_a_moment_changes_nothing(link: Path) -> None:
     slot, _, metrics = slot_of(link)
     first = link.resolve()
@@ -106,7 +119,7 @@ def test_a_link_that_is_gone_for_a_moment_changes_nothing(link: Path) -> None:
 def test_a_first_load_that_fails_raises(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="negative"):
         slot_of(write_artifact(tmp_path / "broken", -2.0))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match=r"no manifest\.json in it; make an artifact"):
         slot_of(tmp_path / "missing")
 
 

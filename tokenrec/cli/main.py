@@ -16,6 +16,7 @@ from tokenrec.cli import (
     verbs_launch,
     verbs_plan,
     verbs_run,
+    verbs_server,
     verbs_study,
 )
 from tokenrec.cli.failures import explain
@@ -76,6 +77,7 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
         verbs_init,
         verbs_data,
         verbs_run,
+        verbs_server,
         verbs_plan,
         verbs_launch,
         verbs_study,

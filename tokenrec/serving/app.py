@@ -205,7 +205,8 @@ class App:
             "tasks": list(scorer.tasks),
             "outputs": list(scorer.outputs),
             "ready_ms": model.ready_ms,
-            "takes_events": model.live is not None,
+            # What is sent after a swap: the events since then.
+            "events_until_ms": None if model.live is None else model.live.last_time_ms,
         }
         last = {
             "name": load.name,

@@ -64,6 +64,16 @@ def error_response(error: Exception) -> Response:
             failure = HttpError(
                 504, "deadline", f"{error}; send fewer requests, or wait longer"
             )
+        case OSError():
+            # A journal of events on a full disk, for one. The caller keeps its events.
+            _LOG.error("a file cannot be written: %s", error.strerror)
+            failure = HttpError(
+                503,
+                "storage",
+                f"server: {error.strerror}; make room where it keeps files, and send the "
+                "request again",
+                {"retry-after": "10"},
+            )
         case _:
             # Frames alone: the text of an error may hold values of the request.
             frames = "".join(traceback.format_tb(error.__traceback__))

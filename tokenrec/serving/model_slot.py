@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import logging
 import os
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tokenrec.errors import InputError
 from tokenrec.serving.prefix_store import PrefixStore
 from tokenrec.serving.server_metrics import ServerMetrics
 
@@ -102,11 +104,18 @@ class ModelSlot:
         self.path = path
         self._load, self._store, self._metrics = load, store, metrics
         self._target = read_target(path)
-        self.model = load(path.resolve(strict=True))
+        if self._target is None:
+            raise InputError(
+                f"--model '{path}': there is no {MANIFEST} in it; make an artifact with "
+                "`tokenrec export`"
+            )
+        folder = Path(self._target[0])
+        self._manifest = _digest_manifest(folder)
+        self.model = load(folder)
         self._record("ok", self.model.path, "")
 
     def check(self) -> bool:
-        """Load what the path leads to, if that has changed; return whether it did.
+        """Load what the path leads to, if it is another artifact; return whether it is.
 
         A failure leaves the model in place, and is reported. It is not tried again until
         the path leads elsewhere.
@@ -118,6 +127,11 @@ class ModelSlot:
         self._target = target
         folder = Path(target[0])
         try:
+            manifest = _digest_manifest(folder)
+            if manifest == self._manifest:
+                # The artifact that serves, in another place or back again.
+                self._record("ok", folder, "")
+                return False
             model = self._load(folder)
         except Exception as error:  # noqa: BLE001 - the old model goes on to serve
             self._record("failed", folder, f"{type(error).__name__}: {error}")
@@ -128,7 +142,7 @@ class ModelSlot:
                 error,
             )
             return True
-        old, self.model = self.model, model
+        old, self.model, self._manifest = self.model, model, manifest
         self._record("ok", model.path, "")
         _LOG.info("%s serves in place of %s", model.path, old.path.name)
         self._store.drop_model(old.name)
@@ -179,6 +193,11 @@ def read_target(path: Path) -> Target | None:
     except OSError:
         return None
     return (str(folder), status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def _digest_manifest(folder: Path) -> bytes:
+    """Digest of the file that holds the digests of all files of an artifact."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).digest()
 
 
 def _now_ms() -> int:

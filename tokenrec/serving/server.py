@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -73,7 +74,7 @@ def serve(options: ServerOptions, load: Callable[[Path], ServedModel]) -> None:
     _log_to_stderr()
     with _ends_at_sigterm(), _bound(options.host, options.port) as listener:
         metrics = ServerMetrics()
-        store: PrefixStore[object] = PrefixStore(options.cache_bytes)
+        store: PrefixStore[Any] = PrefixStore(options.cache_bytes)
         slot = ModelSlot(options.model, load, store, metrics)
         batcher = Batcher(store, metrics, options.batch)
         app = App(slot, batcher, metrics, options.limits)
