@@ -13,7 +13,6 @@ of prefixes, live histories, swapping models in place, and limits on clients.
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,29 +23,13 @@ from ray import serve
 from ray.serve import Application
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
-from tokenrec.serving.scorer import open_artifact
 
-from tokenrec.serving.golden import replay_golden
+from tokenrec.serving.batch_plan import BatchLimits
+from tokenrec.serving.load_model import ModelLoader
+from tokenrec.serving.model_slot import ServedModel
 from tokenrec.serving.request import BadRequest, Limits, parse_request
 
 MAX_BATCH = 16
-BATCHES = (1, 2, 4, 8, MAX_BATCH)
-
-
-def open_scorer(model: str, candidates: tuple[int, ...]) -> Any:
-    """Open an artifact, compile its programs, and compare its golden scores.
-
-    Args:
-      model: folder of the artifact, on every node.
-      candidates: numbers of candidates to which requests are padded.
-
-    Raises:
-      InputError: the artifact cannot serve. Ray sends no requests to such a replica.
-    """
-    scorer = open_artifact(Path(model))
-    scorer.warm(BATCHES, candidates)
-    replay_golden(scorer, scorer.artifact.golden(), MAX_BATCH, Limits())
-    return scorer
 
 
 @serve.deployment(max_ongoing_requests=4 * MAX_BATCH)
@@ -54,11 +37,13 @@ class Ranker:
     """A replica: one model on one device.
 
     Args:
-      make_scorer: opens and warms the scorer, in the process of the replica.
+      load: opens, warms and checks an artifact. Ray sends no requests to a replica in
+        which it raises.
+      model: folder of the artifact, on every node.
     """
 
-    def __init__(self, make_scorer: Callable[[], Any]) -> None:
-        self._scorer = make_scorer()
+    def __init__(self, load: Callable[[Path], ServedModel], model: str) -> None:
+        self._scorer = load(Path(model)).scorer
         # A scorer takes calls from one thread. The event loop collects the next batch
         # meanwhile.
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
@@ -111,9 +96,6 @@ def build_app(args: dict[str, Any]) -> Application:
     """Build the application from the arguments of `serve run` or of the YAML file.
 
     Args:
-      args: "model", folder of the artifact; "candidates", numbers of candidates that are
-        compiled, such as "32,128,512".
+      args: "model", folder of the artifact.
     """
-    sizes = str(args.get("candidates", "32,128,512"))
-    candidates = tuple(int(size) for size in sizes.split(","))
-    return Ranker.bind(functools.partial(open_scorer, args["model"], candidates))
+    return Ranker.bind(ModelLoader(BatchLimits(MAX_BATCH), Limits()), args["model"])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from tests.launch.conftest import SERVING, TPU_VM, Launch
+from tokenrec.cli.main import build_parsers
+from tokenrec.launch.server_job import DRAIN_SECONDS, PORT
 
 DRY = ("--dry-run",)
 BUCKET = {"model": "gs://my-bucket/ranker/v1"}
@@ -95,14 +99,32 @@ def test_pods_serve_the_artifact_to_the_cluster(launch: Launch) -> None:
     ]
 
 
-def test_flags_of_the_server_are_handed_on(launch: Launch) -> None:
+def test_the_parser_of_the_server_takes_the_command(launch: Launch) -> None:
     given = {"max_candidates": "500", "max_batch": "8", "cache_mb": "1000"}
     _, out, _ = launch(*DRY, **SERVING | given)
-    assert command(out)[-3:] == [
-        "--max-candidates=500",
-        "--max-batch=8",
-        "--cache-mb=1000",
-    ]
+    args = build_parsers()[0].parse_args(command(out)[1:])
+    assert (args.model, args.host, args.port) == (
+        *(Path("/models/ranker"), "0.0.0.0"),
+        PORT,
+    )
+    assert args.compile_cache == Path("/cache")
+    assert (args.max_candidates, args.max_batch, args.cache_mb) == (500, 8, 1000)
+
+
+def test_limits_that_are_not_given_are_those_of_the_server(launch: Launch) -> None:
+    _, out, _ = launch(*DRY, **SERVING)
+    parser = build_parsers()[0]
+    args = vars(parser.parse_args(command(out)[1:]))
+    bare = vars(parser.parse_args(["serve", "--model=/models/ranker"]))
+    differing = {name for name in bare if args[name] != bare[name]}
+    assert differing == {"host", "compile_cache"}
+
+
+def test_the_grace_period_holds_the_drain_of_the_server() -> None:
+    pytest.importorskip("uvicorn")
+    from tokenrec.serving.server import ServerOptions
+
+    assert ServerOptions(Path()).drain_seconds == DRAIN_SECONDS
 
 
 def test_the_name_is_that_of_the_artifact_unless_one_is_given(launch: Launch) -> None:
