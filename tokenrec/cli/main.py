@@ -17,6 +17,7 @@ from tokenrec.cli import (
     verbs_plan,
     verbs_run,
     verbs_server,
+    verbs_serving,
     verbs_study,
 )
 from tokenrec.cli.failures import explain
@@ -77,6 +78,7 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
         verbs_init,
         verbs_data,
         verbs_run,
+        verbs_serving,
         verbs_server,
         verbs_plan,
         verbs_launch,
