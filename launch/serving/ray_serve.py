@@ -4,10 +4,10 @@
     serve run --working-dir launch/serving ray_serve:build_app model=/models/ranker/v1
     serve deploy launch/serving/ray_serve.yaml          # on a cluster
 
-A request is the JSON of `POST /v1/score` of `tokenrec serve`, and the scores are the
-same: both encode, batch and compute with `tokenrec.serving`. What Ray Serve brings is
-replicas, scaling and routing. What `tokenrec serve` has and this file does not: the cache
-of prefixes, live histories, swapping models in place, and limits on clients.
+A request is the JSON of docs/guides/serving.md, as `tokenrec serve` takes it, and the
+scores are the same: both encode, check and compute with `tokenrec.serving`. What Ray Serve
+brings is replicas, scaling and routing. What `tokenrec serve` has and this file does not:
+the cache of prefixes, live histories, swapping models in place, and limits on clients.
 """
 
 from __future__ import annotations
