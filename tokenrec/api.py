@@ -199,17 +199,28 @@ def compile(
 
 def load(
     workdir: str | Path, checkpoint: str = "best", *, data: str | Path | None = None
-) -> LoadedRun:
-    """Load a trained run.
+) -> LoadedRun | Any:
+    """Load a trained run, or an artifact that `tokenrec export` wrote.
 
     Args:
-      workdir: folder of the run.
-      checkpoint: "best", "latest" or a step.
-      data: folder of the data set, if it has moved.
+      workdir: folder of the run, or of the artifact.
+      checkpoint: of a run: "best", "latest" or a step.
+      data: of a run: folder of the data set, if it has moved.
+
+    Returns:
+      A `LoadedRun`; of an artifact a `tokenrec.serving.loaded.LoadedArtifact`, whose
+      `score(requests)` needs no data set.
 
     Raises:
-      InputError: there is no such run or checkpoint, or the data set does not fit it.
+      InputError: there is no such run or checkpoint, the data set does not fit it, or
+        the artifact is damaged.
     """
+    from tokenrec.serving.artifact import is_artifact
+
+    if is_artifact(as_path(workdir)):
+        from tokenrec.serving.loaded import LoadedArtifact
+
+        return LoadedArtifact(as_path(workdir))
     import jax
 
     from tokenrec.checkpoint.run_folder import load_run_config, open_run

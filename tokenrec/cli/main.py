@@ -15,7 +15,7 @@ from tokenrec.cli import (
     verbs_init,
     verbs_plan,
     verbs_run,
-    verbs_server,
+    verbs_serving,
     verbs_study,
 )
 from tokenrec.cli.failures import explain
@@ -76,7 +76,7 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
         verbs_init,
         verbs_data,
         verbs_run,
-        verbs_server,
+        verbs_serving,
         verbs_plan,
         verbs_study,
     ):

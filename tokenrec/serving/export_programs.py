@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.config.backbones import BACKBONES, reads_event_ages
+from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.data.schema import columns
 from tokenrec.errors import InputError
@@ -144,7 +145,7 @@ class _Parts:
         )
         self._ages = reads_event_ages(model.config.model)
         self._query = any(
-            segment.kind == "query" for segment in _module_of_shapes(model).segments
+            segment.kind == "query" for segment in parse_prompt(model.config)
         )
         self._layout = served_layout(
             model.config, model.schema, self._events, model.literals
@@ -294,10 +295,6 @@ def weight_shapes(model: ModelSpec) -> Weights:
         for name, stack in model.embedder.stacks.items()
     }
     return {"params": model.param_shapes(), "tables": tables}
-
-
-def _module_of_shapes(model: ModelSpec) -> Recommender:
-    return bind_params(model, model.param_shapes())
 
 
 def _signal_shapes(

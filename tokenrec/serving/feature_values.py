@@ -99,7 +99,7 @@ class FeatureEncoder:
         return out
 
 
-def _numbers(values: Column | Sequence[Any], where: str) -> np.ndarray:
+def _numbers(values: Column, where: str) -> np.ndarray:
     """Convert numbers to float32, NaN where null."""
     if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
         exact = values.astype(np.float64)
@@ -125,7 +125,7 @@ def _numbers(values: Column | Sequence[Any], where: str) -> np.ndarray:
     return numbers
 
 
-def _codes(f: Feature, codes: Sequence[Any], where: str) -> np.ndarray:
+def _codes(f: Feature, codes: Sequence[Any] | np.ndarray, where: str) -> np.ndarray:
     """Ids of a semantic id: each level has a range of its own, as in `prepare`."""
     ids = np.zeros(f.length, np.int32)
     for level, code in enumerate(codes):

@@ -110,10 +110,10 @@ class Scorer:
         self.outputs: tuple[str, ...] = tuple(manifest["outputs"])
         self.has_prefix = "prefill" in manifest["programs"]
         self.compiles = 0
-        self.batch_buckets = BATCH_BUCKETS
+        self.batch_buckets: tuple[int, ...] = BATCH_BUCKETS
         # Without a prefix, streams have the number of candidates of training.
         self._fixed: int = manifest["candidates"]
-        self.candidate_buckets = (
+        self.candidate_buckets: tuple[int, ...] = (
             CANDIDATE_BUCKETS if self.has_prefix else (self._fixed,)
         )
         self._encoder = Encoder(artifact, allow_missing)

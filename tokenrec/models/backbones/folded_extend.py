@@ -18,6 +18,7 @@ and the output of a layer, P cached tokens of the prefix, H heads of width h, d 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -198,9 +199,9 @@ def _attend(
       sees_own: `[m, n] bool`; every token sees at least itself.
     """
     q, k, v = (_by_head(x) for x in (q * q.shape[-1] ** -0.5, *own))
-    float32 = {"preferred_element_type": jnp.float32}
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     # 1. Logits: of the prefix for the tokens of all candidates in one product per head.
-    past_logits = jnp.einsum("bhcmd,bphd->bhcmp", q, past.keys, **float32)
+    past_logits = einsum("bhcmd,bphd->bhcmp", q, past.keys)
     past_logits = jnp.where(sees_past[:, None, None], past_logits, MASKED)
     own_logits = jnp.where(sees_own, _pair_products(q, k), MASKED)
     # 2. One softmax over both parts, which are never concatenated.
@@ -215,15 +216,11 @@ def _attend(
     )
     # 3. Weighted sums of the values.
     dtype = v.dtype
-    sums = jnp.einsum(
-        "bhcmp,bphd->bhcmd", past_weights.astype(dtype), past.values, **float32
-    )
+    sums = einsum("bhcmp,bphd->bhcmd", past_weights.astype(dtype), past.values)
     if sees_own.shape == (1, 1):
         sums += own_weights * v
     else:
-        sums += jnp.einsum(
-            "bhcmn,bhcnd->bhcmd", own_weights.astype(dtype), v, **float32
-        )
+        sums += einsum("bhcmn,bhcnd->bhcmd", own_weights.astype(dtype), v)
     return jnp.moveaxis((sums / total).astype(dtype), 1, 3)
 
 
