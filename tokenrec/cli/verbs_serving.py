@@ -48,7 +48,6 @@ def add_model_flags(
     parser.add_argument(
         "--allow-missing",
         type=names,
-        default=(),
         metavar="FEATURES",
         help="features whose columns requests may leave out, separated by commas; any "
         "other missing column is an error",
@@ -140,7 +139,7 @@ def _score(args: argparse.Namespace) -> None:
     from tokenrec.serving.score_file import score_file
     from tokenrec.serving.scorer import open_artifact
 
-    scorer = open_artifact(args.model, allow_missing=args.allow_missing)
+    scorer = open_artifact(args.model, allow_missing=args.allow_missing or ())
     rows = score_file(scorer, args.requests, args.out)
     print(f"{args.out}: {rows:,} rows")
 
