@@ -425,20 +425,25 @@ class Live:
         return Received(len(columns["event_id"]), 2)
 
 
-def test_without_a_history_the_state_of_the_server_gives_it(server: Served) -> None:
+def test_a_request_may_ask_for_the_history_that_the_server_keeps(
+    server: Served,
+) -> None:
+    live = ask(server, "/v1/score", body_of(4) | {"history": "live"})
+    assert (live.status, live.error[0]) == (409, "no_counters")
     model = dataclasses.replace(server.slot.model, live=Live())
     server.slot.model = model
-    body = body_of(4)
+    body = body_of(4) | {"history": "live"}
     completed = dataclasses.replace(request_of(4), history=dict(Live.history))
-    del body["history"]
     live = ask(server, "/v1/score", body)
     assert live.json["history"] == "live"
     np.testing.assert_array_equal(scores_of(live), server.scorer.expected(completed))
-    # An empty history is that of a new user.
-    new = ask(server, "/v1/score", body | {"history": {}})
-    assert new.json["history"] == "request"
+    # Without a history, or with an empty one, the user is new: it is never guessed.
     empty = dataclasses.replace(request_of(4), history={})
-    np.testing.assert_array_equal(scores_of(new), server.scorer.expected(empty))
+    for change in ({}, {"history": {}}):
+        new_user = {name: v for name, v in body.items() if name != "history"} | change
+        new = ask(server, "/v1/score", new_user)
+        assert new.json["history"] == "request"
+        np.testing.assert_array_equal(scores_of(new), server.scorer.expected(empty))
 
 
 def test_events_are_counted_or_refused(server: Served) -> None:

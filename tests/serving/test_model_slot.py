@@ -17,7 +17,6 @@ from tokenrec.errors import InputError
 from tokenrec.serving.golden import replay_golden
 from tokenrec.serving.model_slot import ModelSlot, ServedModel, ready
 from tokenrec.serving.prefix_store import PrefixStore
-from tokenrec.serving.request import Limits
 from tokenrec.serving.server_metrics import ServerMetrics
 
 
@@ -140,7 +139,7 @@ class WithArtifact(ArithmeticScorer):
 @pytest.mark.parametrize("has_prefix", [True, False])
 def test_golden_requests_are_scored_in_batches(has_prefix: bool) -> None:
     scorer = WithArtifact(has_prefix=has_prefix)
-    assert replay_golden(scorer, golden_of(scorer, 7), 4, Limits()) == 7
+    assert replay_golden(scorer, golden_of(scorer, 7), 4, 1e-6) == 7
     assert [len(sizes) for _, sizes in scorer.calls if _ != "prefill"] == [4, 3]
 
 
@@ -156,9 +155,9 @@ def test_a_golden_score_that_differs_is_named(change: float, words: str) -> None
     golden = golden_of(scorer, 7)
     golden[5][1][0][1] += change
     with pytest.raises(InputError, match=words):
-        replay_golden(scorer, golden, 4, Limits())
+        replay_golden(scorer, golden, 4, 1e-6)
     golden[5][1][0][1] = float(scorer.expected(request_of(5))[0, 1]) + 5e-7
-    assert replay_golden(scorer, golden, 4, Limits()) == 7
+    assert replay_golden(scorer, golden, 4, 1e-6) == 7
 
 
 def test_lost_golden_scores_and_none_at_all_are_errors() -> None:
@@ -166,8 +165,8 @@ def test_lost_golden_scores_and_none_at_all_are_errors() -> None:
     golden = golden_of(scorer, 2)
     golden[1][1].append([0.0, 0.0])
     with pytest.raises(InputError, match=r"golden request 1: \("):
-        replay_golden(scorer, golden, 4, Limits())
+        replay_golden(scorer, golden, 4, 1e-6)
     with pytest.raises(InputError, match="no golden request"):
-        replay_golden(scorer, [], 4, Limits())
+        replay_golden(scorer, [], 4, 1e-6)
     expected = scorer.expected(request_of(0))
     assert np.isfinite(expected).all()

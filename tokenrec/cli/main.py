@@ -16,7 +16,6 @@ from tokenrec.cli import (
     verbs_launch,
     verbs_plan,
     verbs_run,
-    verbs_server,
     verbs_serving,
     verbs_study,
 )
@@ -79,7 +78,6 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
         verbs_data,
         verbs_run,
         verbs_serving,
-        verbs_server,
         verbs_plan,
         verbs_launch,
         verbs_study,

@@ -34,7 +34,13 @@ from tokenrec.serving.http_io import (
 )
 from tokenrec.serving.model_slot import ModelSlot, ServedModel
 from tokenrec.serving.prometheus import CONTENT_TYPE
-from tokenrec.serving.score_request import Prepared, answer, parse_json, prepare
+from tokenrec.serving.score_request import (
+    Prepared,
+    answer,
+    no_counters,
+    parse_json,
+    prepare,
+)
 from tokenrec.serving.server_metrics import ServerMetrics
 
 _TIMEOUT_HEADER = b"x-timeout-ms"
@@ -169,13 +175,7 @@ class App:
         check_json(scope)
         model = self._slot.model
         if model.live is None:
-            raise HttpError(
-                409,
-                "no_counters",
-                "events: the artifact has no counters to keep up to date; send history "
-                "and statistics with each request, or export a run that has them",
-                {"connection": "close"},
-            )
+            raise no_counters("events")
         async with self._reader.read(scope, receive) as body:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(

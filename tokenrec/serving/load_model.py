@@ -51,8 +51,9 @@ class ModelLoader:
             candidate_sizes(min(self.batch.candidates, self.limits.candidates)),
         )
         warmed = time.monotonic()
+        artifact = scorer.artifact
         count = replay_golden(
-            scorer, scorer.artifact.golden(), self.batch.batch, self.limits
+            scorer, artifact.golden(), self.batch.batch, artifact.manifest["tolerance"]
         )
         live = self._open_live(scorer)
         _LOG.info(

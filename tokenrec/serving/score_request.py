@@ -16,6 +16,9 @@ from tokenrec.serving.request import BadRequest, Limits, Request, parse_request
 # Characters of a digest that name a model in a request; fewer could name two.
 _MIN_DIGEST = 8
 
+# A history of this value stands for the one that the server keeps.
+LIVE = "live"
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -51,7 +54,7 @@ def parse_json(body: Buffer) -> Any:
 
 
 def prepare(value: Any, model: ServedModel, limits: Limits) -> Prepared:
-    """Check a request, fill it from the live state if it has no history, encode it.
+    """Check a request, fill it from the live state if it asks for that, encode it.
 
     Args:
       value: the request as JSON was read.
@@ -60,17 +63,33 @@ def prepare(value: Any, model: ServedModel, limits: Limits) -> Prepared:
 
     Raises:
       BadRequest: the request cannot be scored.
-      HttpError: it asks for another model.
+      HttpError: it asks for another model, or for a live state that there is not.
     """
     is_live = False
     if isinstance(value, dict):
         _check_model(value.pop("model", None), model)
-        is_live = model.live is not None and "history" not in value
+        # Never guessed: a caller that forgets its history must not get another one.
+        is_live = isinstance(value.get("history"), str) and value["history"] == LIVE
+    if is_live:
+        if model.live is None:
+            raise no_counters("history")
+        del value["history"]
     request = parse_request(value, limits)
     if is_live:
         request = model.live.complete(request)
     return Prepared(
-        model.scorer.encode(request), _user(request), "live" if is_live else "request"
+        model.scorer.encode(request), _user(request), LIVE if is_live else "request"
+    )
+
+
+def no_counters(field: str) -> HttpError:
+    """Return the error of a request that needs a live state where there is none."""
+    return HttpError(
+        409,
+        "no_counters",
+        f"{field}: the artifact has no counters to keep up to date; send history and "
+        "statistics with each request, or export a run that has them",
+        {"connection": "close"},
     )
 
 
