@@ -9,7 +9,7 @@ import yaml
 
 from tests.launch.conftest import SERVING, TPU_VM, Launch
 from tokenrec.cli.main import build_parsers
-from tokenrec.launch.server_job import DRAIN_SECONDS, PORT
+from tokenrec.launch.server_job import DRAIN_SECONDS, PORT, SERVER_LIMITS
 
 DRY = ("--dry-run",)
 BUCKET = {"model": "gs://my-bucket/ranker/v1"}
@@ -100,7 +100,8 @@ def test_pods_serve_the_artifact_to_the_cluster(launch: Launch) -> None:
 
 
 def test_the_parser_of_the_server_takes_the_command(launch: Launch) -> None:
-    given = {"max_candidates": "500", "max_batch": "8", "cache_mb": "1000"}
+    given = {name.replace("-", "_"): "500" for name in SERVER_LIMITS}
+    given["allow_missing"] = "age,store_id"
     _, out, _ = launch(*DRY, **SERVING | given)
     args = build_parsers()[0].parse_args(command(out)[1:])
     assert (args.model, args.host, args.port) == (
@@ -108,7 +109,8 @@ def test_the_parser_of_the_server_takes_the_command(launch: Launch) -> None:
         PORT,
     )
     assert args.compile_cache == Path("/cache")
-    assert (args.max_candidates, args.max_batch, args.cache_mb) == (500, 8, 1000)
+    assert {vars(args)[name.replace("-", "_")] for name in SERVER_LIMITS} == {500}
+    assert args.allow_missing == ("age", "store_id")
 
 
 def test_limits_that_are_not_given_are_those_of_the_server(launch: Launch) -> None:

@@ -16,6 +16,7 @@ from tokenrec.cli.arguments import (
 )
 from tokenrec.cli.parser import Parser, add_verb
 from tokenrec.errors import InputError
+from tokenrec.launch.server_job import SERVER_LIMITS
 
 if TYPE_CHECKING:
     from tokenrec.cli.parser import VerbParsers
@@ -169,12 +170,17 @@ def _add_serving_flags(group: FlagHolder) -> None:
         help="PersistentVolumeClaim that keeps compiled programs, written by all "
         "servers (default: a folder that lives as long as its pod)",
     )
-    for flag in ("max-candidates", "max-batch", "cache-mb"):
+    for flag in SERVER_LIMITS:
         group.add_argument(
             f"--{flag}",
             type=whole_number,
             help=f"--{flag} of `tokenrec serve` (default: its default)",
         )
+    group.add_argument(
+        "--allow-missing",
+        metavar="FEATURES",
+        help="--allow-missing of `tokenrec serve` (default: no feature)",
+    )
 
 
 def _defaults(group: argparse._ArgumentGroup) -> dict[str, object]:
@@ -272,9 +278,8 @@ def _launch_servers(args: argparse.Namespace) -> None:
         topology=args.topology,
         compile_cache_claim=args.compile_cache_claim,
         grace_seconds=args.grace_seconds,
-        max_candidates=args.max_candidates,
-        max_batch=args.max_batch,
-        cache_mb=args.cache_mb,
+        limits={flag: getattr(args, flag.replace("-", "_")) for flag in SERVER_LIMITS},
+        allow_missing=args.allow_missing,
     )
     text = server_manifests.manifests(
         job,

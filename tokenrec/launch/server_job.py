@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from tokenrec.errors import InputError
@@ -36,6 +37,9 @@ LEAVE_SECONDS = 5
 DRAIN_SECONDS = 30
 # Seconds from that decision until the process is killed.
 GRACE_SECONDS = 60
+
+# Flags of `tokenrec serve` that `tokenrec launch` hands on.
+SERVER_LIMITS = ("max-candidates", "max-history", "max-batch", "queue", "cache-mb")
 
 # The longest names that are derived from a job's: those of pods, with the hash of the
 # ReplicaSet and five characters, and that of the headless Service.
@@ -144,9 +148,8 @@ def plan_server(
     topology: str | None,
     compile_cache_claim: str | None,
     grace_seconds: int | None,
-    max_candidates: int | None,
-    max_batch: int | None,
-    cache_mb: int | None,
+    limits: Mapping[str, int | None],
+    allow_missing: str | None,
 ) -> ServerJob:
     """Check the arguments of `tokenrec launch --target serving`, and build the job.
 
@@ -163,9 +166,9 @@ def plan_server(
       topology: TPU slice of a pod, such as "v5e:1x1"; None: no TPU.
       compile_cache_claim: see `ServerJob`.
       grace_seconds: see `ServerJob`; None: `GRACE_SECONDS`.
-      max_candidates: flag of `tokenrec serve`; None: its default.
-      max_batch: flag of `tokenrec serve`; None: its default.
-      cache_mb: flag of `tokenrec serve`; None: its default.
+      limits: flags of `tokenrec serve` that are numbers, by their names of `SERVER_LIMITS`;
+        None: its default.
+      allow_missing: flag of `tokenrec serve`; None: no feature.
 
     Raises:
       InputError: the servers cannot run, or Kubernetes would refuse them.
@@ -175,7 +178,7 @@ def plan_server(
     if compile_cache_claim is not None:
         check_label("compile_cache_claim", compile_cache_claim)
     _check_replicas(replicas, max_replicas, on_accelerator=gpu or topology is not None)
-    _check_memory(cpus, memory, cache_mb)
+    _check_memory(cpus, memory, limits["cache-mb"])
     return ServerJob(
         name=check_label("name", label, _LONGEST_NAME),
         image=check_image(image, DOCKERFILE),
@@ -189,14 +192,13 @@ def plan_server(
         slice=_parse_device(topology, gpu),
         compile_cache_claim=compile_cache_claim,
         grace_seconds=_check_grace(grace_seconds),
-        options=tuple(
-            f"--{flag}={value}"
-            for flag, value in (
-                ("max-candidates", max_candidates),
-                ("max-batch", max_batch),
-                ("cache-mb", cache_mb),
-            )
-            if value is not None
+        options=(
+            *(
+                f"--{flag}={value}"
+                for flag, value in limits.items()
+                if value is not None
+            ),
+            *([] if allow_missing is None else [f"--allow-missing={allow_missing}"]),
         ),
     )
 
