@@ -190,7 +190,7 @@ class Scorer:
             predictions = np.asarray(found["predictions"])
             for row, (place, _, encoded) in enumerate(part):
                 scores[place].append(predictions[row, : encoded.candidates])
-        return [_concatenate(parts) for parts in scores]
+        return [self._concatenate(parts) for parts in scores]
 
     def score(self, requests: Sequence[Encoded]) -> list[np.ndarray]:
         """Score whole requests, `[C, O] float32` of each."""
@@ -216,7 +216,7 @@ class Scorer:
             predictions = np.asarray(found["predictions"])
             for row, (place, encoded) in enumerate(part):
                 scores[place].append(predictions[row, : encoded.candidates])
-        return [_concatenate(parts) for parts in scores]
+        return [self._concatenate(parts) for parts in scores]
 
     def warm(
         self,
@@ -251,6 +251,12 @@ class Scorer:
                 )
                 self.extend([(prefix, filled) for prefix in prefixes])
         return self.compiles - before
+
+    def _concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Join the scores of the slices of a request, which may have no candidate."""
+        empty = np.empty((0, len(self.outputs)), np.float32)
+        # A copy too: a view would keep the scores of other requests in memory.
+        return np.concatenate([empty, *parts])
 
     def _check_prefix(self) -> None:
         if not self.has_prefix:
@@ -351,8 +357,3 @@ def _targets(requests: Sequence[Encoded], count: int) -> Arrays:
         ids.append(encoded.target_ids[rows])
         dense.append(encoded.target_dense[rows])
     return {"target_ids": np.stack(ids), "target_dense": np.stack(dense)}
-
-
-def _concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
-    # A copy too: a view would keep the scores of other requests in memory.
-    return np.concatenate(parts)
