@@ -250,7 +250,7 @@ def test_retrieval_is_refused():
 
 def test_another_platform_is_named(artifact, monkeypatch):
     monkeypatch.setattr(
-        "tokenrec.serving.scorer._program_platform", lambda device: "tpu"
+        "tokenrec.serving.scorer.program_platform", lambda device: "tpu"
     )
     with pytest.raises(InputError, match="exported for cpu, and this process"):
         open_artifact(artifact, check=False)
