@@ -51,7 +51,7 @@ def predicted(config, batch):
         state = init_state(model, 0)
         params = {
             name: jax.device_put(value, state.params[name].sharding)
-            for name, value in noisy(state.params).items()
+            for name, value in noisy(state.params, 0.1).items()
         }
         state = dataclasses.replace(state, params=params)
         step = jax.jit(functools.partial(eval_step, model))
