@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import subprocess
@@ -23,6 +24,8 @@ pytest.importorskip("flatbuffers", reason="needs the extra serving")
 from tests.serving.arithmetic_server import Running, running
 from tests.serving.test_model_slot import point
 from tokenrec.cli.main import main
+from tokenrec.serving.live_state import LiveState
+from tokenrec.serving.request import Limits, parse_request
 
 SERVE = """
 import sys
@@ -62,6 +65,34 @@ def check_scores(server: Running, golden: dict[str, Any]) -> None:
     np.testing.assert_allclose(found, golden["scores"], rtol=0, atol=1e-6)
 
 
+def check_live_scores(
+    server: Running, artifact: Path, golden: list[dict[str, Any]]
+) -> None:
+    """An event that is sent to the server is in the history that it keeps."""
+    state = LiveState.open(artifact / "counters")
+    request = next(row["request"] for row in golden if row["request"].get("history"))
+    time_ms = state.last_time_ms + 1_000
+    events = {name: values[-1:] for name, values in request["history"].items()}
+    events |= {"time_ms": [time_ms], "event_id": ["one"]}
+    events["user_id"] = [request["user"]["user_id"]]
+    for sent, counts in enumerate(((1, 0), (0, 1))):
+        status, answer = server.ask("/v1/events", {"events": events})
+        assert status == 200, answer
+        assert (answer["applied"], answer["repeated"]) == counts, sent
+    asked = request | {"time_ms": time_ms + 1, "history": "live"}
+    status, live = server.ask("/v1/score", asked)
+    assert (status, live["history"]) == (200, "live"), live
+    # The same, completed here and sent whole.
+    state.receive(events)
+    parsed = parse_request(asked | {"history": {}}, Limits())
+    completed = dataclasses.asdict(state.complete(parsed))
+    whole = json.loads(json.dumps(completed, default=lambda array: array.tolist()))
+    status, answer = server.ask("/v1/score", whole)
+    assert status == 200, answer
+    assert answer["scores"] == live["scores"]
+    assert whole["history"]["time_ms"][-1] == time_ms
+
+
 def damage(folder: Path, name: str) -> None:
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -88,6 +119,7 @@ def test_serve_scores_as_predict_and_survives_a_damaged_artifact(
     with served(link, tmp_path) as server:
         for row in [*golden[:12], *golden[:3]]:
             check_scores(server, row)
+        check_live_scores(server, artifact, golden)
         # A weight with another bit, in an artifact that is whole otherwise. Its manifest
         # has other spaces: a copy of the model that serves would not be loaded.
         broken = copied(artifact, tmp_path / "broken")
