@@ -105,9 +105,17 @@ class Running:
 
 @contextlib.contextmanager
 def started(model: Path) -> Iterator[Running]:
-    """Start a server, wait until it says ready, and end it in the end."""
+    """Start a server of the arithmetic scorer."""
+    module = "tests.serving.arithmetic_server"
+    with running([sys.executable, "-m", module, str(model)]) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str]) -> Iterator[Running]:
+    """Run a server until the block ends; it is ready when the block begins."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.serving.arithmetic_server", str(model)],
+        command,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,

@@ -18,11 +18,13 @@ pytest.importorskip("uvicorn", reason="needs the extra serving")
 pytest.importorskip("httptools", reason="needs the extra serving")
 pytest.importorskip("orjson", reason="needs the extra serving")
 
+from benchmarks.serving_faults import attack
 from tests.serving.arithmetic_scorer import ArithmeticScorer
 from tests.serving.arithmetic_server import CONNECTIONS, Running, load, started
 from tests.serving.request_bodies import body_of, request_of
 from tests.serving.test_model_slot import point, write_artifact
 from tokenrec.errors import InputError
+from tokenrec.serving.request import Limits, parse_request
 from tokenrec.serving.server import ServerOptions, serve
 
 
@@ -162,30 +164,22 @@ def test_more_connections_than_the_limit_are_closed_and_others_served(
     check(server, 5)
 
 
-def test_hostile_bytes_never_end_the_server_or_change_a_score(server: Running) -> None:
-    random = np.random.default_rng(0)
-    body = json.dumps(body_of(6)).encode()
-    length = b"content-length: %d\r\n\r\n" % len(body)
-    for _ in range(150):
-        message = bytearray(HEAD + length + body)
-        for _ in range(random.integers(1, 4)):
-            place = int(random.integers(len(message)))
-            match random.integers(4):
-                case 0:
-                    message[place] = int(random.integers(256))
-                case 1:
-                    del message[place : place + int(random.integers(1, 30))]
-                case 2:
-                    message[place:place] = random.bytes(int(random.integers(1, 30)))
-                case _:
-                    message[place:place] = message[: int(random.integers(1, 80))]
-        with socket.create_connection(("127.0.0.1", server.port), 60) as client:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                client.sendall(message)
-                client.shutdown(socket.SHUT_WR)
-            answer = read_to_end(client)
-        assert b" 500 " not in answer.partition(b"\r\n")[0]
-    check(server, 6)
+def test_hostile_requests_never_end_the_server_or_get_a_wrong_score(
+    server: Running,
+) -> None:
+    def expected(value: Any) -> np.ndarray:
+        return ArithmeticScorer().expected(parse_request(value, Limits()))
+
+    requests = [body_of(seed) for seed in range(5)]
+    rows, failures = attack(server.port, requests, 150, expected)
+    assert not failures
+    assert all(row["refused"] and row["scored"] for row in rows)
+    assert [sum(row.values()) for row in _counts(rows)] == [150, 150]
+
+
+def _counts(rows: list[dict[str, Any]]) -> list[dict[str, int]]:
+    names = ("refused", "closed", "scored", "failed")
+    return [{name: row[name] for name in names} for row in rows]
 
 
 def accepts(server: Running) -> bool:

@@ -235,7 +235,7 @@ def _serve(args: argparse.Namespace) -> None:
             limits=AppLimits(limits),
         )
         loader = ModelLoader(
-            batch, limits, args.allow_missing, journals=args.events_dir
+            batch, limits, args.allow_missing or (), journals=args.events_dir
         )
         serve(options, loader)
 
