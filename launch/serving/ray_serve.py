@@ -1,7 +1,7 @@
 """Host an exported run in Ray Serve, for those whose services run there already.
 
     pip install "ray[serve]"
-    serve run --working-dir launch/serving ray_serve:build_app model=/models/ranker/v1
+    serve run --app-dir launch/serving ray_serve:build_app model=/models/ranker/v1
     serve deploy launch/serving/ray_serve.yaml          # on a cluster
 
 A request is the JSON of docs/guides/serving.md, as `tokenrec serve` takes it, and the

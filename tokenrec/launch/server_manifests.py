@@ -19,7 +19,7 @@ from tokenrec.launch.server_pod import pod_labels, pod_template
 
 # Seconds in which a rollout must make progress: the start of a pod, and the copy of its
 # image and artifact before that.
-_ROLLOUT_SECONDS = 900
+_ROLLOUT_SECONDS = 1_200
 # Share of the requested CPUs, in per cent, that the autoscaler aims at.
 _CPU_SHARE = 60
 

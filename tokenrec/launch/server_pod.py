@@ -18,7 +18,7 @@ from tokenrec.launch.server_job import (
 _CONTAINER = "tokenrec"
 # Seconds that a server may take until it is ready: nothing is compiled yet at the first
 # start.
-_START_SECONDS = 300
+_START_SECONDS = 600
 _NO_PRIVILEGES = {
     "allowPrivilegeEscalation": False,
     "readOnlyRootFilesystem": True,
