@@ -233,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         grown = server.resident_bytes() - before
         code = server.stop()
-    print(*failures, sep="\n", file=sys.stderr)
+    if failures:
+        print(*failures, sep="\n", file=sys.stderr)
     if code != 0:
         failures.append(f"the server ended with exit code {code}")
     settings = {

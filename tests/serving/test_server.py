@@ -270,6 +270,16 @@ def test_swaps_under_load_and_kill_9_during_one_give_no_wrong_score(
         assert server.stop() == 0
 
 
+def test_sigterm_during_a_swap_exits_0(tmp_path: Path) -> None:
+    link, slow = tmp_path / "current", write_artifact(tmp_path / "slow", 2.0)
+    point(link, write_artifact(tmp_path / "first", 1.0))
+    with started(link) as server:
+        (slow / "loading").touch()
+        point(link, slow)
+        wait_for(slow / "entered", server)
+        assert server.stop() == 0
+
+
 def test_a_port_in_use_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -159,10 +159,13 @@ class Watcher:
     Args:
       slot: the slot.
       seconds: time between two looks.
+      after_load: called after each load, whether it failed or not.
     """
 
-    def __init__(self, slot: ModelSlot, seconds: float) -> None:
-        self._slot, self._seconds = slot, seconds
+    def __init__(
+        self, slot: ModelSlot, seconds: float, after_load: Callable[[], None]
+    ) -> None:
+        self._slot, self._seconds, self._after_load = slot, seconds, after_load
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
 
@@ -170,13 +173,19 @@ class Watcher:
         """Start to look."""
         self._thread.start()
 
-    def close(self) -> None:
-        """Stop to look. A load that is under way is not waited for."""
+    def close(self, seconds: float) -> bool:
+        """Stop to look; return whether the thread ended within this time.
+
+        It does not while a load is under way.
+        """
         self._closing.set()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _watch(self) -> None:
         while not self._closing.wait(self._seconds):
-            self._slot.check()
+            if self._slot.check():
+                self._after_load()
 
 
 def ready(scorer: Any, path: Path, live: Any = None) -> ServedModel:

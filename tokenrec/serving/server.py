@@ -29,6 +29,9 @@ from tokenrec.serving.server_metrics import ServerMetrics
 
 _BACKLOG = 512
 
+# Time that a load gets to end at the end of the server.
+_LOAD_SECONDS = 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class ServerOptions:
@@ -78,16 +81,29 @@ def serve(options: ServerOptions, load: Callable[[Path], ServedModel]) -> None:
         slot = ModelSlot(options.model, load, store, metrics)
         batcher = Batcher(store, metrics, options.batch)
         app = App(slot, batcher, metrics, options.limits)
-        watcher = Watcher(slot, options.watch_seconds)
-        # What was made so far stays: collections need not look at it again.
-        gc.collect()
-        gc.freeze()
+        watcher = Watcher(slot, options.watch_seconds, _settle_memory)
+        _settle_memory()
         batcher.start()
         watcher.start()
         _Server(options, app, slot).run([listener])
-        watcher.close()
+        has_ended = watcher.close(_LOAD_SECONDS)
         batcher.close()
         app.close()
+    if not has_ended:
+        # A compiler that still works would crash in a process that ends in order.
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def _settle_memory() -> None:
+    """Free the model that no longer serves, and let collections pass over what stays.
+
+    A full collection would otherwise look at every object of JAX, again and again,
+    while requests wait.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 class _Server(uvicorn.Server):
