@@ -142,14 +142,16 @@ class LiveTotals(KeyTotals):
           keys: `[n] uint64`, ascending and distinct.
           time: milliseconds, after the watermark.
         """
-        if self._window.size_of(keys) > _MANY:
-            # The newest entries are few beside all of the window: they are taken away
-            # from the head, as integers, unless an epoch has ended since the time.
-            if not self._head.is_past_epoch(keys, np.full(len(keys), time)).any():
-                later = self._window.of(keys, time).in_time_order()
-                totals = self._head.of_keys(keys)
-                totals.count(later.key, later.time, -later.values)
-                return totals, later
+        # The newest entries are few beside all of a large window: they are taken away
+        # from the head, as integers, unless an epoch has ended since the time.
+        if (
+            self._window.size_of(keys) > _MANY
+            and not self._head.is_past_epoch(keys, np.full(len(keys), time)).any()
+        ):
+            later = self._window.of(keys, time).in_time_order()
+            totals = self._head.of_keys(keys)
+            totals.count(later.key, later.time, -later.values)
+            return totals, later
         return self._base.of_keys(keys), self._window.of(keys)
 
 
