@@ -6,10 +6,11 @@ from pathlib import Path
 
 from docs.pictures.block import gate, windows
 from docs.pictures.machine import machine
+from docs.pictures.server import server
 from docs.pictures.streams import prefix_cache, streams
 from docs.pictures.svg import site_style
 
-PICTURES = (machine, streams, windows, gate, prefix_cache)
+PICTURES = (machine, streams, windows, gate, prefix_cache, server)
 FOLDER = Path(__file__).parents[1] / "assets" / "pictures"
 
 

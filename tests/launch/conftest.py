@@ -21,6 +21,14 @@ TPU_VM = {
     "zone": "us-west4-a",
     "gcsfuse_sha256": "installed",
 }
+SERVING = {
+    "config": None,
+    "topology": None,
+    "bucket": None,
+    "target": "serving",
+    "image": "europe-docker.pkg.dev/my-project/tokenrec/serve:0.1.0",
+    "model": "pvc://models/ranker",
+}
 
 Launch = Callable[..., tuple[int, str, str]]
 

@@ -1,4 +1,4 @@
-"""The folder `launch/`: the Dockerfile names what exists, and examples are current."""
+"""The folder `launch/`: Dockerfiles name what exists, and examples are current."""
 
 from __future__ import annotations
 
@@ -19,57 +19,72 @@ COMMANDS = re.findall(
 )
 
 
-def instructions() -> list[tuple[str, str]]:
-    text = (CLONE / "launch" / "Dockerfile").read_text().replace("\\\n", "")
+PROJECT = tomllib.loads((CLONE / "pyproject.toml").read_text())
+TRAIN, SERVE = "launch/Dockerfile", "launch/serving/Dockerfile"
+both = pytest.mark.parametrize("dockerfile", [TRAIN, SERVE])
+
+
+def instructions(dockerfile: str) -> list[tuple[str, str]]:
+    text = re.sub(r"\\\n *", "", (CLONE / dockerfile).read_text())
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     return [(line.split()[0], line.split(maxsplit=1)[1]) for line in lines]
 
 
-def test_the_image_copies_what_exists_and_what_an_installation_needs() -> None:
-    sources = [
-        source
-        for word, rest in instructions()
-        if word == "COPY"
-        for source in rest.split()[:-1]
-    ]
-    assert all((CLONE / source).exists() for source in sources)
-    project = tomllib.loads((CLONE / "pyproject.toml").read_text())
-    read = {
-        project["project"]["readme"],
-        *project["project"]["license-files"],
-        "constraints.txt",
+def arguments(dockerfile: str, instruction: str) -> list[str]:
+    return [rest for word, rest in instructions(dockerfile) if word == instruction]
+
+
+@both
+def test_the_image_copies_what_exists_and_what_an_installation_needs(
+    dockerfile: str,
+) -> None:
+    sources = {
+        source for rest in arguments(dockerfile, "COPY") for source in rest.split()[:-1]
     }
-    folders = {"tokenrec", *project["tool"]["setuptools"]["package-dir"].values()}
-    assert set(sources) == {"pyproject.toml"} | read | folders
+    assert all((CLONE / source).exists() for source in sources)
+    project, setuptools = PROJECT["project"], PROJECT["tool"]["setuptools"]
+    read = {project["readme"], *project["license-files"], "constraints.txt"}
+    if dockerfile == SERVE:
+        read.add("launch/serving/requirements.txt")
+    folders = {"tokenrec", *setuptools["package-dir"].values()}
+    assert sources == {"pyproject.toml"} | read | folders
 
 
-def test_the_image_installs_extras_that_exist_and_the_tested_versions() -> None:
-    project = tomllib.loads((CLONE / "pyproject.toml").read_text())["project"]
-    (install,) = [
-        rest for word, rest in instructions() if word == "RUN" and "pip install" in rest
-    ]
-    (named,) = re.findall(r"\.\[([\w,]+)\]", install)
-    extras = named.split(",")
-    assert extras == ["tpu", "gcs"]
-    assert set(extras) <= set(project["optional-dependencies"])
-    assert "--constraint constraints.txt" in install
-    (base,) = [rest for word, rest in instructions() if word == "FROM"]
-    assert base == f"python:{project['requires-python'].removeprefix('>=')}-slim"
-
-
-def test_the_image_ends_as_the_user_that_the_mounts_belong_to() -> None:
-    assert [rest for word, rest in instructions() if word == "USER"] == [str(USER_ID)]
-    assert any(
-        f"--uid {USER_ID}" in rest for word, rest in instructions() if word == "RUN"
+@both
+def test_the_image_has_the_oldest_python_and_the_tested_versions(
+    dockerfile: str,
+) -> None:
+    (base,) = arguments(dockerfile, "FROM")
+    oldest = PROJECT["project"]["requires-python"].removeprefix(">=")
+    assert base == f"python:{oldest}-slim"
+    installs = [rest for rest in arguments(dockerfile, "RUN") if "pip install" in rest]
+    # What installs dependencies takes their versions from the constraints.
+    assert all(
+        "--constraint constraints.txt" in rest or "--no-deps" in rest
+        for rest in installs
     )
 
 
-def test_signals_reach_the_training_through_an_init() -> None:
-    assert ("ENTRYPOINT", '["tini", "--"]') in instructions()
+def test_the_image_of_training_installs_extras_that_exist() -> None:
+    (install,) = [rest for rest in arguments(TRAIN, "RUN") if "pip install" in rest]
+    (named,) = re.findall(r"\.\[([\w,]+)\]", install)
+    extras = named.split(",")
+    assert extras == ["tpu", "gcs"]
+    assert set(extras) <= set(PROJECT["project"]["optional-dependencies"])
+
+
+@both
+def test_the_image_ends_as_the_user_that_the_mounts_belong_to(dockerfile: str) -> None:
+    assert arguments(dockerfile, "USER") == [str(USER_ID)]
+    assert any(f"--uid {USER_ID}" in rest for rest in arguments(dockerfile, "RUN"))
+
+
+@both
+def test_signals_reach_the_program_through_an_init(dockerfile: str) -> None:
+    assert arguments(dockerfile, "ENTRYPOINT") == ['["tini", "--"]']
     assert any(
         rest.startswith("apt-get") and "tini" in rest
-        for word, rest in instructions()
-        if word == "RUN"
+        for rest in arguments(dockerfile, "RUN")
     )
 
 

@@ -11,9 +11,6 @@ import yaml
 from kubeflow_trainer_api.models.io_k8s_api_core_v1_config_map import (
     IoK8sApiCoreV1ConfigMap,
 )
-from kubeflow_trainer_api.models.io_k8s_apimachinery_pkg_api_resource_quantity import (
-    IoK8sApimachineryPkgApiResourceQuantity,
-)
 from kubeflow_trainer_api.models.jobset_v1alpha2_failure_policy_rule import (
     JobsetV1alpha2FailurePolicyRule,
 )
@@ -21,6 +18,7 @@ from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2Jo
 from pydantic import ValidationError
 
 from tests.launch.conftest import Launch
+from tests.launch.schemas import wrap_quantities
 
 LARGE = (
     "--config.data.batch_size=1024",
@@ -47,15 +45,7 @@ def check(manifest: dict[str, Any]) -> None:
     """Validate by the schemas of JobSet and Kubernetes; unknown fields are errors."""
     manifest = copy.deepcopy(manifest)
     for container in spec_of(manifest)["template"]["spec"]["containers"]:
-        for amounts in container[
-            "resources"
-        ].values():  # the models take a quantity only wrapped
-            amounts.update(
-                {
-                    name: IoK8sApimachineryPkgApiResourceQuantity(amount)
-                    for name, amount in amounts.items()
-                }
-            )
+        wrap_quantities(container)
     JobsetV1alpha2JobSet.model_validate(
         manifest, strict=True, extra="forbid", by_alias=True, by_name=False
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.conftest import TPU_VM, Launch
+from tests.launch.conftest import SERVING, TPU_VM, Launch
 
 # What `compile_config` found for the config `synthetic` on v5e:4x4, shortened.
 FOUND: dict[str, Any] = json.loads(
@@ -166,3 +166,19 @@ def test_another_job_of_this_name_is_not_overwritten(
     assert Path("synthetic.yaml").read_text() == before
     assert len(cloud.read_text().splitlines()) == 1
     assert launch("--skip-compile")[0] == 0  # the same job again is no loss
+
+
+def test_servers_are_updated_under_their_name(launch: Launch, cloud: Path) -> None:
+    assert launch(**SERVING)[0] == 0
+    _, rendered, _ = launch("--dry-run", **SERVING, replicas="5")
+    assert launch(**SERVING, replicas="5")[0] == 0
+    assert Path("ranker.yaml").read_text() == rendered
+    applied = "kubectl apply --filename ranker.yaml"
+    assert cloud.read_text().splitlines() == [applied, applied]
+
+
+def test_servers_do_not_overwrite_a_training_job(launch: Launch, cloud: Path) -> None:
+    assert launch("--skip-compile", name="ranker")[0] == 0
+    code, _, err = launch(**SERVING)
+    assert code == 2
+    assert "'ranker.yaml' holds another job" in err

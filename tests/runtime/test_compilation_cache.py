@@ -50,6 +50,20 @@ def run(workdir: Path, wanted: bool = True) -> float:
         )
 
 
+def test_quick_programs_are_kept_where_every_program_is_wanted(
+    tmp_path: Path, hits: list[str]
+) -> None:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1_000)
+    for folder, every_program in (("slow", False), ("all", True)):
+        with persistent_compilation_cache(
+            tmp_path / folder, True, every_program=every_program
+        ):
+            jax.jit(lambda x: jnp.cos(x) * 1.75)(jnp.arange(7.0))
+    assert not programs(tmp_path / "slow")
+    assert programs(tmp_path / "all")
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 1_000
+
+
 def programs(workdir: Path) -> list[Path]:
     return sorted(path for path in (workdir / COMPILED_FOLDER).rglob("*-cache"))
 

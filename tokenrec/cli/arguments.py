@@ -15,11 +15,14 @@ from tokenrec.runtime.paths import path_argument
 _AXES = [field.name for field in dataclasses.fields(MeshConfig)]
 
 
-def add_config_flags(parser: argparse.ArgumentParser) -> None:
+type FlagHolder = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+def add_config_flags(parser: FlagHolder, *, required: bool = True) -> None:
     """Add `--config` and `--data`; `config_from_flags` reads them."""
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         help="Python config file, which is run; a run's config.json; or one of "
         f"{', '.join(shipped_configs())}. --config.FIELD=VALUE overrides a field "
         "(`tokenrec config` lists the fields)",

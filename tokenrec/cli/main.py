@@ -13,6 +13,7 @@ from absl import flags as absl_flags
 from tokenrec.cli import (
     verbs_data,
     verbs_init,
+    verbs_launch,
     verbs_plan,
     verbs_run,
     verbs_serving,
@@ -78,6 +79,7 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
         verbs_run,
         verbs_serving,
         verbs_plan,
+        verbs_launch,
         verbs_study,
     ):
         parsers |= module.add_verbs(verbs)

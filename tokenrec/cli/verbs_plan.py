@@ -1,4 +1,4 @@
-"""Verbs that plan a run before it starts: config, describe, compile, launch.
+"""Verbs that plan a run before it starts: config, describe, compile.
 
 A verb imports what it calls when it runs, so that the others need no JAX.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenrec.cli.arguments import (
@@ -16,7 +15,6 @@ from tokenrec.cli.arguments import (
     add_topology_flags,
     config_from_flags,
     mesh,
-    whole_number,
 )
 from tokenrec.cli.parser import Parser, add_verb
 from tokenrec.config.load import load_config, shipped_configs
@@ -33,7 +31,6 @@ def add_verbs(verbs: VerbParsers) -> dict[str, Parser]:
         "config": _add_config(verbs),
         "describe": _add_describe(verbs),
         "compile": _add_compile(verbs),
-        "launch": _add_launch(verbs),
     }
 
 
@@ -161,118 +158,3 @@ def _compile(args: argparse.Namespace) -> None:
             f"the train step does not fit {results[0]['device_kind']}; see the largest "
             "arrays above"
         )
-
-
-def _add_launch(verbs: VerbParsers) -> Parser:
-    parser = add_verb(
-        verbs,
-        "launch",
-        _launch,
-        "start a training job on Cloud TPUs, on GKE or on TPU VMs",
-        "The train step is compiled for the topology first, to see that it fits.",
-    )
-    add_config_flags(parser)
-    add_topology_flags(parser)
-    parser.add_argument(
-        "--target",
-        choices=("gke", "tpu-vm"),
-        required=True,
-        help="service that runs the job",
-    )
-    parser.add_argument(
-        "--name",
-        help="name of the job, and of its folder in the bucket (default: that of the "
-        "config)",
-    )
-    parser.add_argument(
-        "--image",
-        help="container image, HOST/PATH/NAME:TAG; launch/Dockerfile builds one",
-    )
-    parser.add_argument(
-        "--bucket",
-        help="Cloud Storage bucket: data sets in data/, checkpoints and logs in runs/",
-    )
-    _add_cloud_flags(parser)
-    parser.add_argument(
-        "--spot",
-        action="store_true",
-        help="use Spot capacity, which is cheaper and may be taken away",
-    )
-    parser.add_argument(
-        "--max-restarts",
-        type=whole_number,
-        default=10,
-        help="restarts after a crash; preemptions do not count (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--grace-seconds",
-        type=whole_number,
-        default=300,
-        help="seconds from SIGTERM until the process is killed, in which it saves a "
-        "checkpoint (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print the job and start nothing"
-    )
-    parser.add_argument(
-        "--skip-compile",
-        action="store_true",
-        help="do not compile the train step first",
-    )
-    return parser
-
-
-def _add_cloud_flags(parser: Parser) -> None:
-    parser.add_argument(
-        "--service-account",
-        help="account that may use the bucket: its name on GKE, its e-mail address on "
-        "TPU VMs",
-    )
-    parser.add_argument(
-        "--namespace", help="Kubernetes namespace, for GKE (default: default)"
-    )
-    parser.add_argument("--project", help="Google Cloud project, for TPU VMs")
-    parser.add_argument("--zone", help="Google Cloud zone, for TPU VMs")
-    parser.add_argument(
-        "--gcsfuse-sha256",
-        metavar="DIGEST",
-        help="SHA-256 of the package of gcsfuse that TPU VMs install "
-        "(launch/README.md); 'installed' if their image has it",
-    )
-
-
-def _launch(args: argparse.Namespace) -> None:
-    config = config_from_flags(args)
-    from tokenrec.launch.job import plan_job
-    from tokenrec.launch.start import check_fits, find_tool, render, start
-
-    job = plan_job(
-        config,
-        source=args.config,
-        overrides=tuple(args.overrides),
-        topology=args.topology,
-        slices=args.slices,
-        name=args.name,
-        image=args.image,
-        bucket=args.bucket,
-        max_restarts=args.max_restarts,
-        grace_seconds=args.grace_seconds,
-        spot=args.spot,
-    )
-    text = render(
-        job,
-        args.target,
-        service_account=args.service_account,
-        namespace=args.namespace,
-        project=args.project,
-        zone=args.zone,
-        gcsfuse_sha256=args.gcsfuse_sha256,
-    )
-    # The tool is looked for before the step is compiled, which takes minutes.
-    tool = None if args.dry_run else find_tool(args.target)
-    if not args.skip_compile:
-        print(check_fits(config, args.topology, args.slices), file=sys.stderr)
-    if tool is None:
-        print(text, end="")
-    else:
-        start(text, Path(job.name), args.target, tool)

@@ -10,8 +10,6 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
-import yaml
-
 from tokenrec.launch.job import (
     DATA,
     FINAL_EXITS,
@@ -21,6 +19,7 @@ from tokenrec.launch.job import (
     LaunchJob,
     check_label,
 )
+from tokenrec.launch.kubernetes_yaml import to_yaml
 
 _EXCLUSIVE = "alpha.jobset.sigs.k8s.io/exclusive-topology"
 _CONTAINER = "tokenrec"
@@ -48,7 +47,7 @@ def manifests(job: LaunchJob, *, namespace: str, service_account: str) -> str:
     if job.config_text is not None:
         documents.append(_config_map(job, namespace))
     documents.append(job_set(job, namespace, service_account))
-    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1_000)
+    return to_yaml(documents)
 
 
 def job_set(job: LaunchJob, namespace: str, service_account: str) -> dict[str, Any]:
@@ -212,19 +211,3 @@ def _config_map(job: LaunchJob, namespace: str) -> dict[str, Any]:
         "metadata": {"name": f"{job.name}-config", "namespace": namespace},
         "data": {_CONFIG_FILE.name: job.config_text},
     }
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML writer that keeps text of several lines readable, and repeats no anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
-    )
-
-
-_Dumper.add_representer(str, _represent_text)

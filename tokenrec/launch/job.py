@@ -44,6 +44,9 @@ RUNS = "runs"
 # The user of launch/Dockerfile, who owns the mount.
 USER_ID = 1000
 
+# Seconds from the signal to stop until the process is killed.
+GRACE_SECONDS = 300
+
 # Exit codes after which a restart cannot help, and those after which it is free. A shell
 # and an init report a process that SIGTERM killed as 128 + 15.
 FINAL_EXITS = (EXIT_INPUT, EXIT_MEMORY, EXIT_BAD_STEPS)
@@ -177,7 +180,7 @@ def plan_job(
     label = name or config_name.replace("_", "-").lower()
     return LaunchJob(
         name=check_label("name", label, longest),
-        image=_check_image(image),
+        image=check_image(image),
         bucket=_check_bucket(bucket),
         slice=one_slice,
         slices=slices,
@@ -285,16 +288,28 @@ def check_label(field: str, value: str, longest: int = _LABEL_LENGTH) -> str:
     return value
 
 
-def _check_image(image: str | None) -> str:
+def check_image(
+    image: str | None, dockerfile: str = "launch/Dockerfile", field: str = "image"
+) -> str:
+    """Check the name of a container image, and return it.
+
+    Args:
+      image: its name; None if it was not given.
+      dockerfile: file that builds it, for the message.
+      field: flag of the value, for the message.
+
+    Raises:
+      InputError: it is missing, or does not name one image for good.
+    """
     if not image:
         raise InputError(
-            "image is not given; build launch/Dockerfile, push it, and give --image "
+            f"{field} is not given; build {dockerfile}, push it, and give --{field} "
             "HOST/PATH/NAME:TAG"
         )
     match = _IMAGE.fullmatch(image)
     if not match or match["tag"] == "latest":
         raise InputError(
-            f"image='{image}' is not HOST/PATH/NAME:TAG or @sha256:DIGEST with a tag "
+            f"{field}='{image}' is not HOST/PATH/NAME:TAG or @sha256:DIGEST with a tag "
             "other than latest: a restart must get the program that the run began with"
         )
     return image

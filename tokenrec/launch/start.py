@@ -14,7 +14,9 @@ from tokenrec.launch import gke, tpu_vm
 from tokenrec.launch.job import LaunchJob
 from tokenrec.runtime.files import write_text_atomically
 
-Target = Literal["gke", "tpu-vm"]
+# Services that run a training job; servers run on Kubernetes ("serving").
+TrainingTarget = Literal["gke", "tpu-vm"]
+Target = Literal["gke", "tpu-vm", "serving"]
 
 # Command of the cloud -> page that says how to install it.
 _INSTALL = {
@@ -25,7 +27,7 @@ _INSTALL = {
 
 def render(
     job: LaunchJob,
-    target: Target,
+    target: TrainingTarget,
     *,
     service_account: str | None,
     namespace: str | None,
@@ -33,7 +35,7 @@ def render(
     zone: str | None,
     gcsfuse_sha256: str | None,
 ) -> str:
-    """Render a job: YAML for "gke", a shell script for "tpu-vm".
+    """Render a training job: YAML for "gke", a shell script for "tpu-vm".
 
     Args:
       job: the job.
@@ -65,7 +67,7 @@ def render(
     )
 
 
-def _refuse(target: Target, **given: str | None) -> None:
+def _refuse(target: TrainingTarget, **given: str | None) -> None:
     for field, value in given.items():
         if value is not None:
             raise InputError(
@@ -103,7 +105,7 @@ def find_tool(target: Target) -> str:
     Raises:
       InputError: it is not installed.
     """
-    name = {"gke": "kubectl", "tpu-vm": "gcloud"}[target]
+    name = "gcloud" if target == "tpu-vm" else "kubectl"
     path = shutil.which(name)
     if path is None:
         raise InputError(
@@ -117,6 +119,8 @@ def find_tool(target: Target) -> str:
 def start(text: str, path: Path, target: Target, tool: str) -> None:
     """Write a rendered job to a file, and start it.
 
+    Servers that run already are updated: their file is replaced.
+
     Args:
       text: the rendered job.
       path: file to write, without its suffix, which is `.yaml` or `.sh`.
@@ -128,17 +132,17 @@ def start(text: str, path: Path, target: Target, tool: str) -> None:
     """
     # The file stays: it is what stops or deletes the job later, and it shows what runs.
     # Writing the same job again does no harm.
-    suffix = {"gke": ".yaml", "tpu-vm": ".sh"}[target]
+    suffix = ".sh" if target == "tpu-vm" else ".yaml"
     path = path.with_name(path.name + suffix)
-    if path.exists() and path.read_text() != text:
+    if path.exists() and not _may_replace(path.read_text(), text, target):
         raise InputError(
             f"'{path}' holds another job; remove it if that one has ended, or give "
             "another --name"
         )
     write_text_atomically(path, text)
-    command = ["bash", str(path), "up"]
-    if target == "gke":
-        command = [tool, "apply", "--filename", str(path)]
+    command = [tool, "apply", "--filename", str(path)]
+    if target == "tpu-vm":
+        command = ["bash", str(path), "up"]
     code = subprocess.run(command, check=False).returncode
     # The command has printed its own message.
     if code:
@@ -146,3 +150,11 @@ def start(text: str, path: Path, target: Target, tool: str) -> None:
             f"`{shlex.join(command)}` failed with exit code {code}; its own message "
             "says why"
         )
+
+
+def _may_replace(old: str, text: str, target: Target) -> bool:
+    """Whether a file may be replaced: by the same job, or servers by new servers."""
+    if target != "serving":
+        return old == text
+    # The first line names the kind of the first object's API: no training job has it.
+    return old.partition("\n")[0] == text.partition("\n")[0]

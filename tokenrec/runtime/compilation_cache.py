@@ -30,7 +30,13 @@ _WARNINGS = (
 
 
 @contextlib.contextmanager
-def persistent_compilation_cache(workdir: Path, wanted: bool) -> Iterator[None]:
+def persistent_compilation_cache(
+    workdir: Path,
+    wanted: bool,
+    *,
+    every_program: bool = False,
+    remedy: str = "train.keep_compiled=False hides this message",
+) -> Iterator[None]:
     """Put JAX's persistent compilation cache in `WORKDIR/compiled` inside the block.
 
     JAX keeps programs that took more than a second to compile, compressed with a
@@ -45,8 +51,10 @@ def persistent_compilation_cache(workdir: Path, wanted: bool) -> Iterator[None]:
       workdir: folder of the run.
       wanted: `train.keep_compiled`; False changes nothing. Nothing changes either if a
         cache is in use already, such as that of `JAX_COMPILATION_CACHE_DIR`.
+      every_program: keep programs that took less than a second to compile, too.
+      remedy: end of the message about a folder that is not used.
     """
-    with _short_warnings():
+    with _short_warnings(), _every_program(every_program):
         if not wanted or jax.config.jax_compilation_cache_dir:
             yield
             return
@@ -58,8 +66,7 @@ def persistent_compilation_cache(workdir: Path, wanted: bool) -> Iterator[None]:
         if problem:
             print(
                 f"tokenrec: compiled programs are not kept: {problem}; the run goes on "
-                "and compiles at each start; train.keep_compiled=False hides this "
-                "message",
+                f"and compiles at each start; {remedy}",
                 file=sys.stderr,
             )
             yield
@@ -72,6 +79,18 @@ def persistent_compilation_cache(workdir: Path, wanted: bool) -> Iterator[None]:
         finally:
             jax.config.update("jax_compilation_cache_dir", None)
             compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _every_program(wanted: bool) -> Iterator[None]:
+    """Keep programs of any compile time inside the block."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    if wanted:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 def _prepare(folder: Path, workdir: Path) -> str:
