@@ -12,6 +12,7 @@ Their logical axes (`tokenrec.sharding.Rules`) say how they lie over the mesh.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -166,7 +167,8 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
 
 def flatten_tokens(x: jax.Array) -> jax.Array:
     """Join the middle axes, `[B, ..., d] -> [B, N, d]`."""
-    shape = (x.shape[0], x.size // (x.shape[0] * x.shape[-1]), x.shape[-1])
+    # Not the size over the others: d is 0 for codes of one level without their last.
+    shape = (x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
     # JAX cannot tell by itself over which axis a batch of one is split.
     return jnp.reshape(x, shape, out_sharding=on_mesh(RULES("batch", None, None)))
 
