@@ -217,7 +217,7 @@ def _serve(args: argparse.Namespace) -> None:
         except ModuleNotFoundError as error:
             raise InputError(
                 f"tokenrec serve needs the package {error.name}; install the extra "
-                "serving: pip install 'tokenrec[serving]'"
+                "serving: `pip install '.[serving]'`"
             ) from error
         from tokenrec.serving.app_limits import AppLimits
         from tokenrec.serving.batch_plan import BatchLimits
