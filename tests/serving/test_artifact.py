@@ -91,7 +91,7 @@ def test_the_folder_itself_may_be_a_link(artifact, tmp_path):
         ({"format_version": 2}, "format version 2, and this version reads 1"),
         ({"format": "zip"}, "is not that of an artifact"),
         ({"events": "6"}, "'events' must be a whole number"),
-        ({"schema": {}}, "schema"),
+        ({"schema": {"features": 3}}, "'features' is 3"),
         ({"files": {"a": 1}}, r"files\['a'\] is 1"),
     ],
 )

@@ -21,17 +21,21 @@ from tokenrec.state import build_model, init_state
 from tokenrec.step import eval_step
 
 QUERY = ("user", "sep", "history", "query", "||", "candidate")
+SHALLOW = {"layers": 2, "windows": (6,)}
 CONFIGS = {
     "branch and spread table": tiny(
         candidates=3,
         fused=True,
-        model={"branch": "mean"},
+        model=SHALLOW | {"branch": "mean"},
         tokens={"replicate_rows": 10},
     ),
     "query and long targets": tiny(
-        candidates=2, fused=True, tokens={"prompt": QUERY, "target_tokens": 2}
+        candidates=2,
+        fused=True,
+        model=SHALLOW,
+        tokens={"prompt": QUERY, "target_tokens": 2},
     ),
-    "stream": tiny(paradigm="uc", model={"branch": "mean"}),
+    "stream": tiny(paradigm="uc", model=SHALLOW | {"branch": "mean"}),
     "whole stream with ages": tiny(
         paradigm="uc",
         model={"kind": "hstu", "layers": 2, "windows": (), "time_bias": True},
@@ -51,7 +55,7 @@ def predicted(config, batch):
         state = init_state(model, 0)
         params = {
             name: jax.device_put(value, state.params[name].sharding)
-            for name, value in noisy(state.params).items()
+            for name, value in noisy(state.params, 0.1).items()
         }
         state = dataclasses.replace(state, params=params)
         step = jax.jit(functools.partial(eval_step, model))

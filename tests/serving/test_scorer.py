@@ -15,6 +15,7 @@ from tokenrec.cli.main import main
 from tokenrec.data.schema import MISSING, UNKNOWN, columns
 from tokenrec.errors import InputError
 from tokenrec.serving.export import check_config, export_run
+from tokenrec.serving.export_requests import PredictedRequest
 from tokenrec.serving.request import BadRequest, Limits, parse_request
 from tokenrec.serving.scorer import open_artifact
 
@@ -23,7 +24,10 @@ TOLERANCE = 1e-6
 
 @pytest.fixture(scope="module")
 def scorer(artifact):
-    return open_artifact(artifact)
+    scorer = open_artifact(artifact)
+    # Few sizes: each is a program to compile.
+    scorer.warm(batches=(1, 4), candidates=(8,))
+    return scorer
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +44,16 @@ def near(got, expected):
 
 
 def with_history(golden):
-    """A golden request that has a history, to change."""
-    return copy.deepcopy(
+    """A golden request with a history, to change; with two candidates."""
+    request = copy.deepcopy(
         next(request for request, _ in golden if len(request.get("history", ())))
     )
+    other = golden[0][0]["candidates"]
+    request["candidates"] = {
+        name: [values[0], other[name][0]]
+        for name, values in request["candidates"].items()
+    }
+    return request
 
 
 def test_golden_requests_have_the_scores_of_predict(
@@ -64,7 +74,8 @@ def test_golden_requests_have_the_scores_of_predict(
 
 
 def test_a_request_alone_scores_as_with_others_and_in_slices(scorer, golden):
-    encoded = [encode(scorer, request) for request, _ in golden[:20]]
+    requests = [with_history(golden), *(request for request, _ in golden[:4])]
+    encoded = [encode(scorer, request) for request in requests]
     alone = [scorer.score([one])[0] for one in encoded[:2]]
     for one, together in zip(alone, scorer.score(encoded), strict=False):
         near(one, together)
@@ -117,7 +128,7 @@ def test_the_prefix_key_depends_on_user_and_history_alone(scorer, golden):
     other = copy.deepcopy(request)
     other["candidates"]["item_id"] = other["candidates"]["item_id"][::-1]
     assert encode(scorer, other).prefix_key == key
-    other["history"]["item_id"][-1] = 999_999
+    other["history"]["item_id"][-1] = "never seen"
     assert encode(scorer, other).prefix_key != key
 
 
@@ -131,7 +142,7 @@ def test_unseen_values_and_items_are_flagged(scorer, golden):
     part[feature.name] = (
         987_654 if isinstance(part[feature.name], int) else "never seen"
     )
-    request["candidates"]["item_id"][0] = 987_654
+    request["candidates"]["item_id"][0] = "never seen"
     encoded = encode(scorer, request)
     column = columns(schema.state).ids[feature.name][0]
     assert (encoded.target_ids[:, column] == UNKNOWN).all()
@@ -167,7 +178,7 @@ def test_a_missing_column_is_an_error_unless_it_is_allowed(artifact, scorer, gol
     [
         ("context", "weather", 1, "no column 'weather'"),
         ("user", "watch_ratio", 1, "no column"),
-        ("candidates", "item_id", ["a"], "'a' is a str"),
+        ("candidates", "item_id", [3], r"candidates.item_id\[0\]: 3 is a int"),
     ],
 )
 def test_wrong_columns_are_named(scorer, golden, part, name, value, message):
@@ -180,6 +191,7 @@ def test_wrong_columns_are_named(scorer, golden, part, name, value, message):
 
 
 def test_a_file_of_requests_has_the_same_scores(artifact, golden, tmp_path, capsys):
+    golden = golden[:4]
     requests = [request | {"history": request.get("history")} for request, _ in golden]
     pq.write_table(pa.Table.from_pylist(requests), tmp_path / "in.parquet")
     flags = ["--requests", str(tmp_path / "in.parquet")]
@@ -211,11 +223,18 @@ def test_a_wrong_line_of_a_file_is_named(artifact, golden, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_an_export_that_fails_leaves_nothing(exported_run, artifact, tmp_path):
-    with pytest.raises(InputError, match="--tolerance 0: request"):
-        export_run(
-            exported_run[0], tmp_path / "model", platforms=("cpu",), tolerance=0.0
-        )
+def test_an_export_that_fails_leaves_nothing(
+    exported_run, artifact, golden, tmp_path, monkeypatch
+):
+    wrong = [
+        PredictedRequest(request, np.array(scores, np.float32) + 1)
+        for request, scores in golden[:1]
+    ]
+    monkeypatch.setattr(
+        "tokenrec.serving.export.predicted_requests", lambda *_: iter(wrong)
+    )
+    with pytest.raises(InputError, match="request 0 of 1 has a score that differs by"):
+        export_run(exported_run[0], tmp_path / "model", platforms=("cpu",))
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="exists; name a new folder"):
         export_run(exported_run[0], artifact)
@@ -231,7 +250,7 @@ def test_retrieval_is_refused():
 
 def test_another_platform_is_named(artifact, monkeypatch):
     monkeypatch.setattr(
-        "tokenrec.serving.scorer._program_platform", lambda device: "tpu"
+        "tokenrec.serving.scorer.program_platform", lambda device: "tpu"
     )
     with pytest.raises(InputError, match="exported for cpu, and this process"):
         open_artifact(artifact, check=False)

@@ -13,81 +13,19 @@ Letters: T events, C candidates, I and D columns of `ids` and `dense` (schema.py
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from tokenrec.data.schema import MISSING, UNKNOWN, Feature, columns
+from tokenrec.data.schema import MISSING, Feature, columns
 from tokenrec.errors import suggest
 from tokenrec.serving.artifact import Artifact
+from tokenrec.serving.encoded import Arrays, Encoded, Unknown, count_unknown
 from tokenrec.serving.feature_values import FeatureEncoder
 from tokenrec.serving.request import BadRequest, Column, Request, Value
 from tokenrec.serving.serving_data import load_catalogue, load_tables
-
-type Arrays = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Unknown:
-    """What of a request the model does not know.
-
-    Attributes:
-      items: candidates that the catalogue lacks.
-      history_items: events of the history whose items it lacks.
-      rows: positions of these candidates.
-      values: feature -> values that training has not seen.
-      missing: feature -> values that are null.
-    """
-
-    items: int
-    history_items: int
-    rows: tuple[int, ...]
-    values: dict[str, int]
-    missing: dict[str, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """A request as arrays.
-
-    Attributes:
-      prefix: what the prefix depends on: user, history and, if the prompt has one, the
-        query. No batch dimension.
-      target_ids: `[C, I] int32`, item and context of each candidate.
-      target_dense: `[C, D] float32`, the same.
-      prefix_key: digest of `prefix`.
-      events: events of the history that the model reads.
-      unknown: what it does not know.
-    """
-
-    prefix: Arrays
-    target_ids: np.ndarray
-    target_dense: np.ndarray
-    prefix_key: bytes
-    events: int
-    unknown: Unknown
-
-    @property
-    def candidates(self) -> int:
-        """C, number of candidates."""
-        return len(self.target_ids)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        arrays = (*self.prefix.values(), self.target_ids, self.target_dense)
-        return sum(array.nbytes for array in arrays)
-
-    def part(self, start: int, stop: int) -> Encoded:
-        """The same request with some of its candidates."""
-        return dataclasses.replace(
-            self,
-            target_ids=self.target_ids[start:stop],
-            target_dense=self.target_dense[start:stop],
-        )
 
 
 class Encoder:
@@ -317,7 +255,7 @@ class Encoder:
             (self._action, action),
             (self._state, target),
         ):
-            _count(features, ids, dense, values, missing)
+            count_unknown(features, ids, dense, values, missing)
         return Unknown(
             items=int((items < 0).sum()),
             history_items=int((event_items < 0).sum()),
@@ -325,29 +263,6 @@ class Encoder:
             values=values,
             missing=missing,
         )
-
-
-def _count(
-    features: Sequence[Feature],
-    ids: np.ndarray,
-    dense: np.ndarray,
-    values: dict[str, int],
-    missing: dict[str, int],
-) -> None:
-    """Add the unknown and the missing values of each feature to `values`, `missing`."""
-    place = columns(features)
-    unknown = (ids == UNKNOWN).sum(axis=0)
-    absent_ids = (ids == MISSING).sum(axis=0)
-    absent_dense = np.isnan(dense).sum(axis=0)
-    for f in features:
-        start = (place.ids if f.is_integer else place.dense)[f.name][0]
-        absent = (absent_ids if f.is_integer else absent_dense)[start]
-        if absent:
-            missing[f.name] = missing.get(f.name, 0) + int(absent)
-        if f.has_vocabulary:
-            count = unknown[slice(*place.ids[f.name])].sum()
-            if count:
-                values[f.name] = values.get(f.name, 0) + int(count)
 
 
 def _names(features: Sequence[Feature]) -> set[str]:

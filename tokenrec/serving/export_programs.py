@@ -32,8 +32,6 @@ import numpy as np
 from tokenrec.config.backbones import BACKBONES, reads_event_ages
 from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.batch import Batch, Signals
-from tokenrec.data.schema import columns
-from tokenrec.errors import InputError
 from tokenrec.models.backbones.ctr_inputs import (
     CTRInputs,
     mean_pool_events,
@@ -47,6 +45,15 @@ from tokenrec.models.recommender import Recommender
 from tokenrec.models.stream_layout import served_layout
 from tokenrec.ops.tables.api import stored_shape
 from tokenrec.ops.tables.storage import to_storage_index
+from tokenrec.serving.export_batches import (
+    VALID,
+    Arrays,
+    as_stream,
+    batch_of,
+    signal_shapes,
+    signals_of,
+    targets_alone,
+)
 from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.task_losses import predict_tasks
 from tokenrec.task_plan import evaluated_tasks
@@ -54,10 +61,8 @@ from tokenrec.tokens.embed import EntityFeatures
 from tokenrec.tokens.history import merge_entities
 
 type Weights = dict[str, dict[str, Any]]
-type Arrays = dict[str, Any]
 
-# Prefix of the names of the arrays that a request keeps between `prefill` and `extend`.
-_VALID = "valid"
+# Arrays that a request keeps for the branch between `prefill` and `extend`.
 _USER = "branch_user"
 _HISTORY = "branch_history"
 
@@ -157,19 +162,19 @@ class _Parts:
         """Shapes of user, history and query."""
         schema, events = self._model.schema, self._events
         inputs = (
-            _signal_shapes("user", schema.group("user"), (batch,))
-            | _signal_shapes("state", schema.state, (batch, events))
-            | _signal_shapes("action", schema.group("action"), (batch, events))
-            | {_VALID: jax.ShapeDtypeStruct((batch, events), jnp.bool_)}
+            signal_shapes("user", schema.group("user"), (batch,))
+            | signal_shapes("state", schema.state, (batch, events))
+            | signal_shapes("action", schema.group("action"), (batch, events))
+            | {VALID: jax.ShapeDtypeStruct((batch, events), jnp.bool_)}
         )
         if self._query:
-            inputs |= _signal_shapes("query", schema.state, (batch, 1))
+            inputs |= signal_shapes("query", schema.state, (batch, 1))
         return inputs
 
     def extend_inputs(self, batch: Any, candidates: Any) -> Arrays:
         """Shapes of a prefix and of candidates."""
         shapes = jax.eval_shape(
-            self.prefill, self.weight_shapes(), self.prefill_inputs(2)
+            self.prefill, weight_shapes(self._model), self.prefill_inputs(2)
         )
         prefix = {
             name: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype)
@@ -189,11 +194,7 @@ class _Parts:
         return inputs
 
     def _target_shapes(self, batch: Any, candidates: Any) -> Arrays:
-        return _signal_shapes("target", self._model.schema.state, (batch, candidates))
-
-    def weight_shapes(self) -> Weights:
-        """Shapes of `served_weights`."""
-        return weight_shapes(self._model)
+        return signal_shapes("target", self._model.schema.state, (batch, candidates))
 
     # Programs.
 
@@ -202,12 +203,12 @@ class _Parts:
         module = bind_params(self._model, weights["params"])
         backbone = module.backbone
         assert isinstance(backbone, TokenFormer)
-        query = _signals(inputs, "query") if self._query else None
-        batch = _batch(inputs, target=query)
+        query = signals_of(inputs, "query") if self._query else None
+        batch = batch_of(inputs, target=query)
         entities = self._entities(weights, batch)
         x = module.prefix_tokens(entities, batch)
         cache, _ = backbone.prefill(x, self._layout, batch.valid)
-        kept = {_VALID: batch.valid}
+        kept = {VALID: batch.valid}
         for layer, (keys, values) in enumerate(cache.layers):
             kept |= {f"keys_{layer}": keys, f"values_{layer}": values}
         if module.branch is not None:
@@ -219,8 +220,8 @@ class _Parts:
         module = bind_params(self._model, weights["params"])
         backbone = module.backbone
         assert isinstance(backbone, TokenFormer)
-        target = _signals(inputs, "target")
-        entities = self._entities(weights, _targets_alone(target))
+        target = signals_of(inputs, "target")
+        entities = self._entities(weights, targets_alone(target))
         x = self._candidate_tokens(module, entities, target)
         layers = self._model.config.model.layers
         cache = PrefixCache(
@@ -229,7 +230,7 @@ class _Parts:
                 for layer in range(layers)
             )
         )
-        readouts = extend_folded(backbone, cache, x, self._layout, inputs[_VALID])
+        readouts = extend_folded(backbone, cache, x, self._layout, inputs[VALID])
         # Ranking reads the last token of a candidate.
         wide = readouts[:, :, 0].astype(jnp.float32)
         if module.branch is not None:
@@ -244,9 +245,9 @@ class _Parts:
     def score(self, weights: Weights, inputs: Arrays) -> Arrays:
         """Compute predictions of whole requests in one stream each."""
         module = bind_params(self._model, weights["params"])
-        batch = _batch(inputs, target=_signals(inputs, "target"))
+        batch = batch_of(inputs, target=signals_of(inputs, "target"))
         if self._uc:
-            batch = _as_stream(batch)
+            batch = as_stream(batch)
         readouts = module(self._entities(weights, batch), batch, None)
         # Of a stream, the last state is the candidate.
         return self._predictions(module, readouts[:, -1:] if self._uc else readouts)
@@ -273,7 +274,7 @@ class _Parts:
             assert module.history.state is not None
             dtype = jnp.dtype(self._model.config.model.dtype)
             return module.history.state(*merge_entities(entities["target"]), dtype)
-        (flat,) = module.candidate_tokens(entities, _targets_alone(target))
+        (flat,) = module.candidate_tokens(entities, targets_alone(target))
         own = int(np.sum(self._layout.candidate >= 0))
         return flat.reshape(*target.ids.shape[:2], own, flat.shape[2])
 
@@ -295,75 +296,3 @@ def weight_shapes(model: ModelSpec) -> Weights:
         for name, stack in model.embedder.stacks.items()
     }
     return {"params": model.param_shapes(), "tables": tables}
-
-
-def _signal_shapes(
-    name: str, features: Any, lead: tuple[Any, ...]
-) -> dict[str, jax.ShapeDtypeStruct]:
-    place = columns(features)
-    return {
-        f"{name}_ids": jax.ShapeDtypeStruct((*lead, place.ids_width), jnp.int32),
-        f"{name}_dense": jax.ShapeDtypeStruct((*lead, place.dense_width), jnp.float32),
-    }
-
-
-def _signals(inputs: Arrays, name: str) -> Signals:
-    return Signals(inputs[f"{name}_ids"], inputs[f"{name}_dense"])
-
-
-def _batch(inputs: Arrays, target: Signals | None) -> Batch:
-    valid = inputs[_VALID]
-    count = 0 if target is None else target.ids.shape[1]
-    return Batch(
-        user=_signals(inputs, "user"),
-        state=_signals(inputs, "state"),
-        action=_signals(inputs, "action"),
-        valid=valid,
-        target=target,
-        labels=None,
-        # All candidates are real; what fills a batch is dropped by the caller.
-        weight=jnp.ones((valid.shape[0], count), jnp.float32),
-        ages=inputs.get("ages"),
-    )
-
-
-def _targets_alone(target: Signals) -> Batch:
-    """A batch that holds candidates and nothing else."""
-    lead = target.ids.shape[:2]
-    return Batch(
-        user=None,  # type: ignore[arg-type]
-        state=None,  # type: ignore[arg-type]
-        action=None,  # type: ignore[arg-type]
-        valid=jnp.ones((lead[0], 0), bool),
-        target=target,
-        labels=None,
-        weight=jnp.ones(lead, jnp.float32),
-    )
-
-
-def _as_stream(batch: Batch) -> Batch:
-    """Append the only candidate to the history, as the newest event of a stream (UC)."""
-    if batch.target is None or batch.target.ids.shape[1] != 1:
-        raise InputError("a stream ends with one candidate")
-    state = Signals(
-        *(
-            jnp.concatenate(pair, axis=1)
-            for pair in zip(batch.state, batch.target, strict=True)
-        )
-    )
-    # Nothing sees the action of the candidate, which is not known.
-    ids, dense = batch.action
-    action = Signals(
-        jnp.pad(ids, ((0, 0), (0, 1), (0, 0))),
-        jnp.pad(dense, ((0, 0), (0, 1), (0, 0)), constant_values=jnp.nan),
-    )
-    valid = jnp.pad(batch.valid, ((0, 0), (0, 1)), constant_values=True)
-    ages = batch.ages
-    return batch._replace(
-        state=state,
-        action=action,
-        valid=valid,
-        target=None,
-        weight=valid.astype(jnp.float32),
-        ages=None if ages is None else jnp.pad(ages, ((0, 0), (0, 1))),
-    )

@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax import export
 
 from tokenrec.errors import InputError
 from tokenrec.serving.artifact import Artifact, read_artifact
-from tokenrec.serving.encoder import Encoded, Encoder
+from tokenrec.serving.encoded import Encoded
+from tokenrec.serving.encoder import Encoder
+from tokenrec.serving.program_files import BACKENDS, load_program, program_platform
 from tokenrec.serving.request import Request
 
 BATCH_BUCKETS = (1, 2, 4, 8, 16)
@@ -71,8 +72,8 @@ def open_artifact(
     """
     artifact = read_artifact(path, check=check)
     # JAX calls both GPU platforms "gpu", and its programs tell them apart.
-    device = jax.devices(None if platform is None else _BACKENDS[platform])[0]
-    name = platform or _program_platform(device)
+    device = jax.devices(None if platform is None else BACKENDS[platform])[0]
+    name = platform or program_platform(device)
     if name not in artifact.manifest["platforms"]:
         known = ", ".join(artifact.manifest["platforms"])
         raise InputError(
@@ -121,7 +122,7 @@ class Scorer:
         # On a CPU arrays of the device are memory of the host: NumPy is faster.
         self._on_host = device.platform == "cpu"
         self._programs = {
-            name: _load_program(artifact, file)
+            name: load_program(artifact, file)
             for name, file in manifest["programs"].items()
         }
         self._split = jax.jit(_split)
@@ -190,7 +191,7 @@ class Scorer:
             predictions = np.asarray(found["predictions"])
             for row, (place, _, encoded) in enumerate(part):
                 scores[place].append(predictions[row, : encoded.candidates])
-        return [_concatenate(parts) for parts in scores]
+        return [self._concatenate(parts) for parts in scores]
 
     def score(self, requests: Sequence[Encoded]) -> list[np.ndarray]:
         """Score whole requests, `[C, O] float32` of each."""
@@ -216,7 +217,7 @@ class Scorer:
             predictions = np.asarray(found["predictions"])
             for row, (place, encoded) in enumerate(part):
                 scores[place].append(predictions[row, : encoded.candidates])
-        return [_concatenate(parts) for parts in scores]
+        return [self._concatenate(parts) for parts in scores]
 
     def warm(
         self,
@@ -251,6 +252,12 @@ class Scorer:
                 )
                 self.extend([(prefix, filled) for prefix in prefixes])
         return self.compiles - before
+
+    def _concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Join the scores of the slices of a request, which may have no candidate."""
+        empty = np.empty((0, len(self.outputs)), np.float32)
+        # A copy too: a view would keep the scores of other requests in memory.
+        return np.concatenate([empty, *parts])
 
     def _check_prefix(self) -> None:
         if not self.has_prefix:
@@ -298,28 +305,6 @@ class Scorer:
         return joined
 
 
-_BACKENDS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
-
-
-def _program_platform(device: jax.Device) -> str:
-    if device.platform != "gpu":
-        return device.platform
-    return "rocm" if "rocm" in device.client.platform_version else "cuda"
-
-
-def _load_program(artifact: Artifact, name: str) -> Callable[..., Any]:
-    try:
-        exported = export.deserialize(bytearray(artifact.read_bytes(name)))
-    # What JAX raises for a program of a version that it cannot read is not documented.
-    except Exception as error:
-        raise InputError(
-            f"artifact '{artifact.path / name}' cannot be read by JAX "
-            f"{jax.__version__}: {error}; it was exported by JAX "
-            f"{artifact.manifest['versions'].get('jax')}: export the run again"
-        ) from error
-    return jax.jit(exported.call)
-
-
 def _split(kept: Arrays) -> list[Arrays]:
     size = len(next(iter(kept.values())))
     return [
@@ -351,8 +336,3 @@ def _targets(requests: Sequence[Encoded], count: int) -> Arrays:
         ids.append(encoded.target_ids[rows])
         dense.append(encoded.target_dense[rows])
     return {"target_ids": np.stack(ids), "target_dense": np.stack(dense)}
-
-
-def _concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
-    # A copy too: a view would keep the scores of other requests in memory.
-    return np.concatenate(parts)

@@ -1,0 +1,98 @@
+"""A request as arrays, and what of it the model does not know.
+
+Letters: C candidates, I and D columns of `ids` and `dense` (schema.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from tokenrec.data.schema import MISSING, UNKNOWN, Feature, columns
+
+type Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unknown:
+    """What of a request the model does not know.
+
+    Attributes:
+      items: candidates that the catalogue lacks.
+      history_items: events of the history whose items it lacks.
+      rows: positions of these candidates.
+      values: feature -> values that training has not seen.
+      missing: feature -> values that are null.
+    """
+
+    items: int
+    history_items: int
+    rows: tuple[int, ...]
+    values: dict[str, int]
+    missing: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """A request as arrays.
+
+    Attributes:
+      prefix: what the prefix depends on: user, history and, if the prompt has one, the
+        query. No batch dimension.
+      target_ids: `[C, I] int32`, item and context of each candidate.
+      target_dense: `[C, D] float32`, the same.
+      prefix_key: digest of `prefix`.
+      events: events of the history that the model reads.
+      unknown: what it does not know.
+    """
+
+    prefix: Arrays
+    target_ids: np.ndarray
+    target_dense: np.ndarray
+    prefix_key: bytes
+    events: int
+    unknown: Unknown
+
+    @property
+    def candidates(self) -> int:
+        """C, number of candidates."""
+        return len(self.target_ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = (*self.prefix.values(), self.target_ids, self.target_dense)
+        return sum(array.nbytes for array in arrays)
+
+    def part(self, start: int, stop: int) -> Encoded:
+        """The same request with some of its candidates."""
+        return dataclasses.replace(
+            self,
+            target_ids=self.target_ids[start:stop],
+            target_dense=self.target_dense[start:stop],
+        )
+
+
+def count_unknown(
+    features: Sequence[Feature],
+    ids: np.ndarray,
+    dense: np.ndarray,
+    values: dict[str, int],
+    missing: dict[str, int],
+) -> None:
+    """Add the unknown and the missing values of each feature to `values`, `missing`."""
+    place = columns(features)
+    unknown = (ids == UNKNOWN).sum(axis=0)
+    absent_ids = (ids == MISSING).sum(axis=0)
+    absent_dense = np.isnan(dense).sum(axis=0)
+    for f in features:
+        start = (place.ids if f.is_integer else place.dense)[f.name][0]
+        absent = (absent_ids if f.is_integer else absent_dense)[start]
+        if absent:
+            missing[f.name] = missing.get(f.name, 0) + int(absent)
+        if f.has_vocabulary:
+            count = unknown[slice(*place.ids[f.name])].sum()
+            if count:
+                values[f.name] = values.get(f.name, 0) + int(count)
