@@ -52,6 +52,9 @@ def make_replay(folder: Path, seed: int, strings: bool = False) -> Replay:
     # Half of the rows are shown in one of two pages of their user and time.
     page = time // MINUTE * 2 + rng.integers(0, 2, len(time))
     log["request"] = np.where(rng.random(len(time)) < 0.5, page, -1)
+    # Some histories have a place that training had not.
+    unseen = (time >= 50 * MINUTE) & (time < END) & (rng.random(len(time)) < 0.3)
+    log["place"] = np.where(unseen, 13, log["place"])
     key = [
         (str(log["user_id"][i]), str(log["item_id"][i]), time[i], log["scored"][i])
         for i in range(len(time))

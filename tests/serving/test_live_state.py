@@ -15,6 +15,7 @@ import pytest
 from tests.serving.live_replay import END, MINUTE, Replay, make_replay, replay
 from tokenrec.data.dataset import open_dataset
 from tokenrec.errors import InputError
+from tokenrec.serving import live_state
 from tokenrec.serving.live_export import write_live_state
 from tokenrec.serving.live_state import LiveState
 from tokenrec.serving.live_window import Received
@@ -94,11 +95,10 @@ def test_a_replay_has_the_values_of_one_log(given: Replay, tmp_path: Path) -> No
 
 
 def test_a_long_window_is_folded_away(
-    given: Replay, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tokenrec.serving import live_state
-
     monkeypatch.setattr(live_state, "_LEAST_WINDOW", 1)
+    given = make_replay(tmp_path, seed=4, strings=True)
     state = open_state(given)
     assert replay(given, state, lateness=LATENESS, seed=1) > 50
     # The history of later requests came through the window.
@@ -118,6 +118,33 @@ def test_a_request_sees_strictly_earlier_events_alone(given: Replay) -> None:
     # A late event, but not too late, is seen from its time on.
     assert state.add_events(event("c", time - LATENESS + 2)) == 1
     assert seen(state, time) == (before[0] + 1, before[1] + 1)
+
+
+def test_a_late_event_changes_the_statistics_of_later_events(given: Replay) -> None:
+    state, in_order = open_state(given), open_state(given)
+    time = END + 10 * MINUTE
+    early, event_, late = (
+        event("a", time - 2, item_id=3),
+        event("b", time),
+        event("c", time - 1, user_id=2),
+    )
+
+    def history(state: LiveState) -> dict[str, Any]:
+        return dict(state.complete(request(time + 1)).history)
+
+    for columns in (early, event_):
+        state.add_events(columns)
+    before = history(state)
+    state.add_events(late)
+    after = history(state)
+    for columns in (early, late, event_):
+        in_order.add_events(columns)
+    wanted = history(in_order)
+    for name, column in wanted.items():
+        np.testing.assert_array_equal(after[name], column, err_msg=name)
+    # Of item 2 there was one more before the event of the user.
+    counts = (list(h["count_item_id"][-2:]) for h in (before, after))
+    assert [b - a for a, b in zip(*counts, strict=True)] == [0, 1]
 
 
 def test_an_event_counts_once(given: Replay) -> None:
@@ -168,13 +195,17 @@ def test_late_events_and_those_ahead_of_the_clock_are_not_counted(
     ("change", "message"),
     [
         ({"event_id": None}, "'event_id' is missing or no list"),
-        ({"event_id": [1.5]}, "'event_id' has 1.5; an id is an integer or a text"),
+        ({"event_id": [1.5]}, "'event_id' has '1.5'; an id is an integer of 64 bits"),
+        ({"event_id": ["\ud800"]}, "an id is an integer of 64 bits, or a text"),
+        ({"user_id": [1.5]}, "column 'user_id' must hold int64: .* truncated"),
+        ({"user_id": [True]}, "column 'user_id' must hold int64: a value is a bool"),
         ({"reacton": [1]}, "unknown column 'reacton'; did you mean 'reaction'"),
         ({"count_item_id": [1]}, "'count_item_id' is computed from earlier events"),
         ({"place": None}, "column 'place' is missing; send it, with null"),
         ({"tab": ["1"]}, "column 'tab' must hold int64"),
         ({"tab": [1, 2]}, "column 'tab' has 2 values for 1 events"),
-        ({"price": [float("inf")]}, "'price' is infinite"),
+        ({"price": [float("inf")]}, "'price' is no finite float32"),
+        ({"price": [1e300]}, "'price' is no finite float32"),
         ({"price": [2e6]}, "'price' is 2e.06 in a row, beyond"),
         ({"user_id": [None]}, "'user_id' is null in event 0"),
         ({"label_click": [2]}, "'label_click' is 2; a label is 1, 0 or null"),
@@ -240,10 +271,10 @@ def test_excluded_features_are_used_and_left_out(given: Replay, tmp_path: Path) 
 def test_acknowledged_events_survive(given: Replay, tmp_path: Path) -> None:
     journal, saved = tmp_path / "journal", tmp_path / "saved"
     state = open_state(given, journal)
-    time = END + MINUTE
+    time = END + 20 * MINUTE
     for number in range(3):
         state.add_events(event(number, time + number, item_id=number))
-    want = seen(state, time + 9)
+    want, watermark = seen(state, time + 9), state.watermark_ms
     # Killed while it wrote: the last frame is cut off, which nobody was told of.
     whole = journal.read_bytes()
     size = len(whole)
@@ -253,6 +284,7 @@ def test_acknowledged_events_survive(given: Replay, tmp_path: Path) -> None:
     state = open_state(given, journal)
     assert seen(state, time + 9) == want
     assert journal.stat().st_size == size
+    assert state.watermark_ms == watermark > open_state(given).watermark_ms
     assert state.receive(event(2, time + 2, item_id=2)) == Received(repeated=1)
     # Killed after the state was saved, before the journal began anew.
     state.save(saved)
@@ -271,6 +303,43 @@ def test_acknowledged_events_survive(given: Replay, tmp_path: Path) -> None:
     state.close()
     with pytest.raises(InputError, match="open the state that was saved last"):
         open_state(given, journal)
+
+
+def test_a_journal_has_one_process(given: Replay, tmp_path: Path) -> None:
+    state = open_state(given, tmp_path / "journal")
+    with pytest.raises(InputError, match=r"is open already .* a journal of its own"):
+        open_state(given, tmp_path / "journal")
+    state.close()
+    open_state(given, tmp_path / "journal").close()
+
+
+def test_events_that_a_newer_log_has_count_once(given: Replay, tmp_path: Path) -> None:
+    # A state until END goes on with a journal that began before it.
+    journal = tmp_path / "journal"
+    state = open_state(given, journal)
+    state.add_events(event("a", END + MINUTE))
+    state.add_events(event("b", END + 9 * MINUTE, item_id=3))
+    state.save(tmp_path / "saved")
+    frames = state.complete(request(END + 10 * MINUTE))
+    state.close()
+    journal.unlink()
+    # The watermark lies between the two events, of which the first is in the totals.
+    manifest = tmp_path / "saved" / "live_state.json"
+    value = json.loads(manifest.read_text())
+    assert value["watermark_ms"] == END + 4 * MINUTE
+    state = open_state(given, journal)
+    state.add_events(event("a", END + MINUTE))
+    state.add_events(event("b", END + 9 * MINUTE, item_id=3))
+    state.close()
+    manifest.write_text(json.dumps(value | {"frame": 0}))
+    state = LiveState.open(
+        tmp_path / "saved", journal, lateness_ms=LATENESS, clock=None
+    )
+    again = state.complete(request(END + 10 * MINUTE))
+    assert again.context == frames.context
+    for name, column in frames.candidates.items():
+        np.testing.assert_array_equal(again.candidates[name], column, err_msg=name)
+    state.close()
 
 
 def test_a_damaged_file_is_named(given: Replay, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ and is refused.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 import zlib
@@ -41,7 +42,7 @@ class Journal:
       cut_bytes: size of an incomplete frame that `read` cut off.
 
     Raises:
-      InputError: the file is no journal, or is damaged.
+      InputError: another process has the file open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +51,7 @@ class Journal:
         self.cut_bytes = 0
         if not self._path.exists() or self._path.stat().st_size < len(_MAGIC):
             self._begin()
-        self._file: BinaryIO = self._path.open("r+b")
+        self._file = self._open()
 
     def read(self, after: int) -> Iterator[pa.Table]:
         """Yield the events of each frame after a number, and stand at the end.
@@ -112,14 +113,28 @@ class Journal:
 
     def begin_anew(self) -> None:
         """Drop all frames, whose events a saved state has."""
-        self._file.close()
         self._begin()
-        self._file = self._path.open("r+b")
+        self._file.close()
+        self._file = self._open()
         self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _open(self) -> BinaryIO:
+        """Open the file for this process alone."""
+        file = self._path.open("r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise InputError(
+                f"journal '{self._path}' is open already ({error.strerror}): each "
+                "process needs a journal of its own; name another file, or end the "
+                "other process"
+            ) from error
+        return file
 
     def _begin(self) -> None:
         """Replace the file by one without frames."""

@@ -23,6 +23,8 @@ type Row = tuple[Any, ...]
 USER, ITEM, TIME, IS_EVENT, IS_SCORED, REQUEST = range(6)
 _FIRST_COLUMNS = ("user_id", "item_id", "time_ms", "event", "scored", "request")
 EVENT_ID = "event_id"
+_LONGEST_ID = 256
+_LARGEST = float(np.finfo(np.float32).max)
 _TYPES = {"int64": pa.int64(), "string": pa.string()}
 
 
@@ -155,7 +157,14 @@ class LiveSchema:
         out: list[Any] = to_arrow(values, self.arrow_type(feature), where).to_pylist()
         if feature.kind == "multi_valued":
             # `prepare` keeps so many.
-            out = [v if v is None else v[: feature.length] for v in out]
+            return [v if v is None else v[: feature.length] for v in out]
+        if feature.kind in ("embedding", "semantic_id"):
+            for value in out:
+                if value is not None and len(value) != feature.length:
+                    raise InputError(
+                        f"{where} has {len(value)} values; its length is "
+                        f"{feature.length}; send null where it is missing"
+                    )
         return out
 
     def _column(self, field: pa.Field, values: Any, count: int) -> list[Any]:
@@ -185,22 +194,34 @@ def to_arrow(values: Any, kind: pa.DataType, where: str) -> pa.Array:
     """Convert values, lists or an array, to an Arrow array; NaN becomes null.
 
     Raises:
-      InputError: a value has another type, or is not finite.
+      InputError: a value has another type, or is no finite float32.
     """
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
         raise InputError(f"{where} is no list; send one value for each row")
     if isinstance(values, np.ndarray) and values.dtype.kind == "U":
         values = values.tolist()
+    one = kind.value_type if pa.types.is_list(kind) else kind
     try:
-        array = pa.array(values, kind, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError, OverflowError) as error:
+        if pa.types.is_int64(one):
+            # With the type given, Arrow would cut 1.5 to 1.
+            array = pa.array(values, from_pandas=True)
+            inferred = array.type
+            inferred = inferred.value_type if pa.types.is_list(inferred) else inferred
+            if pa.types.is_boolean(inferred) or pa.types.is_string(inferred):
+                raise TypeError(f"a value is a {inferred}")
+            array = array.cast(kind)
+        else:
+            array = pa.array(values, kind, from_pandas=True)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{where} must hold {kind}: {reason}; correct it") from error
     flat = array.flatten() if pa.types.is_list(kind) else array
     if pa.types.is_floating(flat.type) and len(flat):
-        numbers = flat.to_numpy(zero_copy_only=False)
-        if np.isinf(numbers).any():
-            raise InputError(f"{where} is infinite; send null where it is missing")
+        numbers = np.abs(flat.to_numpy(zero_copy_only=False))
+        if (numbers > _LARGEST).any():
+            raise InputError(
+                f"{where} is no finite float32; send null where it is missing"
+            )
     return array
 
 
@@ -212,9 +233,16 @@ def _event_ids(values: Any) -> list[int | str]:
         )
     ids = values.tolist() if isinstance(values, np.ndarray) else list(values)
     for value in ids:
-        if type(value) not in (int, str):
+        if not _is_id(value):
             raise InputError(
-                f"events: column '{EVENT_ID}' has {value!r}; an id is an integer or a "
-                "text"
+                f"events: column '{EVENT_ID}' has {str(value)[:60]!r}; an id is an "
+                f"integer of 64 bits, or a text of at most {_LONGEST_ID} characters"
             )
     return ids
+
+
+def _is_id(value: Any) -> bool:
+    if type(value) is int:
+        return -(1 << 63) <= value < 1 << 63
+    # Half a character, which JSON can hold, cannot be written to the journal.
+    return type(value) is str and len(value) <= _LONGEST_ID and value.isprintable()

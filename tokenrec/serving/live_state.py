@@ -288,11 +288,14 @@ class LiveState:
         return window, features[len(events) :]
 
     def _accept(self, events: Sequence[tuple[EventId, Row]]) -> None:
-        """Count events that were accepted before."""
+        """Count events that were accepted before.
+
+        Those until the watermark are part of a log that was prepared since then.
+        """
         new = [
             row
             for event_id, row in events
-            if self._window.add(event_id, row) == "applied"
+            if row[TIME] > self._folded and self._window.add(event_id, row) == "applied"
         ]
         self._count(new)
 

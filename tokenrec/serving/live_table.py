@@ -25,16 +25,15 @@ def events_table(
     table = schema.table([row for _, row in events])
     for name, kind in _IDS.items():
         ids = [i if type(i) is kind else None for i, _ in events]
-        # An integer id may be larger than an int64.
-        texts = [None if i is None else str(i) for i in ids]
-        table = table.append_column(name, pa.array(texts, pa.string()))
+        arrow = pa.int64() if kind is int else pa.string()
+        table = table.append_column(name, pa.array(ids, arrow))
     return table
 
 
 def read_events_table(schema: LiveSchema, table: pa.Table) -> list[tuple[EventId, Row]]:
     """Read a table of events, the inverse of `events_table`."""
     ids = [
-        text if number is None else int(number)
+        text if number is None else number
         for number, text in zip(*(table[n].to_pylist() for n in _IDS), strict=True)
     ]
     columns = [table[name].to_pylist() for name in schema.row_columns]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.data.memory_source import SCHEMA
 from tests.data.past.declared import DECLARED, random_rows, source
 from tests.data.past.reference import Row
+from tokenrec.data.past import live_totals
 from tokenrec.data.past.declaration_json import parse_statistics
 from tokenrec.data.past.features import PastFeatures
 from tokenrec.data.past.live import LivePast
@@ -24,6 +25,9 @@ from tokenrec.errors import InputError
 
 # With epochs of 12 and of 200 milliseconds.
 HALF_LIVES = (None, 3, 50)
+# Totals over several epochs then have more bits than a float64: the order of additions
+# would show.
+_LARGE = 2.0**24 / 3
 entries = st.lists(
     st.tuples(st.integers(0, 3), st.integers(1, 90), st.integers(-2, 5)), max_size=25
 )
@@ -42,7 +46,7 @@ def columns(
     """Key, time and values of entries, in the order of time."""
     rows = sorted(rows, key=lambda row: row[1])
     array = np.array(rows, np.int64).reshape(-1, 3)
-    return array[:, 0].astype(np.uint64), array[:, 1], array[:, 2:] / 3
+    return array[:, 0].astype(np.uint64), array[:, 1], array[:, 2:] * _LARGE
 
 
 def in_order(
@@ -65,8 +69,22 @@ def in_order(
     queries=asked,
     watermark=st.integers(0, 60),
     move=st.integers(0, 60),
+    many=st.sampled_from([0, 3, 256]),
 )
 def test_totals_take_entries_in_any_order(
+    before: list[tuple[int, int, int]],
+    batches: list[list[tuple[int, int, int]]],
+    queries: list[tuple[int, int]],
+    watermark: int,
+    move: int,
+    many: int,
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live_totals, "_MANY", many)
+        check_any_order(before, batches, queries, watermark, move)
+
+
+def check_any_order(
     before: list[tuple[int, int, int]],
     batches: list[list[tuple[int, int, int]]],
     queries: list[tuple[int, int]],
@@ -102,6 +120,39 @@ def test_totals_take_entries_in_any_order(
         got = live.update(key, time, np.zeros((len(later), 1)))
         for part, want in zip(got, in_order(seen, later), strict=True):
             np.testing.assert_array_equal(part[:, 0], want)
+
+
+@pytest.mark.parametrize("many", [0, 256])
+def test_late_entries_round_as_if_in_order(
+    many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Decay is exact; only the sum of a carry and the totals of its epoch is rounded, and
+    # so differs by an entry that is added after the end of its epoch.
+    monkeypatch.setattr(live_totals, "_MANY", many)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        count = int(rng.integers(4, 14))
+        time = np.sort(rng.integers(1, 60, count))
+        key, values = np.zeros(count, np.uint64), rng.random((count, 1)) * 2.0**30
+        late = np.arange(count) == rng.integers(0, count)
+        live = LiveTotals(totals())
+        for rows in (~late, late):
+            live.count(key[rows], time[rows], values[rows])
+        asked = np.unique(np.append(time + 1, 70))
+        none = np.zeros((len(asked), 1))
+        together = np.append(time, asked)
+        order = np.argsort(together, kind="stable")
+        keys = np.zeros(len(order), np.uint64)
+        want = totals().update(
+            keys, together[order], np.concatenate([values, none])[order]
+        )
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        # One at a time: other requests know nothing of later ones.
+        for i, moment in enumerate(asked):
+            got = live.update(keys[:1], np.array([moment]), none[:1])
+            for part, wanted in zip(got, want, strict=True):
+                np.testing.assert_array_equal(part[0], wanted[place[count + i]])
 
 
 def table(rows: list[Row]) -> pa.Table:

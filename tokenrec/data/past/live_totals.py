@@ -29,6 +29,8 @@ from tokenrec.data.past.totals import KeyTotals
 # Entries that are not merged with the others yet: at least so many, and this share.
 _LEAST_RECENT = 256
 _RECENT_SHARE = 8
+# Entries of a window that are read one by one.
+_MANY = 256
 
 
 class LiveTotals(KeyTotals):
@@ -123,8 +125,7 @@ class LiveTotals(KeyTotals):
     def _before(self, key: np.ndarray, time: np.ndarray) -> list[np.ndarray]:
         """Totals of keys at times before their newest entries."""
         keys = np.unique(key)
-        totals = self._base.of_keys(keys)
-        entries = self._window.of(keys)
+        totals, entries = self._at(keys, int(time.min()))
         # What is asked for stands among the entries, and adds nothing.
         asked = _Entries(key, time, np.zeros((len(key), len(self._scales))))
         together = _Entries.join([entries, asked])
@@ -133,6 +134,25 @@ class LiveTotals(KeyTotals):
         where[order] = np.arange(len(order))
         sums = totals.update(*together.take(order))
         return [part[where[len(entries.key) :]] for part in sums]
+
+    def _at(self, keys: np.ndarray, time: int) -> tuple[KeyTotals, _Entries]:
+        """Totals of keys at a time or before, and their entries since then.
+
+        Args:
+          keys: `[n] uint64`, ascending and distinct.
+          time: milliseconds, after the watermark.
+        """
+        # The newest entries are few beside all of a large window: they are taken away
+        # from the head, as integers, unless an epoch has ended since the time.
+        if (
+            self._window.size_of(keys) > _MANY
+            and not self._head.is_past_epoch(keys, np.full(len(keys), time)).any()
+        ):
+            later = self._window.of(keys, time).in_time_order()
+            totals = self._head.of_keys(keys)
+            totals.count(later.key, later.time, -later.values)
+            return totals, later
+        return self._base.of_keys(keys), self._window.of(keys)
 
 
 class _Entries(NamedTuple):
@@ -203,16 +223,31 @@ class _Window:
                 newest = np.where(same, np.maximum(newest, part.time[last]), newest)
         return newest
 
-    def of(self, keys: np.ndarray) -> _Entries:
-        """The entries of `keys: [n]`, ascending and distinct."""
+    def size_of(self, keys: np.ndarray) -> int:
+        """Number of entries of `keys: [n]`, distinct."""
+        return sum(int(np.sum(end - begin)) for begin, end in self._ranges(keys))
+
+    def of(self, keys: np.ndarray, since: int | None = None) -> _Entries:
+        """The entries of `keys: [n]`, distinct, from a time on if one is given."""
         found = []
-        for part in self._parts:
-            first = np.searchsorted(part.key, keys)
-            lengths = np.searchsorted(part.key, keys, side="right") - first
+        for part, (first, end) in zip(self._parts, self._ranges(keys), strict=True):
+            if since is not None:
+                # Those of a key are in the order of time.
+                for i in np.flatnonzero(end > first).tolist():
+                    times = part.time[first[i] : end[i]]
+                    first[i] += np.searchsorted(times, since)
+            lengths = end - first
             starts = np.cumsum(lengths) - lengths
             rows = np.arange(lengths.sum()) + (first - starts).repeat(lengths)
             found.append(part.take(rows))
         return _Entries.join(found)
+
+    def _ranges(self, keys: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Where the entries of each key begin and end in each part."""
+        return [
+            (part.key.searchsorted(keys), part.key.searchsorted(keys, side="right"))
+            for part in self._parts
+        ]
 
     def split(self, time: int) -> tuple[_Entries, _Entries]:
         """The entries until a time, and those after it."""
