@@ -14,7 +14,7 @@ from tokenrec.cli.arguments import (
     checkpoint,
 )
 from tokenrec.cli.parser import Parser, add_verb
-from tokenrec.runtime.paths import path_argument
+from tokenrec.runtime.paths import local_path_argument
 
 if TYPE_CHECKING:
     from tokenrec.cli.parser import VerbParsers
@@ -29,7 +29,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name an artifact and how it reads requests."""
     parser.add_argument(
         "--model",
-        type=path_argument,
+        type=local_path_argument,
         required=True,
         help="folder that `tokenrec export` wrote",
     )
@@ -61,7 +61,7 @@ def _add_export(verbs: VerbParsers) -> Parser:
     )
     add_workdir_flag(parser, "folder of the run")
     parser.add_argument(
-        "--out", type=path_argument, required=True, help="folder to make"
+        "--out", type=local_path_argument, required=True, help="folder to make"
     )
     parser.add_argument(
         "--checkpoint",
@@ -113,12 +113,12 @@ def _add_score(verbs: VerbParsers) -> Parser:
     add_model_flags(parser)
     parser.add_argument(
         "--requests",
-        type=path_argument,
+        type=local_path_argument,
         required=True,
         help="Parquet file of requests, with nested columns as in the JSON request",
     )
     parser.add_argument(
-        "--out", type=path_argument, required=True, help="Parquet file to write"
+        "--out", type=local_path_argument, required=True, help="Parquet file to write"
     )
     return parser
 
