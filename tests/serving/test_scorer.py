@@ -258,7 +258,7 @@ def test_a_run_on_streams_scores_as_predict(exported_run, tmp_path):
         overlap=2,
         eval_batch_size=16,
     )
-    model = ModelConfig(width=8, heads=1, layers=1)
+    model = ModelConfig(width=8, heads=1, layers=2, windows=(4,))
     config = Config(data=data, tokens=TokensConfig(embedding_dim=4), model=model)
     dataset = open_dataset(Path(data.path))
     mesh = one_device()
