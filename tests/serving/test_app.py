@@ -446,6 +446,27 @@ def test_a_request_may_ask_for_the_history_that_the_server_keeps(
         np.testing.assert_array_equal(scores_of(new), server.scorer.expected(empty))
 
 
+def test_events_for_a_model_that_was_just_replaced_are_asked_for_again(
+    server: Served, link: Path, tmp_path: Path
+) -> None:
+    class Replaced(Live):
+        is_closed = False
+
+        def close(self) -> None:
+            self.is_closed = True
+
+        def receive(self, columns: Any) -> Received:
+            point(link, write_artifact(tmp_path / "second", 2.0))
+            assert server.slot.check()
+            assert self.is_closed
+            raise ValueError("I/O operation on closed file.")
+
+    server.slot.model = dataclasses.replace(server.slot.model, live=Replaced())
+    answer = ask(server, "/v1/events", {"events": {"event_id": ["a"]}})
+    assert (answer.status, answer.error[0]) == (503, "replaced")
+    assert answer.headers["retry-after"] == "1"
+
+
 def test_events_are_counted_or_refused(server: Served) -> None:
     events = {"events": {"event_id": ["a", "b", "c"]}}
     assert ask(server, "/v1/events", events).error[0] == "no_counters"

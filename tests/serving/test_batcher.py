@@ -232,6 +232,23 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
         submit(batcher, scorer, request_of(5))
 
 
+def test_cancelled_requests_leave_a_full_queue() -> None:
+    batcher = made(dataclasses.replace(LIMITS, queue=3))
+    scorer = ArithmeticScorer()
+    answers = [submit(batcher, scorer, request_of(seed, 200)) for seed in range(3)]
+    assert answers[1].cancel()
+    answers.append(submit(batcher, scorer, request_of(3)))
+    assert batcher.waiting() == 3
+    with pytest.raises(QueueFullError):
+        submit(batcher, scorer, request_of(4))
+    batcher.start()
+    for seed, size in ((0, 200), (2, 200), (3, None)):
+        expected = scorer.expected(request_of(seed, size))
+        np.testing.assert_array_equal(scores(answers[seed]), expected)
+    batcher.close()
+    assert batcher.waiting() == 0
+
+
 def test_a_deadline_that_passed_costs_no_device_time() -> None:
     clock = Clock()
     batcher, scorer = made(clock=clock), ArithmeticScorer()

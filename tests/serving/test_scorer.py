@@ -4,20 +4,28 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import tokenrec
+from tests.worlds import one_device
+from tokenrec import Config, DataConfig, ModelConfig, TokensConfig
+from tokenrec.checkpoint.run_folder import OpenedRun
 from tokenrec.cli.main import main
+from tokenrec.data.dataset import open_dataset
+from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import MISSING, UNKNOWN, columns
 from tokenrec.errors import InputError
-from tokenrec.serving.export import check_config, export_run
-from tokenrec.serving.export_requests import PredictedRequest
+from tokenrec.serving.export import check_config, export_run, write_artifact
+from tokenrec.serving.export_requests import PredictedRequest, predicted_requests
 from tokenrec.serving.request import BadRequest, Limits, parse_request
 from tokenrec.serving.scorer import open_artifact
+from tokenrec.state import build_model, init_state
 
 TOLERANCE = 1e-6
 
@@ -242,8 +250,42 @@ def test_an_export_that_fails_leaves_nothing(
         export_run(exported_run[0], tmp_path / "model", platforms=("gpu",))
 
 
+def test_a_run_on_streams_scores_as_predict(exported_run, tmp_path):
+    data = DataConfig(
+        path=str(exported_run[0].parent / "data"),
+        paradigm="uc",
+        events=8,
+        overlap=2,
+        eval_batch_size=16,
+    )
+    model = ModelConfig(width=8, heads=1, layers=2, windows=(4,))
+    config = Config(data=data, tokens=TokensConfig(embedding_dim=4), model=model)
+    dataset = open_dataset(Path(data.path))
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        spec = build_model(config, dataset.schema, task_names(dataset.schema, data))
+        run = OpenedRun(spec, dataset, 0, init_state(spec, 0))
+        predicted = list(predicted_requests(run, "test", mesh, 12))
+    assert len(predicted) > 6
+    assert any("history" in request for request, _ in predicted)
+    manifest = write_artifact(run, "test", predicted, tmp_path, ("cpu",), TOLERANCE)
+    assert manifest["events"] == 7
+    assert len(list(open_artifact(tmp_path).artifact.golden())) == len(predicted)
+
+
+def test_an_accelerator_keeps_prefixes_on_the_device(scorer, golden, monkeypatch):
+    encoded = [encode(scorer, request) for request, _ in golden[:3]]
+    expected = scorer.score(encoded)
+    monkeypatch.setattr(scorer, "_on_host", False)
+    prefixes = scorer.prefill(encoded)
+    assert all(isinstance(array, jax.Array) for array in prefixes[0].arrays.values())
+    got = scorer.extend(list(zip(prefixes, encoded, strict=True)))
+    for one, other in zip(got, expected, strict=True):
+        near(one, other)
+
+
 def test_retrieval_is_refused():
-    config = tokenrec.Config(data=tokenrec.DataConfig(objective="retrieval"))
+    config = Config(data=DataConfig(objective="retrieval"))
     with pytest.raises(InputError, match=r"data\.objective='retrieval'"):
         check_config(config)
 

@@ -20,7 +20,7 @@ from tokenrec.cli.arguments import (
 )
 from tokenrec.cli.parser import Parser, add_verb
 from tokenrec.errors import InputError
-from tokenrec.runtime.paths import is_remote, local_path_argument, path_argument
+from tokenrec.runtime.paths import local_path_argument
 
 if TYPE_CHECKING:
     from tokenrec.cli.parser import VerbParsers
@@ -41,7 +41,7 @@ def add_model_flags(
     """Add the flags that name an artifact and how it reads requests."""
     parser.add_argument(
         "--model",
-        type=path_argument,
+        type=local_path_argument,
         required=True,
         help=text,
     )
@@ -73,7 +73,7 @@ def _add_export(verbs: VerbParsers) -> Parser:
     )
     add_workdir_flag(parser, "folder of the run")
     parser.add_argument(
-        "--out", type=path_argument, required=True, help="folder to make"
+        "--out", type=local_path_argument, required=True, help="folder to make"
     )
     parser.add_argument(
         "--checkpoint",
@@ -125,12 +125,12 @@ def _add_score(verbs: VerbParsers) -> Parser:
     add_model_flags(parser)
     parser.add_argument(
         "--requests",
-        type=path_argument,
+        type=local_path_argument,
         required=True,
         help="Parquet file of requests, with nested columns as in the JSON request",
     )
     parser.add_argument(
-        "--out", type=path_argument, required=True, help="Parquet file to write"
+        "--out", type=local_path_argument, required=True, help="Parquet file to write"
     )
     return parser
 
@@ -205,11 +205,6 @@ def _serve(args: argparse.Namespace) -> None:
     for flag in ("max_candidates", "max_batch", "queue"):
         if getattr(args, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} 0 serves nothing; raise it")
-    if is_remote(args.model):
-        raise InputError(
-            f"--model '{args.model}' is in an object store; copy the artifact to a local "
-            "folder and name that"
-        )
     with _compile_cache(args.compile_cache):
         # Imported late: uvicorn and orjson are of the extra `serving`.
         try:
@@ -217,7 +212,7 @@ def _serve(args: argparse.Namespace) -> None:
         except ModuleNotFoundError as error:
             raise InputError(
                 f"tokenrec serve needs the package {error.name}; install the extra "
-                "serving: pip install 'tokenrec[serving]'"
+                "serving: `pip install '.[serving]'`"
             ) from error
         from tokenrec.serving.app_limits import AppLimits
         from tokenrec.serving.batch_plan import BatchLimits

@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from tokenrec.errors import InputError
 from tokenrec.serving.app_limits import AppLimits
 from tokenrec.serving.batcher import Batcher, DeadlineError
 from tokenrec.serving.http_answers import check_json, error_response, json_response
@@ -173,16 +174,13 @@ class App:
 
     async def _add_events(self, scope: Scope, receive: Receive) -> Response:
         check_json(scope)
-        model = self._slot.model
-        if model.live is None:
+        if self._slot.model.live is None:
             raise no_counters("events")
         async with self._reader.read(scope, receive) as body:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(
-                self._pool, self._add_events_now, body, model
-            )
+            return await loop.run_in_executor(self._pool, self._add_events_now, body)
 
-    def _add_events_now(self, body: bytearray, model: ServedModel) -> Response:
+    def _add_events_now(self, body: bytearray) -> Response:
         value = parse_json(body)
         if not isinstance(value, dict) or set(value) != {"events"}:
             raise HttpError(
@@ -190,7 +188,21 @@ class App:
                 "bad_request",
                 "events: the body is not {'events': {COLUMN: [...]}}; send that",
             )
-        received = model.live.receive(value["events"])
+        # The model of now: the journal of one that was replaced is closed.
+        model = self._slot.model
+        try:
+            if model.live is None:
+                raise no_counters("events")
+            received = model.live.receive(value["events"])
+        except ValueError as error:
+            if isinstance(error, InputError) or model is self._slot.model:
+                raise
+            raise HttpError(
+                503,
+                "replaced",
+                "events: the model was replaced at this moment; send them again",
+                {"retry-after": "1"},
+            ) from None
         self._metrics.events.add(received.applied)
         counts = dict(zip(received._fields, received, strict=True))
         return json_response({"model": model.scorer.digest, **counts})

@@ -110,6 +110,8 @@ class Batcher:
         job = Job(scorer, encoded, name, deadline, submitted=self._clock())
         slices = cut(job, self.limits)
         with self._changed:
+            if self._waiting >= self.limits.queue:
+                self._drop_cancelled()
             if self._closing or self._waiting >= self.limits.queue:
                 raise QueueFullError(self._waiting, self._retry_after())
             self._queue.extend(slices)
@@ -135,6 +137,13 @@ class Batcher:
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join()
+
+    def _drop_cancelled(self) -> None:
+        """Make room: requests that nobody waits for any more leave the queue."""
+        kept = [s for s in self._queue if not s.job.future.cancelled()]
+        self._waiting -= sum(s.is_first for s in self._queue)
+        self._waiting += sum(s.is_first for s in kept)
+        self._queue = deque(kept)
 
     def _retry_after(self) -> int:
         seconds = self._seconds_per_slice * len(self._queue)

@@ -6,11 +6,8 @@ Letters: C candidates, I and D columns of `ids` and `dense` (schema.py).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
-
-from tokenrec.data.schema import MISSING, UNKNOWN, Feature, columns
 
 type Arrays = dict[str, np.ndarray]
 
@@ -73,26 +70,3 @@ class Encoded:
             target_ids=self.target_ids[start:stop],
             target_dense=self.target_dense[start:stop],
         )
-
-
-def count_unknown(
-    features: Sequence[Feature],
-    ids: np.ndarray,
-    dense: np.ndarray,
-    values: dict[str, int],
-    missing: dict[str, int],
-) -> None:
-    """Add the unknown and the missing values of each feature to `values`, `missing`."""
-    place = columns(features)
-    unknown = (ids == UNKNOWN).sum(axis=0)
-    absent_ids = (ids == MISSING).sum(axis=0)
-    absent_dense = np.isnan(dense).sum(axis=0)
-    for f in features:
-        start = (place.ids if f.is_integer else place.dense)[f.name][0]
-        absent = (absent_ids if f.is_integer else absent_dense)[start]
-        if absent:
-            missing[f.name] = missing.get(f.name, 0) + int(absent)
-        if f.has_vocabulary:
-            count = unknown[slice(*place.ids[f.name])].sum()
-            if count:
-                values[f.name] = values.get(f.name, 0) + int(count)

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from tokenrec.data.schema import MISSING, Feature, columns
+from tokenrec.data.schema import MISSING, Feature
 from tokenrec.errors import suggest
 from tokenrec.serving.artifact import Artifact
-from tokenrec.serving.encoded import Arrays, Encoded, Unknown, count_unknown
-from tokenrec.serving.feature_values import FeatureEncoder
+from tokenrec.serving.encoded import Arrays, Encoded, Unknown
+from tokenrec.serving.feature_values import FeatureGroup
 from tokenrec.serving.request import BadRequest, Column, Request, Value
 from tokenrec.serving.serving_data import load_catalogue, load_tables
 
@@ -48,15 +48,16 @@ class Encoder:
         self._ages: bool = artifact.manifest["ages"]
         self._query: bool = artifact.manifest["query"]
         self._catalogue = load_catalogue(artifact)
-        self._values = FeatureEncoder(load_tables(artifact))
-        self._user = schema.group("user")
-        self._items = schema.group("catalogue")
-        self._row = schema.group("row")
-        self._action = schema.group("action")
-        self._state = schema.state
-        self._context = {f.name for f in self._row if f.entity == "context"}
+        tables = load_tables(artifact)
+        self._user = FeatureGroup(schema.group("user"), tables)
+        self._items = FeatureGroup(schema.group("catalogue"), tables)
+        self._row = FeatureGroup(schema.group("row"), tables)
+        self._action = FeatureGroup(schema.group("action"), tables)
+        self._state = FeatureGroup(schema.state, tables)
+        row_features = self._row.features
+        self._context = {f.name for f in row_features if f.entity == "context"}
         # Columns of the state that a query shows: the context.
-        place = columns(self._state)
+        place = self._state.place
         self._context_ids = _mask(place.ids, self._context, place.ids_width)
         self._context_dense = _mask(place.dense, self._context, place.dense_width)
         ignored = set(artifact.manifest["ignored"])
@@ -114,7 +115,8 @@ class Encoder:
         """A request without user, history and context, and one unknown candidate."""
         events = self._events
         prefix: Arrays = {}
-        for name, features, lead in (
+        lead: tuple[int, ...]
+        for name, group, lead in (
             ("user", self._user, ()),
             ("state", self._state, (events,)),
             ("action", self._action, (events,)),
@@ -122,18 +124,16 @@ class Encoder:
         ):
             if name == "query" and not self._query:
                 continue
-            place = columns(features)
-            prefix[f"{name}_ids"] = np.zeros((*lead, place.ids_width), np.int32)
-            blank = np.full((*lead, place.dense_width), np.nan, np.float32)
-            prefix[f"{name}_dense"] = blank
+            ids, dense = group.blank(*lead)
+            prefix[f"{name}_ids"], prefix[f"{name}_dense"] = ids, dense
         prefix["valid"] = np.zeros(events, bool)
         if self._ages:
             prefix["ages"] = np.zeros(events, np.int32)
-        place = columns(self._state)
+        target_ids, target_dense = self._state.blank(1)
         return Encoded(
             prefix=prefix,
-            target_ids=np.zeros((1, place.ids_width), np.int32),
-            target_dense=np.full((1, place.dense_width), np.nan, np.float32),
+            target_ids=target_ids,
+            target_dense=target_dense,
             prefix_key=_digest(prefix),
             events=0,
             unknown=Unknown(1, 0, (0,), {}, {}),
@@ -160,47 +160,38 @@ class Encoder:
         """
         row = self._encode(self._row, given, part, count, context)
         if not count:
-            empty = columns(self._state)
-            ids = np.empty((0, empty.ids_width), np.int32)
-            dense = np.empty((0, empty.dense_width), np.float32)
-            return (ids, dense), np.empty(0, np.int64)
+            return self._state.blank(0), np.empty(0, np.int64)
         items = self._catalogue.places.find(given["item_id"], f"{part}.item_id")
         item_ids, item_dense = self._catalogue.take(items)
         unknown = items < 0
-        if unknown.any() and any(f.name in given for f in self._items):
+        if unknown.any():
             # What the caller knows of a new item.
-            own = [f for f in self._items if f.name in given]
-            self._values.encode(
-                own, self._items, given, part, item_ids, item_dense, unknown
-            )
+            self._items.encode(given, part, item_ids, item_dense, unknown)
         ids = np.concatenate([item_ids, row[0]], axis=1)
         dense = np.concatenate([item_dense, row[1]], axis=1)
         return (ids, dense), items
 
     def _encode(
         self,
-        features: Sequence[Feature],
+        group: FeatureGroup,
         given: dict[str, Column],
         part: str,
         count: int,
         context: dict[str, Value] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encode the columns of some features: `[n, I]` and `[n, D]`."""
-        place = columns(features)
-        ids = np.zeros((count, place.ids_width), np.int32)
-        dense = np.full((count, place.dense_width), np.nan, np.float32)
+        ids, dense = group.blank(count)
         if not count:
             return ids, dense
         found = dict(given)
-        for f in features:
+        for f in group.features:
             if f.name in found:
                 continue
             if context and f.name in context:
                 found[f.name] = [context[f.name]] * count
             elif f.name not in self._allowed:
                 raise BadRequest(self._missing(f, part))
-        present = [f for f in features if f.name in found]
-        self._values.encode(present, features, found, part, ids, dense)
+        group.encode(found, part, ids, dense)
         return ids, dense
 
     def _missing(self, feature: Feature, part: str) -> str:
@@ -249,13 +240,13 @@ class Encoder:
     ) -> Unknown:
         values: dict[str, int] = {}
         missing: dict[str, int] = {}
-        for features, (ids, dense) in (
+        for group, (ids, dense) in (
             (self._user, user),
             (self._state, events),
             (self._action, action),
             (self._state, target),
         ):
-            count_unknown(features, ids, dense, values, missing)
+            group.count(ids, dense, values, missing)
         return Unknown(
             items=int((items < 0).sum()),
             history_items=int((event_items < 0).sum()),
@@ -265,8 +256,8 @@ class Encoder:
         )
 
 
-def _names(features: Sequence[Feature]) -> set[str]:
-    return {f.name for f in features}
+def _names(group: FeatureGroup) -> set[str]:
+    return {f.name for f in group.features}
 
 
 def _mask(spans: dict[str, tuple[int, int]], names: set[str], width: int) -> np.ndarray:

@@ -91,15 +91,43 @@ def export_run(
             predicted = list(predicted_requests(run, split, mesh, CHECKED_REQUESTS))
         if tolerance is None:
             tolerance = _TOLERANCES[config.model.dtype]
-        manifest = write_files(run, partial, platforms, tolerance)
-        manifest["checked"] = {"split": split, "requests": len(predicted)}
-        _write_manifest(partial, manifest)
-        _check_scores(partial, predicted, tolerance)
-        _write_golden(partial, predicted)
-        _write_manifest(partial, manifest)
+        manifest = write_artifact(run, split, predicted, partial, platforms, tolerance)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def write_artifact(
+    run: OpenedRun,
+    split: str,
+    predicted: Sequence[PredictedRequest],
+    folder: Path,
+    platforms: Sequence[str],
+    tolerance: float,
+) -> dict[str, Any]:
+    """Write an artifact into a folder, and check its scores; call it without a mesh.
+
+    Args:
+      run: a ranking run.
+      split: split of the requests.
+      predicted: requests to compare, and their predictions.
+      folder: an empty folder.
+      platforms: as in `export_run`.
+      tolerance: as in `export_run`.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      InputError: a score differs from its prediction.
+    """
+    manifest = write_files(run, folder, platforms, tolerance)
+    manifest["checked"] = {"split": split, "requests": len(predicted)}
+    _write_manifest(folder, manifest)
+    _check_scores(folder, predicted, tolerance)
+    _write_golden(folder, predicted)
+    _write_manifest(folder, manifest)
     return manifest
 
 

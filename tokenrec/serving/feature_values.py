@@ -1,6 +1,6 @@
 """Encode the columns of features, as `tokenrec.data.preparation.encode` does in bulk.
 
-Letters: n rows, I and D columns of `ids` and `dense`.
+Letters: n rows, I and D columns of `ids` and `dense`, F features of the kind `dense`.
 """
 
 from __future__ import annotations
@@ -12,35 +12,54 @@ import numpy as np
 
 from tokenrec.data.schema import FIRST_KNOWN, Feature, columns
 from tokenrec.serving.request import BadRequest, Column, short_repr
-from tokenrec.serving.vocabularies import TableIds
+from tokenrec.serving.vocabularies import ValueNumbers
+
+_NUMBERS = {int, float, bool, type(None)}
 
 
-class FeatureEncoder:
-    """Encode raw columns into matrices.
+class FeatureGroup:
+    """Encode raw columns of features that lie side by side in two matrices.
 
     Args:
+      features: the features, in the order of their columns.
       tables: ids of each table of categorical and multi-valued features.
+
+    Attributes:
+      features: as given.
+      place: columns of each feature.
     """
 
-    def __init__(self, tables: Mapping[str, TableIds]) -> None:
+    def __init__(
+        self, features: Sequence[Feature], tables: Mapping[str, ValueNumbers]
+    ) -> None:
+        self.features = tuple(features)
+        self.place = columns(features)
         self._tables = tables
+        # Feature of each column; of a feature with a vocabulary also apart.
+        self._id_names = _column_names(self.place.ids)
+        self._dense_names = _column_names(self.place.dense)
+        self._coded = {f.name for f in features if f.has_vocabulary}
+        # A feature of several columns that is missing is missing in the first.
+        self._first_ids = {start for start, _ in self.place.ids.values()}
+        self._first_dense = {start for start, _ in self.place.dense.values()}
+
+    def blank(self, *lead: int) -> tuple[np.ndarray, np.ndarray]:
+        """Matrices of missing values, `[..., I]` and `[..., D]`."""
+        ids = np.zeros((*lead, self.place.ids_width), np.int32)
+        return ids, np.full((*lead, self.place.dense_width), np.nan, np.float32)
 
     def encode(
         self,
-        features: Sequence[Feature],
-        group: Sequence[Feature],
         given: Mapping[str, Column],
         part: str,
         ids: np.ndarray,
         dense: np.ndarray,
         rows: np.ndarray | None = None,
     ) -> None:
-        """Fill the columns of some features.
+        """Fill the columns of the features that are given.
 
         Args:
-          features: features to encode; the columns of others are left as they are.
-          group: all features of the matrices, in the order of their columns.
-          given: raw values by feature.
+          given: raw values by feature; others are left as they are.
           part: part of the request, for messages.
           ids: `[n, I] int32`, filled in place.
           dense: `[n, D] float32`, filled in place.
@@ -49,24 +68,53 @@ class FeatureEncoder:
         Raises:
           BadRequest: a value does not fit its feature.
         """
-        place = columns(group)
-        for f in features:
+        chosen = slice(None) if rows is None else rows
+        numbers: list[tuple[int, str]] = []
+        for f in self.features:
+            if f.name not in given:
+                continue
             where = f"{part}.{f.name}"
-            matrix, spans = (ids, place.ids) if f.is_integer else (dense, place.dense)
-            encoded = self._column(f, given[f.name], where)
-            out = matrix[:, slice(*spans[f.name])]
+            if f.kind == "dense":
+                numbers.append((self.place.dense[f.name][0], f.name))
+                continue
+            if f.kind == "categorical":
+                start = self.place.ids[f.name][0]
+                encoded = self._tables[f.table_name].find(given[f.name], where)
+                ids[chosen, start] = encoded[chosen]
+                continue
+            spans = self.place.ids if f.is_integer else self.place.dense
+            matrix = ids if f.is_integer else dense
+            lists = self._lists(f, given[f.name], where)
+            matrix[chosen, slice(*spans[f.name])] = lists[chosen]
+        if numbers:
+            # All numbers at once: a request has few rows and many columns.
+            places = [start for start, _ in numbers]
+            wide = _numbers([given[name] for _, name in numbers], part, numbers)
             if rows is None:
-                out[:] = encoded
+                dense[:, places] = wide.T
             else:
-                out[rows] = encoded[rows]
+                dense[np.ix_(rows, places)] = wide.T[rows]
 
-    def _column(self, f: Feature, values: Column, where: str) -> np.ndarray:
-        """Encode a column, `[n, length]`."""
-        if f.kind == "categorical":
-            return self._tables[f.table_name].find(values, where)[:, None]
-        if f.kind == "dense":
-            return _numbers(values, where)[:, None]
-        return self._lists(f, values, where)
+    def count(
+        self,
+        ids: np.ndarray,
+        dense: np.ndarray,
+        unknown: dict[str, int],
+        missing: dict[str, int],
+    ) -> None:
+        """Add the unknown and the missing values of each feature to the counts."""
+        from_ids = (ids == 0).sum(axis=0)
+        for column in np.flatnonzero(from_ids).tolist():
+            if column in self._first_ids:
+                _add(missing, self._id_names[column], from_ids[column])
+        from_dense = np.isnan(dense).sum(axis=0)
+        for column in np.flatnonzero(from_dense).tolist():
+            if column in self._first_dense:
+                _add(missing, self._dense_names[column], from_dense[column])
+        from_ids = (ids == 1).sum(axis=0)
+        for column in np.flatnonzero(from_ids).tolist():
+            if self._id_names[column] in self._coded:
+                _add(unknown, self._id_names[column], from_ids[column])
 
     def _lists(self, f: Feature, values: Column, where: str) -> np.ndarray:
         """Encode a column of lists, `[n, length]`."""
@@ -93,36 +141,53 @@ class FeatureEncoder:
             if not len(value):
                 continue
             if f.kind == "embedding":
-                out[i] = _numbers(value, place)
+                out[i] = _numbers([value], where, [(0, f"{f.name}[{i}]")])[0]
             else:
                 out[i] = _codes(f, value, place)
         return out
 
 
-def _numbers(values: Column, where: str) -> np.ndarray:
-    """Convert numbers to float32, NaN where null."""
-    if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
-        exact = values.astype(np.float64)
-    else:
-        exact = np.full(len(values), np.nan)
-        for i, value in enumerate(values):
-            if value is None:
-                continue
-            if not isinstance(value, (int, float, np.number)):
-                raise BadRequest(
-                    f"{where}[{i}]: {short_repr(value)} is no number; send one, or "
-                    "null where it is missing"
-                )
-            exact[i] = value
+def _column_names(spans: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Feature of each column of a matrix."""
+    return [name for name, (start, stop) in spans.items() for _ in range(start, stop)]
+
+
+def _add(counts: dict[str, int], name: str, count: Any) -> None:
+    counts[name] = counts.get(name, 0) + int(count)
+
+
+def _numbers(
+    lists: Sequence[Column], part: str, names: Sequence[tuple[int, str]]
+) -> np.ndarray:
+    """Convert F columns of numbers to `[F, n] float32`, NaN where null."""
+    plain = [
+        values.tolist() if isinstance(values, np.ndarray) else values
+        for values in lists
+    ]
+    for values, (_, name) in zip(plain, names, strict=True):
+        # NumPy would parse a text.
+        if not set(map(type, values)) <= _NUMBERS:
+            _refuse_others(values, f"{part}.{name}")
+    exact = np.array(plain, np.float64)
     with np.errstate(over="ignore"):
         numbers = exact.astype(np.float32)
     if np.isinf(numbers).any():
-        place = int(np.isinf(numbers).argmax())
+        column, row = np.argwhere(np.isinf(numbers))[0].tolist()
         raise BadRequest(
-            f"{where}[{place}]: {exact[place]} is not a finite float32; send null where "
-            "it is missing"
+            f"{part}.{names[column][1]}[{row}]: {exact[column, row]} is not a finite "
+            "float32; send null where it is missing"
         )
     return numbers
+
+
+def _refuse_others(values: Sequence[Any], where: str) -> None:
+    """Raise BadRequest for a value that is no number."""
+    for i, value in enumerate(values):
+        if value is not None and not isinstance(value, (int, float, np.number)):
+            raise BadRequest(
+                f"{where}[{i}]: {short_repr(value)} is no number; send one, or null "
+                "where it is missing"
+            )
 
 
 def _codes(f: Feature, codes: Sequence[Any] | np.ndarray, where: str) -> np.ndarray:

@@ -142,8 +142,11 @@ def read_state(folder: Path) -> SavedState:
     return SavedState(
         schema,
         **plain,
-        arrays={Path(n).stem: np.load(folder / n, mmap_mode="r") for n in arrays},
-        items=np.load(folder / _ITEMS),
+        arrays={
+            Path(n).stem: np.load(folder / n, mmap_mode="r", allow_pickle=False)
+            for n in arrays
+        },
+        items=np.load(folder / _ITEMS, allow_pickle=False),
         histories=pq.read_table(folder / _HISTORIES),
         window=window,
     )

@@ -146,6 +146,9 @@ class ModelSlot:
         self._record("ok", model.path, "")
         _LOG.info("%s serves in place of %s", model.path, old.path.name)
         self._store.drop_model(old.name)
+        if old.live is not None:
+            # Its journal is free then for a later load of the same artifact.
+            old.live.close()
         return True
 
     def _record(self, outcome: str, path: Path, error: str) -> None:

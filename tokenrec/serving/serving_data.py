@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from tokenrec.data.schema import MISSING
 from tokenrec.errors import InputError
 from tokenrec.serving.artifact import Artifact
-from tokenrec.serving.vocabularies import Places, TableIds
+from tokenrec.serving.vocabularies import ValueNumbers, item_rows, table_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ServedCatalogue:
       dense: `[N, D] float32`.
     """
 
-    places: Places
+    places: ValueNumbers
     ids: np.ndarray
     dense: np.ndarray
 
@@ -53,10 +53,10 @@ def load_catalogue(artifact: Artifact) -> ServedCatalogue:
             f"artifact '{artifact.path}': its items have {len(items)} ids and features "
             f"of {len(ids)} and {len(dense)}; export the run again"
         )
-    return ServedCatalogue(Places(items), ids, dense)
+    return ServedCatalogue(item_rows(items), ids, dense)
 
 
-def load_tables(artifact: Artifact) -> dict[str, TableIds]:
+def load_tables(artifact: Artifact) -> dict[str, ValueNumbers]:
     """Load the vocabularies of an artifact, by table.
 
     Raises:
@@ -67,7 +67,7 @@ def load_tables(artifact: Artifact) -> dict[str, TableIds]:
         for table, name in artifact.manifest["rare_ids"].items()
     }
     return {
-        table: TableIds(read_column(artifact, name), rare.get(table))
+        table: table_ids(read_column(artifact, name), rare.get(table))
         for table, name in artifact.manifest["vocabularies"].items()
     }
 

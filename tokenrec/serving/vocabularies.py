@@ -15,30 +15,41 @@ import pyarrow as pa
 from tokenrec.data.schema import FIRST_KNOWN, MISSING, UNKNOWN
 from tokenrec.serving.request import BadRequest, short_repr
 
+# Integers up to this number are in a dict, which is faster for the few values of a
+# request, and more of them in sorted arrays, which take a tenth of the memory.
+DICT_INTEGERS = 1_000_000
 
-class Places:
-    """Find the place of values among distinct values.
+_NONE = type(None)
+_TYPES: dict[str, set[type]] = {"int64": {int, bool, _NONE}, "string": {str, _NONE}}
+
+
+class ValueNumbers:
+    """The number of each of distinct values.
 
     Args:
       values: `[V]`, int64 or strings, in any order.
+      numbers: `[V] int`, their numbers.
+      missing: number of null.
+      unknown: number of any other value.
     """
 
-    def __init__(self, values: pa.Array) -> None:
+    def __init__(
+        self, values: pa.Array, numbers: np.ndarray, missing: int, unknown: int
+    ) -> None:
         self.type = "string" if pa.types.is_string(values.type) else "int64"
-        self.size = len(values)
-        self._texts: dict[str, int] = {}
-        if self.type == "string":
-            texts = values.to_pylist()
-            self._texts = dict(zip(texts, range(len(texts)), strict=True))
+        self._missing, self._unknown = missing, unknown
+        self._by_value: dict[Any, int] | None = None
+        if self.type == "string" or len(values) <= DICT_INTEGERS:
+            known = values.to_pylist()
+            self._by_value = dict(zip(known, numbers.tolist(), strict=True))
+            self._by_value[None] = missing
         else:
-            numbers = np.asarray(values.cast(pa.int64()), np.int64)
-            # Sorted, with the place of each: a dict of integers would take ten times
-            # the memory.
-            self._order = np.argsort(numbers, kind="stable")
-            self._sorted = numbers[self._order]
+            integers = np.asarray(values, np.int64)
+            order = np.argsort(integers, kind="stable")
+            self._sorted, self._numbers = integers[order], numbers[order]
 
     def find(self, values: Sequence[Any] | np.ndarray, where: str) -> np.ndarray:
-        """Find places, `[n] int64`: -1 where the value is not among them, -2 where null.
+        """Find the numbers of values, `[n] int64`.
 
         Args:
           values: n integers, or n texts, and nulls.
@@ -47,68 +58,48 @@ class Places:
         Raises:
           BadRequest: a value has another type.
         """
-        if self.type == "string":
-            return self._find_texts(values, where)
-        return self._find_integers(values, where)
+        plain = values.tolist() if isinstance(values, np.ndarray) else values
+        if not set(map(type, plain)) <= _TYPES[self.type]:
+            plain = self._plain(plain, where)
+        if self._by_value is not None:
+            get, unknown = self._by_value.get, self._unknown
+            return np.array([get(value, unknown) for value in plain], np.int64)
+        null = np.array([value is None for value in plain], bool)
+        integers = np.array([value or 0 for value in plain], np.int64)
+        slot = np.searchsorted(self._sorted, integers)
+        slot = np.minimum(slot, len(self._sorted) - 1)
+        found = self._sorted[slot] == integers
+        numbers = np.where(found, self._numbers[slot], self._unknown)
+        return np.where(null, self._missing, numbers)
 
-    def _find_texts(self, values: Sequence[Any] | np.ndarray, where: str) -> np.ndarray:
-        places = np.empty(len(values), np.int64)
+    def _plain(self, values: Sequence[Any], where: str) -> list[Any]:
+        """Convert NumPy scalars; refuse values of another type."""
+        plain = []
         for i, value in enumerate(values):
-            if value is None:
-                places[i] = -2
-            elif isinstance(value, str):
-                places[i] = self._texts.get(value, -1)
-            else:
-                raise BadRequest(_wrong(where, i, value, "a text"))
-        return places
-
-    def _find_integers(
-        self, values: Sequence[Any] | np.ndarray, where: str
-    ) -> np.ndarray:
-        if isinstance(values, np.ndarray) and values.dtype.kind in "biu":
-            numbers, null = values.astype(np.int64), None
-        else:
-            numbers = np.zeros(len(values), np.int64)
-            null = np.zeros(len(values), bool)
-            for i, value in enumerate(values):
-                if value is None:
-                    null[i] = True
-                elif isinstance(value, (int, np.integer)):
-                    numbers[i] = value
-                else:
-                    raise BadRequest(_wrong(where, i, value, "an integer"))
-        if not self.size:
-            places = np.full(len(numbers), -1)
-        else:
-            slot = np.minimum(np.searchsorted(self._sorted, numbers), self.size - 1)
-            found = self._sorted[slot] == numbers
-            places = np.where(found, self._order[slot], -1)
-        return places if null is None else np.where(null, -2, places)
+            item = value.item() if isinstance(value, np.generic) else value
+            if type(item) not in _TYPES[self.type]:
+                wanted = "a text" if self.type == "string" else "an integer"
+                raise BadRequest(
+                    f"{where}[{i}]: {short_repr(value)} is a {type(value).__name__}, "
+                    f"and the model was trained with {wanted} there; send {wanted}, or "
+                    "null where it is missing"
+                )
+            plain.append(item)
+        return plain
 
 
-class TableIds:
-    """Ids of the values of an embedding table.
+def item_rows(items: pa.Array) -> ValueNumbers:
+    """Catalogue row of each item id; negative where null or not known."""
+    return ValueNumbers(items, np.arange(len(items)), -2, -1)
+
+
+def table_ids(values: pa.Array, rare: np.ndarray | None = None) -> ValueNumbers:
+    """Id of each value of a table: `MISSING` where null, `UNKNOWN` where not known.
 
     Args:
       values: values of the vocabulary, in the order of their ids.
       rare: `[rows] int32`, the id whose row an id reads (`tokens.min_count`); None where
         each has its own.
     """
-
-    def __init__(self, values: pa.Array, rare: np.ndarray | None = None) -> None:
-        self._places = Places(values)
-        self._rare = rare
-
-    def find(self, values: Sequence[Any] | np.ndarray, where: str) -> np.ndarray:
-        """Look up ids: `[n] int32`, `MISSING` where null, `UNKNOWN` where not known."""
-        places = self._places.find(values, where)
-        ids = np.where(places >= 0, places + FIRST_KNOWN, UNKNOWN)
-        ids = np.where(places == -2, MISSING, ids).astype(np.int32)
-        return ids if self._rare is None else self._rare[ids]
-
-
-def _wrong(where: str, position: int, value: Any, wanted: str) -> str:
-    return (
-        f"{where}[{position}]: {short_repr(value)} is a {type(value).__name__}, and the model was "
-        f"trained with {wanted} there; send {wanted}, or null where it is missing"
-    )
+    ids = np.arange(FIRST_KNOWN, FIRST_KNOWN + len(values))
+    return ValueNumbers(values, ids if rare is None else rare[ids], MISSING, UNKNOWN)
