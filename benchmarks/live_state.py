@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import run_script, write_result
-from tokenrec.serving.live_export import write_live_state
-from tokenrec.serving.live_files import SavedState, read_state
-from tokenrec.serving.live_state import LiveState
+from tokenrec.serving.export.live import write_live_state
+from tokenrec.serving.live.files import SavedState, read_state
+from tokenrec.serving.live.state import LiveState
 from tokenrec.serving.request import Request
 
 

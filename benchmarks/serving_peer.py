@@ -17,9 +17,9 @@ from typing import Any
 import fastapi
 import uvicorn
 
-from tokenrec.serving.load_model import candidate_sizes
 from tokenrec.serving.request import Limits, parse_request
 from tokenrec.serving.scorer import open_artifact
+from tokenrec.serving.server.load_model import candidate_sizes
 
 
 def main() -> None:

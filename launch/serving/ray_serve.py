@@ -24,10 +24,10 @@ from ray.serve import Application
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
-from tokenrec.serving.batch_plan import BatchLimits
-from tokenrec.serving.load_model import ModelLoader
-from tokenrec.serving.model_slot import ServedModel
 from tokenrec.serving.request import BadRequest, Limits, parse_request
+from tokenrec.serving.server.batch_plan import BatchLimits
+from tokenrec.serving.server.load_model import ModelLoader
+from tokenrec.serving.server.model_slot import ServedModel
 
 MAX_BATCH = 16
 

@@ -13,9 +13,9 @@ pytest.importorskip("orjson", reason="needs the extra serving")
 
 from benchmarks.serving import closed_loop, make_bodies, measure, open_loop
 from benchmarks.serving_process import ServerProcess
-from tests.serving.arithmetic_server import started
-from tests.serving.request_bodies import body_of
-from tests.serving.test_model_slot import write_artifact
+from tests.serving.server.arithmetic_server import started
+from tests.serving.server.request_bodies import body_of
+from tests.serving.server.test_model_slot import write_artifact
 
 
 def test_loops_measure_every_request(tmp_path: Path) -> None:

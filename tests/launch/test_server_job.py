@@ -124,7 +124,7 @@ def test_limits_that_are_not_given_are_those_of_the_server(launch: Launch) -> No
 
 def test_the_grace_period_holds_the_drain_of_the_server() -> None:
     pytest.importorskip("uvicorn")
-    from tokenrec.serving.server import ServerOptions
+    from tokenrec.serving.server.run import ServerOptions
 
     assert ServerOptions(Path()).drain_seconds == DRAIN_SECONDS
 

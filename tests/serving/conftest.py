@@ -19,7 +19,7 @@ from tokenrec import (
 def exported_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a ranking run (NIO) and of its artifact."""
     pytest.importorskip("flatbuffers", reason="an artifact is written with it")
-    from tokenrec.serving.export import export_run
+    from tokenrec.serving.export.run import export_run
 
     folder = tmp_path_factory.mktemp("serving")
     tokenrec.prepare("synthetic", folder / "data", rows=2_000, users=40, items=24)

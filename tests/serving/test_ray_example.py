@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.serving.arithmetic_scorer import ArithmeticScorer
-from tests.serving.request_bodies import body_of, request_of
+from tests.serving.server.arithmetic_scorer import ArithmeticScorer
+from tests.serving.server.request_bodies import body_of, request_of
 from tokenrec.serving.request import BadRequest
 
 EXAMPLE = Path(__file__).parents[2] / "launch" / "serving" / "ray_serve.py"
@@ -110,7 +110,7 @@ def test_a_request_that_cannot_be_scored_is_the_caller_s_error(ranker: Any) -> N
 
 
 def test_the_application_loads_as_the_server_does(example: dict[str, Any]) -> None:
-    from tokenrec.serving.load_model import ModelLoader
+    from tokenrec.serving.server.load_model import ModelLoader
 
     cls, (load, model) = example["build_app"]({"model": "/models/ranker/v1"})
     assert cls.__name__ == "Ranker"

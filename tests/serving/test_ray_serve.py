@@ -22,12 +22,12 @@ import yaml
 
 pytest.importorskip("ray", reason="needs ray[serve], which no extra installs")
 
-from tests.serving.arithmetic_scorer import POISON, ArithmeticScorer
-from tests.serving.request_bodies import body_of, request_of
-from tokenrec.serving.batch_plan import BatchLimits
-from tokenrec.serving.load_model import ModelLoader
+from tests.serving.server.arithmetic_scorer import POISON, ArithmeticScorer
+from tests.serving.server.request_bodies import body_of, request_of
 from tokenrec.serving.request import Limits, parse_request
 from tokenrec.serving.scorer import open_artifact
+from tokenrec.serving.server.batch_plan import BatchLimits
+from tokenrec.serving.server.load_model import ModelLoader
 
 pytestmark = pytest.mark.filterwarnings("default")
 

@@ -21,8 +21,8 @@ from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import MISSING, UNKNOWN, columns
 from tokenrec.errors import InputError
-from tokenrec.serving.export import check_config, export_run, write_artifact
-from tokenrec.serving.export_requests import PredictedRequest, predicted_requests
+from tokenrec.serving.export.requests import PredictedRequest, predicted_requests
+from tokenrec.serving.export.run import check_config, export_run, write_artifact
 from tokenrec.serving.request import BadRequest, Limits, parse_request
 from tokenrec.serving.scorer import open_artifact
 from tokenrec.state import build_model, init_state
@@ -239,7 +239,7 @@ def test_an_export_that_fails_leaves_nothing(
         for request, scores in golden[:1]
     ]
     monkeypatch.setattr(
-        "tokenrec.serving.export.predicted_requests", lambda *_: iter(wrong)
+        "tokenrec.serving.export.run.predicted_requests", lambda *_: iter(wrong)
     )
     with pytest.raises(InputError, match="request 0 of 1 has a score that differs by"):
         export_run(exported_run[0], tmp_path / "model", platforms=("cpu",))

@@ -99,7 +99,7 @@ def _add_export(verbs: VerbParsers) -> Parser:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from tokenrec.serving.export import export_run
+    from tokenrec.serving.export.run import export_run
 
     manifest = export_run(
         args.workdir,
@@ -208,16 +208,16 @@ def _serve(args: argparse.Namespace) -> None:
     with _compile_cache(args.compile_cache):
         # Imported late: uvicorn and orjson are of the extra `serving`.
         try:
-            from tokenrec.serving.server import ServerOptions, serve
+            from tokenrec.serving.server.run import ServerOptions, serve
         except ModuleNotFoundError as error:
             raise InputError(
                 f"tokenrec serve needs the package {error.name}; install the extra "
                 "serving: `pip install '.[serving]'`"
             ) from error
-        from tokenrec.serving.app_limits import AppLimits
-        from tokenrec.serving.batch_plan import BatchLimits
-        from tokenrec.serving.load_model import ModelLoader
         from tokenrec.serving.request import Limits
+        from tokenrec.serving.server.batch_plan import BatchLimits
+        from tokenrec.serving.server.limits import AppLimits
+        from tokenrec.serving.server.load_model import ModelLoader
 
         limits = Limits(candidates=args.max_candidates, history=args.max_history)
         batch = BatchLimits(batch=args.max_batch, queue=args.queue)

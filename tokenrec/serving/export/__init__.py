@@ -1,0 +1,9 @@
+"""Make an artifact of a run; needs the packages of training.
+
+run        the whole export: write, check against `predict`, put in place
+programs   trace the model for any number of requests and candidates
+requests   requests of the rows of a prepared data set
+batches    the batches that `predict` scores, request by request
+files      weights, vocabularies and catalogue of an artifact
+live       the state that live events go on from
+"""

@@ -1,0 +1,298 @@
+"""The programs of a served model: from weights and encoded requests to predictions.
+
+    prefill   user and history                  -> what a request keeps: its prefix
+    extend    prefix, candidates                -> predictions [B, C, O]
+    score     user, history and candidates      -> predictions [B, C, O]
+
+A backbone with a prefix cache has the first two, and any number of candidates; B and C
+are symbolic in the exported programs. Another one has `score` alone, where C is
+`data.candidates`: the stream of a request is that of training.
+
+A model that was trained on streams (UC) is served on `[user, sep, history]` of T - 1
+events, with each candidate as the state of the next event: that is what a row of a
+stream sees in training.
+
+Weights are arguments, so that new weights need no new program. Embedding tables are
+read by row, whole and in the order of their rows: nothing is deduplicated or spread.
+
+Letters: B requests, T events, C candidates, K tokens of a candidate, O predictions, d
+model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tokenrec.config.backbones import BACKBONES, reads_event_ages
+from tokenrec.config.prompt import parse_prompt
+from tokenrec.data.batch import Batch, Signals
+from tokenrec.models.backbones.ctr_inputs import (
+    CTRInputs,
+    mean_pool_events,
+    split_prefix,
+)
+from tokenrec.models.backbones.folded_extend import extend_folded
+from tokenrec.models.backbones.rope_attention import KeysValues
+from tokenrec.models.backbones.tokenformer import PrefixCache, TokenFormer
+from tokenrec.models.branch import mean_user
+from tokenrec.models.recommender import Recommender
+from tokenrec.models.stream_layout import served_layout
+from tokenrec.ops.tables.api import stored_shape
+from tokenrec.ops.tables.storage import to_storage_index
+from tokenrec.serving.export.batches import (
+    VALID,
+    Arrays,
+    as_stream,
+    batch_of,
+    signal_shapes,
+    signals_of,
+    targets_alone,
+)
+from tokenrec.state import ModelSpec, TrainState, bind_params
+from tokenrec.task_losses import predict_tasks
+from tokenrec.task_plan import evaluated_tasks
+from tokenrec.tokens.embed import EntityFeatures
+from tokenrec.tokens.history import merge_entities
+
+type Weights = dict[str, dict[str, Any]]
+
+# Arrays that a request keeps for the branch between `prefill` and `extend`.
+_USER = "branch_user"
+_HISTORY = "branch_history"
+
+
+class Program(NamedTuple):
+    """A function to export.
+
+    Attributes:
+      function: `(weights, inputs) -> outputs`, dicts of arrays.
+      inputs: shapes and dtypes of the inputs for B and C as given.
+    """
+
+    function: Callable[[Weights, Arrays], Arrays]
+    inputs: Callable[[Any, Any], Arrays]
+
+
+def has_prefix(model: ModelSpec) -> bool:
+    """Whether a request's history is computed once, whatever its candidates."""
+    config = model.config.model
+    return BACKBONES[config.kind].generates and config.branch in ("none", "mean")
+
+
+def history_length(model: ModelSpec) -> int:
+    """T, the events of a request that the programs read."""
+    data = model.config.data
+    return data.events - (data.paradigm == "uc")
+
+
+def serving_model(model: ModelSpec) -> ModelSpec:
+    """The model for one device: whole tables, and attention that any platform has."""
+    config = dataclasses.replace(
+        model.config, model=dataclasses.replace(model.config.model, attention="auto")
+    )
+    stacks = {
+        name: dataclasses.replace(stack, spread=False)
+        for name, stack in model.embedder.stacks.items()
+    }
+    embedder = dataclasses.replace(model.embedder, stacks=stacks)
+    return dataclasses.replace(model, config=config, embedder=embedder)
+
+
+def served_weights(model: ModelSpec, state: TrainState) -> Weights:
+    """Fetch the weights of a run as NumPy arrays.
+
+    Args:
+      model: the model of the run.
+      state: its state; tables that are spread lie in another order there.
+
+    Returns:
+      `{"params": by name, "tables": by stack}`.
+    """
+    tables = {}
+    for name, stack in model.embedder.stacks.items():
+        stored = np.asarray(jax.device_get(state.tables[name]))
+        if stack.spread:
+            rows = np.arange(stack.rows)
+            stored = stored[to_storage_index(rows, stored_shape(stack)[0])]
+        tables[name] = stored
+    params = {
+        name: np.asarray(jax.device_get(value)) for name, value in state.params.items()
+    }
+    return {"params": params, "tables": tables}
+
+
+def make_programs(model: ModelSpec) -> dict[str, Program]:
+    """Make the programs of a model of `serving_model`, by name."""
+    parts = _Parts(model)
+    if not has_prefix(model):
+        return {"score": Program(parts.score, parts.score_inputs)}
+    return {
+        "prefill": Program(parts.prefill, parts.prefill_inputs),
+        "extend": Program(parts.extend, parts.extend_inputs),
+    }
+
+
+class _Parts:
+    """The functions of the programs of one model."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        self._model = model
+        self._uc = model.config.data.paradigm == "uc"
+        self._events = history_length(model)
+        self._outputs = list(
+            evaluated_tasks(model.task_plans, model.config.data.auxiliary).outputs
+        )
+        self._ages = reads_event_ages(model.config.model)
+        self._query = any(
+            segment.kind == "query" for segment in parse_prompt(model.config)
+        )
+        self._layout = served_layout(
+            model.config, model.schema, self._events, model.literals
+        )
+
+    # Inputs.
+
+    def prefill_inputs(self, batch: Any, candidates: Any = None) -> Arrays:
+        """Shapes of user, history and query."""
+        schema, events = self._model.schema, self._events
+        inputs = (
+            signal_shapes("user", schema.group("user"), (batch,))
+            | signal_shapes("state", schema.state, (batch, events))
+            | signal_shapes("action", schema.group("action"), (batch, events))
+            | {VALID: jax.ShapeDtypeStruct((batch, events), jnp.bool_)}
+        )
+        if self._query:
+            inputs |= signal_shapes("query", schema.state, (batch, 1))
+        return inputs
+
+    def extend_inputs(self, batch: Any, candidates: Any) -> Arrays:
+        """Shapes of a prefix and of candidates."""
+        shapes = jax.eval_shape(
+            self.prefill, weight_shapes(self._model), self.prefill_inputs(2)
+        )
+        prefix = {
+            name: jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in shapes.items()
+        }
+        return prefix | self._target_shapes(batch, candidates)
+
+    def score_inputs(self, batch: Any, candidates: Any = None) -> Arrays:
+        """Shapes of whole requests; the number of candidates is fixed."""
+        count = 1 if self._uc else self._model.config.data.candidates
+        inputs = self.prefill_inputs(batch) | self._target_shapes(batch, count)
+        inputs.pop("query_ids", None)
+        inputs.pop("query_dense", None)
+        if self._ages:
+            shape = (batch, self._events)
+            inputs["ages"] = jax.ShapeDtypeStruct(shape, jnp.int32)
+        return inputs
+
+    def _target_shapes(self, batch: Any, candidates: Any) -> Arrays:
+        return signal_shapes("target", self._model.schema.state, (batch, candidates))
+
+    # Programs.
+
+    def prefill(self, weights: Weights, inputs: Arrays) -> Arrays:
+        """Compute what a request keeps, `[B, ...]` each."""
+        module = bind_params(self._model, weights["params"])
+        backbone = module.backbone
+        assert isinstance(backbone, TokenFormer)
+        query = signals_of(inputs, "query") if self._query else None
+        batch = batch_of(inputs, target=query)
+        entities = self._entities(weights, batch)
+        x = module.prefix_tokens(entities, batch)
+        cache, _ = backbone.prefill(x, self._layout, batch.valid)
+        kept = {VALID: batch.valid}
+        for layer, (keys, values) in enumerate(cache.layers):
+            kept |= {f"keys_{layer}": keys, f"values_{layer}": values}
+        if module.branch is not None:
+            kept |= self._branch_inputs(x, batch.valid)
+        return kept
+
+    def extend(self, weights: Weights, inputs: Arrays) -> Arrays:
+        """Compute predictions of candidates from what their request keeps."""
+        module = bind_params(self._model, weights["params"])
+        backbone = module.backbone
+        assert isinstance(backbone, TokenFormer)
+        target = signals_of(inputs, "target")
+        entities = self._entities(weights, targets_alone(target))
+        x = self._candidate_tokens(module, entities, target)
+        layers = self._model.config.model.layers
+        cache = PrefixCache(
+            tuple(
+                KeysValues(inputs[f"keys_{layer}"], inputs[f"values_{layer}"])
+                for layer in range(layers)
+            )
+        )
+        readouts = extend_folded(backbone, cache, x, self._layout, inputs[VALID])
+        # Ranking reads the last token of a candidate.
+        wide = readouts[:, :, 0].astype(jnp.float32)
+        if module.branch is not None:
+            request = CTRInputs(
+                inputs[_USER], x[:, :0, 0], x[:, :, -1], np.zeros((1, 0), bool)
+            )
+            history = inputs[_HISTORY]
+            added = module.branch.cross(request, history, wide, None, None)
+            wide = wide + added.astype(jnp.float32)
+        return self._predictions(module, wide)
+
+    def score(self, weights: Weights, inputs: Arrays) -> Arrays:
+        """Compute predictions of whole requests in one stream each."""
+        module = bind_params(self._model, weights["params"])
+        batch = batch_of(inputs, target=signals_of(inputs, "target"))
+        if self._uc:
+            batch = as_stream(batch)
+        readouts = module(self._entities(weights, batch), batch, None)
+        # Of a stream, the last state is the candidate.
+        return self._predictions(module, readouts[:, -1:] if self._uc else readouts)
+
+    def _predictions(self, module: Recommender, readouts: jax.Array) -> Arrays:
+        predictions = predict_tasks(self._model.task_plans, module.head(readouts))
+        # Auxiliary tasks are learned and not predicted.
+        return {"predictions": predictions[..., np.array(self._outputs)]}
+
+    def _entities(self, weights: Weights, batch: Batch) -> dict[str, EntityFeatures]:
+        """Look up the features of a batch, row by row."""
+        embedder = self._model.embedder
+        rows = {
+            name: embedder.stack_rows(stack, batch)
+            for name, stack in embedder.stacks.items()
+        }
+        return embedder.entities(weights["tables"], rows, batch)
+
+    def _candidate_tokens(
+        self, module: Recommender, entities: dict[str, EntityFeatures], target: Signals
+    ) -> jax.Array:
+        """Tokens of the candidates, `[B, C, K, d]`."""
+        if self._uc:
+            assert module.history.state is not None
+            dtype = jnp.dtype(self._model.config.model.dtype)
+            return module.history.state(*merge_entities(entities["target"]), dtype)
+        (flat,) = module.candidate_tokens(entities, targets_alone(target))
+        own = int(np.sum(self._layout.candidate >= 0))
+        return flat.reshape(*target.ids.shape[:2], own, flat.shape[2])
+
+    def _branch_inputs(self, x: jax.Array, valid: jax.Array) -> Arrays:
+        """What the branch reads of a request: mean of the user and of the events."""
+        layout = self._layout
+        user, events = split_prefix(x, layout)
+        every = np.ones((1, layout.events), bool)
+        inputs = mean_user(
+            CTRInputs(user, events, x[:, :1], every), len(layout.positions_of("user"))
+        )
+        return {_USER: inputs.user, _HISTORY: mean_pool_events(inputs, valid)}
+
+
+def weight_shapes(model: ModelSpec) -> Weights:
+    """Shapes and dtypes of `served_weights` of a model of `serving_model`."""
+    tables = {
+        name: jax.ShapeDtypeStruct((stack.rows, stack.width), jnp.float32)
+        for name, stack in model.embedder.stacks.items()
+    }
+    return {"params": model.param_shapes(), "tables": tables}

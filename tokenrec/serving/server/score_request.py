@@ -1,0 +1,147 @@
+"""From the body of a request to what the batcher takes, and from scores to the answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Buffer
+from typing import Any
+
+import numpy as np
+import orjson
+
+from tokenrec.serving.request import BadRequest, Limits, Request, parse_request
+from tokenrec.serving.server.http_io import HttpError
+from tokenrec.serving.server.model_slot import ServedModel
+
+# Characters of a digest that name a model in a request; fewer could name two.
+_MIN_DIGEST = 8
+
+# A history of this value stands for the one that the server keeps.
+LIVE = "live"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A request that is ready for the batcher.
+
+    Attributes:
+      encoded: arrays of the model.
+      user: id of the user, "" without one.
+      source: "live" if the server's own state gave the history, else "request".
+    """
+
+    encoded: Any
+    user: str
+    source: str
+
+
+def parse_json(body: Buffer) -> Any:
+    """Parse a body as JSON.
+
+    Raises:
+      HttpError: it is none.
+    """
+    try:
+        return orjson.loads(body)  # type: ignore[arg-type, unused-ignore]
+    except orjson.JSONDecodeError as error:
+        # The position alone: the text of the body stays out of answers and logs.
+        where = f"line {error.lineno}, column {error.colno}"
+        raise HttpError(
+            400,
+            "bad_json",
+            f"body: is not JSON at {where}: {error.msg}; send one JSON object in UTF-8",
+        ) from None
+
+
+def prepare(value: Any, model: ServedModel, limits: Limits) -> Prepared:
+    """Check a request, fill it from the live state if it asks for that, encode it.
+
+    Args:
+      value: the request as JSON was read.
+      model: the model that will score it.
+      limits: the most that a request may hold.
+
+    Raises:
+      BadRequest: the request cannot be scored.
+      HttpError: it asks for another model, or for a live state that there is not.
+    """
+    is_live = False
+    if isinstance(value, dict):
+        _check_model(value.pop("model", None), model)
+        # Never guessed: a caller that forgets its history must not get another one.
+        is_live = isinstance(value.get("history"), str) and value["history"] == LIVE
+    if is_live:
+        if model.live is None:
+            raise no_counters("history")
+        del value["history"]
+    request = parse_request(value, limits)
+    if is_live:
+        request = model.live.complete(request)
+    return Prepared(
+        model.scorer.encode(request), _user(request), LIVE if is_live else "request"
+    )
+
+
+def no_counters(field: str) -> HttpError:
+    """Return the error of a request that needs a live state where there is none."""
+    return HttpError(
+        409,
+        "no_counters",
+        f"{field}: the artifact has no counters to keep up to date; send history and "
+        "statistics with each request, or export a run that has them",
+        {"connection": "close"},
+    )
+
+
+def answer(
+    prepared: Prepared, scores: np.ndarray, was_held: bool, model: ServedModel
+) -> bytes:
+    """Return the JSON of the scores.
+
+    Args:
+      prepared: the request, of C candidates.
+      scores: `[C, O] float32`.
+      was_held: whether its prefix was in the store.
+      model: the model that scored it.
+    """
+    unknown = prepared.encoded.unknown
+    names = [name.removeprefix("score_") for name in model.scorer.outputs]
+    columns = np.ascontiguousarray(scores.T)
+    return orjson.dumps(
+        {
+            "model": model.scorer.digest,
+            "scores": dict(zip(names, columns, strict=True)),
+            "unknown": {
+                "items": list(unknown.rows),
+                "history_items": unknown.history_items,
+                "values": dict(unknown.values),
+                "missing": dict(unknown.missing),
+            },
+            "history": prepared.source,
+            "cache": "hit" if was_held else "miss",
+        },
+        option=orjson.OPT_SERIALIZE_NUMPY,
+    )
+
+
+def _check_model(wanted: Any, model: ServedModel) -> None:
+    if wanted is None:
+        return
+    if not isinstance(wanted, str) or len(wanted) < _MIN_DIGEST:
+        raise BadRequest(
+            "model: is not a digest of 8 or more characters; send the one that "
+            "/v1/models names, or none"
+        )
+    if not model.scorer.digest.startswith(wanted):
+        raise HttpError(
+            409,
+            "other_model",
+            f"model: '{wanted[:64]}' does not serve, and '{model.scorer.digest}' does; "
+            "leave the field out to take the model that serves",
+        )
+
+
+def _user(request: Request) -> str:
+    user = request.user.get("user_id")
+    # The type too: the user 7 is not the user "7".
+    return "" if user is None else f"{type(user).__name__}:{user}"
