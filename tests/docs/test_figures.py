@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -46,9 +47,17 @@ def kuairand() -> str:
     )
 
 
-def beauty() -> str:
-    scores = row("amazon", data="beauty", config="next_item")
+def amazon(data: str) -> str:
+    scores = row("amazon", data=data, config="next_item")
     return f"{scores['recall@10']} / {scores['ndcg@10']}"
+
+
+def beauty() -> str:
+    return amazon("beauty")
+
+
+def toys() -> str:
+    return amazon("toys")
 
 
 def next_products() -> str:
@@ -56,7 +65,11 @@ def next_products() -> str:
         row("complete_journey_retrieval", arm=arm)["recall@10"]
         for arm in ("copy", "(repeat)")
     )
-    return f"{copy}; the household's own products: {repeat}"
+    generated = row("complete_journey_retrieval_generative", arm="generative_copy")
+    return (
+        f"{copy}; as generated semantic ids {generated['recall@10']}; the household's "
+        f"own products: {repeat}"
+    )
 
 
 def soft_tokens() -> str:
@@ -120,6 +133,7 @@ def faults() -> str:
         journey,
         kuairand,
         beauty,
+        toys,
         next_products,
         soft_tokens,
         attention,
@@ -150,8 +164,10 @@ def test_the_headline_tables_are_those_of_their_results() -> None:
             for task in ("is_click", "long_view")
         )
         assert f"| `kuairand_pure_{config}` | {click} | {view} |" in RESULTS
-    for config in ("next_item", "next_item, seen items ranked too"):
-        scores = row("amazon", data="beauty", config=config)
+    for data, config in itertools.product(
+        ("beauty", "toys"), ("next_item", "next_item, seen items ranked too")
+    ):
+        scores = row("amazon", data=data, config=config)
         assert f"| {scores['recall@10']} | {scores['ndcg@10']} |" in RESULTS
     for arm in ("copy", "(repeat)"):
         recall = row("complete_journey_retrieval", arm=arm)["recall@10"]
