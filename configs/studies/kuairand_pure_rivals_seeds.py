@@ -50,6 +50,7 @@ def get_study() -> Study:
         ensembles={
             "tokenformer, seeds": ("tokenformer",),
             "tokenformer and din": ("tokenformer", "din"),
+            "tokenformer and rankmixer": ("tokenformer", "rankmixer"),
         },
         cpu_hours=4,
     )
