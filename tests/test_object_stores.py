@@ -33,7 +33,8 @@ ORBAX, NEEDS_ORBAX = tuple(map(int, orbax_version.split("."))), (0, 12, 8)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "synthetic"
-    prepare(SyntheticSource(4_000, users=60, items=40), out)
+    # As in test_train_loop, so that its compiled programs serve here too.
+    prepare(SyntheticSource(6_000, users=60, items=40), out)
     return out
 
 
@@ -79,7 +80,8 @@ def log_of(workdir: Path) -> list[dict[str, Any]]:
 def test_a_run_in_an_object_store_equals_a_local_one(
     server: Server, data: Path, remote_data: str, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"optim__steps": 6, "train__save_every": 2}
+    # The last step is not `optim.steps`, which is part of the compiled step.
+    settings: dict[str, Any] = {"train__save_every": 2, "train__stop_at": 6}
     # An evaluation where the first start stops: both have the same to choose from.
     settings |= {"train__log_every": 1, "train__eval_every": 3}
     local = train(small(data, **settings), tmp_path / "local", progress=False)
@@ -88,7 +90,7 @@ def test_a_run_in_an_object_store_equals_a_local_one(
     workdir = as_path(server.url("runs/equal"))
     config.train.stop_at = 3
     train(config, workdir, progress=False)
-    config.train.stop_at = 0
+    config.train.stop_at = 6
     remote = train(config, workdir, progress=False)
     assert remote["best"] == local["best"]
     assert remote["best_step"] == local["best_step"]
@@ -145,7 +147,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(
 def test_a_damaged_checkpoint_is_set_aside(
     server: Server, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = small(data, optim__steps=4, train__save_every=2, train__keep=2)
+    config = small(data, train__save_every=2, train__keep=2)
     workdir = as_path(server.url("runs/damaged"))
     config.train.stop_at = 4
     train(config, workdir, progress=False)
@@ -168,7 +170,7 @@ def test_a_damaged_checkpoint_is_set_aside(
 
 
 def test_old_checkpoints_are_deleted_whole(server: Server, data: Path) -> None:
-    config = small(data, optim__steps=6, train__save_every=1, train__keep=1)
+    config = small(data, train__stop_at=6, train__save_every=1, train__keep=1)
     config.train.eval_every = 100
     workdir = as_path(server.url("runs/kept"))
     train(config, workdir, progress=False)
@@ -181,7 +183,8 @@ def test_predictions_are_written_to_the_store(
     server: Server, data: Path, tmp_path: Path
 ) -> None:
     workdir = as_path(server.url("runs/predicted"))
-    train(small(data, optim__steps=2), workdir, progress=False)
+    config = small(data, train__stop_at=2, train__eval_every=2)
+    train(config, workdir, progress=False)
     rows = tokenrec.predict(workdir, "valid", server.url("out/scores.parquet"))
     import pyarrow.parquet as pq
 
