@@ -20,7 +20,7 @@ from tests.test_train_loop import small
 from tokenrec.checkpoint import object_storage
 from tokenrec.checkpoint.object_storage import COMMIT_FILE
 from tokenrec.checkpoint.reader import CheckpointReader
-from tokenrec.config import to_json
+from tokenrec.config import Config, to_json
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError
@@ -77,15 +77,31 @@ def log_of(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def six_steps(data: Path) -> Config:
+    """Config of a run that stops after six steps, with an evaluation where half stop."""
+    # Not by `optim.steps`, which is part of the compiled step.
+    config = small(data, train__save_every=2, train__log_every=1, train__eval_every=3)
+    config.train.stop_at = 6
+    return config
+
+
+@pytest.fixture(scope="module")
+def local_run(
+    data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Folder and summary of a local run, to which those in stores are equal."""
+    workdir = tmp_path_factory.mktemp("local") / "run"
+    return workdir, train(six_steps(data), workdir, progress=False)
+
+
 def test_a_run_in_an_object_store_equals_a_local_one(
-    server: Server, data: Path, remote_data: str, tmp_path: Path
+    server: Server,
+    data: Path,
+    remote_data: str,
+    local_run: tuple[Path, dict[str, Any]],
 ) -> None:
-    # The last step is not `optim.steps`, which is part of the compiled step.
-    settings: dict[str, Any] = {"train__save_every": 2, "train__stop_at": 6}
-    # An evaluation where the first start stops: both have the same to choose from.
-    settings |= {"train__log_every": 1, "train__eval_every": 3}
-    local = train(small(data, **settings), tmp_path / "local", progress=False)
-    config = small(data, **settings)
+    local_workdir, local = local_run
+    config = six_steps(data)
     config.data.path = remote_data
     workdir = as_path(server.url("runs/equal"))
     config.train.stop_at = 3
@@ -96,7 +112,7 @@ def test_a_run_in_an_object_store_equals_a_local_one(
     assert remote["best_step"] == local["best_step"]
     with (
         CheckpointReader(workdir) as ours,
-        CheckpointReader(tmp_path / "local") as other,
+        CheckpointReader(local_workdir) as other,
     ):
         assert ours.steps == other.steps
     # The second start continues the log of the first one.
@@ -107,7 +123,7 @@ def test_a_run_in_an_object_store_equals_a_local_one(
     assert any(name.startswith("tensorboard/") for name in list_files(workdir))
     report = tokenrec.evaluate(workdir, "valid")
     assert report["step"] == remote["best_step"]
-    assert report == tokenrec.evaluate(tmp_path / "local", "valid")
+    assert report == tokenrec.evaluate(local_workdir, "valid")
     # No folder "gs:" or "s3:" beside the tests.
     assert not any(Path(f"{scheme}:").exists() for scheme in SCHEMES)
 
