@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chaos_compare import losses
-from chaos_lab import LARGE_FILE, Failure, Lab, Lineage, Process
+from chaos_config import LARGE_FILE
+from chaos_lab import Lab
+from chaos_lineage import Lineage
 from chaos_outcome import Fault, Outcome, refused, survived
+from chaos_process import Failure, Process
 from chaos_signals import resumes
 
 from tokenrec.errors import EXIT_INPUT

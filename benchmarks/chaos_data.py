@@ -9,8 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from chaos_lab import Failure, Lab, Process
+from chaos_lab import Lab
 from chaos_outcome import Outcome, refused, survived
+from chaos_process import Failure, Process
 from chaos_signals import resumes
 
 _USERS, _ITEMS = 50, 31

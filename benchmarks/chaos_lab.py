@@ -8,274 +8,18 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from chaos_compare import Differences, last_step, progress, step_time
+from chaos_compare import Differences, progress
+from chaos_config import BATCH, ROWS, run_config
+from chaos_lineage import Lineage, await_moment, xla_flags
+from chaos_process import Failure, Injection, Missed, Process
 
-from tokenrec.checkpoint.integrity import is_verified
-from tokenrec.errors import EXIT_INPUT
-
-BATCH = 16
-# Log rows of the data set.
-ROWS = 1_500
-# Files above this size are read in pieces, by us and by the libraries.
-LARGE_FILE = 1 << 16
-# Devices of each process, by the number of processes.
-DEVICES = {1: 2, 2: 2, 4: 1}
-# Runs of several processes are slower, and have fewer steps.
-SHARES_OF_STEPS = {1: 1, 2: 2, 4: 3}
-FEWEST_STEPS = 60
-# A process that takes longer counts as hung; the watchdog must end it before that.
-LIMIT_SECONDS = 300
-HANG_SECONDS = 45
-# Small, but with a file of weights above LARGE_FILE. Steps are skipped as spikes, and the
-# best evaluation is not the last one.
-TINY: dict[str, Any] = {
-    "model.width": 32,
-    "model.heads": 2,
-    "model.layers": 1,
-    "model.windows": "()",
-    "tokens.maker": "linear",
-    "tokens.embedding_dim": 8,
-    "data.paradigm": "nio",
-    "data.overlap": 0,
-    "data.events": 4,
-    "data.batch_size": BATCH,
-    "data.eval_batch_size": 32,
-    "optim.warmup_steps": 1,
-    "optim.table_learning_rate": 0.05,
-    "optim.spike_norm": 1.05,
-    "optim.max_skipped": 1_000_000,
-    "train.save_every": 5,
-    "train.log_every": 1,
-    "train.keep": 3,
-    "train.hang_seconds": HANG_SECONDS,
-}
-# Evaluations of a run, and `train.patience`.
-EVALUATIONS = 12
-PATIENCE = 10
 ROOT = Path(__file__).parents[1]
-# Messages of a run that is well.
-_USUAL = ("; the update was not made; ",)
-
-
-class Failure(Exception):
-    """A run did not do what it must after a fault; the text says what it did."""
-
-
-class Missed(Exception):
-    """A run reached its end before the moment of the fault, which is tried again."""
-
-
-class Lineage:
-    """A run from its first start to its end, with all faults in between.
-
-    Args:
-      lab: the lab that owns the run.
-      workdir: folder of the run.
-      processes: number of processes that train it together.
-
-    Attributes:
-      done: whether the run has reached its last step.
-      damaged: checkpoint that the next start must not use; None if all are intact.
-    """
-
-    def __init__(self, lab: Lab, workdir: Path, processes: int) -> None:
-        self.lab = lab
-        self.workdir = workdir
-        self.processes = processes
-        self.done = False
-        self.damaged: Path | None = None
-
-    @contextlib.contextmanager
-    def started(
-        self,
-        variables: Mapping[str, str] | None = None,
-        *,
-        only: int | None = None,
-        pipe: bool = False,
-        **fields: Any,
-    ) -> Iterator[list[Process]]:
-        """Start the run's processes; the end of the block kills them.
-
-        Args:
-          variables: further environment variables.
-          only: the process that gets them; None for all.
-          pipe: see `Process`.
-          fields: further config fields, with "__" for ".".
-
-        Raises:
-          Failure: the run did not resume from its latest intact checkpoint.
-        """
-        usable = [path for path in self.checkpoints() if path != self.damaged]
-        newest = int(usable[-1].name) if usable else 0
-        logged_at = step_time(self.workdir, newest)
-        line = self.lab.train_line(self.workdir, None, self.processes, **fields)
-        if pipe:
-            line.remove("--quiet")
-        with contextlib.ExitStack() as stack:
-            shared = {"XLA_FLAGS": _xla_flags(self.processes)}
-            if self.processes > 1:
-                line = [*line, "--distributed"]
-                shared |= stack.enter_context(_coordinator(self.processes))
-            running = []
-            for index in range(self.processes):
-                environment = shared | {"JAX_PROCESS_ID": str(index)}
-                if only in (None, index):
-                    environment |= variables or {}
-                process = Process(self.lab, line, environment, pipe=pipe)
-                running.append(stack.enter_context(process))
-            yield running
-        # Steps that are trained again give the same values, and another time.
-        if step_time(self.workdir, newest) != logged_at:
-            raise Failure(
-                f"it did not resume from checkpoint {newest}, but trained its steps "
-                f"again: {running[0].words()}"
-            )
-        self.damaged = None
-
-    def step(self) -> int:
-        """Last step in the log."""
-        return last_step(self.workdir)
-
-    def checkpoints(self) -> list[Path]:
-        """Folders of the complete checkpoints, in the order of their steps."""
-        folders = [
-            path for path in self.workdir.glob("checkpoints/*") if path.name.isdecimal()
-        ]
-        return sorted(folders, key=lambda path: int(path.name))
-
-    def saving(self) -> bool:
-        """Whether a checkpoint is being written."""
-        return any(
-            not path.name.isdecimal() for path in self.workdir.glob("checkpoints/*tmp*")
-        )
-
-    def set_aside(self) -> list[str]:
-        """Names of the checkpoints that were set aside as damaged."""
-        return sorted(path.name for path in self.workdir.glob("checkpoints/damaged-*"))
-
-    def is_rested(self) -> bool:
-        """Whether the latest checkpoint is verified, and there is another one."""
-        checkpoints = self.checkpoints()
-        return len(checkpoints) > 1 and is_verified(checkpoints[-1])
-
-
-class Process:
-    """A tokenrec command in a process of its own; leaving the context kills it.
-
-    Args:
-      lab: the lab, which has the environment of all processes.
-      line: arguments of the command.
-      variables: further environment variables.
-      pipe: give it a pipe as stdout and stderr, which nobody reads; see `close_pipe`.
-    """
-
-    def __init__(
-        self,
-        lab: Lab,
-        line: Sequence[str],
-        variables: Mapping[str, str] | None = None,
-        *,
-        pipe: bool = False,
-    ) -> None:
-        lab.started += 1
-        self.errors = lab.folder / f"{lab.started}.err"
-        with self.errors.open("w") as errors:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", "tokenrec", *map(str, line)],
-                env=lab.environment | dict(variables or {}),
-                stdout=subprocess.PIPE if pipe else subprocess.DEVNULL,
-                stderr=subprocess.STDOUT if pipe else errors,
-            )
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.popen.kill()
-        self.popen.wait()
-        self.close_pipe()
-
-    def close_pipe(self) -> None:
-        """Close the reader's end of the pipe."""
-        if self.popen.stdout is not None:
-            self.popen.stdout.close()
-
-    def send(self, number: int) -> None:
-        """Send a signal."""
-        self.popen.send_signal(number)
-
-    def wait_until(
-        self, condition: Callable[[], bool], interval: float = 0.005
-    ) -> bool:
-        """Wait until a condition holds; return False if the process ends before.
-
-        Args:
-          condition: checked again and again.
-          interval: seconds between two checks.
-        """
-        deadline = time.monotonic() + LIMIT_SECONDS
-        while not condition():
-            if self.popen.poll() is not None or time.monotonic() > deadline:
-                return False
-            time.sleep(interval)
-        return True
-
-    def exit_code(self) -> int | None:
-        """Wait for the exit code; None if the process hangs."""
-        try:
-            return self.popen.wait(LIMIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def output(self) -> str:
-        """What it has written to stderr."""
-        return self.errors.read_text(errors="replace")
-
-    def words(self) -> str:
-        """Last lines on stderr: messages of tokenrec, or any lines without these."""
-        lines = [
-            line
-            for line in self.output().strip().splitlines()
-            if not any(usual in line for usual in _USUAL)
-        ]
-        messages = [line for line in lines if line.startswith("tokenrec: ")]
-        return " | ".join(messages[-2:] or lines[-3:])
-
-    def refusal(self, *texts: str) -> str:
-        """Wait for the end, which must be a refusal in one clear message.
-
-        Args:
-          texts: what the message must contain.
-
-        Returns:
-          The message.
-
-        Raises:
-          Failure: it is no refusal, or not a clear one.
-        """
-        code, words = self.exit_code(), self.words()
-        if code != EXIT_INPUT:
-            raise Failure(f"exit code {code}, not {EXIT_INPUT}: {words}")
-        missing = [text for text in texts if text not in words]
-        if missing:
-            raise Failure(f"{missing} is not in its message: {words}")
-        if "Traceback" in self.output():
-            raise Failure(f"a traceback beside its message: {words}")
-        return words
 
 
 class Lab:
@@ -321,7 +65,7 @@ class Lab:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": _xla_flags(1),
+            "XLA_FLAGS": xla_flags(1),
         }
         self.disk: Path | None = None
         self._kept = kept
@@ -361,10 +105,6 @@ class Lab:
         """Command line that prepares the data set in `out`."""
         return ["prepare", "synthetic", "--rows", str(ROWS), "--out", str(out)]
 
-    def steps_of(self, processes: int) -> int:
-        """Steps of a run with this number of processes."""
-        return max(FEWEST_STEPS, self.steps // SHARES_OF_STEPS[processes])
-
     def train_line(
         self,
         workdir: Path,
@@ -381,13 +121,7 @@ class Lab:
           fields: further config fields, with "__" for ".".
         """
         overrides = {name.replace("__", "."): value for name, value in fields.items()}
-        values = {
-            **TINY,
-            "optim.steps": self.steps_of(processes),
-            "train.eval_every": self.steps_of(processes) // EVALUATIONS,
-            "train.patience": PATIENCE,
-            **overrides,
-        }
+        values = run_config(self.steps, processes) | overrides
         line = [
             "train",
             "--config=synthetic",
@@ -547,79 +281,3 @@ class Lab:
         whole = self.whole(lineage.processes)
         self.differences.compare(whole.workdir, lineage.workdir, BATCH)
         shutil.rmtree(lineage.workdir)
-
-
-def await_moment(
-    lineage: Lineage,
-    process: Process,
-    condition: Callable[[], bool],
-    interval: float = 0.005,
-) -> None:
-    """Wait for the moment of a fault.
-
-    Args:
-      lineage: the run to disturb.
-      process: a process of the run.
-      condition: whether the moment has come.
-      interval: seconds between two checks.
-
-    Raises:
-      Missed: the run reached its end first.
-      Failure: the process ended in another way.
-    """
-    if process.wait_until(condition, interval):
-        return
-    code = process.popen.poll()
-    lineage.done = code == 0
-    if lineage.done:
-        raise Missed
-    raise Failure(f"it ended with {code} before the fault: {process.words()}")
-
-
-class Injection:
-    """A fault inside of a process.
-
-    Attributes:
-      variables: environment variables of the process.
-    """
-
-    def __init__(self, variables: dict[str, str], report: Path, release: Path) -> None:
-        self.variables = variables
-        self._report = report
-        self._release = release
-
-    def reached(self) -> bool:
-        """Whether the process has met the fault."""
-        return self._report.exists()
-
-    def events(self) -> str:
-        """What was disturbed, without the first part of the paths."""
-        if not self.reached():
-            return ""
-        lines = self._report.read_text().splitlines()
-        return f"{lines[0]} ({len(lines)})" if lines else ""
-
-    def release(self) -> None:
-        """Let a process go on that the fault holds."""
-        self._release.touch()
-
-
-def _xla_flags(processes: int) -> str:
-    return (
-        f"--xla_force_host_platform_device_count={DEVICES[processes]} "
-        "--xla_backend_optimization_level=0"
-    )
-
-
-@contextlib.contextmanager
-def _coordinator(count: int) -> Iterator[dict[str, str]]:
-    """Variables by which the processes of a run find each other."""
-    # Another program does not get the port while it is held like this, but the
-    # coordinator of JAX does, because it shares ports.
-    with socket.socket(socket.AF_INET6) as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        holder.bind(("::", 0))
-        yield {
-            "JAX_COORDINATOR_ADDRESS": f"localhost:{holder.getsockname()[1]}",
-            "JAX_NUM_PROCESSES": str(count),
-        }

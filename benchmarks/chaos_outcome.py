@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from chaos_lab import Failure, Lab, Missed
+from chaos_lab import Lab
+from chaos_process import Failure, Missed
 
 # Runs that may reach their end before the moment of a fault.
 _TRIES = 5

@@ -9,16 +9,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from chaos_compare import progress
-from chaos_lab import (
-    EVALUATIONS,
-    Failure,
-    Lab,
-    Lineage,
-    Missed,
-    Process,
-    await_moment,
-)
+from chaos_config import EVALUATIONS, steps_of
+from chaos_lab import Lab
+from chaos_lineage import Lineage, await_moment
 from chaos_outcome import Fault, Outcome, survived
+from chaos_process import Failure, Missed, Process
 
 from tokenrec.checkpoint.integrity import is_verified
 from tokenrec.errors import EXIT_HUNG, EXIT_PREEMPTED
@@ -211,7 +206,7 @@ def stop_at_the_start(lab: Lab) -> Outcome:
 def stop_in_an_evaluation(lab: Lab) -> Outcome:
     """SIGTERM during an evaluation, which must be abandoned, and made again later."""
     lineage = lab.lineage()
-    every = lab.steps_of(1) // EVALUATIONS
+    every = steps_of(lab.steps, 1) // EVALUATIONS
     with lineage.started() as (process,):
         steps_until(lineage, process, 0)
         # The line of a step is written before its evaluation.

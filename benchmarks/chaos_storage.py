@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from chaos_lab import Failure, Lab, Lineage, Missed, await_moment
+from chaos_lab import Lab
+from chaos_lineage import Lineage, await_moment
 from chaos_outcome import Outcome, refused, survived
+from chaos_process import Failure, Missed
 from chaos_signals import in_a_step, resumes
 
 from tokenrec.errors import EXIT_STORAGE

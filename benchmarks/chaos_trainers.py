@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import time
 
-from chaos_lab import Failure, Lab, Process, await_moment
+from chaos_lab import Lab
+from chaos_lineage import await_moment
 from chaos_outcome import Outcome, refused, survived
+from chaos_process import Failure, Process
 from chaos_signals import steps_until
 
 # The first trainer is held longer than the second one may take to be refused.

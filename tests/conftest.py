@@ -21,7 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _COMPILED = "JAX_COMPILATION_CACHE_DIR"
 if _COMPILED not in os.environ:
     os.environ[_COMPILED] = tempfile.mkdtemp(prefix="tokenrec-tests-")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     atexit.register(shutil.rmtree, os.environ[_COMPILED], ignore_errors=True)
 
 import jax  # noqa: E402
@@ -34,6 +34,20 @@ flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which nobody parses unde
 collect_ignore = (
     [] if importlib.util.find_spec("apache_beam") else ["data/beam/test_beam.py"]
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Leave what is imported and collected out of every collection of garbage.
+
+    It lives to the end, and walking it took 19 % of the time of collecting the tests.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 # Every compiled program maps a few pieces of memory, and Linux gives a process 65,530; beyond that, compiling crashes.

@@ -20,7 +20,7 @@ from tests.test_train_loop import small
 from tokenrec.checkpoint import object_storage
 from tokenrec.checkpoint.object_storage import COMMIT_FILE
 from tokenrec.checkpoint.reader import CheckpointReader
-from tokenrec.config import to_json
+from tokenrec.config import Config, to_json
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError
@@ -33,7 +33,8 @@ ORBAX, NEEDS_ORBAX = tuple(map(int, orbax_version.split("."))), (0, 12, 8)
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "synthetic"
-    prepare(SyntheticSource(4_000, users=60, items=40), out)
+    # As in test_train_loop, so that its compiled programs serve here too.
+    prepare(SyntheticSource(6_000, users=60, items=40), out)
     return out
 
 
@@ -76,25 +77,42 @@ def log_of(workdir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def six_steps(data: Path) -> Config:
+    """Config of a run that stops after six steps, with an evaluation where half stop."""
+    # Not by `optim.steps`, which is part of the compiled step.
+    config = small(data, train__save_every=2, train__log_every=1, train__eval_every=3)
+    config.train.stop_at = 6
+    return config
+
+
+@pytest.fixture(scope="module")
+def local_run(
+    data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Folder and summary of a local run, to which those in stores are equal."""
+    workdir = tmp_path_factory.mktemp("local") / "run"
+    return workdir, train(six_steps(data), workdir, progress=False)
+
+
 def test_a_run_in_an_object_store_equals_a_local_one(
-    server: Server, data: Path, remote_data: str, tmp_path: Path
+    server: Server,
+    data: Path,
+    remote_data: str,
+    local_run: tuple[Path, dict[str, Any]],
 ) -> None:
-    settings: dict[str, Any] = {"optim__steps": 6, "train__save_every": 2}
-    # An evaluation where the first start stops: both have the same to choose from.
-    settings |= {"train__log_every": 1, "train__eval_every": 3}
-    local = train(small(data, **settings), tmp_path / "local", progress=False)
-    config = small(data, **settings)
+    local_workdir, local = local_run
+    config = six_steps(data)
     config.data.path = remote_data
     workdir = as_path(server.url("runs/equal"))
     config.train.stop_at = 3
     train(config, workdir, progress=False)
-    config.train.stop_at = 0
+    config.train.stop_at = 6
     remote = train(config, workdir, progress=False)
     assert remote["best"] == local["best"]
     assert remote["best_step"] == local["best_step"]
     with (
         CheckpointReader(workdir) as ours,
-        CheckpointReader(tmp_path / "local") as other,
+        CheckpointReader(local_workdir) as other,
     ):
         assert ours.steps == other.steps
     # The second start continues the log of the first one.
@@ -105,7 +123,7 @@ def test_a_run_in_an_object_store_equals_a_local_one(
     assert any(name.startswith("tensorboard/") for name in list_files(workdir))
     report = tokenrec.evaluate(workdir, "valid")
     assert report["step"] == remote["best_step"]
-    assert report == tokenrec.evaluate(tmp_path / "local", "valid")
+    assert report == tokenrec.evaluate(local_workdir, "valid")
     # No folder "gs:" or "s3:" beside the tests.
     assert not any(Path(f"{scheme}:").exists() for scheme in SCHEMES)
 
@@ -145,7 +163,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(
 def test_a_damaged_checkpoint_is_set_aside(
     server: Server, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = small(data, optim__steps=4, train__save_every=2, train__keep=2)
+    config = small(data, train__save_every=2, train__keep=2)
     workdir = as_path(server.url("runs/damaged"))
     config.train.stop_at = 4
     train(config, workdir, progress=False)
@@ -168,7 +186,7 @@ def test_a_damaged_checkpoint_is_set_aside(
 
 
 def test_old_checkpoints_are_deleted_whole(server: Server, data: Path) -> None:
-    config = small(data, optim__steps=6, train__save_every=1, train__keep=1)
+    config = small(data, train__stop_at=6, train__save_every=1, train__keep=1)
     config.train.eval_every = 100
     workdir = as_path(server.url("runs/kept"))
     train(config, workdir, progress=False)
@@ -181,7 +199,8 @@ def test_predictions_are_written_to_the_store(
     server: Server, data: Path, tmp_path: Path
 ) -> None:
     workdir = as_path(server.url("runs/predicted"))
-    train(small(data, optim__steps=2), workdir, progress=False)
+    config = small(data, train__stop_at=2, train__eval_every=2)
+    train(config, workdir, progress=False)
     rows = tokenrec.predict(workdir, "valid", server.url("out/scores.parquet"))
     import pyarrow.parquet as pq
 

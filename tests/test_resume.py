@@ -23,7 +23,8 @@ from tokenrec.train_loop import train
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "synthetic"
-    prepare(SyntheticSource(4_000, users=60, items=40), out)
+    # As in test_train_loop, so that its compiled programs serve here too.
+    prepare(SyntheticSource(6_000, users=60, items=40), out)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,12 @@ def train(data: Path, workdir: Path, **changes: object) -> Path:
     return workdir
 
 
+@pytest.fixture(scope="module")
+def ranker(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ranking run on the first rows; copy it to change it."""
+    return train(folder / "first", tmp_path_factory.mktemp("ranker") / "run")
+
+
 def scores(workdir: Path, data: Path, out: Path) -> pa.Table:
     tokenrec.predict(workdir, "test", out, data=data)
     keys = ["user_id", "time_ms", "item_id"]
@@ -51,28 +58,27 @@ def scores(workdir: Path, data: Path, out: Path) -> pa.Table:
 
 
 def test_scores_equal_those_of_one_log_bit_for_bit(
-    folder: Path, tmp_path: Path
+    folder: Path, ranker: Path, tmp_path: Path
 ) -> None:
-    run = train(folder / "first", tmp_path / "run")
-    one = scores(run, folder / "whole", tmp_path / "one.parquet")
-    other = scores(run, folder / "later", tmp_path / "other.parquet")
+    one = scores(ranker, folder / "whole", tmp_path / "one.parquet")
+    other = scores(ranker, folder / "later", tmp_path / "other.parquet")
     assert one.num_rows > 50
     assert one.equals(other)
     # Items that training had not are scored.
     assert max(other["item_id"].to_pylist()) >= 12
     # The split need not be named where there is one.
-    assert tokenrec.predict(run, None, tmp_path / "p", data=folder / "later") == (
+    assert tokenrec.predict(ranker, None, tmp_path / "p", data=folder / "later") == (
         one.num_rows
     )
     with pytest.raises(InputError, match="has the splits train, valid, test; name one"):
-        tokenrec.predict(run, None, tmp_path / "q", data=folder / "whole")
-    assert tokenrec.evaluate(run, "test", data=folder / "later")["tasks"]["click"]
+        tokenrec.predict(ranker, None, tmp_path / "q", data=folder / "whole")
+    assert tokenrec.evaluate(ranker, "test", data=folder / "later")["tasks"]["click"]
 
 
 def test_the_data_set_of_a_run_is_found_by_the_run(
-    folder: Path, tmp_path: Path
+    folder: Path, ranker: Path, tmp_path: Path
 ) -> None:
-    run = train(folder / "first", tmp_path / "run")
+    run = shutil.copytree(ranker, tmp_path / "run")
     columns = random_log(5)
     is_later = np.asarray(columns["time_ms"]) >= END
     source = MemorySource(part(columns, is_later), **tables(ITEMS))
@@ -85,14 +91,13 @@ def test_the_data_set_of_a_run_is_found_by_the_run(
         tokenrec.prepare(source, tmp_path / "again", like=run)
 
 
-def test_a_refusal_names_what_differs(folder: Path, tmp_path: Path) -> None:
-    run = train(folder / "first", tmp_path / "run")
+def test_a_refusal_names_what_differs(ranker: Path, tmp_path: Path) -> None:
     columns = random_log(5)
     columns["tab"] = np.asarray(columns["tab"]) + 1
     prepare(MemorySource(columns, **tables(12)), tmp_path / "other")
     with pytest.raises(InputError, match="values of the vocabularies") as error:
-        tokenrec.predict(run, "test", tmp_path / "p", data=tmp_path / "other")
-    assert f"tokenrec prepare --like '{run}'" in str(error.value)
+        tokenrec.predict(ranker, "test", tmp_path / "p", data=tmp_path / "other")
+    assert f"tokenrec prepare --like '{ranker}'" in str(error.value)
     assert "price" not in str(error.value)
 
 

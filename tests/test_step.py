@@ -395,13 +395,15 @@ def test_an_inspected_step_has_the_loss_of_the_step(walks, mesh):
     np.testing.assert_allclose(losses[4].sum(), whole, rtol=1e-6)
 
 
-def test_negatives_of_micro_batches_are_the_same_on_a_mesh(walks, mesh):
-    expected = loss_and_gradients(*retrieval_case(walks, "sampled", 1), mesh)
+@pytest.mark.parametrize("kind", ["sampled", "semantic ids"])
+def test_micro_batches_on_a_mesh_have_the_gradients_of_one_batch(walks, mesh, kind):
+    """Negatives are the same in all parts; codes are summed over all devices."""
+    expected = loss_and_gradients(*retrieval_case(walks, kind, 1), mesh)
     wide = mesh_of(2, 2, 2)
     with jax.set_mesh(wide):
-        found = loss_and_gradients(*retrieval_case(walks, "sampled", 2), wide)
+        found = loss_and_gradients(*retrieval_case(walks, kind, 2), wide)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
     # As above, with sums over devices: measured 2.5e-6 of the largest entry.
-    largest = max(np.abs(gradient).max() for gradient in leaves(expected[1]))
-    for name, gradient in expected[1].items():
-        np.testing.assert_allclose(found[1][name], gradient, atol=1e-5 * largest)
+    largest = max(np.abs(gradient).max() for gradient in leaves(expected[1:3]))
+    for a, b in zip(leaves(found[1:3]), leaves(expected[1:3]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * largest)

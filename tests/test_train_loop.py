@@ -225,10 +225,10 @@ def test_bad_steps_are_skipped_and_counted_up_to_a_limit_over_a_restart(
 
 
 def test_a_finished_run_is_left_as_it_is(data, tmp_path):
-    config = small(data, optim__steps=4, optim__warmup_steps=1)
+    config = small(data)
     train(config, tmp_path, progress=False)
     before = leaves(tmp_path)
-    assert train(config, tmp_path, progress=False)["step"] == 4
+    assert train(config, tmp_path, progress=False)["step"] == 8
     assert all(
         np.array_equal(a, b) for a, b in zip(before, leaves(tmp_path), strict=True)
     )
@@ -353,8 +353,8 @@ def test_a_stop_signal_ends_the_planning_of_the_input(data, tmp_path, monkeypatc
 def test_another_config_in_the_same_folder_is_refused_with_the_difference(
     data, tmp_path
 ):
-    train(small(data, optim__steps=2, optim__warmup_steps=1), tmp_path, progress=False)
-    other = small(data, optim__steps=2, optim__warmup_steps=1, model__width=16)
+    train(small(data, train__stop_at=2), tmp_path, progress=False)
+    other = small(data, train__stop_at=2, model__width=16)
     with pytest.raises(InputError, match=r"model\.width: 8 -> 16"):
         train(other, tmp_path, progress=False)
 
@@ -376,11 +376,7 @@ def test_half_a_config_and_a_workdir_that_is_a_file_are_refused(data, tmp_path):
 
 
 def test_another_data_set_is_refused(data, tmp_path):
-    train(
-        small(data, optim__steps=2, optim__warmup_steps=1),
-        tmp_path / "run",
-        progress=False,
-    )
+    train(small(data, train__stop_at=2), tmp_path / "run", progress=False)
     other = tmp_path / "other"
     prepare(SyntheticSource(2_000, users=30, items=20), other)
     with pytest.raises(InputError, match="--data"):

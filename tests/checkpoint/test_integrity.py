@@ -62,6 +62,8 @@ def test_concurrent_processes_leave_a_checksum_for_each_file(
     tmp_path: Path, count: int
 ) -> None:
     context = multiprocessing.get_context("forkserver")
+    # Their parent imports once what each of them would import in seconds.
+    context.set_forkserver_preload([__name__])
     files = {f"state/f{number:03}" for number in range(6 + 4 * count)}
     for trial in range(40 // count):
         folder = checkpoint(tmp_path / str(trial), len(files))

@@ -49,16 +49,23 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of compiled programs, for runs whose files are not cut."""
+    return str(tmp_path_factory.mktemp("compiled"))
+
+
 @pytest.mark.parametrize(
     "redirection", ["2>&1 | head -n 1", "2> /dev/full > /dev/full", "2>&- >&-"]
 )
 def test_training_goes_on_when_nobody_reads_its_output(
-    tmp_path: Path, data: Path, redirection: str
+    tmp_path: Path, data: Path, compiled: str, redirection: str
 ) -> None:
     run = tmp_path / "run"
     done = shell(
         f"{{ {TOKENREC} train {TINY} --data={data} --workdir={run}; "
-        f"echo $? > {tmp_path}/code; }} {redirection}"
+        f"echo $? > {tmp_path}/code; }} {redirection}",
+        JAX_COMPILATION_CACHE_DIR=compiled,
     )
     assert (tmp_path / "code").read_text() == "0\n"
     assert "Traceback" not in done.stdout + done.stderr
@@ -91,10 +98,14 @@ def test_a_limit_of_open_files_that_is_too_low_is_named_with_its_remedy(
     assert not run.exists()
 
 
-def test_a_soft_limit_of_open_files_is_raised(tmp_path: Path, data: Path) -> None:
+def test_a_soft_limit_of_open_files_is_raised(
+    tmp_path: Path, data: Path, compiled: str
+) -> None:
     run = tmp_path / "run"
     done = shell(
-        f"ulimit -S -n 40; {TOKENREC} train {TINY} --data={data} --workdir={run} --quiet"
+        f"ulimit -S -n 40; {TOKENREC} train {TINY} --data={data} --workdir={run} "
+        "--quiet",
+        JAX_COMPILATION_CACHE_DIR=compiled,
     )
     assert done.returncode == 0, done.stderr
 

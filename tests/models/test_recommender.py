@@ -234,17 +234,26 @@ def test_the_gate_starts_at_the_sigmoid_of_its_bias_and_can_be_left_out(mesh):
     assert not [name for name in init_state(without, 0).params if "gate/bias" in name]
 
 
+# Options that do not exclude each other share a program: it is compiling that takes long.
 OPTIONS = {
-    "linear": {"tokens": {"maker": "linear"}},
-    "transformer": {"tokens": {"maker": "transformer"}},
-    "output_scale": {"tokens": {"output_scale": True}},
-    "sum": {"tokens": {"multi_valued": "sum", "semantic_id": "sum"}},
-    "prefix": {"tokens": {"semantic_id": "prefix"}},
-    "soft_user": {"tokens": {"user_tokens": 3}},
-    "two_widths": {"tokens": {"embedding_dims": {"video": 12}}},
-    "qk_norm_additive": {"model": {"qk_norm": True, "positions": "additive"}},
-    "bfloat16": {"model": {"dtype": "bfloat16"}},
-    "uc": {"paradigm": "uc"},
+    "linear_sums": {
+        "tokens": {
+            "maker": "linear",
+            "multi_valued": "sum",
+            "semantic_id": "sum",
+            "output_scale": True,
+        }
+    },
+    "transformer_prefixes": {
+        "tokens": {
+            "maker": "transformer",
+            "semantic_id": "prefix",
+            "user_tokens": 3,
+            "embedding_dims": {"video": 12},
+        },
+        "model": {"qk_norm": True, "positions": "additive"},
+    },
+    "uc_bfloat16": {"paradigm": "uc", "model": {"dtype": "bfloat16"}},
     "fused": {"fused": True},
 }
 

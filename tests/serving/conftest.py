@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import tokenrec
+from tests.shared_folder import shared_folder
 from tokenrec import (
     Config,
     DataConfig,
@@ -19,9 +20,14 @@ from tokenrec import (
 def exported_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a ranking run (NIO) and of its artifact."""
     pytest.importorskip("flatbuffers", reason="an artifact is written with it")
+    folder = shared_folder(tmp_path_factory, "exported_run", export_tiny_run)
+    return folder / "run", folder / "model"
+
+
+def export_tiny_run(folder: Path) -> None:
+    """Prepare a data set, train a run and export it, in a folder."""
     from tokenrec.serving.export.run import export_run
 
-    folder = tmp_path_factory.mktemp("serving")
     tokenrec.prepare("synthetic", folder / "data", rows=2_000, users=40, items=24)
     config = Config(
         data=DataConfig(
@@ -38,7 +44,6 @@ def exported_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
     tokenrec.train(config, folder / "run", progress=False)
     export_run(folder / "run", folder / "model", platforms=("cpu",))
-    return folder / "run", folder / "model"
 
 
 @pytest.fixture(scope="session")

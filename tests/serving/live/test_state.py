@@ -96,12 +96,12 @@ def test_a_replay_has_the_values_of_one_log(given: Replay, tmp_path: Path) -> No
 def test_a_long_window_is_folded_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokenrec.serving.live.state._LEAST_WINDOW", 1)
+    monkeypatch.setattr("tokenrec.serving.live.counts._LEAST_WINDOW", 1)
     given = make_replay(tmp_path, seed=4, strings=True)
     state = open_state(given)
     assert replay(given, state, lateness=LATENESS, seed=1) > 50
     # The history of later requests came through the window.
-    assert state._folded > END
+    assert state._counts.folded_ms > END
 
 
 def test_a_request_sees_strictly_earlier_events_alone(given: Replay) -> None:

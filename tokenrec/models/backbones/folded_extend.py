@@ -19,7 +19,6 @@ and the output of a layer, P cached tokens of the prefix, H heads of width h, d 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from tokenrec.models.backbones.bfts import (
     prefix_length,
 )
 from tokenrec.models.backbones.block import Block
-from tokenrec.models.backbones.rope_attention import KeysValues
+from tokenrec.models.backbones.rope_attention import KeysValues, Stream
 from tokenrec.models.backbones.tokenformer import PrefixCache, TokenFormer
 from tokenrec.ops.attention.dense import MASKED
 from tokenrec.ops.attention.rotary import Rotation, rotate
@@ -40,31 +39,6 @@ from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import rms_normalize
 from tokenrec.sharding import RULES, on_mesh
 from tokenrec.tokens.layout import Layout, select_positions
-
-
-class _Candidates(NamedTuple):
-    """What all layers share.
-
-    Attributes:
-      layout: layout of a stream with one candidate.
-      positions: `[K]`, the stream positions of the candidate.
-      turn: RoPE angles of `positions`, `[B, K, 1, h / 2]`.
-      valid: `[B, S] bool`, positions of that stream that are not padding.
-    """
-
-    layout: Layout
-    positions: np.ndarray
-    turn: Rotation
-    valid: jax.Array
-
-    def rotate(self, x: jax.Array, positions: np.ndarray) -> jax.Array:
-        """Apply RoPE to `x: [B, C, n, H, h]`, which holds `positions: [n]`."""
-        # All candidates have the same angles.
-        angles = [
-            select_positions(part, positions, self.positions)[:, None]
-            for part in self.turn
-        ]
-        return rotate(x, Rotation(*angles))
 
 
 def extend_folded(
@@ -105,7 +79,6 @@ def extend_folded(
     )
     if backbone.places is not None:
         x = x + places[:, None]
-    shared = _Candidates(layout, behind, stream.turn, stream.valid)
     # The live positions behind the prefix.
     positions = [
         live[np.searchsorted(live, count) :]
@@ -116,7 +89,7 @@ def extend_folded(
     for block, inputs, outputs, past, kept in zip(
         backbone.layers(), positions, positions[1:], cache.layers, cached, strict=False
     ):
-        x = _block(block, x, outputs, inputs, past, kept, shared)
+        x = _block(block, x, outputs, inputs, past, kept, stream)
     readout = layout.readout[layout.readout >= count]
     return backbone.norm(_select(x, readout, positions[-1]))
 
@@ -128,7 +101,7 @@ def _block(
     inputs: np.ndarray,
     past: KeysValues,
     kept: np.ndarray,
-    shared: _Candidates,
+    stream: Stream,
 ) -> jax.Array:
     """Compute a layer (block.py) for some tokens of each candidate.
 
@@ -139,7 +112,7 @@ def _block(
       inputs: `[n]`, stream positions of `x`.
       past: cached keys and values of the prefix.
       kept: `[P]`, their stream positions.
-      shared: what all layers share.
+      stream: a stream with one candidate; its angles are those of every candidate.
 
     Returns:
       `[B, C, m, d]`.
@@ -155,12 +128,12 @@ def _block(
     q = _unfold(attention.project(_fold(queries), attention.query), len(outputs))
     if attention.qk_norm:
         q, own[0] = rms_normalize(q), rms_normalize(own[0])
-    q, own[0] = shared.rotate(q, outputs), shared.rotate(own[0], inputs)
+    q, own[0] = _rotate(q, outputs, stream), _rotate(own[0], inputs, stream)
     # 2. Attend to the prefix and to the candidate itself.
-    pattern = shared.layout.pattern(outputs, np.concatenate([kept, inputs]))
+    pattern = stream.layout.pattern(outputs, np.concatenate([kept, inputs]))
     visible, diagonal = pattern.visible(attention.window), pattern.diagonal()
-    stream_positions = np.arange(shared.layout.length)
-    valid = select_positions(shared.valid, kept, stream_positions)
+    stream_positions = np.arange(stream.layout.length)
+    valid = select_positions(stream.valid, kept, stream_positions)
     attended = _attend(
         q,
         past,
@@ -180,6 +153,12 @@ def _block(
         branch = block.gate(x) * branch
     x = x + branch
     return _unfold(x + block.ffn(block.ffn_norm(x)), len(outputs))
+
+
+def _rotate(x: jax.Array, positions: np.ndarray, stream: Stream) -> jax.Array:
+    """Apply RoPE to `x: [B, C, n, H, h]`, which holds `positions: [n]`."""
+    angles = (part[:, None] for part in stream.angles(positions))
+    return rotate(x, Rotation(*angles))
 
 
 def _attend(

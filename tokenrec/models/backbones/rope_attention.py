@@ -75,12 +75,15 @@ class Stream(NamedTuple):
     turn: Rotation
     valid: jax.Array
 
+    def angles(self, positions: np.ndarray) -> Rotation:
+        """Select the RoPE angles of `positions: [m]`, `[B, m, 1, h / 2]`."""
+        return Rotation(
+            *(select_positions(part, positions, self.positions) for part in self.turn)
+        )
+
     def rotate(self, x: jax.Array, positions: np.ndarray) -> jax.Array:
         """Apply RoPE to `x: [B, m, H, h]`, which holds `positions: [m]`."""
-        angles = [
-            select_positions(part, positions, self.positions) for part in self.turn
-        ]
-        return rotate(x, Rotation(*angles))
+        return rotate(x, self.angles(positions))
 
 
 class Attention(nnx.Module):

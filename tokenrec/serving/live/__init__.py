@@ -1,6 +1,7 @@
 """Histories, statistics of the past and counters, kept up to date from events.
 
     state      add events, complete requests, save
+    counts     window, histories and features together
     schema     which columns a request gets
     window     events that may still come late
     histories  the newest events of each user

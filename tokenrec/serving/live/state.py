@@ -8,9 +8,9 @@ The state goes on from the end of a prepared log. A completed request has the va
 `prepare` would give to log rows with its user, items and time, if the log held the
 events that were accepted (docs/guides/live_events.md).
 
-Files: live_schema.py (columns), live_window.py (events since the watermark),
-live_histories.py (events before it), live_features.py (statistics and sums),
-live_files.py (saved states), live_journal.py (acknowledged events on disk).
+Files: schema.py (columns), window.py (events since the watermark), histories.py (events
+before it), features.py (statistics and sums), counts.py (the three of them together),
+files.py (saved states), journal.py (acknowledged events on disk).
 """
 
 from __future__ import annotations
@@ -23,29 +23,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tokenrec.errors import InputError
-from tokenrec.serving.live.features import LiveFeatures
+from tokenrec.serving.live.counts import EventCounts
 from tokenrec.serving.live.files import SavedState, read_state, write_state
-from tokenrec.serving.live.histories import Event, Histories
 from tokenrec.serving.live.journal import Journal
 from tokenrec.serving.live.request import candidate_rows, computed_columns
-from tokenrec.serving.live.schema import IS_EVENT, TIME, USER, Row
+from tokenrec.serving.live.schema import TIME, USER, Row
 from tokenrec.serving.live.table import (
     events_table,
     history_columns,
     newer_table,
     read_events_table,
 )
-from tokenrec.serving.live.window import EventId, EventWindow, Received
+from tokenrec.serving.live.window import EventId, Received
 from tokenrec.serving.request import BadRequest, Request
 
 MINUTE_MS = 60_000
-# Events of the window before those until the watermark leave it.
-_LEAST_WINDOW = 256
-# Events that are counted together, at the latest.
-_MOST_UNCOUNTED = 1024
 
 
 def system_clock() -> int:
@@ -59,8 +52,6 @@ class LiveState:
     All methods may be called from any thread.
 
     Attributes:
-      watermark_ms: events and requests are later than it.
-      last_time_ms: time of the newest event.
       computed: features that `complete` fills in.
     """
 
@@ -78,32 +69,24 @@ class LiveState:
         self._saved = saved
         self._schema = saved.schema
         self._lateness, self._ahead, self._clock = lateness_ms, ahead_ms, clock
-        self._features = LiveFeatures(
-            saved.schema,
-            saved.source,
-            saved.statistics,
-            saved.arrays,
-            saved.watermark_ms,
-        )
-        self._histories = Histories(
-            saved.histories, saved.schema.computed, saved.events
-        )
-        self._window = EventWindow(saved.items)
-        self.computed = self._features.computed
-        # The watermark that histories and totals stand at: they follow now and then.
-        self._folded = saved.watermark_ms
-        self.watermark_ms = saved.watermark_ms
-        self.last_time_ms = saved.watermark_ms
-        self._uncounted: list[Row] = []
+        self._counts = EventCounts(saved, lateness_ms)
+        self.computed = self._counts.features.computed
         self._journal: Journal | None = None
         self._failed: Exception | None = None
         self._lock = threading.Lock()
-        if saved.window is not None:
-            self._accept(read_events_table(self._schema, saved.window))
-        self.last_time_ms = max(self.last_time_ms, saved.newest_ms)
         self._frame = saved.frame
         # The arrays are copied, and their files may be closed.
         self._saved = dataclasses.replace(saved, arrays={}, window=None)
+
+    @property
+    def watermark_ms(self) -> int:
+        """Events and requests are later than it."""
+        return self._counts.watermark_ms
+
+    @property
+    def last_time_ms(self) -> int:
+        """Time of the newest event."""
+        return self._counts.last_time_ms
 
     @classmethod
     def open(
@@ -139,11 +122,11 @@ class LiveState:
             try:
                 for table in state._journal.read(state._frame):
                     # They were accepted once, whatever the lateness is now.
-                    state._accept(read_events_table(state._schema, table))
+                    state._counts.accept_again(read_events_table(state._schema, table))
             except BaseException:
                 state._journal.close()
                 raise
-        state._advance()
+        state._counts.advance()
         return state
 
     def add_events(self, columns: Any) -> int:
@@ -175,7 +158,7 @@ class LiveState:
         ids, rows = self._schema.parse_events(columns)
         with self._lock:
             self._check_alive()
-            self._features.check(rows)
+            self._counts.features.check(rows)
             latest = None if self._clock is None else self._clock() + self._ahead
             counts: Counter[str] = Counter()
             accepted: list[tuple[EventId, Row]] = []
@@ -185,14 +168,12 @@ class LiveState:
                 elif latest is not None and row[TIME] > latest:
                     counts["ahead"] += 1
                 else:
-                    became = self._window.add(event_id, row)
+                    became = self._counts.window.add(event_id, row)
                     counts[became] += 1
                     if became == "applied":
                         accepted.append((event_id, row))
             if accepted:
-                self._guard(lambda: self._write(accepted))
-                self._count([row for _, row in accepted])
-                self._advance()
+                self._guard(lambda: self._apply(accepted))
             return Received(**counts)
 
     def complete(self, request: Request) -> Request:
@@ -209,7 +190,7 @@ class LiveState:
           BadRequest: the request has a history or a computed column already, lacks a
             column, or is not later than `watermark_ms`.
         """
-        rows = candidate_rows(request, self._schema, self._features.needed)
+        rows = candidate_rows(request, self._schema, self._counts.features.needed)
         user = rows[0][USER]
         with self._lock:
             self._check_alive()
@@ -220,12 +201,12 @@ class LiveState:
                     f"(lateness_ms={self._lateness} before the newest event); send the "
                     "time of now, or open the state with a greater lateness_ms"
                 )
-            self._count_all()
+            self._guard(self._counts.count_all)
             try:
-                window, features = self._compute(user, request.time_ms, rows)
+                window, features = self._counts.compute(user, request.time_ms, rows)
             except InputError as error:
                 raise BadRequest(str(error)) from error
-            past = self._histories.of(user, self._saved.events)
+            past = self._counts.histories.of(user, self._saved.events)
         history = history_columns(self._schema, past, window, self._saved.events)
         context, candidates = computed_columns(request, self._schema, features)
         return dataclasses.replace(
@@ -240,17 +221,18 @@ class LiveState:
         """
         with self._lock:
             self._check_alive()
-            self._fold()
+            counts = self._counts
+            self._guard(counts.fold)
             frame = self._frame if self._journal is None else self._journal.number
-            newer = newer_table(self._schema, self._histories.newer_events())
+            newer = newer_table(self._schema, counts.histories.newer_events())
             state = dataclasses.replace(
                 self._saved,
-                watermark_ms=self._folded,
-                newest_ms=self.last_time_ms,
+                watermark_ms=counts.folded_ms,
+                newest_ms=counts.last_time_ms,
                 frame=frame,
-                arrays=self._features.state(),
-                histories=self._histories.joined(newer),
-                window=events_table(self._schema, list(self._window.events())),
+                arrays=counts.features.state(),
+                histories=counts.histories.joined(newer),
+                window=events_table(self._schema, list(counts.window.events())),
             )
             write_state(folder, state)
             self._frame = frame
@@ -263,87 +245,14 @@ class LiveState:
             if self._journal is not None:
                 self._journal.close()
 
-    def _compute(
-        self, user: Any, time: int, rows: Sequence[Row]
-    ) -> tuple[list[Event], np.ndarray]:
-        """Compute the features of candidates, and of the user's events of the window.
-
-        Returns:
-          The events that histories hold, and `[C, F] float32`.
-        """
-        kept = self._window.of(user, before=time)
-        # Those of events are computed once, unless an earlier event comes late.
-        first = next(
-            (i for i, e in enumerate(kept) if not self._window.is_current(e)), len(kept)
-        )
-        features = self._features.of_rows([*(e.row for e in kept), *rows], first)
-        events = kept[first:]
-        for event, values in zip(events, features[: len(events)], strict=True):
-            self._window.keep(event, values.copy())
-        window = [
-            (e.row, e.features)
-            for e in kept
-            if e.row[IS_EVENT] and e.features is not None
-        ]
-        return window, features[len(events) :]
-
-    def _accept(self, events: Sequence[tuple[EventId, Row]]) -> None:
-        """Count events that were accepted before.
-
-        Those until the watermark are part of a log that was prepared since then.
-        """
-        new = [
-            row
-            for event_id, row in events
-            if row[TIME] > self._folded and self._window.add(event_id, row) == "applied"
-        ]
-        self._count(new)
-
-    def _write(self, events: Sequence[tuple[EventId, Row]]) -> None:
+    def _apply(self, events: Sequence[tuple[EventId, Row]]) -> None:
+        """Write events of the window to the journal, and count them."""
         if self._journal is not None:
             table = events_table(self._schema, events)
             assert table is not None
             self._journal.append(table)
-
-    def _count(self, rows: Sequence[Row]) -> None:
-        """Count events, at the latest when a request asks for them."""
-        # Together they cost a hundredth of what they cost one by one.
-        if not rows:
-            return
-        self._uncounted.extend(rows)
-        self.last_time_ms = max(self.last_time_ms, *(row[TIME] for row in rows))
-        if len(self._uncounted) >= _MOST_UNCOUNTED:
-            self._count_all()
-
-    def _count_all(self) -> None:
-        if self._uncounted:
-            rows, self._uncounted = self._uncounted, []
-            self._guard(lambda: self._features.count(rows))
-
-    def _advance(self) -> None:
-        """Move the watermark after the newest event, and let totals follow in time."""
-        moved = self.last_time_ms - self._lateness
-        self.watermark_ms = max(self.watermark_ms, moved)
-        behind = self.watermark_ms - self._folded
-        if len(self._window) >= _LEAST_WINDOW and behind > self._lateness:
-            self._fold()
-
-    def _fold(self) -> None:
-        """Move the events until the watermark out of the window."""
-        self._count_all()
-        self._guard(self._fold_counted)
-
-    def _fold_counted(self) -> None:
-        watermark = self.watermark_ms
-        rows = self._window.until(watermark)
-        if rows:
-            features = self._features.of_rows(rows)
-            for i, row in enumerate(rows):
-                if row[IS_EVENT]:
-                    self._histories.add(row[USER], (row, features[i]))
-        self._features.forget(rows, watermark)
-        self._window.forget(watermark)
-        self._folded = watermark
+        self._counts.count([row for _, row in events])
+        self._counts.advance()
 
     def _guard(self, change: Callable[[], None]) -> None:
         """Make a change; if it fails half-way, refuse to go on with wrong values."""
