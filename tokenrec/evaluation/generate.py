@@ -151,7 +151,9 @@ def search(
     of_events = None
     if allowed is not None:
         of_events = per_request(
-            lambda pair, _: jnp.take_along_axis(*pair, axis=1), (allowed, items), None
+            lambda pair, _: jnp.take_along_axis(pair[0], pair[1], axis=1),
+            (allowed, items),
+            None,
         )
     log_generated = _in_slices(item_log_probs, event_codes)
     return unite(beams, copied, event_codes, log_generated, of_events)
