@@ -110,8 +110,10 @@ def codes_config(data: Path) -> Config:
     return basket_config(data, head, paradigm="nio", candidates=1)
 
 
-def opened_run(config: Config) -> tuple[OpenedRun, list[PredictedItems]]:
-    """A run with random weights, and what `predict` answers to its test requests."""
+def opened_run(
+    config: Config, answers: int = 8
+) -> tuple[OpenedRun, list[PredictedItems]]:
+    """A run with random weights, and what `predict` answers to some test requests."""
     dataset = open_dataset(
         Path(config.data.path), config.data.exclude, config.data.semantic_ids
     )
@@ -126,4 +128,6 @@ def opened_run(config: Config) -> tuple[OpenedRun, list[PredictedItems]]:
             for name, value in noisy(state.params, 0.3).items()
         }
         run = OpenedRun(model, dataset, 0, dataclasses.replace(state, params=params))
-        return run, list(predicted_items(run, "test", mesh, 8))
+        if not answers:
+            return run, []
+        return run, list(predicted_items(run, "test", mesh, answers))
