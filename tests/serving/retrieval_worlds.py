@@ -16,12 +16,13 @@ from tokenrec.checkpoint.run_folder import OpenedRun
 from tokenrec.config import Config, DataConfig, HeadConfig, ModelConfig, TokensConfig
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.preparation.prepare import prepare
-from tokenrec.data.schema import Feature, Schema
+from tokenrec.data.schema import FIRST_KNOWN, UNKNOWN, Feature, Schema
 from tokenrec.data.semantic_id_file import SemanticIds, save_semantic_ids
 from tokenrec.serving.export.requests import PredictedItems, predicted_items
 from tokenrec.state import build_model, init_state
 
 ITEMS, USERS, STEPS, EVENTS = 18, 12, 9, 6
+RARE = 4
 SCHEMA = Schema(
     (
         Feature("age", "categorical", "user"),
@@ -91,7 +92,10 @@ def basket_config(data: Path, head: HeadConfig, **options) -> Config:
 
 
 def next_item_config(data: Path) -> Config:
-    """Streams, sampled softmax with features of items, cosine, unseen items alone."""
+    """Streams, sampled softmax with features of items, cosine, unseen items alone.
+
+    Some ids of items are too rare to have a row.
+    """
     head = HeadConfig(
         negatives=8,
         cosine=True,
@@ -100,7 +104,9 @@ def next_item_config(data: Path) -> Config:
         drop_seen=True,
         top_k=4,
     )
-    return basket_config(data, head, paradigm="uc", overlap=2)
+    config = basket_config(data, head, paradigm="uc", overlap=2)
+    config.tokens.min_count = 2
+    return config
 
 
 def codes_config(data: Path) -> Config:
@@ -117,6 +123,11 @@ def opened_run(
     dataset = open_dataset(
         Path(config.data.path), config.data.exclude, config.data.semantic_ids
     )
+    if config.tokens.min_count:
+        # The first items share a row; counts of so few events would not say so.
+        rows = np.arange(dataset.schema.tables["item"])
+        rows[FIRST_KNOWN : FIRST_KNOWN + RARE] = UNKNOWN
+        dataset.rare_ids = {"item": rows.astype(np.int32)}
     mesh = one_device()
     with jax.set_mesh(mesh):
         model = build_model(

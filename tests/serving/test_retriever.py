@@ -99,6 +99,8 @@ def test_a_filtered_search_is_a_full_ranking_less_the_others(served):
     tags, price, brand = items["tags"], items["price"], items["brand"]
     cases = [
         ({"filter": {"brand": ["a", "c"]}}, lambda row: brand[row] in "ac"),
+        # A value has its own id, also where the model reads a row that several share.
+        ({"filter": {"item": [100, 103, 109]}}, lambda row: row in (0, 3, 9)),
         ({"filter": {"tags": [3, 5]}}, lambda row: {3, 5} & set(tags[row])),
         (
             {"filter": {"price": {"min": 0.3, "max": 0.8}}},
