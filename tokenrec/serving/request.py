@@ -69,7 +69,8 @@ class Request:
       history: columns of E earlier events, oldest first, `time_ms` and `item_id` among
         them; empty for a user without a past.
       context: features of the context, which all candidates share.
-      candidates: columns of C candidates, `item_id` among them.
+      candidates: columns of C candidates, `item_id` among them; empty in a request for
+        items (retrieval_request.py).
       user_version: changes when the user's history does; None if the caller has no such
         number. It is an optional help for a cache and changes no score.
     """
@@ -89,7 +90,7 @@ class Request:
     @property
     def candidate_count(self) -> int:
         """C, number of candidates."""
-        return len(self.candidates["item_id"])
+        return len(self.candidates["item_id"]) if self.candidates else 0
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Request))
@@ -109,39 +110,67 @@ def parse_request(value: Any, limits: Limits) -> Request:
         columns differ in length; events are not in the order of time, or not earlier
         than the request.
     """
-    if not isinstance(value, dict):
-        raise BadRequest(
-            f"request: {short_repr(value)} is not a JSON object; send one with the fields "
-            f"{', '.join(_REQUIRED)}"
-        )
-    for name in value:
-        if name not in _FIELDS:
-            raise BadRequest(f"request: no field {name!r}{suggest(str(name), _FIELDS)}")
-    for name in _REQUIRED:
-        if name not in value:
-            raise BadRequest(f"request: the field '{name}' is missing; send it")
-    time_ms = _time(value["time_ms"], "time_ms")
-    history = _columns(value.get("history", {}), "history", limits, limits.history)
+    check_fields(value, _FIELDS, _REQUIRED)
     candidates = _columns(value["candidates"], "candidates", limits, limits.candidates)
-    _check_history(history, time_ms)
+    request = parse_history(value, limits)
     if not len(candidates.get("item_id", ())):
         raise BadRequest(
             "candidates: the column 'item_id' is missing or empty; send the id of each "
             "item to score"
         )
+    return dataclasses.replace(request, candidates=candidates)
+
+
+def check_fields(value: Any, known: Sequence[str], required: Sequence[str]) -> None:
+    """Check the names of the fields of a request.
+
+    Args:
+      value: what the caller sent.
+      known: names that it may have.
+      required: those that it must have.
+
+    Raises:
+      BadRequest: it is no object, or a field is unknown or missing.
+    """
+    if not isinstance(value, dict):
+        raise BadRequest(
+            f"request: {short_repr(value)} is not a JSON object; send one with the fields "
+            f"{', '.join(required)}"
+        )
+    for name in value:
+        if name not in known:
+            raise BadRequest(f"request: no field {name!r}{suggest(str(name), known)}")
+    for name in required:
+        if name not in value:
+            raise BadRequest(f"request: the field '{name}' is missing; send it")
+
+
+def parse_history(value: dict[str, Any], limits: Limits) -> Request:
+    """Check all of a request but its candidates, which are left empty.
+
+    Args:
+      value: a request whose fields were checked.
+      limits: the most that it may hold.
+
+    Raises:
+      BadRequest: as `parse_request`.
+    """
+    time_ms = _time(value["time_ms"], "time_ms")
+    history = _columns(value.get("history", {}), "history", limits, limits.history)
+    _check_history(history, time_ms)
     version = value.get("user_version")
     if version is not None and not isinstance(version, str):
         raise BadRequest(
             f"user_version: {short_repr(version)} is no text; send a string"
         )
     if version is not None and len(version) > limits.text:
-        raise BadRequest(_too_long("user_version", len(version), limits.text))
+        raise BadRequest(too_long("user_version", len(version), limits.text))
     return Request(
         user=_values(value["user"], "user", limits),
         time_ms=time_ms,
         history=history,
         context=_values(value.get("context", {}), "context", limits),
-        candidates=candidates,
+        candidates={},
         user_version=version,
     )
 
@@ -150,7 +179,7 @@ def _values(part: Any, name: str, limits: Limits) -> dict[str, Value]:
     """Check a part of one value per column."""
     checked = _part(part, name, limits)
     for column, value in checked.items():
-        _check_value(value, f"{name}.{column}", limits)
+        check_value(value, f"{name}.{column}", limits)
     return checked
 
 
@@ -166,7 +195,7 @@ def _columns(part: Any, name: str, limits: Limits, most: int) -> dict[str, Colum
                 f"{where}: {short_repr(values)} is not a list; send one value per row"
             )
         if len(values) > most:
-            raise BadRequest(_too_long(where, len(values), most))
+            raise BadRequest(too_long(where, len(values), most))
         if length is not None and len(values) != length:
             raise BadRequest(
                 f"{where}: has {len(values)} values, and the column "
@@ -177,7 +206,7 @@ def _columns(part: Any, name: str, limits: Limits, most: int) -> dict[str, Colum
             _check_array(values, where)
         else:
             for position, value in enumerate(values):
-                _check_value(value, where, limits, position)
+                check_value(value, where, limits, position)
     return checked
 
 
@@ -187,14 +216,14 @@ def _part(part: Any, name: str, limits: Limits) -> dict[str, Any]:
             f"{name}: {short_repr(part)} is not a JSON object; send columns by their names"
         )
     if len(part) > limits.columns:
-        raise BadRequest(_too_long(name, len(part), limits.columns, "columns"))
+        raise BadRequest(too_long(name, len(part), limits.columns, "columns"))
     for column in part:
         if not isinstance(column, str):
             raise BadRequest(f"{name}: the name {short_repr(column)} is no text")
     return dict(part)
 
 
-def _check_value(
+def check_value(
     value: Any, where: str, limits: Limits, position: int | None = None
 ) -> None:
     """Check one value, of one column or of one row of it."""
@@ -209,20 +238,20 @@ def _check_value(
     place = where if position is None else f"{where}[{position}]"
     if isinstance(value, (list, tuple, np.ndarray)):
         if len(value) > limits.values:
-            raise BadRequest(_too_long(place, len(value), limits.values))
+            raise BadRequest(too_long(place, len(value), limits.values))
         for inner in value:
             if isinstance(inner, (list, tuple, dict, np.ndarray)):
                 raise BadRequest(
                     f"{place}: {short_repr(inner)} is a list within a list; send a list of "
                     "numbers or texts"
                 )
-            _check_value(inner, place, limits)
+            check_value(inner, place, limits)
         return
     if isinstance(value, np.generic):
-        _check_value(value.item(), where, limits, position)
+        check_value(value.item(), where, limits, position)
         return
     if kind is str:
-        raise BadRequest(_too_long(place, len(value), limits.text, "characters"))
+        raise BadRequest(too_long(place, len(value), limits.text, "characters"))
     if kind is int:
         raise BadRequest(f"{place}: {value} exceeds 64 bits; send a smaller integer")
     if kind is float:
@@ -279,7 +308,8 @@ def _time(value: Any, where: str) -> int:
     return number
 
 
-def _too_long(where: str, count: int, most: int, unit: str = "values") -> str:
+def too_long(where: str, count: int, most: int, unit: str = "values") -> str:
+    """Message of a limit that a request exceeds."""
     return f"{where}: has {count} {unit}, more than the limit of {most}; send fewer"
 
 
