@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +60,12 @@ class Clients:
             thread.join()
 
     def _run(self, place: int) -> None:
-        with contextlib.closing(_connect(self._port)) as connection:
+        with contextlib.closing(connect(self._port)) as connection:
             while not self._stop.is_set():
                 row = self._golden[place % len(self._golden)]
                 place += 1
                 try:
-                    status, answer = _ask(connection, "/v1/score", row["request"])
+                    status, answer = ask(connection, "/v1/score", row["request"])
                 except (OSError, http.client.HTTPException) as error:
                     self.failures.append(f"{type(error).__name__}: {error}")
                     return
@@ -78,13 +78,15 @@ class Clients:
                 self.answers += 1
 
 
-def _connect(port: int) -> http.client.HTTPConnection:
+def connect(port: int) -> http.client.HTTPConnection:
+    """Connect to a server on loopback."""
     return http.client.HTTPConnection("127.0.0.1", port, timeout=120)
 
 
-def _ask(
+def ask(
     connection: http.client.HTTPConnection, path: str, body: Any = None
 ) -> tuple[int, Any]:
+    """Send a request, with or without a body; return status and answer."""
     if body is None:
         connection.request("GET", path)
     else:
@@ -94,12 +96,24 @@ def _ask(
     return answer.status, json.loads(answer.read())
 
 
-def copy_artifact(model: Path, folder: Path, indent: int) -> Path:
+def copy_artifact(
+    model: Path, folder: Path, indent: int, copy: Callable[..., Any] = shutil.copy2
+) -> Path:
     """Copy an artifact; another indent makes its manifest another one."""
-    shutil.copytree(model, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=indent))
+    shutil.copytree(model, folder, copy_function=copy)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    # It may be a link to the one that was copied.
+    path.unlink()
+    path.write_text(json.dumps(manifest, indent=indent))
     return folder
+
+
+def point(link: Path, folder: Path) -> None:
+    """Let a link lead to another folder, in one step."""
+    following = link.with_name(f"{link.name}.next")
+    following.symlink_to(folder)
+    os.replace(following, link)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -121,13 +135,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         with served(link, *flags) as server:
             clients = Clients(server.port, golden, args.clients)
             memory, begin, loads = [server.resident_bytes()], time.perf_counter(), 0
-            with contextlib.closing(_connect(server.port)) as connection:
+            with contextlib.closing(connect(server.port)) as connection:
                 for swap in range(1, args.swaps + 1):
-                    (folder / "next").symlink_to(copies[swap % 2])
-                    os.replace(folder / "next", link)
+                    point(link, copies[swap % 2])
                     name = copies[swap % 2].name
                     while True:
-                        _, listed = _ask(connection, "/v1/models")
+                        _, listed = ask(connection, "/v1/models")
                         if listed["last_load"]["name"] == name:
                             break
                         time.sleep(0.05)
