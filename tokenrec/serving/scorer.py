@@ -16,15 +16,20 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from tokenrec.errors import InputError
 from tokenrec.serving.artifact import Artifact, read_artifact
+from tokenrec.serving.compiled_programs import (
+    Arrays,
+    CompiledPrograms,
+    Shape,
+    shapes_of,
+)
 from tokenrec.serving.encoded import Encoded
 from tokenrec.serving.encoder import Encoder
 from tokenrec.serving.program_files import BACKENDS, load_program, program_platform
@@ -34,8 +39,6 @@ BATCH_BUCKETS = (1, 2, 4, 8, 16)
 # Close together, because what fills a program up is computed too: 20 candidates in a
 # program of 32 waste 37 %.
 CANDIDATE_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-
-type Arrays = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +98,6 @@ class Scorer:
       tasks: names of the tasks.
       outputs: O names of predictions, as the columns of `tokenrec predict`.
       has_prefix: there are `prefill` and `extend`; otherwise `score` alone.
-      compiles: programs compiled so far, one for each pair of sizes.
       batch_buckets: numbers of requests that programs are compiled for.
       candidate_buckets: numbers of candidates, likewise.
     """
@@ -110,7 +112,6 @@ class Scorer:
         self.tasks: tuple[str, ...] = tuple(manifest["tasks"])
         self.outputs: tuple[str, ...] = tuple(manifest["outputs"])
         self.has_prefix = "prefill" in manifest["programs"]
-        self.compiles = 0
         self.batch_buckets: tuple[int, ...] = BATCH_BUCKETS
         # Without a prefix, streams have the number of candidates of training.
         self._fixed: int = manifest["candidates"]
@@ -121,14 +122,7 @@ class Scorer:
         self._device = device
         # On a CPU arrays of the device are memory of the host: NumPy is faster.
         self._on_host = device.platform == "cpu"
-        self._programs = {
-            name: load_program(artifact, file)
-            for name, file in manifest["programs"].items()
-        }
-        self._split = jax.jit(_split)
-        self._join = jax.jit(_join)
-        self._compiled: set[tuple[Any, ...]] = set()
-        self._weights = jax.device_put(
+        weights = jax.device_put(
             {
                 part: {
                     name: artifact.read_array(file)
@@ -138,6 +132,18 @@ class Scorer:
             },
             device,
         )
+        programs = {
+            name: load_program(artifact, file)
+            for name, file in manifest["programs"].items()
+        }
+        self._programs = CompiledPrograms(programs, weights, device)
+        self._split = jax.jit(_split)
+        self._join = jax.jit(_join)
+
+    @property
+    def compiles(self) -> int:
+        """Programs compiled so far, one for each pair of sizes."""
+        return self._programs.compiles
 
     def encode(self, request: Request) -> Encoded:
         """Encode a request.
@@ -162,7 +168,7 @@ class Scorer:
                 name: np.stack([encoded.prefix[name] for encoded in filled])
                 for name in part[0].prefix
             }
-            kept = self._run("prefill", inputs, size)
+            kept = self._programs.run("prefill", inputs, size)
             prefixes += self._split_prefixes(kept, len(part), size)
         return prefixes
 
@@ -187,7 +193,7 @@ class Scorer:
             count = _bucket(count, self.candidate_buckets)
             inputs = self._join_prefixes([prefix for _, prefix, _ in filled], size)
             inputs |= _targets([encoded for _, _, encoded in filled], count)
-            found = self._run("extend", inputs, size, count)
+            found = self._programs.run("extend", inputs, size, count)
             predictions = np.asarray(found["predictions"])
             for row, (place, _, encoded) in enumerate(part):
                 scores[place].append(predictions[row, : encoded.candidates])
@@ -209,11 +215,10 @@ class Scorer:
             filled = [*part, *[part[0]] * (size - len(part))]
             inputs = {
                 name: np.stack([encoded.prefix[name] for _, encoded in filled])
-                for name in part[0][1].prefix
-                if not name.startswith("query_")
+                for name in _without_query(part[0][1].prefix)
             }
             inputs |= _targets([encoded for _, encoded in filled], self._fixed)
-            found = self._run("score", inputs, size)
+            found = self._programs.run("score", inputs, size)
             predictions = np.asarray(found["predictions"])
             for row, (place, encoded) in enumerate(part):
                 scores[place].append(predictions[row, : encoded.candidates])
@@ -238,20 +243,29 @@ class Scorer:
         if self.has_prefix:
             self.candidate_buckets = tuple(sorted(set(candidates)))
         blank = self._encoder.blank()
-        for size in self.batch_buckets:
-            if not self.has_prefix:
-                self.score([blank] * size)
-                continue
-            prefixes = self.prefill([blank] * size)
-            for count in self.candidate_buckets:
-                rows = np.zeros(count, np.int64)
-                filled = dataclasses.replace(
-                    blank,
-                    target_ids=blank.target_ids[rows],
-                    target_dense=blank.target_dense[rows],
-                )
-                self.extend([(prefix, filled) for prefix in prefixes])
+        self._programs.compile(self._jobs(blank))
+        if self.has_prefix and not self._on_host:
+            # Prefixes are taken apart and joined on the device, too.
+            for size in self.batch_buckets:
+                self._join_prefixes(self.prefill([blank] * size), size)
         return self.compiles - before
+
+    def _jobs(self, blank: Encoded) -> Iterator[tuple[Shape, Arrays]]:
+        """Yield the programs of all sizes, with the shapes of their inputs."""
+        if not self.has_prefix:
+            own = _without_query(blank.prefix)
+            for size in self.batch_buckets:
+                targets = _targets([blank] * size, self._fixed)
+                yield ("score", size), shapes_of(own, size) | targets
+            return
+        # What a prefix is, only the program knows.
+        (prefix,) = self.prefill([blank])
+        kept = {name: array[0] for name, array in prefix.arrays.items()}
+        for size in self.batch_buckets:
+            yield ("prefill", size), shapes_of(blank.prefix, size)
+            for count in self.candidate_buckets:
+                targets = _targets([blank] * size, count)
+                yield ("extend", size, count), shapes_of(kept, size) | targets
 
     def _concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """Join the scores of the slices of a request, which may have no candidate."""
@@ -266,17 +280,6 @@ class Scorer:
                 "`score`"
             )
 
-    def _run(self, name: str, inputs: Arrays, *sizes: int) -> Arrays:
-        """Run a program; count it where its sizes are new."""
-        self._note((name, *sizes))
-        with jax.default_device(self._device):
-            return self._programs[name](self._weights, inputs)
-
-    def _note(self, program: tuple[Any, ...]) -> None:
-        if program not in self._compiled:
-            self._compiled.add(program)
-            self.compiles += 1
-
     def _split_prefixes(self, kept: Arrays, count: int, size: int) -> list[Prefix]:
         """Take the results of `prefill` apart."""
         if self._on_host:
@@ -287,7 +290,7 @@ class Scorer:
                 for i in range(count)
             ]
         else:
-            self._note(("split", size))
+            self._programs.note(("split", size))
             parts = self._split(kept)[:count]
         return [
             Prefix(part, sum(array.nbytes for array in part.values())) for part in parts
@@ -300,9 +303,14 @@ class Scorer:
                 name: np.concatenate([part[name] for part in parts])
                 for name in parts[0]
             }
-        self._note(("join", size))
+        self._programs.note(("join", size))
         joined: Arrays = self._join(parts)
         return joined
+
+
+def _without_query(prefix: Arrays) -> Arrays:
+    """What a program without a prefix reads: it has the query with the candidates."""
+    return {n: array for n, array in prefix.items() if not n.startswith("query_")}
 
 
 def _split(kept: Arrays) -> list[Arrays]:
