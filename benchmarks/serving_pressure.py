@@ -54,11 +54,18 @@ def ask(port: int, row: dict[str, Any], ends: Ends) -> None:
         ends["closed"] += 1
         return
     if status != 200:
-        ends[str(status) if status else "closed"] += 1
+        ends[_refusal(status, body) if status else "closed"] += 1
         return
     found = np.stack(list(json.loads(body)["scores"].values()), 1)
     right = np.max(np.abs(found - row["scores"])) <= TOLERANCE
     ends["right" if right else "wrong"] += 1
+
+
+def _refusal(status: int, body: bytes) -> str:
+    """The status, and what the server calls the error; what is no JSON has no name."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return f"{status} {json.loads(body)['error']['kind']}"
+    return str(status)
 
 
 def slow_clients(

@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -207,6 +208,39 @@ def test_a_long_body_is_parsed_too(link: Path) -> None:
         answer = ask(server, "/v1/score", body_of(8))
         expected = server.scorer.expected(request_of(8))
         np.testing.assert_array_equal(scores_of(answer), expected)
+
+
+def test_no_request_needs_a_thread_of_its_own(
+    link: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    limits = dataclasses.replace(LIMITS, inline_bytes=100)
+    with served(link, limits) as server, monkeypatch.context() as patch:
+        # As under a limit of memory, or of processes.
+        patch.setattr(threading.Thread, "start", refuse)
+        answer = ask(server, "/v1/score", body_of(2, 90))
+        np.testing.assert_array_equal(
+            scores_of(answer), server.scorer.expected(request_of(2, 90))
+        )
+
+
+def test_a_request_without_memory_is_503(
+    server: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(batch: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.scorer, "extend", refuse)
+        answer = ask(server, "/v1/score", body_of(1))
+    assert answer.status == 503
+    assert answer.json["error"]["kind"] == "memory"
+    assert answer.headers["retry-after"] == "10"
+    # A line and no traceback: these come in thousands.
+    assert "Traceback" not in caplog.text
+    assert ask(server, "/v1/score", body_of(1)).status == 200
 
 
 @pytest.mark.parametrize("item", [POISON, NOT_A_NUMBER])

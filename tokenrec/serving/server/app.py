@@ -14,9 +14,10 @@ batcher. Long bodies are parsed in another thread, so that others do not wait fo
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from tokenrec.errors import InputError
 from tokenrec.serving.server.batcher import Batcher, DeadlineError
@@ -50,6 +51,9 @@ from tokenrec.serving.server.score_request import (
 
 _TIMEOUT_HEADER = b"x-timeout-ms"
 
+# Threads that parse long bodies, and those of models with a live state.
+_PARSERS = 2
+
 type Handler = Callable[[Scope, Receive], Awaitable[Response]]
 
 
@@ -75,7 +79,7 @@ class App:
         self._reader = BodyReader(
             limits.body_bytes, limits.total_body_bytes, limits.body_seconds
         )
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="parse")
+        self._pool = _started_pool(_PARSERS)
         self._routes: dict[str, tuple[str, Handler]] = {
             "/v1/score": ("POST", self._score),
             "/v1/events": ("POST", self._add_events),
@@ -276,3 +280,15 @@ class App:
 
     def _observe(self, stage: str, begin: float) -> None:
         self._metrics.seconds.observe(time.perf_counter() - begin, stage)
+
+
+def _started_pool(threads: int) -> ThreadPoolExecutor:
+    """Return a pool whose threads run already.
+
+    A pool starts them with its first tasks, and these fail where a limit of memory or of
+    processes allows no further thread.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="parse")
+    together = threading.Barrier(threads)
+    wait([pool.submit(together.wait) for _ in range(threads)])
+    return pool

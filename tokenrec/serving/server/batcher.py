@@ -185,11 +185,20 @@ class Batcher:
             return False
         return True
 
-    def _score(self, batch: Sequence[Slice]) -> None:
+    def _score(self, batch: Sequence[Slice], may_clear: bool = True) -> None:
         try:
             parts = self._compute(batch)
         except Exception as error:  # noqa: BLE001 - a request must not end the thread
             self.metrics.batch_failures.add(1)
+            if _is_out_of_memory(error):
+                if may_clear:
+                    # Prefixes can be computed again, and requests cannot wait.
+                    _LOG.warning(
+                        "no memory: %d prefixes were dropped", self.store.clear()
+                    )
+                    self._score(batch, may_clear=False)
+                    return
+                error = MemoryError()
             if len(batch) == 1:
                 # Its text may hold values of the request, which are never logged.
                 _LOG.error("a request failed on the device: %s", type(error).__name__)
@@ -197,7 +206,7 @@ class Batcher:
                 return
             # One of them may be at fault: its batch mates must not suffer.
             for one in batch:
-                self._score([one])
+                self._score([one], may_clear)
             return
         for one, part in zip(batch, parts, strict=True):
             one.job.finish(one, part)
@@ -240,6 +249,11 @@ class Batcher:
             self.store.put(name, prefix)
             for job in jobs:
                 job.prefix = prefix
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or the device had no memory; XLA says so in its text alone."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _checked(parts: Sequence[np.ndarray], sizes: Sequence[int]) -> Iterator[np.ndarray]:

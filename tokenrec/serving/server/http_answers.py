@@ -74,6 +74,15 @@ def error_response(error: Exception) -> Response:
                 "request again",
                 {"retry-after": "10"},
             )
+        case MemoryError():
+            _LOG.error("there is no memory for a request")
+            failure = HttpError(
+                503,
+                "memory",
+                "server: has no memory for the request; send it again later, or start the "
+                "server with more memory or a smaller --cache-mb",
+                {"retry-after": "10"},
+            )
         case _:
             # Frames alone: the text of an error may hold values of the request.
             frames = "".join(traceback.format_tb(error.__traceback__))
