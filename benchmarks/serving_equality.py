@@ -6,8 +6,8 @@
 
 Requests are written with the history, the columns and the statistics that the log has, a
 thousand to a Parquet file, and scored as `tokenrec score` scores them. Each row of the
-file of `predict` must get a score once. Files that are done are kept in `--work`, and the
-table has a line of each name that is complete there.
+file of `predict` must get a score once, or some of them with `--requests`. Files that are
+done are kept in `--work`, and the table has a line of each name that is complete there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ type Key = tuple[Any, Any, int]
 
 
 def request_files(
-    run_folder: Path, data: Path | None, split: str, folder: Path
+    run_folder: Path, data: Path | None, split: str, folder: Path, most: int | None
 ) -> Iterator[Path]:
     """Write the requests of a split, part by part; those that are there are kept.
 
@@ -53,6 +53,7 @@ def request_files(
       data: its data set, if it has moved.
       split: name of the split.
       folder: where the files are.
+      most: number of requests, spread evenly; None: all.
 
     Yields:
       The path of each file.
@@ -61,7 +62,7 @@ def request_files(
     mesh = make_mesh(load_run_config(run_folder, data).mesh)
     with jax.set_mesh(mesh):
         run = open_run(run_folder, "best", data)
-        requests = predicted_requests(run, split, mesh, None)
+        requests = predicted_requests(run, split, mesh, most)
     for number in itertools.count():
         path = folder / f"{number:04}.parquet"
         with jax.set_mesh(mesh):
@@ -119,7 +120,8 @@ def compare_all(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     keys = zip(*(table[name].to_pylist() for name in _KEY), strict=True)
     expected = dict(zip(keys, columns, strict=True))
     parts = []
-    for path in request_files(args.workdir, args.data, args.split, work / "requests"):
+    given = args.workdir, args.data, args.split, work / "requests", args.requests
+    for path in request_files(*given):
         scores = work / f"scores-{path.name}"
         parts.append(compare(scorer, path, scores, expected))
         print(json.dumps(parts[-1]), flush=True)
@@ -135,7 +137,7 @@ def compare_all(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "rows of predict": table.num_rows,
         "requests": sums["requests"],
         "rows": sums["rows"],
-        "without a score": len(expected),
+        "without a score": None if args.requests else len(expected),
         "scores": sums["scores"],
         "equal in every bit": sums["equal"],
         "largest difference": max(part["largest"] for part in parts),
@@ -152,6 +154,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="its data set, if it has moved")
     parser.add_argument("--model", type=Path, required=True, help="its artifact")
     parser.add_argument("--split", default="test")
+    parser.add_argument(
+        "--requests", type=int, help="so many, spread evenly, and not all rows"
+    )
     parser.add_argument(
         "--expected", type=Path, required=True, help="what `tokenrec predict` wrote"
     )

@@ -1,6 +1,7 @@
 """What the prefix cache saves, and the share of HTTP and Python: processor time.
 
-    python -m benchmarks.serving_prefix --models SHORT LONG --out benchmarks/results/serving_prefix
+    python -m benchmarks.serving_prefix --models SHORT LONG --served SHORT \\
+        --out benchmarks/results/serving_prefix
 
 Programs of an artifact, in this process, one request at a time:
 
@@ -8,8 +9,8 @@ Programs of an artifact, in this process, one request at a time:
     miss    `prefill`, then the same
     alone   the history again for each candidate, 16 streams at a time
 
-Then a server of it with one client, whose requests all find their prefix (`hit`), and one
-without a cache (`miss`). The share of HTTP and Python is what the server spends beyond the
+Then a server with one client, whose requests all find their prefix (`hit`), and one without
+a cache (`miss`). The share of HTTP and Python is what the server spends beyond the
 programs. Processor times are of the whole process; variants take turns.
 """
 
@@ -111,7 +112,7 @@ def server_ms(
 
 
 def measure(
-    model: Path, candidates: int, repeats: int, seconds: float
+    model: Path, candidates: int, repeats: int, seconds: float, is_served: bool
 ) -> dict[str, Any]:
     """Return the row of an artifact and a number of candidates."""
     scorer = open_artifact(model)
@@ -131,6 +132,8 @@ def measure(
         "alone / miss": paired_ratio(spent["alone"], spent["miss"]),
         "largest difference": off,
     }
+    if not is_served:
+        return row
     for kind, cache in (("hit", 2048), ("miss", 0)):
         whole = server_ms(model, bodies, seconds, cache, candidates)
         row[f"server, {kind}, ms"] = whole
@@ -143,6 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", type=Path, nargs="+", required=True)
+    parser.add_argument(
+        "--served", type=Path, nargs="*", default=[], help="those behind a server too"
+    )
     parser.add_argument("--candidates", type=int, nargs="+", default=[20, 1_000])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10, help="of each loop")
@@ -151,7 +157,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for model in args.models:
         for candidates in args.candidates:
-            rows.append(measure(model, candidates, args.repeats, args.seconds))
+            is_served = model in args.served
+            rows.append(
+                measure(model, candidates, args.repeats, args.seconds, is_served)
+            )
             print(json.dumps(rows[-1]), flush=True)
     if args.out is not None:
         numbers = " ".join(map(str, args.candidates))
@@ -159,8 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             args.out,
             rows,
             {"turns": args.repeats, "cores": len(os.sched_getaffinity(0))},
-            f"python -m benchmarks.serving_prefix --models SHORT LONG --candidates "
-            f"{numbers} --repeats {args.repeats} --seconds {args.seconds:g} --out "
+            "python -m benchmarks.serving_prefix --models SHORT LONG --served SHORT "
+            f"--candidates {numbers} --repeats {args.repeats} --seconds {args.seconds:g} --out "
             f"{args.out}",
             title="What the prefix cache saves",
             packages=PACKAGES,

@@ -4,6 +4,9 @@
 
 Two copies of an artifact take turns behind a link. Clients send its golden requests all
 the time, and compare each score with that of `tokenrec predict`.
+
+Then the server is killed with SIGKILL, at a random moment after the link has moved, and
+another one is started: it must come up with the model of the link and its scores.
 """
 
 from __future__ import annotations
@@ -69,13 +72,38 @@ class Clients:
                 except (OSError, http.client.HTTPException) as error:
                     self.failures.append(f"{type(error).__name__}: {error}")
                     return
-                if status != 200:
-                    self.failures.append(f"{status}: {answer}")
-                    continue
-                found = np.stack(list(answer["scores"].values()), 1)
-                if not np.max(np.abs(found - row["scores"])) <= TOLERANCE:
-                    self.failures.append("a wrong score")
-                self.answers += 1
+                failure = _failure(row, status, answer)
+                if failure:
+                    self.failures.append(failure)
+                else:
+                    self.answers += 1
+
+
+class AfterKills:
+    """Answers of servers that were started before and after a kill."""
+
+    def __init__(self) -> None:
+        self.answers, self.failures = 0, list[str]()
+
+    def check(self, port: int, golden: Sequence[dict[str, Any]]) -> None:
+        """Ask each golden request once."""
+        with contextlib.closing(connect(port)) as connection:
+            for row in golden:
+                status, answer = ask(connection, "/v1/score", row["request"])
+                failure = _failure(row, status, answer)
+                if failure:
+                    self.failures.append(failure)
+                else:
+                    self.answers += 1
+
+
+def _failure(row: dict[str, Any], status: int, answer: Any) -> str:
+    """What is wrong with an answer; "" if nothing is."""
+    if status != 200:
+        return f"{status}: {answer}"
+    found = np.stack(list(answer["scores"].values()), 1)
+    right = np.max(np.abs(found - row["scores"])) <= TOLERANCE
+    return "" if right else "a wrong score"
 
 
 def connect(port: int) -> http.client.HTTPConnection:
@@ -94,6 +122,34 @@ def ask(
         connection.request("POST", path, json.dumps(body), kind)
     answer = connection.getresponse()
     return answer.status, json.loads(answer.read())
+
+
+def kill_during_swaps(
+    link: Path,
+    copies: Sequence[Path],
+    golden: Sequence[dict[str, Any]],
+    flags: Sequence[str],
+    kills: int,
+    swap_seconds: float,
+) -> AfterKills:
+    """Kill servers at random moments of a swap, and ask those that come after them."""
+    after, draw = AfterKills(), np.random.default_rng(0)
+    for number in range(kills):
+        with served(link, *flags) as server:
+            after.check(server.port, golden)
+            point(link, copies[number % 2])
+            # The watcher looks at the link within a second.
+            time.sleep(draw.uniform(0.0, 1.0 + swap_seconds))
+            server.process.kill()
+        with (
+            served(link, *flags) as server,
+            contextlib.closing(connect(server.port)) as connection,
+        ):
+            name = ask(connection, "/v1/models")[1]["models"][0]["name"]
+            if name != copies[number % 2].name:
+                after.failures.append(f"{name} serves after kill {number}")
+            after.check(server.port, golden)
+    return after
 
 
 def copy_artifact(
@@ -124,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--swaps", type=int, default=100)
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--out", type=Path, help="path stem of the result")
+    parser.add_argument("--kills", type=int, default=5, help="during a swap")
     args = parser.parse_args(argv)
     golden = golden_rows(args.model)
     with tempfile.TemporaryDirectory() as temporary:
@@ -149,6 +206,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds = time.perf_counter() - begin
             clients.stop()
             code = server.stop()
+        after = kill_during_swaps(
+            link, copies, golden, flags, args.kills, seconds / args.swaps
+        )
     half = len(memory) // 2
     row = {
         "swaps": loads,
@@ -159,12 +219,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "MB, first half": max(memory[:half]) / 1e6,
         "MB, second half": max(memory[half:]) / 1e6,
         "exit code": code,
+        "kills": args.kills,
+        "right answers after them": after.answers,
+        "failures after them": len(after.failures),
     }
-    print(json.dumps(row), *clients.failures[:5], sep="\n")
+    failures = clients.failures + after.failures
+    print(json.dumps(row), *failures[:5], sep="\n")
     if args.out is not None:
         command = (
             f"python -m benchmarks.serving_swaps --model DIR --swaps {args.swaps} "
-            f"--clients {args.clients} --out {args.out}"
+            f"--clients {args.clients} --kills {args.kills} --out {args.out}"
         )
         write_result(
             args.out,
@@ -174,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             title="A model replaced under load",
             packages=PACKAGES,
         )
-    if clients.failures or loads < args.swaps or code:
+    if failures or loads < args.swaps or code:
         sys.exit(1)
 
 
