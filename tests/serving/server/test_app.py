@@ -38,6 +38,7 @@ from tokenrec.serving.server.prefix_store import PrefixStore
 
 pytest.importorskip("orjson", reason="needs the extra serving")
 
+from tokenrec.serving.server import score_request
 from tokenrec.serving.server.app import App
 from tokenrec.serving.server.limits import AppLimits
 
@@ -241,6 +242,37 @@ def test_a_request_without_memory_is_503(
     # A line and no traceback: these come in thousands.
     assert "Traceback" not in caplog.text
     assert ask(server, "/v1/score", body_of(1)).status == 200
+
+
+def test_a_parser_without_memory_does_not_blame_the_body(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(body: bytes) -> Any:
+        text = "Not enough memory to allocate buffer for parsing"
+        raise score_request.orjson.JSONDecodeError(text, "", 0)
+
+    monkeypatch.setattr(score_request.orjson, "loads", refuse)
+    answer = ask(server, "/v1/score", body_of(1))
+    assert answer.status == 503
+    assert answer.json["error"]["kind"] == "memory"
+
+
+def test_a_body_is_parsed_only_if_there_is_memory_for_its_values(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[int] = []
+
+    def refuse(size: int, dtype: Any) -> Any:
+        wanted.append(size)
+        raise MemoryError
+
+    body = json.dumps(body_of(1)).encode()
+    with monkeypatch.context() as patch:
+        patch.setattr(score_request.np, "empty", refuse)
+        with pytest.raises(MemoryError):
+            score_request.parse_json(body)
+    assert wanted[0] >= 42 * len(body)
+    assert score_request.parse_json(body) == body_of(1)
 
 
 @pytest.mark.parametrize("item", [POISON, NOT_A_NUMBER])
