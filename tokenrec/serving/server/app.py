@@ -19,13 +19,16 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from tokenrec.errors import InputError
+from tokenrec.serving.server.arrow_body import parse_arrow
 from tokenrec.serving.server.batcher import Batcher, DeadlineError
 from tokenrec.serving.server.http_answers import (
-    check_json,
+    check_type,
     error_response,
     json_response,
 )
 from tokenrec.serving.server.http_io import (
+    ARROW,
+    JSON,
     BodyReader,
     DisconnectedError,
     HttpError,
@@ -134,12 +137,12 @@ class App:
     async def _score(self, scope: Scope, receive: Receive) -> Response:
         deadline = time.monotonic() + self._timeout(scope)
         begin = time.perf_counter()
-        check_json(scope)
+        kind = check_type(scope, JSON, ARROW)
         # The model of this request until its answer, whatever is loaded meanwhile.
         model = self._slot.model
         async with self._reader.read(scope, receive) as body:
             self._observe("read", begin)
-            prepared = await self._prepare(body, model)
+            prepared = await self._prepare(body, kind, model)
         name = (model.name, prepared.user, prepared.encoded.prefix_key)
         future = self._batcher.submit(model.scorer, prepared.encoded, name, deadline)
         try:
@@ -149,19 +152,25 @@ class App:
             raise DeadlineError("the deadline passed before the answer") from None
         return Response(answer(prepared, scores, was_held, model))
 
-    async def _prepare(self, body: bytearray, model: ServedModel) -> Prepared:
+    async def _prepare(
+        self, body: bytearray, kind: str, model: ServedModel
+    ) -> Prepared:
         is_long = len(body) > self._limits.inline_bytes
         # The state may wait for the disk, where it keeps events.
         if is_long or model.live is not None:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(
-                self._pool, self._prepare_now, body, model
+                self._pool, self._prepare_now, body, kind, model
             )
-        return self._prepare_now(body, model)
+        return self._prepare_now(body, kind, model)
 
-    def _prepare_now(self, body: bytearray, model: ServedModel) -> Prepared:
+    def _prepare_now(self, body: bytearray, kind: str, model: ServedModel) -> Prepared:
         begin = time.perf_counter()
-        value = parse_json(body)
+        value = (
+            parse_arrow(body, self._limits.request)
+            if kind == ARROW
+            else parse_json(body)
+        )
         self._observe("parse", begin)
         begin = time.perf_counter()
         prepared = prepare(value, model, self._limits.request)
@@ -177,7 +186,7 @@ class App:
         return prepared
 
     async def _add_events(self, scope: Scope, receive: Receive) -> Response:
-        check_json(scope)
+        check_type(scope, JSON)
         if self._slot.model.live is None:
             raise no_counters("events")
         async with self._reader.read(scope, receive) as body:
