@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenrec.serving.golden import replay_golden
 from tokenrec.serving.live.state import LiveState
 from tokenrec.serving.request import Limits
-from tokenrec.serving.scorer import Scorer, open_artifact
+from tokenrec.serving.scorer import Scorer, open_scorer
 from tokenrec.serving.server.batch_plan import BatchLimits
 from tokenrec.serving.server.model_slot import ServedModel, ready
 
@@ -44,7 +44,7 @@ class ModelLoader:
           InputError: it is damaged, or scores what `tokenrec predict` did not.
         """
         begin = time.monotonic()
-        scorer = open_artifact(folder, allow_missing=self.allow_missing)
+        scorer = open_scorer(folder, allow_missing=self.allow_missing)
         opened = time.monotonic()
         shapes = scorer.warm(
             batch_sizes(self.batch.batch),
