@@ -9,7 +9,8 @@
     GET  /metrics      series for Prometheus
 
 A request is parsed and encoded on the event loop, and answered by the thread of the
-batcher. Long bodies are parsed in another thread, so that others do not wait for them.
+batcher. Long bodies, and requests for items, are parsed in another thread, so that
+others do not wait for them.
 """
 
 from __future__ import annotations
@@ -166,9 +167,9 @@ class App:
     async def _prepare(
         self, question: Question, body: bytearray, kind: str, model: ServedModel
     ) -> Prepared:
-        is_long = len(body) > self._limits.inline_bytes
+        is_short = len(body) <= self._limits.inline_bytes
         # The state may wait for the disk, where it keeps events.
-        if is_long or model.live is not None:
+        if not (question.is_quick and is_short) or model.live is not None:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(
                 self._pool, self._prepare_now, question, body, kind, model

@@ -46,12 +46,15 @@ class Question:
     Attributes:
       objective: of the models that answer it.
       types: content types of its bodies.
+      is_quick: short requests are encoded on the event loop. What a request for items
+        leaves out is decided for every item, which may take longer.
       prepare: checks and encodes a request.
       answer: makes the body of the answer.
     """
 
     objective: str
     types: tuple[str, ...]
+    is_quick: bool
     prepare: Callable[[Any, ServedModel, Limits], Prepared]
     answer: Callable[[Prepared, Any, bool, ServedModel], bytes]
 
@@ -242,5 +245,5 @@ def _user(request: Request) -> str:
     return "" if user is None else f"{type(user).__name__}:{user}"
 
 
-SCORE = Question("ranking", (JSON, ARROW), prepare, answer)
-RETRIEVE = Question(RETRIEVAL, (JSON,), prepare_retrieval, answer_items)
+SCORE = Question("ranking", (JSON, ARROW), True, prepare, answer)
+RETRIEVE = Question(RETRIEVAL, (JSON,), False, prepare_retrieval, answer_items)
