@@ -131,7 +131,8 @@ class Retriever:
             items, scores = np.asarray(found["items"]), np.asarray(found["scores"])
             for row, (_, encoded) in enumerate(part):
                 # Items stand before the places that none takes.
-                count = min(encoded.k, int((items[row] >= 0).sum()))
+                exists = (items[row] >= 0) & np.isfinite(scores[row])
+                count = min(encoded.k, int(exists.sum()))
                 ids = self._items.take(items[row, :count]).to_pylist()
                 # A copy: a view would keep the other answers in memory.
                 answers.append(Retrieved(ids, scores[row, :count].copy()))
