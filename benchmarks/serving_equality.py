@@ -32,7 +32,7 @@ from tokenrec.runtime.compilation_cache import persistent_compilation_cache
 from tokenrec.serving.export.requests import predicted_requests
 from tokenrec.serving.request import Limits
 from tokenrec.serving.score_file import score_file
-from tokenrec.serving.scorer import Scorer, open_artifact
+from tokenrec.serving.scorer import Scorer, open_scorer
 from tokenrec.sharding import make_mesh
 
 TOLERANCE = 1e-6
@@ -114,7 +114,7 @@ def compare(
 
 def compare_all(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Compare a split, and return the table row."""
-    scorer = open_artifact(args.model)
+    scorer = open_scorer(args.model)
     table = pq.read_table(args.expected, columns=[*_KEY, *scorer.outputs])
     columns = np.stack([table[name].to_numpy() for name in scorer.outputs], 1)
     keys = zip(*(table[name].to_pylist() for name in _KEY), strict=True)

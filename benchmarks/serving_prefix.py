@@ -32,7 +32,7 @@ from benchmarks.serving import closed_loop, make_bodies
 from benchmarks.serving_process import PACKAGES, served
 from benchmarks.timing import paired_ratio
 from tokenrec.serving.request import Limits, parse_request
-from tokenrec.serving.scorer import Scorer, open_artifact
+from tokenrec.serving.scorer import Scorer, open_scorer
 
 _SLICE = 512
 _STREAMS = 16
@@ -115,7 +115,7 @@ def measure(
     model: Path, candidates: int, repeats: int, seconds: float, is_served: bool
 ) -> dict[str, Any]:
     """Return the row of an artifact and a number of candidates."""
-    scorer = open_artifact(model)
+    scorer = open_scorer(model)
     # 1 for streams of a lone candidate, and what the server would choose.
     scorer.batch_buckets = (1, _STREAMS)
     scorer.candidate_buckets = (1, 24, _SLICE)

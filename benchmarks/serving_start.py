@@ -37,12 +37,12 @@ def start(variant: str, model: Path, cache: Path, batch: int) -> dict[str, Any]:
     jax.devices()
     from tokenrec.runtime.compilation_cache import persistent_compilation_cache
     from tokenrec.serving.golden import replay_golden
-    from tokenrec.serving.scorer import open_artifact
+    from tokenrec.serving.scorer import open_scorer
     from tokenrec.serving.server.load_model import batch_sizes, candidate_sizes
 
     marks.append(_now())
     with persistent_compilation_cache(cache, True, every_program=True, remedy=""):
-        scorer = open_artifact(model)
+        scorer = open_scorer(model)
         marks.append(_now())
         sizes = batch_sizes(batch), candidate_sizes(512)
         if variant == "run":

@@ -60,10 +60,10 @@ def next_log_probs(tables, codes, level):
     return jnp.take_along_axis(tables[level], number[..., None], axis=1)
 
 
-def brute_force(tables, codes, width, renormalize=False):
+def brute_force(tables, codes, width, renormalize=False, allowed=None):
     """Items and scores of the `width` best of each request, `[B, W]` both.
 
-    -1 and -inf where fewer items exist.
+    -1 and -inf where fewer items exist, or are allowed.
     """
     items, scores = [], []
     for b in range(len(tables[0])):
@@ -85,7 +85,8 @@ def brute_force(tables, codes, width, renormalize=False):
                     ]
                 )
             total += gain
-        order = np.lexsort([np.arange(len(codes)), -total])[:width]
+        order = np.lexsort([np.arange(len(codes)), -total])
+        order = order[slice(None) if allowed is None else allowed[b][order]][:width]
         more = width - len(order)
         items.append(np.pad(order, (0, more), constant_values=-1))
         scores.append(np.pad(total[order], (0, more), constant_values=-np.inf))
@@ -93,18 +94,19 @@ def brute_force(tables, codes, width, renormalize=False):
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "width", "renormalize"))
-def search(tables, trie, *, batch, width, renormalize=False):
+def search(tables, trie, *, batch, width, renormalize=False, allowed=None):
     return beam_search(
         functools.partial(next_log_probs, tables),
         trie,
         batch=batch,
         width=width,
         renormalize=renormalize,
+        allowed=allowed,
     )
 
 
-def assert_brute_force(found, tables, codes, width):
-    items, scores = brute_force(tables, codes, width)
+def assert_brute_force(found, tables, codes, width, allowed=None):
+    items, scores = brute_force(tables, codes, width, allowed=allowed)
     assert found.items.dtype == jnp.int32
     assert found.scores.dtype == jnp.float32
     assert np.asarray(found.items).tolist() == items.tolist()
@@ -225,18 +227,77 @@ def test_renormalised_scores_are_log_probabilities_over_the_catalogue():
     assert (np.exp(plain.scores).sum(axis=1) < 0.9).all()
 
 
+@pytest.mark.parametrize("values", [None, (-3.0, -2.0)], ids=["distinct", "ties"])
+def test_a_search_among_allowed_items_is_a_full_ranking_less_the_others(values):
+    random = np.random.default_rng(0)
+    for seed in range(4):
+        codes = catalogue(60, 3, seed)
+        tables = random_model(3, 5, seed, values)
+        # From most items to none.
+        shares = np.array([0.9, 0.5, 0.1, 0.02, 0.0])[:, None]
+        allowed = random.random((5, 60)) < shares
+        found = search(
+            tables, build_trie(codes), batch=5, width=CODES**2, allowed=allowed
+        )
+        assert_brute_force(found, tables, codes, CODES**2, allowed)
+    assert (np.asarray(found.items)[4] == -1).all()
+
+
+def test_narrow_beams_find_the_few_items_that_are_allowed():
+    codes = catalogue(100, 3, seed=11)
+    tables = random_model(3, 1, seed=11)
+    items, _ = brute_force(tables, codes, len(codes))
+    # The worst three items of all: what is removed after the search is lost.
+    allowed = np.zeros((1, 100), bool)
+    allowed[0, items[0, -3:]] = True
+    removed = search(tables, build_trie(codes), batch=1, width=3)
+    assert not allowed[0, np.asarray(removed.items)[0]].any()
+    found = search(tables, build_trie(codes), batch=1, width=3, allowed=allowed)
+    assert_brute_force(found, tables, codes, 3, allowed)
+
+
+def test_what_is_allowed_changes_no_score():
+    codes = catalogue(20, 3, seed=12)
+    tables = random_model(3, 1, seed=12)
+    allowed = np.arange(20)[None] % 3 == 0
+    every, some = (
+        search(
+            tables,
+            build_trie(codes),
+            batch=1,
+            width=25,
+            renormalize=True,
+            allowed=given,
+        )
+        for given in (None, allowed)
+    )
+    kept = (np.asarray(every.items)[0] % 3 == 0) & (np.asarray(every.items)[0] >= 0)
+    np.testing.assert_array_equal(some.items[0, :7], every.items[0][kept])
+    np.testing.assert_array_equal(some.scores[0, :7], every.scores[0][kept])
+    assert (np.asarray(some.items)[0, 7:] == -1).all()
+
+
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
 def test_requests_split_over_a_mesh_find_the_same(shape):
     codes = catalogue(50, 3, seed=8)
     tables = random_model(3, 8, seed=8)
-    expected = search(tables, build_trie(codes), batch=8, width=CODES**2)
+    allowed = np.random.default_rng(8).random((8, 50)) < 0.5
+    expected = search(
+        tables, build_trie(codes), batch=8, width=CODES**2, allowed=allowed
+    )
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
         split = [
             jax.device_put(t, jax.NamedSharding(mesh, RULES("batch", None, None)))
-            for t in tables
+            for t in [*tables, allowed[..., None]]
         ]
-        found = search(split, build_trie(codes), batch=8, width=CODES**2)
+        found = search(
+            split[:-1],
+            build_trie(codes),
+            batch=8,
+            width=CODES**2,
+            allowed=split[-1][..., 0],
+        )
     assert found.items.sharding.spec == RULES("batch", None)
     for a, b in zip(found, expected, strict=True):
         assert np.array_equal(a, b)

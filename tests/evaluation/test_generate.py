@@ -29,7 +29,7 @@ from tokenrec.data.semantic_id_file import (
     save_semantic_ids,
 )
 from tokenrec.errors import InputError
-from tokenrec.evaluation.generate import generate
+from tokenrec.evaluation.generate import generate, jit_generate_step
 from tokenrec.evaluation.trie import build_trie
 from tokenrec.sharding import to_devices
 from tokenrec.state import init_state
@@ -99,6 +99,26 @@ def test_the_score_of_a_generated_item_is_its_probability_in_training(
             np.testing.assert_allclose(
                 scores, [-x for x in loss_of(item)], rtol=0, atol=1e-5
             )
+
+
+def test_unseen_items_fill_the_answer_however_narrow_the_beams(data, codes):
+    """The search leaves seen items out; removed afterwards they would leave holes."""
+    config = code_config(data, codes)
+    config.head.drop_seen = True
+    config.head.beams = config.head.top_k = 4
+    dataset, model = opened(config)
+    mesh = one_device()
+    with jax.set_mesh(mesh):
+        host, _ = next(eval_batches(dataset, config.data, "valid"))
+        step = jit_generate_step(model, dataset.catalogue.codes)
+        found = jax.device_get(step(init_state(model, 0), to_devices(host.batch, mesh)))
+    # A walk visits the items beside its end.
+    assert (host.batch.items >= 0).all(axis=1).any()
+    for seen, items in zip(host.batch.items, found.items, strict=True):
+        unseen = np.setdiff1d(np.arange(ITEMS), seen)
+        kept = items[items >= 0]
+        assert np.isin(kept, unseen).all()
+        assert len(set(kept.tolist())) == len(kept) == min(4, len(unseen))
 
 
 def test_codes_of_one_goal_move_no_other_read_out(data, codes):

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenrec.cli.arguments import (
     add_run_data_flag,
@@ -68,7 +68,7 @@ def _add_export(verbs: VerbParsers) -> Parser:
         verbs,
         "export",
         _export,
-        "write a run as an artifact that scores requests without the data set",
+        "write a run as an artifact that answers requests without the data set",
         "The artifact is compared with `tokenrec predict` before it appears.",
     )
     add_workdir_flag(parser, "folder of the run")
@@ -94,6 +94,12 @@ def _add_export(verbs: VerbParsers) -> Parser:
         help="largest difference of a score from `tokenrec predict` (default: 1e-6, in "
         "bfloat16 0.02)",
     )
+    parser.add_argument(
+        "--max-k",
+        type=whole_number,
+        help="retrieval: the most items of an answer (default: 100, or head.top_k if "
+        "that is more; with semantic ids head.beams)",
+    )
     add_run_data_flag(parser)
     return parser
 
@@ -108,19 +114,33 @@ def _export(args: argparse.Namespace) -> None:
         platforms=args.platforms,
         data=args.data,
         tolerance=args.tolerance,
+        max_k=args.max_k,
     )
     checked = manifest["checked"]
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     print(
         f"{args.out}: step {manifest['step']:,}, {size / 1e6:,.1f} MB, digest "
-        f"{manifest['digest'][:12]}; scores of {checked['requests']} requests of "
-        f"{checked['split']} equal those of `tokenrec predict`"
+        f"{manifest['digest'][:12]}; {_answers(manifest)} of {checked['requests']} "
+        f"requests of {checked['split']} equal those of `tokenrec predict`"
     )
+
+
+def _answers(manifest: dict[str, Any]) -> str:
+    if manifest["objective"] == "ranking":
+        return "scores"
+    swapped = manifest["checked"]["swapped"]
+    note = f" (but for {swapped} ranks of equal scores)" if swapped else ""
+    return f"items{note}"
 
 
 def _add_score(verbs: VerbParsers) -> Parser:
     parser = add_verb(
-        verbs, "score", _score, "score a Parquet file of requests with an artifact"
+        verbs,
+        "score",
+        _score,
+        "score candidates or find items for a Parquet file of requests",
+        "An artifact of a ranking run scores the candidates of each request; one of a "
+        "retrieval run finds the best items.",
     )
     add_model_flags(parser)
     parser.add_argument(

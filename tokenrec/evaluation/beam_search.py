@@ -8,7 +8,8 @@ can come next. Level by level, for each of B requests:
 2. The score of a child is the score of its prefix plus the log-probability of its code.
 3. The best W of the `w * children` continuations become the beams of the next level.
 
-The beams after the last level are items. The search is exact where W is at least the
+The beams after the last level are items. Where not all items are allowed, a prefix with
+no allowed item under it is no continuation either. The search is exact where W is at least the
 number of nodes of every level but the last, since then no prefix is cut.
 """
 
@@ -16,15 +17,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.errors import InputError
+from tokenrec.evaluation.allowed_items import allowed_nodes, per_request
 from tokenrec.evaluation.trie import Level, Trie
-from tokenrec.sharding import RULES, on_each_device
+from tokenrec.sharding import RULES
 
 NO_ITEM = -1
 # Sorts behind every item.
@@ -41,7 +43,8 @@ class Beams(NamedTuple):
     """The best items of each request, best first.
 
     Attributes:
-      items: `[B, W] int32`, row of the trie's `codes`; -1 where fewer items exist.
+      items: `[B, W] int32`, row of the trie's `codes`; -1 where fewer items exist or
+        are allowed.
       scores: `[B, W] float32`, log-probability; -inf where there is no item.
       codes: `[B, W, L] int32`; -1 where there is no item.
     """
@@ -72,6 +75,7 @@ def beam_search(
     batch: int,
     width: int,
     renormalize: bool = False,
+    allowed: jax.Array | None = None,
 ) -> Beams:
     """Find the items with the most probable codes.
 
@@ -82,13 +86,16 @@ def beam_search(
     Args:
       next_log_probs: `(codes_so_far [B, w, l] int32, level l) -> [B, w, C]`, traced
         once a level. Level 0 has one empty prefix, w = 1; later w is the lesser of
-        `width` and the number of nodes one level up. All prefixes exist and differ.
+        `width` and the number of nodes one level up. All prefixes exist and differ;
+        with `allowed`, those that are left over where fewer are allowed may repeat.
       trie: semantic ids that exist.
       batch: B, number of requests.
       width: W, number of beams.
       renormalize: at each level, make the probabilities of the codes that exist there
         sum to 1. Without it, what the model gives to codes that do not exist is lost,
         and a score is the model's own log-probability of the codes.
+      allowed: `[B, N] bool`, items that may be found; None for all. It changes no
+        score.
 
     Returns:
       W items of each request, best first.
@@ -105,6 +112,7 @@ def beam_search(
         _zeros((batch, 1), jnp.int32),
         _zeros((batch, 1, 0), jnp.int32),
     )
+    nodes = None if allowed is None else allowed_nodes(trie.levels, allowed)
     for number, level in enumerate(trie.levels):
         log_probs = next_log_probs(paths.codes, number)
         prefixes, codes = paths.nodes.shape, trie.code_counts[number]
@@ -123,12 +131,13 @@ def beam_search(
             width=min(width, level.code.shape[0]),
             renormalize=renormalize,
         )
-        paths = _per_request(descend, (paths, log_probs), level)
-    return _per_request(functools.partial(_finish, width=width), paths, trie.levels[-1])
+        of_level = None if nodes is None else nodes[number]
+        paths = per_request(descend, (paths, log_probs, of_level), level)
+    return per_request(functools.partial(_finish, width=width), paths, trie.levels[-1])
 
 
 def _descend(
-    paths_log_probs: tuple[_Paths, jax.Array],
+    requests: tuple[_Paths, jax.Array, jax.Array | None],
     level: Level,
     *,
     most_children: int,
@@ -138,18 +147,19 @@ def _descend(
     """Continue the paths by one code, and keep the best.
 
     Args:
-      paths_log_probs: paths `[B, w]`, and log-probabilities `[B, w, C]` of the next
-        code.
+      requests: paths `[B, w]`, log-probabilities `[B, w, C]` of the next code, and the
+        nodes of the next level that are allowed, `[B, n] bool`; None for all.
       level: nodes of the next level.
       most_children: most children of a node.
       width: paths to keep. So many continuations exist: each path has one at least, and
-        `width` exceeds the paths only where they are all there are.
+        `width` exceeds the paths only where they are all there are. Where fewer of
+        them are allowed, the others have a score of -inf.
       renormalize: as in `beam_search`.
 
     Returns:
       Paths `[B, width]`.
     """
-    paths, log_probs = paths_log_probs
+    paths, log_probs, allowed = requests
     batch, beams = paths.nodes.shape
     # 1. Children of each path, `[B, w, children]`; slots beyond the last child repeat
     # it and are masked by `exists`.
@@ -158,16 +168,22 @@ def _descend(
     exists = slot < count
     node = level.first_child[paths.nodes][..., None] + jnp.minimum(slot, count - 1)
     code = level.code[node]
+    flat = (batch, beams * most_children)
+    is_open = exists
+    if allowed is not None:
+        of_node = jnp.take_along_axis(allowed, node.reshape(flat), axis=1)
+        # What is left over where fewer paths are allowed has no continuation.
+        alive = (paths.scores > -jnp.inf)[..., None]
+        is_open = exists & alive & of_node.reshape(node.shape)
     # 2. Scores. Bounded from below, so that what exists comes before what does not.
     gain = jnp.take_along_axis(log_probs.astype(jnp.float32), code, axis=2)
     gain = jnp.maximum(gain, _LOWEST)
     if renormalize:
         gain = gain - jax.nn.logsumexp(gain, axis=2, keepdims=True, where=exists)
     total = jnp.maximum(paths.scores[..., None] + gain, _LOWEST)
-    score = jnp.where(exists, total, -jnp.inf)
+    score = jnp.where(is_open, total, -jnp.inf)
     # 3. The best of all continuations of a request; ties by the lowest item.
     order = jnp.where(exists, level.item[node], _LAST_ORDER)
-    flat = (batch, beams * most_children)
     scores, places = _best(score.reshape(flat), order.reshape(flat), width)
     # 4. Codes of the path that each continues, and the new code.
     before = jnp.take_along_axis(
@@ -219,30 +235,15 @@ def _best(
 def _finish(paths: _Paths, level: Level, *, width: int) -> Beams:
     """Convert the last nodes to items, filled up to `width` beams."""
     missing = (0, width - paths.nodes.shape[1])
+    found = paths.scores > -jnp.inf
+    items = jnp.where(found, level.item[paths.nodes], NO_ITEM)
+    codes = jnp.where(found[..., None], paths.codes, NO_ITEM)
     scores = jnp.where(paths.scores == _LOWEST, -jnp.inf, paths.scores)
     return Beams(
-        jnp.pad(level.item[paths.nodes], ((0, 0), missing), constant_values=NO_ITEM),
+        jnp.pad(items, ((0, 0), missing), constant_values=NO_ITEM),
         jnp.pad(scores, ((0, 0), missing), constant_values=-jnp.inf),
-        jnp.pad(paths.codes, ((0, 0), missing, (0, 0)), constant_values=NO_ITEM),
+        jnp.pad(codes, ((0, 0), missing, (0, 0)), constant_values=NO_ITEM),
     )
-
-
-def _per_request[T](
-    compute: Callable[[Any, Level], T], requests: Any, level: Level
-) -> T:
-    """Run `compute` on every device for its own requests.
-
-    Sorting along beams needs no other requests, and explicit sharding would refuse it.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return compute(requests, level)
-    requests = jax.tree.map(
-        lambda x: jax.sharding.reshard(x, RULES("batch", *[None] * (x.ndim - 1))),
-        requests,
-    )
-    level = jax.tree.map(lambda x: jax.sharding.reshard(x, RULES(None)), level)
-    split, whole = RULES("batch"), RULES()
-    return on_each_device(compute, (split, whole), split)(requests, level)
 
 
 def _zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.Array:

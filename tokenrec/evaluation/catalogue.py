@@ -107,7 +107,7 @@ def rank_catalogue(
     vectors = _item_vectors(model, module.head, state, stack)
     scores = module.head.scores(h, vectors)[:, 0]
     if added is not None:
-        scores = _add_at_items(scores, batch.items, added)
+        scores = add_at_items(scores, batch.items, added)
     return _top_items(scores, goals, settings.top_k)
 
 
@@ -135,10 +135,10 @@ def rank_by_counts(
     )
     if repeat:
         ones = jnp.ones_like(batch.items, scores.dtype)
-        scores = _add_at_items(scores, batch.items, ones)
+        scores = add_at_items(scores, batch.items, ones)
     added = _history_scores(head, batch.items)
     if added is not None:
-        scores = _add_at_items(scores, batch.items, added)
+        scores = add_at_items(scores, batch.items, added)
     return _top_items(scores, batch.goals[:, 0], head.top_k)
 
 
@@ -179,7 +179,7 @@ def _item_vectors(
     )
 
 
-def _add_at_items(scores: jax.Array, items: jax.Array, added: jax.Array) -> jax.Array:
+def add_at_items(scores: jax.Array, items: jax.Array, added: jax.Array) -> jax.Array:
     """Add `added: [B, T]` to `scores: [B, V]` at the items of the history, `[B, T]`.
 
     It is added once per event.

@@ -27,6 +27,7 @@ def unite(
     copied: CopyMixture,
     codes: jax.Array,
     log_generated: jax.Array,
+    allowed: jax.Array | None = None,
 ) -> Beams:
     """Rank beams and items of the history together.
 
@@ -35,6 +36,8 @@ def unite(
       copied: the copies at the end of the history, R = 1.
       codes: `[B, T, L] int32`, semantic ids of the events' items.
       log_generated: `[B, T] float32`, log P_gen of the same.
+      allowed: `[B, T] bool`, events whose items may be answered; None for all. Beams
+        hold no others.
 
     Returns:
       The best W items by the mixture; of equal ones the lower item is the better.
@@ -42,6 +45,8 @@ def unite(
     items, log_copied = copied.items, copied.log_copied[:, 0]
     # An item has its share at its first event.
     is_copied = log_copied > NEVER
+    if allowed is not None:
+        is_copied &= allowed
     history = jnp.logaddexp(log_copied, copied.log_generated + log_generated)
     history = jnp.where(is_copied, history, -jnp.inf)
     also_copied = jnp.any(

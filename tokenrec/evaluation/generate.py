@@ -7,6 +7,9 @@ then computes the tokens of the W beams alone, which see the prompt and themselv
 With `head.copy` the items of the history join the beams. Their codes are known, so that
 one pass over the same cache gives their probabilities.
 
+A request may allow some items alone, such as those that it has not seen
+(`head.drop_seen`): the search itself is restricted to them.
+
 B requests, T events, L levels, W = `head.beams` beams, d model width.
 """
 
@@ -14,26 +17,46 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.data.batch import Batch
+from tokenrec.evaluation.allowed_items import per_request, unseen_items
 from tokenrec.evaluation.beam_search import Beams, beam_search
 from tokenrec.evaluation.copied_beams import unite
 from tokenrec.evaluation.retrieval_result import RetrievalResult
 from tokenrec.evaluation.trie import Trie, build_trie, to_every_device
 from tokenrec.models.backbones.tokenformer import PrefixCache, TokenFormer
+from tokenrec.models.copy_mixture import CopyMixture
 from tokenrec.models.heads import SemanticIdHead
 from tokenrec.models.recommender import Recommender
 from tokenrec.ops.tables.lookup import expand_rows
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, on_mesh
 from tokenrec.state import ModelSpec, TrainState, bind_params
+from tokenrec.tokens.embed import EntityFeatures
 
 # Items of the history whose codes are read at once. Every code attends to the prompt
 # and, masked, to all others of the slice: 32 items of 5 levels are 128 tokens.
 HISTORY_SLICE = 32
+
+
+class Prompt(NamedTuple):
+    """What is computed of a request before its items are searched.
+
+    Attributes:
+      cache: keys and values of the prompt.
+      read_out: `[B, 1, d]`, which predicts the first code.
+      valid: `[B, T] bool`, real events.
+      copied: the copies at the end of the history; None without `head.copy`.
+    """
+
+    cache: PrefixCache
+    read_out: jax.Array
+    valid: jax.Array
+    copied: CopyMixture | None
 
 
 def generate(
@@ -42,6 +65,7 @@ def generate(
     batch: Batch,
     trie: Trie,
     codes: jax.Array | None = None,
+    allowed: jax.Array | None = None,
 ) -> Beams:
     """Find the items whose semantic ids are most probable after each history.
 
@@ -51,47 +75,88 @@ def generate(
       batch: B requests; `batch.valid: [B, T]`, with `head.copy` `batch.items: [B, T]`.
       trie: semantic ids of the catalogue.
       codes: `[N, L] int32`, the same; read with `head.copy` alone.
+      allowed: `[B, N] bool`, items that may be found; None for all.
 
     Returns:
       `head.beams` items of each request, best first.
     """
     entities = model.embedder.look_up(state.tables, batch)
     module = bind_params(model, state.params)
+    prompt = read_prompt(model, module, entities, batch)
+    return search(model, module, prompt, trie, codes, allowed)
+
+
+def read_prompt(
+    model: ModelSpec,
+    module: Recommender,
+    entities: dict[str, EntityFeatures],
+    batch: Batch,
+) -> Prompt:
+    """Compute the prompts of a batch; arguments as in `generate`."""
     head, backbone = module.head, module.backbone
     assert isinstance(head, SemanticIdHead)
     assert isinstance(backbone, TokenFormer)
-    events = batch.valid.shape[1]
-    prompt = model.layout(events, serving=True, candidates=1)
+    layout = model.layout(batch.valid.shape[1], serving=True, candidates=1)
     cache, read_out = backbone.prefill(
-        module.prefix_tokens(entities, batch), prompt, batch.valid
+        module.prefix_tokens(entities, batch), layout, batch.valid
     )
+    copied = None
+    if head.copy is not None:
+        copied = head.copy(read_out, batch.items, module.event_tokens(entities))
+    return Prompt(cache, read_out, batch.valid, copied)
+
+
+def search(
+    model: ModelSpec,
+    module: Recommender,
+    prompt: Prompt,
+    trie: Trie,
+    codes: jax.Array | None = None,
+    allowed: jax.Array | None = None,
+) -> Beams:
+    """Find items behind prompts; arguments and result as in `generate`."""
+    head, valid = module.head, prompt.valid
+    assert isinstance(head, SemanticIdHead)
 
     def next_log_probs(codes: jax.Array, level: int) -> jax.Array:
         """Map prefixes `[B, w, l]` to `[B, w, C]`, as `beam_search` needs it."""
         # The first code is read at the end of the prompt, later ones at the last code.
         if level == 0:
-            return head.log_probs(read_out, 0)
+            return head.log_probs(prompt.read_out, 0)
         requests, beams = codes.shape[:2]
-        out = _read_codes(model, module, cache, batch.valid, codes)
+        out = _read_codes(model, module, prompt.cache, valid, codes)
         last_code = out.reshape(requests, beams, level, -1)[:, :, -1]
         return head.log_probs(last_code, level)
 
     beams = beam_search(
-        next_log_probs, trie, batch=batch.valid.shape[0], width=model.config.head.beams
+        next_log_probs,
+        trie,
+        batch=valid.shape[0],
+        width=model.config.head.beams,
+        allowed=allowed,
     )
-    if head.copy is None:
+    copied = prompt.copied
+    if copied is None:
         return beams
     assert codes is not None
-    copied = head.copy(read_out, batch.items, module.event_tokens(entities))
-    event_codes = expand_rows(codes, jnp.maximum(batch.items, 0))
+    items = jnp.maximum(copied.items, 0)
+    event_codes = expand_rows(codes, items)
 
     def item_log_probs(codes: jax.Array) -> jax.Array:
         """Map semantic ids `[B, n, L]` to log P_gen, `[B, n]`."""
-        out = _read_codes(model, module, cache, batch.valid, codes[..., :-1])
-        h = jnp.concatenate([read_out, out], axis=1)
+        out = _read_codes(model, module, prompt.cache, valid, codes[..., :-1])
+        h = jnp.concatenate([prompt.read_out, out], axis=1)
         return head.item_log_probs(h, codes[:, None])[:, 0]
 
-    return unite(beams, copied, event_codes, _in_slices(item_log_probs, event_codes))
+    of_events = None
+    if allowed is not None:
+        of_events = per_request(
+            lambda pair, _: jnp.take_along_axis(pair[0], pair[1], axis=1),
+            (allowed, items),
+            None,
+        )
+    log_generated = _in_slices(item_log_probs, event_codes)
+    return unite(beams, copied, event_codes, log_generated, of_events)
 
 
 def _read_codes(
@@ -117,7 +182,8 @@ def _read_codes(
     backbone = module.backbone
     assert isinstance(backbone, TokenFormer)
     layout = model.layout(valid.shape[1], serving=True, candidates=count, codes=levels)
-    all_valid = jnp.ones((requests, count), bool, out_sharding=RULES("batch", None))
+    split = on_mesh(RULES("batch", None))
+    all_valid = jnp.ones((requests, count), bool, out_sharding=split)
     return backbone.extend(cache, module.code_tokens(codes), layout, valid, all_valid)
 
 
@@ -154,15 +220,11 @@ def generate_step(
       The best `head.top_k` of the beams; the ranks of the goals are among all beams,
       and a goal that is in none has rank `inf`.
     """
-    beams = generate(model, state, batch, trie, codes)
-    items, scores = beams.items, beams.scores
+    allowed = None
     if model.config.head.drop_seen:
-        seen = jnp.any(items[:, :, None] == batch.items[:, None, :], axis=2)
-        # Seen items move to the end; a stable sort keeps the order of the others.
-        order = jnp.argsort(jnp.where(seen, 1, 0), axis=1, stable=True)
-        items = jnp.where(seen, -1, items)
-        scores = jnp.where(seen, -jnp.inf, scores)
-        items, scores = (jnp.take_along_axis(x, order, axis=1) for x in (items, scores))
+        allowed = unseen_items(batch.items, len(trie.levels[-1].item))
+    beams = generate(model, state, batch, trie, codes, allowed)
+    items, scores = beams.items, beams.scores
     goals = batch.goals[:, 0]
     hit = items[:, :, None] == goals[:, None, :]
     place = jnp.argmax(hit, axis=1).astype(jnp.float32) + 1

@@ -33,13 +33,10 @@ def item_vectors(run: OpenedRun) -> pa.Table:
     Raises:
       InputError: no feature tells all items apart, so that there is no vector per item.
     """
-    head = bind_params(run.model, run.state.params).head
     catalogue = run.dataset.catalogue
-    count = len(catalogue.item_id)
-    if isinstance(head, NextItemHead) and head.items is not None:
-        vectors = np.asarray(to_host(head.items[...]))
-    elif isinstance(head, NextItemHead):
-        vectors = _output_vectors(run, count)
+    head = run.model.config.head
+    if run.model.config.data.objective == "retrieval" and head.retrieval == "next_item":
+        vectors = output_vectors(run, len(catalogue.item_id))
     else:
         table, ids = _item_id_feature(run)
         vectors = _table_rows(run, table, ids)
@@ -53,8 +50,12 @@ def item_vectors(run: OpenedRun) -> pa.Table:
     )
 
 
-def _output_vectors(run: OpenedRun, count: int) -> np.ndarray:
-    """Output vectors `[V, d]` of a sampled softmax."""
+def output_vectors(run: OpenedRun, count: int) -> np.ndarray:
+    """Output vectors `[V, d]` of V = `count` items, of a head "next_item"."""
+    head = bind_params(run.model, run.state.params).head
+    assert isinstance(head, NextItemHead)
+    if head.items is not None:
+        return np.asarray(to_host(head.items[...]))
     embedder = run.model.embedder
     if embedder.item_ids is None:
         return _table_rows(run, ITEM_ROWS.name, np.arange(count))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jax.sharding import Mesh
 
 from tokenrec.checkpoint.run_folder import OpenedRun, load_run_config, open_run
@@ -24,8 +22,7 @@ from tokenrec.evaluation.evaluate import (
 )
 from tokenrec.evaluation.freeze import check_freeze, freeze_time
 from tokenrec.runtime import distributed
-from tokenrec.runtime.files import atomic_replace
-from tokenrec.runtime.paths import make_folder
+from tokenrec.runtime.table_file import write_tables
 from tokenrec.sharding import make_mesh
 from tokenrec.task_plan import TaskPlan
 
@@ -82,26 +79,9 @@ def predict_run(
                 end = freeze_time(run.dataset, split, freeze_at)
         tables = prediction_tables(run, split, mesh, freeze_at=end)
         if distributed.is_first_process():
-            return _write(tables, out)
+            return write_tables(tables, out)
         # The other processes take part in the computation and write nothing.
         return sum(table.num_rows for table in tables)
-
-
-def _write(tables: Iterator[pa.Table], out: Path) -> int:
-    """Write tables of one schema as a Parquet file; no table, no file."""
-    make_folder(out.parent)
-    first = next(tables, None)
-    if first is None:
-        return 0
-    rows = 0
-    with (
-        atomic_replace(out) as partial,
-        pq.ParquetWriter(partial, first.schema) as file,
-    ):
-        for table in itertools.chain([first], tables):
-            file.write_table(table)
-            rows += table.num_rows
-    return rows
 
 
 def prediction_tables(

@@ -375,7 +375,7 @@ class Recommender(nnx.Module):
         """
         tokens = jnp.mean(self.history.event_tokens(entities, self._dtype), axis=2)
         # A batch of 1 has lost its sharding.
-        tokens = jax.sharding.reshard(tokens, RULES("batch", None, None))
+        tokens = reshard(tokens, RULES("batch", None, None))
         # As in `make_stream`, for the control whose tokens are not trained.
         random = self.config.tokens.random_tokens
         return jax.lax.stop_gradient(tokens) if random else tokens

@@ -23,7 +23,8 @@ from tokenrec.runtime.files import digest_file, read_json, read_with_retries
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "tokenrec-artifact"
-FORMAT_VERSION = 1
+# By objective. A version of tokenrec that cannot serve an artifact refuses it.
+FORMAT_VERSIONS = {"ranking": 1, "retrieval": 2}
 GOLDEN_FILE = "golden.jsonl"
 COUNTERS = "counters"
 _REMEDY = "export the run again"
@@ -53,6 +54,15 @@ _FIELDS: dict[str, Any] = {
     "vocabularies": dict[str, str],
     "rare_ids": dict[str, str],
     "files": dict[str, Any],
+}
+# Besides, of a retrieval run.
+_RETRIEVAL_FIELDS: dict[str, Any] = {
+    "head": str,
+    "max_k": int,
+    "drop_seen": bool,
+    "items": int,
+    "filter_ids": str,
+    "catalogue": dict[str, str],
 }
 
 
@@ -117,11 +127,17 @@ class Artifact:
             )
         return self.path / name
 
-    def golden(self) -> Iterator[tuple[Any, list[list[float]]]]:
-        """Yield the golden requests, as callers send them, and their scores `[C, O]`."""
+    def golden(self) -> Iterator[tuple[Any, Any]]:
+        """Yield the golden requests, as callers send them, and their answers.
+
+        An answer is the scores `[C, O]`, or of a retrieval run the items and their
+        scores, `[n]` both.
+        """
+        retrieval = self.manifest["objective"] == "retrieval"
         for line in self.read_bytes(GOLDEN_FILE).splitlines():
             value = json.loads(line)
-            yield value["request"], value["scores"]
+            scores = value["scores"]
+            yield value["request"], (value["items"], scores) if retrieval else scores
 
     def check_files(self) -> None:
         """Check the size and the digest of every file.
@@ -202,15 +218,17 @@ def _check_manifest(manifest: Any, folder: Path) -> str:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{where}: is not that of an artifact; {_REMEDY}")
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS.values():
+        known = " and ".join(map(str, FORMAT_VERSIONS.values()))
         raise InputError(
             f"{where}: has format version {version!r}, and this version reads "
-            f"{FORMAT_VERSION}; {_REMEDY}"
+            f"{known}; {_REMEDY}"
         )
     digest = digest_manifest(manifest)
     if manifest.get("digest") != digest:
         raise InputError(f"{where}: is damaged or was changed; {_REMEDY}")
-    for name, hint in _FIELDS.items():
+    retrieval = manifest.get("objective") == "retrieval"
+    for name, hint in (_FIELDS | (_RETRIEVAL_FIELDS if retrieval else {})).items():
         if not has_type(manifest.get(name), hint):
             raise InputError(f"{where}: '{name}' must be {hint_name(hint)}; {_REMEDY}")
     for name, entry in manifest["files"].items():

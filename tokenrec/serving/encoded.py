@@ -1,6 +1,6 @@
 """A request as arrays, and what of it the model does not know.
 
-Letters: C candidates, I and D columns of `ids` and `dense` (schema.py).
+Letters: C candidates, V items, I and D columns of `ids` and `dense` (schema.py).
 """
 
 from __future__ import annotations
@@ -70,3 +70,31 @@ class Encoded:
             target_ids=self.target_ids[start:stop],
             target_dense=self.target_dense[start:stop],
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedRetrieval:
+    """A request for items as arrays.
+
+    Attributes:
+      prefix: what the prefix depends on: user, history and, if the prompt has one, the
+        query. No batch dimension.
+      prefix_key: digest of `prefix`; it depends neither on `k` nor on `allowed`.
+      events: events of the history that the model reads.
+      unknown: what the model does not know; it counts no candidate.
+      k: length of the answer.
+      allowed: `[V] bool`, items that the answer may hold; None for all.
+    """
+
+    prefix: Arrays
+    prefix_key: bytes
+    events: int
+    unknown: Unknown
+    k: int
+    allowed: np.ndarray | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        allowed = 0 if self.allowed is None else self.allowed.nbytes
+        return sum(array.nbytes for array in self.prefix.values()) + allowed

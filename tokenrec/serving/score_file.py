@@ -1,4 +1,4 @@
-"""Score a Parquet file of requests with an artifact alone, a part at a time.
+"""Answer a Parquet file of requests with an artifact alone, a part at a time.
 
 A line of the input is a request, with nested columns as the fields of the JSON request:
 
@@ -6,11 +6,16 @@ A line of the input is a request, with nested columns as the fields of the JSON 
     time_ms   int64                          context     struct<...>
     candidates struct<item_id: list, ...>
 
-A line of the output is a candidate:
+or, for an artifact of a retrieval run, k, drop_seen, exclude and filter instead of the
+candidates (retrieval_request.py).
 
-    request   int64, line of the request     item_id     as it came
-    user_id, time_ms                         known_item  bool, the catalogue has it
-    score_TASK                               as `tokenrec predict`
+A line of the output is a candidate, or an item of an answer:
+
+    request   int64, line of the request     request   int64, line of the request
+    user_id, time_ms                         user_id, time_ms
+    item_id   as it came                     rank      int32, from 1
+    known_item  bool, the catalogue has it   item_id   as the catalogue has it
+    score_TASK  as `tokenrec predict`        score     as `tokenrec predict`
 
 In a struct a column that is null is a null value: Parquet cannot leave it out.
 """
@@ -18,7 +23,7 @@ In a struct a column that is null is a null value: Parquet cannot leave it out.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +32,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tokenrec.errors import InputError
-from tokenrec.runtime.files import atomic_replace, read_with_retries
-from tokenrec.runtime.paths import make_folder
+from tokenrec.runtime.files import read_with_retries
+from tokenrec.runtime.table_file import write_tables
 from tokenrec.serving.request import BadRequest, Limits, Request, parse_request
+from tokenrec.serving.retrieval_request import RetrievalRequest, parse_retrieval
+from tokenrec.serving.retriever import Retrieved, Retriever
 from tokenrec.serving.scorer import Scorer
 
 # Requests that are in memory at a time.
@@ -37,9 +44,12 @@ _AT_ONCE = 64
 
 
 def score_file(
-    scorer: Scorer, requests: Path, out: Path, limits: Limits | None = None
+    scorer: Scorer | Retriever,
+    requests: Path,
+    out: Path,
+    limits: Limits | None = None,
 ) -> int:
-    """Score a Parquet file of requests.
+    """Answer a Parquet file of requests.
 
     Args:
       scorer: the model.
@@ -48,27 +58,31 @@ def score_file(
       limits: the most that a request may hold; None for those of `Limits`.
 
     Returns:
-      The number of candidates.
+      The number of candidates, or of items found.
 
     Raises:
-      InputError: the file cannot be read, or a request cannot be scored; the message
+      InputError: the file cannot be read, or a request cannot be answered; the message
         names its line.
     """
-    limits = limits or Limits()
-    tables = _tables(scorer, requests, limits)
+    tables = _tables(scorer, requests, limits or Limits())
     first = next(tables, None)
     if first is None:
         raise InputError(f"--requests '{requests}': has no request; nothing to score")
-    make_folder(out.parent)
-    rows = 0
-    with (
-        atomic_replace(out) as partial,
-        pq.ParquetWriter(partial, first.schema) as file,
-    ):
-        for table in itertools.chain([first], tables):
-            file.write_table(table)
-            rows += table.num_rows
-    return rows
+    # A part of the requests may hold nulls alone.
+    rest = (table.cast(first.schema) for table in tables)
+    return write_tables(itertools.chain([first], rest), out)
+
+
+def _tables(
+    scorer: Scorer | Retriever, path: Path, limits: Limits
+) -> Iterator[pa.Table]:
+    """Yield the output, a part of the requests at a time."""
+    if isinstance(scorer, Retriever):
+        for first, wanted in _read(path, limits, parse_retrieval):
+            yield _items_table(scorer, first, wanted)
+        return
+    for first, requests in read_requests(path, limits):
+        yield _scores_table(scorer, first, requests)
 
 
 def read_requests(path: Path, limits: Limits) -> Iterator[tuple[int, list[Request]]]:
@@ -77,6 +91,12 @@ def read_requests(path: Path, limits: Limits) -> Iterator[tuple[int, list[Reques
     Raises:
       InputError: the file cannot be read, or a line is no request.
     """
+    return _read(path, limits, parse_request)
+
+
+def _read[T](
+    path: Path, limits: Limits, parse: Callable[[Any, Limits], T]
+) -> Iterator[tuple[int, list[T]]]:
     damage = (pa.ArrowException,)
     file = read_with_retries(
         lambda: pq.ParquetFile(path),
@@ -88,59 +108,77 @@ def read_requests(path: Path, limits: Limits) -> Iterator[tuple[int, list[Reques
     line = 0
     with file:
         for batch in file.iter_batches(_AT_ONCE):
-            values = batch.to_pylist()
-            yield (
-                line,
-                [
-                    _parse(value, line + number, limits)
-                    for number, value in enumerate(values)
-                ],
-            )
+            values = [_without_nulls(value) for value in batch.to_pylist()]
+            if values:
+                yield line, _each(lambda value: parse(value, limits), values, line)
             line += len(values)
 
 
-def _parse(value: dict[str, Any], line: int, limits: Limits) -> Request:
-    # A part that is null is not there.
+def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    """A line less what is null: a part, or a condition of a filter, is not there."""
     given = {name: part for name, part in value.items() if part is not None}
-    try:
-        return parse_request(given, limits)
-    except BadRequest as error:
-        raise BadRequest(f"--requests, line {line}: {error}") from error
+    if isinstance(given.get("filter"), dict):
+        given["filter"] = {
+            name: condition
+            for name, condition in given["filter"].items()
+            if condition is not None
+        }
+    return given
 
 
-def _tables(scorer: Scorer, path: Path, limits: Limits) -> Iterator[pa.Table]:
-    schema: pa.Schema | None = None
-    for first, requests in read_requests(path, limits):
-        if not requests:
-            continue
-        encoded = []
-        for number, request in enumerate(requests):
-            try:
-                encoded.append(scorer.encode(request))
-            except BadRequest as error:
-                line = first + number
-                raise BadRequest(f"--requests, line {line}: {error}") from error
-        scores = scorer.score(encoded)
-        unknown = [set(one.unknown.rows) for one in encoded]
-        table = _table(scorer, first, requests, scores, unknown)
-        # A part of the requests may hold nulls alone.
-        schema = schema or table.schema
-        yield table.cast(schema)
+def _each[T, U](apply: Callable[[T], U], values: Sequence[T], first: int) -> list[U]:
+    """Apply a function to lines; name the line in what it raises."""
+    results = []
+    for line, value in enumerate(values, first):
+        try:
+            results.append(apply(value))
+        except BadRequest as error:
+            raise BadRequest(f"--requests, line {line}: {error}") from error
+    return results
 
 
-def _table(
-    scorer: Scorer,
-    first: int,
-    requests: Sequence[Request],
-    scores: Sequence[np.ndarray],
-    unknown: Sequence[set[int]],
+def _items_table(
+    retriever: Retriever, first: int, requests: Sequence[RetrievalRequest]
 ) -> pa.Table:
+    """A table row per item found."""
+    encoded = _each(retriever.encode, requests, first)
+    prefixes = retriever.prefill(encoded)
+    answers = retriever.retrieve(list(zip(prefixes, encoded, strict=True)))
+    counts = [len(answer.items) for answer in answers]
+    lines = np.repeat(np.arange(first, first + len(requests)), counts)
+    place = pa.array(lines - first)
+    ranks = [np.arange(1, count + 1, dtype=np.int32) for count in counts]
+    return pa.table(
+        {
+            "request": pa.array(lines),
+            "user_id": _users([one.request for one in requests]).take(place),
+            "rank": pa.array(np.concatenate(ranks)),
+            "item_id": pa.array(_joined(answers), retriever.item_type),
+            "score": pa.array(np.concatenate([answer.scores for answer in answers])),
+            "time_ms": pa.array([one.request.time_ms for one in requests]).take(place),
+        }
+    )
+
+
+def _joined(answers: Sequence[Retrieved]) -> list[Any]:
+    return [item for answer in answers for item in answer.items]
+
+
+def _users(requests: Sequence[Request]) -> pa.Array:
+    return pa.array([request.user.get("user_id") for request in requests])
+
+
+def _scores_table(scorer: Scorer, first: int, requests: Sequence[Request]) -> pa.Table:
+    """A table row per candidate."""
+    encoded = _each(scorer.encode, requests, first)
+    scores = scorer.score(encoded)
+    unknown = [set(one.unknown.rows) for one in encoded]
     counts = [request.candidate_count for request in requests]
     lines = np.repeat(np.arange(first, first + len(requests)), counts)
     place = pa.array(lines - first)
     columns: dict[str, Any] = {
         "request": pa.array(lines),
-        "user_id": pa.array([r.user.get("user_id") for r in requests]).take(place),
+        "user_id": _users(requests).take(place),
         "item_id": pa.array(
             [item for request in requests for item in request.candidates["item_id"]]
         ),

@@ -14,44 +14,35 @@ Letters: B requests, C candidates, O predictions.
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from tokenrec.errors import InputError
 from tokenrec.serving.artifact import Artifact, read_artifact
-from tokenrec.serving.compiled_programs import (
+from tokenrec.serving.device_programs import (
+    BATCH_BUCKETS,
     Arrays,
-    CompiledPrograms,
+    DevicePrograms,
+    Prefix,
     Shape,
-    shapes_of,
+    batch_shapes,
+    bucket,
+    fill_up,
+    slices,
 )
 from tokenrec.serving.encoded import Encoded
 from tokenrec.serving.encoder import Encoder
-from tokenrec.serving.program_files import BACKENDS, load_program, program_platform
+from tokenrec.serving.program_files import BACKENDS, program_platform
 from tokenrec.serving.request import Request
+from tokenrec.serving.retriever import Retriever
 
-BATCH_BUCKETS = (1, 2, 4, 8, 16)
 # Close together, because what fills a program up is computed too: 20 candidates in a
 # program of 32 waste 37 %.
 CANDIDATE_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """What a request keeps between `prefill` and `extend`.
-
-    Attributes:
-      arrays: `[1, ...]` each, of the scorer that made them.
-      nbytes: bytes of all of them.
-    """
-
-    arrays: Arrays
-    nbytes: int
 
 
 def open_artifact(
@@ -60,7 +51,7 @@ def open_artifact(
     check: bool = True,
     platform: str | None = None,
     allow_missing: Sequence[str] = (),
-) -> Scorer:
+) -> Scorer | Retriever:
     """Open an artifact, and put its weights on the device.
 
     Args:
@@ -68,6 +59,9 @@ def open_artifact(
       check: check the digests of all files.
       platform: "cpu", "cuda", "rocm" or "tpu"; None for that of JAX's first device.
       allow_missing: features whose columns a request may leave out.
+
+    Returns:
+      A `Scorer` of a ranking run, or a `Retriever` of a retrieval run.
 
     Raises:
       InputError: the folder holds no artifact, it is damaged, or it was not exported
@@ -83,7 +77,38 @@ def open_artifact(
             f"artifact '{artifact.path}' was exported for {known}, and this process "
             f"runs on {name}; export it with --platforms {name}"
         )
-    return Scorer(artifact, device, allow_missing)
+    kind = Retriever if artifact.manifest["objective"] == "retrieval" else Scorer
+    return kind(artifact, device, allow_missing)
+
+
+def open_scorer(path: Path, **options: Any) -> Scorer:
+    """Open an artifact of a ranking run, as `open_artifact`.
+
+    Raises:
+      InputError: as `open_artifact`, or the artifact is of a retrieval run.
+    """
+    opened = open_artifact(path, **options)
+    if isinstance(opened, Retriever):
+        raise InputError(
+            f"artifact '{path}' is of a retrieval run, which finds items and scores no "
+            "candidates; use an artifact of a ranking run"
+        )
+    return opened
+
+
+def open_retriever(path: Path, **options: Any) -> Retriever:
+    """Open an artifact of a retrieval run, as `open_artifact`.
+
+    Raises:
+      InputError: as `open_artifact`, or the artifact is of a ranking run.
+    """
+    opened = open_artifact(path, **options)
+    if isinstance(opened, Scorer):
+        raise InputError(
+            f"artifact '{path}' is of a ranking run, which scores candidates and finds "
+            "no items; use an artifact of a retrieval run"
+        )
+    return opened
 
 
 class Scorer:
@@ -98,6 +123,7 @@ class Scorer:
       tasks: names of the tasks.
       outputs: O names of predictions, as the columns of `tokenrec predict`.
       has_prefix: there are `prefill` and `extend`; otherwise `score` alone.
+      programs: the programs and weights on the device.
       batch_buckets: numbers of requests that programs are compiled for.
       candidate_buckets: numbers of candidates, likewise.
     """
@@ -119,31 +145,12 @@ class Scorer:
             CANDIDATE_BUCKETS if self.has_prefix else (self._fixed,)
         )
         self._encoder = Encoder(artifact, allow_missing)
-        self._device = device
-        # On a CPU arrays of the device are memory of the host: NumPy is faster.
-        self._on_host = device.platform == "cpu"
-        weights = jax.device_put(
-            {
-                part: {
-                    name: artifact.read_array(file)
-                    for name, file in manifest[part].items()
-                }
-                for part in ("params", "tables")
-            },
-            device,
-        )
-        programs = {
-            name: load_program(artifact, file)
-            for name, file in manifest["programs"].items()
-        }
-        self._programs = CompiledPrograms(programs, weights, device)
-        self._split = jax.jit(_split)
-        self._join = jax.jit(_join)
+        self.programs = DevicePrograms(artifact, device, ("params", "tables"))
 
     @property
     def compiles(self) -> int:
         """Programs compiled so far, one for each pair of sizes."""
-        return self._programs.compiles
+        return self.programs.compiles
 
     def encode(self, request: Request) -> Encoded:
         """Encode a request.
@@ -161,15 +168,15 @@ class Scorer:
         """
         self._check_prefix()
         prefixes: list[Prefix] = []
-        for part in _slices(requests, self.batch_buckets[-1]):
-            size = _bucket(len(part), self.batch_buckets)
-            filled = [*part, *[part[0]] * (size - len(part))]
+        for part in slices(requests, self.batch_buckets[-1]):
+            size = bucket(len(part), self.batch_buckets)
+            filled = fill_up(part, size)
             inputs = {
                 name: np.stack([encoded.prefix[name] for encoded in filled])
                 for name in part[0].prefix
             }
-            kept = self._programs.run("prefill", inputs, size)
-            prefixes += self._split_prefixes(kept, len(part), size)
+            kept = self.programs.run("prefill", inputs, size)
+            prefixes += self.programs.split(kept, len(part), size)
         return prefixes
 
     def extend(self, requests: Sequence[tuple[Prefix, Encoded]]) -> list[np.ndarray]:
@@ -186,14 +193,14 @@ class Scorer:
             for start in range(0, encoded.candidates, most)
         ]
         scores: list[list[np.ndarray]] = [[] for _ in requests]
-        for part in _slices(jobs, self.batch_buckets[-1]):
-            size = _bucket(len(part), self.batch_buckets)
-            filled = [*part, *[part[0]] * (size - len(part))]
+        for part in slices(jobs, self.batch_buckets[-1]):
+            size = bucket(len(part), self.batch_buckets)
+            filled = fill_up(part, size)
             count = max(encoded.candidates for _, _, encoded in part)
-            count = _bucket(count, self.candidate_buckets)
-            inputs = self._join_prefixes([prefix for _, prefix, _ in filled], size)
+            count = bucket(count, self.candidate_buckets)
+            inputs = self.programs.join([prefix for _, prefix, _ in filled], size)
             inputs |= _targets([encoded for _, _, encoded in filled], count)
-            found = self._programs.run("extend", inputs, size, count)
+            found = self.programs.run("extend", inputs, size, count)
             predictions = np.asarray(found["predictions"])
             for row, (place, _, encoded) in enumerate(part):
                 scores[place].append(predictions[row, : encoded.candidates])
@@ -210,15 +217,15 @@ class Scorer:
             for start in range(0, encoded.candidates, self._fixed)
         ]
         scores: list[list[np.ndarray]] = [[] for _ in requests]
-        for part in _slices(jobs, self.batch_buckets[-1]):
-            size = _bucket(len(part), self.batch_buckets)
-            filled = [*part, *[part[0]] * (size - len(part))]
+        for part in slices(jobs, self.batch_buckets[-1]):
+            size = bucket(len(part), self.batch_buckets)
+            filled = fill_up(part, size)
             inputs = {
                 name: np.stack([encoded.prefix[name] for _, encoded in filled])
                 for name in _without_query(part[0][1].prefix)
             }
             inputs |= _targets([encoded for _, encoded in filled], self._fixed)
-            found = self._programs.run("score", inputs, size)
+            found = self.programs.run("score", inputs, size)
             predictions = np.asarray(found["predictions"])
             for row, (place, encoded) in enumerate(part):
                 scores[place].append(predictions[row, : encoded.candidates])
@@ -243,29 +250,29 @@ class Scorer:
         if self.has_prefix:
             self.candidate_buckets = tuple(sorted(set(candidates)))
         blank = self._encoder.blank()
-        self._programs.compile(self._jobs(blank))
-        if self.has_prefix and not self._on_host:
+        self.programs.compile_all(self._jobs(blank))
+        if self.has_prefix and not self.programs.on_host:
             # Prefixes are taken apart and joined on the device, too.
             for size in self.batch_buckets:
-                self._join_prefixes(self.prefill([blank] * size), size)
+                self.programs.join(self.prefill([blank] * size), size)
         return self.compiles - before
 
     def _jobs(self, blank: Encoded) -> Iterator[tuple[Shape, Arrays]]:
         """Yield the programs of all sizes, with the shapes of their inputs."""
-        if not self.has_prefix:
-            own = _without_query(blank.prefix)
-            for size in self.batch_buckets:
-                targets = _targets([blank] * size, self._fixed)
-                yield ("score", size), shapes_of(own, size) | targets
-            return
-        # What a prefix is, only the program knows.
-        (prefix,) = self.prefill([blank])
-        kept = {name: array[0] for name, array in prefix.arrays.items()}
+        prefix: Arrays = {}
+        if self.has_prefix:
+            (one,) = self.prefill([blank])
+            prefix = {name: array[0] for name, array in one.arrays.items()}
+        query = {} if self.has_prefix else _without_query(blank.prefix)
         for size in self.batch_buckets:
-            yield ("prefill", size), shapes_of(blank.prefix, size)
+            if not self.has_prefix:
+                targets = _targets([blank] * size, self._fixed)
+                yield ("score", size), batch_shapes(query, size) | targets
+                continue
+            yield ("prefill", size), batch_shapes(blank.prefix, size)
             for count in self.candidate_buckets:
                 targets = _targets([blank] * size, count)
-                yield ("extend", size, count), shapes_of(kept, size) | targets
+                yield ("extend", size, count), batch_shapes(prefix, size) | targets
 
     def _concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """Join the scores of the slices of a request, which may have no candidate."""
@@ -280,59 +287,12 @@ class Scorer:
                 "`score`"
             )
 
-    def _split_prefixes(self, kept: Arrays, count: int, size: int) -> list[Prefix]:
-        """Take the results of `prefill` apart."""
-        if self._on_host:
-            host = {name: np.asarray(array) for name, array in kept.items()}
-            # Copies: a view would keep the requests beside it in memory.
-            parts = [
-                {name: array[i : i + 1].copy() for name, array in host.items()}
-                for i in range(count)
-            ]
-        else:
-            self._programs.note(("split", size))
-            parts = self._split(kept)[:count]
-        return [
-            Prefix(part, sum(array.nbytes for array in part.values())) for part in parts
-        ]
-
-    def _join_prefixes(self, prefixes: Sequence[Prefix], size: int) -> Arrays:
-        parts = [prefix.arrays for prefix in prefixes]
-        if self._on_host:
-            return {
-                name: np.concatenate([part[name] for part in parts])
-                for name in parts[0]
-            }
-        self._programs.note(("join", size))
-        joined: Arrays = self._join(parts)
-        return joined
-
 
 def _without_query(prefix: Arrays) -> Arrays:
     """What a program without a prefix reads: it has the query with the candidates."""
-    return {n: array for n, array in prefix.items() if not n.startswith("query_")}
-
-
-def _split(kept: Arrays) -> list[Arrays]:
-    size = len(next(iter(kept.values())))
-    return [
-        {name: array[i : i + 1] for name, array in kept.items()} for i in range(size)
-    ]
-
-
-def _join(parts: list[Arrays]) -> Arrays:
     return {
-        name: jax.numpy.concatenate([part[name] for part in parts]) for name in parts[0]
+        name: array for name, array in prefix.items() if not name.startswith("query_")
     }
-
-
-def _slices[T](items: Sequence[T], most: int) -> list[Sequence[T]]:
-    return [items[start : start + most] for start in range(0, len(items), most)]
-
-
-def _bucket(count: int, buckets: Sequence[int]) -> int:
-    """The least bucket that holds so many."""
-    return buckets[bisect.bisect_left(buckets, count)]
 
 
 def _targets(requests: Sequence[Encoded], count: int) -> Arrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import numpy as np
 import pyarrow as pa
@@ -56,8 +57,16 @@ def load_catalogue(artifact: Artifact) -> ServedCatalogue:
     return ServedCatalogue(item_rows(items), ids, dense)
 
 
-def load_tables(artifact: Artifact) -> dict[str, ValueNumbers]:
+def load_tables(
+    artifact: Artifact, tables: Collection[str] | None = None, *, shared: bool = True
+) -> dict[str, ValueNumbers]:
     """Load the vocabularies of an artifact, by table.
+
+    Args:
+      artifact: the artifact.
+      tables: names of the tables; None for all.
+      shared: of values that share a row (`tokens.min_count`) that of the row; otherwise
+        every value has an id of its own.
 
     Raises:
       InputError: a file is damaged.
@@ -65,10 +74,12 @@ def load_tables(artifact: Artifact) -> dict[str, ValueNumbers]:
     rare = {
         table: artifact.read_array(name)
         for table, name in artifact.manifest["rare_ids"].items()
+        if shared
     }
     return {
         table: table_ids(read_column(artifact, name), rare.get(table))
         for table, name in artifact.manifest["vocabularies"].items()
+        if tables is None or table in tables
     }
 
 

@@ -27,6 +27,7 @@ from tests.serving.server.arithmetic_scorer import (
 )
 from tests.serving.server.asgi import Answer, call
 from tests.serving.server.request_bodies import body_of, request_of
+from tests.serving.server.test_arrow_body import stream_of
 from tests.serving.server.test_model_slot import load, point, write_artifact
 from tokenrec.serving.request import BadRequest, Limits, Request
 from tokenrec.serving.server.batch_plan import BatchLimits
@@ -102,6 +103,27 @@ def test_scores_survive_json_bit_for_bit(server: Served) -> None:
         np.testing.assert_array_equal(scores_of(answer), expected)
         assert answer.json["model"] == server.scorer.digest
         assert answer.headers["content-type"] == "application/json"
+
+
+def test_a_request_in_arrow_has_the_answer_of_json(server: Served) -> None:
+    kind = {"content-type": "application/vnd.apache.arrow.stream"}
+    for seed in range(5):
+        parts = [stream_of(body_of(seed))]
+        answer = ask(server, "/v1/score", parts=parts, headers=kind)
+        expected = server.scorer.expected(request_of(seed))
+        np.testing.assert_array_equal(scores_of(answer), expected)
+        assert answer.headers["content-type"] == "application/json"
+    wrong = ask(server, "/v1/score", parts=[parts[0][:-600]], headers=kind)
+    assert (wrong.status, wrong.error[0]) == (400, "bad_arrow")
+    packed = [stream_of(body_of(1), compression="zstd")]
+    refused = ask(server, "/v1/score", parts=packed, headers=kind)
+    assert (refused.status, refused.error[0]) == (415, "wrong_type")
+    missing = [stream_of(body_of(1) | {"time_ms": "now"})]
+    said = ask(server, "/v1/score", parts=missing, headers=kind)
+    assert (said.status, said.error[0]) == (400, "bad_request")
+    assert "time_ms: 'now' is not an int64" in said.error[1]
+    # The other endpoints take JSON alone.
+    assert ask(server, "/v1/events", parts=parts, headers=kind).status == 415
 
 
 def test_the_answer_tells_of_the_cache_and_of_what_is_unknown(server: Served) -> None:

@@ -15,39 +15,73 @@ import pyarrow.parquet as pq
 from jax import export
 
 from tokenrec.checkpoint.run_folder import OpenedRun
+from tokenrec.config import HeadConfig
 from tokenrec.config.backbones import reads_event_ages
-from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.id_counts import map_rare_items
 from tokenrec.data.metadata import STATE
 from tokenrec.data.tokenizer import TOKENIZER_FILE
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.runtime.versions import versions
-from tokenrec.serving.artifact import COUNTERS, FORMAT, FORMAT_VERSION
-from tokenrec.serving.export.programs import (
-    has_prefix,
+from tokenrec.serving.artifact import COUNTERS, FORMAT, FORMAT_VERSIONS
+from tokenrec.serving.export.programs import fixed_candidates, make_programs
+from tokenrec.serving.export.retrieval_programs import (
+    CATALOGUE,
+    catalogue_weights,
+    make_retrieval_programs,
+)
+from tokenrec.serving.export.served_model import (
+    Program,
+    Weights,
     history_length,
-    make_programs,
+    reads_query,
     served_weights,
     serving_model,
-    weight_shapes,
 )
 
 # Programs of JAX 0.11 and later can be read by these (serving.md).
 OLDEST_JAX = "0.11.0"
+# Items of an answer where `export` is not told: the whole catalogue is scored anyway.
+DEFAULT_MAX_K = 100
+
+
+def default_max_k(head: HeadConfig, items: int) -> int:
+    """The longest answer of a retrieval artifact, if `export` is not told.
+
+    Args:
+      head: `head` of the run's config.
+      items: V.
+    """
+    if head.retrieval == "semantic_id":
+        # All beams are computed.
+        return min(head.beams, items)
+    return min(max(head.top_k, DEFAULT_MAX_K), items)
 
 
 def write_files(
-    run: OpenedRun, folder: Path, platforms: Sequence[str], tolerance: float
+    run: OpenedRun,
+    folder: Path,
+    platforms: Sequence[str],
+    tolerance: float,
+    max_k: int | None = None,
 ) -> dict[str, Any]:
-    """Write all but the golden requests; return the manifest less its files."""
+    """Write all but the golden requests; return the manifest less its files.
+
+    Args:
+      run: the run.
+      folder: an empty folder.
+      platforms: what the programs will run on.
+      tolerance: largest difference of a score from `predict`.
+      max_k: retrieval: the longest answer; None for `default_max_k`.
+    """
     config, schema = run.model.config, run.model.schema
     model = serving_model(run.model)
     dataset = run.dataset
-    plans = run.model.evaluated_plans
+    retrieval = config.data.objective == "retrieval"
+    plans = () if retrieval else run.model.evaluated_plans
     ignored = {f.name for f in dataset.metadata.schema.features}
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS[config.data.objective],
         "versions": versions(),
         "oldest_jax": OLDEST_JAX,
         "platforms": list(platforms),
@@ -67,47 +101,61 @@ def write_files(
             )
         ],
         "events": history_length(model),
-        "candidates": (
-            0
-            if has_prefix(model)
-            else 1
-            if config.data.paradigm == "uc"
-            else config.data.candidates
-        ),
+        "candidates": 0 if retrieval else fixed_candidates(model),
         "ages": reads_event_ages(config.model),
-        "query": any(segment.kind == "query" for segment in parse_prompt(config)),
+        "query": reads_query(model),
         "key_types": dict(dataset.metadata.key_types),
         # Features of the data set that the model does not read.
         "ignored": sorted(ignored - {f.name for f in schema.features}),
         "schema": json.loads(json.dumps(schema.to_json())),
     }
-    manifest["programs"] = _write_programs(model, folder, platforms)
-    manifest |= _write_weights(run, folder)
+    weights = served_weights(run.model, run.state)
+    if retrieval:
+        items = dataset.known_items
+        manifest |= {
+            "head": config.head.retrieval,
+            "max_k": default_max_k(config.head, items) if max_k is None else max_k,
+            "drop_seen": config.head.drop_seen,
+            "items": items,
+        }
+        weights[CATALOGUE] = catalogue_weights(run)
+        programs = make_retrieval_programs(
+            model, weights[CATALOGUE], items, manifest["max_k"]
+        )
+    else:
+        programs = make_programs(model)
+    manifest["programs"] = _write_programs(programs, weights, folder, platforms)
+    manifest |= _write_weights(weights, folder)
     manifest |= _write_data(run, folder)
+    if retrieval:
+        manifest["filter_ids"] = _write_filter_ids(run, folder)
     _write_counters(run, folder)
     return manifest
 
 
 def _write_programs(
-    model: Any, folder: Path, platforms: Sequence[str]
+    programs: dict[str, Program],
+    weights: Weights,
+    folder: Path,
+    platforms: Sequence[str],
 ) -> dict[str, str]:
     """Export the programs with open numbers of requests and candidates."""
     (folder / "programs").mkdir()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
     names = {}
-    for name, program in make_programs(model).items():
+    for name, program in programs.items():
         batch, candidates = export.symbolic_shape("b, c")
         exported = export.export(jax.jit(program.function), platforms=platforms)(
-            weight_shapes(model), program.inputs(batch, candidates)
+            shapes, program.inputs(batch, candidates)
         )
         names[name] = f"programs/{name}.jax"
         (folder / names[name]).write_bytes(exported.serialize())
     return names
 
 
-def _write_weights(run: OpenedRun, folder: Path) -> dict[str, dict[str, str]]:
+def _write_weights(weights: Weights, folder: Path) -> dict[str, dict[str, str]]:
     """Write each weight and each stack of tables as a `.npy` file."""
     (folder / "weights").mkdir()
-    weights = served_weights(run.model, run.state)
     names: dict[str, dict[str, str]] = {}
     for part, arrays in weights.items():
         names[part] = {}
@@ -144,6 +192,16 @@ def _write_data(run: OpenedRun, folder: Path) -> dict[str, dict[str, str]]:
     if tokenizer.is_file():
         shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
     return names
+
+
+def _write_filter_ids(run: OpenedRun, folder: Path) -> str:
+    """Write the ids that a filter compares, unless they are those of the model."""
+    if not run.dataset.rare_ids:
+        return "items/ids.npy"
+    name = "items/filter_ids.npy"
+    ids = np.ascontiguousarray(run.dataset.catalogue.ids)
+    np.save(folder / name, ids, allow_pickle=False)
+    return name
 
 
 def _write_values(folder: Path, name: str, values: pa.Array) -> str:

@@ -12,8 +12,7 @@ A model that was trained on streams (UC) is served on `[user, sep, history]` of 
 events, with each candidate as the state of the next event: that is what a row of a
 stream sees in training.
 
-Weights are arguments, so that new weights need no new program. Embedding tables are
-read by row, whole and in the order of their rows: nothing is deduplicated or spread.
+Weights are arguments (served_model.py), so that new weights need no new program.
 
 Letters: B requests, T events, C candidates, K tokens of a candidate, O predictions, d
 model width.
@@ -21,17 +20,14 @@ model width.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.config.backbones import BACKBONES, reads_event_ages
-from tokenrec.config.prompt import parse_prompt
-from tokenrec.data.batch import Batch, Signals
+from tokenrec.data.batch import Signals
 from tokenrec.models.backbones.ctr_inputs import (
     CTRInputs,
     mean_pool_events,
@@ -43,8 +39,6 @@ from tokenrec.models.backbones.tokenformer import PrefixCache, TokenFormer
 from tokenrec.models.branch import mean_user
 from tokenrec.models.recommender import Recommender
 from tokenrec.models.stream_layout import served_layout
-from tokenrec.ops.tables.api import stored_shape
-from tokenrec.ops.tables.storage import to_storage_index
 from tokenrec.serving.export.batches import (
     VALID,
     Arrays,
@@ -54,29 +48,24 @@ from tokenrec.serving.export.batches import (
     signals_of,
     targets_alone,
 )
-from tokenrec.state import ModelSpec, TrainState, bind_params
+from tokenrec.serving.export.served_model import (
+    Program,
+    Weights,
+    history_length,
+    look_up,
+    reads_query,
+    request_shapes,
+    weight_shapes,
+)
+from tokenrec.state import ModelSpec, bind_params
 from tokenrec.task_losses import predict_tasks
 from tokenrec.task_plan import evaluated_tasks
 from tokenrec.tokens.embed import EntityFeatures
 from tokenrec.tokens.history import merge_entities
 
-type Weights = dict[str, dict[str, Any]]
-
 # Arrays that a request keeps for the branch between `prefill` and `extend`.
 _USER = "branch_user"
 _HISTORY = "branch_history"
-
-
-class Program(NamedTuple):
-    """A function to export.
-
-    Attributes:
-      function: `(weights, inputs) -> outputs`, dicts of arrays.
-      inputs: shapes and dtypes of the inputs for B and C as given.
-    """
-
-    function: Callable[[Weights, Arrays], Arrays]
-    inputs: Callable[[Any, Any], Arrays]
 
 
 def has_prefix(model: ModelSpec) -> bool:
@@ -85,46 +74,12 @@ def has_prefix(model: ModelSpec) -> bool:
     return BACKBONES[config.kind].generates and config.branch in ("none", "mean")
 
 
-def history_length(model: ModelSpec) -> int:
-    """T, the events of a request that the programs read."""
+def fixed_candidates(model: ModelSpec) -> int:
+    """Candidates of a stream of the program `score`; 0 where there is none."""
+    if has_prefix(model):
+        return 0
     data = model.config.data
-    return data.events - (data.paradigm == "uc")
-
-
-def serving_model(model: ModelSpec) -> ModelSpec:
-    """The model for one device: whole tables, and attention that any platform has."""
-    config = dataclasses.replace(
-        model.config, model=dataclasses.replace(model.config.model, attention="auto")
-    )
-    stacks = {
-        name: dataclasses.replace(stack, spread=False)
-        for name, stack in model.embedder.stacks.items()
-    }
-    embedder = dataclasses.replace(model.embedder, stacks=stacks)
-    return dataclasses.replace(model, config=config, embedder=embedder)
-
-
-def served_weights(model: ModelSpec, state: TrainState) -> Weights:
-    """Fetch the weights of a run as NumPy arrays.
-
-    Args:
-      model: the model of the run.
-      state: its state; tables that are spread lie in another order there.
-
-    Returns:
-      `{"params": by name, "tables": by stack}`.
-    """
-    tables = {}
-    for name, stack in model.embedder.stacks.items():
-        stored = np.asarray(jax.device_get(state.tables[name]))
-        if stack.spread:
-            rows = np.arange(stack.rows)
-            stored = stored[to_storage_index(rows, stored_shape(stack)[0])]
-        tables[name] = stored
-    params = {
-        name: np.asarray(jax.device_get(value)) for name, value in state.params.items()
-    }
-    return {"params": params, "tables": tables}
+    return 1 if data.paradigm == "uc" else data.candidates
 
 
 def make_programs(model: ModelSpec) -> dict[str, Program]:
@@ -149,9 +104,7 @@ class _Parts:
             evaluated_tasks(model.task_plans, model.config.data.auxiliary).outputs
         )
         self._ages = reads_event_ages(model.config.model)
-        self._query = any(
-            segment.kind == "query" for segment in parse_prompt(model.config)
-        )
+        self._query = reads_query(model)
         self._layout = served_layout(
             model.config, model.schema, self._events, model.literals
         )
@@ -160,16 +113,7 @@ class _Parts:
 
     def prefill_inputs(self, batch: Any, candidates: Any = None) -> Arrays:
         """Shapes of user, history and query."""
-        schema, events = self._model.schema, self._events
-        inputs = (
-            signal_shapes("user", schema.group("user"), (batch,))
-            | signal_shapes("state", schema.state, (batch, events))
-            | signal_shapes("action", schema.group("action"), (batch, events))
-            | {VALID: jax.ShapeDtypeStruct((batch, events), jnp.bool_)}
-        )
-        if self._query:
-            inputs |= signal_shapes("query", schema.state, (batch, 1))
-        return inputs
+        return request_shapes(self._model, self._events, batch, self._query)
 
     def extend_inputs(self, batch: Any, candidates: Any) -> Arrays:
         """Shapes of a prefix and of candidates."""
@@ -184,7 +128,7 @@ class _Parts:
 
     def score_inputs(self, batch: Any, candidates: Any = None) -> Arrays:
         """Shapes of whole requests; the number of candidates is fixed."""
-        count = 1 if self._uc else self._model.config.data.candidates
+        count = fixed_candidates(self._model)
         inputs = self.prefill_inputs(batch) | self._target_shapes(batch, count)
         inputs.pop("query_ids", None)
         inputs.pop("query_dense", None)
@@ -205,7 +149,7 @@ class _Parts:
         assert isinstance(backbone, TokenFormer)
         query = signals_of(inputs, "query") if self._query else None
         batch = batch_of(inputs, target=query)
-        entities = self._entities(weights, batch)
+        entities = look_up(self._model, weights, batch)
         x = module.prefix_tokens(entities, batch)
         cache, _ = backbone.prefill(x, self._layout, batch.valid)
         kept = {VALID: batch.valid}
@@ -221,7 +165,7 @@ class _Parts:
         backbone = module.backbone
         assert isinstance(backbone, TokenFormer)
         target = signals_of(inputs, "target")
-        entities = self._entities(weights, targets_alone(target))
+        entities = look_up(self._model, weights, targets_alone(target))
         x = self._candidate_tokens(module, entities, target)
         layers = self._model.config.model.layers
         cache = PrefixCache(
@@ -248,7 +192,7 @@ class _Parts:
         batch = batch_of(inputs, target=signals_of(inputs, "target"))
         if self._uc:
             batch = as_stream(batch)
-        readouts = module(self._entities(weights, batch), batch, None)
+        readouts = module(look_up(self._model, weights, batch), batch, None)
         # Of a stream, the last state is the candidate.
         return self._predictions(module, readouts[:, -1:] if self._uc else readouts)
 
@@ -256,15 +200,6 @@ class _Parts:
         predictions = predict_tasks(self._model.task_plans, module.head(readouts))
         # Auxiliary tasks are learned and not predicted.
         return {"predictions": predictions[..., np.array(self._outputs)]}
-
-    def _entities(self, weights: Weights, batch: Batch) -> dict[str, EntityFeatures]:
-        """Look up the features of a batch, row by row."""
-        embedder = self._model.embedder
-        rows = {
-            name: embedder.stack_rows(stack, batch)
-            for name, stack in embedder.stacks.items()
-        }
-        return embedder.entities(weights["tables"], rows, batch)
 
     def _candidate_tokens(
         self, module: Recommender, entities: dict[str, EntityFeatures], target: Signals
@@ -287,12 +222,3 @@ class _Parts:
             CTRInputs(user, events, x[:, :1], every), len(layout.positions_of("user"))
         )
         return {_USER: inputs.user, _HISTORY: mean_pool_events(inputs, valid)}
-
-
-def weight_shapes(model: ModelSpec) -> Weights:
-    """Shapes and dtypes of `served_weights` of a model of `serving_model`."""
-    tables = {
-        name: jax.ShapeDtypeStruct((stack.rows, stack.width), jnp.float32)
-        for name, stack in model.embedder.stacks.items()
-    }
-    return {"params": model.param_shapes(), "tables": tables}

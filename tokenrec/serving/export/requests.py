@@ -25,7 +25,7 @@ from tokenrec.data.sample_positions import Positions, locate
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.data.windows import Windows
-from tokenrec.evaluation.evaluate import jit_eval_step
+from tokenrec.evaluation.evaluate import jit_eval_step, make_retrieval_step
 from tokenrec.sharding import to_devices, to_host
 from tokenrec.task_plan import evaluated_tasks
 
@@ -90,6 +90,50 @@ def predicted_requests(
                 )
                 yield PredictedRequest(request, predictions[row, [place]])
                 left -= 1
+
+
+class PredictedItems(NamedTuple):
+    """A request for items, and its answer.
+
+    Attributes:
+      request: as a caller sends it, of JSON values.
+      items: n original ids, those of `tokenrec predict`, best first.
+      scores: `[n] float32`.
+    """
+
+    request: dict[str, Any]
+    items: list[Any]
+    scores: np.ndarray
+
+
+def predicted_items(
+    run: OpenedRun, split: str, mesh: Mesh, count: int
+) -> Iterator[PredictedItems]:
+    """Yield at most `count` requests of a split, spread evenly over it.
+
+    Args:
+      run: a retrieval run.
+      split: name of the split.
+      mesh: the mesh in use, which holds the weights.
+      count: number of requests.
+    """
+    step = make_retrieval_step(run.model, run.dataset)
+    decoder = RequestDecoder(run.dataset, run.model.schema)
+    ids = run.dataset.catalogue.item_id
+    for part in _batches(run, split, count):
+        found = to_host(step(run.state, to_devices(part.batch, mesh)))
+        for row in np.flatnonzero(part.positions.present):
+            history = part.positions.rows[row][part.positions.valid[row]]
+            # The request has the user, the time and the context of its first goal.
+            goal = part.positions.reads[row, 0, :1]
+            request = decoder.request(part.log, history, goal)
+            del request["candidates"]
+            exists = found.items[row] >= 0
+            yield PredictedItems(
+                request,
+                ids[found.items[row][exists]].tolist(),
+                np.asarray(found.scores[row][exists]),
+            )
 
 
 class RequestDecoder:
@@ -187,6 +231,7 @@ def _batches(run: OpenedRun, split: str, count: int | None) -> Iterator[_Part]:
     most = total if count is None else min(count, total)
     wanted = np.arange(most) * total // most
     size = config.data.eval_batch_size
+    goals = config.data.objective == "retrieval"
     for number, (plan, end) in enumerate(zip(windows.plans, ends, strict=True)):
         begin = end - plan.requests
         requests = wanted[(wanted >= begin) & (wanted < end)] - begin
@@ -205,7 +250,7 @@ def _batches(run: OpenedRun, split: str, count: int | None) -> Iterator[_Part]:
                 part = members[start : start + size]
                 batch[: len(part)] = part
                 positions = locate(
-                    window.samples, batch, length, config.data.candidates, goals=False
+                    window.samples, batch, length, config.data.candidates, goals=goals
                 )
                 yield _Part(windows.gather(number, batch, length).batch, positions, log)
 

@@ -1,4 +1,4 @@
-"""Export a run as an artifact: a folder that scores requests without this code's trainer.
+"""Export a run as an artifact: a folder that answers requests without the trainer.
 
 The folder is written beside its place under another name, checks itself against
 `tokenrec predict`, and is renamed when it is whole. docs/guides/serving.md describes it.
@@ -9,34 +9,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from tokenrec.checkpoint.run_folder import OpenedRun, load_run_config, open_run
 from tokenrec.config import Config
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
-from tokenrec.serving.artifact import (
-    GOLDEN_FILE,
-    MANIFEST_FILE,
-    digest_manifest,
-    file_entry,
-)
+from tokenrec.serving.artifact import MANIFEST_FILE, digest_manifest, file_entry
+from tokenrec.serving.export.checks import Predicted, check_answers, write_golden
 from tokenrec.serving.export.files import write_files
-from tokenrec.serving.export.requests import PredictedRequest, predicted_requests
+from tokenrec.serving.export.requests import predicted_items, predicted_requests
 from tokenrec.serving.program_files import check_flatbuffers
-from tokenrec.serving.request import Limits, parse_request
-from tokenrec.serving.scorer import open_artifact
 from tokenrec.sharding import make_mesh
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-# Requests that are compared with `tokenrec predict`, and those that the artifact keeps.
+# Requests that are compared with `tokenrec predict`.
 CHECKED_REQUESTS = 256
-GOLDEN_REQUESTS = 64
 # Largest difference of a score from `predict`, by the dtype of the computation. Of a
 # number that is larger than 1, relative.
 _TOLERANCES = {"float32": 1e-6, "bfloat16": 2e-2}
@@ -50,6 +42,7 @@ def export_run(
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     data: Path | None = None,
     tolerance: float | None = None,
+    max_k: int | None = None,
 ) -> dict[str, Any]:
     """Export a run.
 
@@ -61,6 +54,7 @@ def export_run(
       data: folder of the data set, if it has moved.
       tolerance: largest difference of a score from `tokenrec predict`; None for that of
         the dtype, 1e-6 in float32.
+      max_k: retrieval: the longest answer; None for `files.default_max_k`.
 
     Returns:
       The manifest.
@@ -78,7 +72,7 @@ def export_run(
             )
     check_flatbuffers()
     config = load_run_config(workdir, data)
-    check_config(config)
+    check_config(config, max_k)
     mesh = make_mesh(config.mesh)
     partial = out.with_name(f".{out.name}.incomplete-{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,10 +82,17 @@ def export_run(
             run = open_run(workdir, checkpoint, data)
             check_schema(run.model.schema)
             split = _check_split(run)
-            predicted = list(predicted_requests(run, split, mesh, CHECKED_REQUESTS))
+            predict: Callable[..., Iterator[Predicted]] = (
+                predicted_items
+                if config.data.objective == "retrieval"
+                else predicted_requests
+            )
+            predicted = list(predict(run, split, mesh, CHECKED_REQUESTS))
         if tolerance is None:
             tolerance = _TOLERANCES[config.model.dtype]
-        manifest = write_artifact(run, split, predicted, partial, platforms, tolerance)
+        manifest = write_artifact(
+            run, split, predicted, partial, platforms, tolerance, max_k
+        )
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -101,46 +102,67 @@ def export_run(
 def write_artifact(
     run: OpenedRun,
     split: str,
-    predicted: Sequence[PredictedRequest],
+    predicted: Sequence[Predicted],
     folder: Path,
     platforms: Sequence[str],
     tolerance: float,
+    max_k: int | None = None,
 ) -> dict[str, Any]:
     """Write an artifact into a folder, and check its scores; call it without a mesh.
 
     Args:
-      run: a ranking run.
+      run: the run.
       split: split of the requests.
-      predicted: requests to compare, and their predictions.
+      predicted: requests to compare, and what `predict` answers.
       folder: an empty folder.
       platforms: as in `export_run`.
       tolerance: as in `export_run`.
+      max_k: as in `export_run`.
 
     Returns:
       The manifest.
 
     Raises:
-      InputError: a score differs from its prediction.
+      InputError: an answer differs from its prediction, or `max_k` is too large.
     """
-    manifest = write_files(run, folder, platforms, tolerance)
+    items = run.dataset.known_items
+    if max_k is not None and max_k > items:
+        raise InputError(
+            f"--max-k {max_k} is more than the {items} items of the catalogue; lower it"
+        )
+    manifest = write_files(run, folder, platforms, tolerance, max_k)
     manifest["checked"] = {"split": split, "requests": len(predicted)}
     _write_manifest(folder, manifest)
-    _check_scores(folder, predicted, tolerance)
-    _write_golden(folder, predicted)
+    manifest["checked"] |= check_answers(folder, predicted, tolerance)
+    write_golden(folder, predicted, manifest.get("max_k"))
     _write_manifest(folder, manifest)
     return manifest
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, max_k: int | None = None) -> None:
     """Check that the model of a config can be exported.
+
+    Args:
+      config: config of the run.
+      max_k: the longest answer that was asked for.
 
     Raises:
       InputError: it cannot; names the field.
     """
-    if config.data.objective != "ranking":
+    data, head = config.data, config.head
+    if data.objective == "retrieval":
+        beams = head.beams if head.retrieval == "semantic_id" else None
+        if max_k is not None and (max_k < 1 or (beams and max_k > beams)):
+            most = "the items of the catalogue" if beams is None else f"{beams} beams"
+            raise InputError(
+                f"--max-k {max_k} must be at least 1 and at most {most}"
+                f"{' (head.beams)' if beams else ''}; change it"
+            )
+        return
+    if max_k is not None:
         raise InputError(
-            f"data.objective='{config.data.objective}': `tokenrec export` serves models "
-            "of 'ranking' so far; use `tokenrec predict` for this run"
+            f"--max-k {max_k} is the longest answer of a retrieval run, and the run has "
+            f"data.objective='{data.objective}'; leave it out"
         )
     if config.data.paradigm == "uc" and config.data.events < 2:
         raise InputError(
@@ -184,46 +206,3 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     manifest["digest"] = digest_manifest(manifest)
     text = json.dumps(manifest, indent=1, allow_nan=False) + "\n"
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
-
-
-def _check_scores(
-    folder: Path, predicted: Sequence[PredictedRequest], tolerance: float
-) -> None:
-    """Check the scores of an artifact against those of `predict`.
-
-    Raises:
-      InputError: one differs by more than the tolerance.
-    """
-    scorer = open_artifact(folder, check=False)
-    limits = _no_limits()
-    requests = [
-        scorer.encode(parse_request(json.loads(json.dumps(request)), limits))
-        for request, _ in predicted
-    ]
-    scores = scorer.score(requests)
-    for number, (found, (_, wanted)) in enumerate(zip(scores, predicted, strict=True)):
-        difference = np.abs(found - wanted) / np.maximum(np.abs(wanted), 1)
-        # Written so that NaN fails.
-        if not (difference <= tolerance).all():
-            raise InputError(
-                f"--tolerance {tolerance:g}: request {number} of {len(predicted)} has a "
-                f"score that differs by {np.nanmax(difference):.3g} from that of "
-                "`tokenrec predict`; raise the tolerance if that is rounding, and "
-                "otherwise report it"
-            )
-
-
-def _no_limits() -> Limits:
-    most = 1 << 31
-    return Limits(most, most, most, most, most)
-
-
-def _write_golden(folder: Path, predicted: Sequence[PredictedRequest]) -> None:
-    """Keep some of the requests with the scores of `predict`, evenly spread."""
-    count = min(GOLDEN_REQUESTS, len(predicted))
-    chosen = [predicted[i * len(predicted) // count] for i in range(count)]
-    lines = [
-        json.dumps({"request": request, "scores": scores.tolist()}, allow_nan=False)
-        for request, scores in chosen
-    ]
-    (folder / GOLDEN_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -89,6 +89,7 @@ class LiveState:
             saved.histories, saved.schema.computed, saved.events
         )
         self._window = EventWindow(saved.items)
+        self._any_item = saved.items[:1].tolist()[0] if len(saved.items) else None
         self.computed = self._features.computed
         # The watermark that histories and totals stand at: they follow now and then.
         self._folded = saved.watermark_ms
@@ -200,7 +201,8 @@ class LiveState:
 
         Args:
           request: a request without a history, with `user.user_id`, and with the
-            features that statistics count by, in its context and its candidates.
+            features that statistics count by, in its context and its candidates. One
+            for items has no candidates.
 
         Returns:
           The request with columns as `prepare` would have computed them at its time.
@@ -209,7 +211,9 @@ class LiveState:
           BadRequest: the request has a history or a computed column already, lacks a
             column, or is not later than `watermark_ms`.
         """
-        rows = candidate_rows(request, self._schema, self._features.needed)
+        rows = candidate_rows(
+            request, self._schema, self._features.needed, self._any_item
+        )
         user = rows[0][USER]
         with self._lock:
             self._check_alive()
