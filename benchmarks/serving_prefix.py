@@ -124,6 +124,7 @@ def measure(
     least = {name: 1e3 * statistics.median(times) for name, times in spent.items()}
     row: dict[str, Any] = {
         "T": scorer.artifact.manifest["events"],
+        "trained steps": scorer.artifact.manifest["step"],
         "candidates": candidates,
         "programs, hit, ms": least["hit"],
         "programs, miss, ms": least["miss"],
