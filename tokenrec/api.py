@@ -209,7 +209,7 @@ def load(
 
     Returns:
       A `LoadedRun`; of an artifact a `tokenrec.serving.loaded.LoadedArtifact`, whose
-      `score(requests)` needs no data set.
+      `score(requests)` and `retrieve(requests)` need no data set.
 
     Raises:
       InputError: there is no such run or checkpoint, the data set does not fit it, or

@@ -22,7 +22,7 @@ from tokenrec.data.pipeline import task_names
 from tokenrec.data.schema import MISSING, UNKNOWN, columns
 from tokenrec.errors import InputError
 from tokenrec.serving.export.requests import PredictedRequest, predicted_requests
-from tokenrec.serving.export.run import check_config, export_run, write_artifact
+from tokenrec.serving.export.run import export_run, write_artifact
 from tokenrec.serving.request import BadRequest, Limits, parse_request
 from tokenrec.serving.scorer import open_artifact
 from tokenrec.state import build_model, init_state
@@ -276,18 +276,12 @@ def test_a_run_on_streams_scores_as_predict(exported_run, tmp_path):
 def test_an_accelerator_keeps_prefixes_on_the_device(scorer, golden, monkeypatch):
     encoded = [encode(scorer, request) for request, _ in golden[:3]]
     expected = scorer.score(encoded)
-    monkeypatch.setattr(scorer, "_on_host", False)
+    monkeypatch.setattr(scorer.programs, "on_host", False)
     prefixes = scorer.prefill(encoded)
     assert all(isinstance(array, jax.Array) for array in prefixes[0].arrays.values())
     got = scorer.extend(list(zip(prefixes, encoded, strict=True)))
     for one, other in zip(got, expected, strict=True):
         near(one, other)
-
-
-def test_retrieval_is_refused():
-    config = Config(data=DataConfig(objective="retrieval"))
-    with pytest.raises(InputError, match=r"data\.objective='retrieval'"):
-        check_config(config)
 
 
 def test_another_platform_is_named(artifact, monkeypatch):

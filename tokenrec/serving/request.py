@@ -191,7 +191,8 @@ def _columns(part: Any, name: str, limits: Limits, most: int) -> dict[str, Colum
     length: int | None = None
     for column, values in checked.items():
         # Most columns, the fast way.
-        if type(values) is list and len(values) == length and _is_plain(values, limits):
+        check = _PLAIN_CHECKS.get(type(values))
+        if check and len(values) == length and check(values, limits):
             continue
         where = f"{name}.{column}"
         is_array = isinstance(values, np.ndarray) and values.ndim == 1
@@ -235,6 +236,17 @@ def _is_plain(values: list[Any], limits: Limits) -> bool:
         is_small = least >= -_INT64 and most < _INT64
         return is_small and all(map(math.isfinite, numbers))
     return False
+
+
+def _is_plain_array(values: np.ndarray, limits: Limits) -> bool:
+    """Whether `_check_array` surely accepts a column."""
+    kind = values.dtype.kind
+    if values.ndim != 1 or kind not in "bif":
+        return False
+    return kind != "f" or not np.isinf(values).any()
+
+
+_PLAIN_CHECKS: dict[type, Any] = {list: _is_plain, np.ndarray: _is_plain_array}
 
 
 def _part(part: Any, name: str, limits: Limits) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from jax import export
 
 from tests.models.backbones.machine import noisy
 from tests.worlds import SCHEMA, TASKS, one_device, place, random_batch, tiny
-from tokenrec.serving.export.programs import (
-    has_prefix,
-    make_programs,
+from tokenrec.serving.export.programs import has_prefix, make_programs
+from tokenrec.serving.export.served_model import (
     served_weights,
     serving_model,
     weight_shapes,

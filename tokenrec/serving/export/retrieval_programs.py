@@ -64,7 +64,7 @@ def catalogue_weights(run: OpenedRun) -> Arrays:
     """Compute what the programs read of all items, as NumPy arrays.
 
     Args:
-      run: a retrieval run; call it under the run's mesh.
+      run: a retrieval run.
     """
     settings = run.model.config.head
     count = run.dataset.known_items
