@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", type=Path, required=True, help="an artifact")
     parser.add_argument("--slow", type=int, default=300, help="slow clients")
-    parser.add_argument("--megabytes", nargs="*", type=int, default=[64, 16, 4, 1, 0])
+    parser.add_argument("--megabytes", nargs="*", type=int, default=[16, 4, 0])
     parser.add_argument("--only", help="part of the name of the cases to run")
     parser.add_argument("--out", type=Path, help="path stem of the result")
     args = parser.parse_args(argv)
