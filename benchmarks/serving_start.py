@@ -113,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for variant, starts in found.items():
         for place, what in enumerate(("processor, s", "wall, s")):
             times = [[stage[place] for stage in one["seconds"]] for one in starts]
-            row = {"shapes are": variant, "": what, "shapes": starts[0]["shapes"]}
+            count = starts[0]["shapes"]
+            row = {"a shape is": variant, "": what, "number of shapes": count}
             medians = map(statistics.median, zip(*times, strict=True))
             row |= dict(zip(STAGES, medians, strict=True))
             rows.append(row | {"in all": statistics.median(map(sum, times))})
