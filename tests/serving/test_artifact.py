@@ -88,7 +88,7 @@ def test_the_folder_itself_may_be_a_link(artifact, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"format_version": 2}, "format version 2, and this version reads 1"),
+        ({"format_version": 3}, "format version 3, and this version reads 1 and 2"),
         ({"format": "zip"}, "is not that of an artifact"),
         ({"events": "6"}, "'events' must be a whole number"),
         ({"schema": {"features": 3}}, "'features' is 3"),
