@@ -216,9 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="path stem of the result")
     args = parser.parse_args(argv)
     from tokenrec.serving.request import Limits, parse_request
-    from tokenrec.serving.scorer import open_artifact
+    from tokenrec.serving.scorer import open_scorer
 
-    scorer = open_artifact(args.model)
+    scorer = open_scorer(args.model)
 
     def expected(value: Any) -> np.ndarray:
         encoded = scorer.encode(parse_request(value, Limits()))

@@ -18,7 +18,7 @@ import fastapi
 import uvicorn
 
 from tokenrec.serving.request import Limits, parse_request
-from tokenrec.serving.scorer import open_artifact
+from tokenrec.serving.scorer import open_scorer
 from tokenrec.serving.server.load_model import candidate_sizes
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-candidates", type=int, default=100)
     args = parser.parse_args()
-    scorer = open_artifact(args.model)
+    scorer = open_scorer(args.model)
     scorer.warm((1,), candidate_sizes(args.max_candidates))
     one_at_a_time = threading.Lock()
     app = fastapi.FastAPI()

@@ -4,6 +4,9 @@
 
 Two copies of an artifact take turns behind a link. Clients send its golden requests all
 the time, and compare each score with that of `tokenrec predict`.
+
+Then the server is killed with SIGKILL, at a random moment after the link has moved, and
+another one is started: it must come up with the model of the link and its scores.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,31 +63,58 @@ class Clients:
             thread.join()
 
     def _run(self, place: int) -> None:
-        with contextlib.closing(_connect(self._port)) as connection:
+        with contextlib.closing(connect(self._port)) as connection:
             while not self._stop.is_set():
                 row = self._golden[place % len(self._golden)]
                 place += 1
                 try:
-                    status, answer = _ask(connection, "/v1/score", row["request"])
+                    status, answer = ask(connection, "/v1/score", row["request"])
                 except (OSError, http.client.HTTPException) as error:
                     self.failures.append(f"{type(error).__name__}: {error}")
                     return
-                if status != 200:
-                    self.failures.append(f"{status}: {answer}")
-                    continue
-                found = np.stack(list(answer["scores"].values()), 1)
-                if not np.max(np.abs(found - row["scores"])) <= TOLERANCE:
-                    self.failures.append("a wrong score")
-                self.answers += 1
+                failure = _failure(row, status, answer)
+                if failure:
+                    self.failures.append(failure)
+                else:
+                    self.answers += 1
 
 
-def _connect(port: int) -> http.client.HTTPConnection:
+class AfterKills:
+    """Answers of servers that were started before and after a kill."""
+
+    def __init__(self) -> None:
+        self.answers, self.failures = 0, list[str]()
+
+    def check(self, port: int, golden: Sequence[dict[str, Any]]) -> None:
+        """Ask each golden request once."""
+        with contextlib.closing(connect(port)) as connection:
+            for row in golden:
+                status, answer = ask(connection, "/v1/score", row["request"])
+                failure = _failure(row, status, answer)
+                if failure:
+                    self.failures.append(failure)
+                else:
+                    self.answers += 1
+
+
+def _failure(row: dict[str, Any], status: int, answer: Any) -> str:
+    """What is wrong with an answer; "" if nothing is."""
+    if status != 200:
+        return f"{status}: {answer}"
+    found = np.stack(list(answer["scores"].values()), 1)
+    right = np.max(np.abs(found - row["scores"])) <= TOLERANCE
+    return "" if right else "a wrong score"
+
+
+def connect(port: int) -> http.client.HTTPConnection:
+    """Connect to a server on loopback."""
     return http.client.HTTPConnection("127.0.0.1", port, timeout=120)
 
 
-def _ask(
+def ask(
     connection: http.client.HTTPConnection, path: str, body: Any = None
 ) -> tuple[int, Any]:
+    """Send a request, with or without a body; return status and answer."""
     if body is None:
         connection.request("GET", path)
     else:
@@ -94,12 +124,52 @@ def _ask(
     return answer.status, json.loads(answer.read())
 
 
-def copy_artifact(model: Path, folder: Path, indent: int) -> Path:
+def kill_during_swaps(
+    link: Path,
+    copies: Sequence[Path],
+    golden: Sequence[dict[str, Any]],
+    flags: Sequence[str],
+    kills: int,
+    swap_seconds: float,
+) -> AfterKills:
+    """Kill servers at random moments of a swap, and ask those that come after them."""
+    after, draw = AfterKills(), np.random.default_rng(0)
+    for number in range(kills):
+        with served(link, *flags) as server:
+            after.check(server.port, golden)
+            point(link, copies[number % 2])
+            # The watcher looks at the link within a second.
+            time.sleep(draw.uniform(0.0, 1.0 + swap_seconds))
+            server.process.kill()
+        with (
+            served(link, *flags) as server,
+            contextlib.closing(connect(server.port)) as connection,
+        ):
+            name = ask(connection, "/v1/models")[1]["models"][0]["name"]
+            if name != copies[number % 2].name:
+                after.failures.append(f"{name} serves after kill {number}")
+            after.check(server.port, golden)
+    return after
+
+
+def copy_artifact(
+    model: Path, folder: Path, indent: int, copy: Callable[..., Any] = shutil.copy2
+) -> Path:
     """Copy an artifact; another indent makes its manifest another one."""
-    shutil.copytree(model, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=indent))
+    shutil.copytree(model, folder, copy_function=copy)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    # It may be a link to the one that was copied.
+    path.unlink()
+    path.write_text(json.dumps(manifest, indent=indent))
     return folder
+
+
+def point(link: Path, folder: Path) -> None:
+    """Let a link lead to another folder, in one step."""
+    following = link.with_name(f"{link.name}.next")
+    following.symlink_to(folder)
+    os.replace(following, link)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--swaps", type=int, default=100)
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--out", type=Path, help="path stem of the result")
+    parser.add_argument("--kills", type=int, default=5, help="during a swap")
     args = parser.parse_args(argv)
     golden = golden_rows(args.model)
     with tempfile.TemporaryDirectory() as temporary:
@@ -121,13 +192,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         with served(link, *flags) as server:
             clients = Clients(server.port, golden, args.clients)
             memory, begin, loads = [server.resident_bytes()], time.perf_counter(), 0
-            with contextlib.closing(_connect(server.port)) as connection:
+            with contextlib.closing(connect(server.port)) as connection:
                 for swap in range(1, args.swaps + 1):
-                    (folder / "next").symlink_to(copies[swap % 2])
-                    os.replace(folder / "next", link)
+                    point(link, copies[swap % 2])
                     name = copies[swap % 2].name
                     while True:
-                        _, listed = _ask(connection, "/v1/models")
+                        _, listed = ask(connection, "/v1/models")
                         if listed["last_load"]["name"] == name:
                             break
                         time.sleep(0.05)
@@ -136,6 +206,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds = time.perf_counter() - begin
             clients.stop()
             code = server.stop()
+        after = kill_during_swaps(
+            link, copies, golden, flags, args.kills, seconds / args.swaps
+        )
     half = len(memory) // 2
     row = {
         "swaps": loads,
@@ -146,12 +219,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "MB, first half": max(memory[:half]) / 1e6,
         "MB, second half": max(memory[half:]) / 1e6,
         "exit code": code,
+        "kills": args.kills,
+        "right answers after them": after.answers,
+        "failures after them": len(after.failures),
     }
-    print(json.dumps(row), *clients.failures[:5], sep="\n")
+    failures = clients.failures + after.failures
+    print(json.dumps(row), *failures[:5], sep="\n")
     if args.out is not None:
         command = (
             f"python -m benchmarks.serving_swaps --model DIR --swaps {args.swaps} "
-            f"--clients {args.clients} --out {args.out}"
+            f"--clients {args.clients} --kills {args.kills} --out {args.out}"
         )
         write_result(
             args.out,
@@ -161,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             title="A model replaced under load",
             packages=PACKAGES,
         )
-    if clients.failures or loads < args.swaps or code:
+    if failures or loads < args.swaps or code:
         sys.exit(1)
 
 

@@ -7,7 +7,8 @@
 A request is the JSON of docs/guides/serving.md, as `tokenrec serve` takes it, and the
 scores are the same: both encode, check and compute with `tokenrec.serving`. What Ray Serve
 brings is replicas, scaling and routing. What `tokenrec serve` has and this file does not:
-the cache of prefixes, live histories, swapping models in place, and limits on clients.
+the cache of prefixes, live histories, swapping models in place, limits on clients, and
+retrieval artifacts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ray.serve import Application
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse
 
+from tokenrec.errors import InputError
 from tokenrec.serving.request import BadRequest, Limits, parse_request
 from tokenrec.serving.server.batch_plan import BatchLimits
 from tokenrec.serving.server.load_model import ModelLoader
@@ -40,10 +42,18 @@ class Ranker:
       load: opens, warms and checks an artifact. Ray sends no requests to a replica in
         which it raises.
       model: folder of the artifact, on every node.
+
+    Raises:
+      InputError: the artifact is of a retrieval run, or `load` refuses it.
     """
 
     def __init__(self, load: Callable[[Path], ServedModel], model: str) -> None:
         self._scorer = load(Path(model)).scorer
+        if self._scorer.objective != "ranking":
+            raise InputError(
+                f"model='{model}' is of a {self._scorer.objective} run, which scores no "
+                "candidates; serve it with `tokenrec serve`"
+            )
         # A scorer takes calls from one thread. The event loop collects the next batch
         # meanwhile.
         self._device = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")

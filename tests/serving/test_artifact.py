@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
+from benchmarks.serving_damage import open_each
 from tokenrec.errors import InputError
 from tokenrec.serving.artifact import (
     MANIFEST_FILE,
@@ -39,19 +41,24 @@ def test_a_whole_artifact_opens(artifact):
     assert on_disk == {*opened.manifest["files"], MANIFEST_FILE}
 
 
-def test_a_flipped_byte_in_any_file_is_found(copy):
-    for name in (*read_artifact(copy).manifest["files"], MANIFEST_FILE):
-        path = copy / name
-        data = bytearray(path.read_bytes())
-        if not data:
-            continue
-        data[len(data) // 2] ^= 1
-        whole = path.read_bytes()
-        path.write_bytes(data)
-        with pytest.raises(InputError, match="artifact"):
-            read_artifact(copy)
-        path.write_bytes(whole)
+def test_a_file_that_is_flipped_truncated_or_missing_is_named(copy):
+    files = len(read_artifact(copy).manifest["files"])
+    rows = list(open_each(copy, np.random.default_rng(0)))
+    assert [row["damage"] for row in rows] == ["flipped", "truncated", "missing"]
+    for row in rows:
+        # Less the files that are empty; and the manifest.
+        assert files - 3 < row["files"] <= files + 1
+        assert row["ends"] == f"{row['files']} refused, named"
     read_artifact(copy)
+
+
+def test_sizes_are_checked_before_any_digest(copy):
+    names = sorted(read_artifact(copy).manifest["files"])
+    (copy / names[-1]).unlink()
+    data = (copy / names[0]).read_bytes()
+    (copy / names[0]).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    with pytest.raises(InputError, match="is missing"):
+        read_artifact(copy)
 
 
 def test_a_missing_or_longer_file_is_named(copy):

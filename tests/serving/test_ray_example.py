@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.serving.server.arithmetic_retriever import ArithmeticRetriever
 from tests.serving.server.arithmetic_scorer import ArithmeticScorer
 from tests.serving.server.request_bodies import body_of, request_of
+from tokenrec.errors import InputError
 from tokenrec.serving.request import BadRequest
 
 EXAMPLE = Path(__file__).parents[2] / "launch" / "serving" / "ray_serve.py"
@@ -107,6 +109,12 @@ def test_a_request_that_cannot_be_scored_is_the_caller_s_error(ranker: Any) -> N
     }
     with pytest.raises(BadRequest, match="'user' is missing"):
         asyncio.run(ranker.score({"time_ms": 1}))
+
+
+def test_a_retrieval_artifact_is_refused(example: dict[str, Any]) -> None:
+    finder = SimpleNamespace(scorer=ArithmeticRetriever())
+    with pytest.raises(InputError, match="is of a retrieval run, which scores no"):
+        example["Ranker"](lambda path: finder, "items")
 
 
 def test_the_application_loads_as_the_server_does(example: dict[str, Any]) -> None:

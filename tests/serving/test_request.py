@@ -5,7 +5,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tokenrec.serving.request import BadRequest, Limits, Request, parse_request
+from tokenrec.serving.request import (
+    BadRequest,
+    Limits,
+    Request,
+    check_value,
+    parse_request,
+)
 
 
 def _request(**fields):
@@ -71,7 +77,7 @@ def test_a_user_may_have_no_past():
         ),
         (
             {"history": {"time_ms": np.array([1.5]), "item_id": [1]}},
-            r"history.time_ms\[0\]: np.float64\(1.5\) is not an int64",
+            r"history.time_ms\[0\]: 1.5 is not an int64",
         ),
         (
             {"candidates": {"item_id": [1], "x": np.array([np.inf])}},
@@ -114,6 +120,47 @@ def test_a_limit_is_kept(limit, message):
     request = _request(history={"time_ms": [1, 2, 2], "item_id": [4, 5, 6]}, user=user)
     with pytest.raises(BadRequest, match=message):
         parse_request(request, Limits(**limit))
+
+
+_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([(1 << 63) - 1, 1 << 63, -(1 << 63), -(1 << 63) - 1, 10**400]),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.integers(0, 3), max_size=2),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.lists(_VALUES, min_size=1, max_size=5),
+        st.lists(st.none() | st.floats(), min_size=1, max_size=5),
+        st.lists(st.text(max_size=8) | st.none(), min_size=1, max_size=5),
+    )
+)
+def test_a_column_is_sound_if_each_of_its_values_is(values):
+    limits = Limits(text=5)
+
+    def accepts(check):
+        try:
+            check()
+        except BadRequest:
+            return False
+        return True
+
+    candidates = {"item_id": [0] * len(values), "x": values}
+    assert accepts(
+        lambda: parse_request(_request(candidates=candidates), limits)
+    ) == all(accepts(lambda v=v: check_value(v, "x", limits, 0)) for v in values)
+
+
+def test_an_array_of_more_than_64_bits_is_refused():
+    ids = np.array([1, 1 << 63], np.uint64)
+    with pytest.raises(BadRequest, match="9223372036854775808 exceeds 64 bits"):
+        parse_request(_request(candidates={"item_id": ids}), Limits())
 
 
 _json = st.recursive(

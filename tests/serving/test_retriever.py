@@ -1,5 +1,6 @@
 """Items of an artifact: those of `predict`; filters against a full ranking."""
 
+import asyncio
 import copy
 import json
 import subprocess
@@ -349,3 +350,36 @@ def test_retrieval_needs_no_package_of_training(exported):
 
 def test_an_artifact_opens_by_its_objective(exported):
     assert open_artifact(exported["semantic_id"][0]).objective == "retrieval"
+
+
+def test_the_server_answers_as_predict_and_compiles_nothing_then(served):
+    pytest.importorskip("orjson", reason="needs the extra serving")
+    from tests.serving.server.asgi import call
+    from tokenrec.serving.server.app import App
+    from tokenrec.serving.server.batch_plan import BatchLimits
+    from tokenrec.serving.server.batcher import Batcher
+    from tokenrec.serving.server.limits import AppLimits
+    from tokenrec.serving.server.load_model import ModelLoader
+    from tokenrec.serving.server.metrics import ServerMetrics
+    from tokenrec.serving.server.model_slot import ModelSlot
+    from tokenrec.serving.server.prefix_store import PrefixStore
+
+    folder, retriever, predicted = served
+    batch, metrics, store = BatchLimits(batch=1), ServerMetrics(), PrefixStore(1 << 20)
+    slot = ModelSlot(folder, ModelLoader(batch, Limits()), store, metrics)
+    batcher = Batcher(store, metrics, batch)
+    app = App(slot, batcher, metrics, AppLimits())
+    batcher.start()
+    for wanted in predicted:
+        for extra in ({}, {"exclude": wanted.items[:1], "k": 3}):
+            body = wanted.request | extra
+            found = asyncio.run(call(app, "/v1/retrieve", body)).json
+            (expected,) = answer(retriever, body)
+            assert found["items"] == expected.items
+            np.testing.assert_allclose(found["scores"], expected.scores, atol=1e-5)
+        assert found["cache"] == "hit"
+    (listed,) = asyncio.run(call(app, "/v1/models")).json["models"]
+    assert (listed["head"], listed["max_k"]) == (retriever.head, retriever.max_k)
+    assert slot.model.compiles_since_ready() == 0
+    batcher.close()
+    app.close()

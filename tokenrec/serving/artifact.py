@@ -145,8 +145,9 @@ class Artifact:
         Raises:
           InputError: a file is missing, damaged or was changed.
         """
-        for name, entry in self.manifest["files"].items():
-            path = self.path / name
+        files = {self.path / n: e for n, e in self.manifest["files"].items()}
+        # All sizes first: they cost nothing, and digests read every byte.
+        for path, entry in files.items():
             if not path.is_file():
                 raise InputError(f"artifact: '{path}' is missing; {_REMEDY}")
             if path.stat().st_size != entry["bytes"]:
@@ -154,6 +155,7 @@ class Artifact:
                     f"artifact: '{path}' has {path.stat().st_size} bytes, not "
                     f"{entry['bytes']} as in {MANIFEST_FILE}; {_REMEDY}"
                 )
+        for path, entry in files.items():
             digest = functools.partial(digest_file, path)
             found = read_with_retries(digest, path, "artifact:", _REMEDY)
             if found != entry["sha256"]:

@@ -34,6 +34,7 @@ class FeatureGroup:
     ) -> None:
         self.features = tuple(features)
         self.place = columns(features)
+        self._widths = self.place.ids_width, self.place.dense_width
         self._tables = tables
         # Feature of each column; of a feature with a vocabulary also apart.
         self._id_names = _column_names(self.place.ids)
@@ -45,8 +46,11 @@ class FeatureGroup:
 
     def blank(self, *lead: int) -> tuple[np.ndarray, np.ndarray]:
         """Matrices of missing values, `[..., I]` and `[..., D]`."""
-        ids = np.zeros((*lead, self.place.ids_width), np.int32)
-        return ids, np.full((*lead, self.place.dense_width), np.nan, np.float32)
+        ids_width, dense_width = self._widths
+        ids = np.zeros((*lead, ids_width), np.int32)
+        dense = np.empty((*lead, dense_width), np.float32)
+        dense.fill(np.nan)
+        return ids, dense
 
     def encode(
         self,
@@ -160,15 +164,13 @@ def _numbers(
     lists: Sequence[Column], part: str, names: Sequence[tuple[int, str]]
 ) -> np.ndarray:
     """Convert F columns of numbers to `[F, n] float32`, NaN where null."""
-    plain = [
-        values.tolist() if isinstance(values, np.ndarray) else values
-        for values in lists
-    ]
-    for values, (_, name) in zip(plain, names, strict=True):
+    for values, (_, name) in zip(lists, names, strict=True):
         # NumPy would parse a text.
+        if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
+            continue
         if not set(map(type, values)) <= _NUMBERS:
             _refuse_others(values, f"{part}.{name}")
-    exact = np.array(plain, np.float64)
+    exact = np.array(lists, np.float64)
     with np.errstate(over="ignore"):
         numbers = exact.astype(np.float32)
     if np.isinf(numbers).any():
@@ -180,7 +182,7 @@ def _numbers(
     return numbers
 
 
-def _refuse_others(values: Sequence[Any], where: str) -> None:
+def _refuse_others(values: Column, where: str) -> None:
     """Raise BadRequest for a value that is no number."""
     for i, value in enumerate(values):
         if value is not None and not isinstance(value, (int, float, np.number)):

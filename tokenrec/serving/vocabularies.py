@@ -6,6 +6,7 @@ numbers are given. Values are as in `prepare`: integers (bools are 0 and 1) or t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,8 +63,8 @@ class ValueNumbers:
         if not set(map(type, plain)) <= _TYPES[self.type]:
             plain = self._plain(plain, where)
         if self._by_value is not None:
-            get, unknown = self._by_value.get, self._unknown
-            return np.array([get(value, unknown) for value in plain], np.int64)
+            found = map(self._by_value.get, plain, itertools.repeat(self._unknown))
+            return np.fromiter(found, np.int64, len(plain))
         null = np.array([value is None for value in plain], bool)
         integers = np.array([value or 0 for value in plain], np.int64)
         slot = np.searchsorted(self._sorted, integers)

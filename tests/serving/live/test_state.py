@@ -252,6 +252,21 @@ def test_a_user_without_a_past(given: Replay) -> None:
     assert np.asarray(counts).tolist() == [0, 0]
 
 
+def test_a_request_for_items_has_the_past_and_context_of_one_with_candidates(
+    given: Replay,
+) -> None:
+    state = open_state(given)
+    state.add_events(event("a", END + MINUTE))
+    scored = state.complete(request(END + 2 * MINUTE))
+    found = state.complete(request(END + 2 * MINUTE, candidates={}))
+    assert found.candidates == {}
+    assert found.context == scored.context
+    assert found.context["past_gap"] is not None
+    assert list(found.history) == list(scored.history)
+    for name, values in scored.history.items():
+        np.testing.assert_array_equal(found.history[name], values)
+
+
 def test_excluded_features_are_used_and_left_out(given: Replay, tmp_path: Path) -> None:
     excluded = ("tab", "count_item_id", "price")
     write_live_state(

@@ -106,6 +106,7 @@ class ArithmeticScorer:
         if not isinstance(user, int | float) or isinstance(user, bool):
             raise BadRequest(f"user.age: {user!r} is no number; send a number")
         items = request.candidates["item_id"]
+        items = items.tolist() if isinstance(items, np.ndarray) else items
         if not all(type(item) is int for item in items):
             raise BadRequest("candidates.item_id: holds what is no integer; send ids")
         known = [0 <= item < 1_000 for item in items]

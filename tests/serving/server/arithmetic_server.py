@@ -22,8 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.serving.server.arithmetic_retriever import ArithmeticRetriever
 from tests.serving.server.arithmetic_scorer import ArithmeticScorer, Encoded
-from tokenrec.errors import InputError
+from tests.serving.server.test_model_slot import read_artifact
 from tokenrec.serving.request import Limits
 from tokenrec.serving.server.model_slot import ServedModel, ready
 
@@ -50,9 +51,9 @@ def wait_while(path: Path) -> None:
 
 def load(folder: Path) -> ServedModel:
     wait_while(folder / "loading")
-    weight = float((folder / "manifest.json").read_text())
-    if weight < 0:
-        raise InputError(f"weight: {weight} is negative; export it again")
+    objective, weight = read_artifact(folder)
+    if objective == "retrieval":
+        return ready(ArithmeticRetriever(weight), folder)
     return ready(BusyScorer(weight, folder=folder), folder)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tokenrec.serving.request import Limits, Request, parse_request
+from tokenrec.serving.retrieval_request import RetrievalRequest, parse_retrieval
 
 
 def body_of(
@@ -28,3 +29,24 @@ def body_of(
 def request_of(seed: int, candidates: int | None = None, events: int = 4) -> Request:
     """The same, parsed."""
     return parse_request(body_of(seed, candidates, events), Limits())
+
+
+def retrieval_body_of(seed: int, events: int = 4) -> dict[str, Any]:
+    """A request for items; another seed asks for others, and leaves others out."""
+    random = np.random.default_rng(seed)
+    body = body_of(seed, 1, events)
+    del body["candidates"]
+    if events:
+        body["history"]["item_id"] = random.integers(500, 560, events).tolist()
+    body["k"] = int(random.integers(1, 20))
+    if seed % 2:
+        body["drop_seen"] = bool(seed % 4 == 1)
+        body["exclude"] = random.integers(490, 560, seed % 30).tolist()
+    if seed % 3 == 1:
+        body["filter"] = {"parity": [seed % 2]}
+    return body
+
+
+def retrieval_of(seed: int, events: int = 4) -> RetrievalRequest:
+    """The same, parsed."""
+    return parse_retrieval(retrieval_body_of(seed, events), Limits())

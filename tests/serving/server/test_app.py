@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.serving.server.arithmetic_scorer import (
 )
 from tests.serving.server.asgi import Answer, call
 from tests.serving.server.request_bodies import body_of, request_of
+from tests.serving.server.test_arrow_body import stream_of
 from tests.serving.server.test_model_slot import load, point, write_artifact
 from tokenrec.serving.request import BadRequest, Limits, Request
 from tokenrec.serving.server.batch_plan import BatchLimits
@@ -37,6 +39,7 @@ from tokenrec.serving.server.prefix_store import PrefixStore
 
 pytest.importorskip("orjson", reason="needs the extra serving")
 
+from tokenrec.serving.server import score_request
 from tokenrec.serving.server.app import App
 from tokenrec.serving.server.limits import AppLimits
 
@@ -100,6 +103,27 @@ def test_scores_survive_json_bit_for_bit(server: Served) -> None:
         np.testing.assert_array_equal(scores_of(answer), expected)
         assert answer.json["model"] == server.scorer.digest
         assert answer.headers["content-type"] == "application/json"
+
+
+def test_a_request_in_arrow_has_the_answer_of_json(server: Served) -> None:
+    kind = {"content-type": "application/vnd.apache.arrow.stream"}
+    for seed in range(5):
+        parts = [stream_of(body_of(seed))]
+        answer = ask(server, "/v1/score", parts=parts, headers=kind)
+        expected = server.scorer.expected(request_of(seed))
+        np.testing.assert_array_equal(scores_of(answer), expected)
+        assert answer.headers["content-type"] == "application/json"
+    wrong = ask(server, "/v1/score", parts=[parts[0][:-600]], headers=kind)
+    assert (wrong.status, wrong.error[0]) == (400, "bad_arrow")
+    packed = [stream_of(body_of(1), compression="zstd")]
+    refused = ask(server, "/v1/score", parts=packed, headers=kind)
+    assert (refused.status, refused.error[0]) == (415, "wrong_type")
+    missing = [stream_of(body_of(1) | {"time_ms": "now"})]
+    said = ask(server, "/v1/score", parts=missing, headers=kind)
+    assert (said.status, said.error[0]) == (400, "bad_request")
+    assert "time_ms: 'now' is not an int64" in said.error[1]
+    # The other endpoints take JSON alone.
+    assert ask(server, "/v1/events", parts=parts, headers=kind).status == 415
 
 
 def test_the_answer_tells_of_the_cache_and_of_what_is_unknown(server: Served) -> None:
@@ -207,6 +231,70 @@ def test_a_long_body_is_parsed_too(link: Path) -> None:
         answer = ask(server, "/v1/score", body_of(8))
         expected = server.scorer.expected(request_of(8))
         np.testing.assert_array_equal(scores_of(answer), expected)
+
+
+def test_no_request_needs_a_thread_of_its_own(
+    link: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    limits = dataclasses.replace(LIMITS, inline_bytes=100)
+    with served(link, limits) as server, monkeypatch.context() as patch:
+        # As under a limit of memory, or of processes.
+        patch.setattr(threading.Thread, "start", refuse)
+        answer = ask(server, "/v1/score", body_of(2, 90))
+        np.testing.assert_array_equal(
+            scores_of(answer), server.scorer.expected(request_of(2, 90))
+        )
+
+
+def test_a_request_without_memory_is_503(
+    server: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(batch: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server.scorer, "extend", refuse)
+        answer = ask(server, "/v1/score", body_of(1))
+    assert answer.status == 503
+    assert answer.json["error"]["kind"] == "memory"
+    assert answer.headers["retry-after"] == "10"
+    # A line and no traceback: these come in thousands.
+    assert "Traceback" not in caplog.text
+    assert ask(server, "/v1/score", body_of(1)).status == 200
+
+
+def test_a_parser_without_memory_does_not_blame_the_body(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(body: bytes) -> Any:
+        text = "Not enough memory to allocate buffer for parsing"
+        raise score_request.orjson.JSONDecodeError(text, "", 0)
+
+    monkeypatch.setattr(score_request.orjson, "loads", refuse)
+    answer = ask(server, "/v1/score", body_of(1))
+    assert answer.status == 503
+    assert answer.json["error"]["kind"] == "memory"
+
+
+def test_a_body_is_parsed_only_if_there_is_memory_for_its_values(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[int] = []
+
+    def refuse(size: int, dtype: Any) -> Any:
+        wanted.append(size)
+        raise MemoryError
+
+    body = json.dumps(body_of(1)).encode()
+    with monkeypatch.context() as patch:
+        patch.setattr(score_request.np, "empty", refuse)
+        with pytest.raises(MemoryError):
+            score_request.parse_json(body)
+    assert wanted[0] >= 42 * len(body)
+    assert score_request.parse_json(body) == body_of(1)
 
 
 @pytest.mark.parametrize("item", [POISON, NOT_A_NUMBER])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -17,7 +17,9 @@ from tests.serving.server.arithmetic_scorer import (
     NOT_A_NUMBER,
     POISON,
     ArithmeticScorer,
+    Encoded,
     PoisonError,
+    Prefix,
 )
 from tests.serving.server.request_bodies import request_of
 from tokenrec.serving.request import Request
@@ -198,6 +200,52 @@ def test_a_request_that_fails_does_not_fail_its_batch_mates() -> None:
     np.testing.assert_array_equal(scores(later), scorer.expected(sound[0]))
     batcher.close()
     assert batcher.metrics.batch_failures.value() == 2
+
+
+@dataclasses.dataclass
+class HungryScorer(ArithmeticScorer):
+    """A scorer that has no memory for some calls."""
+
+    error: Exception = dataclasses.field(default_factory=MemoryError)
+    refused: int = 0
+
+    def extend(self, batch: Sequence[tuple[Prefix, Encoded]]) -> list[np.ndarray]:
+        if self.refused:
+            self.refused -= 1
+            raise self.error
+        return super().extend(batch)
+
+
+NO_MEMORY = [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["Python", "XLA"])
+def test_prefixes_make_room_where_there_is_no_memory(
+    batcher: Batcher, error: Exception
+) -> None:
+    scorer = HungryScorer(error=error)
+    for seed in range(3):
+        submit(batcher, scorer, request_of(seed)).result(60)
+    assert batcher.store.counts().entries == 3
+    scorer.refused = 1
+    request = request_of(7)
+    scores, _ = submit(batcher, scorer, request).result(60)
+    np.testing.assert_array_equal(scores, scorer.expected(request))
+    counts = batcher.store.counts()
+    assert counts.evictions == 4
+    assert counts.entries == counts.nbytes == 0
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["Python", "XLA"])
+def test_a_request_without_memory_fails_and_the_next_is_scored(
+    batcher: Batcher, error: Exception
+) -> None:
+    scorer = HungryScorer(error=error, refused=2)
+    request = request_of(7)
+    with pytest.raises(MemoryError):
+        submit(batcher, scorer, request).result(60)
+    scores, _ = submit(batcher, scorer, request).result(60)
+    np.testing.assert_array_equal(scores, scorer.expected(request))
 
 
 def test_a_score_that_is_not_finite_is_an_error_and_no_score(batcher: Batcher) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.serving.server.arithmetic_retriever import ArithmeticRetriever
 from tests.serving.server.arithmetic_scorer import ArithmeticScorer, Artifact, Prefix
 from tests.serving.server.request_bodies import body_of, request_of
 from tokenrec.errors import InputError
@@ -20,18 +21,25 @@ from tokenrec.serving.server.model_slot import ModelSlot, ServedModel, ready
 from tokenrec.serving.server.prefix_store import PrefixStore
 
 
-def write_artifact(folder: Path, weight: float) -> Path:
-    """An artifact of the arithmetic scorer: a weight."""
+def write_artifact(folder: Path, weight: float, objective: str = "ranking") -> Path:
+    """An artifact of the arithmetic scorer, or retriever: a weight."""
     folder.mkdir()
-    (folder / "manifest.json").write_text(repr(weight))
+    (folder / "manifest.json").write_text(f"{objective} {weight!r}")
     return folder
 
 
-def load(folder: Path) -> ServedModel:
-    weight = float((folder / "manifest.json").read_text())
-    if weight < 0:
+def read_artifact(folder: Path) -> tuple[str, float]:
+    """Objective and weight of an artifact."""
+    objective, weight = (folder / "manifest.json").read_text().split()
+    if float(weight) < 0:
         raise InputError(f"weight: {weight} is negative; export it again")
-    return ready(ArithmeticScorer(weight), folder)
+    return objective, float(weight)
+
+
+def load(folder: Path) -> ServedModel:
+    objective, weight = read_artifact(folder)
+    kind = ArithmeticRetriever if objective == "retrieval" else ArithmeticScorer
+    return ready(kind(weight), folder)
 
 
 def point(link: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ statistics of the past: what a caller would have sent at the time.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class PredictedRequest(NamedTuple):
 
 
 def predicted_requests(
-    run: OpenedRun, split: str, mesh: Mesh, count: int
+    run: OpenedRun, split: str, mesh: Mesh, count: int | None
 ) -> Iterator[PredictedRequest]:
     """Yield at most `count` requests of a split, spread evenly over it.
 
@@ -53,15 +54,17 @@ def predicted_requests(
       run: a ranking run.
       split: name of the split.
       mesh: the mesh in use, which holds the weights.
-      count: number of requests; in UC of scored events.
+      count: number of requests; in UC of scored events. None: all that `tokenrec
+        predict` scores; a request with more candidates than a sample holds is several.
     """
     step = jit_eval_step(run.model)
     config = run.model.config
     outputs = list(evaluated_tasks(run.model.task_plans, config.data.auxiliary).outputs)
     decoder = RequestDecoder(run.dataset, run.model.schema)
     uc = config.data.paradigm == "uc"
-    samples = -(-count // _OF_STREAM) if uc else count
-    left = count
+    samples = -(-count // _OF_STREAM) if uc and count is not None else count
+    left = sys.maxsize if count is None else count
+    of_stream = sys.maxsize if count is None else _OF_STREAM
     for part in _batches(run, split, samples):
         predictions = to_host(step(run.state, to_devices(part.batch, mesh)))
         predictions = np.asarray(predictions)[..., outputs]
@@ -77,7 +80,7 @@ def predicted_requests(
                 yield PredictedRequest(request, predictions[row, places])
                 left -= 1
                 continue
-            for place in _some(places, min(_OF_STREAM, left)):
+            for place in _some(places, min(of_stream, left)):
                 before = part.positions.valid[row].copy()
                 before[place:] = False
                 request = decoder.request(
@@ -215,14 +218,18 @@ class _Part(NamedTuple):
     log: InteractionLog
 
 
-def _batches(run: OpenedRun, split: str, count: int) -> Iterator[_Part]:
-    """Yield batches of the samples of `count` requests or streams, evenly spread."""
+def _batches(run: OpenedRun, split: str, count: int | None) -> Iterator[_Part]:
+    """Yield batches of the samples of `count` requests or streams, evenly spread.
+
+    None: all samples.
+    """
     config = run.model.config
     ages = reads_event_ages(config.model)
     windows = Windows(run.dataset, config.data, split, train=False, ages=ages)
     ends = np.cumsum([plan.requests for plan in windows.plans])
     total = int(ends[-1])
-    wanted = np.arange(min(count, total)) * total // min(count, total)
+    most = total if count is None else min(count, total)
+    wanted = np.arange(most) * total // most
     size = config.data.eval_batch_size
     goals = config.data.objective == "retrieval"
     for number, (plan, end) in enumerate(zip(windows.plans, ends, strict=True)):
@@ -233,7 +240,8 @@ def _batches(run: OpenedRun, split: str, count: int) -> Iterator[_Part]:
         window = windows.load(number)
         request = np.cumsum(window.samples.opens) - 1
         # Of a request with more candidates than a sample holds, the first ones.
-        chosen = np.flatnonzero(np.isin(request, requests) & window.samples.opens)
+        first = window.samples.opens | (count is None)
+        chosen = np.flatnonzero(np.isin(request, requests) & first)
         log = run.dataset.load(split, plan.start, plan.stop)
         for bucket, length in enumerate(windows.lengths):
             members = chosen[window.bucket[chosen] == bucket]

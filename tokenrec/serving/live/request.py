@@ -15,14 +15,16 @@ from tokenrec.serving.request import BadRequest, Column, Request, Value
 
 
 def candidate_rows(
-    request: Request, schema: LiveSchema, needed: Sequence[Feature]
+    request: Request, schema: LiveSchema, needed: Sequence[Feature], any_item: Any
 ) -> list[Row]:
-    """Make a log row of each candidate.
+    """Make a log row of each candidate; of a request for items a single one.
 
     Args:
       request: the request.
       schema: columns of log rows.
       needed: features that the request has to give.
+      any_item: id of an item, for the row of a request for items: what is computed of
+        its context depends on no item.
 
     Raises:
       BadRequest: something is missing, there already, or has another type.
@@ -43,19 +45,22 @@ def candidate_rows(
     if "user_id" not in request.user:
         raise BadRequest("user: the field 'user_id' is missing; send it")
     try:
-        return _rows(request, schema, needed)
+        return _rows(request, schema, needed, any_item)
     except BadRequest:
         raise
     except InputError as error:
         raise BadRequest(str(error)) from error
 
 
-def _rows(request: Request, schema: LiveSchema, needed: Sequence[Feature]) -> list[Row]:
-    count = request.candidate_count
+def _rows(
+    request: Request, schema: LiveSchema, needed: Sequence[Feature], any_item: Any
+) -> list[Row]:
+    items = request.candidates.get("item_id", [any_item])
+    count = len(items)
     types = schema.arrow_schema(["user_id", "item_id"])
     columns: dict[str, list[Any]] = {
         "user_id": _ids([request.user["user_id"]], types, "user_id", "user") * count,
-        "item_id": _ids(request.candidates["item_id"], types, "item_id", "candidates"),
+        "item_id": _ids(items, types, "item_id", "candidates"),
         "time_ms": [request.time_ms] * count,
         "event": [False] * count,
         "scored": [True] * count,
@@ -79,11 +84,13 @@ def _ids(values: Any, types: pa.Schema, name: str, part: str) -> list[Any]:
 
 def _feature(request: Request, schema: LiveSchema, feature: Feature) -> list[Any]:
     """Values of a feature, one for each candidate."""
-    count = request.candidate_count
+    count = request.candidate_count or 1
     in_context = feature.entity == "context"
     part = "context" if in_context else "candidates"
     columns: Mapping[str, Any] = request.context if in_context else request.candidates
     where = f"{part}.{feature.name}"
+    if not in_context and not request.candidates:
+        return [None]
     if feature.name not in columns:
         raise BadRequest(
             f"{where}: is missing, and statistics of the past count by it; send it, null "
@@ -103,14 +110,15 @@ def computed_columns(
     Args:
       request: the request.
       schema: columns of log rows.
-      computed: `[C, F] float32`, the computed features, NaN where missing.
+      computed: `[C, F] float32`, the computed features, NaN where missing; `[1, F]` of a
+        request for items.
     """
     context, candidates = dict(request.context), dict(request.candidates)
     for name, values in zip(schema.computed, computed.T, strict=True):
         if schema.schema.feature(name).entity == "context":
             # The same for all candidates: no column of its key is of the item.
             context[name] = None if np.isnan(values[0]) else float(values[0])
-        else:
+        elif candidates:
             candidates[name] = values
     for name in schema.exclude:
         context.pop(name, None)

@@ -71,6 +71,7 @@ class LiveState:
         self._lateness, self._ahead, self._clock = lateness_ms, ahead_ms, clock
         self._counts = EventCounts(saved, lateness_ms)
         self.computed = self._counts.features.computed
+        self._any_item = saved.items[:1].tolist()[0] if len(saved.items) else None
         self._journal: Journal | None = None
         self._failed: Exception | None = None
         self._lock = threading.Lock()
@@ -181,7 +182,8 @@ class LiveState:
 
         Args:
           request: a request without a history, with `user.user_id`, and with the
-            features that statistics count by, in its context and its candidates.
+            features that statistics count by, in its context and its candidates. One
+            for items has no candidates.
 
         Returns:
           The request with columns as `prepare` would have computed them at its time.
@@ -190,7 +192,9 @@ class LiveState:
           BadRequest: the request has a history or a computed column already, lacks a
             column, or is not later than `watermark_ms`.
         """
-        rows = candidate_rows(request, self._schema, self._counts.features.needed)
+        rows = candidate_rows(
+            request, self._schema, self._counts.features.needed, self._any_item
+        )
         user = rows[0][USER]
         with self._lock:
             self._check_alive()

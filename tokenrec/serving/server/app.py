@@ -1,31 +1,39 @@
 """The server's endpoints, as an ASGI application.
 
-    POST /v1/score   scores of the candidates of a request
-    POST /v1/events  new events for histories and counters
-    GET  /v1/models  the model that serves, and how the newest load ended
-    GET  /healthz    200 while the process works; restart it otherwise
-    GET  /readyz     200 while it takes requests
-    GET  /metrics    series for Prometheus
+    POST /v1/score     scores of the candidates of a request
+    POST /v1/retrieve  the best items for a request
+    POST /v1/events    new events for histories and counters
+    GET  /v1/models    the model that serves, and how the newest load ended
+    GET  /healthz      200 while the process works; restart it otherwise
+    GET  /readyz       200 while it takes requests
+    GET  /metrics      series for Prometheus
 
-A request is parsed and encoded on the event loop, and scored by the thread of the
-batcher. Long bodies are parsed in another thread, so that others do not wait for them.
+A request is parsed and encoded on the event loop, and answered by the thread of the
+batcher. Long bodies, and requests for items, are parsed in another thread, so that
+others do not wait for them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from tokenrec.errors import InputError
+from tokenrec.serving.server.arrow_body import parse_arrow
+from tokenrec.serving.server.batch_plan import RETRIEVAL
 from tokenrec.serving.server.batcher import Batcher, DeadlineError
 from tokenrec.serving.server.http_answers import (
-    check_json,
+    check_type,
     error_response,
     json_response,
 )
 from tokenrec.serving.server.http_io import (
+    ARROW,
+    JSON,
     BodyReader,
     DisconnectedError,
     HttpError,
@@ -41,14 +49,21 @@ from tokenrec.serving.server.metrics import ServerMetrics
 from tokenrec.serving.server.model_slot import ModelSlot, ServedModel
 from tokenrec.serving.server.prometheus import CONTENT_TYPE
 from tokenrec.serving.server.score_request import (
+    RETRIEVE,
+    SCORE,
     Prepared,
-    answer,
+    Question,
     no_counters,
     parse_json,
-    prepare,
 )
 
 _TIMEOUT_HEADER = b"x-timeout-ms"
+
+# Threads that parse long bodies, and those of models with a live state.
+_PARSERS = 2
+
+# Endpoints whose time counts by stage.
+_TIMED = ("/v1/score", "/v1/retrieve")
 
 type Handler = Callable[[Scope, Receive], Awaitable[Response]]
 
@@ -75,9 +90,10 @@ class App:
         self._reader = BodyReader(
             limits.body_bytes, limits.total_body_bytes, limits.body_seconds
         )
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="parse")
+        self._pool = _started_pool(_PARSERS)
         self._routes: dict[str, tuple[str, Handler]] = {
-            "/v1/score": ("POST", self._score),
+            "/v1/score": ("POST", functools.partial(self._answer, SCORE)),
+            "/v1/retrieve": ("POST", functools.partial(self._answer, RETRIEVE)),
             "/v1/events": ("POST", self._add_events),
             "/v1/models": ("GET", self._list_models),
             "/healthz": ("GET", self._report_health),
@@ -100,7 +116,7 @@ class App:
         sent = time.perf_counter()
         await respond(send, response)
         self._metrics.requests.add(1, self._label(path), str(response.status))
-        if path == "/v1/score":
+        if path in _TIMED:
             end = time.perf_counter()
             self._metrics.seconds.observe(end - sent, "respond")
             self._metrics.seconds.observe(end - begin, "total")
@@ -131,45 +147,56 @@ class App:
             )
         return await handle(scope, receive)
 
-    async def _score(self, scope: Scope, receive: Receive) -> Response:
+    async def _answer(
+        self, question: Question, scope: Scope, receive: Receive
+    ) -> Response:
         deadline = time.monotonic() + self._timeout(scope)
         begin = time.perf_counter()
-        check_json(scope)
+        kind = check_type(scope, *question.types)
         # The model of this request until its answer, whatever is loaded meanwhile.
         model = self._slot.model
+        question.check_model(model)
         async with self._reader.read(scope, receive) as body:
             self._observe("read", begin)
-            prepared = await self._prepare(body, model)
+            prepared = await self._prepare(question, body, kind, model)
         name = (model.name, prepared.user, prepared.encoded.prefix_key)
         future = self._batcher.submit(model.scorer, prepared.encoded, name, deadline)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                scores, was_held = await asyncio.wrap_future(future)
+                found, was_held = await asyncio.wrap_future(future)
         except TimeoutError:
             raise DeadlineError("the deadline passed before the answer") from None
-        return Response(answer(prepared, scores, was_held, model))
+        return Response(question.answer(prepared, found, was_held, model))
 
-    async def _prepare(self, body: bytearray, model: ServedModel) -> Prepared:
-        is_long = len(body) > self._limits.inline_bytes
+    async def _prepare(
+        self, question: Question, body: bytearray, kind: str, model: ServedModel
+    ) -> Prepared:
+        is_short = len(body) <= self._limits.inline_bytes
         # The state may wait for the disk, where it keeps events.
-        if is_long or model.live is not None:
+        if not (question.is_quick and is_short) or model.live is not None:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(
-                self._pool, self._prepare_now, body, model
+                self._pool, self._prepare_now, question, body, kind, model
             )
-        return self._prepare_now(body, model)
+        return self._prepare_now(question, body, kind, model)
 
-    def _prepare_now(self, body: bytearray, model: ServedModel) -> Prepared:
+    def _prepare_now(
+        self, question: Question, body: bytearray, kind: str, model: ServedModel
+    ) -> Prepared:
         begin = time.perf_counter()
-        value = parse_json(body)
+        value = (
+            parse_arrow(body, self._limits.request)
+            if kind == ARROW
+            else parse_json(body)
+        )
         self._observe("parse", begin)
         begin = time.perf_counter()
-        prepared = prepare(value, model, self._limits.request)
+        prepared = question.prepare(value, model, self._limits.request)
         self._observe("encode", begin)
-        encoded, unknown = prepared.encoded, prepared.encoded.unknown
+        unknown = prepared.encoded.unknown
         self._metrics.observe_encoded(
-            encoded.candidates,
-            encoded.events,
+            prepared.candidates,
+            prepared.encoded.events,
             unknown.missing,
             unknown.values,
             unknown.items,
@@ -177,7 +204,7 @@ class App:
         return prepared
 
     async def _add_events(self, scope: Scope, receive: Receive) -> Response:
-        check_json(scope)
+        check_type(scope, JSON)
         if self._slot.model.live is None:
             raise no_counters("events")
         async with self._reader.read(scope, receive) as body:
@@ -214,12 +241,15 @@ class App:
     async def _list_models(self, scope: Scope, receive: Receive) -> Response:
         model, load = self._slot.model, self._slot.last_load
         scorer = model.scorer
+        if scorer.objective == RETRIEVAL:
+            what = {"head": scorer.head, "max_k": scorer.max_k}
+        else:
+            what = {"tasks": list(scorer.tasks), "outputs": list(scorer.outputs)}
         serving = {
             "digest": scorer.digest,
             "name": model.path.name,
             "objective": scorer.objective,
-            "tasks": list(scorer.tasks),
-            "outputs": list(scorer.outputs),
+            **what,
             "ready_ms": model.ready_ms,
             # What is sent after a swap: the events since then.
             "events_until_ms": None if model.live is None else model.live.last_time_ms,
@@ -276,3 +306,15 @@ class App:
 
     def _observe(self, stage: str, begin: float) -> None:
         self._metrics.seconds.observe(time.perf_counter() - begin, stage)
+
+
+def _started_pool(threads: int) -> ThreadPoolExecutor:
+    """Return a pool whose threads run already.
+
+    A pool starts them with its first tasks, and these fail where a limit of memory or of
+    processes allows no further thread.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="parse")
+    together = threading.Barrier(threads)
+    wait([pool.submit(together.wait) for _ in range(threads)])
+    return pool

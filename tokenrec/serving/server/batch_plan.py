@@ -12,6 +12,9 @@ import numpy as np
 from tokenrec.serving.server.metrics import padded
 from tokenrec.serving.server.prefix_store import PrefixName
 
+# Objective of a model that finds items; others score candidates.
+RETRIEVAL = "retrieval"
+
 # All requests of a batch are padded to its longest candidate list. One that is more than
 # this many times as long, or as short, waits for another batch.
 _MAX_RATIO = 2
@@ -29,12 +32,15 @@ class BatchLimits:
       rows: requests times candidates of a device call, both padded.
       candidates: candidates of a slice.
       queue: requests that wait; more are refused.
+      mask_bytes: bytes of what the requests that wait say about every item
+        (`EncodedRetrieval.allowed`); more are refused.
     """
 
     batch: int = 16
     rows: int = 4_096
     candidates: int = 512
     queue: int = 256
+    mask_bytes: int = 256 << 20
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,11 +51,11 @@ class Job:
 
     Attributes:
       scorer: the scorer that encoded it.
-      encoded: the request, of C candidates.
+      encoded: the request: C candidates to score, or items to find.
       name: name of its prefix.
       deadline: time of the clock after which nobody waits.
       submitted: time of the clock.
-      future: receives the scores `[C, O]` and `was_held`.
+      future: receives the scores `[C, O]`, or what was found, and `was_held`.
       prefix: prefix of the request, once there is one.
       was_held: whether the prefix was in the store.
       is_over: whether the future has its answer.
@@ -60,33 +66,50 @@ class Job:
     name: PrefixName
     deadline: float
     submitted: float
-    future: Future[tuple[np.ndarray, bool]] = dataclasses.field(default_factory=Future)
+    future: Future[tuple[Any, bool]] = dataclasses.field(default_factory=Future)
     prefix: Any = None
     was_held: bool = False
     is_over: bool = False
     _has_begun: bool = False
-    _parts: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    _parts: dict[int, Any] = dataclasses.field(default_factory=dict)
     _missing: int = 0
+
+    @property
+    def finds_items(self) -> bool:
+        """Whether it asks for items, and has no candidates."""
+        return bool(self.scorer.objective == RETRIEVAL)
+
+    @property
+    def rows(self) -> int:
+        """Candidates; 1 of a request for items."""
+        return 1 if self.finds_items else int(self.encoded.candidates)
+
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of what the request says about every item."""
+        if not self.finds_items or self.encoded.allowed is None:
+            return 0
+        return int(self.encoded.allowed.nbytes)
 
     def begin(self) -> bool:
         """Mark the request as taken; return False if its caller has cancelled it."""
         if not self._has_begun:
             self._has_begun = True
-            self._missing = self.encoded.candidates
+            self._missing = self.rows
             self.is_over = not self.future.set_running_or_notify_cancel()
         return not self.is_over
 
-    def finish(self, part: Slice, scores: np.ndarray) -> None:
-        """Keep the scores of a slice; answer the request with those of the last one."""
+    def finish(self, part: Slice, found: Any) -> None:
+        """Keep the result of a slice; answer the request with those of the last one."""
         if self.is_over:
             return
-        self._parts[part.start] = scores
-        self._missing -= len(scores)
+        self._parts[part.start] = found
+        self._missing -= part.rows
         if not self._missing:
             self.is_over = True
             parts = [self._parts[start] for start in sorted(self._parts)]
-            scores = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            self.future.set_result((scores, self.was_held))
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            self.future.set_result((whole, self.was_held))
 
     def fail(self, error: BaseException) -> None:
         """Answer the request with an error, once."""
@@ -103,12 +126,14 @@ class Slice:
       job: the request.
       encoded: the request with these candidates alone.
       start: position of the first of them.
+      rows: number of them; 1 of a request for items.
       width: number of them, padded to a compiled size.
     """
 
     job: Job
     encoded: Any
     start: int
+    rows: int
     width: int
 
     @property
@@ -119,16 +144,18 @@ class Slice:
 
 def cut(job: Job, limits: BatchLimits) -> list[Slice]:
     """Cut a request into slices that a compiled program takes."""
+    if job.finds_items:
+        return [Slice(job, job.encoded, 0, 1, 1)]
     sizes = job.scorer.candidate_buckets
     most = min(limits.candidates, sizes[-1]) if sizes else limits.candidates
-    count = job.encoded.candidates
+    count = job.rows
     if count <= most:
-        return [Slice(job, job.encoded, 0, padded(count, sizes))]
+        return [Slice(job, job.encoded, 0, count, padded(count, sizes))]
     slices = []
     for start in range(0, count, most):
-        stop = min(start + most, count)
-        part = job.encoded.part(start, stop)
-        slices.append(Slice(job, part, start, padded(stop - start, sizes)))
+        rows = min(most, count - start)
+        part = job.encoded.part(start, start + rows)
+        slices.append(Slice(job, part, start, rows, padded(rows, sizes)))
     return slices
 
 

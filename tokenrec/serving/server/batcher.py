@@ -1,6 +1,8 @@
-"""Score the requests that wait in one device call, on one thread.
+"""Answer the requests that wait in one device call, on one thread.
 
     submit -> queue -> [ look up prefixes -> prefill the missing -> extend ] -> future
+
+Requests for items end with `retrieve` in place of `extend`.
 
 The thread takes what waits at the moment when the device is free. It never waits for
 more: a batch forms by itself while the device is busy, and an idle server answers a lone
@@ -79,6 +81,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._queue: deque[Slice] = deque()
         self._waiting = 0
+        self._mask_bytes = 0
         self._closing = False
         self._busy_since: float | None = None
         self._seconds_per_slice = 0.0
@@ -90,19 +93,20 @@ class Batcher:
 
     def submit(
         self, scorer: Any, encoded: Any, name: PrefixName, deadline: float
-    ) -> Future[tuple[np.ndarray, bool]]:
+    ) -> Future[tuple[Any, bool]]:
         """Queue a request.
 
         Args:
-          scorer: scorer that encoded it, and that will score it whatever model serves
-            by then.
-          encoded: the request, of C candidates.
+          scorer: `Scorer` or `Retriever` that encoded it, and that will answer it
+            whatever model serves by then.
+          encoded: the request: C candidates to score, or items to find.
           name: name of its prefix.
           deadline: time of the clock after which nobody waits for the answer.
 
         Returns:
-          Scores `[C, O] float32`, and whether the prefix was in the store. It raises
-          DeadlineError if the deadline passed first, and what the scorer raised.
+          Scores `[C, O] float32`, or `Retrieved`; and whether the prefix was in the
+          store. It raises DeadlineError if the deadline passed first, and what the
+          scorer raised.
 
         Raises:
           QueueFullError: too many requests wait, or the batcher is closing.
@@ -110,12 +114,13 @@ class Batcher:
         job = Job(scorer, encoded, name, deadline, submitted=self._clock())
         slices = cut(job, self.limits)
         with self._changed:
-            if self._waiting >= self.limits.queue:
+            if not self._has_room(job):
                 self._drop_cancelled()
-            if self._closing or self._waiting >= self.limits.queue:
+            if self._closing or not self._has_room(job):
                 raise QueueFullError(self._waiting, self._retry_after())
             self._queue.extend(slices)
             self._waiting += 1
+            self._mask_bytes += job.mask_bytes
             self._changed.notify()
         return job.future
 
@@ -138,12 +143,24 @@ class Batcher:
         if self._thread.ident is not None:
             self._thread.join()
 
+    def _has_room(self, job: Job) -> bool:
+        masks = self._mask_bytes + job.mask_bytes
+        # One alone may be larger than the limit.
+        fits = not self._waiting or masks <= self.limits.mask_bytes
+        return fits and self._waiting < self.limits.queue
+
     def _drop_cancelled(self) -> None:
         """Make room: requests that nobody waits for any more leave the queue."""
-        kept = [s for s in self._queue if not s.job.future.cancelled()]
-        self._waiting -= sum(s.is_first for s in self._queue)
-        self._waiting += sum(s.is_first for s in kept)
+        self._leave([s for s in self._queue if s.job.future.cancelled()])
+        kept = (s for s in self._queue if not s.job.future.cancelled())
         self._queue = deque(kept)
+
+    def _leave(self, slices: Sequence[Slice]) -> list[Job]:
+        """Count requests as no longer waiting, by their first slices; return them."""
+        jobs = [s.job for s in slices if s.is_first]
+        self._waiting -= len(jobs)
+        self._mask_bytes -= sum(job.mask_bytes for job in jobs)
+        return jobs
 
     def _retry_after(self) -> int:
         seconds = self._seconds_per_slice * len(self._queue)
@@ -167,8 +184,7 @@ class Batcher:
                 self._changed.wait()
             now = self._clock()
             batch = take_batch(self._queue, self.limits)
-            begun = [s.job for s in batch if s.is_first]
-            self._waiting -= len(begun)
+            begun = self._leave(batch)
         for job in begun:
             self.metrics.seconds.observe(now - job.submitted, "queue")
         return [s for s in batch if self._is_wanted(s.job, now)]
@@ -185,11 +201,20 @@ class Batcher:
             return False
         return True
 
-    def _score(self, batch: Sequence[Slice]) -> None:
+    def _score(self, batch: Sequence[Slice], may_clear: bool = True) -> None:
         try:
             parts = self._compute(batch)
         except Exception as error:  # noqa: BLE001 - a request must not end the thread
             self.metrics.batch_failures.add(1)
+            if _is_out_of_memory(error):
+                if may_clear:
+                    # Prefixes can be computed again, and requests cannot wait.
+                    _LOG.warning(
+                        "no memory: %d prefixes were dropped", self.store.clear()
+                    )
+                    self._score(batch, may_clear=False)
+                    return
+                error = MemoryError()
             if len(batch) == 1:
                 # Its text may hold values of the request, which are never logged.
                 _LOG.error("a request failed on the device: %s", type(error).__name__)
@@ -197,23 +222,31 @@ class Batcher:
                 return
             # One of them may be at fault: its batch mates must not suffer.
             for one in batch:
-                self._score([one])
+                self._score([one], may_clear)
             return
         for one, part in zip(batch, parts, strict=True):
             one.job.finish(one, part)
 
-    def _compute(self, batch: Sequence[Slice]) -> list[np.ndarray]:
-        """Return the scores of every slice, `[c, O] float32` each."""
-        scorer = batch[0].job.scorer
-        if scorer.has_prefix:
+    def _compute(self, batch: Sequence[Slice]) -> list[Any]:
+        """Return the result of every slice: `[c, O] float32`, or `Retrieved`."""
+        first = batch[0].job
+        if first.scorer.has_prefix:
             self._find_prefixes(batch)
         begin = self._clock()
+        if first.finds_items:
+            found = first.scorer.retrieve([(s.job.prefix, s.encoded) for s in batch])
+            self.metrics.seconds.observe(self._clock() - begin, "retrieve")
+            self.metrics.observe_retrieval(
+                [len(one.items) for one in found], first.scorer.batch_buckets
+            )
+            return list(_checked_items(found, [s.encoded.k for s in batch]))
+        scorer = first.scorer
         if scorer.has_prefix:
             parts = scorer.extend([(s.job.prefix, s.encoded) for s in batch])
         else:
             parts = scorer.score([s.encoded for s in batch])
         self.metrics.seconds.observe(self._clock() - begin, "extend")
-        sizes = [s.encoded.candidates for s in batch]
+        sizes = [s.rows for s in batch]
         self.metrics.observe_batch(
             sizes, scorer.batch_buckets, scorer.candidate_buckets
         )
@@ -242,6 +275,11 @@ class Batcher:
                 job.prefix = prefix
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or the device had no memory; XLA says so in its text alone."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _checked(parts: Sequence[np.ndarray], sizes: Sequence[int]) -> Iterator[np.ndarray]:
     """Yield the scores of each slice; refuse what cannot be scores."""
     for part, size in zip(parts, sizes, strict=True):
@@ -250,3 +288,15 @@ def _checked(parts: Sequence[np.ndarray], sizes: Sequence[int]) -> Iterator[np.n
         if not np.isfinite(part).all():
             raise ScoreError("a score is not finite")
         yield part
+
+
+def _checked_items(found: Sequence[Any], most: Sequence[int]) -> Iterator[Any]:
+    """Yield what was found for each request; refuse what cannot be an answer."""
+    for one, k in zip(found, most, strict=True):
+        if len(one.items) != len(one.scores) or len(one.items) > k:
+            raise ScoreError(
+                f"{len(one.items)} items and {len(one.scores)} scores for k={k}"
+            )
+        if not np.isfinite(one.scores).all():
+            raise ScoreError("a score is not finite")
+        yield one

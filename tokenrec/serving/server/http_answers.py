@@ -1,4 +1,4 @@
-"""Answers in JSON, errors among them, and the check that a request is JSON too."""
+"""Answers in JSON, errors among them, and the check of the type of a request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import orjson
 
 from tokenrec.errors import InputError
 from tokenrec.serving.server.batcher import DeadlineError, QueueFullError
-from tokenrec.serving.server.http_io import JSON, HttpError, Response, Scope, header
+from tokenrec.serving.server.http_io import HttpError, Response, Scope, header
 
 _LOG = logging.getLogger("tokenrec.serving")
 
@@ -20,21 +20,26 @@ def json_response(value: Any) -> Response:
     return Response(orjson.dumps(value))
 
 
-def check_json(scope: Scope) -> None:
-    """Refuse bodies that are no plain JSON.
+def check_type(scope: Scope, *known: str) -> str:
+    """Return the type of a body; refuse those of other types, or compressed.
 
-    A web page of another origin cannot send this type without asking first, which the
+    A web page of another origin cannot send such a type without asking first, which the
     server does not answer: so no page that a user of this machine opens can post here.
+
+    Args:
+      scope: the request.
+      known: types that the endpoint takes.
 
     Raises:
       HttpError: the request declares another type, or a compression.
     """
-    kind = (header(scope, b"content-type") or b"").split(b";")[0].strip().lower()
-    if kind != JSON.encode():
+    given = (header(scope, b"content-type") or b"").split(b";")[0].strip().lower()
+    kind = given.decode("latin-1")
+    if kind not in known:
         raise HttpError(
             415,
             "wrong_type",
-            f"Content-Type: is not {JSON}; send JSON and say so",
+            f"Content-Type: is not {' or '.join(known)}; send that and say so",
             {"connection": "close"},
         )
     if (header(scope, b"content-encoding") or b"identity").lower() != b"identity":
@@ -44,6 +49,7 @@ def check_json(scope: Scope) -> None:
             "Content-Encoding: is not identity; send the body without compression",
             {"connection": "close"},
         )
+    return kind
 
 
 def error_response(error: Exception) -> Response:
@@ -72,6 +78,15 @@ def error_response(error: Exception) -> Response:
                 "storage",
                 f"server: {error.strerror}; make room where it keeps files, and send the "
                 "request again",
+                {"retry-after": "10"},
+            )
+        case MemoryError():
+            _LOG.error("there is no memory for a request")
+            failure = HttpError(
+                503,
+                "memory",
+                "server: has no memory for the request; send it again later, or start the "
+                "server with more memory or a smaller --cache-mb",
                 {"retry-after": "10"},
             )
         case _:

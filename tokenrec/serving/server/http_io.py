@@ -21,6 +21,7 @@ type Receive = Callable[[], Awaitable[Message]]
 type Send = Callable[[Message], Awaitable[None]]
 
 JSON = "application/json"
+ARROW = "application/vnd.apache.arrow.stream"
 
 
 class HttpError(Exception):

@@ -10,7 +10,8 @@ from pathlib import Path
 from tokenrec.serving.golden import replay_golden
 from tokenrec.serving.live.state import LiveState
 from tokenrec.serving.request import Limits
-from tokenrec.serving.scorer import Scorer, open_scorer
+from tokenrec.serving.retriever import Retriever
+from tokenrec.serving.scorer import Scorer, open_artifact
 from tokenrec.serving.server.batch_plan import BatchLimits
 from tokenrec.serving.server.model_slot import ServedModel, ready
 
@@ -44,12 +45,9 @@ class ModelLoader:
           InputError: it is damaged, or scores what `tokenrec predict` did not.
         """
         begin = time.monotonic()
-        scorer = open_scorer(folder, allow_missing=self.allow_missing)
+        scorer = open_artifact(folder, allow_missing=self.allow_missing)
         opened = time.monotonic()
-        shapes = scorer.warm(
-            batch_sizes(self.batch.batch),
-            candidate_sizes(min(self.batch.candidates, self.limits.candidates)),
-        )
+        shapes = self._warm(scorer)
         warmed = time.monotonic()
         artifact = scorer.artifact
         count = replay_golden(
@@ -68,7 +66,15 @@ class ModelLoader:
         )
         return ready(scorer, folder, live)
 
-    def _open_live(self, scorer: Scorer) -> LiveState | None:
+    def _warm(self, scorer: Scorer | Retriever) -> int:
+        """Compile every shape; return their number."""
+        batches = batch_sizes(self.batch.batch)
+        if isinstance(scorer, Retriever):
+            return scorer.warm(batches)
+        most = min(self.batch.candidates, self.limits.candidates)
+        return scorer.warm(batches, candidate_sizes(most))
+
+    def _open_live(self, scorer: Scorer | Retriever) -> LiveState | None:
         counters = scorer.artifact.counters
         if counters is None:
             return None

@@ -45,11 +45,13 @@ class ServerMetrics:
 
     Attributes:
       requests: answers by path and status.
-      seconds: time by stage of a request: read, parse, encode, queue, prefill, extend,
-        respond, total. Batched stages are observed once per batch.
+      seconds: time by stage of a request: read, parse, encode, queue, prefill, extend
+        or retrieve, respond, total. Batched stages are observed once per batch.
       batch_requests: requests of a batch.
       batch_failures: batches that raised, and were scored request by request.
-      candidates: candidates that the device scored, and rows that only padded them.
+      candidates: rows of the device: candidates that it scored, requests that it found
+        items for, and what only padded them.
+      items: items of answers.
       events: events taken.
       swaps: loads of a model by their outcome, "ok" or "failed".
     """
@@ -62,7 +64,7 @@ class ServerMetrics:
         )
         self.seconds = Histogram(
             "tokenrec_stage_seconds",
-            "Time by stage; prefill and extend once per batch.",
+            "Time by stage; prefill, extend and retrieve once per batch.",
             _SECONDS,
             ("stage",),
         )
@@ -77,9 +79,11 @@ class ServerMetrics:
         )
         self.candidates = Counter(
             "tokenrec_candidate_rows_total",
-            "Rows of the scorer: candidates, and padding up to a compiled shape.",
+            "Rows of the device: candidates, or requests for items, and padding up to a "
+            "compiled shape.",
             ("kind",),
         )
+        self.items = Counter("tokenrec_retrieved_items_total", "Items of answers.")
         self.events = Counter("tokenrec_events_total", "Events taken.")
         self.swaps = Counter(
             "tokenrec_model_loads_total", "Loads of a model by outcome.", ("outcome",)
@@ -137,6 +141,18 @@ class ServerMetrics:
         self.candidates.add(sum(sizes), "candidate")
         self.candidates.add(rows - sum(sizes), "padding")
 
+    def observe_retrieval(self, found: Sequence[int], batches: Sequence[int]) -> None:
+        """Count a batch of requests for items.
+
+        Args:
+          found: items of each answer.
+          batches: compiled numbers of requests, ascending.
+        """
+        self.batch_requests.observe(len(found))
+        self.items.add(sum(found))
+        self.candidates.add(len(found), "request")
+        self.candidates.add(padded(len(found), batches) - len(found), "padding")
+
     def exposition(
         self, digest: str, queued: int, compiles: int, store: StoreCounts
     ) -> bytes:
@@ -154,6 +170,7 @@ class ServerMetrics:
             self.batch_requests,
             self.batch_failures,
             self.candidates,
+            self.items,
             self.events,
             self.swaps,
             self._feature_values,

@@ -98,6 +98,15 @@ class PrefixStore[P: Sized]:
                 self._remove(name)
             return len(names)
 
+    def clear(self) -> int:
+        """Drop all prefixes, to free their memory; return their number."""
+        with self._lock:
+            count = len(self._entries)
+            self._evictions += count
+            self._entries.clear()
+            self._nbytes = 0
+            return count
+
     def counts(self) -> StoreCounts:
         """Return the counters, all of one moment."""
         with self._lock:
