@@ -13,6 +13,7 @@ what makes long lists of candidates cheap. Nulls are those of JSON.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Buffer
 from typing import Any
 
@@ -33,6 +34,11 @@ from tokenrec.serving.server.http_io import HttpError
 _OPTIONS = pa.ipc.IpcReadOptions(
     ensure_alignment=pa.ipc.Alignment.DataTypeSpecific, use_threads=False
 )
+# What reading a damaged stream raises.
+_DAMAGE = (
+    *(pa.ArrowException, OSError, ValueError, EOFError, StopIteration),
+    struct.error,
+)
 
 
 def parse_arrow(body: Buffer, limits: Limits) -> dict[str, Any]:
@@ -51,7 +57,7 @@ def parse_arrow(body: Buffer, limits: Limits) -> dict[str, Any]:
         return _read(pa.py_buffer(body), limits)
     except (BadRequest, HttpError):
         raise
-    except (pa.ArrowException, OSError, ValueError, EOFError, StopIteration) as error:
+    except _DAMAGE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise HttpError(
             400,
