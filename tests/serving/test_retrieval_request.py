@@ -80,6 +80,7 @@ def test_scalars_of_numpy_are_their_values():
         ({"filter": {"price": {"min": "1"}}}, r"price\.min: '1' is no number"),
         ({"filter": {"price": {"min": float("nan")}}}, "nan is not finite"),
         ({"filter": {"price": {"max": 10**400}}}, "is not finite"),
+        ({"filter": {"x" * 20_000: [1]}}, "has 20000 characters"),
         ({"filter": {str(i): [1] for i in range(4)}}, "filter: has 4 features"),
         ({"history": {"time_ms": [10], "item_id": [1]}}, "not earlier than"),
     ],

@@ -27,6 +27,7 @@ from tokenrec.serving.request import (
     Limits,
     Request,
     check_fields,
+    check_names,
     check_value,
     parse_history,
     short_repr,
@@ -120,10 +121,9 @@ def _filter(part: Any, limits: Limits) -> dict[str, Condition]:
         )
     if len(part) > limits.columns:
         raise BadRequest(too_long("filter", len(part), limits.columns, "features"))
+    check_names(part, "filter")
     conditions: dict[str, Condition] = {}
     for name, condition in part.items():
-        if not isinstance(name, str):
-            raise BadRequest(f"filter: the name {short_repr(name)} is no text")
         where = f"filter.{name}"
         if isinstance(condition, dict):
             conditions[name] = _bounds(condition, where)

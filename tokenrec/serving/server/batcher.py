@@ -152,7 +152,7 @@ class Batcher:
     def _drop_cancelled(self) -> None:
         """Make room: requests that nobody waits for any more leave the queue."""
         queue, self._queue = self._queue, deque()
-        cancelled = []
+        cancelled: list[Slice] = []
         for one in queue:
             # Asked once: another thread may cancel it at this moment.
             is_over = one.job.future.cancelled()
