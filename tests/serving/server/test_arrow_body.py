@@ -242,6 +242,17 @@ SOUND = stream_of_table(
 )
 
 
+def test_a_body_without_memory_is_not_called_unsound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def open_stream(*_: Any, **__: Any) -> None:
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr(pa.ipc, "open_stream", open_stream)
+    with pytest.raises(MemoryError):
+        parse_arrow(stream_of(BODY), LIMITS)
+
+
 def test_a_word_that_is_lost_is_refused_or_a_request() -> None:
     """Offsets of flatbuffers among them, which then point anywhere."""
     for place in range(0, len(SOUND), 4):

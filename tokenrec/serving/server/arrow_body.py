@@ -52,10 +52,12 @@ def parse_arrow(body: Buffer, limits: Limits) -> dict[str, Any]:
       HttpError: it is no sound stream, or compressed.
       BadRequest: it holds more than one row, a type that no feature has, or more values
         than a body of its size can.
+      MemoryError: there is no memory to read it.
     """
     try:
         return _read(pa.py_buffer(body), limits)
-    except (BadRequest, HttpError):
+    except (BadRequest, HttpError, MemoryError):
+        # Arrow's error of memory is an ArrowException, too.
         raise
     except _DAMAGE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
