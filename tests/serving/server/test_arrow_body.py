@@ -199,6 +199,24 @@ def test_a_compressed_dictionary_is_refused() -> None:
             parse_arrow(body, LIMITS)
 
 
+@pytest.mark.parametrize(
+    ("rows", "size", "words"),
+    [
+        (30_000, 0, "candidates: has 30000 rows, more than the limit of 2000"),
+        (1_000, 60, "more values than a body of its size"),
+    ],
+)
+def test_values_that_take_no_byte_are_bounded(rows: int, size: int, words: str) -> None:
+    kind = pa.list_(pa.null(), size)
+    lists = pa.FixedSizeListArray.from_buffers(
+        kind, rows, [None], children=[pa.nulls(rows * size)]
+    )
+    column = pa.ListArray.from_arrays([0, rows], lists)
+    part = pa.StructArray.from_arrays([column], ["item_id"])
+    with pytest.raises(BadRequest, match=words):
+        parse_arrow(stream_of_table(pa.table({"candidates": part})), LIMITS)
+
+
 def test_a_second_schema_is_refused() -> None:
     """The types of one would be checked, and those of the other read."""
     many = 1 << 22

@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tokenrec.serving.request import BadRequest, Limits
+from tokenrec.serving.request import BadRequest, Limits, too_long
 from tokenrec.serving.server.arrow_schema import (
     BOOL,
     COLUMN_PARTS,
@@ -91,6 +91,11 @@ def _read(data: pa.Buffer, limits: Limits) -> dict[str, Any]:
         for name in COLUMN_PARTS
         if name in parts and isinstance(kinds[name], dict)
     }
+    # Before a value becomes an object of Python: some take no byte of the body.
+    for name, most in (("history", limits.history), ("candidates", limits.candidates)):
+        for array in columns.get(name, ()):
+            if len(array) > most:
+                raise BadRequest(too_long(name, len(array), most, "rows"))
     budget = Budget(data.size)
     for name, array in parts.items():
         budget.spend(columns.get(name) or [array])

@@ -209,6 +209,9 @@ class Budget:
             if kind in TEXTS:
                 self._text -= _text_bytes(array, kind)
             elif kind in _LISTS:
+                # They become objects of Python, of which a body in JSON has one in two
+                # bytes at most.
+                self._values -= (_VALUES_PER_BYTE - 1) * len(array.values)
                 self.spend([array.values])
             elif kind == STRUCT:
                 self.spend(array.flatten())
