@@ -13,6 +13,9 @@ EXIT_HUNG = 5
 EXIT_STORAGE = 74  # EX_IOERR of sysexits.h: a storage fault that may pass
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: a later attempt may succeed
 
+# Characters of a name that are compared with the known ones.
+_LONGEST_NAME = 200
+
 
 class InputError(ValueError):
     """Wrong input.
@@ -57,7 +60,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     '; known: heads, width'
     """
     candidates = sorted(known)
-    closest = difflib.get_close_matches(name, candidates, n=1)
+    # A name of a caller may be of megabytes, which would take seconds to compare.
+    closest = difflib.get_close_matches(name[:_LONGEST_NAME], candidates, n=1)
     if closest:
         return f"; did you mean '{closest[0]}'?"
     return f"; known: {', '.join(candidates)}"

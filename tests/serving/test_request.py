@@ -13,6 +13,8 @@ from tokenrec.serving.request import (
     parse_request,
 )
 
+LONG = "x" * 20_000
+
 
 def _request(**fields):
     return {
@@ -89,6 +91,21 @@ def test_a_user_may_have_no_past():
 def test_what_is_wrong_is_named(fields, message):
     with pytest.raises(BadRequest, match=message):
         parse_request(_request(**fields), Limits())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {LONG: 1},
+        {"user": {LONG: 1}},
+        {"context": {LONG: [[1]]}},
+        {"candidates": {LONG: [1, 2], "item_id": [1]}},
+    ],
+)
+def test_a_message_does_not_repeat_a_long_name(fields):
+    with pytest.raises(BadRequest, match="'xxx") as refused:
+        parse_request(_request(**fields), Limits())
+    assert len(str(refused.value)) < 300
 
 
 @pytest.mark.parametrize("name", ["user", "time_ms", "candidates"])

@@ -45,6 +45,20 @@ def test_choices_are_read():
     }
 
 
+def test_scalars_of_numpy_are_their_values():
+    choices = {
+        "k": np.int64(3),
+        "drop_seen": np.bool_(True),
+        "exclude": [np.int32(4), np.str_("a")],
+        "filter": {"brand": [np.int64(5)], "price": {"min": np.float32(0.5)}},
+    }
+    parsed = parse_retrieval(REQUEST | choices, Limits())
+    assert (parsed.k, parsed.drop_seen, parsed.exclude) == (3, True, (4, "a"))
+    assert parsed.filter == {"brand": (5,), "price": Bounds(0.5, None)}
+    found = [parsed.k, parsed.drop_seen, *parsed.exclude, *parsed.filter["brand"]]
+    assert [type(value) for value in found] == [int, bool, int, str, int]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -66,6 +80,7 @@ def test_choices_are_read():
         ({"filter": {"price": {"min": "1"}}}, r"price\.min: '1' is no number"),
         ({"filter": {"price": {"min": float("nan")}}}, "nan is not finite"),
         ({"filter": {"price": {"max": 10**400}}}, "is not finite"),
+        ({"filter": {"x" * 20_000: [1]}}, "has 20000 characters"),
         ({"filter": {str(i): [1] for i in range(4)}}, "filter: has 4 features"),
         ({"history": {"time_ms": [10], "item_id": [1]}}, "not earlier than"),
     ],

@@ -308,6 +308,23 @@ def test_a_longest_answer_that_cannot_be_is_refused():
         check_config(Config(), 10)
 
 
+def test_a_score_that_is_no_number_is_an_error(served, monkeypatch):
+    _, retriever, predicted = served
+    run = retriever.programs.run
+
+    def spoil(name, inputs, *sizes):
+        found = dict(run(name, inputs, *sizes))
+        if name != "prefill":
+            found["scores"] = np.array(found["scores"])
+            found["scores"][0, -1] = np.nan
+            found["items"] = np.where(np.isnan(found["scores"]), -1, found["items"])
+        return found
+
+    monkeypatch.setattr(retriever.programs, "run", spoil)
+    with pytest.raises(ArithmeticError, match="a score is not finite; look for"):
+        answer(retriever, predicted[0].request)
+
+
 def test_an_accelerator_keeps_prefixes_on_the_device(served, monkeypatch):
     _, retriever, predicted = served
     requests = [one.request for one in predicted[:3]]

@@ -23,9 +23,9 @@ def item_vectors(run: OpenedRun) -> pa.Table:
     """Collect the vector of each item; call it under the run's mesh.
 
     Retrieval of the next item: the output vectors, from the dense weights (full softmax)
-    or from the row-wise tables (sampled softmax), `head.item_features` included. Other runs: the table rows of the
-    item's id, which is the categorical item feature with a value of its own for every
-    item.
+    or from the row-wise tables (sampled softmax), `head.item_features` included. Other
+    runs: the table rows of the item's id, which is the categorical item feature with a
+    value of its own for every item.
 
     Returns:
       `item_id` and `vector: [V, d] float32`, in the order of the catalogue.

@@ -32,6 +32,9 @@ type Column = Sequence[Value] | np.ndarray
 # Times and ids are int64.
 _INT64 = 1 << 63
 
+# Characters of the name of a column.
+_NAME = 1_024
+
 _FLOATS, _TEXTS, _NUMBERS = {float}, {str}, {int, float, bool}
 
 
@@ -141,7 +144,9 @@ def check_fields(value: Any, known: Sequence[str], required: Sequence[str]) -> N
         )
     for name in value:
         if name not in known:
-            raise BadRequest(f"request: no field {name!r}{suggest(str(name), known)}")
+            raise BadRequest(
+                f"request: no field {short_repr(name)}{suggest(str(name), known)}"
+            )
     for name in required:
         if name not in value:
             raise BadRequest(f"request: the field '{name}' is missing; send it")
@@ -256,10 +261,20 @@ def _part(part: Any, name: str, limits: Limits) -> dict[str, Any]:
         )
     if len(part) > limits.columns:
         raise BadRequest(too_long(name, len(part), limits.columns, "columns"))
-    for column in part:
-        if not isinstance(column, str):
-            raise BadRequest(f"{name}: the name {short_repr(column)} is no text")
+    check_names(part, name)
     return dict(part)
+
+
+def check_names(part: dict[Any, Any], where: str) -> None:
+    """Check the names of columns, which messages repeat."""
+    for name in part:
+        if not isinstance(name, str):
+            raise BadRequest(
+                f"{where}: the name {short_repr(name)} is no text; send a text"
+            )
+        if len(name) > _NAME:
+            place = f"{where}: the name {short_repr(name)}"
+            raise BadRequest(too_long(place, len(name), _NAME, "characters"))
 
 
 def check_value(

@@ -27,6 +27,7 @@ from tokenrec.serving.request import (
     Limits,
     Request,
     check_fields,
+    check_names,
     check_value,
     parse_history,
     short_repr,
@@ -95,7 +96,7 @@ def parse_retrieval(value: Any, limits: Limits) -> RetrievalRequest:
       BadRequest: a field is unknown or missing, has the wrong type or exceeds a limit.
     """
     check_fields(value, _FIELDS, _REQUIRED)
-    k, drop_seen = value.get("k"), value.get("drop_seen")
+    k, drop_seen = _plain(value.get("k")), _plain(value.get("drop_seen"))
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise BadRequest(f"k: {short_repr(k)} is no integer of at least 1; send one")
     if drop_seen is not None and not isinstance(drop_seen, bool):
@@ -120,10 +121,9 @@ def _filter(part: Any, limits: Limits) -> dict[str, Condition]:
         )
     if len(part) > limits.columns:
         raise BadRequest(too_long("filter", len(part), limits.columns, "features"))
+    check_names(part, "filter")
     conditions: dict[str, Condition] = {}
     for name, condition in part.items():
-        if not isinstance(name, str):
-            raise BadRequest(f"filter: the name {short_repr(name)} is no text")
         where = f"filter.{name}"
         if isinstance(condition, dict):
             conditions[name] = _bounds(condition, where)
@@ -146,13 +146,19 @@ def _values(part: Any, where: str, limits: Limits) -> tuple[int | str, ...]:
         raise BadRequest(f"{where}: {short_repr(part)} is not a list; send a list")
     if len(part) > limits.history:
         raise BadRequest(too_long(where, len(part), limits.history))
-    for i, value in enumerate(part):
+    values = tuple(map(_plain, part))
+    for i, value in enumerate(values):
         if not isinstance(value, (int, str)):
             raise BadRequest(
                 f"{where}[{i}]: {short_repr(value)} is no integer and no text; send one"
             )
         check_value(value, where, limits, i)
-    return tuple(part)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Convert a NumPy scalar to a value of Python."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _bounds(part: dict[str, Any], where: str) -> Bounds:
@@ -174,6 +180,7 @@ def _bounds(part: dict[str, Any], where: str) -> Bounds:
 
 
 def _bound(value: Any, where: str) -> float | None:
+    value = _plain(value)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):

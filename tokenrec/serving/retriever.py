@@ -117,7 +117,11 @@ class Retriever:
     def retrieve(
         self, requests: Sequence[tuple[Prefix, EncodedRetrieval]]
     ) -> list[Retrieved]:
-        """Find the best allowed items of requests."""
+        """Find the best allowed items of requests.
+
+        Raises:
+          ArithmeticError: a score is not finite.
+        """
         answers: list[Retrieved] = []
         for part in slices(requests, self.batch_buckets[-1]):
             size = bucket(len(part), self.batch_buckets)
@@ -130,12 +134,7 @@ class Retriever:
             found = self.programs.run(name, inputs, size)
             items, scores = np.asarray(found["items"]), np.asarray(found["scores"])
             for row, (_, encoded) in enumerate(part):
-                # Items stand before the places that none takes.
-                exists = (items[row] >= 0) & np.isfinite(scores[row])
-                count = min(encoded.k, int(exists.sum()))
-                ids = self._items.take(items[row, :count]).to_pylist()
-                # A copy: a view would keep the other answers in memory.
-                answers.append(Retrieved(ids, scores[row, :count].copy()))
+                answers.append(self._answer(items[row], scores[row], encoded.k))
         return answers
 
     def user_vectors(self, requests: Sequence[EncodedRetrieval]) -> np.ndarray:
@@ -210,6 +209,20 @@ class Retriever:
             if encoded.allowed is not None:
                 allowed[row] = encoded.allowed
         return allowed
+
+    def _answer(self, items: np.ndarray, scores: np.ndarray, k: int) -> Retrieved:
+        """The first k items of what the program found for a request."""
+        # -inf marks a place that no item takes; such places stand last.
+        exists = scores != -np.inf
+        if not np.isfinite(scores[exists]).all():
+            raise ArithmeticError(
+                "a score is not finite; look for numbers of the request that are far "
+                "outside of the training data, or export the run again"
+            )
+        count = min(k, int(exists.sum()))
+        ids = self._items.take(items[:count]).to_pylist()
+        # A copy: a view would keep the other answers in memory.
+        return Retrieved(ids, scores[:count].copy())
 
     def _check_vectors(self) -> None:
         if self.head != "next_item":

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenrec.errors import InputError
@@ -79,10 +80,13 @@ def _tables(
     """Yield the output, a part of the requests at a time."""
     if isinstance(scorer, Retriever):
         for first, wanted in _read(path, limits, parse_retrieval):
-            yield _items_table(scorer, first, wanted)
+            found = _items_table(scorer, first, wanted)
+            users = _users([one.request for one in wanted], path)
+            yield _with_users(found, users, first)
         return
     for first, requests in read_requests(path, limits):
-        yield _scores_table(scorer, first, requests)
+        scored = _scores_table(scorer, first, requests)
+        yield _with_users(scored, _users(requests, path), first)
 
 
 def read_requests(path: Path, limits: Limits) -> Iterator[tuple[int, list[Request]]]:
@@ -151,7 +155,6 @@ def _items_table(
     return pa.table(
         {
             "request": pa.array(lines),
-            "user_id": _users([one.request for one in requests]).take(place),
             "rank": pa.array(np.concatenate(ranks)),
             "item_id": pa.array(_joined(answers), retriever.item_type),
             "score": pa.array(np.concatenate([answer.scores for answer in answers])),
@@ -164,8 +167,18 @@ def _joined(answers: Sequence[Retrieved]) -> list[Any]:
     return [item for answer in answers for item in answer.items]
 
 
-def _users(requests: Sequence[Request]) -> pa.Array:
-    return pa.array([request.user.get("user_id") for request in requests])
+def _users(requests: Sequence[Request], path: Path) -> pa.Array:
+    """Ids of the users of requests, in the type of their file."""
+    # Not the type of the values: a part of the requests may have no user.
+    user = pq.read_schema(path).field("user").type
+    kind = user.field("user_id").type if user.get_field_index("user_id") >= 0 else None
+    return pa.array([request.user.get("user_id") for request in requests], kind)
+
+
+def _with_users(table: pa.Table, users: pa.Array, first: int) -> pa.Table:
+    """Add the id of each user, after the line of the request."""
+    place = pc.subtract(table["request"], first)
+    return table.add_column(1, "user_id", users.take(place))
 
 
 def _scores_table(scorer: Scorer, first: int, requests: Sequence[Request]) -> pa.Table:
@@ -178,7 +191,6 @@ def _scores_table(scorer: Scorer, first: int, requests: Sequence[Request]) -> pa
     place = pa.array(lines - first)
     columns: dict[str, Any] = {
         "request": pa.array(lines),
-        "user_id": _users(requests).take(place),
         "item_id": pa.array(
             [item for request in requests for item in request.candidates["item_id"]]
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -198,6 +199,35 @@ def test_a_compressed_dictionary_is_refused() -> None:
             parse_arrow(body, LIMITS)
 
 
+@pytest.mark.parametrize(
+    ("rows", "size", "words"),
+    [
+        (30_000, 0, "candidates: has 30000 rows, more than the limit of 2000"),
+        (1_000, 60, "more values than a body of its size"),
+    ],
+)
+def test_values_that_take_no_byte_are_bounded(rows: int, size: int, words: str) -> None:
+    kind = pa.list_(pa.null(), size)
+    lists = pa.FixedSizeListArray.from_buffers(
+        kind, rows, [None], children=[pa.nulls(rows * size)]
+    )
+    column = pa.ListArray.from_arrays([0, rows], lists)
+    part = pa.StructArray.from_arrays([column], ["item_id"])
+    with pytest.raises(BadRequest, match=words):
+        parse_arrow(stream_of_table(pa.table({"candidates": part})), LIMITS)
+
+
+def test_a_second_schema_is_refused() -> None:
+    """The types of one would be checked, and those of the other read."""
+    many = 1 << 22
+    views = pa.ListViewArray.from_arrays([0], [many], pa.nulls(many))
+    body = stream_of_table(pa.table({"user": views}))
+    innocent = pa.schema([("user", pa.int64())]).serialize().to_pybytes()
+    end = body[-8:]
+    with pytest.raises(HttpError, match="it has two schemas; send one record batch"):
+        parse_arrow(body[:-8] + innocent + end, LIMITS)
+
+
 def test_lists_of_nulls_without_bytes_are_refused() -> None:
     kind = pa.list_(pa.large_list(pa.null()))
     many = 1 << 30
@@ -228,6 +258,26 @@ def test_a_body_gives_no_more_texts_than_its_bytes() -> None:
 SOUND = stream_of_table(
     with_columns(**{name: array for name, (array, _) in TYPES.items()})
 )
+
+
+def test_a_body_without_memory_is_not_called_unsound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def open_stream(*_: Any, **__: Any) -> None:
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr(pa.ipc, "open_stream", open_stream)
+    with pytest.raises(MemoryError):
+        parse_arrow(stream_of(BODY), LIMITS)
+
+
+def test_a_word_that_is_lost_is_refused_or_a_request() -> None:
+    """Offsets of flatbuffers among them, which then point anywhere."""
+    for place in range(0, len(SOUND), 4):
+        damaged = bytearray(SOUND)
+        damaged[place : place + 4] = bytes(4)
+        with contextlib.suppress(HttpError, BadRequest):
+            parse_request(parse_arrow(damaged, Limits()), Limits())
 
 
 @settings(max_examples=400, deadline=None)

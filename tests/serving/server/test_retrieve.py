@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,26 @@ def test_masks_of_requests_that_wait_are_bounded() -> None:
     last = [batcher.submit(retriever, masked, ("", "", b""), NEVER) for _ in "a"]
     assert last[0].result(60)
     batcher.close()
+
+
+def test_a_request_cancelled_while_room_is_made_stays_counted() -> None:
+    class SlowToTell(Future[Any]):
+        """Not cancelled when it is asked first, and cancelled from then on."""
+
+        asked = 0
+
+        def cancelled(self) -> bool:
+            self.asked += 1
+            return self.asked > 1
+
+    retriever = ArithmeticRetriever()
+    batcher = Batcher(PrefixStore(0), ServerMetrics(), BatchLimits(queue=1))
+    one = retriever.encode(retrieval_of(0))
+    batcher.submit(retriever, one, ("", "", b""), NEVER)
+    batcher._queue[0].job.future = SlowToTell()
+    with pytest.raises(QueueFullError):
+        batcher.submit(retriever, one, ("", "", b""), NEVER)
+    assert batcher.waiting() == len(batcher._queue) == 1
 
 
 class Live:

@@ -13,12 +13,13 @@ what makes long lists of candidates cheap. Nulls are those of JSON.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Buffer
 from typing import Any
 
 import pyarrow as pa
 
-from tokenrec.serving.request import BadRequest, Limits
+from tokenrec.serving.request import BadRequest, Limits, too_long
 from tokenrec.serving.server.arrow_schema import (
     BOOL,
     COLUMN_PARTS,
@@ -33,6 +34,11 @@ from tokenrec.serving.server.http_io import HttpError
 _OPTIONS = pa.ipc.IpcReadOptions(
     ensure_alignment=pa.ipc.Alignment.DataTypeSpecific, use_threads=False
 )
+# What reading a damaged stream raises.
+_DAMAGE = (
+    *(pa.ArrowException, OSError, ValueError, EOFError, StopIteration),
+    struct.error,
+)
 
 
 def parse_arrow(body: Buffer, limits: Limits) -> dict[str, Any]:
@@ -46,12 +52,14 @@ def parse_arrow(body: Buffer, limits: Limits) -> dict[str, Any]:
       HttpError: it is no sound stream, or compressed.
       BadRequest: it holds more than one row, a type that no feature has, or more values
         than a body of its size can.
+      MemoryError: there is no memory to read it.
     """
     try:
         return _read(pa.py_buffer(body), limits)
-    except (BadRequest, HttpError):
+    except (BadRequest, HttpError, MemoryError):
+        # Arrow's error of memory is an ArrowException, too.
         raise
-    except (pa.ArrowException, OSError, ValueError, EOFError, StopIteration) as error:
+    except _DAMAGE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise HttpError(
             400,
@@ -83,6 +91,11 @@ def _read(data: pa.Buffer, limits: Limits) -> dict[str, Any]:
         for name in COLUMN_PARTS
         if name in parts and isinstance(kinds[name], dict)
     }
+    # Before a value becomes an object of Python: some take no byte of the body.
+    for name, most in (("history", limits.history), ("candidates", limits.candidates)):
+        for array in columns.get(name, ()):
+            if len(array) > most:
+                raise BadRequest(too_long(name, len(array), most, "rows"))
     budget = Budget(data.size)
     for name, array in parts.items():
         budget.spend(columns.get(name) or [array])

@@ -60,7 +60,8 @@ def check_messages(messages: Iterable[pa.Message], most: int) -> Kinds:
       Types of the fields of the batch.
 
     Raises:
-      ArrowInvalid: the stream is not one of Arrow 1.0 or later.
+      ArrowInvalid: the stream is not one of Arrow 1.0 or later, or has two schemas.
+      struct.error: a message has no header.
       HttpError: it is compressed.
       BadRequest: it holds more than one record batch, or a type that no feature has.
     """
@@ -69,6 +70,9 @@ def check_messages(messages: Iterable[pa.Message], most: int) -> Kinds:
         if message.metadata_version < pa.ipc.MetadataVersion.V5:
             raise pa.ArrowInvalid("its format is older than that of Arrow 1.0")
         if message.type == "schema":
+            # The reader takes the first one, and another one may follow the batch.
+            if schema:
+                raise pa.ArrowInvalid("it has two schemas")
             schema = message.serialize().to_pybytes()
             continue
         batches += message.type == "record batch"
@@ -205,6 +209,9 @@ class Budget:
             if kind in TEXTS:
                 self._text -= _text_bytes(array, kind)
             elif kind in _LISTS:
+                # They become objects of Python, of which a body in JSON has one in two
+                # bytes at most.
+                self._values -= (_VALUES_PER_BYTE - 1) * len(array.values)
                 self.spend([array.values])
             elif kind == STRUCT:
                 self.spend(array.flatten())

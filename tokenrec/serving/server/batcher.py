@@ -151,9 +151,13 @@ class Batcher:
 
     def _drop_cancelled(self) -> None:
         """Make room: requests that nobody waits for any more leave the queue."""
-        self._leave([s for s in self._queue if s.job.future.cancelled()])
-        kept = (s for s in self._queue if not s.job.future.cancelled())
-        self._queue = deque(kept)
+        queue, self._queue = self._queue, deque()
+        cancelled: list[Slice] = []
+        for one in queue:
+            # Asked once: another thread may cancel it at this moment.
+            is_over = one.job.future.cancelled()
+            (cancelled if is_over else self._queue).append(one)
+        self._leave(cancelled)
 
     def _leave(self, slices: Sequence[Slice]) -> list[Job]:
         """Count requests as no longer waiting, by their first slices; return them."""
