@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tokenrec.serving.server.http_io import Message, Receive, Send
@@ -76,3 +76,10 @@ async def call(
     fields = {name.decode(): value.decode() for name, value in start["headers"]}
     assert int(fields["content-length"]) == len(end["body"])
     return Answer(start["status"], fields, end["body"])
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition; one that never comes is a failure and no endless test."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)

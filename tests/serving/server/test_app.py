@@ -25,7 +25,7 @@ from tests.serving.server.arithmetic_scorer import (
     POISON,
     ArithmeticScorer,
 )
-from tests.serving.server.asgi import Answer, call
+from tests.serving.server.asgi import Answer, call, until
 from tests.serving.server.request_bodies import body_of, request_of
 from tests.serving.server.test_arrow_body import stream_of
 from tests.serving.server.test_model_slot import load, point, write_artifact
@@ -317,8 +317,7 @@ def test_a_full_queue_is_429_and_a_deadline_504(server: Served) -> None:
     async def overload() -> list[Answer]:
         server.scorer.gate.clear()
         first = asyncio.create_task(call(server.app, "/v1/score", body_of(0)))
-        while not server.scorer.entered.acquire(blocking=False):
-            await asyncio.sleep(0.001)
+        await until(lambda: server.scorer.entered.acquire(blocking=False))
         timeout = {"x-timeout-ms": "200"}
         waiting = [
             asyncio.create_task(call(server.app, "/v1/score", body_of(seed), timeout))
@@ -344,15 +343,13 @@ def test_a_request_in_flight_ends_on_the_model_that_it_began_with(
     async def swap_under_load() -> tuple[list[Answer], list[Answer]]:
         old.gate.clear()
         before = [asyncio.create_task(call(server.app, "/v1/score", body_of(0)))]
-        while not old.entered.acquire(blocking=False):
-            await asyncio.sleep(0.001)
+        await until(lambda: old.entered.acquire(blocking=False))
         # The device is busy with the first one, and these wait.
         before += [
             asyncio.create_task(call(server.app, "/v1/score", body_of(seed)))
             for seed in range(1, 4)
         ]
-        while server.batcher.waiting() < 3:
-            await asyncio.sleep(0.001)
+        await until(lambda: server.batcher.waiting() == 3)
         point(link, write_artifact(tmp_path / "second", 2.0))
         assert server.slot.check()
         after = [
@@ -381,8 +378,7 @@ def test_late_prefixes_of_a_first_load_are_not_taken_for_those_of_a_second(
     async def swap_there_and_back() -> Answer:
         first.gate.clear()
         late = asyncio.create_task(call(server.app, "/v1/score", body_of(0)))
-        while not first.entered.acquire(blocking=False):
-            await asyncio.sleep(0.001)
+        await until(lambda: first.entered.acquire(blocking=False))
         point(link, write_artifact(tmp_path / "second", 2.0))
         assert server.slot.check()
         first.gate.set()

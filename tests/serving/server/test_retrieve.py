@@ -23,7 +23,7 @@ from tests.serving.server.arithmetic_retriever import (
     Retrieved,
 )
 from tests.serving.server.arithmetic_scorer import POISON, ArithmeticScorer
-from tests.serving.server.asgi import Answer, call
+from tests.serving.server.asgi import Answer, call, until
 from tests.serving.server.request_bodies import (
     body_of,
     request_of,
@@ -178,14 +178,12 @@ def test_a_swap_to_the_other_kind_ends_requests_in_flight_on_theirs(
         old.gate.clear()
         bodies = [retrieval_body_of(seed) for seed in range(4)]
         before = [asyncio.create_task(call(server.app, "/v1/retrieve", bodies[0]))]
-        while not old.entered.acquire(blocking=False):
-            await asyncio.sleep(0.001)
+        await until(lambda: old.entered.acquire(blocking=False))
         before += [
             asyncio.create_task(call(server.app, "/v1/retrieve", body))
             for body in bodies[1:]
         ]
-        while server.batcher.waiting() < 3:
-            await asyncio.sleep(0.001)
+        await until(lambda: server.batcher.waiting() == 3)
         point(link, write_artifact(tmp_path / "scores", 2.0))
         assert server.slot.check()
         after = [
@@ -207,18 +205,22 @@ def test_a_swap_to_the_other_kind_ends_requests_in_flight_on_theirs(
 
 def test_a_request_that_fails_does_not_fail_its_batch_mates(server: Served) -> None:
     async def ask_all() -> list[Answer]:
-        retriever_of(server).gate.clear()
+        retriever = retriever_of(server)
+        retriever.gate.clear()
         bad = {"user": {"age": POISON}}, {"context": {"hour": NO_NUMBER_HOUR}}
         changes: list[dict[str, Any]] = [{}, *bad, {}]
-        asked = [
-            asyncio.create_task(
-                call(server.app, "/v1/retrieve", retrieval_body_of(seed) | change)
-            )
-            for seed, change in enumerate(changes)
+        bodies = [
+            retrieval_body_of(seed) | change for seed, change in enumerate(changes)
         ]
-        while server.batcher.waiting() < 3:
-            await asyncio.sleep(0.001)
-        retriever_of(server).gate.set()
+        # The device has the first alone, whichever the parsers finish first.
+        asked = [asyncio.create_task(call(server.app, "/v1/retrieve", bodies[0]))]
+        await until(lambda: retriever.entered.acquire(blocking=False))
+        asked += [
+            asyncio.create_task(call(server.app, "/v1/retrieve", body))
+            for body in bodies[1:]
+        ]
+        await until(lambda: server.batcher.waiting() == 3)
+        retriever.gate.set()
         return list(await asyncio.gather(*asked))
 
     answers = asyncio.run(ask_all())
