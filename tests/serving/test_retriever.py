@@ -22,6 +22,7 @@ from tests.serving.retrieval_worlds import (
     opened_run,
     prepare_baskets,
 )
+from tests.serving.without_training import WITHOUT_TRAINING
 from tokenrec.cli.main import main
 from tokenrec.config import Config, DataConfig, HeadConfig
 from tokenrec.errors import InputError
@@ -338,21 +339,16 @@ def test_an_accelerator_keeps_prefixes_on_the_device(served, monkeypatch):
         assert one.items == other.items
 
 
-_ALONE = """
-import sys
-BLOCKED = ("flax", "optax", "orbax", "grain", "tensorflow", "tensorflow_datasets",
-           "array_record", "tokenizers", "fsspec", "ml_collections")
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Block())
+_ALONE = (
+    WITHOUT_TRAINING
+    + """
 from pathlib import Path
 from tokenrec.serving.golden import replay_golden
 from tokenrec.serving.scorer import open_artifact
 retriever = open_artifact(Path(sys.argv[1]))
 print(replay_golden(retriever, retriever.artifact.golden(), 4, 1e-5))
 """
+)
 
 
 def test_retrieval_needs_no_package_of_training(exported):

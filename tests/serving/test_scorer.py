@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import tokenrec
+from tests.serving.without_training import WITHOUT_TRAINING
 from tests.worlds import one_device
 from tokenrec import Config, DataConfig, ModelConfig, TokensConfig
 from tokenrec.checkpoint.run_folder import OpenedRun
@@ -292,15 +293,10 @@ def test_another_platform_is_named(artifact, monkeypatch):
         open_artifact(artifact, check=False)
 
 
-_ALONE = """
-import json, sys
-BLOCKED = ("flax", "optax", "orbax", "grain", "tensorflow", "tensorflow_datasets",
-           "array_record", "tokenizers", "fsspec", "ml_collections")
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Block())
+_ALONE = (
+    WITHOUT_TRAINING
+    + """
+import json
 from pathlib import Path
 from tokenrec.serving.request import Limits, parse_request
 from tokenrec.serving.scorer import open_artifact
@@ -310,6 +306,7 @@ request, expected = next(scorer.artifact.golden())
 assert abs(scores - expected).max() <= 1e-6, (scores, expected)
 print("scored")
 """
+)
 
 
 def test_scoring_needs_no_package_of_training(artifact):

@@ -90,6 +90,25 @@ class DevicePrograms:
         with jax.default_device(self._device):
             return program(self.weights, inputs)
 
+    def prefill(
+        self, requests: Sequence[Arrays], buckets: Sequence[int]
+    ) -> list[Prefix]:
+        """Compute what requests keep.
+
+        Args:
+          requests: encoded user and history of each.
+          buckets: numbers of requests that programs are compiled for.
+        """
+        prefixes: list[Prefix] = []
+        for part in slices(requests, buckets[-1]):
+            size = bucket(len(part), buckets)
+            filled = fill_up(part, size)
+            inputs = {
+                name: np.stack([arrays[name] for arrays in filled]) for name in part[0]
+            }
+            prefixes += self.split(self.run("prefill", inputs, size), len(part), size)
+        return prefixes
+
     def compile_all(self, jobs: Iterable[tuple[Shape, Arrays]]) -> None:
         """Compile programs for the shapes of some inputs, on several threads.
 

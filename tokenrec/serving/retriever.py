@@ -102,17 +102,8 @@ class Retriever:
 
     def prefill(self, requests: Sequence[EncodedRetrieval]) -> list[Prefix]:
         """Compute what requests keep, whatever they allow."""
-        prefixes: list[Prefix] = []
-        for part in slices(requests, self.batch_buckets[-1]):
-            size = bucket(len(part), self.batch_buckets)
-            filled = fill_up(part, size)
-            inputs = {
-                name: np.stack([encoded.prefix[name] for encoded in filled])
-                for name in part[0].prefix
-            }
-            kept = self.programs.run("prefill", inputs, size)
-            prefixes += self.programs.split(kept, len(part), size)
-        return prefixes
+        prefixes = [encoded.prefix for encoded in requests]
+        return self.programs.prefill(prefixes, self.batch_buckets)
 
     def retrieve(
         self, requests: Sequence[tuple[Prefix, EncodedRetrieval]]
