@@ -107,13 +107,15 @@ def _schedule_lines(schedule: dict[str, Any], seconds: float) -> list[str]:
 
 
 def sweep_text(results: list[dict[str, Any]]) -> str:
-    """Write a table of compiled meshes, in the order given.
+    """Write a table of compiled settings, in the order given.
 
     Args:
       results: of `sweep.compile_best`.
     """
     header = [
         "mesh",
+        "remat",
+        "batch",
         "schedule ms",
         "MFU",
         "bound ms",
@@ -124,10 +126,7 @@ def sweep_text(results: list[dict[str, Any]]) -> str:
     ]
     rows = [header, *map(_sweep_row, results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    title = (
-        f"{_pod(results[0])}, {results[0]['batch']:,} streams a step; "
-        f"{results[0]['schema']}"
-    )
+    title = f"{_pod(results[0])}; {results[0]['schema']}"
     lines = [title, ""]
     for row in rows:
         cells = [c.ljust(width) for c, width in zip(row, widths, strict=True)]
@@ -142,6 +141,8 @@ def _sweep_row(result: dict[str, Any]) -> list[str]:
     known = result["roofline_seconds"] is not None
     return [
         mesh_text(result["mesh"]),
+        result["remat"],
+        f"{result['batch']:,}",
         f"{1e3 * result['schedule_seconds']:.2f}" if known else "-",
         f"{result['mfu_by_schedule']:.1%}" if known else "-",
         f"{1e3 * result['roofline_seconds']:.2f}" if known else "-",
