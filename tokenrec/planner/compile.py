@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
+from tokenrec.compiler_options import compiler_options, refusals_of
 from tokenrec.config import Config, MeshConfig
 from tokenrec.config.validate import validate
 from tokenrec.data.batch import Batch
@@ -36,7 +37,7 @@ from tokenrec.planner.planned_schema import resolve_schema
 from tokenrec.planner.roofline import chip
 from tokenrec.planner.schedule import Schedule
 from tokenrec.planner.topology import topology_mesh
-from tokenrec.sharding import check_batch_sizes, compiler_options, with_batch_sharding
+from tokenrec.sharding import check_batch_sizes, with_batch_sharding
 from tokenrec.state import ModelSpec, abstract_state
 from tokenrec.step import train_step
 
@@ -149,6 +150,7 @@ def compile_train_step(model: ModelSpec, mesh: Mesh, shapes: Batch) -> Compiled:
       shapes: the batch as `jax.ShapeDtypeStruct`, of `data.pipeline.batch_shapes`.
 
     Raises:
+      InputError: the compiler refuses an option of `train.compiler_options`.
       jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, with XLA's account of it, if the
         step does not fit.
     """
@@ -157,7 +159,9 @@ def compile_train_step(model: ModelSpec, mesh: Mesh, shapes: Batch) -> Compiled:
         lowered = step.lower(
             model, abstract_state(model), with_batch_sharding(shapes, mesh)
         )
-        return lowered.compile(compiler_options(mesh))
+        chosen = model.config.train.compiler_options
+        with refusals_of(chosen):
+            return lowered.compile(compiler_options(mesh, chosen))
 
 
 def _compile_figures(

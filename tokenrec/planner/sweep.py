@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tokenrec.config import Config, MeshConfig
 from tokenrec.config.backbones import BACKBONES, supports_tensor_parallelism
@@ -28,7 +28,8 @@ from tokenrec.planner.topology import topology_mesh
 COMPILED = 5
 # Batches to try, over that of the config.
 BATCHES = (1, 2, 4)
-REMATS = ("none", "dots", "full")
+Remat = Literal["none", "dots", "full"]
+REMATS: tuple[Remat, ...] = ("none", "dots", "full")
 
 
 def compile_best(
@@ -99,7 +100,7 @@ class Setting(NamedTuple):
     """
 
     mesh: MeshConfig
-    remat: str
+    remat: Remat
     batch: int
     cost: Prediction
 
@@ -167,7 +168,7 @@ def rank(
     )
 
 
-def with_setting(config: Config, remat: str, batch: int) -> Config:
+def with_setting(config: Config, remat: Remat, batch: int) -> Config:
     """Change `model.remat` and `data.batch_size` of a config."""
     return dataclasses.replace(
         config,
