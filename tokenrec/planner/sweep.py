@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from tokenrec.config import Config, MeshConfig
+from tokenrec.config import Config, MeshConfig, Remat
 from tokenrec.config.backbones import BACKBONES, supports_tensor_parallelism
 from tokenrec.config.validate import validate
 from tokenrec.data.schema import Schema
@@ -28,7 +28,6 @@ from tokenrec.planner.topology import topology_mesh
 COMPILED = 5
 # Batches to try, over that of the config.
 BATCHES = (1, 2, 4)
-Remat = Literal["none", "dots", "full"]
 REMATS: tuple[Remat, ...] = ("none", "dots", "full")
 
 

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tokenrec.models.backbones.stacking import apply_remat
+from tokenrec.ops.attention import rotary
 from tokenrec.ops.attention.rotary import (
     rotate_by_product,
     rotate_halves,
     rotation,
 )
+from tokenrec.planner.flops import product_flops
 
 
 def values_and_gradient(rotate, x, by):
@@ -34,6 +37,22 @@ def test_the_product_equals_the_halves_in_values_and_gradients(dtype, lead):
         np.testing.assert_array_equal(
             np.asarray(one, np.float64), np.asarray(other, np.float64)
         )
+
+
+@pytest.mark.parametrize("on_tpu", [True, False])
+def test_no_exchanged_halves_are_kept_nor_counted(monkeypatch, capsys, on_tpu):
+    monkeypatch.setattr(rotary, "current_platform", lambda: "tpu" if on_tpu else "cpu")
+    by = rotation(jnp.arange(9)[None], 16, 1e4)
+
+    def layer(x, weight):
+        projected = jnp.einsum("bshi,ij->bshj", x, weight)
+        return jnp.sum(jnp.square(rotary.rotate(jnp.sin(projected), by)))
+
+    x, weight = jnp.ones((1, 9, 2, 16)), jnp.eye(16)
+    assert product_flops(jax.make_jaxpr(layer)(x, weight).jaxpr) == 2 * 18 * 16 * 16
+    jax.ad_checkpoint.print_saved_residuals(apply_remat(layer, "dots"), x, weight)
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("dot_general" in line for line in lines) == 1
 
 
 def test_a_rotation_keeps_norms_and_depends_on_differences_of_positions():

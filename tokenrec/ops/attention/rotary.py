@@ -18,13 +18,17 @@ and several tokens of one event share it (docs/methods.md section 3, "Positions"
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
 
 from tokenrec.ops.attention.platform import current_platform
+
+_EXCHANGE_PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Rotation(NamedTuple):
@@ -110,7 +114,7 @@ def rotate_by_product(x: jax.Array, by: Rotation) -> jax.Array:
         "...i,ij->...j",
         x,
         exchange.astype(x.dtype),
-        precision=jax.lax.Precision.HIGHEST,
+        precision=_EXCHANGE_PRECISION,
         preferred_element_type=jnp.float32,
     )
     return (x.astype(jnp.float32) * by.cos + swapped * by.sin).astype(x.dtype)
@@ -127,3 +131,13 @@ def _backward(by: Rotation, gradient: jax.Array) -> tuple[jax.Array, Rotation]:
 
 
 rotate_by_product.defvjp(_forward, _backward)
+
+
+def is_exchange(primitive: Primitive, params: Mapping[str, Any]) -> bool:
+    """Whether an equation of a traced model is the product of `rotate_by_product`.
+
+    It moves numbers: its FLOPs are none of the model's, and no pass need keep it. No
+    other product of a model has its precision.
+    """
+    precision = params.get("precision")
+    return primitive.name == "dot_general" and precision == (_EXCHANGE_PRECISION,) * 2
