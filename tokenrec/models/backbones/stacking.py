@@ -19,7 +19,6 @@ from flax import nnx
 from tokenrec.config import Remat
 from tokenrec.models.backbones.block import Block
 from tokenrec.ops.attention import ATTENTION_RESULT, cudnn
-from tokenrec.ops.attention.rotary import is_exchange
 
 
 def apply_remat[**P](
@@ -42,19 +41,13 @@ def apply_remat[**P](
     policies = jax.checkpoint_policies
     # Attention is no product with weights; its result is kept by its name.
     dots = policies.save_from_both_policies(
-        _is_weight_product,
+        policies.dots_with_no_batch_dims_saveable,
         policies.save_from_both_policies(
             policies.save_only_these_names(ATTENTION_RESULT), _is_cudnn_attention
         ),
     )
     policy = dots if remat == "dots" else policies.nothing_saveable
     return jax.checkpoint(compute, policy=policy, prevent_cse=not loop)
-
-
-def _is_weight_product(primitive: Any, *avals: Any, **params: Any) -> bool:
-    """A checkpoint policy that keeps products with weights."""
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return policy(primitive, *avals, **params) and not is_exchange(primitive, params)
 
 
 def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -106,7 +106,8 @@ def rotate_by_product(x: jax.Array, by: Rotation) -> jax.Array:
     passing. Each of its sums has one term that is not zero, so that it is exact: in
     bfloat16 in one pass, in float32 at the highest precision.
 
-    The angles are constants: no gradient goes to them.
+    The angles are constants: no gradient goes to them. The gradient of `x` needs nothing
+    else, so that no pass keeps the exchanged halves.
     """
     width = x.shape[-1]
     exchange = np.roll(np.eye(width, dtype=np.float32), width // 2, axis=1)
@@ -136,8 +137,8 @@ rotate_by_product.defvjp(_forward, _backward)
 def is_exchange(primitive: Primitive, params: Mapping[str, Any]) -> bool:
     """Whether an equation of a traced model is the product of `rotate_by_product`.
 
-    It moves numbers: its FLOPs are none of the model's, and no pass need keep it. No
-    other product of a model has its precision.
+    It moves numbers: its FLOPs are none of the model's. No other product of a model has
+    its precision.
     """
     precision = params.get("precision")
     return primitive.name == "dot_general" and precision == (_EXCHANGE_PRECISION,) * 2
