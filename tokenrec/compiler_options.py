@@ -25,8 +25,24 @@ Options = dict[str, bool | int | str]
 # chips or more, on v5e, v6e and v5p alike.
 _EVERY_TPU: Options = {"xla_tpu_enable_pincer_short_emitter": False}
 
+# Memory on the chip that a fusion may use, KiB. With the default of libtpu the operands
+# of a product come in smaller pieces, and more often.
+_FUSION_MEMORY = "xla_tpu_scoped_vmem_limit_kib"
+# All-gathers run on the sparse cores, beside the work of the core. They move numbers and
+# compute nothing, so that no result changes. The collective fusion that does the same on
+# chips without sparse cores excludes it.
+_GATHERS_ON_SPARSE_CORES: Options = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_all_gather_offload_tracing": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
+    "xla_tpu_use_tc_device_shape_on_sc": True,
+    "xla_sc_enable_instruction_fusion": False,
+    "xla_sc_disable_megacore_partitioning": True,
+}
 # By `jax.Device.device_kind`.
-_BY_KIND: dict[str, Options] = {}
+_BY_KIND: dict[str, Options] = {
+    "TPU v5": {_FUSION_MEMORY: 65536} | _GATHERS_ON_SPARSE_CORES,
+}
 
 
 def compiler_options(
