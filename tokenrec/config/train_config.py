@@ -96,6 +96,10 @@ class MeshConfig:
     """Splits heads and feed-forward networks. Raise it when a single layer does not
     fit; it must divide `model.heads`."""
 
+    context: int = field(1, at_least=1)
+    """Splits the tokens of a stream inside the backbone. Raise it when the activations
+    of one stream of very many events (`data.events`) do not fit."""
+
 
 @dataclasses.dataclass
 class TrainConfig:

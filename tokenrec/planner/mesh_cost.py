@@ -87,7 +87,7 @@ def predict(
     micro_tokens = tokens // config.optim.accumulate
     total_bytes += activation_bytes(config, micro_tokens, dict(mesh.shape))
     return Prediction(
-        mesh=MeshConfig(*(mesh.shape[axis] for axis in AXES)),
+        mesh=MeshConfig(**mesh.shape),
         compute_seconds=flops / spec.flops,
         network_seconds=network,
         bytes=total_bytes,
