@@ -86,6 +86,11 @@ def on_mesh(spec: PartitionSpec) -> PartitionSpec | None:
     return None if jax.sharding.get_abstract_mesh().empty else spec
 
 
+def tokens_of(x: jax.Array) -> str | None:
+    """Logical axis of dimension 1 of `[B, S, ...]`: "tokens" if it is split, or None."""
+    return None if jax.typeof(x).sharding.spec[1] is None else "tokens"
+
+
 def reshard[T](x: T, spec: PartitionSpec) -> T:
     """`jax.sharding.reshard`; the array itself where no mesh is in use."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -25,7 +25,7 @@ from jax.extend.core import Jaxpr
 from jax.sharding import Mesh
 
 from tokenrec.data.batch import Batch
-from tokenrec.ops.attention import Choice, choose, splash, triton
+from tokenrec.ops.attention import Choice, choose, splash, splash_kernel, triton
 from tokenrec.ops.attention.key_runs import visited_pairs
 from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.planner.attention_cost import (
@@ -98,7 +98,7 @@ def attention_work(
         spans = splash.visible_spans(pattern, window)
         if isinstance(spans, str):
             raise AssertionError(spans)
-        sides = splash.block_sizes(spans, shape[1])
+        sides = splash_kernel.block_sizes(spans, shape[1])
         tile_pairs = visible_tiles(pattern, window, *sides) * math.prod(sides)
     elif implementation == "triton":
         sides = triton.block_sizes(*shape, head_dim, itemsize)
