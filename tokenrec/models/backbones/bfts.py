@@ -88,6 +88,41 @@ def layer_positions(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ..
     return (np.arange(layout.length),) * (config.layers + 1)
 
 
+def split_positions(
+    positions: tuple[np.ndarray, ...], length: int, parts: int
+) -> tuple[np.ndarray, ...]:
+    """Round the positions of layers up, so that their tokens split into equal parts.
+
+    Positions that number no more than one part of the whole stream stay as they are:
+    every device computes them all, at no more than the cost of its part of a bottom
+    layer, and nothing has to be exchanged (`is_split`).
+
+    Args:
+      positions: positions at the input of each layer, and at the output of the last.
+      length: S, a multiple of `2 * parts`.
+      parts: devices along `mesh.context`.
+
+    Returns:
+      `layers + 1` ascending arrays; each holds the one behind it.
+    """
+    rounded: list[np.ndarray] = []
+    for needed in reversed(positions):
+        if rounded:
+            needed = np.union1d(needed, rounded[0])
+        if is_split(len(needed), length, parts):
+            # Two chunks of queries a part: see `tokenrec.ops.attention.context_plan`.
+            others = np.setdiff1d(np.arange(length), needed)
+            more = -len(needed) % (2 * parts)
+            needed = np.union1d(needed, others[len(others) - more :])
+        rounded.insert(0, needed)
+    return tuple(rounded)
+
+
+def is_split(count: int, length: int, parts: int) -> bool:
+    """Whether so many positions of a stream are split over `mesh.context`."""
+    return parts > 1 and count > length // parts
+
+
 def prefix_length(layout: Layout) -> int:
     """P, the number of positions that belong to no candidate; they come first.
 

@@ -41,11 +41,13 @@ from tokenrec.models.backbones.bfts import (
     layer_windows,
     prefix_length,
     prefix_positions,
+    split_positions,
     stack_sizes,
 )
 from tokenrec.models.backbones.block import Block
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.models.backbones.rope_attention import KeysValues, Stream
+from tokenrec.models.backbones.split_tokens import context_parts, select_split
 from tokenrec.models.backbones.stacking import apply_remat, stack_blocks, unstack_blocks
 from tokenrec.ops.attention.rotary import rotation
 from tokenrec.ops.layers import RMSNorm, split_keys
@@ -139,11 +141,19 @@ class TokenFormer(Backbone):
         Returns:
           `[B, R, d]`.
         """
-        stream_positions = np.arange(layout.length)
-        x, stream = self.prepare_inputs(x, layout, stream_positions, events, candidates)
         # positions[l] enter layer l; positions[l + 1] leave it.
         positions = layer_positions(self.config, layout)
-        x = select_positions(x, positions[0], stream_positions)
+        parts = context_parts()
+        if parts > 1:
+            # Two chunks a part: see `tokenrec.ops.attention.context_plan`.
+            fill = -layout.length % (2 * parts)
+            x = jnp.pad(x, ((0, 0), (0, fill), (0, 0)))
+            layout = layout.with_fill(fill)
+            positions = split_positions(positions, layout.length, parts)
+        stream_positions = np.arange(layout.length)
+        x, stream = self.prepare_inputs(x, layout, stream_positions, events, candidates)
+        stream = stream._replace(parts=parts)
+        x = stream.select(x, positions[0], stream_positions)
         dropout_keys = split_keys(key, self.config.layers)
         first = 0
         for block, size in zip(self.blocks, stack_sizes(self.config), strict=True):
@@ -168,7 +178,9 @@ class TokenFormer(Backbone):
                     dropout_key=layer_key,
                 )
                 x = apply_remat(compute, self.config.remat)(x)
-        return self.norm(select_positions(x, layout.readout, positions[-1]))
+        # Heads read whole read-outs, whichever device computed them.
+        x = select_split(x, layout.readout, positions[-1], split=False)
+        return self.norm(x)
 
     def layer_outputs(
         self,
