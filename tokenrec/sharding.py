@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from tokenrec.config import Config, MeshConfig
+from tokenrec.config.train_config import mesh_fields
 from tokenrec.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -131,12 +132,6 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
     fixed = config.fsdp * config.context * config.tensor
     data = devices // fixed if config.data == -1 else config.data
     return (data, config.fsdp, config.context, config.tensor)
-
-
-def mesh_fields(config: MeshConfig) -> str:
-    """Write the sizes of the axes for a message; `context` only where it is set."""
-    axes = [axis for axis in AXES if axis != "context" or config.context != 1]
-    return " ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in axes)
 
 
 # With this emitter libtpu 0.0.50 aborts the process ("Color count is less than local dma

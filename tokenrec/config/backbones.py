@@ -163,6 +163,11 @@ def supports_tensor_parallelism(config: ModelConfig) -> bool:
     return BACKBONES[config.kind].tensor_parallel
 
 
+def supports_context_parallelism(config: ModelConfig) -> bool:
+    """Whether tokens can be split over `mesh.context`."""
+    return BACKBONES[config.kind].context_parallel
+
+
 def backbone_problems(config: Config) -> Iterator[str]:
     """Yield a message for each option that the chosen backbone does not support."""
     model, data = config.model, config.data

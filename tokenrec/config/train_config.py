@@ -101,6 +101,16 @@ class MeshConfig:
     of one stream of very many events (`data.events`) do not fit."""
 
 
+def mesh_fields(mesh: MeshConfig) -> str:
+    """Write the sizes of the axes for a message; `context` only where it is set.
+
+    >>> mesh_fields(MeshConfig(fsdp=3))
+    'mesh.data=-1 mesh.fsdp=3 mesh.tensor=1'
+    """
+    axes = ("data", "fsdp", "tensor", *(("context",) if mesh.context != 1 else ()))
+    return " ".join(f"mesh.{axis}={getattr(mesh, axis)}" for axis in axes)
+
+
 @dataclasses.dataclass
 class TrainConfig:
     """The training loop: evaluation, checkpoints, logs, early stopping, warm start."""

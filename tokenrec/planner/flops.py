@@ -265,9 +265,16 @@ def device_flops(jaxpr: Jaxpr) -> float:
 
 
 def _inner_flops(equation: Any, count: Callable[[Jaxpr], float]) -> float:
-    """FLOPs of the programs inside an equation; those of a scan times its length."""
-    trips = equation.params["length"] if equation.primitive.name == "scan" else 1
-    return trips * sum(count(inner) for inner in inner_jaxprs(equation.params.values()))
+    """FLOPs of the programs inside an equation; those of a scan times its length.
+
+    Of a `cond`, one branch runs: the largest counts.
+    """
+    inner = [count(each) for each in inner_jaxprs(equation.params.values())]
+    if equation.primitive.name == "cond":
+        return max(inner)
+    return sum(inner) * (
+        equation.params["length"] if equation.primitive.name == "scan" else 1
+    )
 
 
 def _mesh_axes(aval: Any, dimension: int) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from tokenrec.config import MeshConfig
+from tokenrec.config.train_config import mesh_fields
 from tokenrec.errors import InputError, suggest
-from tokenrec.sharding import AXES, make_mesh, mesh_fields, mesh_shape
+from tokenrec.sharding import AXES, make_mesh, mesh_shape
 
 # Dimensions of each kind of pod, and sizes that can be rented. libtpu accepts more; a
 # name that it refuses is compared with these.
