@@ -30,6 +30,7 @@ Everything here is static NumPy. Letters: S stream length, P prefix length, w wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
@@ -37,7 +38,13 @@ import numpy as np
 from tokenrec.config import ModelConfig
 from tokenrec.config.backbones import BACKBONES
 from tokenrec.errors import InputError
+from tokenrec.ops.attention.platform import current_platform
 from tokenrec.tokens.layout import Layout, live_positions
+
+# Lanes of a vector register of a TPU, and of its matrix unit.
+LANES = 128
+# A run of positions is filled up where that adds at most one in so many.
+MOST_FILL = 8
 
 
 def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
@@ -81,46 +88,107 @@ def layer_positions(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ..
 
     Returns:
       `layers + 1` ascending arrays: the live positions, or all of them without
-      `model.needed_rows`.
+      `model.needed_rows`. On a TPU, runs of live positions go on to whole lanes.
     """
-    if config.needed_rows:
-        return live_positions(layout, layer_windows(config))
-    return (np.arange(layout.length),) * (config.layers + 1)
+    if not config.needed_rows:
+        return (np.arange(layout.length),) * (config.layers + 1)
+    live = live_positions(layout, layer_windows(config))
+    if current_platform() == "tpu":
+        return fill_lanes(live, layout.length)
+    return live
+
+
+def fill_lanes(live: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, ...]:
+    """Add positions until the runs of live ones are multiples of `LANES` long.
+
+    A TPU lays tokens out in groups of 128 lanes, and its attention kernels take whole
+    tiles of them: 2,047 live positions are copied into arrays of 2,048 before and after
+    every kernel. One dead position more, which changes no read-out, costs less. A run
+    stays as it is where the rest would be more than 1 / `MOST_FILL` of it, as a few
+    read-outs are.
+
+    Args:
+      live: ascending arrays, each a part of the one before.
+      length: S, positions of the stream.
+
+    Returns:
+      As many ascending arrays, each a part of the one before.
+    """
+    filled: list[np.ndarray] = []
+    for positions in reversed(live):
+        # What is computed above is needed here too.
+        if filled:
+            positions = np.union1d(positions, filled[0])
+        count, first = len(positions), int(positions[0])
+        whole = -(-count // LANES) * LANES
+        is_run = int(positions[-1]) - first == count - 1
+        if is_run and whole <= length and MOST_FILL * (whole - count) <= count:
+            # On to later positions, and where the stream ends, to earlier ones.
+            first = min(first, length - whole)
+            positions = np.arange(first, first + whole)
+        filled.insert(0, positions)
+    return tuple(filled)
+
+
+def part_multiple(count: int, parts: int) -> int:
+    """Choose what a number of tokens is rounded up to, to be split over devices.
+
+    Args:
+      count: number of tokens.
+      parts: devices along `mesh.context`.
+
+    Returns:
+      Two chunks of queries a part (`tokenrec.ops.attention.context_plan`); on a TPU
+      whole lanes a part, where that adds at most one token in `MOST_FILL`.
+    """
+    lanes = LANES * parts
+    if current_platform() == "tpu" and MOST_FILL * (-count % lanes) <= count:
+        return lanes
+    return 2 * parts
+
+
+def is_split(count: int, length: int, parts: int) -> bool:
+    """Whether so many positions of a stream are split over `mesh.context`.
+
+    Positions that number no more than one part of the whole stream are not: every
+    device computes them all, at no more than the cost of its part of a bottom layer,
+    and nothing has to be exchanged.
+
+    Args:
+      count: number of positions.
+      length: S, positions of the stream.
+      parts: devices along `mesh.context`.
+    """
+    return parts > 1 and count > length // parts
 
 
 def split_positions(
-    positions: tuple[np.ndarray, ...], length: int, parts: int
+    positions: Sequence[np.ndarray], length: int, parts: int
 ) -> tuple[np.ndarray, ...]:
-    """Round the positions of layers up, so that their tokens split into equal parts.
-
-    Positions that number no more than one part of the whole stream stay as they are:
-    every device computes them all, at no more than the cost of its part of a bottom
-    layer, and nothing has to be exchanged (`is_split`).
+    """Add positions to those of a layer, where its tokens are split over devices.
 
     Args:
-      positions: positions at the input of each layer, and at the output of the last.
+      positions: positions at the input of each layer, and at the output of the last,
+        each a part of the one before.
       length: S, a multiple of `2 * parts`.
       parts: devices along `mesh.context`.
 
     Returns:
-      `layers + 1` ascending arrays; each holds the one behind it.
+      As many ascending arrays, each a part of the one before.
     """
     rounded: list[np.ndarray] = []
     for needed in reversed(positions):
+        # What is computed above is needed here too.
         if rounded:
             needed = np.union1d(needed, rounded[0])
         if is_split(len(needed), length, parts):
-            # Two chunks of queries a part: see `tokenrec.ops.attention.context_plan`.
             others = np.setdiff1d(np.arange(length), needed)
-            more = -len(needed) % (2 * parts)
+            more = -len(needed) % part_multiple(len(needed), parts)
+            if more > len(others):
+                more = -len(needed) % (2 * parts)
             needed = np.union1d(needed, others[len(others) - more :])
         rounded.insert(0, needed)
     return tuple(rounded)
-
-
-def is_split(count: int, length: int, parts: int) -> bool:
-    """Whether so many positions of a stream are split over `mesh.context`."""
-    return parts > 1 and count > length // parts
 
 
 def prefix_length(layout: Layout) -> int:

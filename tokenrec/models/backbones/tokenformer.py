@@ -39,6 +39,7 @@ from tokenrec.models.backbones.bfts import (
     cached_positions,
     layer_positions,
     layer_windows,
+    part_multiple,
     prefix_length,
     prefix_positions,
     split_positions,
@@ -111,13 +112,26 @@ class TokenFormer(Backbone):
 
     def attention_layers(self, layout: Layout) -> tuple[AttentionLayer, ...]:
         """The attention of each layer, bottom first."""
-        positions = layer_positions(self.config, layout)
+        layout, positions = self._split(layout)
         return tuple(
             AttentionLayer(layout.pattern(outputs, inputs), window)
             for inputs, outputs, window in zip(
                 positions, positions[1:], layer_windows(self.config), strict=False
             )
         )
+
+    def _split(self, layout: Layout) -> tuple[Layout, tuple[np.ndarray, ...]]:
+        """Fill the stream up, so that its tokens split over `mesh.context`.
+
+        Returns:
+          The layout with its fill, and the positions of each layer.
+        """
+        positions, parts = layer_positions(self.config, layout), context_parts()
+        if parts == 1:
+            return layout, positions
+        fill = -layout.length % part_multiple(layout.length, parts)
+        layout = layout.with_fill(fill)
+        return layout, split_positions(positions, layout.length, parts)
 
     def __call__(
         self,
@@ -142,17 +156,11 @@ class TokenFormer(Backbone):
           `[B, R, d]`.
         """
         # positions[l] enter layer l; positions[l + 1] leave it.
-        positions = layer_positions(self.config, layout)
-        parts = context_parts()
-        if parts > 1:
-            # Two chunks a part: see `tokenrec.ops.attention.context_plan`.
-            fill = -layout.length % (2 * parts)
-            x = jnp.pad(x, ((0, 0), (0, fill), (0, 0)))
-            layout = layout.with_fill(fill)
-            positions = split_positions(positions, layout.length, parts)
+        layout, positions = self._split(layout)
+        x = jnp.pad(x, ((0, 0), (0, layout.fill), (0, 0))) if layout.fill else x
         stream_positions = np.arange(layout.length)
         x, stream = self.prepare_inputs(x, layout, stream_positions, events, candidates)
-        stream = stream._replace(parts=parts)
+        stream = stream._replace(parts=context_parts())
         x = stream.select(x, positions[0], stream_positions)
         dropout_keys = split_keys(key, self.config.layers)
         first = 0
