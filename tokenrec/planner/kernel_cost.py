@@ -24,7 +24,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec.data.batch import Batch
-from tokenrec.ops.attention import splash
+from tokenrec.models.backbones.bfts import is_split
+from tokenrec.ops.attention import splash, splash_kernel
+from tokenrec.ops.attention.context_plan import plan_split
 from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.planner.kernel_bundles import TileBundles
 from tokenrec.planner.roofline import Chip, chip
@@ -129,7 +131,7 @@ def step_kernel_seconds(
     for (pattern, window, _), layer in zip(patterns, layers, strict=True):
         if layer["implementation"] != "splash":
             continue
-        sides, tiles = splash_tiles(pattern, window)
+        sides, tiles = splash_tiles(pattern, window, mesh.shape["context"])
         bundles = tile_bundles(
             mesh.devices.flat[0].device_kind, config.width // config.heads, sides
         )
@@ -145,16 +147,29 @@ def step_kernel_seconds(
 
 
 def splash_tiles(
-    pattern: Pattern, window: int | None
+    pattern: Pattern, window: int | None, parts: int = 1
 ) -> tuple[tuple[int, int], np.ndarray]:
-    """Find the tile that the kernels choose, and those that they compute.
+    """Find the tile that the kernels choose, and those that a device computes.
+
+    Args:
+      pattern: which queries see which keys.
+      window: keys that a query of a sliding layer sees; None in a full layer.
+      parts: devices along `mesh.context`.
 
     Returns:
-      Queries and keys of a tile, and `[query blocks, key blocks] bool`.
+      Queries and keys of a tile, and `[query blocks, key blocks] bool` of the part that
+      computes the most.
     """
-    spans = splash.visible_spans(pattern, window)
+    keys = len(pattern.key_positions)
+    if is_split(len(pattern.query_positions), len(pattern.index), parts):
+        plan = plan_split(pattern, window, parts)
+        spans, keys = plan.spans(window), plan.keys
+    else:
+        spans, parts = splash.visible_spans(pattern, window), 1
     if isinstance(spans, str):
         raise AssertionError(spans)
-    keys = len(pattern.key_positions)
-    sides = splash.block_sizes(spans, keys)
-    return sides, splash.visited_tiles(spans, keys, *sides)
+    sides = splash_kernel.block_sizes(spans, keys, parts)
+    filled = splash_kernel.fill_parts(len(spans.start), parts, sides[0])
+    tiles = splash_kernel.visited_tiles(spans.take(filled), keys, *sides)
+    by_part = tiles.reshape(parts, -1, tiles.shape[1])
+    return sides, by_part[int(by_part.sum(axis=(1, 2)).argmax())]

@@ -154,12 +154,13 @@ def _sweep_row(result: dict[str, Any]) -> list[str]:
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
-    """Write the sizes of a mesh as `--mesh` takes them.
+    """Write the sizes of a mesh as `--mesh` takes them, without a `context` of 1.
 
-    >>> mesh_text({"data": 4, "fsdp": 8, "tensor": 1})
+    >>> mesh_text({"data": 4, "fsdp": 8, "context": 1, "tensor": 1})
     'data=4,fsdp=8,tensor=1'
     """
-    return ",".join(f"{axis}={size}" for axis, size in mesh.items())
+    axes = [axis for axis, size in mesh.items() if (axis, size) != ("context", 1)]
+    return ",".join(f"{axis}={mesh[axis]}" for axis in axes)
 
 
 def _pod(result: dict[str, Any]) -> str:
