@@ -15,15 +15,3 @@ delete the result files to start over. Some minutes a table row on two cores.
 """
 
 from __future__ import annotations
-
-import argparse
-import dataclasses
-import json
-from pathlib import Path
-from typing import Any
-
-from benchmarks.report import run_script, write_result
-from tokenrec.config import Config, MeshConfig
-from tokenrec.config.load import load_config, shipped_configs
-from tokenrec.planner.compile import compile_config
-from tokenrec.planner.report import mesh_text
