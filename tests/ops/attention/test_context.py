@@ -18,7 +18,7 @@ from tokenrec.ops.attention.dense import dense_attention
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
 from tokenrec.sharding import RULES
 
-# Float32 rounding. Measured: 
+# Float32 rounding. Measured:
 TOLERANCE = 4e-6
 BY_HEAD = RULES("batch", "tokens", "heads", None)
 
@@ -51,23 +51,41 @@ def difference(attend, pattern, window, mesh, **options):
     gradient = gradient * valid[:, places, None, None]
     expected = values_and_gradients(
         lambda q, k, v, valid: dense_attention(q, k, v, pattern, window, valid),
-        q, k, v, gradient, valid,
+        q,
+        k,
+        v,
+        gradient,
+        valid,
     )
     with jax.set_mesh(mesh):
-        arrays = [jax.device_put(x, jax.NamedSharding(mesh, BY_HEAD)) for x in (q, k, v, gradient)]
+        arrays = [
+            jax.device_put(x, jax.NamedSharding(mesh, BY_HEAD))
+            for x in (q, k, v, gradient)
+        ]
         valid = jax.device_put(valid, jax.NamedSharding(mesh, RULES("batch", None)))
         got = values_and_gradients(
             lambda q, k, v, valid: attend(q, k, v, valid), *arrays, valid
         )
     return [float(np.abs(a - b).max()) for a, b in zip(got, expected, strict=True)]
 
+
 if __name__ == "__main__":
     import time
+
     for context, mesh in ((2, mesh_of(2, 1, 2, 2)), (4, mesh_of(1, 2, 1, 4))):
-      for window in (None, 5, 16, 40):
-        for name in ("dense", "blocked"):
-            t = time.time()
-            pattern = causal_pattern(64, 64)
-            plan = plan_split(pattern, window, context)
-            d = difference(lambda q, k, v, valid: attention(q, k, v, window=window, valid=valid, implementation=name), pattern, window, mesh)
-            print(context, window, name, plan.halo, plan.balanced, d, time.time() - t)
+        for window in (None, 5, 16, 40):
+            for name in ("dense", "blocked"):
+                t = time.time()
+                pattern = causal_pattern(64, 64)
+                plan = plan_split(pattern, window, context)
+                d = difference(
+                    lambda q, k, v, valid: attention(
+                        q, k, v, window=window, valid=valid, implementation=name
+                    ),
+                    pattern,
+                    window,
+                    mesh,
+                )
+                print(
+                    context, window, name, plan.halo, plan.balanced, d, time.time() - t
+                )
