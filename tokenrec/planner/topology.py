@@ -118,9 +118,7 @@ def _set_libtpu_variables() -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-def _split_devices(
-    shape: tuple[int, ...], devices: list[jax.Device]
-) -> np.ndarray:
+def _split_devices(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     """Lay devices out with axes that may be part of an axis of the torus."""
     try:
         return mesh_utils.create_device_mesh(

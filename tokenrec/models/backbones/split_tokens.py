@@ -77,5 +77,7 @@ def _sum_of_owned(x: jax.Array, entries: np.ndarray) -> jax.Array:
         return jax.lax.psum(jnp.where(owned[:, None], taken, 0), _AXIS)
 
     return jax.shard_map(
-        local, in_specs=RULES("batch", "tokens", None), out_specs=RULES("batch", None, None)
+        local,
+        in_specs=RULES("batch", "tokens", None),
+        out_specs=RULES("batch", None, None),
     )(x)

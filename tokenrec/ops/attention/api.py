@@ -350,9 +350,7 @@ def _attend_split(
     """Compute attention whose queries and keys are split over `mesh.context`."""
     parts = jax.sharding.get_abstract_mesh().shape["context"]
     plan = plan_split(pattern, window, parts)
-    name = _choose(
-        _part_calls(plan, q, k, window), window, implementation
-    ).name
+    name = _choose(_part_calls(plan, q, k, window), window, implementation).name
     if name == "splash" and not isinstance(plan.spans(window), str):
         return split_splash(plan, q, k, v, valid, window=window)
     attend = IMPLEMENTATIONS[name].attend

@@ -85,9 +85,7 @@ def split_attention(
 
     branches = [branch(number) for number in range(len(plan.parts))]
 
-    def local(
-        q: jax.Array, k: jax.Array, v: jax.Array, *valid: jax.Array
-    ) -> jax.Array:
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, *valid: jax.Array) -> jax.Array:
         def attend_part(
             q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None
         ) -> jax.Array:
@@ -224,9 +222,7 @@ def _swap_chunks(x: jax.Array, parts: int, *, back: bool = False) -> jax.Array:
     chunks = jnp.split(x, 2, axis=1)
     moved = []
     for which, chunk in enumerate(chunks):
-        pairs = [
-            (part, chunk_owner(2 * part + which, parts)) for part in range(parts)
-        ]
+        pairs = [(part, chunk_owner(2 * part + which, parts)) for part in range(parts)]
         if back:
             pairs = [(owner, part) for part, owner in pairs]
         moved.append(jax.lax.ppermute(chunk, AXIS, pairs))
