@@ -10,6 +10,7 @@ keeping them (Chen et al., *Training Deep Nets with Sublinear Memory Cost*, arXi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
