@@ -19,7 +19,7 @@ from tokenrec.ops.attention.pattern import causal_pattern
 from tokenrec.sharding import RULES
 
 # Float32 rounding: softmax and sums in another order. Measured: values 4.8e-7,
-# gradients 1.9e-6.
+# gradients 1.9e-6. The margin is 2x.
 TOLERANCE = 4e-6
 
 
@@ -54,12 +54,9 @@ def needed(pattern, queries):
 # of 20 more than the part before.
 CASES = {
     "full": (causal_pattern(32, 32), None, "blocked"),
-    "halo": (causal_pattern(32, 32), 6, "dense"),
     "longer than a part": (causal_pattern(32, 32), 20, "dense"),
-    "static tokens": (stream_pattern(0), 6, "blocked"),
-    "candidates": (stream_pattern(3), None, "dense"),
-    "candidates in a window": (stream_pattern(3), 6, "dense"),
-    "needed queries": (needed(causal_pattern(32, 32), 16), None, "dense"),
+    "static tokens and a halo": (stream_pattern(0), 6, "blocked"),
+    "candidates": (stream_pattern(3), 6, "dense"),
 }
 
 
@@ -95,8 +92,8 @@ def test_a_window_within_a_part_needs_a_halo_only(window, halo):
 
 
 def test_a_halo_and_a_gather_see_what_a_candidate_or_fewer_queries_need():
-    assert plan_split(CASES["static tokens"][0], 6, 4).halo == 5
-    assert plan_split(CASES["candidates in a window"][0], 6, 4).halo is None
+    assert plan_split(CASES["static tokens and a halo"][0], 6, 4).halo == 5
+    assert plan_split(CASES["candidates"][0], 6, 4).halo is None
     assert plan_split(needed(causal_pattern(32, 32), 16), 6, 4).halo is None
 
 
@@ -162,7 +159,7 @@ def test_values_and_gradients_are_those_of_one_device():
 
     found = largest_difference(
         [attend(*case) for case in CASES.values()],
-        mesh_of(1, 1, 2, 4),
+        mesh_of(1, 1, 1, 4),
         [case[:2] for case in CASES.values()],
     )
     assert max(found) < TOLERANCE, dict(zip(CASES, found, strict=True))
