@@ -14,7 +14,7 @@ from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.config.validate import validate
 from tokenrec.data.pipeline import batch_shapes
 from tokenrec.errors import InputError
-from tokenrec.ops.attention import splash
+from tokenrec.ops.attention import splash, splash_kernel
 from tokenrec.ops.attention.pattern import causal_pattern
 from tokenrec.planner.compile import compile_train_step
 from tokenrec.planner.compiled_program import program_figures
