@@ -38,10 +38,10 @@ from benchmarks.step_cases import (
 from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec import micro_batches
 from tokenrec.config import Config, MeshConfig
+from tokenrec.ops.tables.packed import gather_rows
 from tokenrec.ops.tables.lookup import (
     RowsState,
     expand_rows,
-    gather_rows,
     unique_ids,
     update_rows,
 )
@@ -78,7 +78,7 @@ def lookup_step(rows: int, *, dense: bool) -> Callable[..., Any]:
             table,
             RowsState(sums),
             unique.ids,
-            gradient(gather_rows(table, unique.ids)),
+            gradient(gather_rows(table, unique.ids, table.shape[1], distinct=True)),
             rate=jnp.float32(0.05),
             decay=0.0,
             apply=jnp.bool_(True),
