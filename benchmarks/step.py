@@ -38,13 +38,13 @@ from benchmarks.step_cases import (
 from benchmarks.timing import Run, paired_ratio, take_turns
 from tokenrec import micro_batches
 from tokenrec.config import Config, MeshConfig
-from tokenrec.ops.tables.packed import gather_rows
 from tokenrec.ops.tables.lookup import (
     RowsState,
     expand_rows,
     unique_ids,
     update_rows,
 )
+from tokenrec.ops.tables.packed import gather_rows
 from tokenrec.sharding import make_mesh
 
 TABLE_ROWS = (10_000, 100_000, 1_000_000, 10_000_000)

@@ -168,7 +168,6 @@ def _load_arrays(
         nothing,
         params=nothing.params
         | {name: on_mesh(source.abstract.params[name]) for name in params},
-        tables=nothing.tables
-        | {name: table_on_mesh(name) for name in tables},
+        tables=nothing.tables | {name: table_on_mesh(name) for name in tables},
     )
     return checkpoints.load_state(which, wanted)

@@ -131,10 +131,7 @@ def gather_rows(stack: Stack, table: jax.Array, unique: UniqueRows) -> jax.Array
     """
     if not isinstance(unique.rows, RowRoute):
         return packed.gather_rows(table, unique.rows, stack.width, distinct=True)
-    rows = exchange.fetch_rows(_plan(stack, unique.rows), table, unique.rows)
-    # The model casts rows to bfloat16. Without a barrier, XLA moves that cast above the
-    # exchange, and converts the whole table in every step.
-    return jax.lax.optimization_barrier(rows)
+    return exchange.fetch_rows(_plan(stack, unique.rows), table, unique.rows)
 
 
 def expand_rows(stack: Stack, rows: jax.Array, inverse: jax.Array) -> jax.Array:

@@ -62,12 +62,17 @@ def gather_rows(
       distinct: the ids are sorted and distinct.
     """
     if not _by_lines(table, width):
-        return unpack(table, width).at[ids].get(
-            mode="fill",
-            fill_value=0,
-            indices_are_sorted=distinct,
-            unique_indices=distinct,
+        rows = (
+            unpack(table, width)
+            .at[ids]
+            .get(
+                mode="fill",
+                fill_value=0,
+                indices_are_sorted=distinct,
+                unique_indices=distinct,
+            )
         )
+        return _keep_table_precision(rows)
     line, place = _split(ids, width)
     rows = table.at[line].get(mode="fill", fill_value=0, indices_are_sorted=distinct)
     # Halve the lines until a row is left. A bit of the place says which half has it.
@@ -75,7 +80,7 @@ def gather_rows(
         half = rows.shape[-1] // 2
         is_right = (place & (half // width) != 0)[..., None]
         rows = jnp.where(is_right, rows[..., half:], rows[..., :half])
-    return rows
+    return _keep_table_precision(rows)
 
 
 def add_rows(table: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
@@ -117,6 +122,20 @@ def set_rows(table: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
         lines = jnp.where(_is_own_lane(place, width), values, lines)
         table = table.at[own].set(lines, mode="drop")
     return table
+
+
+def _keep_table_precision(rows: jax.Array) -> jax.Array:
+    """Have a TPU cast rows, where they are cast to bfloat16 later, and not the table.
+
+    XLA computes in bfloat16 what only bfloat16 is made of. It would follow the rows up
+    to the table, through exchange, loops and barriers alike, and convert the whole
+    table in every step. It does not follow bits; the barrier keeps them.
+    """
+    if current_platform() != "tpu":
+        return rows
+    bits = jax.lax.bitcast_convert_type(rows, jnp.int32)
+    bits = jax.lax.optimization_barrier(bits)
+    return jax.lax.bitcast_convert_type(bits, rows.dtype)
 
 
 def _by_lines(table: jax.Array, width: int) -> bool:
