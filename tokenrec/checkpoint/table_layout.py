@@ -88,7 +88,7 @@ def _loading_sharding(
     return jax.NamedSharding(mesh, PartitionSpec(_PARTS))
 
 
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=1)
 def _relayout(array: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Reshape an array of `_loading_sharding`; each device keeps its own part."""
     own = shape[0] // jax.sharding.get_abstract_mesh().size

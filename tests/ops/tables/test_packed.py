@@ -29,7 +29,7 @@ def platform(request, monkeypatch):
         yield request.param
 
 
-@pytest.mark.parametrize("width", [1, 16, 64, 128])
+@pytest.mark.parametrize("width", [16, 64])
 def test_rows_are_read_added_to_and_replaced(platform, width):
     random = np.random.default_rng(width)
     table = random.normal(size=(ROWS, width)).astype(np.float32)
