@@ -27,7 +27,6 @@ from tests.worlds import (
     tiny,
 )
 from tokenrec.debug.step_inspection import inspect_step
-from tokenrec.ops.tables.api import storage_spec
 from tokenrec.ops.tables.exchange import CollectedGradients
 from tokenrec.ops.tables.storage import to_storage_index
 from tokenrec.optim import clip_scale, decays, global_norm, with_schedule_step
@@ -283,23 +282,28 @@ def test_spread_and_replicated_tables_learn_the_same(mesh):
             for table, first in stack.offsets.items():
                 numbers = first + np.arange(TABLES[table])
                 at = (
-                    to_storage_index(numbers, storage_spec(stack)[0][0])
+                    to_storage_index(numbers, stack.stored_rows)
                     if stack.spread
                     else numbers
                 )
                 rows[table] = (stack.name, at)
-        tables = {name: np.array(leaf) for name, leaf in state.tables.items()}
+        tables = {
+            name: np.array(leaf).reshape(-1, 8) for name, leaf in state.tables.items()
+        }
         random = np.random.default_rng(0)
         for _, (name, at) in sorted(rows.items()):
             tables[name][at] = random.normal(size=(len(at), 8)) * 0.1
         placed = {
-            name: jax.device_put(leaf, state.tables[name].sharding)
+            name: jax.device_put(
+                leaf.reshape(state.tables[name].shape), state.tables[name].sharding
+            )
             for name, leaf in tables.items()
         }
         state = dataclasses.replace(state, tables=placed)
         new, metrics = STEP(model, state, place(batch, mesh))
         found[replicate] = [
-            np.asarray(new.tables[name])[at] for _, (name, at) in sorted(rows.items())
+            np.asarray(new.tables[name]).reshape(-1, 8)[at]
+            for _, (name, at) in sorted(rows.items())
         ]
         found[replicate] += [metrics.loss, metrics.grad_norm, *leaves(new.params)]
         assert any(stack.spread for stack in model.embedder.stacks.values()) == (

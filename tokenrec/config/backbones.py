@@ -90,6 +90,7 @@ BACKBONES: dict[str, BackboneSpec] = {
             "attention",
             "remat",
             "scan",
+            "scan_unroll",
         ),
         windows=True,
         retrieval=True,

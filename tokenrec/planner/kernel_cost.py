@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -121,23 +122,54 @@ def step_kernel_seconds(
       the table of bundles lacks the tile of one.
     """
     config = model.config.model
-    spec = chip(mesh.devices.flat[0].device_kind)
-    streams = shapes.valid.shape[0] // batch_shards(mesh)
-    heads = config.heads // mesh.shape["tensor"]
     with jax.set_mesh(mesh):
         backbone = bind_params(model, abstract_state(model).params).backbone
         patterns = list(backbone.attention_layers(model.layout(shapes.valid.shape[1])))
+    served = [
+        (pattern, window)
+        for (pattern, window, _), layer in zip(patterns, layers, strict=True)
+        if layer["implementation"] == "splash"
+    ]
+    # A micro-batch runs the kernels on its own streams.
+    streams = shapes.valid.shape[0] // model.config.optim.accumulate
+    return layer_kernel_seconds(
+        served,
+        mesh,
+        streams=streams // batch_shards(mesh),
+        heads=config.heads // mesh.shape["tensor"],
+        head_dim=config.width // config.heads,
+    )
+
+
+def layer_kernel_seconds(
+    layers: Sequence[tuple[Pattern, int | None]],
+    mesh: Mesh,
+    *,
+    streams: int,
+    heads: int,
+    head_dim: int,
+) -> dict[str, float]:
+    """Compute the mean seconds of a run of each kernel over the layers that it serves.
+
+    Args:
+      layers: pattern and window of each layer.
+      mesh: mesh of the step, which may be described only.
+      streams: of a device.
+      heads: of a device.
+      head_dim: h, the width of a head.
+
+    Returns:
+      Seconds by name of the call. Empty without layers, or where the table of bundles
+      lacks the tile of one.
+    """
+    kind = mesh.devices.flat[0].device_kind
     costs = []
-    for (pattern, window, _), layer in zip(patterns, layers, strict=True):
-        if layer["implementation"] != "splash":
-            continue
+    for pattern, window in layers:
         sides, tiles = splash_tiles(pattern, window, mesh.shape["context"])
-        bundles = tile_bundles(
-            mesh.devices.flat[0].device_kind, config.width // config.heads, sides
-        )
+        bundles = tile_bundles(kind, head_dim, sides)
         if bundles is None:
             return {}
-        costs.append(kernel_seconds(bundles, tiles, streams * heads, spec))
+        costs.append(kernel_seconds(bundles, tiles, streams * heads, chip(kind)))
     if not costs:
         return {}
     return {

@@ -260,7 +260,10 @@ class TokenFormer(Backbone):
             else jnp.stack([key for key in keys if key is not None])
         )
         return jax.lax.scan(
-            lambda x, scanned: (compute(x, *scanned), None), x, (weights, stacked_keys)
+            lambda x, scanned: (compute(x, *scanned), None),
+            x,
+            (weights, stacked_keys),
+            unroll=self.config.scan_unroll,
         )[0]
 
     def prefill(

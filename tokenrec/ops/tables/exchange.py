@@ -21,7 +21,8 @@ several *rounds*, one range of every owner's rows after another, with the same r
 Shape letters: S batch shards, each with u distinct ids; D owners; C the capacity of a
 bucket; m = S C rows that an owner receives in a round; w the width. Arrays `[S u, ...]`
 are partitioned as the batch is, and what owners hold, `[D ...]`, over
-`("data", "fsdp", "context", "tensor")`.
+`("data", "fsdp", "context", "tensor")`. A table `[rows, w]` may be packed
+(`tokenrec.ops.tables.packed`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tokenrec.ops.tables import packed
 from tokenrec.ops.tables.lookup import RowsState, update_rows
 from tokenrec.ops.tables.routing import (
     BATCH_AXES,
@@ -105,12 +107,11 @@ def fetch_rows(plan: ExchangePlan, table: jax.Array, route: RowRoute) -> jax.Arr
 
     def local(table: jax.Array, route: RowRoute) -> jax.Array:
         """Read the rows `[u, w]` of one device from tables `[owned_rows, w]`."""
+        width = table.size // plan.owned_rows
         # One device owns all rows: nothing is exchanged.
         if plan.owners == 1:
-            return table.at[route.indices].get(
-                mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
-            )
-        empty = jnp.zeros((route.indices.shape[0], table.shape[1]), table.dtype)
+            return packed.gather_rows(table, route.indices, width, distinct=True)
+        empty = jnp.zeros((route.indices.shape[0], width), table.dtype)
         rows = _fetch_round(plan, table, route, jnp.int32(0), empty)
         return _later_rounds(
             route,
@@ -140,7 +141,7 @@ def _fetch_round(
     """
     # 1. Owners answer the requests; padding is out of range and reads zeros.
     requests = _requested_rows(plan, route, number)
-    answers = table.at[requests].get(mode="fill", fill_value=0)
+    answers = packed.gather_rows(table, requests, rows.shape[1])
     # 2. Back to the shard, [S, C, w] by owner, and then over its devices,
     #    [S, shard_devices, C, w]: now all owners, in order.
     answers = jax.lax.all_to_all(answers, BATCH_AXES, 0, 0, tiled=True)
@@ -151,7 +152,7 @@ def _fetch_round(
     entry = owner * plan.capacity + rank_in_bucket(
         plan, route.indices, route.range_rows
     )
-    answered = answers.reshape(-1, table.shape[1])[jnp.where(of_round, entry, 0)]
+    answered = answers.reshape(-1, rows.shape[1])[jnp.where(of_round, entry, 0)]
     return jnp.where(of_round[:, None], answered, rows)
 
 
