@@ -365,9 +365,9 @@ def _part_calls(
     for part in plan.parts:
         pattern = part.cut(window).pattern
         queries, keys = len(pattern.query_positions), len(pattern.key_positions)
-        arrays: list[Any] = [
+        shapes: list[Any] = [
             jax.ShapeDtypeStruct((x.shape[0], count, *x.shape[2:]), x.dtype)
             for x, count in ((q, queries), (k, keys))
         ]
-        calls.append(_Call(*arrays, pattern))
+        calls.append(_Call(shapes[0], shapes[1], pattern))
     return calls
