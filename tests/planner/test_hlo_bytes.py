@@ -114,7 +114,7 @@ SPARSE_CORES = """HloModule m
 ENTRY %main (t: f32[100,128], ids: s32[3]) -> f32[3,128] {
   %t = f32[100,128] parameter(0)
   %ids = s32[3] parameter(1)
-  %start = ((), (), (s32[1])) call-start(), THREAD, to_apply=%called, backend_config={"sparse_core_config":{"offload":"OFFLOAD_GATHER"}}
+  %start = ((), (), (s32[1])) call-start(), THREAD, to_apply=%called, backend_config={"offload":"OFFLOAD_GATHER"}
   %start.update = ((f32[100,128], s32[3]), f32[3,128]) call-update(%start, %t, %ids)
   ROOT %done = f32[3,128] call-done(%start.update)
 }
