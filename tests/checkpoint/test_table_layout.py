@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.checkpoint.test_warm_start import opened, plain, prepared, warmed
+from tests.checkpoint.test_warm_start import opened, plain, prepared, rows_of, warmed
 from tests.worlds import mesh_of
 from tokenrec.checkpoint import table_layout
 from tokenrec.checkpoint.checkpointer import Checkpointer
