@@ -30,7 +30,7 @@ def test_a_tpu_neither_copies_nor_converts_a_table():
     Without the barrier on bits (`packed._keep_table_precision`) the program converts
     the whole table; with plain rows it copies it to 128 lanes a row.
     """
-    stack = build_stacks({"video": 1_228_800}, {"video": WIDTH}, 100)["width_16_spread"]
+    stack = build_stacks({"video": 4_915_200}, {"video": WIDTH}, 100)["width_16_spread"]
 
     def step(table, sums, ids, target):
         unique = find_unique_rows(stack, {"state": ids})
