@@ -112,17 +112,6 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
 
 
-# With this emitter libtpu 0.0.50 aborts the process ("Color count is less than local dma
-# pipe shard count") when it writes the small all-reduces of a data-parallel step over 16
-# chips or more, on v5e, v6e and v5p alike.
-_TPU_OPTIONS: dict[str, bool | str] = {"xla_tpu_enable_pincer_short_emitter": False}
-
-
-def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
-    """Compiler options of `jax.jit` for the platform of the mesh; None for none."""
-    return _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
-
-
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts that a batch is split into; batch sizes are multiples of it."""
     return int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))

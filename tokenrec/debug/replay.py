@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.checkpoint.run_folder import open_model
 from tokenrec.checkpoint.warm_start import warm_start_state
+from tokenrec.compiler_options import compiler_options
 from tokenrec.config import MeshConfig
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch, HostBatch
@@ -36,7 +37,7 @@ from tokenrec.debug.report import (
 from tokenrec.debug.step_inspection import inspect_step
 from tokenrec.errors import InputError
 from tokenrec.run_setup import count_epoch_steps
-from tokenrec.sharding import check_batch_sizes, compiler_options, make_mesh, to_devices
+from tokenrec.sharding import check_batch_sizes, make_mesh, to_devices
 from tokenrec.state import ModelSpec, TrainState, abstract_state, init_state
 from tokenrec.step import Metrics, train_step
 
@@ -92,7 +93,9 @@ def replay_run(
             train_step,
             static_argnums=0,
             donate_argnums=1,
-            compiler_options=compiler_options(device_mesh),
+            compiler_options=compiler_options(
+                device_mesh, config.train.compiler_options
+            ),
         )
         state, host, applied = _advance(
             step_fn, model, dataset, state, device_mesh, start, step
