@@ -212,7 +212,7 @@ def train_step(
 
     # 2. Gradients of a row that several devices looked up are summed.
     collected = {
-        name: collect_gradients(state.tables[name], unique, by_row[name])
+        name: collect_gradients(model.embedder.stacks[name], unique, by_row[name])
         for name, unique in inputs.unique.items()
     }
 
@@ -236,6 +236,7 @@ def train_step(
     rows_state = dict(state.opt_state["rows"])
     for name, unique in inputs.unique.items():
         tables[name], rows_state[name] = update_rows(
+            model.embedder.stacks[name],
             tables[name],
             rows_state[name],
             unique,

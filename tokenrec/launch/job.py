@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 
 from tokenrec.config import Config, data_location
 from tokenrec.config.load import shipped_configs
+from tokenrec.config.train_config import mesh_fields
 from tokenrec.errors import (
     EXIT_BAD_STEPS,
     EXIT_INPUT,
@@ -216,14 +217,14 @@ def check_mesh(config: Config, machines: Machines, slices: int) -> None:
     mesh = config.mesh
     per_slice = machines.devices
     devices = per_slice * slices
-    inside = mesh.fsdp * mesh.tensor
-    sizes = f"mesh.data={mesh.data} mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
+    inside = mesh.fsdp * mesh.context * mesh.tensor
+    sizes = mesh_fields(mesh)
     data = devices // inside if mesh.data == -1 else mesh.data
     where = f"{slices} slices" if machines.platform == "tpu" else machines.topology
     if data * inside != devices:
         raise InputError(
             f"{sizes} do not multiply to the {devices} devices of {where}; use "
-            "mesh.data=-1, and sizes of fsdp and tensor whose product divides "
+            "mesh.data=-1, and sizes of fsdp, context and tensor whose product divides "
             f"{per_slice}"
         )
     # The network between slices is slow: only the sum of gradients over `data` may
@@ -231,7 +232,7 @@ def check_mesh(config: Config, machines: Machines, slices: int) -> None:
     if data % slices:
         raise InputError(
             f"{sizes}: data={data} is not a multiple of slices={slices}, and only data "
-            "may reach across slices; lower fsdp x tensor to a divisor of "
+            "may reach across slices; lower fsdp x context x tensor to a divisor of "
             f"{per_slice}"
         )
     shards = data * mesh.fsdp
