@@ -25,8 +25,10 @@ FOUND: dict[str, Any] = json.loads(
 "collective_bytes_by_axis": {"data": {"all-gather": 15360, "all-reduce": 338692}},
 "compute_seconds": 3.5830903553299494e-08, "memory_seconds": 1.3091843711843712e-06,
 "network_seconds": 3.540525e-06, "roofline_seconds": 3.540525e-06, "bound": "network",
-"mfu_bound": 0.010058561606679041, "mfu_if_serial": 0.0072893859900478525,
-"examples_per_second": 18076415.220906503, "tokens_per_second": 361528304.4181301}
+"mfu_bound": 0.010058561606679041, "examples_per_second": 18076415.220906503,
+"tokens_per_second": 361528304.4181301, "schedule_seconds": 1e-4, "mfu_by_schedule": 0.0004,
+"examples_per_second_by_schedule": 640000.0, "sparse_core_calls": {}, "schedule": {"work": {"vector": 9e-5},
+"exposed": {"all-reduce": 1e-5}, "network_hidden": 0.0, "unpriced": [], "costliest": []}}
 """
 )
 # Stands in for a command of the cloud.
