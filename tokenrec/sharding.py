@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from tokenrec.config import Config, MeshConfig
+from tokenrec.elastic import fit_axes
 from tokenrec.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -90,7 +91,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """Build the explicit mesh `(data, fsdp, tensor)`.
 
     Args:
-      config: sizes of the axes; `data=-1` takes the devices that the others leave.
+      config: sizes of the axes; `data=-1` takes the devices that the others leave. With
+        `elastic` they are fitted to the devices.
       devices: devices of the mesh; all by default.
 
     Raises:
@@ -98,6 +100,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
+    config = fit_axes(config, count)
     fixed = config.fsdp * config.tensor
     data = count // fixed if config.data == -1 else config.data
     if data * fixed != count:
@@ -105,7 +108,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise InputError(
             f"mesh.data={config.data} mesh.fsdp={config.fsdp} "
             f"mesh.tensor={config.tensor} do not multiply to {count} devices; use "
-            f"sizes from {divisors}, or mesh.data=-1"
+            f"sizes from {divisors} with mesh.data=-1, or mesh.elastic='accumulate', "
+            "which fits data and fsdp to the devices"
         )
     shape = (data, config.fsdp, config.tensor)
     axis_types = (AxisType.Explicit,) * len(AXES)
