@@ -3,7 +3,7 @@
 A run that comes back with fewer devices keeps its steps: the batch of a step has the same
 `data.batch_size` samples, in the same order, and the schedules, evaluations and
 checkpoints count the same steps. So no sample is lost or read twice, whatever the
-devices. What changes is how the batch of a step is computed, by `mesh.elastic`:
+devices. What changes is how the batch of a step is computed, by `train.elastic`:
 
     off         as the config says; a device gets more samples at a time
     accumulate  more micro-batches, whose gradients are added up for one update
@@ -37,57 +37,63 @@ class StepSplit(NamedTuple):
 
     Attributes:
       accumulate: micro-batches of an update, M.
-      updates: updates of a step, k; 1 but for `mesh.elastic="scale"`.
+      updates: updates of a step, k; 1 but for `train.elastic="scale"`.
     """
 
     accumulate: int
     updates: int = 1
 
 
-def fit_axes(mesh: MeshConfig, devices: int) -> MeshConfig:
-    """Fit the axes of an elastic mesh to a number of devices.
+def fit_axes(config: Config, devices: int) -> MeshConfig:
+    """Fit the axes of an elastic run's mesh to a number of devices.
 
     `fsdp` becomes the largest of its divisors that fits, because weights may lie in
     larger shards; `data` takes the devices that are left. The other axes stay: they
     split single layers and streams, which may not fit otherwise.
 
     Args:
-      mesh: the section of the config.
+      config: the run's config.
       devices: number of devices.
 
     Returns:
-      A section whose axes multiply to `devices`; the given one with `elastic="off"`.
+      Axes that multiply to `devices`; those of the config with `train.elastic="off"`.
 
     Raises:
       InputError: the other axes do not divide the devices.
 
-    >>> fitted = fit_axes(MeshConfig(fsdp=8, elastic="accumulate"), 4)
+    >>> from tokenrec.config import TrainConfig
+    >>> elastic = Config(mesh=MeshConfig(fsdp=8), train=TrainConfig(elastic="scale"))
+    >>> fitted = fit_axes(elastic, 4)
     >>> fitted.data, fitted.fsdp
     (1, 4)
     """
-    if mesh.elastic == "off":
+    mesh, elastic = config.mesh, config.train.elastic
+    if elastic == "off":
         return mesh
-    fixed = mesh.tensor
-    if devices % fixed:
+    sizes: dict[str, int] = dataclasses.asdict(mesh)
+    fixed = {axis: n for axis, n in sizes.items() if axis not in ("data", "fsdp")}
+    product = math.prod(fixed.values())
+    if devices % product:
+        given = " ".join(f"mesh.{axis}={n}" for axis, n in fixed.items() if n > 1)
         raise InputError(
-            f"mesh.tensor={mesh.tensor} does not divide the {devices} devices that the "
-            f"run finds, and mesh.elastic='{mesh.elastic}' does not change it, because a "
-            "layer may not fit in memory otherwise; lower it to a divisor, or give the "
-            f"run a multiple of {mesh.tensor} devices"
+            f"{given} does not divide the {devices} devices that the run finds, and "
+            f"train.elastic='{elastic}' does not change it, because a layer or a stream "
+            f"may not fit in memory otherwise; give the run a multiple of {product} "
+            "devices, or lower it"
         )
-    fsdp = math.gcd(mesh.fsdp, devices // fixed)
-    return dataclasses.replace(mesh, data=devices // (fixed * fsdp), fsdp=fsdp)
+    fsdp = math.gcd(mesh.fsdp, devices // product)
+    return dataclasses.replace(mesh, data=devices // (product * fsdp), fsdp=fsdp)
 
 
-def full_devices(mesh: MeshConfig, devices: int, first: int | None) -> int:
+def full_devices(config: Config, devices: int, first: int | None) -> int:
     """Devices that the batch size and the micro-batches of a run are meant for.
 
     Args:
-      mesh: the section of the config.
+      config: the run's config.
       devices: devices of this start.
       first: devices of the first start of the run; None if they are not known.
     """
-    return mesh.elastic_devices or first or devices
+    return config.train.elastic_devices or first or devices
 
 
 def split_step(
@@ -105,12 +111,13 @@ def split_step(
     Raises:
       InputError: the devices cannot share the batch of a step.
 
-    >>> from tokenrec.config import DataConfig
-    >>> config = Config(DataConfig(batch_size=64), mesh=MeshConfig(elastic="scale"))
-    >>> split_step(config, devices=4, shards=4, full=16)
+    >>> from tokenrec.config import TrainConfig
+    >>> elastic = Config(train=TrainConfig(elastic="scale"))
+    >>> elastic.data.batch_size = 64
+    >>> split_step(elastic, devices=4, shards=4, full=16)
     StepSplit(accumulate=1, updates=4)
     """
-    accumulate, elastic = config.optim.accumulate, config.mesh.elastic
+    accumulate, elastic = config.optim.accumulate, config.train.elastic
     if elastic == "off" and updates is None:
         return StepSplit(accumulate)
     size = config.data.batch_size
@@ -139,9 +146,7 @@ def with_split(config: Config, split: StepSplit) -> Config:
 
 def _least_divisor(number: int, least: Fraction) -> int:
     """Smallest divisor of `number` that is at least `least`; `number` if none is."""
-    return next(
-        (n for n in range(1, number) if number % n == 0 and n >= least), number
-    )
+    return next((n for n in range(1, number) if number % n == 0 and n >= least), number)
 
 
 def _raise_not_shared(config: Config, shards: int, full: int) -> None:
@@ -149,7 +154,7 @@ def _raise_not_shared(config: Config, shards: int, full: int) -> None:
     usable = [n for n in range(1, max(full, shards) + 1) if size % n == 0]
     raise InputError(
         f"data.batch_size={size} is not a multiple of the {shards} devices that share a "
-        f"batch (mesh.elastic='{config.mesh.elastic}'), and the samples of a step stay "
+        f"batch (train.elastic='{config.train.elastic}'), and the samples of a step stay "
         "those of the run; start it on as many devices that share a batch as one of "
         f"{usable}"
     )

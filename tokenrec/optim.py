@@ -11,7 +11,7 @@ that were made, because its moments are sums over these.
     t < warmup:  r * (t + 1) / warmup
     else:        r * (f + (1 - f) / 2 * (1 + cos(pi * (t - warmup) / (steps - warmup))))
 
-**Updates on a share of the batch.** With `mesh.elastic="scale"` a step may make k updates,
+**Updates on a share of the batch.** With `train.elastic="scale"` a step may make k updates,
 each on 1/k of its samples (elastic.py). The clock is then a fraction, t + i / k in update
 i, so that the schedules end after the same number of samples. Rates follow the
 square-root rule of Adam (Malladi et al., arXiv 2205.10287, section 5): with B / k samples,
@@ -136,6 +136,11 @@ def decays(params: dict[str, jax.Array]) -> dict[str, bool]:
     }
 
 
+def dense_rate(config: OptimConfig, updates: int = 1) -> optax.Schedule:
+    """`schedule` of the dense weights, whose peak falls with the square root of k."""
+    return schedule(config, config.learning_rate / math.sqrt(updates), updates)
+
+
 def dense_optimizer(
     config: OptimConfig, updates: int = 1
 ) -> optax.GradientTransformation:
@@ -148,13 +153,12 @@ def dense_optimizer(
       config: rates, betas and decay of one update a step.
       updates: updates of a step, k; its gradients arrive divided by sqrt(k).
     """
-    root = math.sqrt(updates)
     return optax.adamw(
-        schedule(config, config.learning_rate / root, updates),
+        dense_rate(config, updates),
         b1=config.beta1 ** (1 / updates),
         b2=config.beta2 ** (1 / updates),
         eps=config.epsilon,
-        weight_decay=config.weight_decay / root,
+        weight_decay=config.weight_decay / math.sqrt(updates),
         mask=decays,
     )
 

@@ -91,8 +91,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """Build the explicit mesh `(data, fsdp, tensor)`.
 
     Args:
-      config: sizes of the axes; `data=-1` takes the devices that the others leave. With
-        `elastic` they are fitted to the devices.
+      config: sizes of the axes; `data=-1` takes the devices that the others leave.
       devices: devices of the mesh; all by default.
 
     Raises:
@@ -100,7 +99,6 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
-    config = fit_axes(config, count)
     fixed = config.fsdp * config.tensor
     data = count // fixed if config.data == -1 else config.data
     if data * fixed != count:
@@ -108,12 +106,20 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise InputError(
             f"mesh.data={config.data} mesh.fsdp={config.fsdp} "
             f"mesh.tensor={config.tensor} do not multiply to {count} devices; use "
-            f"sizes from {divisors} with mesh.data=-1, or mesh.elastic='accumulate', "
-            "which fits data and fsdp to the devices"
+            f"sizes from {divisors}, or mesh.data=-1"
         )
     shape = (data, config.fsdp, config.tensor)
     axis_types = (AxisType.Explicit,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+
+
+def make_run_mesh(config: Config) -> Mesh:
+    """Build the mesh of a run over all devices; an elastic run's is fitted to them.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    return make_mesh(fit_axes(config, jax.device_count()))
 
 
 # With this emitter libtpu 0.0.50 aborts the process ("Color count is less than local dma

@@ -27,19 +27,13 @@ from tokenrec.micro_batches import (
     micro_batches,
 )
 from tokenrec.ops.layers import sample_keys
-from tokenrec.ops.tables.api import UniqueRows, collect_gradients, update_rows
-from tokenrec.optim import (
-    clip_scale,
-    count_steps,
-    count_updates,
-    global_norm,
-    table_rate,
-)
+from tokenrec.ops.tables.api import UniqueRows
+from tokenrec.optim import count_steps, count_updates
 from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.task_losses import predict_tasks
 from tokenrec.tokens.embed import inverses
 from tokenrec.tokens.id_dropout import drop_ids
-from tokenrec.update import check_norm, update_params
+from tokenrec.update import apply_gradients
 
 # Numbers that are folded into the key of a step.
 DROPOUT_KEY = 0
@@ -73,14 +67,14 @@ class Inputs(NamedTuple):
     Attributes:
       batch: the batch, with drawn negatives if the softmax is sampled, and with the ids
         that `tokens.id_dropout` leaves.
-      keys: `[B]`, PRNG keys of dropout.
+      keys: `[B]`, PRNG keys of dropout; None for none.
       unique: which rows of each stack of tables the batch reads.
       rows: `[u, width]` per stack, these rows.
       counts: `label_counts` of the batch.
     """
 
     batch: Batch
-    keys: jax.Array
+    keys: jax.Array | None
     unique: dict[str, UniqueRows]
     rows: dict[str, jax.Array]
     counts: jax.Array
@@ -170,7 +164,7 @@ def look_up_rows(
     model: ModelSpec,
     state: TrainState,
     batch: Batch,
-    keys: jax.Array,
+    keys: jax.Array | None,
     counts: jax.Array,
 ) -> Inputs:
     """Add the table rows of a batch to what `draw_inputs` returned."""
@@ -252,7 +246,7 @@ def _make_updates(
     numbers = state.step * updates + jnp.arange(updates, dtype=jnp.int32)
 
     def update(
-        state: TrainState, piece: tuple[Batch, jax.Array, jax.Array]
+        state: TrainState, piece: tuple[Batch, jax.Array | None, jax.Array]
     ) -> tuple[TrainState, Metrics]:
         part, part_keys, number = piece
         inputs = look_up_rows(model, state, part, part_keys, counts)
@@ -276,60 +270,20 @@ def _update(
     model: ModelSpec, state: TrainState, inputs: Inputs, number: jax.Array
 ) -> tuple[TrainState, Metrics]:
     """Make one update; `number` counts those before it. The step number stays."""
-    optim, updates = model.config.optim, model.updates
-
     # 1. Gradients of dense weights and of the distinct rows of the batch.
     loss, (dense, by_row) = gradients(model, state.params, inputs)
-    if updates > 1:
+    if model.updates > 1:
         # Losses are divided by the counts of the whole step: see `optim.py`.
-        root = math.sqrt(updates)
+        root = math.sqrt(model.updates)
         dense, by_row = jax.tree.map(lambda g: g * root, (dense, by_row))
 
-    # 2. Gradients of a row that several devices looked up are summed.
-    collected = {
-        name: collect_gradients(state.tables[name], unique, by_row[name])
-        for name, unique in inputs.unique.items()
-    }
-
-    # 3. The joint norm decides whether the update is made and how far it is clipped.
-    norm = global_norm(dense, collected)
-    applied, norm_mean = check_norm(model, state, loss, norm)
-    scale = jnp.where(applied, clip_scale(norm, optim.clip_norm), 0.0)
-    # Gradients of a bad step are replaced, not scaled: 0 x inf is NaN.
-    row_gradients = {name: of.gradients for name, of in collected.items()}
-    dense, by_row, row_gradients = jax.tree.map(
-        lambda g: jnp.where(applied, g * scale, 0.0), (dense, by_row, row_gradients)
+    # 2. Clipping, AdamW, AdaGrad; or nothing, if the gradients are bad.
+    new_state, norm, applied = apply_gradients(
+        model, state, inputs.unique, loss, dense, by_row, number
     )
-    if updates > 1:
-        by_row, row_gradients = jax.tree.map(
-            lambda g: g / root, (by_row, row_gradients)
-        )
-
-    # 4. AdamW on the dense weights.
-    params, dense_state = update_params(model, state, dense, applied, number)
-
-    # 5. Row-wise AdaGrad on the rows. A skipped step sends their ids out of range, so
-    # that no table is copied.
-    rate = table_rate(optim, model.epoch_steps, number, updates)
-    tables = dict(state.tables)
-    rows_state = dict(state.opt_state["rows"])
-    for name, unique in inputs.unique.items():
-        tables[name], rows_state[name] = update_rows(
-            tables[name],
-            rows_state[name],
-            unique,
-            by_row[name],
-            collected[name]._replace(gradients=row_gradients[name]),
-            rate=rate,
-            decay=optim.table_weight_decay,
-            apply=applied,
-        )
-
     rounds = jnp.int32(0)
     if inputs.unique:
         rounds = jnp.max(jnp.stack([u.rounds for u in inputs.unique.values()]))
-    opt_state = {"dense": dense_state, "rows": rows_state} | norm_mean
-    new_state = TrainState(state.step, params, tables, opt_state)
     examples = jnp.sum((inputs.batch.weight > 0).astype(jnp.float32))
     return new_state, Metrics(loss, norm, examples, applied, rounds)
 
