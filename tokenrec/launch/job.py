@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 
 from tokenrec.config import Config, data_location
 from tokenrec.config.load import shipped_configs
+from tokenrec.elastic import fit_axes, full_devices, split_step
 from tokenrec.errors import (
     EXIT_BAD_STEPS,
     EXIT_INPUT,
@@ -198,7 +199,7 @@ def check_mesh(config: Config, devices: int, slices: int) -> None:
     """Check that the mesh fits the slices, and that batches split over it.
 
     Args:
-      config: its mesh and batch sizes are read.
+      config: its mesh and batch sizes are read; an elastic mesh is fitted first.
       devices: JAX devices of all slices.
       slices: number of slices.
 
@@ -206,7 +207,7 @@ def check_mesh(config: Config, devices: int, slices: int) -> None:
       InputError: the mesh does not cover the devices, a slice has not the same share of
         `mesh.data`, or a batch does not split evenly.
     """
-    mesh = config.mesh
+    mesh = fit_axes(config, devices)
     per_slice = devices // slices
     inside = mesh.fsdp * mesh.tensor
     sizes = f"mesh.data={mesh.data} mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
@@ -226,7 +227,9 @@ def check_mesh(config: Config, devices: int, slices: int) -> None:
             f"{per_slice}"
         )
     shards = data * mesh.fsdp
-    step_batch = config.data.batch_size // config.optim.accumulate
+    full = full_devices(config, devices, None)
+    split = split_step(config, devices=devices, shards=shards, full=full)
+    step_batch = config.data.batch_size // (split.accumulate * split.updates)
     for field, size in (
         ("data.batch_size / optim.accumulate", step_batch),
         ("data.eval_batch_size", config.data.eval_batch_size),
