@@ -33,13 +33,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.exchange_step import exchange_step
 from benchmarks.report import run_script, write_result
+from tokenrec.compiler_options import compiler_options
 from tokenrec.config import MeshConfig
 from tokenrec.ops.tables import storage
 from tokenrec.ops.tables.lookup import RowsState
 from tokenrec.planner.hlo import read_program
 from tokenrec.planner.roofline import chip, network_seconds
 from tokenrec.planner.topology import topology_mesh
-from tokenrec.sharding import AXES, compiler_options
+from tokenrec.sharding import AXES
 
 WIDTH, IDS = 64, 16_384
 RATE = 0.05

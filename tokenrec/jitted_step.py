@@ -5,12 +5,12 @@ from __future__ import annotations
 import chex
 import jax
 
+from tokenrec.compiler_options import compiler_options, refusals_of
 from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import stream_lengths
 from tokenrec.planner.flops import step_work
 from tokenrec.planner.mfu import mfu, peak_flops
 from tokenrec.run_setup import Setup
-from tokenrec.sharding import compiler_options
 from tokenrec.state import TrainState
 from tokenrec.step import Metrics, train_step
 
@@ -36,7 +36,9 @@ class JittedStep:
             counted_step,
             static_argnums=0,
             donate_argnums=1,
-            compiler_options=compiler_options(setup.mesh),
+            compiler_options=compiler_options(
+                setup.mesh, setup.config.train.compiler_options
+            ),
         )
         # FLOPs by the shape of the batch; a shape is here once its program is compiled.
         self._model_flops: dict[tuple[int, ...], float] = {}
@@ -52,9 +54,14 @@ class JittedStep:
     def compile_and_run(
         self, state: TrainState, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        """Compile the program for this shape and make the step; waits for the devices."""
+        """Compile the program for this shape and make the step; waits for the devices.
+
+        Raises:
+          InputError: the compiler refuses an option of `train.compiler_options`.
+        """
         flops = self._count_flops(batch)
-        outputs = jax.block_until_ready(self(state, batch))
+        with refusals_of(self._setup.config.train.compiler_options):
+            outputs = jax.block_until_ready(self(state, batch))
         self._model_flops[batch.valid.shape] = flops
         return outputs
 

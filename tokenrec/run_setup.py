@@ -15,13 +15,13 @@ from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import steps_per_epoch, task_names
-from tokenrec.elastic import StepSplit, full_devices, split_step, with_split
+from tokenrec.elastic import with_split
 from tokenrec.errors import InputError, suggest
 from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.run_length import with_steps
 from tokenrec.runtime import distributed
 from tokenrec.runtime.paths import as_path
-from tokenrec.sharding import batch_shards, check_batch_sizes, make_run_mesh
+from tokenrec.sharding import check_batch_sizes, make_run_mesh, split_batch
 from tokenrec.state import ModelSpec, build_model
 
 
@@ -90,7 +90,7 @@ def set_up(config: Config, workdir: Path) -> Setup:
         mesh = make_run_mesh(config)
         history = read_history(as_path(workdir))
         first = history.first_devices if history else None
-        split = split_on_mesh(config, mesh, first)
+        split = split_batch(config, mesh, first)
         tasks = task_names(dataset.schema, config.data)
         model = build_model(
             with_split(config, split),
@@ -106,29 +106,6 @@ def set_up(config: Config, workdir: Path) -> Setup:
         run_identity(config, dataset) | {"devices of the run's first start": first}
     )
     return Setup(config, as_path(workdir), dataset, model, mesh)
-
-
-def split_on_mesh(
-    config: Config, mesh: Mesh, first: int | None, updates: int | None = None
-) -> StepSplit:
-    """Split the batch of a step for a mesh.
-
-    Args:
-      config: the run's config.
-      mesh: the mesh.
-      first: devices of the run's first start; None if they are not known.
-      updates: updates of a step, to repeat one; None decides.
-
-    Raises:
-      InputError: the devices cannot share the batch of a step.
-    """
-    return split_step(
-        config,
-        devices=mesh.size,
-        shards=batch_shards(mesh),
-        full=full_devices(config, mesh.size, first),
-        updates=updates,
-    )
 
 
 def count_epoch_steps(config: Config, dataset: Dataset) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from tokenrec.config import Config, MeshConfig
-from tokenrec.elastic import fit_axes
+from tokenrec.elastic import StepSplit, fit_axes, full_devices, split_step
 from tokenrec.errors import InputError
 
 AXES = ("data", "fsdp", "tensor")
@@ -122,17 +122,6 @@ def make_run_mesh(config: Config) -> Mesh:
     return make_mesh(fit_axes(config, jax.device_count()))
 
 
-# With this emitter libtpu 0.0.50 aborts the process ("Color count is less than local dma
-# pipe shard count") when it writes the small all-reduces of a data-parallel step over 16
-# chips or more, on v5e, v6e and v5p alike.
-_TPU_OPTIONS: dict[str, bool | str] = {"xla_tpu_enable_pincer_short_emitter": False}
-
-
-def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
-    """Compiler options of `jax.jit` for the platform of the mesh; None for none."""
-    return _TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
-
-
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts that a batch is split into; batch sizes are multiples of it."""
     return int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))
@@ -155,6 +144,29 @@ def check_divides_batch(mesh: Mesh, size: int, field: str) -> None:
             f"{field} = {size} is not a multiple of the {shards} devices that share a "
             "batch; make it one"
         )
+
+
+def split_batch(
+    config: Config, mesh: Mesh, first: int | None = None, updates: int | None = None
+) -> StepSplit:
+    """Split the batch of a step for a mesh.
+
+    Args:
+      config: the run's config.
+      mesh: the mesh.
+      first: devices of the run's first start; None if they are not known.
+      updates: updates of a step, to repeat one; None decides.
+
+    Raises:
+      InputError: the devices cannot share the batch of a step.
+    """
+    return split_step(
+        config,
+        devices=mesh.size,
+        shards=batch_shards(mesh),
+        full=full_devices(config, mesh.size, first),
+        updates=updates,
+    )
 
 
 def check_batch_sizes(config: Config, mesh: Mesh) -> None:

@@ -32,7 +32,9 @@ CONTRACT = {
         "roofline_seconds",
         "bound",
         "mfu_bound",
-        "mfu_if_serial",
+        "schedule_seconds",
+        "mfu_by_schedule",
+        "schedule",
         "examples_per_second",
         "compile_seconds",
     ),
@@ -112,7 +114,14 @@ def test_a_step_that_fits_is_reported_whole(compiled: tuple[int, dict]) -> None:
         slowest,
         result[f"{slowest}_seconds"],
     )
-    assert 0 < result["mfu_if_serial"] < result["mfu_bound"] < 1
+    assert 0 < result["mfu_by_schedule"] < result["mfu_bound"] < 1
+    schedule = result["schedule"]
+    assert result["schedule_seconds"] == pytest.approx(
+        sum(schedule["work"].values()) + sum(schedule["exposed"].values())
+    )
+    assert schedule["work"]["matrix"] >= 0.9 * result["compute_seconds"]
+    assert len(schedule["costliest"]) == 10
+    assert any(cost["source"].startswith("tokenrec/") for cost in schedule["costliest"])
     assert result["examples_per_step"] == 64
     assert result["examples_per_second"] == pytest.approx(
         64 / result["roofline_seconds"]
@@ -138,7 +147,9 @@ def test_the_report_names_every_part(compiled: tuple[int, dict]) -> None:
         "data=2,fsdp=2",
     )
     assert all(part in text for part in parts)
-    row = sweep_text([compiled[1] | {"predicted_seconds": 0.5}]).splitlines()[-1]
+    row = sweep_text(
+        [compiled[1] | {"predicted_seconds": 0.5, "remat": "none"}]
+    ).splitlines()[-1]
     assert "data=2,fsdp=2,tensor=1" in row
     assert "500.00" in row
 

@@ -8,11 +8,12 @@ import pytest
 from flax import nnx
 
 from tests.worlds import SCHEMA, TASKS, tiny
+from tokenrec.compiler_options import compiler_options
 from tokenrec.config import MeshConfig, ModelConfig
 from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.planner.hlo import read_program
 from tokenrec.planner.topology import topology_mesh
-from tokenrec.sharding import RULES, compiler_options, with_batch_sharding
+from tokenrec.sharding import RULES, with_batch_sharding
 from tokenrec.state import build_model
 
 LAYERS = 4

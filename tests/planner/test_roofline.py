@@ -15,7 +15,7 @@ from tokenrec.planner.roofline import CHIPS, Chip, Roofline, chip, network_secon
 
 # One byte a second on each link and one tenth between slices; axes of four close to
 # rings.
-SLOW = Chip(1.0, 1.0, 1.0, ici_link=1.0, axes=2, ring=4, dcn_bandwidth=0.1)
+SLOW = Chip(1.0, 1.0, 1.0, ici_link=1.0, axes=2, ring=4, dcn_bandwidth=0.1, clock=1.0)
 
 
 def square(slices=1):

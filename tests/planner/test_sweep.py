@@ -109,14 +109,18 @@ def test_what_computing_again_costs_and_what_does_not_fit(v5e):
 
 
 @tpu_compiler
-def test_meshes_are_ranked_by_what_fits_then_by_time():
+def test_settings_are_ranked_by_what_fits_then_by_time():
     config = tiny(batch_size=512, events=40, model={"width": 256, "heads": 4})
     found = rank(config, "v5e:2x2", schema=ITEMS)
-    assert len(found) == 6
-    assert [one.seconds for one in found] == sorted(one.seconds for one in found)
-    assert all(one.fits for one in found)
-    # For a small model and a large batch, gradients are the least to send.
-    assert found[0].mesh == MeshConfig(4, 1, 1)
+    # Six meshes, three kinds of recomputation, three batches.
+    assert len(found) == 54
+    each = [one.cost.seconds / one.batch for one in found]
+    assert each == sorted(each)
+    assert all(one.cost.fits for one in found)
+    # For a small model and a large batch, gradients are the least to send, and the
+    # largest batch sends them least often.
+    best = found[0]
+    assert (best.mesh, best.remat, best.batch) == (MeshConfig(4, 1, 1), "none", 2048)
 
 
 @tpu_compiler

@@ -125,7 +125,8 @@ def _add_compile(verbs: VerbParsers) -> Parser:
     shapes.add_argument(
         "--sweep",
         action="store_true",
-        help="rank all meshes by a formula, and compile the best five",
+        help="rank meshes, model.remat and batches by a formula, compile the best five, "
+        "and order them by the compiler's schedule",
     )
     parser.add_argument(
         "--json",

@@ -177,6 +177,11 @@ class TrainConfig:
     The environment variable JAX_COMPILATION_CACHE_DIR names a folder for several
     runs."""
 
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Options of XLA's compiler for the train step, by name, beside or in place of the
+    defaults for the chip (tokenrec/compiler_options.py), such as
+    `xla_tpu_scoped_vmem_limit_kib:65536`. They may change the last digits of a run."""
+
     trackers: tuple[str, ...] = field((), choices=("wandb", "mlflow"))
     """Experiment trackers that also get the metrics: Weights & Biases, MLflow. Each
     needs the extra of its name."""

@@ -22,6 +22,7 @@ from tokenrec.checkpoint.device_history import read_history
 from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.checkpoint.run_folder import open_model
 from tokenrec.checkpoint.warm_start import warm_start_state
+from tokenrec.compiler_options import compiler_options
 from tokenrec.config import MeshConfig
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch, HostBatch
@@ -38,13 +39,13 @@ from tokenrec.debug.report import (
 from tokenrec.debug.step_inspection import inspect_step
 from tokenrec.elastic import with_split
 from tokenrec.errors import InputError
-from tokenrec.run_setup import count_epoch_steps, split_on_mesh
+from tokenrec.run_setup import count_epoch_steps
 from tokenrec.runtime.paths import as_path
 from tokenrec.sharding import (
     check_batch_sizes,
-    compiler_options,
     make_mesh,
     make_run_mesh,
+    split_batch,
     to_devices,
 )
 from tokenrec.state import ModelSpec, TrainState, abstract_state, init_state
@@ -103,7 +104,9 @@ def replay_run(
             train_step,
             static_argnums=0,
             donate_argnums=1,
-            compiler_options=compiler_options(device_mesh),
+            compiler_options=compiler_options(
+                device_mesh, config.train.compiler_options
+            ),
         )
         state, host, applied = _advance(
             step_fn, models, dataset, state, device_mesh, start, step
@@ -172,7 +175,7 @@ def _models_by_step(
 
     @functools.cache
     def with_updates(updates: int) -> ModelSpec:
-        split = split_on_mesh(model.config, mesh, first, updates)
+        split = split_batch(model.config, mesh, first, updates)
         return dataclasses.replace(
             model, config=with_split(model.config, split), updates=split.updates
         )

@@ -1,8 +1,9 @@
 """Compile the train step of a config for a TPU topology; no TPU is needed.
 
 libtpu compiles for a described topology on any machine. The result is the program that
-the pod would run, so that its memory, FLOPs and collectives are facts; its times are
-the lower bounds of `roofline.py`.
+the pod would run, so that its memory, FLOPs and collectives are facts. Its times are of
+two kinds: lower bounds (`roofline.py`), and what the compiler expects of its own
+schedule (`schedule.py`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import jax
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
+from tokenrec.compiler_options import compiler_options, refusals_of
 from tokenrec.config import Config, MeshConfig
 from tokenrec.config.validate import validate
 from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Schema
+from tokenrec.elastic import fit_axes, with_split
 from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.planner.compiled_program import program_figures
 from tokenrec.planner.flops import Work, step_flops, step_work
 from tokenrec.planner.inputs import PlannedInputs, planned_inputs
+from tokenrec.planner.kernel_cost import step_kernel_seconds
 from tokenrec.planner.memory import (
     listed_buffers,
     padded_state_bytes,
@@ -32,8 +36,9 @@ from tokenrec.planner.memory import (
 )
 from tokenrec.planner.planned_schema import resolve_schema
 from tokenrec.planner.roofline import chip
+from tokenrec.planner.schedule import Schedule
 from tokenrec.planner.topology import topology_mesh
-from tokenrec.sharding import check_batch_sizes, compiler_options, with_batch_sharding
+from tokenrec.sharding import check_batch_sizes, split_batch, with_batch_sharding
 from tokenrec.state import ModelSpec, abstract_state
 from tokenrec.step import train_step
 
@@ -74,10 +79,13 @@ def compile_config(
       - `collective_bytes` and `collectives` (times run) by kind,
         `collective_bytes_by_axis` {mesh axes: {kind: bytes}};
       - `compute_seconds`, `memory_seconds`, `network_seconds`; `roofline_seconds`, the
-        longest of them; `bound`, its name; `mfu_bound`, and `mfu_if_serial`, where the
-        three do not overlap;
+        longest of them; `bound`, its name; `mfu_bound`;
+      - `schedule_seconds` and `mfu_by_schedule`, by the walk of `schedule.py`, and
+        `schedule` {`work`, `exposed`, `network_hidden`, `costliest`, `unpriced`}, its
+        parts;
       - `examples_per_step` (log rows that full streams score) and, by the bound,
-        `examples_per_second` and `tokens_per_second` of the whole pod.
+        `examples_per_second` and `tokens_per_second` of the whole pod;
+        `examples_per_second_by_schedule`.
 
       For a step that the compiler refuses, `problem` is its reason. Figures that need a
       program are None; activations and total are those of the message, or None; and
@@ -93,11 +101,16 @@ def compile_config(
         config = dataclasses.replace(config, mesh=mesh)
     config = validate(config)
     schema, origin = resolve_schema(config) if schema is None else (schema, "given")
+    if config.train.elastic != "off":
+        devices = topology_mesh(topology, MeshConfig(), slices).size
+        config = dataclasses.replace(config, mesh=fit_axes(config, devices))
     pod = topology_mesh(topology, config.mesh, slices)
+    split = split_batch(config, pod)
+    config = with_split(config, split)
     check_batch_sizes(config, pod)
     check_mesh(config.model, pod)
     # 2. What can be said before compiling.
-    inputs = planned_inputs(config, schema, pod)
+    inputs = planned_inputs(config, schema, pod, updates=split.updates)
     work, layers = step_work(inputs.model, pod, inputs.batch)
     spec = chip(pod.devices.flat[0].device_kind)
     result = {
@@ -117,9 +130,9 @@ def compile_config(
     }
     # 3. Compile.
     begin = time.perf_counter()
-    figures = _compile_figures(inputs, pod, work)
+    figures = _compile_figures(inputs, pod, work, layers)
     compile_seconds = time.perf_counter() - begin
-    # 4. Does it fit, and how fast is it at most?
+    # 4. Does it fit, and how fast is it?
     total = figures["bytes_per_device"]["total"]
     fits = "problem" not in figures and total <= spec.hbm_bytes
     result |= {
@@ -127,7 +140,7 @@ def compile_config(
         "headroom": None if total is None else 1 - total / spec.hbm_bytes,
         "compile_seconds": compile_seconds,
     }
-    result |= figures | _rates(figures["roofline_seconds"], result)
+    result |= figures | _rates(figures, result)
     # 5. Where it does not fit, the arrays to look at.
     if not fits:
         result |= _largest_arrays(result.get("largest"), inputs, pod)
@@ -143,6 +156,7 @@ def compile_train_step(model: ModelSpec, mesh: Mesh, shapes: Batch) -> Compiled:
       shapes: the batch as `jax.ShapeDtypeStruct`, of `data.pipeline.batch_shapes`.
 
     Raises:
+      InputError: the compiler refuses an option of `train.compiler_options`.
       jax.errors.JaxRuntimeError: RESOURCE_EXHAUSTED, with XLA's account of it, if the
         step does not fit.
     """
@@ -151,10 +165,14 @@ def compile_train_step(model: ModelSpec, mesh: Mesh, shapes: Batch) -> Compiled:
         lowered = step.lower(
             model, abstract_state(model), with_batch_sharding(shapes, mesh)
         )
-        return lowered.compile(compiler_options(mesh))
+        chosen = model.config.train.compiler_options
+        with refusals_of(chosen):
+            return lowered.compile(compiler_options(mesh, chosen))
 
 
-def _compile_figures(inputs: PlannedInputs, mesh: Mesh, work: Work) -> dict[str, Any]:
+def _compile_figures(
+    inputs: PlannedInputs, mesh: Mesh, work: Work, layers: list[dict[str, Any]]
+) -> dict[str, Any]:
     """Compile the step, and report the figures of its program or of its refusal."""
     model, state, batch = inputs
     try:
@@ -164,8 +182,9 @@ def _compile_figures(inputs: PlannedInputs, mesh: Mesh, work: Work) -> dict[str,
             raise
         return _refused(str(error), state_bytes(state))
     flops = step_flops(model, mesh, batch, work)
+    kernels = step_kernel_seconds(model, mesh, batch, layers)
     return _measured(
-        program_figures(compiled, mesh, work, flops),
+        program_figures(compiled, mesh, work, flops, kernels),
         state_bytes(state),
         padded_state_bytes(state, compiled),
     )
@@ -200,6 +219,7 @@ def _measured(
       padded: the same as the program lays them out.
     """
     parts, roofline = figures["bytes"], figures["roofline"]
+    schedule: Schedule = figures["schedule"]
     by_part = padded | {
         "inputs": parts["arguments"] - sum(padded.values()),
         "activations": parts["temporaries"],
@@ -223,7 +243,15 @@ def _measured(
         "roofline_seconds": roofline.bound,
         "bound": roofline.limit,
         "mfu_bound": figures["mfu_bound"],
-        "mfu_if_serial": figures["mfu_bound"] * roofline.bound / roofline.total,
+        "schedule_seconds": schedule.seconds,
+        "mfu_by_schedule": figures["mfu_by_schedule"],
+        "schedule": {
+            "work": schedule.work,
+            "exposed": schedule.exposed,
+            "network_hidden": schedule.network_hidden,
+            "costliest": [dataclasses.asdict(each) for each in schedule.costliest],
+            "unpriced": list(schedule.unpriced),
+        },
     }
 
 
@@ -241,7 +269,9 @@ _OF_PROGRAM = (
     "roofline_seconds",
     "bound",
     "mfu_bound",
-    "mfu_if_serial",
+    "schedule_seconds",
+    "mfu_by_schedule",
+    "schedule",
     "padding_per_device",
 )
 
@@ -262,15 +292,18 @@ def _refused(message: str, unpadded: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _rates(seconds: float | None, result: dict[str, Any]) -> dict[str, float | None]:
+def _rates(figures: dict[str, Any], result: dict[str, Any]) -> dict[str, float | None]:
     """Examples and tokens per second of the whole pod; None without a program."""
-    counts = {
-        "examples_per_second": result["examples_per_step"],
-        "tokens_per_second": result["batch"] * result["stream_tokens"],
+    examples = result["examples_per_step"]
+    tokens = result["batch"] * result["stream_tokens"]
+    rates = {
+        "examples_per_second": (examples, figures["roofline_seconds"]),
+        "tokens_per_second": (tokens, figures["roofline_seconds"]),
+        "examples_per_second_by_schedule": (examples, figures["schedule_seconds"]),
     }
     return {
         name: None if seconds is None else count / seconds
-        for name, count in counts.items()
+        for name, (count, seconds) in rates.items()
     }
 
 

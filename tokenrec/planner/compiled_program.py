@@ -1,13 +1,15 @@
-"""Figures of a compiled program, per device: memory, FLOPs, collectives, roofline.
+"""Figures of a compiled program, per device: memory, FLOPs, collectives, times.
 
 Bytes and FLOPs come from XLA where it counts them, and from our own arithmetic
 elsewhere: nothing of XLA's counts the inside of a kernel, and a loop body counts once
-there. Times are the lower bounds of `roofline.py`.
+there. Times are the lower bounds of `roofline.py`, and the compiler's own schedule
+(`schedule.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,15 @@ from tokenrec.planner.collectives import Collective
 from tokenrec.planner.flops import Work
 from tokenrec.planner.hlo import Program, read_program
 from tokenrec.planner.roofline import Roofline, chip, network_seconds
+from tokenrec.planner.schedule import walk_schedule
 
 
 def program_figures(
-    compiled: Compiled, mesh: Mesh, work: Work, flops: float | None = None
+    compiled: Compiled,
+    mesh: Mesh,
+    work: Work,
+    flops: float | None = None,
+    kernel_seconds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Compute the figures of a compiled program on one device.
 
@@ -31,6 +38,7 @@ def program_figures(
       work: work of all devices; its kernel FLOPs and bytes are those of custom calls.
       flops: FLOPs of a device. None is XLA's count, which has a loop body once and
         nothing inside a custom call, plus `work.kernel_flops`.
+      kernel_seconds: as in `schedule.walk_schedule`.
 
     Returns:
       - "devices", "device_kind";
@@ -42,12 +50,15 @@ def program_figures(
         device}, "collective_bytes_by_axis" {mesh axes: {kind: bytes}}, "collectives"
         {kind: times run};
       - "custom_calls", "loops": as in `hlo.Program`;
-      - "roofline": `Roofline`, in seconds, and "mfu_bound".
+      - "roofline": `Roofline`, in seconds, and "mfu_bound";
+      - "schedule": `Schedule`, and "mfu_by_schedule".
     """
     devices = list(mesh.devices.flat)
     slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     spec = chip(devices[0].device_kind)
-    program = read_program(compiled.as_text() or "", len(devices), slices)
+    text = compiled.as_text() or ""
+    program = read_program(text, len(devices), slices)
+    schedule = walk_schedule(text, devices, spec, kernel_seconds)
     memory = _memory_parts(compiled)
     if flops is None:
         counted = (compiled.cost_analysis() or {}).get("flops", 0.0)
@@ -72,6 +83,8 @@ def program_figures(
         "loops": list(program.loops),
         "roofline": roofline,
         "mfu_bound": roofline.mfu_bound(model_flops, spec),
+        "schedule": schedule,
+        "mfu_by_schedule": model_flops / (spec.flops * schedule.seconds),
     }
 
 

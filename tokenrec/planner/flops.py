@@ -28,6 +28,7 @@ from tokenrec.data.batch import Batch
 from tokenrec.ops.attention import Choice, choose, splash, triton
 from tokenrec.ops.attention.key_runs import visited_pairs
 from tokenrec.ops.attention.pattern import Pattern
+from tokenrec.ops.attention.rotary import is_exchange
 from tokenrec.planner.attention_cost import (
     FORWARD_PRODUCTS,
     MODEL_BACKWARD_PRODUCTS,
@@ -210,6 +211,8 @@ def product_flops(jaxpr: Jaxpr) -> float:
     """
     total = 0.0
     for equation in jaxpr.eqns:
+        if is_exchange(equation.primitive, equation.params):
+            continue
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = _shape_of(equation.invars[0])

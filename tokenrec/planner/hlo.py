@@ -100,7 +100,7 @@ def read_program(hlo: str, devices: int, slices: int = 1) -> Program:
     Raises:
       InputError: the text is not HLO, or has replica groups of an unknown form.
     """
-    computations, entry = _parse(hlo)
+    computations, entry = parse_computations(hlo)
     reader = _Reader(computations, devices // slices, slices)
     reader.walk(entry, 1)
     return Program(
@@ -151,30 +151,30 @@ class _Reader:
                 continue
             inner_trips = trips
             if line.opcode == "while":
-                count = _trip_count(line.rest, self.computations)
+                count = trip_count(line.rest, self.computations)
                 self.loops.append(count)
                 inner_trips *= count or 1
             inside = fused or line.opcode not in ("while", "conditional", "call")
-            for other in _called(line.rest):
+            for other in called_computations(line.rest):
                 self.walk(other, inner_trips, fused=inside)
 
     def _collect(self, line: Instruction, computation: str, trips: int) -> None:
         """Add an instruction that is a custom call or a collective."""
         label, shape, opcode, rest = line
         if opcode == "custom-call":
-            self.custom_calls[_custom_name(label, rest)] += trips
+            self.custom_calls[custom_call_name(label, rest)] += trips
         elif opcode == "send" and "_xla_megascale_transfer_type" in rest:
-            self.collectives.append(_between_slices(shape, rest, trips, self.slices))
+            self.collectives.append(read_transfer(shape, rest, trips, self.slices))
         elif opcode.removesuffix("-start") in KINDS:
             # A reduce-scatter in the form of an all-reduce with a slice, fused.
             scatter = computation.startswith("all-reduce-scatter")
-            collective = _collective(shape, opcode, rest, trips, self.slice_devices)
+            collective = read_collective(shape, opcode, rest, trips, self.slice_devices)
             if scatter:
                 collective = dataclasses.replace(collective, kind="reduce-scatter")
             self.collectives.append(collective)
 
 
-def _parse(hlo: str) -> tuple[Computations, str]:
+def parse_computations(hlo: str) -> tuple[Computations, str]:
     """Split HLO text into computations; also returns the name of the entry."""
     computations: Computations = {}
     entry = name = ""
@@ -193,7 +193,7 @@ def _parse(hlo: str) -> tuple[Computations, str]:
     return computations, entry
 
 
-def _called(rest: str) -> list[str]:
+def called_computations(rest: str) -> list[str]:
     """Names of the computations that an instruction calls."""
     called = _CALLED.findall(rest)
     branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
@@ -202,7 +202,7 @@ def _called(rest: str) -> list[str]:
     return called
 
 
-def _custom_name(label: str, rest: str) -> str:
+def custom_call_name(label: str, rest: str) -> str:
     """Name of a custom call: its target.
 
     All Pallas kernels have one target; their name is that of the instruction, without
@@ -215,7 +215,7 @@ def _custom_name(label: str, rest: str) -> str:
     return target
 
 
-def _trip_count(rest: str, computations: Computations) -> int | None:
+def trip_count(rest: str, computations: Computations) -> int | None:
     """Trips of a loop: XLA's count, or else the bound in the condition."""
     if known := re.search(r"known_trip_count\W+n\W+(\d+)", rest):
         return int(known[1])
@@ -231,7 +231,7 @@ def _trip_count(rest: str, computations: Computations) -> int | None:
     return None
 
 
-def _collective(
+def read_collective(
     shape: str, opcode: str, rest: str, trips: int, devices: int
 ) -> Collective:
     """Read a collective inside a slice of `devices` devices."""
@@ -255,7 +255,7 @@ def _collective(
     return Collective(kind, size, groups, trips)
 
 
-def _between_slices(shape: str, rest: str, trips: int, slices: int) -> Collective:
+def read_transfer(shape: str, rest: str, trips: int, slices: int) -> Collective:
     """Read a transfer between slices.
 
     The compiler splits a collective over several slices into parts inside each, and a

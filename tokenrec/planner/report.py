@@ -9,7 +9,7 @@ MIB = 2**20
 
 
 def to_text(result: dict[str, Any]) -> str:
-    """Write a compiled step as text: memory, work, traffic and bounds on its speed.
+    """Write a compiled step as text: memory, work, traffic, bounds and schedule.
 
     Args:
       result: of `compile.compile_config`.
@@ -74,34 +74,59 @@ def _time_lines(result: dict[str, Any]) -> list[str]:
         f"step          {_ms(result['roofline_seconds'])}  at least: "
         f"{result['bound']} is the limit",
         f"MFU           {result['mfu_bound']:.1%} at most; "
-        f"{result['mfu_if_serial']:.1%} if nothing overlaps",
-        f"examples/s    {result['examples_per_second']:,.0f} at most, "
+        f"{result['mfu_by_schedule']:.1%} by schedule",
+        f"examples/s    {result['examples_per_second']:,.0f} at most; "
+        f"{result['examples_per_second_by_schedule']:,.0f} by schedule, "
         f"on {result['devices']} devices",
+        "",
+        *_schedule_lines(result["schedule"], result["schedule_seconds"]),
+        "",
         f"compiled in   {result['compile_seconds']:.0f} s",
     ]
 
 
+def _schedule_lines(schedule: dict[str, Any], seconds: float) -> list[str]:
+    """Lines on what the compiler expects of its own schedule."""
+    lines = [f"by schedule   {_ms(seconds)}  of which"]
+    parts = schedule["work"] | {
+        f"waits: {name}": waited for name, waited in schedule["exposed"].items()
+    }
+    lines += [
+        f"  {name:<20}{_ms(part)}" for name, part in parts.items() if part >= 1e-6
+    ]
+    lines.append(
+        f"  network beside work {_ms(schedule['network_hidden'])}  not counted"
+    )
+    if schedule["unpriced"]:
+        lines.append(f"  of unknown cost     {', '.join(schedule['unpriced'])}")
+    lines.append("costliest")
+    for cost in schedule["costliest"]:
+        source = cost["source"] or cost["name"]
+        lines.append(f"  {cost['kind']:<12}{_ms(cost['seconds'])}  {source}")
+    return lines
+
+
 def sweep_text(results: list[dict[str, Any]]) -> str:
-    """Write a table of compiled meshes, in the order given.
+    """Write a table of compiled settings, in the order given.
 
     Args:
       results: of `sweep.compile_best`.
     """
     header = [
         "mesh",
-        "step ms",
+        "remat",
+        "batch",
+        "schedule ms",
+        "MFU",
+        "bound ms",
         "limit",
-        "MFU bound",
         "memory",
         "examples/s",
         "predicted ms",
     ]
     rows = [header, *map(_sweep_row, results)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    title = (
-        f"{_pod(results[0])}, {results[0]['batch']:,} streams a step; "
-        f"{results[0]['schema']}"
-    )
+    title = f"{_pod(results[0])}; {results[0]['schema']}"
     lines = [title, ""]
     for row in rows:
         cells = [c.ljust(width) for c, width in zip(row, widths, strict=True)]
@@ -116,11 +141,14 @@ def _sweep_row(result: dict[str, Any]) -> list[str]:
     known = result["roofline_seconds"] is not None
     return [
         mesh_text(result["mesh"]),
+        result["remat"],
+        f"{result['batch']:,}",
+        f"{1e3 * result['schedule_seconds']:.2f}" if known else "-",
+        f"{result['mfu_by_schedule']:.1%}" if known else "-",
         f"{1e3 * result['roofline_seconds']:.2f}" if known else "-",
         result["bound"] or "-",
-        f"{result['mfu_bound']:.1%}" if known else "-",
         share,
-        f"{result['examples_per_second']:,.0f}" if known else "-",
+        f"{result['examples_per_second_by_schedule']:,.0f}" if known else "-",
         f"{1e3 * result['predicted_seconds']:.2f}",
     ]
 

@@ -46,6 +46,9 @@ class Chip:
         lines.
       dcn_bandwidth: bytes/s of the data-centre network, one way, this device's share of
         its host.
+      clock: cycles/s of a core: the peak over the FLOPs of a cycle, which are two for
+        each cell of its matrix units.
+      cores: of the device, over which a kernel spreads its grid.
     """
 
     flops: float
@@ -55,19 +58,24 @@ class Chip:
     axes: int
     ring: int
     dcn_bandwidth: float
+    clock: float
+    cores: int = 1
 
 
 # Peak, memory bandwidth, links and data-centre network: the tables of
 # docs.cloud.google.com/tpu/docs/{v5e, v5p, v6e, tpu7x}. They give the links of a chip
 # together and both ways: divided by 2 directions and by 4 or 6 links. For v5e they give
 # 2 x 100 Gbit/s per host of 8 chips. Where axes close to rings:
-# jax-ml.github.io/scaling-book/tpus. Usable memory: what libtpu 0.0.50 reports as
+# jax-ml.github.io/scaling-book/tpus, which has the matrix units of a core: four of
+# 128 x 128 cells on v5e and v5p, of 256 x 256 since v6e. Usable memory: what libtpu 0.0.50 reports as
 # available when it refuses a program.
 CHIPS = {
-    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 2, 16, 25e9 / 8),
-    "TPU v5": Chip(459e12, 95.73 * GIB, 2765e9, 100e9, 3, 4, 50e9 / 8),
-    "TPU v6 lite": Chip(918e12, 31.24 * GIB, 1638e9, 100e9, 2, 16, 100e9 / 8),
-    "TPU7x": Chip(2307e12 / 2, 94.74 * GIB, 7380e9 / 2, 100e9 / 2, 3, 4, 100e9 / 8 / 2),
+    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 2, 16, 25e9 / 8, 1.5e9),
+    "TPU v5": Chip(459e12, 95.73 * GIB, 2765e9, 100e9, 3, 4, 50e9 / 8, 1.75e9, 2),
+    "TPU v6 lite": Chip(918e12, 31.24 * GIB, 1638e9, 100e9, 2, 16, 100e9 / 8, 1.75e9),
+    "TPU7x": Chip(
+        2307e12 / 2, 94.74 * GIB, 7380e9 / 2, 100e9 / 2, 3, 4, 100e9 / 8 / 2, 2.2e9
+    ),
 }
 _OTHER_NAMES = {
     "TPU v5e": "TPU v5 lite",
@@ -108,10 +116,10 @@ def network_seconds(
     Returns:
       Seconds.
     """
-    return sum(_collective_seconds(each, devices, spec) for each in collectives)
+    return sum(collective_seconds(each, devices, spec) for each in collectives)
 
 
-def _collective_seconds(
+def collective_seconds(
     collective: Collective, devices: Sequence[Any], spec: Chip
 ) -> float:
     """Seconds of one collective, all its trips."""

@@ -1,18 +1,18 @@
-"""Choose a mesh for a pod: rank every mesh shape by formula, compile the best ones.
+"""Choose mesh, recomputation and batch for a pod: rank by formula, compile the best.
 
-The formula (`mesh_cost.py`) is rough and takes milliseconds a shape; a compilation is
-exact and takes a minute or more. So the formula ranks, and the compiled figures decide.
+The formula (`mesh_cost.py`) is rough and takes milliseconds a setting; a compilation
+takes a minute or more, and says what fits and how long the compiler's own schedule is.
+So the formula ranks, and the schedule decides.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenrec.config import Config, MeshConfig
-from tokenrec.config.backbones import supports_tensor_parallelism
+from tokenrec.config import Config, MeshConfig, Remat
+from tokenrec.config.backbones import BACKBONES, supports_tensor_parallelism
 from tokenrec.config.validate import validate
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
@@ -26,6 +26,9 @@ from tokenrec.planner.report import mesh_text
 from tokenrec.planner.topology import topology_mesh
 
 COMPILED = 5
+# Batches to try, over that of the config.
+BATCHES = (1, 2, 4)
+REMATS: tuple[Remat, ...] = ("none", "dots", "full")
 
 
 def compile_best(
@@ -37,59 +40,83 @@ def compile_best(
     schema: Schema | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Compile the step of a config on the best meshes of a pod.
+    """Compile the step of a config with the best settings for a pod.
+
+    A setting is a mesh, `model.remat` and a batch of `BATCHES` times that of the
+    config. A larger batch is another training run: it only says what the pod could do.
 
     Args:
-      config: a config; its own mesh does not matter, its batch is that of every mesh.
+      config: a config; its own mesh and `model.remat` do not matter.
       topology: of each slice, as "v5p:8x8x8".
       slices: number of slices.
-      count: meshes to compile, the best by formula.
+      count: settings to compile, the best by formula.
       schema: as in `compile_config`.
       say: called with a line before each compilation.
 
     Returns:
-      `compile_config` of each mesh, with `predicted_seconds` and `predicted_bytes` by
-      formula; fastest first, those that do not fit last.
+      `compile_config` of each setting, with `remat`, and with `predicted_seconds` and
+      `predicted_bytes` by formula; most examples a second by schedule first, those that
+      do not fit last.
 
     Raises:
       InputError: as `compile_config`; or no mesh splits heads, FFN, width and batch.
     """
-    predictions = rank(config, topology, slices, schema)
+    settings = rank(config, topology, slices, schema)
     say(
-        f"{len(predictions)} meshes ranked; compiling {min(count, len(predictions))}, "
-        "each takes a minute or more"
+        f"{len(settings)} settings of mesh, remat and batch ranked; compiling "
+        f"{min(count, len(settings))}, each takes a minute or more"
     )
     results = []
-    for prediction in predictions[:count]:
-        mesh = prediction.mesh
+    for setting in settings[:count]:
         say(
-            f"{mesh_text(dataclasses.asdict(mesh))}: "
-            f"{1e3 * prediction.seconds:.2f} ms, "
-            f"{prediction.bytes / 2**30:.2f} GiB a device by formula"
+            f"{mesh_text(dataclasses.asdict(setting.mesh))} remat={setting.remat} "
+            f"batch={setting.batch}: {1e3 * setting.cost.seconds:.2f} ms, "
+            f"{setting.cost.bytes / 2**30:.2f} GiB a device by formula"
         )
-        result = compile_config(config, topology, slices, mesh, schema)
-        result["predicted_seconds"] = prediction.seconds
-        result["predicted_bytes"] = prediction.bytes
+        changed = with_setting(config, setting.remat, setting.batch)
+        result = compile_config(changed, topology, slices, setting.mesh, schema)
+        result["remat"] = setting.remat
+        result["predicted_seconds"] = setting.cost.seconds
+        result["predicted_bytes"] = setting.cost.bytes
         results.append(result)
     return sorted(
         results,
-        key=lambda result: (not result["fits"], result["roofline_seconds"] or math.inf),
+        key=lambda result: (
+            not result["fits"],
+            -(result["examples_per_second_by_schedule"] or 0.0),
+        ),
     )
+
+
+class Setting(NamedTuple):
+    """How a pod could run a config.
+
+    Attributes:
+      mesh: sizes of the axes.
+      remat: `model.remat`.
+      batch: `data.batch_size`.
+      cost: of a step, by formula.
+    """
+
+    mesh: MeshConfig
+    remat: Remat
+    batch: int
+    cost: Prediction
 
 
 def rank(
     config: Config, topology: str, slices: int = 1, schema: Schema | None = None
-) -> list[Prediction]:
-    """Rank every mesh of a pod that splits the model; nothing is compiled.
+) -> list[Setting]:
+    """Rank every setting of a pod that splits the model; nothing is compiled.
 
     Args:
-      config: a config; its own mesh does not matter.
+      config: a config; its own mesh and `model.remat` do not matter.
       topology: of each slice, as "v5p:8x8x8".
       slices: number of slices.
       schema: as in `compile_config`.
 
     Returns:
-      Predictions, best first: those that fit, by time.
+      Settings, best first: those that fit, by seconds a stream.
 
     Raises:
       InputError: no mesh splits heads, FFN, width and batch.
@@ -106,20 +133,46 @@ def rank(
             f"data.eval_batch_size={config.data.eval_batch_size}; "
             "make the batches multiples of the devices"
         )
-    # Model FLOPs and the axes that split each array are the same on every mesh.
+    # Model FLOPs of a stream and the axes that split each array are the same in every
+    # setting.
     first = topology_mesh(topology, shapes[0], slices)
     inputs = planned_inputs(config, schema, first)
     work, _ = step_work(inputs.model, first, inputs.batch)
-    tokens = config.data.batch_size * inputs.model.layout(config.data.events).length
-    predictions = []
-    for shape in shapes:
-        mesh = topology_mesh(topology, shape, slices)
-        predictions.append(
-            predict(config, inputs.state, work.model_flops, tokens, mesh)
-        )
+    streams = config.data.batch_size
+    stream_tokens = inputs.model.layout(config.data.events).length
+    reads_remat = "remat" in BACKBONES[config.model.kind].reads
+    settings = []
+    for remat in REMATS if reads_remat else (config.model.remat,):
+        for batch in (streams * times for times in BATCHES):
+            changed = with_setting(config, remat, batch)
+            for shape in mesh_shapes(changed, devices, slices):
+                cost = predict(
+                    changed,
+                    inputs.state,
+                    work.model_flops * batch / streams,
+                    batch * stream_tokens,
+                    topology_mesh(topology, shape, slices),
+                )
+                settings.append(Setting(shape, remat, batch, cost))
     return sorted(
-        predictions,
-        key=lambda each: (not each.fits, each.seconds, each.network_seconds),
+        settings,
+        key=lambda each: (
+            not each.cost.fits,
+            each.cost.seconds / each.batch,
+            each.cost.network_seconds / each.batch,
+            # The formula knows of matrix products only: computing anything again costs
+            # more than it says.
+            REMATS.index(each.remat),
+        ),
+    )
+
+
+def with_setting(config: Config, remat: Remat, batch: int) -> Config:
+    """Change `model.remat` and `data.batch_size` of a config."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat=remat),
+        data=dataclasses.replace(config.data, batch_size=batch),
     )
 
 

@@ -30,6 +30,7 @@ Everything here is static NumPy. Letters: S stream length, P prefix length, w wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
@@ -37,7 +38,13 @@ import numpy as np
 from tokenrec.config import ModelConfig
 from tokenrec.config.backbones import BACKBONES
 from tokenrec.errors import InputError
+from tokenrec.ops.attention.platform import current_platform
 from tokenrec.tokens.layout import Layout, live_positions
+
+# Lanes of a vector register of a TPU, and of its matrix unit.
+LANES = 128
+# A run of positions is filled up where that adds at most one in so many.
+MOST_FILL = 8
 
 
 def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
@@ -81,11 +88,46 @@ def layer_positions(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ..
 
     Returns:
       `layers + 1` ascending arrays: the live positions, or all of them without
-      `model.needed_rows`.
+      `model.needed_rows`. On a TPU, runs of live positions go on to whole lanes.
     """
-    if config.needed_rows:
-        return live_positions(layout, layer_windows(config))
-    return (np.arange(layout.length),) * (config.layers + 1)
+    if not config.needed_rows:
+        return (np.arange(layout.length),) * (config.layers + 1)
+    live = live_positions(layout, layer_windows(config))
+    if current_platform() == "tpu":
+        return fill_lanes(live, layout.length)
+    return live
+
+
+def fill_lanes(live: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, ...]:
+    """Add positions until the runs of live ones are multiples of `LANES` long.
+
+    A TPU lays tokens out in groups of 128 lanes, and its attention kernels take whole
+    tiles of them: 2,047 live positions are copied into arrays of 2,048 before and after
+    every kernel. One dead position more, which changes no read-out, costs less. A run
+    stays as it is where the rest would be more than 1 / `MOST_FILL` of it, as a few
+    read-outs are.
+
+    Args:
+      live: ascending arrays, each a part of the one before.
+      length: S, positions of the stream.
+
+    Returns:
+      As many ascending arrays, each a part of the one before.
+    """
+    filled: list[np.ndarray] = []
+    for positions in reversed(live):
+        # What is computed above is needed here too.
+        if filled:
+            positions = np.union1d(positions, filled[0])
+        count, first = len(positions), int(positions[0])
+        whole = -(-count // LANES) * LANES
+        is_run = int(positions[-1]) - first == count - 1
+        if is_run and whole <= length and MOST_FILL * (whole - count) <= count:
+            # On to later positions, and where the stream ends, to earlier ones.
+            first = min(first, length - whole)
+            positions = np.arange(first, first + whole)
+        filled.insert(0, positions)
+    return tuple(filled)
 
 
 def prefix_length(layout: Layout) -> int:

@@ -177,7 +177,7 @@ class OneTransBlock(nnx.Module):
           pattern: which queries see which keys.
           weight_sets: `[S]`, weight set of each token of the stream.
           valid: `[B, S] bool`, tokens of the stream that are not padding.
-          turn: RoPE angles of the stream, `[B, S, 1, h / 2]`.
+          turn: RoPE angles of the stream, `[B, S, 1, h]`.
           key: `[B]`, PRNG keys of dropout; None in evaluation.
 
         Returns:

@@ -66,7 +66,7 @@ class Stream(NamedTuple):
       layout: layout of the whole stream, S positions.
       positions: `[n]`, the positions that pass through the layers: all, those of the
         prefix, or those behind it.
-      turn: RoPE angles of `positions`, `[B, n, 1, h / 2]`.
+      turn: RoPE angles of `positions`, `[B, n, 1, h]`.
       valid: `[B, S] bool`, positions of the stream that are not padding.
     """
 
@@ -76,7 +76,7 @@ class Stream(NamedTuple):
     valid: jax.Array
 
     def angles(self, positions: np.ndarray) -> Rotation:
-        """Select the RoPE angles of `positions: [m]`, `[B, m, 1, h / 2]`."""
+        """Select the RoPE angles of `positions: [m]`, `[B, m, 1, h]`."""
         return Rotation(
             *(select_positions(part, positions, self.positions) for part in self.turn)
         )

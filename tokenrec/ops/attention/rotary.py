@@ -18,18 +18,25 @@ and several tokens of one event share it (docs/methods.md section 3, "Positions"
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+
+from tokenrec.ops.attention.platform import current_platform
+
+_EXCHANGE_PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Rotation(NamedTuple):
     """Cosines and sines of the angles; all layers and heads share them.
 
     Attributes:
-      cos: `[B, S, 1, h / 2] float32`.
-      sin: `[B, S, 1, h / 2] float32`.
+      cos: `[B, S, 1, h] float32`, cos theta_i at i and at i + h / 2.
+      sin: `[B, S, 1, h] float32`, -sin theta_i at i and sin theta_i at i + h / 2.
     """
 
     cos: jax.Array
@@ -45,16 +52,24 @@ def rotation(positions: jax.Array, head_width: int, base: float) -> Rotation:
       base: base of the geometric series of frequencies, `model.rope_base`.
 
     Returns:
-      Cosines and sines, `[B, S, 1, h / 2] float32` each.
+      Cosines and signed sines, `[B, S, 1, h] float32` each.
     """
     # In float32: bfloat16 cannot tell neighbouring positions above 256 apart.
     frequencies = base ** (
         -jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
     )
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     # Without the barrier XLA fuses cosines and sines into every rotation of every layer,
     # and computes them anew in each.
-    return Rotation(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
+    return Rotation(
+        *jax.lax.optimization_barrier(
+            (
+                jnp.concatenate([cos, cos], axis=-1),
+                jnp.concatenate([-sin, sin], axis=-1),
+            )
+        )
+    )
 
 
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
@@ -67,8 +82,63 @@ def rotate(x: jax.Array, by: Rotation) -> jax.Array:
     Returns:
       `[B, S, H, h]` in the dtype of `x`, computed in float32.
     """
+    on_tpu = current_platform() == "tpu"
+    return rotate_by_product(x, by) if on_tpu else rotate_halves(x, by)
+
+
+def rotate_halves(x: jax.Array, by: Rotation) -> jax.Array:
+    """Rotate as `rotate` does, half by half."""
+    half = x.shape[-1] // 2
+    cos, sin = by.cos[..., :half], by.sin[..., half:]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate(
-        [first * by.cos - second * by.sin, second * by.cos + first * by.sin], axis=-1
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
     )
     return rotated.astype(x.dtype)
+
+
+@jax.custom_vjp
+def rotate_by_product(x: jax.Array, by: Rotation) -> jax.Array:
+    """Rotate as `rotate` does, with the halves exchanged by a matrix product.
+
+    Half a head does not fill the lanes of a TPU: slices of it cost as much as the
+    whole, and are moved across the lanes afterwards. The matrix unit exchanges them in
+    passing. Each of its sums has one term that is not zero, so that it is exact: in
+    bfloat16 in one pass, in float32 at the highest precision.
+
+    The angles are constants: no gradient goes to them. The gradient of `x` needs nothing
+    else, so that no pass keeps the exchanged halves.
+    """
+    width = x.shape[-1]
+    exchange = np.roll(np.eye(width, dtype=np.float32), width // 2, axis=1)
+    swapped = jnp.einsum(
+        "...i,ij->...j",
+        x,
+        exchange.astype(x.dtype),
+        precision=_EXCHANGE_PRECISION,
+        preferred_element_type=jnp.float32,
+    )
+    return (x.astype(jnp.float32) * by.cos + swapped * by.sin).astype(x.dtype)
+
+
+def _forward(x: jax.Array, by: Rotation) -> tuple[jax.Array, Rotation]:
+    return rotate_by_product(x, by), by
+
+
+def _backward(by: Rotation, gradient: jax.Array) -> tuple[jax.Array, Rotation]:
+    # The transpose of a rotation turns back.
+    back = Rotation(by.cos, -by.sin)
+    return rotate_by_product(gradient, back), jax.tree.map(jnp.zeros_like, by)
+
+
+rotate_by_product.defvjp(_forward, _backward)
+
+
+def is_exchange(primitive: Primitive, params: Mapping[str, Any]) -> bool:
+    """Whether an equation of a traced model is the product of `rotate_by_product`.
+
+    It moves numbers: its FLOPs are none of the model's. No other product of a model has
+    its precision.
+    """
+    precision = params.get("precision")
+    return primitive.name == "dot_general" and precision == (_EXCHANGE_PRECISION,) * 2

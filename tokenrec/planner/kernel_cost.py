@@ -1,0 +1,160 @@
+"""Time of the splash kernels, which XLA has no estimate of.
+
+A kernel goes over a grid of tiles. Every grid step has a fixed cost, a tile with
+something visible costs its products and softmax, and the first and the last tile of a
+line cost something besides. `kernel_bundles.json` holds those four in bundles of
+instructions, which are cycles, as libtpu compiles the kernels for each kind of chip,
+width of a head and tile; `python -m benchmarks.kernel_bundles` makes it. With n grid
+steps, m visible tiles and l lines for each of B streams and H heads of a device
+
+    seconds = B H (n step + m tile + l (first + last)) / (clock cores)
+
+Waiting for memory is not in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tokenrec.data.batch import Batch
+from tokenrec.ops.attention import splash
+from tokenrec.ops.attention.pattern import Pattern
+from tokenrec.planner.kernel_bundles import TileBundles
+from tokenrec.planner.roofline import Chip, chip
+from tokenrec.sharding import batch_shards
+from tokenrec.state import ModelSpec, abstract_state, bind_params
+
+# Kernels of a train step: forward pass, gradient of q, and gradients of k and v.
+KERNELS = ("fwd", "dq", "dkv")
+_NAMES = {
+    "fwd": "splash_mha_fwd_segmented_residuals",
+    "dq": "splash_mha_dq_segmented_no_residuals",
+    "dkv": "splash_mha_dkv_segmented_no_residuals",
+}
+
+
+def call_name(kernel: str) -> str:
+    """Name of a kernel's custom call in a compiled train step.
+
+    Args:
+      kernel: one of `KERNELS`.
+    """
+    return _NAMES[kernel]
+
+
+def tile_bundles(
+    device_kind: str, head_dim: int, sides: tuple[int, int]
+) -> dict[str, TileBundles] | None:
+    """Look up the bundles of the kernels; None where the table has none.
+
+    Args:
+      device_kind: `jax.Device.device_kind`.
+      head_dim: h, the width of a head.
+      sides: queries and keys of a tile.
+
+    Returns:
+      Bundles by kernel, as in `KERNELS`.
+    """
+    of_chip = _table()["bundles"].get(device_kind, {})
+    row = of_chip.get(str(head_dim), {}).get(f"{sides[0]}x{sides[1]}")
+    return row and {name: TileBundles(*row[name]) for name in KERNELS}
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    folder = importlib.resources.files("tokenrec.planner")
+    return json.loads(folder.joinpath("kernel_bundles.json").read_text())
+
+
+def kernel_seconds(
+    bundles: dict[str, TileBundles],
+    tiles: np.ndarray,
+    runs: int,
+    spec: Chip,
+) -> dict[str, float]:
+    """Compute the seconds of one run of each kernel.
+
+    Args:
+      bundles: of `tile_bundles`.
+      tiles: `[query blocks, key blocks] bool`, those with something visible.
+      runs: B H, streams times heads of a device.
+      spec: figures of the device.
+    """
+    seconds = {}
+    for name, cost in bundles.items():
+        # The gradients of k and v go over the queries of each block of keys.
+        lines = tiles.T if name == "dkv" else tiles
+        # A grid is as wide as the line that has most tiles.
+        steps = len(lines) * int(lines.sum(axis=1).max())
+        cycles = steps * cost.step + int(lines.sum()) * cost.tile
+        cycles += len(lines) * (cost.first + cost.last)
+        seconds[name] = runs * cycles / (spec.clock * spec.cores)
+    return seconds
+
+
+def step_kernel_seconds(
+    model: ModelSpec, mesh: Mesh, shapes: Batch, layers: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Compute the seconds of a run of each kernel of a train step, by custom call.
+
+    The text of a program does not say which layer a kernel serves, so that a run costs
+    the mean over the layers that the kernels serve, and all runs together the right
+    sum.
+
+    Args:
+      model: static half of the run.
+      mesh: mesh of the step, which may be described only.
+      shapes: the batch as `jax.ShapeDtypeStruct`.
+      layers: of `flops.step_work`.
+
+    Returns:
+      Seconds by name of the call. Empty where no layer is served by the kernels, or
+      the table of bundles lacks the tile of one.
+    """
+    config = model.config.model
+    spec = chip(mesh.devices.flat[0].device_kind)
+    streams = shapes.valid.shape[0] // batch_shards(mesh)
+    heads = config.heads // mesh.shape["tensor"]
+    with jax.set_mesh(mesh):
+        backbone = bind_params(model, abstract_state(model).params).backbone
+        patterns = list(backbone.attention_layers(model.layout(shapes.valid.shape[1])))
+    costs = []
+    for (pattern, window, _), layer in zip(patterns, layers, strict=True):
+        if layer["implementation"] != "splash":
+            continue
+        sides, tiles = splash_tiles(pattern, window)
+        bundles = tile_bundles(
+            mesh.devices.flat[0].device_kind, config.width // config.heads, sides
+        )
+        if bundles is None:
+            return {}
+        costs.append(kernel_seconds(bundles, tiles, streams * heads, spec))
+    if not costs:
+        return {}
+    return {
+        call_name(name): float(np.mean([cost[name] for cost in costs]))
+        for name in KERNELS
+    }
+
+
+def splash_tiles(
+    pattern: Pattern, window: int | None
+) -> tuple[tuple[int, int], np.ndarray]:
+    """Find the tile that the kernels choose, and those that they compute.
+
+    Returns:
+      Queries and keys of a tile, and `[query blocks, key blocks] bool`.
+    """
+    spans = splash.visible_spans(pattern, window)
+    if isinstance(spans, str):
+        raise AssertionError(spans)
+    keys = len(pattern.key_positions)
+    sides = splash.block_sizes(spans, keys)
+    return sides, splash.visited_tiles(spans, keys, *sides)
