@@ -18,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from tokenrec.checkpoint.checkpointer import Checkpointer
-from tokenrec.checkpoint.device_history import record_use
+from tokenrec.checkpoint.device_history import read_history, record_use
 from tokenrec.checkpoint.progress import Progress
 from tokenrec.checkpoint.warm_start import initial_state
 from tokenrec.config.backbones import reads_event_ages
@@ -188,6 +188,14 @@ class ActiveRun:
         """Note the devices of this start, and log them where they have changed."""
         setup = self.setup
         use = dataclasses.replace(setup.device_use, step=start)
+        unknown = use.elastic != "off" and not self._train.elastic_devices
+        if start and unknown and read_history(setup.workdir) is None:
+            print(
+                f"tokenrec: '{setup.workdir}' is a run from before devices were noted: "
+                f"the {use.devices} of now count as all that it is meant for; if it "
+                "began with others, set train.elastic_devices",
+                file=sys.stderr,
+            )
         before = record_use(setup.workdir, use)
         if before is not None:
             print(f"tokenrec: {use.describe_change(before)}", file=sys.stderr)

@@ -51,7 +51,7 @@ def work(folder: Path, number: int, count: int, port: int, lines: list[str]) -> 
         rows_file = folder / f"{index}-{number}.rows"
         is_killed = line.endswith("KILL")
 
-        def counted(*args, rows_file=rows_file, is_killed=is_killed, **named):  # noqa: ANN202, ANN002, ANN003
+        def counted(*args, rows_file=rows_file, is_killed=is_killed, **named):
             with rows_file.open("a", buffering=1) as file:
                 for taken, host in enumerate(train_batches(*args, **named)):
                     if is_killed and taken == KILLED_AT:
