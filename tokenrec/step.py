@@ -67,14 +67,14 @@ class Inputs(NamedTuple):
     Attributes:
       batch: the batch, with drawn negatives if the softmax is sampled, and with the ids
         that `tokens.id_dropout` leaves.
-      keys: `[B]`, PRNG keys of dropout; None for none.
+      keys: `[B]`, PRNG keys of dropout.
       unique: which rows of each stack of tables the batch reads.
       rows: `[u, width]` per stack, these rows.
       counts: `label_counts` of the batch.
     """
 
     batch: Batch
-    keys: jax.Array | None
+    keys: jax.Array
     unique: dict[str, UniqueRows]
     rows: dict[str, jax.Array]
     counts: jax.Array
@@ -164,7 +164,7 @@ def look_up_rows(
     model: ModelSpec,
     state: TrainState,
     batch: Batch,
-    keys: jax.Array | None,
+    keys: jax.Array,
     counts: jax.Array,
 ) -> Inputs:
     """Add the table rows of a batch to what `draw_inputs` returned."""
@@ -249,6 +249,7 @@ def _make_updates(
         state: TrainState, piece: tuple[Batch, jax.Array | None, jax.Array]
     ) -> tuple[TrainState, Metrics]:
         part, part_keys, number = piece
+        assert part_keys is not None
         inputs = look_up_rows(model, state, part, part_keys, counts)
         return _update(model, state, inputs, number)
 
