@@ -5,9 +5,11 @@
     python -m benchmarks.attention --out attention_new \\
         --against benchmarks/results/attention.json
     python -m benchmarks.attention --topology v5p:4x4x4 --meshes 64x1x1 16x1x4
+    python -m benchmarks.attention --block --topology v5p:4x4x4
 
 A mesh is data x fsdp x tensor. With `--topology`, programs are compiled for a described
-pod and not run.
+pod and not run. `--block` is `python -m benchmarks.attention_block`: the whole block
+around the attention, on every mesh of the pod.
 
 All variants take turns within one run, so that their ratios hold. Columns:
 
@@ -32,6 +34,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -499,7 +502,13 @@ def command_line(flags: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark, and print its page."""
-    flags = parse(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if "--block" in words:
+        from benchmarks import attention_block  # loads the TPU compiler
+
+        attention_block.main([word for word in words if word != "--block"])
+        return
+    flags = parse(words)
     name = "attention_topology" if flags.topology else "attention"
     stem = flags.out or RESULTS / name
     bench = bench_topology if flags.topology else bench_local

@@ -21,7 +21,7 @@ def exchange_step(
     """Look ids up, take the gradient of a loss, and update the rows that were read.
 
     Args:
-      table: `[rows, w]`, as it is stored over all devices.
+      table: `[rows, w]`, or packed, as it is stored over all devices.
       sums: `[rows]`, of row-wise AdaGrad, stored alike.
       ids: `[n] int32`.
       loss: of the looked-up rows, `[n, w]` to `[]`.
@@ -30,7 +30,7 @@ def exchange_step(
     Returns:
       The row of every id `[n, w]`, and the new table and its state.
     """
-    plan = routing.plan_exchange(table.shape[0], ids.size)
+    plan = routing.plan_exchange(sums.shape[0], ids.size)
     route, (inverse,) = routing.route_ids(plan, [ids])
     rows = exchange.fetch_rows(plan, table, route)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.report import run_script, versions
 from tokenrec.errors import InputError
-from tokenrec.ops.attention.splash import SIDES
+from tokenrec.ops.attention.splash_kernel import SIDES
 from tokenrec.planner.kernel_bundles import read_tile_bundles
 from tokenrec.planner.kernel_cost import KERNELS, call_name
 from tokenrec.runtime.files import write_text_atomically

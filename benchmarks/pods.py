@@ -1,19 +1,23 @@
 """Compile three configs for TPU pods, and one of them for 16 to 512 chips.
 
-    python -m benchmarks.pods [--configs NAME ...]     three configs on three pods
+    python -m benchmarks.pods [--configs NAME ...]     three configs on five pods
     python -m benchmarks.pods --weak-scaling           lrm_1b on 16 to 512 chips of v5p
 
 No TPU is needed, and nothing is run. Each table row is `tokenrec compile` of the config
 in bfloat16, with the streams per chip, the mesh and `model.remat` that `PLANS` has for
 the kind of chip. Table sizes are those of the prepared data set under `TOKENREC_DATA`,
-or else of the planned schema configs/schemas/kuairand_27k.json ("planned"). Times are
-lower bounds and rates upper bounds, as in tokenrec/planner/roofline.py.
+or else of the planned schema configs/schemas/kuairand_27k.json ("planned"). Columns:
+
+- `schedule_ms` and its parts, and `mfu_by_schedule`: what the compiler expects of its
+  own schedule, with ring times for the network (tokenrec/planner/schedule.py);
+- `compute_ms`, `memory_ms`, `network_ms`, `mfu_bound`: lower bounds by arithmetic
+  (tokenrec/planner/roofline.py);
+- bytes and FLOPs: of the compiled program.
 
 `fsdp` has the chips of one or two whole axes of the torus, 64 at most, and `data` the
 rest: over three axes XLA would not scatter gradients. In weak scaling the streams per
 chip stay the same; `per_chip` is the rate of a chip over that of a chip of the smallest
-pod, by the bound ("overlapped"), and if compute, memory and network do not overlap
-("serial").
+pod, by the bound and by the schedule.
 
 A finished table row is written at once, and skipped when the command is given again;
 delete the result files to start over. Weak scaling takes the row of v5p:8x8x8 from the
@@ -38,7 +42,13 @@ from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.planner.compile import compile_config
 from tokenrec.planner.report import mesh_text
 
-PODS = (("v5e:16x16", 1), ("v5p:8x8x8", 1), ("v5p:4x4x8", 2))
+PODS = (
+    ("v5p:4x4x4", 1),
+    ("v5e:16x16", 1),
+    ("v6e:16x16", 1),
+    ("v5p:8x8x8", 1),
+    ("v5p:4x4x8", 2),
+)
 SCALE = ("v5p:2x2x4", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x8")
 SCALED = "lrm_1b"
 LONGEST_FSDP = 64
@@ -61,10 +71,13 @@ class Plan(NamedTuple):
 PLANS = {
     ("lrm_1b", "v5p"): Plan(4, LONGEST_FSDP, "dots"),
     ("lrm_1b", "v5e"): Plan(4, LONGEST_FSDP, "dots"),
+    ("lrm_1b", "v6e"): Plan(4, LONGEST_FSDP, "dots"),
     ("kuairand_27k", "v5p"): Plan(2, 1, "none"),
     ("kuairand_27k", "v5e"): Plan(2, 1, "none"),
+    ("kuairand_27k", "v6e"): Plan(2, 1, "none"),
     ("kuairand_pure_uc", "v5p"): Plan(64, 1, "none"),
     ("kuairand_pure_uc", "v5e"): Plan(64, 1, "none"),
+    ("kuairand_pure_uc", "v6e"): Plan(64, 1, "none"),
 }
 
 
@@ -121,8 +134,25 @@ def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
         "network_ms": 1e3 * compiled["network_seconds"],
         "bound": compiled["bound"],
         "mfu_bound": compiled["mfu_bound"],
-        "mfu_if_serial": compiled["mfu_if_serial"],
         "examples_per_second": compiled["examples_per_second"],
+        **_schedule_columns(compiled),
+    }
+
+
+def _schedule_columns(compiled: dict[str, Any]) -> dict[str, Any]:
+    """Columns of the schedule of a compiled step."""
+    schedule = compiled["schedule"]
+    parts = schedule["work"] | {
+        f"waits_{name.replace(' ', '_')}": seconds
+        for name, seconds in schedule["exposed"].items()
+    }
+    return {
+        "schedule_ms": 1e3 * compiled["schedule_seconds"],
+        **{f"{name}_ms": 1e3 * seconds for name, seconds in parts.items()},
+        "network_hidden_ms": 1e3 * schedule["network_hidden"],
+        "mfu_by_schedule": compiled["mfu_by_schedule"],
+        "examples_per_second_by_schedule": compiled["examples_per_second_by_schedule"],
+        "unpriced": ", ".join(schedule["unpriced"]) or "none",
     }
 
 
@@ -163,24 +193,18 @@ def planned(config: Config, plan: Plan, chips: int, mesh: MeshConfig) -> Config:
 def with_efficiency(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Sort table rows by chips, and add each chip's rate relative to the first row."""
     rows = sorted(rows, key=lambda row: row["chips"])
-    scaled = []
-    for row in rows:
-        overlapped, serial = _per_chip(row), _per_chip(row, serial=True)
-        first = rows[0]
-        scaled.append(
-            row
-            | {
-                "examples_per_chip_second": overlapped,
-                "per_chip_overlapped": overlapped / _per_chip(first),
-                "per_chip_serial": serial / _per_chip(first, serial=True),
-            }
-        )
-    return scaled
-
-
-def _per_chip(row: dict[str, Any], *, serial: bool = False) -> float:
-    rate = row["examples_per_second"] / row["chips"]
-    return rate * row["mfu_if_serial"] / row["mfu_bound"] if serial else rate
+    kinds = {
+        "per_chip_bound": "examples_per_second",
+        "per_chip_by_schedule": "examples_per_second_by_schedule",
+    }
+    return [
+        row
+        | {
+            name: (row[rate] / row["chips"]) / (rows[0][rate] / rows[0]["chips"])
+            for name, rate in kinds.items()
+        }
+        for row in rows
+    ]
 
 
 def _missing(
@@ -215,7 +239,7 @@ def main() -> None:
             [(SCALED, t, 1) for t in SCALE],
         )
     else:
-        stem, title = "pods", "Three configs on three pods"
+        stem, title = "pods", "Three configs on five pods"
         wanted = [
             (name, topology, slices)
             for name in flags.configs
@@ -241,7 +265,7 @@ def main() -> None:
             {"dtype": "bfloat16", "batch": "streams x chips", "streams": "the longest"},
             "python -m benchmarks.pods"
             + (" --weak-scaling" if flags.weak_scaling else ""),
-            title=f"{title}, compiled: bounds, nothing was run",
+            title=f"{title}, compiled: nothing was run",
             packages=("tokenrec", "jax", "jaxlib", "libtpu", "flax", "optax"),
         )
     print(out.with_name(out.name + ".md").read_text())

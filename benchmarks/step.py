@@ -41,10 +41,10 @@ from tokenrec.config import Config, MeshConfig
 from tokenrec.ops.tables.lookup import (
     RowsState,
     expand_rows,
-    gather_rows,
     unique_ids,
     update_rows,
 )
+from tokenrec.ops.tables.packed import gather_rows
 from tokenrec.sharding import make_mesh
 
 TABLE_ROWS = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -78,7 +78,7 @@ def lookup_step(rows: int, *, dense: bool) -> Callable[..., Any]:
             table,
             RowsState(sums),
             unique.ids,
-            gradient(gather_rows(table, unique.ids)),
+            gradient(gather_rows(table, unique.ids, table.shape[1], distinct=True)),
             rate=jnp.float32(0.05),
             decay=0.0,
             apply=jnp.bool_(True),

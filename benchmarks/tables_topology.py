@@ -1,25 +1,28 @@
 """Look-up and update of a table spread over a pod, beside XLA's own partitioning.
 
-    python -m benchmarks.tables_topology [--topology v5e:16x16] [--rows 1000000
-    100000000]
+    python -m benchmarks.tables_topology [--topologies v5e:16x16] [--rows 1000000]
 
 Every device looks up 16,384 uniform ids of a table of width 64, and updates the rows
 that it read, by row-wise AdaGrad:
 
-- "exchange": `tokenrec.ops.tables.exchange`;
+- "exchange": `tokenrec.ops.tables.exchange`, with rows packed into lines of 128 lanes
+  (`tokenrec.ops.tables.packed`);
+- "exchange, plain rows": the same with the table stored as `[rows, 64]`, as before;
 - "xla": the table is partitioned by rows all the same. `table.at[ids].get()` and the
   row-wise update of its gradient are written as for one device, and XLA's partitioner
   finds the rest (automatic sharding);
 - "xla, gather alone": without the update.
 
 libtpu compiles each program as the pod would run it; nothing is run. Bytes are those
-into a device in a step, as `tokenrec.planner.hlo` counts them; "fits" is XLA's verdict.
-A minute or two a row.
+into a device in a step, as `tokenrec.planner.hlo` counts them; "fits" is XLA's verdict;
+"temporaries / arguments" is by how much the step exceeds what a device holds anyway.
+Three minutes a row of the exchange, less than one for the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -37,6 +40,7 @@ from tokenrec.compiler_options import compiler_options
 from tokenrec.config import MeshConfig
 from tokenrec.ops.tables import storage
 from tokenrec.ops.tables.lookup import RowsState
+from tokenrec.ops.tables.packed import packed_shape
 from tokenrec.planner.hlo import read_program
 from tokenrec.planner.roofline import chip, network_seconds
 from tokenrec.planner.topology import topology_mesh
@@ -57,7 +61,7 @@ def by_exchange(
     """Look up and update by the row exchange.
 
     Args:
-      table: `[rows, WIDTH]`, over all devices.
+      table: `[rows, WIDTH]`, or packed, over all devices.
       sums: `[rows]`, of row-wise AdaGrad.
       ids: `[n] int32`.
       targets: `[n, WIDTH]`.
@@ -93,21 +97,26 @@ class Program(NamedTuple):
       function: of table, sums, ids and targets.
       axis_type: of the axes of its mesh.
       updates: it returns a new table and state, in the memory of the old ones.
+      packed: the table is stored in lines of 128 lanes.
     """
 
     function: Callable[..., Any]
     axis_type: AxisType
     updates: bool = True
+    packed: bool = False
 
 
 PROGRAMS = {
-    "exchange": Program(by_exchange, AxisType.Explicit),
+    "exchange": Program(by_exchange, AxisType.Explicit, packed=True),
+    "exchange, plain rows": Program(by_exchange, AxisType.Explicit),
     "xla": Program(by_xla, AxisType.Auto),
     "xla, gather alone": Program(gather_by_xla, AxisType.Auto, updates=False),
 }
 
 
-def make_arguments(mesh: Mesh, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+def make_arguments(
+    mesh: Mesh, rows: int, packed: bool
+) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Shapes of table, sums, ids and targets, laid out over the mesh."""
 
     def array(
@@ -118,8 +127,9 @@ def make_arguments(mesh: Mesh, rows: int) -> tuple[jax.ShapeDtypeStruct, ...]:
 
     owners, batch = AXES, AXES[:2]
     stored = storage.stored_rows(rows)
+    shape = packed_shape(stored, WIDTH, mesh.size) if packed else (stored, WIDTH)
     return (
-        array((stored, WIDTH), jnp.float32, owners, None),
+        array(shape, jnp.float32, owners, None),
         array((stored,), jnp.float32, owners),
         array((IDS * mesh.size,), jnp.int32, batch),
         array((IDS * mesh.size, WIDTH), jnp.float32, batch, None),
@@ -155,7 +165,7 @@ def compile_row(name: str, topology: str, rows: int) -> dict[str, Any]:
     program = PROGRAMS[name]
     devices = topology_mesh(topology, MeshConfig()).devices
     mesh = Mesh(devices, AXES, axis_types=(program.axis_type,) * 3)
-    arguments = make_arguments(mesh, rows)
+    arguments = make_arguments(mesh, rows, program.packed)
     row: dict[str, Any] = {
         "topology": topology,
         "devices": mesh.size,
@@ -171,7 +181,8 @@ def compile_row(name: str, topology: str, rows: int) -> dict[str, Any]:
         problem = str(error).strip().partition("\n")[0]
         return row | {"fits": False, "problem": problem}
     memory: Any = compiled.memory_analysis()
-    collectives = read_program(compiled.as_text() or "", mesh.size).collectives
+    contents = read_program(compiled.as_text() or "", mesh.size)
+    collectives = contents.collectives
     bytes_by_kind: dict[str, int] = {}
     for collective in collectives:
         moved = bytes_by_kind.get(collective.kind, 0) + int(collective.moved)
@@ -191,6 +202,11 @@ def compile_row(name: str, topology: str, rows: int) -> dict[str, Any]:
         "table_bytes": math.prod(arguments[0].shape) * 4 // mesh.size,
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
+        "temporaries / arguments": (
+            memory.temp_size_in_bytes / memory.argument_size_in_bytes
+        ),
+        "memory traffic": int(contents.memory_bytes),
+        "sparse-core calls": sum(contents.sparse_core_calls.values()),
         "compile_seconds": round(time.perf_counter() - begin, 1),
     }
 
@@ -200,8 +216,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--topology", default="v5e:16x16")
-    parser.add_argument("--rows", nargs="+", type=int, default=[10**6, 10**8, 10**9])
+    parser.add_argument("--topologies", nargs="+", default=["v5e:16x16", "v5p:4x8x8"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[10**9])
     parser.add_argument(
         "--out",
         type=Path,
@@ -210,21 +226,22 @@ def main() -> None:
     flags = parser.parse_args()
     stem = flags.out or Path(__file__).parent / "results" / "tables_topology"
     rows = []
-    for count in flags.rows:
-        for name in PROGRAMS:
-            rows.append(compile_row(name, flags.topology, count))
-            print(rows[-1], file=sys.stderr)
-    write_result(
-        stem,
-        rows,
-        {"width": WIDTH, "ids_per_device": IDS},
-        "python -m benchmarks.tables_topology",
-        title=(
-            "Tables spread over a pod: our exchange against XLA's partitioning, "
-            "compiled, not run"
-        ),
-        packages=("tokenrec", "jax", "jaxlib", "libtpu"),
-    )
+    cases = itertools.product(flags.topologies, flags.rows, PROGRAMS)
+    for topology, count, name in cases:
+        rows.append(compile_row(name, topology, count))
+        print(rows[-1], file=sys.stderr)
+        # Row by row: what is interrupted keeps what it has.
+        write_result(
+            stem,
+            rows,
+            {"width": WIDTH, "ids_per_device": IDS},
+            "python -m benchmarks.tables_topology",
+            title=(
+                "Tables spread over a pod: our exchange against XLA's partitioning, "
+                "compiled, not run"
+            ),
+            packages=("tokenrec", "jax", "jaxlib", "libtpu"),
+        )
     print(stem.with_suffix(".md").read_text())
 
 

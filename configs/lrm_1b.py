@@ -58,6 +58,9 @@ def get_config() -> Config:
             qk_norm=True,
             dtype="bfloat16",
             remat="dots",
+            # A loop over the layers would copy what they keep, and let no layer's work
+            # hide the gathers of another.
+            scan=0,
         ),
         optim=OptimConfig(
             steps=5000,

@@ -27,7 +27,6 @@ from tests.worlds import (
     tiny,
 )
 from tokenrec.debug.step_inspection import inspect_step
-from tokenrec.ops.tables.api import storage_spec
 from tokenrec.ops.tables.exchange import CollectedGradients
 from tokenrec.ops.tables.storage import to_storage_index
 from tokenrec.optim import clip_scale, decays, global_norm, with_schedule_step
@@ -232,7 +231,7 @@ def mesh_case():
             "dropout": 0.1,
             "heads": 4,
             "layers": 2,
-            "windows": (6,),
+            "windows": (20,),
         },
         optim={"accumulate": 2, "learning_rate": 1e-3},
         batch_size=16,
@@ -251,8 +250,12 @@ def stepped(sizes):
         return jax.device_get(STEP(model, state, place(batch, mesh)))
 
 
-def test_a_mesh_of_all_axes_makes_the_same_loss_gradient_and_update():
-    (state, metrics), (expected, of_one) = stepped((2, 2, 2)), stepped((1, 1, 1))
+def test_a_mesh_makes_the_same_loss_gradient_and_update():
+    """Two devices along fsdp, tensor and context; below, along data too.
+
+    Of the 29 tokens filled up to 32, the 20 that the window needs lie on both parts.
+    """
+    (state, metrics), (expected, of_one) = stepped((1, 2, 2, 2)), stepped((1, 1, 1))
     np.testing.assert_allclose(metrics.loss, of_one.loss, rtol=1e-6)
     np.testing.assert_allclose(metrics.grad_norm, of_one.grad_norm, rtol=1e-6)
     assert (metrics.rounds, of_one.rounds) == (1, 1)
@@ -279,23 +282,28 @@ def test_spread_and_replicated_tables_learn_the_same(mesh):
             for table, first in stack.offsets.items():
                 numbers = first + np.arange(TABLES[table])
                 at = (
-                    to_storage_index(numbers, storage_spec(stack)[0][0])
+                    to_storage_index(numbers, stack.stored_rows)
                     if stack.spread
                     else numbers
                 )
                 rows[table] = (stack.name, at)
-        tables = {name: np.array(leaf) for name, leaf in state.tables.items()}
+        tables = {
+            name: np.array(leaf).reshape(-1, 8) for name, leaf in state.tables.items()
+        }
         random = np.random.default_rng(0)
         for _, (name, at) in sorted(rows.items()):
             tables[name][at] = random.normal(size=(len(at), 8)) * 0.1
         placed = {
-            name: jax.device_put(leaf, state.tables[name].sharding)
+            name: jax.device_put(
+                leaf.reshape(state.tables[name].shape), state.tables[name].sharding
+            )
             for name, leaf in tables.items()
         }
         state = dataclasses.replace(state, tables=placed)
         new, metrics = STEP(model, state, place(batch, mesh))
         found[replicate] = [
-            np.asarray(new.tables[name])[at] for _, (name, at) in sorted(rows.items())
+            np.asarray(new.tables[name]).reshape(-1, 8)[at]
+            for _, (name, at) in sorted(rows.items())
         ]
         found[replicate] += [metrics.loss, metrics.grad_norm, *leaves(new.params)]
         assert any(stack.spread for stack in model.embedder.stacks.values()) == (
@@ -395,11 +403,19 @@ def test_an_inspected_step_has_the_loss_of_the_step(walks, mesh):
     np.testing.assert_allclose(losses[4].sum(), whole, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sampled", "semantic ids"])
-def test_micro_batches_on_a_mesh_have_the_gradients_of_one_batch(walks, mesh, kind):
-    """Negatives are the same in all parts; codes are summed over all devices."""
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("sampled", (2, 1, 1, 4)), ("semantic ids", (2, 2, 2))],
+)
+def test_micro_batches_on_a_mesh_have_the_gradients_of_one_batch(
+    walks, mesh, kind, sizes
+):
+    """Negatives are the same in all parts; codes are summed over all devices.
+
+    Sizes of data, fsdp, tensor and context.
+    """
     expected = loss_and_gradients(*retrieval_case(walks, kind, 1), mesh)
-    wide = mesh_of(2, 2, 2)
+    wide = mesh_of(*sizes)
     with jax.set_mesh(wide):
         found = loss_and_gradients(*retrieval_case(walks, kind, 2), wide)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)

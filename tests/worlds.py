@@ -109,12 +109,11 @@ def one_device():
     return mesh_of(1, 1, 1)
 
 
-def mesh_of(data: int, fsdp: int, tensor: int):
+def mesh_of(data: int, fsdp: int, tensor: int, context: int = 1):
     from tokenrec.config import MeshConfig
 
-    return make_mesh(
-        MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor]
-    )
+    count = data * fsdp * tensor * context
+    return make_mesh(MeshConfig(data, fsdp, tensor, context), jax.devices()[:count])
 
 
 def place(batch: Batch, mesh) -> Batch:

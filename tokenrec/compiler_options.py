@@ -28,11 +28,13 @@ _EVERY_TPU: Options = {"xla_tpu_enable_pincer_short_emitter": False}
 # Memory on the chip that a fusion may use, KiB. With the default of libtpu the operands
 # of a product come in smaller pieces, and more often.
 _FUSION_MEMORY = "xla_tpu_scoped_vmem_limit_kib"
-# All-gathers run on the sparse cores, beside the work of the core. They move numbers and
-# compute nothing, so that no result changes. The collective fusion that does the same on
-# chips without sparse cores excludes it.
+# All-gathers run on the sparse cores, beside the work of the core, over one, two or three
+# axes of the torus. They move numbers and compute nothing, so that no result changes. The
+# collective fusion that does the same on chips without sparse cores excludes it.
 _GATHERS_ON_SPARSE_CORES: Options = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
     "xla_tpu_enable_all_gather_offload_tracing": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": False,
     "xla_tpu_use_tc_device_shape_on_sc": True,
@@ -42,6 +44,7 @@ _GATHERS_ON_SPARSE_CORES: Options = {
 # By `jax.Device.device_kind`.
 _BY_KIND: dict[str, Options] = {
     "TPU v5": {_FUSION_MEMORY: 65536} | _GATHERS_ON_SPARSE_CORES,
+    "TPU v6 lite": {_FUSION_MEMORY: 98304} | _GATHERS_ON_SPARSE_CORES,
 }
 
 

@@ -1,18 +1,23 @@
-"""Parallelism: a mesh of three axes, and rules from logical axes to mesh axes.
+"""Parallelism: a mesh of four axes, and rules from logical axes to mesh axes.
 
-    axis     splits
-    data     the batch
-    fsdp     the batch, and the weights, which are gathered where they are used
-    tensor   attention heads and the inner width of the FFN
+    axis      splits
+    data      the batch
+    fsdp      the batch, and the weights, which are gathered where they are used
+    context   the tokens of a stream, inside the backbone
+    tensor    attention heads and the inner width of the FFN
 
-Model code names logical axes only (`batch`, `embed`, `heads`, `ffn`, `rows`), through
-`RULES`. The mesh axes are explicit (`AxisType.Explicit`), so a wrong sharding is an error
+The order is that of `jax.make_mesh`, whose last axes lie closest together in a torus:
+`tensor` sums activations twice a layer, `context` gathers keys and values once a layer.
+
+Model code names logical axes only (`batch`, `tokens`, `embed`, `heads`, `ffn`,
+`rows`), through `RULES`. The mesh axes are explicit (`AxisType.Explicit`), so a wrong sharding is an error
 when a function is traced, on eight virtual CPU devices as on a pod.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +27,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from tokenrec.config import Config, MeshConfig
+from tokenrec.config.train_config import mesh_fields
 from tokenrec.elastic import StepSplit, fit_axes, full_devices, split_step
 from tokenrec.errors import InputError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Rules:
 
     Attributes:
       batch: samples.
+      tokens: tokens of a stream, between the embedding and the read-outs.
       embed: width of the model, in weights.
       heads: attention heads.
       ffn: inner width of the FFN.
@@ -44,6 +51,7 @@ class Rules:
     """
 
     batch: tuple[str, ...] | str | None = ("data", "fsdp")
+    tokens: tuple[str, ...] | str | None = "context"
     embed: tuple[str, ...] | str | None = "fsdp"
     heads: tuple[str, ...] | str | None = "tensor"
     ffn: tuple[str, ...] | str | None = "tensor"
@@ -80,6 +88,11 @@ def on_mesh(spec: PartitionSpec) -> PartitionSpec | None:
     return None if jax.sharding.get_abstract_mesh().empty else spec
 
 
+def tokens_of(x: jax.Array) -> str | None:
+    """Logical axis of dimension 1 of `[B, S, ...]`: "tokens" if it is split, or None."""
+    return None if jax.typeof(x).sharding.spec[1] is None else "tokens"
+
+
 def reshard[T](x: T, spec: PartitionSpec) -> T:
     """`jax.sharding.reshard`; the array itself where no mesh is in use."""
     if jax.sharding.get_abstract_mesh().empty:
@@ -88,7 +101,7 @@ def reshard[T](x: T, spec: PartitionSpec) -> T:
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Build the explicit mesh `(data, fsdp, tensor)`.
+    """Build the explicit mesh `(data, fsdp, context, tensor)`.
 
     Args:
       config: sizes of the axes; `data=-1` takes the devices that the others leave.
@@ -99,18 +112,27 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
-    fixed = config.fsdp * config.tensor
-    data = count // fixed if config.data == -1 else config.data
-    if data * fixed != count:
+    shape = mesh_shape(config, count)
+    if math.prod(shape) != count:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         raise InputError(
-            f"mesh.data={config.data} mesh.fsdp={config.fsdp} "
-            f"mesh.tensor={config.tensor} do not multiply to {count} devices; use "
+            f"{mesh_fields(config)} do not multiply to {count} devices; use "
             f"sizes from {divisors}, or mesh.data=-1"
         )
-    shape = (data, config.fsdp, config.tensor)
     axis_types = (AxisType.Explicit,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
+    """Sizes of the axes, in the order of `AXES`.
+
+    Args:
+      config: sizes of the axes; `data=-1` takes the devices that the others leave.
+      devices: number of devices.
+    """
+    fixed = config.fsdp * config.context * config.tensor
+    data = devices // fixed if config.data == -1 else config.data
+    return (data, config.fsdp, config.context, config.tensor)
 
 
 def make_run_mesh(config: Config) -> Mesh:
@@ -199,8 +221,8 @@ def with_batch_sharding[T](shapes: T, mesh: Mesh) -> T:
 def local_batch_indices(mesh: Mesh, size: int, field: str) -> np.ndarray:
     """Indices of the samples of a batch that lie on this process's devices.
 
-    Processes that hold the same part of the batch, because a `tensor` axis spans them,
-    get the same indices.
+    Processes that hold the same part of the batch, because a `context` or `tensor` axis
+    spans them, get the same indices.
 
     Args:
       mesh: the mesh.

@@ -55,8 +55,8 @@ class TrainState:
       step: `[] int32`, batches consumed, also those of skipped steps: the position in the
         data, and the clock of the learning rates.
       params: dense weights by name, such as "backbone/blocks/0/gate/bias".
-      tables: stacks of embedding tables, `[rows, width]` each, as they are stored (see
-        `tokenrec/ops/tables/api.py`).
+      tables: stacks of embedding tables, each `[rows, width]` or packed, as they are
+        stored (see `tokenrec/ops/tables/api.py`).
       opt_state: `"dense"`, the optax state; `"rows"`, a `RowsState` per stack; and with
         `optim.spike_norm` `"norm"`, `[] float32`, the running mean of gradient norms, 0
         before the first step.
@@ -266,7 +266,7 @@ def init_state(model: ModelSpec, seed: int) -> TrainState:
         key = jax.random.fold_in(tables_key, number)
         shape, spec = storage_spec(stack)
         tables[name] = draw_uniform(key, shape, TABLE_DEVIATION, spec)
-        sums = jnp.zeros(shape[:1], out_sharding=PartitionSpec(spec[0]))
+        sums = jnp.zeros(stack.stored_rows, out_sharding=PartitionSpec(spec[0]))
         rows[name] = RowsState(sums)
 
     optim = model.config.optim

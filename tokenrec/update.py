@@ -53,7 +53,7 @@ def apply_gradients(
 
     # 1. Gradients of a row that several devices looked up are summed.
     collected = {
-        name: collect_gradients(state.tables[name], found, by_row[name])
+        name: collect_gradients(model.embedder.stacks[name], found, by_row[name])
         for name, found in unique.items()
     }
 
@@ -83,6 +83,7 @@ def apply_gradients(
     rows_state = dict(state.opt_state["rows"])
     for name, found in unique.items():
         tables[name], rows_state[name] = update_rows(
+            model.embedder.stacks[name],
             tables[name],
             rows_state[name],
             found,

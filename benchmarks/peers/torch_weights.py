@@ -64,6 +64,7 @@ def _copy_tables(tokens: Tokens, tables: Mapping[str, Any]) -> None:
     if tokens.tables.long is not None:
         # Ours are stored in an order that spreads neighbours over devices.
         stored = np.asarray(tables[f"{name}_spread"])
+        stored = stored.reshape(-1, tokens.tables.width)
         rows = np.arange(tokens.tables.long.num_embeddings)
         long = stored[to_storage_index(rows, len(stored))]
         tokens.tables.long.weight.copy_(torch.tensor(long))

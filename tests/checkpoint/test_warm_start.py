@@ -23,7 +23,7 @@ from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError
 from tokenrec.evaluation.evaluate import jit_eval_step, score_split
-from tokenrec.ops.tables.storage import stored_rows, to_storage_index
+from tokenrec.ops.tables.storage import to_storage_index
 from tokenrec.state import build_model, init_state
 from tokenrec.train_loop import train
 
@@ -99,10 +99,8 @@ def rows_of(model, state, table):
         stack for stack in model.embedder.stacks.values() if table in stack.offsets
     )
     rows = stack.offsets[table] + np.arange(model.embedder.tables[table])
-    array = np.asarray(state.tables[stack.name])
-    return array[
-        to_storage_index(rows, stored_rows(stack.rows)) if stack.spread else rows
-    ]
+    array = np.asarray(state.tables[stack.name]).reshape(-1, stack.width)
+    return array[to_storage_index(rows, stack.stored_rows) if stack.spread else rows]
 
 
 @pytest.mark.parametrize(

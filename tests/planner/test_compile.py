@@ -14,7 +14,7 @@ from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.config.validate import validate
 from tokenrec.data.pipeline import batch_shapes
 from tokenrec.errors import InputError
-from tokenrec.ops.attention import splash
+from tokenrec.ops.attention import splash, splash_kernel
 from tokenrec.ops.attention.pattern import causal_pattern
 from tokenrec.planner.compile import compile_train_step
 from tokenrec.planner.compiled_program import program_figures
@@ -288,7 +288,10 @@ def test_work_of_a_kernel_is_by_tiles_and_that_of_the_model_by_pairs():
     assert both.model_flops == 3 * forward.model_flops
     # Two products forward and seven backward, over the tiles: one of 256 x 256, the
     # upper half of the diagonal tile included.
-    assert splash.block_sizes(splash.visible_spans(pattern, None), 256) == (256, 256)
+    assert splash_kernel.block_sizes(splash.visible_spans(pattern, None), 256) == (
+        256,
+        256,
+    )
     assert both.kernel_flops == 2 * 3 * 2 * 9 * 16 * 256 * 256
     assert both.kernel_bytes == 2 * 3 * ((4 * 256 + 8 * 256) * 16 * 2 + 2 * 4 * 256)
     # The ten tiles of 64 x 64 on the diagonal of four and below it.

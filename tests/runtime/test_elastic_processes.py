@@ -62,7 +62,6 @@ def work(folder: Path, number: int, count: int, port: int, lines: list[str]) -> 
 
         active_run.train_batches = counted  # type: ignore[assignment]
         code = main(line.removesuffix("KILL").split())
-        print("CPU", index, sum(os.times()[:2]), flush=True)
         if code:
             sys.exit(code)
 
@@ -141,8 +140,7 @@ def test_four_processes_that_are_killed_come_back_as_two_and_then_as_four(
     assert [found[step] for step in range(1, saved + 1)] == [
         expected[step] for step in range(1, saved + 1)
     ]
-    worst = max(abs(found[step] / expected[step] - 1) for step in expected)
-    print("largest relative difference of a loss", worst)
+    # Sums over devices have another order: measured 1.7e-7.
     assert found == pytest.approx(expected, rel=3e-5)
 
     # 5. The record says what changed when.

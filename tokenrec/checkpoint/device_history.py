@@ -49,12 +49,13 @@ class DeviceUse:
         return value
 
     def describe(self) -> str:
-        """Put devices and processes into words.
+        """Put devices and processes into words, with the axes that split anything.
 
-        >>> DeviceUse(8, 1, {"data": 4, "fsdp": 2}, "off", 1, 1).describe()
+        >>> DeviceUse(8, 1, {"data": 4, "fsdp": 2, "tensor": 1}, "off", 1, 1).describe()
         '8 devices in 1 process (data 4, fsdp 2)'
         """
-        axes = ", ".join(f"{name} {size}" for name, size in self.mesh.items())
+        split = {name: size for name, size in self.mesh.items() if size > 1}
+        axes = ", ".join(f"{name} {size}" for name, size in split.items()) or "no split"
         processes = "process" if self.processes == 1 else "processes"
         devices = "device" if self.devices == 1 else "devices"
         return f"{self.devices} {devices} in {self.processes} {processes} ({axes})"

@@ -25,6 +25,7 @@ from tokenrec.checkpoint.integrity import (
 from tokenrec.checkpoint.object_storage import committed_steps, orbax_context
 from tokenrec.checkpoint.path_alias import orbax_path
 from tokenrec.checkpoint.progress import Progress
+from tokenrec.checkpoint.table_layout import to_model_layout, with_saved_layout
 from tokenrec.errors import InputError, StorageError
 from tokenrec.runtime import distributed
 from tokenrec.runtime.paths import absolute, is_remote, list_names
@@ -180,12 +181,13 @@ class CheckpointReader:
             self._name_damage(step),
             orbax_context(path),
         ):
+            # Runs of earlier versions hold tables in another layout.
+            saved = with_saved_layout(abstract, self._saved_arrays(step))
             loaded = retry(
-                lambda: ocp.load_checkpointables(path, {"state": abstract}),
+                lambda: ocp.load_checkpointables(path, {"state": saved}),
                 self._folder / str(step),
             )
-        state: TrainState = loaded["state"]
-        return state
+        return to_model_layout(loaded["state"], abstract)
 
     def _metadata(self, step: int) -> Any:
         path = self._orbax_folder / str(step)
@@ -193,6 +195,11 @@ class CheckpointReader:
             return retry(
                 lambda: ocp.checkpointables_metadata(path), self._folder / str(step)
             )
+
+    def _saved_arrays(self, step: int) -> Any:
+        """Shapes and types of the arrays of a checkpoint, a tree; None without any."""
+        metadata = self._metadata(step).metadata
+        return None if metadata is None else metadata.get("state")
 
     @contextlib.contextmanager
     def _name_damage(self, step: int) -> Iterator[None]:
@@ -223,9 +230,9 @@ class CheckpointReader:
 
     def _compare_arrays(self, step: int, abstract: TrainState) -> None:
         # Orbax itself would fail later, with an error that names no array.
-        metadata = self._metadata(step).metadata
-        saved = array_shapes(None if metadata is None else metadata.get("state"))
-        wanted = array_shapes(abstract)
+        arrays = self._saved_arrays(step)
+        saved = array_shapes(arrays)
+        wanted = array_shapes(with_saved_layout(abstract, arrays))
         differing = [
             name
             for name in sorted(wanted.keys() | saved.keys())

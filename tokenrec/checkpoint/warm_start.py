@@ -25,6 +25,7 @@ from tokenrec.checkpoint.warm_start_report import to_text, warm_start_report
 from tokenrec.checkpoint.weight_transfer import carry_weights, move_rows, stack_matches
 from tokenrec.config import data_directory
 from tokenrec.errors import InputError
+from tokenrec.ops.tables.api import storage_spec
 from tokenrec.runtime import distributed
 from tokenrec.runtime.files import write_json
 from tokenrec.runtime.paths import as_path, is_remote
@@ -154,12 +155,19 @@ def _load_arrays(
         sharding = jax.NamedSharding(mesh, leaf.sharding.spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    def table_on_mesh(name: str) -> Any:
+        # The source is described on one device; on this mesh the layout may differ.
+        shape, spec = storage_spec(source.model.embedder.stacks[name])
+        dtype = source.abstract.tables[name].dtype
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=jax.NamedSharding(mesh, spec)
+        )
+
     nothing: TrainState = jax.tree.map(lambda _: ..., source.abstract)
     wanted = dataclasses.replace(
         nothing,
         params=nothing.params
         | {name: on_mesh(source.abstract.params[name]) for name in params},
-        tables=nothing.tables
-        | {name: on_mesh(source.abstract.tables[name]) for name in tables},
+        tables=nothing.tables | {name: table_on_mesh(name) for name in tables},
     )
     return checkpoints.load_state(which, wanted)

@@ -17,7 +17,8 @@ import numpy as np
 from tokenrec.checkpoint.run_weights import RunWeights, stack_of
 from tokenrec.checkpoint.weight_matching import MatchedRows
 from tokenrec.ops.tables.lookup import Stack
-from tokenrec.ops.tables.storage import stored_rows, to_storage_index
+from tokenrec.ops.tables.packed import gather_rows, set_rows
+from tokenrec.ops.tables.storage import to_storage_index
 from tokenrec.sharding import AXES, RULES
 
 # Table rows that move at once: 64 MiB of float32 at a width of 64.
@@ -126,8 +127,8 @@ def move_rows(
     """Copy rows of one stack into another.
 
     Args:
-      table: `[rows, width]`, the array of `target`; its buffer is donated.
-      source_table: `[rows, width]`, the array of `source`.
+      table: the array of `target`; its buffer is donated.
+      source_table: the array of `source`.
       target: the stack that gets the rows.
       source: the stack that has them.
       rows: row numbers in the two stacks.
@@ -148,19 +149,21 @@ def move_rows(
             )
             for index in (target_index, source_index)
         ]
-        table = _move_piece(table, source_table, *piece, target.spread, source.spread)
+        table = _move_piece(
+            table, source_table, *piece, target.spread, source.spread, source.width
+        )
     return table
 
 
 def _storage_index(stack: Stack, rows: np.ndarray) -> np.ndarray:
     """`[n] int32`: where the rows of a stack are stored in its array."""
     if stack.spread:
-        rows = to_storage_index(rows, stored_rows(stack.rows))
+        rows = to_storage_index(rows, stack.stored_rows)
     return np.asarray(rows, np.int32)
 
 
 # The table is donated: a second copy of a long table may not fit.
-@functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=(4, 5, 6), donate_argnums=0)
 def _move_piece(
     table: jax.Array,
     source_table: jax.Array,
@@ -168,15 +171,16 @@ def _move_piece(
     source_index: jax.Array,
     target_spread: bool,
     source_spread: bool,
+    width: int,
 ) -> jax.Array:
     """Copy row `source_index[i]` to row `target_index[i]`; nothing where it is -1."""
 
     def local_index(array: jax.Array, index: jax.Array, spread: bool) -> jax.Array:
         """`[n] int32`: index into the local shard; out of range for rows elsewhere."""
+        rows = array.size // width
         if spread:
-            index = index - jax.lax.axis_index(AXES) * array.shape[0]
-        is_local = (index >= 0) & (index < array.shape[0])
-        return jnp.where(is_local, index, array.shape[0])
+            index = index - jax.lax.axis_index(AXES) * rows
+        return jnp.where((index >= 0) & (index < rows), index, rows)
 
     def move_local(
         table: jax.Array,
@@ -185,16 +189,14 @@ def _move_piece(
         source_index: jax.Array,
     ) -> jax.Array:
         # Rows of other devices are out of range here, and read as zeros.
-        rows = source_table.at[
-            local_index(source_table, source_index, source_spread)
-        ].get(mode="fill", fill_value=0)
+        index = local_index(source_table, source_index, source_spread)
+        rows = gather_rows(source_table, index, width)
         if source_spread:
             # Exactly one device has each row, so the sum is that row, bit for bit.
             rows = jax.lax.psum(rows, AXES)
         # Rows of other devices are out of range here, and dropped.
-        return table.at[local_index(table, target_index, target_spread)].set(
-            rows, mode="drop"
-        )
+        index = local_index(table, target_index, target_spread)
+        return set_rows(table, index, rows)
 
     table_spec, source_spec = (
         RULES("rows" if spread else None, None)

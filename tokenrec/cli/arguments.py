@@ -125,7 +125,7 @@ def mesh(text: str) -> MeshConfig:
     """Parse the sizes of mesh axes; axes that are not named keep their defaults.
 
     >>> mesh("data=4,fsdp=8")
-    MeshConfig(data=4, fsdp=8, tensor=1)
+    MeshConfig(data=4, fsdp=8, tensor=1, context=1)
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):

@@ -46,6 +46,7 @@ class BackboneSpec:
       retrieval: it predicts the next item.
       generates: it has a prefix cache, which beam search over semantic ids needs.
       tensor_parallel: its weights split over `mesh.tensor`.
+      context_parallel: the tokens of its streams split over `mesh.context`.
       any_prompt: it reads any stream of tokens, not only user, history and one target.
       target_tokens: it reads several tokens per target.
       rope: queries and keys are rotated in pairs, so the width of a head is even.
@@ -59,6 +60,7 @@ class BackboneSpec:
     retrieval: bool = False
     generates: bool = False
     tensor_parallel: bool = True
+    context_parallel: bool = False
     any_prompt: bool = False
     target_tokens: bool = False
     rope: bool = False
@@ -88,10 +90,12 @@ BACKBONES: dict[str, BackboneSpec] = {
             "attention",
             "remat",
             "scan",
+            "scan_unroll",
         ),
         windows=True,
         retrieval=True,
         generates=True,
+        context_parallel=True,
         any_prompt=True,
         target_tokens=True,
         rope=True,
@@ -160,6 +164,11 @@ def supports_tensor_parallelism(config: ModelConfig) -> bool:
     return BACKBONES[config.kind].tensor_parallel
 
 
+def supports_context_parallelism(config: ModelConfig) -> bool:
+    """Whether tokens can be split over `mesh.context`."""
+    return BACKBONES[config.kind].context_parallel
+
+
 def backbone_problems(config: Config) -> Iterator[str]:
     """Yield a message for each option that the chosen backbone does not support."""
     model, data = config.model, config.data
@@ -193,6 +202,13 @@ def backbone_problems(config: Config) -> Iterator[str]:
         yield (
             f"mesh.tensor={config.mesh.tensor} {suffix}, which has no attention heads "
             "to split; use mesh.tensor=1, and mesh.data or mesh.fsdp instead"
+        )
+    if config.mesh.context != 1 and not spec.context_parallel:
+        able = [kind for kind, each in BACKBONES.items() if each.context_parallel]
+        yield (
+            f"mesh.context={config.mesh.context} {suffix}, whose layers read whole "
+            "streams on every device; use mesh.context=1, or one of model.kind="
+            f"{able}"
         )
     if config.train.log_states and not spec.event_states:
         yield (

@@ -108,6 +108,12 @@ class ModelConfig:
     not grow with depth. The results are the same, but weights are stored under other
     names, so a run cannot resume with another value."""
 
+    scan_unroll: int = field(1, at_least=1)
+    """Layers of one turn of that loop. In a longer turn the compiler can run the
+    collectives of one layer beside the work of another, and copies less between turns;
+    compile time grows. Weights keep their names, so a run may resume with another
+    value."""
+
     branch: BranchKind = "none"
     """Ranking: a branch beside the backbone, whose output is added to the read-outs.
     It multiplies user, target, read-out and the `mean` of the earlier events in cross

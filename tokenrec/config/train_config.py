@@ -96,6 +96,20 @@ class MeshConfig:
     """Splits heads and feed-forward networks. Raise it when a single layer does not
     fit; it must divide `model.heads`."""
 
+    context: int = field(1, at_least=1)
+    """Splits the tokens of a stream inside the backbone. Raise it when the activations
+    of one stream of very many events (`data.events`) do not fit."""
+
+
+def mesh_fields(mesh: MeshConfig) -> str:
+    """Write the sizes of the axes for a message; `context` only where it is set.
+
+    >>> mesh_fields(MeshConfig(fsdp=3))
+    'mesh.data=-1 mesh.fsdp=3 mesh.tensor=1'
+    """
+    axes = ("data", "fsdp", "tensor", *(("context",) if mesh.context != 1 else ()))
+    return " ".join(f"mesh.{axis}={getattr(mesh, axis)}" for axis in axes)
+
 
 @dataclasses.dataclass
 class TrainConfig:

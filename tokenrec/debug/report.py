@@ -11,7 +11,7 @@ import numpy as np
 from tokenrec.data.batch import Batch, HostBatch, Signals
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.schema import Feature, columns
-from tokenrec.ops.tables.storage import from_storage_index, stored_rows
+from tokenrec.ops.tables.storage import from_storage_index
 from tokenrec.state import ModelSpec
 
 # Weights and samples in the report, and extreme numbers of each sample.
@@ -33,7 +33,7 @@ def table_gradients(
     """
     for name, stack in model.embedder.stacks.items():
         # 1. Drop the padding, and turn storage places into row numbers.
-        rows = stored_rows(stack.rows) if stack.spread else stack.rows
+        rows = stack.stored_rows
         is_real = places[name] < rows
         row_numbers = places[name][is_real]
         if stack.spread:

@@ -100,6 +100,8 @@ def _table_rows(run: OpenedRun, table: str, ids: np.ndarray) -> np.ndarray:
     for name, stack in run.model.embedder.stacks.items():
         if table in stack.offsets:
             stored = np.asarray(to_host(run.state.tables[name]))
+            # Packed lines of rows are the rows in another shape.
+            stored = stored.reshape(-1, stack.width)
             rows = ids + stack.offsets[table]
             # Rows of a spread stack are dealt out over the devices in another order.
             return stored[to_storage_index(rows, len(stored)) if stack.spread else rows]

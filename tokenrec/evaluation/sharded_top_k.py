@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from tokenrec.evaluation.retrieval_result import RetrievalResult, goal_ranks
+from tokenrec.ops.tables.packed import unpack
 from tokenrec.ops.tables.routing import BATCH_AXES
 from tokenrec.ops.tables.storage import from_storage_index, to_storage_index
 from tokenrec.sharding import AXES, RULES
@@ -39,7 +40,7 @@ def sharded_top_k(
     Args:
       queries: `[B, d]`.
       table: `[rows, d]`, a stack of embedding tables in storage order, split over all
-        devices.
+        devices; it may be packed (`tokenrec.ops.tables.packed`).
       goals: `[B, P] int32`, catalogue rows; -1 fills.
       history: `[B, T] int32`, catalogue rows whose scores change, -1 fills, and
         `[B, T] float32`, what is added to them: `-inf` leaves an item out. It is added
@@ -88,6 +89,7 @@ def _score_own_rows(
         (queries, goals, history), BATCH_AXES, tiled=True
     )
     # 2. Scores of this device's rows. Rows of other tables in the stack are no items.
+    table = unpack(table, queries.shape[1])
     own_rows = table.shape[0]
     begin = jax.lax.axis_index(AXES) * own_rows
     stored_rows = own_rows * jax.lax.axis_size(AXES)

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 
 from tokenrec.config import Config, data_location
 from tokenrec.config.load import shipped_configs
+from tokenrec.config.train_config import mesh_fields
 from tokenrec.elastic import fit_axes, full_devices, split_step
 from tokenrec.errors import (
     EXIT_BAD_STEPS,
@@ -209,13 +210,13 @@ def check_mesh(config: Config, devices: int, slices: int) -> None:
     """
     mesh = fit_axes(config, devices)
     per_slice = devices // slices
-    inside = mesh.fsdp * mesh.tensor
-    sizes = f"mesh.data={mesh.data} mesh.fsdp={mesh.fsdp} mesh.tensor={mesh.tensor}"
+    inside = mesh.fsdp * mesh.context * mesh.tensor
+    sizes = mesh_fields(mesh)
     data = devices // inside if mesh.data == -1 else mesh.data
     if data * inside != devices:
         raise InputError(
             f"{sizes} do not multiply to the {devices} devices of {slices} slices; use "
-            "mesh.data=-1, and sizes of fsdp and tensor whose product divides "
+            "mesh.data=-1, and sizes of fsdp, context and tensor whose product divides "
             f"{per_slice}"
         )
     # The network between slices is slow: only the sum of gradients over `data` may

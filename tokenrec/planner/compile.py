@@ -77,7 +77,8 @@ def compile_config(
       - `flops_per_device`, `model_flops_per_device` (without recomputation),
         `bytes_moved_per_device` (from and to memory, by `hlo_bytes.py`);
       - `collective_bytes` and `collectives` (times run) by kind,
-        `collective_bytes_by_axis` {mesh axes: {kind: bytes}};
+        `collective_bytes_by_axis` {mesh axes: {kind: bytes}}; `sparse_core_calls`, how
+        often a step gives work to the sparse cores, by kind;
       - `compute_seconds`, `memory_seconds`, `network_seconds`; `roofline_seconds`, the
         longest of them; `bound`, its name; `mfu_bound`;
       - `schedule_seconds` and `mfu_by_schedule`, by the walk of `schedule.py`, and
@@ -237,6 +238,7 @@ def _measured(
         "collective_bytes_by_axis": figures["collective_bytes_by_axis"],
         "collectives": figures["collectives"],
         "custom_calls": figures["custom_calls"],
+        "sparse_core_calls": figures["sparse_core_calls"],
         "compute_seconds": roofline.compute_seconds,
         "memory_seconds": roofline.memory_seconds,
         "network_seconds": roofline.network_seconds,
@@ -263,6 +265,7 @@ _OF_PROGRAM = (
     "collective_bytes_by_axis",
     "collectives",
     "custom_calls",
+    "sparse_core_calls",
     "compute_seconds",
     "memory_seconds",
     "network_seconds",

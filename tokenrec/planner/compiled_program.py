@@ -49,7 +49,7 @@ def program_figures(
       - "collective_bytes" {kind, with " across slices" where it is: bytes into a
         device}, "collective_bytes_by_axis" {mesh axes: {kind: bytes}}, "collectives"
         {kind: times run};
-      - "custom_calls", "loops": as in `hlo.Program`;
+      - "custom_calls", "sparse_core_calls", "loops": as in `hlo.Program`;
       - "roofline": `Roofline`, in seconds, and "mfu_bound";
       - "schedule": `Schedule`, and "mfu_by_schedule".
     """
@@ -80,6 +80,7 @@ def program_figures(
         "model_flops": model_flops,
         **_collective_figures(program, mesh),
         "custom_calls": program.custom_calls,
+        "sparse_core_calls": program.sparse_core_calls,
         "loops": list(program.loops),
         "roofline": roofline,
         "mfu_bound": roofline.mfu_bound(model_flops, spec),

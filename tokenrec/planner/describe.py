@@ -5,6 +5,7 @@ Nothing is trained, compiled or allocated.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import groupby
 from typing import Any
@@ -82,7 +83,7 @@ def _mesh(config: MeshConfig) -> Mesh:
     No figure depends on it.
     """
     devices = jax.devices()
-    sizes = (config.data, config.fsdp, config.tensor)
+    sizes = dataclasses.astuple(config)
     if math.prod(max(size, 1) for size in sizes) <= len(devices):
         return make_mesh(config)
     return make_mesh(MeshConfig(), devices[:1])

@@ -25,7 +25,7 @@ from jax.extend.core import Jaxpr
 from jax.sharding import Mesh
 
 from tokenrec.data.batch import Batch
-from tokenrec.ops.attention import Choice, choose, splash, triton
+from tokenrec.ops.attention import Choice, choose, splash, splash_kernel, triton
 from tokenrec.ops.attention.key_runs import visited_pairs
 from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.ops.attention.rotary import is_exchange
@@ -99,7 +99,7 @@ def attention_work(
         spans = splash.visible_spans(pattern, window)
         if isinstance(spans, str):
             raise AssertionError(spans)
-        sides = splash.block_sizes(spans, shape[1])
+        sides = splash_kernel.block_sizes(spans, shape[1])
         tile_pairs = visible_tiles(pattern, window, *sides) * math.prod(sides)
     elif implementation == "triton":
         sides = triton.block_sizes(*shape, head_dim, itemsize)
@@ -268,9 +268,16 @@ def device_flops(jaxpr: Jaxpr) -> float:
 
 
 def _inner_flops(equation: Any, count: Callable[[Jaxpr], float]) -> float:
-    """FLOPs of the programs inside an equation; those of a scan times its length."""
-    trips = equation.params["length"] if equation.primitive.name == "scan" else 1
-    return trips * sum(count(inner) for inner in inner_jaxprs(equation.params.values()))
+    """FLOPs of the programs inside an equation; those of a scan times its length.
+
+    Of a `cond`, one branch runs: the largest counts.
+    """
+    inner = [count(each) for each in inner_jaxprs(equation.params.values())]
+    if equation.primitive.name == "cond":
+        return max(inner)
+    return sum(inner) * (
+        equation.params["length"] if equation.primitive.name == "scan" else 1
+    )
 
 
 def _mesh_axes(aval: Any, dimension: int) -> tuple[str, ...]:

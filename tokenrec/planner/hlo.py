@@ -58,6 +58,7 @@ from tokenrec.planner.hlo_bytes import (
     moved_bytes,
 )
 from tokenrec.planner.hlo_groups import replica_groups, source_target_pairs
+from tokenrec.planner.sparse_cores import sparse_core_call
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
@@ -74,6 +75,8 @@ class Program:
     Attributes:
       collectives: in the order of the program.
       custom_calls: how often each is run, by name.
+      sparse_core_calls: how often work is given to the sparse cores, by its kind
+        (`sparse_cores.py`): "gather", "scatter", "data formatting".
       loops: trips of every loop; None where the text does not tell.
       memory_bytes: bytes that a device reads from and writes to its memory, by
         `hlo_bytes.py`; nothing inside a custom call.
@@ -83,6 +86,7 @@ class Program:
     custom_calls: dict[str, int]
     loops: tuple[int | None, ...]
     memory_bytes: float = 0.0
+    sparse_core_calls: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def read_program(hlo: str, devices: int, slices: int = 1) -> Program:
@@ -108,6 +112,7 @@ def read_program(hlo: str, devices: int, slices: int = 1) -> Program:
         dict(sorted(reader.custom_calls.items())),
         tuple(reader.loops),
         reader.memory_bytes,
+        dict(sorted(reader.sparse_core_calls.items())),
     )
 
 
@@ -122,6 +127,7 @@ class _Reader:
         self.slices = slices
         self.collectives: list[Collective] = []
         self.custom_calls: Counter[str] = Counter()
+        self.sparse_core_calls: Counter[str] = Counter()
         self.loops: list[int | None] = []
         self.memory_bytes = 0.0
 
@@ -161,6 +167,8 @@ class _Reader:
     def _collect(self, line: Instruction, computation: str, trips: int) -> None:
         """Add an instruction that is a custom call or a collective."""
         label, shape, opcode, rest = line
+        if work := sparse_core_call(line):
+            self.sparse_core_calls[work] += trips
         if opcode == "custom-call":
             self.custom_calls[custom_call_name(label, rest)] += trips
         elif opcode == "send" and "_xla_megascale_transfer_type" in rest:

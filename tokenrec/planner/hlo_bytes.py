@@ -26,6 +26,13 @@ counters:
 
     %start = (f32[2,8]{1,0:S(1)}, f32[2,8]{1,0}, u32[]{:S(2)}) copy-start(%x)
     %done = f32[2,8]{1,0:S(1)} copy-done(%start)
+
+A call that runs beside the program, as on the sparse cores, costs at its start what its
+computation moves, and not its operands, which a `call-update` may bring later:
+
+    %start = ((), (), (s32[1])) call-start(), to_apply=%gather.1
+    %update = ((f32[100,16], s32[3]), f32[3,16]) call-update(%start, %t, %ids)
+    %done = f32[3,16] call-done(%update)
 """
 
 from __future__ import annotations
@@ -50,7 +57,15 @@ _FREE = {
     "call",
     "after-all",
 }
-_FREE |= {"partition-id", "replica-id", "opt-barrier", "custom-call", "send", "recv"}
+_FREE |= {
+    "call-update",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+    "custom-call",
+    "send",
+    "recv",
+}
 _READS_PART = {"dynamic-slice", "gather", "slice"}
 # Position of the operand that is written.
 _WRITES_PART = {"dynamic-update-slice": 1, "scatter": 2}
@@ -121,6 +136,8 @@ def moved_bytes(
     """
     if line.opcode in _FREE or line.opcode.endswith("-done"):
         return 0.0
+    if line.opcode == "call-start":
+        return _call_bytes(line, computations)
     # ((source), part, counter): only the part of the source is read.
     if line.opcode == "slice-start":
         size, in_memory = list(_arrays(line.shape))[1]
@@ -137,6 +154,13 @@ def moved_bytes(
     if line.opcode == "fusion":
         return _fusion_bytes(line, operands, computations)
     return memory_bytes(line.shape) + sum(map(memory_bytes, operands))
+
+
+def _call_bytes(call: Instruction, computations: Computations) -> float:
+    """Bytes that the computation of a call moves."""
+    body = _body(call, computations)
+    shapes = {inner.name: inner.shape for inner in body}
+    return sum(moved_bytes(inner, shapes, computations) for inner in body)
 
 
 def _fusion_bytes(
@@ -202,8 +226,9 @@ def _uses(name: str, body: list[Instruction]) -> Iterator[tuple[Instruction, int
                 yield user, at
 
 
-def _body(fusion: Instruction, computations: Computations) -> list[Instruction]:
-    called = re.search(r"\bcalls=%?([\w.-]+)", fusion.rest)
+def _body(caller: Instruction, computations: Computations) -> list[Instruction]:
+    """Instructions of the computation of a fusion or a call."""
+    called = re.search(r"\b(?:calls|to_apply)=%?([\w.-]+)", caller.rest)
     return computations.get(called[1], []) if called else []
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec.data.batch import Batch
-from tokenrec.ops.attention import splash
+from tokenrec.models.backbones.bfts import is_split
+from tokenrec.ops.attention import splash, splash_kernel
+from tokenrec.ops.attention.context_plan import plan_split
 from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.planner.kernel_bundles import TileBundles
 from tokenrec.planner.roofline import Chip, chip
@@ -119,23 +122,54 @@ def step_kernel_seconds(
       the table of bundles lacks the tile of one.
     """
     config = model.config.model
-    spec = chip(mesh.devices.flat[0].device_kind)
-    streams = shapes.valid.shape[0] // batch_shards(mesh)
-    heads = config.heads // mesh.shape["tensor"]
     with jax.set_mesh(mesh):
         backbone = bind_params(model, abstract_state(model).params).backbone
         patterns = list(backbone.attention_layers(model.layout(shapes.valid.shape[1])))
+    served = [
+        (pattern, window)
+        for (pattern, window, _), layer in zip(patterns, layers, strict=True)
+        if layer["implementation"] == "splash"
+    ]
+    # A micro-batch runs the kernels on its own streams.
+    streams = shapes.valid.shape[0] // model.config.optim.accumulate
+    return layer_kernel_seconds(
+        served,
+        mesh,
+        streams=streams // batch_shards(mesh),
+        heads=config.heads // mesh.shape["tensor"],
+        head_dim=config.width // config.heads,
+    )
+
+
+def layer_kernel_seconds(
+    layers: Sequence[tuple[Pattern, int | None]],
+    mesh: Mesh,
+    *,
+    streams: int,
+    heads: int,
+    head_dim: int,
+) -> dict[str, float]:
+    """Compute the mean seconds of a run of each kernel over the layers that it serves.
+
+    Args:
+      layers: pattern and window of each layer.
+      mesh: mesh of the step, which may be described only.
+      streams: of a device.
+      heads: of a device.
+      head_dim: h, the width of a head.
+
+    Returns:
+      Seconds by name of the call. Empty without layers, or where the table of bundles
+      lacks the tile of one.
+    """
+    kind = mesh.devices.flat[0].device_kind
     costs = []
-    for (pattern, window, _), layer in zip(patterns, layers, strict=True):
-        if layer["implementation"] != "splash":
-            continue
-        sides, tiles = splash_tiles(pattern, window)
-        bundles = tile_bundles(
-            mesh.devices.flat[0].device_kind, config.width // config.heads, sides
-        )
+    for pattern, window in layers:
+        sides, tiles = splash_tiles(pattern, window, mesh.shape["context"])
+        bundles = tile_bundles(kind, head_dim, sides)
         if bundles is None:
             return {}
-        costs.append(kernel_seconds(bundles, tiles, streams * heads, spec))
+        costs.append(kernel_seconds(bundles, tiles, streams * heads, chip(kind)))
     if not costs:
         return {}
     return {
@@ -145,16 +179,29 @@ def step_kernel_seconds(
 
 
 def splash_tiles(
-    pattern: Pattern, window: int | None
+    pattern: Pattern, window: int | None, parts: int = 1
 ) -> tuple[tuple[int, int], np.ndarray]:
-    """Find the tile that the kernels choose, and those that they compute.
+    """Find the tile that the kernels choose, and those that a device computes.
+
+    Args:
+      pattern: which queries see which keys.
+      window: keys that a query of a sliding layer sees; None in a full layer.
+      parts: devices along `mesh.context`.
 
     Returns:
-      Queries and keys of a tile, and `[query blocks, key blocks] bool`.
+      Queries and keys of a tile, and `[query blocks, key blocks] bool` of the part that
+      computes the most.
     """
-    spans = splash.visible_spans(pattern, window)
+    keys = len(pattern.key_positions)
+    if is_split(len(pattern.query_positions), len(pattern.index), parts):
+        plan = plan_split(pattern, window, parts)
+        spans, keys = plan.spans(window), plan.keys
+    else:
+        spans, parts = splash.visible_spans(pattern, window), 1
     if isinstance(spans, str):
         raise AssertionError(spans)
-    keys = len(pattern.key_positions)
-    sides = splash.block_sizes(spans, keys)
-    return sides, splash.visited_tiles(spans, keys, *sides)
+    sides = splash_kernel.block_sizes(spans, keys, parts)
+    filled = splash_kernel.fill_parts(len(spans.start), parts, sides[0])
+    tiles = splash_kernel.visited_tiles(spans.take(filled), keys, *sides)
+    by_part = tiles.reshape(parts, -1, tiles.shape[1])
+    return sides, by_part[int(by_part.sum(axis=(1, 2)).argmax())]

@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec.config import Config, MeshConfig
+from tokenrec.models.backbones.bfts import layer_windows
 from tokenrec.models.backbones.block import ffn_width
 from tokenrec.planner.collectives import Collective
 from tokenrec.planner.roofline import chip, network_seconds
@@ -37,6 +38,9 @@ _STEP_OVER_MODEL = {"none": 1.0, "dots": 1.0, "full": 4 / 3}
 # Gathers of a sharded weight: forward, backward, and once more in the pass that
 # computes a block again.
 _GATHERS = {"none": 2, "dots": 2, "full": 3}
+# Gathers of keys and values over `context`, which no pass keeps for another: forward,
+# backward, and once more in the pass that computes a block again.
+_CONTEXT_GATHERS = {"none": 2, "dots": 2, "full": 3}
 # Sums over `tensor` of an activation: after attention and after the FFN, and the
 # gradients of both inputs.
 _TENSOR_SUMS = {"none": 4, "dots": 4, "full": 6}
@@ -87,7 +91,7 @@ def predict(
     micro_tokens = tokens // config.optim.accumulate
     total_bytes += activation_bytes(config, micro_tokens, dict(mesh.shape))
     return Prediction(
-        mesh=MeshConfig(*(mesh.shape[axis] for axis in AXES)),
+        mesh=MeshConfig(**mesh.shape),
         compute_seconds=flops / spec.flops,
         network_seconds=network,
         bytes=total_bytes,
@@ -101,7 +105,8 @@ def expected_collectives(
     """List the collectives that a step must run on a mesh.
 
     `fsdp` gathers weights and scatters the sums of their gradients, `data` sums
-    gradients, `tensor` sums activations.
+    gradients, `context` sums gradients and exchanges keys and values, `tensor` sums
+    activations.
 
     Args:
       config: a config.
@@ -121,8 +126,10 @@ def expected_collectives(
             gathered += numbers * itemsize
         gradient_bytes = numbers * leaf.dtype.itemsize
         reduced += gradient_bytes // (sizes["fsdp"] if "fsdp" in axes else 1)
-    local_tokens = tokens // (sizes["data"] * sizes["fsdp"])
+    local_tokens = tokens // (sizes["data"] * sizes["fsdp"] * sizes["context"])
     activation = local_tokens * config.model.width * itemsize
+    full, halo = _context_bytes(config, tokens, dict(sizes))
+    exchanges = _CONTEXT_GATHERS[config.model.remat]
     # Weights are gathered, and gradients scattered, in every micro-batch.
     passes = config.optim.accumulate
     remat = config.model.remat
@@ -131,13 +138,40 @@ def expected_collectives(
         ("all-gather", gathered, "fsdp", _GATHERS[remat] * passes),
         ("reduce-scatter", gathered, "fsdp", passes),
         ("all-reduce", reduced, "data", 1),
+        ("all-reduce", reduced, "context", 1),
+        ("all-gather", full, "context", exchanges),
+        ("reduce-scatter", full, "context", 1),
+        ("collective-permute", halo, "context", exchanges + 1),
         ("all-reduce", activation, "tensor", layer_sums),
     )
     return [
         Collective(kind, float(size), _axis_groups(mesh, axis), trips)
         for kind, size, axis, trips in expected
-        if sizes[axis] > 1
+        if sizes[axis] > 1 and size
     ]
+
+
+def _context_bytes(
+    config: Config, tokens: int, sizes: dict[str, int]
+) -> tuple[int, int]:
+    """Bytes of keys and values that a device exchanges over `context`, in all layers.
+
+    Returns:
+      Bytes gathered in layers that need all keys, and bytes of halos in the others. The
+      queries that full layers exchange are few, and left out, as are live positions.
+    """
+    streams = config.data.batch_size
+    length, local_streams = tokens // streams, streams / (sizes["data"] * sizes["fsdp"])
+    # Keys and values of one token.
+    each = 2 * config.model.width * jnp.dtype(config.model.dtype).itemsize
+    each = local_streams * each / sizes["tensor"]
+    full = halo = 0.0
+    for window in layer_windows(config.model):
+        if window is None or window > length // sizes["context"]:
+            full += length * each
+        else:
+            halo += window * each
+    return int(full), int(halo)
 
 
 def activation_bytes(config: Config, tokens: int, sizes: dict[str, int]) -> int:
@@ -159,7 +193,7 @@ def activation_bytes(config: Config, tokens: int, sizes: dict[str, int]) -> int:
         "dots": 3 * model.width + (4 * model.width + 2 * ffn) // tensor,
         "none": block,
     }[model.remat]
-    local_tokens = tokens // (sizes["data"] * sizes["fsdp"])
+    local_tokens = tokens // (sizes["data"] * sizes["fsdp"] * sizes["context"])
     numbers = local_tokens * (model.layers * kept + block)
     return numbers * jnp.dtype(model.dtype).itemsize
 

@@ -79,13 +79,17 @@ def _time_lines(result: dict[str, Any]) -> list[str]:
         f"{result['examples_per_second_by_schedule']:,.0f} by schedule, "
         f"on {result['devices']} devices",
         "",
-        *_schedule_lines(result["schedule"], result["schedule_seconds"]),
+        *_schedule_lines(
+            result["schedule"], result["schedule_seconds"], result["sparse_core_calls"]
+        ),
         "",
         f"compiled in   {result['compile_seconds']:.0f} s",
     ]
 
 
-def _schedule_lines(schedule: dict[str, Any], seconds: float) -> list[str]:
+def _schedule_lines(
+    schedule: dict[str, Any], seconds: float, calls: dict[str, int]
+) -> list[str]:
     """Lines on what the compiler expects of its own schedule."""
     lines = [f"by schedule   {_ms(seconds)}  of which"]
     parts = schedule["work"] | {
@@ -97,6 +101,9 @@ def _schedule_lines(schedule: dict[str, Any], seconds: float) -> list[str]:
     lines.append(
         f"  network beside work {_ms(schedule['network_hidden'])}  not counted"
     )
+    if calls:
+        listed = ", ".join(f"{count} x {kind}" for kind, count in calls.items())
+        lines.append(f"  on sparse cores     {listed}")
     if schedule["unpriced"]:
         lines.append(f"  of unknown cost     {', '.join(schedule['unpriced'])}")
     lines.append("costliest")
@@ -154,12 +161,13 @@ def _sweep_row(result: dict[str, Any]) -> list[str]:
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
-    """Write the sizes of a mesh as `--mesh` takes them.
+    """Write the sizes of a mesh as `--mesh` takes them, without a `context` of 1.
 
-    >>> mesh_text({"data": 4, "fsdp": 8, "tensor": 1})
+    >>> mesh_text({"data": 4, "fsdp": 8, "context": 1, "tensor": 1})
     'data=4,fsdp=8,tensor=1'
     """
-    return ",".join(f"{axis}={size}" for axis, size in mesh.items())
+    axes = [axis for axis, size in mesh.items() if (axis, size) != ("context", 1)]
+    return ",".join(f"{axis}={mesh[axis]}" for axis in axes)
 
 
 def _pod(result: dict[str, Any]) -> str:

@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tokenrec.config import Config, MeshConfig, Remat
-from tokenrec.config.backbones import BACKBONES, supports_tensor_parallelism
+from tokenrec.config.backbones import (
+    BACKBONES,
+    supports_context_parallelism,
+    supports_tensor_parallelism,
+)
 from tokenrec.config.validate import validate
 from tokenrec.data.schema import Schema
 from tokenrec.errors import InputError
@@ -26,6 +30,9 @@ from tokenrec.planner.report import mesh_text
 from tokenrec.planner.topology import topology_mesh
 
 COMPILED = 5
+# Least tokens of a stream on one device along `context`: with fewer, a batch of such
+# streams is split better by the other axes.
+LEAST_PART = 2048
 # Batches to try, over that of the config.
 BATCHES = (1, 2, 4)
 REMATS: tuple[Remat, ...] = ("none", "dots", "full")
@@ -123,8 +130,12 @@ def rank(
     """
     config = validate(config)
     schema = resolve_schema(config)[0] if schema is None else schema
-    devices = topology_mesh(topology, MeshConfig(), slices).size
-    shapes = list(mesh_shapes(config, devices, slices))
+    pod = topology_mesh(topology, MeshConfig(), slices)
+    devices = pod.size
+    # Shapes of arrays are the same on every mesh, and so are the axes that split them.
+    inputs = planned_inputs(config, schema, pod)
+    length = inputs.model.layout(config.data.events).length
+    shapes = list(mesh_shapes(config, devices, slices, length))
     if not shapes:
         raise InputError(
             f"no mesh of {devices} devices splits model.heads={config.model.heads}, "
@@ -133,24 +144,21 @@ def rank(
             f"data.eval_batch_size={config.data.eval_batch_size}; "
             "make the batches multiples of the devices"
         )
-    # Model FLOPs of a stream and the axes that split each array are the same in every
-    # setting.
+    # Model FLOPs of a stream, too, are the same in every setting.
     first = topology_mesh(topology, shapes[0], slices)
-    inputs = planned_inputs(config, schema, first)
     work, _ = step_work(inputs.model, first, inputs.batch)
     streams = config.data.batch_size
-    stream_tokens = inputs.model.layout(config.data.events).length
     reads_remat = "remat" in BACKBONES[config.model.kind].reads
     settings = []
     for remat in REMATS if reads_remat else (config.model.remat,):
         for batch in (streams * times for times in BATCHES):
             changed = with_setting(config, remat, batch)
-            for shape in mesh_shapes(changed, devices, slices):
+            for shape in mesh_shapes(changed, devices, slices, length):
                 cost = predict(
                     changed,
                     inputs.state,
                     work.model_flops * batch / streams,
-                    batch * stream_tokens,
+                    batch * length,
                     topology_mesh(topology, shape, slices),
                 )
                 settings.append(Setting(shape, remat, batch, cost))
@@ -176,13 +184,17 @@ def with_setting(config: Config, remat: Remat, batch: int) -> Config:
     )
 
 
-def mesh_shapes(config: Config, devices: int, slices: int = 1) -> Iterator[MeshConfig]:
+def mesh_shapes(
+    config: Config, devices: int, slices: int = 1, length: int = 0
+) -> Iterator[MeshConfig]:
     """Yield the meshes whose axes divide the batches, width, heads and FFN of a config.
 
     Args:
       config: a config.
       devices: number of devices, all slices together.
       slices: number of slices, over which `data` is split first.
+      length: tokens of the longest stream; `context` splits it into parts of
+        `LEAST_PART` tokens or more.
 
     >>> from tokenrec.config import DataConfig, ModelConfig
     >>> data = DataConfig(batch_size=4, eval_batch_size=4)
@@ -192,23 +204,26 @@ def mesh_shapes(config: Config, devices: int, slices: int = 1) -> Iterator[MeshC
     """
     model = config.model
     micro_batch = config.data.batch_size // config.optim.accumulate
-    for data in _divisors(devices):
-        if data % slices:
-            continue
-        for fsdp in _divisors(devices // data):
-            tensor = devices // data // fsdp
-            if tensor > 1 and not supports_tensor_parallelism(model):
+    most_context = length // LEAST_PART if supports_context_parallelism(model) else 1
+    contexts = [n for n in _divisors(devices)[::-1] if n <= max(most_context, 1)]
+    for context in contexts:
+        for data in _divisors(devices // context):
+            if data % slices:
                 continue
-            axis_sizes = {"fsdp": fsdp, "tensor": tensor}
-            splits = [
-                (micro_batch, data * fsdp),
-                (config.data.eval_batch_size, data * fsdp),
-            ]
-            splits += [
-                (size, axis_sizes[axis]) for _, size, axis in sharded_sizes(model)
-            ]
-            if all(size % parts == 0 for size, parts in splits):
-                yield MeshConfig(data, fsdp, tensor)
+            for fsdp in _divisors(devices // context // data):
+                tensor = devices // context // data // fsdp
+                if tensor > 1 and not supports_tensor_parallelism(model):
+                    continue
+                axis_sizes = {"fsdp": fsdp, "tensor": tensor}
+                splits = [
+                    (micro_batch, data * fsdp),
+                    (config.data.eval_batch_size, data * fsdp),
+                ]
+                splits += [
+                    (size, axis_sizes[axis]) for _, size, axis in sharded_sizes(model)
+                ]
+                if all(size % parts == 0 for size, parts in splits):
+                    yield MeshConfig(data, fsdp, tensor, context)
 
 
 def _divisors(number: int) -> list[int]:

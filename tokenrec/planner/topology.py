@@ -7,6 +7,7 @@ kind, their coordinates in the torus and the slice of each.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 
@@ -16,8 +17,9 @@ from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
 from tokenrec.config import MeshConfig
+from tokenrec.config.train_config import mesh_fields
 from tokenrec.errors import InputError, suggest
-from tokenrec.sharding import AXES, make_mesh
+from tokenrec.sharding import AXES, make_mesh, mesh_shape
 
 # Dimensions of each kind of pod, and sizes that can be rented. libtpu accepts more; a
 # name that it refuses is compared with these.
@@ -46,7 +48,7 @@ TOPOLOGIES = tuple(
 
 
 def topology_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
-    """Make the mesh `(data, fsdp, tensor)` over the devices of a described pod.
+    """Make the mesh `(data, fsdp, context, tensor)` over the devices of a described pod.
 
     Args:
       topology: of each slice, as "v5p:4x4x4".
@@ -87,9 +89,9 @@ def topology_mesh(topology: str, mesh: MeshConfig, slices: int = 1) -> Mesh:
     # JAX lays an axis over whole axes of the torus only, by default.
     except NotImplementedError:
         return Mesh(
-            _split_devices(_shape(mesh, len(devices)), devices),
+            _split_devices(mesh_shape(mesh, len(devices)), devices),
             AXES,
-            axis_types=(AxisType.Explicit,) * 3,
+            axis_types=(AxisType.Explicit,) * len(AXES),
         )
 
 
@@ -116,15 +118,7 @@ def _set_libtpu_variables() -> None:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
-def _shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """Sizes of the axes; `mesh.data=-1` takes the devices that are left."""
-    fixed = mesh.fsdp * mesh.tensor
-    return (devices // fixed if mesh.data == -1 else mesh.data, mesh.fsdp, mesh.tensor)
-
-
-def _split_devices(
-    shape: tuple[int, int, int], devices: list[jax.Device]
-) -> np.ndarray:
+def _split_devices(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
     """Lay devices out with axes that may be part of an axis of the torus."""
     try:
         return mesh_utils.create_device_mesh(
@@ -137,18 +131,18 @@ def _split_devices(
 
 def _hybrid_mesh(mesh: MeshConfig, devices: list[jax.Device], slices: int) -> Mesh:
     """Mesh over several slices: `data` goes across them first."""
-    data, fsdp, tensor = _shape(mesh, len(devices))
-    if data % slices or data * fsdp * tensor != len(devices):
+    data, *others = mesh_shape(mesh, len(devices))
+    if data % slices or data * math.prod(others) != len(devices):
         inside_slice = len(devices) // slices
         raise InputError(
-            f"mesh.data={mesh.data} mesh.fsdp={fsdp} mesh.tensor={tensor} do not lie "
-            f"over {slices} slices of {inside_slice} devices: data must be a multiple "
-            f"of {slices}, and fsdp x tensor divide {inside_slice}; mesh.data=-1 takes "
-            "what is left"
+            f"{mesh_fields(mesh)} do not lie over {slices} slices of {inside_slice} "
+            f"devices: data must be a multiple of {slices}, and fsdp x context x tensor "
+            f"divide {inside_slice}; mesh.data=-1 takes what is left"
         )
-    inside = (data // slices, fsdp, tensor)
+    inside = (data // slices, *others)
     parts = []
     for number in range(slices):
         slice_devices = [d for d in devices if d.slice_index == number]
         parts.append(_split_devices(inside, slice_devices))
-    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Explicit,) * 3)
+    axis_types = (AxisType.Explicit,) * len(AXES)
+    return Mesh(np.concatenate(parts), AXES, axis_types=axis_types)

@@ -157,7 +157,7 @@ class Embedder:
         """Gather the vectors of distinct rows: stack name -> `[u, w]`.
 
         Args:
-          stored: stack name -> `[rows, w]`, the tables of the train state.
+          stored: stack name -> its array, the tables of the train state.
           unique_rows: the result of `find`.
 
         Raises:
@@ -167,7 +167,8 @@ class Embedder:
         for name, stack in self.stacks.items():
             _check_stored(stack, stored.get(name))
         return {
-            name: gather_rows(stored[name], unique_rows[name]) for name in self.stacks
+            name: gather_rows(stack, stored[name], unique_rows[name])
+            for name, stack in self.stacks.items()
         }
 
     def entities(
@@ -217,7 +218,7 @@ class Embedder:
         """Look up all features of a batch at once, where no gradient of rows is needed.
 
         Args:
-          stored: stack name -> `[rows, w]`, the tables of the train state.
+          stored: stack name -> its array, the tables of the train state.
           batch: the batch.
 
         Returns:

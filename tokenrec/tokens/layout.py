@@ -31,7 +31,7 @@ Letters: B batch, S stream length, T events, C candidates, R read-outs, d model 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,7 @@ class Layout:
       prefix: positions with an index below this see each other both ways in full
         layers.
       discard: sliding layers hide static keys from all queries that are not static.
+      fill: positions at the end that no other position sees (`with_fill`).
     """
 
     roles: np.ndarray
@@ -114,6 +115,7 @@ class Layout:
     stride: int = 1
     prefix: int = 0
     discard: bool = True
+    fill: int = 0
 
     @property
     def length(self) -> int:
@@ -141,6 +143,38 @@ class Layout:
             self.discard,
         )
 
+    def with_fill(self, count: int) -> Layout:
+        """Append positions that are padding in every stream.
+
+        They continue the causal order, or are one more candidate behind the others, so
+        that no other position sees them.
+        """
+        if count == 0:
+            return self
+        last = self.length - 1
+        behind = np.arange(1, count + 1)
+        candidate = -1 if self.candidate[last] < 0 else self.candidate[last] + 1
+
+        def append(field: np.ndarray, values: Any) -> np.ndarray:
+            values = np.broadcast_to(values, count).astype(field.dtype)
+            return np.concatenate([field, values])
+
+        index = append(self.index, self.index[last] + behind)
+        return dataclasses.replace(
+            self,
+            roles=append(self.roles, self.roles[last]),
+            index=index,
+            reach=append(
+                self.reach,
+                index[-count:] if candidate < 0 else self.reach[last],
+            ),
+            candidate=append(self.candidate, candidate),
+            event=append(self.event, -1),
+            offset=append(self.offset, 0),
+            static=append(self.static, False),
+            fill=self.fill + count,
+        )
+
     def valid(self, events: jax.Array, candidates: jax.Array | None) -> jax.Array:
         """Compute which positions are real, not padding.
 
@@ -160,7 +194,11 @@ class Layout:
             candidate_column = 1 + self.events + self.candidate
         # The candidate decides alone: codes may continue an event that is padding (a
         # request without history), and are real all the same.
-        return columns[:, np.where(self.candidate >= 0, candidate_column, event_column)]
+        column = np.where(self.candidate >= 0, candidate_column, event_column)
+        if not self.fill:
+            return columns[:, column]
+        real = columns[:, column[: -self.fill]]
+        return jnp.pad(real, ((0, 0), (0, self.fill)))
 
     def ages(self, events: jax.Array) -> jax.Array:
         """Spread the ages of events over the positions.

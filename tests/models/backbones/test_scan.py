@@ -53,13 +53,16 @@ def loss_and_gradient(config, mesh):
 
 
 @pytest.mark.parametrize(
-    ("shape", "model"),
-    [((1, 1, 1), {"remat": "dots", "dropout": 0.2}), ((2, 2, 2), {"remat": "full"})],
+    ("shape", "model", "unroll"),
+    [
+        ((1, 1, 1), {"remat": "dots", "dropout": 0.2}, 2),
+        ((2, 2, 2), {"remat": "full"}, 1),
+    ],
 )
-def test_values_gradients_and_dropout_are_those_of_single_layers(shape, model):
+def test_values_gradients_and_dropout_are_those_of_single_layers(shape, model, unroll):
     mesh = mesh_of(*shape)
     value, wanted = loss_and_gradient(config_of(0, **model), mesh)
-    looped, found = loss_and_gradient(config_of(3, **model), mesh)
+    looped, found = loss_and_gradient(config_of(3, scan_unroll=unroll, **model), mesh)
     assert len(wanted) == 5 * 11 + 1
     # A loop is compiled apart from single layers. Measured: equal, gradients too.
     assert looped == pytest.approx(value, rel=1e-6)

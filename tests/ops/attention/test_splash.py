@@ -19,12 +19,11 @@ from tokenrec.ops.attention.dense import dense_attention
 from tokenrec.ops.attention.pattern import Pattern, causal_pattern
 from tokenrec.ops.attention.span_mask import pack_spans, visible_spans
 from tokenrec.ops.attention.splash import (
-    block_sizes,
     inefficient_reason,
     splash_attention,
     unsupported_reason,
-    visited_tiles,
 )
+from tokenrec.ops.attention.splash_kernel import block_sizes, visited_tiles
 
 # Float32 rounding, as in test_blocked.py: the kernels add up tile by tile. Measured:
 # values 6.0e-7, gradients 1.2e-6. The margin is 3x.

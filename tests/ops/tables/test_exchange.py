@@ -1,5 +1,7 @@
 """The row exchange computes what a look-up in the whole table computes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,10 @@ from tests.ops.tables.test_lookup import dense_adagrad
 from tests.worlds import mesh_of
 from tokenrec.config import MeshConfig
 from tokenrec.errors import InputError
-from tokenrec.ops.tables import exchange, routing, storage
+from tokenrec.ops.tables import exchange, packed, routing, storage
 from tokenrec.ops.tables.api import storage_spec
 from tokenrec.ops.tables.lookup import RowsState, build_stacks
+from tokenrec.ops.tables.packed import LANES
 from tokenrec.ops.tables.routing import ExchangePlan, plan_exchange
 from tokenrec.ops.tables.storage import (
     CYCLE,
@@ -76,7 +79,7 @@ def step(plan: ExchangePlan, table, total, ids, targets, apply):
     return vectors, table, state.sum, norm, route.rounds
 
 
-def run(sizes, ids, *, capacity=None, apply=True):
+def run(sizes, ids, *, capacity=None, apply=True, by_lines=False):
     """Run `step` on a mesh; table and sums come back in the order of row numbers.
 
     Args:
@@ -84,11 +87,14 @@ def run(sizes, ids, *, capacity=None, apply=True):
       ids: arrays of row numbers.
       capacity: of the plan, in place of the one that it would have.
       apply: False refuses the update.
+      by_lines: the table is stored in lines of 128 lanes.
     """
     order = np.asarray(to_storage_index(np.arange(ROWS), ROWS))
     stored_table, stored_sums = np.empty_like(TABLE), np.empty_like(TOTAL)
     stored_table[order] = TABLE
     stored_sums[order] = TOTAL
+    if by_lines:
+        stored_table = stored_table.reshape(-1, LANES)
     mesh = mesh_of(*sizes)
 
     def put(x, *axes):
@@ -103,8 +109,8 @@ def run(sizes, ids, *, capacity=None, apply=True):
             plan = ExchangePlan(
                 plan.rows, plan.batch_shards, plan.shard_devices, capacity
             )
-        vectors, table, total, norm, rounds = jax.jit(step, static_argnums=0)(
-            plan,
+        # A function of its own: another test may compute on another platform's path.
+        vectors, table, total, norm, rounds = jax.jit(functools.partial(step, plan))(
             put(stored_table, "rows", None),
             put(stored_sums, "rows"),
             [put_batch(array) for array in ids],
@@ -113,7 +119,7 @@ def run(sizes, ids, *, capacity=None, apply=True):
         )
     return (
         [np.asarray(vector) for vector in vectors],
-        np.asarray(table)[order],
+        np.asarray(table).reshape(-1, WIDTH)[order],
         np.asarray(total)[order],
         norm,
         int(rounds),
@@ -152,6 +158,16 @@ def test_an_overflow_takes_more_rounds_and_changes_nothing_else(sizes):
     check(result, CROWDED)
     assert result[-1] > 1
     assert run(sizes, IDS, capacity=1)[-1] > 1
+
+
+def test_packed_lines_give_the_same_bits(monkeypatch):
+    """As a TPU reads and writes them, in the first round and on overflow."""
+    (vectors, *plain) = run((2, 2, 2), CROWDED, capacity=2)
+    monkeypatch.setattr(packed, "current_platform", lambda: "tpu")
+    (found, *lines) = run((2, 2, 2), CROWDED, capacity=2, by_lines=True)
+    assert lines[-1] > 1
+    pairs = zip([*vectors, *plain], [*found, *lines], strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
 
 
 def test_an_array_without_entries_changes_no_other():

@@ -10,10 +10,10 @@ from tokenrec.ops.tables.lookup import (
     RowsState,
     build_stacks,
     expand_rows,
-    gather_rows,
     unique_ids,
     update_rows,
 )
+from tokenrec.ops.tables.packed import gather_rows
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,8 @@ def test_row_updates_equal_the_dense_gradient(rows):
     def loss(distinct):
         return jnp.sum(expand_rows(distinct, unique.inverse) * target)
 
-    gradients = jax.grad(loss)(gather_rows(jnp.asarray(table), unique.ids))
+    rows = gather_rows(jnp.asarray(table), unique.ids, 4, distinct=True)
+    gradients = jax.grad(loss)(rows)
     new, state = update_rows(
         jnp.asarray(table),
         RowsState(jnp.asarray(total)),
@@ -99,7 +100,8 @@ def test_every_id_finds_its_row_again():
     ids = jnp.array([5, 300, 5, 0, 499], jnp.int32)
     table = jnp.arange(500.0)[:, None]
     unique = unique_ids(ids, 500)
-    vectors = expand_rows(gather_rows(table, unique.ids), unique.inverse)
+    rows = gather_rows(table, unique.ids, 1, distinct=True)
+    vectors = expand_rows(rows, unique.inverse)
     assert vectors[:, 0].tolist() == ids.tolist()
 
 

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from tests.worlds import SCHEMA, TABLES, TASKS, mesh_of, place, random_batch, tiny
+from tokenrec.ops.tables.packed import LANES
 from tokenrec.ops.tables.storage import stored_rows
 from tokenrec.state import abstract_state, build_model
 from tokenrec.step import train_step
@@ -19,8 +20,10 @@ ROWS = 104_729
 WIDTH = 16
 DEVICES = 8
 STORED = stored_rows(ROWS)
-# Rows that a device owns, 13,824: a shape that nothing else has.
-OWNED = STORED // DEVICES
+# Packed lines of the spread table, and those that a device owns, 1,728: shapes that
+# nothing else has. In memory, lines are the rows that they hold.
+LINES = STORED * WIDTH // LANES
+OWNED = {LINES // DEVICES, STORED // DEVICES}
 
 # A line of HLO: `[ROOT] %name = type opcode(operands)...`. A type is `f32[2,3]{1,0}`,
 # or a tuple of such in brackets.
@@ -128,12 +131,12 @@ def test_the_new_table_takes_the_memory_of_the_old_one():
     assert {int(number) for number in tables} <= aliased
 
 
-def opcodes(text: str, rows: int) -> set[str]:
-    """Opcodes of all operations that make a buffer with a dimension of so many rows.
+def opcodes(text: str, sizes: set[int]) -> set[str]:
+    """Opcodes of all operations that make a buffer with a dimension of these sizes.
 
     Those in loops and fusions are included.
     """
-    sized = re.compile(rf"\[(?:\d+,)*{rows}(?:,\d+)*\]")
+    sized = re.compile(rf"\[(?:\d+,)*(?:{'|'.join(map(str, sizes))})(?:,\d+)*\]")
     matches = [LINE.match(line) for line in text.splitlines()]
     return {
         match["opcode"] for match in matches if match and sized.search(match["type"])
@@ -143,9 +146,10 @@ def opcodes(text: str, rows: int) -> set[str]:
 def test_a_spread_table_never_leaves_the_devices_that_own_it():
     """No device makes a buffer of the whole table; owned rows are written in place."""
     text = compiled_step(0.1, 1, (2, 2, 2), replicate_rows=100)
-    assert not opcodes(text, STORED) | opcodes(text, ROWS)
+    assert not opcodes(text, {LINES, STORED, ROWS})
     in_place = {
         "parameter",
+        "bitcast",
         "scatter",
         "fusion",
         "tuple",
@@ -163,4 +167,5 @@ def test_a_spread_table_never_leaves_the_devices_that_own_it():
 def test_on_one_device_a_spread_table_needs_no_exchange():
     text = compiled_step(0.0, 1, replicate_rows=100)
     assert "all-to-all" not in text
-    assert opcodes(text, STORED) <= {"parameter", "scatter", "fusion", "tuple"}
+    in_place = {"parameter", "bitcast", "scatter", "fusion", "tuple"}
+    assert opcodes(text, {LINES, STORED}) <= in_place

@@ -46,6 +46,7 @@ def test_gradients_of_other_rows_are_an_error(name):
             jax.NamedSharding(mesh, jax.P(("data", "fsdp"))),
         )
         unique = find_unique_rows(stack, {"state": ids})
-        rows = gather_rows(table, unique)
-        with pytest.raises(InputError, match=r"are not those of \d+ rows of a table"):
-            collect_gradients(table, unique, rows[:, :-1])
+        rows = gather_rows(stack, table, unique)
+        message = rf"are not those of \d+ rows of stack '{name}'"
+        with pytest.raises(InputError, match=message):
+            collect_gradients(stack, unique, rows[:, :-1])

@@ -130,6 +130,67 @@ def fill_lanes(live: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, ...
     return tuple(filled)
 
 
+def part_multiple(count: int, parts: int) -> int:
+    """Choose what a number of tokens is rounded up to, to be split over devices.
+
+    Args:
+      count: number of tokens.
+      parts: devices along `mesh.context`.
+
+    Returns:
+      Two chunks of queries a part (`tokenrec.ops.attention.context_plan`); on a TPU
+      whole lanes a part, where that adds at most one token in `MOST_FILL`.
+    """
+    lanes = LANES * parts
+    if current_platform() == "tpu" and MOST_FILL * (-count % lanes) <= count:
+        return lanes
+    return 2 * parts
+
+
+def is_split(count: int, length: int, parts: int) -> bool:
+    """Whether so many positions of a stream are split over `mesh.context`.
+
+    Positions that number no more than one part of the whole stream are not: every
+    device computes them all, at no more than the cost of its part of a bottom layer,
+    and nothing has to be exchanged.
+
+    Args:
+      count: number of positions.
+      length: S, positions of the stream.
+      parts: devices along `mesh.context`.
+    """
+    return parts > 1 and count > length // parts
+
+
+def split_positions(
+    positions: Sequence[np.ndarray], length: int, parts: int
+) -> tuple[np.ndarray, ...]:
+    """Add positions to those of a layer, where its tokens are split over devices.
+
+    Args:
+      positions: positions at the input of each layer, and at the output of the last,
+        each a part of the one before.
+      length: S, a multiple of `2 * parts`.
+      parts: devices along `mesh.context`.
+
+    Returns:
+      As many ascending arrays, each a part of the one before.
+    """
+    rounded: list[np.ndarray] = []
+    for needed in reversed(positions):
+        # What is computed above is needed here too.
+        if rounded:
+            needed = np.union1d(needed, rounded[0])
+        if is_split(len(needed), length, parts):
+            others = np.setdiff1d(np.arange(length), needed)
+            more = -len(needed) % part_multiple(len(needed), parts)
+            if more > len(others):
+                more = -len(needed) % (2 * parts)
+            needed = np.union1d(needed, others[len(others) - more :])
+        rounded.insert(0, needed)
+    return tuple(rounded)
+
+
 def prefix_length(layout: Layout) -> int:
     """P, the number of positions that belong to no candidate; they come first.
 

@@ -45,8 +45,7 @@ from tokenrec.config import ModelConfig
 from tokenrec.models.backbones.rope_attention import Attention, KeysValues, Stream
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import RMSNorm, constant, dropout, split_keys, weight
-from tokenrec.sharding import RULES
-from tokenrec.tokens.layout import select_positions
+from tokenrec.sharding import RULES, tokens_of
 
 
 def ffn_width(config: ModelConfig) -> int:
@@ -75,14 +74,15 @@ class SwiGLU(nnx.Module):
         """Map `[B, S, d]` to `[B, S, d]`."""
         # f is split over `mesh.tensor`: up-projections need no communication, and the
         # down-projection sums the parts.
-        by_ffn = RULES("batch", None, "ffn")
+        tokens = tokens_of(x)
+        by_ffn = RULES("batch", tokens, "ffn")
         gate = contract("bsd,df->bsf", x, self.gate[...], by_ffn)
         up = contract("bsd,df->bsf", x, self.up[...], by_ffn)
         return contract(
             "bsf,fd->bsd",
             jax.nn.silu(gate) * up,
             self.down[...],
-            RULES("batch", None, None),
+            RULES("batch", tokens, None),
         )
 
 
@@ -104,7 +104,7 @@ class Gate(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Compute the gate `[B, S, d]` in (0, 1) from the layer's input `[B, S, d]`."""
         logits = contract(
-            "bsd,de->bse", x, self.kernel[...], RULES("batch", None, None)
+            "bsd,de->bse", x, self.kernel[...], RULES("batch", tokens_of(x), None)
         )
         return jax.nn.sigmoid(logits + self.bias[...].astype(x.dtype))
 
@@ -190,7 +190,7 @@ class Block(nnx.Module):
         visible = keys_values if past is None else past.concat(keys_values)
         # 2. The attention branch, at the queries only.
         branch = self.attention(
-            select_positions(normed, query_positions, x_positions),
+            stream.select(normed, query_positions, x_positions),
             query_positions,
             visible,
             key_positions,
@@ -198,7 +198,7 @@ class Block(nnx.Module):
         )
         # From here on only the queries are computed: residual, gate and FFN are local
         # to a position.
-        x = select_positions(x, query_positions, x_positions)
+        x = stream.select(x, query_positions, x_positions)
         if self.gate is not None:
             branch = self.gate(x) * branch
         x = x + dropout(branch, self.rate, attention_key)

@@ -33,11 +33,13 @@ import numpy as np
 from flax import nnx
 
 from tokenrec.config import ModelConfig
+from tokenrec.models.backbones.bfts import is_split
+from tokenrec.models.backbones.split_tokens import select_split
 from tokenrec.ops.attention import attention
 from tokenrec.ops.attention.rotary import Rotation, rotate
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import rms_normalize, weight
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, tokens_of
 from tokenrec.tokens.layout import Layout, select_positions
 
 
@@ -68,12 +70,26 @@ class Stream(NamedTuple):
         prefix, or those behind it.
       turn: RoPE angles of `positions`, `[B, n, 1, h]`.
       valid: `[B, S] bool`, positions of the stream that are not padding.
+      parts: devices that tokens are split over; 1: every device has all.
     """
 
     layout: Layout
     positions: np.ndarray
     turn: Rotation
     valid: jax.Array
+    parts: int = 1
+
+    def select(
+        self, x: jax.Array, positions: np.ndarray, among: np.ndarray
+    ) -> jax.Array:
+        """Select stream positions of `x: [B, n, ...]`, as `select_positions`.
+
+        Tokens of the result are split over `mesh.context` as `is_split` says.
+        """
+        if self.parts == 1:
+            return select_positions(x, positions, among)
+        split = is_split(len(positions), self.layout.length, self.parts)
+        return select_split(x, positions, among, split=split)
 
     def angles(self, positions: np.ndarray) -> Rotation:
         """Select the RoPE angles of `positions: [m]`, `[B, m, 1, h]`."""
@@ -160,11 +176,17 @@ class Attention(nnx.Module):
         )
         # Heads are split over `mesh.tensor`; this product sums over them.
         return contract(
-            "bqhk,hkd->bqd", attended, self.output[...], RULES("batch", None, None)
+            "bqhk,hkd->bqd",
+            attended,
+            self.output[...],
+            RULES("batch", tokens_of(attended), None),
         )
 
     def project(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
         """Project `[B, n, d]` to the heads, `[B, n, H, h]`."""
         return contract(
-            "bsd,dhk->bshk", x, kernel[...], RULES("batch", None, "heads", None)
+            "bsd,dhk->bshk",
+            x,
+            kernel[...],
+            RULES("batch", tokens_of(x), "heads", None),
         )

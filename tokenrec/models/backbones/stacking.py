@@ -10,7 +10,6 @@ keeping them (Chen et al., *Training Deep Nets with Sublinear Memory Cost*, arXi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from flax import nnx
 
 from tokenrec.config import Remat
 from tokenrec.models.backbones.block import Block
-from tokenrec.ops.attention import ATTENTION_RESULT, cudnn
+from tokenrec.ops.attention.remat import SAVE_ATTENTION
 
 
 def apply_remat[**P](
@@ -41,18 +40,10 @@ def apply_remat[**P](
     policies = jax.checkpoint_policies
     # Attention is no product with weights; its result is kept by its name.
     dots = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable,
-        policies.save_from_both_policies(
-            policies.save_only_these_names(ATTENTION_RESULT), _is_cudnn_attention
-        ),
+        policies.dots_with_no_batch_dims_saveable, SAVE_ATTENTION
     )
     policy = dots if remat == "dots" else policies.nothing_saveable
     return jax.checkpoint(compute, policy=policy, prevent_cse=not loop)
-
-
-def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A checkpoint policy that keeps the result of cuDNN's attention."""
-    return primitive.name == cudnn.FORWARD_PRIMITIVE
 
 
 def stack_blocks(blocks: Sequence[Block]) -> Block:

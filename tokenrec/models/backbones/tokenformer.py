@@ -39,13 +39,16 @@ from tokenrec.models.backbones.bfts import (
     cached_positions,
     layer_positions,
     layer_windows,
+    part_multiple,
     prefix_length,
     prefix_positions,
+    split_positions,
     stack_sizes,
 )
 from tokenrec.models.backbones.block import Block
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.models.backbones.rope_attention import KeysValues, Stream
+from tokenrec.models.backbones.split_tokens import context_parts, select_split
 from tokenrec.models.backbones.stacking import apply_remat, stack_blocks, unstack_blocks
 from tokenrec.ops.attention.rotary import rotation
 from tokenrec.ops.layers import RMSNorm, split_keys
@@ -109,13 +112,26 @@ class TokenFormer(Backbone):
 
     def attention_layers(self, layout: Layout) -> tuple[AttentionLayer, ...]:
         """The attention of each layer, bottom first."""
-        positions = layer_positions(self.config, layout)
+        layout, positions = self._split(layout)
         return tuple(
             AttentionLayer(layout.pattern(outputs, inputs), window)
             for inputs, outputs, window in zip(
                 positions, positions[1:], layer_windows(self.config), strict=False
             )
         )
+
+    def _split(self, layout: Layout) -> tuple[Layout, tuple[np.ndarray, ...]]:
+        """Fill the stream up, so that its tokens split over `mesh.context`.
+
+        Returns:
+          The layout with its fill, and the positions of each layer.
+        """
+        positions, parts = layer_positions(self.config, layout), context_parts()
+        if parts == 1:
+            return layout, positions
+        fill = -layout.length % part_multiple(layout.length, parts)
+        layout = layout.with_fill(fill)
+        return layout, split_positions(positions, layout.length, parts)
 
     def __call__(
         self,
@@ -139,11 +155,13 @@ class TokenFormer(Backbone):
         Returns:
           `[B, R, d]`.
         """
+        # positions[l] enter layer l; positions[l + 1] leave it.
+        layout, positions = self._split(layout)
+        x = jnp.pad(x, ((0, 0), (0, layout.fill), (0, 0))) if layout.fill else x
         stream_positions = np.arange(layout.length)
         x, stream = self.prepare_inputs(x, layout, stream_positions, events, candidates)
-        # positions[l] enter layer l; positions[l + 1] leave it.
-        positions = layer_positions(self.config, layout)
-        x = select_positions(x, positions[0], stream_positions)
+        stream = stream._replace(parts=context_parts())
+        x = stream.select(x, positions[0], stream_positions)
         dropout_keys = split_keys(key, self.config.layers)
         first = 0
         for block, size in zip(self.blocks, stack_sizes(self.config), strict=True):
@@ -168,7 +186,9 @@ class TokenFormer(Backbone):
                     dropout_key=layer_key,
                 )
                 x = apply_remat(compute, self.config.remat)(x)
-        return self.norm(select_positions(x, layout.readout, positions[-1]))
+        # Heads read whole read-outs, whichever device computed them.
+        x = select_split(x, layout.readout, positions[-1], split=False)
+        return self.norm(x)
 
     def layer_outputs(
         self,
@@ -240,7 +260,10 @@ class TokenFormer(Backbone):
             else jnp.stack([key for key in keys if key is not None])
         )
         return jax.lax.scan(
-            lambda x, scanned: (compute(x, *scanned), None), x, (weights, stacked_keys)
+            lambda x, scanned: (compute(x, *scanned), None),
+            x,
+            (weights, stacked_keys),
+            unroll=self.config.scan_unroll,
         )[0]
 
     def prefill(

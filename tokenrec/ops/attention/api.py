@@ -18,25 +18,29 @@ Implementations, all of one signature:
     splash    block-sparse Pallas kernels                    TPU
 
 `choose` takes the first in the platform's order that can serve the shapes at hand and
-is likely to be the fastest. `attention` checks its arguments and calls it under the
-only `shard_map` of attention: streams are split over the batch axes of the mesh, heads
-over `tensor`, so that every device attends on its own and nothing is exchanged.
+is likely to be the fastest. `attention` checks its arguments and calls it under a
+`shard_map`: streams are split over the batch axes of the mesh, heads over `tensor`, so
+that every device attends on its own and nothing is exchanged. Where the tokens of the
+queries and keys are split over `context`, `tokenrec.ops.attention.context` exchanges
+what the parts need.
 
 Shape letters: B streams, Q queries, K keys, H heads, h width of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 
 from tokenrec.errors import InputError, suggest
 from tokenrec.ops.attention import blocked, cudnn, dense, splash, triton
+from tokenrec.ops.attention.context import split_attention, split_splash
+from tokenrec.ops.attention.context_plan import SplitPlan, plan_split
 from tokenrec.ops.attention.pattern import ATTENTION_RESULT, Pattern, causal_pattern
 from tokenrec.ops.attention.platform import current_platform
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, tokens_of
 
 __all__ = [
     "ATTENTION_RESULT",
@@ -142,9 +146,15 @@ def unsupported_reason(
     return IMPLEMENTATIONS[name].unsupported_reason(q, k, pattern, window)
 
 
-def _check_explicit(
-    name: str, q: jax.Array, k: jax.Array, pattern: Pattern, window: int | None
-) -> None:
+class _Call(NamedTuple):
+    """One call of an implementation; of q and k only shape and dtype are read."""
+
+    q: jax.Array
+    k: jax.Array
+    pattern: Pattern
+
+
+def _check_explicit(name: str, calls: Sequence[_Call], window: int | None) -> None:
     """Raise InputError if the implementation that was named cannot serve."""
     if name not in IMPLEMENTATIONS:
         raise InputError(
@@ -156,11 +166,12 @@ def _check_explicit(
             f"model.attention (implementation=)={name!r} does not run on {platform}; "
             f"use one of: {', '.join(implementations_of(platform))}"
         )
-    if reason := unsupported_reason(name, q, k, pattern, window):
-        raise InputError(
-            f"model.attention (implementation=)={name!r} cannot serve: {reason}; "
-            "use 'auto' (None) for the first one that can"
-        )
+    for call in calls:
+        if reason := unsupported_reason(name, *call, window):
+            raise InputError(
+                f"model.attention (implementation=)={name!r} cannot serve: {reason}; "
+                "use 'auto' (None) for the first one that can"
+            )
 
 
 def choose(
@@ -188,8 +199,15 @@ def choose(
         serve; or it is None, and the platform is not one of `PREFERRED`. A portable
         implementation can be named on any platform.
     """
+    return _choose([_Call(q, k, pattern)], window, implementation)
+
+
+def _choose(
+    calls: Sequence[_Call], window: int | None, implementation: str | None
+) -> Choice:
+    """Choose the implementation that serves all calls; the last is the largest."""
     if implementation is not None:
-        _check_explicit(implementation, q, k, pattern, window)
+        _check_explicit(implementation, calls, window)
         return Choice(implementation, {})
     platform = current_platform()
     # No silent default: nobody has tried which implementation is right and fast there.
@@ -201,10 +219,9 @@ def choose(
         )
     refused: dict[str, str] = {}
     for name in PREFERRED[platform]:
-        reason = unsupported_reason(name, q, k, pattern, window)
-        reason = reason or IMPLEMENTATIONS[name].inefficient_reason(
-            q, k, pattern, window
-        )
+        reasons = [unsupported_reason(name, *call, window) for call in calls]
+        reason = next((reason for reason in reasons if reason), "")
+        reason = reason or IMPLEMENTATIONS[name].inefficient_reason(*calls[-1], window)
         if not reason:
             return Choice(name, refused)
         refused[name] = reason
@@ -286,9 +303,11 @@ def attention(
       InputError: the window is below 1; shapes or dtypes do not agree; or no
         implementation can be chosen (`choose`).
     """
-    # 1. Choose the implementation, for the shapes of the whole arrays.
     _check_arguments(q, k, v, window, pattern, valid)
     pattern = causal_pattern(q.shape[1], k.shape[1]) if pattern is None else pattern
+    if tokens_of(q) is not None:
+        return _attend_split(q, k, v, window, implementation, pattern, valid)
+    # 1. Choose the implementation, for the shapes of the whole arrays.
     name = choose(
         q, k, window=window, pattern=pattern, implementation=implementation
     ).name
@@ -307,7 +326,8 @@ def attention(
     if mesh.empty:
         return attend(*inputs)
     # 3. On a mesh, call it on each device. A device has whole streams and whole heads,
-    #    so that nothing is exchanged, and replication need not be tracked.
+    #    so that nothing is exchanged, and replication need not be tracked. Keys that
+    #    are split over `context` are gathered: the queries are few.
     by_head, by_token = RULES("batch", None, "heads", None), RULES("batch", None)
     specs = (by_head, by_head, by_head, by_token)[: len(inputs)]
     inputs = tuple(
@@ -316,3 +336,40 @@ def attention(
     return jax.shard_map(attend, in_specs=specs, out_specs=by_head, check_vma=False)(
         *inputs
     )
+
+
+def _attend_split(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: int | None,
+    implementation: str | None,
+    pattern: Pattern,
+    valid: jax.Array | None,
+) -> jax.Array:
+    """Compute attention whose queries and keys are split over `mesh.context`."""
+    parts = jax.sharding.get_abstract_mesh().shape["context"]
+    plan = plan_split(pattern, window, parts)
+    name = _choose(_part_calls(plan, q, k, window), window, implementation).name
+    if name == "splash" and not isinstance(plan.spans(window), str):
+        return split_splash(plan, q, k, v, valid, window=window)
+    attend = IMPLEMENTATIONS[name].attend
+    return split_attention(attend, plan, q, k, v, valid, window=window)
+
+
+def _part_calls(
+    plan: SplitPlan, q: jax.Array, k: jax.Array, window: int | None
+) -> list[_Call]:
+    """Describe the calls of all parts."""
+    calls = []
+    for part in plan.parts:
+        pattern = part.cut(window).pattern
+        queries, keys = len(pattern.query_positions), len(pattern.key_positions)
+        calls.append(
+            _Call(
+                jax.ShapeDtypeStruct((q.shape[0], queries, *q.shape[2:]), q.dtype),
+                jax.ShapeDtypeStruct((k.shape[0], keys, *k.shape[2:]), k.dtype),
+                pattern,
+            )
+        )
+    return calls

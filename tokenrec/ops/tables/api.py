@@ -3,14 +3,16 @@
 A train step uses it in this order, once per stack of tables:
 
     unique = find_unique_rows(stack, ids)          # distinct rows that the batch reads
-    rows = gather_rows(table, unique)              # each of them once
+    rows = gather_rows(stack, table, unique)       # each of them once
     vectors = expand_rows(stack, rows, unique.inverses[name])     # a row per id
     ...                                            # loss, and the gradient of `rows`
-    collected = collect_gradients(table, unique, gradients)
-    table, state = update_rows(table, state, unique, gradients, collected, ...)
+    collected = collect_gradients(stack, unique, gradients)
+    table, state = update_rows(stack, table, state, unique, gradients, collected, ...)
 
 A stack is replicated over the mesh (`tokenrec.ops.tables.lookup`) or spread by rows
-over all devices (`tokenrec.ops.tables.exchange`), as `Stack.spread` says.
+over all devices (`tokenrec.ops.tables.exchange`), as `Stack.spread` says. The array of
+a spread stack has the layout of `tokenrec.ops.tables.packed`; its AdaGrad sums are
+`[rows]` in either layout.
 
 Shape letters: B streams, u distinct rows, S batch shards, w the width of a row.
 """
@@ -25,11 +27,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tokenrec.errors import InputError
-from tokenrec.ops.tables import exchange, lookup, routing
+from tokenrec.ops.tables import exchange, lookup, packed, routing
 from tokenrec.ops.tables.exchange import CollectedGradients
 from tokenrec.ops.tables.lookup import RowsState, Stack, unique_ids
 from tokenrec.ops.tables.routing import ExchangePlan, RowRoute
-from tokenrec.ops.tables.storage import check_owners, stored_rows
+from tokenrec.ops.tables.storage import check_owners
 from tokenrec.sharding import RULES
 
 
@@ -53,9 +55,9 @@ class UniqueRows(NamedTuple):
 
 
 def storage_spec(stack: Stack) -> tuple[tuple[int, int], PartitionSpec]:
-    """Compute shape and partition of the array of a stack, `[rows, w]`.
+    """Compute shape and partition of the array of a stack under the mesh in use.
 
-    Shape and partition of its AdaGrad sums are those of the first dimension alone.
+    Its AdaGrad sums, `[Stack.stored_rows]`, are split as its first dimension is.
 
     Raises:
       InputError: the rows of a spread stack do not divide evenly over the mesh in use,
@@ -68,9 +70,16 @@ def storage_spec(stack: Stack) -> tuple[tuple[int, int], PartitionSpec]:
 
 
 def stored_shape(stack: Stack) -> tuple[int, int]:
-    """Compute the shape of the array of a stack, `[rows, w]`, on any mesh."""
-    rows = stored_rows(stack.rows) if stack.spread else stack.rows
-    return rows, stack.width
+    """Compute the shape of the array of a stack under the mesh in use, if there is one.
+
+    Returns:
+      `(rows, w)`, or the shape of packed lines.
+    """
+    # A replicated stack is small, and so is a copy of it with padded rows.
+    if not stack.spread:
+        return stack.rows, stack.width
+    devices = jax.sharding.get_abstract_mesh().size
+    return packed.packed_shape(stack.stored_rows, stack.width, devices)
 
 
 def find_unique_rows(stack: Stack, ids: Mapping[str, jax.Array]) -> UniqueRows:
@@ -91,7 +100,7 @@ def find_unique_rows(stack: Stack, ids: Mapping[str, jax.Array]) -> UniqueRows:
             )
     if stack.spread:
         total = sum(array.size for array in ids.values())
-        plan = routing.plan_exchange(stored_rows(stack.rows), total)
+        plan = routing.plan_exchange(stack.stored_rows, total)
         route, inverses = routing.route_ids(plan, list(ids.values()))
         return UniqueRows(route, dict(zip(ids, inverses, strict=True)))
     # Every device finds the distinct rows of the whole batch: the table is replicated,
@@ -107,21 +116,22 @@ def find_unique_rows(stack: Stack, ids: Mapping[str, jax.Array]) -> UniqueRows:
     return UniqueRows(unique.ids, by_name)
 
 
-def _plan(route: RowRoute, table: jax.Array) -> ExchangePlan:
+def _plan(stack: Stack, route: RowRoute) -> ExchangePlan:
     # A route has an index for every id, so the plan is that of `find_unique_rows`.
-    return routing.plan_exchange(table.shape[0], route.indices.size)
+    return routing.plan_exchange(stack.stored_rows, route.indices.size)
 
 
-def gather_rows(table: jax.Array, unique: UniqueRows) -> jax.Array:
+def gather_rows(stack: Stack, table: jax.Array, unique: UniqueRows) -> jax.Array:
     """Read the distinct rows, `[u, w]` or `[S u, w]`; zeros where padded.
 
     Args:
-      table: `[rows, w]`, the stack.
+      stack: the stack.
+      table: its array, of the shape of `stored_shape`.
       unique: its distinct rows.
     """
-    if isinstance(unique.rows, RowRoute):
-        return exchange.fetch_rows(_plan(unique.rows, table), table, unique.rows)
-    return lookup.gather_rows(table, unique.rows)
+    if not isinstance(unique.rows, RowRoute):
+        return packed.gather_rows(table, unique.rows, stack.width, distinct=True)
+    return exchange.fetch_rows(_plan(stack, unique.rows), table, unique.rows)
 
 
 def expand_rows(stack: Stack, rows: jax.Array, inverse: jax.Array) -> jax.Array:
@@ -138,12 +148,12 @@ def expand_rows(stack: Stack, rows: jax.Array, inverse: jax.Array) -> jax.Array:
 
 
 def collect_gradients(
-    table: jax.Array, unique: UniqueRows, gradients: jax.Array
+    stack: Stack, unique: UniqueRows, gradients: jax.Array
 ) -> CollectedGradients:
     """Sum the gradients of each row of the table, on the device that updates it.
 
     Args:
-      table: `[rows, w]`, the stack.
+      stack: the stack.
       unique: its distinct rows.
       gradients: `[u, w]` or `[S u, w]`, gradient of what `gather_rows` returned.
 
@@ -151,19 +161,20 @@ def collect_gradients(
       InputError: the gradients do not have the shape of those rows.
     """
     ids = unique.rows.indices if isinstance(unique.rows, RowRoute) else unique.rows
-    if gradients.shape != (ids.size, table.shape[1]):
+    if gradients.shape != (ids.size, stack.width):
         raise InputError(
-            f"gradients {gradients.shape} are not those of {ids.size} rows of a table "
-            f"{table.shape}; use the gradient of what gather_rows returned, "
-            f"{(ids.size, table.shape[1])}"
+            f"gradients {gradients.shape} are not those of {ids.size} rows of stack "
+            f"{stack.name!r}; use the gradient of what gather_rows returned, "
+            f"{(ids.size, stack.width)}"
         )
     if isinstance(unique.rows, RowRoute):
-        plan = _plan(unique.rows, table)
+        plan = _plan(stack, unique.rows)
         return exchange.collect_gradients(plan, unique.rows, gradients)
     return CollectedGradients(unique.rows, gradients, jnp.float32(0))
 
 
 def update_rows(
+    stack: Stack,
     table: jax.Array,
     state: RowsState,
     unique: UniqueRows,
@@ -177,7 +188,8 @@ def update_rows(
     """Update the rows that were read, by row-wise AdaGrad (`lookup.update_rows`).
 
     Args:
-      table: `[rows, w]`, the stack.
+      stack: the stack.
+      table: its array, of the shape of `stored_shape`.
       state: its AdaGrad sums.
       unique: its distinct rows.
       gradients: `[u, w]` or `[S u, w]`, gradient of what `gather_rows` returned.
@@ -192,7 +204,7 @@ def update_rows(
     """
     options: dict[str, Any] = {"rate": rate, "decay": decay, "apply": apply}
     if isinstance(unique.rows, RowRoute):
-        plan = _plan(unique.rows, table)
+        plan = _plan(stack, unique.rows)
         return exchange.update_owned_rows(
             plan, table, state, unique.rows, gradients, collected, **options
         )

@@ -6,9 +6,9 @@ part of the batch are a *batch shard*. In a train step,
 1. `route_ids` (`tokenrec.ops.tables.routing`): every batch shard finds its distinct ids
    and sorts them into one *bucket* per owner;
 2. `fetch_rows`: the buckets are sent to their owners, which look the rows up and send
-   them back. Of a batch shard, the device at place t along `tensor` talks to the owners
-   at place t only, in one all-to-all over (data, fsdp); then the rows are gathered over
-   `tensor`;
+   them back. Of a batch shard, the device at place t along (context, tensor) talks to
+   the owners at place t only, in one all-to-all over (data, fsdp); then the rows are
+   gathered over (context, tensor);
 3. `expand_rows`: every id gets its row; the transpose sums gradients per distinct id;
 4. `collect_gradients`: the gradients of the distinct rows travel to the owners by the
    same buckets, and each owner sums those of different shards per row;
@@ -21,7 +21,8 @@ several *rounds*, one range of every owner's rows after another, with the same r
 Shape letters: S batch shards, each with u distinct ids; D owners; C the capacity of a
 bucket; m = S C rows that an owner receives in a round; w the width. Arrays `[S u, ...]`
 are partitioned as the batch is, and what owners hold, `[D ...]`, over
-`("data", "fsdp", "tensor")`.
+`("data", "fsdp", "context", "tensor")`. A table `[rows, w]` may be packed
+(`tokenrec.ops.tables.packed`).
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tokenrec.ops.tables import packed
 from tokenrec.ops.tables.lookup import RowsState, update_rows
 from tokenrec.ops.tables.routing import (
     BATCH_AXES,
     ROUTE_SPECS,
-    SHARD_AXIS,
+    SHARD_AXES,
     ExchangePlan,
     RowRoute,
     batch_spec,
@@ -105,12 +107,11 @@ def fetch_rows(plan: ExchangePlan, table: jax.Array, route: RowRoute) -> jax.Arr
 
     def local(table: jax.Array, route: RowRoute) -> jax.Array:
         """Read the rows `[u, w]` of one device from tables `[owned_rows, w]`."""
+        width = table.size // plan.owned_rows
         # One device owns all rows: nothing is exchanged.
         if plan.owners == 1:
-            return table.at[route.indices].get(
-                mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
-            )
-        empty = jnp.zeros((route.indices.shape[0], table.shape[1]), table.dtype)
+            return packed.gather_rows(table, route.indices, width, distinct=True)
+        empty = jnp.zeros((route.indices.shape[0], width), table.dtype)
         rows = _fetch_round(plan, table, route, jnp.int32(0), empty)
         return _later_rounds(
             route,
@@ -140,18 +141,18 @@ def _fetch_round(
     """
     # 1. Owners answer the requests; padding is out of range and reads zeros.
     requests = _requested_rows(plan, route, number)
-    answers = table.at[requests].get(mode="fill", fill_value=0)
-    # 2. Back to the shard, [S, C, w] by owner, and then over `tensor`,
+    answers = packed.gather_rows(table, requests, rows.shape[1])
+    # 2. Back to the shard, [S, C, w] by owner, and then over its devices,
     #    [S, shard_devices, C, w]: now all owners, in order.
     answers = jax.lax.all_to_all(answers, BATCH_AXES, 0, 0, tiled=True)
-    answers = jax.lax.all_gather(answers, SHARD_AXIS, axis=1)
+    answers = jax.lax.all_gather(answers, SHARD_AXES, axis=1)
     # 3. Every index takes its row from its entry in its owner's bucket.
     owner, row = route.indices // plan.owned_rows, route.indices % plan.owned_rows
     of_round = (route.indices < plan.rows) & (row // route.range_rows == number)
     entry = owner * plan.capacity + rank_in_bucket(
         plan, route.indices, route.range_rows
     )
-    answered = answers.reshape(-1, table.shape[1])[jnp.where(of_round, entry, 0)]
+    answered = answers.reshape(-1, rows.shape[1])[jnp.where(of_round, entry, 0)]
     return jnp.where(of_round[:, None], answered, rows)
 
 
@@ -194,7 +195,7 @@ def collect_gradients(
         if plan.owners == 1:
             return CollectedGradients(route.indices, gradients, jnp.float32(0))
 
-        # Along `tensor` gradients are equal, and each device sends those of its own
+        # Within a batch shard gradients are equal, and each device sends those of its own
         # owners only, so that none is counted twice.
         # From the last round to the first, so that the first round's are left in the
         # end. One loop, not a round and then a loop: the sort inside compiles slowly.

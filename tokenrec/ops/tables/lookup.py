@@ -9,7 +9,7 @@ How it works, for n ids of a batch and at most u distinct ones:
 
 1. `unique_ids` finds the distinct ids, and for every id which of them it is
    (`inverse`).
-2. `gather_rows` reads each distinct row once, `[u, width]`.
+2. `packed.gather_rows` reads each distinct row once, `[u, width]`.
 3. `expand_rows` gives every id its row, `[..., width]`. Its transpose, in the backward
    pass, sums the gradients of each distinct row.
 4. `update_rows` updates the distinct rows in place, by row-wise AdaGrad.
@@ -34,6 +34,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tokenrec.ops.tables import packed
+from tokenrec.ops.tables.storage import stored_rows
 from tokenrec.sharding import on_mesh
 
 
@@ -55,6 +57,11 @@ class Stack:
     rows: int
     offsets: dict[str, int]
     spread: bool = False
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of its array, with the padding of a spread stack."""
+        return stored_rows(self.rows) if self.spread else self.rows
 
 
 def build_stacks(
@@ -120,18 +127,6 @@ def unique_ids(ids: jax.Array, rows: int) -> UniqueIds:
     return UniqueIds(values, inverse.astype(jnp.int32))
 
 
-def gather_rows(stack: jax.Array, ids: jax.Array) -> jax.Array:
-    """Read distinct rows, `[u, width]`; zeros where an id is out of range.
-
-    Args:
-      stack: `[rows, width]`.
-      ids: `[u] int32`, sorted and distinct, as in `UniqueIds`.
-    """
-    return stack.at[ids].get(
-        mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True
-    )
-
-
 def expand_rows(rows: jax.Array, inverse: jax.Array) -> jax.Array:
     """Give every id its row, `[..., width]`, with the sharding of `inverse`.
 
@@ -169,9 +164,9 @@ def update_rows(
     """Update rows by row-wise AdaGrad (equations in the module's docstring).
 
     Args:
-      stack: `[rows, width] float32`.
+      stack: `[rows, width] float32`, or packed (`tokenrec.ops.tables.packed`).
       state: sums of the rows.
-      ids: `[u] int32`, distinct rows; out of range where padded.
+      ids: `[u] int32`, sorted distinct rows; out of range where padded.
       gradients: `[u, width] float32`, gradient of each row.
       rate: `[]`, learning rate eta.
       decay: lambda, pull towards zero per step and unit of rate, of the rows with a
@@ -185,15 +180,16 @@ def update_rows(
     mean_squares = jnp.mean(jnp.square(gradients), axis=-1)
     # A refused update sends every id out of range. `where` over the stack would copy
     # it.
-    ids = jnp.where(apply, ids, stack.shape[0])
+    ids = jnp.where(apply, ids, state.sum.shape[0])
     sums = state.sum.at[ids].get(mode="fill", fill_value=0, unique_indices=True)
     sums = sums + mean_squares
     step = gradients / (jnp.sqrt(sums)[:, None] + epsilon)
     if decay:
         # Where a stack is touched whole, some of its rows have no gradient.
         has_gradient = (mean_squares > 0)[:, None]
-        step += jnp.where(has_gradient, decay * gather_rows(stack, ids), 0)
-    stack = stack.at[ids].add(-rate * step, mode="drop", unique_indices=True)
+        rows = packed.gather_rows(stack, ids, step.shape[1], distinct=True)
+        step += jnp.where(has_gradient, decay * rows, 0)
+    stack = packed.add_rows(stack, ids, -rate * step)
     # Set, not add: the write then depends on the read, so that XLA cannot order the
     # write first and keep the old sums in a copy (tried with add: two copies a step).
     new_sums = state.sum.at[ids].set(sums, mode="drop", unique_indices=True)

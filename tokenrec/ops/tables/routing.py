@@ -1,7 +1,7 @@
 """Routes of the row exchange: which owner has which rows, and in which round.
 
 The devices that share a part of the batch are a *batch shard*: one device for each
-place along the mesh axis `tensor`. Every device *owns* a run of the table's storage
+place along the mesh axes `context` and `tensor`. Every device *owns* a run of the table's storage
 indices (`tokenrec.ops.tables.storage`). `route_ids` finds the distinct rows of every
 batch shard as sorted storage indices, so that those of one owner stand together: the
 *bucket* that goes there.
@@ -31,9 +31,9 @@ from jax.sharding import PartitionSpec
 from tokenrec.ops.tables.storage import check_owners, to_storage_index
 from tokenrec.sharding import AXES, RULES, on_each_device
 
-# Mesh axes that split the batch into batch shards, and the one inside a batch shard.
+# Mesh axes that split the batch into batch shards, and those inside a batch shard.
 BATCH_AXES = ("data", "fsdp")
-SHARD_AXIS = "tensor"
+SHARD_AXES = ("context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ def plan_exchange(rows: int, ids: int) -> ExchangePlan:
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     batch_shards = math.prod(sizes[axis] for axis in BATCH_AXES)
-    shard_devices = sizes[SHARD_AXIS]
+    shard_devices = math.prod(sizes[axis] for axis in SHARD_AXES)
     owners = batch_shards * shard_devices
     check_owners(owners)
     ids_each = ids // batch_shards
@@ -202,9 +202,9 @@ def rank_in_bucket(
 
 
 def my_owners(plan: ExchangePlan) -> jax.Array:
-    """Number the owners at this device's place along `tensor`, `[S]`."""
+    """Number the owners at this device's place in its batch shard, `[S]`."""
     shard = jnp.arange(plan.batch_shards, dtype=jnp.int32)
-    return shard * plan.shard_devices + jax.lax.axis_index(SHARD_AXIS)
+    return shard * plan.shard_devices + jax.lax.axis_index(SHARD_AXES)
 
 
 def find_buckets(

@@ -18,7 +18,6 @@ import numpy as np
 
 from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.batch import Batch
-from tokenrec.ops.tables.api import stored_shape
 from tokenrec.ops.tables.lookup import Stack
 from tokenrec.ops.tables.storage import to_storage_index
 from tokenrec.serving.export.batches import VALID, Arrays, signal_shapes
@@ -98,10 +97,11 @@ def served_weights(model: ModelSpec, state: TrainState) -> Weights:
     tables = {}
     for name, served in serving_model(model).embedder.stacks.items():
         stack = model.embedder.stacks[name]
-        stored = np.asarray(jax.device_get(state.tables[name]))
+        # Packed lines of rows are the rows in another shape.
+        stored = np.asarray(jax.device_get(state.tables[name])).reshape(-1, stack.width)
         if stack.spread:
             rows = np.arange(stack.rows)
-            stored = stored[to_storage_index(rows, stored_shape(stack)[0])]
+            stored = stored[to_storage_index(rows, stack.stored_rows)]
         if served.offsets != stack.offsets:
             starts = [stack.offsets[table] for table in served.offsets]
             lengths = [model.embedder.tables[table] for table in served.offsets]
