@@ -1,4 +1,4 @@
-"""Four processes that are killed come back as two, and then as four.
+"""Four processes that are killed come back as two.
 
 The processes are real. They are forked from one that has imported tokenrec, because
 imports take most of the time of so small a run.
@@ -25,7 +25,7 @@ from tokenrec.runtime.distributed import initialize
 from tokenrec.train_loop import train  # noqa: F401 - imported before the fork
 
 WAIT_SECONDS = 300
-LAST = 12
+LAST = 10
 # The batch at which a run is killed; the checkpoint of step 4 is complete by then.
 KILLED_AT = 7
 
@@ -62,6 +62,7 @@ def work(folder: Path, number: int, count: int, port: int, lines: list[str]) -> 
 
         active_run.train_batches = counted  # type: ignore[assignment]
         code = main(line.removesuffix("KILL").split())
+        print("CPU", index, os.times()[:2], flush=True)
         if code:
             sys.exit(code)
 
@@ -98,7 +99,7 @@ def rows_by_step(folder: Path, line: int) -> list[list[int]]:
     ]
 
 
-def test_four_processes_that_are_killed_come_back_as_two_and_then_as_four(
+def test_four_processes_that_are_killed_come_back_as_two(
     tmp_path: Path,
 ) -> None:
     data, whole, elastic = (tmp_path / name for name in ("set", "whole", "elastic"))
@@ -117,20 +118,19 @@ def test_four_processes_that_are_killed_come_back_as_two_and_then_as_four(
         return text.replace("--config.train.eval_split= ", "") + " --distributed"
 
     # 1. A run that nobody disturbs; another one is killed after some checkpoint.
-    folders = [tmp_path / name for name in ("four", "two", "back")]
+    folders = [tmp_path / name for name in ("four", "two")]
     killed = run(folders[0], 4, line(whole), line(elastic) + "KILL")
     assert killed == [-signal.SIGKILL] * 4, (folders[0] / "0.err").read_text()
     saved = checkpoints(elastic)[-1]
     assert 4 <= saved < KILLED_AT
-    # 2. Two processes continue, and four again.
-    assert run(folders[1], 2, line(elastic, **{"train.stop_at": 9})) == [0, 0], (
+    # 2. Two processes continue.
+    assert run(folders[1], 2, line(elastic)) == [0, 0], (
         folders[1] / "0.err"
     ).read_text()
-    assert run(folders[2], 4, line(elastic)) == [0] * 4
 
     # 3. No row is lost and none is read twice.
     read = rows_by_step(folders[0], 1)[:saved]
-    read += rows_by_step(folders[1], 0) + rows_by_step(folders[2], 0)
+    read += rows_by_step(folders[1], 0)
     assert read == rows_by_step(folders[0], 0)
     assert len(read) == LAST
 
@@ -149,6 +149,6 @@ def test_four_processes_that_are_killed_come_back_as_two_and_then_as_four(
     assert [
         (use.step, use.devices, use.processes, use.mesh["fsdp"], use.accumulate)
         for use in history.uses
-    ] == [(0, 4, 4, 4, 1), (saved, 2, 2, 2, 2), (9, 4, 4, 4, 1)]
+    ] == [(0, 4, 4, 4, 1), (saved, 2, 2, 2, 2)]
     assert "2 devices in 2 processes" in (folders[1] / "0.err").read_text()
     assert "2 devices in 2 processes" not in (folders[1] / "1.err").read_text()
