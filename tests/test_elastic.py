@@ -214,7 +214,12 @@ def small_run(data: Path, kind: str, stop_at: int) -> Config:
         optim=OptimConfig(steps=6, warmup_steps=2, table_learning_rate=1e-3),
         mesh=MeshConfig(fsdp=4),
         train=TrainConfig(
-            elastic=kind, stop_at=stop_at, eval_split="", log_every=1, save_every=2
+            elastic=kind,
+            stop_at=stop_at,
+            eval_split="",
+            log_every=1,
+            save_every=2,
+            keep=9,
         ),
     )
 
@@ -234,12 +239,15 @@ def test_a_run_makes_smaller_updates_on_half_of_the_devices_and_goes_back(
     rows: list[list[int]] = []
     monkeypatch.setattr(active_run, "train_batches", count_rows(rows.append))
 
-    def go_on(kind: str, devices: int, stop_at: int) -> None:
+    def use_devices(count: int) -> None:
         def mesh_of_some(config: Config) -> jax.sharding.Mesh:
-            return make_mesh(fit_axes(config, devices), jax.devices()[:devices])
+            return make_mesh(fit_axes(config, count), jax.devices()[:count])
 
         for module in (run_setup, replay):
             monkeypatch.setattr(module, "make_run_mesh", mesh_of_some)
+
+    def go_on(kind: str, devices: int, stop_at: int) -> None:
+        use_devices(devices)
         train(small_run(data, kind, stop_at), tmp_path / kind, progress=False)
 
     go_on("off", 4, 6)
@@ -286,7 +294,7 @@ def test_a_run_makes_smaller_updates_on_half_of_the_devices_and_goes_back(
     assert rates[4] == pytest.approx(half_later / math.sqrt(2), rel=1e-6)
 
     # 4. A step is repeated with the updates that it had.
-    go_on("scale", 2, 6)
+    use_devices(2)
     report = replay.replay_run(workdir, 3, log=print)
     assert report["loss"] == scaled[4]
     assert report["steps_before"] == 1
