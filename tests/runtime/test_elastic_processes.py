@@ -62,7 +62,6 @@ def work(folder: Path, number: int, count: int, port: int, lines: list[str]) -> 
 
         active_run.train_batches = counted  # type: ignore[assignment]
         code = main(line.removesuffix("KILL").split())
-        print("CPU", index, os.times()[:2], flush=True)
         if code:
             sys.exit(code)
 
