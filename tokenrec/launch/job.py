@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from tokenrec.config import Config, data_location
 from tokenrec.config.load import shipped_configs
 from tokenrec.config.train_config import mesh_fields
+from tokenrec.elastic import fit_axes, full_devices, split_step
 from tokenrec.errors import (
     EXIT_BAD_STEPS,
     EXIT_INPUT,
@@ -206,7 +207,7 @@ def check_mesh(config: Config, machines: Machines, slices: int) -> None:
     """Check that the mesh fits the machines, and that batches split over it.
 
     Args:
-      config: its mesh and batch sizes are read.
+      config: its mesh and batch sizes are read; an elastic mesh is fitted first.
       machines: one of the TPU slices, or all GPU nodes.
       slices: number of slices.
 
@@ -214,9 +215,9 @@ def check_mesh(config: Config, machines: Machines, slices: int) -> None:
       InputError: the mesh does not cover the devices, a slice has not the same share of
         `mesh.data`, or a batch does not split evenly.
     """
-    mesh = config.mesh
     per_slice = machines.devices
     devices = per_slice * slices
+    mesh = fit_axes(config, devices)
     inside = mesh.fsdp * mesh.context * mesh.tensor
     sizes = mesh_fields(mesh)
     data = devices // inside if mesh.data == -1 else mesh.data
@@ -236,7 +237,9 @@ def check_mesh(config: Config, machines: Machines, slices: int) -> None:
             f"{per_slice}"
         )
     shards = data * mesh.fsdp
-    step_batch = config.data.batch_size // config.optim.accumulate
+    full = full_devices(config, devices, None)
+    split = split_step(config, devices=devices, shards=shards, full=full)
+    step_batch = config.data.batch_size // (split.accumulate * split.updates)
     for field, size in (
         ("data.batch_size / optim.accumulate", step_batch),
         ("data.eval_batch_size", config.data.eval_batch_size),
