@@ -236,6 +236,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def command_line(flags: argparse.Namespace) -> str:
+    """Write the command that makes the rows of this run."""
+    words = [f"python -m benchmarks.attention_block --topology {flags.topology}"]
+    words += ["--meshes", *("x".join(map(str, shape)) for shape in flags.meshes)]
+    words += ["--seq-lens", *map(str, flags.seq_lens)]
+    words += ["--widths", *map(str, flags.widths)]
+    words += ["--windows", *(str(window or "full") for window in flags.windows)]
+    words += ["--tokens-per-chip", str(flags.tokens_per_chip), "--remat", flags.remat]
+    return " ".join(words)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile every block, and write and print the page."""
     flags = make_parser().parse_args(arguments)
@@ -268,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "head_dim": HEAD_DIM,
                 "ffn": FFN,
             },
-            f"python -m benchmarks.attention_block --topology {flags.topology}",
+            command_line(flags),
             title=(
                 f"One attention block on {flags.topology}, by the compiler's schedule: "
                 "nothing was run"

@@ -29,7 +29,7 @@ from tokenrec.planner.compile import compile_config
 
 TOPOLOGY, CHIPS, FSDP = "v5e:16x16", 256, 16
 EVENTS, LAYERS, WINDOWS = 32_768, 2, (2048,)
-CONTEXTS = (16, 4, 1)
+CONTEXTS = (16,)
 
 
 def long_config(context: int) -> Config:

@@ -152,7 +152,9 @@ def test_no_sample_is_lost_or_repeated_when_half_of_the_devices_go_on(
     train(config, tmp_path / "parts", progress=False)
     config.train.stop_at = 0
     monkeypatch.setattr(
-        run_setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:4])
+        run_setup,
+        "make_run_mesh",
+        lambda config: make_mesh(config.mesh, jax.devices()[:4]),
     )
     train(config, tmp_path / "parts", progress=False)
     assert len(parts) == steps > 20

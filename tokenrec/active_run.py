@@ -18,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from tokenrec.checkpoint.checkpointer import Checkpointer
+from tokenrec.checkpoint.device_history import read_history, record_use
 from tokenrec.checkpoint.progress import Progress
 from tokenrec.checkpoint.warm_start import initial_state
 from tokenrec.config.backbones import reads_event_ages
@@ -30,7 +31,7 @@ from tokenrec.evaluation.evaluate import make_evaluator
 from tokenrec.evaluation.selection import criterion, flatten_report, selection_value
 from tokenrec.jitted_step import JittedStep
 from tokenrec.metrics_buffer import MetricsBuffer
-from tokenrec.optim import schedule
+from tokenrec.optim import dense_rate
 from tokenrec.run_setup import Setup
 from tokenrec.runtime import distributed
 from tokenrec.runtime.lease import Lease
@@ -78,9 +79,7 @@ class ActiveRun:
         self._state_logger = state_logger
         self._show_progress = show_progress
         self._evaluate = make_evaluator(setup.model, setup.dataset, setup.mesh)
-        self._learning_rate = schedule(
-            setup.config.optim, setup.config.optim.learning_rate
-        )
+        self._learning_rate = dense_rate(setup.config.optim, setup.model.updates)
         self._throughput = Throughput()
         self._metrics = MetricsBuffer(self._throughput, setup.config.optim)
         # Processes but the first have no writers, and show nothing.
@@ -177,12 +176,30 @@ class ActiveRun:
                     more=[self._display],
                 )
                 self._run_log = self._stack.enter_context(run_log)
+                self._record_devices(start)
         first = start + 1 + len(stream_lengths(config.data))
         # One trace is enough: all processes run the same program.
         count = config.train.profile_steps if distributed.is_first_process() else 0
         folder = self._run_log.folder or workdir
         self._profiler = self._stack.enter_context(profile_steps(folder, first, count))
         self._signals.begin_steps()
+
+    def _record_devices(self, start: int) -> None:
+        """Note the devices of this start, and log them where they have changed."""
+        setup = self.setup
+        use = dataclasses.replace(setup.device_use, step=start)
+        unknown = use.elastic != "off" and not self._train.elastic_devices
+        if start and unknown and read_history(setup.workdir) is None:
+            print(
+                f"tokenrec: '{setup.workdir}' is a run from before devices were noted: "
+                f"the {use.devices} of now count as all that it is meant for; if it "
+                "began with others, set train.elastic_devices",
+                file=sys.stderr,
+            )
+        before = record_use(setup.workdir, use)
+        if before is not None:
+            print(f"tokenrec: {use.describe_change(before)}", file=sys.stderr)
+            self._run_log.write(start, use.numbers(), "mesh")
 
     def finished(self, progress: Progress) -> bool:
         """Whether the last step is reached, or `train.patience` is used up."""
@@ -251,7 +268,8 @@ class ActiveRun:
         values, progress = self._metrics.flush(progress)
         self._check_lease()
         timings = self._metrics.timings()
-        learning_rate = float(self._learning_rate(progress.step - 1))
+        last_update = progress.step * self.setup.model.updates - 1
+        learning_rate = float(self._learning_rate(last_update))
         logged = values | timings | {"learning_rate": learning_rate}
         flops_per_second = timings.get("model_flops_per_second")
         if flops_per_second is not None:

@@ -224,11 +224,11 @@ def load(
     import jax
 
     from tokenrec.checkpoint.run_folder import load_run_config, open_run
-    from tokenrec.sharding import make_mesh
+    from tokenrec.sharding import make_run_mesh
 
     folder = as_path(workdir)
     config = load_run_config(folder, _optional_path(data))
-    mesh = make_mesh(config.mesh)
+    mesh = make_run_mesh(config)
     with jax.set_mesh(mesh):
         return LoadedRun(open_run(folder, checkpoint, _optional_path(data)), mesh)
 

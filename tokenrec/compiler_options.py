@@ -43,8 +43,8 @@ _GATHERS_ON_SPARSE_CORES: Options = {
 }
 # By `jax.Device.device_kind`.
 _BY_KIND: dict[str, Options] = {
-    "TPU v5": {_FUSION_MEMORY: 65536} | _GATHERS_ON_SPARSE_CORES,
-    "TPU v6 lite": {_FUSION_MEMORY: 98304} | _GATHERS_ON_SPARSE_CORES,
+    "TPU v5": {_FUSION_MEMORY: 65536, **_GATHERS_ON_SPARSE_CORES},
+    "TPU v6 lite": {_FUSION_MEMORY: 98304, **_GATHERS_ON_SPARSE_CORES},
 }
 
 
@@ -61,7 +61,7 @@ def compiler_options(
     options: Options = {}
     if device.platform == "tpu":
         options |= _EVERY_TPU | _BY_KIND.get(device.device_kind, {})
-    options |= chosen or {}
+    options.update(chosen or {})
     return options or None
 
 

@@ -10,10 +10,32 @@ that were made, because its moments are sums over these.
 
     t < warmup:  r * (t + 1) / warmup
     else:        r * (f + (1 - f) / 2 * (1 + cos(pi * (t - warmup) / (steps - warmup))))
+
+**Updates on a share of the batch.** With `train.elastic="scale"` a step may make k updates,
+each on 1/k of its samples (elastic.py). The clock is then a fraction, t + i / k in update
+i, so that the schedules end after the same number of samples. Rates follow the
+square-root rule of Adam (Malladi et al., arXiv 2205.10287, section 5): with B / k samples,
+the noise of a gradient, which decides Adam's denominator, grows by sqrt(k), and k updates
+at r / sqrt(k) move as far as one at r. In full, with G the gradient of the mean loss of a
+share, divided by sqrt(k):
+
+    dense weights   AdamW on G, rate r / sqrt(k), betas to the power 1 / k, decay / sqrt(k)
+    table rows      row-wise AdaGrad on G / sqrt(k), rate r
+
+G has the noise of the whole batch's gradient, so that the clip norm, `spike_norm`, epsilon
+and the second moments keep their meaning over a change of devices. Betas to the power
+1 / k remember as many samples as before (Busbridge et al., arXiv 2307.13813), which is the
+1 - (1 - beta) / k of Malladi et al. to first order, and the decay of a weight over k
+updates is that of one. For rows, G / sqrt(k) weighs each sample as the whole batch would:
+a row that occurs in one sample of a step, as nearly all rows of a large table do, gets
+the update and the AdaGrad sum that it had; for a row in every share AdaGrad adds up
+squares that are k times smaller each, and moves as far, where noise outweighs the mean.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,15 +51,17 @@ from tokenrec.ops.tables.exchange import CollectedGradients
 NO_DECAY_NAMES = ("scale", "separators", "start")
 
 
-def schedule(config: OptimConfig, peak: float) -> optax.Schedule:
+def schedule(config: OptimConfig, peak: float, updates: int = 1) -> optax.Schedule:
     """Linear warm-up over `warmup_steps`, then a cosine that ends at `steps`.
 
     Args:
       config: `steps`, `warmup_steps` and `final_fraction`.
       peak: the rate at the end of the warm-up.
+      updates: updates of a step, k.
 
     Returns:
-      A function of the step number, a Python integer or a traced array.
+      A function of the number of updates before, a Python integer or a traced array:
+      with one update a step, of the step number.
 
     Raises:
       InputError: the steps of `epochs` have not been counted (run_length.py).
@@ -57,6 +81,8 @@ def schedule(config: OptimConfig, peak: float) -> optax.Schedule:
     final = config.final_fraction
 
     def rate(step: jax.Array | int) -> jax.Array:
+        if updates > 1:
+            step = jnp.asarray(step, jnp.float32) / updates
         rising = (jnp.asarray(step, jnp.float32) + 1) / max(warmup, 1)
         share = (jnp.asarray(step, jnp.float32) - warmup) / decay_steps
         share = jnp.clip(share, 0, 1)
@@ -67,14 +93,15 @@ def schedule(config: OptimConfig, peak: float) -> optax.Schedule:
 
 
 def table_rate(
-    config: OptimConfig, epoch_steps: int, step: jax.Array | int
+    config: OptimConfig, epoch_steps: int, step: jax.Array | int, updates: int = 1
 ) -> jax.Array:
     """Compute the learning rate of the embedding tables.
 
     Args:
       config: schedule, peak and `table_rates`.
       epoch_steps: steps of an epoch; read with `table_rates` only.
-      step: the step number.
+      step: number of updates before: with one update a step, the step number.
+      updates: updates of a step, k.
 
     Returns:
       `[] float32`.
@@ -87,7 +114,7 @@ def table_rate(
     >>> [float(table_rate(config, 10, step)) for step in (0, 9, 10, 19, 20, 99)]
     [1.0, 1.0, 0.5, 0.5, 0.0, 0.0]
     """
-    rate = schedule(config, config.table_learning_rate)(step)
+    rate = schedule(config, config.table_learning_rate, updates)(step)
     if not config.table_rates:
         return rate
     if epoch_steps < 1:
@@ -95,7 +122,7 @@ def table_rate(
             f"optim.table_rates={config.table_rates} follow epochs, and the model does "
             "not know their steps; build it with epoch_steps"
         )
-    epoch = jnp.asarray(step, jnp.int32) // epoch_steps
+    epoch = jnp.asarray(step, jnp.int32) // (epoch_steps * updates)
     factors = jnp.asarray(config.table_rates, jnp.float32)
     return rate * factors[jnp.minimum(epoch, len(config.table_rates) - 1)]
 
@@ -109,18 +136,29 @@ def decays(params: dict[str, jax.Array]) -> dict[str, bool]:
     }
 
 
-def dense_optimizer(config: OptimConfig) -> optax.GradientTransformation:
+def dense_rate(config: OptimConfig, updates: int = 1) -> optax.Schedule:
+    """`schedule` of the dense weights, whose peak falls with the square root of k."""
+    return schedule(config, config.learning_rate / math.sqrt(updates), updates)
+
+
+def dense_optimizer(
+    config: OptimConfig, updates: int = 1
+) -> optax.GradientTransformation:
     """AdamW on a flat dict of weights.
 
     Gradients arrive clipped: the clip norm covers dense weights and table rows together.
     Pass the state through `with_schedule_step` before an update.
+
+    Args:
+      config: rates, betas and decay of one update a step.
+      updates: updates of a step, k; its gradients arrive divided by sqrt(k).
     """
     return optax.adamw(
-        schedule(config, config.learning_rate),
-        b1=config.beta1,
-        b2=config.beta2,
+        dense_rate(config, updates),
+        b1=config.beta1 ** (1 / updates),
+        b2=config.beta2 ** (1 / updates),
         eps=config.epsilon,
-        weight_decay=config.weight_decay,
+        weight_decay=config.weight_decay / math.sqrt(updates),
         mask=decays,
     )
 
@@ -147,6 +185,31 @@ def with_schedule_step(state: Any, step: jax.Array) -> Any:
         return isinstance(node, optax.ScaleByScheduleState)
 
     return jax.tree.map(set_count, state, is_leaf=is_schedule)
+
+
+def count_updates(state: Any, updates: int) -> Any:
+    """Turn the counts of a state of `dense_optimizer` from steps into updates.
+
+    A checkpoint counts steps, so that Adam's bias correction, 1 - beta^count, is the
+    same before and after a change of k: (beta^(1/k))^(k count) = beta^count.
+    """
+    return _map_counts(state, lambda count: count * updates)
+
+
+def count_steps(state: Any, updates: int) -> Any:
+    """Undo `count_updates`, after the updates of a step."""
+    return _map_counts(state, lambda count: count // updates)
+
+
+def _map_counts(state: Any, function: Callable[[jax.Array], jax.Array]) -> Any:
+    kinds = (optax.ScaleByScheduleState, optax.ScaleByAdamState)
+
+    def map_count(node: Any) -> Any:
+        if not isinstance(node, kinds):
+            return node
+        return node._replace(count=function(node.count))
+
+    return jax.tree.map(map_count, state, is_leaf=lambda node: isinstance(node, kinds))
 
 
 def global_norm(

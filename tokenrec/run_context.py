@@ -79,6 +79,7 @@ def run_context(
                 keep=train.keep,
                 keep_every=train.keep_every,
                 config=dataclasses.asdict(setup.config),
+                devices=setup.device_use.as_origin(),
             )
         )
         yield ActiveRun(

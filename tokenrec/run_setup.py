@@ -6,19 +6,22 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
+from tokenrec.checkpoint.device_history import DeviceUse, read_history
 from tokenrec.checkpoint.run_folder import run_identity, steps_of_run, use_id_counts
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.pipeline import steps_per_epoch, task_names
+from tokenrec.elastic import with_split
 from tokenrec.errors import InputError, suggest
 from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.run_length import with_steps
 from tokenrec.runtime import distributed
 from tokenrec.runtime.paths import as_path
-from tokenrec.sharding import check_batch_sizes, make_mesh
+from tokenrec.sharding import check_batch_sizes, make_run_mesh, split_batch
 from tokenrec.state import ModelSpec, build_model
 
 
@@ -30,7 +33,8 @@ class Setup:
       config: the validated config.
       workdir: the run's folder.
       dataset: the prepared data set.
-      model: the static half of the model.
+      model: the static half of the model; its config has the micro-batches that fit
+        the mesh (elastic.py).
       mesh: all devices.
     """
 
@@ -39,6 +43,18 @@ class Setup:
     dataset: Dataset
     model: ModelSpec
     mesh: Mesh
+
+    @property
+    def device_use(self) -> DeviceUse:
+        """How this start computes its steps."""
+        return DeviceUse(
+            devices=self.mesh.size,
+            processes=jax.process_count(),
+            mesh=dict(self.mesh.shape),
+            elastic=self.config.train.elastic,
+            accumulate=self.model.config.optim.accumulate,
+            updates=self.model.updates,
+        )
 
     @property
     def last_step(self) -> int:
@@ -55,7 +71,8 @@ def set_up(config: Config, workdir: Path) -> Setup:
     """Validate the config, open the data set, build the model and the mesh.
 
     Nothing is written. Of a run in `workdir` only what follows from its data set is
-    read: the steps of `optim.epochs`, and the counts of ids of `tokens.min_count`.
+    read, the steps of `optim.epochs` and the counts of ids of `tokens.min_count`, and
+    the devices of its first start.
 
     Raises:
       InputError: on all processes, if the config, the data set and the mesh do not fit
@@ -70,18 +87,24 @@ def set_up(config: Config, workdir: Path) -> Setup:
         use_id_counts(config, dataset, as_path(workdir), trained=False)
         epoch_steps = count_epoch_steps(config, dataset)
         config = _use_steps(config, dataset, as_path(workdir), epoch_steps)
+        mesh = make_run_mesh(config)
+        history = read_history(as_path(workdir))
+        first = history.first_devices if history else None
+        split = split_batch(config, mesh, first)
         tasks = task_names(dataset.schema, config.data)
         model = build_model(
-            config,
+            with_split(config, split),
             dataset.schema,
             tasks,
             epoch_steps=epoch_steps,
+            updates=split.updates,
             catalogue_ids=dataset.catalogue.ids,
         )
-        mesh = make_mesh(config.mesh)
-        check_batch_sizes(config, mesh)
+        check_batch_sizes(model.config, mesh)
         check_mesh(config.model, mesh)
-    distributed.assert_same_on_all_processes(run_identity(config, dataset))
+    distributed.assert_same_on_all_processes(
+        run_identity(config, dataset) | {"devices of the run's first start": first}
+    )
     return Setup(config, as_path(workdir), dataset, model, mesh)
 
 

@@ -28,6 +28,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from tokenrec.config import Config, MeshConfig
 from tokenrec.config.train_config import mesh_fields
+from tokenrec.elastic import StepSplit, fit_axes, full_devices, split_step
 from tokenrec.errors import InputError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -134,6 +135,15 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
     return (data, config.fsdp, config.context, config.tensor)
 
 
+def make_run_mesh(config: Config) -> Mesh:
+    """Build the mesh of a run over all devices; an elastic run's is fitted to them.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    return make_mesh(fit_axes(config, jax.device_count()))
+
+
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of parts that a batch is split into; batch sizes are multiples of it."""
     return int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))
@@ -156,6 +166,29 @@ def check_divides_batch(mesh: Mesh, size: int, field: str) -> None:
             f"{field} = {size} is not a multiple of the {shards} devices that share a "
             "batch; make it one"
         )
+
+
+def split_batch(
+    config: Config, mesh: Mesh, first: int | None = None, updates: int | None = None
+) -> StepSplit:
+    """Split the batch of a step for a mesh.
+
+    Args:
+      config: the run's config.
+      mesh: the mesh.
+      first: devices of the run's first start; None if they are not known.
+      updates: updates of a step, to repeat one; None decides.
+
+    Raises:
+      InputError: the devices cannot share the batch of a step.
+    """
+    return split_step(
+        config,
+        devices=mesh.size,
+        shards=batch_shards(mesh),
+        full=full_devices(config, mesh.size, first),
+        updates=updates,
+    )
 
 
 def check_batch_sizes(config: Config, mesh: Mesh) -> None:

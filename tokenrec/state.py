@@ -82,6 +82,7 @@ class ModelSpec:
       literals: token ids of each literal text of the prompt, in order.
       epoch_steps: training steps of an epoch, which `optim.table_rates` follow; 0 where
         it is not known.
+      updates: updates of a training step, each on a share of its batch (elastic.py).
     """
 
     config: Config
@@ -90,6 +91,7 @@ class ModelSpec:
     embedder: Embedder
     literals: Literals = ()
     epoch_steps: int = 0
+    updates: int = 1
 
     @functools.cached_property
     def task_plans(self) -> tuple[TaskPlan, ...]:
@@ -135,6 +137,7 @@ def build_model(
     tasks: tuple[str, ...],
     *,
     epoch_steps: int = 0,
+    updates: int = 1,
     catalogue_ids: np.ndarray | None = None,
 ) -> ModelSpec:
     """Build the model of a config on a data set.
@@ -144,6 +147,7 @@ def build_model(
       schema: schema of the data set without the excluded features.
       tasks: names of the labels to learn.
       epoch_steps: as `ModelSpec.epoch_steps`.
+      updates: as `ModelSpec.updates`.
       catalogue_ids: `Catalogue.ids` of the data set, for `head.item_features`; a model
         that has such features and is not run can do without.
 
@@ -160,7 +164,7 @@ def build_model(
         check_request_loss(plans, config.data.request_loss)
     embedder = Embedder.build(schema, config, catalogue_ids)
     literals = prompt_literals(config)
-    model = ModelSpec(config, schema, tasks, embedder, literals, epoch_steps)
+    model = ModelSpec(config, schema, tasks, embedder, literals, epoch_steps, updates)
     _check_last_window(model)
     return model
 

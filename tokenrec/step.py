@@ -10,6 +10,8 @@ B samples, N scored positions of each, K tasks, u distinct rows of a stack of ta
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,29 +27,18 @@ from tokenrec.micro_batches import (
     micro_batches,
 )
 from tokenrec.ops.layers import sample_keys
-from tokenrec.ops.tables.api import UniqueRows, collect_gradients, update_rows
-from tokenrec.optim import (
-    clip_scale,
-    dense_optimizer,
-    global_norm,
-    table_rate,
-    with_schedule_step,
-)
+from tokenrec.ops.tables.api import UniqueRows
+from tokenrec.optim import count_steps, count_updates
 from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.task_losses import predict_tasks
 from tokenrec.tokens.embed import inverses
 from tokenrec.tokens.id_dropout import drop_ids
+from tokenrec.update import apply_gradients
 
 # Numbers that are folded into the key of a step.
 DROPOUT_KEY = 0
 NEGATIVES_KEY = 1
 ID_DROPOUT_KEY = 2
-
-# Rate of the running mean of gradient norms: it remembers about 100 steps.
-NORM_RATE = 0.01
-
-# With `tokens.random_tokens`, only weights with these prefixes are trained.
-TRAINED_WITH_RANDOM_TOKENS = ("backbone/", "branch/", "head/")
 
 
 class Metrics(NamedTuple):
@@ -144,8 +135,15 @@ def loss_fn(
     return jnp.sum(sample_losses(model, module, readouts, entities, batch, counts))
 
 
-def step_inputs(model: ModelSpec, state: TrainState, batch: Batch) -> Inputs:
-    """Prepare the inputs of the next step: draw keys and negatives, look up table rows."""
+def draw_inputs(
+    model: ModelSpec, state: TrainState, batch: Batch
+) -> tuple[Batch, jax.Array, jax.Array]:
+    """Draw the random numbers of the next step.
+
+    Returns:
+      The batch with negatives and without dropped ids; `[B]`, PRNG keys of dropout; and
+      `label_counts` of the batch.
+    """
     # The key is a function of seed and step, so a resumed run draws the same numbers.
     key = jax.random.fold_in(jax.random.key(model.config.seed), state.step)
     # Micro-batches have no part in it: negatives are those of the whole batch, and every
@@ -159,9 +157,25 @@ def step_inputs(model: ModelSpec, state: TrainState, batch: Batch) -> Inputs:
         model.config.tokens,
         sample_keys(drop_keys, batch.valid.shape[0]),
     )
+    return batch, keys, label_counts(model, batch)
+
+
+def look_up_rows(
+    model: ModelSpec,
+    state: TrainState,
+    batch: Batch,
+    keys: jax.Array,
+    counts: jax.Array,
+) -> Inputs:
+    """Add the table rows of a batch to what `draw_inputs` returned."""
     unique = model.embedder.find(batch)
     rows = model.embedder.gather(state.tables, unique)
-    return Inputs(batch, keys, unique, rows, label_counts(model, batch))
+    return Inputs(batch, keys, unique, rows, counts)
+
+
+def step_inputs(model: ModelSpec, state: TrainState, batch: Batch) -> Inputs:
+    """Prepare the inputs of the next step: draw keys and negatives, look up table rows."""
+    return look_up_rows(model, state, *draw_inputs(model, state, batch))
 
 
 def gradients(
@@ -199,107 +213,80 @@ def gradients(
 def train_step(
     model: ModelSpec, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
-    """Make one update.
+    """Make the update of a step, or its updates with `model.updates` above 1.
 
-    A step whose loss or gradient is not finite, or whose gradient is a spike, changes
-    nothing but the step number.
+    An update whose loss or gradient is not finite, or whose gradient is a spike, changes
+    nothing.
     """
-    optim = model.config.optim
+    batch, keys, counts = draw_inputs(model, state, batch)
+    if model.updates == 1:
+        inputs = look_up_rows(model, state, batch, keys, counts)
+        new_state, metrics = _update(model, state, inputs, state.step)
+    else:
+        new_state, metrics = _make_updates(model, state, batch, keys, counts)
+    return dataclasses.replace(new_state, step=state.step + 1), metrics
 
-    # 1. Gradients of dense weights and of the distinct rows of the batch.
-    inputs = step_inputs(model, state, batch)
-    loss, (dense, by_row) = gradients(model, state.params, inputs)
 
-    # 2. Gradients of a row that several devices looked up are summed.
-    collected = {
-        name: collect_gradients(model.embedder.stacks[name], unique, by_row[name])
-        for name, unique in inputs.unique.items()
-    }
+def _make_updates(
+    model: ModelSpec,
+    state: TrainState,
+    batch: Batch,
+    keys: jax.Array,
+    counts: jax.Array,
+) -> tuple[TrainState, Metrics]:
+    """Make k updates, each on every k-th sample, at the rates of `optim.py`.
 
-    # 3. The joint norm decides whether the update is made and how far it is clipped.
-    norm = global_norm(dense, collected)
-    applied, norm_mean = _check_norm(model, state, loss, norm)
-    scale = jnp.where(applied, clip_scale(norm, optim.clip_norm), 0.0)
-    # Gradients of a bad step are replaced, not scaled: 0 x inf is NaN.
-    row_gradients = {name: of.gradients for name, of in collected.items()}
-    dense, by_row, row_gradients = jax.tree.map(
-        lambda g: jnp.where(applied, g * scale, 0.0), (dense, by_row, row_gradients)
+    Returns:
+      The state, and metrics of the step: the sum of the losses, which are shares of that
+      of the step, and the mean of the gradient norms. `applied` is False if any of the
+      updates was not made.
+    """
+    updates = model.updates
+    parts = micro_batches(batch, {}, keys, updates)[::2]
+    numbers = state.step * updates + jnp.arange(updates, dtype=jnp.int32)
+
+    def update(
+        state: TrainState, piece: tuple[Batch, jax.Array | None, jax.Array]
+    ) -> tuple[TrainState, Metrics]:
+        part, part_keys, number = piece
+        assert part_keys is not None
+        inputs = look_up_rows(model, state, part, part_keys, counts)
+        return _update(model, state, inputs, number)
+
+    dense = count_updates(state.opt_state["dense"], updates)
+    state = dataclasses.replace(state, opt_state=state.opt_state | {"dense": dense})
+    state, metrics = jax.lax.scan(update, state, (*parts, numbers))
+    dense = count_steps(state.opt_state["dense"], updates)
+    state = dataclasses.replace(state, opt_state=state.opt_state | {"dense": dense})
+    return state, Metrics(
+        loss=jnp.sum(metrics.loss),
+        grad_norm=jnp.mean(metrics.grad_norm),
+        examples=jnp.sum(metrics.examples),
+        applied=jnp.all(metrics.applied),
+        rounds=jnp.max(metrics.rounds),
     )
 
-    # 4. AdamW on the dense weights.
-    params, dense_state = _update_params(model, state, dense, applied)
 
-    # 5. Row-wise AdaGrad on the rows. A skipped step sends their ids out of range, so
-    # that no table is copied.
-    rate = table_rate(optim, model.epoch_steps, state.step)
-    tables = dict(state.tables)
-    rows_state = dict(state.opt_state["rows"])
-    for name, unique in inputs.unique.items():
-        tables[name], rows_state[name] = update_rows(
-            model.embedder.stacks[name],
-            tables[name],
-            rows_state[name],
-            unique,
-            by_row[name],
-            collected[name]._replace(gradients=row_gradients[name]),
-            rate=rate,
-            decay=optim.table_weight_decay,
-            apply=applied,
-        )
+def _update(
+    model: ModelSpec, state: TrainState, inputs: Inputs, number: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """Make one update; `number` counts those before it. The step number stays."""
+    # 1. Gradients of dense weights and of the distinct rows of the batch.
+    loss, (dense, by_row) = gradients(model, state.params, inputs)
+    if model.updates > 1:
+        # Losses are divided by the counts of the whole step: see `optim.py`.
+        root = math.sqrt(model.updates)
+        dense, by_row = jax.tree.map(lambda g: g * root, (dense, by_row))
 
+    # 2. Clipping, AdamW, AdaGrad; or nothing, if the gradients are bad.
+    new_state, norm, applied = apply_gradients(
+        model, state, inputs.unique, loss, dense, by_row, number
+    )
     rounds = jnp.int32(0)
     if inputs.unique:
         rounds = jnp.max(jnp.stack([u.rounds for u in inputs.unique.values()]))
-    opt_state = {"dense": dense_state, "rows": rows_state} | norm_mean
-    new_state = TrainState(state.step + 1, params, tables, opt_state)
     examples = jnp.sum((inputs.batch.weight > 0).astype(jnp.float32))
     return new_state, Metrics(loss, norm, examples, applied, rounds)
-
-
-def _check_norm(
-    model: ModelSpec, state: TrainState, loss: jax.Array, norm: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Decide whether to apply the update; keep the running mean of gradient norms.
-
-    Returns:
-      `[] bool`; and the new `"norm"` of the optimizer state, empty without
-      `optim.spike_norm`.
-    """
-    spike_norm = model.config.optim.spike_norm
-    applied = jnp.isfinite(loss) & jnp.isfinite(norm)
-    if not spike_norm:
-        return applied, {}
-    mean = state.opt_state["norm"]
-    # The mean is 0 before the first step, which cannot be a spike.
-    applied &= (mean == 0) | (norm <= spike_norm * mean)
-    updated = jnp.where(mean == 0, norm, mean + NORM_RATE * (norm - mean))
-    return applied, {"norm": jnp.where(applied, updated, mean)}
-
-
-def _update_params(
-    model: ModelSpec, state: TrainState, dense: dict[str, jax.Array], applied: jax.Array
-) -> tuple[dict[str, jax.Array], Any]:
-    """Apply AdamW, or keep weights and optimizer state where `applied` is False."""
-    old_state = state.opt_state["dense"]
-    # One clock for both rates: the tables follow `state.step` too.
-    updates, new_state = dense_optimizer(model.config.optim).update(
-        dense, with_schedule_step(old_state, state.step), state.params
-    )
-    if model.config.tokens.random_tokens:
-        # Weight decay would move weights that have no gradient.
-        updates = {
-            name: u
-            if name.startswith(TRAINED_WITH_RANDOM_TOKENS)
-            else jnp.zeros_like(u)
-            for name, u in updates.items()
-        }
-    params = jax.tree.map(
-        lambda w, u: jnp.where(applied, w + u, w), state.params, updates
-    )
-    kept_state = jax.tree.map(
-        lambda new, old: jnp.where(applied, new, old), new_state, old_state
-    )
-    return params, kept_state
 
 
 def step_loss(model: ModelSpec, state: TrainState, batch: Batch) -> jax.Array:

@@ -121,6 +121,7 @@ for name in "${chosen[@]}"; do
   echo "== $name: exit status $code after $SECONDS s in all"
   [[ $code -eq 0 ]] || tail -n 8 "$logs/$name.log"
   [[ $code -ne $NO_GPU ]] || break
-  page >/dev/null
+  # After the last stage it follows below.
+  [[ $name == "${chosen[-1]}" ]] || page >/dev/null
 done
 page

@@ -130,7 +130,7 @@ class Steps:
         if self._recorder.out_of_time(seconds, table="steps", **named):
             return
         profile = case in PROFILED and library == "tokenrec"
-        turns = 1.0 if self._recorder.rehearse else 3.0
+        turns = 0.1 if self._recorder.rehearse else 3.0
         worker.start({"seconds": turns, "profile": profile})
         while (answer := worker.answer(self._recorder.remaining())) is not None:
             if "done" in answer:

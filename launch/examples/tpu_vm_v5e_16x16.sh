@@ -122,7 +122,9 @@ mount-data() {
 
 # Adds the TPU chips of this host to `devices`: /dev/accelN, or groups of VFIO, by the
 # generation. The container gets these and no other rights; VFIO locks the memory that the
-# chips read. A container without chips fails, as JAX_PLATFORMS is tpu.
+# chips read. Docker passes device nodes on one by one, and no folder of them
+# (github.com/marin-community/marin/pull/3858). A container without chips fails, as
+# JAX_PLATFORMS is tpu.
 find-devices() {
   local device
   for device in "${DEVICES:-/dev}"/accel* "${DEVICES:-/dev}"/vfio/*; do

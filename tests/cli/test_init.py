@@ -13,11 +13,16 @@ from tests.data.schema_inference.logs import clicks, write_csv, write_parquet
 from tokenrec.cli.main import main
 from tokenrec.data.dataset import open_dataset
 
-# Added to the printed command of `train`, to be fast.
+# Added to the printed command of `train`, to be fast: a small model, and one shape of
+# its batches.
 FAST = [
-    "--config.optim.steps=4",
+    "--config.optim.steps=2",
     "--config.optim.warmup_steps=1",
     "--config.train.eval_every=2",
+    "--config.model.layers=1",
+    "--config.model.windows=()",
+    "--config.model.width=8",
+    "--config.data.buckets=()",
     "--quiet",
 ]
 

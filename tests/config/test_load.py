@@ -135,7 +135,7 @@ def test_overrides_of_one_load_do_not_reach_the_next(plain: str) -> None:
         ("model.n_heads=3", ["model.n_heads", "did you mean 'model.heads'"]),
         ("num_layers=3", ["did you mean 'model.layers'"]),
         ("head.top_m=3", ["did you mean 'head.top_k'"]),
-        ("mesh.zzz=3", ["known: mesh.data, mesh.fsdp, mesh.tensor"]),
+        ("mesh.zzz=3", ["known: mesh.context, mesh.data, mesh.fsdp, mesh.tensor"]),
         ("zzz=3", ["'zzz'", "`tokenrec config` lists all fields"]),
         ("tokens.tables_backend=exchange", ["removed", "leave it out"]),
         ("model.width=wide", ["model.width", "'wide'", "whole number"]),

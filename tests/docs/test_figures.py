@@ -103,7 +103,7 @@ def long_step() -> str:
 
 
 def pod() -> str:
-    found = row("pods", config="lrm_1b", topology="v5p:8x8x8")
+    found = row("pods", config="lrm_1b", topology="v5p:4x4x4")
     return (
         f"{found['memory_share']:.0%} of memory; "
         f"{found['mfu_by_schedule']:.0%} MFU by the compiler's schedule"

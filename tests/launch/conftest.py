@@ -21,6 +21,15 @@ TPU_VM = {
     "zone": "us-west4-a",
     "gcsfuse_sha256": "installed",
 }
+SLURM = {
+    "target": "slurm",
+    "topology": "h100:2x8",
+    "image": None,
+    "bucket": None,
+    "data": "/shared/data/synthetic",
+    "runs": "/shared/runs",
+    "venv": "/shared/venv",
+}
 SERVING = {
     "config": None,
     "topology": None,

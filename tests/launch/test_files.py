@@ -67,10 +67,10 @@ def test_the_image_has_the_oldest_python_and_the_tested_versions(
 
 def test_the_image_of_training_installs_extras_that_exist() -> None:
     (install,) = [rest for rest in arguments(TRAIN, "RUN") if "pip install" in rest]
-    (named,) = re.findall(r"\.\[([\w,]+)\]", install)
-    extras = named.split(",")
-    assert extras == ["tpu", "gcs"]
-    assert set(extras) <= set(PROJECT["project"]["optional-dependencies"])
+    (named,) = re.findall(r"\.\[([^]]+)\]", install)
+    assert named == "${ACCELERATOR},gcs"
+    assert arguments(TRAIN, "ARG") == ["ACCELERATOR=tpu"]
+    assert {"tpu", "gpu", "gcs"} <= set(PROJECT["project"]["optional-dependencies"])
 
 
 @both
@@ -96,6 +96,7 @@ def test_every_example_has_its_command() -> None:
     assert {suffix for _, path in COMMANDS for suffix in [Path(path).suffix]} == {
         ".yaml",
         ".sh",
+        ".sbatch",
     }
 
 

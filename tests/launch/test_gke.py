@@ -183,7 +183,13 @@ def test_data_are_mounted_read_only_and_runs_need_no_mount(
     job_set: dict[str, Any],
 ) -> None:
     template = spec_of(job_set)["template"]
-    assert template["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    # The sidecar that mounts the bucket may use what it needs.
+    assert template["metadata"]["annotations"] == {
+        "gke-gcsfuse/volumes": "true",
+        "gke-gcsfuse/cpu-limit": "0",
+        "gke-gcsfuse/memory-limit": "0",
+        "gke-gcsfuse/ephemeral-storage-limit": "0",
+    }
     volumes = {volume["name"]: volume["csi"] for volume in template["spec"]["volumes"]}
     mounts = {
         mount["name"]: mount
@@ -204,6 +210,99 @@ def test_data_are_mounted_read_only_and_runs_need_no_mount(
     }
     assert environment["JAX_PLATFORMS"] == "tpu"
     assert environment["JAX_COMPILATION_CACHE_DIR"] == "gs://my-bucket/runs/jax_cache"
+
+
+def manifest_of(launch: Launch, *more: str, **flags: str | None) -> dict[str, Any]:
+    code, out, err = launch("--dry-run", "--skip-compile", *more, **flags)
+    assert code == 0, err
+    manifest = yaml.safe_load(out)
+    check(manifest)
+    return manifest
+
+
+@pytest.mark.parametrize(
+    ("more", "slices", "expected"),
+    [
+        ((), "1", False),
+        ((), "2", True),
+        (("--host-network",), "1", True),
+        (("--no-host-network",), "2", False),
+    ],
+)
+def test_several_slices_use_the_network_of_their_hosts(
+    launch: Launch, more: tuple[str, ...], slices: str, expected: bool
+) -> None:
+    sizes = ("--config.data.batch_size=64", "--config.data.eval_batch_size=64")
+    manifest = manifest_of(launch, *sizes, *more, slices=slices)
+    pod = spec_of(manifest)["template"]["spec"]
+    (volume,) = pod["volumes"]
+    attributes = volume["csi"]["volumeAttributes"]
+    if expected:
+        # Other pods keep their names, and the bucket is that of the pod's account.
+        assert (pod["hostNetwork"], pod["dnsPolicy"]) == (
+            True,
+            "ClusterFirstWithHostNet",
+        )
+        assert attributes["hostNetworkPodKSA"] == "true"
+    else:
+        assert not {"hostNetwork", "dnsPolicy"} & set(pod)
+        assert "hostNetworkPodKSA" not in attributes
+
+
+def test_a_queue_a_priority_and_the_time_to_keep_are_those_of_the_job(
+    launch: Launch,
+) -> None:
+    flags = {"kueue_queue": "team-a", "priority_class": "urgent", "ttl_seconds": "600"}
+    manifest = manifest_of(launch, **flags)
+    assert manifest["metadata"]["labels"] == {
+        "kueue.x-k8s.io/queue-name": "team-a",
+        "kueue.x-k8s.io/priority-class": "urgent",
+    }
+    assert manifest["spec"]["ttlSecondsAfterFinished"] == 600
+    assert "priorityClassName" not in spec_of(manifest)["template"]["spec"]
+    # Without Kueue it is the priority of the pods.
+    alone = manifest_of(launch, priority_class="urgent")
+    assert "labels" not in alone["metadata"]
+    assert spec_of(alone)["template"]["spec"]["priorityClassName"] == "urgent"
+    assert "ttlSecondsAfterFinished" not in alone["spec"]
+
+
+def test_gpu_nodes_are_the_pods_of_one_job_and_find_the_first(launch: Launch) -> None:
+    manifest = manifest_of(launch, "--spot", topology="h100:2x8", name="trial")
+    (replicated,) = manifest["spec"]["replicatedJobs"]
+    spec, pod = spec_of(manifest), spec_of(manifest)["template"]["spec"]
+    assert (replicated["replicas"], spec["parallelism"], spec["completions"]) == (
+        *(1, 2, 2),
+    )
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-accelerator": "nvidia-h100-80gb",
+        "cloud.google.com/gke-spot": "true",
+    }
+    # A pool of GPU nodes is not one machine, as that of a TPU slice is.
+    assert "annotations" not in manifest["metadata"]
+    (container,) = pod["containers"]
+    assert container["resources"] == {
+        "limits": {"nvidia.com/gpu": "8"},
+        "requests": {"nvidia.com/gpu": "8"},
+    }
+    environment = {one["name"]: one for one in container["env"]}
+    assert environment["JAX_PLATFORMS"]["value"] == "cuda"
+    assert environment["JAX_NUM_PROCESSES"]["value"] == "2"
+    # JobSet names pods JOBSET-JOB-NUMBER-INDEX, in the domain JOBSET.
+    host, port = environment["JAX_COORDINATOR_ADDRESS"]["value"].split(":")
+    assert host == f"trial-{replicated['name']}-0-0.trial"
+    assert container["ports"] == [{"containerPort": int(port)}]
+    # Kubernetes writes the number of a pod of an indexed job into this annotation.
+    assert spec["completionMode"] == "Indexed"
+    assert environment["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"] == (
+        "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    )
+    # The driver lies where no linker looks by itself, and NCCL exchanges in /dev/shm.
+    assert environment["LD_LIBRARY_PATH"]["value"] == "/usr/local/nvidia/lib64"
+    memory = {"name": "shm", "emptyDir": {"medium": "Memory"}}
+    assert memory in pod["volumes"]
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+    assert decide(manifest, 75, False) == "RestartJobSetAndIgnoreMaxRestarts"
 
 
 def decide(job_set: dict[str, Any], code: int, evicted: bool) -> str:

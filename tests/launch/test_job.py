@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launch.conftest import TPU_VM, Launch
+from tests.launch.conftest import SLURM, TPU_VM, Launch
 from tokenrec.cli.main import build_parsers
 from tokenrec.config.overrides import split_overrides
 from tokenrec.runtime import paths
@@ -60,7 +60,47 @@ DRY = ("--dry-run", "--skip-compile")
             "slices=2 of v5e:2x4, which is one host",
         ),
         ([], {"slices": "0"}, "slices=0 must be at least 1"),
-        ([], {"target": "slurm"}, "'slurm' is not a choice"),
+        ([], {"target": "flux"}, "'flux' is not a choice"),
+        ([], {"topology": "h10:2x8"}, "h100:2x8; did you mean 'h100'?"),
+        ([], {"topology": "h100:16"}, "topology='h100:16' is not h100:NODESxGPUS"),
+        ([], {"topology": "h100:2x3"}, "a node has 1, 2, 4 or 8 GPUs"),
+        ([], {"topology": "h200:2x4"}, "no machine of Google Cloud has 4 h200"),
+        (
+            [],
+            {"topology": "h100:1x8", "slices": "2"},
+            "slices=2 belongs to TPUs; name more nodes, such as --topology=h100:2x8",
+        ),
+        ([], TPU_VM | {"topology": "h100:2x8"}, "these are GPUs; use --target gke or"),
+        ([], {"kueue_queue": "Team"}, "kueue_queue='Team' is refused by Kubernetes"),
+        ([], {"ttl_seconds": "-1"}, "'-1' is not a whole number of 0 or more"),
+        ([], {"venv": "/x"}, "venv='/x' does not apply to target='gke'"),
+        (["--host-network"], TPU_VM, "host_network='True' does not apply to"),
+        ([], SLURM | {"topology": "v5e:4x4"}, "target='slurm': these are TPUs; use"),
+        (
+            ["--config.mesh.fsdp=6"],
+            SLURM,
+            "do not multiply to the 16 devices of h100:2x8; use mesh.data=-1",
+        ),
+        ([], SLURM | {"runs": None}, "runs is not given; target='slurm' needs --runs"),
+        ([], SLURM | {"runs": "az://a/b"}, "'az://a/b' is a URL of 'az'"),
+        ([], SLURM | {"venv": None}, "image and venv: neither is given"),
+        ([], SLURM | {"image": "h.dev/p/t:1"}, "image and venv: both are given"),
+        (
+            [],
+            SLURM | {"venv": None, "image": "train.sqsh"},
+            "image='train.sqsh' must begin with '/'",
+        ),
+        (
+            [],
+            SLURM | {"venv": None, "image": "h.dev/p/t:latest"},
+            "with a tag other than latest",
+        ),
+        ([], SLURM | {"time_limit": "2d"}, "time_limit='2d' is not a time of Slurm"),
+        ([], SLURM | {"partition": "a;b"}, "partition='a;b' is not a word of letters"),
+        ([], SLURM | {"grace_seconds": "70000"}, "is more than Slurm's 65535"),
+        ([], SLURM | {"cpus_per_gpu": "0"}, "cpus_per_gpu=0 must be at least 1"),
+        ([], SLURM | {"name": "a b"}, "name='a b' is not a word of letters"),
+        ([], SLURM | {"bucket": "b"}, "bucket='b' does not apply to target='slurm'"),
         ([], {"image": None}, "image is not given; build launch/Dockerfile"),
         (
             [],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.conftest import SERVING, TPU_VM, Launch
+from tests.launch.conftest import SERVING, SLURM, TPU_VM, Launch
 
 # What `compile_config` found for the config `synthetic` on v5e:4x4, shortened.
 FOUND: dict[str, Any] = json.loads(
@@ -25,8 +25,10 @@ FOUND: dict[str, Any] = json.loads(
 "collective_bytes_by_axis": {"data": {"all-gather": 15360, "all-reduce": 338692}},
 "compute_seconds": 3.5830903553299494e-08, "memory_seconds": 1.3091843711843712e-06,
 "network_seconds": 3.540525e-06, "roofline_seconds": 3.540525e-06, "bound": "network",
-"mfu_bound": 0.010058561606679041, "mfu_if_serial": 0.0072893859900478525,
-"examples_per_second": 18076415.220906503, "tokens_per_second": 361528304.4181301}
+"mfu_bound": 0.010058561606679041, "examples_per_second": 18076415.220906503,
+"tokens_per_second": 361528304.4181301, "schedule_seconds": 1e-4, "mfu_by_schedule": 0.0004,
+"examples_per_second_by_schedule": 640000.0, "sparse_core_calls": {}, "schedule": {"work": {"vector": 9e-5},
+"exposed": {"all-reduce": 1e-5}, "network_hidden": 0.0, "unpriced": [], "costliest": []}}
 """
 )
 # Stands in for a command of the cloud.
@@ -51,7 +53,7 @@ def cloud(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """
     tools = folder / "tools"
     tools.mkdir()
-    for name in ("kubectl", "gcloud"):
+    for name in ("kubectl", "gcloud", "sbatch"):
         (tools / name).write_text(TOOL)
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tools), prepend=":")
@@ -116,18 +118,26 @@ def test_what_is_refused_is_refused_before_anything_is_compiled(
     assert asked == []
 
 
-@pytest.mark.parametrize(("flags", "tool"), [({}, "kubectl"), (TPU_VM, "gcloud")])
+@pytest.mark.parametrize(
+    ("flags", "tool", "remedy"),
+    [
+        ({}, "kubectl", "install it (https://"),
+        (TPU_VM, "gcloud", "install it (https://"),
+        (SLURM, "sbatch", "run this on a login node"),
+    ],
+)
 def test_a_missing_command_is_named_and_nothing_is_written(
     launch: Launch,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     flags: dict[str, str],
     tool: str,
+    remedy: str,
 ) -> None:
     monkeypatch.setenv("PATH", str(folder))
     code, out, err = launch("--skip-compile", **flags)
     assert (code, out) == (2, "")
-    assert f"needs '{tool}', which is not installed here; install it (https://" in err
+    assert f"needs '{tool}', which is not installed here; {remedy}" in err
     assert list(folder.iterdir()) == []
 
 
@@ -144,6 +154,32 @@ def test_tpu_vms_get_the_script_that_is_kept(launch: Launch, cloud: Path) -> Non
     assert Path("synthetic.sh").read_text() == rendered
     assert "queued-resources create synthetic" in cloud.read_text().splitlines()[0]
     assert "host-train" in cloud.read_text().splitlines()[-1]
+
+
+def test_slurm_gets_the_script_that_is_kept_if_the_nodes_will_find_their_files(
+    launch: Launch, cloud: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No GPU is here to compile for.
+    asked = answer(monkeypatch, FOUND)
+    here = SLURM | {"data": "set", "venv": "env"}
+    code, _, err = launch(**here)
+    assert code == 2
+    assert f"data='{Path.cwd()}/set' is not a prepared data set on this machine" in err
+    Path("set").mkdir()
+    Path("set/tokenrec.json").touch()
+    code, _, err = launch(**here)
+    assert code == 2
+    assert "venv='env' has no bin/tokenrec" in err
+    assert not cloud.exists()
+    Path("env/bin").mkdir(parents=True)
+    Path("env/bin/tokenrec").touch()
+    _, rendered, _ = launch("--dry-run", **here)
+    assert launch(**here)[0] == 0
+    assert cloud.read_text() == "sbatch synthetic.sbatch\n"
+    assert Path("synthetic.sbatch").read_text() == rendered
+    assert f"--data={Path.cwd()}/set" in rendered
+    assert f"VENV={Path.cwd()}/env\n" in rendered
+    assert asked == []
 
 
 def test_the_cloud_s_refusal_is_the_verb_s(

@@ -88,6 +88,47 @@ def test_a_program_costs_what_it_touches_and_a_loop_as_often_as_it_runs():
     assert read_program(HLO, 1).memory_bytes == expected
 
 
+# A gather that libtpu moves to the sparse cores: a call without operands, which an update
+# brings, around a call that has them.
+SPARSE_CORES = """HloModule m
+
+%rows.1 (r0: f32[100,128], r1: s32[3]) -> f32[3,128] {
+  %r0 = f32[100,128] parameter(0)
+  %r1 = s32[3] parameter(1)
+  ROOT %gather.1 = f32[3,128] gather(%r0, %r1), offset_dims={1}, slice_sizes={1,128}
+}
+
+%called.1 (p0: f32[100,128], p1: s32[3]) -> f32[3,128] {
+  %p0 = f32[100,128] parameter(0)
+  %p1 = s32[3] parameter(1)
+  ROOT %f.1 = f32[3,128] fusion(%p0, %p1), kind=kCustom, calls=%rows.1
+}, execution_thread="sparsecore"
+
+%called (q0: f32[100,128], q1: s32[3]) -> f32[3,128] {
+  %q0 = f32[100,128] parameter(0)
+  %q1 = s32[3] parameter(1)
+  %in.call-start = ((f32[100,128], s32[3]), f32[3,128], u32[]) call-start(%q0, %q1), THREAD, to_apply=%called.1
+  ROOT %in.call-done = f32[3,128] call-done(%in.call-start)
+}, execution_thread="sparsecore"
+
+ENTRY %main (t: f32[100,128], ids: s32[3]) -> f32[3,128] {
+  %t = f32[100,128] parameter(0)
+  %ids = s32[3] parameter(1)
+  %start = ((), (), (s32[1])) call-start(), THREAD, to_apply=%called, backend_config={"offload":"OFFLOAD_GATHER"}
+  %start.update = ((f32[100,128], s32[3]), f32[3,128]) call-update(%start, %t, %ids)
+  ROOT %done = f32[3,128] call-done(%start.update)
+}
+""".replace("THREAD", 'async_execution_thread="sparsecore"')
+
+
+def test_work_on_the_sparse_cores_counts_once_and_by_its_name():
+    program = read_program(SPARSE_CORES, 1)
+    line, ids = 128 * 4, 12
+    # Three lines are read and written, and the ids read: never the table.
+    assert program.memory_bytes == 2 * 3 * line + ids
+    assert program.sparse_core_calls == {"gather": 1}
+
+
 @pytest.mark.parametrize(
     ("shape", "whole", "in_memory"),
     [

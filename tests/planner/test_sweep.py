@@ -69,6 +69,42 @@ def test_meshes_split_batches_heads_and_width():
     } == {4}
 
 
+def test_context_splits_streams_that_leave_a_device_many_tokens():
+    config = tiny(batch_size=2)
+    data = dataclasses.replace(config.data, eval_batch_size=2)
+    config = dataclasses.replace(config, data=data)
+    assert not list(mesh_shapes(config, 8, length=4095))
+    shapes = {dataclasses.astuple(m) for m in mesh_shapes(config, 8, length=8192)}
+    # Data, fsdp, tensor, context; two heads and two streams.
+    assert shapes == {
+        (2, 1, 2, 2),
+        (1, 2, 2, 2),
+        (2, 1, 1, 4),
+        (1, 2, 1, 4),
+        (1, 1, 2, 4),
+    }
+    model = dataclasses.replace(config.model, kind="hstu")
+    hstu = dataclasses.replace(config, model=model)
+    assert not list(mesh_shapes(hstu, 8, length=8192))
+
+
+def test_traffic_of_context_by_hand():
+    """A full layer gathers keys and values; one of a short window has a halo."""
+    config, mesh = tiny(model={"layers": 2, "windows": (3,)}), mesh_of(1, 1, 1, 8)
+    found = [
+        (one.kind, one.size, one.trips)
+        for one in expected_collectives(config, state_of(mesh), 8 * 64, mesh)
+    ]
+    gradients = (16 * 16 + 6 * 16 + 10) * 4
+    full, halo = 8 * 64 * 2 * 16 * 4, 8 * 3 * 2 * 16 * 4
+    assert found == [
+        ("all-reduce", gradients, 1),
+        ("all-gather", full, 2),
+        ("reduce-scatter", full, 1),
+        ("collective-permute", halo, 3),
+    ]
+
+
 def optim(accumulate):
     return dataclasses.replace(tiny().optim, accumulate=accumulate)
 

@@ -31,7 +31,7 @@ from tokenrec.models.stream_layout import batch_layout, candidate_mask
 from tokenrec.ops.attention.dense import MASKED
 from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import rms_normalize
-from tokenrec.sharding import RULES, make_mesh, to_devices
+from tokenrec.sharding import RULES, make_run_mesh, to_devices
 from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.tokens.layout import Layout
 
@@ -171,7 +171,7 @@ def run_maps(
             f"workdir '{workdir}' holds a run with data.objective="
             f"'{config.data.objective}'; give one with data.objective='ranking'"
         )
-    mesh = make_mesh(config.mesh)
+    mesh = make_run_mesh(config)
     with jax.set_mesh(mesh):
         run = open_run(workdir, "latest", data)
         # Without buckets all streams have one length, so that the maps can be joined.

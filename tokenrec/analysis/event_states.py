@@ -29,7 +29,7 @@ from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
 from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.models.stream_layout import batch_layout, candidate_mask
-from tokenrec.sharding import make_mesh, to_devices
+from tokenrec.sharding import make_run_mesh, to_devices
 from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.tokens.layout import Layout
 
@@ -176,7 +176,7 @@ def read_event_states(
       InputError: there is no such run or split, or the streams have fewer events.
     """
     config = load_run_config(workdir, data)
-    mesh = make_mesh(config.mesh)
+    mesh = make_run_mesh(config)
     with jax.set_mesh(mesh):
         run = open_run(workdir, checkpoint, data)
         model = with_all_positions(run.model)

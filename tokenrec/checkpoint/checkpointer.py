@@ -1,8 +1,8 @@
 """Save and restore the checkpoints of a training run.
 
 A checkpoint is `(step, state, progress)`. The step is also the position in the training
-data, so a run can resume with another number of processes. The config and the package
-versions are stored with each checkpoint. All processes of a run save together.
+data, so a run can resume with another number of processes. The config, the package
+versions and the devices are stored with each checkpoint. All processes of a run save together.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class Checkpointer(CheckpointReader):
       keep: number of latest checkpoints that stay.
       keep_every: checkpoints at multiples of this step stay; 0 for none.
       config: the run's config as a JSON value, stored with each checkpoint.
+      devices: the devices of this start, likewise.
 
     Raises:
       InputError: there are checkpoints, and all of them are damaged.
@@ -86,12 +87,18 @@ class Checkpointer(CheckpointReader):
     """
 
     def __init__(
-        self, workdir: Path, *, keep: int, keep_every: int = 0, config: Any = None
+        self,
+        workdir: Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        config: Any = None,
+        devices: Any = None,
     ) -> None:
         self._keep = keep
         self._keep_every = keep_every
         # Stored with each checkpoint, for use without the run's folder.
-        self._origin = {"config": config, "versions": versions()}
+        self._origin = {"config": config, "versions": versions(), "devices": devices}
         self._pending_save: PendingSave | None = None
         self._failed_saves = 0
         folder = absolute(workdir) / CHECKPOINTS_FOLDER

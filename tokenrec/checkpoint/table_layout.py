@@ -34,9 +34,9 @@ def with_saved_layout(abstract: TrainState, saved: Any) -> TrainState:
     Returns:
       `abstract`, with the shapes of the checkpoint for tables in another layout.
     """
-    tables = dict(abstract.tables)
+    tables: dict[str, Any] = dict(abstract.tables)
     saved_tables = (saved or {}).get("tables", {})
-    for name, leaf in abstract.tables.items():
+    for name, leaf in tables.items():
         shape = tuple(saved_tables[name].shape) if name in saved_tables else ()
         if leaf is not ... and _is_other_layout(shape, leaf.shape):
             sharding = _loading_sharding(leaf.sharding, shape[0])
@@ -51,7 +51,7 @@ def to_model_layout(loaded: TrainState, abstract: TrainState) -> TrainState:
       loaded: a state, loaded as `with_saved_layout` describes it.
       abstract: abstract arrays of the model.
     """
-    tables = dict(loaded.tables)
+    tables: dict[str, Any] = dict(loaded.tables)
     for name, leaf in abstract.tables.items():
         if leaf is not ... and tables[name].shape != leaf.shape:
             with jax.set_mesh(tables[name].sharding.mesh):

@@ -81,8 +81,8 @@ def _add_describe(verbs: VerbParsers) -> Parser:
         "describe",
         _describe,
         "print the size, token layout, attention and FLOPs of a config",
-        "It reads the schema of the data set, or the planned schema of data.schema, "
-        "and runs no model.",
+        "It reads the schema of the data set, or a planned schema (data.schema) if there "
+        "is none, and runs no model.",
     )
     add_config_flags(parser)
     parser.add_argument(

@@ -25,9 +25,10 @@ class DataConfig:
     """Folder of the prepared data set. The flag `--data` sets it."""
 
     schema: str = ""
-    """Planned schema, a JSON file or the name of one in `configs/schemas/`. `tokenrec
-    compile` and `tokenrec describe` read table sizes from it as long as there is no
-    prepared data set; training does not use it."""
+    """Planned schema, a JSON file (such as the `tokenrec.json` of a data set) or the name
+    of one in `configs/schemas/`. `tokenrec compile` and `tokenrec describe` read table
+    sizes from it as long as there is no prepared data set; training does not use it.
+    Empty: the shipped one that is named like the data set, if there is one."""
 
     exclude: tuple[str, ...] = ()
     """Features that the model does not read."""

@@ -164,6 +164,22 @@ class TrainConfig:
     patience: int = field(0, at_least=1, special={0: "no early stopping"})
     """Evaluations without a better value after which training ends."""
 
+    elastic: Literal["off", "accumulate", "scale"] = "off"
+    """What a run does that comes back with other devices than `elastic_devices`. The
+    samples of each step stay the same. `off`: nothing, so that with half of the devices
+    each computes twice as many samples at a time. `accumulate`: it adds up more
+    micro-batches, so that a device computes as many at a time as before; the results
+    are those of before but for rounding. `scale`: it makes several updates in a step,
+    each on a share of the batch, with rates scaled to it. The last two also fit the
+    mesh: `mesh.fsdp` falls to its largest divisor that fits, `mesh.data` takes the
+    rest."""
+
+    elastic_devices: int = field(
+        0, at_least=1, special={0: "those of the run's first start"}
+    )
+    """Devices that `data.batch_size` and `optim.accumulate` are meant for. Set it where
+    the first start may already find fewer."""
+
     hang_seconds: float = field(1800.0, above=0, special={0: "never"})
     """Seconds without progress after which the watchdog ends the process with exit code
     5 and the stacks of all threads, for a scheduler to restart. A step, a batch of an

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from tokenrec.checkpoint.device_history import read_history
 from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.checkpoint.run_folder import open_model
 from tokenrec.checkpoint.warm_start import warm_start_state
@@ -35,9 +37,17 @@ from tokenrec.debug.report import (
     worst_samples,
 )
 from tokenrec.debug.step_inspection import inspect_step
+from tokenrec.elastic import with_split
 from tokenrec.errors import InputError
 from tokenrec.run_setup import count_epoch_steps
-from tokenrec.sharding import check_batch_sizes, make_mesh, to_devices
+from tokenrec.runtime.paths import as_path
+from tokenrec.sharding import (
+    check_batch_sizes,
+    make_mesh,
+    make_run_mesh,
+    split_batch,
+    to_devices,
+)
 from tokenrec.state import ModelSpec, TrainState, abstract_state, init_state
 from tokenrec.step import Metrics, train_step
 
@@ -80,8 +90,9 @@ def replay_run(
             f"--step={step}: the steps of this run are 0 to {config.optim.steps - 1}, "
             "by optim.steps"
         )
-    device_mesh = make_mesh(mesh or config.mesh)
-    check_batch_sizes(config, device_mesh)
+    device_mesh = make_mesh(mesh) if mesh else make_run_mesh(config)
+    models = _models_by_step(model, workdir, device_mesh)
+    check_batch_sizes(models(step).config, device_mesh)
     with jax.set_mesh(device_mesh):
         # 2. Restore, and make the steps before the one in question.
         # `first` is None if no checkpoint is used; the steps then start at 0.
@@ -98,8 +109,9 @@ def replay_run(
             ),
         )
         state, host, applied = _advance(
-            step_fn, model, dataset, state, device_mesh, start, step
+            step_fn, models, dataset, state, device_mesh, start, step
         )
+        model = models(step)
         # 3. Inspect the step, then make it.
         batch = to_devices(host.batch, device_mesh)
         inspected = jax.jit(inspect_step, static_argnums=0)(model, state, batch)
@@ -148,9 +160,36 @@ def _state_before(
     return None, init_state(model, model.config.seed)
 
 
+def _models_by_step(
+    model: ModelSpec, workdir: Path, mesh: Mesh
+) -> Callable[[int], ModelSpec]:
+    """Give the model the updates of each step, which followed the devices of the run.
+
+    Micro-batches follow the devices of now: they change nothing but rounding.
+
+    Returns:
+      A function of the step.
+    """
+    history = read_history(as_path(workdir))
+    first = history.first_devices if history else None
+
+    @functools.cache
+    def with_updates(updates: int) -> ModelSpec:
+        split = split_batch(model.config, mesh, first, updates)
+        return dataclasses.replace(
+            model, config=with_split(model.config, split), updates=split.updates
+        )
+
+    def at(step: int) -> ModelSpec:
+        use = history.at(step) if history else None
+        return with_updates(use.updates if use else 1)
+
+    return at
+
+
 def _advance(
     step_fn: Callable[[ModelSpec, TrainState, Batch], tuple[TrainState, Metrics]],
-    model: ModelSpec,
+    models: Callable[[int], ModelSpec],
     dataset: Dataset,
     state: TrainState,
     mesh: Mesh,
@@ -161,7 +200,7 @@ def _advance(
 
     Args:
       step_fn: the compiled training step; it donates the state.
-      model: the model.
+      models: the model as it computes a step.
       dataset: the data set of the run.
       state: the state at `start`.
       mesh: the mesh in use.
@@ -172,7 +211,7 @@ def _advance(
       The state before `step`, its batch on the host, and for each step made whether its
       update was applied.
     """
-    config = model.config
+    config = models(step).config
     batches = train_batches(
         dataset,
         config.data,
@@ -184,9 +223,9 @@ def _advance(
     )
     applied = []
     with contextlib.closing(batches):
-        for _ in range(start, step):
+        for number in range(start, step):
             batch = to_devices(next(batches).batch, mesh)
-            state, metrics = step_fn(model, state, batch)
+            state, metrics = step_fn(models(number), state, batch)
             applied.append(metrics.applied)
         host = next(batches)
     return state, host, jax.device_get(applied)

@@ -48,7 +48,7 @@ from tokenrec.evaluation.retrieval_result import RetrievalResult
 from tokenrec.evaluation.task_store import TaskStore
 from tokenrec.metrics.groups import group_codes
 from tokenrec.runtime import distributed
-from tokenrec.sharding import local_batch_indices, make_mesh, to_devices, to_host
+from tokenrec.sharding import local_batch_indices, make_run_mesh, to_devices, to_host
 from tokenrec.state import ModelSpec, TrainState
 from tokenrec.step import eval_step
 from tokenrec.task_plan import evaluated_tasks, plan_tasks
@@ -302,7 +302,7 @@ def evaluate_run(
     # others.
     with distributed.raise_on_all_processes():
         config = load_run_config(workdir, data)
-        mesh = make_mesh(config.mesh)
+        mesh = make_run_mesh(config)
     distributed.assert_same_on_all_processes(
         {
             "--split": split,

@@ -23,7 +23,7 @@ from tokenrec.evaluation.evaluate import (
 from tokenrec.evaluation.freeze import check_freeze, freeze_time
 from tokenrec.runtime import distributed
 from tokenrec.runtime.table_file import write_tables
-from tokenrec.sharding import make_mesh
+from tokenrec.sharding import make_run_mesh
 from tokenrec.task_plan import TaskPlan
 
 
@@ -65,7 +65,7 @@ def predict_run(
     """
     with distributed.raise_on_all_processes():
         config = load_run_config(workdir, data)
-        mesh = make_mesh(config.mesh)
+        mesh = make_run_mesh(config)
     distributed.assert_same_on_all_processes(
         {"--split": split, "--freeze-at": freeze_at}
     )

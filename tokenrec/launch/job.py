@@ -1,7 +1,8 @@
-"""Plan a training job on TPU slices, and check it before anything is compiled.
+"""Plan a training job, and check it before anything is compiled.
 
-A `LaunchJob` holds what all targets share: the command that every host runs, the
-folders of the bucket, and the restart policy. gke.py and tpu_vm.py render it.
+A `LaunchJob` holds what all targets share: the machines, the command that every host
+runs, the folders of data and runs, and the restart policy. gke.py, tpu_vm.py and
+slurm.py render it.
 
 | exit code of `tokenrec train` | meaning | restart |
 |---|---|---|
@@ -18,13 +19,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import signal
 from pathlib import Path, PurePosixPath
 
 from tokenrec.config import Config, data_location
 from tokenrec.config.load import shipped_configs
 from tokenrec.config.train_config import mesh_fields
+from tokenrec.elastic import fit_axes, full_devices, split_step
 from tokenrec.errors import (
     EXIT_BAD_STEPS,
     EXIT_INPUT,
@@ -32,12 +33,25 @@ from tokenrec.errors import (
     EXIT_PREEMPTED,
     InputError,
 )
-from tokenrec.launch.slices import Slice, parse_slice
-from tokenrec.runtime.paths import is_remote
+from tokenrec.launch.checks import (
+    LABEL_LENGTH,
+    check_bucket,
+    check_file_name,
+    check_image,
+    check_label,
+)
+from tokenrec.launch.machines import (
+    Machines,
+    TrainingTarget,
+    check_slices,
+    parse_machines,
+)
+from tokenrec.runtime.paths import absolute, as_path, is_remote
 
-# Hosts mount the data sets of the bucket here with Cloud Storage FUSE, because ArrayRecord
-# takes plain paths, and a host may lack the disk for a copy. Data do not change, so what
-# is known of them may be cached. Runs need no mount: tokenrec writes them to `gs://`.
+# Hosts of a cloud mount the data sets of the bucket here with Cloud Storage FUSE, because
+# ArrayRecord takes plain paths, and a host may lack the disk for a copy. Data do not
+# change, so what is known of them may be cached. Runs need no mount: tokenrec writes them
+# to `gs://`.
 MOUNT = PurePosixPath("/gcs")
 DATA = "data"
 RUNS = "runs"
@@ -53,30 +67,24 @@ GRACE_SECONDS = 300
 FINAL_EXITS = (EXIT_INPUT, EXIT_MEMORY, EXIT_BAD_STEPS)
 STOPPED_EXITS = (EXIT_PREEMPTED, 128 + signal.SIGTERM)
 
-_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-_LABEL_LENGTH = 63
-_BUCKET = re.compile(r"[a-z0-9][-_.a-z0-9]{1,61}[a-z0-9]")
-_IMAGE = re.compile(
-    r"(?P<host>[a-z0-9.-]+(:\d+)?)(/[a-z0-9._-]+)+"
-    r"(:(?P<tag>\w[\w.-]*)|@sha256:[0-9a-f]{64})"
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class LaunchJob:
-    """A run of `tokenrec train` on equal slices.
+    """A run of `tokenrec train` on equal machines.
 
     Attributes:
-      name: name of the job in the cloud, and of the run's folder in the bucket.
-      image: container image, with a tag or a digest.
-      bucket: Cloud Storage bucket, without `gs://`.
-      slice: one of the slices.
-      slices: number of slices.
+      name: name of the job at its service, and of the run's folder.
+      image: container image, with a tag or a digest; None: a Python environment that
+        the hosts have.
+      bucket: Cloud Storage bucket, without `gs://`; empty for Slurm.
+      machines: one of the TPU slices, or all GPU nodes.
+      slices: number of TPU slices; 1 for GPUs.
       config: name of the config.
       config_text: text of the config file; None for one that is installed with
         tokenrec.
       overrides: such as "model.width=128", as on the command line.
-      data: folder of the prepared data set under `data/` in the bucket.
+      data: prepared data set, as the hosts see it.
+      runs: folder of the runs, as the hosts see it.
       max_restarts: restarts after failures that do not tell their cause; a saved
         preemption does not count.
       grace_seconds: time from the signal to stop until the process is killed.
@@ -84,22 +92,23 @@ class LaunchJob:
     """
 
     name: str
-    image: str
+    image: str | None
     bucket: str
-    slice: Slice
+    machines: Machines
     slices: int
     config: str
     config_text: str | None
     overrides: tuple[str, ...]
     data: str
+    runs: str
     max_restarts: int
     grace_seconds: int
     spot: bool
 
     @property
     def workdir(self) -> str:
-        """Folder of the run, in the bucket."""
-        return f"gs://{self.bucket}/{RUNS}/{self.name}"
+        """Folder of the run."""
+        return f"{self.runs}/{self.name}"
 
     def command(self, config_file: str) -> list[str]:
         """Build the command that every host runs.
@@ -111,29 +120,26 @@ class LaunchJob:
         return [
             *("tokenrec", "train", "--distributed", f"--config={config}"),
             *(f"--config.{override}" for override in self.overrides),
-            *(
-                f"--data={MOUNT / DATA / self.data}",
-                f"--workdir={self.workdir}",
-                "--quiet",
-            ),
+            *(f"--data={self.data}", f"--workdir={self.workdir}", "--quiet"),
         ]
 
     @property
     def environment(self) -> dict[str, str]:
         """Environment variables of the hosts.
 
-        GKE and the TPU VM service set those that tell a process its host and slice.
+        GKE and the TPU VM service set those that tell a process its TPU host and slice.
         """
         return {
-            # A process that does not find its TPU must fail, not train on its CPU.
-            "JAX_PLATFORMS": "tpu",
-            "JAX_COMPILATION_CACHE_DIR": f"gs://{self.bucket}/{RUNS}/jax_cache",
-            "TOKENREC_DATA": str(MOUNT / DATA),
+            # A process that does not find its chips must fail, not train on its CPU.
+            "JAX_PLATFORMS": self.machines.platform,
+            "JAX_COMPILATION_CACHE_DIR": f"{self.runs}/jax_cache",
+            "TOKENREC_DATA": self.data.rpartition("/")[0],
         }
 
 
 def plan_job(
     config: Config,
+    target: TrainingTarget,
     *,
     source: str,
     overrides: tuple[str, ...],
@@ -142,6 +148,7 @@ def plan_job(
     name: str | None,
     image: str | None,
     bucket: str | None,
+    runs: str | None,
     max_restarts: int,
     grace_seconds: int,
     spot: bool,
@@ -150,71 +157,74 @@ def plan_job(
 
     Args:
       config: the config of `source`, with `overrides` applied.
+      target: service that runs the job.
       source: value of --config.
       overrides: such as "model.width=128".
-      topology: of each slice, such as "v5p:8x8x8".
+      topology: of each TPU slice, such as "v5p:8x8x8", or of all GPU nodes, such as
+        "h100:2x8".
       slices: number of slices.
       name: name of the job; None: that of the config.
-      image: container image, HOST/PATH/NAME:TAG.
-      bucket: Cloud Storage bucket.
+      image: container image, HOST/PATH/NAME:TAG; under Slurm it may be left out.
+      bucket: Cloud Storage bucket; not under Slurm.
+      runs: folder of the runs, which all hosts see; only under Slurm.
       max_restarts: see `LaunchJob`.
       grace_seconds: see `LaunchJob`.
       spot: use Spot capacity.
 
     Raises:
-      InputError: the job cannot run, or a cloud would refuse it.
+      InputError: the job cannot run, or its service would refuse it.
     """
-    one_slice = parse_slice(topology)
-    _check_slices(one_slice, slices)
-    check_mesh(config, one_slice.devices * slices, slices)
-    if Path(config.data.semantic_ids).is_absolute():
-        raise InputError(
-            f"data.semantic_ids='{config.data.semantic_ids}' is a path of this "
-            f"machine; name it relative to TOKENREC_DATA, which is gs://BUCKET/{DATA} "
-            "on the slices"
-        )
+    machines = parse_machines(topology, target)
+    check_slices(machines, slices)
+    check_mesh(config, machines, slices)
+    if target == "slurm":
+        data, runs = os.fspath(absolute(data_location(config))), _check_runs(runs)
+        bucket = ""
+    else:
+        _check_semantic_ids(config)
+        data, bucket = f"{MOUNT / DATA}/{_data_name(config)}", check_bucket(bucket)
+        runs = f"gs://{bucket}/{RUNS}"
     config_name, config_text = _config_file(source)
-    # The longest name that is derived from it is that of a pod: JobSet, replicated job,
-    # slice, host, and five characters that Kubernetes adds.
-    suffix = f"-slice-{slices - 1}-{one_slice.hosts - 1}-xxxxx"
-    longest = _LABEL_LENGTH - len(suffix)
     label = name or config_name.replace("_", "-").lower()
     return LaunchJob(
-        name=check_label("name", label, longest),
-        image=check_image(image),
-        bucket=_check_bucket(bucket),
-        slice=one_slice,
+        name=_check_name(label, target, machines, slices),
+        image=check_image(image) if target != "slurm" else image,
+        bucket=bucket,
+        machines=machines,
         slices=slices,
         config=config_name,
         config_text=config_text,
         overrides=overrides,
-        data=_data_name(config),
+        data=data,
+        runs=runs,
         max_restarts=max_restarts,
         grace_seconds=grace_seconds,
         spot=spot,
     )
 
 
-def check_mesh(config: Config, devices: int, slices: int) -> None:
-    """Check that the mesh fits the slices, and that batches split over it.
+def check_mesh(config: Config, machines: Machines, slices: int) -> None:
+    """Check that the mesh fits the machines, and that batches split over it.
 
     Args:
-      config: its mesh and batch sizes are read.
-      devices: JAX devices of all slices.
+      config: its mesh and batch sizes are read; an elastic mesh is fitted first.
+      machines: one of the TPU slices, or all GPU nodes.
       slices: number of slices.
 
     Raises:
       InputError: the mesh does not cover the devices, a slice has not the same share of
         `mesh.data`, or a batch does not split evenly.
     """
-    mesh = config.mesh
-    per_slice = devices // slices
+    per_slice = machines.devices
+    devices = per_slice * slices
+    mesh = fit_axes(config, devices)
     inside = mesh.fsdp * mesh.context * mesh.tensor
     sizes = mesh_fields(mesh)
     data = devices // inside if mesh.data == -1 else mesh.data
+    where = f"{slices} slices" if machines.platform == "tpu" else machines.topology
     if data * inside != devices:
         raise InputError(
-            f"{sizes} do not multiply to the {devices} devices of {slices} slices; use "
+            f"{sizes} do not multiply to the {devices} devices of {where}; use "
             "mesh.data=-1, and sizes of fsdp, context and tensor whose product divides "
             f"{per_slice}"
         )
@@ -223,11 +233,13 @@ def check_mesh(config: Config, devices: int, slices: int) -> None:
     if data % slices:
         raise InputError(
             f"{sizes}: data={data} is not a multiple of slices={slices}, and only data "
-            "may reach across slices; lower fsdp x tensor to a divisor of "
+            "may reach across slices; lower fsdp x context x tensor to a divisor of "
             f"{per_slice}"
         )
     shards = data * mesh.fsdp
-    step_batch = config.data.batch_size // config.optim.accumulate
+    full = full_devices(config, devices, None)
+    split = split_step(config, devices=devices, shards=shards, full=full)
+    step_batch = config.data.batch_size // (split.accumulate * split.updates)
     for field, size in (
         ("data.batch_size / optim.accumulate", step_batch),
         ("data.eval_batch_size", config.data.eval_batch_size),
@@ -240,15 +252,33 @@ def check_mesh(config: Config, devices: int, slices: int) -> None:
             )
 
 
-def _check_slices(one_slice: Slice, slices: int) -> None:
-    if slices < 1:
-        raise InputError(f"slices={slices} must be at least 1")
-    if slices > 1 and one_slice.hosts == 1:
+def _check_name(
+    name: str, target: TrainingTarget, machines: Machines, slices: int
+) -> str:
+    if target == "slurm":
+        return check_file_name("name", name)
+    # The longest name that is derived from it is that of a pod: JobSet, replicated job,
+    # slice, host, and five characters that Kubernetes adds.
+    suffix = f"-{machines.role}-{slices - 1}-{machines.hosts - 1}-xxxxx"
+    return check_label("name", name, LABEL_LENGTH - len(suffix))
+
+
+def _check_semantic_ids(config: Config) -> None:
+    if Path(config.data.semantic_ids).is_absolute():
         raise InputError(
-            f"slices={slices} of {one_slice.kind}:{one_slice.shape}, which is one "
-            "host: several slices are joined only if each has several hosts; use one "
-            "larger slice"
+            f"data.semantic_ids='{config.data.semantic_ids}' is a path of this "
+            f"machine; name it relative to TOKENREC_DATA, which is gs://BUCKET/{DATA} "
+            "on the hosts"
         )
+
+
+def _check_runs(runs: str | None) -> str:
+    if not runs:
+        raise InputError(
+            "runs is not given; target='slurm' needs --runs, a folder that all nodes "
+            "see, or gs://BUCKET/FOLDER"
+        )
+    return os.fspath(absolute(as_path(runs)))
 
 
 def _data_name(config: Config) -> str:
@@ -267,64 +297,3 @@ def _config_file(source: str) -> tuple[str, str | None]:
     shipped = {file.resolve() for file in shipped_configs().values()}
     is_shipped = not path.is_file() or path.resolve() in shipped
     return path.stem, None if is_shipped else path.read_text()
-
-
-def check_label(field: str, value: str, longest: int = _LABEL_LENGTH) -> str:
-    """Check a name for Kubernetes and the TPU VM service, and return it.
-
-    Args:
-      field: flag of the value, for the message.
-      value: the name.
-      longest: the most characters.
-
-    Raises:
-      InputError: they would refuse it.
-    """
-    if not _LABEL.fullmatch(value) or len(value) > longest:
-        raise InputError(
-            f"{field}='{value}' is refused by Kubernetes (RFC 1123): use small "
-            "letters, digits and '-', begin with a letter, end with a letter or digit, "
-            f"and use {longest} characters at most"
-        )
-    return value
-
-
-def check_image(
-    image: str | None, dockerfile: str = "launch/Dockerfile", field: str = "image"
-) -> str:
-    """Check the name of a container image, and return it.
-
-    Args:
-      image: its name; None if it was not given.
-      dockerfile: file that builds it, for the message.
-      field: flag of the value, for the message.
-
-    Raises:
-      InputError: it is missing, or does not name one image for good.
-    """
-    if not image:
-        raise InputError(
-            f"{field} is not given; build {dockerfile}, push it, and give --{field} "
-            "HOST/PATH/NAME:TAG"
-        )
-    match = _IMAGE.fullmatch(image)
-    if not match or match["tag"] == "latest":
-        raise InputError(
-            f"{field}='{image}' is not HOST/PATH/NAME:TAG or @sha256:DIGEST with a tag "
-            "other than latest: a restart must get the program that the run began with"
-        )
-    return image
-
-
-def _check_bucket(bucket: str | None) -> str:
-    if not bucket:
-        raise InputError(
-            "bucket is not given; make one for data and runs, and give --bucket NAME "
-            "(launch/README.md)"
-        )
-    if not _BUCKET.fullmatch(bucket):
-        raise InputError(
-            f"bucket='{bucket}' is not the name of a bucket; give the name alone, "
-            "without gs:// or folder"
-        )
-    return bucket

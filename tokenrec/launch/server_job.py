@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from tokenrec.errors import InputError
-from tokenrec.launch.job import check_image, check_label
+from tokenrec.launch.checks import check_image, check_label
 from tokenrec.launch.slices import Slice, parse_slice
 
 DOCKERFILE = "launch/serving/Dockerfile"

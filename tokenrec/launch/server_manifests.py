@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenrec.launch.job import check_label
+from tokenrec.launch.checks import check_label
 from tokenrec.launch.kubernetes_yaml import to_yaml
 from tokenrec.launch.server_job import PORT, ServerJob
 from tokenrec.launch.server_pod import pod_labels, pod_template

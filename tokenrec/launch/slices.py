@@ -113,6 +113,15 @@ class Slice:
     kind: str
     shape: str
 
+    # Platform of JAX, and the name of the JobSet's jobs.
+    platform = "tpu"
+    role = "slice"
+
+    @property
+    def topology(self) -> str:
+        """Its name, such as "v5p:8x8x8"."""
+        return f"{self.kind}:{self.shape}"
+
     @property
     def generation(self) -> Generation:
         """The generation of its chips."""
@@ -146,7 +155,7 @@ class Slice:
           InputError: that service has no such slice.
         """
         generation = self.generation
-        where = f"topology='{self.kind}:{self.shape}' with target='tpu-vm'"
+        where = f"topology='{self.topology}' with target='tpu-vm'"
         if not generation.vm_type:
             raise InputError(
                 f"{where}: the TPU VM service does not serve {self.kind}; use --target "

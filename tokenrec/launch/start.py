@@ -10,70 +10,47 @@ from typing import Literal
 
 from tokenrec.config import Config
 from tokenrec.errors import InputError
-from tokenrec.launch import gke, tpu_vm
+from tokenrec.launch import gke, slurm, tpu_vm
+from tokenrec.launch.gke_pod import GkeOptions
 from tokenrec.launch.job import LaunchJob
+from tokenrec.launch.machines import TrainingTarget
+from tokenrec.launch.slurm import SlurmOptions
+from tokenrec.launch.tpu_vm import TpuVmOptions
 from tokenrec.runtime.files import write_text_atomically
 
-# Services that run a training job; servers run on Kubernetes ("serving").
-TrainingTarget = Literal["gke", "tpu-vm"]
-Target = Literal["gke", "tpu-vm", "serving"]
+Target = TrainingTarget | Literal["serving"]
+# What only one of the services asks for.
+Options = GkeOptions | TpuVmOptions | SlurmOptions
 
-# Command of the cloud -> page that says how to install it.
-_INSTALL = {
-    "kubectl": "https://kubernetes.io/docs/tasks/tools",
-    "gcloud": "https://cloud.google.com/sdk/docs/install",
+_KUBECTL = "install it (https://kubernetes.io/docs/tasks/tools)"
+# Target -> command that starts a job, the remedy if it is missing, and the suffix of its file.
+_TOOLS = {
+    "gke": ("kubectl", _KUBECTL, ".yaml"),
+    "serving": ("kubectl", _KUBECTL, ".yaml"),
+    "tpu-vm": (
+        "gcloud",
+        "install it (https://cloud.google.com/sdk/docs/install)",
+        ".sh",
+    ),
+    "slurm": ("sbatch", "run this on a login node of the cluster", ".sbatch"),
 }
 
 
-def render(
-    job: LaunchJob,
-    target: TrainingTarget,
-    *,
-    service_account: str | None,
-    namespace: str | None,
-    project: str | None,
-    zone: str | None,
-    gcsfuse_sha256: str | None,
-) -> str:
-    """Render a training job: YAML for "gke", a shell script for "tpu-vm".
+def render(job: LaunchJob, options: Options) -> str:
+    """Render a training job: YAML for GKE, a script for TPU VMs and for Slurm.
 
     Args:
       job: the job.
-      target: service that runs the job.
-      service_account: account that may use the bucket: a name for "gke", an e-mail for
-        "tpu-vm"; None: the default one.
-      namespace: namespace of Kubernetes; only for "gke"; None: "default".
-      project: project of Google Cloud; only for "tpu-vm".
-      zone: zone of the TPU VMs; only for "tpu-vm".
-      gcsfuse_sha256: see `tpu_vm.script`; only for "tpu-vm".
+      options: what only its service asks for.
 
     Raises:
-      InputError: an argument is missing, malformed, or belongs to the other target.
+      InputError: an argument is missing or malformed.
     """
-    if target == "gke":
-        _refuse(target, project=project, zone=zone, gcsfuse_sha256=gcsfuse_sha256)
-        return gke.manifests(
-            job,
-            namespace=namespace or "default",
-            service_account=service_account or "default",
-        )
-    _refuse(target, namespace=namespace)
-    return tpu_vm.script(
-        job,
-        project=project,
-        zone=zone,
-        service_account=service_account,
-        gcsfuse_sha256=gcsfuse_sha256,
-    )
-
-
-def _refuse(target: TrainingTarget, **given: str | None) -> None:
-    for field, value in given.items():
-        if value is not None:
-            raise InputError(
-                f"{field}='{value}' does not apply to target='{target}'; leave "
-                f"--{field.replace('_', '-')} out"
-            )
+    if isinstance(options, GkeOptions):
+        return gke.manifests(job, options)
+    if isinstance(options, TpuVmOptions):
+        return tpu_vm.script(job, options)
+    return slurm.script(job, options)
 
 
 def check_fits(config: Config, topology: str, slices: int) -> str:
@@ -105,13 +82,12 @@ def find_tool(target: Target) -> str:
     Raises:
       InputError: it is not installed.
     """
-    name = "gcloud" if target == "tpu-vm" else "kubectl"
+    name, remedy, _ = _TOOLS[target]
     path = shutil.which(name)
     if path is None:
         raise InputError(
-            f"target='{target}' needs '{name}', which is not installed here; install "
-            f"it ({_INSTALL[name]}), or add --dry-run and start the job where it is "
-            "installed"
+            f"target='{target}' needs '{name}', which is not installed here; {remedy}, "
+            "or add --dry-run and start the job where it is installed"
         )
     return path
 
@@ -123,7 +99,7 @@ def start(text: str, path: Path, target: Target, tool: str) -> None:
 
     Args:
       text: the rendered job.
-      path: file to write, without its suffix, which is `.yaml` or `.sh`.
+      path: file to write, without its suffix, which is `.yaml`, `.sh` or `.sbatch`.
       target: service that runs the job.
       tool: path of the command that starts it.
 
@@ -132,8 +108,7 @@ def start(text: str, path: Path, target: Target, tool: str) -> None:
     """
     # The file stays: it is what stops or deletes the job later, and it shows what runs.
     # Writing the same job again does no harm.
-    suffix = ".sh" if target == "tpu-vm" else ".yaml"
-    path = path.with_name(path.name + suffix)
+    path = path.with_name(path.name + _TOOLS[target][2])
     if path.exists() and not _may_replace(path.read_text(), text, target):
         raise InputError(
             f"'{path}' holds another job; remove it if that one has ended, or give "
@@ -143,6 +118,8 @@ def start(text: str, path: Path, target: Target, tool: str) -> None:
     command = [tool, "apply", "--filename", str(path)]
     if target == "tpu-vm":
         command = ["bash", str(path), "up"]
+    if target == "slurm":
+        command = [tool, str(path)]
     code = subprocess.run(command, check=False).returncode
     # The command has printed its own message.
     if code:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-import shlex
 from importlib import resources
+from pathlib import PurePosixPath
 
 from tokenrec.errors import InputError
 from tokenrec.launch.job import (
@@ -14,6 +15,8 @@ from tokenrec.launch.job import (
     USER_ID,
     LaunchJob,
 )
+from tokenrec.launch.shell import assignment
+from tokenrec.launch.slices import Slice
 
 # Cloud Storage FUSE, which mounts the bucket on hosts that do not have it.
 GCSFUSE_VERSION = "3.4.4"
@@ -36,45 +39,55 @@ _FIELDS = {
 }
 
 
-def script(
-    job: LaunchJob,
-    *,
-    project: str | None,
-    zone: str | None,
-    service_account: str | None,
-    gcsfuse_sha256: str | None,
-) -> str:
-    """Render a job as a shell script whose verbs call gcloud.
+@dataclasses.dataclass(frozen=True)
+class TpuVmOptions:
+    """What only the TPU VM service asks for.
 
-    Args:
-      job: the job.
+    Attributes:
       project: project of Google Cloud.
       zone: zone of the TPU VMs.
       service_account: e-mail of an account that may read and write the bucket; None:
         the default account of the project.
       gcsfuse_sha256: digest of the package of gcsfuse, which every host installs as
         root; "installed": the hosts have it.
+    """
+
+    project: str | None = None
+    zone: str | None = None
+    service_account: str | None = None
+    gcsfuse_sha256: str | None = None
+
+
+def script(job: LaunchJob, options: TpuVmOptions) -> str:
+    """Render a job as a shell script whose verbs call gcloud.
+
+    Args:
+      job: the job.
+      options: what only the TPU VM service asks for.
 
     Raises:
       InputError: project, zone or digest is missing or malformed, or the TPU VM service
         does not serve the slice.
     """
+    machines = job.machines
+    assert isinstance(machines, Slice)
+    assert job.image
     # The script copies the config there, and every host reads it.
     config_file = f"{job.workdir}/launch_config.py"
     variables: dict[str, str | list[str]] = {
         "NAME": job.name,
-        "PROJECT": _check_field("project", project),
-        "ZONE": _check_field("zone", zone),
-        "ACCELERATOR_TYPE": job.slice.accelerator_type,
-        "RUNTIME_VERSION": job.slice.generation.runtime,
-        "NODES": _node_flags(job, service_account),
+        "PROJECT": _check_field("project", options.project),
+        "ZONE": _check_field("zone", options.zone),
+        "ACCELERATOR_TYPE": machines.accelerator_type,
+        "RUNTIME_VERSION": machines.generation.runtime,
+        "NODES": _node_flags(job, options.service_account),
         "BUCKET": job.bucket,
         "IMAGE": job.image,
-        "DATA": job.data,
+        "DATA": PurePosixPath(job.data).name,
         "MOUNT": str(MOUNT),
         "USER_ID": str(USER_ID),
         "GCSFUSE_VERSION": GCSFUSE_VERSION,
-        "GCSFUSE_SHA256": _check_digest(gcsfuse_sha256),
+        "GCSFUSE_SHA256": _check_digest(options.gcsfuse_sha256),
         "CONFIG_OBJECT": "" if job.config_text is None else config_file,
         "CONFIG_TEXT": job.config_text or "",
         "ENVIRONMENT": [
@@ -86,8 +99,7 @@ def script(
         "MAX_RESTARTS": str(job.max_restarts),
         "GRACE_SECONDS": str(job.grace_seconds),
     }
-    # Quoted, so that no value can be read as shell code.
-    lines = [f"{name}={_shell_value(value)}" for name, value in variables.items()]
+    lines = [assignment(name, value) for name, value in variables.items()]
     template = resources.files(__package__).joinpath("tpu_vm.sh").read_text()
     shebang, _, rest = template.partition("\n")
     return "\n".join([shebang, *lines, rest])
@@ -105,12 +117,6 @@ def _node_flags(job: LaunchJob, service_account: str | None) -> list[str]:
     if job.spot:
         flags.append("--spot")
     return flags
-
-
-def _shell_value(value: str | list[str]) -> str:
-    if isinstance(value, str):
-        return shlex.quote(value)
-    return f"({shlex.join(value)})"
 
 
 def _check_field(field: str, value: str | None) -> str:

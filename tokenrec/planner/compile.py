@@ -21,6 +21,7 @@ from tokenrec.config import Config, MeshConfig
 from tokenrec.config.validate import validate
 from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Schema
+from tokenrec.elastic import fit_axes, with_split
 from tokenrec.models.backbones.mesh_check import check_mesh
 from tokenrec.planner.compiled_program import program_figures
 from tokenrec.planner.flops import Work, step_flops, step_work
@@ -37,7 +38,7 @@ from tokenrec.planner.planned_schema import resolve_schema
 from tokenrec.planner.roofline import chip
 from tokenrec.planner.schedule import Schedule
 from tokenrec.planner.topology import topology_mesh
-from tokenrec.sharding import check_batch_sizes, with_batch_sharding
+from tokenrec.sharding import check_batch_sizes, split_batch, with_batch_sharding
 from tokenrec.state import ModelSpec, abstract_state
 from tokenrec.step import train_step
 
@@ -101,11 +102,16 @@ def compile_config(
         config = dataclasses.replace(config, mesh=mesh)
     config = validate(config)
     schema, origin = resolve_schema(config) if schema is None else (schema, "given")
+    if config.train.elastic != "off":
+        devices = topology_mesh(topology, MeshConfig(), slices).size
+        config = dataclasses.replace(config, mesh=fit_axes(config, devices))
     pod = topology_mesh(topology, config.mesh, slices)
+    split = split_batch(config, pod)
+    config = with_split(config, split)
     check_batch_sizes(config, pod)
     check_mesh(config.model, pod)
     # 2. What can be said before compiling.
-    inputs = planned_inputs(config, schema, pod)
+    inputs = planned_inputs(config, schema, pod, updates=split.updates)
     work, layers = step_work(inputs.model, pod, inputs.batch)
     spec = chip(pod.devices.flat[0].device_kind)
     result = {

@@ -34,7 +34,12 @@ class PlannedInputs(NamedTuple):
 
 
 def planned_inputs(
-    config: Config, schema: Schema, mesh: Mesh, *, batch_size: int | None = None
+    config: Config,
+    schema: Schema,
+    mesh: Mesh,
+    *,
+    batch_size: int | None = None,
+    updates: int = 1,
 ) -> PlannedInputs:
     """Build the abstract inputs of a config on a mesh; nothing is allocated.
 
@@ -43,6 +48,7 @@ def planned_inputs(
       schema: all features of the data set; `data.exclude` is applied here.
       mesh: mesh whose devices may be described only.
       batch_size: samples over all devices; None is `data.batch_size`.
+      updates: as `ModelSpec.updates`.
 
     Returns:
       The model, its abstract state and the abstract batch.
@@ -64,6 +70,7 @@ def planned_inputs(
         schema,
         task_names(schema, config.data),
         epoch_steps=steps,
+        updates=updates,
         catalogue_ids=no_ids if config.head.item_features else None,
     )
     batch = batch_shapes(

@@ -162,9 +162,9 @@ def _context_bytes(
     """
     streams = config.data.batch_size
     length, local_streams = tokens // streams, streams / (sizes["data"] * sizes["fsdp"])
-    # Keys and values of one token.
-    each = 2 * config.model.width * jnp.dtype(config.model.dtype).itemsize
-    each = local_streams * each / sizes["tensor"]
+    # Keys and values of one token of all local streams.
+    numbers = 2 * local_streams * config.model.width / sizes["tensor"]
+    each = numbers * jnp.dtype(config.model.dtype).itemsize
     full = halo = 0.0
     for window in layer_windows(config.model):
         if window is None or window > length // sizes["context"]:

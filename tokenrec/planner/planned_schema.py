@@ -3,11 +3,14 @@
 `compile` and `describe` need the features and table sizes of a data set, but none of
 its data. A planned schema is a JSON file like the `tokenrec.json` of a prepared data
 set, of which `schema` and `counts.items` are read; its `notes` say where each size
-comes from.
+comes from. Those of the shipped configs lie in `configs/schemas/`, named like the data
+set (`data.name`), and are found by themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenrec.config import (
@@ -26,20 +29,25 @@ from tokenrec.runtime.files import read_json
 
 
 def resolve_schema(config: Config) -> tuple[Schema, str]:
-    """Find the schema of a config's data set: the prepared data set, or `data.schema`.
+    """Find the schema of a config's data set.
+
+    It is that of the prepared data set, or else the planned schema that `data.schema`
+    names, or else the shipped one for `data.name`.
 
     Returns:
       The schema with all features, and a text that says where it was found.
 
     Raises:
-      InputError: neither is there, a folder given as `data.path` is not a data set, or
-        the file is not a planned schema.
+      InputError: there is none, a folder given as `data.path` is not a data set, or the
+        file is not a planned schema.
     """
     directory = data_location(config)
-    if not _is_planned(config):
-        dataset = open_dataset(
-            data_directory(config), semantic_ids=semantic_ids_path(config)
-        )
+    path = _planned_path(config)
+    if path is None:
+        with _naming_planned_schemas(config):
+            dataset = open_dataset(
+                data_directory(config), semantic_ids=semantic_ids_path(config)
+            )
         return dataset.schema, f"prepared data set {directory}"
     if config.data.semantic_ids:
         raise InputError(
@@ -47,7 +55,6 @@ def resolve_schema(config: Config) -> tuple[Schema, str]:
             f"data set, and '{directory}' is none; "
             "prepare it, or leave the semantic ids out"
         )
-    path = _find(config.data.schema)
     return read_planned(path), f"planned schema {path.name}; no data set at {directory}"
 
 
@@ -56,7 +63,7 @@ def resolve_steps(config: Config) -> Config:
 
     Without a prepared data set the config stays as it is.
     """
-    if not config.optim.epochs or _is_planned(config):
+    if not config.optim.epochs or _planned_path(config) is not None:
         return config
     dataset = open_dataset(
         data_directory(config), config.data.exclude, semantic_ids_path(config)
@@ -64,13 +71,32 @@ def resolve_steps(config: Config) -> Config:
     return with_steps(config, dataset)
 
 
-def _is_planned(config: Config) -> bool:
-    # A prepared data set goes first, and a `data.path` that is given must be one.
-    return bool(
-        config.data.schema
-        and not config.data.path
-        and not (data_location(config) / METADATA_FILE).is_file()
-    )
+def _planned_path(config: Config) -> Path | None:
+    """The planned schema that stands in for the data set; None if none does.
+
+    A prepared data set goes first, and a `data.path` that is given must be one.
+    """
+    if config.data.path or (data_location(config) / METADATA_FILE).is_file():
+        return None
+    if config.data.schema:
+        return _find(config.data.schema)
+    return _shipped_schemas().get(f"{config.data.name}.json")
+
+
+@contextlib.contextmanager
+def _naming_planned_schemas(config: Config) -> Iterator[None]:
+    """Add to the error of a missing data set that a planned schema would do."""
+    try:
+        yield
+    except InputError as error:
+        if (data_location(config) / METADATA_FILE).is_file():
+            raise
+        known = ", ".join(sorted(_shipped_schemas()))
+        raise InputError(
+            f"{error}; or plan without the data: leave --data out and give "
+            "--config.data.schema=FILE, the tokenrec.json of such a data set or one of "
+            f"{known}"
+        ) from error
 
 
 def read_planned(path: Path) -> Schema:
@@ -92,13 +118,17 @@ def read_planned(path: Path) -> Schema:
 
 def _find(name: str) -> Path:
     """Path of a file, or of a shipped schema of that name."""
-    path, shipped = Path(name), shipped_folder() / "schemas"
+    path, shipped = Path(name), _shipped_schemas()
     if path.is_file():
         return path
-    if (shipped / name).is_file():
-        return shipped / name
-    known = (file.name for file in shipped.glob("*.json"))
+    if name in shipped:
+        return shipped[name]
     raise InputError(
         f"data.schema='{name}' is neither a file nor a shipped schema"
-        f"{suggest(name, known)}"
+        f"{suggest(name, shipped)}"
     )
+
+
+def _shipped_schemas() -> dict[str, Path]:
+    """Name -> file of the planned schemas that come with tokenrec."""
+    return {file.name: file for file in (shipped_folder() / "schemas").glob("*.json")}

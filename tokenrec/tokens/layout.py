@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.ops.attention.pattern import Pattern
+from tokenrec.ops.attention.span_mask import visible_spans
 
 # text: a word of the prompt; state: item and context of an event; action: feedback of
 # an event; event: both in one token; title: a word of a candidate's text; code: one
@@ -261,10 +262,27 @@ def live_positions(
     all_positions = np.arange(layout.length)
     for window in reversed(windows):
         pattern = layout.pattern(live[0], all_positions)
-        # The diagonal: a position always reads itself, through the residual too.
-        seen = (pattern.visible(window) | pattern.diagonal()).any(axis=0)
-        live.insert(0, np.flatnonzero(seen))
+        live.insert(0, np.flatnonzero(_seen_keys(pattern, window)))
     return tuple(live)
+
+
+def _seen_keys(pattern: Pattern, window: int | None) -> np.ndarray:
+    """Find the keys that any query sees or is, `[K] bool`.
+
+    A position always reads itself, through the residual too.
+    """
+    spans = visible_spans(pattern, window, packable=False)
+    if isinstance(spans, str) or pattern.keeps_static(window):
+        return (pattern.visible(window) | pattern.diagonal()).any(axis=0)
+    # From runs of keys: a matrix of all pairs of a long stream would not fit. A run
+    # adds 1 at its first key and takes it away behind its last.
+    change = np.zeros(len(pattern.key_positions) + 1, np.int64)
+    itself = spans.itself, spans.itself + 1
+    shared, own = (spans.start, spans.stop), (spans.own_start, spans.own_stop)
+    for start, stop in (itself, shared, own):
+        np.add.at(change, start, 1)
+        np.add.at(change, stop, -1)
+    return np.cumsum(change)[:-1] > 0
 
 
 def select_positions(

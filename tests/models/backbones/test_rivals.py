@@ -258,6 +258,12 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device():
             "mesh.tensor=2 with model.kind='dcnv2', which has no attention heads to split",
         ),
         (
+            "hstu",
+            "mesh.context",
+            2,
+            "mesh.context=2 with model.kind='hstu', whose layers read whole streams",
+        ),
+        (
             "rankmixer",
             "tokens.prompt",
             ("history", "||", "candidate"),

@@ -17,10 +17,10 @@ from tokenrec.step import train_step
 # this table.
 ROWS = 104_729
 # The width of this table alone, so that it is a stack of its own.
-WIDTH = 16
+WIDTH = 32
 DEVICES = 8
 STORED = stored_rows(ROWS)
-# Packed lines of the spread table, and those that a device owns, 1,728: shapes that
+# Packed lines of the spread table; lines and rows that a device owns. All are sizes that
 # nothing else has. In memory, lines are the rows that they hold.
 LINES = STORED * WIDTH // LANES
 OWNED = {LINES // DEVICES, STORED // DEVICES}

@@ -30,7 +30,7 @@ Shape letters: B streams, Q queries, K keys, H heads, h width of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -365,11 +365,9 @@ def _part_calls(
     for part in plan.parts:
         pattern = part.cut(window).pattern
         queries, keys = len(pattern.query_positions), len(pattern.key_positions)
-        calls.append(
-            _Call(
-                jax.ShapeDtypeStruct((q.shape[0], queries, *q.shape[2:]), q.dtype),
-                jax.ShapeDtypeStruct((k.shape[0], keys, *k.shape[2:]), k.dtype),
-                pattern,
-            )
-        )
+        shapes: list[Any] = [
+            jax.ShapeDtypeStruct((x.shape[0], count, *x.shape[2:]), x.dtype)
+            for x, count in ((q, queries), (k, keys))
+        ]
+        calls.append(_Call(shapes[0], shapes[1], pattern))
     return calls

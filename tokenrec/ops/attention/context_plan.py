@@ -25,7 +25,11 @@ from typing import NamedTuple
 import numpy as np
 
 from tokenrec.ops.attention.pattern import Pattern
-from tokenrec.ops.attention.span_mask import QuerySpans, visible_spans
+from tokenrec.ops.attention.span_mask import (
+    QuerySpans,
+    concat_spans,
+    visible_spans,
+)
 
 
 class Part(NamedTuple):
@@ -78,11 +82,10 @@ class SplitPlan(NamedTuple):
             spans = visible_spans(part.pattern, window)
             if isinstance(spans, str):
                 return spans
-            order = arrival(number, len(spans.start)) if self.balanced else slice(None)
-            shifted = (field + part.first_key for field in spans.take(order))
-            found.append(QuerySpans(*shifted))
-        fields = zip(*(spans[:-1] for spans in found), strict=True)
-        return QuerySpans(*map(np.concatenate, fields), found[0].border)
+            if self.balanced:
+                spans = spans.take(arrival(number, len(spans.start)))
+            found.append(spans.shift(part.first_key))
+        return concat_spans(found)
 
 
 def _extent(spans: QuerySpans) -> tuple[int, int]:

@@ -20,6 +20,7 @@ with two to four comparisons, inside the kernel.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +62,29 @@ class QuerySpans(NamedTuple):
             self.own_stop[queries],
             self.border,
         )
+
+    def shift(self, places: int) -> QuerySpans:
+        """Move all keys to places that are higher by `places`."""
+        return QuerySpans(
+            self.itself + places,
+            self.start + places,
+            self.stop + places,
+            self.own_start + places,
+            self.own_stop + places,
+            self.border + places,
+        )
+
+
+def concat_spans(parts: Sequence[QuerySpans]) -> QuerySpans:
+    """Put the queries of several spans of one border behind each other."""
+    return QuerySpans(
+        np.concatenate([part.itself for part in parts]),
+        np.concatenate([part.start for part in parts]),
+        np.concatenate([part.stop for part in parts]),
+        np.concatenate([part.own_start for part in parts]),
+        np.concatenate([part.own_stop for part in parts]),
+        parts[0].border,
+    )
 
 
 def visible_spans(

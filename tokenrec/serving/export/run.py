@@ -24,7 +24,7 @@ from tokenrec.serving.export.checks import Predicted, check_answers, write_golde
 from tokenrec.serving.export.files import write_files
 from tokenrec.serving.export.requests import predicted_items, predicted_requests
 from tokenrec.serving.program_files import check_flatbuffers
-from tokenrec.sharding import make_mesh
+from tokenrec.sharding import make_run_mesh
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # Requests that are compared with `tokenrec predict`.
@@ -73,7 +73,7 @@ def export_run(
     check_flatbuffers()
     config = load_run_config(workdir, data)
     check_config(config, max_k)
-    mesh = make_mesh(config.mesh)
+    mesh = make_run_mesh(config)
     partial = out.with_name(f".{out.name}.incomplete-{os.getpid()}")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial.mkdir()
