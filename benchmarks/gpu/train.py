@@ -40,8 +40,6 @@ REHEARSED_CONFIG = (
     "--config.train.eval_every=0",
     "--config.train.log_every=4",
     "--config.data.batch_size=8",
-    "--config.model.layers=1",
-    "--config.model.windows=()",
 )
 # Seconds before the end of the stage at which training is stopped, and those that a
 # stopped run has to save its state.
@@ -166,7 +164,7 @@ def measure(recorder: Recorder) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if recorder.rehearse:
             data = Path(folder) / "data"
-            words = ["prepare", "synthetic", "--rows", "1500", "--out", str(data)]
+            words = ["prepare", "synthetic", "--rows", "4000", "--out", str(data)]
             subprocess.run(
                 [sys.executable, "-m", "tokenrec", *words],
                 check=True,
