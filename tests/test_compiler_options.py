@@ -30,6 +30,16 @@ def test_a_config_goes_before_the_defaults_of_a_chip():
     assert found == defaults | {name: "chosen"}
 
 
+def test_an_empty_value_leaves_an_option_to_the_compiler():
+    mesh = mesh_like("TPU v5p")
+    defaults = compiler_options(mesh)
+    assert defaults == compiler_options(mesh_like("TPU v5"))
+    name = "xla_tpu_scoped_vmem_limit_kib"
+    assert compiler_options(mesh, {name: ""}) == {
+        other: value for other, value in defaults.items() if other != name
+    }
+
+
 def test_a_refused_option_is_named_with_the_field():
     chosen = {"xla_no_such_option": "1"}
     compile_it = jax.jit(lambda x: x + 1, compiler_options=chosen)

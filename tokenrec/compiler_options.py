@@ -11,11 +11,13 @@ that a compiler refuses is an error that names it.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 
 import jax
 from jax.sharding import Mesh
 
+from tokenrec.device_kinds import canonical_kind
 from tokenrec.errors import InputError
 
 Options = dict[str, bool | int | str]
@@ -55,19 +57,20 @@ def compiler_options(
 
     Args:
       mesh: the mesh, which may be described only.
-      chosen: `train.compiler_options`, which go before the defaults.
+      chosen: `train.compiler_options`, which go before the defaults. An empty value
+        leaves the option to the compiler.
     """
     device = mesh.devices.flat[0]
     options: Options = {}
     if device.platform == "tpu":
-        options |= _EVERY_TPU | _BY_KIND.get(device.device_kind, {})
+        options |= _EVERY_TPU | _BY_KIND.get(canonical_kind(device.device_kind), {})
     options.update(chosen or {})
-    return options or None
+    return {name: value for name, value in options.items() if value != ""} or None
 
 
 @contextlib.contextmanager
 def refusals_of(chosen: Mapping[str, str]) -> Iterator[None]:
-    """Name the field when the compiler refuses an option that a config has chosen.
+    """Name the option and the field when the compiler refuses an option.
 
     Args:
       chosen: `train.compiler_options`.
@@ -78,10 +81,13 @@ def refusals_of(chosen: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        named = [name for name in chosen if name in str(error)]
-        if "INVALID_ARGUMENT" not in str(error) or not named:
+        refused = re.search(r"'(xla_\w+)'", str(error))
+        if "INVALID_ARGUMENT" not in str(error) or refused is None:
             raise
+        name = refused[1]
+        whose = "the config" if name in chosen else "tokenrec/compiler_options.py"
         raise InputError(
-            f"train.compiler_options={dict(chosen)}: this compiler refuses {named[0]} "
-            f"({error}); leave it out, or use the jaxlib or libtpu that knows it"
+            f"train.compiler_options={dict(chosen)}: this compiler refuses {name}, "
+            f"which {whose} sets ({error}); use the jaxlib or libtpu that knows it, or "
+            f"leave it out: --config.train.compiler_options={name}:"
         ) from error

@@ -120,7 +120,7 @@ def test_every_config_compiles_for_a_tpu_with_splash(name):
 @tpu_compiler
 def test_data_lies_across_slices_and_their_traffic_is_counted():
     mesh = topology_mesh("v5e:2x2", MeshConfig(fsdp=2, tensor=2), slices=2)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
     for part, devices in enumerate(mesh.devices):
         assert {device.slice_index for device in devices.flat} == {part}
 
@@ -155,7 +155,7 @@ def test_data_lies_across_slices_and_their_traffic_is_counted():
 )
 def test_axes_that_cut_through_the_torus_are_laid_out(topology, shape):
     mesh = topology_mesh(topology, MeshConfig(*shape))
-    assert tuple(mesh.shape.values()) == shape
+    assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor")) == shape
     assert len({device.id for device in mesh.devices.flat}) == math.prod(shape)
 
 

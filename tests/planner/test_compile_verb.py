@@ -92,7 +92,7 @@ def test_a_step_that_fits_is_reported_whole(compiled: tuple[int, dict]) -> None:
     assert (result["fits"], result["devices"], result["mesh"]) == (
         True,
         4,
-        {"data": 2, "fsdp": 2, "tensor": 1},
+        {"data": 2, "fsdp": 2, "context": 1, "tensor": 1},
     )
     held = result["bytes_per_device"]
     assert set(held) >= PARTS

@@ -181,3 +181,24 @@ def test_replica_groups_of_an_unknown_form_are_refused_not_guessed():
         read_program(text, 16, slices=2)
     with pytest.raises(InputError, match="not HLO"):
         read_program("module @jit_step {}", 16)
+
+
+def test_the_costliest_branch_of_a_conditional_counts():
+    text = """\
+HloModule m
+
+%short (p: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} negate(%p)
+}
+%long (p: f32[8]) -> f32[8] {
+  %r = f32[800]{0} all-reduce(%y), replica_groups={{0,1}}, to_apply=%add
+  ROOT %b = f32[8]{0} negate(%p)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  ROOT %c = f32[8]{0} conditional(%i, %p, %p), branch_computations={%short, %long}
+}
+"""
+    found = read_program(text, 2)
+    assert [one.size for one in found.collectives] == [3200.0]
+    only = read_program(text.replace("%short, %long", "%long"), 2)
+    assert found.memory_bytes == only.memory_bytes

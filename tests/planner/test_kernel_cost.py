@@ -11,6 +11,7 @@ from tokenrec.planner.kernel_bundles import TileBundles, read_tile_bundles
 from tokenrec.planner.kernel_cost import (
     KERNELS,
     kernel_seconds,
+    peak_bundles,
     splash_tiles,
     tile_bundles,
 )
@@ -72,3 +73,15 @@ def test_the_table_has_the_tiles_of_heads_of_128(kind):
             least = sides[0] * sides[1] * 128 / (4 * 256 * 256)
             assert all(cost.tile > least for cost in costs.values())
     assert tile_bundles(kind, 96, (512, 512)) is None
+
+
+def test_a_tile_that_the_table_lacks_costs_its_products_at_the_peak():
+    spec = CHIPS["TPU v5"]
+    found = peak_bundles((512, 256), 96, spec)
+    # 2 x 131,072 FLOPs a cycle and core.
+    one = 2 * 512 * 256 * 96 / 131_072
+    assert [cost.tile for cost in found.values()] == [2 * one, 3 * one, 4 * one]
+    seconds = kernel_seconds(found, np.ones((1, 1), bool), 1, spec)
+    assert sum(seconds.values()) == pytest.approx(
+        9 * 2 * 512 * 256 * 96 / spec.flops, rel=1e-3
+    )

@@ -3,13 +3,16 @@
 A core does 1,000 cycles a second, memory moves 100 bytes a second, and a link 10.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import tokenrec
 from tokenrec.planner.roofline import Chip
 from tokenrec.planner.schedule import walk_schedule
 
+PACKAGE = Path(tokenrec.__file__).parent
 CHIP = Chip(
     1.0, 1.0, 100.0, ici_link=10.0, axes=1, ring=99, dcn_bandwidth=1.0, clock=1000.0
 )
@@ -158,6 +161,40 @@ def test_a_loop_costs_as_often_as_it_runs():
     assert walked(f"{loop}, {text}\n", bodies).seconds == 0.0
 
 
+def test_a_collective_that_began_before_a_loop_is_not_put_off_by_it():
+    bodies = (
+        "%condition (p: s32[]) -> pred[] {\n"
+        "  %bound = s32[] constant(100)\n"
+        "  %lt = pred[] compare(%p, %bound), direction=LT\n}\n"
+        f"%body (p: s32[]) -> s32[] {{\n{fusion('a', 'product', 1000)}}}\n"
+    )
+    start = (
+        "  %s = (f32[25]{0}, f32[100]{0}) all-gather-start(%x), "
+        "replica_groups={{0,1,2,3}}, dimensions={0}\n"
+    )
+    loop = "  %w = s32[] while(%x), condition=%condition, body=%body\n"
+    done = "  %g = f32[100]{0} all-gather-done(%s)\n"
+    found = walked(start + loop + done, bodies)
+    assert (found.seconds, found.exposed["network"]) == (100.0, 0.0)
+
+
+def test_the_sparse_cores_move_rows_beside_the_core():
+    bodies = (
+        "%rows (t: f32[90,10], i: s32[5]) -> f32[5,10] {\n"
+        "  ROOT %r = f32[5,10]{1,0} gather(%t, %i), slice_sizes={1,10}\n}\n"
+    )
+    entry = (
+        '  %s = ((), (), s32[]) call-start(), async_execution_thread="sparsecore", '
+        "to_apply=%rows\n"
+        "  %u = ((f32[90,10], s32[5]), f32[5,10]) call-update(%s, %t, %i)\n"
+        + fusion("a", "product", 1000)
+        + "  %g = f32[5,10]{1,0} call-done(%u)\n"
+    )
+    found = walked(entry, bodies)
+    assert found.seconds > 1.0
+    assert found.exposed["sparse cores"] == pytest.approx(found.seconds - 1.0)
+
+
 def test_the_longest_branch_counts():
     bodies = (
         f"%short (p: f32[8]) -> f32[8] {{\n{fusion('a', 'product', 1000)}}}\n"
@@ -202,7 +239,8 @@ def test_slices_exchange_beside_the_core():
 
 def test_costs_name_the_line_of_the_package_that_made_them():
     tables = (
-        'FileNames\n1 "/x/tokenrec/models/block.py"\n2 "/x/jax/lax.py"\n\n'
+        f'FileNames\n1 "{PACKAGE}/models/block.py"\n'
+        f'2 "{PACKAGE.parent}/.venv/jax/lax.py"\n\n'
         "FileLocations\n"
         "1 {file_name_id=1 function_name_id=1 line=60 end_line=61 column=1}\n"
         "2 {file_name_id=2 function_name_id=2 line=7 end_line=8 column=1}\n\n"

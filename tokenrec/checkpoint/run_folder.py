@@ -60,6 +60,7 @@ FREE_TO_CHANGE = (
     "train",
     "optim.max_skipped",
     "mesh",
+    "model.scan_unroll",
     "data.path",
     "data.name",
     "data.schema",

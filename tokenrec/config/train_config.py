@@ -194,7 +194,8 @@ class TrainConfig:
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
     """Options of XLA's compiler for the train step, by name, beside or in place of the
     defaults for the chip (tokenrec/compiler_options.py), such as
-    `xla_tpu_scoped_vmem_limit_kib:65536`. They may change the last digits of a run."""
+    `xla_tpu_scoped_vmem_limit_kib:65536`. An empty value leaves the option to the
+    compiler. They may change the last digits of a run."""
 
     trackers: tuple[str, ...] = field((), choices=("wandb", "mlflow"))
     """Experiment trackers that also get the metrics: Weights & Biases, MLflow. Each

@@ -22,7 +22,7 @@ from tokenrec.checkpoint.device_history import read_history
 from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.checkpoint.run_folder import open_model
 from tokenrec.checkpoint.warm_start import warm_start_state
-from tokenrec.compiler_options import compiler_options
+from tokenrec.compiler_options import compiler_options, refusals_of
 from tokenrec.config import MeshConfig
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch, HostBatch
@@ -93,7 +93,8 @@ def replay_run(
     device_mesh = make_mesh(mesh) if mesh else make_run_mesh(config)
     models = _models_by_step(model, workdir, device_mesh)
     check_batch_sizes(models(step).config, device_mesh)
-    with jax.set_mesh(device_mesh):
+    chosen = config.train.compiler_options
+    with jax.set_mesh(device_mesh), refusals_of(chosen):
         # 2. Restore, and make the steps before the one in question.
         # `first` is None if no checkpoint is used; the steps then start at 0.
         first, state = _state_before(model, workdir, step, checkpoint)
@@ -104,9 +105,7 @@ def replay_run(
             train_step,
             static_argnums=0,
             donate_argnums=1,
-            compiler_options=compiler_options(
-                device_mesh, config.train.compiler_options
-            ),
+            compiler_options=compiler_options(device_mesh, chosen),
         )
         state, host, applied = _advance(
             step_fn, models, dataset, state, device_mesh, start, step

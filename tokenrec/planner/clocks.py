@@ -82,8 +82,10 @@ class Clocks:
             for key in counter:
                 counter[key] += times * (counter[key] - old[key])
         self.now += passed
-        for clock in self.free:
-            self.free[clock] += passed
-        self.finish = {
-            name: (time + passed, kind) for name, (time, kind) in self.finish.items()
-        }
+        # What began before the last trip is done when it was.
+        for clock, time in self.free.items():
+            if time != before.free[clock]:
+                self.free[clock] = time + passed
+        for name, (time, kind) in self.finish.items():
+            if before.finish.get(name) != (time, kind):
+                self.finish[name] = time + passed, kind

@@ -80,7 +80,8 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
 def _mesh(config: MeshConfig) -> Mesh:
     """The config's mesh, or one device if it needs more than there are.
 
-    No figure depends on it.
+    The attention of each layer is that of this mesh and platform; other figures do not
+    depend on it.
     """
     devices = jax.devices()
     sizes = dataclasses.astuple(config)

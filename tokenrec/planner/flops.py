@@ -25,6 +25,7 @@ from jax.extend.core import Jaxpr
 from jax.sharding import Mesh
 
 from tokenrec.data.batch import Batch
+from tokenrec.models.backbones.bfts import live_positions_alone
 from tokenrec.ops.attention import Choice, choose, splash, splash_kernel, triton
 from tokenrec.ops.attention.key_runs import visited_pairs
 from tokenrec.ops.attention.pattern import Pattern
@@ -120,8 +121,8 @@ def step_work(
 ) -> tuple[Work, list[dict[str, Any]]]:
     """Compute the work of a train step on a full batch, over all devices.
 
-    Model FLOPs are three times the matrix products of a forward pass, attention over
-    visible pairs only.
+    Model FLOPs are three times the matrix products of a forward pass over live
+    positions, attention over visible pairs only.
 
     Args:
       model: static half of the run.
@@ -140,15 +141,20 @@ def step_work(
     forced = None if config.model.attention == "auto" else config.model.attention
     with jax.set_mesh(mesh):
         state = abstract_state(model)
-        # 1. Every product of the forward pass but those of attention.
-        forward = jax.make_jaxpr(step_loss, static_argnums=0)(
-            model, state, with_batch_sharding(shapes, mesh)
-        )
+        backbone = bind_params(model, state.params).backbone
+        # 1. Every product of the forward pass but those of attention. Traced anew: JAX
+        #    would answer with the trace of the step, which has dead positions.
+        with live_positions_alone():
+            forward = jax.make_jaxpr(lambda *given: step_loss(model, *given))(
+                state, with_batch_sharding(shapes, mesh)
+            )
+            live_layers = backbone.attention_layers(model.layout(events))
         products = STEP_OVER_FORWARD * product_flops(forward.jaxpr)
         layers, works = [], [Work(products, 0.0, 0.0)]
         # 2. Attention, layer by layer.
-        backbone = bind_params(model, state.params).backbone
-        for layer in backbone.attention_layers(model.layout(events)):
+        for layer, live in zip(
+            backbone.attention_layers(model.layout(events)), live_layers, strict=True
+        ):
             pattern, window, named = layer
             queries, keys = len(pattern.query_positions), len(pattern.key_positions)
             q, k = ((batch, rows, heads, head_dim) for rows in (queries, keys))
@@ -166,18 +172,18 @@ def step_work(
                     "refused": refused,
                 }
             )
-            works.append(
-                attention_work(
-                    name,
-                    pattern,
-                    window,
-                    batch=batch,
-                    heads=heads,
-                    head_dim=head_dim,
-                    itemsize=dtype.itemsize,
-                    backward=True,
-                )
+            sizes = {
+                "batch": batch,
+                "heads": heads,
+                "head_dim": head_dim,
+                "itemsize": dtype.itemsize,
+            }
+            work = attention_work(name, pattern, window, **sizes, backward=True)
+            # The dense form has no tiles: it counts the mathematics alone.
+            needed = attention_work(
+                "dense", live.pattern, window, **sizes, backward=True
             )
+            works.append(work._replace(model_flops=needed.model_flops))
     return Work(*(sum(part) for part in zip(*works, strict=True))), layers
 
 

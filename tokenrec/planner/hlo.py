@@ -94,7 +94,7 @@ def read_program(hlo: str, devices: int, slices: int = 1) -> Program:
 
     The body of a loop counts as often as it runs. A loop of unknown length counts once;
     one under `OVERFLOW_SCOPE`, further rounds of a table exchange that run on overflow
-    only, does not count at all.
+    only, does not count at all. Of the branches of a conditional the costliest counts.
 
     Args:
       hlo: `compiled.as_text()`.
@@ -160,9 +160,32 @@ class _Reader:
                 count = trip_count(line.rest, self.computations)
                 self.loops.append(count)
                 inner_trips *= count or 1
-            inside = fused or line.opcode not in ("while", "conditional", "call")
-            for other in called_computations(line.rest):
+            called = called_computations(line.rest)
+            if line.opcode == "conditional" and not fused:
+                self._walk_costliest(called, inner_trips)
+                continue
+            inside = fused or line.opcode not in ("while", "call")
+            for other in called:
                 self.walk(other, inner_trips, fused=inside)
+
+    def _walk_costliest(self, branches: list[str], trips: int) -> None:
+        """Collect the branch of a conditional that moves the most bytes."""
+        found = []
+        for branch in branches:
+            reader = _Reader(self.computations, self.slice_devices, self.slices)
+            reader.walk(branch, trips)
+            found.append(reader)
+        most = max(
+            found,
+            key=lambda each: (
+                each.memory_bytes + sum(one.moved for one in each.collectives)
+            ),
+        )
+        self.collectives += most.collectives
+        self.custom_calls += most.custom_calls
+        self.sparse_core_calls += most.sparse_core_calls
+        self.loops += most.loops
+        self.memory_bytes += most.memory_bytes
 
     def _collect(self, line: Instruction, computation: str, trips: int) -> None:
         """Add an instruction that is a custom call or a collective."""

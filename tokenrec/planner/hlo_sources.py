@@ -17,8 +17,10 @@ The number of the calling frame is one less than `parent_frame_id`.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-_PACKAGE = "/tokenrec/"
+# The folder of this package, as frames name it.
+_PACKAGE = f"{Path(__file__).parents[1]}/"
 _SECTION = re.compile(r"^(FileNames|FunctionNames|FileLocations|StackFrames)\s*$")
 _ROW = re.compile(r"^(\d+) (.*)$")
 _FRAME = re.compile(r"stack_frame_id=(\d+)")
@@ -65,6 +67,6 @@ class SourceLines:
             place, number = self._frames[number]
             name_number, line = self._places.get(place, (0, 0))
             name = self._names.get(name_number, "")
-            if _PACKAGE in name:
-                return f"tokenrec/{name.rpartition(_PACKAGE)[2]}:{line}"
+            if name.startswith(_PACKAGE):
+                return f"tokenrec/{name.removeprefix(_PACKAGE)}:{line}"
         return ""

@@ -9,7 +9,8 @@ steps, m visible tiles and l lines for each of B streams and H heads of a device
 
     seconds = B H (n step + m tile + l (first + last)) / (clock cores)
 
-Waiting for memory is not in it.
+Waiting for memory is not in it. A tile that the table lacks costs its products at the
+peak of the chip, which is too little.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec.data.batch import Batch
+from tokenrec.device_kinds import canonical_kind
 from tokenrec.models.backbones.bfts import is_split
 from tokenrec.ops.attention import splash, splash_kernel
 from tokenrec.ops.attention.context_plan import plan_split
@@ -36,6 +38,9 @@ from tokenrec.state import ModelSpec, abstract_state, bind_params
 
 # Kernels of a train step: forward pass, gradient of q, and gradients of k and v.
 KERNELS = ("fwd", "dq", "dkv")
+# Products of a tile: logits and output; logits, their gradient and q's; logits, their
+# gradient, k's and v's.
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _NAMES = {
     "fwd": "splash_mha_fwd_segmented_residuals",
     "dq": "splash_mha_dq_segmented_no_residuals",
@@ -65,9 +70,27 @@ def tile_bundles(
     Returns:
       Bundles by kernel, as in `KERNELS`.
     """
-    of_chip = _table()["bundles"].get(device_kind, {})
+    of_chip = _table()["bundles"].get(canonical_kind(device_kind), {})
     row = of_chip.get(str(head_dim), {}).get(f"{sides[0]}x{sides[1]}")
     return row and {name: TileBundles(*row[name]) for name in KERNELS}
+
+
+def peak_bundles(
+    sides: tuple[int, int], head_dim: int, spec: Chip
+) -> dict[str, TileBundles]:
+    """Bundles of kernels that the table lacks: their products at the peak, no more.
+
+    Args:
+      sides: queries and keys of a tile.
+      head_dim: h, the width of a head.
+      spec: figures of the chip.
+    """
+    cycle_flops = spec.flops / (spec.clock * spec.cores)
+    one_product = 2 * sides[0] * sides[1] * head_dim / cycle_flops
+    return {
+        name: TileBundles(0, 0, round(count * one_product), 0)
+        for name, count in _PRODUCTS.items()
+    }
 
 
 @functools.cache
@@ -118,8 +141,7 @@ def step_kernel_seconds(
       layers: of `flops.step_work`.
 
     Returns:
-      Seconds by name of the call. Empty where no layer is served by the kernels, or
-      the table of bundles lacks the tile of one.
+      Seconds by name of the call. Empty where no layer is served by the kernels.
     """
     config = model.config.model
     with jax.set_mesh(mesh):
@@ -130,8 +152,9 @@ def step_kernel_seconds(
         for (pattern, window, _), layer in zip(patterns, layers, strict=True)
         if layer["implementation"] == "splash"
     ]
-    # A micro-batch runs the kernels on its own streams.
-    streams = shapes.valid.shape[0] // model.config.optim.accumulate
+    # A micro-batch, and an update of an elastic step, runs the kernels on its streams.
+    shares = model.config.optim.accumulate * model.updates
+    streams = shapes.valid.shape[0] // shares
     return layer_kernel_seconds(
         served,
         mesh,
@@ -159,8 +182,7 @@ def layer_kernel_seconds(
       head_dim: h, the width of a head.
 
     Returns:
-      Seconds by name of the call. Empty without layers, or where the table of bundles
-      lacks the tile of one.
+      Seconds by name of the call. Empty without layers.
     """
     kind = mesh.devices.flat[0].device_kind
     costs = []
@@ -168,7 +190,7 @@ def layer_kernel_seconds(
         sides, tiles = splash_tiles(pattern, window, mesh.shape["context"])
         bundles = tile_bundles(kind, head_dim, sides)
         if bundles is None:
-            return {}
+            bundles = peak_bundles(sides, head_dim, chip(kind))
         costs.append(kernel_seconds(bundles, tiles, streams * heads, chip(kind)))
     if not costs:
         return {}

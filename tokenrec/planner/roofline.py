@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenrec.device_kinds import canonical_kind
 from tokenrec.errors import InputError, suggest
 from tokenrec.planner.collectives import Collective, ring_bytes
 
@@ -77,11 +78,6 @@ CHIPS = {
         2307e12 / 2, 94.74 * GIB, 7380e9 / 2, 100e9 / 2, 3, 4, 100e9 / 8 / 2, 2.2e9
     ),
 }
-_OTHER_NAMES = {
-    "TPU v5e": "TPU v5 lite",
-    "TPU v5p": "TPU v5",
-    "TPU v6e": "TPU v6 lite",
-}
 
 
 def chip(device_kind: str) -> Chip:
@@ -90,7 +86,7 @@ def chip(device_kind: str) -> Chip:
     Raises:
       InputError: there are no figures of this kind.
     """
-    kind = _OTHER_NAMES.get(device_kind, device_kind)
+    kind = canonical_kind(device_kind)
     if kind not in CHIPS:
         raise InputError(
             f"device_kind='{device_kind}': its peak and bandwidths are not in "

@@ -15,8 +15,8 @@ The walk goes through that order with a clock for each thing that can be busy:
   `call-update`, or the fusion that holds "AsyncCollectiveStart", and the core waits for
   it at its `-done`;
 - the network between slices: transfers begin at `send`; `recv-done` waits for them;
-- copies between memories (`copy-start`) and calls of the sparse cores (`call-start`),
-  in the same way.
+- copies between memories (`copy-start`) and work of the sparse cores (`call-update`,
+  whose `call-start` names the computation), in the same way.
 
 Loops run as often as they run, of the branches of a conditional the longest is taken,
 and further rounds of a table exchange that run on overflow only cost nothing.
@@ -160,7 +160,7 @@ class _Walk:
         self.slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
         # What every `call-start` calls, which its `call-update` runs.
         self.starts = {
-            line.name: called_computations(line.rest)
+            line.name: line
             for lines in self.computations.values()
             for line in lines
             if line.opcode == "call-start"
@@ -276,20 +276,24 @@ class _Walk:
 
         The sparse cores run it; a collective in it is bound by the links.
         """
-        called = called_computations(line.rest)
-        for name in line.operands:
-            called += self.starts.get(name, [])
+        starts = [self.starts[name] for name in line.operands if name in self.starts]
+        called = [
+            name for each in (line, *starts) for name in called_computations(each.rest)
+        ]
         inside = _distinct(each for name in called for each in self._search(name))
         if inside:
             seconds = sum(self._ring_seconds(*each) for each in inside)
             self._send(line, seconds, waits=False)
             return
+        # A `call-start` stands for all that its computation moves.
         cycles = _CYCLES.search(line.rest)
         if cycles:
             seconds = int(cycles[1]) / self.spec.clock
         else:
-            seconds = moved_bytes(line, shapes, self.computations)
-            seconds /= self.spec.hbm_bandwidth
+            moved = sum(
+                moved_bytes(each, shapes, self.computations) for each in (line, *starts)
+            )
+            seconds = moved / self.spec.hbm_bandwidth
         self.state.begin(line.name, "sparse cores", seconds)
 
     def _fused(

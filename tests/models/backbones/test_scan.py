@@ -74,24 +74,30 @@ def test_values_gradients_and_dropout_are_those_of_single_layers(shape, model, u
         )
 
 
-def test_a_program_with_more_layers_is_no_longer():
-    def products(layers):
-        config = config_of(3, layers=layers, windows=())
-        layout = build_model(config, SCHEMA, TASKS).layout(12)
-        x = jnp.zeros((8, layout.length, config.model.width))
-        with jax.set_mesh(one_device()):
-            backbone = nnx.eval_shape(
-                lambda: TokenFormer(config.model, rngs=nnx.Rngs(0))
-            )
-            graph, weights = nnx.split(backbone)
-            traced = jax.make_jaxpr(
-                lambda w: nnx.merge(graph, w)(
-                    x, layout, jnp.ones((8, 12), bool), None, None
-                )
-            )
-            return str(traced(weights)).count("dot_general")
+def traced(config):
+    """The text of the traced forward pass of a config's backbone on one device."""
+    layout = build_model(config, SCHEMA, TASKS).layout(12)
+    x = jnp.zeros((8, layout.length, config.model.width))
+    with jax.set_mesh(one_device()):
+        backbone = nnx.eval_shape(lambda: TokenFormer(config.model, rngs=nnx.Rngs(0)))
+        graph, weights = nnx.split(backbone)
+        events = jnp.ones((8, 12), bool)
+        run = jax.make_jaxpr(
+            lambda w: nnx.merge(graph, w)(x, layout, events, None, None)
+        )
+        return str(run(weights))
 
-    assert products(3) == products(6)
+
+def test_a_program_with_more_layers_is_no_longer():
+    short, long = (traced(config_of(3, layers=n, windows=())) for n in (3, 6))
+    assert short.count("dot_general") == long.count("dot_general")
+
+
+@pytest.mark.parametrize(("unroll", "merges"), [(1, True), (2, False)])
+def test_turns_of_several_layers_keep_what_remat_computes_again_apart(unroll, merges):
+    config = config_of(3, layers=4, windows=(), remat="full", scan_unroll=unroll)
+    # XLA may merge a second computation with the first where nothing stands between.
+    assert ("prevent_cse=False" in traced(config)) == merges
 
 
 def test_the_prefix_cache_serves_layers_with_stacked_weights():

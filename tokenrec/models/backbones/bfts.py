@@ -30,7 +30,9 @@ Everything here is static NumPy. Letters: S stream length, P prefix length, w wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -45,6 +47,7 @@ from tokenrec.tokens.layout import Layout, live_positions
 LANES = 128
 # A run of positions is filled up where that adds at most one in so many.
 MOST_FILL = 8
+_FILLS = contextvars.ContextVar("fill lanes", default=True)
 
 
 def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
@@ -93,9 +96,19 @@ def layer_positions(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ..
     if not config.needed_rows:
         return (np.arange(layout.length),) * (config.layers + 1)
     live = live_positions(layout, layer_windows(config))
-    if current_platform() == "tpu":
+    if current_platform() == "tpu" and _FILLS.get():
         return fill_lanes(live, layout.length)
     return live
+
+
+@contextlib.contextmanager
+def live_positions_alone() -> Iterator[None]:
+    """Leave out dead positions within: the model's own work is counted without them."""
+    token = _FILLS.set(False)
+    try:
+        yield
+    finally:
+        _FILLS.reset(token)
 
 
 def fill_lanes(live: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, ...]:

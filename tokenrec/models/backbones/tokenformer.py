@@ -252,7 +252,10 @@ class TokenFormer(Backbone):
         def layer(x: jax.Array, weights: nnx.State, key: jax.Array | None) -> jax.Array:
             return nnx.merge(graph, weights)(x, positions, positions, stream, key)
 
-        compute = apply_remat(layer, self.config.remat, loop=True)
+        # Layers of one turn stand side by side in the program, and a short loop has no
+        # turns left: there XLA would merge what remat computes again.
+        alone = self.config.scan_unroll == 1
+        compute = apply_remat(layer, self.config.remat, loop=alone)
         # In evaluation the loop scans over the weights alone.
         stacked_keys = (
             None

@@ -351,8 +351,13 @@ def _attend_split(
     parts = jax.sharding.get_abstract_mesh().shape["context"]
     plan = plan_split(pattern, window, parts)
     name = _choose(_part_calls(plan, q, k, window), window, implementation).name
-    if name == "splash" and not isinstance(plan.spans(window), str):
-        return split_splash(plan, q, k, v, valid, window=window)
+    if name == "splash":
+        # One program serves all parts: its spans are those over all gathered keys.
+        spans = plan.spans(window)
+        if not isinstance(spans, str) and not splash.unpackable_reason(
+            spans, plan.keys
+        ):
+            return split_splash(plan, q, k, v, valid, window=window)
     attend = IMPLEMENTATIONS[name].attend
     return split_attention(attend, plan, q, k, v, valid, window=window)
 

@@ -18,7 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from tokenrec.ops.attention.pattern import Pattern
-from tokenrec.ops.attention.span_mask import QUERY_BITS, pack_spans, visible_spans
+from tokenrec.ops.attention.span_mask import (
+    QUERY_BITS,
+    QuerySpans,
+    pack_spans,
+    visible_spans,
+)
 from tokenrec.ops.attention.splash_kernel import LANES, SplashKernel, make_kernel
 
 DTYPES = (jnp.float32, jnp.bfloat16)
@@ -40,7 +45,17 @@ def unsupported_reason(
     spans = visible_spans(pattern, window)
     if isinstance(spans, str):
         return spans
-    bits = int(pack_spans(spans, k.shape[1])[1].max()).bit_length()
+    return unpackable_reason(spans, k.shape[1])
+
+
+def unpackable_reason(spans: QuerySpans, keys: int) -> str:
+    """Say why the kernels cannot hold the spans of keys of a query, or return "".
+
+    Args:
+      spans: the runs of keys that each query sees.
+      keys: K.
+    """
+    bits = int(pack_spans(spans, keys)[1].max()).bit_length()
     if bits > QUERY_BITS:
         return (
             f"the spans of keys that a query sees take {bits} bits, and the kernels "

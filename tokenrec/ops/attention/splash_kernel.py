@@ -92,6 +92,7 @@ def block_sizes(spans: QuerySpans, keys: int, parts: int = 1) -> tuple[int, int]
       parts: devices that the queries are split over.
 
     >>> from tokenrec.ops.attention.pattern import causal_pattern
+    >>> from tokenrec.ops.attention.span_mask import visible_spans
     >>> spans = [visible_spans(causal_pattern(2048, 2048), w) for w in (None, 64)]
     >>> [block_sizes(each, 2048) for each in spans]
     [(512, 512), (256, 256)]
