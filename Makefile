@@ -1,7 +1,8 @@
 # make train   a trained ranker and its metrics, from a fresh clone
 # make test    the tests        make lint   ruff and mypy
 # make studies KUAIRAND=DIR   what the papers claim, tried: every study and one report; some 9 CPU-hours, and it goes on
-# make test-all    the tests with every extra installed, in an environment of its own: nothing is skipped but what needs a TPU or GPU
+# make test-slow   the tests that `make test` leaves out for their time: more cases of what it covers
+# make test-all    all of these tests with every extra installed, in an environment of its own: nothing is skipped but what needs a TPU or GPU
 # make docs    the documentation as a site in site/, which needs no network
 # make test-beam   the tests of `prepare --beam`, in an environment of its own: Beam refuses the newest NumPy and Arrow
 # make test-oldest   the tests with the oldest supported versions (constraints-oldest.txt), in an environment of its own
@@ -21,7 +22,7 @@ INSTALL  = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # XLA on a CPU takes fresh memory for the temporaries of every step; huge pages make a step about 15 % shorter.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train studies has-kuairand test test-all test-beam test-oldest lint docs clean
+.PHONY: train studies has-kuairand test test-slow test-all test-beam test-oldest lint docs clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.demo
@@ -60,8 +61,11 @@ has-kuairand:
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m slow
+
 test-all: $(ALL)/.all
-	$(ALL)/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal -rs
+	$(ALL)/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "slow or not slow" -rs
 
 test-beam: $(BEAM)/.beam
 	$(BEAM)/bin/python -m pytest tests/data/beam/test_beam.py

@@ -1,6 +1,7 @@
 """Compile three configs for TPU pods, and one of them for 16 to 512 chips.
 
-    python -m benchmarks.pods [--configs NAME ...]     three configs on five pods
+    python -m benchmarks.pods [--configs NAME ...] [--pods TOPOLOGY ...]
+                                                       three configs on five pods
     python -m benchmarks.pods --weak-scaling           lrm_1b on 16 to 512 chips of v5p
 
 No TPU is needed, and nothing is run. Each table row is `tokenrec compile` of the config
@@ -225,6 +226,8 @@ def main() -> None:
     )
     names = sorted({name for name, _ in PLANS})
     parser.add_argument("--configs", nargs="+", default=names, choices=names)
+    topologies = [topology for topology, _ in PODS]
+    parser.add_argument("--pods", nargs="+", default=topologies, choices=topologies)
     parser.add_argument("--weak-scaling", action="store_true")
     parser.add_argument(
         "--out",
@@ -244,6 +247,7 @@ def main() -> None:
             (name, topology, slices)
             for name in flags.configs
             for topology, slices in PODS
+            if topology in flags.pods
         ]
     out = flags.out or Path(__file__).parent / "results" / stem
     rows = _kept(out)

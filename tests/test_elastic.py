@@ -142,11 +142,15 @@ def test_updates_on_shares_are_steps_on_smaller_batches_with_the_rates_of_the_pa
 ):
     """The plain reference is the square-root rule as Malladi et al. write it."""
     k, constant = 4, {"warmup_steps": 0, "final_fraction": 1.0, "clip_norm": 0.0}
+    one_layer = {"layers": 1, "windows": ()}
     config = tiny(
-        batch_size=16, optim=constant | {"weight_decay": 0.1, "epsilon": 1e-3}
+        batch_size=16,
+        model=one_layer,
+        optim=constant | {"weight_decay": 0.1, "epsilon": 1e-3},
     )
     small = tiny(
         batch_size=4,
+        model=one_layer,
         optim=constant
         | {
             "learning_rate": config.optim.learning_rate / 2,

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from tokenrec.config import Config, data_directory
+from tokenrec.config.model_config import DType
 from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.schema import Schema
 from tokenrec.data.tokenizer import encode_text, load_tokenizer
@@ -200,7 +201,9 @@ def prompt_literals(config: Config) -> Literals:
     return tuple(tuple(encode_text(tokenizer, text).tolist()) for text in texts)
 
 
-def bind_params(model: ModelSpec, params: dict[str, jax.Array]) -> Recommender:
+def bind_params(
+    model: ModelSpec, params: dict[str, jax.Array], *, sums: DType = "float32"
+) -> Recommender:
     """Build the module with these weights.
 
     It is cheap and pure; call it inside a traced function.
@@ -208,6 +211,8 @@ def bind_params(model: ModelSpec, params: dict[str, jax.Array]) -> Recommender:
     Args:
       model: the model.
       params: its dense weights by name: arrays, or abstract ones for a module of shapes.
+      sums: as `optim.gradient_sums`. A product sums the gradient of its weight in the
+        type that the weight has.
 
     Raises:
       InputError: weights are missing, unknown, or of another shape or type than the
@@ -215,8 +220,19 @@ def bind_params(model: ModelSpec, params: dict[str, jax.Array]) -> Recommender:
     """
     graph, leaves = _module_structure(model)
     _check_weights({_weight_name(path): leaf for path, leaf in leaves}, params)
+    if sums != "float32":
+        params = {
+            name: leaf.astype(sums) if _in_shards(name, leaf) else leaf
+            for name, leaf in params.items()
+        }
     weights = [(path, nnx.Param(params[_weight_name(path)])) for path, _ in leaves]
     return nnx.merge(graph, nnx.from_flat_state(weights))
+
+
+def _in_shards(name: str, weight: jax.Array) -> bool:
+    """Whether a weight of the backbone lies in shards over `fsdp`: `contract` reads it."""
+    spec = jax.typeof(weight).sharding.spec
+    return name.startswith("backbone/") and RULES.embed in spec
 
 
 def _check_weights(

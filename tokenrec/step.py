@@ -129,7 +129,7 @@ def loss_fn(
     Returns:
       `[] float32`.
     """
-    module = bind_params(model, params)
+    module = bind_params(model, params, sums=model.config.optim.gradient_sums)
     entities = model.embedder.entities(rows, row_indices, batch)
     readouts = module(entities, batch, keys)
     return jnp.sum(sample_losses(model, module, readouts, entities, batch, counts))

@@ -52,6 +52,7 @@ def wait_for(path: Path, text: str) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_the_rehearsal_passes_and_leaves_a_page_with_every_stage(
     tmp_path: Path,
 ) -> None:

@@ -28,6 +28,7 @@ def rows_of(out: Path, stage: str) -> list[dict]:
     return [row for row in read_rows(out / f"{stage}.jsonl") if "event" not in row]
 
 
+@pytest.mark.slow
 def test_the_rehearsal_of_the_stages_that_train(tmp_path: Path) -> None:
     flags = os.environ["XLA_FLAGS"].replace(
         "--xla_force_host_platform_device_count=8", ""

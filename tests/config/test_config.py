@@ -91,6 +91,7 @@ WRONG = [
     ({"optim__weight_decay": -0.1}, "optim.weight_decay=-0.1"),
     ({"optim__beta2": 1.0}, "optim.beta2=1.0"),
     ({"optim__accumulate": 3}, "optim.accumulate=3"),
+    ({"optim__gradient_sums": "bfloat16"}, "optim.gradient_sums='bfloat16' with"),
     ({"mesh__fsdp": 0}, "mesh.fsdp=0"),
     ({"mesh__data": 0}, "mesh.data=0"),
     ({"train__stop_at": 2_000}, "train.stop_at=2000"),

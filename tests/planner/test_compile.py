@@ -82,7 +82,10 @@ def model_and_shapes(config):
 
 # One of each kind of stream; benchmarks/configs_topology.py and benchmarks/pods.py
 # compile all configs.
-SMALL = ("amazon_generative", "complete_journey")
+SMALL = (
+    pytest.param("amazon_generative", marks=pytest.mark.slow),
+    "complete_journey",
+)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.counted import count_rows
+from tests.runtime.forked import KILL, KILLED_AT, rows_by_step, run_processes
 from tests.worlds import mesh_of
 from tokenrec.cli.main import main
 from tokenrec.data.preparation.prepare import prepare
@@ -120,14 +120,6 @@ def finished(folder: Path, *lines: list[str]) -> list[int]:
         return [process.wait(WAIT_SECONDS) for process in running]
 
 
-def rows_read(folder: Path) -> list[list[list[int]]]:
-    """Log rows of each batch that the processes read so far: `[process][batch][row]`."""
-    files = sorted(folder.glob("*.rows"))
-    return [
-        [json.loads(line) for line in file.read_text().splitlines()] for file in files
-    ]
-
-
 def losses(workdir: Path) -> dict[int, float]:
     """Training loss by step."""
     records = [
@@ -156,24 +148,21 @@ def test_two_processes_equal_one_and_resume_after_a_kill(
     # `two`: two processes, killed and resumed as two. `alone`: a copy of it, resumed as
     # one process. `one`: one process that is never interrupted.
     two, one, alone = (tmp_path / name for name in ("two", "one", "alone"))
-    # 1. Kill two processes once they have saved a checkpoint.
-    endless = train_line(data, two, **{"train.save_every": 4}) + " --distributed"
-    with started(tmp_path, [endless], [endless]) as running:
-        deadline = time.monotonic() + WAIT_SECONDS
-        while not checkpoints(two):
-            assert time.monotonic() < deadline
-            assert all(process.poll() is None for process in running), (
-                tmp_path / "1.err"
-            ).read_text()
-            time.sleep(0.05)
-        for process in running:
-            process.send_signal(signal.SIGKILL)
+    # 1. Kill two processes.
+    often = {"train.save_every": 2}
+    killed = run_processes(
+        tmp_path / "first",
+        2,
+        f"{train_line(data, two, **often)} --distributed{KILL}",
+        devices=4,
+    )
+    assert killed == [-signal.SIGKILL] * 2, (tmp_path / "first/0.err").read_text()
     step = checkpoints(two)[-1]
+    assert 4 <= step < KILLED_AT
     shutil.copytree(two, alone)
-    before = [batches[:step] for batches in rows_read(tmp_path)]
 
     # 2. Resume for four steps, then evaluate and predict: two processes, and one.
-    stop = {"train.stop_at": step + 4}
+    stop = often | {"train.stop_at": step + 4}
     written = {
         name: (tmp_path / f"{name}.json", tmp_path / f"{name}.parquet")
         for name in ("two", "one")
@@ -190,10 +179,13 @@ def test_two_processes_equal_one_and_resume_after_a_kill(
         f"{line} --distributed"
         for line in (train_line(data, two, **stop), *evaluate_and_predict("two"))
     ]
-    assert finished(tmp_path, lines, lines) == [0, 0], (tmp_path / "0.err").read_text()
-    assert [
-        "rows" in (tmp_path / f"{index}.out").read_text() for index in range(2)
-    ] == [True, False]
+    second = tmp_path / "second"
+    codes = run_processes(second, 2, *lines, devices=4)
+    assert codes == [0, 0], (second / "0.err").read_text()
+    assert ["rows" in (second / f"{n}.out").read_text() for n in range(2)] == [
+        True,
+        False,
+    ]
     counted: dict[Path, list[list[int]]] = {one: [], alone: []}
     for workdir, seen in counted.items():
         monkeypatch.setattr(
@@ -204,15 +196,10 @@ def test_two_processes_equal_one_and_resume_after_a_kill(
         assert main(line.split()) == 0
 
     # 3. Step by step, all of them read the log rows that one process reads.
-    shared = [sorted(first + second) for first, second in zip(*before, strict=True)]
-    again = [
-        sorted(first + second)
-        for first, second in zip(
-            *(batches[-4:] for batches in rows_read(tmp_path)), strict=True
-        )
-    ]
-    assert all(batches for batches in before)
-    assert shared + again == shared + counted[alone] == counted[one]
+    before = rows_by_step(tmp_path / "first", 0)[:step]
+    assert all(before)
+    assert before + rows_by_step(second, 0) == counted[one]
+    assert before + counted[alone] == counted[one]
 
     # 4. The losses agree. Sums over devices have another order in one process:
     # measured 4.1e-6 and 4.2e-6.

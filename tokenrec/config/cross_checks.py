@@ -87,6 +87,12 @@ def check_data(config: Config) -> Iterator[str]:
             f"data.batch_size={data.batch_size} is not a multiple of "
             f"optim.accumulate={config.optim.accumulate}; use a multiple"
         )
+    if config.optim.gradient_sums == "bfloat16" != config.model.dtype:
+        yield (
+            "optim.gradient_sums='bfloat16' with model.dtype="
+            f"'{config.model.dtype}' would round the weights of the products too; use "
+            "model.dtype='bfloat16', or gradient_sums='float32'"
+        )
 
 
 def _check_task_options(config: Config) -> Iterator[str]:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from tokenrec.config.fields import field
+from tokenrec.config.model_config import DType
 
 
 @dataclasses.dataclass
@@ -69,6 +70,11 @@ class OptimConfig:
     """Micro-batches per step, among which `data.batch_size` is split. The result is
     that of the whole batch; raise it when activations do not fit. On a CPU a
     micro-batch is split further, to keep to the caches."""
+
+    gradient_sums: DType = "float32"
+    """Type in which gradients of the backbone's weight matrices are summed over devices.
+    `bfloat16` halves that traffic, and rounds each device's part and each sum to 8 bits;
+    it needs `model.dtype="bfloat16"`. Moments and weights stay float32."""
 
     spike_norm: float = field(0.0, above=1, special={0: "off"})
     """Skip a step whose gradient norm is more than this many times its running mean.

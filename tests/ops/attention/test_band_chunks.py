@@ -43,7 +43,13 @@ def test_the_smallest_chunks_equal_dense(queries, keys, window, smallest_chunks)
     assert_equals_dense(causal_spec(queries, keys, window))
 
 
-@pytest.mark.parametrize("every_token", [False, True], ids=["needed", "every token"])
+@pytest.mark.parametrize(
+    "every_token",
+    [
+        pytest.param(False, id="needed"),
+        pytest.param(True, id="every token", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", STREAMS)
 def test_padded_streams_in_the_smallest_chunks_equal_dense(
     name, every_token, smallest_chunks

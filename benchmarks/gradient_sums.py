@@ -1,0 +1,169 @@
+"""What `optim.gradient_sums="bfloat16"` costs: error of a gradient, and AUC of a run.
+
+    python -m benchmarks.gradient_sums [--seeds 3] [--out STEM]
+
+1. `configs/synthetic.py` at width 128 with products in bfloat16, a batch of random
+   numbers, 1 to 8 virtual devices along `mesh.fsdp`. `error_of_sums` is the norm of the
+   difference between the gradients with sums in bfloat16 and in float32, over the norm
+   of the gradient, of all weights that the option touches together.
+   `error_of_products` is the same of products in bfloat16 against float32, both with
+   sums in float32: what `model.dtype="bfloat16"` costs anyway.
+2. `configs/synthetic.py` in bfloat16 on eight devices along `fsdp`, trained on a log of
+   60,000 rows with each type of sums: the macro AUC of its best checkpoint on valid.
+
+On a TPU the network may sum in another order than here. No time is measured; what the
+bytes are worth on a pod is in benchmarks/results/pods_changes.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Virtual devices have to be asked for before JAX starts.
+MOST = 8
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={MOST}"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from benchmarks.report import run_script, spread, write_result  # noqa: E402
+from benchmarks.step_cases import random_batch  # noqa: E402
+from tokenrec.config import Config, MeshConfig  # noqa: E402
+from tokenrec.config.load import load_config, shipped_configs  # noqa: E402
+from tokenrec.config.validate import validate  # noqa: E402
+from tokenrec.data.dataset import open_dataset  # noqa: E402
+from tokenrec.data.schema import Schema  # noqa: E402
+from tokenrec.sharding import RULES, make_mesh, to_devices  # noqa: E402
+from tokenrec.state import abstract_state, build_model, init_state  # noqa: E402
+from tokenrec.step import gradients, step_inputs  # noqa: E402
+
+DEVICES = (1, 2, 4, 8)
+TYPES = ("float32", "bfloat16")
+ROWS = 60_000
+
+
+def gradient(
+    config: Config, schema: Schema, devices: int, dtype: str, sums: str
+) -> np.ndarray:
+    """Compute the gradient of the weights in shards, as one vector, float64."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dtype=dtype, width=128),
+        optim=dataclasses.replace(config.optim, gradient_sums=sums),
+    )
+    tasks = tuple(task.name for task in schema.tasks)
+    model = build_model(validate(config), schema, tasks)
+    with jax.set_mesh(mesh):
+        batch = random_batch(config, schema, np.random.default_rng(0))
+
+        @jax.jit
+        def dense(state: Any, batch: Any) -> dict[str, jax.Array]:
+            return gradients(model, state.params, step_inputs(model, state, batch))[1][
+                0
+            ]
+
+        values = jax.device_get(dense(init_state(model, 0), to_devices(batch, mesh)))
+        shapes = abstract_state(model).params
+    in_shards = [
+        name
+        for name, shape in sorted(shapes.items())
+        if name.startswith("backbone/") and RULES.embed in shape.sharding.spec
+    ]
+    return np.concatenate([values[name].ravel() for name in in_shards], dtype=float)
+
+
+def error_row(config: Config, schema: Schema, devices: int) -> dict[str, Any]:
+    """Measure the errors on so many devices."""
+    exact, float32, bfloat16 = (
+        gradient(config, schema, devices, dtype, sums)
+        for dtype, sums in (
+            ("float32", "float32"),
+            ("bfloat16", "float32"),
+            ("bfloat16", "bfloat16"),
+        )
+    )
+    return {
+        "devices": devices,
+        "error_of_sums": np.linalg.norm(bfloat16 - float32) / np.linalg.norm(float32),
+        "error_of_products": np.linalg.norm(float32 - exact) / np.linalg.norm(exact),
+    }
+
+
+def tokenrec(*arguments: str) -> None:
+    """Run a command of tokenrec in a process of its own."""
+    subprocess.run([sys.executable, "-m", "tokenrec", *arguments], check=True)
+
+
+def trained_auc(data: Path, work: Path, sums: str, seed: int) -> float:
+    """Train and evaluate one run; return its macro AUC on valid."""
+    run = work / f"{sums}_{seed}"
+    tokenrec(
+        "train",
+        f"--config={shipped_configs()['synthetic']}",
+        f"--data={data}",
+        f"--workdir={run}",
+        f"--config.seed={seed}",
+        "--config.model.dtype=bfloat16",
+        f"--config.optim.gradient_sums={sums}",
+        "--config.mesh.data=1",
+        f"--config.mesh.fsdp={MOST}",
+    )
+    result = run / "eval.json"
+    tokenrec("evaluate", f"--workdir={run}", "--split=valid", f"--json={result}")
+    return json.loads(result.read_text())["macro_auc"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "gradient_sums"
+    )
+    flags = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        data = work / "data"
+        tokenrec("prepare", "synthetic", f"--rows={ROWS}", f"--out={data}")
+        schema = open_dataset(data).schema
+        config = load_config(str(shipped_configs()["synthetic"]))
+        rows = [error_row(config, schema, devices) for devices in DEVICES]
+        auc = {
+            sums: [trained_auc(data, work, sums, seed) for seed in range(flags.seeds)]
+            for sums in TYPES
+        }
+    write_result(
+        flags.out,
+        rows,
+        {
+            "width": 128,
+            "seeds": flags.seeds,
+            **{
+                f"valid macro AUC with sums in {sums}": spread(auc[sums])
+                for sums in TYPES
+            },
+            "difference of the same seed": spread(
+                [b - a for a, b in zip(*auc.values(), strict=True)], "+"
+            ),
+        },
+        "python -m benchmarks.gradient_sums",
+        title="Gradients of the backbone summed in bfloat16",
+    )
+    print(flags.out.with_name(flags.out.name + ".md").read_text())
+
+
+if __name__ == "__main__":
+    run_script(main)
