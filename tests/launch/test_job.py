@@ -99,6 +99,22 @@ DRY = ("--dry-run", "--skip-compile")
         ([], SLURM | {"partition": "a;b"}, "partition='a;b' is not a word of letters"),
         ([], SLURM | {"grace_seconds": "70000"}, "is more than Slurm's 65535"),
         ([], SLURM | {"cpus_per_gpu": "0"}, "cpus_per_gpu=0 must be at least 1"),
+        ([], SLURM | {"min_nodes": "3"}, "min_nodes=3 is not between 1 and the 2"),
+        (
+            ["--config.train.elastic=scale"],
+            SLURM | {"min_nodes": "1"},
+            "elastic_devices=0: the batch is meant for all nodes; add --config",
+        ),
+        (
+            [
+                "--config.train.elastic=scale",
+                "--config.train.elastic_devices=32",
+                "--config.data.batch_size=256",
+                "--config.data.eval_batch_size=256",
+            ],
+            SLURM | {"topology": "h100:4x8", "min_nodes": "2"},
+            "min_nodes=2: Slurm may start the run on 3 nodes, and data.batch_size=256",
+        ),
         ([], SLURM | {"name": "a b"}, "name='a b' is not a word of letters"),
         ([], SLURM | {"bucket": "b"}, "bucket='b' does not apply to target='slurm'"),
         ([], {"image": None}, "image is not given; build launch/Dockerfile"),

@@ -144,6 +144,14 @@ def test_slurm_is_asked_for_one_process_a_node_with_all_its_gpus(
     assert (options["partition"], options["account"]) == ("gpu,spare", "team")
 
 
+def test_an_elastic_run_may_start_on_fewer_nodes(
+    launch: Launch, tmp_path: Path
+) -> None:
+    elastic = ("--config.train.elastic=accumulate", "--config.train.elastic_devices=16")
+    script = render(launch, tmp_path, *elastic, min_nodes="1")
+    assert options_of(script)["nodes"] == "1-2"
+
+
 def test_two_processes_meet_and_get_the_config_that_travels_with_the_job(
     launch: Launch, tmp_path: Path
 ) -> None:

@@ -183,6 +183,12 @@ def _add_slurm_flags(group: FlagHolder) -> None:
         default=8,
         help="CPU cores for each GPU (default: %(default)s)",
     )
+    group.add_argument(
+        "--min-nodes",
+        type=whole_number,
+        help="nodes of --topology that are enough to start with, for a run with "
+        "train.elastic (default: all)",
+    )
 
 
 def _add_serving_flags(group: FlagHolder) -> None:

@@ -72,7 +72,7 @@ def _launch(args: argparse.Namespace) -> None:
 def _launch_training(args: argparse.Namespace) -> None:
     config = config_from_flags(args)
     from tokenrec.launch.job import GRACE_SECONDS, plan_job
-    from tokenrec.launch.slurm import SlurmOptions, check_paths
+    from tokenrec.launch.slurm import SlurmOptions, check_min_nodes, check_paths
     from tokenrec.launch.start import check_fits, find_tool, render, start
 
     grace = args.grace_seconds
@@ -92,6 +92,8 @@ def _launch_training(args: argparse.Namespace) -> None:
         spot=args.spot,
     )
     options = _options(args)
+    if isinstance(options, SlurmOptions):
+        check_min_nodes(config, job.machines, options.min_nodes)
     text = render(job, options)
     # The tool is looked for before the step is compiled, which takes minutes.
     tool = None if args.dry_run else find_tool(args.target)
@@ -133,6 +135,7 @@ def _options(args: argparse.Namespace) -> Options:
         account=args.account,
         time_limit=args.time_limit,
         cpus_per_gpu=args.cpus_per_gpu,
+        min_nodes=args.min_nodes,
     )
 
 

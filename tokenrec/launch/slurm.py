@@ -13,11 +13,13 @@ import re
 from importlib import resources
 from pathlib import Path
 
+from tokenrec.config import Config
 from tokenrec.data.metadata import METADATA_FILE
 from tokenrec.errors import InputError
 from tokenrec.launch.checks import check_file_name, check_image
 from tokenrec.launch.gpus import GpuNodes
-from tokenrec.launch.job import FINAL_EXITS, STOPPED_EXITS, LaunchJob
+from tokenrec.launch.job import FINAL_EXITS, STOPPED_EXITS, LaunchJob, check_mesh
+from tokenrec.launch.machines import Machines
 from tokenrec.launch.shell import assignment
 from tokenrec.runtime.paths import is_remote
 
@@ -36,6 +38,7 @@ class SlurmOptions:
       account: account that pays; None: the user's default.
       time_limit: as `sbatch --time` takes it; None: that of the partition.
       cpus_per_gpu: CPU cores for each GPU.
+      min_nodes: nodes that are enough to start with; None: all.
     """
 
     venv: str | None = None
@@ -43,6 +46,7 @@ class SlurmOptions:
     account: str | None = None
     time_limit: str | None = None
     cpus_per_gpu: int = 8
+    min_nodes: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -143,7 +147,7 @@ def _sbatch_lines(job: LaunchJob, options: SlurmOptions) -> list[str]:
     kind = machines.kind.partition("-")[0]
     values = {
         "job-name": job.name,
-        "nodes": machines.nodes,
+        "nodes": _nodes(machines, options),
         "ntasks-per-node": 1,
         "gpus-per-node": f"{kind}:{machines.per_node}",
         "cpus-per-gpu": options.cpus_per_gpu,
@@ -163,6 +167,50 @@ def _sbatch_lines(job: LaunchJob, options: SlurmOptions) -> list[str]:
         if value is not None
     ]
     return [*lines, "#SBATCH --requeue"]
+
+
+def _nodes(machines: GpuNodes, options: SlurmOptions) -> str:
+    """Nodes as `sbatch --nodes` takes them: all, or the least and the most."""
+    least = options.min_nodes
+    return f"{least}-{machines.nodes}" if least else str(machines.nodes)
+
+
+def check_min_nodes(config: Config, machines: Machines, least: int | None) -> None:
+    """Check that a run can train on any number of nodes that Slurm may give it.
+
+    Args:
+      config: the config of the run.
+      machines: all nodes.
+      least: `SlurmOptions.min_nodes`.
+
+    Raises:
+      InputError: the number is out of range, or the config does not fit a number of
+        nodes from it up to all.
+    """
+    if least is None:
+        return
+    assert isinstance(machines, GpuNodes)
+    if not 1 <= least <= machines.nodes:
+        raise InputError(
+            f"min_nodes={least} is not between 1 and the {machines.nodes} nodes of "
+            f"{machines.topology}; give a number of nodes in that range"
+        )
+    if config.train.elastic == "off" or not config.train.elastic_devices:
+        raise InputError(
+            f"min_nodes={least} with train.elastic='{config.train.elastic}' and "
+            f"train.elastic_devices={config.train.elastic_devices}: the batch is meant "
+            "for all nodes; add --config.train.elastic=accumulate "
+            f"--config.train.elastic_devices={machines.devices}"
+        )
+    for nodes in range(least, machines.nodes):
+        fewer = dataclasses.replace(machines, nodes=nodes)
+        try:
+            check_mesh(config, fewer, 1)
+        except InputError as error:
+            raise InputError(
+                f"min_nodes={least}: Slurm may start the run on {nodes} nodes, and "
+                f"{error}; or ask for more nodes at least"
+            ) from error
 
 
 def _image_uri(job: LaunchJob) -> str:
