@@ -56,7 +56,7 @@ def loss_and_gradient(config, mesh):
     ("shape", "model", "unroll"),
     [
         ((1, 1, 1), {"remat": "dots", "dropout": 0.2}, 2),
-        ((2, 2, 2), {"remat": "full"}, 1),
+        pytest.param((2, 2, 2), {"remat": "full"}, 1, marks=pytest.mark.slow),
     ],
 )
 def test_values_gradients_and_dropout_are_those_of_single_layers(shape, model, unroll):
