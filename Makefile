@@ -1,7 +1,7 @@
 # make train   a trained ranker and its metrics, from a fresh clone
 # make test    the tests        make lint   ruff and mypy
 # make studies KUAIRAND=DIR   what the papers claim, tried: every study and one report; some 9 CPU-hours, and it goes on
-# make test-slow   the tests that `make test` leaves out for their time: more cases of what it covers
+# make test-slow   the tests that `make test` leaves out for their time: rehearsals of benchmarks, further cases
 # make test-all    all of these tests with every extra installed, in an environment of its own: nothing is skipped but what needs a TPU or GPU
 # make docs    the documentation as a site in site/, which needs no network
 # make test-beam   the tests of `prepare --beam`, in an environment of its own: Beam refuses the newest NumPy and Arrow
@@ -71,7 +71,7 @@ test-beam: $(BEAM)/.beam
 	$(BEAM)/bin/python -m pytest tests/data/beam/test_beam.py
 
 test-oldest: $(OLDEST)/.oldest
-	$(OLDEST)/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal -rs
+	$(OLDEST)/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "slow or not slow" -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/python -m ruff check .

@@ -2,17 +2,21 @@
 
     python -m benchmarks.gradient_sums [--seeds 3] [--out STEM]
 
-1. `configs/synthetic.py` at width 128 with products in bfloat16, a batch of random
-   numbers, 1 to 8 virtual devices along `mesh.fsdp`. `error_of_sums` is the norm of the
-   difference between the gradients with sums in bfloat16 and in float32, over the norm
-   of the gradient, of all weights that the option touches together.
-   `error_of_products` is the same of products in bfloat16 against float32, both with
-   sums in float32: what `model.dtype="bfloat16"` costs anyway.
+1. `configs/synthetic.py` at width 128 with products in bfloat16, and batches of random
+   numbers. All errors are the norm of a difference of gradients over the norm of the
+   gradient, of all weights that the option touches together.
+   - `error_of_products`, on 1 to 8 virtual devices along `mesh.fsdp`: products in
+     bfloat16 against float32, what `model.dtype="bfloat16"` costs anyway.
+   - `error_here`, on the same: sums in bfloat16 against float32. XLA on a CPU adds in
+     float32 and rounds once, so that this is the least that the option costs.
+   - `error_in_a_ring`: the gradients of as many streams, one on each device, are rounded
+     and added one after another, and every partial sum is rounded: the most that a
+     network costs which adds in bfloat16. This is arithmetic, outside of JAX.
 2. `configs/synthetic.py` in bfloat16 on two devices along `fsdp`, trained with each type
    of sums on its log of 60,000 rows: the macro AUC of its best checkpoint on valid.
 
-On a TPU the network may sum in another order than here. No time is measured; what the
-bytes are worth on a pod is in benchmarks/results/pods_changes.md.
+No time is measured; what the bytes are worth on a pod is in
+benchmarks/results/pods_changes.md.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,7 @@ os.environ["XLA_FLAGS"] = f"{FLAG}={MOST}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
+import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.report import run_script, spread, write_result  # noqa: E402
@@ -43,20 +49,31 @@ from tokenrec.config.load import load_config, shipped_configs  # noqa: E402
 from tokenrec.config.validate import validate  # noqa: E402
 from tokenrec.data.dataset import open_dataset  # noqa: E402
 from tokenrec.data.schema import Schema  # noqa: E402
-from tokenrec.sharding import RULES, make_mesh, to_devices  # noqa: E402
-from tokenrec.state import abstract_state, build_model, init_state  # noqa: E402
+from tokenrec.sharding import make_mesh, to_devices  # noqa: E402
+from tokenrec.state import (  # noqa: E402
+    abstract_state,
+    build_model,
+    in_shards,
+    init_state,
+)
 from tokenrec.step import gradients, step_inputs  # noqa: E402
 
 DEVICES = (1, 2, 4, 8)
+RING = (8, 64, 512)
 TYPES = ("float32", "bfloat16")
 ROWS = 60_000
 TRAINED_ON = 2
 
 
-def gradient(
-    config: Config, schema: Schema, devices: int, dtype: str, sums: str
-) -> np.ndarray:
-    """Compute the gradient of the weights in shards, as one vector, float64."""
+def gradients_of(
+    config: Config,
+    schema: Schema,
+    devices: int,
+    dtype: str,
+    sums: str,
+    batches: int = 1,
+) -> Iterator[np.ndarray]:
+    """Compute gradients of the weights in shards, each as one vector, float64."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[:devices])
     config = dataclasses.replace(
         config,
@@ -65,29 +82,36 @@ def gradient(
     )
     tasks = tuple(task.name for task in schema.tasks)
     model = build_model(validate(config), schema, tasks)
+    random = np.random.default_rng(0)
     with jax.set_mesh(mesh):
-        batch = random_batch(config, schema, np.random.default_rng(0))
+        in_sum = [
+            name
+            for name, shape in sorted(abstract_state(model).params.items())
+            if in_shards(name, shape.sharding.spec)
+        ]
 
         @jax.jit
-        def dense(state: Any, batch: Any) -> dict[str, jax.Array]:
-            return gradients(model, state.params, step_inputs(model, state, batch))[1][
-                0
-            ]
+        def dense(state: Any, batch: Any) -> list[jax.Array]:
+            inputs = step_inputs(model, state, batch)
+            found = gradients(model, state.params, inputs)[1][0]
+            return [found[name] for name in in_sum]
 
-        values = jax.device_get(dense(init_state(model, 0), to_devices(batch, mesh)))
-        shapes = abstract_state(model).params
-    in_shards = [
-        name
-        for name, shape in sorted(shapes.items())
-        if name.startswith("backbone/") and RULES.embed in shape.sharding.spec
-    ]
-    return np.concatenate([values[name].ravel() for name in in_shards], dtype=float)
+        state = init_state(model, 0)
+        for _ in range(batches):
+            batch = to_devices(random_batch(config, schema, random), mesh)
+            found = jax.device_get(dense(state, batch))
+            yield np.concatenate([each.ravel() for each in found], dtype=float)
+
+
+def relative(found: np.ndarray, exact: np.ndarray) -> float:
+    """Norm of the difference over that of the exact vector."""
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
 def error_row(config: Config, schema: Schema, devices: int) -> dict[str, Any]:
-    """Measure the errors on so many devices."""
+    """Measure the errors on so many virtual devices."""
     exact, float32, bfloat16 = (
-        gradient(config, schema, devices, dtype, sums)
+        next(gradients_of(config, schema, devices, dtype, sums))
         for dtype, sums in (
             ("float32", "float32"),
             ("bfloat16", "float32"),
@@ -96,9 +120,24 @@ def error_row(config: Config, schema: Schema, devices: int) -> dict[str, Any]:
     )
     return {
         "devices": devices,
-        "error_of_sums": np.linalg.norm(bfloat16 - float32) / np.linalg.norm(float32),
-        "error_of_products": np.linalg.norm(float32 - exact) / np.linalg.norm(exact),
+        "error_of_products": relative(float32, exact),
+        "error_here": relative(bfloat16, float32),
     }
+
+
+def ring_errors(config: Config, schema: Schema) -> dict[int, float]:
+    """Compute the error of adding gradients of single streams in bfloat16, by devices."""
+    data = dataclasses.replace(config.data, batch_size=1)
+    config = dataclasses.replace(config, data=data)
+    exact, rounded, errors = 0.0, None, {}
+    streams = gradients_of(config, schema, 1, "bfloat16", "float32", RING[-1])
+    for count, one in enumerate(streams, start=1):
+        exact = exact + one
+        part = one.astype(ml_dtypes.bfloat16)
+        rounded = part if rounded is None else rounded + part
+        if count in RING:
+            errors[count] = relative(rounded.astype(float), exact)
+    return errors
 
 
 def tokenrec(*arguments: str) -> None:
@@ -144,14 +183,17 @@ def main() -> None:
         tokenrec("prepare", "synthetic", f"--rows={ROWS}", f"--out={data}")
         schema = open_dataset(data).schema
         config = load_config(str(shipped_configs()["synthetic"]))
-        rows = [error_row(config, schema, devices) for devices in DEVICES]
+        rows = {devices: error_row(config, schema, devices) for devices in DEVICES}
+        for devices, error in ring_errors(config, schema).items():
+            row = rows.setdefault(devices, {"devices": devices})
+            row["error_in_a_ring"] = error
         auc = {
             sums: [trained_auc(data, work, sums, seed) for seed in range(flags.seeds)]
             for sums in TYPES
         }
     write_result(
         flags.out,
-        rows,
+        list(rows.values()),
         {
             "width": 128,
             "seeds": flags.seeds,

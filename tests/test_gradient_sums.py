@@ -1,14 +1,18 @@
-"""`optim.gradient_sums`: what a gradient loses when it is summed in bfloat16."""
+"""`optim.gradient_sums`: gradients of the backbone's matrices in bfloat16.
+
+XLA on a CPU adds in float32 all the same: tests/planner/test_fsdp_program.py reads what a
+TPU sends, and benchmarks/gradient_sums.py measures what sums in bfloat16 lose.
+"""
 
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.worlds import SCHEMA, TASKS, mesh_of, place, random_batch, tiny
-from tokenrec.sharding import RULES
-from tokenrec.state import abstract_state, build_model, init_state
+from tokenrec.state import abstract_state, build_model, in_shards, init_state
 from tokenrec.step import gradients, step_inputs
 
 
@@ -37,19 +41,20 @@ def of_step(sums: str, kind: str = "tokenformer"):
 
 
 @pytest.mark.parametrize("kind", ["tokenformer", "hstu"])
-def test_the_loss_is_bit_equal_and_gradients_are_rounded(kind):
+def test_the_loss_is_bit_equal_and_gradients_of_matrices_are_rounded(kind):
     loss, rounded = of_step("bfloat16", kind)
     of_float32, exact = of_step("float32", kind)
     assert loss == of_float32
     with jax.set_mesh(mesh_of(2, 4, 1)):
         shapes = abstract_state(model_of("float32", kind)).params
-    changed = 0
     for name, gradient in exact.items():
         assert rounded[name].dtype == np.float32
-        if name.startswith("backbone/") and RULES.embed in shapes[name].sharding.spec:
-            changed += not np.array_equal(rounded[name], gradient)
+        if in_shards(name, shapes[name].sharding.spec):
+            # A CPU adds in float32 and rounds the sum to 8 bits: measured 0.0036 at most.
+            assert np.array_equal(
+                rounded[name], rounded[name].astype(jnp.bfloat16).astype(np.float32)
+            ), name
             error = np.linalg.norm(rounded[name] - gradient)
-            assert error < 2**-7 * np.linalg.norm(gradient), name
+            assert 0 < error < 2**-7 * np.linalg.norm(gradient), name
         else:
             assert np.array_equal(rounded[name], gradient), name
-    assert changed

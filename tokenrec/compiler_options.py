@@ -28,8 +28,8 @@ Options = dict[str, bool | int | str]
 _EVERY_TPU: Options = {"xla_tpu_enable_pincer_short_emitter": False}
 
 # Memory on the chip that a fusion may use, KiB. With the default of libtpu the operands
-# of a product come in smaller pieces, and more often. On v6e it is worth 4 % of the step
-# and compiles for nearly twice as long.
+# of a product come in smaller pieces, and more often. On v6e more memory shortens the step
+# of two layers of `lrm_1b` by 4 %, and nearly doubles the time of compilation.
 _FUSION_MEMORY = "xla_tpu_scoped_vmem_limit_kib"
 # All-gathers run on the sparse cores, beside the work of the core, over one, two or three
 # axes of the torus. They move numbers and compute nothing, so that no result changes. The

@@ -222,16 +222,20 @@ def bind_params(
     _check_weights({_weight_name(path): leaf for path, leaf in leaves}, params)
     if sums != "float32":
         params = {
-            name: leaf.astype(sums) if _in_shards(name, leaf) else leaf
+            name: leaf.astype(sums)
+            if in_shards(name, jax.typeof(leaf).sharding.spec)
+            else leaf
             for name, leaf in params.items()
         }
     weights = [(path, nnx.Param(params[_weight_name(path)])) for path, _ in leaves]
     return nnx.merge(graph, nnx.from_flat_state(weights))
 
 
-def _in_shards(name: str, weight: jax.Array) -> bool:
-    """Whether a weight of the backbone lies in shards over `fsdp`: `contract` reads it."""
-    spec = jax.typeof(weight).sharding.spec
+def in_shards(name: str, spec: PartitionSpec) -> bool:
+    """Whether a weight is one of the backbone's that lie in shards over `fsdp`.
+
+    These are its matrices. `optim.gradient_sums` is the type of their gradients.
+    """
     return name.startswith("backbone/") and RULES.embed in spec
 
 

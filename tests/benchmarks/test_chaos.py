@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_a_run_under_faults_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     out = tmp_path / "chaos.json"
     flags = ["--faults", "1", "--seed", "3", "--steps", "40", "--json", str(out)]

@@ -20,7 +20,7 @@ from tokenrec.data.pipeline import train_batches
 from tokenrec.runtime.distributed import initialize
 from tokenrec.train_loop import train  # noqa: F401 - imported before the fork
 
-# A process that hangs fails the test after this time; no result depends on it.
+# A process that hangs is an error after this time; no result depends on it.
 WAIT_SECONDS = 300
 # Ends a line whose process is to be killed: by SIGKILL, as it takes this batch but
 # before it is used. With a checkpoint every two steps, that of step 4 is complete by then.
@@ -84,7 +84,9 @@ def run_processes(
         port = holder.getsockname()[1]
         processes = [
             context.Process(
-                target=_work, args=(folder, number, count, devices, port, [*lines])
+                target=_work,
+                args=(folder, number, count, devices, port, [*lines]),
+                daemon=True,
             )
             for number in range(count)
         ]
@@ -92,8 +94,11 @@ def run_processes(
             process.start()
         for process in processes:
             process.join(WAIT_SECONDS)
+        hanging = [n for n, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
             process.kill()
             process.join()
+    assert not hanging, f"processes {hanging} still run after {WAIT_SECONDS} s"
     return [process.exitcode for process in processes]
 
 

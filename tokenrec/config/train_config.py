@@ -72,9 +72,10 @@ class OptimConfig:
     micro-batch is split further, to keep to the caches."""
 
     gradient_sums: DType = "float32"
-    """Type in which gradients of the backbone's weight matrices are summed over devices.
-    `bfloat16` halves that traffic, and rounds each device's part and each sum to 8 bits;
-    it needs `model.dtype="bfloat16"`. Moments and weights stay float32."""
+    """Type of the gradients of the backbone's weight matrices until they are summed over
+    devices. `bfloat16` halves that traffic and rounds every partial sum to 8 bits, also
+    those of a weight that a step reads several times (`onetrans` with candidates). It
+    needs `model.dtype="bfloat16"`. Moments and weights stay float32."""
 
     spike_norm: float = field(0.0, above=1, special={0: "off"})
     """Skip a step whose gradient norm is more than this many times its running mean.

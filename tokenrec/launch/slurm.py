@@ -196,10 +196,11 @@ def check_min_nodes(config: Config, machines: Machines, least: int | None) -> No
             f"{machines.topology}; give a number of nodes in that range"
         )
     if config.train.elastic == "off" or not config.train.elastic_devices:
+        kind = "accumulate" if config.train.elastic == "off" else config.train.elastic
         raise InputError(
             f"min_nodes={least} with train.elastic='{config.train.elastic}' and "
             f"train.elastic_devices={config.train.elastic_devices}: the batch is meant "
-            "for all nodes; add --config.train.elastic=accumulate "
+            f"for all nodes; add --config.train.elastic={kind} "
             f"--config.train.elastic_devices={machines.devices}"
         )
     for nodes in range(least, machines.nodes):
@@ -209,7 +210,8 @@ def check_min_nodes(config: Config, machines: Machines, least: int | None) -> No
         except InputError as error:
             raise InputError(
                 f"min_nodes={least}: Slurm may start the run on {nodes} nodes, and "
-                f"{error}; or ask for more nodes at least"
+                f"{error}; every number of nodes from --min-nodes on has to do, so that "
+                "raising --min-nodes helps, too"
             ) from error
 
 

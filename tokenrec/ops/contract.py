@@ -29,8 +29,8 @@ def contract(
     """Multiply activations by a weight.
 
     The weight is cast to the dtype of `x` before it is gathered, which halves the
-    traffic in bfloat16. Its gradient is summed in the weight's own dtype, float32: a
-    sum over hundreds of devices in bfloat16 would lose the small terms.
+    traffic in bfloat16. Its gradient is summed in the weight's own dtype: float32, or
+    bfloat16 with `optim.gradient_sums`, which rounds every partial sum.
 
     The gradient of the weight has the narrower of its operands first: `x^T g`, or
     `(g^T x)^T` where g is narrower. XLA on CPU transposes the first operand, and fused
@@ -40,7 +40,7 @@ def contract(
     Args:
       equation: einsum of two operands, such as `bsd,dhk->bshk`.
       x: activations, `[B, ...]`.
-      w: weight, float32, of which one dimension may lie in shards over `fsdp`.
+      w: weight, float32 or the dtype of `x`, of which one dimension may lie in shards over `fsdp`.
       spec: how the result is laid out over the mesh.
 
     Returns:

@@ -30,7 +30,7 @@ from tokenrec.models.backbones.block import ffn_width
 from tokenrec.planner.collectives import Collective
 from tokenrec.planner.roofline import chip, network_seconds
 from tokenrec.sharding import AXES
-from tokenrec.state import TrainState
+from tokenrec.state import TrainState, in_shards
 
 # FLOPs of a step over the model's: a block that is computed again is a fourth pass
 # beside three.
@@ -116,15 +116,18 @@ def expected_collectives(
     """
     sizes = mesh.shape
     itemsize = jnp.dtype(config.model.dtype).itemsize
-    # Bytes of weights that `fsdp` splits, as they are gathered in the compute type, and
-    # of gradients that `data` sums, in the type of the weights.
-    gathered = reduced = 0
-    for leaf in state.params.values():
+    # Bytes of weights that `fsdp` splits, as they are gathered in the compute type, of
+    # their gradients, which `fsdp` scatters, and of gradients that `data` sums.
+    gathered = scattered = reduced = 0
+    for name, leaf in state.params.items():
         axes = _axes(leaf)
         numbers = leaf.size // (sizes["tensor"] if "tensor" in axes else 1)
+        gradient_bytes = numbers * leaf.dtype.itemsize
+        if in_shards(name, leaf.sharding.spec):
+            gradient_bytes = numbers * jnp.dtype(config.optim.gradient_sums).itemsize
         if "fsdp" in axes:
             gathered += numbers * itemsize
-        gradient_bytes = numbers * leaf.dtype.itemsize
+            scattered += gradient_bytes
         reduced += gradient_bytes // (sizes["fsdp"] if "fsdp" in axes else 1)
     local_tokens = tokens // (sizes["data"] * sizes["fsdp"] * sizes["context"])
     activation = local_tokens * config.model.width * itemsize
@@ -136,7 +139,7 @@ def expected_collectives(
     layer_sums = _TENSOR_SUMS[remat] * config.model.layers
     expected = (
         ("all-gather", gathered, "fsdp", _GATHERS[remat] * passes),
-        ("reduce-scatter", gathered, "fsdp", passes),
+        ("reduce-scatter", scattered, "fsdp", passes),
         ("all-reduce", reduced, "data", 1),
         ("all-reduce", reduced, "context", 1),
         ("all-gather", full, "context", exchanges),
