@@ -76,6 +76,7 @@ def temporary_bytes(events, remat, attention="auto"):
         )
 
 
+@pytest.mark.slow
 def test_memory_of_a_train_step_grows_linearly():
     # Twice the events take twice the memory and a constant; quadratic growth would be
     # 4.
@@ -83,6 +84,7 @@ def test_memory_of_a_train_step_grows_linearly():
     assert temporary_bytes(512, "none", "dense") > 1.5 * temporary_bytes(512, "none")
 
 
+@pytest.mark.slow
 def test_remat_holds_less():
     none, dots, full = (
         temporary_bytes(512, remat) for remat in ("none", "dots", "full")
