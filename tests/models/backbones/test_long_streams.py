@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 from tests.models.test_recommender import build, value_and_gradients
 from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
