@@ -123,6 +123,7 @@ def expected_collectives(
         axes = _axes(leaf)
         numbers = leaf.size // (sizes["tensor"] if "tensor" in axes else 1)
         gradient_bytes = numbers * leaf.dtype.itemsize
+        assert isinstance(leaf.sharding, jax.NamedSharding)
         if in_shards(name, leaf.sharding.spec):
             gradient_bytes = numbers * jnp.dtype(config.optim.gradient_sums).itemsize
         if "fsdp" in axes:
