@@ -23,7 +23,6 @@ Rows are written as they are made, and kept when the command is given again. Som
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from benchmarks.block_heat_map import plot_meshes
-from benchmarks.report import run_script, write_result
+from benchmarks.report import kept_rows, run_script, write_result
 from tokenrec.compiler_options import compiler_options
 from tokenrec.config import MeshConfig, ModelConfig, Remat
 from tokenrec.errors import InputError
@@ -255,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = f"attention_block_{flags.topology.replace(':', '_')}"
     stem = flags.out or RESULTS / name
     file = stem.with_name(stem.name + ".json")
-    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    rows = kept_rows(file)
     for columns in wanted_rows(flags):
         if any(columns.items() <= row.items() for row in rows):
             continue

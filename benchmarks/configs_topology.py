@@ -25,13 +25,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import run_script, write_result
+from benchmarks.report import kept_rows, run_script, write_result
 from benchmarks.step_cases import stream_schema
 from tokenrec.config import Config, MeshConfig
 from tokenrec.config.load import load_config, shipped_configs
@@ -168,7 +167,7 @@ def main() -> None:
     flags = parser.parse_args()
     stem = flags.out or Path(__file__).parent / "results" / "configs_topology"
     kept = stem.with_name(stem.name + ".json")
-    rows = json.loads(kept.read_text())["rows"] if kept.is_file() else []
+    rows = kept_rows(kept)
     done = {(row["config"], row["topology"], row["slices"]) for row in rows}
     for name, (topology, slices) in itertools.product(flags.configs, TARGETS):
         if (name, topology, slices) in done:

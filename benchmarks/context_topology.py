@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import run_script, write_result
+from benchmarks.report import kept_rows, run_script, write_result
 from tokenrec.config import Config, MeshConfig
 from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.planner.compile import compile_config
@@ -99,7 +98,7 @@ def main() -> None:
     )
     flags = parser.parse_args()
     file = flags.out.with_name(flags.out.name + ".json")
-    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    rows = kept_rows(file)
     for context in flags.context:
         if context in [row["context"] for row in rows]:
             continue

@@ -30,14 +30,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.report import run_script, write_result
+from benchmarks.report import kept_rows, run_script, write_result
 from tokenrec.config import Config, MeshConfig
 from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.planner.compile import compile_config
@@ -217,7 +216,7 @@ def _missing(
 
 def _kept(stem: Path) -> list[dict[str, Any]]:
     file = stem.with_name(stem.name + ".json")
-    return json.loads(file.read_text())["rows"] if file.is_file() else []
+    return kept_rows(file)
 
 
 def main() -> None:

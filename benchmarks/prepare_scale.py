@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from report import write_result
+from report import kept_rows, write_result
 
 FILE_ROWS, BLOCK_ROWS = 10_000_000, 1_000_000
 USERS_PER_ROW, ITEMS_PER_ROW = 0.17, 0.04
@@ -192,7 +192,7 @@ def main() -> None:
     result = measure(arguments.work, arguments.rows, arguments.memory)
     print(result, flush=True)
     path = arguments.out / "prepare_scale.json"
-    earlier = json.loads(path.read_text())["rows"] if path.is_file() else []
+    earlier = kept_rows(path)
     key = ("rows", "memory")
     kept = [r for r in earlier if [r[k] for k in key] != [result[k] for k in key]]
     write_result(

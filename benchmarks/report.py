@@ -125,6 +125,24 @@ def write_result(
     stem.with_name(stem.name + ".md").write_text("\n".join(page) + "\n")
 
 
+def kept_rows(file: Path) -> list[dict[str, Any]]:
+    """Read the rows of an earlier result, which a command goes on from; none if it is missing.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    if not file.is_file():
+        return []
+    try:
+        rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"result '{file}' is damaged ({error}); restore it, or delete it to measure "
+            "all rows again"
+        ) from error
+    return rows
+
+
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format rows as a Markdown table.
 

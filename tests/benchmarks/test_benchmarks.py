@@ -25,6 +25,7 @@ from benchmarks.attention_cases import (
 from benchmarks.attention_specs import causal_spec
 from benchmarks.peers import attention as peers
 from benchmarks.plot import plot_throughput
+from benchmarks.report import kept_rows
 from tokenrec.config.validate import validate
 from tokenrec.errors import InputError
 from tokenrec.ops.attention.pattern import causal_pattern
@@ -341,3 +342,11 @@ def test_the_step_benchmark_still_makes_its_cases_and_table_runs():
             for dense in (False, True)
         }
         assert {len(took) for took in timing.take_turns(runs, 1).values()} == {1}
+
+
+def test_a_damaged_result_is_named_and_not_measured_over(tmp_path):
+    file = tmp_path / "result.json"
+    assert kept_rows(file) == []
+    file.write_text('{"rows": [{"mesh": ')
+    with pytest.raises(InputError, match=r"result\.json' is damaged .*delete it"):
+        kept_rows(file)
