@@ -12,14 +12,21 @@ from tokenrec.config.config import (
 )
 from tokenrec.config.data_config import DataConfig
 from tokenrec.config.json_format import from_json, read_config, to_json
-from tokenrec.config.model_config import HeadConfig, ModelConfig, Remat
+from tokenrec.config.model_config import (
+    DecoderConfig,
+    HeadConfig,
+    ModelConfig,
+    Remat,
+)
 from tokenrec.config.tokens_config import Compression, TokensConfig
 from tokenrec.config.train_config import MeshConfig, OptimConfig, TrainConfig
+from tokenrec.config.tuning_config import TuningConfig
 
 __all__ = [
     "Compression",
     "Config",
     "DataConfig",
+    "DecoderConfig",
     "HeadConfig",
     "MeshConfig",
     "ModelConfig",
@@ -27,6 +34,7 @@ __all__ = [
     "Remat",
     "TokensConfig",
     "TrainConfig",
+    "TuningConfig",
     "data_directory",
     "data_location",
     "from_json",

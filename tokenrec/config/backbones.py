@@ -51,6 +51,8 @@ class BackboneSpec:
       target_tokens: it reads several tokens per target.
       rope: queries and keys are rotated in pairs, so the width of a head is even.
       event_states: its layers have a state per event, for `train.log_states`.
+      decoder: it is a language model, whose sizes are those of a `config.json`
+        (`model.decoder`) and which reads words with its own embedding.
     """
 
     path: str
@@ -65,6 +67,7 @@ class BackboneSpec:
     target_tokens: bool = False
     rope: bool = False
     event_states: bool = False
+    decoder: bool = False
 
     def load(self) -> type[Backbone]:
         """Import the class."""
@@ -73,6 +76,29 @@ class BackboneSpec:
 
 
 _FOLDER = "tokenrec.models.backbones"
+_DECODER = BackboneSpec(
+    f"{_FOLDER}.decoder:Decoder",
+    reads=(
+        "heads",
+        "ffn_width",
+        "rope_base",
+        "needed_rows",
+        "attention",
+        "remat",
+        "scan",
+        "scan_unroll",
+        "pretrained",
+        "architecture",
+        "decoder",
+    ),
+    windows=True,
+    retrieval=True,
+    generates=True,
+    any_prompt=True,
+    target_tokens=True,
+    rope=True,
+    decoder=True,
+)
 BACKBONES: dict[str, BackboneSpec] = {
     "tokenformer": BackboneSpec(
         f"{_FOLDER}.tokenformer:TokenFormer",
@@ -141,6 +167,9 @@ BACKBONES: dict[str, BackboneSpec] = {
         # It shares TokenFormer's attention and rotates by an angle of zero.
         rope=True,
     ),
+    "gemma3": _DECODER,
+    "qwen3": _DECODER,
+    "llama3": _DECODER,
 }
 
 
@@ -149,9 +178,20 @@ def reads_event_ages(config: ModelConfig) -> bool:
     return "time_bias" in BACKBONES[config.kind].reads and config.time_bias
 
 
+def is_decoder(config: ModelConfig) -> bool:
+    """Whether the backbone is a language model of `model.decoder`."""
+    return BACKBONES[config.kind].decoder
+
+
+def head_width(config: ModelConfig) -> int:
+    """Width h of an attention head."""
+    return config.decoder.head_width or config.width // config.heads
+
+
 def uses_heads(config: ModelConfig) -> bool:
     """Whether the width must be a multiple of `model.heads`."""
-    return "heads" in BACKBONES[config.kind].reads
+    spec = BACKBONES[config.kind]
+    return "heads" in spec.reads and not spec.decoder
 
 
 def uses_rope(config: ModelConfig) -> bool:

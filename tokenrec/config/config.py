@@ -11,6 +11,7 @@ from tokenrec.config.fields import field
 from tokenrec.config.model_config import HeadConfig, ModelConfig
 from tokenrec.config.tokens_config import TokensConfig
 from tokenrec.config.train_config import MeshConfig, OptimConfig, TrainConfig
+from tokenrec.config.tuning_config import TuningConfig
 from tokenrec.errors import InputError
 from tokenrec.runtime.local_copy import local_copy
 from tokenrec.runtime.paths import as_path, is_remote
@@ -28,6 +29,7 @@ class Config:
     tokens: TokensConfig = dataclasses.field(default_factory=TokensConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     head: HeadConfig = dataclasses.field(default_factory=HeadConfig)
+    tuning: TuningConfig = dataclasses.field(default_factory=TuningConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from tokenrec.config.backbones import (
     backbone_problems,
     branch_problems,
+    head_width,
     uses_heads,
     uses_rope,
 )
@@ -218,9 +219,9 @@ def check_model(config: Config) -> Iterator[str]:
             f"which model.kind='{model.kind}' needs; use a multiple of {model.heads} "
             "for the width"
         )
-    elif uses_rope(model) and (model.width // model.heads) % 2:
+    elif uses_rope(model) and head_width(model) % 2:
         yield (
-            f"model.width / model.heads = {model.width // model.heads} is odd; rotary "
+            f"model.width / model.heads = {head_width(model)} is odd; rotary "
             f"positions of model.kind='{model.kind}' rotate pairs, use an even head"
         )
     if len(model.windows) > model.layers:

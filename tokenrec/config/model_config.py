@@ -14,6 +14,57 @@ AttentionKind = Literal["auto", "dense", "blocked", "splash", "cudnn", "triton"]
 Remat = Literal["none", "dots", "full"]
 BranchKind = Literal["none", "mean", "din"]
 Retrieval = Literal["next_item", "semantic_id"]
+RopeScaling = Literal["none", "linear", "llama3"]
+
+
+@dataclasses.dataclass
+class DecoderConfig:
+    """Sizes of a language model that `width`, `heads`, `layers`, `ffn_width` and
+    `rope_base` of `model` leave open. They are read from the `config.json` of
+    `model.pretrained` or `model.architecture`: leave them alone."""
+
+    vocabulary: int = field(0, at_least=1, special={0: "not read yet"})
+    """V, rows of the word embedding."""
+
+    tied: bool = True
+    """Words are scored with the vectors that they are read with."""
+
+    kv_heads: int = field(0, at_least=1, special={0: "not read yet"})
+    """G, heads of keys and values, each of which serves `heads / G` heads of queries."""
+
+    head_width: int = field(0, at_least=1, special={0: "not read yet"})
+    """h, width of a head. `heads * head_width` need not be `width`."""
+
+    norm_epsilon: float = field(1e-6, above=0)
+    """Added to the mean square in an RMSNorm."""
+
+    query_scale: float = field(0.0, above=0, special={0: "head_width"})
+    """Queries are divided by the square root of it."""
+
+    windows: tuple[int, ...] = field((), at_least=1, special={0: "a full layer"})
+    """The model's own sliding window of each layer, bottom to top, in tokens; () if all
+    are full. `model.windows` narrows them further."""
+
+    local_rope_base: float = field(0.0, above=1, special={0: "model.rope_base"})
+    """Base of the rotary positions of the layers that have a window in `windows`."""
+
+    rope_scaling: RopeScaling = "none"
+    """How the frequencies of full layers were changed for longer texts."""
+
+    rope_factor: float = field(1.0, above=0)
+    """`linear`, `llama3`: divisor of the frequencies, of `llama3` the low ones."""
+
+    rope_low: float = field(1.0, above=0)
+    """`llama3`: wavelengths above `rope_context` over this are divided wholly."""
+
+    rope_high: float = field(4.0, above=0)
+    """`llama3`: wavelengths below `rope_context` over this are left as they are."""
+
+    rope_context: int = field(0, at_least=1, special={0: "none"})
+    """`llama3`: length of the texts before the change, in tokens."""
+
+    logit_cap: float = field(0.0, above=0, special={0: "none"})
+    """c of the scores of words, `c tanh(score / c)`."""
 
 
 @dataclasses.dataclass
@@ -128,6 +179,17 @@ class ModelConfig:
 
     time_bias: bool = True
     """`hstu` only: relative attention bias of the time between two events."""
+
+    pretrained: str = ""
+    """`gemma3`, `qwen3`, `llama3`: folder of a checkpoint in the format of Hugging Face
+    (`config.json`, `*.safetensors`, `tokenizer.json`), from which a new run takes its
+    weights. It is never downloaded."""
+
+    architecture: str = ""
+    """`gemma3`, `qwen3`, `llama3` without `pretrained`: a `config.json` of that format,
+    or the name of one in `configs/architectures/`. The weights start random."""
+
+    decoder: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
 
 
 @dataclasses.dataclass

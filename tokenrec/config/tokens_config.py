@@ -21,6 +21,16 @@ class TokensConfig:
     and what each has of its own. Empty: TokenFormer's layout, `user sep history sep ||
     candidate`, or its counterpart for user-centric streams and retrieval."""
 
+    template: str = ""
+    """The prompt as one text in place of `prompt`, with slots in braces for the other
+    segments: `Bought so far: {history} Is {title} {candidate} next?`. Line breaks are
+    written as they are, braces doubled. `||` is put before the words that lead to the
+    first slot of a candidate."""
+
+    chat: bool = False
+    """`template`: make it the words of a user in the chat format of `model.kind`, with
+    what begins the model's answer behind them."""
+
     text: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Features that are written as discrete tokens instead of soft ones, by entity
     (user, history, query, candidate). An entity that is not named stays soft."""

@@ -1,0 +1,1 @@
+"""Pretrained language models as backbones: their files, weights, words and prompts."""
