@@ -99,7 +99,7 @@ def write_checkpoint_folder(
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
         return folder
-    places = {}
+    places: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = {name: tensors[name] for name in names[shard::shards]}

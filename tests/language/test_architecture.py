@@ -192,6 +192,12 @@ def test_gemma_with_a_vision_tower_gives_its_text_model(tmp_path: Path) -> None:
     assert read_architecture("gemma3", path)["model.decoder.tied"] is False
 
 
+def test_full_layers_alone_have_one_base(tmp_path: Path) -> None:
+    found = decoder("gemma3", tmp_path, layer_types=["full_attention"] * L)
+    assert (found.windows, found.local_rope_base) == ((), 0.0)
+    assert decoder("gemma3", tmp_path).local_rope_base == 1e4
+
+
 def test_qwen_slides_only_where_it_is_asked_to(tmp_path: Path) -> None:
     sliding = {"sliding_window": 7, "max_window_layers": 3}
     assert decoder("qwen3", tmp_path, **sliding).windows == ()

@@ -82,7 +82,7 @@ def test_numbers_need_not_be_aligned(tmp_path: Path) -> None:
 
 
 def test_empty_tensors_and_other_types_are_listed(tmp_path: Path) -> None:
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "empty": np.zeros((0, 3), np.float32),
         "ids": np.arange(4),
         "x": np.ones(2, np.float32),
@@ -273,7 +273,7 @@ def test_written_files_are_what_the_library_reads(tmp_path: Path) -> None:
         np.arange(3, dtype=ml_dtypes.bfloat16),
         np.arange(6, dtype=np.float32).reshape(3, 2).T,
         np.zeros((0, 2), np.float16),
-        np.array([[1.5]], np.float16),
+        np.array([[1.5, 2]], np.float16),
     ]
     specs = [
         TensorSpec(f"t{number}", array.dtype, array.shape)
