@@ -19,6 +19,7 @@ from __future__ import annotations
 import jax
 
 from tokenrec.config import Config
+from tokenrec.config.backbones import is_decoder
 from tokenrec.config.prompt import Segment, parse_prompt
 from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Feature, Schema
@@ -131,6 +132,7 @@ def stream_layout(
         readout=readout,
         bidirectional=bidirectional,
         discard_static=config.model.discard_static,
+        marks_static=not is_decoder(config.model),
     )
 
 
@@ -158,6 +160,7 @@ def served_layout(
         candidates=1,
         readout="candidates",
         discard_static=config.model.discard_static,
+        marks_static=not is_decoder(config.model),
     )
 
 

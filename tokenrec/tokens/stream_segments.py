@@ -83,6 +83,7 @@ def make_layout(
     readout: Readout,
     bidirectional: bool = False,
     discard_static: bool = True,
+    marks_static: bool = True,
 ) -> Layout:
     """Lay out a stream: the segments of the prefix, then those of each candidate.
 
@@ -97,6 +98,8 @@ def make_layout(
       bidirectional: the positions of the prefix see each other both ways in full
         layers.
       discard_static: sliding layers hide static keys from all other positions.
+      marks_static: positions before the history are static; language models know no
+        such positions.
 
     >>> user = StreamSegment.tokens("user", 2)
     >>> history = StreamSegment.history("event", np.arange(3))
@@ -109,7 +112,7 @@ def make_layout(
     ([0, 1, 2, 3, 4, 5, 5], [5, 6])
     """
     # 1. The prefix.
-    shared = _prefix_arrays(prefix)
+    shared = _prefix_arrays(prefix, marks_static)
     length = len(shared.roles)
     # 2. Anchors: the positions behind which the candidates stand.
     event_positions = np.flatnonzero(shared.roles == ROLES.index("event"))
@@ -144,7 +147,9 @@ def make_layout(
     )
 
 
-def _prefix_arrays(segments: Sequence[StreamSegment]) -> _PositionArrays:
+def _prefix_arrays(
+    segments: Sequence[StreamSegment], marks_static: bool
+) -> _PositionArrays:
     """Concatenate the segments of a prefix."""
     # Roles are stored as numbers, for `np.isin` and for learned role vectors.
     roles = np.array([ROLES.index(role) for part in segments for role in part.roles])
@@ -165,7 +170,7 @@ def _prefix_arrays(segments: Sequence[StreamSegment]) -> _PositionArrays:
         candidate=np.full(len(roles), -1),
         event=event,
         offset=np.concatenate([_rope_offsets(segment) for segment in segments]),
-        static=index < first_event,
+        static=(index < first_event) & marks_static,
     )
 
 

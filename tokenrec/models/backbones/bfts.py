@@ -33,18 +33,20 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tokenrec.config import ModelConfig
-from tokenrec.config.backbones import BACKBONES
+from tokenrec.config.backbones import BACKBONES, is_decoder
 from tokenrec.errors import InputError
 from tokenrec.ops.attention.platform import current_platform
 from tokenrec.tokens.layout import Layout, live_positions
 
 # Lanes of a vector register of a TPU, and of its matrix unit.
 LANES = 128
+# Most layers after which the windows of a language model repeat.
+MOST_PERIOD = 8
 # A run of positions is filled up where that adds at most one in so many.
 MOST_FILL = 8
 _FILLS = contextvars.ContextVar("fill lanes", default=True)
@@ -60,30 +62,95 @@ def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
     """
     # A window of 0 is a full layer between sliding ones.
     full_layers = config.layers - len(config.windows)
-    return (None,) * full_layers + tuple(window or None for window in config.windows)
+    windows = (None,) * full_layers + tuple(window or None for window in config.windows)
+    own = config.decoder.windows
+    if not own:
+        return windows
+    # The windows of a language model, narrowed by BFTS on top of it.
+    return tuple(
+        min((w for w in pair if w), default=None)
+        for pair in zip(windows, own, strict=True)
+    )
+
+
+def local_layers(config: ModelConfig) -> tuple[bool, ...]:
+    """Which layers of a language model have a window of their own.
+
+    These have rotary positions of another base (`model.decoder.local_rope_base`).
+    """
+    return tuple(bool(w) for w in config.decoder.windows) or (False,) * config.layers
+
+
+class LayerStack(NamedTuple):
+    """Consecutive layers in one entry of `TokenFormer.blocks`.
+
+    Attributes:
+      size: number of layers, whose weights are stacked if they are several.
+      period: layers of one turn of their loop, after which windows repeat.
+    """
+
+    size: int
+    period: int = 1
+
+
+def layer_stacks(config: ModelConfig) -> tuple[LayerStack, ...]:
+    """The entries of `TokenFormer.blocks`, from the bottom.
+
+    From `model.scan` layers of one window in a row, their weights are stacked and a
+    loop runs them. The top layer of such a run stays alone: a loop needs as many
+    positions out as in, and the layers above may need fewer of this one. In a language
+    model whose windows repeat after p layers, a turn of the loop has p layers, and the
+    top p stay alone.
+
+    >>> layer_stacks(ModelConfig(layers=10, windows=(32, 16), scan=8))[0]
+    LayerStack(size=7, period=1)
+    """
+    alone = LayerStack(1)
+    if "scan" not in BACKBONES[config.kind].reads:
+        return (alone,) * config.layers
+    # Only layers of one window can share a place in a loop body: windows are static.
+    kinds = list(zip(layer_windows(config), local_layers(config), strict=True))
+    longest_period = MOST_PERIOD if is_decoder(config) else 1
+    stacks: list[LayerStack] = []
+    first = 0
+    while first < len(kinds):
+        length, period = _longest_run(kinds[first:], longest_period, config.scan)
+        if period:
+            size = (length - period) // period * period
+            stacks.append(LayerStack(size, period))
+            stacks += [alone] * (length - size)
+        else:
+            length = 1
+            stacks.append(alone)
+        first += length
+    return tuple(stacks)
+
+
+def _longest_run(kinds: list[Any], longest_period: int, least: int) -> tuple[int, int]:
+    """Find the longest run of layers from the bottom whose kinds repeat.
+
+    Returns:
+      Its length, at least `least` and two periods, and its period; the shorter period
+      of equally long runs. `(0, 0)` without one.
+    """
+    best = 0, 0
+    for period in range(1, longest_period + 1):
+        length = next(
+            (n for n in range(period, len(kinds)) if kinds[n] != kinds[n - period]),
+            len(kinds),
+        )
+        if 0 < least <= length and length >= 2 * period and length > best[0]:
+            best = length, period
+    return best
 
 
 def stack_sizes(config: ModelConfig) -> tuple[int, ...]:
     """Number of layers in each entry of `TokenFormer.blocks`, from the bottom.
 
-    From `model.scan` layers of one window in a row, their weights are stacked and a
-    loop runs them. The top layer of such a run stays alone: a loop needs as many
-    positions out as in, and the layers above may need fewer of this one.
-
     >>> stack_sizes(ModelConfig(layers=14, windows=(32, 16), scan=8))
     (11, 1, 1, 1)
     """
-    if "scan" not in BACKBONES[config.kind].reads:
-        return (1,) * config.layers
-    sizes: list[int] = []
-    # Only layers of one window can share a loop body: windows are static.
-    for _, run in groupby(layer_windows(config)):
-        length = len(list(run))
-        if 0 < config.scan <= length:
-            sizes += [length - 1, 1]
-        else:
-            sizes += [1] * length
-    return tuple(sizes)
+    return tuple(stack.size for stack in layer_stacks(config))
 
 
 def layer_positions(config: ModelConfig, layout: Layout) -> tuple[np.ndarray, ...]:

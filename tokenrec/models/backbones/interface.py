@@ -9,6 +9,7 @@ from flax import nnx
 
 from tokenrec.config import ModelConfig
 from tokenrec.config.backbones import BACKBONES
+from tokenrec.config.tuning_config import TuningConfig
 from tokenrec.ops.attention.pattern import Pattern
 from tokenrec.tokens.layout import Layout
 
@@ -96,15 +97,25 @@ class Backbone(nnx.Module):
         raise NotImplementedError
 
 
-def make_backbone(config: ModelConfig, longest: Layout, *, rngs: nnx.Rngs) -> Backbone:
+def make_backbone(
+    config: ModelConfig,
+    longest: Layout,
+    *,
+    tuning: TuningConfig | None = None,
+    rngs: nnx.Rngs,
+) -> Backbone:
     """Build the backbone of `model.kind`.
 
     Args:
       config: `model` of the run's config.
       longest: layout of the longest stream that the backbone will read.
+      tuning: `tuning` of the run's config, which language models read; None for weights
+        that are all trained.
       rngs: source of the initial weights.
 
     Returns:
       The backbone.
     """
-    return BACKBONES[config.kind].load()(config, longest, rngs=rngs)
+    spec = BACKBONES[config.kind]
+    options = {"tuning": tuning} if spec.decoder else {}
+    return spec.load()(config, longest, rngs=rngs, **options)

@@ -71,6 +71,8 @@ class Stream(NamedTuple):
       turn: RoPE angles of `positions`, `[B, n, 1, h]`.
       valid: `[B, S] bool`, positions of the stream that are not padding.
       parts: devices that tokens are split over; 1: every device has all.
+      local_turn: as `turn`, for the layers of a language model that have a window of
+        their own; None elsewhere.
     """
 
     layout: Layout
@@ -78,6 +80,7 @@ class Stream(NamedTuple):
     turn: Rotation
     valid: jax.Array
     parts: int = 1
+    local_turn: Rotation | None = None
 
     def select(
         self, x: jax.Array, positions: np.ndarray, among: np.ndarray
@@ -91,15 +94,18 @@ class Stream(NamedTuple):
         split = is_split(len(positions), self.layout.length, self.parts)
         return select_split(x, positions, among, split=split)
 
-    def angles(self, positions: np.ndarray) -> Rotation:
+    def angles(self, positions: np.ndarray, *, local: bool = False) -> Rotation:
         """Select the RoPE angles of `positions: [m]`, `[B, m, 1, h]`."""
+        turn = self.turn if self.local_turn is None or not local else self.local_turn
         return Rotation(
-            *(select_positions(part, positions, self.positions) for part in self.turn)
+            *(select_positions(part, positions, self.positions) for part in turn)
         )
 
-    def rotate(self, x: jax.Array, positions: np.ndarray) -> jax.Array:
+    def rotate(
+        self, x: jax.Array, positions: np.ndarray, *, local: bool = False
+    ) -> jax.Array:
         """Apply RoPE to `x: [B, m, H, h]`, which holds `positions: [m]`."""
-        return rotate(x, self.angles(positions))
+        return rotate(x, self.angles(positions, local=local))
 
 
 class Attention(nnx.Module):

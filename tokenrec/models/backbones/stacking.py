@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokenrec.config import Remat
+from tokenrec.config import ModelConfig, Remat
+from tokenrec.models.backbones.bfts import layer_stacks
 from tokenrec.models.backbones.block import Block
 from tokenrec.ops.attention.remat import SAVE_ATTENTION
 
@@ -46,6 +47,24 @@ def apply_remat[**P](
     return jax.checkpoint(compute, policy=policy, prevent_cse=not loop)
 
 
+def make_blocks(config: ModelConfig, make: Callable[[int], Block]) -> nnx.List:
+    """Make the entries of `TokenFormer.blocks`, stacked as `layer_stacks` says.
+
+    Layers are created from the bottom, stacked or not, so that both draw the same
+    random numbers.
+
+    Args:
+      config: `model` of the run's config.
+      make: makes the block of a layer from its number.
+    """
+    numbers = iter(range(config.layers))
+    blocks = []
+    for stack in layer_stacks(config):
+        layers = [make(next(numbers)) for _ in range(stack.size)]
+        blocks.append(stack_blocks(layers) if stack.size > 1 else layers[0])
+    return nnx.List(blocks)
+
+
 def stack_blocks(blocks: Sequence[Block]) -> Block:
     """Stack n blocks of one shape to one block whose weights are `[n, ...]`."""
     # All blocks have the graph of the first: stacking changes shapes of weights only.
@@ -60,9 +79,16 @@ def unstack_blocks(block: Block, count: int) -> list[Block]:
     `jax.lax.split` instead of indexing: its gradient is one concatenation, and not a
     sum of `count` padded slices."""
     graph, weights = nnx.split(block)
-    leaves, tree = jax.tree.flatten(weights)
+    return [nnx.merge(graph, layer) for layer in take_apart(weights, count)]
+
+
+def split_first_axis[T](tree: T, count: int) -> T:
+    """Split the first axis of all arrays: `[n, ...]` to `[n / count, count, ...]`."""
+    return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), tree)
+
+
+def take_apart[T](tree: T, count: int) -> list[T]:
+    """Take arrays `[count, ...]` apart along their first axis."""
+    leaves, structure = jax.tree.flatten(tree)
     parts = [[part[0] for part in jax.lax.split(leaf, (1,) * count)] for leaf in leaves]
-    return [
-        nnx.merge(graph, jax.tree.unflatten(tree, layer))
-        for layer in zip(*parts, strict=True)
-    ]
+    return [jax.tree.unflatten(structure, layer) for layer in zip(*parts, strict=True)]

@@ -24,8 +24,8 @@ d model width, L layers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ from tokenrec.models.backbones.additive_positions import AdditivePositions
 from tokenrec.models.backbones.bfts import (
     cached_positions,
     layer_positions,
+    layer_stacks,
     layer_windows,
     part_multiple,
     prefix_length,
@@ -49,7 +50,13 @@ from tokenrec.models.backbones.block import Block
 from tokenrec.models.backbones.interface import AttentionLayer, Backbone
 from tokenrec.models.backbones.rope_attention import KeysValues, Stream
 from tokenrec.models.backbones.split_tokens import context_parts, select_split
-from tokenrec.models.backbones.stacking import apply_remat, stack_blocks, unstack_blocks
+from tokenrec.models.backbones.stacking import (
+    apply_remat,
+    make_blocks,
+    split_first_axis,
+    take_apart,
+    unstack_blocks,
+)
 from tokenrec.ops.attention.rotary import rotation
 from tokenrec.ops.layers import RMSNorm, split_keys
 from tokenrec.tokens.layout import Layout, select_positions
@@ -60,9 +67,11 @@ class PrefixCache(NamedTuple):
 
     Attributes:
       layers: keys and values of each layer, bottom first, at its `cached_positions`.
+      present: `[B, P] bool`, real tokens of the prefix, for language models; else None.
     """
 
     layers: tuple[KeysValues, ...]
+    present: jax.Array | None = None
 
 
 class TokenFormer(Backbone):
@@ -93,22 +102,30 @@ class TokenFormer(Backbone):
             if additive and longest is not None
             else None
         )
-        # Layers are created from the bottom, stacked or not, so that both draw the same
-        # random numbers.
-        windows = iter(layer_windows(config))
-        blocks = []
-        for size in stack_sizes(config):
-            layers = [Block(config, next(windows), rngs=rngs) for _ in range(size)]
-            blocks.append(stack_blocks(layers) if size > 1 else layers[0])
-        self.blocks = nnx.List(blocks)
+        windows = layer_windows(config)
+        self.blocks = make_blocks(
+            config, lambda layer: Block(config, windows[layer], rngs=rngs)
+        )
         self.norm = RMSNorm(config.width)
 
     def layers(self) -> list[Block]:
         """The blocks of all layers, bottom first, stacked ones taken apart."""
         layers: list[Block] = []
         for block, size in zip(self.blocks, stack_sizes(self.config), strict=True):
-            layers += unstack_blocks(block, size) if size > 1 else [block]
+            layers += self._take_apart(block, len(layers), size)
         return layers
+
+    def _take_apart(self, block: Block, first: int, size: int) -> list[Block]:
+        """Take an entry of `blocks` apart into the layers from number `first` on."""
+        layers = unstack_blocks(block, size) if size > 1 else [block]
+        return [self._as_layer(layer, first + n) for n, layer in enumerate(layers)]
+
+    def _as_layer(self, block: Block, layer: int) -> Block:
+        """Give a block of a stack what sets its layer apart, besides its weights.
+
+        Here nothing: the layers of a stack have one window.
+        """
+        return block
 
     def attention_layers(self, layout: Layout) -> tuple[AttentionLayer, ...]:
         """The attention of each layer, bottom first."""
@@ -141,6 +158,7 @@ class TokenFormer(Backbone):
         candidates: jax.Array | None,
         key: jax.Array | None,
         ages: jax.Array | None = None,
+        present: jax.Array | None = None,
     ) -> jax.Array:
         """Compute the read-outs `[B, R, d]` from tokens `[B, S, d]`.
 
@@ -151,6 +169,7 @@ class TokenFormer(Backbone):
           candidates: `[B, C] bool`, real candidates; None without candidates.
           key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: not read.
+          present: as in `prepare_inputs`.
 
         Returns:
           `[B, R, d]`.
@@ -159,12 +178,15 @@ class TokenFormer(Backbone):
         layout, positions = self._split(layout)
         x = jnp.pad(x, ((0, 0), (0, layout.fill), (0, 0))) if layout.fill else x
         stream_positions = np.arange(layout.length)
-        x, stream = self.prepare_inputs(x, layout, stream_positions, events, candidates)
+        x, stream = self.prepare_inputs(
+            x, layout, stream_positions, events, candidates, present
+        )
         stream = stream._replace(parts=context_parts())
         x = stream.select(x, positions[0], stream_positions)
         dropout_keys = split_keys(key, self.config.layers)
         first = 0
-        for block, size in zip(self.blocks, stack_sizes(self.config), strict=True):
+        for block, stack in zip(self.blocks, layer_stacks(self.config), strict=True):
+            size, bottom = stack.size, first
             run_positions = positions[first : first + size + 1]
             run_keys = dropout_keys[first : first + size]
             first += size
@@ -172,9 +194,10 @@ class TokenFormer(Backbone):
             # Live positions only shrink on the way up: equal lengths are equal
             # positions.
             if size > 1 and len(lengths) == 1:
-                x = self._loop(block, x, run_positions[0], stream, run_keys)
+                turn = [bottom + n for n in range(stack.period)]
+                x = self._loop(block, x, run_positions[0], stream, run_keys, turn)
                 continue
-            layers = unstack_blocks(block, size) if size > 1 else [block]
+            layers = self._take_apart(block, bottom, size)
             for layer, inputs, outputs, layer_key in zip(
                 layers, run_positions, run_positions[1:], run_keys, strict=False
             ):
@@ -198,6 +221,7 @@ class TokenFormer(Backbone):
         candidates: jax.Array | None,
         key: jax.Array | None,
         ages: jax.Array | None = None,
+        present: jax.Array | None = None,
     ) -> list[jax.Array]:
         """Compute the output of each layer at its live positions, `[B, n_l, d]`.
 
@@ -208,12 +232,15 @@ class TokenFormer(Backbone):
           candidates: `[B, C] bool`, real candidates; None without candidates.
           key: `[B]`, PRNG keys of dropout; None in evaluation.
           ages: not read.
+          present: as in `prepare_inputs`.
 
         Returns:
           The outputs of the L layers, then the read-outs `[B, R, d]`.
         """
         stream_positions = np.arange(layout.length)
-        x, stream = self.prepare_inputs(x, layout, stream_positions, events, candidates)
+        x, stream = self.prepare_inputs(
+            x, layout, stream_positions, events, candidates, present
+        )
         positions = layer_positions(self.config, layout)
         dropout_keys = split_keys(key, self.config.layers)
         x = select_positions(x, positions[0], stream_positions)
@@ -233,6 +260,7 @@ class TokenFormer(Backbone):
         positions: np.ndarray,
         stream: Stream,
         keys: Sequence[jax.Array | None],
+        turn: Sequence[int],
     ) -> jax.Array:
         """Run layers with stacked weights as a loop, so that the program has one body.
 
@@ -242,35 +270,52 @@ class TokenFormer(Backbone):
           positions: `[n]`, the positions at the input and the output of all layers.
           stream: the stream.
           keys: PRNG key of dropout of each layer; all None in evaluation.
+          turn: numbers of the layers of the first turn of the loop. Those of the other
+            turns are like them, but for their weights.
 
         Returns:
           `[B, n, d]`.
         """
         # One graph serves all layers: they differ in their weights only.
         graph, weights = nnx.split(block)
-
-        def layer(x: jax.Array, weights: nnx.State, key: jax.Array | None) -> jax.Array:
-            return nnx.merge(graph, weights)(x, positions, positions, stream, key)
-
         # Layers of one turn stand side by side in the program, and a short loop has no
         # turns left: there XLA would merge what remat computes again.
-        alone = self.config.scan_unroll == 1
-        compute = apply_remat(layer, self.config.remat, loop=alone)
+        alone = self.config.scan_unroll == 1 and len(turn) == 1
+
+        def layer_at(number: int) -> Callable[..., jax.Array]:
+            def layer(
+                x: jax.Array, weights: nnx.State, key: jax.Array | None
+            ) -> jax.Array:
+                layer = self._as_layer(nnx.merge(graph, weights), number)
+                return layer(x, positions, positions, stream, key)
+
+            return apply_remat(layer, self.config.remat, loop=alone)
+
+        layers = [layer_at(number) for number in turn]
         # In evaluation the loop scans over the weights alone.
         stacked_keys = (
             None
             if keys[0] is None
             else jnp.stack([key for key in keys if key is not None])
         )
-        return jax.lax.scan(
-            lambda x, scanned: (compute(x, *scanned), None),
-            x,
-            (weights, stacked_keys),
-            unroll=self.config.scan_unroll,
-        )[0]
+        scanned = (weights, stacked_keys)
+        if len(layers) > 1:
+            scanned = split_first_axis(scanned, len(layers))
+
+        def run_turn(x: jax.Array, scanned: Any) -> tuple[jax.Array, None]:
+            parts = [scanned] if len(layers) == 1 else take_apart(scanned, len(layers))
+            for layer, part in zip(layers, parts, strict=True):
+                x = layer(x, *part)
+            return x, None
+
+        return jax.lax.scan(run_turn, x, scanned, unroll=self.config.scan_unroll)[0]
 
     def prefill(
-        self, x: jax.Array, layout: Layout, events: jax.Array
+        self,
+        x: jax.Array,
+        layout: Layout,
+        events: jax.Array,
+        present: jax.Array | None = None,
     ) -> tuple[PrefixCache, jax.Array]:
         """Compute the prefix cache of a request, without dropout.
 
@@ -278,6 +323,7 @@ class TokenFormer(Backbone):
           x: `[B, P, d]`, tokens of the prefix.
           layout: layout of any stream with this prefix; its candidates do not matter.
           events: `[B, T] bool`, real events.
+          present: as in `prepare_inputs`.
 
         Returns:
           The cache, and `[B, R_p, d]`, the R_p read-outs in the prefix (often none).
@@ -291,7 +337,7 @@ class TokenFormer(Backbone):
                 f"x {x.shape}: the prefix of the layout has {len(prefix)} tokens; pass "
                 "those alone"
             )
-        x, stream = self.prepare_inputs(x, layout, prefix, events, None)
+        x, stream = self.prepare_inputs(x, layout, prefix, events, None, present)
         positions = prefix_positions(self.config, layout)
         cached = cached_positions(self.config, layout)
         x = select_positions(x, positions[0], prefix)
@@ -310,7 +356,11 @@ class TokenFormer(Backbone):
         # Read-outs in the prefix: the end of the history in retrieval.
         readout = layout.readout[layout.readout < len(prefix)]
         read = self.norm(select_positions(x, readout, positions[-1]))
-        return PrefixCache(tuple(cache)), read
+        return PrefixCache(tuple(cache), self.kept_of(stream)), read
+
+    def kept_of(self, stream: Stream) -> jax.Array | None:
+        """What `extend` needs of a prefix besides keys and values; here nothing."""
+        return None
 
     def extend(
         self,
@@ -319,6 +369,7 @@ class TokenFormer(Backbone):
         layout: Layout,
         events: jax.Array,
         candidates: jax.Array,
+        present: jax.Array | None = None,
     ) -> jax.Array:
         """Compute the read-outs of candidates from the cache of their prefix.
 
@@ -331,6 +382,7 @@ class TokenFormer(Backbone):
           layout: layout of the whole stream, S positions.
           events: `[B, T] bool`, real events.
           candidates: `[B, C] bool`, real candidates.
+          present: as in `prepare_inputs`.
 
         Returns:
           `[B, R, d]`, the read-outs behind the prefix.
@@ -353,7 +405,9 @@ class TokenFormer(Backbone):
                 f"the cache holds {lengths} tokens by layer and the prefix needs "
                 f"{expected}; prefill it again"
             )
-        x, stream = self.prepare_inputs(x, layout, behind, events, candidates)
+        x, stream = self.prepare_inputs(
+            x, layout, behind, events, candidates, present, cache.present
+        )
         # The live positions behind the prefix.
         positions = [
             live[np.searchsorted(live, count) :]
@@ -376,6 +430,8 @@ class TokenFormer(Backbone):
         positions: np.ndarray,
         events: jax.Array,
         candidates: jax.Array | None,
+        present: jax.Array | None = None,
+        prefix: jax.Array | None = None,
     ) -> tuple[jax.Array, Stream]:
         """Prepare the inputs of the first layer, and those that all layers share.
 
@@ -385,6 +441,9 @@ class TokenFormer(Backbone):
           positions: `[n]`, the stream positions of `x`, ascending.
           events: `[B, T] bool`, real events.
           candidates: `[B, C] bool`, real candidates; None without candidates.
+          present: `[B, n] bool`, for language models: tokens that are none of those that
+            fill a text up. None: all of them.
+          prefix: `PrefixCache.present`, where `x` continues a cached prefix.
 
         Returns:
           `[B, n, d]`, the tokens with additive positions, if any, and the stream.

@@ -24,7 +24,8 @@ that every device attends on its own and nothing is exchanged. Where the tokens 
 queries and keys are split over `context`, `tokenrec.ops.attention.context` exchanges
 what the parts need.
 
-Shape letters: B streams, Q queries, K keys, H heads, h width of a head.
+Shape letters: B streams, Q queries, K keys, H heads of queries, G heads of keys and
+values, h width of a head.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from tokenrec.errors import InputError, suggest
 from tokenrec.ops.attention import blocked, cudnn, dense, splash, triton
 from tokenrec.ops.attention.context import split_attention, split_splash
 from tokenrec.ops.attention.context_plan import SplitPlan, plan_split
+from tokenrec.ops.attention.grouped import repeat_heads
 from tokenrec.ops.attention.pattern import ATTENTION_RESULT, Pattern, causal_pattern
 from tokenrec.ops.attention.platform import current_platform
 from tokenrec.sharding import RULES, tokens_of
@@ -246,12 +248,13 @@ def _check_arguments(
         q.ndim != 4
         or k.shape != v.shape
         or q.shape[0] != k.shape[0]
-        or q.shape[2:] != k.shape[2:]
+        or q.shape[3] != k.shape[3]
+        or q.shape[2] % k.shape[2]
         or q.shape[1] > k.shape[1]
     ):
         raise InputError(
             f"q {q.shape}, k {k.shape} and v {v.shape} do not agree; "
-            "use [B, Q, H, h] and twice [B, K, H, h] with Q <= K"
+            "use [B, Q, H, h] and twice [B, K, G, h] with Q <= K and G a divisor of H"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise InputError(
@@ -287,8 +290,9 @@ def attention(
 
     Args:
       q: `[B, Q, H, h]`, queries. Q < K where only some tokens are needed.
-      k: `[B, K, H, h]`, keys.
-      v: `[B, K, H, h]`, values.
+      k: `[B, K, G, h]`, keys. Each of the G heads serves H / G heads of queries next
+        to each other (grouped-query attention; Ainslie et al., arXiv 2305.13245, 2023).
+      v: `[B, K, G, h]`, values.
       window: keys that a query sees, itself included; None: every earlier one.
       implementation: key of `IMPLEMENTATIONS`; None: the platform's first that serves.
       pattern: order, static tokens and candidates; None: plain causal order, in which
@@ -304,6 +308,7 @@ def attention(
         implementation can be chosen (`choose`).
     """
     _check_arguments(q, k, v, window, pattern, valid)
+    k, v = (repeat_heads(x, q.shape[2]) for x in (k, v))
     pattern = causal_pattern(q.shape[1], k.shape[1]) if pattern is None else pattern
     if tokens_of(q) is not None:
         return _attend_split(q, k, v, window, implementation, pattern, valid)

@@ -54,10 +54,23 @@ def rotation(positions: jax.Array, head_width: int, base: float) -> Rotation:
     Returns:
       Cosines and signed sines, `[B, S, 1, h] float32` each.
     """
-    # In float32: bfloat16 cannot tell neighbouring positions above 256 apart.
     frequencies = base ** (
         -jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
     )
+    return rotation_by(positions, frequencies)
+
+
+def rotation_by(positions: jax.Array, frequencies: jax.Array | np.ndarray) -> Rotation:
+    """Compute the angles `p * frequency_i` of every token.
+
+    Args:
+      positions: `[B, S]`, RoPE position p of each token.
+      frequencies: `[h / 2] float32`.
+
+    Returns:
+      Cosines and signed sines, `[B, S, 1, h] float32` each.
+    """
+    # In float32: bfloat16 cannot tell neighbouring positions above 256 apart.
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     # Without the barrier XLA fuses cosines and sines into every rotation of every layer,
