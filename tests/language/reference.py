@@ -280,3 +280,9 @@ def is_gemma(config: Config) -> bool:
 def float32(tensors: Tensors, name: str) -> jax.Array:
     """The tensor `name` as float32."""
     return jnp.asarray(tensors[name]).astype(jnp.float32)
+
+
+def relative_error(found: Any, wanted: Any) -> float:
+    """Largest difference of two arrays over the largest value of the second."""
+    found, wanted = (np.asarray(x, np.float32) for x in (found, wanted))
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())

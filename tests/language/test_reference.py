@@ -19,6 +19,7 @@ from tests.language.hf_models import (
     save_model,
     write_model,
 )
+from tests.language.reference import relative_error
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -28,11 +29,6 @@ TOKENS, MASK = random_text((24, 9, 3))
 IDS, SEEN = torch.tensor(TOKENS, dtype=torch.long), torch.tensor(MASK)
 # Words that have a next one.
 LIVE = MASK[:, :-1]
-
-
-def relative_error(found: object, wanted: np.ndarray) -> float:
-    """Largest difference over the largest value wanted."""
-    return float(np.abs(np.asarray(found) - wanted).max() / np.abs(wanted).max())
 
 
 def peer_logits(model: torch.nn.Module, **inputs: torch.Tensor) -> np.ndarray:
