@@ -194,6 +194,8 @@ class SemanticIdHead(nnx.Module):
       width: d.
       tied: codes are read with the vectors that they are scored against.
       copy: mix with copies of the items of the history.
+      scale: factor of a code's vector where it is read, as a word of a language model
+        is (`tokenrec.models.words.word_scale`).
 
     Attributes:
       copy: the part of the mixture that copies; None without it.
@@ -206,8 +208,10 @@ class SemanticIdHead(nnx.Module):
         *,
         tied: bool,
         copy: bool = False,
+        scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
+        self.scale = scale
         self.levels = levels
         # Every level takes as many rows as the largest, so that a row is found by
         # multiplication.
@@ -228,7 +232,8 @@ class SemanticIdHead(nnx.Module):
         """
         table = self.outputs if self.inputs is None else self.inputs
         rows = jnp.arange(codes.shape[-1]) * max(self.levels) + jnp.maximum(codes, 0)
-        return expand_rows(gather_over_fsdp(table[...]), rows)
+        vectors = expand_rows(gather_over_fsdp(table[...]), rows)
+        return vectors if self.scale == 1 else vectors * self.scale
 
     def log_probs(self, h: jax.Array, level: int) -> jax.Array:
         """Log-probabilities of a level's codes: `[B, n, d]` to `[B, n, C_l]`."""
