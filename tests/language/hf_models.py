@@ -39,10 +39,10 @@ _GEMMA3 = _SIZES | {
     "architectures": ["Gemma3ForCausalLM"],
     "model_type": "gemma3_text",
     "hidden_activation": "gelu_pytorch_tanh",
-    # A local layer on top of a full one, and two below it.
-    "num_hidden_layers": 4,
+    # A full layer between two local ones.
+    "num_hidden_layers": 3,
     "sliding_window": WINDOW,
-    "sliding_window_pattern": 3,
+    "sliding_window_pattern": 2,
     "query_pre_attn_scalar": 24,
     # Published: 1e6 and 1e4, with which a short text turns a narrow head but little.
     "rope_theta": 1000.0,
@@ -56,12 +56,12 @@ _QWEN3 = _SIZES | {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "hidden_act": "silu",
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "rope_theta": 1000.0,
     "rope_scaling": None,
     "use_sliding_window": False,
     "sliding_window": None,
-    "max_window_layers": 3,
+    "max_window_layers": 2,
     "tie_word_embeddings": True,
 }
 _LLAMA3 = _SIZES | {

@@ -207,3 +207,16 @@ def place(*arrays: Any) -> list[jax.Array]:
 def no_events(batch: int) -> jax.Array:
     """Events of streams that have no history, `[B, 0]`."""
     return jnp.zeros((batch, 0), bool)
+
+
+def run_decoder(
+    machine: Machine, x: np.ndarray, mask: np.ndarray, layout: Layout
+) -> np.ndarray:
+    """Outputs `[B, R, d]` of a decoder for texts `x: [B, S, d]`, padded by `mask`."""
+
+    @jax.jit
+    def run(weights: nnx.State, x: jax.Array, mask: jax.Array) -> jax.Array:
+        module = machine.module(weights)
+        return module(x, layout, no_events(len(x)), None, None, present=mask)
+
+    return np.asarray(run(machine.weights, *place(x, mask)))

@@ -25,7 +25,6 @@ from tests.models.backbones.language_models import (
     text_layout,
 )
 from tests.worlds import mesh_of, one_device
-from tokenrec.config.tuning_config import PROJECTIONS, TuningConfig
 from tokenrec.models.backbones.bfts import stack_sizes
 from tokenrec.tokens.layout import Layout
 
@@ -33,10 +32,11 @@ from tokenrec.tokens.layout import Layout
 LENGTHS = (24, 9, 3, 24)
 TOKENS, MASK = random_text(LENGTHS)
 MODELS = CONFIGS | {
-    # Windows repeat after two layers: a loop over two turns of two, and three alone.
-    "gemma3_deep": CONFIGS["gemma3"]
-    | {"num_hidden_layers": 7, "sliding_window_pattern": 2},
-    "qwen3_deep": CONFIGS["qwen3"] | {"num_hidden_layers": 4},
+    # Windows repeat after two layers: a loop of two turns of two layers, and two alone.
+    "gemma3_deep": CONFIGS["gemma3"] | {"num_hidden_layers": 6},
+    # A loop of three layers, all with a window, and one alone.
+    "qwen3_deep": CONFIGS["qwen3_windows"]
+    | {"num_hidden_layers": 4, "max_window_layers": 0},
 }
 
 
@@ -66,21 +66,30 @@ def loss_of(states: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask[..., None], jnp.sin(states), 0))
 
 
-@functools.cache
-def wanted(name: str, dtype: str = "float32") -> Wanted:
-    config, tensors = MODELS[name], random_tensors(MODELS[name], dtype)
+@functools.partial(jax.jit, static_argnums=0)
+def reference_gradients(
+    name: str, tensors: dict[str, jax.Array], x: jax.Array
+) -> tuple[tuple[dict[str, jax.Array], jax.Array], jax.Array]:
+    """Gradients of the loss by tensors and by inputs, and the outputs."""
 
     def loss(tensors: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        states = reference.hidden_states(tensors, config, x, MASK)
+        states = reference.hidden_states(tensors, MODELS[name], x, MASK)
         return loss_of(states, MASK), states
 
+    return jax.grad(loss, (0, 1), has_aux=True)(tensors, x)
+
+
+@functools.cache
+def wanted(name: str, dtype: str = "float32") -> Wanted:
+    """Compute in float32, whatever type weights and inputs were rounded to."""
     with jax.set_mesh(one_device()):
-        x = reference.embed(tensors, config, TOKENS).astype(dtype).astype(jnp.float32)
-        # In float32, whatever the weights were rounded to.
-        wide = {name: tensor.astype(jnp.float32) for name, tensor in tensors.items()}
-        (gradients, of_x), states = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(
-            wide, x
+        tensors = jax.tree.map(
+            lambda tensor: tensor.astype(jnp.float32),
+            random_tensors(MODELS[name], dtype),
         )
+        x = reference.embed(tensors, MODELS[name], TOKENS)
+        x = x.astype(dtype).astype(jnp.float32)
+        (gradients, of_x), states = reference_gradients(name, tensors, x)
     return Wanted(*jax.tree.map(np.asarray, (x, states, gradients, of_x)))
 
 
@@ -101,8 +110,8 @@ def run(
         out = module(x, layout, no_events(len(x)), None, None, present=mask)
         return loss_of(out.astype(jnp.float32), mask), out
 
-    run = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
-    (gradients, of_x), out = run(machine.weights, x)
+    differentiate = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+    (gradients, of_x), out = differentiate(machine.weights, x)
     return out, by_name(gradients), of_x
 
 
@@ -124,64 +133,72 @@ def errors(
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3_linear",
+        "llama3",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "gemma3",
+                "gemma3_long_window",
+                "qwen3",
+                "qwen3_windows",
+                "llama3_linear",
+            )
+        ),
+    ],
+)
 def test_outputs_and_gradients_are_those_of_the_reference(name: str) -> None:
-    # Measured: x.
-    assert max(errors(name)) < 1e-5, print(errors(name))
+    # Measured: 1.1e-6 of outputs, 1.9e-6 of gradients, at most.
+    assert max(errors(name)) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("name", "sizes", "model"),
     [
-        ("gemma3_deep", (4, 1, 1, 1), {"scan": 3}),
-        ("qwen3_deep", (3, 1), {"scan": 3, "remat": "full"}),
-        ("gemma3_deep", (4, 1, 1, 1), {"scan": 3, "scan_unroll": 2, "remat": "dots"}),
+        ("gemma3_deep", (4, 1, 1), {}),
+        ("qwen3_deep", (3, 1), {"remat": "full"}),
     ],
 )
 def test_a_loop_over_stacked_layers_changes_nothing(
     name: str, sizes: tuple[int, ...], model: dict[str, Any]
 ) -> None:
+    model = model | {"scan": 3}
     assert stack_sizes(model_config(MODELS[name], **model)) == sizes
-    e = errors(name, **model)
-    print(e)
-    assert max(e) < 1e-5
+    # Measured: 1.8e-6 and 1.4e-6, of gradients.
+    assert max(errors(name, **model)) < 1e-5
 
 
-@pytest.mark.parametrize("needed_rows", [True, False])
-@pytest.mark.parametrize("name", ["gemma3_deep", "qwen3_windows"])
-def test_tokens_that_no_read_out_sees_can_be_left_out(
-    name: str, needed_rows: bool
-) -> None:
-    read = np.array([15, 23])
-    truth = wanted(name)
-    x, mask = place(truth.embeddings, MASK)
-    machine = decoder_of(name, needed_rows=needed_rows, scan=3)
-    layout = text_layout(24, read)
-
-    @jax.jit
-    def compute(weights, x, mask):
-        return machine.module(weights)(
-            x, layout, no_events(4), None, None, present=mask
-        )
-
-    out = np.asarray(compute(machine.weights, x, mask))
-    live = MASK[:, read]
-    e = relative_error(out[live], truth.states[:, read][live])
-    print(e)
-    assert e < 1e-5
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",
+        "gemma3_linear",
+        pytest.param("llama3", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_changes_nothing(name: str) -> None:
+    """Two heads of keys and values split over `mesh.tensor`; one is on all devices."""
+    with jax.set_mesh(mesh_of(1, 2, 2)):
+        # Measured: at most 2.6e-6, of gradients.
+        assert max(errors(name)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma3_linear", "llama3"])
-@pytest.mark.parametrize("axes", [(1, 2, 2), (1, 2, 1, 2)])
-def test_a_mesh_changes_nothing(name: str, axes: tuple[int, ...]) -> None:
-    with jax.set_mesh(mesh_of(*axes)):
-        e = errors(name)
-        print(e)
-        assert max(e) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["gemma3", "qwen3", "llama3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma3",
+        pytest.param("qwen3", marks=pytest.mark.slow),
+        pytest.param("llama3", marks=pytest.mark.slow),
+    ],
+)
 def test_bfloat16_is_off_by_its_rounding(name: str) -> None:
-    e = errors(name, "bfloat16")
-    print(e)
-    assert max(e) < 1e-1
+    """As far as PyTorch is (`tests/language/test_reference.py`)."""
+    out, of_weights, of_x = errors(name, "bfloat16")
+    # Measured: 1.7e-2, 1.2e-2, 1.2e-2 of outputs, as much of the gradients of inputs,
+    # and 4.6e-2, 2.6e-2, 1.9e-2 of those of the worst weight.
+    assert 1e-4 < out < 3e-2
+    assert of_weights < 8e-2
+    assert of_x < 3e-2
