@@ -13,6 +13,7 @@ a candidate, R read-outs, d model width."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,8 @@ from tokenrec.config import Config
 from tokenrec.config.backbones import is_decoder
 from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.batch import Batch
-from tokenrec.data.schema import TEXT_TABLE, Schema
+from tokenrec.data.schema import Schema
+from tokenrec.data.semantic_id_feature import SEMANTIC_ID
 from tokenrec.models.backbones.interface import make_backbone
 from tokenrec.models.branch import Branch
 from tokenrec.models.entity_makers import (
@@ -43,7 +45,12 @@ from tokenrec.models.stream_layout import (
     title_features,
     user_token_count,
 )
-from tokenrec.models.words import WordTable, word_scale
+from tokenrec.models.words import (
+    WordTable,
+    own_tables,
+    shares_codes,
+    word_scale,
+)
 from tokenrec.ops.layers import Linear, dropout, flatten_tokens, split_keys, weight
 from tokenrec.sharding import RULES, on_mesh, reshard
 from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
@@ -54,8 +61,9 @@ from tokenrec.tokens.output_vectors import output_vectors
 
 
 def with_word_vectors(config: Config) -> Config:
-    """Set the width of text features to that of a language model, which reads them."""
-    widths = config.tokens.embedding_dims | {TEXT_TABLE: config.model.width}
+    """Set the width of the features that a language model reads to its own."""
+    own = dict.fromkeys(own_tables(config), config.model.width)
+    widths = config.tokens.embedding_dims | own
     tokens = dataclasses.replace(config.tokens, embedding_dims=widths)
     return dataclasses.replace(config, tokens=tokens)
 
@@ -285,18 +293,26 @@ class Recommender(nnx.Module):
     def _with_words(
         self, entities: dict[str, EntityFeatures]
     ) -> dict[str, EntityFeatures]:
-        """Add the vectors of text features, which a language model reads itself."""
+        """Add the vectors of the features that a language model reads itself."""
         if not isinstance(self.words, WordTable):
             return entities
-        texts = {f.name for f in self.schema.features if f.kind == "text"}
-        added = {}
-        for part, (values, ids) in entities.items():
-            words = {
-                name: self.words(ids[name], self._dtype)
-                for name in sorted(texts & ids.keys())
-            }
-            added[part] = EntityFeatures(values | words, ids)
-        return added
+        readers: dict[str, Callable[[jax.Array, jnp.dtype], jax.Array]] = {
+            f.name: self.words for f in self.schema.features if f.kind == "text"
+        }
+        if shares_codes(self.config):
+            assert isinstance(self.head, SemanticIdHead)
+            readers[SEMANTIC_ID] = self.head.read
+        return {
+            part: EntityFeatures(
+                values
+                | {
+                    name: readers[name](ids[name], self._dtype)
+                    for name in sorted(readers.keys() & ids.keys())
+                },
+                ids,
+            )
+            for part, (values, ids) in entities.items()
+        }
 
     def make_stream(
         self, entities: dict[str, EntityFeatures], batch: Batch

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tokenrec.config import ModelConfig
-from tokenrec.data.schema import FIRST_KNOWN
+from tokenrec.config import Config, ModelConfig
+from tokenrec.config.backbones import is_decoder
+from tokenrec.data.schema import FIRST_KNOWN, TEXT_TABLE
+from tokenrec.data.semantic_id_feature import SEMANTIC_ID
 from tokenrec.language.families import FAMILIES
 from tokenrec.ops.contract import contract, gather_over_fsdp
 from tokenrec.ops.layers import weight
@@ -35,6 +37,27 @@ def word_rows(config: ModelConfig) -> int:
 def word_scale(config: ModelConfig) -> float:
     """Factor of a vector that is read: the root of d in Gemma, otherwise 1."""
     return math.sqrt(config.width) if FAMILIES[config.kind].scaled_words else 1.0
+
+
+def shares_codes(config: Config) -> bool:
+    """Whether semantic ids in a prompt are read with the vectors of the head's codes.
+
+    They are new words of a language model then, the same ones where they are read and
+    where they are generated.
+    """
+    return (
+        is_decoder(config.model)
+        and config.data.objective == "retrieval"
+        and config.head.retrieval == "semantic_id"
+        and config.tokens.semantic_id != "prefix"
+    )
+
+
+def own_tables(config: Config) -> tuple[str, ...]:
+    """Tables of features that a language model reads with vectors of its own."""
+    if not is_decoder(config.model):
+        return ()
+    return (TEXT_TABLE, *((SEMANTIC_ID,) if shares_codes(config) else ()))
 
 
 class WordTable(nnx.Module):

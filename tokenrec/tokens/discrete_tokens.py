@@ -36,8 +36,9 @@ from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.tokens.feature_transforms import normalize_dense, table_widths
 from tokenrec.tokens.makers import FeatureArrays
 
-# Kinds of several values, of which an entity may have fewer than the feature's length.
-FILLED_KINDS = ("text", "multi_valued")
+# Kinds of several values, of which an entity may have fewer than the feature's length:
+# an item that is new has no semantic id.
+FILLED_KINDS = ("text", "multi_valued", "semantic_id")
 # Buckets of a dense value, equally likely under a normal distribution, and their
 # limits.
 BINS = 64

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.config import Config
-from tokenrec.config.backbones import is_decoder
 from tokenrec.data.batch import Batch, Signals
-from tokenrec.data.schema import TEXT_TABLE, Feature, Schema, columns
+from tokenrec.data.schema import Feature, Schema, columns
 from tokenrec.errors import InputError
+from tokenrec.models.words import own_tables
 from tokenrec.ops.tables.api import (
     UniqueRows,
     expand_rows,
@@ -109,9 +109,8 @@ class Embedder:
             "action": schema.group("action"),
         }
         tables = schema.tables
-        if is_decoder(config.model):
-            # A language model reads texts with its own word vectors.
-            tables = {name: rows for name, rows in tables.items() if name != TEXT_TABLE}
+        own = own_tables(config)
+        tables = {name: rows for name, rows in tables.items() if name not in own}
         widths = table_widths(schema.features, config.tokens)
         item_ids = None
         if samples_items(config):
