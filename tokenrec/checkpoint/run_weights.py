@@ -264,7 +264,7 @@ def _item_keys(data: Path) -> EntryKeys:
     return EntryKeys.of("items", np.load(path, allow_pickle=False))
 
 
-def _tokens(data: Path) -> list[str]:
-    """Tokens of a data set's texts, in the order of their numbers."""
+def _tokens(data: Path) -> dict[int, str]:
+    """Tokens of a data set's texts, by their numbers."""
     numbers: Mapping[str, int] = load_tokenizer(data).get_vocab()
-    return sorted(numbers, key=numbers.__getitem__)
+    return {number: token for token, number in numbers.items()}
