@@ -99,6 +99,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_untied": _QWEN3 | {"tie_word_embeddings": False, "num_key_value_heads": 1},
     "qwen3_windows": _QWEN3
     | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    # Windows repeat after two layers: with `model.scan` a loop of two turns of two
+    # layers, and two alone.
+    "gemma3_deep": _GEMMA3 | {"num_hidden_layers": 6},
+    # A loop of three layers, all with a window, and one alone.
+    "qwen3_deep": _QWEN3
+    | {
+        "num_hidden_layers": 4,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 0,
+    },
     "llama3": _LLAMA3,
     "llama3_tied": _LLAMA3 | {"rope_scaling": None, "tie_word_embeddings": True},
     "llama3_linear": _LLAMA3 | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},

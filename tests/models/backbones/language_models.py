@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from tests.language import reference
+from tests.language.hf_models import CONFIGS
 from tokenrec.config.model_config import DecoderConfig, ModelConfig
 from tokenrec.config.tuning_config import TuningConfig
 from tokenrec.models.backbones.bfts import stack_sizes
@@ -25,6 +26,11 @@ from tokenrec.tokens.layout import Layout
 from tokenrec.tokens.stream_segments import StreamSegment, make_layout
 
 KINDS = {"gemma3_text": "gemma3", "qwen3": "qwen3", "llama": "llama3"}
+
+
+def kind_of(name: str) -> str:
+    """`model.kind` of a model of `CONFIGS`."""
+    return KINDS[CONFIGS[name]["model_type"]]
 
 
 def model_config(config: Mapping[str, Any], **options: Any) -> ModelConfig:

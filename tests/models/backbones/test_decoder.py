@@ -31,13 +31,6 @@ from tokenrec.tokens.layout import Layout
 # Two texts without padding; one longer than the window of 5, one shorter.
 LENGTHS = (24, 9, 3, 24)
 TOKENS, MASK = random_text(LENGTHS)
-MODELS = CONFIGS | {
-    # Windows repeat after two layers: a loop of two turns of two layers, and two alone.
-    "gemma3_deep": CONFIGS["gemma3"] | {"num_hidden_layers": 6},
-    # A loop of three layers, all with a window, and one alone.
-    "qwen3_deep": CONFIGS["qwen3_windows"]
-    | {"num_hidden_layers": 4, "max_window_layers": 0},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +66,7 @@ def reference_gradients(
     """Gradients of the loss by tensors and by inputs, and the outputs."""
 
     def loss(tensors: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        states = reference.hidden_states(tensors, MODELS[name], x, MASK)
+        states = reference.hidden_states(tensors, CONFIGS[name], x, MASK)
         return loss_of(states, MASK), states
 
     return jax.grad(loss, (0, 1), has_aux=True)(tensors, x)
@@ -85,9 +78,9 @@ def wanted(name: str, dtype: str = "float32") -> Wanted:
     with jax.set_mesh(one_device()):
         tensors = jax.tree.map(
             lambda tensor: tensor.astype(jnp.float32),
-            random_tensors(MODELS[name], dtype),
+            random_tensors(CONFIGS[name], dtype),
         )
-        x = reference.embed(tensors, MODELS[name], TOKENS)
+        x = reference.embed(tensors, CONFIGS[name], TOKENS)
         x = x.astype(dtype).astype(jnp.float32)
         (gradients, of_x), states = reference_gradients(name, tensors, x)
     return Wanted(*jax.tree.map(np.asarray, (x, states, gradients, of_x)))
@@ -95,8 +88,8 @@ def wanted(name: str, dtype: str = "float32") -> Wanted:
 
 def decoder_of(name: str, dtype: str = "float32", **model: Any) -> Machine:
     """The decoder of a checkpoint on the mesh in use; weights are float32 arrays."""
-    config = model_config(MODELS[name], **model)
-    tensors = random_tensors(MODELS[name], dtype)
+    config = model_config(CONFIGS[name], **model)
+    tensors = random_tensors(CONFIGS[name], dtype)
     return make_decoder(config, decoder_weights(config, tensors))
 
 
@@ -124,7 +117,7 @@ def errors(
     machine = decoder_of(name, dtype, **model)
     out, gradients, of_x = run(machine, x, mask, text_layout(max(LENGTHS)))
     assert out.dtype == dtype
-    expected = decoder_weights(model_config(MODELS[name], **model), truth.gradients)
+    expected = decoder_weights(model_config(CONFIGS[name], **model), truth.gradients)
     assert gradients.keys() == expected.keys()
     return (
         relative_error(np.asarray(out)[MASK], truth.states[MASK]),
@@ -166,7 +159,7 @@ def test_a_loop_over_stacked_layers_changes_nothing(
     name: str, sizes: tuple[int, ...], model: dict[str, Any]
 ) -> None:
     model = model | {"scan": 3}
-    assert stack_sizes(model_config(MODELS[name], **model)) == sizes
+    assert stack_sizes(model_config(CONFIGS[name], **model)) == sizes
     # Measured: 1.8e-6 and 1.4e-6, of gradients.
     assert max(errors(name, **model)) < 1e-5
 

@@ -41,7 +41,7 @@ def wanted(
 
 @pytest.mark.parametrize("needed_rows", [True, False])
 def test_tokens_that_no_read_out_sees_can_be_left_out(needed_rows: bool) -> None:
-    config = CONFIGS["qwen3_windows"] | {"num_hidden_layers": 4, "max_window_layers": 0}
+    config = CONFIGS["qwen3_deep"]
     read, (x, states) = np.array([15, 23]), wanted(config)
     # Three of the layers are stacked, and taken apart where they need other positions.
     model = model_config(config, needed_rows=needed_rows, scan=3)
