@@ -31,6 +31,7 @@ def prepare(
     overwrite: bool = False,
     like: str | Path | None = None,
     statistics: str | None = None,
+    tokenizer: str | Path | None = None,
     **options: Any,
 ) -> Metadata:
     """Prepare a data set.
@@ -45,6 +46,8 @@ def prepare(
       statistics: of a named source: JSON file that declares statistics of the past, or
         "none"; None for those that are shipped for the source, if any, as the flag
         `--statistics`.
+      tokenizer: `tokenizer.json` of a pretrained language model, or its folder: texts
+        are encoded with it instead of a tokenizer that is trained on them.
       options: arguments of the named source, such as `rows` of `SyntheticSource`.
 
     Returns:
@@ -66,7 +69,11 @@ def prepare(
         names = ", ".join([*options, *(["statistics"] if statistics else [])])
         raise InputError(f"{names}: arguments of a named source; source is an object")
     return prepare_source(
-        source, local_path(out, "out"), overwrite=overwrite, like=data_folder(like)
+        source,
+        local_path(out, "out"),
+        overwrite=overwrite,
+        like=data_folder(like),
+        tokenizer=None if tokenizer is None else local_path(tokenizer, "tokenizer"),
     )
 
 

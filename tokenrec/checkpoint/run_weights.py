@@ -265,6 +265,12 @@ def _item_keys(data: Path) -> EntryKeys:
 
 
 def _tokens(data: Path) -> list[str]:
-    """Tokens of a data set's texts, in the order of their numbers."""
+    """Tokens of a data set's texts, in the order of their numbers.
+
+    Numbers of no token, which a model's tokenizer may have, get a name of their own.
+    """
     numbers: Mapping[str, int] = load_tokenizer(data).get_vocab()
-    return sorted(numbers, key=numbers.__getitem__)
+    tokens = [f"\0{number}" for number in range(max(numbers.values(), default=-1) + 1)]
+    for token, number in numbers.items():
+        tokens[number] = token
+    return tokens

@@ -82,6 +82,12 @@ def _add_output_flags(parser: Parser) -> None:
         "shipped for the source, as for kuairand and complete_journey)",
     )
     parser.add_argument(
+        "--tokenizer",
+        type=local_path_argument,
+        help="folder of a pretrained language model, or its tokenizer.json: texts are "
+        "encoded with it (docs/guides/data.md; default: a tokenizer is trained on them)",
+    )
+    parser.add_argument(
         "--memory",
         type=memory_size,
         help="what distinct ids, features of users and items and blocks of rows may take "
@@ -118,6 +124,7 @@ def _prepare(args: argparse.Namespace) -> None:
         "overlap": args.overlap,
         "memory": args.memory,
         "scratch": args.scratch,
+        "tokenizer": args.tokenizer,
     }
     given = {name: value for name, value in options.items() if value is not None}
     if args.beam:

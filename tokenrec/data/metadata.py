@@ -65,8 +65,8 @@ class Metadata:
       counts: log rows and scored log rows per split, repeats that were dropped, users
         and items, as `prepare` counted them; and what the source itself counted.
       options: options of `prepare` that change its output (chunk_events, overlap, days
-        of the splits), and which statistics of the past it keeps as of the start of a
-        split ("frozen").
+        of the splits), the SHA-256 of a tokenizer that it did not train, and which
+        statistics of the past it keeps as of the start of a split ("frozen").
       key_types: "user_id" and "item_id" -> "int64" or "string".
       row_digests: split -> SHA-256 of its log rows in their order
         (preparation/row_index.py); empty for a data set from before there was one.

@@ -92,8 +92,8 @@ class Feature:
       table: name of the embedding table of an integer kind; features may share one.
         Empty: the feature's own name. All text features share the table "text".
       length: values per log row, item or user (table above).
-      codes: semantic_id: size of each level's code book. text: the most tokens in the
-        vocabulary, equal for all text features.
+      codes: semantic_id: size of each level's code book. text: the most tokens of a
+        tokenizer that `prepare` trains, equal for all text features.
       transform: function of a dense value before normalisation; `log1p` is signed,
         `sign(x) log(1 + |x|)`.
       per_row: an item feature that changes from log row to log row (a display

@@ -20,6 +20,7 @@ import pytest
 
 from tests.data.memory_source import SCHEMA as MEMORY_SCHEMA
 from tests.data.memory_source import MemorySource
+from tests.data.model_tokenizer import write_model
 from tests.data.past.declared import DECLARED, random_rows
 from tests.data.past.declared import source as past_rows
 from tokenrec.cli.main import main
@@ -253,6 +254,18 @@ def test_a_log_of_one_partition_gives_the_files_of_the_local_path(
             "local",
             "beam",
         }, "nothing is left behind"
+
+
+def test_the_tokenizer_of_a_model_is_used_as_on_the_local_path(
+    tmp_path: Path, files: Files
+) -> None:
+    model = write_model(tmp_path / "model")
+    local, beam = tmp_path / "local", tmp_path / "beam"
+    prepare(files.source(), local, **SMALL, tokenizer=model)
+    prepare_with_beam(files.source(), beam, **SMALL, **ONE, tokenizer=model)
+    assert contents(local) == contents(beam)
+    name = "tokenizer.json"
+    assert (beam / name).read_bytes() == (model / name).read_bytes()
 
 
 def test_many_partitions_give_the_same_chunks_in_another_order(

@@ -53,6 +53,7 @@ def write_entities(
     items: Entities,
     tables: dict[str, TableValues],
     result: ScanResult,
+    tokenizer_file: bytes | None = None,
 ) -> WrittenEntities:
     """Write vocabularies, tokenizer and catalogue, and share the ids with the workers.
 
@@ -63,6 +64,7 @@ def write_entities(
       items: items of the source's table; those of the log are added.
       tables: values of the embedding tables of items; those of the log are added.
       result: result of the scan.
+      tokenizer_file: contents of a `tokenizer.json`; None to train a tokenizer.
 
     Raises:
       InputError: an id or a value is an integer in one block and a string in another.
@@ -76,7 +78,7 @@ def write_entities(
     # 2. Make ids final, as the local path does between its passes. Features of users
     #    follow in the second pass, where users are together.
     vocabulary_ids, table_rows = write_vocabularies(folder, schema, tables)
-    table_rows |= write_tokenizer(folder, schema, (items,))
+    table_rows |= write_tokenizer(folder, schema, (items,), tokenizer_file)
     to_vocabulary_ids(items.ids, items.features, vocabulary_ids)
     write_catalogue(folder, items)
     moments = _entity_moments(schema, result.users, items)

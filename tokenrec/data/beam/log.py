@@ -54,7 +54,7 @@ def require_parts(source: Source) -> PartitionedSource:
     if texts:
         raise InputError(
             f"feature '{texts[0]}' is a text of users, whom --beam never gathers in "
-            "one place to train a tokenizer on; leave it out, or leave --beam out"
+            "one place to encode their texts; leave it out, or leave --beam out"
         )
     return plain  # type: ignore[return-value]
 

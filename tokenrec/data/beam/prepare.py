@@ -46,6 +46,7 @@ from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.folder import (
     NOTHING_TO_LEARN,
     check_options,
+    describe_tokenizer,
     file_checksums,
     make_metadata,
 )
@@ -56,6 +57,7 @@ from tokenrec.data.preparation.staging import staged_folder
 from tokenrec.data.preparation.state import StateWriter
 from tokenrec.data.schema import Schema
 from tokenrec.data.source import SPLITS, PartitionedSource, Source
+from tokenrec.data.tokenizer import read_tokenizer
 from tokenrec.data.vocabulary import value_tables
 from tokenrec.errors import InputError
 
@@ -72,6 +74,7 @@ def prepare_with_beam(
     partition_bytes: int | None = None,
     user_partitions: int = USER_PARTITIONS,
     span_rows: int | None = None,
+    tokenizer: Path | None = None,
 ) -> Metadata:
     """Write the data set that `tokenrec.data.preparation.prepare.prepare` writes.
 
@@ -94,6 +97,7 @@ def prepare_with_beam(
       user_partitions: partitions of the users in the first pass.
       span_rows: log rows of a span of time, for statistics of the past; default:
         `statistics.SPAN_ROWS`.
+      tokenizer: of a pretrained language model, as in `prepare`.
 
     Returns:
       The metadata of the data set.
@@ -104,6 +108,7 @@ def prepare_with_beam(
     """
     check_options(source.schema, chunk_events, overlap)
     plain = require_parts(source)
+    tokenizer_file = None if tokenizer is None else read_tokenizer(Path(tokenizer))
     beam_options = pipeline_options(arguments)
     with staged_folder(Path(out), overwrite) as folder:
         checksums = file_checksums(source.provenance)
@@ -120,6 +125,7 @@ def prepare_with_beam(
             partition_bytes,
             user_partitions,
             span_rows,
+            tokenizer_file,
         )
         try:
             metadata = _run_passes(source, plain, folder, checksums, options)
@@ -141,6 +147,7 @@ class _Options:
       partition_bytes: as in `prepare_with_beam`.
       user_partitions: as in `prepare_with_beam`.
       span_rows: as in `prepare_with_beam`.
+      tokenizer_file: contents of a `tokenizer.json`; None to train a tokenizer.
     """
 
     chunk_events: int
@@ -150,6 +157,7 @@ class _Options:
     partition_bytes: int | None
     user_partitions: int
     span_rows: int | None
+    tokenizer_file: bytes | None
 
 
 def _run_passes(
@@ -190,7 +198,11 @@ def _run_passes(
         written.key_types,
         source.provenance,
         checksums,
-        {"chunk_events": options.chunk_events, "overlap": options.overlap},
+        {
+            "chunk_events": options.chunk_events,
+            "overlap": options.overlap,
+            **describe_tokenizer(options.tokenizer_file),
+        },
         row_digests,
         state,
     )
@@ -218,7 +230,9 @@ def _scan_log(
     items.read_table(source.items(), "items()")
     result = scan(source, options.work, options.pipeline, options.user_partitions)
     rows = _check_log(source, result)
-    written = write_entities(folder, options.work, schema, items, tables, result)
+    written = write_entities(
+        folder, options.work, schema, items, tables, result, options.tokenizer_file
+    )
     # Items and values are freed on return; workers read theirs from the shared folder.
     return rows, written
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from tokenrec.data.preparation.moments import Moments
 from tokenrec.data.schema import TEXT_TABLE, Feature, Schema
 from tokenrec.data.source import Provenance
 from tokenrec.data.tokenizer import (
+    TOKENIZER_FILE,
+    parse_tokenizer,
     save_tokenizer,
     table_rows,
     tokenizers_library,
@@ -37,9 +40,6 @@ from tokenrec.data.vocabulary import (
 )
 from tokenrec.errors import InputError
 from tokenrec.runtime.files import digest_file, read_with_retries
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 NOTHING_TO_LEARN = (
     "rows(): no row is an event, scored, or has a label, so there is nothing to learn "
@@ -126,32 +126,43 @@ def write_tokenizer(
     folder: Path,
     schema: Schema,
     entities: Sequence[Entities],
-    tokenizer: Tokenizer | None = None,
+    given: bytes | None = None,
 ) -> dict[str, int]:
-    """Train and write the tokenizer, and give every text its ids.
+    """Write the tokenizer, a new one if none is given, and give every text its ids.
 
-    It is trained on the texts of the users and items of training rows.
+    A new one is trained on the texts of the users and items of training rows. One that
+    is given is written though there is no text, for the literal texts of prompts.
 
     Args:
       folder: the prepared folder.
       schema: features and tasks.
       entities: users and items; ids of their texts are filled in.
-      tokenizer: one that is trained already; None to train it.
+      given: contents of a `tokenizer.json`, which are kept byte for byte; None to
+        train a tokenizer.
 
     Returns:
       Rows of the table that all texts share, by its name; empty without a text feature.
     """
     codes = [f.codes for f in schema.features if f.kind == "text"]
+    if given is not None:
+        (folder / TOKENIZER_FILE).write_bytes(given)
     if not codes:
         return {}
-    # The schema gives all texts the same number of codes: they share the tokenizer.
-    if tokenizer is None:
+    if given is not None:
+        tokenizer = parse_tokenizer(given)
+    else:
         texts = itertools.chain(*(group.training_texts() for group in entities))
+        # The schema gives all texts the same number of codes: they share the tokenizer.
         tokenizer = train_tokenizer(texts, codes[0])
+        save_tokenizer(tokenizer, folder)
     for group in entities:
         group.encode_texts(tokenizer)
-    save_tokenizer(tokenizer, folder)
     return {TEXT_TABLE: table_rows(tokenizer)}
+
+
+def describe_tokenizer(given: bytes | None) -> dict[str, str]:
+    """SHA-256 of a tokenizer that was not trained here, for `Metadata.options`."""
+    return {} if given is None else {"tokenizer": hashlib.sha256(given).hexdigest()}
 
 
 def make_metadata(

@@ -45,7 +45,8 @@ def digest_ids(folder: Path, schema: Schema) -> IdDigests:
         for part in _table_parts(folder, table):
             ids.update(part)
             vocabularies.update(part)
-    if any(f.kind == "text" for f in schema.features):
+    # Without a text there may be one all the same, for the literal texts of prompts.
+    if (folder / TOKENIZER_FILE).is_file():
         tokenizer = (folder / TOKENIZER_FILE).read_bytes()
         ids.update(tokenizer)
         vocabularies.update(tokenizer)

@@ -12,7 +12,6 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,14 +21,14 @@ from tokenrec.data import records
 from tokenrec.data.dataset import Dataset, open_dataset
 from tokenrec.data.interaction_log import EVENT, REPEATED
 from tokenrec.data.memory_limit import MemoryLimit
-from tokenrec.data.metadata import STATE
+from tokenrec.data.metadata import STATE, checked_file
 from tokenrec.data.preparation.entities import Entities
 from tokenrec.data.preparation.partition import encoded_row_dtype
 from tokenrec.data.preparation.state import read_events
 from tokenrec.data.schema import Schema, Task
 from tokenrec.data.schema_difference import schema_differences
 from tokenrec.data.source import SPLITS, Source, StatefulSource
-from tokenrec.data.tokenizer import load_tokenizer
+from tokenrec.data.tokenizer import TOKENIZER_FILE
 from tokenrec.data.value_index import ValueIndex
 from tokenrec.data.vocabulary import (
     FrozenValues,
@@ -114,10 +113,24 @@ class Like:
             for name in value_tables(self.metadata.schema.features)
         }
 
-    def tokenizer(self) -> Any:
-        """Return the tokenizer; None if no feature is a text."""
-        has_text = any(f.kind == "text" for f in self.metadata.schema.features)
-        return load_tokenizer(self._folder) if has_text else None
+    def tokenizer(self, given: bytes | None = None) -> bytes | None:
+        """Return the contents of `tokenizer.json`; None if this data set has none.
+
+        Args:
+          given: contents of the file that `--tokenizer` names, if any.
+
+        Raises:
+          InputError: `given` is another tokenizer, or the file is damaged.
+        """
+        path = checked_file(self._folder, TOKENIZER_FILE)
+        own = None if path is None else path.read_bytes()
+        if given is not None and given != own:
+            other = "no tokenizer" if own is None else "another tokenizer"
+            raise InputError(
+                f"--tokenizer does not go with --like: '{self._folder}' has {other}, and "
+                "the new data set keeps what it has; leave --tokenizer out"
+            )
+        return own
 
     def add_items(self, items: Entities) -> None:
         """Start a new catalogue with the items of this one, in their order."""

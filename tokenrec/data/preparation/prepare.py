@@ -27,7 +27,7 @@ Memory holds, at any time:
 - a few bytes per value, user and item, and 8 per chunk;
 - a block of raw rows (65,536, more once values lie in files) and at most
   `PARTITION_ROWS` (131,072) encoded rows, more only where a single user has more;
-- the strings of text features, until the tokenizer is trained.
+- the strings of text features, until they are encoded.
 
 | file of the folder | written |
 |---|---|
@@ -60,6 +60,7 @@ from tokenrec.data.preparation.entities import to_vocabulary_ids
 from tokenrec.data.preparation.folder import (
     NOTHING_TO_LEARN,
     check_options,
+    describe_tokenizer,
     file_checksums,
     make_metadata,
     write_tokenizer,
@@ -82,6 +83,7 @@ from tokenrec.data.preparation.row_index import IndexWriter, index_chunks
 from tokenrec.data.preparation.staging import scratch_folder, staged_folder
 from tokenrec.data.preparation.state import StateWriter, events_without_chunk
 from tokenrec.data.source import Provenance, Source, StatefulSource
+from tokenrec.data.tokenizer import read_tokenizer
 from tokenrec.errors import InputError
 
 _DEFAULTS = {"chunk_events": 4096, "overlap": 1024}
@@ -97,6 +99,7 @@ def prepare(
     scratch: Path | None = None,
     like: Path | None = None,
     memory: int | None = None,
+    tokenizer: Path | None = None,
 ) -> Metadata:
     """Write the prepared data set of `source` to the folder `out`.
 
@@ -117,6 +120,9 @@ def prepare(
       memory: bytes that the distinct ids, their features and the blocks that are worked
         on may take, about; what exceeds them goes to `scratch`. By default half of the
         machine's memory.
+      tokenizer: `tokenizer.json` of a pretrained language model, or the folder that
+        holds it. Texts are encoded with it instead of a tokenizer that is trained on
+        them, and the data set keeps the file, byte for byte.
 
     Returns:
       The metadata of the data set.
@@ -124,7 +130,8 @@ def prepare(
     Raises:
       InputError: `out` exists, an option or a value of the source is wrong, the disk is
         full, or the schema has a text and the library `tokenizers` is missing; or
-        `like` cannot be gone on from. `out` is unchanged.
+        `like` cannot be gone on from, or has another tokenizer than `tokenizer`, which
+        may be none. `out` is unchanged.
     """
     earlier = None if like is None else open_like(like)
     defaults = _DEFAULTS if earlier is None else earlier.metadata.options
@@ -133,7 +140,9 @@ def prepare(
         "overlap": _given(overlap, defaults["overlap"]),
     }
     check_options(source.schema, **options)
+    tokenizer_file = None if tokenizer is None else read_tokenizer(Path(tokenizer))
     if earlier is not None:
+        tokenizer_file = earlier.tokenizer(tokenizer_file)
         earlier.check_source(source)
         earlier.resume(source)
     with staged_folder(Path(out), overwrite) as folder:
@@ -148,12 +157,14 @@ def prepare(
             memory = default_memory() if memory is None else memory
             ingestion = LogIngestion(source.schema, work, earlier, memory)
             ingestion.read(source)
-            writer = _FolderWriter(ingestion, folder)
+            writer = _FolderWriter(ingestion, folder, tokenizer_file)
             writer.write_entities()
             writer.write_chunks(**options)
             writer.write_state(source)
             metadata = writer.write_metadata(
-                source.provenance, checksums, options | describe_frozen(source)
+                source.provenance,
+                checksums,
+                options | describe_tokenizer(tokenizer_file) | describe_frozen(source),
             )
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -171,11 +182,17 @@ class _FolderWriter:
     The methods are called once each, in this order: `write_entities` makes the ids
     final, `write_chunks` needs final ids, `write_state` and `write_metadata` describe
     what was written.
+
+    Args:
+      tokenizer_file: contents of a `tokenizer.json`; None to train a tokenizer.
     """
 
-    def __init__(self, ingestion: LogIngestion, folder: Path) -> None:
+    def __init__(
+        self, ingestion: LogIngestion, folder: Path, tokenizer_file: bytes | None
+    ) -> None:
         self.ingestion = ingestion
         self.folder = folder
+        self.tokenizer_file = tokenizer_file
         self.like = ingestion.like
         self.schema = ingestion.schema
         self.users = ingestion.encoder.users
@@ -204,7 +221,7 @@ class _FolderWriter:
             self.folder,
             self.schema,
             (self.users, self.items),
-            self.like.tokenizer() if self.like else None,
+            self.tokenizer_file,
         )
         for entities in (self.users, self.items):
             to_vocabulary_ids(entities.ids, entities.features, self.vocabulary_ids)
