@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import (
     Tokenizer,
@@ -43,6 +45,20 @@ def byte_level(control: Sequence[str] = CONTROL) -> Tokenizer:
         single=f"{control[0]} $A", special_tokens=[(control[0], 0)]
     )
     return tokenizer
+
+
+def with_gap() -> tuple[Tokenizer, int]:
+    """`byte_level` whose last control token has a number far behind the others.
+
+    Returns:
+      The tokenizer, and that number.
+    """
+    tokenizer = byte_level()
+    value: dict[str, Any] = json.loads(tokenizer.to_str())
+    moved, highest = value["added_tokens"][-1], tokenizer.get_vocab_size() + 40
+    assert moved["content"] == CONTROL[-1]
+    moved["id"] = value["model"]["vocab"][CONTROL[-1]] = highest
+    return Tokenizer.from_str(json.dumps(value)), highest
 
 
 def metaspace() -> Tokenizer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tests.data.model_tokenizer import (
     byte_level,
     metaspace,
     replaced_spaces,
+    with_gap,
     write_model,
 )
 from tokenrec.cli.main import main
@@ -108,11 +108,7 @@ def decode_of(directory: Path, ids: list[int]) -> str:
 
 
 def test_the_table_reaches_the_highest_token_over_gaps(tmp_path: Path) -> None:
-    value: dict[str, Any] = json.loads(byte_level().to_str())
-    highest = byte_level().get_vocab_size() + 40
-    value["added_tokens"][-1]["id"] = highest
-    value["model"]["vocab"][value["added_tokens"][-1]["content"]] = highest
-    gapped = Tokenizer.from_str(json.dumps(value))
+    gapped, highest = with_gap()
     assert gapped.get_vocab_size() < highest
     assert table_rows(gapped) == FIRST_KNOWN + highest + 1
     folder = write_model(tmp_path / "model", gapped)

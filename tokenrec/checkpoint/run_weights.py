@@ -264,7 +264,13 @@ def _item_keys(data: Path) -> EntryKeys:
     return EntryKeys.of("items", np.load(path, allow_pickle=False))
 
 
-def _tokens(data: Path) -> dict[int, str]:
-    """Tokens of a data set's texts, by their numbers."""
+def _tokens(data: Path) -> list[str]:
+    """Tokens of a data set's texts, in the order of their numbers.
+
+    Numbers of no token, which a model's tokenizer may have, get a name of their own.
+    """
     numbers: Mapping[str, int] = load_tokenizer(data).get_vocab()
-    return {number: token for token, number in numbers.items()}
+    tokens = [f"\0{number}" for number in range(max(numbers.values(), default=-1) + 1)]
+    for token, number in numbers.items():
+        tokens[number] = token
+    return tokens

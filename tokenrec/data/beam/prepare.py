@@ -198,8 +198,11 @@ def _run_passes(
         written.key_types,
         source.provenance,
         checksums,
-        {"chunk_events": options.chunk_events, "overlap": options.overlap}
-        | describe_tokenizer(options.tokenizer_file),
+        {
+            "chunk_events": options.chunk_events,
+            "overlap": options.overlap,
+            **describe_tokenizer(options.tokenizer_file),
+        },
         row_digests,
         state,
     )
