@@ -9,6 +9,7 @@ refused, while the folder may move.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,15 +98,21 @@ def saved_part(model: ModelSpec, state: TrainState) -> TrainState:
 
 
 def record_pretrained(config: Config, workdir: Path) -> None:
-    """Note the digest of `model.pretrained` in a run's folder, in the first process.
+    """Note the digest of `model.pretrained` in a run's folder, or compare it.
 
-    A run that has noted one keeps it: `add_frozen` compares.
+    Call it in the first process, before the config of the run is written.
+
+    Raises:
+      InputError: as `add_frozen`.
     """
     path = as_path(workdir) / PRETRAINED_FILE
-    if not config.model.pretrained or is_file(path):
+    if not config.model.pretrained:
         return
-    digest = folder_digest(local_copy(config.model.pretrained))
-    write_json(path, {"folder": config.model.pretrained, "sha256": digest})
+    if not is_file(path):
+        digest = _digest(config.model.pretrained)
+        write_json(path, {"folder": config.model.pretrained, "sha256": digest})
+    elif config.tuning.method != "all":
+        _check_digest(config, workdir)
 
 
 def _check_named(config: Config) -> None:
@@ -124,13 +131,19 @@ def _check_digest(config: Config, workdir: Path) -> None:
     noted: Any = read_json(
         path, "the digest of model.pretrained", "restore the file from a backup"
     )
-    digest = folder_digest(local_copy(folder))
+    digest = _digest(folder)
     if digest != noted["sha256"]:
         raise InputError(
             f"model.pretrained='{folder}' holds other weights (sha256 {digest[:12]}..) "
             f"than the run in '{workdir}' was trained with ({noted['sha256'][:12]}.., "
             f"then in '{noted['folder']}'); give the folder with those"
         )
+
+
+@functools.cache
+def _digest(folder: str) -> str:
+    """Digest of the weight files of a folder, read once by a process."""
+    return folder_digest(local_copy(folder))
 
 
 def _load(

@@ -69,7 +69,9 @@ def _add_export(verbs: VerbParsers) -> Parser:
         "export",
         _export,
         "write a run as an artifact that answers requests without the data set",
-        "The artifact is compared with `tokenrec predict` before it appears.",
+        "The artifact is compared with `tokenrec predict` before it appears. Of a run "
+        "with a language model, --format hf writes the model as a Hugging Face "
+        "checkpoint instead.",
     )
     add_workdir_flag(parser, "folder of the run")
     parser.add_argument(
@@ -82,11 +84,24 @@ def _add_export(verbs: VerbParsers) -> Parser:
         help="best, latest, or the step of a checkpoint (default: %(default)s)",
     )
     parser.add_argument(
+        "--format",
+        choices=("artifact", "hf"),
+        default="artifact",
+        help="artifact: programs and weights for `tokenrec score` and `serve`; hf: "
+        "safetensors, config.json and tokenizer of a language model, makers beside them "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="--format hf: type of the weights (default: that of each tensor of "
+        "model.pretrained)",
+    )
+    parser.add_argument(
         "--platforms",
         type=names,
-        default="cpu,cuda,tpu",
         help="what the programs will run on, of cpu, cuda, rocm and tpu "
-        "(default: %(default)s)",
+        "(default: cpu,cuda,tpu)",
     )
     parser.add_argument(
         "--tolerance",
@@ -105,13 +120,18 @@ def _add_export(verbs: VerbParsers) -> Parser:
 
 
 def _export(args: argparse.Namespace) -> None:
+    if args.format == "hf":
+        _refuse(args, "hf", "platforms", "tolerance", "max_k")
+        _export_language_model(args)
+        return
+    _refuse(args, "artifact", "dtype")
     from tokenrec.serving.export.run import export_run
 
     manifest = export_run(
         args.workdir,
         args.out,
         checkpoint=args.checkpoint,
-        platforms=args.platforms,
+        platforms=args.platforms or ("cpu", "cuda", "tpu"),
         data=args.data,
         tolerance=args.tolerance,
         max_k=args.max_k,
@@ -123,6 +143,37 @@ def _export(args: argparse.Namespace) -> None:
         f"{manifest['digest'][:12]}; {_answers(manifest)} of {checked['requests']} "
         f"requests of {checked['split']} equal those of `tokenrec predict`"
     )
+
+
+def _refuse(args: argparse.Namespace, chosen: str, *flags: str) -> None:
+    """Raise InputError if a flag is given that the format does not have."""
+    for name in flags:
+        if getattr(args, name) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')} has no effect with --format={chosen}; "
+                "leave it out"
+            )
+
+
+def _export_language_model(args: argparse.Namespace) -> None:
+    from tokenrec.language.export_run import export_language_model
+
+    exported = export_language_model(
+        args.workdir,
+        args.out,
+        checkpoint=args.checkpoint,
+        data=args.data,
+        dtype=args.dtype or "",
+    )
+    written, count = exported.checkpoint, len(exported.new_words)
+    new = f", {count:,} of them new" if count else ""
+    print(
+        f"{args.out}: step {exported.step:,}, a language model of {written.weights:,} "
+        f"weights and {written.vocabulary:,} words{new}; {exported.others:,} weights of "
+        "makers, heads and tables in tokenrec.safetensors"
+    )
+    if written.left_out:
+        print(f"left out: {', '.join(written.left_out)}")
 
 
 def _answers(manifest: dict[str, Any]) -> str:
