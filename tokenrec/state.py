@@ -20,11 +20,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from tokenrec.config import Config, data_directory
+from tokenrec.config.backbones import is_decoder
 from tokenrec.config.model_config import DType
 from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.schema import Schema
-from tokenrec.data.tokenizer import encode_text, load_tokenizer
+from tokenrec.data.tokenizer import encode_literal, load_tokenizer
 from tokenrec.errors import InputError
+from tokenrec.language.control_tokens import check_control_tokens
 from tokenrec.models.recommender import Recommender
 from tokenrec.models.stream_layout import Literals, stream_layout
 from tokenrec.ops.layers import draw_uniform
@@ -193,12 +195,20 @@ def _check_last_window(model: ModelSpec) -> None:
 
 
 def prompt_literals(config: Config) -> Literals:
-    """Encode the literal texts of the prompt with the data set's tokenizer."""
+    """Encode the literal texts of the prompt with the data set's tokenizer.
+
+    Raises:
+      InputError: the data set has no tokenizer, or one that does not know the control
+        tokens of a language model which occur in the texts.
+    """
     texts = [segment.text for segment in parse_prompt(config) if segment.kind == "text"]
     if not texts:
         return ()
-    tokenizer = load_tokenizer(data_directory(config))
-    return tuple(tuple(encode_text(tokenizer, text).tolist()) for text in texts)
+    directory = data_directory(config)
+    tokenizer = load_tokenizer(directory)
+    if is_decoder(config.model):
+        check_control_tokens(tokenizer, texts, config.model.kind, directory)
+    return tuple(tuple(encode_literal(tokenizer, text).tolist()) for text in texts)
 
 
 def bind_params(
