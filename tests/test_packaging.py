@@ -45,6 +45,7 @@ def test_every_package_of_the_tree_is_installed() -> None:
         ".".join(["tokenrec", *folder.relative_to(CLONE).parts])
         for folder in (
             CLONE / "configs",
+            CLONE / "configs/architectures",
             CLONE / "configs/schemas",
             CLONE / "configs/studies",
         )

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from tokenrec.checkpoint.checkpointer import Checkpointer
 from tokenrec.checkpoint.device_history import read_history, record_use
+from tokenrec.checkpoint.pretrained import add_frozen, saved_part
 from tokenrec.checkpoint.progress import Progress
 from tokenrec.checkpoint.warm_start import initial_state
 from tokenrec.config.backbones import reads_event_ages
@@ -96,12 +97,14 @@ class ActiveRun:
     def restore_or_initialize(self) -> tuple[TrainState, Progress]:
         """Load the latest checkpoint; without one, start from another run or a seed."""
         self._watchdog.enter_phase("restoring the latest checkpoint")
-        restored = self._checkpoints.restore(abstract_state(self.setup.model))
+        model, workdir = self.setup.model, self.setup.workdir
+        abstract = abstract_state(model)
+        restored = self._checkpoints.restore(saved_part(model, abstract))
         now = criterion(self.setup.config)
         if restored is None:
-            state = initial_state(self.setup.model, self.setup.workdir)
-            return state, Progress(criterion=now)
+            return initial_state(model, workdir), Progress(criterion=now)
         step, state, saved = restored
+        state = add_frozen(model, state, abstract, workdir)
         progress = saved.compared_by(now)
         if saved.best is not None and progress.best is None:
             print(
@@ -383,7 +386,7 @@ class ActiveRun:
             began = time.perf_counter()
             # A run that resumes here has the metrics of the steps before.
             self._run_log.sync()
-            self._checkpoints.save(step, state, progress)
+            self._checkpoints.save(step, saved_part(self.setup.model, state), progress)
             self._run_log.write(
                 step, {"blocked_seconds": time.perf_counter() - began}, "save"
             )
@@ -406,7 +409,9 @@ class ActiveRun:
     def finish_saves(self, state: TrainState, progress: Progress) -> None:
         """Wait until the checkpoint of the last step is completely on disk."""
         self._watchdog.enter_phase(f"step {progress.step:,}: the last save")
-        self._checkpoints.finish(progress.step, state, progress)
+        self._checkpoints.finish(
+            progress.step, saved_part(self.setup.model, state), progress
+        )
 
     def _check_lease(self) -> None:
         """Raise InputError if another trainer is known to have taken over the folder."""

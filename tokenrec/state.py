@@ -44,6 +44,7 @@ from tokenrec.task_plan import (
 from tokenrec.tokens.embed import Embedder
 from tokenrec.tokens.id_dropout import check_table_names
 from tokenrec.tokens.layout import Layout
+from tokenrec.tuning import is_frozen, split_frozen
 
 # Standard deviation of the numbers that table rows start from.
 TABLE_DEVIATION = 0.05
@@ -57,7 +58,8 @@ class TrainState:
     Attributes:
       step: `[] int32`, batches consumed, also those of skipped steps: the position in the
         data, and the clock of the learning rates.
-      params: dense weights by name, such as "backbone/blocks/0/gate/bias".
+      params: dense weights by name, such as "backbone/blocks/0/gate/bias". Those that
+        `tuning.method` freezes have no optimizer state.
       tables: stacks of embedding tables, each `[rows, width]` or packed, as they are
         stored (see `tokenrec/ops/tables/api.py`).
       opt_state: `"dense"`, the optax state; `"rows"`, a `RowsState` per stack; and with
@@ -300,8 +302,11 @@ def init_state(model: ModelSpec, seed: int) -> TrainState:
         rows[name] = RowsState(sums)
 
     optim = model.config.optim
+    trained, frozen = split_frozen(model.config, params)
+    dtype = jnp.dtype(model.config.model.dtype)
+    params = trained | {name: leaf.astype(dtype) for name, leaf in frozen.items()}
     opt_state: dict[str, Any] = {
-        "dense": dense_optimizer(optim).init(params),
+        "dense": dense_optimizer(optim).init(trained),
         "rows": rows,
     }
     if optim.spike_norm:
@@ -363,8 +368,18 @@ def _module_structure(
     module = nnx.eval_shape(lambda: _make_module(model, jax.random.key(0)))
     graph, weights = nnx.split(module)
     return graph, tuple(
-        (path, leaf.get_value()) for path, leaf in nnx.to_flat_state(weights)
+        (path, _stored(model, path, leaf.get_value()))
+        for path, leaf in nnx.to_flat_state(weights)
     )
+
+
+def _stored(
+    model: ModelSpec, path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct
+) -> jax.ShapeDtypeStruct:
+    """A weight as the state holds it: frozen ones in the type of the computation."""
+    if not is_frozen(model.config, _weight_name(path)):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(model.config.model.dtype))
 
 
 def _shape_text(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:

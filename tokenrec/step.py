@@ -33,6 +33,7 @@ from tokenrec.state import ModelSpec, TrainState, bind_params
 from tokenrec.task_losses import predict_tasks
 from tokenrec.tokens.embed import inverses
 from tokenrec.tokens.id_dropout import drop_ids
+from tokenrec.tuning import split_frozen
 from tokenrec.update import apply_gradients
 
 # Numbers that are folded into the key of a step.
@@ -184,13 +185,18 @@ def gradients(
     """Compute the loss of a step and its gradients.
 
     Returns:
-      The loss, `[]`; and the gradients of the dense weights by name and of the table
-      rows, `[u, width]` per stack.
+      The loss, `[]`; and the gradients of the trained dense weights by name and of the
+      table rows, `[u, width]` per stack.
     """
     batch, keys, unique, rows, counts = inputs
     row_indices = inverses(unique)
     count = micro_batch_count(model, batch)
-    loss_and_gradients = jax.value_and_grad(loss_fn, argnums=(0, 1))
+    params, frozen = split_frozen(model.config, params)
+
+    def loss(trained: dict[str, jax.Array], *others: Any) -> jax.Array:
+        return loss_fn(frozen | trained, *others)
+
+    loss_and_gradients = jax.value_and_grad(loss, argnums=(0, 1))
     if count == 1:
         return loss_and_gradients(params, rows, model, row_indices, batch, counts, keys)
 

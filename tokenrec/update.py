@@ -17,6 +17,7 @@ from tokenrec.optim import (
     with_schedule_step,
 )
 from tokenrec.state import ModelSpec, TrainState
+from tokenrec.tuning import rate_factor, split_frozen
 
 # Rate of the running mean of gradient norms: it remembers about 100 steps.
 NORM_RATE = 0.01
@@ -136,10 +137,16 @@ def _update_params(
       number: `[] int32`, updates before this one, by which the schedule goes.
     """
     old_state = state.opt_state["dense"]
+    trained, frozen = split_frozen(model.config, state.params)
     # One clock for both rates: the tables follow it too.
     updates, new_state = dense_optimizer(model.config.optim, model.updates).update(
-        dense, with_schedule_step(old_state, number), state.params
+        dense, with_schedule_step(old_state, number), trained
     )
+    if model.config.tuning.rates:
+        # An update is the rate times a step, weight decay included.
+        updates = {
+            name: u * rate_factor(model.config, name) for name, u in updates.items()
+        }
     if model.config.tokens.random_tokens:
         # Weight decay would move weights that have no gradient.
         updates = {
@@ -148,10 +155,8 @@ def _update_params(
             else jnp.zeros_like(u)
             for name, u in updates.items()
         }
-    params = jax.tree.map(
-        lambda w, u: jnp.where(applied, w + u, w), state.params, updates
-    )
+    params = jax.tree.map(lambda w, u: jnp.where(applied, w + u, w), trained, updates)
     kept_state = jax.tree.map(
         lambda new, old: jnp.where(applied, new, old), new_state, old_state
     )
-    return params, kept_state
+    return params | frozen, kept_state

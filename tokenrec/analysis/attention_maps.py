@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.checkpoint.run_folder import load_run_config, open_run
+from tokenrec.config.backbones import is_decoder
 from tokenrec.data.batch import Batch
 from tokenrec.data.pipeline import eval_batches
 from tokenrec.errors import InputError
@@ -57,7 +58,7 @@ def batch_attention(
     """
     entities = model.embedder.look_up(state.tables, batch)
     module = bind_params(model, state.params)
-    if not isinstance(module.backbone, TokenFormer):
+    if not isinstance(module.backbone, TokenFormer) or is_decoder(model.config.model):
         raise InputError(
             f"model.kind='{model.config.model.kind}' has no attention maps; give a run "
             "with model.kind='tokenformer'"

@@ -3,7 +3,8 @@
 `WORKDIR/config.json` holds the config, `WORKDIR/schema.json` the schema of the data set
 that the run is trained on, and `WORKDIR/rows.json` the identity of its log rows;
 `WORKDIR/checkpoints` holds the checkpoints. With `tokens.min_count` there are the counts
-of ids too, `WORKDIR/id_counts.npz`.
+of ids too, `WORKDIR/id_counts.npz`, and with `model.pretrained` the digest of its weights,
+`WORKDIR/pretrained.json`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenrec.checkpoint.pretrained import (
+    add_frozen,
+    record_pretrained,
+    saved_part,
+)
 from tokenrec.checkpoint.reader import CHECKPOINTS_FOLDER, CheckpointReader
 from tokenrec.config import (
     Config,
@@ -61,6 +67,7 @@ FREE_TO_CHANGE = (
     "optim.max_skipped",
     "mesh",
     "model.scan_unroll",
+    "model.pretrained",
     "data.path",
     "data.name",
     "data.schema",
@@ -188,6 +195,7 @@ def _write_or_check(config: Config, dataset: Dataset, workdir: Path) -> None:
     write_text_atomically(workdir / SCHEMA_FILE, _schema_text(dataset.schema))
     if dataset.id_counts is not None and not _has_counts(workdir):
         save_counts(dataset.id_counts, workdir)
+    record_pretrained(config, workdir)
     write_text_atomically(path, to_json(config))
 
 
@@ -411,8 +419,10 @@ def open_run(workdir: Path, checkpoint: str, data: Path | None) -> OpenedRun:
         run_identity(model.config, dataset) | {"--checkpoint": checkpoint}
     )
     # The shapes of the model must be those of the checkpoint.
+    abstract = abstract_state(model)
     with CheckpointReader(workdir) as checkpoints:
-        step, state = checkpoints.load_state(checkpoint, abstract_state(model))
+        step, state = checkpoints.load_state(checkpoint, saved_part(model, abstract))
+    state = add_frozen(model, state, abstract, workdir)
     return OpenedRun(model, dataset, step, state)
 
 

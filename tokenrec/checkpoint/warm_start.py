@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from tokenrec.checkpoint.pretrained import start_from_pretrained
 from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.checkpoint.run_weights import RunWeights, describe_run_weights
 from tokenrec.checkpoint.warm_start_plan import open_source_run, plan_warm_start
@@ -30,6 +31,7 @@ from tokenrec.runtime import distributed
 from tokenrec.runtime.files import write_json
 from tokenrec.runtime.paths import as_path, is_remote
 from tokenrec.state import ModelSpec, TrainState, init_state
+from tokenrec.tuning import is_frozen
 
 REPORT_FILE = "warm_start.json"
 
@@ -37,8 +39,9 @@ REPORT_FILE = "warm_start.json"
 def initial_state(model: ModelSpec, workdir: Path) -> TrainState:
     """Make the state that a new run starts from; call it under `jax.set_mesh`.
 
-    The state is drawn from the seed. With `train.warm_start`, weights of that run
-    replace those that match, and a report goes to stderr and `WORKDIR/warm_start.json`.
+    The state is drawn from the seed. With `model.pretrained` it has the weights of that
+    language model. With `train.warm_start`, weights of that run replace those that
+    match, and a report goes to stderr and `WORKDIR/warm_start.json`.
 
     Args:
       model: the model of the run.
@@ -49,7 +52,7 @@ def initial_state(model: ModelSpec, workdir: Path) -> TrainState:
     """
     source = model.config.train.warm_start
     if not source:
-        return init_state(model, model.config.seed)
+        return drawn_state(model)
     if _resolved(source) == _resolved(workdir):
         raise InputError(
             f"train.warm_start='{source}' is the --workdir itself, which resumes from "
@@ -60,6 +63,15 @@ def initial_state(model: ModelSpec, workdir: Path) -> TrainState:
         write_json(as_path(workdir) / REPORT_FILE, report)
         print(to_text(report), file=sys.stderr)
     return state
+
+
+def drawn_state(model: ModelSpec) -> TrainState:
+    """The state of a run at step 0 without `train.warm_start`.
+
+    Raises:
+      InputError: `start_from_pretrained` raises it.
+    """
+    return start_from_pretrained(model, init_state(model, model.config.seed))
 
 
 def _resolved(path: str | Path) -> Path:
@@ -86,8 +98,9 @@ def warm_start_state(model: ModelSpec) -> tuple[TrainState, dict[str, Any]]:
     with distributed.raise_on_all_processes():
         source = open_source_run(train.warm_start, train.warm_start_data)
         target = describe_run_weights(model, data_directory(model.config))
+        _check_whole(source)
         plan = plan_warm_start(source, target)
-    state = init_state(model, model.config.seed)
+    state = drawn_state(model)
     with CheckpointReader(as_path(train.warm_start)) as checkpoints:
         # 2. Dense weights: load the arrays that a match needs, all at once.
         arrays = {
@@ -127,6 +140,18 @@ def warm_start_state(model: ModelSpec) -> tuple[TrainState, dict[str, Any]]:
             # Or the next stack would be loaded while this one is in memory.
             del loaded
     return dataclasses.replace(state, params=params, tables=tables), report
+
+
+def _check_whole(source: RunWeights) -> None:
+    """Raise InputError if the checkpoints of a run lack its frozen weights."""
+    method = source.model.config.tuning.method
+    if any(is_frozen(source.model.config, name) for name in source.abstract.params):
+        raise InputError(
+            f"train.warm_start names a run with tuning.method='{method}', whose "
+            "checkpoints lack the weights of its language model; start from "
+            "model.pretrained, or from what `tokenrec export --format=hf` makes of the "
+            "run"
+        )
 
 
 def _load_arrays(

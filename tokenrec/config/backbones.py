@@ -12,6 +12,9 @@ import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from tokenrec.config.tuning_config import GROUPS
+from tokenrec.errors import suggest
+
 if TYPE_CHECKING:
     from tokenrec.config.config import Config
     from tokenrec.config.model_config import ModelConfig
@@ -214,6 +217,7 @@ def backbone_problems(config: Config) -> Iterator[str]:
     model, data = config.model, config.data
     spec, suffix = BACKBONES[model.kind], f"with model.kind='{model.kind}'"
     yield from _unread_fields(model, spec, suffix)
+    yield from _language_model_problems(config, spec, suffix)
     if model.windows and not spec.windows:
         yield (
             f"model.windows={model.windows} {suffix}, which has no sliding layers; "
@@ -256,6 +260,34 @@ def backbone_problems(config: Config) -> Iterator[str]:
             "use False"
         )
     yield from _unsupported_tokens(config.tokens, spec, suffix)
+
+
+def _language_model_problems(
+    config: Config, spec: BackboneSpec, suffix: str
+) -> Iterator[str]:
+    """Yield a message for each option that language models alone have, or lack."""
+    tuning = config.tuning
+    if not spec.decoder:
+        if tuning != type(tuning)():
+            yield (
+                f"tuning.method='{tuning.method}' {suffix}: tuning is that of a "
+                f"pretrained language model; leave the section tuning as it is, or use "
+                f"one of model.kind={[k for k, s in BACKBONES.items() if s.decoder]}"
+            )
+        return
+    for group in tuning.rates:
+        if group not in GROUPS:
+            yield (
+                f"tuning.rates names '{group}', which is no group of weights"
+                f"{suggest(group, GROUPS)}"
+            )
+    if config.model.prefix == "bidirectional":
+        yield (
+            f"model.prefix='bidirectional' {suffix}, which has been trained on causal "
+            "attention; use 'causal'"
+        )
+    if config.tokens.random_tokens:
+        yield f"tokens.random_tokens=True {suffix}, which does not support it; use False"
 
 
 def _unread_fields(

@@ -24,16 +24,16 @@ class DecoderConfig:
     `model.pretrained` or `model.architecture`: leave them alone."""
 
     vocabulary: int = field(0, at_least=1, special={0: "not read yet"})
-    """V, rows of the word embedding."""
+    """Rows V of the word embedding."""
 
     tied: bool = True
     """Words are scored with the vectors that they are read with."""
 
     kv_heads: int = field(0, at_least=1, special={0: "not read yet"})
-    """G, heads of keys and values, each of which serves `heads / G` heads of queries."""
+    """Heads G of keys and values, each of which serves `heads / G` heads of queries."""
 
     head_width: int = field(0, at_least=1, special={0: "not read yet"})
-    """h, width of a head. `heads * head_width` need not be `width`."""
+    """Width h of a head. `heads * head_width` need not be `width`."""
 
     norm_epsilon: float = field(1e-6, above=0)
     """Added to the mean square in an RMSNorm."""
@@ -64,7 +64,7 @@ class DecoderConfig:
     """`llama3`: length of the texts before the change, in tokens."""
 
     logit_cap: float = field(0.0, above=0, special={0: "none"})
-    """c of the scores of words, `c tanh(score / c)`."""
+    """Limit c of the scores of words, `c tanh(score / c)`."""
 
 
 @dataclasses.dataclass

@@ -25,7 +25,7 @@ class TuningConfig:
     checkpoints, which note the digest of `model.pretrained` instead."""
 
     rank: int = field(16, at_least=1)
-    """`lora`: r, inner width of the product."""
+    """`lora`: inner width r of the product."""
 
     alpha: float = field(32.0, above=0)
     """`lora`: the product is multiplied by alpha / r."""

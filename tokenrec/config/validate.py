@@ -2,7 +2,7 @@
 
 All problems are reported at once. Fields are checked against each other also when some
 have no usable value: these are replaced by their defaults, and a message that names one
-of them is dropped.
+of them is dropped. The sizes of a language model are read from its `config.json` here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+from tokenrec.config.backbones import is_decoder
 from tokenrec.config.config import Config
 from tokenrec.config.cross_checks import cross_check
 from tokenrec.config.fields import Bounds, list_fields
@@ -32,17 +33,14 @@ def validate(config: Config, found: Sequence[ConfigProblem] = ()) -> Config:
       config: the config to check.
       found: problems of reading it, which are reported with those found here.
 
+    Returns:
+      The config; of a language model whose sizes it lacks, a copy that has them
+      (`tokenrec.language.architecture`).
+
     Raises:
       InputError: a line for each problem, with field, value, reason and remedy.
+      StorageError: the disk with the `config.json` of a language model is at fault.
     """
-    raise_problems([*found, *find_problems(config, found)])
-    return config
-
-
-def find_problems(
-    config: Config, found: Sequence[ConfigProblem] = ()
-) -> list[ConfigProblem]:
-    """List what is wrong with a config, besides the problems found when it was read."""
     # 1. Each field on its own, except those that are reported already.
     reported = {problem.field for problem in found if problem.field}
     problems = [
@@ -50,15 +48,28 @@ def find_problems(
         for problem in _field_problems(config, "")
         if problem.field not in reported
     ]
-    # 2. Fields against each other, without conclusions from those that have no value.
+    # 2. The sizes of a language model.
     unusable = reported | {problem.field for problem in problems}
     checked = _with_defaults(config, "", unusable)
+    if is_decoder(checked.model):
+        # Imported late: few runs need it, and it imports `tokenrec.config.load`.
+        from tokenrec.language.architecture import (
+            ARCHITECTURE_FIELDS,
+            with_architecture,
+        )
+
+        checked, more = with_architecture(checked)
+        problems += more
+        if more:
+            unusable.update(ARCHITECTURE_FIELDS)
+    # 3. Fields against each other, without conclusions from those that have no value.
     problems += [
         ConfigProblem("", text)
         for text in cross_check(checked)
         if not any(_names(text, field) for field in unusable)
     ]
-    return problems
+    raise_problems([*found, *problems])
+    return checked if is_decoder(checked.model) else config
 
 
 def _field_problems(section: Any, prefix: str) -> Iterator[ConfigProblem]:

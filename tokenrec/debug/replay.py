@@ -19,9 +19,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tokenrec.checkpoint.device_history import read_history
+from tokenrec.checkpoint.pretrained import add_frozen, saved_part
 from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.checkpoint.run_folder import open_model
-from tokenrec.checkpoint.warm_start import warm_start_state
+from tokenrec.checkpoint.warm_start import drawn_state, warm_start_state
 from tokenrec.compiler_options import compiler_options, refusals_of
 from tokenrec.config import MeshConfig
 from tokenrec.config.backbones import reads_event_ages
@@ -48,7 +49,7 @@ from tokenrec.sharding import (
     split_batch,
     to_devices,
 )
-from tokenrec.state import ModelSpec, TrainState, abstract_state, init_state
+from tokenrec.state import ModelSpec, TrainState, abstract_state
 from tokenrec.step import Metrics, train_step
 
 
@@ -153,10 +154,14 @@ def _state_before(
                 )
         # Without a checkpoint before the step, "latest-before" starts at the beginning.
         if checkpoint != "start" and chosen is not None:
-            return checkpoints.load_state(str(chosen), abstract_state(model))
+            abstract = abstract_state(model)
+            found, state = checkpoints.load_state(
+                str(chosen), saved_part(model, abstract)
+            )
+            return found, add_frozen(model, state, abstract, workdir)
     if model.config.train.warm_start:
         return None, warm_start_state(model)[0]
-    return None, init_state(model, model.config.seed)
+    return None, drawn_state(model)
 
 
 def _models_by_step(

@@ -98,7 +98,10 @@ def read_prompt(
     assert isinstance(backbone, TokenFormer)
     layout = model.layout(batch.valid.shape[1], serving=True, candidates=1)
     cache, read_out = backbone.prefill(
-        module.prefix_tokens(entities, batch), layout, batch.valid
+        module.prefix_tokens(entities, batch),
+        layout,
+        batch.valid,
+        module.present(entities, batch, layout, own=False),
     )
     copied = None
     if head.copy is not None:

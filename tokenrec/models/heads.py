@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokenrec.config import HeadConfig
+from tokenrec.data.schema import FIRST_KNOWN
 from tokenrec.models.copy_mixture import CopyGate, CopyMixture
 from tokenrec.models.copying import CopyBonus, CopyBonuses, add_to_partition
 from tokenrec.ops.contract import contract, gather_over_fsdp
@@ -194,6 +195,8 @@ class SemanticIdHead(nnx.Module):
       width: d.
       tied: codes are read with the vectors that they are scored against.
       copy: mix with copies of the items of the history.
+      scale: factor of a code's vector where it is read, as a word of a language model
+        is (`tokenrec.models.words.word_scale`).
 
     Attributes:
       copy: the part of the mixture that copies; None without it.
@@ -206,8 +209,10 @@ class SemanticIdHead(nnx.Module):
         *,
         tied: bool,
         copy: bool = False,
+        scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
+        self.scale = scale
         self.levels = levels
         # Every level takes as many rows as the largest, so that a row is found by
         # multiplication.
@@ -226,9 +231,23 @@ class SemanticIdHead(nnx.Module):
         Returns:
           `[..., l, d]`.
         """
-        table = self.outputs if self.inputs is None else self.inputs
         rows = jnp.arange(codes.shape[-1]) * max(self.levels) + jnp.maximum(codes, 0)
-        return expand_rows(gather_over_fsdp(table[...]), rows)
+        return self._vectors(rows)
+
+    def read(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Look up the vectors of ids of the feature `semantic_id`, `[..., L, d]`.
+
+        Args:
+          ids: `[..., L] int32`, as `semantic_columns` numbers them; 0, a missing code,
+            reads the first row.
+          dtype: of the result.
+        """
+        return self._vectors(jnp.maximum(ids - FIRST_KNOWN, 0)).astype(dtype)
+
+    def _vectors(self, rows: jax.Array) -> jax.Array:
+        table = self.outputs if self.inputs is None else self.inputs
+        vectors = expand_rows(gather_over_fsdp(table[...]), rows)
+        return vectors if self.scale == 1 else vectors * self.scale
 
     def log_probs(self, h: jax.Array, level: int) -> jax.Array:
         """Log-probabilities of a level's codes: `[B, n, d]` to `[B, n, C_l]`."""

@@ -12,6 +12,8 @@ a candidate, R read-outs, d model width."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,13 +22,20 @@ import numpy as np
 from flax import nnx
 
 from tokenrec.config import Config
+from tokenrec.config.backbones import is_decoder
 from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.batch import Batch
 from tokenrec.data.schema import Schema
+from tokenrec.data.semantic_id_feature import SEMANTIC_ID
 from tokenrec.models.backbones.interface import make_backbone
 from tokenrec.models.branch import Branch
-from tokenrec.models.entity_makers import make_entity_maker, make_target_maker
+from tokenrec.models.entity_makers import (
+    EntityMaker,
+    make_entity_maker,
+    make_target_maker,
+)
 from tokenrec.models.heads import NextItemHead, SemanticIdHead
+from tokenrec.models.present_tokens import fills_up, present_tokens
 from tokenrec.models.stream_layout import (
     Literals,
     batch_layout,
@@ -36,13 +45,27 @@ from tokenrec.models.stream_layout import (
     title_features,
     user_token_count,
 )
+from tokenrec.models.words import (
+    WordTable,
+    own_tables,
+    shares_codes,
+    word_scale,
+)
 from tokenrec.ops.layers import Linear, dropout, flatten_tokens, split_keys, weight
 from tokenrec.sharding import RULES, on_mesh, reshard
 from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
 from tokenrec.tokens.embed import EntityFeatures
 from tokenrec.tokens.history import HistoryMaker, merge_entities
-from tokenrec.tokens.layout import Layout
+from tokenrec.tokens.layout import Layout, Role
 from tokenrec.tokens.output_vectors import output_vectors
+
+
+def with_word_vectors(config: Config) -> Config:
+    """Set the width of the features that a language model reads to its own."""
+    own = dict.fromkeys(own_tables(config), config.model.width)
+    widths = config.tokens.embedding_dims | own
+    tokens = dataclasses.replace(config.tokens, embedding_dims=widths)
+    return dataclasses.replace(config, tokens=tokens)
 
 
 def _learned_tokens(count: int, width: int, rngs: nnx.Rngs) -> nnx.Param | None:
@@ -74,6 +97,8 @@ class Recommender(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
+        if is_decoder(config.model):
+            config = with_word_vectors(config)
         self.config = config
         self.schema = schema
         self.literals = literals
@@ -103,13 +128,19 @@ class Recommender(nnx.Module):
         # Each separator of the prompt has a vector of its own.
         self.separators = _learned_tokens(kinds.count("sep"), width, rngs)
         # Only the words that occur: the tokenizer's whole vocabulary would be a large
-        # table.
+        # table. A language model has it.
         self.vocabulary = tuple(sorted({word for text in literals for word in text}))
-        self.words = _learned_tokens(len(self.vocabulary), width, rngs)
+        self.words: WordTable | nnx.Param | None
+        if is_decoder(config.model):
+            self.words = WordTable(config.model, rngs=rngs)
+        else:
+            self.words = _learned_tokens(len(self.vocabulary), width, rngs)
         # 3. Backbone and head. Sizes of the backbone come from the longest stream,
         # never from the one at hand.
         longest = stream_layout(config, schema, config.data.events, literals)
-        self.backbone = make_backbone(config.model, longest, rngs=rngs)
+        self.backbone = make_backbone(
+            config.model, longest, tuning=config.tuning, rngs=rngs
+        )
         self.head = self._make_head(outputs, rngs)
         # 4. Last, so that the weights above start from the same numbers without it.
         self.branch = (
@@ -132,6 +163,7 @@ class Recommender(nnx.Module):
             width,
             tied=config.head.tied,
             copy=config.head.copy,
+            scale=self._new_row_scale,
             rngs=rngs,
         )
 
@@ -156,7 +188,8 @@ class Recommender(nnx.Module):
         x, layout = self.make_stream(entities, batch)
         # Tokens and backbone have PRNG keys of their own.
         x = dropout(x, self.config.model.dropout, token_key)
-        readouts = self.backbone(x, *self._backbone_inputs(layout, batch, backbone_key))
+        inputs = self._backbone_inputs(entities, layout, batch, backbone_key)
+        readouts = self.backbone(x, *inputs)
         return self._add_branch(x, readouts, layout, batch, branch_key)
 
     def trace(
@@ -179,7 +212,7 @@ class Recommender(nnx.Module):
         token_key, backbone_key, branch_key = self._split_keys(key)
         tokens, layout = self.make_stream(entities, batch)
         x = dropout(tokens, self.config.model.dropout, token_key)
-        inputs = self._backbone_inputs(layout, batch, backbone_key)
+        inputs = self._backbone_inputs(entities, layout, batch, backbone_key)
         *outputs, readouts = self.backbone.layer_outputs(x, *inputs)
         readouts = self._add_branch(x, readouts, layout, batch, branch_key)
         return tokens, [*outputs, readouts]
@@ -206,10 +239,80 @@ class Recommender(nnx.Module):
         return wide + added.astype(jnp.float32)
 
     def _backbone_inputs(
-        self, layout: Layout, batch: Batch, key: jax.Array | None
+        self,
+        entities: dict[str, EntityFeatures],
+        layout: Layout,
+        batch: Batch,
+        key: jax.Array | None,
     ) -> tuple[Any, ...]:
         """Inputs of the backbone besides the tokens."""
-        return layout, batch.valid, candidate_mask(batch), key, batch.ages
+        inputs = layout, batch.valid, candidate_mask(batch), key, batch.ages
+        if not self.masks_fill:
+            return inputs
+        parts = [
+            self.present(entities, batch, layout, own=own) for own in (False, True)
+        ]
+        return *inputs, jnp.concatenate(parts, axis=1)
+
+    @property
+    def masks_fill(self) -> bool:
+        """Whether tokens that fill a text up are masked: in a language model."""
+        return is_decoder(self.config.model) and fills_up(self._makers.values())
+
+    @property
+    def _makers(self) -> dict[Role, EntityMaker | None]:
+        """Maker of the tokens of each role that may be written as text."""
+        return {
+            "user": self.user,
+            "event": self.history.event,
+            "query": self.query,
+            "title": self.title,
+            "target": self.target,
+        }
+
+    def present(
+        self,
+        entities: dict[str, EntityFeatures],
+        batch: Batch,
+        layout: Layout,
+        *,
+        own: bool,
+    ) -> jax.Array | None:
+        """Which tokens are no fill, `[B, n] bool`; None where none is masked.
+
+        Args:
+          entities: as in `__call__`.
+          batch: the batch.
+          layout: layout of the stream.
+          own: the n tokens right of `||`; otherwise those left of it.
+        """
+        if not self.masks_fill:
+            return None
+        return present_tokens(layout, self._makers, entities, batch, own=own)
+
+    def _with_words(
+        self, entities: dict[str, EntityFeatures]
+    ) -> dict[str, EntityFeatures]:
+        """Add the vectors of the features that a language model reads itself."""
+        if not isinstance(self.words, WordTable):
+            return entities
+        readers: dict[str, Callable[[jax.Array, jnp.dtype], jax.Array]] = {
+            f.name: self.words for f in self.schema.features if f.kind == "text"
+        }
+        if shares_codes(self.config):
+            assert isinstance(self.head, SemanticIdHead)
+            readers[SEMANTIC_ID] = self.head.read
+        return {
+            part: EntityFeatures(
+                values
+                | {
+                    name: readers[name](ids[name], self._dtype)
+                    for name in sorted(readers.keys() & ids.keys())
+                },
+                ids,
+            )
+            for part, (values, ids) in entities.items()
+        }
 
     def make_stream(
         self, entities: dict[str, EntityFeatures], batch: Batch
@@ -231,6 +334,7 @@ class Recommender(nnx.Module):
         self, entities: dict[str, EntityFeatures], batch: Batch
     ) -> jax.Array:
         """Make the tokens left of `||`, `[B, P, d]`, in the order of the layout."""
+        entities = self._with_words(entities)
         literals = iter(self.literals)
         separator = 0
         parts = []
@@ -240,6 +344,8 @@ class Recommender(nnx.Module):
             if segment.kind == "sep":
                 assert self.separators is not None
                 vector = self.separators[...][separator : separator + 1]
+                if self._new_row_scale != 1:
+                    vector = vector * self._new_row_scale
                 parts.append(self._repeat_per_stream(vector, batch))
                 separator += 1
             elif segment.kind == "text":
@@ -278,6 +384,7 @@ class Recommender(nnx.Module):
             assert batch.codes is not None
             # The code of the last level is predicted, never read.
             return [self.code_tokens(flatten_tokens(batch.codes[..., :-1]))]
+        entities = self._with_words(entities)
         # Literal texts of the prefix come first in `literals`.
         prefix_texts = sum(
             segment.kind == "text" and not segment.own for segment in self.segments
@@ -310,6 +417,12 @@ class Recommender(nnx.Module):
         return flatten_tokens(self.head.tokens(codes).astype(self._dtype))
 
     @property
+    def _new_row_scale(self) -> float:
+        """Factor of vectors that are rows beside the words of a language model."""
+        model = self.config.model
+        return word_scale(model) if is_decoder(model) else 1.0
+
+    @property
     def _dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.model.dtype)
 
@@ -324,6 +437,9 @@ class Recommender(nnx.Module):
 
     def _literal_tokens(self, words: tuple[int, ...], batch: Batch) -> jax.Array:
         """Tokens of a literal text of n words, `[B, n, d]`."""
+        if isinstance(self.words, WordTable):
+            ids = jnp.asarray(words, jnp.int32)
+            return self._repeat_per_stream(self.words(ids, self._dtype), batch)
         assert self.words is not None
         places = np.searchsorted(self.vocabulary, words)
         return self._repeat_per_stream(self.words[...][places], batch)
@@ -373,6 +489,7 @@ class Recommender(nnx.Module):
         Returns:
           `[B, T, d]`, the mean of the tokens of an event that has several.
         """
+        entities = self._with_words(entities)
         tokens = jnp.mean(self.history.event_tokens(entities, self._dtype), axis=2)
         # A batch of 1 has lost its sharding.
         tokens = reshard(tokens, RULES("batch", None, None))

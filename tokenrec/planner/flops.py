@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr
 from jax.sharding import Mesh
 
+from tokenrec.config.backbones import head_width
 from tokenrec.data.batch import Batch
 from tokenrec.models.backbones.bfts import live_positions_alone
 from tokenrec.ops.attention import Choice, choose, splash, splash_kernel, triton
@@ -137,7 +138,7 @@ def step_work(
     config = model.config
     batch, events = shapes.valid.shape
     dtype = jnp.dtype(config.model.dtype)
-    heads, head_dim = config.model.heads, config.model.width // config.model.heads
+    heads, head_dim = config.model.heads, head_width(config.model)
     forced = None if config.model.attention == "auto" else config.model.attention
     with jax.set_mesh(mesh):
         state = abstract_state(model)

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from tokenrec.config.backbones import head_width
 from tokenrec.data.batch import Batch
 from tokenrec.device_kinds import canonical_kind
 from tokenrec.models.backbones.bfts import is_split
@@ -160,7 +161,7 @@ def step_kernel_seconds(
         mesh,
         streams=streams // batch_shards(mesh),
         heads=config.heads // mesh.shape["tensor"],
-        head_dim=config.width // config.heads,
+        head_dim=head_width(config),
     )
 
 

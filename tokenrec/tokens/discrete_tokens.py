@@ -29,13 +29,16 @@ import numpy as np
 from flax import nnx
 
 from tokenrec.config import TokensConfig
-from tokenrec.data.schema import Feature
+from tokenrec.data.schema import MISSING, Feature
 from tokenrec.errors import InputError
 from tokenrec.ops.layers import Linear, weight
 from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.tokens.feature_transforms import normalize_dense, table_widths
 from tokenrec.tokens.makers import FeatureArrays
 
+# Kinds of several values, of which an entity may have fewer than the feature's length:
+# an item that is new has no semantic id.
+FILLED_KINDS = ("text", "multi_valued", "semantic_id")
 # Buckets of a dense value, equally likely under a normal distribution, and their
 # limits.
 BINS = 64
@@ -185,6 +188,27 @@ class DiscreteTokenMaker(nnx.Module):
             ],
             axis=-2,
         )
+
+    @property
+    def fills_up(self) -> bool:
+        """Whether some tokens fill a text or a list of values up to its length."""
+        return any(f.kind in FILLED_KINDS for f in self.features)
+
+    def present(self, ids: FeatureArrays) -> jax.Array:
+        """Which tokens do not fill anything up, `[..., N] bool`, where `fills_up`.
+
+        Args:
+          ids: name of an integer feature -> `[..., length] int32`.
+        """
+        filled = [f.name for f in self.features if f.kind in FILLED_KINDS]
+        # A missing value of another kind is a token of its own.
+        real = jnp.ones_like(ids[filled[0]][..., :1], bool)
+        parts = [
+            ids[f.name] != MISSING if f.name in filled else real
+            for f in self.features
+            for _ in range(1 if f.name in filled else f.length)
+        ]
+        return jnp.concatenate(parts, axis=-1)
 
     def _table_tokens(
         self, feature: Feature, values: FeatureArrays, dtype: jnp.dtype

@@ -25,6 +25,7 @@ from tokenrec.config import Config
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.data.schema import Feature, Schema, columns
 from tokenrec.errors import InputError
+from tokenrec.models.words import own_tables
 from tokenrec.ops.tables.api import (
     UniqueRows,
     expand_rows,
@@ -108,6 +109,8 @@ class Embedder:
             "action": schema.group("action"),
         }
         tables = schema.tables
+        own = own_tables(config)
+        tables = {name: rows for name, rows in tables.items() if name not in own}
         widths = table_widths(schema.features, config.tokens)
         item_ids = None
         if samples_items(config):

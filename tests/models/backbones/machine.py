@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from tests.worlds import SCHEMA, TASKS, place, tiny
+from tokenrec.config import DecoderConfig
 from tokenrec.config.backbones import BACKBONES
 from tokenrec.config.validate import validate
 from tokenrec.models.stream_layout import candidate_mask, stream_layout
@@ -22,6 +23,9 @@ def rival(kind, **options):
         "layers": 2,
         "windows": (6,) if BACKBONES[kind].windows else (),
     }
+    if BACKBONES[kind].decoder:
+        sizes = DecoderConfig(vocabulary=8, kv_heads=1, head_width=6, windows=(7, 0))
+        model |= {"ffn_width": 24, "decoder": sizes}
     return validate(
         tiny(**{"events": 20, "model": model, "tokens": {"user_tokens": 2}} | options)
     )

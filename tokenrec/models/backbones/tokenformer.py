@@ -117,7 +117,9 @@ class TokenFormer(Backbone):
 
     def _take_apart(self, block: Block, first: int, size: int) -> list[Block]:
         """Take an entry of `blocks` apart into the layers from number `first` on."""
-        layers = unstack_blocks(block, size) if size > 1 else [block]
+        if size == 1:
+            return [block]
+        layers = unstack_blocks(block, size)
         return [self._as_layer(layer, first + n) for n, layer in enumerate(layers)]
 
     def _as_layer(self, block: Block, layer: int) -> Block:

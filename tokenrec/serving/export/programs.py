@@ -71,7 +71,9 @@ _HISTORY = "branch_history"
 def has_prefix(model: ModelSpec) -> bool:
     """Whether a request's history is computed once, whatever its candidates."""
     config = model.config.model
-    return BACKBONES[config.kind].generates and config.branch in ("none", "mean")
+    spec = BACKBONES[config.kind]
+    # `extend_folded` computes TokenFormer's block: language models score whole streams.
+    return spec.generates and not spec.decoder and config.branch in ("none", "mean")
 
 
 def fixed_candidates(model: ModelSpec) -> int:

@@ -58,6 +58,7 @@ _ITEMS = "items"
 _KEYS = "keys"
 _VECTORS = "vectors"
 _CODES = "codes"
+_PRESENT = "present"
 
 
 def catalogue_weights(run: OpenedRun) -> Arrays:
@@ -239,6 +240,8 @@ class _SemanticId(_Parts):
         kept = {VALID: prompt.valid, "read_out": prompt.read_out}
         for layer, (keys, values) in enumerate(prompt.cache.layers):
             kept |= {f"keys_{layer}": keys, f"values_{layer}": values}
+        if prompt.cache.present is not None:
+            kept[_PRESENT] = prompt.cache.present
         if prompt.copied is not None:
             items, log_copied, log_generated = prompt.copied
             kept |= {_ITEMS: items, "log_copied": log_copied[:, 0]}
@@ -270,7 +273,8 @@ class _SemanticId(_Parts):
             tuple(
                 KeysValues(inputs[f"keys_{layer}"], inputs[f"values_{layer}"])
                 for layer in range(self._model.config.model.layers)
-            )
+            ),
+            inputs.get(_PRESENT),
         )
         copied = None
         if "log_copied" in inputs:
