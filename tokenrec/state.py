@@ -26,7 +26,7 @@ from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.schema import Schema
 from tokenrec.data.tokenizer import encode_literal, load_tokenizer
 from tokenrec.errors import InputError
-from tokenrec.language.control_tokens import check_control_tokens
+from tokenrec.language.tokenizer_checks import check_literals
 from tokenrec.models.recommender import Recommender
 from tokenrec.models.stream_layout import Literals, stream_layout
 from tokenrec.ops.layers import draw_uniform
@@ -200,8 +200,8 @@ def prompt_literals(config: Config) -> Literals:
     """Encode the literal texts of the prompt with the data set's tokenizer.
 
     Raises:
-      InputError: the data set has no tokenizer, or one that does not know the control
-        tokens of a language model which occur in the texts.
+      InputError: the data set has no tokenizer, or not that of the language model: it
+        does not know a control token in the texts, or has more words.
     """
     texts = [segment.text for segment in parse_prompt(config) if segment.kind == "text"]
     if not texts:
@@ -209,7 +209,7 @@ def prompt_literals(config: Config) -> Literals:
     directory = data_directory(config)
     tokenizer = load_tokenizer(directory)
     if is_decoder(config.model):
-        check_control_tokens(tokenizer, texts, config.model.kind, directory)
+        check_literals(tokenizer, texts, config.model, directory)
     return tuple(tuple(encode_literal(tokenizer, text).tolist()) for text in texts)
 
 

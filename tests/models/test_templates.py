@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 from tests.data.memory_source import MemorySource
 from tests.data.model_tokenizer import CONTROL, byte_level, write_model
-from tests.worlds import tiny
-from tokenrec.config import Config
+from tests.worlds import one_device, place, random_batch, tiny
+from tokenrec.config import Config, DecoderConfig
 from tokenrec.config.prompt import parse_prompt
+from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import FIRST_KNOWN, Feature, Schema, Task
 from tokenrec.data.tokenizer import TOKENIZER_FILE, encode_literal, load_tokenizer
 from tokenrec.errors import InputError
-from tokenrec.language.control_tokens import control_tokens
 from tokenrec.language.families import FAMILIES
+from tokenrec.language.tokenizer_checks import control_tokens
 from tokenrec.models.stream_layout import stream_layout
-from tokenrec.state import build_model, prompt_literals
+from tokenrec.state import build_model, init_state, prompt_literals
+from tokenrec.step import train_step
 from tokenrec.tokens.layout import ROLES
 
 WORDS = 3
@@ -65,7 +68,19 @@ def config(data: Path, kind: str = "gemma3", candidates: int = 2, **tokens) -> C
     )
     out.data.path = str(data)
     out.model.kind = kind
+    if kind != "tokenformer":
+        out.model.layers, out.model.ffn_width = 1, 24
+        out.model.decoder = DecoderConfig(vocabulary=300, kv_heads=1, head_width=8)
     return out
+
+
+def clicks(config: Config, schema: Schema) -> Batch:
+    """A batch of the one task, whose ids are in the tables of this data set."""
+    batch = random_batch(config, schema=schema)
+    batch = jax.tree.map(
+        lambda x: np.minimum(x, 1) if x.dtype == np.int32 else x, batch
+    )
+    return batch._replace(labels=batch.labels[..., :1])
 
 
 def library_ids(data: Path, text: str) -> tuple[int, ...]:
@@ -159,6 +174,34 @@ def test_a_tokenizer_that_does_not_know_a_control_token_is_refused(
             open_dataset(tmp_path / "set").schema,
             ("click",),
         )
+
+
+def test_a_token_that_the_model_has_no_word_for_is_refused(model_data: Path) -> None:
+    small = config(model_data, template="{history} next {candidate}")
+    small.model.decoder.vocabulary = 200
+    with pytest.raises(
+        InputError,
+        match=r"has a token 2\d\d for ' next ', and the model has "
+        r"model\.decoder\.vocabulary=200 words; prepare the data with --tokenizer",
+    ):
+        prompt_literals(small)
+
+
+def test_a_language_model_learns_from_a_chat(model_data: Path) -> None:
+    chat = config(model_data, chat=True)
+    chat.optim.warmup_steps, chat.optim.weight_decay = 0, 0.0
+    schema = open_dataset(model_data).schema
+    with jax.set_mesh(one_device()):
+        model = build_model(chat, schema, ("click",))
+        before = init_state(model, 0)
+        batch = place(clicks(chat, schema), one_device())
+        after, metrics = jax.jit(train_step, static_argnums=0)(model, before, batch)
+    assert np.isfinite(metrics.loss)
+    moved = np.abs(after.params["words/inputs"] - before.params["words/inputs"]) > 0
+    learned = {int(row) + FIRST_KNOWN for row in np.flatnonzero(moved.any(axis=1))}
+    read = {word for text in model.literals for word in text}
+    # Ids of the titles are 0 and 1, which are read as word 0.
+    assert read <= learned <= read | {FIRST_KNOWN}
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
