@@ -20,11 +20,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from tokenrec.config import Config, data_directory
+from tokenrec.config.backbones import is_decoder
 from tokenrec.config.model_config import DType
 from tokenrec.config.prompt import parse_prompt
 from tokenrec.data.schema import Schema
-from tokenrec.data.tokenizer import encode_text, load_tokenizer
+from tokenrec.data.tokenizer import encode_literal, load_tokenizer
 from tokenrec.errors import InputError
+from tokenrec.language.tokenizer_checks import check_literals
 from tokenrec.models.recommender import Recommender
 from tokenrec.models.stream_layout import Literals, stream_layout
 from tokenrec.ops.layers import draw_uniform
@@ -195,12 +197,20 @@ def _check_last_window(model: ModelSpec) -> None:
 
 
 def prompt_literals(config: Config) -> Literals:
-    """Encode the literal texts of the prompt with the data set's tokenizer."""
+    """Encode the literal texts of the prompt with the data set's tokenizer.
+
+    Raises:
+      InputError: the data set has no tokenizer, or not that of the language model: it
+        does not know a control token in the texts, or has more words.
+    """
     texts = [segment.text for segment in parse_prompt(config) if segment.kind == "text"]
     if not texts:
         return ()
-    tokenizer = load_tokenizer(data_directory(config))
-    return tuple(tuple(encode_text(tokenizer, text).tolist()) for text in texts)
+    directory = data_directory(config)
+    tokenizer = load_tokenizer(directory)
+    if is_decoder(config.model):
+        check_literals(tokenizer, texts, config.model, directory)
+    return tuple(tuple(encode_literal(tokenizer, text).tolist()) for text in texts)
 
 
 def bind_params(

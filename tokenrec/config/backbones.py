@@ -336,7 +336,7 @@ def _unsupported_tokens(
         )
     if spec.any_prompt:
         return
-    for name in ("prompt", "text"):
+    for name in ("prompt", "template", "text"):
         if value := getattr(tokens, name):
             yield (
                 f"tokens.{name}={value!r} {suffix}, which reads user, event and target "

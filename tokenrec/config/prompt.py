@@ -1,6 +1,7 @@
 """The prompt: the segments of a stream, in order (docs/methods.md section 2, "Prompt").
 
-A segment is one word of `tokens.prompt`, or `text:` followed by literal text:
+A segment is one word of `tokens.prompt`, or `text:` followed by literal text. A
+`tokens.template` is translated to such words (template.py).
 
 | segment | its tokens |
 |---|---|
@@ -13,7 +14,8 @@ A segment is one word of `tokens.prompt`, or `text:` followed by literal text:
 | `candidate` | the target; predictions are read from its last token |
 
 The word `||` separates segments that the candidates of a request share, on its left,
-from those that each candidate has of its own.
+from those that each candidate has of its own. A language model can also have text
+behind the candidate, and its predictions are read from the last token of that.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, cast, get_args
 
+from tokenrec.config.backbones import is_decoder
 from tokenrec.config.config import Config
+from tokenrec.config.template import BAR, template_words
 from tokenrec.errors import InputError, suggest
 
 SegmentKind = Literal["user", "sep", "history", "query", "text", "title", "candidate"]
 ENTITIES = ("user", "history", "query", "candidate")
-BAR = "||"
 
 # Segments that may occur once, and those that may stand right of `||`.
 _SINGLE = ("user", "history", "query", "title", "candidate")
@@ -56,20 +59,50 @@ def default_prompt(config: Config) -> tuple[str, ...]:
     return ("user", "sep", "history", "sep", BAR, "candidate")
 
 
+def prompt_words(config: Config) -> tuple[str, ...]:
+    """The words of `tokens.prompt` or `tokens.template`, or those of the default.
+
+    Raises:
+      InputError: two fields contradict each other, or as `template_words`.
+    """
+    tokens = config.tokens
+    if tokens.prompt and tokens.template:
+        raise InputError(
+            f"tokens.prompt={tokens.prompt} and tokens.template={tokens.template!r} "
+            "both give the order of the stream; keep one of them"
+        )
+    if tokens.template:
+        return template_words(config)
+    if tokens.chat:
+        raise InputError(
+            "tokens.chat=True with tokens.template='', which are the words that it puts "
+            "into the chat format; write a template, or use False"
+        )
+    return tokens.prompt or default_prompt(config)
+
+
+def prompt_name(config: Config) -> str:
+    """The field that gives the order of the stream, with its value, for messages."""
+    tokens = config.tokens
+    if tokens.template:
+        return f"tokens.template={tokens.template!r}"
+    return f"tokens.prompt={tokens.prompt or default_prompt(config)}"
+
+
 def parse_prompt(config: Config) -> tuple[Segment, ...]:
-    """Parse `tokens.prompt`, or the default prompt if it is empty.
+    """Parse `tokens.prompt` or `tokens.template`, or the default prompt without both.
 
     Raises:
       InputError: a segment is unknown, or the task cannot use this order.
     """
-    words = config.tokens.prompt or default_prompt(config)
+    words = prompt_words(config)
     segments: list[Segment] = []
     own = False
     for word in words:
         kind, _, text = word.partition(":")
         if word == BAR:
             if own:
-                raise InputError(f"tokens.prompt={words} holds '{BAR}' twice; keep one")
+                raise InputError(f"{prompt_name(config)} holds '{BAR}' twice; keep one")
             own = True
         elif kind not in get_args(SegmentKind) or (kind == "text") != bool(text):
             known = [name for name in get_args(SegmentKind) if name != "text"]
@@ -80,21 +113,32 @@ def parse_prompt(config: Config) -> tuple[Segment, ...]:
             )
         else:
             segments.append(Segment(cast(SegmentKind, kind), own, text))
-    problem = next(_order_problems(config, words, segments), None)
+    problem = next(_order_problems(config, segments), None)
     if problem:
         raise InputError(problem)
-    return tuple(segments)
+    return tuple(_join_texts(segments) if is_decoder(config.model) else segments)
 
 
-def _order_problems(
-    config: Config, words: tuple[str, ...], segments: list[Segment]
-) -> Iterator[str]:
+def _join_texts(segments: list[Segment]) -> list[Segment]:
+    """Join literal texts that stand side by side, which a tokenizer must read as one."""
+    joined: list[Segment] = []
+    for segment in segments:
+        last = joined[-1] if joined else None
+        if last and last.kind == segment.kind == "text" and last.own == segment.own:
+            joined[-1] = last._replace(text=last.text + segment.text)
+        else:
+            joined.append(segment)
+    return joined
+
+
+def _order_problems(config: Config, segments: list[Segment]) -> Iterator[str]:
     """Yield what is wrong with the order of the segments, the first problem first."""
     data = config.data
+    decoder = is_decoder(config.model)
     kinds: list[str] = [segment.kind for segment in segments]
     shared: list[str] = [segment.kind for segment in segments if not segment.own]
     own: list[str] = [segment.kind for segment in segments if segment.own]
-    where = f"tokens.prompt={words}"
+    where = prompt_name(config)
     task = f"data.objective='{data.objective}' and data.paradigm='{data.paradigm}'"
     for kind in _SINGLE:
         if kinds.count(kind) > 1:
@@ -109,15 +153,35 @@ def _order_problems(
     if any(kind in ("title", "candidate") for kind in shared):
         yield f"{where}: title and candidate belong right of '{BAR}'; move them there"
     ranks_candidates = data.objective == "ranking" and data.paradigm == "nio"
-    if ranks_candidates and kinds[-1:] != ["candidate"]:
+    if ranks_candidates and decoder:
+        if "candidate" not in kinds:
+            yield f"{where} holds no 'candidate'; add it"
+        if kinds[-1] not in ("candidate", "text"):
+            yield (
+                f"{where} must end with 'candidate' or with text, whose last token is "
+                f"read out with {task}"
+            )
+    elif ranks_candidates and kinds[-1:] != ["candidate"]:
         yield (
             f"{where} must end with 'candidate', whose last token is read out with "
             f"{task}"
         )
     if not ranks_candidates and own:
+        # A template may have no bar that the user wrote.
+        behind = "the slots of candidates" if config.tokens.template else "what follows"
         yield (
             f"{where}: with {task} there are no candidates; "
-            f"leave out '{BAR}' and what follows"
+            f"leave out '{BAR}' and {behind}"
+        )
+    if data.paradigm == "uc" and "query" in kinds:
+        yield (
+            f"{where} holds 'query' with data.paradigm='uc': the stream belongs to no "
+            "one request; leave it out"
+        )
+    if data.paradigm == "uc" and config.tokens.chat:
+        yield (
+            "tokens.chat=True with data.paradigm='uc': events are read out, and the "
+            "model's answer would begin behind them; use False"
         )
     if data.paradigm == "uc" and shared[-1:] != ["history"]:
         yield (

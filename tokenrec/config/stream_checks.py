@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tokenrec.config.config import Config
-from tokenrec.config.prompt import ENTITIES, default_prompt, parse_prompt
+from tokenrec.config.prompt import ENTITIES, parse_prompt, prompt_name
 from tokenrec.errors import InputError, suggest
 
 
@@ -19,7 +19,6 @@ def check_prompt(config: Config) -> Iterator[str]:
         yield str(error)
         return
     kinds = {segment.kind for segment in segments}
-    prompt = tokens.prompt or default_prompt(config)
     for field, entities in (("text", tokens.text), ("soft", tokens.soft)):
         for entity, features in entities.items():
             if entity not in ENTITIES:
@@ -29,7 +28,7 @@ def check_prompt(config: Config) -> Iterator[str]:
                 )
             elif entity not in kinds:
                 yield (
-                    f"tokens.{field} names '{entity}', and tokens.prompt={prompt} of "
+                    f"tokens.{field} names '{entity}', and {prompt_name(config)} of "
                     f"data.objective='{config.data.objective}' with "
                     f"data.paradigm='{config.data.paradigm}' holds none; leave it out, "
                     "or add the segment"
@@ -122,11 +121,6 @@ def check_user_centric_tokens(config: Config) -> Iterator[str]:
         yield (
             f"tokens.history_cap={tokens.history_cap} {suffix}, which does not support "
             "it; use 0 and lower data.events instead"
-        )
-    if "query" in tokens.prompt:
-        yield (
-            f"tokens.prompt={tokens.prompt} holds 'query' {suffix}: the stream belongs "
-            "to no one request; leave it out"
         )
     if not ranking and "history" in tokens.text:
         yield (

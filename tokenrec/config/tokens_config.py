@@ -24,8 +24,9 @@ class TokensConfig:
     template: str = ""
     """The prompt as one text in place of `prompt`, with slots in braces for the other
     segments: `Bought so far: {history} Is {title} {candidate} next?`. Line breaks are
-    written as they are, braces doubled. `||` is put before the words that lead to the
-    first slot of a candidate."""
+    written as they are, braces doubled. Without a `||`, one is put before the words
+    that lead to the first slot of a candidate. `{sid}` at the end may show where a
+    semantic id is generated."""
 
     chat: bool = False
     """`template`: make it the words of a user in the chat format of `model.kind`, with

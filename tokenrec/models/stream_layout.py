@@ -7,6 +7,8 @@ for each candidate (docs/methods.md section 2, "Prompt"):
     text  user  history  query  ||  text  title  candidate  |  text  title  candidate ..
     `-------- prefix --------'      `---- candidate 0 ----'   `---- candidate 1 ----'
 
+The candidates of a language model may go on with text.
+
     task           candidates of the stream       read-outs
     ranking, NIO   impressions of one request     last token of each candidate
     ranking, UC    none                           state of each event
