@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,10 +80,10 @@ def new_words(
         weights += [name for name in (CODE_INPUTS, CODE_OUTPUTS) if name in params]
     if not names:
         return NewWords((), {}, ())
-    vectors = {INPUTS: np.concatenate(inputs)}
+    added = {INPUTS: np.concatenate(inputs)}
     if not tied:
-        vectors[OUTPUTS] = np.concatenate(outputs)
-    return NewWords(tuple(names), vectors, tuple(weights))
+        added[OUTPUTS] = np.concatenate(outputs)
+    return NewWords(tuple(names), added, tuple(weights))
 
 
 def place_rows(
@@ -134,5 +134,5 @@ def add_tokens(folder: Path, names: tuple[str, ...], first: int) -> None:
     (folder / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True) + "\n")
 
 
-def _tokenizer(folder: Path):  # type: ignore[no-untyped-def]
+def _tokenizer(folder: Path) -> Any:
     return tokenizers_library().Tokenizer.from_file(str(folder / TOKENIZER_FILE))

@@ -249,10 +249,11 @@ class Recommender(nnx.Module):
         inputs = layout, batch.valid, candidate_mask(batch), key, batch.ages
         if not self.masks_fill:
             return inputs
-        parts = [
-            self.present(entities, batch, layout, own=own) for own in (False, True)
-        ]
-        return *inputs, jnp.concatenate(parts, axis=1)
+        left, right = (
+            present_tokens(layout, self._makers, entities, batch, own=own)
+            for own in (False, True)
+        )
+        return *inputs, jnp.concatenate([left, right], axis=1)
 
     @property
     def masks_fill(self) -> bool:

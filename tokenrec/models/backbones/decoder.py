@@ -23,6 +23,8 @@ model width, h width of a head.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,7 +76,7 @@ class Decoder(TokenFormer):
         )
         self.norm = family_norm(config, config.width)
 
-    def _as_layer(self, block: DecoderBlock, layer: int) -> DecoderBlock:
+    def _as_layer(self, block: Any, layer: int) -> Any:
         """Give a block of a stack the window and the positions of its layer."""
         block.attention.window = layer_windows(self.config)[layer]
         block.attention.local = local_layers(self.config)[layer]

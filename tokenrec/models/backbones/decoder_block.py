@@ -24,6 +24,7 @@ G heads of keys and values, h width of a head, f inner width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ from tokenrec.ops.layers import constant, dropout, split_keys, weight
 from tokenrec.sharding import RULES, tokens_of
 from tokenrec.tokens.layout import select_positions
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }

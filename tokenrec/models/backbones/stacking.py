@@ -10,6 +10,7 @@ keeping them (Chen et al., *Training Deep Nets with Sublinear Memory Cost*, arXi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def apply_remat[**P](
     return jax.checkpoint(compute, policy=policy, prevent_cse=not loop)
 
 
-def make_blocks(config: ModelConfig, make: Callable[[int], Block]) -> nnx.List:
+def make_blocks(config: ModelConfig, make: Callable[[int], Any]) -> nnx.List:
     """Make the entries of `TokenFormer.blocks`, stacked as `layer_stacks` says.
 
     Layers are created from the bottom, stacked or not, so that both draw the same

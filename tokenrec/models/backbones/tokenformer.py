@@ -106,23 +106,25 @@ class TokenFormer(Backbone):
         self.blocks = make_blocks(
             config, lambda layer: Block(config, windows[layer], rngs=rngs)
         )
-        self.norm = RMSNorm(config.width)
+        self.norm: Callable[[jax.Array], jax.Array] = RMSNorm(config.width)
 
-    def layers(self) -> list[Block]:
+    # The layers of a language model (decoder.py) are called as blocks are.
+
+    def layers(self) -> list[Any]:
         """The blocks of all layers, bottom first, stacked ones taken apart."""
-        layers: list[Block] = []
+        layers: list[Any] = []
         for block, size in zip(self.blocks, stack_sizes(self.config), strict=True):
             layers += self._take_apart(block, len(layers), size)
         return layers
 
-    def _take_apart(self, block: Block, first: int, size: int) -> list[Block]:
+    def _take_apart(self, block: Any, first: int, size: int) -> list[Any]:
         """Take an entry of `blocks` apart into the layers from number `first` on."""
         if size == 1:
             return [block]
         layers = unstack_blocks(block, size)
         return [self._as_layer(layer, first + n) for n, layer in enumerate(layers)]
 
-    def _as_layer(self, block: Block, layer: int) -> Block:
+    def _as_layer(self, block: Any, layer: int) -> Any:
         """Give a block of a stack what sets its layer apart, besides its weights.
 
         Here nothing: the layers of a stack have one window.
