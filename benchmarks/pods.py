@@ -1,13 +1,15 @@
-"""Compile three configs for TPU pods, and one of them for 16 to 512 chips.
+"""Compile five configs for TPU pods, and one of them for 16 to 512 chips.
 
     python -m benchmarks.pods [--configs NAME ...] [--pods TOPOLOGY ...]
-                                                       three configs on five pods
+                                                       three configs on five pods, and
+                                                       language models on two
     python -m benchmarks.pods --weak-scaling           lrm_1b on 16 to 512 chips of v5p
 
 No TPU is needed, and nothing is run. Each table row is `tokenrec compile` of the config
 in bfloat16, with the streams per chip, the mesh and `model.remat` that `PLANS` has for
 the kind of chip. Table sizes are those of the prepared data set under `TOKENREC_DATA`,
-or else of the planned schema configs/schemas/kuairand_27k.json ("planned"). Columns:
+or else of a planned schema in configs/schemas/ ("planned"). `NAME+lora` is a language
+model with `tuning.method=lora`: its weights are frozen, adapters are trained. Columns:
 
 - `schedule_ms` and its parts, and `mfu_by_schedule`: what the compiler expects of its
   own schedule, with ring times for the network (tokenrec/planner/schedule.py);
@@ -61,11 +63,15 @@ class Plan(NamedTuple):
       streams: streams of a chip.
       fsdp: most chips along `mesh.fsdp`.
       remat: `model.remat`.
+      schema: planned schema where the data set is not prepared.
+      pods: topologies to compile for; () for all of `PODS`.
     """
 
     streams: int
     fsdp: int
     remat: str
+    schema: str = "kuairand_27k.json"
+    pods: tuple[str, ...] = ()
 
 
 PLANS = {
@@ -78,6 +84,14 @@ PLANS = {
     ("kuairand_pure_uc", "v5p"): Plan(64, 1, "none"),
     ("kuairand_pure_uc", "v5e"): Plan(64, 1, "none"),
     ("kuairand_pure_uc", "v6e"): Plan(64, 1, "none"),
+    **{
+        (name + tuning, kind): Plan(
+            16, LONGEST_FSDP, "dots", "complete_journey.json", pods
+        )
+        for name in ("lrm_gemma3_1b", "lrm_qwen3_4b")
+        for tuning in ("", "+lora")
+        for kind, pods in (("v5p", ("v5p:4x4x4",)), ("v5e", ("v5e:16x16",)))
+    },
 }
 
 
@@ -85,7 +99,8 @@ def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
     """Compile one config for one pod.
 
     Args:
-      name: of the config.
+      name: of the config; with "+" and `tuning.method` behind it, if that is not the
+        config's.
       topology: of each slice.
       slices: number of slices.
 
@@ -95,7 +110,9 @@ def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
     kind, _, size = topology.partition(":")
     plan = PLANS[name, kind]
     chips = slices * math.prod(map(int, size.split("x")))
-    config = load_config(str(shipped_configs()[name]))
+    base, _, tuning = name.partition("+")
+    overrides = [f"tuning.method={tuning}"] if tuning else []
+    config = load_config(str(shipped_configs()[base]), overrides)
     fsdp = fsdp_chips([int(length) for length in size.split("x")], plan.fsdp)
     config = planned(config, plan, chips, MeshConfig(data=chips // fsdp, fsdp=fsdp))
     compiled = compile_config(config, topology, slices)
@@ -171,20 +188,19 @@ def planned(config: Config, plan: Plan, chips: int, mesh: MeshConfig) -> Config:
 
     Args:
       config: a config.
-      plan: streams per chip and `model.remat`.
+      plan: streams per chip, `model.remat` and planned schema.
       chips: number of chips, all slices together.
       mesh: mesh to compile for.
 
     Returns:
-      The config; without a prepared data set it uses the planned schema of
-      KuaiRand-27K.
+      The config; without a prepared data set it uses the plan's schema.
     """
     streams = plan.streams * chips
     data = dataclasses.replace(
         config.data,
         batch_size=streams,
         eval_batch_size=streams,
-        schema="kuairand_27k.json",
+        schema=plan.schema,
     )
     model = dataclasses.replace(config.model, dtype="bfloat16", remat=plan.remat)
     return dataclasses.replace(config, data=data, model=model, mesh=mesh)
@@ -205,6 +221,11 @@ def with_efficiency(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for row in rows
     ]
+
+
+def _is_planned(name: str, topology: str) -> bool:
+    plan = PLANS.get((name, topology.partition(":")[0]))
+    return plan is not None and (not plan.pods or topology in plan.pods)
 
 
 def _missing(
@@ -241,12 +262,12 @@ def main() -> None:
             [(SCALED, t, 1) for t in SCALE],
         )
     else:
-        stem, title = "pods", "Three configs on five pods"
+        stem, title = "pods", "Configs on pods"
         wanted = [
             (name, topology, slices)
             for name in flags.configs
             for topology, slices in PODS
-            if topology in flags.pods
+            if topology in flags.pods and _is_planned(name, topology)
         ]
     out = flags.out or Path(__file__).parent / "results" / stem
     rows = _kept(out)

@@ -75,6 +75,8 @@ def test_a_planned_schema_is_that_of_the_prepared_data_set_with_fewer_words(tmp_
         ("amazon", "amazon_beauty.json"),
         ("complete_journey", "complete_journey.json"),
         ("complete_journey_retrieval", "complete_journey.json"),
+        ("lrm_gemma3_1b", "complete_journey.json"),
+        ("lrm_qwen3_4b", "complete_journey.json"),
         ("kuairand_pure_nio", "kuairand_pure.json"),
         ("kuairand_pure_uc", "kuairand_pure.json"),
         ("synthetic", "synthetic.json"),

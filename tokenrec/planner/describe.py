@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from tokenrec.config import Config, MeshConfig
 from tokenrec.config.validate import validate
 from tokenrec.data.schema import Schema
-from tokenrec.planner.flops import STEP_OVER_FORWARD, step_work
+from tokenrec.planner.flops import step_work
 from tokenrec.planner.inputs import PlannedInputs, planned_inputs
 from tokenrec.sharding import batch_shards, make_mesh
 from tokenrec.tokens.history import compression_plan
@@ -73,7 +73,7 @@ def describe(config: Config, schema: Schema) -> dict[str, Any]:
         "layout": _runs(layout),
         "history": _history(config, model.schema, layout),
         "layers": [{"layer": number} | layer for number, layer in enumerate(layers)],
-        "flops_per_example": work.model_flops / STEP_OVER_FORWARD / samples,
+        "flops_per_example": work.forward_flops / samples,
     }
 
 
@@ -100,7 +100,8 @@ def _parameters(inputs: PlannedInputs) -> dict[str, Any]:
         "dense": sum(leaf.size for leaf in params.values()),
         "tables": sum(stack.rows * stack.width for stack in stacks),
         "by_part": _by_part(params),
-        "by_table": {name: tables[name] * widths[name] for name in sorted(tables)},
+        # A table that the backbone reads with word vectors of its own has none here.
+        "by_table": {name: tables[name] * widths[name] for name in sorted(widths)},
         "spread": sorted(spread),
     }
 

@@ -7,14 +7,15 @@ reductions, which take little of the compute time and are bound by memory.
 Two counts of the same step:
 
 - *model FLOPs* (`step_work`): three times the forward pass (the gradient of a product
-  is two products), without recomputation. The numerator of MFU. Of all devices
-  together.
+  is two products), without recomputation. A product with a frozen weight counts twice:
+  its gradient is one product. The numerator of MFU. Of all devices together.
 - *device FLOPs* (`step_flops`): what one device computes, what `model.remat` computes
   again included. The compute time of the roofline.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr
+from jax.interpreters import partial_eval
 from jax.sharding import Mesh
 
 from tokenrec.config.backbones import head_width
@@ -41,14 +43,15 @@ from tokenrec.planner.attention_cost import (
 )
 from tokenrec.planner.jaxprs import inner_jaxprs
 from tokenrec.sharding import with_batch_sharding
-from tokenrec.state import ModelSpec, abstract_state, bind_params
+from tokenrec.state import ModelSpec, TrainState, abstract_state, bind_params
 from tokenrec.step import step_loss, train_step
+from tokenrec.tuning import split_frozen
 
 # The Pallas kernels compute the gradient of q, and those of k and v, in two kernels,
 # each of which computes the logits and their gradient.
 KERNEL_BACKWARD_PRODUCTS = 7
-# FLOPs of a train step over those of its forward pass: the gradient of a product is two
-# products.
+# FLOPs of a train step over those of its forward pass, if all weights are trained: the
+# gradient of a product is two products.
 STEP_OVER_FORWARD = 3
 
 
@@ -60,11 +63,13 @@ class Work(NamedTuple):
         MFU.
       kernel_flops: FLOPs inside custom calls, which XLA does not count.
       kernel_bytes: bytes that custom calls move to and from memory.
+      forward_flops: the part of `model_flops` that is the forward pass.
     """
 
     model_flops: float
     kernel_flops: float
     kernel_bytes: float
+    forward_flops: float = 0.0
 
 
 def attention_work(
@@ -97,6 +102,7 @@ def attention_work(
     products = FORWARD_PRODUCTS + (MODEL_BACKWARD_PRODUCTS if backward else 0)
     pairs = visible_pairs(pattern, window)
     model_flops = batch * attention_flops(pairs, heads, head_dim, products)
+    forward_flops = model_flops * FORWARD_PRODUCTS / products
     if implementation == "splash":
         spans = splash.visible_spans(pattern, window)
         if isinstance(spans, str):
@@ -107,14 +113,14 @@ def attention_work(
         sides = triton.block_sizes(*shape, head_dim, itemsize)
         tile_pairs = visited_pairs(triton.runs_of(pattern, window, *sides), *sides)
     else:
-        return Work(model_flops, 0.0, 0.0)
+        return Work(model_flops, 0.0, 0.0, forward_flops)
     products = FORWARD_PRODUCTS + (KERNEL_BACKWARD_PRODUCTS if backward else 0)
     moved_bytes = sum(
         attention_bytes(*shape, heads, head_dim, itemsize, backward=is_backward)
         for is_backward in ((False, True) if backward else (False,))
     )
     kernel_flops = batch * attention_flops(tile_pairs, heads, head_dim, products)
-    return Work(model_flops, kernel_flops, batch * moved_bytes)
+    return Work(model_flops, kernel_flops, batch * moved_bytes, forward_flops)
 
 
 def step_work(
@@ -123,7 +129,7 @@ def step_work(
     """Compute the work of a train step on a full batch, over all devices.
 
     Model FLOPs are three times the matrix products of a forward pass over live
-    positions, attention over visible pairs only.
+    positions (twice, if the weight is frozen), attention over visible pairs only.
 
     Args:
       model: static half of the run.
@@ -146,12 +152,14 @@ def step_work(
         # 1. Every product of the forward pass but those of attention. Traced anew: JAX
         #    would answer with the trace of the step, which has dead positions.
         with live_positions_alone():
-            forward = jax.make_jaxpr(lambda *given: step_loss(model, *given))(
-                state, with_batch_sharding(shapes, mesh)
-            )
+            given = state, with_batch_sharding(shapes, mesh)
+            traced = jax.make_jaxpr(lambda *given: step_loss(model, *given))(*given)
+            forward = product_flops(traced.jaxpr)
+            step = STEP_OVER_FORWARD * forward
+            if split_frozen(config, state.params)[1]:
+                step = trained_product_flops(model, *given)
             live_layers = backbone.attention_layers(model.layout(events))
-        products = STEP_OVER_FORWARD * product_flops(forward.jaxpr)
-        layers, works = [], [Work(products, 0.0, 0.0)]
+        layers, works = [], [Work(step, 0.0, 0.0, forward)]
         # 2. Attention, layer by layer.
         for layer, live in zip(
             backbone.attention_layers(model.layout(events)), live_layers, strict=True
@@ -184,8 +192,38 @@ def step_work(
             needed = attention_work(
                 "dense", live.pattern, window, **sizes, backward=True
             )
-            works.append(work._replace(model_flops=needed.model_flops))
+            works.append(
+                work._replace(
+                    model_flops=needed.model_flops, forward_flops=needed.forward_flops
+                )
+            )
     return Work(*(sum(part) for part in zip(*works, strict=True))), layers
+
+
+def trained_product_flops(model: ModelSpec, state: TrainState, batch: Batch) -> float:
+    """Count the FLOPs of a step's matrix products that something reads.
+
+    Gradients of frozen weights are none of them. The gradient is traced without
+    recomputation; attention is left out.
+    """
+    kept = dataclasses.replace(model.config.model, remat="none")
+    config = dataclasses.replace(model.config, model=kept)
+    model = dataclasses.replace(model, config=config)
+    trained, frozen = split_frozen(config, state.params)
+
+    def loss(trained: Any, tables: Any, frozen: Any, batch: Batch) -> jax.Array:
+        given = dataclasses.replace(state, params=frozen | trained, tables=tables)
+        return step_loss(model, given, batch)
+
+    gradient = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(
+        trained, state.tables, frozen, batch
+    )
+    return product_flops(_without_dead(gradient.jaxpr))
+
+
+def _without_dead(jaxpr: Jaxpr) -> Jaxpr:
+    """Drop the equations of a traced program whose results nothing reads."""
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
 def implementation_of(
@@ -236,7 +274,8 @@ def step_flops(model: ModelSpec, mesh: Mesh, shapes: Batch, work: Work) -> float
     """Compute the FLOPs of one device in a train step.
 
     Matrix products as traced, those that `model.remat` computes again too, and those of
-    kernels. XLA's own count has the body of a loop once, and nothing inside a kernel.
+    kernels; not the gradients of frozen weights, which nothing reads. XLA's own count
+    has the body of a loop once, and nothing inside a kernel.
 
     Args:
       model: static half of the run.
@@ -248,7 +287,7 @@ def step_flops(model: ModelSpec, mesh: Mesh, shapes: Batch, work: Work) -> float
         step = jax.make_jaxpr(train_step, static_argnums=0)(
             model, abstract_state(model), with_batch_sharding(shapes, mesh)
         )
-    return device_flops(step.jaxpr) + work.kernel_flops / mesh.size
+    return device_flops(_without_dead(step.jaxpr)) + work.kernel_flops / mesh.size
 
 
 def device_flops(jaxpr: Jaxpr) -> float:

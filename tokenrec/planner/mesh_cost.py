@@ -6,7 +6,7 @@ For a mesh of D devices, the formula takes
   over the peak FLOP/s;
 - network: the bytes that the mesh shape causes (`expected_collectives`), over the links
   that the pod has for them;
-- memory: weights and their gradients, tables, optimizer state and a rough size of the
+- memory: weights, gradients of those that are trained, tables, optimizer state and a rough size of the
   activations (`activation_bytes`), in bytes of one device.
 
 The predicted time is the longer of compute and network. Left out: time at memory
@@ -24,13 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tokenrec.config import Config, MeshConfig
+from tokenrec.config import Config, MeshConfig, ModelConfig
+from tokenrec.config.backbones import head_width, is_decoder
 from tokenrec.models.backbones.bfts import layer_windows
 from tokenrec.models.backbones.block import ffn_width
 from tokenrec.planner.collectives import Collective
 from tokenrec.planner.roofline import chip, network_seconds
 from tokenrec.sharding import AXES
 from tokenrec.state import TrainState, in_shards
+from tokenrec.tuning import is_frozen, split_frozen
 
 # FLOPs of a step over the model's: a block that is computed again is a fourth pass
 # beside three.
@@ -85,9 +87,9 @@ def predict(
     flops = model_flops * _STEP_OVER_MODEL[config.model.remat] / mesh.size
     collectives = expected_collectives(config, state, tokens, mesh)
     network = network_seconds(collectives, list(mesh.devices.flat), spec)
-    # Twice the weights: their gradients have the same size.
-    total_bytes = 2 * _device_bytes(state.params, mesh)
-    total_bytes += _device_bytes((state.tables, state.opt_state), mesh)
+    # The gradients of trained weights have the size of the weights.
+    total_bytes = _device_bytes(split_frozen(config, state.params)[0], mesh)
+    total_bytes += _device_bytes((state.params, state.tables, state.opt_state), mesh)
     micro_tokens = tokens // config.optim.accumulate
     total_bytes += activation_bytes(config, micro_tokens, dict(mesh.shape))
     return Prediction(
@@ -126,6 +128,8 @@ def expected_collectives(
         assert isinstance(leaf.sharding, jax.NamedSharding)
         if in_shards(name, leaf.sharding.spec):
             gradient_bytes = numbers * jnp.dtype(config.optim.gradient_sums).itemsize
+        if is_frozen(config, name):
+            gradient_bytes = 0
         if "fsdp" in axes:
             gathered += numbers * itemsize
             scattered += gradient_bytes
@@ -190,16 +194,23 @@ def activation_bytes(config: Config, tokens: int, sizes: dict[str, int]) -> int:
       sizes: size of each mesh axis.
     """
     model, tensor = config.model, sizes["tensor"]
-    ffn = ffn_width(model)
-    block = 8 * model.width + (6 * model.width + 4 * ffn) // tensor
+    ffn, all_heads = ffn_width(model), _heads_width(model)
+    block = 8 * model.width + (6 * all_heads + 4 * ffn) // tensor
     kept = {
         "full": model.width,
-        "dots": 3 * model.width + (4 * model.width + 2 * ffn) // tensor,
+        "dots": 3 * model.width + (4 * all_heads + 2 * ffn) // tensor,
         "none": block,
     }[model.remat]
     local_tokens = tokens // (sizes["data"] * sizes["fsdp"] * sizes["context"])
     numbers = local_tokens * (model.layers * kept + block)
     return numbers * jnp.dtype(model.dtype).itemsize
+
+
+def _heads_width(model: ModelConfig) -> int:
+    """Width of all heads of a query together: `model.width`, but in a language model."""
+    if not is_decoder(model):
+        return model.width
+    return model.heads * head_width(model)
 
 
 def _device_bytes(tree: Any, mesh: Mesh) -> int:
