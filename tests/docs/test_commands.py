@@ -18,7 +18,7 @@ from tokenrec.config import Config
 from tokenrec.config.load import shipped_configs
 
 _FIELD = re.compile(
-    r"`(?:--config\.)?((?:data|tokens|model|head|optim|mesh|train)\.\w+)"
+    r"`(?:--config\.)?((?:data|tokens|model|tuning|head|optim|mesh|train)\.\w+)"
 )
 # The changelog tells of commands and fields that are gone.
 CURRENT = [page for page in [*PAGES, *OTHERS] if page.name != "CHANGELOG.md"]
