@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from tokenrec.checkpoint.device_history import DeviceUse, read_history
+from tokenrec.checkpoint.pretrained import check_pretrained
 from tokenrec.checkpoint.run_folder import run_identity, steps_of_run, use_id_counts
 from tokenrec.config import Config, data_directory, semantic_ids_path
 from tokenrec.config.validate import validate
@@ -100,6 +101,7 @@ def set_up(config: Config, workdir: Path) -> Setup:
             updates=split.updates,
             catalogue_ids=dataset.catalogue.ids,
         )
+        check_pretrained(model)
         check_batch_sizes(model.config, mesh)
         check_mesh(config.model, mesh)
     distributed.assert_same_on_all_processes(

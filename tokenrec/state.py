@@ -304,7 +304,11 @@ def init_state(model: ModelSpec, seed: int) -> TrainState:
     optim = model.config.optim
     trained, frozen = split_frozen(model.config, params)
     dtype = jnp.dtype(model.config.model.dtype)
-    params = trained | {name: leaf.astype(dtype) for name, leaf in frozen.items()}
+    # One after the other, so that no second copy of all of them is in memory.
+    del weights, params
+    for name in list(frozen):
+        frozen[name] = frozen.pop(name).astype(dtype)
+    params = trained | frozen
     opt_state: dict[str, Any] = {
         "dense": dense_optimizer(optim).init(trained),
         "rows": rows,

@@ -32,7 +32,7 @@ from tokenrec.data.dataset import open_dataset
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import Feature, Schema
 from tokenrec.data.sources.synthetic import SyntheticSource
-from tokenrec.errors import InputError
+from tokenrec.errors import EXIT_INPUT, InputError
 from tokenrec.language.export_run import MAKERS_FILE, export_language_model
 from tokenrec.language.new_rows import draw_rows
 from tokenrec.language.tensor_files import folder_digest
@@ -180,12 +180,10 @@ def test_random_weights_are_not_frozen(data, tmp_path):
     config = config_of(data, "", method="frozen")
     config.model.architecture = "qwen3_0.6b"
     config.model.layers, config.model.width = 4, 64
-    model = build_model(validate(small(config)), open_dataset(data).schema, ("click",))
-    with (
-        jax.set_mesh(one_device()),
-        pytest.raises(InputError, match=r"tuning.method='frozen'.*random weights"),
-    ):
-        start_from_pretrained(model, init_state(model, 0))
+    before = list(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"tuning.method='frozen'.*random weights"):
+        train(small(config), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == before
 
 
 def small(config):
@@ -235,8 +233,7 @@ def test_a_run_without_a_language_model_has_no_such_format(data, tmp_path):
         export_language_model(tmp_path / "run", tmp_path / "out", checkpoint="latest")
     for format, flag in (("hf", "--max-k=3"), ("artifact", "--dtype=float32")):
         arguments = ["--format", format, "--workdir", "a", "--out", "b", flag]
-        with pytest.raises(SystemExit):
-            main(["export", *arguments])
+        assert main(["export", *arguments]) == EXIT_INPUT
 
 
 def test_the_run_is_evaluated_and_noted(workdir, folder):

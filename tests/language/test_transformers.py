@@ -67,7 +67,7 @@ class LanguageModel(nnx.Module):
     """Words and layers, under the names that they have in a recommender."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        self.words = WordTable(config.model, rngs=rngs)
+        self.words = WordTable(config.model, scored=True, rngs=rngs)
         self.backbone = Decoder(config.model, tuning=config.tuning, rngs=rngs)
 
     def logits(self, tokens: jax.Array, mask: jax.Array, dtype: str) -> jax.Array:

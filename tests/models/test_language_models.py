@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.worlds import (
     FEATURES,
@@ -22,8 +23,8 @@ from tokenrec.config import DecoderConfig, TuningConfig
 from tokenrec.config.validate import validate
 from tokenrec.data.schema import FIRST_KNOWN, MISSING, Feature, Schema, columns
 from tokenrec.errors import InputError
-from tokenrec.models.words import word_rows
-from tokenrec.state import ModelSpec, bind_params, build_model, init_state
+from tokenrec.models.words import WordTable, word_rows
+from tokenrec.state import ModelSpec, build_model, init_state
 from tokenrec.step import eval_step, train_step
 from tokenrec.tokens.embed import Embedder
 from tokenrec.tuning import group_of, split_frozen, without_frozen
@@ -244,21 +245,24 @@ def test_a_word_that_fills_up_is_not_seen():
 
 def test_words_score_with_rows_of_the_model_alone():
     config = lm("llama3")
-    model = model_of(config)
     with jax.set_mesh(one_device()):
-        module = bind_params(model, init_state(model, 0).params)
+        table = WordTable(config.model, scored=True, rngs=nnx.Rngs(0))
         h = jax.random.normal(jax.random.key(1), (2, 3, 16))
-        logits = module.words.logits(h)
-        vectors = module.words(jnp.array([[2, 3, 0]]), jnp.float32)
+        logits = table.logits(h)
+        vectors = table(jnp.array([[2, 3, 0]]), jnp.float32)
+        # A recommender does not score words, and does not hold the vectors for it.
+        with pytest.raises(InputError, match="scored=True"):
+            WordTable(config.model, rngs=nnx.Rngs(0)).logits(h)
+    assert "words/outputs" not in model_of(config).param_shapes()
     assert logits.shape == (2, 3, word_rows(config.model))
     assert np.isinf(logits[..., WORDS:]).all()
     assert np.isfinite(logits[..., :WORDS]).all()
-    outputs = module.words.outputs[...]
+    outputs = table.outputs[...]
     np.testing.assert_allclose(
         logits[..., :WORDS], (h @ outputs.T)[..., :WORDS], atol=1e-5
     )
     np.testing.assert_array_equal(vectors[0, 0], vectors[0, 2])
-    np.testing.assert_allclose(vectors[0, 1], module.words.inputs[1], atol=1e-7)
+    np.testing.assert_allclose(vectors[0, 1], table.inputs[1], atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +270,13 @@ def test_words_score_with_rows_of_the_model_alone():
     [
         ("hstu", {"method": "lora"}, "tuning.method='lora' with model.kind='hstu'"),
         ("qwen3", {"rates": {"bass": 0.1}}, "tuning.rates names 'bass'.*'base'"),
+        ("qwen3", {"rank": 8}, "tuning.rank=8 with tuning.method='all'.*'lora'"),
+        (
+            "qwen3",
+            {"method": "lora", "rates": {"words": 0.1}},
+            "tuning.rates.'words'.=0.1 with tuning.method='lora'.*does not train",
+        ),
+        ("qwen3", {"method": "lora", "projections": ()}, "adapts nothing"),
     ],
 )
 def test_options_that_do_not_fit(kind, tuning, expected):

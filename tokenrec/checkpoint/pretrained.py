@@ -12,10 +12,11 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
+from tokenrec.checkpoint.reader import CHECKPOINTS_FOLDER, checkpoint_steps
 from tokenrec.config import Config, data_directory
 from tokenrec.config.backbones import is_decoder
 from tokenrec.errors import InputError
@@ -40,34 +41,38 @@ _LISTED = 5
 def start_from_pretrained(model: ModelSpec, state: TrainState) -> TrainState:
     """Put the weights of `model.pretrained` into a state that was drawn from the seed.
 
+    The drawn weights that they replace are deleted, so that both never lie in memory.
     New rows start like words, and the learned scale of a maker (`tokens.output_scale`)
     as the root mean square of a word. Call it under `jax.set_mesh`.
 
     Raises:
-      InputError: on all processes, if the folder has other weights than the model or
-        another tokenizer than the data set, or weights are to be frozen and no folder
-        is named.
+      InputError: on all processes, if the folder has other weights than the model.
     """
     config = model.config
-    with distributed.raise_on_all_processes():
-        _check_named(config)
-        if is_decoder(config.model):
-            check_tokenizer(config.model, model.schema, data_directory(config))
     if not config.model.pretrained:
         return state
+    if config.model.windows and distributed.is_first_process():
+        print(
+            f"tokenrec: model.windows={config.model.windows} narrow the top layers of "
+            "the pretrained model; () leaves it as it was trained",
+            file=sys.stderr,
+        )
     wanted = [name for name in state.params if group_of(name) in ("base", "words")]
-    loaded, report = _load(config, state.params, wanted)
+    described = {name: _described(state.params[name]) for name in wanted}
+    for name in wanted:
+        state.params[name].delete()
+    loaded, report = _load(config, described)
     _print_unused(config, report)
     params = state.params | loaded
     words, count = params[WORDS], config.model.decoder.vocabulary
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    for number, name in enumerate(sorted(params)):
+    for number, (name, leaf) in enumerate(sorted(params.items())):
         if group_of(name) == "rows":
             row_key = jax.random.fold_in(key, number)
-            params[name] = draw_rows(row_key, words, count, params[name])
-        elif group_of(name) == "makers" and name.endswith("/scale"):
+            params[name] = draw_rows(row_key, words, count, leaf)
+        elif group_of(name) == "makers" and name.endswith("/scale") and not leaf.ndim:
             size = jax.jit(root_mean_square, static_argnums=1)(words, count)
-            params[name] = params[name] * 0 + size * word_scale(config.model)
+            params[name] = leaf * 0 + size * word_scale(config.model)
     return dataclasses.replace(state, params=params)
 
 
@@ -91,9 +96,11 @@ def add_frozen(
     if not frozen:
         return state
     with distributed.raise_on_all_processes():
-        _check_named(config)
-        _check_digest(config, workdir)
-    loaded, _ = _load(config, abstract.params, frozen)
+        # One process reads the files: hosts may read one storage.
+        if distributed.is_first_process():
+            _check_digest(config, workdir)
+    described = {name: _described(abstract.params[name]) for name in frozen}
+    loaded, _ = _load(config, described)
     return dataclasses.replace(state, params=state.params | loaded)
 
 
@@ -113,16 +120,31 @@ def record_pretrained(config: Config, workdir: Path) -> None:
     path = as_path(workdir) / PRETRAINED_FILE
     if not config.model.pretrained:
         return
-    if not is_file(path):
+    if not is_file(path) or not checkpoint_steps(as_path(workdir) / CHECKPOINTS_FOLDER):
         digest = _digest(config.model.pretrained)
         write_json(path, {"folder": config.model.pretrained, "sha256": digest})
     elif config.tuning.method != "all":
         _check_digest(config, workdir)
 
 
-def _check_named(config: Config) -> None:
-    if config.tuning.method == "all" or config.model.pretrained:
+def check_pretrained(model: ModelSpec) -> None:
+    """Check what a run with a language model needs, before anything is written.
+
+    Raises:
+      InputError: weights are to be frozen and no folder is named, or the data set has
+        another tokenizer than the model.
+    """
+    config = model.config
+    if not is_decoder(config.model):
         return
+    if config.tuning.method != "all" and not config.model.pretrained:
+        _raise_unnamed(config)
+    has_texts = any(f.kind == "text" for f in model.schema.features)
+    if has_texts or model.literals:
+        check_tokenizer(config.model, model.schema, data_directory(config))
+
+
+def _raise_unnamed(config: Config) -> NoReturn:
     raise InputError(
         f"tuning.method='{config.tuning.method}' with model.pretrained='' would freeze "
         "random weights; name the folder of the checkpoint, or train with "
@@ -136,12 +158,18 @@ def _check_digest(config: Config, workdir: Path) -> None:
     noted: Any = read_json(
         path, "the digest of model.pretrained", "restore the file from a backup"
     )
+    known = noted.get("sha256") if isinstance(noted, dict) else None
+    if not isinstance(known, str):
+        raise InputError(
+            f"'{path}' holds no sha256, which says what model.pretrained the run was "
+            "trained with; restore the file from a backup"
+        )
     digest = _digest(folder)
-    if digest != noted["sha256"]:
+    if digest != known:
         raise InputError(
             f"model.pretrained='{folder}' holds other weights (sha256 {digest[:12]}..) "
-            f"than the run in '{workdir}' was trained with ({noted['sha256'][:12]}.., "
-            f"then in '{noted['folder']}'); give the folder with those"
+            f"than the run in '{workdir}' was trained with ({known[:12]}.., then in "
+            f"'{noted.get('folder')}'); give the folder with those"
         )
 
 
@@ -151,18 +179,17 @@ def _digest(folder: str) -> str:
     return folder_digest(local_copy(folder))
 
 
+def _described(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Shape, type and sharding of a weight, or of its description, on the mesh in use."""
+    spec = jax.typeof(leaf).sharding.spec
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def _load(
-    config: Config, params: dict[str, Any], names: list[str]
+    config: Config, wanted: dict[str, jax.ShapeDtypeStruct]
 ) -> tuple[dict[str, jax.Array], LoadReport]:
-    """Load weights with the shapes, types and shardings of `params`."""
-    mesh = jax.sharding.get_mesh()
-    wanted = {}
-    for name in names:
-        leaf = params[name]
-        spec = jax.typeof(leaf).sharding.spec
-        wanted[name] = jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, spec)
-        )
+    """Load weights as `wanted` describes them."""
     with distributed.raise_on_all_processes():
         folder = local_copy(config.model.pretrained)
         loaded, report = load_weights(folder, config, wanted)

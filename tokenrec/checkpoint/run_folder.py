@@ -330,8 +330,8 @@ def run_identity(config: Config, dataset: Dataset) -> dict[str, object]:
         f"config {name}": value
         for name, value in flatten_fields(dataclasses.asdict(config)).items()
     }
-    # Copies of the data set may lie in different places.
-    del fields["config data.path"]
+    # Copies of the data set, and of a language model, may lie in different places.
+    del fields["config data.path"], fields["config model.pretrained"]
     rows = {
         f"data, rows of {split}": _digest(
             json.dumps(dataset.row_identity(split)).encode()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tokenrec.config.config import Config
     from tokenrec.config.model_config import ModelConfig
     from tokenrec.config.tokens_config import TokensConfig
+    from tokenrec.config.tuning_config import TuningConfig
     from tokenrec.models.backbones.interface import Backbone
 
 # Every backbone reads these fields of `ModelConfig`, or the branch beside it does, or
@@ -281,6 +282,13 @@ def _language_model_problems(
                 f"tuning.rates names '{group}', which is no group of weights"
                 f"{suggest(group, GROUPS)}"
             )
+    yield from _ignored_tuning(tuning)
+    if config.train.warm_start:
+        yield (
+            f"train.warm_start='{config.train.warm_start}' {suffix}: language models "
+            "start from model.pretrained, which may be a folder that `tokenrec export "
+            "--format hf` wrote; leave it empty"
+        )
     if config.model.prefix == "bidirectional":
         yield (
             f"model.prefix='bidirectional' {suffix}, which has been trained on causal "
@@ -288,6 +296,32 @@ def _language_model_problems(
         )
     if config.tokens.random_tokens:
         yield f"tokens.random_tokens=True {suffix}, which does not support it; use False"
+
+
+def _ignored_tuning(tuning: TuningConfig) -> Iterator[str]:
+    """Yield a message for each field of `tuning` that has no effect."""
+    method = f"with tuning.method='{tuning.method}'"
+    if tuning.method == "lora" and not tuning.projections:
+        yield f"tuning.projections=() {method} adapts nothing; name projections"
+    for field in dataclasses.fields(tuning):
+        if field.name not in ("rank", "alpha", "dropout", "projections"):
+            continue
+        value, default = (
+            getattr(tuning, field.name),
+            getattr(type(tuning)(), field.name),
+        )
+        if tuning.method != "lora" and value != default:
+            yield (
+                f"tuning.{field.name}={value!r} {method}, which has no adapters; leave "
+                f"it at {default!r}, or use 'lora'"
+            )
+    frozen = ("adapters",) if tuning.method == "all" else ("base", "words")
+    frozen += ("adapters",) if tuning.method == "frozen" else ()
+    for group in sorted(set(frozen) & tuning.rates.keys()):
+        yield (
+            f"tuning.rates['{group}']={tuning.rates[group]} {method}, which does not "
+            "train it; leave it out"
+        )
 
 
 def _unread_fields(

@@ -30,7 +30,7 @@ _CONTROL = re.compile(r"<[^<>\s]+>")
 
 
 def check_tokenizer(model: ModelConfig, schema: Schema, data: Path) -> None:
-    """Check that the texts of a data set are written in the words of the model.
+    """Check that texts, of features or of the prompt, are in the words of the model.
 
     Args:
       model: `model` of the run's config, of a kind in `FAMILIES`.
@@ -38,13 +38,11 @@ def check_tokenizer(model: ModelConfig, schema: Schema, data: Path) -> None:
       data: folder of the data set.
 
     Raises:
-      InputError: the data set has texts, and another tokenizer than that of
-        `model.pretrained`, or more words than the model.
+      InputError: the data set has another tokenizer than that of `model.pretrained`,
+        or more words than the model.
     """
-    if not any(f.kind == "text" for f in schema.features):
-        return
     remedy = "prepare the data with --tokenizer of the model"
-    words = schema.tables[TEXT_TABLE] - FIRST_KNOWN
+    words = schema.tables.get(TEXT_TABLE, FIRST_KNOWN) - FIRST_KNOWN
     if words > model.decoder.vocabulary + MOST_ADDED:
         raise InputError(
             f"data '{data}': its texts have {words:,} words, and the model has "
@@ -59,7 +57,7 @@ def check_tokenizer(model: ModelConfig, schema: Schema, data: Path) -> None:
         raise InputError(
             f"data '{data}': its tokenizer is not that of model.pretrained="
             f"'{model.pretrained}', so that the words of its texts would be others of "
-            f"the model; {remedy}, or exclude the texts (data.exclude)"
+            f"the model; {remedy}"
         )
 
 

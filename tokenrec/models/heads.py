@@ -238,11 +238,12 @@ class SemanticIdHead(nnx.Module):
         """Look up the vectors of ids of the feature `semantic_id`, `[..., L, d]`.
 
         Args:
-          ids: `[..., L] int32`, as `semantic_columns` numbers them; 0, a missing code,
-            reads the first row.
+          ids: `[..., L] int32`, as `semantic_columns` numbers them; a missing code, 0,
+            is a vector of zeros.
           dtype: of the result.
         """
-        return self._vectors(jnp.maximum(ids - FIRST_KNOWN, 0)).astype(dtype)
+        vectors = self._vectors(jnp.maximum(ids - FIRST_KNOWN, 0)).astype(dtype)
+        return jnp.where((ids >= FIRST_KNOWN)[..., None], vectors, 0)
 
     def _vectors(self, rows: jax.Array) -> jax.Array:
         table = self.outputs if self.inputs is None else self.inputs

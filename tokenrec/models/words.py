@@ -19,6 +19,7 @@ from tokenrec.config import Config, ModelConfig
 from tokenrec.config.backbones import is_decoder
 from tokenrec.data.schema import FIRST_KNOWN, TEXT_TABLE
 from tokenrec.data.semantic_id_feature import SEMANTIC_ID
+from tokenrec.errors import InputError
 from tokenrec.language.families import FAMILIES
 from tokenrec.ops.contract import contract, gather_over_fsdp
 from tokenrec.ops.layers import weight
@@ -65,21 +66,25 @@ class WordTable(nnx.Module):
 
     Args:
       config: `model` of the run's config, with its `decoder`.
+      scored: words are scored too. A recommender scores items and labels alone, and
+        leaves the vectors for that to the checkpoint.
 
     Attributes:
       inputs: `[V', d]`, vectors that words are read with.
-      outputs: `[V', d]`, vectors that they are scored with; None if these are the same.
+      outputs: `[V', d]`, vectors that they are scored with; None if these are the same,
+        or words are not scored.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, scored: bool = False, rngs: nnx.Rngs):
         self.words = config.decoder.vocabulary
         self.scale = word_scale(config)
         self.cap = config.decoder.logit_cap
         shape = (word_rows(config), config.width)
         self.inputs = weight(rngs, shape, None, "embed", inputs=config.width)
+        self.is_scored = scored or config.decoder.tied
         self.outputs = (
             None
-            if config.decoder.tied
+            if config.decoder.tied or not scored
             else weight(rngs, shape, None, "embed", inputs=config.width)
         )
 
@@ -97,7 +102,14 @@ class WordTable(nnx.Module):
         """Score read-outs `[B, R, d]` against all words, `[B, R, V'] float32`.
 
         Rows that fill V up to V' score -inf.
+
+        Raises:
+          InputError: the table was made without `scored`.
         """
+        if not self.is_scored:
+            raise InputError(
+                "words are not scored here; make the table with scored=True"
+            )
         table = self.inputs if self.outputs is None else self.outputs
         scores = contract(
             "brd,vd->brv", h, table[...], RULES("batch", None, None)

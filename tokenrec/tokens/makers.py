@@ -28,11 +28,20 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from tokenrec.config import TokensConfig
 from tokenrec.data.schema import Feature
 from tokenrec.errors import InputError
-from tokenrec.ops.layers import Linear, RMSNorm, constant, rms_normalize, weight
+from tokenrec.ops.layers import (
+    Linear,
+    RMSNorm,
+    constant,
+    rms_normalize,
+    spec_of,
+    weight,
+)
+from tokenrec.sharding import on_mesh
 from tokenrec.tokens.feature_transforms import FeatureTransform
 
 # Feature name -> its values or its ids, for the entities of one part of a batch.
@@ -134,7 +143,10 @@ class Maker(nnx.Module):
             if self.kind == "mlp":
                 x = jax.nn.gelu(self.inner(x))
             x = self.output(x)
-            tokens = x.reshape(*x.shape[:-1], self.tokens, self.width)
+            shape = (*x.shape[:-1], self.tokens, self.width)
+            # JAX cannot tell by itself over which axis a batch of one is split.
+            spec = PartitionSpec(*spec_of(x)[:-1], None, None)
+            tokens = jnp.reshape(x, shape, out_sharding=on_mesh(spec))
         if self.scale is None:
             return tokens
         return self.scale[...].astype(dtype) * rms_normalize(tokens)

@@ -140,7 +140,7 @@ class Decoder(TokenFormer):
         # 2. The candidates, each on its own.
         behind = layout.length - count
         if first + len(positions) > count and behind:
-            shape = (len(x) * layout.candidates, behind // layout.candidates)
+            shape = (x.shape[0] * layout.candidates, behind // layout.candidates)
             tokens = _rows(x[:, count - min(first, count) :], shape)
             own = _rows(here[:, count - min(first, count) :], shape)
             if present is not None:
@@ -148,9 +148,9 @@ class Decoder(TokenFormer):
             anchors = np.minimum(layout.reach[count :: shape[1]], count - 1)
             start = _rows(before[:, anchors], (shape[0], 1))
             place = start + jnp.cumsum(own, axis=1, dtype=jnp.int32) - 1
-            parts.append(_rows(tokens, (len(x), behind)))
-            valid.append(_rows(own, (len(x), behind)))
-            rope.append(_rows(jnp.maximum(place, 0), (len(x), behind)))
+            parts.append(_rows(tokens, (x.shape[0], behind)))
+            valid.append(_rows(own, (x.shape[0], behind)))
+            rope.append(_rows(jnp.maximum(place, 0), (x.shape[0], behind)))
         elif behind:
             valid.append(real[:, count:])
         x = jnp.concatenate(parts, axis=1)
