@@ -1,5 +1,6 @@
 """A run that starts from a pretrained language model, resumes, and gives it back."""
 
+import dataclasses
 import json
 import shutil
 
@@ -29,11 +30,13 @@ from tokenrec.config import (
 from tokenrec.config.validate import validate
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.preparation.prepare import prepare
+from tokenrec.data.schema import Feature, Schema
 from tokenrec.data.sources.synthetic import SyntheticSource
 from tokenrec.errors import InputError
 from tokenrec.language.export_run import MAKERS_FILE, export_language_model
 from tokenrec.language.new_rows import draw_rows
 from tokenrec.language.tensor_files import folder_digest
+from tokenrec.language.tokenizer_checks import check_tokenizer
 from tokenrec.sharding import make_run_mesh
 from tokenrec.state import build_model, init_state
 from tokenrec.train_loop import train
@@ -241,3 +244,25 @@ def test_the_run_is_evaluated_and_noted(workdir, folder):
     assert noted == {"folder": str(folder), "sha256": folder_digest(folder)}
     report = evaluate(workdir, split="valid", checkpoint="latest")
     assert 0 < report["tasks"]["click"]["log_loss"] < 5
+
+
+def test_texts_are_in_the_words_of_the_model(data, folder, tmp_path):
+    config = validate(config_of(data, folder))
+    text = Feature("title", "text", "item", length=3, codes=256)
+
+    def check(words, of_data=None, of_model=None):
+        shutil.rmtree(tmp_path / "own", ignore_errors=True)
+        own, given = tmp_path / "own" / "data", tmp_path / "own" / "model"
+        for place, name in ((own, of_data), (given, of_model)):
+            place.mkdir(parents=True)
+            if name:
+                (place / "tokenizer.json").write_text(name)
+        model = dataclasses.replace(config.model, pretrained=str(given))
+        check_tokenizer(model, Schema((text,), (), {"text": 2 + words}), own)
+
+    check(V, "{}", "{}")
+    check(V, "{}", None)
+    with pytest.raises(InputError, match=r"its tokenizer is not that of model\.pre"):
+        check(V, "{}", "{ }")
+    with pytest.raises(InputError, match=r"=24; prepare.*--tokenizer"):
+        check(V + 400, "{}", "{}")

@@ -21,8 +21,10 @@ from tests.walks import (
 )
 from tests.worlds import one_device
 from tokenrec.checkpoint.run_folder import check_schema, create_or_check_run
+from tokenrec.config import DecoderConfig, ModelConfig
 from tokenrec.data.dataset import open_dataset
 from tokenrec.data.pipeline import eval_batches
+from tokenrec.data.semantic_id_feature import SEMANTIC_ID
 from tokenrec.data.semantic_id_file import (
     SemanticIds,
     load_semantic_ids,
@@ -47,18 +49,41 @@ def codes(tmp_path_factory):
     return save_codes(tmp_path_factory.mktemp("codes") / "semantic_ids.parquet")
 
 
+NIO = {"paradigm": "nio", "overlap": 0}
+# Grouped queries, a local layer that is shorter than a history, and scaled words.
+LANGUAGE_MODEL = ModelConfig(
+    kind="gemma3",
+    width=16,
+    heads=2,
+    layers=3,
+    ffn_width=24,
+    windows=(),
+    decoder=DecoderConfig(
+        vocabulary=8, kv_heads=1, head_width=6, windows=(5, 0, 5), local_rope_base=50.0
+    ),
+)
+
+
 @pytest.mark.parametrize(
-    ("options", "copy"),
-    [({}, False), ({"paradigm": "nio", "overlap": 0}, False), ({}, True)],
+    ("options", "copy", "backbone"),
+    [
+        ({}, False, None),
+        (NIO, False, None),
+        ({}, True, None),
+        (NIO, False, LANGUAGE_MODEL),
+    ],
 )
 def test_the_score_of_a_generated_item_is_its_probability_in_training(
-    data, codes, options, copy, monkeypatch
+    data, codes, options, copy, backbone, monkeypatch
 ):
     """Compare teacher forcing over the stream with the cached prefix and beams."""
     # Eight events are three slices, of which the last is padded.
     monkeypatch.setattr("tokenrec.evaluation.generate.HISTORY_SLICE", 3)
     config = code_config(data, codes, **options)
     config.head.copy = copy
+    if backbone is not None:
+        # The items of the history are written in the words that are generated.
+        config.model, config.tokens.text = backbone, {"history": (SEMANTIC_ID,)}
     dataset, model = opened(config)
     mesh = one_device()
     with jax.set_mesh(mesh):

@@ -285,10 +285,11 @@ def test_work_of_a_kernel_is_by_tiles_and_that_of_the_model_by_pairs():
         {"batch": 2, "heads": 3, "head_dim": 16, "itemsize": 2},
     )
     forward = attention_work("dense", pattern, None, **sizes, backward=False)
-    assert forward == Work(2 * 3 * 2 * 2 * 16 * (256 * 257 // 2), 0.0, 0.0)
+    flops = 2 * 3 * 2 * 2 * 16 * (256 * 257 // 2)
+    assert forward == Work(flops, 0.0, 0.0, forward_flops=flops)
     both = attention_work("splash", pattern, None, **sizes, backward=True)
     # Two products forward, four backward.
-    assert both.model_flops == 3 * forward.model_flops
+    assert both.model_flops == 3 * forward.model_flops == 3 * both.forward_flops
     # Two products forward and seven backward, over the tiles: one of 256 x 256, the
     # upper half of the diagonal tile included.
     assert splash_kernel.block_sizes(splash.visible_spans(pattern, None), 256) == (

@@ -16,11 +16,13 @@ from typing import Any
 
 import jax
 
-from tokenrec.config import Config
+from tokenrec.config import Config, data_directory
+from tokenrec.config.backbones import is_decoder
 from tokenrec.errors import InputError
 from tokenrec.language.load import LoadReport, load_weights
 from tokenrec.language.new_rows import draw_rows, root_mean_square
 from tokenrec.language.tensor_files import folder_digest
+from tokenrec.language.tokenizer_checks import check_tokenizer
 from tokenrec.models.words import word_scale
 from tokenrec.runtime import distributed
 from tokenrec.runtime.files import is_file, read_json, write_json
@@ -42,12 +44,15 @@ def start_from_pretrained(model: ModelSpec, state: TrainState) -> TrainState:
     as the root mean square of a word. Call it under `jax.set_mesh`.
 
     Raises:
-      InputError: on all processes, if the folder has other weights than the model, or
-        weights are to be frozen and no folder is named.
+      InputError: on all processes, if the folder has other weights than the model or
+        another tokenizer than the data set, or weights are to be frozen and no folder
+        is named.
     """
     config = model.config
     with distributed.raise_on_all_processes():
         _check_named(config)
+        if is_decoder(config.model):
+            check_tokenizer(config.model, model.schema, data_directory(config))
     if not config.model.pretrained:
         return state
     wanted = [name for name in state.params if group_of(name) in ("base", "words")]

@@ -13,15 +13,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenrec.config.model_config import ModelConfig
-from tokenrec.data.schema import FIRST_KNOWN
-from tokenrec.data.tokenizer import encode_literal
+from tokenrec.data.schema import FIRST_KNOWN, TEXT_TABLE, Schema
+from tokenrec.data.tokenizer import TOKENIZER_FILE, encode_literal
 from tokenrec.errors import InputError
 from tokenrec.language.families import FAMILIES, Family
+from tokenrec.runtime.files import is_file
+from tokenrec.runtime.local_copy import local_copy
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# Tokens that a tokenizer may have and its model no word vector for, such as that of an
+# image.
+MOST_ADDED = 256
 _CONTROL = re.compile(r"<[^<>\s]+>")
+
+
+def check_tokenizer(model: ModelConfig, schema: Schema, data: Path) -> None:
+    """Check that the texts of a data set are written in the words of the model.
+
+    Args:
+      model: `model` of the run's config, of a kind in `FAMILIES`.
+      schema: features that the model reads.
+      data: folder of the data set.
+
+    Raises:
+      InputError: the data set has texts, and another tokenizer than that of
+        `model.pretrained`, or more words than the model.
+    """
+    if not any(f.kind == "text" for f in schema.features):
+        return
+    remedy = "prepare the data with --tokenizer of the model"
+    words = schema.tables[TEXT_TABLE] - FIRST_KNOWN
+    if words > model.decoder.vocabulary + MOST_ADDED:
+        raise InputError(
+            f"data '{data}': its texts have {words:,} words, and the model has "
+            f"model.decoder.vocabulary={model.decoder.vocabulary:,}; {remedy}"
+        )
+    if not model.pretrained:
+        return
+    own, given = (
+        folder / TOKENIZER_FILE for folder in (data, local_copy(model.pretrained))
+    )
+    if is_file(given) and own.read_bytes() != given.read_bytes():
+        raise InputError(
+            f"data '{data}': its tokenizer is not that of model.pretrained="
+            f"'{model.pretrained}', so that the words of its texts would be others of "
+            f"the model; {remedy}, or exclude the texts (data.exclude)"
+        )
 
 
 def control_tokens(family: Family) -> tuple[str, ...]:

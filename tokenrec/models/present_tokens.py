@@ -17,6 +17,7 @@ import numpy as np
 
 from tokenrec.data.batch import Batch
 from tokenrec.models.entity_makers import EntityMaker
+from tokenrec.ops.layers import flatten_tokens
 from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
 from tokenrec.tokens.embed import EntityFeatures
 from tokenrec.tokens.history import merge_entities
@@ -70,8 +71,7 @@ def present_tokens(
         if role == "query":
             # The candidates of a request share its context: take that of the first.
             ids = {name: value[:, :1] for name, value in ids.items()}
-        present = maker.present(ids)
-        present = present.reshape(present.shape[0], -1)
+        present = flatten_tokens(maker.present(ids)[..., None])[..., 0]
         # A history may be cut from the left.
         columns.append(present[:, present.shape[1] - len(positions) :])
         column[positions] = width + np.arange(len(positions))

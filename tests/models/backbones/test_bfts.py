@@ -1,12 +1,20 @@
-"""Live positions that fill the lanes of a TPU: dead rows, and the same read-outs."""
+"""Windows and stacks of layers; live positions that fill the lanes of a TPU."""
 
 import jax
 import numpy as np
 import pytest
 
 from tests.models.backbones.machine import Backbone, rival
+from tokenrec.config import DecoderConfig, ModelConfig
 from tokenrec.models.backbones import bfts
-from tokenrec.models.backbones.bfts import fill_lanes, layer_positions
+from tokenrec.models.backbones.bfts import (
+    fill_lanes,
+    layer_positions,
+    layer_stacks,
+    layer_windows,
+    local_layers,
+    stack_sizes,
+)
 
 
 def test_runs_go_on_to_whole_lanes_and_stay_parts_of_each_other():
@@ -67,3 +75,46 @@ def test_dead_rows_change_no_read_out_and_no_gradient(monkeypatch, paradigm):
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         scale = float(np.abs(other).max()) + 1e-6
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    ("own", "bfts", "sizes", "first"),
+    [
+        # Gemma 3 1B: five local layers and a full one, four times, and two more.
+        (
+            ((512,) * 5 + (0,)) * 4 + (512, 512),
+            (),
+            (18, *[1] * 8),
+            (512,) * 5 + (None,),
+        ),
+        # All alike: the top layer stays alone, as in TokenFormer.
+        ((), (), (25, 1), (None,) * 6),
+        # BFTS on top ends the run that repeats.
+        ((), (64, 32), (23, 1, 1, 1), (None,) * 6),
+    ],
+)
+def test_the_layers_of_a_language_model_are_stacked_by_their_period(
+    own, bfts, sizes, first
+):
+    config = ModelConfig(
+        kind="gemma3", layers=26, windows=bfts, decoder=DecoderConfig(windows=own)
+    )
+    assert stack_sizes(config) == sizes
+    assert layer_windows(config)[:6] == first
+    stack = layer_stacks(config)[0]
+    kinds = layer_windows(config)[: stack.size]
+    assert all(
+        kinds[n] == kinds[n + stack.period] for n in range(stack.size - stack.period)
+    )
+
+
+def test_bfts_narrows_the_windows_of_a_language_model():
+    config = ModelConfig(
+        kind="gemma3",
+        layers=4,
+        windows=(6, 4),
+        decoder=DecoderConfig(windows=(8, 0, 5, 0)),
+    )
+    assert layer_windows(config) == (8, None, 5, 4)
+    # Rotary positions are those that each layer was trained with.
+    assert local_layers(config) == (True, False, True, False)
