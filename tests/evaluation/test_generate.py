@@ -49,7 +49,11 @@ def codes(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("options", "copy"),
-    [({}, False), ({"paradigm": "nio", "overlap": 0}, False), ({}, True)],
+    [
+        pytest.param({}, False, marks=pytest.mark.slow),
+        pytest.param({"paradigm": "nio", "overlap": 0}, False, marks=pytest.mark.slow),
+        ({}, True),
+    ],
 )
 def test_the_score_of_a_generated_item_is_its_probability_in_training(
     data, codes, options, copy, monkeypatch
