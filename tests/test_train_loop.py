@@ -40,6 +40,7 @@ from tokenrec.train_loop import train
 
 # Features that are left out: ids and one number remain.
 FEW = ("interests", "load", "price", "vector", "code", "seconds")
+ALL_FEATURES = {"data__exclude": (), "tokens__maker": "mlp"}
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +224,9 @@ def test_bad_steps_are_skipped_and_counted_up_to_a_limit_over_a_restart(
         optim__max_skipped=100,
         train__stop_at=6,
         train__log_every=1,
+        **ALL_FEATURES,
     )
-    # A seed whose gradients grow in some steps.
+    # A seed whose gradients grow in some steps, with all features.
     config.seed = 2
     first = train(config, tmp_path, progress=False)["skipped"]
     config.train.stop_at = 0

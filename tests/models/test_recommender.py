@@ -76,7 +76,7 @@ def value_and_gradients(model, params, tables, batch):
     ],
 )
 def test_needed_rows_equal_all_rows_in_values_and_gradients(shape, mesh):
-    config = tiny(**SHAPES[shape], model={"layers": 3})
+    config = tiny(**SHAPES[shape])
     model, state, params = build(config)
     plain_config = copy.deepcopy(config)
     plain_config.model.needed_rows = False
