@@ -18,6 +18,7 @@ from tokenrec.step import gradients, step_inputs
 
 def model_of(sums: str, kind: str = "tokenformer"):
     config = tiny(
+        tokens={"maker": "linear"},
         model={"kind": kind, "dtype": "bfloat16", "layers": 1, "windows": ()},
         optim={"gradient_sums": sums},
         batch_size=16,

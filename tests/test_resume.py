@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_train_loop import small
+from tests.test_train_loop import ALL_FEATURES, small
 from tokenrec import active_run
 from tokenrec.checkpoint import checkpointer
 from tokenrec.checkpoint.reader import CheckpointReader
@@ -120,10 +120,14 @@ def test_a_checkpoint_counts_the_skipped_steps_that_are_not_logged_yet(
     data: Path, tmp_path: Path
 ) -> None:
     config = small(
-        data, optim__spike_norm=1.0001, optim__max_skipped=100, train__save_every=2
+        data,
+        optim__spike_norm=1.0001,
+        optim__max_skipped=100,
+        train__save_every=2,
+        **ALL_FEATURES,
     )
     config.train.keep = 9
-    # A seed whose gradients grow in some steps.
+    # A seed whose gradients grow in some steps, with all features.
     config.seed = 2
     skipped = {}
     for log_every in (1, 100):

@@ -1,5 +1,6 @@
 """Weights and tables of another model are refused, not broadcast or ignored."""
 
+import functools
 import re
 
 import jax
@@ -73,6 +74,14 @@ def test_weights_of_another_config_are_refused_and_counted():
         bind_params(other, params)
 
 
+@functools.cache
+def model_and_tables(replicate_rows):
+    """Of a state of one layer."""
+    tokens, one_layer = {"replicate_rows": replicate_rows}, {"layers": 1, "windows": ()}
+    model = build_model(tiny(tokens=tokens, model=one_layer), SCHEMA, TASKS)
+    return model, init_state(model, 0).tables
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -88,9 +97,8 @@ def test_weights_of_another_config_are_refused_and_counted():
 @pytest.mark.parametrize("replicate_rows", [8, 100])
 def test_a_table_that_does_not_fit_is_named(mesh, replicate_rows, change, message):
     """A gather from a shorter table would read another row."""
-    tokens = {"replicate_rows": replicate_rows}
-    model = build_model(tiny(tokens=tokens), SCHEMA, TASKS)
-    tables = init_state(model, 0).tables
+    model, tables = model_and_tables(replicate_rows)
+    tables = dict(tables)
     name = sorted(tables)[-1]
     table = tables.pop(name)
     if change is not None:

@@ -36,11 +36,25 @@ from tokenrec.step import eval_step, gradients, step_inputs, train_step
 STEP = jax.jit(train_step, static_argnums=0)
 
 
+# One program for the tests of rates, which begin within the warm-up.
+SLOW_START = {"warmup_steps": 8, "weight_decay": 0.0}
+
+
 @pytest.fixture(autouse=True)
 def mesh():
     mesh = one_device()
     with jax.set_mesh(mesh):
         yield mesh
+
+
+def small(*, optim=None, tokens=None, model=None, **changes):
+    """A config of one layer, which compiles quickly."""
+    return tiny(
+        tokens={"maker": "linear"} | (tokens or {}),
+        model={"layers": 1, "windows": ()} | (model or {}),
+        optim=optim,
+        **changes,
+    )
 
 
 def leaves(state):
@@ -49,8 +63,8 @@ def leaves(state):
 
 def test_micro_batches_make_the_same_update_as_one_batch(mesh):
     """Labels are unevenly known, so that a mean of the micro-batches' means would differ."""
-    whole = tiny(batch_size=8)
-    parts = tiny(batch_size=8, optim={"accumulate": 4})
+    whole = small(batch_size=8)
+    parts = small(batch_size=8, optim={"accumulate": 4})
     batch = random_batch(whole)
     batch.labels[::4] = -1
     states = []
@@ -64,9 +78,9 @@ def test_micro_batches_make_the_same_update_as_one_batch(mesh):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(mesh):
-    model = build_model(tiny(), SCHEMA, TASKS)
+    model = build_model(small(), SCHEMA, TASKS)
     state = init_state(model, 0)
-    batch = random_batch(tiny())
+    batch = random_batch(small())
     batch.target.dense[0, 0, 0] = np.inf  # an embedding feature: not clipped
     new, metrics = STEP(model, state, place(batch, mesh))
     assert not metrics.applied
@@ -84,10 +98,9 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(mesh):
 
 
 def test_both_learning_rates_follow_the_step_after_a_skipped_one(mesh):
-    """Rates of steps 1 and 2 are 2/5 and 3/5 of the peak: the update is 3/2 as large."""
-    optim = {"warmup_steps": 5, "weight_decay": 0.0}
-    model = build_model(tiny(optim=optim), SCHEMA, TASKS)
-    good = random_batch(tiny())
+    """Rates of steps 1 and 2 are 2/8 and 3/8 of the peak: the update is 3/2 as large."""
+    model = build_model(small(optim=SLOW_START), SCHEMA, TASKS)
+    good = random_batch(small())
     bad = good._replace(target=good.target._replace(dense=good.target.dense + np.inf))
     # 1. One update, then the same batch at once, or after a skipped step.
     first, _ = STEP(model, init_state(model, 0), place(good, mesh))
@@ -114,8 +127,8 @@ def test_both_learning_rates_follow_the_step_after_a_skipped_one(mesh):
 
 def test_a_checkpoint_whose_schedule_fell_behind_continues_at_its_step(mesh):
     """Earlier versions left optax's own count behind at every skipped step."""
-    model = build_model(tiny(optim={"warmup_steps": 8}), SCHEMA, TASKS)
-    batch = place(random_batch(tiny()), mesh)
+    model = build_model(small(optim=SLOW_START), SCHEMA, TASKS)
+    batch = place(random_batch(small()), mesh)
     state, _ = STEP(model, init_state(model, 0), batch)
     state = dataclasses.replace(state, step=state.step + 4)
     behind = state.opt_state["dense"]
@@ -134,7 +147,7 @@ def test_a_checkpoint_whose_schedule_fell_behind_continues_at_its_step(mesh):
 
 
 def test_unknown_labels_and_unread_rows_carry_no_gradient(mesh):
-    config = tiny()
+    config = small()
     model = build_model(config, SCHEMA, TASKS)
     state = init_state(model, 0)
     batch = random_batch(config)
@@ -145,7 +158,7 @@ def test_unknown_labels_and_unread_rows_carry_no_gradient(mesh):
 
 
 def test_the_loss_is_the_weighted_mean_of_the_known_labels_of_each_task(mesh):
-    config = tiny(paradigm="uc", events=4, model={"layers": 1, "windows": ()})
+    config = small(paradigm="uc", events=4)
     model = build_model(config, SCHEMA, TASKS)
     state = init_state(model, 0)
     batch = random_batch(config, lengths=[4, 3, 0, 2, 1, 4, 4, 2])
@@ -175,7 +188,7 @@ def test_the_loss_is_the_weighted_mean_of_the_known_labels_of_each_task(mesh):
 
 
 def test_dropout_depends_on_the_step_and_on_nothing_else(mesh):
-    config = tiny(model={"dropout": 0.5})
+    config = small(model={"dropout": 0.5})
     model = build_model(config, SCHEMA, TASKS)
     state = init_state(model, 0)
     batch = place(random_batch(config), mesh)
@@ -220,12 +233,15 @@ def test_abstract_state_says_what_a_state_is():
         )
 
 
+# Two devices along fsdp, tensor and context.
+MESH = (1, 2, 2, 2)
+
+
 @functools.cache
 def mesh_case():
     config = tiny(
-        tokens={
-            "replicate_rows": 8
-        },  # video, tags and code are spread, the others are not
+        # Tables video, tags and code are spread, the others are not.
+        tokens={"maker": "linear", "replicate_rows": 8},
         model={
             "ffn_width": 32,
             "dropout": 0.1,
@@ -239,7 +255,6 @@ def mesh_case():
     return build_model(config, SCHEMA, TASKS), random_batch(config, 16)
 
 
-@functools.cache
 def stepped(sizes):
     """State and metrics after a step from sums of 1, which keep AdaGrad from magnifying rounding of tiny gradients."""
     (model, batch), mesh = mesh_case(), mesh_of(*sizes)
@@ -251,11 +266,11 @@ def stepped(sizes):
 
 
 def test_a_mesh_makes_the_same_loss_gradient_and_update():
-    """Two devices along fsdp, tensor and context; below, along data too.
+    """Gradients of retrieval, below, are compared on meshes with two along data.
 
     Of the 29 tokens filled up to 32, the 20 that the window needs lie on both parts.
     """
-    (state, metrics), (expected, of_one) = stepped((1, 2, 2, 2)), stepped((1, 1, 1))
+    (state, metrics), (expected, of_one) = stepped(MESH), stepped((1, 1, 1))
     np.testing.assert_allclose(metrics.loss, of_one.loss, rtol=1e-6)
     np.testing.assert_allclose(metrics.grad_norm, of_one.grad_norm, rtol=1e-6)
     assert (metrics.rounds, of_one.rounds) == (1, 1)
@@ -272,10 +287,10 @@ def test_a_mesh_makes_the_same_loss_gradient_and_update():
 
 
 def test_spread_and_replicated_tables_learn_the_same(mesh):
-    batch = random_batch(tiny())
+    batch = random_batch(small())
     found = {}
     for replicate in (8, 100):
-        model = build_model(tiny(tokens={"replicate_rows": replicate}), SCHEMA, TASKS)
+        model = build_model(small(tokens={"replicate_rows": replicate}), SCHEMA, TASKS)
         state = init_state(model, 0)
         rows = {}
         for stack in model.embedder.stacks.values():
@@ -318,7 +333,7 @@ def test_a_bad_step_leaves_spread_tables_as_they_were():
     dense = batch.target.dense.copy()
     dense[0, 0, 0] = np.inf
     batch = batch._replace(target=batch.target._replace(dense=dense))
-    mesh = mesh_of(2, 2, 2)
+    mesh = mesh_of(*MESH)
     with jax.set_mesh(mesh):
         state = init_state(model, 0)
         new, metrics = STEP(model, state, place(batch, mesh))
@@ -347,7 +362,9 @@ def retrieval_case(walks, kind, accumulate):
         else walking(data, head={"negatives": 32 * (kind == "sampled")})
     )
     config = dataclasses.replace(
-        config, optim=dataclasses.replace(config.optim, accumulate=accumulate)
+        config,
+        model=dataclasses.replace(config.model, layers=1),
+        optim=dataclasses.replace(config.optim, accumulate=accumulate),
     )
     dataset, model = opened(config)
     return model, first_batch(dataset, config).batch

@@ -38,6 +38,10 @@ from tokenrec.planner.mfu import GPU_PEAK_FLOPS
 from tokenrec.sharding import make_mesh
 from tokenrec.train_loop import train
 
+# Features that are left out: ids and one number remain.
+FEW = ("interests", "load", "price", "vector", "code", "seconds")
+ALL_FEATURES = {"data__exclude": (), "tokens__maker": "mlp"}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -64,6 +68,7 @@ def no_thread_stays():
 
 
 def small(data, **changes) -> Config:
+    """A config with few features, which compiles quickly."""
     config = Config(
         data=DataConfig(
             path=str(data),
@@ -72,8 +77,9 @@ def small(data, **changes) -> Config:
             overlap=4,
             batch_size=8,
             eval_batch_size=16,
+            exclude=FEW,
         ),
-        tokens=TokensConfig(embedding_dim=4),
+        tokens=TokensConfig(embedding_dim=4, maker="linear"),
         model=ModelConfig(width=8, heads=1, layers=2, windows=(4,), dropout=0.1),
         optim=OptimConfig(steps=8, warmup_steps=2),
         train=TrainConfig(log_every=4),
@@ -117,7 +123,13 @@ TABLE_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, TABLE_OPTIONS], ids=["plain", "tables"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain", marks=pytest.mark.slow),
+        pytest.param(TABLE_OPTIONS, id="tables"),
+    ],
+)
 def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(options, data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(small(data, **options), whole, progress=False)
@@ -138,6 +150,8 @@ def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(options, data, tm
         open_model(parts, None)
 
 
+# tests/test_elastic.py compares the rows of each step too, over fewer steps.
+@pytest.mark.slow
 def test_no_sample_is_lost_or_repeated_when_half_of_the_devices_go_on(
     data, tmp_path, monkeypatch
 ):
@@ -210,8 +224,9 @@ def test_bad_steps_are_skipped_and_counted_up_to_a_limit_over_a_restart(
         optim__max_skipped=100,
         train__stop_at=6,
         train__log_every=1,
+        **ALL_FEATURES,
     )
-    # A seed whose gradients grow in some steps.
+    # A seed whose gradients grow in some steps, with all features.
     config.seed = 2
     first = train(config, tmp_path, progress=False)["skipped"]
     config.train.stop_at = 0
@@ -400,6 +415,7 @@ def test_training_learns_most_of_what_can_be_known(tmp_path):
         data__overlap=8,
         data__batch_size=32,
     )
+    config.data.exclude, config.tokens.maker = (), "mlp"
     config.model = ModelConfig(width=32, heads=2, layers=2, windows=(8,))
     (
         config.tokens.embedding_dim,

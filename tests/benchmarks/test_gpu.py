@@ -96,6 +96,7 @@ def test_the_rehearsal_passes_and_leaves_a_page_with_every_stage(
     assert len(list(tmp_path.iterdir())) == len(REHEARSED) + 2
 
 
+@pytest.mark.slow
 def test_a_signal_in_a_stage_leaves_a_page_of_what_was_measured(tmp_path: Path) -> None:
     # `limits`, which names the card, is in the rehearsal above.
     process = start(tmp_path, "correctness,attention")

@@ -281,6 +281,7 @@ def compared(data, ids, tmp_path_factory):
     return flags, out
 
 
+@pytest.mark.slow
 def test_an_arm_runs_is_written_and_is_not_run_twice(compared, monkeypatch):
     flags, out = compared
     row = json.loads((out / "page.json").read_text())["rows"][0]
@@ -304,6 +305,7 @@ def test_an_arm_runs_is_written_and_is_not_run_twice(compared, monkeypatch):
         soft_tokens.main([*flags, "--requests", str(3 * BATCH)])
 
 
+@pytest.mark.slow
 def test_the_run_of_an_arm_shows_its_attention_and_its_events(compared, data):
     workdir = compared[1] / "work" / "ranking" / "soft_seed0"
     maps = attention_maps.run_maps(workdir, data, "valid", 8)

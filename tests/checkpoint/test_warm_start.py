@@ -213,10 +213,11 @@ def test_a_deeper_model_takes_the_layers_of_the_source_stacked_or_not(old, tmp_p
 
 
 def test_a_maker_of_other_features_starts_afresh_even_with_equal_shapes(old, tmp_path):
-    saved(tmp_path, small(old, data__exclude=("load",)), mesh_of(1, 1, 1))
-    _, _, _, report = warmed(
-        small(old, data__exclude=("price",)), tmp_path, mesh_of(1, 1, 1)
-    )
+    def without(feature):
+        return plain(old, data__exclude=(feature,), tokens__maker="mlp")
+
+    saved(tmp_path, without("load"), mesh_of(1, 1, 1))
+    _, _, _, report = warmed(without("price"), tmp_path, mesh_of(1, 1, 1))
     reason = report["weights"]["history/state/output/kernel"]["reason"]
     assert "only in the source run price (dense" in reason
     assert "only in this run load (dense" in reason

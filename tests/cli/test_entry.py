@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.runtime.test_distributed import EXCLUDED
+
 CLONE = Path(__file__).parents[2]
 TOKENREC = f"{sys.executable} -m tokenrec"
 TINY = (
     "--config=synthetic --config.model.width=4 --config.model.layers=1 "
     "--config.model.windows='()' --config.tokens.maker=linear --config.data.events=4 "
     "--config.data.batch_size=16 --config.data.eval_batch_size=32 "
-    "--config.optim.warmup_steps=1 --config.optim.steps=20 --config.train.log_every=1"
+    "--config.optim.warmup_steps=1 --config.optim.steps=20 --config.train.log_every=1 "
+    # Fewer features compile in less time.
+    f"--config.data.exclude={EXCLUDED}"
 )
 
 
@@ -56,7 +60,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    "redirection", ["2>&1 | head -n 1", "2> /dev/full > /dev/full", "2>&- >&-"]
+    "redirection",
+    [
+        "2>&1 | head -n 1",
+        pytest.param("2> /dev/full > /dev/full", marks=pytest.mark.slow),
+        "2>&- >&-",
+    ],
 )
 def test_training_goes_on_when_nobody_reads_its_output(
     tmp_path: Path, data: Path, compiled: str, redirection: str
@@ -126,7 +135,14 @@ def test_a_limit_of_the_file_size_is_one_message_with_the_path(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-@pytest.mark.parametrize("options", ["size=64k", "size=8m,nr_inodes=4", "size=8m,ro"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "size=64k",
+        pytest.param("size=8m,nr_inodes=4", marks=pytest.mark.slow),
+        "size=8m,ro",
+    ],
+)
 def test_a_full_disk_at_the_start_names_the_place(
     tmp_path: Path, data: Path, options: str
 ) -> None:

@@ -23,6 +23,7 @@ FAST = [
     "--config.model.windows=()",
     "--config.model.width=8",
     "--config.data.buckets=()",
+    "--config.tokens.maker=linear",
     "--quiet",
 ]
 

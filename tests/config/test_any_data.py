@@ -36,12 +36,16 @@ def make(directory: Path, schema: Schema, rows: int = 200, splits: int = 3) -> s
 @pytest.mark.parametrize(
     ("config", "schema"),
     [
-        ("ranker", dataclasses.replace(BARE, tasks=(Task("click"),))),
-        ("ranker", SCHEMA),
-        ("retriever", BARE),
-        ("retriever", SCHEMA),
+        pytest.param(
+            "ranker",
+            dataclasses.replace(BARE, tasks=(Task("click"),)),
+            id="one task, no features",
+        ),
+        # tests/cli/test_init.py trains on two tasks, and on a log without one.
+        pytest.param("ranker", SCHEMA, id="two tasks", marks=pytest.mark.slow),
+        pytest.param("retriever", BARE, id="no task", marks=pytest.mark.slow),
+        pytest.param("retriever", SCHEMA, id="goals of a task"),
     ],
-    ids=["one task, no features", "two tasks", "no task", "goals of a task"],
 )
 def test_a_step_runs_on_any_data_set(
     tmp_path: Path, config: str, schema: Schema
@@ -49,7 +53,11 @@ def test_a_step_runs_on_any_data_set(
     from tokenrec.train_loop import train
 
     data = make(tmp_path / "set", schema)
-    fast = ["optim.steps=2", "optim.warmup_steps=1", "train.eval_every=2"]
+    # Two steps of a small model, with one shape of its batches.
+    fast = [
+        *("optim.steps=2", "optim.warmup_steps=1", "train.eval_every=2"),
+        *("model.layers=1", "model.windows=()", "model.width=8", "data.buckets=()"),
+    ]
     loaded = load_config(config, fast, data)
     assert loaded.data.path == data
     assert loaded.data.exclude == ()

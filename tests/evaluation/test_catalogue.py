@@ -305,7 +305,9 @@ def test_metrics_that_look_further_than_the_answers_are_not_given():
     )
 
 
-@pytest.mark.parametrize("kind", ["spread", "codes"])
+@pytest.mark.parametrize(
+    "kind", ["spread", pytest.param("codes", marks=pytest.mark.slow)]
+)
 def test_a_step_and_its_answers_agree_on_a_mesh(data, codes, kind):
     if kind == "codes":
         config = code_config(data, codes)
@@ -313,6 +315,7 @@ def test_a_step_and_its_answers_agree_on_a_mesh(data, codes, kind):
     else:
         config = walking(data, head={"negatives": 16, "copy": True})
         config.tokens.replicate_rows = 5
+    config.model.layers = 1
     dataset, model = opened(config)
     host, batch = (
         next(eval_batches(dataset, config.data, "valid"))[0].batch,
@@ -369,7 +372,9 @@ def test_the_next_item_of_a_walk_is_learned(trained):
     assert found["recall@1"] > 0.8
 
 
-@pytest.mark.parametrize("kind", ["sampled", "codes"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("sampled", marks=pytest.mark.slow), "codes"]
+)
 def test_a_walk_around_the_circle_is_learned(data, codes, kind, tmp_path):
     config = {
         "sampled": lambda: walking(data, head={"negatives": 16}, steps=150),

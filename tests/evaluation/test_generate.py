@@ -67,8 +67,8 @@ LANGUAGE_MODEL = ModelConfig(
 @pytest.mark.parametrize(
     ("options", "copy", "backbone"),
     [
-        ({}, False, None),
-        (NIO, False, None),
+        pytest.param({}, False, None, marks=pytest.mark.slow),
+        pytest.param(NIO, False, None, marks=pytest.mark.slow),
         ({}, True, None),
         (NIO, False, LANGUAGE_MODEL),
     ],

@@ -55,9 +55,9 @@ AS_TEXT = {
 
 
 def lrm(**changes):
-    """A config with full layers; `changes` are to `tokens` and the rest of `tiny`."""
+    """A config with two full layers; `changes` are to `tokens` and the rest of `tiny`."""
     tokens = {"prompt": PAPER} | changes.pop("tokens", {})
-    model = {"windows": ()} | changes.pop("model", {})
+    model = {"layers": 2, "windows": ()} | changes.pop("model", {})
     return tiny(fused=True, tokens=tokens, model=model, **changes)
 
 
@@ -70,7 +70,7 @@ CONFIGS = {
         tokens={"compression": "attention", "group": 4, "recent": 3}
     ),
     "mlp": lambda: lrm(tokens={"compression": "mlp", "compressed": 2, "recent": 5}),
-    "sliding": lambda: lrm(candidates=2, model={"windows": (9, 8)}),
+    "sliding": lambda: lrm(candidates=2, model={"layers": 3, "windows": (9, 8)}),
     "linear": lambda: lrm(
         tokens={"maker": "linear", "output_scale": True, "user_tokens": 2}
     ),
@@ -130,7 +130,11 @@ def value_and_gradients(model, params, tables, batch):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(CONFIGS.keys() - {"bidirectional", "linear", "mlp", "transformer"})
+    "name",
+    [
+        *("attention", "cut", "paper", "sliding"),
+        pytest.param("text", marks=pytest.mark.slow),
+    ],
 )
 def test_every_weight_and_table_learns_and_needed_rows_equal_all_rows(name, mesh):
     config = validate(CONFIGS[name]())
@@ -292,7 +296,9 @@ def test_a_window_that_a_long_candidate_fills_is_refused(mesh):
         build_model(config, TITLED, TASKS)
 
 
-@pytest.mark.parametrize("name", ["paper", "attention"])
+@pytest.mark.parametrize(
+    "name", ["paper", pytest.param("attention", marks=pytest.mark.slow)]
+)
 def test_a_mesh_of_eight_gives_the_same_loss(name):
     config = CONFIGS[name]()
     model = model_of(config)

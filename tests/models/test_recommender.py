@@ -67,7 +67,14 @@ def value_and_gradients(model, params, tables, batch):
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    # The slow ones have fewer options than one of these.
+    [
+        *("requests", "long_targets", "uc_soft_user"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("nio", "nio_fused", "uc")),
+    ],
+)
 def test_needed_rows_equal_all_rows_in_values_and_gradients(shape, mesh):
     config = tiny(**SHAPES[shape])
     model, state, params = build(config)
@@ -274,7 +281,13 @@ def test_gradients_reach_every_weight_and_every_table_under_every_option(option,
             assert np.any(touched[offset : offset + SCHEMA.tables[table]]), table
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 2, 2),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((8, 1, 1), (1, 8, 1))),
+    ],
+)
 @pytest.mark.parametrize("paradigm", ["nio", "uc"])
 def test_every_mesh_gives_the_same_scores(shape, paradigm):
     config = tiny(paradigm=paradigm, model={"ffn_width": 32})

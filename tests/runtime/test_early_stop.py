@@ -118,9 +118,17 @@ PHASES = {
     "log": "tokenrec.active_run:open_run_log",
     "compiling": "tokenrec.jitted_step:JittedStep.compile_and_run",
 }
+ENDS = ("set-up", "compiling")
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    # The first phase and the last one before a step.
+    [
+        pytest.param(name, marks=[] if name in ENDS else pytest.mark.slow)
+        for name in PHASES
+    ],
+)
 def test_a_signal_before_the_first_step_ends_the_start_with_75(
     tmp_path: Path, data: Path, phase: str
 ) -> None:

@@ -14,6 +14,9 @@ from tokenrec.data.sources.synthetic import SyntheticSource
 LAST = 10
 
 
+# tests/test_elastic.py changes the devices of a run within one process, and
+# test_distributed.py kills and resumes two processes.
+@pytest.mark.slow
 def test_four_processes_that_are_killed_come_back_as_two(
     tmp_path: Path,
 ) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from tokenrec.config.types import has_type, hint_name
@@ -110,7 +111,10 @@ class Artifact:
         path = self.file(name)
 
         def read() -> np.ndarray:
-            return np.load(path, allow_pickle=False)
+            array = np.load(path, allow_pickle=False)
+            # NumPy knows bfloat16, of frozen weights, as two bytes alone.
+            is_bfloat16 = array.dtype == np.dtype("V2")
+            return array.view(ml_dtypes.bfloat16) if is_bfloat16 else array
 
         damage = (ValueError, EOFError, SyntaxError, OverflowError, MemoryError)
         return read_with_retries(read, path, "artifact:", _REMEDY, damage=damage)

@@ -130,7 +130,6 @@ def errors(
     "name",
     [
         "gemma3_linear",
-        "llama3",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in (
@@ -138,6 +137,7 @@ def errors(
                 "gemma3_long_window",
                 "qwen3",
                 "qwen3_windows",
+                "llama3",
                 "llama3_linear",
             )
         ),
@@ -151,7 +151,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "sizes", "model"),
     [
-        ("gemma3_deep", (4, 1, 1), {}),
+        pytest.param("gemma3_deep", (4, 1, 1), {}, marks=pytest.mark.slow),
         ("qwen3_deep", (3, 1), {"remat": "full"}),
     ],
 )
@@ -167,8 +167,8 @@ def test_a_loop_over_stacked_layers_changes_nothing(
 @pytest.mark.parametrize(
     "name",
     [
-        "gemma3",
         "gemma3_linear",
+        pytest.param("gemma3", marks=pytest.mark.slow),
         pytest.param("llama3", marks=pytest.mark.slow),
     ],
 )

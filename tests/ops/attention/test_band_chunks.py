@@ -50,7 +50,14 @@ def test_the_smallest_chunks_equal_dense(queries, keys, window, smallest_chunks)
         pytest.param(True, id="every token", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize(
+    "name",
+    # "requests" has static tokens, candidates and a query as well as padding.
+    [
+        pytest.param(name, marks=[] if name == "requests" else pytest.mark.slow)
+        for name in STREAMS
+    ],
+)
 def test_padded_streams_in_the_smallest_chunks_equal_dense(
     name, every_token, smallest_chunks
 ):
@@ -58,15 +65,24 @@ def test_padded_streams_in_the_smallest_chunks_equal_dense(
         assert_equals_dense(spec)
 
 
-def test_chunks_of_an_accelerator_equal_dense(smallest_chunks, accelerator):
-    for sizes in LONG:
-        assert_equals_dense(causal_spec(*sizes))
+@pytest.mark.parametrize(
+    "sizes",
+    [LONG[2], *(pytest.param(LONG[n], marks=pytest.mark.slow) for n in (0, 1, 3))],
+)
+def test_chunks_of_an_accelerator_equal_dense(sizes, smallest_chunks, accelerator):
+    assert_equals_dense(causal_spec(*sizes))
 
 
-def test_padded_streams_on_an_accelerator_equal_dense(accelerator):
-    for name in STREAMS:
-        for spec in stream_specs(name):
-            assert_equals_dense(spec)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "requests" else pytest.mark.slow)
+        for name in STREAMS
+    ],
+)
+def test_padded_streams_on_an_accelerator_equal_dense(name, accelerator):
+    for spec in stream_specs(name):
+        assert_equals_dense(spec)
 
 
 @pytest.mark.parametrize(("queries", "keys", "window"), [*LONG, (2048, 2048, 64)])

@@ -84,12 +84,14 @@ def assert_equals_dense(spec, blocks=(128, 128)):
     assert differences.gradients < TOLERANCE
 
 
-@pytest.mark.parametrize("window", [None, 1, 64, 300])
+@pytest.mark.parametrize(
+    "window", [None, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 300))]
+)
 def test_windows_count_keys_with_self(window):
     assert_equals_dense(causal_spec(300, 300, window, batch=1))
 
 
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 40])
 def test_static_tokens_candidates_and_padding(window):
     spec = stream_specs("requests", every_token=True)[0]
     assert_equals_dense(spec.replace(window=window, heads=1))
