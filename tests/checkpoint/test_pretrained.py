@@ -57,6 +57,7 @@ def folder(tmp_path_factory):
 
 
 def config_of(data, folder, **tuning):
+    lora = {"rank": 2} if tuning.get("method", "lora") == "lora" else {}
     return Config(
         data=DataConfig(path=str(data), events=4, batch_size=16, eval_batch_size=64),
         tokens=TokensConfig(
@@ -68,7 +69,7 @@ def config_of(data, folder, **tuning):
             prompt=("user", "sep", "history", "||", "candidate"),
         ),
         model=ModelConfig(kind="qwen3", pretrained=str(folder), windows=(), scan=0),
-        tuning=TuningConfig(**{"method": "lora", "rank": 2} | tuning),
+        tuning=TuningConfig(**{"method": "lora"} | lora | tuning),
         optim=OptimConfig(steps=4, warmup_steps=1, learning_rate=1e-2),
         train=TrainConfig(
             eval_every=4, eval_samples=64, save_every=2, keep_compiled=False

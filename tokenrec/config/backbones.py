@@ -315,7 +315,9 @@ def _ignored_tuning(tuning: TuningConfig) -> Iterator[str]:
                 f"tuning.{field.name}={value!r} {method}, which has no adapters; leave "
                 f"it at {default!r}, or use 'lora'"
             )
-    frozen = ("adapters",) if tuning.method == "all" else ("base", "words")
+    frozen: tuple[str, ...] = (
+        ("adapters",) if tuning.method == "all" else ("base", "words")
+    )
     frozen += ("adapters",) if tuning.method == "frozen" else ()
     for group in sorted(set(frozen) & tuning.rates.keys()):
         yield (

@@ -18,6 +18,7 @@ import numpy as np
 from tokenrec.data.batch import Batch
 from tokenrec.models.entity_makers import EntityMaker
 from tokenrec.ops.layers import flatten_tokens
+from tokenrec.sharding import RULES, on_mesh
 from tokenrec.tokens.discrete_tokens import DiscreteTokenMaker
 from tokenrec.tokens.embed import EntityFeatures
 from tokenrec.tokens.history import merge_entities
@@ -60,7 +61,8 @@ def present_tokens(
     """
     wanted = np.flatnonzero((layout.candidate >= 0) == own)
     # One gather from the columns [real, tokens of a role, of the next role, ..].
-    columns = [jnp.ones_like(batch.valid[:, :1])]
+    split = on_mesh(RULES("batch", None))
+    columns = [jnp.ones((batch.valid.shape[0], 1), bool, out_sharding=split)]
     column, width = np.zeros(layout.length, int), 1
     for role, maker in makers.items():
         positions = np.intersect1d(layout.positions_of(role), wanted)
