@@ -299,3 +299,13 @@ def test_build_model_accepts_a_language_model():
         word_rows(config.model),
         16,
     )
+
+
+def test_a_batch_of_one_sample():
+    """JAX loses the sharding of an axis of length 1 in slices and reshapes."""
+    config = lm("llama3", candidates=2, text={"history": ("title", "tab")})
+    batch = random_batch(config, batch=2, schema=TITLED)
+    one = jax.tree.map(lambda x: x[:1], batch)
+    np.testing.assert_allclose(
+        scores(config, one), scores(config, batch)[:1], atol=1e-6
+    )

@@ -68,6 +68,12 @@ def with_word_vectors(config: Config) -> Config:
     return dataclasses.replace(config, tokens=tokens)
 
 
+def _first(x: jax.Array) -> jax.Array:
+    """The first of the candidates of each sample, `[B, C, ...]` to `[B, 1, ...]`."""
+    # JAX cannot tell by itself over which axis a batch of one is split.
+    return reshard(x[:, :1], RULES("batch", *[None] * (x.ndim - 1)))
+
+
 def _learned_tokens(count: int, width: int, rngs: nnx.Rngs) -> nnx.Param | None:
     """Learned tokens `[count, d]`; None for none."""
     return weight(rngs, (count, width), None, None, inputs=width) if count else None
@@ -362,8 +368,10 @@ class Recommender(nnx.Module):
             elif segment.kind == "query" and self.query is not None:
                 # The candidates of a request share its context: take that of the first.
                 values, ids = merge_entities(entities["target"])
-                first_values = {name: value[:, :1] for name, value in values.items()}
-                first_ids = {name: value[:, :1] for name, value in ids.items()}
+                first_values, first_ids = (
+                    {name: _first(value) for name, value in part.items()}
+                    for part in (values, ids)
+                )
                 query = self.query(first_values, first_ids, self._dtype)
                 parts.append(flatten_tokens(query))
         return jnp.concatenate(parts, axis=1)
