@@ -59,6 +59,7 @@ SIZES = {
     },
 }
 LITERALS = ((5, 3, 9), (4, 7), (6,))
+EVALUATE = jax.jit(eval_step, static_argnums=0)
 
 
 def lm(kind="gemma3", *, tuning=None, prompt=None, text=None, **changes):
@@ -197,7 +198,7 @@ def scores(config, batch, seed=0):
     model = model_of(config)
     with jax.set_mesh(one_device()):
         return np.asarray(
-            eval_step(model, init_state(model, seed), place(batch, one_device()))
+            EVALUATE(model, init_state(model, seed), place(batch, one_device()))
         )
 
 
@@ -241,7 +242,7 @@ def test_a_word_that_fills_up_is_not_seen():
 
         def scores_with(words):
             params = state.params | {"words/inputs": words}
-            return eval_step(model, dataclasses.replace(state, params=params), batch)
+            return EVALUATE(model, dataclasses.replace(state, params=params), batch)
 
         before = scores_with(words)
         np.testing.assert_allclose(scores_with(words.at[0].add(3.0)), before, atol=1e-6)
