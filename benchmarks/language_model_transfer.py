@@ -89,7 +89,9 @@ def make_language_model(
     model, untrained = work / "model", work / "untrained"
     if not model.is_dir():
         texts = {
-            "items": [t for s in sources(amazon, tasks).values() for t in item_texts(s)],
+            "items": [
+                t for s in sources(amazon, tasks).values() for t in item_texts(s)
+            ],
             "prose": docstrings(PROSE),
         }
         tokenizer = train_words(texts, untrained, WORDS)
@@ -118,7 +120,8 @@ def run(arm: Arm, work: Path, size: Size, rate: float, seed: int) -> dict[str, A
         train(config, folder, progress=False)
         lines = _train_lines(folder)
         last = [line["train/loss"] for line in lines[-(len(lines) // 5) or -1 :]]
-        steps = [line["train/step_seconds"] for line in lines]
+        # None before the first line without a compilation.
+        steps = [line.get("train/step_seconds") for line in lines]
         record = {
             "config": json.loads(text),
             "loss": statistics.mean(last),
@@ -201,6 +204,7 @@ def run_arms(
         for seed in its_seeds
         for origin in ORIGINS
         for task in tasks
+        if form in TASKS[task]
     ]
     records: dict[Arm, list[dict[str, Any]]] = {}
     for arm, seed in plan:

@@ -26,14 +26,15 @@ from tokenrec.config.validate import validate
 from tokenrec.language.architecture import CONFIG_FILE
 
 RATES = (1e-3, 3e-3)
+# Of the embedding tables: those of the shipped configs.
+TABLE_RATES = {"beauty": 0.3, "complete_journey": 0.05}
 LOGS = 20
 # What is trained of what, and how an event is written.
 ORIGINS = ("scratch", "pretrained", "pretrained, LoRA")
 FORMS = ("soft", "text")
-TASKS = {
-    "beauty": "Amazon Beauty, generated next item",
-    "complete_journey": "Complete Journey, ranking",
-}
+# Forms of a task. Beauty's streams are user-centric: every event is a goal, which text
+# does not allow (`check_user_centric_tokens`), and a step teaches six times as much.
+TASKS = {"complete_journey": FORMS, "beauty": ("soft",)}
 # Counts of the past, which say most of what is bought next without any text or history.
 COUNTS = ("household_purchases", "product_sales")
 
@@ -71,7 +72,7 @@ class Size:
 
 
 SIZES = {
-    "beauty": Size(400, 32, 6, 2_000),
+    "beauty": Size(250, 32, 8, 1_000),
     "complete_journey": Size(250, 16, 8, 2_000),
 }
 
@@ -103,7 +104,10 @@ def arm_config(arm: Arm, work: Path, size: Size, rate: float, seed: int) -> Conf
             if arm.task == "beauty"
             else HeadConfig(),
             optim=OptimConfig(
-                steps=size.steps, warmup_steps=warm_up, learning_rate=rate
+                steps=size.steps,
+                warmup_steps=warm_up,
+                learning_rate=rate,
+                table_learning_rate=TABLE_RATES[arm.task],
             ),
             train=TrainConfig(
                 eval_split="",
@@ -124,13 +128,17 @@ def _data(task: str, work: Path, size: Size) -> DataConfig:
     }
     if task == "beauty":
         return DataConfig(
-            objective="retrieval", semantic_ids=str(work / "beauty_ids"), **common
+            objective="retrieval",
+            semantic_ids=str(work / "beauty_ids"),
+            paradigm="uc",
+            overlap=size.events // 2,
+            **common,
         )
     return DataConfig(candidates=8, exclude=COUNTS, **common)
 
 
 def _tokens(arm: Arm) -> TokensConfig:
-    template = "Bought{history} next{sid}"
+    template = "Bought{history}{sid}"
     if arm.task == "complete_journey":
         template = "Household{user} bought{history} in this basket{query}||{candidate}"
     return TokensConfig(

@@ -28,7 +28,7 @@ from tokenrec.language.weight_names import parameter_count
 from tokenrec.models.backbones.decoder import Decoder
 from tokenrec.models.words import WordTable
 from tokenrec.runtime.files import write_json
-from tokenrec.sharding import make_run_mesh
+from tokenrec.sharding import make_mesh
 from tokenrec.tokens.layout import Layout
 
 KIND = "qwen3"
@@ -130,7 +130,7 @@ def pretrain(
     """
     config = model_config(untrained / CONFIG_FILE)
     steps = len(rows) // BATCH
-    with jax.set_mesh(make_run_mesh(config)):
+    with jax.set_mesh(make_mesh(config.mesh, jax.devices()[:1])):
         graph, weights = nnx.split(LanguageModel(config.model, rngs=nnx.Rngs(0)))
         peak = optax.schedules.warmup_cosine_decay_schedule(
             0.0, RATE, max(steps // 20, 1), max(steps, 2), 0.1 * RATE
@@ -193,7 +193,9 @@ def _perplexities(
 ) -> dict[str, float]:
     found = {}
     for kind, rows in held_out.items():
-        whole = range(0, len(rows) - BATCH + 1, BATCH)
-        losses = [measure(weights, jnp.asarray(rows[n : n + BATCH])) for n in whole]
+        # Whole batches, so that one program measures them all.
+        size = min(BATCH, len(rows))
+        starts = range(0, len(rows) - size + 1, size)
+        losses = [measure(weights, jnp.asarray(rows[n : n + size])) for n in starts]
         found[kind] = float(np.exp(np.mean(losses)))
     return found
