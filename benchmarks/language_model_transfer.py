@@ -28,9 +28,9 @@ from typing import Any
 import jax
 
 from benchmarks.language_model_transfer_arms import (
-    FORMS,
     ORIGINS,
     RATES,
+    SEEDS,
     SIZES,
     TASKS,
     Arm,
@@ -175,44 +175,31 @@ def best_rate(task: str, origin: str, work: Path, size: Size) -> float:
 
 
 def run_arms(
-    work: Path,
-    sizes: dict[str, Size],
-    tasks: Sequence[str],
-    seeds: Sequence[int],
-    text_seeds: Sequence[int],
+    work: Path, sizes: dict[str, Size], seeds: dict[Arm, int]
 ) -> dict[Arm, list[dict[str, Any]]]:
-    """Run every arm, the seeds of soft tokens first, or read what has been run.
+    """Run every arm, all arms with a seed before the next seed, or read what was run.
 
     Args:
       work: folder of the benchmark.
       sizes: size of the runs by task.
-      tasks: names in `TASKS`.
-      seeds: seeds of the arms with soft tokens.
-      text_seeds: seeds of the arms with text.
+      seeds: arm -> number of its seeds.
 
     Returns:
       Arm -> record of each seed: that of `run`, `rate` and `metrics`.
     """
     rates = {
-        (task, origin): best_rate(task, origin, work, sizes[task])
-        for origin in ORIGINS
-        for task in tasks
+        (arm.task, arm.origin): best_rate(arm.task, arm.origin, work, sizes[arm.task])
+        for arm in seeds
     }
-    plan = [
-        (Arm(task, origin, form), seed)
-        for form, its_seeds in zip(FORMS, (seeds, text_seeds), strict=True)
-        for seed in its_seeds
-        for origin in ORIGINS
-        for task in tasks
-        if form in TASKS[task]
-    ]
-    records: dict[Arm, list[dict[str, Any]]] = {}
-    for arm, seed in plan:
-        size, rate = sizes[arm.task], rates[arm.task, arm.origin]
-        record = run(arm, work, size, rate, seed)
-        metrics = tested(run_folder(arm, work, rate, seed), size)
-        found = record | {"rate": rate, "metrics": metrics}
-        records.setdefault(arm, []).append(found)
+    records: dict[Arm, list[dict[str, Any]]] = {arm: [] for arm in seeds}
+    for seed in range(max(seeds.values())):
+        for arm in seeds:
+            if seed >= seeds[arm]:
+                continue
+            size, rate = sizes[arm.task], rates[arm.task, arm.origin]
+            record = run(arm, work, size, rate, seed)
+            metrics = tested(run_folder(arm, work, rate, seed), size)
+            records[arm].append(record | {"rate": rate, "metrics": metrics})
     return records
 
 
@@ -318,11 +305,9 @@ def write_page(
         kind: [pretraining[f"perplexity {when}"][kind] for when in ("before", "after")]
         for kind in pretraining["perplexity after"]
     }
-    command = ["python -m benchmarks.language_model_transfer --amazon DIR --work DIR"]
-    command += [f"--seeds {' '.join(map(str, flags.seeds))}"]
-    command += [f"--text-seeds {' '.join(map(str, flags.text_seeds))}"]
+    command = "python -m benchmarks.language_model_transfer --amazon DIR --work DIR"
     title = "What a small pretrained language model buys"
-    write_result(flags.out, rows, params, " ".join(command), title=title)
+    write_result(flags.out, rows, params, command, title=title)
     page = [
         "",
         "## Against scratch, seed by seed",
@@ -350,9 +335,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--amazon", required=True, type=Path, help="folder of its files"
     )
     parser.add_argument("--work", required=True, type=Path, help="folder of the runs")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--text-seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--seeds", type=int, default=3, help="most seeds of an arm")
     parser.add_argument("--out", type=Path, default=OUT, help="stem of the result")
     return parser.parse_args(argv)
 
@@ -365,7 +349,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(work / "compiled"))
     pretraining = make_language_model(flags.amazon, flags.tasks, work)
     prepare_data(flags.amazon, flags.tasks, work, work / "untrained")
-    records = run_arms(work, SIZES, flags.tasks, flags.seeds, flags.text_seeds)
+    seeds = {
+        arm: min(count, flags.seeds)
+        for arm, count in SEEDS.items()
+        if arm.task in flags.tasks
+    }
+    records = run_arms(work, SIZES, seeds)
     write_page(flags, work, pretraining, records)
 
 

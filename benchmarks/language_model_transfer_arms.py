@@ -32,9 +32,7 @@ LOGS = 20
 # What is trained of what, and how an event is written.
 ORIGINS = ("scratch", "pretrained", "pretrained, LoRA")
 FORMS = ("soft", "text")
-# Forms of a task. Beauty's streams are user-centric: every event is a goal, which text
-# does not allow (`check_user_centric_tokens`), and a step teaches six times as much.
-TASKS = {"complete_journey": FORMS, "beauty": ("soft",)}
+TASKS = ("complete_journey", "beauty")
 # Counts of the past, which say most of what is bought next without any text or history.
 COUNTS = ("household_purchases", "product_sales")
 
@@ -52,6 +50,15 @@ class Arm:
     task: str
     origin: str
     form: str
+
+
+# Seeds of each arm. Beauty has no text: its streams are user-centric, where every event
+# is a goal, and `check_user_centric_tokens` refuses a history in words there.
+SEEDS = {
+    **{Arm("complete_journey", origin, "soft"): 3 for origin in ORIGINS},
+    **{Arm("beauty", origin, "soft"): 2 for origin in ORIGINS},
+    **{Arm("complete_journey", origin, "text"): 1 for origin in ORIGINS[:2]},
+}
 
 
 @dataclasses.dataclass(frozen=True)
