@@ -42,6 +42,7 @@ from benchmarks.language_model_transfer_pretrain import (
     REPORT,
     architecture,
     pretrain,
+    shuffle,
 )
 from benchmarks.language_model_transfer_texts import (
     PROSE,
@@ -252,6 +253,7 @@ def difference_rows(records: dict[Arm, list[dict[str, Any]]]) -> list[dict[str, 
     rows = []
     for arm, own in records.items():
         scratch = records[dataclasses.replace(arm, origin=ORIGINS[0])]
+        scratch = scratch[: len(own)]
         if arm.origin == ORIGINS[0]:
             continue
         row = {"task": arm.task, "arm": arm.origin, "events as": arm.form}
@@ -282,13 +284,14 @@ def write_page(
             if arm.task == task:
                 fastest = {"step ms": min(record["step_ms"] for record in own)}
                 rows.append(table_row(arm, own) | cost(arm, work, size) | fastest)
-        for origin in ORIGINS:
-            arm = Arm(task, origin, "soft")
+        for arm in records:
+            if (arm.task, arm.form) != (task, "soft"):
+                continue
             losses = {
                 f"loss at {rate:g}": f"{run(arm, work, size, rate, 0)['loss']:.4f}"
                 for rate in RATES
             }
-            searched.append({"task": task, "arm": origin} | losses)
+            searched.append({"task": task, "arm": arm.origin} | losses)
         scratch = records[Arm(task, ORIGINS[0], "soft")][0]
         rows += baseline_rows(work, size, task, scratch["rate"])
     params = {
@@ -348,6 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(work / "compiled"))
     pretraining = make_language_model(flags.amazon, flags.tasks, work)
+    shuffle(work / "model", work / "shuffled")
     prepare_data(flags.amazon, flags.tasks, work, work / "untrained")
     seeds = {
         arm: min(count, flags.seeds)

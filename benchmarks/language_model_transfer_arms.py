@@ -31,6 +31,9 @@ TABLE_RATES = {"beauty": 0.3, "complete_journey": 0.05}
 LOGS = 20
 # What is trained of what, and how an event is written.
 ORIGINS = ("scratch", "pretrained", "pretrained, LoRA")
+# A control: the pretrained numbers of each tensor in random order, all trained. They
+# have the sizes of the pretrained weights and none of what these know.
+SHUFFLED = "pretrained, shuffled"
 FORMS = ("soft", "text")
 TASKS = ("complete_journey", "beauty")
 # Counts of the past, which say most of what is bought next without any text or history.
@@ -43,7 +46,7 @@ class Arm:
 
     Attributes:
       task: in `TASKS`.
-      origin: in `ORIGINS`.
+      origin: in `ORIGINS`, or `SHUFFLED`.
       form: in `FORMS`.
     """
 
@@ -56,7 +59,8 @@ class Arm:
 # is a goal, and `check_user_centric_tokens` refuses a history in words there.
 SEEDS = {
     **{Arm("complete_journey", origin, "soft"): 3 for origin in ORIGINS},
-    **{Arm("beauty", origin, "soft"): 2 for origin in ORIGINS},
+    **{Arm("beauty", origin, "soft"): 3 for origin in ORIGINS},
+    Arm("beauty", SHUFFLED, "soft"): 1,
     **{Arm("complete_journey", origin, "text"): 1 for origin in ORIGINS[:2]},
 }
 
@@ -98,6 +102,8 @@ def arm_config(arm: Arm, work: Path, size: Size, rate: float, seed: int) -> Conf
     source: dict[str, Any] = {"pretrained": str(model)}
     if arm.origin == "scratch":
         source = {"architecture": str(untrained / CONFIG_FILE)}
+    if arm.origin == SHUFFLED:
+        source = {"pretrained": str(work / "shuffled")}
     lora = arm.origin == "pretrained, LoRA"
     warm_up = size.steps // 10
     return validate(

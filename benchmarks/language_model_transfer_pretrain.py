@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from safetensors.numpy import load_file
 
 from tokenrec.config import Config, ModelConfig
 from tokenrec.data.schema import FIRST_KNOWN
 from tokenrec.data.tokenizer import TOKENIZER_FILE
 from tokenrec.language.architecture import CONFIG_FILE, with_architecture
 from tokenrec.language.export import write_checkpoint
+from tokenrec.language.tensor_writer import TensorSpec, write_tensor_file
 from tokenrec.language.weight_names import parameter_count
 from tokenrec.models.backbones.decoder import Decoder
 from tokenrec.models.words import WordTable
@@ -37,6 +39,7 @@ LENGTH = 128
 RATE = 2e-3
 # Of the pretrained folder, beside the files of the model.
 REPORT = "pretraining.json"
+WEIGHTS = "model.safetensors"
 
 
 def architecture(words: int) -> dict[str, Any]:
@@ -199,3 +202,25 @@ def _perplexities(
         losses = [measure(weights, jnp.asarray(rows[n : n + size])) for n in starts]
         found[kind] = float(np.exp(np.mean(losses)))
     return found
+
+
+def shuffle(model: Path, out: Path) -> None:
+    """Copy a language model with the numbers of each tensor in random order.
+
+    Args:
+      model: folder of the model.
+      out: the folder to write, unless it is there.
+    """
+    if out.is_dir():
+        return
+    random = np.random.default_rng(0)
+    tensors = load_file(model / WEIGHTS)
+    shuffled = {
+        name: random.permutation(tensors[name].reshape(-1)).reshape(tensors[name].shape)
+        for name in sorted(tensors)
+    }
+    out.mkdir()
+    for name in (CONFIG_FILE, TOKENIZER_FILE):
+        shutil.copyfile(model / name, out / name)
+    specs = [TensorSpec(n, t.dtype, t.shape) for n, t in shuffled.items()]
+    write_tensor_file(out / WEIGHTS, specs, shuffled.values())
