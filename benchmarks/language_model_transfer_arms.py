@@ -34,6 +34,9 @@ ORIGINS = ("scratch", "pretrained", "pretrained, LoRA")
 # A control: the pretrained numbers of each tensor in random order, all trained. They
 # have the sizes of the pretrained weights and none of what these know.
 SHUFFLED = "pretrained, shuffled"
+# As pretrained, without `tokens.output_scale`: soft tokens are as large as their makers
+# make them, not as words.
+UNSCALED = "pretrained, large tokens"
 FORMS = ("soft", "text")
 TASKS = ("complete_journey", "beauty")
 # Counts of the past, which say most of what is bought next without any text or history.
@@ -46,7 +49,7 @@ class Arm:
 
     Attributes:
       task: in `TASKS`.
-      origin: in `ORIGINS`, or `SHUFFLED`.
+      origin: in `ORIGINS`, `SHUFFLED` or `UNSCALED`.
       form: in `FORMS`.
     """
 
@@ -61,7 +64,8 @@ SEEDS = {
     **{Arm("complete_journey", origin, "soft"): 3 for origin in ORIGINS},
     **{Arm("beauty", origin, "soft"): 3 for origin in ORIGINS},
     Arm("beauty", SHUFFLED, "soft"): 1,
-    **{Arm("complete_journey", origin, "text"): 1 for origin in ORIGINS[:2]},
+    Arm("beauty", UNSCALED, "soft"): 1,
+    **{Arm("complete_journey", origin, "text"): 1 for origin in ORIGINS},
 }
 
 
@@ -159,5 +163,5 @@ def _tokens(arm: Arm) -> TokensConfig:
         text={"history": ("title",)} if arm.form == "text" else {},
         fused=True,
         user_tokens=1,
-        output_scale=True,
+        output_scale=arm.origin != UNSCALED,
     )

@@ -10,7 +10,13 @@ import pytest
 
 from benchmarks import language_model_transfer as transfer
 from benchmarks import language_model_transfer_texts as texts
-from benchmarks.language_model_transfer_arms import ORIGINS, SHUFFLED, Arm, Size
+from benchmarks.language_model_transfer_arms import (
+    ORIGINS,
+    SHUFFLED,
+    UNSCALED,
+    Arm,
+    Size,
+)
 from benchmarks.language_model_transfer_pretrain import REPORT
 from tokenrec.data.tokenizer import load_tokenizer
 
@@ -85,7 +91,7 @@ def test_a_tiny_benchmark_runs_and_is_read_again(amazon, tmp_path, monkeypatch):
     first = json.loads((tmp_path / "out.json").read_text())
     arms = [row for row in first["rows"] if "events as" in row]
     assert [(row["arm"], row["events as"]) for row in arms] == [
-        (origin, "soft") for origin in (*ORIGINS, SHUFFLED)
+        (origin, "soft") for origin in (*ORIGINS, SHUFFLED, UNSCALED)
     ]
     assert "Against scratch" in (tmp_path / "out.md").read_text()
 

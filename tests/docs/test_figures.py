@@ -180,3 +180,18 @@ def test_the_headline_tables_are_those_of_their_results() -> None:
     )
     recall, ndcg = (float(scores[f"{name}@10"]) for name in ("recall", "ndcg"))
     assert f"| {recall:.4f} | {ndcg:.4f} |" in RESULTS
+
+
+def test_the_table_of_a_small_language_model_is_that_of_its_result() -> None:
+    page = (ROOT / "docs" / "guides" / "language_models.md").read_text()
+    arms = [r for r in rows("language_model_transfer") if "events as" in r]
+    assert arms
+    for arm in arms:
+        metrics = (
+            ("AUC", "GAUC")
+            if arm["task"] == "complete_journey"
+            else ("Recall@10", "NDCG@10")
+        )
+        cells = [arm["task"], arm["arm"], arm["events as"], arm["seeds"], arm["tokens"]]
+        cells += [arm["train loss"], *(arm[metric] for metric in metrics)]
+        assert f"| {' | '.join(map(str, cells))} |" in page
