@@ -28,6 +28,7 @@ from typing import Any
 import jax
 
 from benchmarks.language_model_transfer_arms import (
+    CONTROLS,
     ORIGINS,
     RATES,
     SEEDS,
@@ -69,12 +70,12 @@ OUT = Path(__file__).parent / "results" / "language_model_transfer"
 NOTES = (
     "- `scratch`: the architecture from random weights. `pretrained`: all of its weights are trained on. "
     "`pretrained, LoRA`: they are frozen, with adapters of rank 16 beside them; makers, tables and head are trained. "
-    "`pretrained, shuffled`: as `pretrained`, with the numbers of each tensor in random order before. `pretrained, large "
+    "`pretrained, shuffled`: as `pretrained`, with the numbers of each tensor in random order. `pretrained, large "
     "tokens`: as `pretrained`, with soft tokens that do not start with the size of words (`tokens.output_scale`).",
     "- `events as` `soft`: one token made of all features of an event, its title among them; `text`: the words of its "
     "title alone. The rest of a prompt is the same. Beauty's streams are user-centric, which text does not allow.",
-    "- `train loss`: mean over the last fifth of the steps, of samples that are read for the first time, in nats, of an "
-    "item in Beauty, of a label in Complete Journey. The arms of a seed read the same samples in the same order.",
+    "- `train loss`: mean over the last fifth of the steps, of samples that are read for the first time, in nats an "
+    "item for Beauty, a label for Complete Journey. The arms of a seed read the same samples in the same order.",
     "- `rate`: the better of two by that loss, seed 0, soft tokens; text takes it over.",
     "- `tokens` and `forward MFLOP`, of a sample at its full length, are counted. `step ms` is the least disturbed "
     "stretch of a run beside other work on the same cores: trust the counts.",
@@ -298,12 +299,15 @@ def write_page(
             if arm.task == task:
                 fastest = {"step ms": min(record["step_ms"] for record in own)}
                 rows.append(table_row(arm, own) | cost(arm, work, size) | fastest)
-        for arm in records:
+        for arm in (*records, *CONTROLS):
             if (arm.task, arm.form) != (task, "soft"):
                 continue
+            rates = RATES[:1] if arm in CONTROLS else RATES
             losses = {
-                f"loss at {rate:g}": f"{run(arm, work, size, rate, 0)['loss']:.4f}"
-                for rate in RATES
+                f"train loss at {rate:g}": spread(
+                    [run(arm, work, size, rate, 0)["loss"]]
+                )
+                for rate in rates
             }
             searched.append({"task": task, "arm": arm.origin} | losses)
         scratch = records[Arm(task, ORIGINS[0], "soft")][0]
@@ -324,13 +328,16 @@ def write_page(
     command = "python -m benchmarks.language_model_transfer --amazon DIR --work DIR"
     title = "What a small pretrained language model buys"
     write_result(flags.out, rows, params, command, title=title)
+    file = flags.out.with_name(flags.out.name + ".json")
+    tables = {"differences": difference_rows(records), "searched": searched}
+    file.write_text(json.dumps(json.loads(file.read_text()) | tables, indent=1) + "\n")
     page = [
         "",
         "## Against scratch, seed by seed",
         "",
-        markdown_table(difference_rows(records)),
+        markdown_table(tables["differences"]),
         "",
-        "## Rates tried, soft tokens, seed 0",
+        "## Rates tried and controls, soft tokens, seed 0",
         "",
         markdown_table(searched),
         "",
