@@ -11,10 +11,6 @@ import pytest
 from benchmarks import language_model_transfer as transfer
 from benchmarks import language_model_transfer_texts as texts
 from benchmarks.language_model_transfer_arms import CONTROLS, ORIGINS, Arm, Size
-    ORIGINS,
-    Arm,
-    Size,
-)
 from benchmarks.language_model_transfer_pretrain import REPORT
 from tokenrec.data.tokenizer import load_tokenizer
 
