@@ -70,8 +70,7 @@ OUT = Path(__file__).parent / "results" / "language_model_transfer"
 NOTES = (
     "- `scratch`: the architecture from random weights. `pretrained`: all of its weights are trained on. "
     "`pretrained, LoRA`: they are frozen, with adapters of rank 16 beside them; makers, tables and head are trained. "
-    "`pretrained, shuffled`: as `pretrained`, with the numbers of each tensor in random order. `pretrained, large "
-    "tokens`: as `pretrained`, with soft tokens that do not start with the size of words (`tokens.output_scale`).",
+    "`pretrained, shuffled`: as `pretrained`, with the numbers of each tensor in random order.",
     "- `events as` `soft`: one token made of all features of an event, its title among them; `text`: the words of its "
     "title alone. The rest of a prompt is the same. Beauty's streams are user-centric, which text does not allow.",
     "- `train loss`: mean over the last fifth of the steps, of samples that are read for the first time, in nats an "
