@@ -102,9 +102,7 @@ def opened(config):
     dataset = open_dataset(
         config.data.path, config.data.exclude, config.data.semantic_ids
     )
-    return dataset, build_model(
-        config, dataset.schema, (), catalogue_ids=dataset.catalogue.ids
-    )
+    return dataset, build_model(config, dataset.schema, (), catalogue=dataset.catalogue)
 
 
 def first_batch(dataset, config):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokenrec.config import Config, ModelConfig
+from tokenrec.config.alignment import TITLE, alignment_tasks
 from tokenrec.config.backbones import is_decoder
 from tokenrec.data.schema import FIRST_KNOWN, TEXT_TABLE
 from tokenrec.data.semantic_id_feature import SEMANTIC_ID
@@ -61,13 +62,18 @@ def own_tables(config: Config) -> tuple[str, ...]:
     return (TEXT_TABLE, *((SEMANTIC_ID,) if shares_codes(config) else ()))
 
 
+def writes_words(config: Config) -> bool:
+    """Whether the model learns to write texts, so that words are scored."""
+    return any(task.answer == TITLE for task in alignment_tasks(config))
+
+
 class WordTable(nnx.Module):
     """Read words, and score read-outs against all words.
 
     Args:
       config: `model` of the run's config, with its `decoder`.
-      scored: words are scored too. A recommender scores items and labels alone, and
-        leaves the vectors for that to the checkpoint.
+      scored: words are scored too. A recommender that writes no texts leaves the vectors
+        for that to the checkpoint.
 
     Attributes:
       inputs: `[V', d]`, vectors that words are read with.
