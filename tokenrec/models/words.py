@@ -22,9 +22,9 @@ from tokenrec.data.schema import FIRST_KNOWN, TEXT_TABLE
 from tokenrec.data.semantic_id_feature import SEMANTIC_ID
 from tokenrec.errors import InputError
 from tokenrec.language.families import FAMILIES
-from tokenrec.ops.contract import contract, gather_over_fsdp
+from tokenrec.ops.column_lookup import look_up_columns
+from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import weight
-from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
 
 # The rows are a multiple of this, so that scores of all words split over `mesh.tensor`.
@@ -99,9 +99,8 @@ class WordTable(nnx.Module):
 
         An id that fills a text up reads word 0; attention must not see it.
         """
-        # Cast before it is gathered: that halves the traffic in bfloat16.
-        table = gather_over_fsdp(self.inputs[...].astype(dtype))
-        rows = expand_rows(table, jnp.maximum(ids - FIRST_KNOWN, 0))
+        words = jnp.maximum(ids - FIRST_KNOWN, 0)
+        rows = look_up_columns(self.inputs[...], words, dtype)
         return rows * jnp.asarray(self.scale, dtype)
 
     def logits(self, h: jax.Array) -> jax.Array:
