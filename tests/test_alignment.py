@@ -12,7 +12,7 @@ from tests.language import reference
 from tests.language.hf_models import CONFIGS, WORDS, random_tensors
 from tests.models.backbones.language_models import decoder_weights, model_config
 from tests.worlds import FEATURES, TABLES, mesh_of, one_device, place, random_batch
-from tokenrec.alignment import draw_aligned, plan_alignment, task_losses
+from tokenrec.alignment import draw_aligned, plan_alignment, losses_by_task
 from tokenrec.config import Config, DataConfig, HeadConfig, OptimConfig, TokensConfig
 from tokenrec.config.alignment import alignment_tasks
 from tokenrec.config.validate import validate
@@ -171,7 +171,7 @@ def test_a_loss_is_that_of_a_stream_of_its_own():
 
         def ours(params, batch):
             module = bind_params(model, params)
-            losses = jnp.stack(task_losses(model.alignment, module, batch, None))
+            losses = jnp.stack(losses_by_task(model.alignment, module, batch, None))
             return jnp.sum(losses), losses
 
         found, losses = jax.jit(jax.grad(ours, has_aux=True))(
@@ -219,7 +219,9 @@ def test_a_step_adds_the_weighted_mean_of_the_tasks():
     @jax.jit
     def each_task(state, batch):
         module = bind_params(model, state.params)
-        return jnp.mean(jnp.stack(task_losses(model.alignment, module, batch, None)), 1)
+        return jnp.mean(
+            jnp.stack(losses_by_task(model.alignment, module, batch, None)), 1
+        )
 
     def run(model, mesh):
         with jax.set_mesh(mesh):

@@ -149,14 +149,14 @@ def alignment_losses(
     Returns:
       `[B] float32`.
     """
-    losses = task_losses(alignment, module, batch, keys)
+    losses = losses_by_task(alignment, module, batch, keys)
     return sum(
         (t.weight * loss for t, loss in zip(alignment.tasks, losses, strict=True)),
         jnp.zeros(batch.valid.shape[0], out_sharding=RULES("batch")),
     )
 
 
-def task_losses(
+def losses_by_task(
     alignment: Alignment,
     module: Recommender,
     batch: Batch,

@@ -13,7 +13,7 @@ from tests.data.model_tokenizer import byte_level, write_model
 from tests.language.hf_models import CONFIGS, random_tensors
 from tests.walks import ITEMS, STEPS, USERS, save_codes, walk
 from tokenrec import evaluate
-from tokenrec.alignment import task_losses
+from tokenrec.alignment import losses_by_task
 from tokenrec.checkpoint.run_folder import open_run
 from tokenrec.cli.main import main
 from tokenrec.config import (
@@ -101,7 +101,7 @@ def test_the_report_has_the_loss_of_each_task_over_the_catalogue(workdir):
         @jax.jit
         def losses_of(params, rows):
             module, batch = bind_params(run.model, params), _without_events(rows)
-            return task_losses(run.model.alignment, module, batch, None)
+            return losses_by_task(run.model.alignment, module, batch, None)
 
         # Sixteen samples on eight devices, of which the first are the items.
         rows = np.stack([np.arange(16) % ITEMS] * 2, axis=1)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenrec.alignment import task_losses
+from tokenrec.alignment import losses_by_task
 from tokenrec.data.batch import Batch, Signals
 from tokenrec.sharding import RULES
 from tokenrec.state import ModelSpec, TrainState, bind_params
@@ -53,7 +53,7 @@ def make_alignment_evaluator(
         """Sum of the losses of each task over a batch, `[tasks]`."""
         rows, counts = (jax.sharding.reshard(x, RULES("batch")) for x in (rows, counts))
         batch = _without_events(jnp.stack([rows] * len(alignment.tasks), axis=1))
-        losses = task_losses(alignment, bind_params(model, params), batch, None)
+        losses = losses_by_task(alignment, bind_params(model, params), batch, None)
         return jnp.stack([jnp.sum(loss * counts) for loss in losses])
 
     def evaluate(state: TrainState) -> dict[str, float]:
