@@ -12,7 +12,7 @@ from tests.language import reference
 from tests.language.hf_models import CONFIGS, WORDS, random_tensors
 from tests.models.backbones.language_models import decoder_weights, model_config
 from tests.worlds import FEATURES, TABLES, mesh_of, one_device, place, random_batch
-from tokenrec.alignment import draw_aligned, plan_alignment, losses_by_task
+from tokenrec.alignment import draw_aligned, losses_by_task, plan_alignment
 from tokenrec.config import Config, DataConfig, HeadConfig, OptimConfig, TokensConfig
 from tokenrec.config.alignment import alignment_tasks
 from tokenrec.config.validate import validate
