@@ -160,13 +160,19 @@ def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
 
 
 def with_variant(config: Config, variant: str) -> Config:
-    """Change a config to a variant: "lora", "text", or "" for itself."""
+    """Change a config to a variant: "lora", "text", or "" for itself.
+
+    Raises:
+      ValueError: the variant is unknown.
+    """
     if variant == "lora":
         tuning = dataclasses.replace(config.tuning, method="lora")
         return dataclasses.replace(config, tuning=tuning)
     if variant == "text":
         tokens = dataclasses.replace(config.tokens, text={"history": ("title",)})
         return dataclasses.replace(config, tokens=tokens)
+    if variant:
+        raise ValueError(f"variant {variant!r} is not 'lora' or 'text'")
     return config
 
 

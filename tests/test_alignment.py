@@ -13,7 +13,14 @@ from tests.language.hf_models import CONFIGS, WORDS, random_tensors
 from tests.models.backbones.language_models import decoder_weights, model_config
 from tests.worlds import FEATURES, TABLES, mesh_of, one_device, place, random_batch
 from tokenrec.alignment import draw_aligned, losses_by_task, plan_alignment
-from tokenrec.config import Config, DataConfig, HeadConfig, OptimConfig, TokensConfig
+from tokenrec.config import (
+    Config,
+    DataConfig,
+    HeadConfig,
+    OptimConfig,
+    TokensConfig,
+    TuningConfig,
+)
 from tokenrec.config.alignment import alignment_tasks
 from tokenrec.config.validate import validate
 from tokenrec.data.interaction_log import Catalogue
@@ -22,6 +29,7 @@ from tokenrec.errors import InputError
 from tokenrec.state import ModelSpec, bind_params, init_state
 from tokenrec.step import gradients, step_inputs
 from tokenrec.tokens.embed import Embedder
+from tokenrec.tuning import is_frozen
 
 ASKS_ID, ASKS_TITLE = "Which is {title}? {sid}", "{sid} is {title}"
 LEVELS = (3, 4)
@@ -208,6 +216,7 @@ def test_a_loss_is_that_of_a_stream_of_its_own():
 
 def test_a_step_adds_the_weighted_mean_of_the_tasks():
     config = config_of("qwen3")
+    # Micro-batches of one sample for each device of the mesh below, and of one.
     config.optim.accumulate = 2
     model = model_of(config)
 
@@ -239,6 +248,37 @@ def test_a_step_adds_the_weighted_mean_of_the_tasks():
     assert loss == pytest.approx(wanted, rel=1e-5)
 
 
+def test_micro_batches_of_one_sample_with_dropout():
+    """A slice of a batch of one loses its sharding."""
+    config = config_of("qwen3")
+    config.model.dropout = 0.2
+    losses = []
+    for count in (1, 8):
+        config.optim.accumulate = count
+        model = model_of(config)
+
+        def loss(state, batch, model=model):
+            inputs = step_inputs(model, state, batch)
+            return gradients(model, state.params, inputs)[0]
+
+        with jax.set_mesh(one_device()):
+            state, batch = init_state(model, 0), place(batch_of(config), one_device())
+            losses.append(float(jax.jit(loss)(state, batch)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_vectors_that_words_are_scored_with_may_be_frozen():
+    config = config_of("llama3")
+    config.tuning = TuningConfig(method="lora", rank=2)
+    config.model.dtype = "bfloat16"
+    shapes = model_of(config).param_shapes()
+    assert shapes["words/outputs"].dtype == jnp.bfloat16
+    assert is_frozen(config, "words/outputs")
+    # Without a task that writes texts they stay in the checkpoint.
+    config.head.alignment = {ASKS_ID: 1.0}
+    assert "words/outputs" not in model_of(config).param_shapes()
+
+
 def test_items_are_drawn_evenly_and_by_the_step():
     model = model_of(config_of())
     with jax.set_mesh(one_device()):
@@ -256,7 +296,7 @@ def test_items_are_drawn_evenly_and_by_the_step():
         assert abs(counts - 2_000).max() < 200
 
 
-def test_items_without_text_or_id_are_left_out():
+def test_items_without_text_or_id_are_left_out(monkeypatch):
     tasks = alignment_tasks(config_of())
     plan = plan_alignment(tasks, LITERALS, SCHEMA, catalogue())
     np.testing.assert_array_equal(plan.codes, CODES[list(WHOLE)])
@@ -270,14 +310,25 @@ def test_items_without_text_or_id_are_left_out():
     with pytest.raises(InputError, match=r"head\.alignment.*kind 'text'"):
         plan_alignment(tasks, LITERALS, bare, catalogue())
     assert plan_alignment((), (), bare, None) is None
+    monkeypatch.setattr("tokenrec.alignment.MOST_BYTES", 100)
+    with pytest.raises(InputError, match=r"4 items are .* MiB of every compiled"):
+        plan_alignment(tasks, LITERALS, SCHEMA, catalogue())
 
 
 def test_templates():
     config = config_of(alignment={ASKS_ID: 0.5, "{sid}{title}": 1.0})
-    first, second = alignment_tasks(config)
-    assert first == (ASKS_ID, 0.5, "sid", "Which is ", "? ")
-    assert first.question == "title"
-    assert second[2:] == ("title", "", "")
+    assert alignment_tasks(config) == (
+        ("title_to_sid", ASKS_ID, 0.5, "sid", "Which is ", "? "),
+        ("sid_to_title", "{sid}{title}", 1.0, "title", "", ""),
+    )
+    # The order of the config does not matter, and names are unique.
+    again = config_of(alignment={"{sid}{title}": 1.0, "{sid} {title}": 1, ASKS_ID: 0.5})
+    names = [(task.name, task.template) for task in alignment_tasks(again)]
+    assert names == [
+        ("title_to_sid", ASKS_ID),
+        ("sid_to_title", "{sid} {title}"),
+        ("sid_to_title_2", "{sid}{title}"),
+    ]
     config.tokens = TokensConfig(fused=True, template="{user}{history}{sid}", chat=True)
     chat = alignment_tasks(config)[0]
     assert chat.before == "<bos><start_of_turn>user\nWhich is "
@@ -293,7 +344,7 @@ def test_templates():
         ({"{titel} {sid}": 1.0}, "head.alignment: '{titel}' is not a slot; did you"),
         ({"{title} {history}": 1.0}, "'{history}' is not a slot"),
         ({"{title} {sid": 1.0}, "has no partner; write a slot as '{title}'"),
-        ({ASKS_ID: 0.0}, "head.alignment"),
+        ({ASKS_ID: 0.0}, "above 0"),
     ],
 )
 def test_templates_that_do_not_fit(alignment, expected):

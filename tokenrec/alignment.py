@@ -40,11 +40,13 @@ from tokenrec.models.stream_layout import title_features
 from tokenrec.models.words import WordTable
 from tokenrec.ops.layers import dropout, split_keys
 from tokenrec.ops.tables.lookup import expand_rows
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, reshard
 from tokenrec.tokens.layout import Layout
 from tokenrec.tokens.stream_segments import StreamSegment, make_layout
 
-# Folded into the keys of dropout, of which those of the history are others.
+# Most bytes of texts and codes, which every device and every compiled program holds.
+MOST_BYTES = 512 * 2**20
+# Separates the dropout keys of the tasks from those of the history stream.
 _KEY = 0xA1
 
 
@@ -77,13 +79,14 @@ def plan_alignment(
       tasks: of `alignment_tasks`.
       literals: as `Alignment.literals`.
       schema: features that the model reads.
-      catalogue: the items; None for a model that no step is made of.
+      catalogue: the items; None if the model is only described.
 
     Returns:
       None without tasks, or without a catalogue.
 
     Raises:
-      InputError: the data set has no texts of items, or no item has both.
+      InputError: the data set has no texts of items, no item has both, or texts and
+        codes are more than `MOST_BYTES`.
     """
     if not tasks:
         return None
@@ -108,6 +111,14 @@ def plan_alignment(
             f"{FIELD} ties texts to semantic ids, and none of the {len(titles):,} items "
             f"has both a {' or '.join(f.name for f in features)} and an id of "
             "data.semantic_ids; build the ids for this data set, or use {}"
+        )
+    size = 4 * (titles.size + codes.size)
+    if size > MOST_BYTES:
+        raise InputError(
+            f"{FIELD}: texts and semantic ids of {len(titles):,} items are "
+            f"{size / 2**20:,.0f} MiB of every compiled program, and at most "
+            f"{MOST_BYTES / 2**20:.0f} are supported; shorten the texts of the data "
+            "set, or use {}"
         )
     return Alignment(tasks, literals, _without_gaps(titles[has_both]), codes[has_both])
 
@@ -167,10 +178,11 @@ def losses_by_task(
     tables = jax.lax.optimization_barrier(
         (jnp.asarray(alignment.titles), jnp.asarray(alignment.codes))
     )
-    tables = jax.sharding.reshard(tables, RULES(None, None))
+    tables = reshard(tables, RULES(None, None))
     losses = []
     for number, task in enumerate(alignment.tasks):
-        rows = batch.aligned[:, number]
+        # A batch of 1 has lost its sharding in a slice.
+        rows = reshard(batch.aligned[:, number], RULES("batch"))
         titles, codes = (expand_rows(table, rows) for table in tables)
         task_keys = None
         if keys is not None:
@@ -222,12 +234,17 @@ def _words_loss(
     answer = words(titles[:, :-1], module.dtype)
     question = module.code_tokens(codes)
     h = _read_out(module, literals, question, answer, batch, keys, None)
-    logits = words.logits(h)
-    # A comparison instead of a gather, whose gradient is a scatter.
-    is_word = jnp.arange(logits.shape[-1]) == (titles - FIRST_KNOWN)[..., None]
-    log_probs = jnp.sum(jnp.where(is_word, logits, 0), axis=-1) - jax.nn.logsumexp(
-        logits, axis=-1
-    )
+
+    # The scores of all words are not kept for the backward pass.
+    @jax.checkpoint
+    def log_probs_of(h: jax.Array) -> jax.Array:
+        logits = words.logits(h)
+        # A comparison instead of a gather, whose gradient is a scatter.
+        is_word = jnp.arange(logits.shape[-1]) == (titles - FIRST_KNOWN)[..., None]
+        scores = jnp.sum(jnp.where(is_word, logits, 0), axis=-1)
+        return scores - jax.nn.logsumexp(logits, axis=-1)
+
+    log_probs = log_probs_of(h)
     return -jnp.sum(jnp.where(titles >= FIRST_KNOWN, log_probs, 0), axis=1)
 
 
@@ -249,7 +266,8 @@ def _read_out(
       answer: `[B, A, d]`, the tokens of the answer but for its last.
       batch: the batch, for its size.
       keys: `[B]`, PRNG keys of dropout.
-      present: `[B, S] bool`, tokens that do not fill a text up; None: all of them.
+      present: `[B, S] bool`, True for real tokens and False for padding; None: all are
+        real.
 
     Returns:
       `[B, 1 + A, d]`: at the end of the question, and at each token of `answer`.
@@ -262,9 +280,7 @@ def _read_out(
     lengths = [part.shape[1] for part in (before, question, between, answer)]
     layout = _layout(lengths, batch.valid.shape[1])
     assert isinstance(module.backbone, Decoder)
-    return module.backbone(
-        x, layout, batch.valid, None, backbone_keys, present=present
-    ).astype(jnp.float32)
+    return module.backbone(x, layout, batch.valid, None, backbone_keys, present=present)
 
 
 def _layout(lengths: list[int], events: int) -> Layout:

@@ -57,3 +57,17 @@ def test_one_device_and_no_mesh():
     rows = look_up_columns(jnp.asarray(table), jnp.array([[3, 3, 9]]), jnp.bfloat16)
     assert rows.dtype == jnp.bfloat16
     np.testing.assert_array_equal(rows[0], table[[3, 3, 9]].astype(jnp.bfloat16))
+
+
+def test_bfloat16_is_exchanged_and_its_gradient_summed_in_float32():
+    mesh = mesh_of(2, 2, 2)
+
+    def total(table, ids):
+        return jnp.sum(look_up_columns(table, ids, jnp.bfloat16).astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        table, _ = arrays((8, 3), True, mesh)
+        # 520 ones, which bfloat16 would sum to 512 or less.
+        ids = jnp.zeros((8, 65), jnp.int32, out_sharding=RULES("batch", None))
+        gradient = jax.jit(jax.grad(total))(table, ids)
+    np.testing.assert_array_equal(gradient[0], 520)

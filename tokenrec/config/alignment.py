@@ -27,6 +27,8 @@ class AlignmentTask(NamedTuple):
     """A template of `head.alignment`: text, question, text, answer.
 
     Attributes:
+      name: `title_to_sid` or `sid_to_title`, and a number behind it for the second
+        template of a kind and those that follow, in the order of the alphabet.
       template: the template.
       weight: weight of its loss.
       answer: slot that is learned, `TITLE` or `SID`; the question is the other one.
@@ -34,16 +36,12 @@ class AlignmentTask(NamedTuple):
       between: text between question and answer.
     """
 
+    name: str
     template: str
     weight: float
     answer: str
     before: str
     between: str
-
-    @property
-    def question(self) -> str:
-        """Slot that is read."""
-        return TITLE if self.answer == SID else SID
 
 
 def alignment_tasks(config: Config) -> tuple[AlignmentTask, ...]:
@@ -55,10 +53,13 @@ def alignment_tasks(config: Config) -> tuple[AlignmentTask, ...]:
       InputError: a slot is unknown, or a template does not hold each of the two once,
         the answer at its end.
     """
-    return tuple(
-        _parse(config, template, weight)
-        for template, weight in config.head.alignment.items()
-    )
+    tasks: list[AlignmentTask] = []
+    # In an order of their own: a run may be resumed with the same templates in another.
+    for template, weight in sorted(config.head.alignment.items()):
+        task = _parse(config, template, weight)
+        same = sum(other.answer == task.answer for other in tasks)
+        tasks.append(task._replace(name=f"{task.name}_{same + 1}") if same else task)
+    return tuple(tasks)
 
 
 def alignment_problems(config: Config) -> Iterator[str]:
@@ -107,4 +108,5 @@ def _parse(config: Config, template: str, weight: float) -> AlignmentTask:
     if config.tokens.chat:
         begin, end = chat_turn(config)
         before, between = begin + before, between + end
-    return AlignmentTask(template, weight, slots[-1], before, between)
+    name = "_to_".join(slots)
+    return AlignmentTask(name, template, weight, slots[-1], before, between)

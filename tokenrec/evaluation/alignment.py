@@ -7,37 +7,44 @@ figure shows whether the model has learned the catalogue, not how it does on new
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from tokenrec.alignment import losses_by_task
 from tokenrec.data.batch import Batch, Signals
-from tokenrec.sharding import RULES
+from tokenrec.sharding import RULES, batch_shards, reshard
 from tokenrec.state import ModelSpec, TrainState, bind_params
 
 # Items that are asked about; all, where there are fewer.
 ITEMS = 1_024
+# Items at a time, or one for each part of the mesh's batch: scores of all words are
+# large.
+TOGETHER = 32
 
 
 def make_alignment_evaluator(
-    model: ModelSpec,
-) -> Callable[[TrainState], dict[str, float]]:
+    model: ModelSpec, mesh: Mesh
+) -> Callable[[TrainState, Callable[[], None] | None], dict[str, Any]]:
     """Make the function that evaluates the alignment tasks of a model's states.
 
     Call the result under the mesh of the state, on all processes.
 
     Args:
       model: static half of the run, with `alignment`.
+      mesh: the mesh.
 
     Returns:
-      A function from a state to the mean of -log P(answer | question), in nats, of each
-      template.
+      A function from a state, and what to call after every batch, to name of a task ->
+      `{"template", "loss"}`, the mean of -log P(answer | question) in nats.
     """
     alignment = model.alignment
     assert alignment is not None
-    size = model.config.data.eval_batch_size
+    shards = batch_shards(mesh)
+    size = -(-TOGETHER // shards) * shards
     count = min(ITEMS, len(alignment.titles))
     # Rows of the last batch that fill it count 0.
     items = (np.arange(count) * len(alignment.titles) // count).astype(np.int32)
@@ -51,17 +58,22 @@ def make_alignment_evaluator(
         params: dict[str, jax.Array], rows: jax.Array, counts: jax.Array
     ) -> jax.Array:
         """Sum of the losses of each task over a batch, `[tasks]`."""
-        rows, counts = (jax.sharding.reshard(x, RULES("batch")) for x in (rows, counts))
+        rows, counts = (reshard(x, RULES("batch")) for x in (rows, counts))
         batch = _without_events(jnp.stack([rows] * len(alignment.tasks), axis=1))
         losses = losses_by_task(alignment, bind_params(model, params), batch, None)
         return jnp.stack([jnp.sum(loss * counts) for loss in losses])
 
-    def evaluate(state: TrainState) -> dict[str, float]:
-        sums = [total(state.params, *part) for part in zip(rows, counts, strict=True)]
-        means = np.sum(jax.device_get(sums), axis=0) / count
+    def evaluate(
+        state: TrainState, between_batches: Callable[[], None] | None = None
+    ) -> dict[str, Any]:
+        sums = np.zeros(len(alignment.tasks))
+        for part in zip(rows, counts, strict=True):
+            sums += jax.device_get(total(state.params, *part))
+            if between_batches is not None:
+                between_batches()
         return {
-            task.template: float(mean)
-            for task, mean in zip(alignment.tasks, means, strict=True)
+            task.name: {"template": task.template, "loss": float(loss / count)}
+            for task, loss in zip(alignment.tasks, sums, strict=True)
         }
 
     return evaluate
@@ -69,7 +81,8 @@ def make_alignment_evaluator(
 
 def _without_events(aligned: jax.Array) -> Batch:
     """A batch of items alone, `aligned: [B, tasks]`."""
-    valid = aligned[:, :1] < 0
+    # A batch of 1 has lost its sharding in a slice.
+    valid = reshard(aligned[:, :1] < 0, RULES("batch", None))
     nothing = Signals(None, None)
     return Batch(
         user=nothing,

@@ -143,7 +143,7 @@ def make_evaluator(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Evaluator:
         # Beam search ranks its beams alone: Recall@k and NDCG@k with k > beams are
         # null.
         listed = config.head.beams if config.head.retrieval == "semantic_id" else None
-        align = make_alignment_evaluator(model) if model.alignment else None
+        align = make_alignment_evaluator(model, mesh) if model.alignment else None
 
         def _evaluate_retrieval(
             state: TrainState,
@@ -156,7 +156,9 @@ def make_evaluator(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Evaluator:
             report = summarize(
                 _calling(answers, between_batches), model.schema.items, listed=listed
             )
-            return report | ({"alignment": align(state)} if align else {})
+            return report | (
+                {"alignment": align(state, between_batches)} if align else {}
+            )
 
         return _evaluate_retrieval
 

@@ -27,7 +27,7 @@ from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import weight
 from tokenrec.sharding import RULES
 
-# The rows are a multiple of this, so that scores of all words split over `mesh.tensor`.
+# The rows are a multiple of this, the lanes of a TPU.
 ROW_MULTIPLE = 128
 
 

@@ -182,16 +182,16 @@ def other_tables(
 def alignment_rows(
     results: Mapping[str, Mapping[str, Any]], header: str = "model"
 ) -> list[dict[str, Any]]:
-    """Rows for `format_table` of alignment tasks: one per model and template.
+    """Rows for `format_table` of alignment tasks: one per model and task.
 
     Args:
       results: as in `result_rows`; reports without alignment tasks have no row.
       header: name of the first column.
     """
     return [
-        {header: name, "alignment task": template, "loss": loss}
+        {header: name, "alignment task": task} | found
         for name, summary in results.items()
-        for template, loss in summary.get("alignment", {}).items()
+        for task, found in summary.get("alignment", {}).items()
     ]
 
 
