@@ -384,10 +384,14 @@ def loss_and_gradients(walks, kind, accumulate, sizes=(1, 1, 1)):
         return jax.device_get(compute(state, place(batch, mesh)))
 
 
-# The full softmax is what the sampled one is, with every item for a negative.
+# The full softmax is what the sampled one is, with every item for a negative. Semantic ids in parts are on a mesh below.
 @pytest.mark.parametrize("accumulate", [2, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "kind", ["sampled", pytest.param("full", marks=pytest.mark.slow), "semantic ids"]
+    "kind",
+    [
+        "sampled",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("full", "semantic ids")),
+    ],
 )
 def test_retrieval_has_the_loss_and_gradients_of_one_batch(walks, kind, accumulate):
     """Every micro-batch meets all negatives, and all splits draw the same ones."""

@@ -99,6 +99,8 @@ def test_a_second_trainer_is_refused_and_a_killed_one_resumes_at_once(
     assert not list(workdir.glob("*lease*"))
 
 
+# tests/runtime/test_lease.py: a lease that processes take at once is never held by two of them.
+@pytest.mark.slow
 def test_of_two_trainers_that_start_together_one_trains_its_config(
     data: Path, tmp_path: Path
 ) -> None:
