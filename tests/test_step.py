@@ -384,7 +384,7 @@ def loss_and_gradients(walks, kind, accumulate, sizes=(1, 1, 1)):
         return jax.device_get(compute(state, place(batch, mesh)))
 
 
-# The full softmax is what the sampled one is, with every item for a negative. Semantic ids in parts are on a mesh below.
+# The full softmax is what the sampled one is, with every item for a negative. Semantic ids: on a mesh below.
 @pytest.mark.parametrize("accumulate", [2, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "kind",

@@ -285,7 +285,14 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+# Of fused tokens: tests/models/test_prompts.py.
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "fused" else [])
+        for name in OPTIONS
+    ],
+)
 def test_gradients_reach_every_weight_and_every_table_under_every_option(option, mesh):
     config = tiny(**OPTIONS[option])
     model, state, params = build(config)
