@@ -166,13 +166,15 @@ def test_codes_of_one_goal_move_no_other_read_out(data, codes):
     assert (layout.candidate[layout.readout][moved] == 4).all()
 
 
-@pytest.mark.parametrize("kind", ["next item", "codes"])
+@pytest.mark.parametrize("kind", ["next item", "codes", "codes of a language model"])
 def test_what_an_event_reads_is_what_serving_reads_after_it(data, codes, kind):
     """Compare the read-outs of a training stream with those of each history alone.
 
     Nothing after an event changes its read-out, or those of the codes of its goal.
     """
     config = walking(data) if kind == "next item" else code_config(data, codes)
+    if kind == "codes of a language model":
+        config.model = LANGUAGE_MODEL
     dataset, model = opened(config)
     mesh = one_device()
     batch = first_batch(dataset, config).batch
@@ -195,7 +197,7 @@ def test_what_an_event_reads_is_what_serving_reads_after_it(data, codes, kind):
                 "weight": batch.weight[:, event : event + 1],
             }
             rows = [event]
-            if kind == "codes":
+            if kind != "next item":
                 asked["codes"] = batch.codes[:, event : event + 1]
                 # Behind the 8 events, two codes for each.
                 rows += [8 + 2 * event, 8 + 2 * event + 1]

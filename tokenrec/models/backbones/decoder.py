@@ -33,7 +33,7 @@ from flax import nnx
 from tokenrec.config import ModelConfig
 from tokenrec.config.tuning_config import TuningConfig
 from tokenrec.errors import InputError
-from tokenrec.models.backbones.bfts import layer_windows, local_layers, prefix_length
+from tokenrec.models.backbones.bfts import layer_windows, local_layers
 from tokenrec.models.backbones.decoder_block import DecoderBlock, family_norm
 from tokenrec.models.backbones.rope_attention import Stream
 from tokenrec.models.backbones.stacking import make_blocks
@@ -120,7 +120,9 @@ class Decoder(TokenFormer):
                 "language model does not hide; make the layout with "
                 "marks_static=False"
             )
-        count, first = prefix_length(layout), int(positions[0])
+        # Not `prefix_length`: in user-centric streams the codes of a goal continue an
+        # event in the middle of the prefix, which is its `anchor` below.
+        count, first = int(np.sum(layout.candidate < 0)), int(positions[0])
         real = layout.valid(events, candidates)
         here = real[:, first : first + len(positions)]
         here = here if present is None else here & present
