@@ -9,7 +9,9 @@ No TPU is needed, and nothing is run. Each table row is `tokenrec compile` of th
 in bfloat16, with the streams per chip, the mesh and `model.remat` that `PLANS` has for
 the kind of chip. Table sizes are those of the prepared data set under `TOKENREC_DATA`,
 or else of a planned schema in configs/schemas/ ("planned"). `NAME+lora` is a language
-model with `tuning.method=lora`: its weights are frozen, adapters are trained. Columns:
+model with `tuning.method=lora`: its weights are frozen, adapters are trained.
+`NAME+text` is one whose history is the words of its titles, with fewer streams of a
+chip, which are some ten times as long. Columns:
 
 - `schedule_ms` and its parts, and `mfu_by_schedule`: what the compiler expects of its
   own schedule, with ring times for the network (tokenrec/planner/schedule.py);
@@ -85,13 +87,16 @@ PLANS = {
     ("kuairand_pure_uc", "v5e"): Plan(64, 1, "none"),
     ("kuairand_pure_uc", "v6e"): Plan(64, 1, "none"),
     **{
-        (name + tuning, kind): Plan(
+        (name + variant, kind): Plan(
             16, LONGEST_FSDP, "dots", "complete_journey.json", pods
         )
         for name in ("lrm_gemma3_1b", "lrm_qwen3_4b")
-        for tuning in ("", "+lora")
+        for variant in ("", "+lora")
         for kind, pods in (("v5p", ("v5p:4x4x4",)), ("v5e", ("v5e:16x16",)))
     },
+    ("lrm_gemma3_1b+text", "v5e"): Plan(
+        1, LONGEST_FSDP, "dots", "complete_journey.json", ("v5e:16x16",)
+    ),
 }
 
 
@@ -99,8 +104,7 @@ def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
     """Compile one config for one pod.
 
     Args:
-      name: of the config; with "+" and `tuning.method` behind it, if that is not the
-        config's.
+      name: of the config; with "+lora" or "+text" behind it, a variant of it.
       topology: of each slice.
       slices: number of slices.
 
@@ -110,9 +114,8 @@ def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
     kind, _, size = topology.partition(":")
     plan = PLANS[name, kind]
     chips = slices * math.prod(map(int, size.split("x")))
-    base, _, tuning = name.partition("+")
-    overrides = [f"tuning.method={tuning}"] if tuning else []
-    config = load_config(str(shipped_configs()[base]), overrides)
+    base, _, variant = name.partition("+")
+    config = with_variant(load_config(str(shipped_configs()[base])), variant)
     fsdp = fsdp_chips([int(length) for length in size.split("x")], plan.fsdp)
     config = planned(config, plan, chips, MeshConfig(data=chips // fsdp, fsdp=fsdp))
     compiled = compile_config(config, topology, slices)
@@ -154,6 +157,23 @@ def pod_row(name: str, topology: str, slices: int) -> dict[str, Any]:
         "examples_per_second": compiled["examples_per_second"],
         **_schedule_columns(compiled),
     }
+
+
+def with_variant(config: Config, variant: str) -> Config:
+    """Change a config to a variant: "lora", "text", or "" for itself.
+
+    Raises:
+      ValueError: the variant is unknown.
+    """
+    if variant == "lora":
+        tuning = dataclasses.replace(config.tuning, method="lora")
+        return dataclasses.replace(config, tuning=tuning)
+    if variant == "text":
+        tokens = dataclasses.replace(config.tokens, text={"history": ("title",)})
+        return dataclasses.replace(config, tokens=tokens)
+    if variant:
+        raise ValueError(f"variant {variant!r} is not 'lora' or 'text'")
+    return config
 
 
 def _schedule_columns(compiled: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Scorer:
         self.config = validate(
             Config(
                 data=data,
-                tokens=TokensConfig(embedding_dim=4, user_tokens=2),
+                tokens=TokensConfig(embedding_dim=4, user_tokens=2, maker="linear"),
                 model=model,
             )
         )

@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from tests.counted import count_rows
 from tests.runtime.test_distributed import EXCLUDED
-from tests.worlds import SCHEMA, TASKS, one_device, place, random_batch, tiny
+from tests.worlds import FEW_FEATURES, TASKS, one_device, place, random_batch, tiny
 from tokenrec import active_run, run_setup
 from tokenrec.checkpoint.device_history import DeviceUse, read_history, record_use
 from tokenrec.config import (
@@ -142,14 +142,16 @@ def test_updates_on_shares_are_steps_on_smaller_batches_with_the_rates_of_the_pa
 ):
     """The plain reference is the square-root rule as Malladi et al. write it."""
     k, constant = 4, {"warmup_steps": 0, "final_fraction": 1.0, "clip_norm": 0.0}
-    one_layer = {"layers": 1, "windows": ()}
+    one_layer, linear = {"layers": 1, "windows": ()}, {"maker": "linear"}
     config = tiny(
         batch_size=16,
+        tokens=linear,
         model=one_layer,
         optim=constant | {"weight_decay": 0.1, "epsilon": 1e-3},
     )
     small = tiny(
         batch_size=4,
+        tokens=linear,
         model=one_layer,
         optim=constant
         | {
@@ -160,16 +162,16 @@ def test_updates_on_shares_are_steps_on_smaller_batches_with_the_rates_of_the_pa
             "epsilon": 2e-3,
         },
     )
-    mesh, batch = one_device(), random_batch(config, batch=16)
+    mesh, batch = one_device(), random_batch(config, batch=16, schema=FEW_FEATURES)
     batch = batch._replace(labels=np.abs(batch.labels))  # every share knows as many
     step = jax.jit(train_step, static_argnums=0)
     with jax.set_mesh(mesh):
-        model = build_model(config, SCHEMA, TASKS, updates=k)
+        model = build_model(config, FEW_FEATURES, TASKS, updates=k)
         start = init_state(model, 0)
         # A run that has trained before: counts of Adam are above 0.
         state, metrics = step(model, start, place(batch, mesh))
         plain, losses = start, []
-        reference = build_model(small, SCHEMA, TASKS)
+        reference = build_model(small, FEW_FEATURES, TASKS)
         for index in range(k):
             part = jax.tree.map(lambda leaf, i=index: leaf[i::k], batch)
             plain, part_metrics = step(reference, plain, place(part, mesh))

@@ -128,7 +128,10 @@ def test_a_run_in_an_object_store_equals_a_local_one(
     assert not any(Path(f"{scheme}:").exists() for scheme in SCHEMES)
 
 
-# One store each for the two slowest: only names of files and processes differ in them.
+# One store each: only names of files and processes differ in what these tests do, and a run of the other one is above.
+ONE = ["s3", pytest.param("gs", marks=pytest.mark.slow)]
+
+
 @pytest.mark.parametrize("server", ["s3"], indirect=True)
 def test_a_killed_run_resumes_from_its_last_checkpoint(
     server: Server, data: Path, remote_data: str, tmp_path: Path
@@ -160,6 +163,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(
     assert steps >= set(range(1, saved + 1))
 
 
+@pytest.mark.parametrize("server", ONE, indirect=True)
 def test_a_damaged_checkpoint_is_set_aside(
     server: Server, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +189,7 @@ def test_a_damaged_checkpoint_is_set_aside(
     assert CheckpointReader(workdir).steps[-1] == newest
 
 
+@pytest.mark.parametrize("server", ONE, indirect=True)
 def test_old_checkpoints_are_deleted_whole(server: Server, data: Path) -> None:
     config = small(data, train__stop_at=6, train__save_every=1, train__keep=1)
     config.train.eval_every = 100
@@ -195,6 +200,7 @@ def test_old_checkpoints_are_deleted_whole(server: Server, data: Path) -> None:
     assert len(steps) == 1
 
 
+@pytest.mark.parametrize("server", ONE, indirect=True)
 def test_predictions_are_written_to_the_store(
     server: Server, data: Path, tmp_path: Path
 ) -> None:
@@ -214,6 +220,8 @@ def test_a_bucket_that_does_not_exist_is_named(server: Server, data: Path) -> No
         tokenrec.train(small(data), workdir, progress=False)
 
 
+# Two processes: tests/runtime/test_distributed.py, in a local folder.
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["gs"], indirect=True)
 def test_two_processes_share_a_run(
     server: Server, remote_data: str, tmp_path: Path

@@ -14,7 +14,7 @@ import tokenrec
 from tests.data.memory_source import MemorySource
 from tests.data.preparation.test_like import END, ITEMS, part, random_log, tables
 from tests.test_api import config_of
-from tokenrec import Config, HeadConfig, InputError
+from tokenrec import Config, HeadConfig, InputError, ModelConfig
 from tokenrec.data.preparation.prepare import prepare
 from tokenrec.semantic_ids.build import build_semantic_ids
 
@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(data: Path, workdir: Path, **changes: object) -> Path:
     config: Config = config_of(data)
+    config.model = ModelConfig(width=8, heads=1, layers=1, windows=())
     # Rows of which some are shown and never used: candidates, not history.
     config.data.paradigm = "nio"
     config.data.overlap = 0
@@ -101,7 +102,8 @@ def test_a_refusal_names_what_differs(ranker: Path, tmp_path: Path) -> None:
     assert "price" not in str(error.value)
 
 
-@pytest.mark.parametrize("negatives", [0, 8])
+# Both answer with the whole catalogue; only their losses differ.
+@pytest.mark.parametrize("negatives", [pytest.param(0, marks=pytest.mark.slow), 8])
 def test_a_retriever_finds_the_items_that_it_knows(
     folder: Path, tmp_path: Path, negatives: int
 ) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import worlds
 from tests.walks import (
     code_config,
     first_batch,
@@ -16,16 +17,7 @@ from tests.walks import (
     save_codes,
     walking,
 )
-from tests.worlds import (
-    SCHEMA,
-    TABLES,
-    TASKS,
-    mesh_of,
-    one_device,
-    place,
-    random_batch,
-    tiny,
-)
+from tests.worlds import FEW_FEATURES, SCHEMA, TASKS, mesh_of, one_device, place, tiny
 from tokenrec.debug.step_inspection import inspect_step
 from tokenrec.ops.tables.exchange import CollectedGradients
 from tokenrec.ops.tables.storage import to_storage_index
@@ -34,7 +26,7 @@ from tokenrec.state import abstract_state, build_model, init_state
 from tokenrec.step import eval_step, gradients, step_inputs, train_step
 
 STEP = jax.jit(train_step, static_argnums=0)
-
+random_batch = functools.partial(worlds.random_batch, schema=FEW_FEATURES)
 
 # One program for the tests of rates, which begin within the warm-up.
 SLOW_START = {"warmup_steps": 8, "weight_decay": 0.0}
@@ -61,6 +53,8 @@ def leaves(state):
     return [np.asarray(x) for x in jax.tree.leaves(state)]
 
 
+# tests/test_micro_batches.py compares a batch with its parts likewise, with dropout.
+@pytest.mark.slow
 def test_micro_batches_make_the_same_update_as_one_batch(mesh):
     """Labels are unevenly known, so that a mean of the micro-batches' means would differ."""
     whole = small(batch_size=8)
@@ -69,7 +63,7 @@ def test_micro_batches_make_the_same_update_as_one_batch(mesh):
     batch.labels[::4] = -1
     states = []
     for config in (whole, parts):
-        model = build_model(config, SCHEMA, TASKS)
+        model = build_model(config, FEW_FEATURES, TASKS)
         state, metrics = STEP(model, init_state(model, 0), place(batch, mesh))
         states.append((state.params, state.tables, metrics.loss, metrics.grad_norm))
     # AdamW's first step divides a gradient by itself, which magnifies rounding: measured 3e-6.
@@ -78,7 +72,7 @@ def test_micro_batches_make_the_same_update_as_one_batch(mesh):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(mesh):
-    model = build_model(small(), SCHEMA, TASKS)
+    model = build_model(small(), FEW_FEATURES, TASKS)
     state = init_state(model, 0)
     batch = random_batch(small())
     batch.target.dense[0, 0, 0] = np.inf  # an embedding feature: not clipped
@@ -99,7 +93,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(mesh):
 
 def test_both_learning_rates_follow_the_step_after_a_skipped_one(mesh):
     """Rates of steps 1 and 2 are 2/8 and 3/8 of the peak: the update is 3/2 as large."""
-    model = build_model(small(optim=SLOW_START), SCHEMA, TASKS)
+    model = build_model(small(optim=SLOW_START), FEW_FEATURES, TASKS)
     good = random_batch(small())
     bad = good._replace(target=good.target._replace(dense=good.target.dense + np.inf))
     # 1. One update, then the same batch at once, or after a skipped step.
@@ -127,7 +121,7 @@ def test_both_learning_rates_follow_the_step_after_a_skipped_one(mesh):
 
 def test_a_checkpoint_whose_schedule_fell_behind_continues_at_its_step(mesh):
     """Earlier versions left optax's own count behind at every skipped step."""
-    model = build_model(small(optim=SLOW_START), SCHEMA, TASKS)
+    model = build_model(small(optim=SLOW_START), FEW_FEATURES, TASKS)
     batch = place(random_batch(small()), mesh)
     state, _ = STEP(model, init_state(model, 0), batch)
     state = dataclasses.replace(state, step=state.step + 4)
@@ -148,7 +142,7 @@ def test_a_checkpoint_whose_schedule_fell_behind_continues_at_its_step(mesh):
 
 def test_unknown_labels_and_unread_rows_carry_no_gradient(mesh):
     config = small()
-    model = build_model(config, SCHEMA, TASKS)
+    model = build_model(config, FEW_FEATURES, TASKS)
     state = init_state(model, 0)
     batch = random_batch(config)
     silent = batch._replace(labels=np.full_like(batch.labels, -1))
@@ -159,7 +153,7 @@ def test_unknown_labels_and_unread_rows_carry_no_gradient(mesh):
 
 def test_the_loss_is_the_weighted_mean_of_the_known_labels_of_each_task(mesh):
     config = small(paradigm="uc", events=4)
-    model = build_model(config, SCHEMA, TASKS)
+    model = build_model(config, FEW_FEATURES, TASKS)
     state = init_state(model, 0)
     batch = random_batch(config, lengths=[4, 3, 0, 2, 1, 4, 4, 2])
     # Weights whose sum stays below 1, as in a batch of a few unscored events.
@@ -189,7 +183,7 @@ def test_the_loss_is_the_weighted_mean_of_the_known_labels_of_each_task(mesh):
 
 def test_dropout_depends_on_the_step_and_on_nothing_else(mesh):
     config = small(model={"dropout": 0.5})
-    model = build_model(config, SCHEMA, TASKS)
+    model = build_model(config, FEW_FEATURES, TASKS)
     state = init_state(model, 0)
     batch = place(random_batch(config), mesh)
     first, again = (float(STEP(model, state, batch)[1].loss) for _ in range(2))
@@ -214,7 +208,7 @@ def test_clip_norm_counts_dense_weights_and_unique_rows_together():
 
 
 def test_biases_scales_and_separators_do_not_decay():
-    params = init_state(build_model(tiny(), SCHEMA, TASKS), 0).params
+    params = init_state(build_model(tiny(), FEW_FEATURES, TASKS), 0).params
     decaying = decays(params)
     assert not decaying["backbone/blocks/0/gate/bias"]
     assert not decaying["backbone/norm/scale"]
@@ -223,7 +217,7 @@ def test_biases_scales_and_separators_do_not_decay():
 
 
 def test_abstract_state_says_what_a_state_is():
-    model = build_model(tiny(), SCHEMA, TASKS)
+    model = build_model(tiny(), FEW_FEATURES, TASKS)
     described, made = abstract_state(model), init_state(model, 0)
     for a, b in zip(jax.tree.leaves(described), jax.tree.leaves(made), strict=True):
         assert (a.shape, a.dtype, a.sharding.spec) == (
@@ -246,13 +240,14 @@ def mesh_case():
             "ffn_width": 32,
             "dropout": 0.1,
             "heads": 4,
-            "layers": 2,
+            "layers": 1,
             "windows": (20,),
         },
-        optim={"accumulate": 2, "learning_rate": 1e-3},
+        # Micro-batches on meshes: below.
+        optim={"learning_rate": 1e-3},
         batch_size=16,
     )
-    return build_model(config, SCHEMA, TASKS), random_batch(config, 16)
+    return build_model(config, SCHEMA, TASKS), worlds.random_batch(config, 16)
 
 
 def stepped(sizes):
@@ -290,12 +285,14 @@ def test_spread_and_replicated_tables_learn_the_same(mesh):
     batch = random_batch(small())
     found = {}
     for replicate in (8, 100):
-        model = build_model(small(tokens={"replicate_rows": replicate}), SCHEMA, TASKS)
+        model = build_model(
+            small(tokens={"replicate_rows": replicate}), FEW_FEATURES, TASKS
+        )
         state = init_state(model, 0)
         rows = {}
         for stack in model.embedder.stacks.values():
             for table, first in stack.offsets.items():
-                numbers = first + np.arange(TABLES[table])
+                numbers = first + np.arange(FEW_FEATURES.tables[table])
                 at = (
                     to_storage_index(numbers, stack.stored_rows)
                     if stack.spread
@@ -387,8 +384,15 @@ def loss_and_gradients(walks, kind, accumulate, sizes=(1, 1, 1)):
         return jax.device_get(compute(state, place(batch, mesh)))
 
 
+# The full softmax is what the sampled one is, with every item for a negative. Semantic ids: on a mesh below.
 @pytest.mark.parametrize("accumulate", [2, pytest.param(16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["sampled", "full", "semantic ids"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "sampled",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("full", "semantic ids")),
+    ],
+)
 def test_retrieval_has_the_loss_and_gradients_of_one_batch(walks, kind, accumulate):
     """Every micro-batch meets all negatives, and all splits draw the same ones."""
     whole, parts = (loss_and_gradients(walks, kind, count) for count in (1, accumulate))

@@ -38,9 +38,11 @@ from tokenrec.planner.mfu import GPU_PEAK_FLOPS
 from tokenrec.sharding import make_mesh
 from tokenrec.train_loop import train
 
-# Features that are left out: ids and one number remain.
-FEW = ("interests", "load", "price", "vector", "code", "seconds")
-ALL_FEATURES = {"data__exclude": (), "tokens__maker": "mlp"}
+# Features that are left out: four of ids remain.
+FEW = (
+    *("interests", "load", "price", "vector", "code", "seconds"),
+    *("age", "genre", "place", "reaction"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +78,11 @@ def small(data, **changes) -> Config:
             events=16,
             overlap=4,
             batch_size=8,
-            eval_batch_size=16,
+            eval_batch_size=64,
             exclude=FEW,
         ),
         tokens=TokensConfig(embedding_dim=4, maker="linear"),
-        model=ModelConfig(width=8, heads=1, layers=2, windows=(4,), dropout=0.1),
+        model=ModelConfig(width=8, heads=1, layers=1, windows=(), dropout=0.1),
         optim=OptimConfig(steps=8, warmup_steps=2),
         train=TrainConfig(log_every=4),
     )
@@ -224,10 +226,9 @@ def test_bad_steps_are_skipped_and_counted_up_to_a_limit_over_a_restart(
         optim__max_skipped=100,
         train__stop_at=6,
         train__log_every=1,
-        **ALL_FEATURES,
     )
-    # A seed whose gradients grow in some steps, with all features.
-    config.seed = 2
+    # A seed whose gradients grow in some steps.
+    config.seed = 5
     first = train(config, tmp_path, progress=False)["skipped"]
     config.train.stop_at = 0
     total = train(config, tmp_path, progress=False)["skipped"]
@@ -239,16 +240,6 @@ def test_bad_steps_are_skipped_and_counted_up_to_a_limit_over_a_restart(
         match=r"more than optim\.spike_norm=1\.0001 times its mean.*max_skipped",
     ):
         train(config, tmp_path / "again", progress=False)
-
-
-def test_a_finished_run_is_left_as_it_is(data, tmp_path):
-    config = small(data)
-    train(config, tmp_path, progress=False)
-    before = leaves(tmp_path)
-    assert train(config, tmp_path, progress=False)["step"] == 8
-    assert all(
-        np.array_equal(a, b) for a, b in zip(before, leaves(tmp_path), strict=True)
-    )
 
 
 def test_best_checkpoint_survives_later_ones_and_is_what_evaluate_takes(data, tmp_path):
@@ -320,7 +311,9 @@ def test_an_evaluation_on_a_split_that_does_not_exist_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_without_a_split_to_evaluate_a_run_trains_and_has_no_best(data, tmp_path):
+def test_without_a_split_to_evaluate_a_run_has_no_best_and_once_finished_it_stays(
+    data, tmp_path
+):
     config = small(data, train__eval_split="", train__eval_every=2)
     summary = train(config, tmp_path, progress=False)
     assert (summary["step"], summary["best_step"], summary["evaluation"]) == (
@@ -328,8 +321,13 @@ def test_without_a_split_to_evaluate_a_run_trains_and_has_no_best(data, tmp_path
         -1,
         None,
     )
+    before = leaves(tmp_path)
+    assert train(config, tmp_path, progress=False)["step"] == 8
     # A run may be resumed with evaluations, which change no step.
     assert train(small(data), tmp_path, progress=False)["step"] == 8
+    assert all(
+        np.array_equal(a, b) for a, b in zip(before, leaves(tmp_path), strict=True)
+    )
 
 
 def test_a_bad_step_stops_the_run_and_names_step_and_rows(data, tmp_path):
@@ -405,6 +403,8 @@ def test_batch_sizes_that_the_devices_cannot_share_are_refused(data, tmp_path):
         train(small(data, data__batch_size=12), tmp_path, progress=False)
 
 
+# tests/evaluation/test_label_kinds_run.py trains a small model that beats constants.
+@pytest.mark.slow
 def test_training_learns_most_of_what_can_be_known(tmp_path):
     source = SyntheticSource(40_000, users=200, items=100)
     prepare(source, tmp_path / "data")

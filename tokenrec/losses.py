@@ -11,7 +11,8 @@ are -1 and carry no loss. With weights of rows or `data.unscored_weight` both su
 weighted. `data.request_loss` adds a loss inside each request, likewise divided by its
 count in the whole step and multiplied by w_k and `data.request_weight`. Retrieval uses
 the cross-entropy of the next item, or of the codes of its semantic id, divided by the
-number of goals in the step.
+number of goals in the step. `head.alignment` adds losses of alignment tasks
+(`tokenrec/alignment.py`), divided by the number of samples.
 
 B samples, N scored positions of each, K tasks, R read-outs, P goals of each.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from tokenrec.alignment import alignment_losses, draw_aligned
 from tokenrec.data.batch import Batch
 from tokenrec.models.heads import CopiedItems, NextItemHead, SemanticIdHead
 from tokenrec.models.recommender import Recommender
@@ -49,11 +51,11 @@ def label_counts(model: ModelSpec, batch: Batch) -> jax.Array:
     Returns:
       Ranking: the sum of the weights of the known labels of each task, `[K]`; with a
       loss inside requests followed by `request_counts`, `[2 K]` together. Retrieval:
-      the number of goals, `[1]`.
+      the numbers of goals and of samples, `[2]`.
     """
     known = known_labels(batch)
     if batch.labels is None:
-        return jnp.sum(known)[None]
+        return jnp.stack([jnp.sum(known), jnp.float32(batch.valid.shape[0])])
     counts = jnp.sum(known, axis=(0, 1))
     request_loss = model.config.data.request_loss
     if request_loss == "none":
@@ -69,6 +71,7 @@ def sample_losses(
     entities: dict[str, EntityFeatures],
     batch: Batch,
     counts: jax.Array,
+    keys: jax.Array | None,
 ) -> jax.Array:
     """Compute what each sample adds to the loss of the step.
 
@@ -79,13 +82,19 @@ def sample_losses(
       entities: values of the batch's features, for the vectors of sampled items.
       batch: labels or goals.
       counts: `label_counts` of the whole step.
+      keys: `[B]`, PRNG keys of dropout in streams besides that of the history; None for
+        none.
 
     Returns:
       `[B] float32`; its sum over all samples of a step is the loss.
     """
     if batch.labels is None:
         losses = retrieval_losses(module, readouts, entities, batch)
-        return losses / jnp.maximum(counts[0], 1)
+        losses /= jnp.maximum(counts[0], 1)
+        if model.alignment is None:
+            return losses
+        aligned = alignment_losses(model.alignment, module, batch, keys)
+        return losses + aligned / counts[1]
     data, plans = model.config.data, model.task_plans
     logits, known = module.head(readouts), known_labels(batch)
     losses = pointwise_losses(plans, logits, batch, data.huber_delta)
@@ -155,6 +164,14 @@ def with_negatives(model: ModelSpec, batch: Batch, key: jax.Array) -> Batch:
         key, shape, 0, model.schema.items, jnp.int32, out_sharding=RULES("batch", None)
     )
     return batch._replace(negatives=drawn)
+
+
+def with_aligned(model: ModelSpec, batch: Batch, key: jax.Array) -> Batch:
+    """Add drawn items for the tasks of `head.alignment`, if there are any."""
+    if model.alignment is None:
+        return batch
+    drawn = draw_aligned(model.alignment, key, batch.valid.shape[0])
+    return batch._replace(aligned=drawn)
 
 
 def task_weights(model: ModelSpec) -> jax.Array:

@@ -99,7 +99,7 @@ def set_up(config: Config, workdir: Path) -> Setup:
             tasks,
             epoch_steps=epoch_steps,
             updates=split.updates,
-            catalogue_ids=dataset.catalogue.ids,
+            catalogue=dataset.catalogue,
         )
         check_pretrained(model)
         check_batch_sizes(model.config, mesh)

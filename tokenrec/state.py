@@ -19,10 +19,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from tokenrec.alignment import Alignment, plan_alignment
 from tokenrec.config import Config, data_directory
+from tokenrec.config.alignment import alignment_tasks
 from tokenrec.config.backbones import is_decoder
 from tokenrec.config.model_config import DType
 from tokenrec.config.prompt import parse_prompt
+from tokenrec.data.interaction_log import Catalogue
 from tokenrec.data.schema import Schema
 from tokenrec.data.tokenizer import encode_literal, load_tokenizer
 from tokenrec.errors import InputError
@@ -88,6 +91,7 @@ class ModelSpec:
       epoch_steps: training steps of an epoch, which `optim.table_rates` follow; 0 where
         it is not known.
       updates: updates of a training step, each on a share of its batch (elastic.py).
+      alignment: tasks of `head.alignment`; None without any, or without a catalogue.
     """
 
     config: Config
@@ -97,6 +101,7 @@ class ModelSpec:
     literals: Literals = ()
     epoch_steps: int = 0
     updates: int = 1
+    alignment: Alignment | None = None
 
     @functools.cached_property
     def task_plans(self) -> tuple[TaskPlan, ...]:
@@ -143,7 +148,7 @@ def build_model(
     *,
     epoch_steps: int = 0,
     updates: int = 1,
-    catalogue_ids: np.ndarray | None = None,
+    catalogue: Catalogue | None = None,
 ) -> ModelSpec:
     """Build the model of a config on a data set.
 
@@ -153,8 +158,8 @@ def build_model(
       tasks: names of the labels to learn.
       epoch_steps: as `ModelSpec.epoch_steps`.
       updates: as `ModelSpec.updates`.
-      catalogue_ids: `Catalogue.ids` of the data set, for `head.item_features`; a model
-        that has such features and is not run can do without.
+      catalogue: that of the data set, for `head.item_features` and `head.alignment`; a
+        model that has them and is not trained can do without.
 
     Raises:
       InputError: the prompt has literal text and the data set no tokenizer, the last
@@ -167,9 +172,17 @@ def build_model(
         plans = plan_tasks(schema, tasks, config.data.losses)
         check_auxiliary(config.data, tasks)
         check_request_loss(plans, config.data.request_loss)
-    embedder = Embedder.build(schema, config, catalogue_ids)
-    literals = prompt_literals(config)
-    model = ModelSpec(config, schema, tasks, embedder, literals, epoch_steps, updates)
+    ids = None if catalogue is None else catalogue.ids
+    model = ModelSpec(
+        config,
+        schema,
+        tasks,
+        Embedder.build(schema, config, ids),
+        prompt_literals(config),
+        epoch_steps,
+        updates,
+        _build_alignment(config, schema, catalogue),
+    )
     _check_last_window(model)
     return model
 
@@ -196,6 +209,18 @@ def _check_last_window(model: ModelSpec) -> None:
         )
 
 
+def _build_alignment(
+    config: Config, schema: Schema, catalogue: Catalogue | None
+) -> Alignment | None:
+    """Plan the alignment tasks of a config, their texts encoded."""
+    tasks = alignment_tasks(config)
+    texts = [text for task in tasks for text in (task.before, task.between)]
+    ids = iter(_encode_literals(config, [text for text in texts if text]))
+    encoded = [next(ids) if text else () for text in texts]
+    pairs = tuple(zip(encoded[::2], encoded[1::2], strict=True))
+    return plan_alignment(tasks, pairs, schema, catalogue)
+
+
 def prompt_literals(config: Config) -> Literals:
     """Encode the literal texts of the prompt with the data set's tokenizer.
 
@@ -204,6 +229,10 @@ def prompt_literals(config: Config) -> Literals:
         does not know a control token in the texts, or has more words.
     """
     texts = [segment.text for segment in parse_prompt(config) if segment.kind == "text"]
+    return _encode_literals(config, texts)
+
+
+def _encode_literals(config: Config, texts: list[str]) -> Literals:
     if not texts:
         return ()
     directory = data_directory(config)

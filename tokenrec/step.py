@@ -18,7 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from tokenrec.data.batch import Batch
-from tokenrec.losses import label_counts, sample_losses, with_negatives
+from tokenrec.losses import (
+    label_counts,
+    sample_losses,
+    with_aligned,
+    with_negatives,
+)
 from tokenrec.micro_batches import (
     Inverses,
     cached_parts,
@@ -40,6 +45,7 @@ from tokenrec.update import apply_gradients
 DROPOUT_KEY = 0
 NEGATIVES_KEY = 1
 ID_DROPOUT_KEY = 2
+ALIGNMENT_KEY = 3
 
 
 class Metrics(NamedTuple):
@@ -66,8 +72,8 @@ class Inputs(NamedTuple):
     """Inputs of the loss of a train step besides the dense weights.
 
     Attributes:
-      batch: the batch, with drawn negatives if the softmax is sampled, and with the ids
-        that `tokens.id_dropout` leaves.
+      batch: the batch, with drawn negatives if the softmax is sampled, with the items of
+        alignment tasks, and with the ids that `tokens.id_dropout` leaves.
       keys: `[B]`, PRNG keys of dropout.
       unique: which rows of each stack of tables the batch reads.
       rows: `[u, width]` per stack, these rows.
@@ -133,7 +139,8 @@ def loss_fn(
     module = bind_params(model, params, sums=model.config.optim.gradient_sums)
     entities = model.embedder.entities(rows, row_indices, batch)
     readouts = module(entities, batch, keys)
-    return jnp.sum(sample_losses(model, module, readouts, entities, batch, counts))
+    losses = sample_losses(model, module, readouts, entities, batch, counts, keys)
+    return jnp.sum(losses)
 
 
 def draw_inputs(
@@ -142,7 +149,7 @@ def draw_inputs(
     """Draw the random numbers of the next step.
 
     Returns:
-      The batch with negatives and without dropped ids; `[B]`, PRNG keys of dropout; and
+      The batch with drawn items and without dropped ids; `[B]`, PRNG keys of dropout; and
       `label_counts` of the batch.
     """
     # The key is a function of seed and step, so a resumed run draws the same numbers.
@@ -150,6 +157,7 @@ def draw_inputs(
     # Micro-batches have no part in it: negatives are those of the whole batch, and every
     # sample has a key of dropout.
     batch = with_negatives(model, batch, jax.random.fold_in(key, NEGATIVES_KEY))
+    batch = with_aligned(model, batch, jax.random.fold_in(key, ALIGNMENT_KEY))
     keys = sample_keys(jax.random.fold_in(key, DROPOUT_KEY), batch.valid.shape[0])
     drop_keys = jax.random.fold_in(key, ID_DROPOUT_KEY)
     batch = drop_ids(
@@ -298,6 +306,7 @@ def _update(
 def step_loss(model: ModelSpec, state: TrainState, batch: Batch) -> jax.Array:
     """Forward pass of a train step without dropout, for counting its FLOPs."""
     batch = with_negatives(model, batch, jax.random.key(0))
+    batch = with_aligned(model, batch, jax.random.key(0))
     unique = model.embedder.find(batch)
     rows = model.embedder.gather(state.tables, unique)
     counts = label_counts(model, batch)

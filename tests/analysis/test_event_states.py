@@ -85,7 +85,7 @@ def run(tmp_path_factory):
             batch_size=8,
             eval_batch_size=STREAMS,
         ),
-        tokens=TokensConfig(embedding_dim=4),
+        tokens=TokensConfig(embedding_dim=4, maker="linear"),
         model=ModelConfig(
             width=8, heads=1, layers=2, windows=(4,), positions="additive"
         ),

@@ -44,7 +44,7 @@ def make(directory: Path, schema: Schema, rows: int = 200, splits: int = 3) -> s
         # tests/cli/test_init.py trains on two tasks, and on a log without one.
         pytest.param("ranker", SCHEMA, id="two tasks", marks=pytest.mark.slow),
         pytest.param("retriever", BARE, id="no task", marks=pytest.mark.slow),
-        pytest.param("retriever", SCHEMA, id="goals of a task"),
+        pytest.param("retriever", SCHEMA, id="goals of a task", marks=pytest.mark.slow),
     ],
 )
 def test_a_step_runs_on_any_data_set(
@@ -57,16 +57,24 @@ def test_a_step_runs_on_any_data_set(
     fast = [
         *("optim.steps=2", "optim.warmup_steps=1", "train.eval_every=2"),
         *("model.layers=1", "model.windows=()", "model.width=8", "data.buckets=()"),
+        "tokens.maker=linear",
     ]
     loaded = load_config(config, fast, data)
     assert loaded.data.path == data
     assert loaded.data.exclude == ()
-    assert loaded.data.positive == (
-        "click" if config == "retriever" and schema.tasks else ""
-    )
     summary = train(loaded, tmp_path / "run", progress=False)
     assert summary["step"] == 2
     assert summary["best_step"] == 2
+
+
+def test_goals_are_what_the_first_task_says(tmp_path: Path) -> None:
+    labelled, bare = make(tmp_path / "a", SCHEMA), make(tmp_path / "b", BARE)
+    for config, data, positive in (
+        ("ranker", labelled, ""),
+        ("retriever", labelled, "click"),
+        ("retriever", bare, ""),
+    ):
+        assert load_config(config, (), data).data.positive == positive
 
 
 def test_a_data_set_of_a_config_file_may_be_named_in_three_ways(

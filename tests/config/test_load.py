@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tokenrec.config import Config, to_json
+from tokenrec.config import Config, HeadConfig, to_json
 from tokenrec.config.load import load_config, shipped_configs
-from tokenrec.config.overrides import split_overrides
+from tokenrec.config.overrides import apply_overrides, split_overrides
 from tokenrec.config.validate import validate
 from tokenrec.errors import InputError
 
@@ -80,6 +80,33 @@ def test_one_key_of_a_mapping_can_be_set(tmp_path: Path) -> None:
     body = "def get_config():\n    c = Config()\n    c.data.tasks = {'is_click': 1.0, 'like': 1.0}\n    return c\n"
     config = load_config(write(tmp_path / "tasks.py", body), ["data.tasks.like=0.25"])
     assert config.data.tasks == {"is_click": 1.0, "like": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            'head.alignment={"Title: {title}, id: {sid}": 1}',
+            {"Title: {title}, id: {sid}": 1.0},
+        ),
+        ("head.alignment={sid}: {title}:2", {"{sid}: {title}": 2.0}),
+        # The other key stays as it is, line break and all.
+        (
+            "head.alignment.v1.0 {sid} = {title}=0.5",
+            {"Old: {title},\n{sid}": 1.0, "v1.0 {sid} = {title}": 0.5},
+        ),
+        ('tokens.text={"history": ("title",)}', {"history": ("title",)}),
+        ("tokens.text.history=title,brand", {"history": ("title", "brand")}),
+        ("train.compiler_options.xla_a=b=c", {"xla_a": "b=c"}),
+    ],
+)
+def test_mappings_of_any_text(override: str, expected: object) -> None:
+    config = Config(head=HeadConfig(alignment={"Old: {title},\n{sid}": 1.0}))
+    changed, problems = apply_overrides(config, [override])
+    assert not problems
+    assert (
+        value(changed, ".".join(override.split(".")[:2]).partition("=")[0]) == expected
+    )
 
 
 def test_key_of_a_mapping_may_be_any_name(plain: str) -> None:

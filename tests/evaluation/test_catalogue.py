@@ -372,9 +372,9 @@ def test_the_next_item_of_a_walk_is_learned(trained):
     assert found["recall@1"] > 0.8
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("sampled", marks=pytest.mark.slow), "codes"]
-)
+# The full softmax learns above; losses of codes: tests/evaluation/test_generate.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sampled", "codes"])
 def test_a_walk_around_the_circle_is_learned(data, codes, kind, tmp_path):
     config = {
         "sampled": lambda: walking(data, head={"negatives": 16}, steps=150),

@@ -52,7 +52,7 @@ def workdir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             batch_size=16,
             eval_batch_size=64,
         ),
-        tokens=TokensConfig(embedding_dim=4),
+        tokens=TokensConfig(embedding_dim=4, maker="linear"),
         model=ModelConfig(width=8, heads=1, layers=1, windows=()),
         optim=OptimConfig(steps=4, warmup_steps=1),
         train=TrainConfig(eval_split=""),

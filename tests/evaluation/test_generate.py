@@ -55,11 +55,11 @@ LANGUAGE_MODEL = ModelConfig(
     kind="gemma3",
     width=16,
     heads=2,
-    layers=3,
+    layers=2,
     ffn_width=24,
     windows=(),
     decoder=DecoderConfig(
-        vocabulary=8, kv_heads=1, head_width=6, windows=(5, 0, 5), local_rope_base=50.0
+        vocabulary=8, kv_heads=1, head_width=6, windows=(5, 0), local_rope_base=50.0
     ),
 )
 

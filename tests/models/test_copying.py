@@ -192,7 +192,7 @@ def test_partitions_with_bonuses_are_finite_with_finite_gradients():
 def test_seen_items_are_either_copied_or_left_out(retrieval):
     config = Config(
         data=DataConfig(objective="retrieval", semantic_ids="ids"),
-        tokens=TokensConfig(fused=True),
+        tokens=TokensConfig(fused=True, maker="linear"),
         head=HeadConfig(copy=True, drop_seen=True, retrieval=retrieval),
     )
     with pytest.raises(InputError) as error:

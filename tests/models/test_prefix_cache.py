@@ -122,9 +122,20 @@ def cached(backbone, layout, x, events, candidates):
 assert_same = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["SFSF", "2F2S"])
+# Both orders of windows and both kinds of streams; one candidate is a case of five.
 @pytest.mark.parametrize(
-    ("candidates", "tokens", "fused"), [(1, 1, True), (5, 1, True), (3, 3, False)]
+    ("name", "candidates", "tokens", "fused"),
+    [
+        ("SFSF", 3, 3, False),
+        ("2F2S", 5, 1, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                *(("SFSF", 1, 1, True), ("SFSF", 5, 1, True)),
+                *(("2F2S", 1, 1, True), ("2F2S", 3, 3, False)),
+            )
+        ),
+    ],
 )
 def test_cached_scores_equal_uncached_scores(name, candidates, tokens, fused):
     layout = stream(candidates, tokens, fused=fused)
@@ -201,8 +212,16 @@ def scores_of_one_device():
     return np.asarray(uncached(build(stack("1F1S")), layout, *inputs(layout)))
 
 
+# One splits along every axis; the other has one head on each device.
 @pytest.mark.parametrize(
-    "shape", [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4)]
+    "shape",
+    [
+        *((2, 2, 2), (1, 2, 4)),
+        *(
+            pytest.param(shape, marks=pytest.mark.slow)
+            for shape in ((8, 1, 1), (1, 8, 1), (4, 1, 2))
+        ),
+    ],
 )
 def test_every_mesh_caches_the_same(shape):
     layout = stream(3, 2, prefix_read=True)

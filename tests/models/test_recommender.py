@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch, tiny
+from tests.worlds import SCHEMA, TASKS, mesh_of, one_device, place, random_batch
+from tests.worlds import tiny as four_layers
 from tokenrec.data.batch import Batch
 from tokenrec.models.stream_layout import stream_layout
 from tokenrec.sharding import RULES
@@ -25,6 +26,11 @@ SHAPES = {
     "uc": {"paradigm": "uc"},
     "uc_soft_user": {"paradigm": "uc", "tokens": {"user_tokens": 2}},
 }
+
+
+def tiny(*, model=None, **changes):
+    """One full and one sliding layer, which compile in half of the time of four."""
+    return four_layers(model={"layers": 2, "windows": (6,)} | (model or {}), **changes)
 
 
 @pytest.fixture(autouse=True)
@@ -69,14 +75,20 @@ def value_and_gradients(model, params, tables, batch):
 
 @pytest.mark.parametrize(
     "shape",
-    # The slow ones have fewer options than one of these.
+    # The slow ones have fewer options than one of these, or fewer tokens: those of "requests" are fused.
     [
-        *("requests", "long_targets", "uc_soft_user"),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("nio", "nio_fused", "uc")),
+        *("long_targets", "uc_soft_user"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("requests", "nio", "nio_fused", "uc")
+        ),
     ],
 )
 def test_needed_rows_equal_all_rows_in_values_and_gradients(shape, mesh):
-    config = tiny(**SHAPES[shape])
+    changes = SHAPES[shape]
+    tokens = {"maker": "linear"} | changes.get("tokens", {})
+    # The rows that are needed shrink from layer to layer.
+    config = four_layers(**changes | {"tokens": tokens})
     model, state, params = build(config)
     plain_config = copy.deepcopy(config)
     plain_config.model.needed_rows = False
@@ -198,7 +210,7 @@ def test_padding_never_changes_a_score(options, mesh):
     np.testing.assert_allclose(long, short, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_request_of_candidates_scores_like_as_many_lone_candidates(tokens, mesh):
     config = tiny(candidates=4, fused=True, tokens={"target_tokens": tokens})
     alone = tiny(candidates=1, fused=True, tokens={"target_tokens": tokens})
@@ -258,14 +270,29 @@ OPTIONS = {
             "user_tokens": 3,
             "embedding_dims": {"video": 12},
         },
-        "model": {"qk_norm": True, "positions": "additive"},
+        "model": {
+            "qk_norm": True,
+            "positions": "additive",
+            "layers": 1,
+            "windows": (),
+        },
     },
-    "uc_bfloat16": {"paradigm": "uc", "model": {"dtype": "bfloat16"}},
+    "uc_bfloat16": {
+        "paradigm": "uc",
+        "model": {"dtype": "bfloat16", "layers": 1, "windows": ()},
+    },
     "fused": {"fused": True},
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+# Of fused tokens: tests/models/test_prompts.py.
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "fused" else [])
+        for name in OPTIONS
+    ],
+)
 def test_gradients_reach_every_weight_and_every_table_under_every_option(option, mesh):
     config = tiny(**OPTIONS[option])
     model, state, params = build(config)

@@ -1,12 +1,15 @@
 """Products with weights in shards have the values and gradients of whole weights."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from tests.worlds import mesh_of
-from tokenrec.ops.contract import contract
+from tokenrec.ops.contract import contract, contract_again
 from tokenrec.sharding import RULES
 
 # Equation: shapes of x and w, logical axes of x and w, and those of the last dimensions
@@ -74,3 +77,26 @@ def test_gradients_are_summed_in_float32_however_the_product_is_made():
     d_w = gradients_and_output("bi,io->bo", mesh_of(1, 8, 1), jnp.bfloat16)[1]
     rounded = np.asarray(jnp.asarray(d_w, jnp.bfloat16), np.float32)
     assert not np.array_equal(d_w, rounded)
+
+
+def test_a_product_that_is_computed_again_is_not_kept(capsys):
+    """As large as the other one, of 8 x 3 x 32 numbers."""
+    x, w = jnp.ones((8, 3, 16)), jnp.ones((16, 32))
+    down, up = jnp.ones((16, 2)), jnp.ones((2, 32))
+    spec = RULES("batch", None, None)
+
+    def loss(product, x, w, down, up):
+        narrow = contract("bsd,dr->bsr", x, down, spec)
+        wide = product("bsr,rf->bsf", narrow, up, spec)
+        return jnp.sum(jnp.sin(contract("bsd,df->bsf", x, w, spec) + wide))
+
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    kept, gradients = [], []
+    with jax.set_mesh(mesh_of(1, 1, 1)):
+        for product in (contract, contract_again):
+            whole = jax.checkpoint(functools.partial(loss, product), policy=policy)
+            print_saved_residuals(whole, x, w, down, up)
+            kept.append(capsys.readouterr().out.count(",3,32]"))
+            gradients.append(jax.grad(whole, argnums=(0, 1, 2, 3))(x, w, down, up))
+    assert kept == [2, 1]
+    jax.tree.map(np.testing.assert_array_equal, *gradients)

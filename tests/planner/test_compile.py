@@ -51,6 +51,7 @@ IMPRESSIONS = {
     "tokens.fused": True,
     "tokens.user_tokens": 1,
     "tokens.embedding_dim": 8,
+    "tokens.maker": "linear",
     "model.windows": (8,),
 }
 
@@ -91,7 +92,8 @@ SMALL = (
 @pytest.mark.parametrize("name", SMALL)
 @tpu_compiler
 def test_every_config_compiles_for_a_tpu_with_splash(name):
-    model, shapes = model_and_shapes(two_layers(name))
+    config = two_layers(name, **{"tokens.maker": "linear"})
+    model, shapes = model_and_shapes(config)
     mesh = topology_mesh("v5e:2x2", MeshConfig(fsdp=2))
     work, layers = step_work(model, mesh, shapes)
     found = program_figures(compile_train_step(model, mesh, shapes), mesh, work)

@@ -130,9 +130,7 @@ def opened_run(
         dataset.rare_ids = {"item": rows.astype(np.int32)}
     mesh = one_device()
     with jax.set_mesh(mesh):
-        model = build_model(
-            config, dataset.schema, (), catalogue_ids=dataset.catalogue.ids
-        )
+        model = build_model(config, dataset.schema, (), catalogue=dataset.catalogue)
         state = init_state(model, 0)
         params = {
             name: jax.device_put(value, state.params[name].sharding)

@@ -14,6 +14,8 @@ from benchmarks.serving_equality import main
 from tokenrec.evaluation.predict import predict_run
 
 
+# Some rows: test_scorer.py, test_golden_requests_have_the_scores_of_predict.
+@pytest.mark.slow
 def test_all_rows_of_a_split(exported_run: tuple[Path, Path], tmp_path: Path) -> None:
     run, artifact = exported_run
     expected = tmp_path / "expected.parquet"

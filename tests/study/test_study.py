@@ -45,7 +45,6 @@ SMALL = dataclasses.replace(
 COMMAND = """
 import json, os, sys, time
 from pathlib import Path
-import numpy as np, pyarrow as pa, pyarrow.parquet as pq
 verb, *rest = sys.argv[1:]
 flags = dict(flag.removeprefix("--").split("=", 1) for flag in rest if "=" in flag)
 folder = Path(flags.get("workdir") or flags.get("config")).parent
@@ -67,6 +66,7 @@ elif verb == "train":
     while time.process_time() < end:
         pass
 else:
+    import numpy as np, pyarrow as pa, pyarrow.parquet as pq
     rows = pq.read_table(os.environ["ROWS"]).filter(pa.compute.field("split") == flags["split"]).drop(["split"])
     draw = np.random.default_rng(config["seed"])
     noise = 0.2 if config["optim"]["learning_rate"] == 3e-3 and not config["model"]["gate"] else 0.6

@@ -451,8 +451,7 @@ def open_model(workdir: Path, data: Path | None) -> tuple[ModelSpec, Dataset]:
     )
     use_id_counts(config, dataset, as_path(workdir), trained=True)
     tasks = task_names(schema, config.data)
-    ids = dataset.catalogue.ids
-    return build_model(config, schema, tasks, catalogue_ids=ids), dataset
+    return build_model(config, schema, tasks, catalogue=dataset.catalogue), dataset
 
 
 def data_of_run(workdir: Path) -> Path:

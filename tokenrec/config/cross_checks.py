@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from tokenrec.config.alignment import alignment_problems
 from tokenrec.config.backbones import (
     backbone_problems,
     branch_problems,
@@ -33,6 +34,7 @@ def cross_check(config: Config) -> Iterator[str]:
     if config.data.objective == "retrieval":
         yield from check_retrieval(config)
     yield from check_prompt(config)
+    yield from alignment_problems(config)
     yield from check_entities(config)
     yield from check_compression(config)
     yield from check_ids(config)

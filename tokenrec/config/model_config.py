@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from tokenrec.config.backbones import BACKBONES
-from tokenrec.config.fields import field
+from tokenrec.config.fields import BOUNDS, Bounds, field
 
 Positions = Literal["rope", "additive"]
 DType = Literal["float32", "bfloat16"]
@@ -229,6 +229,14 @@ class HeadConfig:
     """Raise the items of the history, the more the oftener and the more recently they
     were taken: `next_item` adds a bonus to their scores, `semantic_id` mixes copies of
     them with the generated items. Use it where users take an item again."""
+
+    alignment: dict[str, float] = dataclasses.field(
+        default_factory=dict, metadata={BOUNDS: Bounds(above=0)}
+    )
+    """`semantic_id`, language models: templates of alignment tasks, and the weights of
+    their losses beside that of the next item, which is 1. A template holds `{title}`, the
+    texts of an item of the catalogue, and `{sid}`, its semantic id, and learns the one
+    that it ends with: `{"The id of {title} is {sid}": 1.0, "{sid} is {title}": 0.5}`."""
 
     beams: int = field(20, at_least=1)
     """`semantic_id`: width of the beam search, at least `top_k`. Wider finds better

@@ -6,6 +6,7 @@ of typed elements are registered here, because it has none for them.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 from collections.abc import Sequence
 from operator import attrgetter
@@ -29,6 +30,8 @@ PREFIX = "--config."
 RUN_LENGTHS = ("optim.steps", "optim.epochs")
 
 _TYPES = {field.name: field.type for field in list_fields(Config)}
+_MAPPINGS = [name for name, kind in _TYPES.items() if get_origin(kind) is dict]
+_NUMBERS = (int, float)
 _SECTIONS = dict(list_sections(Config))
 
 
@@ -74,7 +77,7 @@ def apply_overrides(
     """
     problems: list[ConfigProblem] = []
     for override in overrides:
-        field, _, text = override.partition("=")
+        field, text = _split(override)
         try:
             config = _override(config, field, text)
         except InputError as error:
@@ -87,7 +90,7 @@ def _keep_one_length(
 ) -> Config:
     """Keep the one of `RUN_LENGTHS` that was overridden; both are a problem."""
     optim = config.optim
-    given = {override.partition("=")[0] for override in overrides}
+    given = {_split(override)[0] for override in overrides}
     given &= set(RUN_LENGTHS)
     if not given or not isinstance(optim, OptimConfig):
         return config
@@ -105,11 +108,24 @@ def _keep_one_length(
     return dataclasses.replace(config, optim=dataclasses.replace(optim, **kept))
 
 
+def _split(override: str) -> tuple[str, str]:
+    """Split an override into field and value; a key of a mapping may hold `=`.
+
+    >>> _split("head.alignment.{sid} = {title}=0.5")
+    ('head.alignment.{sid} = {title}', '0.5')
+    """
+    owner = next((n for n in _MAPPINGS if override.startswith(f"{n}.")), "")
+    # A number holds none; a text may.
+    is_last = owner and get_args(_TYPES[owner])[1] in _NUMBERS
+    field, _, text = override.rpartition("=") if is_last else override.partition("=")
+    return field, text
+
+
 def _owner(field: str) -> str:
     """Field that an override sets, for `data.tasks.like` the mapping; empty if none."""
-    mapping = field.rpartition(".")[0]
-    if get_origin(_TYPES.get(mapping)) is dict:
-        return mapping
+    for name in _MAPPINGS:
+        if field.startswith(f"{name}."):
+            return name
     return field if field in _TYPES else ""
 
 
@@ -122,8 +138,9 @@ def _override(config: Config, field: str, text: str) -> Config:
     try:
         # 2. ml_collections adds no key to a mapping: replace the whole mapping.
         if owner != field:
-            key = field.rpartition(".")[2]
-            value = str({**attrgetter(owner)(config), key: value})
+            kind = get_args(_TYPES[owner])[1]
+            entry = {field.removeprefix(f"{owner}."): _value(kind, value)}
+            return _with_field(config, owner, attrgetter(owner)(config) | entry)
         # 3. Parse the value by the type of the field.
         return _parse_flag(config, f"{PREFIX}{owner}={value}")
     except TypeError as error:
@@ -135,6 +152,23 @@ def _override(config: Config, field: str, text: str) -> Config:
         if get_origin(hint) is None:
             raise InputError(f"{field}={text!r} is not {hint_name(hint)}") from None
         raise InputError(f"{field}={text!r}: {error}") from None
+
+
+def _value(kind: Any, text: str) -> Any:
+    """Parse the value of a key of a mapping."""
+    return (
+        _element(kind, text)
+        if get_origin(kind) is None
+        else _ElementsParser(kind).parse(text)
+    )
+
+
+def _with_field(owner: Any, field: str, value: Any) -> Any:
+    """Return a copy of a dataclass with a nested field, such as `a.b.c`, replaced."""
+    first, _, rest = field.partition(".")
+    if rest:
+        value = _with_field(getattr(owner, first), rest, value)
+    return dataclasses.replace(owner, **{first: value})
 
 
 def _parse_flag(config: Config, argument: str) -> Config:
@@ -173,6 +207,13 @@ class _ElementsParser(flags.ArgumentParser):
     (32, 16)
     >>> _ElementsParser(dict[str, float]).parse("click:1, like:.5")
     {'click': 1.0, 'like': 0.5}
+
+    A mapping may be written as in Python, which keys with commas and colons need.
+
+    >>> _ElementsParser(dict[str, float]).parse('{"Title: {title}, id: {sid}": 1}')
+    {'Title: {title}, id: {sid}': 1.0}
+    >>> _ElementsParser(dict[str, tuple[str, ...]]).parse('{"history": ("title",)}')
+    {'history': ('title',)}
     """
 
     def __init__(self, kind: Any) -> None:
@@ -183,6 +224,11 @@ class _ElementsParser(flags.ArgumentParser):
             # The value in the config file, which `validate` checks.
             return argument
         text = argument.strip()
+        if self.origin is dict and (literal := _literal_mapping(text)) is not None:
+            return {
+                _typed(self.kinds[0], key): _typed(self.kinds[1], value)
+                for key, value in literal.items()
+            }
         brackets = ["{}"] if self.origin is dict else ["()", "[]"]
         if text[:1] + text[-1:] in brackets:
             text = text[1:-1]
@@ -191,11 +237,33 @@ class _ElementsParser(flags.ArgumentParser):
             return tuple(_element(self.kinds[0], part) for part in parts)
         entries: dict[Any, Any] = {}
         for part in parts:
-            key, colon, value = part.partition(":")
+            is_last = self.kinds[1] in _NUMBERS
+            key, colon, value = part.rpartition(":") if is_last else part.partition(":")
             if not colon:
                 raise ValueError("not a mapping; write {name: value, ...}")
             entries[_element(self.kinds[0], key)] = _element(self.kinds[1], value)
         return entries
+
+
+def _literal_mapping(text: str) -> dict[Any, Any] | None:
+    """The mapping that a text is in Python's syntax; None if it is none."""
+    if text[:1] != "{":
+        return None
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """Convert a literal to the type of a field's elements."""
+    if get_origin(kind) is tuple and isinstance(value, tuple | list):
+        return tuple(_typed(get_args(kind)[0], each) for each in value)
+    given = type(value)
+    if given is kind or (kind is float and given is int):
+        return kind(value)
+    raise ValueError(f"{value!r} is not {hint_name(kind)}")
 
 
 def _element(kind: type, text: str) -> Any:

@@ -43,22 +43,16 @@ def template_words(config: Config) -> tuple[str, ...]:
         not at the end of a prompt that generates, or the kind of model has no chat
         format.
     """
-    kind, tokens = config.model.kind, config.tokens
-    words = list(_parse(tokens.template))
+    tokens = config.tokens
+    words = list(parse_template(tokens.template, "tokens.template", SLOTS))
     if f"{{{ANSWER}}}" in words:
         _check_answer(config, words)
         words.pop()
     if BAR not in words:
         _insert_bar(words)
     if tokens.chat:
-        if not is_decoder(config.model):
-            raise InputError(
-                f"tokens.chat=True with model.kind='{kind}', which is no language model "
-                f"and has no chat format; use False, or one of {', '.join(FAMILIES)}"
-            )
-        family = FAMILIES[kind]
-        before, behind = family.turn
-        words = [TEXT + family.begin + before, *words, TEXT + behind]
+        before, behind = chat_turn(config)
+        words = [TEXT + before, *words, TEXT + behind]
     if not is_decoder(config.model):
         words = [
             TEXT + word.removeprefix(TEXT).strip() if word.startswith(TEXT) else word
@@ -72,8 +66,34 @@ def template_words(config: Config) -> tuple[str, ...]:
     )
 
 
-def _parse(template: str) -> Iterator[str]:
-    """Yield the pieces of a template: `text:...`, slots in their braces, and `||`."""
+def chat_turn(config: Config) -> tuple[str, str]:
+    """Text before and behind what the user says, in the chat format of the model.
+
+    Raises:
+      InputError: the kind of model has no chat format.
+    """
+    kind = config.model.kind
+    if not is_decoder(config.model):
+        raise InputError(
+            f"tokens.chat=True with model.kind='{kind}', which is no language model "
+            f"and has no chat format; use False, or one of {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    before, behind = family.turn
+    return family.begin + before, behind
+
+
+def parse_template(template: str, field: str, slots: tuple[str, ...]) -> Iterator[str]:
+    """Yield the pieces of a template: `text:...`, slots in their braces, and `||`.
+
+    Args:
+      template: the template.
+      field: config field that it is the value of, for messages.
+      slots: names that a slot may have.
+
+    Raises:
+      InputError: a slot is unknown, or a brace has no partner.
+    """
     text, place = "", 0
     for match in _PIECE.finditer(template):
         text += template[place : match.start()]
@@ -83,7 +103,7 @@ def _parse(template: str) -> Iterator[str]:
             text += piece[0]
             continue
         if piece != BAR:
-            _check_slot(template, match)
+            _check_slot(template, match, field, slots)
         if text:
             yield TEXT + text
         text = ""
@@ -93,17 +113,19 @@ def _parse(template: str) -> Iterator[str]:
         yield TEXT + text
 
 
-def _check_slot(template: str, match: re.Match[str]) -> None:
+def _check_slot(
+    template: str, match: re.Match[str], field: str, slots: tuple[str, ...]
+) -> None:
     slot = match["slot"]
     if slot is None:
         around = template[max(match.start() - _AROUND, 0) : match.end() + _AROUND]
         raise InputError(
-            f"tokens.template: '{match.group()}' in {around!r} has no partner; write "
-            "a slot as '{history}', and double a brace that is text"
+            f"{field}: '{match.group()}' in {around!r} has no partner; write "
+            f"a slot as '{{{slots[0]}}}', and double a brace that is text"
         )
-    if slot not in SLOTS:
+    if slot not in slots:
         raise InputError(
-            f"tokens.template: '{match.group()}' is not a slot{suggest(slot, SLOTS)}; "
+            f"{field}: '{match.group()}' is not a slot{suggest(slot, slots)}; "
             "double the braces if they are text"
         )
 

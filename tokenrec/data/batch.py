@@ -80,6 +80,8 @@ class Batch(NamedTuple):
         fills up. Otherwise None.
       negatives: `[B, n] int32`, catalogue rows drawn inside the step for a sampled
         softmax; None in the input pipeline.
+      aligned: `[B, tasks] int32`, items drawn inside the step for `head.alignment`; None
+        in the input pipeline.
       ages: `[B, T] int32`, whole seconds from each event to the request (NIO) or to the
         newest event of the stream (UC); 0 for padding. None unless the model reads
         them.
@@ -101,6 +103,7 @@ class Batch(NamedTuple):
     negatives: Leaf = None
     ages: Leaf = None
     targets: Leaf = None
+    aligned: Leaf = None
 
 
 class HostBatch(NamedTuple):

@@ -91,7 +91,7 @@ def _inspect_samples(
             # By the counts of the whole step, so that the losses add up to that of the
             # step.
             "losses": sample_losses(
-                model, module, outputs[-1], entities, batch, inputs.counts
+                model, module, outputs[-1], entities, batch, inputs.counts, keys
             ),
             "features": {
                 part: {

@@ -37,6 +37,7 @@ from tokenrec.data.batch import Batch
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.pipeline import eval_batches, task_names
 from tokenrec.errors import InputError
+from tokenrec.evaluation.alignment import make_alignment_evaluator
 from tokenrec.evaluation.baseline_reports import (
     evaluate_baselines,
     retrieval_baselines,
@@ -142,6 +143,7 @@ def make_evaluator(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Evaluator:
         # Beam search ranks its beams alone: Recall@k and NDCG@k with k > beams are
         # null.
         listed = config.head.beams if config.head.retrieval == "semantic_id" else None
+        align = make_alignment_evaluator(model, mesh) if model.alignment else None
 
         def _evaluate_retrieval(
             state: TrainState,
@@ -151,8 +153,11 @@ def make_evaluator(model: ModelSpec, dataset: Dataset, mesh: Mesh) -> Evaluator:
         ) -> dict[str, Any]:
             step = functools.partial(retrieve, state)
             answers = rank_split(step, config, dataset, split, mesh, limit=limit)
-            return summarize(
+            report = summarize(
                 _calling(answers, between_batches), model.schema.items, listed=listed
+            )
+            return report | (
+                {"alignment": align(state, between_batches)} if align else {}
             )
 
         return _evaluate_retrieval

@@ -50,9 +50,15 @@ def criterion(config: Config) -> str:
 
 
 def flatten_report(report: dict[str, Any]) -> dict[str, float | None]:
-    """Report as one flat mapping for the logs, `TASK/METRIC` for values of a task."""
+    """Report as one flat mapping for the logs, `TASK/METRIC` for values of a task.
+
+    The loss of an alignment task is `alignment/TASK`.
+    """
     if "retrieval" in report:
-        return dict(report["retrieval"])
+        aligned = report.get("alignment", {}).items()
+        return report["retrieval"] | {
+            f"alignment/{name}": task["loss"] for name, task in aligned
+        }
     flat = {name: value for name, value in report.items() if name != "tasks"}
     for task, values in report["tasks"].items():
         flat |= {f"{task}/{name}": value for name, value in values.items()}

@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 
 from tokenrec.config.tuning_config import TuningConfig
-from tokenrec.ops.contract import contract
+from tokenrec.ops.contract import contract, contract_again
 from tokenrec.ops.layers import constant, dropout, spec_of, weight
 from tokenrec.sharding import RULES, tokens_of
 
@@ -73,7 +73,8 @@ class Adapter(nnx.Module):
             self.down[...],
             RULES("batch", tokens_of(x), None),
         )
-        wide = contract(
+        # As large as the projection, which is kept: the sum is what is needed.
+        wide = contract_again(
             f"bsr,r{outputs}->bs{outputs}", narrow, self.up[...], spec_of(out)
         )
         return out + self.scale * wide

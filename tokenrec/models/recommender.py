@@ -50,6 +50,7 @@ from tokenrec.models.words import (
     own_tables,
     shares_codes,
     word_scale,
+    writes_words,
 )
 from tokenrec.ops.layers import Linear, dropout, flatten_tokens, split_keys, weight
 from tokenrec.sharding import RULES, on_mesh, reshard
@@ -138,7 +139,7 @@ class Recommender(nnx.Module):
         self.vocabulary = tuple(sorted({word for text in literals for word in text}))
         self.words: WordTable | nnx.Param | None
         if is_decoder(config.model):
-            self.words = WordTable(config.model, rngs=rngs)
+            self.words = WordTable(config.model, scored=writes_words(config), rngs=rngs)
         else:
             self.words = _learned_tokens(len(self.vocabulary), width, rngs)
         # 3. Backbone and head. Sizes of the backbone come from the longest stream,
@@ -313,7 +314,7 @@ class Recommender(nnx.Module):
             part: EntityFeatures(
                 values
                 | {
-                    name: readers[name](ids[name], self._dtype)
+                    name: readers[name](ids[name], self.dtype)
                     for name in sorted(readers.keys() & ids.keys())
                 },
                 ids,
@@ -356,14 +357,14 @@ class Recommender(nnx.Module):
                 parts.append(self._repeat_per_stream(vector, batch))
                 separator += 1
             elif segment.kind == "text":
-                parts.append(self._literal_tokens(next(literals), batch))
+                parts.append(self.literal_tokens(next(literals), batch))
             elif segment.kind == "history":
                 item_vectors = self._item_vectors(entities, batch)
                 parts.append(
-                    self.history(entities, batch.valid, self._dtype, item_vectors)
+                    self.history(entities, batch.valid, self.dtype, item_vectors)
                 )
             elif segment.kind == "user" and self.user is not None:
-                user = self.user(*merge_entities(entities["user"]), self._dtype)
+                user = self.user(*merge_entities(entities["user"]), self.dtype)
                 parts.append(flatten_tokens(user))
             elif segment.kind == "query" and self.query is not None:
                 # The candidates of a request share its context: take that of the first.
@@ -372,7 +373,7 @@ class Recommender(nnx.Module):
                     {name: _first(value) for name, value in part.items()}
                     for part in (values, ids)
                 )
-                query = self.query(first_values, first_ids, self._dtype)
+                query = self.query(first_values, first_ids, self.dtype)
                 parts.append(flatten_tokens(query))
         return jnp.concatenate(parts, axis=1)
 
@@ -406,24 +407,24 @@ class Recommender(nnx.Module):
             values, ids = merge_entities(entities["target"])
             if segment.kind == "text":
                 # The same words for every candidate.
-                words = self._literal_tokens(next(literals), batch)[:, None]
+                words = self.literal_tokens(next(literals), batch)[:, None]
                 shape = (words.shape[0], batch.weight.shape[1], *words.shape[2:])
                 spec = RULES("batch", None, None, None)
                 parts.append(jnp.broadcast_to(words, shape, out_sharding=on_mesh(spec)))
             elif segment.kind == "title":
                 assert self.title is not None
-                parts.append(self.title(values, ids, self._dtype))
+                parts.append(self.title(values, ids, self.dtype))
             else:
                 # A candidate has the features of a state.
                 maker = self.history.state if self.target is None else self.target
                 assert maker is not None
-                parts.append(maker(values, ids, self._dtype))
+                parts.append(maker(values, ids, self.dtype))
         return [flatten_tokens(jnp.concatenate(parts, axis=2))] if parts else []
 
     def code_tokens(self, codes: jax.Array) -> jax.Array:
         """Make the tokens of n goals or beams: codes `[B, n, l]` to `[B, n l, d]`."""
         assert isinstance(self.head, SemanticIdHead)
-        return flatten_tokens(self.head.tokens(codes).astype(self._dtype))
+        return flatten_tokens(self.head.tokens(codes).astype(self.dtype))
 
     @property
     def _new_row_scale(self) -> float:
@@ -432,7 +433,8 @@ class Recommender(nnx.Module):
         return word_scale(model) if is_decoder(model) else 1.0
 
     @property
-    def _dtype(self) -> jnp.dtype:
+    def dtype(self) -> jnp.dtype:
+        """Type of the tokens and of the backbone's activations."""
         return jnp.dtype(self.config.model.dtype)
 
     def _repeat_per_stream(self, vectors: jax.Array, batch: Batch) -> jax.Array:
@@ -440,15 +442,15 @@ class Recommender(nnx.Module):
         shape = (batch.valid.shape[0], *vectors.shape)
         # Not `broadcast_to` with `out_sharding`, which it drops where the batch is 1.
         return reshard(
-            jnp.broadcast_to(vectors.astype(self._dtype), shape),
+            jnp.broadcast_to(vectors.astype(self.dtype), shape),
             RULES("batch", None, None),
         )
 
-    def _literal_tokens(self, words: tuple[int, ...], batch: Batch) -> jax.Array:
-        """Tokens of a literal text of n words, `[B, n, d]`."""
+    def literal_tokens(self, words: tuple[int, ...], batch: Batch) -> jax.Array:
+        """Make the tokens of a literal text of n words, `[B, n, d]`."""
         if isinstance(self.words, WordTable):
             ids = jnp.asarray(words, jnp.int32)
-            return self._repeat_per_stream(self.words(ids, self._dtype), batch)
+            return self._repeat_per_stream(self.words(ids, self.dtype), batch)
         assert self.words is not None
         places = np.searchsorted(self.vocabulary, words)
         return self._repeat_per_stream(self.words[...][places], batch)
@@ -499,7 +501,7 @@ class Recommender(nnx.Module):
           `[B, T, d]`, the mean of the tokens of an event that has several.
         """
         entities = self._with_words(entities)
-        tokens = jnp.mean(self.history.event_tokens(entities, self._dtype), axis=2)
+        tokens = jnp.mean(self.history.event_tokens(entities, self.dtype), axis=2)
         # A batch of 1 has lost its sharding.
         tokens = reshard(tokens, RULES("batch", None, None))
         # As in `make_stream`, for the control whose tokens are not trained.

@@ -16,17 +16,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tokenrec.config import Config, ModelConfig
+from tokenrec.config.alignment import TITLE, alignment_tasks
 from tokenrec.config.backbones import is_decoder
 from tokenrec.data.schema import FIRST_KNOWN, TEXT_TABLE
 from tokenrec.data.semantic_id_feature import SEMANTIC_ID
 from tokenrec.errors import InputError
 from tokenrec.language.families import FAMILIES
-from tokenrec.ops.contract import contract, gather_over_fsdp
+from tokenrec.ops.column_lookup import look_up_columns
+from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import weight
-from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.sharding import RULES
 
-# The rows are a multiple of this, so that scores of all words split over `mesh.tensor`.
+# The rows are a multiple of this, the lanes of a TPU.
 ROW_MULTIPLE = 128
 
 
@@ -61,13 +62,18 @@ def own_tables(config: Config) -> tuple[str, ...]:
     return (TEXT_TABLE, *((SEMANTIC_ID,) if shares_codes(config) else ()))
 
 
+def writes_words(config: Config) -> bool:
+    """Whether the model learns to write texts, so that words are scored."""
+    return any(task.answer == TITLE for task in alignment_tasks(config))
+
+
 class WordTable(nnx.Module):
     """Read words, and score read-outs against all words.
 
     Args:
       config: `model` of the run's config, with its `decoder`.
-      scored: words are scored too. A recommender scores items and labels alone, and
-        leaves the vectors for that to the checkpoint.
+      scored: words are scored too. A recommender that writes no texts leaves the vectors
+        for that to the checkpoint.
 
     Attributes:
       inputs: `[V', d]`, vectors that words are read with.
@@ -93,9 +99,8 @@ class WordTable(nnx.Module):
 
         An id that fills a text up reads word 0; attention must not see it.
         """
-        # Cast before it is gathered: that halves the traffic in bfloat16.
-        table = gather_over_fsdp(self.inputs[...].astype(dtype))
-        rows = expand_rows(table, jnp.maximum(ids - FIRST_KNOWN, 0))
+        words = jnp.maximum(ids - FIRST_KNOWN, 0)
+        rows = look_up_columns(self.inputs[...], words, dtype)
         return rows * jnp.asarray(self.scale, dtype)
 
     def logits(self, h: jax.Array) -> jax.Array:

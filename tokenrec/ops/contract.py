@@ -102,3 +102,24 @@ def _backward(
 
 
 contract.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def contract_again(
+    equation: str, x: jax.Array, w: jax.Array, spec: PartitionSpec
+) -> jax.Array:
+    """`contract`, whose result `model.remat="dots"` computes again and does not keep.
+
+    For products with few inputs, which cost less than the memory of their result.
+    """
+    return contract(equation, x, w, spec)
+
+
+def _forward_again(
+    equation: str, x: jax.Array, w: jax.Array, spec: PartitionSpec
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # The function itself: the policy does not look for products inside of it.
+    return contract_again(equation, x, w, spec), (x, w)
+
+
+contract_again.defvjp(_forward_again, _backward)

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from tokenrec.config import Config
 from tokenrec.config.backbones import reads_event_ages
 from tokenrec.data.batch import Batch
+from tokenrec.data.interaction_log import Catalogue
 from tokenrec.data.pipeline import batch_shapes, task_names
-from tokenrec.data.schema import Schema, columns
+from tokenrec.data.schema import FIRST_KNOWN, Schema, columns
 from tokenrec.state import ModelSpec, TrainState, abstract_state, build_model
 
 
@@ -62,16 +63,13 @@ def planned_inputs(
     optim = config.optim
     steps = optim.steps or max(optim.warmup_steps, 1)
     config = dataclasses.replace(config, optim=dataclasses.replace(optim, steps=steps))
-    # A planned catalogue has no values yet: `head.item_features` are all missing.
-    widths = columns(schema.group("catalogue")).ids_width
-    no_ids = np.zeros((schema.items, widths), np.int32)
     model = build_model(
         config,
         schema,
         task_names(schema, config.data),
         epoch_steps=steps,
         updates=updates,
-        catalogue_ids=no_ids if config.head.item_features else None,
+        catalogue=_planned_catalogue(config, schema),
     )
     batch = batch_shapes(
         schema,
@@ -84,3 +82,22 @@ def planned_inputs(
     with jax.set_mesh(mesh):
         state = abstract_state(model)
     return PlannedInputs(model, state, batch)
+
+
+def _planned_catalogue(config: Config, schema: Schema) -> Catalogue | None:
+    """A catalogue of the planned size, for the options of the head that read one."""
+    if not (config.head.item_features or config.head.alignment):
+        return None
+    # It has no values yet: `head.item_features` are all missing.
+    ids = np.zeros(
+        (schema.items, columns(schema.group("catalogue")).ids_width), np.int32
+    )
+    if config.head.alignment:
+        # Texts of their full length.
+        ids[:] = FIRST_KNOWN
+    return Catalogue(
+        item_id=np.arange(schema.items),
+        ids=ids,
+        dense=np.zeros((schema.items, 0), np.float32),
+        codes=np.zeros((schema.items, len(schema.levels)), np.int32),
+    )

@@ -11,7 +11,8 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -32,6 +33,8 @@ DATABASE_FILE = "mlflow.db"
 ARTIFACTS_FOLDER = "mlflow_artifacts"
 # Limit of MLflow for one request.
 _PARAMS_PER_REQUEST = 100
+# Limit of MLflow for a name is 250, of which some are left for a number.
+_LONGEST_NAME = 240
 
 
 class MlflowWriter:
@@ -148,9 +151,10 @@ class MlflowWriter:
         run_id = self._client.create_run(
             experiment_id, run_name=folder.name
         ).info.run_id
+        values = flat_config(dict(config))
         params = [
-            self._mlflow.entities.Param(_metric_name(field), value)
-            for field, value in flat_config(dict(config)).items()
+            self._mlflow.entities.Param(name, value)
+            for name, value in zip(_param_names(values), values.values(), strict=True)
         ]
         for first in range(0, len(params), _PARAMS_PER_REQUEST):
             self._client.log_batch(
@@ -162,3 +166,20 @@ class MlflowWriter:
 def _metric_name(name: str) -> str:
     """Replace the characters that MLflow does not allow in names."""
     return re.sub(r"[^/\w.\- ]", "_", name.replace("@", "_at_"))
+
+
+def _param_names(fields: Iterable[str]) -> list[str]:
+    """Names of config fields for MLflow, all different.
+
+    A key of a mapping, such as a template of `head.alignment`, may be any text.
+
+    >>> _param_names(["head.alignment.{sid}? {title}", "head.alignment.{sid}! {title}"])
+    ['head.alignment._sid__ _title_', 'head.alignment._sid__ _title__2']
+    """
+    names: list[str] = []
+    seen: Counter[str] = Counter()
+    for field in fields:
+        name = _metric_name(field).replace("/", "_")[:_LONGEST_NAME]
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return names

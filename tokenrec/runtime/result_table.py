@@ -92,6 +92,7 @@ def format_results(
     tables = [
         result_rows(results, header),
         calibration_rows(results),
+        alignment_rows(results, header),
         *other_tables(results, header),
     ]
     return "\n\n".join(format_table(rows) for rows in tables if rows)
@@ -176,6 +177,22 @@ def other_tables(
             if ndcg:
                 tables[2].append(row | ndcg | {"requests": report["requests"]})
     return [table for table in tables if table]
+
+
+def alignment_rows(
+    results: Mapping[str, Mapping[str, Any]], header: str = "model"
+) -> list[dict[str, Any]]:
+    """Rows for `format_table` of alignment tasks: one per model and task.
+
+    Args:
+      results: as in `result_rows`; reports without alignment tasks have no row.
+      header: name of the first column.
+    """
+    return [
+        {header: name, "alignment task": task} | found
+        for name, summary in results.items()
+        for task, found in summary.get("alignment", {}).items()
+    ]
 
 
 def calibration_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -49,8 +49,22 @@ def test_plain_causal_order_equals_dense(name):
     assert_equals_dense(CAUSAL_SPECS[name])
 
 
-@pytest.mark.parametrize("every_token", [False, True], ids=["needed", "every token"])
-@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize(
+    ("name", "every_token"),
+    [
+        *(pytest.param(name, False, id=f"{name}-needed") for name in STREAMS),
+        # "requests" has static tokens, candidates and a query as well as padding.
+        *(
+            pytest.param(
+                name,
+                True,
+                id=f"{name}-every token",
+                marks=[] if name == "requests" else pytest.mark.slow,
+            )
+            for name in STREAMS
+        ),
+    ],
+)
 def test_padded_streams_with_static_tokens_equal_dense(name, every_token):
     for spec in stream_specs(name, every_token=every_token):
         assert_equals_dense(spec)

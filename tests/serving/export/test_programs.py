@@ -27,7 +27,7 @@ CONFIGS = {
         candidates=3,
         fused=True,
         model=SHALLOW | {"branch": "mean"},
-        tokens={"replicate_rows": 10},
+        tokens=LINEAR | {"replicate_rows": 10},
     ),
     "query and long targets": tiny(
         candidates=2,
