@@ -46,6 +46,9 @@ from tokenrec.tokens.stream_segments import StreamSegment, make_layout
 
 # Most bytes of texts and codes, which every device and every compiled program holds.
 MOST_BYTES = 512 * 2**20
+# Token ids of the texts before and behind the question of a task.
+type QuestionTexts = tuple[tuple[int, ...], tuple[int, ...]]
+
 # Separates the dropout keys of the tasks from those of the history stream.
 _KEY = 0xA1
 
@@ -62,14 +65,14 @@ class Alignment:
     """
 
     tasks: tuple[AlignmentTask, ...]
-    literals: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    literals: tuple[QuestionTexts, ...]
     titles: np.ndarray
     codes: np.ndarray
 
 
 def plan_alignment(
     tasks: tuple[AlignmentTask, ...],
-    literals: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
+    literals: tuple[QuestionTexts, ...],
     schema: Schema,
     catalogue: Catalogue | None,
 ) -> Alignment | None:
@@ -196,7 +199,7 @@ def losses_by_task(
 
 def _codes_loss(
     module: Recommender,
-    literals: tuple[tuple[int, ...], tuple[int, ...]],
+    literals: QuestionTexts,
     titles: jax.Array,
     codes: jax.Array,
     batch: Batch,
@@ -221,7 +224,7 @@ def _codes_loss(
 
 def _words_loss(
     module: Recommender,
-    literals: tuple[tuple[int, ...], tuple[int, ...]],
+    literals: QuestionTexts,
     titles: jax.Array,
     codes: jax.Array,
     batch: Batch,
@@ -250,7 +253,7 @@ def _words_loss(
 
 def _read_out(
     module: Recommender,
-    literals: tuple[tuple[int, ...], tuple[int, ...]],
+    literals: QuestionTexts,
     question: jax.Array,
     answer: jax.Array,
     batch: Batch,

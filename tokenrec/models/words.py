@@ -106,6 +106,7 @@ class WordTable(nnx.Module):
     def logits(self, h: jax.Array) -> jax.Array:
         """Score read-outs `[B, R, d]` against all words, `[B, R, V'] float32`.
 
+        The products have the dtype of `h`, as those of a language model's own head.
         Rows that fill V up to V' score -inf.
 
         Raises:
