@@ -174,6 +174,27 @@ def test_texts_are_the_strings_of_an_item(shop: Dataset) -> None:
     assert texts == ["fish | salmon | 0 oz", "paint | varnish | 1 oz"]
 
 
+def test_titles_are_text(tmp_path: Path) -> None:
+    both = open_dataset(prepare_shop(tmp_path / "both", titles=True))
+    last = len(both.catalogue.item_id) - 1
+    assert item_texts(both, np.array([last, 1])) == [
+        "tea | tea | 3 oz",
+        "fish | tuna | 1 oz | tuna no 1",
+    ]
+
+
+@needs_text
+def test_items_of_like_titles_are_near(tmp_path: Path) -> None:
+    shop = open_dataset(prepare_shop(tmp_path / "set", text=False, titles=True))
+    result = text_vectors(shop)
+    items = len(shop.catalogue.item_id)
+    # The last item has no title.
+    np.testing.assert_array_equal(result.known, np.arange(items) < items - 1)
+    aisle = item_aisle(shop.catalogue.item_id)
+    # Measured 1.0.
+    assert neighbours_agree(result, aisle, np.arange(items - 1)) > 0.9
+
+
 def test_a_data_set_without_strings_has_no_text(tmp_path: Path) -> None:
     plain = open_dataset(prepare_shop(tmp_path / "plain", text=False))
     assert item_texts(plain, np.array([0])) == [""]

@@ -1,8 +1,9 @@
 """Item vectors from text: the mean of static token vectors over the words of an item.
 
-The text of an item is the values of its categorical and multi-valued features that are
-strings. Token vectors come from the package wordllama (extra `text`), as files: no
-network is used, and no model is run.
+The text of an item is its features of kind "text", as far as the data set keeps their
+words, and the values of its categorical and multi-valued features that are strings.
+Token vectors come from the package wordllama (extra `text`), as files: no network is
+used, and no model is run.
 
 A token that makes up the share p of all text weighs `a / (a + p)` with a = 0.001
 (Arora, Liang and Ma 2017, algorithm 1). The vectors are centred and scaled to length 1.
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from tokenrec.data.dataset import Dataset
-from tokenrec.data.schema import FIRST_KNOWN, Feature, columns
+from tokenrec.data.schema import FIRST_KNOWN, MISSING, Feature, columns
+from tokenrec.data.tokenizer import decode, load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError
 from tokenrec.semantic_ids.vectors import ItemVectors, normalize
@@ -35,23 +37,57 @@ _TOKENIZER = "tokenizers/l2_supercat_tokenizer_config.json"
 _WEIGHTS = "weights/l2_supercat_256.safetensors"
 
 
-def text_features(dataset: Dataset) -> tuple[tuple[Feature, np.ndarray], ...]:
+class TextFeature(NamedTuple):
+    """The strings of an item feature.
+
+    Attributes:
+      name: of the feature.
+      ids: `[N, length] int32`, of each item: `FIRST_KNOWN` + number of a value, less for
+        none.
+      values: `[V] object`, the strings.
+    """
+
+    name: str
+    ids: np.ndarray
+    values: np.ndarray
+
+
+def text_features(
+    dataset: Dataset, rows: np.ndarray | None = None
+) -> tuple[TextFeature, ...]:
     """List the catalogue features whose values are strings, but not item ids.
 
-    Returns:
-      Each feature with its vocabulary, `[V] object`.
+    Args:
+      dataset: the prepared data set.
+      rows: `[N] int64`, catalogue rows; None for all.
     """
-    item_ids = dataset.catalogue.item_id.astype(str)
-    features = []
+    catalogue, features = dataset.catalogue, []
+    place = columns(dataset.schema.group("catalogue"))
+    chosen = catalogue.ids if rows is None else catalogue.ids[rows]
+    item_ids = catalogue.item_id.astype(str)
     for feature in dataset.schema.group("catalogue"):
-        if not feature.has_vocabulary:
+        if not (feature.kind == "text" or feature.has_vocabulary):
+            continue
+        ids = np.asarray(chosen[:, slice(*place.ids[feature.name])])
+        if feature.kind == "text":
+            features.append(_decoded(dataset, feature, ids))
             continue
         vocabulary = load_vocabulary(dataset.directory, feature.table_name)
         is_text = vocabulary.dtype == object and len(vocabulary)
         # A feature that repeats the item ids says nothing about an item.
         if is_text and not np.isin(vocabulary.astype(str), item_ids).all():
-            features.append((feature, vocabulary))
+            features.append(TextFeature(feature.name, ids, vocabulary))
     return tuple(features)
+
+
+def _decoded(dataset: Dataset, feature: Feature, ids: np.ndarray) -> TextFeature:
+    """The distinct texts of a feature of kind "text", as the data set keeps them."""
+    tokenizer = load_tokenizer(dataset.directory)
+    distinct, number = np.unique(ids, axis=0, return_inverse=True)
+    values = np.array([decode(tokenizer, row).strip() for row in distinct], object)
+    known = (values != "")[number.ravel()]
+    value = np.where(known, number.ravel() + FIRST_KNOWN, MISSING).astype(np.int32)
+    return TextFeature(feature.name, value[:, None], values)
 
 
 def item_texts(dataset: Dataset, rows: np.ndarray) -> list[str]:
@@ -61,17 +97,12 @@ def item_texts(dataset: Dataset, rows: np.ndarray) -> list[str]:
       dataset: the prepared data set.
       rows: `[n] int64`, catalogue rows.
     """
-    place = columns(dataset.schema.group("catalogue"))
-    features = text_features(dataset)
-    texts = []
-    for ids in dataset.catalogue.ids[rows]:
-        words: list[str] = []
-        for feature, vocabulary in features:
-            feature_ids = ids[slice(*place.ids[feature.name])]
-            known = feature_ids[feature_ids >= FIRST_KNOWN]
-            words.extend(vocabulary[known - FIRST_KNOWN])
-        texts.append(" | ".join(words))
-    return texts
+    texts: list[list[str]] = [[] for _ in rows]
+    for feature in text_features(dataset, rows):
+        for words, ids in zip(texts, feature.ids, strict=True):
+            known = ids[ids >= FIRST_KNOWN]
+            words.extend(feature.values[known - FIRST_KNOWN])
+    return [" | ".join(words) for words in texts]
 
 
 class _EncodedFeature(NamedTuple):
@@ -81,7 +112,7 @@ class _EncodedFeature(NamedTuple):
       ids: `[N, length] int32`, ids of the values of each item.
       value: `[n] int64`, number of the value that each token belongs to.
       token: `[n] int64`.
-      values: V, size of the vocabulary.
+      values: V, number of values.
     """
 
     ids: np.ndarray
@@ -100,16 +131,16 @@ def text_vectors(dataset: Dataset) -> ItemVectors:
     if not features:
         raise InputError(
             f"vectors='text': no item feature of '{dataset.directory}' has strings as "
-            "values; use --vectors cooccurrence, or prepare the data set with a "
-            "categorical or multi-valued text feature"
+            "values; use --vectors cooccurrence, or prepare the data set with an item "
+            "feature of kind text, or a categorical or multi-valued one of strings"
         )
     tokenizer, token_vectors = _load_wordllama()
 
     # 1. Encode the distinct values, and count the tokens over all items.
     encoded = []
     frequency = np.zeros(len(token_vectors))
-    for feature, vocabulary in features:
-        part = _encode(dataset, feature, vocabulary, tokenizer)
+    for feature in features:
+        part = _encode(feature, tokenizer)
         uses = np.bincount(part.ids.ravel(), minlength=part.values + FIRST_KNOWN)
         uses = uses[FIRST_KNOWN:]
         frequency += np.bincount(
@@ -134,19 +165,15 @@ def text_vectors(dataset: Dataset) -> ItemVectors:
     return normalize(total)
 
 
-def _encode(
-    dataset: Dataset, feature: Feature, vocabulary: np.ndarray, tokenizer: Tokenizer
-) -> _EncodedFeature:
-    """Tokenize the vocabulary of a feature."""
-    place = columns(dataset.schema.group("catalogue"))
-    ids = np.asarray(dataset.catalogue.ids[:, slice(*place.ids[feature.name])])
+def _encode(feature: TextFeature, tokenizer: Tokenizer) -> _EncodedFeature:
+    """Tokenize the values of a feature."""
     encodings = tokenizer.encode_batch(
-        [value.lower() for value in vocabulary], add_special_tokens=False
+        [value.lower() for value in feature.values], add_special_tokens=False
     )
     pieces = [encoding.ids for encoding in encodings]
-    value = np.repeat(np.arange(len(vocabulary)), [len(piece) for piece in pieces])
+    value = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
     token = np.fromiter((t for piece in pieces for t in piece), np.int64, len(value))
-    return _EncodedFeature(ids, value, token, len(vocabulary))
+    return _EncodedFeature(feature.ids, value, token, len(pieces))
 
 
 def _add_feature(
