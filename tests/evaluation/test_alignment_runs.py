@@ -136,6 +136,7 @@ def test_vectors_that_words_are_scored_with_are_trained_and_given_back(
 
 
 def test_an_artifact_leaves_vectors_that_words_are_scored_with(workdir, tmp_path):
+    pytest.importorskip("flatbuffers")
     out = tmp_path / "artifact"
     arguments = ["--workdir", str(workdir), "--platforms", "cpu", "--out", str(out)]
     # It compares the items that it finds with those of `predict`.

@@ -1,9 +1,9 @@
 """Item vectors from text: the mean of static token vectors over the words of an item.
 
 The text of an item is its features of kind "text", as far as the data set keeps their
-words, and the values of its categorical and multi-valued features that are strings.
-Token vectors come from the package wordllama (extra `text`), as files: no network is
-used, and no model is run.
+words, and the values of its categorical and multi-valued features that are strings. A
+text that only repeats these values is left out. Token vectors come from the package
+wordllama (extra `text`), as files: no network is used, and no model is run.
 
 A token that makes up the share p of all text weighs `a / (a + p)` with a = 0.001
 (Arora, Liang and Ma 2017, algorithm 1). The vectors are centred and scaled to length 1.
@@ -14,6 +14,7 @@ hardly any neighbour here.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from tokenrec.data.dataset import Dataset
 from tokenrec.data.schema import FIRST_KNOWN, MISSING, Feature, columns
-from tokenrec.data.tokenizer import decode, load_tokenizer
+from tokenrec.data.tokenizer import load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError
 from tokenrec.semantic_ids.vectors import ItemVectors, normalize
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 # a: share of all tokens at which a token weighs a half.
 TEXT_FREQUENCY = 1e-3
+# Items that are asked whether a text repeats their other features.
+_ASKED = 1_000
+# Tokens whose vectors are in memory at a time: 1 GiB of float32 and float64 together.
+_TOGETHER = 1 << 18
 
 # Files in the package wordllama.
 _TOKENIZER = "tokenizers/l2_supercat_tokenizer_config.json"
@@ -53,53 +58,87 @@ class TextFeature(NamedTuple):
 
 
 def text_features(
-    dataset: Dataset, rows: np.ndarray | None = None
+    dataset: Dataset, rows: np.ndarray | None = None, *, decodes: bool = True
 ) -> tuple[TextFeature, ...]:
     """List the catalogue features whose values are strings, but not item ids.
 
     Args:
       dataset: the prepared data set.
       rows: `[N] int64`, catalogue rows; None for all.
+      decodes: list features of kind "text" too.
     """
-    catalogue, features = dataset.catalogue, []
+    catalogue = dataset.catalogue
+    features: list[TextFeature] = []
+    written: list[tuple[Feature, np.ndarray]] = []
     place = columns(dataset.schema.group("catalogue"))
     chosen = catalogue.ids if rows is None else catalogue.ids[rows]
     item_ids = catalogue.item_id.astype(str)
     for feature in dataset.schema.group("catalogue"):
-        if not (feature.kind == "text" or feature.has_vocabulary):
+        is_written = feature.kind == "text" and decodes
+        if not (is_written or feature.has_vocabulary):
             continue
         ids = np.asarray(chosen[:, slice(*place.ids[feature.name])])
-        if feature.kind == "text":
-            features.append(_decoded(dataset, feature, ids))
+        if is_written:
+            written.append((feature, ids))
             continue
         vocabulary = load_vocabulary(dataset.directory, feature.table_name)
         is_text = vocabulary.dtype == object and len(vocabulary)
         # A feature that repeats the item ids says nothing about an item.
         if is_text and not np.isin(vocabulary.astype(str), item_ids).all():
             features.append(TextFeature(feature.name, ids, vocabulary))
-    return tuple(features)
+    decoded = [_decoded(dataset, feature, ids) for feature, ids in written]
+    return (*features, *(text for text in decoded if not _repeats(text, features)))
 
 
 def _decoded(dataset: Dataset, feature: Feature, ids: np.ndarray) -> TextFeature:
     """The distinct texts of a feature of kind "text", as the data set keeps them."""
     tokenizer = load_tokenizer(dataset.directory)
     distinct, number = np.unique(ids, axis=0, return_inverse=True)
-    values = np.array([decode(tokenizer, row).strip() for row in distinct], object)
+    tokens = [
+        [int(i) - FIRST_KNOWN for i in row if i >= FIRST_KNOWN] for row in distinct
+    ]
+    texts = tokenizer.decode_batch(tokens, skip_special_tokens=False)
+    values = np.array([text.strip() for text in texts], object)
     known = (values != "")[number.ravel()]
     value = np.where(known, number.ravel() + FIRST_KNOWN, MISSING).astype(np.int32)
     return TextFeature(feature.name, value[:, None], values)
 
 
+def _repeats(text: TextFeature, others: Sequence[TextFeature]) -> bool:
+    """Whether a text holds no word that the other features of an item do not hold.
+
+    Asked of `_ASKED` items, evenly spaced. A title may be made of the values of other
+    features, which would then count twice.
+    """
+    count = len(text.ids)
+    rows = np.arange(min(count, _ASKED)) * count // min(count, _ASKED)
+    texts, known = _joined([text], rows), _joined(others, rows)
+    return all(
+        all(word in held.lower() for word in words.lower().split())
+        for words, held in zip(texts, known, strict=True)
+    )
+
+
 def item_texts(dataset: Dataset, rows: np.ndarray) -> list[str]:
     """Join the strings of some items by " | ", in the order of `text_features`.
+
+    Features of kind "text" are left out where the library that decodes them, of the extra
+    `text`, is not installed.
 
     Args:
       dataset: the prepared data set.
       rows: `[n] int64`, catalogue rows.
     """
+    decodes = importlib.util.find_spec("tokenizers") is not None
+    features = text_features(dataset, rows, decodes=decodes)
+    return _joined(features, np.arange(len(rows)))
+
+
+def _joined(features: Sequence[TextFeature], rows: np.ndarray) -> list[str]:
+    """Join the strings of some of the items by " | "."""
     texts: list[list[str]] = [[] for _ in rows]
-    for feature in text_features(dataset, rows):
-        for words, ids in zip(texts, feature.ids, strict=True):
+    for feature in features:
+        for words, ids in zip(texts, feature.ids[rows], strict=True):
             known = ids[ids >= FIRST_KNOWN]
             words.extend(feature.values[known - FIRST_KNOWN])
     return [" | ".join(words) for words in texts]
@@ -195,11 +234,11 @@ def _add_feature(
     # A vector and a weight for each id of the feature; those of the reserved ids are 0.
     vector = np.zeros((part.values + FIRST_KNOWN, total.shape[1]), np.float32)
     token_id = part.value + FIRST_KNOWN
-    np.add.at(
-        vector,
-        token_id,
-        token_vectors[part.token] * token_weight[part.token, None],
-    )
+    for start in range(0, len(token_id), _TOGETHER):
+        some = slice(start, start + _TOGETHER)
+        tokens = part.token[some]
+        weighted = token_vectors[tokens] * token_weight[tokens, None]
+        np.add.at(vector, token_id[some], weighted)
     mass = np.bincount(
         token_id, weights=token_weight[part.token], minlength=len(vector)
     )

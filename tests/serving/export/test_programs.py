@@ -115,6 +115,15 @@ LANGUAGE_MODELS = {
         tuning={"method": "lora", "rank": 2},
         model={"layers": 1},
     ),
+    "branch": lm("qwen3", candidates=2, model={"layers": 1, "branch": "mean"}),
+    "text behind": lm(
+        "gemma3",
+        candidates=2,
+        prompt=("text:Seen:", "sep", "history", "||", "text:it", "candidate", "text:?"),
+        # BFTS on top of the windows of the model.
+        model={"windows": (4,)},
+        text={"candidate": ("title",)},
+    ),
 }
 
 
@@ -129,11 +138,12 @@ def test_programs_of_language_models_predict_what_the_eval_step_predicts(name):
 
 def test_a_stream_of_a_language_model_is_served_likewise():
     prompt = ("text:Seen:", "user", "text:then", "history")
-    config = lm("qwen3", paradigm="uc", prompt=prompt)
+    config = lm("gemma3", paradigm="uc", prompt=prompt)
     config.tokens.fused = False
     batch = random_batch(config, lengths=LENGTHS, schema=TITLED)
     model = dataclasses.replace(model_of(config), literals=LITERALS[:2])
     model, weights, expected = predicted(config, batch, model)
+    assert has_prefix(model)
     check_predictions(model, weights, batch, expected)
 
 

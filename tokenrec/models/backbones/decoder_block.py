@@ -144,7 +144,7 @@ class DecoderAttention(nnx.Module):
 
         Args:
           x: `[B, K, d]`, normalised inputs.
-          rotate: applies the rotary positions of these inputs.
+          rotate: applies RoPE at the positions of these inputs.
           dropout_keys: `[B]`, PRNG keys; None in evaluation.
 
         Returns:
@@ -164,7 +164,7 @@ class DecoderAttention(nnx.Module):
 
         Args:
           x: `[B, Q, d]`, normalised inputs.
-          rotate: applies the rotary positions of these inputs.
+          rotate: applies RoPE at the positions of these inputs.
           dropout_keys: `[B]`, PRNG keys; None in evaluation.
         """
         q = _project(x, self.query, "heads", self.query_adapter, dropout_keys)
@@ -208,7 +208,7 @@ class DecoderAttention(nnx.Module):
         """
         of_query, of_output = split_keys(dropout_keys, 2)
         attended = attention(
-            self.queries(x, self.rotation_of(stream, query_positions), of_query),
+            self.queries(x, self.rotate_at(stream, query_positions), of_query),
             *keys_values,
             window=self.window,
             implementation=self.implementation,
@@ -219,8 +219,8 @@ class DecoderAttention(nnx.Module):
         )
         return self.join_heads(attended, of_output)
 
-    def rotation_of(self, stream: Stream, positions: np.ndarray) -> Rotate:
-        """The rotary positions of some tokens of a stream, as this layer has them."""
+    def rotate_at(self, stream: Stream, positions: np.ndarray) -> Rotate:
+        """Return a function that applies this layer's RoPE at positions of a stream."""
         return functools.partial(stream.rotate, positions=positions, local=self.local)
 
 
@@ -325,7 +325,7 @@ class DecoderBlock(nnx.Module):
         # `x` holds the last of the key positions; `past` holds those before them.
         x_positions = key_positions[len(key_positions) - x.shape[1] :]
         normed = self.attention_norm(x)
-        rotate = self.attention.rotation_of(stream, x_positions)
+        rotate = self.attention.rotate_at(stream, x_positions)
         keys_values = self.attention.keys_values(normed, rotate, of_branches[0])
         if not len(query_positions):
             return x[:, :0], keys_values

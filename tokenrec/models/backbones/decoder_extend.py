@@ -10,6 +10,7 @@ values, h width of a head, d model width.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,8 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokenrec.models.backbones.bfts import (
-    cached_positions,
-    layer_positions,
     local_layers,
     prefix_length,
 )
@@ -27,11 +26,11 @@ from tokenrec.models.backbones.decoder_block import DecoderBlock, Rotate
 from tokenrec.models.backbones.folded_attention import (
     attend,
     fold,
+    make_masks,
     select_tokens,
-    sight,
     unfold,
 )
-from tokenrec.models.backbones.folded_extend import check_candidates
+from tokenrec.models.backbones.folded_extend import check_candidates, extend_layers
 from tokenrec.models.backbones.rope_attention import KeysValues
 from tokenrec.models.backbones.tokenformer import PrefixCache
 from tokenrec.ops.attention.rotary import Rotation, rotate, rotation_by
@@ -46,10 +45,11 @@ class _Candidates(NamedTuple):
     Attributes:
       layout: layout of a stream with one candidate.
       positions: `[K]`, stream positions of its tokens.
-      turn: their RoPE angles, `[B, C, K, 1, h]`.
+      turn: their RoPE angles, `[B, C, K, 1, h]`; with 1 for C where nothing is fill, so
+        that all candidates have the same.
       local_turn: those of layers that have a window in the checkpoint; None without any.
       prefix: `[B, P] bool`, real tokens of the prefix.
-      valid: `[B, C, K] bool`, real tokens of the candidates.
+      valid: `[B, C, K] bool`, tokens of the candidates that are no fill; None: all.
     """
 
     layout: Layout
@@ -57,10 +57,10 @@ class _Candidates(NamedTuple):
     turn: Rotation
     local_turn: Rotation | None
     prefix: jax.Array
-    valid: jax.Array
+    valid: jax.Array | None
 
-    def rotation_of(self, positions: np.ndarray, *, local: bool) -> Rotate:
-        """Make what applies RoPE to `[B, C n, H, h]`, tokens of `positions`."""
+    def rotate_at(self, positions: np.ndarray, *, local: bool) -> Rotate:
+        """Return a function that applies RoPE to `[B, C n, H, h]`, at `positions: [n]`."""
         turn = self.turn if self.local_turn is None or not local else self.local_turn
         turn = Rotation(
             *(select_tokens(part, positions, self.positions) for part in turn)
@@ -96,20 +96,9 @@ def extend_decoder(
     check_candidates(layout, x)
     assert cache.present is not None
     x, shared = _prepare_inputs(backbone, cache.present, x, layout, present)
-    count = prefix_length(layout)
-    # The live positions behind the prefix.
-    positions = [
-        live[np.searchsorted(live, count) :]
-        for live in layer_positions(backbone.config, layout)
-    ]
-    x = select_tokens(x, positions[0], shared.positions)
-    cached = cached_positions(backbone.config, layout)
-    for block, inputs, outputs, past, kept in zip(
-        backbone.layers(), positions, positions[1:], cache.layers, cached, strict=False
-    ):
-        x = _layer(block, x, outputs, inputs, past, kept, shared)
-    readout = layout.readout[layout.readout >= count]
-    return backbone.norm(select_tokens(x, readout, positions[-1]))
+    return extend_layers(
+        backbone, cache, x, layout, functools.partial(_layer, shared=shared)
+    )
 
 
 def _prepare_inputs(
@@ -129,21 +118,20 @@ def _prepare_inputs(
       present: as in `extend_decoder`.
     """
     batch, candidates, tokens, width = x.shape
-    split = on_mesh(RULES("batch", None, None))
-    valid = jnp.ones((batch, candidates, tokens), bool, out_sharding=split)
+    valid, ordinal = None, jnp.arange(1, tokens + 1, dtype=jnp.int32)
     if present is not None:
         # Each candidate is a row.
         rows = batch * candidates
         moved, real = move_right(
             _rows(x, (rows, tokens, width)), _rows(present, (rows, tokens))
         )
-        x, valid = _rows(moved, x.shape), _rows(real, valid.shape)
+        x, valid = _rows(moved, x.shape), _rows(real, present.shape)
+        ordinal = jnp.cumsum(valid, axis=2, dtype=jnp.int32)
     count = prefix_length(layout)
     # Tokens are counted from the last one of the prefix that the candidate sees.
     anchor = min(int(layout.reach[count]), count - 1)
     start = jnp.sum(prefix[:, : anchor + 1], axis=1, dtype=jnp.int32)
-    places = start[:, None, None] + jnp.cumsum(valid, axis=2, dtype=jnp.int32) - 1
-    places = jnp.maximum(places, 0)
+    places = jnp.maximum(start[:, None, None] + ordinal - 1, 0)
     config = backbone.config
     turn = rotation_by(places, global_frequencies(config))
     local_turn = None
@@ -183,27 +171,29 @@ def _layer(
     normed = block.attention_norm(x)
     # 1. Project: pointwise, so that candidates and tokens may lie in one axis.
     of_inputs, of_outputs = (
-        shared.rotation_of(positions, local=attention.local)
+        shared.rotate_at(positions, local=attention.local)
         for positions in (inputs, outputs)
     )
     own = attention.keys_values(fold(normed), of_inputs, None)
     queries = fold(select_tokens(normed, outputs, inputs))
     q = attention.queries(queries, of_outputs, None)
     # 2. Attend to the prefix and to the candidate itself.
-    sees = sight(
+    masks = make_masks(
         shared.layout,
         outputs,
         inputs,
         kept,
         attention.window,
         shared.prefix,
-        select_tokens(shared.valid, inputs, shared.positions),
+        None
+        if shared.valid is None
+        else select_tokens(shared.valid, inputs, shared.positions),
     )
     attended = attend(
         unfold(q, len(outputs)),
         past,
         KeysValues(*(unfold(part, len(inputs)) for part in own)),
-        sees,
+        masks,
     )
     branch = attention.join_heads(fold(attended), None)
     # 3. Residual and FFN are local to a token.

@@ -1,7 +1,7 @@
 """Attention of candidates to a cached prefix and to themselves, each beside the others.
 
 The equations are in folded_extend.py. C is an axis of its own, which a program may leave
-open; products that know nothing of candidates read C and K as one axis (`fold`).
+open. Projections of single tokens take C and K as one axis (`fold`).
 
 Letters: B requests, C candidates, n and m tokens of one at the input and the output of a
 layer, P cached tokens of the prefix, H heads of queries, G of keys and values, h width of
@@ -25,12 +25,12 @@ from tokenrec.sharding import RULES, on_mesh, reshard
 from tokenrec.tokens.layout import Layout, select_positions
 
 
-class Sight(NamedTuple):
-    """What the tokens of candidates see in a layer.
+class Masks(NamedTuple):
+    """Which keys the tokens of candidates see in a layer.
 
     Attributes:
-      past: `[B, m, P] bool`, of the prefix.
-      own: of their candidate, `[m, n] bool`, or `[B, C, m, n] bool` where candidates
+      past: `[B, m, P] bool`, keys of the prefix.
+      own: keys of their candidate, `[m, n] bool`, or `[B, C, m, n] bool` where candidates
         differ. Every token sees itself.
     """
 
@@ -38,7 +38,7 @@ class Sight(NamedTuple):
     own: jax.Array | np.ndarray
 
 
-def sight(
+def make_masks(
     layout: Layout,
     outputs: np.ndarray,
     inputs: np.ndarray,
@@ -46,8 +46,8 @@ def sight(
     window: int | None,
     valid: jax.Array,
     own_valid: jax.Array | None = None,
-) -> Sight:
-    """Find what tokens of candidates see in a layer.
+) -> Masks:
+    """Make the masks of a layer.
 
     Args:
       layout: layout of a stream with one candidate, S positions.
@@ -64,34 +64,34 @@ def sight(
     past = jnp.asarray(visible[:, : len(kept)]) & valid[:, None, :]
     seen, itself = visible[:, len(kept) :], diagonal[:, len(kept) :]
     if own_valid is None:
-        return Sight(past, seen | itself)
-    return Sight(
+        return Masks(past, seen | itself)
+    return Masks(
         past, (jnp.asarray(seen) & own_valid[:, :, None]) | jnp.asarray(itself)
     )
 
 
-def attend(q: jax.Array, past: KeysValues, own: KeysValues, sees: Sight) -> jax.Array:
+def attend(q: jax.Array, past: KeysValues, own: KeysValues, masks: Masks) -> jax.Array:
     """Compute attention, `[B, C, m, H, h]`, without a product between candidates.
 
     Args:
       q: `[B, C, m, H, h]`.
       past: keys and values `[B, P, G, h]`.
       own: keys and values `[B, C, n, G, h]`.
-      sees: what the queries see.
+      masks: which keys the queries see.
     """
     heads, groups = q.shape[3], own.keys.shape[3]
     # The queries of the heads that share a key are further queries of one head.
     shared = heads // groups
     if shared > 1:
         q = _heads_to_queries(q, groups)
-        sees = Sight(*(jnp.repeat(seen, shared, axis=-2) for seen in sees))
+        masks = Masks(*(jnp.repeat(mask, shared, axis=-2) for mask in masks))
     q, k, v = (_by_head(x) for x in (q * q.shape[-1] ** -0.5, *own))
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     # 1. Logits: of the prefix for the tokens of all candidates in one product per head.
     past_logits = einsum("bgcmd,bpgd->bgcmp", q, past.keys)
-    past_logits = jnp.where(sees.past[:, None, None], past_logits, MASKED)
-    sees_own = sees.own[:, None] if sees.own.ndim == 4 else sees.own
-    own_logits = jnp.where(sees_own, _pair_products(q, k), MASKED)
+    past_logits = jnp.where(masks.past[:, None, None], past_logits, MASKED)
+    own_mask = masks.own[:, None] if masks.own.ndim == 4 else masks.own
+    own_logits = jnp.where(own_mask, _pair_products(q, k), MASKED)
     # 2. One softmax over both parts, which are never concatenated.
     largest = jnp.maximum(
         jnp.max(past_logits, axis=-1, keepdims=True),
@@ -105,7 +105,7 @@ def attend(q: jax.Array, past: KeysValues, own: KeysValues, sees: Sight) -> jax.
     # 3. Weighted sums of the values.
     dtype = v.dtype
     sums = einsum("bgcmp,bpgd->bgcmd", past_weights.astype(dtype), past.values)
-    if q.shape[-2] == k.shape[-2] == 1:
+    if k.shape[-2] == 1:
         sums += own_weights * v
     else:
         sums += einsum("bgcmn,bgcnd->bgcmd", own_weights.astype(dtype), v)
@@ -150,7 +150,7 @@ def _by_head(x: jax.Array) -> jax.Array:
 
 def _pair_products(q: jax.Array, k: jax.Array) -> jax.Array:
     """Multiply the tokens of each candidate, `[..., m, h]` by `[..., n, h]`, float32."""
-    if q.shape[-2] == k.shape[-2] == 1:
+    if k.shape[-2] == 1:
         # XLA on CPU has no fast product of so many matrices of one row.
         products = (q * k).astype(jnp.float32)
         return jnp.sum(products, axis=-1, keepdims=True)

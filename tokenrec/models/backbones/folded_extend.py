@@ -18,6 +18,9 @@ and the output of a layer, P cached tokens of the prefix, H heads of width h, d 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,8 +35,8 @@ from tokenrec.models.backbones.block import Block
 from tokenrec.models.backbones.folded_attention import (
     attend,
     fold,
+    make_masks,
     select_tokens,
-    sight,
     unfold,
 )
 from tokenrec.models.backbones.rope_attention import KeysValues, Stream
@@ -79,17 +82,42 @@ def extend_folded(
     )
     if backbone.places is not None:
         x = x + places[:, None]
+    return extend_layers(
+        backbone, cache, x, layout, functools.partial(_block, stream=stream)
+    )
+
+
+def extend_layers(
+    backbone: TokenFormer,
+    cache: PrefixCache,
+    x: jax.Array,
+    layout: Layout,
+    compute: Callable[..., jax.Array],
+) -> jax.Array:
+    """Compute all layers at the live tokens of candidates, and read them out.
+
+    Args:
+      backbone: the backbone.
+      cache: as in `extend_folded`.
+      x: `[B, C, K, d]`, inputs of the first layer.
+      layout: as in `extend_folded`.
+      compute: a layer, as `_block` without its stream.
+
+    Returns:
+      `[B, C, R, d]`, the R read-outs of each candidate.
+    """
+    count = prefix_length(layout)
     # The live positions behind the prefix.
     positions = [
         live[np.searchsorted(live, count) :]
         for live in layer_positions(backbone.config, layout)
     ]
-    x = select_tokens(x, positions[0], behind)
+    x = select_tokens(x, positions[0], np.arange(count, layout.length))
     cached = cached_positions(backbone.config, layout)
     for block, inputs, outputs, past, kept in zip(
         backbone.layers(), positions, positions[1:], cache.layers, cached, strict=False
     ):
-        x = _block(block, x, outputs, inputs, past, kept, stream)
+        x = compute(block, x, outputs, inputs, past, kept)
     readout = layout.readout[layout.readout >= count]
     return backbone.norm(select_tokens(x, readout, positions[-1]))
 
@@ -148,8 +176,10 @@ def _block(
         q, own[0] = rms_normalize(q), rms_normalize(own[0])
     q, own[0] = _rotate(q, outputs, stream), _rotate(own[0], inputs, stream)
     # 2. Attend to the prefix and to the candidate itself.
-    sees = sight(stream.layout, outputs, inputs, kept, attention.window, stream.valid)
-    attended = attend(q, past, KeysValues(*own), sees)
+    masks = make_masks(
+        stream.layout, outputs, inputs, kept, attention.window, stream.valid
+    )
+    attended = attend(q, past, KeysValues(*own), masks)
     branch = contract(
         "bqhk,hkd->bqd",
         fold(attended),

@@ -49,7 +49,10 @@ from tokenrec.serving.export.batches import (
     signals_of,
     targets_alone,
 )
-from tokenrec.serving.export.kept import cache_of, kept_of
+from tokenrec.serving.export.cache_arrays import (
+    cache_from_arrays,
+    cache_to_arrays,
+)
 from tokenrec.serving.export.served_model import (
     Program,
     Weights,
@@ -156,7 +159,7 @@ class _Parts:
         x = module.prefix_tokens(entities, batch)
         present = module.present(entities, batch, self._layout, own=False)
         cache, _ = backbone.prefill(x, self._layout, batch.valid, present)
-        kept = {VALID: batch.valid} | kept_of(cache)
+        kept = {VALID: batch.valid} | cache_to_arrays(cache)
         if module.branch is not None:
             kept |= self._branch_inputs(x, batch.valid)
         return kept
@@ -169,7 +172,7 @@ class _Parts:
         target = signals_of(inputs, "target")
         entities = look_up(self._model, weights, targets_alone(target))
         x = self._candidate_tokens(module, entities, target)
-        cache = cache_of(inputs, self._model.config.model.layers)
+        cache = cache_from_arrays(inputs, self._model.config.model.layers)
         if isinstance(backbone, Decoder):
             present = self._present_in_candidates(module, entities, target)
             readouts = extend_decoder(backbone, cache, x, self._layout, present)
@@ -222,7 +225,7 @@ class _Parts:
         def rows(x: jax.Array) -> jax.Array:
             return jnp.reshape(x, (batch * candidates, 1, *x.shape[2:]))
 
-        # Each candidate is that of a stream with no other one.
+        # `present` reads streams: here each candidate has one to itself.
         alone = targets_alone(Signals(*(rows(part) for part in target)))
         ids = {name: rows(values) for name, values in entities["target"].ids.items()}
         present = module.present(

@@ -37,7 +37,10 @@ from tokenrec.models.copy_mixture import CopyMixture
 from tokenrec.models.heads import NextItemHead
 from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.serving.export.batches import VALID, Arrays, batch_of, signals_of
-from tokenrec.serving.export.kept import cache_of, kept_of
+from tokenrec.serving.export.cache_arrays import (
+    cache_from_arrays,
+    cache_to_arrays,
+)
 from tokenrec.serving.export.served_model import (
     Program,
     Weights,
@@ -236,7 +239,7 @@ class _SemanticId(_Parts):
         entities = look_up(self._model, weights, batch)
         prompt = read_prompt(self._model, module, entities, batch)
         kept = {VALID: prompt.valid, "read_out": prompt.read_out}
-        kept |= kept_of(prompt.cache)
+        kept |= cache_to_arrays(prompt.cache)
         if prompt.copied is not None:
             items, log_copied, log_generated = prompt.copied
             kept |= {_ITEMS: items, "log_copied": log_copied[:, 0]}
@@ -264,7 +267,7 @@ class _SemanticId(_Parts):
         }
 
     def _prompt(self, inputs: Arrays) -> Prompt:
-        cache = cache_of(inputs, self._model.config.model.layers)
+        cache = cache_from_arrays(inputs, self._model.config.model.layers)
         copied = None
         if "log_copied" in inputs:
             copied = CopyMixture(
