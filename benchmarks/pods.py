@@ -88,11 +88,16 @@ PLANS = {
     ("kuairand_pure_uc", "v6e"): Plan(64, 1, "none"),
     **{
         (name + variant, kind): Plan(
-            16, LONGEST_FSDP, "dots", "complete_journey.json", pods
+            streams, LONGEST_FSDP, "dots", "complete_journey.json", pods
         )
-        for name in ("lrm_gemma3_1b", "lrm_qwen3_4b")
+        for name, kind, streams, pods in (
+            ("lrm_gemma3_1b", "v5p", 16, ("v5p:4x4x4",)),
+            ("lrm_gemma3_1b", "v5e", 16, ("v5e:16x16",)),
+            ("lrm_qwen3_4b", "v5p", 16, ("v5p:4x4x4",)),
+            # 16 streams need 24 of a chip's 16 GiB.
+            ("lrm_qwen3_4b", "v5e", 8, ("v5e:16x16",)),
+        )
         for variant in ("", "+lora")
-        for kind, pods in (("v5p", ("v5p:4x4x4",)), ("v5e", ("v5e:16x16",)))
     },
     ("lrm_gemma3_1b+text", "v5e"): Plan(
         1, LONGEST_FSDP, "dots", "complete_journey.json", ("v5e:16x16",)

@@ -133,3 +133,14 @@ def test_vectors_that_words_are_scored_with_are_trained_and_given_back(
     assert (head[:words] != before["lm_head.weight"]).any()
     # The codes are words that are scored too.
     assert len(head) > words
+
+
+def test_an_artifact_leaves_vectors_that_words_are_scored_with(workdir, tmp_path):
+    pytest.importorskip("flatbuffers")
+    out = tmp_path / "artifact"
+    arguments = ["--workdir", str(workdir), "--platforms", "cpu", "--out", str(out)]
+    # It compares the items that it finds with those of `predict`.
+    assert main(["export", *arguments]) == 0
+    params = json.loads((out / "manifest.json").read_text())["params"]
+    assert "words/inputs" in params
+    assert "words/outputs" not in params

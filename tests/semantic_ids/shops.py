@@ -28,11 +28,17 @@ def item_aisle(item_id: np.ndarray) -> np.ndarray:
 
 
 def prepare_shop(
-    folder: Path, *, text: bool = True, seed: int = 0, chunk_events: int = 4096
+    folder: Path,
+    *,
+    text: bool = True,
+    title: str = "",
+    seed: int = 0,
+    chunk_events: int = 4096,
 ) -> Path:
     """Prepare items 100 to 135, and users who buy a dozen of one aisle in train.
 
-    In valid they buy some items of the next aisle.
+    In valid they buy some items of the next aisle. With `title`, a format, all items but
+    the last have one, a feature of kind text.
     """
     random = np.random.default_rng(seed)
     user, item, time, split = [], [], [], []
@@ -61,6 +67,13 @@ def prepare_shop(
             "aisle": names,
             "words": [[AISLES[n][i % 3], f"{i % 4} oz"] for i, n in enumerate(names)],
         }
+    if title:
+        features.append(Feature("title", "text", "item", length=16, codes=300))
+        titles = [
+            title.format(word=AISLES[n][i % 3], aisle=n, number=i, ounces=i % 4)
+            for i, n in enumerate(names)
+        ]
+        items["title"] = [*titles[:-1], None]
     rows = {
         "user_id": np.array(user),
         "item_id": np.array(item),

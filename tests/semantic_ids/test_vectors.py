@@ -174,6 +174,40 @@ def test_texts_are_the_strings_of_an_item(shop: Dataset) -> None:
     assert texts == ["fish | salmon | 0 oz", "paint | varnish | 1 oz"]
 
 
+def test_titles_are_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = open_dataset(prepare_shop(tmp_path / "both", title="{word} no {number}"))
+    rows = np.array([len(both.catalogue.item_id) - 1, 1])
+    # The last item has no title.
+    without = ["tea | tea | 3 oz", "fish | tuna | 1 oz"]
+    assert item_texts(both, rows) == [without[0], f"{without[1]} | tuna no 1"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert item_texts(both, rows) == without
+
+
+def test_titles_that_repeat_other_features_are_left_out(
+    tmp_path: Path, shop: Dataset
+) -> None:
+    repeated = open_dataset(
+        prepare_shop(tmp_path / "repeated", title="{word} {aisle} {ounces} oz")
+    )
+    rows = np.arange(len(shop.catalogue.item_id))
+    assert item_texts(repeated, rows) == item_texts(shop, rows)
+
+
+@needs_text
+def test_items_of_like_titles_are_near(tmp_path: Path) -> None:
+    shop = open_dataset(
+        prepare_shop(tmp_path / "set", text=False, title="{word} no {number}")
+    )
+    result = text_vectors(shop)
+    items = len(shop.catalogue.item_id)
+    # The last item has no title.
+    np.testing.assert_array_equal(result.known, np.arange(items) < items - 1)
+    aisle = item_aisle(shop.catalogue.item_id)
+    # Measured 1.0.
+    assert neighbours_agree(result, aisle, np.arange(items - 1)) > 0.9
+
+
 def test_a_data_set_without_strings_has_no_text(tmp_path: Path) -> None:
     plain = open_dataset(prepare_shop(tmp_path / "plain", text=False))
     assert item_texts(plain, np.array([0])) == [""]

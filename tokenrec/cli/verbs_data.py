@@ -232,7 +232,7 @@ def _add_semantic_ids(verbs: VerbParsers) -> Parser:
         choices=("cooccurrence", "text", "both"),
         default="cooccurrence",
         help="item vectors to quantise: co-occurrence in the train split, which every "
-        "data set has, or the text of item features that are strings "
+        "data set has, or the words of item features that are texts or strings "
         '(pip install ".[text]") (default: %(default)s)',
     )
     parser.add_argument(

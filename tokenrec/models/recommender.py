@@ -298,7 +298,7 @@ class Recommender(nnx.Module):
             return None
         return present_tokens(layout, self._makers, entities, batch, own=own)
 
-    def _with_words(
+    def with_words(
         self, entities: dict[str, EntityFeatures]
     ) -> dict[str, EntityFeatures]:
         """Add the vectors of the features that a language model reads itself."""
@@ -342,7 +342,7 @@ class Recommender(nnx.Module):
         self, entities: dict[str, EntityFeatures], batch: Batch
     ) -> jax.Array:
         """Make the tokens left of `||`, `[B, P, d]`, in the order of the layout."""
-        entities = self._with_words(entities)
+        entities = self.with_words(entities)
         literals = iter(self.literals)
         separator = 0
         parts = []
@@ -394,7 +394,7 @@ class Recommender(nnx.Module):
             assert batch.codes is not None
             # The code of the last level is predicted, never read.
             return [self.code_tokens(flatten_tokens(batch.codes[..., :-1]))]
-        entities = self._with_words(entities)
+        entities = self.with_words(entities)
         # Literal texts of the prefix come first in `literals`.
         prefix_texts = sum(
             segment.kind == "text" and not segment.own for segment in self.segments
@@ -500,7 +500,7 @@ class Recommender(nnx.Module):
         Returns:
           `[B, T, d]`, the mean of the tokens of an event that has several.
         """
-        entities = self._with_words(entities)
+        entities = self.with_words(entities)
         tokens = jnp.mean(self.history.event_tokens(entities, self.dtype), axis=2)
         # A batch of 1 has lost its sharding.
         tokens = reshard(tokens, RULES("batch", None, None))

@@ -141,7 +141,7 @@ def stream_layout(
 def served_layout(
     config: Config, schema: Schema, events: int, literals: Literals = ()
 ) -> Layout:
-    """Lay out the stream of a request with one candidate, as `extend_folded` reads it.
+    """Lay out the stream of a request with one candidate, for `extend_folded` and `extend_decoder`.
 
     A candidate of a model that was trained on streams (UC) is the state of the event
     that follows the history: what it sees is what that state sees in a stream.

@@ -1,8 +1,9 @@
 """Item vectors from text: the mean of static token vectors over the words of an item.
 
-The text of an item is the values of its categorical and multi-valued features that are
-strings. Token vectors come from the package wordllama (extra `text`), as files: no
-network is used, and no model is run.
+The text of an item is its features of kind "text", as far as the data set keeps their
+words, and the values of its categorical and multi-valued features that are strings. A
+text that only repeats these values is left out. Token vectors come from the package
+wordllama (extra `text`), as files: no network is used, and no model is run.
 
 A token that makes up the share p of all text weighs `a / (a + p)` with a = 0.001
 (Arora, Liang and Ma 2017, algorithm 1). The vectors are centred and scaled to length 1.
@@ -13,13 +14,15 @@ hardly any neighbour here.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from tokenrec.data.dataset import Dataset
-from tokenrec.data.schema import FIRST_KNOWN, Feature, columns
+from tokenrec.data.schema import FIRST_KNOWN, MISSING, Feature, columns
+from tokenrec.data.tokenizer import load_tokenizer
 from tokenrec.data.vocabulary import load_vocabulary
 from tokenrec.errors import InputError
 from tokenrec.semantic_ids.vectors import ItemVectors, normalize
@@ -29,49 +32,116 @@ if TYPE_CHECKING:
 
 # a: share of all tokens at which a token weighs a half.
 TEXT_FREQUENCY = 1e-3
+# Items that are asked whether a text repeats their other features.
+_ASKED = 1_000
+# Tokens whose vectors are in memory at a time: 1 GiB of float32 and float64 together.
+_TOGETHER = 1 << 18
 
 # Files in the package wordllama.
 _TOKENIZER = "tokenizers/l2_supercat_tokenizer_config.json"
 _WEIGHTS = "weights/l2_supercat_256.safetensors"
 
 
-def text_features(dataset: Dataset) -> tuple[tuple[Feature, np.ndarray], ...]:
+class TextFeature(NamedTuple):
+    """The strings of an item feature.
+
+    Attributes:
+      name: of the feature.
+      ids: `[N, length] int32`, of each item: `FIRST_KNOWN` + number of a value, less for
+        none.
+      values: `[V] object`, the strings.
+    """
+
+    name: str
+    ids: np.ndarray
+    values: np.ndarray
+
+
+def text_features(
+    dataset: Dataset, rows: np.ndarray | None = None, *, decodes: bool = True
+) -> tuple[TextFeature, ...]:
     """List the catalogue features whose values are strings, but not item ids.
 
-    Returns:
-      Each feature with its vocabulary, `[V] object`.
+    Args:
+      dataset: the prepared data set.
+      rows: `[N] int64`, catalogue rows; None for all.
+      decodes: list features of kind "text" too.
     """
-    item_ids = dataset.catalogue.item_id.astype(str)
-    features = []
+    catalogue = dataset.catalogue
+    features: list[TextFeature] = []
+    written: list[tuple[Feature, np.ndarray]] = []
+    place = columns(dataset.schema.group("catalogue"))
+    chosen = catalogue.ids if rows is None else catalogue.ids[rows]
+    item_ids = catalogue.item_id.astype(str)
     for feature in dataset.schema.group("catalogue"):
-        if not feature.has_vocabulary:
+        is_written = feature.kind == "text" and decodes
+        if not (is_written or feature.has_vocabulary):
+            continue
+        ids = np.asarray(chosen[:, slice(*place.ids[feature.name])])
+        if is_written:
+            written.append((feature, ids))
             continue
         vocabulary = load_vocabulary(dataset.directory, feature.table_name)
         is_text = vocabulary.dtype == object and len(vocabulary)
         # A feature that repeats the item ids says nothing about an item.
         if is_text and not np.isin(vocabulary.astype(str), item_ids).all():
-            features.append((feature, vocabulary))
-    return tuple(features)
+            features.append(TextFeature(feature.name, ids, vocabulary))
+    decoded = [_decoded(dataset, feature, ids) for feature, ids in written]
+    return (*features, *(text for text in decoded if not _repeats(text, features)))
+
+
+def _decoded(dataset: Dataset, feature: Feature, ids: np.ndarray) -> TextFeature:
+    """The distinct texts of a feature of kind "text", as the data set keeps them."""
+    tokenizer = load_tokenizer(dataset.directory)
+    distinct, number = np.unique(ids, axis=0, return_inverse=True)
+    tokens = [
+        [int(i) - FIRST_KNOWN for i in row if i >= FIRST_KNOWN] for row in distinct
+    ]
+    texts = tokenizer.decode_batch(tokens, skip_special_tokens=False)
+    values = np.array([text.strip() for text in texts], object)
+    known = (values != "")[number.ravel()]
+    value = np.where(known, number.ravel() + FIRST_KNOWN, MISSING).astype(np.int32)
+    return TextFeature(feature.name, value[:, None], values)
+
+
+def _repeats(text: TextFeature, others: Sequence[TextFeature]) -> bool:
+    """Whether a text holds no word that the other features of an item do not hold.
+
+    Asked of `_ASKED` items, evenly spaced. A title may be made of the values of other
+    features, which would then count twice.
+    """
+    count = len(text.ids)
+    rows = np.arange(min(count, _ASKED)) * count // min(count, _ASKED)
+    texts, known = _joined([text], rows), _joined(others, rows)
+    return all(
+        all(word in held.lower() for word in words.lower().split())
+        for words, held in zip(texts, known, strict=True)
+    )
 
 
 def item_texts(dataset: Dataset, rows: np.ndarray) -> list[str]:
     """Join the strings of some items by " | ", in the order of `text_features`.
 
+    Features of kind "text" are left out where the library that decodes them, of the extra
+    `text`, is not installed.
+
     Args:
       dataset: the prepared data set.
       rows: `[n] int64`, catalogue rows.
     """
-    place = columns(dataset.schema.group("catalogue"))
-    features = text_features(dataset)
-    texts = []
-    for ids in dataset.catalogue.ids[rows]:
-        words: list[str] = []
-        for feature, vocabulary in features:
-            feature_ids = ids[slice(*place.ids[feature.name])]
-            known = feature_ids[feature_ids >= FIRST_KNOWN]
-            words.extend(vocabulary[known - FIRST_KNOWN])
-        texts.append(" | ".join(words))
-    return texts
+    decodes = importlib.util.find_spec("tokenizers") is not None
+    features = text_features(dataset, rows, decodes=decodes)
+    return _joined(features, np.arange(len(rows)))
+
+
+def _joined(features: Sequence[TextFeature], rows: np.ndarray) -> list[str]:
+    """Join the strings of some of the items by " | "."""
+    texts: list[list[str]] = [[] for _ in rows]
+    for feature in features:
+        for words, ids in zip(texts, feature.ids[rows], strict=True):
+            known = ids[ids >= FIRST_KNOWN]
+            words.extend(feature.values[known - FIRST_KNOWN])
+    return [" | ".join(words) for words in texts]
 
 
 class _EncodedFeature(NamedTuple):
@@ -81,7 +151,7 @@ class _EncodedFeature(NamedTuple):
       ids: `[N, length] int32`, ids of the values of each item.
       value: `[n] int64`, number of the value that each token belongs to.
       token: `[n] int64`.
-      values: V, size of the vocabulary.
+      values: V, number of values.
     """
 
     ids: np.ndarray
@@ -100,16 +170,16 @@ def text_vectors(dataset: Dataset) -> ItemVectors:
     if not features:
         raise InputError(
             f"vectors='text': no item feature of '{dataset.directory}' has strings as "
-            "values; use --vectors cooccurrence, or prepare the data set with a "
-            "categorical or multi-valued text feature"
+            "values; use --vectors cooccurrence, or prepare the data set with an item "
+            "feature of kind text, or a categorical or multi-valued one of strings"
         )
     tokenizer, token_vectors = _load_wordllama()
 
     # 1. Encode the distinct values, and count the tokens over all items.
     encoded = []
     frequency = np.zeros(len(token_vectors))
-    for feature, vocabulary in features:
-        part = _encode(dataset, feature, vocabulary, tokenizer)
+    for feature in features:
+        part = _encode(feature, tokenizer)
         uses = np.bincount(part.ids.ravel(), minlength=part.values + FIRST_KNOWN)
         uses = uses[FIRST_KNOWN:]
         frequency += np.bincount(
@@ -134,19 +204,15 @@ def text_vectors(dataset: Dataset) -> ItemVectors:
     return normalize(total)
 
 
-def _encode(
-    dataset: Dataset, feature: Feature, vocabulary: np.ndarray, tokenizer: Tokenizer
-) -> _EncodedFeature:
-    """Tokenize the vocabulary of a feature."""
-    place = columns(dataset.schema.group("catalogue"))
-    ids = np.asarray(dataset.catalogue.ids[:, slice(*place.ids[feature.name])])
+def _encode(feature: TextFeature, tokenizer: Tokenizer) -> _EncodedFeature:
+    """Tokenize the values of a feature."""
     encodings = tokenizer.encode_batch(
-        [value.lower() for value in vocabulary], add_special_tokens=False
+        [value.lower() for value in feature.values], add_special_tokens=False
     )
     pieces = [encoding.ids for encoding in encodings]
-    value = np.repeat(np.arange(len(vocabulary)), [len(piece) for piece in pieces])
+    value = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
     token = np.fromiter((t for piece in pieces for t in piece), np.int64, len(value))
-    return _EncodedFeature(ids, value, token, len(vocabulary))
+    return _EncodedFeature(feature.ids, value, token, len(pieces))
 
 
 def _add_feature(
@@ -168,11 +234,11 @@ def _add_feature(
     # A vector and a weight for each id of the feature; those of the reserved ids are 0.
     vector = np.zeros((part.values + FIRST_KNOWN, total.shape[1]), np.float32)
     token_id = part.value + FIRST_KNOWN
-    np.add.at(
-        vector,
-        token_id,
-        token_vectors[part.token] * token_weight[part.token, None],
-    )
+    for start in range(0, len(token_id), _TOGETHER):
+        some = slice(start, start + _TOGETHER)
+        tokens = part.token[some]
+        weighted = token_vectors[tokens] * token_weight[tokens, None]
+        np.add.at(vector, token_id[some], weighted)
     mass = np.bincount(
         token_id, weights=token_weight[part.token], minlength=len(vector)
     )

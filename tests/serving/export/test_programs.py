@@ -9,6 +9,7 @@ import pytest
 from jax import export
 
 from tests.models.backbones.machine import noisy
+from tests.models.test_language_models import LITERALS, TITLED, lm, model_of
 from tests.worlds import SCHEMA, TASKS, one_device, place, random_batch, tiny
 from tokenrec.serving.export.programs import has_prefix, make_programs
 from tokenrec.serving.export.served_model import (
@@ -51,11 +52,11 @@ CONFIGS = {
 LENGTHS = [0, 1, 2, 5, 8, 11, 12, 12]
 
 
-def predicted(config, batch):
+def predicted(config, batch, model=None):
     """The model, its weights for serving, and the predictions of the eval step."""
     mesh = one_device()
     with jax.set_mesh(mesh):
-        model = build_model(config, SCHEMA, TASKS)
+        model = model or build_model(config, SCHEMA, TASKS)
         state = init_state(model, 0)
         params = {
             name: jax.device_put(value, state.params[name].sharding)
@@ -97,10 +98,61 @@ def test_programs_predict_what_the_eval_step_predicts(name):
     config = CONFIGS[name]
     batch = random_batch(config, lengths=LENGTHS)
     model, weights, expected = predicted(config, batch)
+    assert has_prefix(model) == ("whole" not in name)
+    check_predictions(model, weights, batch, expected)
+
+
+# Fill lies behind the words of titles, in histories and in candidates.
+LANGUAGE_MODELS = {
+    "windows": lm(
+        "gemma3",
+        candidates=2,
+        text={"history": ("title", "tab")},
+    ),
+    "adapters": lm(
+        "llama3",
+        candidates=3,
+        tuning={"method": "lora", "rank": 2},
+        model={"layers": 1},
+    ),
+    "branch": lm("qwen3", candidates=2, model={"layers": 1, "branch": "mean"}),
+    "text behind": lm(
+        "gemma3",
+        candidates=2,
+        prompt=("text:Seen:", "sep", "history", "||", "text:it", "candidate", "text:?"),
+        # BFTS on top of the windows of the model.
+        model={"windows": (4,)},
+        text={"candidate": ("title",)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_programs_of_language_models_predict_what_the_eval_step_predicts(name):
+    config = LANGUAGE_MODELS[name]
+    batch = random_batch(config, lengths=LENGTHS, schema=TITLED)
+    model, weights, expected = predicted(config, batch, model_of(config))
+    assert has_prefix(model)
+    check_predictions(model, weights, batch, expected)
+
+
+def test_a_stream_of_a_language_model_is_served_likewise():
+    prompt = ("text:Seen:", "user", "text:then", "history")
+    config = lm("gemma3", paradigm="uc", prompt=prompt)
+    config.tokens.fused = False
+    batch = random_batch(config, lengths=LENGTHS, schema=TITLED)
+    model = dataclasses.replace(model_of(config), literals=LITERALS[:2])
+    model, weights, expected = predicted(config, batch, model)
+    assert has_prefix(model)
+    check_predictions(model, weights, batch, expected)
+
+
+def check_predictions(model, weights, batch, expected):
+    """Export the programs, and compare what they predict."""
+    config = model.config
     inputs = inputs_of(config, batch)
     found = inputs
     programs = make_programs(model)
-    assert has_prefix(model) == ("whole" not in name)
     for program in programs.values():
         batch_size, candidates = export.symbolic_shape("b, c")
         shapes = program.inputs(batch_size, candidates)

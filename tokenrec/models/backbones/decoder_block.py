@@ -24,7 +24,7 @@ G heads of keys and values, h width of a head, f inner width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,9 @@ from tokenrec.ops.contract import contract
 from tokenrec.ops.layers import constant, dropout, split_keys, weight
 from tokenrec.sharding import RULES, tokens_of
 from tokenrec.tokens.layout import select_positions
+
+# Applies RoPE to queries or keys `[B, n, H, h]`.
+type Rotate = Callable[[jax.Array], jax.Array]
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -135,18 +138,13 @@ class DecoderAttention(nnx.Module):
         self.output_adapter = adapter("output", (heads, h), (d,), "heads")
 
     def keys_values(
-        self,
-        x: jax.Array,
-        positions: np.ndarray,
-        stream: Stream,
-        dropout_keys: jax.Array | None,
+        self, x: jax.Array, rotate: Rotate, dropout_keys: jax.Array | None
     ) -> KeysValues:
         """Project normalised inputs to keys and values.
 
         Args:
           x: `[B, K, d]`, normalised inputs.
-          positions: `[K]`, their stream positions.
-          stream: the stream.
+          rotate: applies RoPE at the positions of these inputs.
           dropout_keys: `[B]`, PRNG keys; None in evaluation.
 
         Returns:
@@ -157,7 +155,34 @@ class DecoderAttention(nnx.Module):
         k = _project(x, self.key, axis, self.key_adapter, of_key)
         v = _project(x, self.value, axis, self.value_adapter, of_value)
         k = k if self.key_norm is None else self.key_norm(k)
-        return KeysValues(stream.rotate(k, positions, local=self.local), v)
+        return KeysValues(rotate(k), v)
+
+    def queries(
+        self, x: jax.Array, rotate: Rotate, dropout_keys: jax.Array | None
+    ) -> jax.Array:
+        """Project normalised inputs to queries, `[B, Q, H, h]`.
+
+        Args:
+          x: `[B, Q, d]`, normalised inputs.
+          rotate: applies RoPE at the positions of these inputs.
+          dropout_keys: `[B]`, PRNG keys; None in evaluation.
+        """
+        q = _project(x, self.query, "heads", self.query_adapter, dropout_keys)
+        q = q if self.query_norm is None else self.query_norm(q)
+        if self.query_factor != 1:
+            q = q * self.query_factor
+        return rotate(q)
+
+    def join_heads(
+        self, attended: jax.Array, dropout_keys: jax.Array | None
+    ) -> jax.Array:
+        """Project attended values `[B, Q, H, h]` to `[B, Q, d]`."""
+        # Heads are split over `mesh.tensor`; this product sums over them.
+        spec = RULES("batch", tokens_of(attended), None)
+        out = contract("bqhk,hkd->bqd", attended, self.output[...], spec)
+        if self.output_adapter is None:
+            return out
+        return self.output_adapter(attended, out, dropout_keys)
 
     def __call__(
         self,
@@ -182,12 +207,8 @@ class DecoderAttention(nnx.Module):
           `[B, Q, d]`.
         """
         of_query, of_output = split_keys(dropout_keys, 2)
-        q = _project(x, self.query, "heads", self.query_adapter, of_query)
-        q = q if self.query_norm is None else self.query_norm(q)
-        if self.query_factor != 1:
-            q = q * self.query_factor
         attended = attention(
-            stream.rotate(q, query_positions, local=self.local),
+            self.queries(x, self.rotate_at(stream, query_positions), of_query),
             *keys_values,
             window=self.window,
             implementation=self.implementation,
@@ -196,16 +217,11 @@ class DecoderAttention(nnx.Module):
                 stream.valid, key_positions, np.arange(stream.layout.length)
             ),
         )
-        # Heads are split over `mesh.tensor`; this product sums over them.
-        out = contract(
-            "bqhk,hkd->bqd",
-            attended,
-            self.output[...],
-            RULES("batch", tokens_of(attended), None),
-        )
-        if self.output_adapter is not None:
-            out = self.output_adapter(attended, out, of_output)
-        return out
+        return self.join_heads(attended, of_output)
+
+    def rotate_at(self, stream: Stream, positions: np.ndarray) -> Rotate:
+        """Return a function that applies this layer's RoPE at positions of a stream."""
+        return functools.partial(stream.rotate, positions=positions, local=self.local)
 
 
 class GatedFFN(nnx.Module):
@@ -309,9 +325,8 @@ class DecoderBlock(nnx.Module):
         # `x` holds the last of the key positions; `past` holds those before them.
         x_positions = key_positions[len(key_positions) - x.shape[1] :]
         normed = self.attention_norm(x)
-        keys_values = self.attention.keys_values(
-            normed, x_positions, stream, of_branches[0]
-        )
+        rotate = self.attention.rotate_at(stream, x_positions)
+        keys_values = self.attention.keys_values(normed, rotate, of_branches[0])
         if not len(query_positions):
             return x[:, :0], keys_values
         visible = keys_values if past is None else past.concat(keys_values)
@@ -323,14 +338,31 @@ class DecoderBlock(nnx.Module):
             stream,
             of_branches[1],
         )
+        x = stream.select(x, query_positions, x_positions)
+        return self.add_branches(x, branch, of_branches[2:]), keys_values
+
+    def add_branches(
+        self,
+        x: jax.Array,
+        branch: jax.Array,
+        dropout_keys: Sequence[jax.Array | None] = (None, None, None),
+    ) -> jax.Array:
+        """Add the branches to the inputs of the layer: `X'` of the module's equations.
+
+        Args:
+          x: `[B, Q, d]`, inputs X.
+          branch: `[B, Q, d]`, A W_o.
+          dropout_keys: `[B]` each, PRNG keys of the attention branch, of the FFN and of
+            its branch; None in evaluation.
+        """
+        of_attention, of_ffn, of_ffn_branch = dropout_keys
         if self.attention_output_norm is not None:
             branch = self.attention_output_norm(branch)
-        x = stream.select(x, query_positions, x_positions)
-        x = x + dropout(branch, self.rate, of_branches[2])
-        ffn = self.ffn(self.ffn_norm(x), of_branches[3])
+        x = x + dropout(branch, self.rate, of_attention)
+        ffn = self.ffn(self.ffn_norm(x), of_ffn)
         if self.ffn_output_norm is not None:
             ffn = self.ffn_output_norm(ffn)
-        return x + dropout(ffn, self.rate, of_branches[4]), keys_values
+        return x + dropout(ffn, self.rate, of_ffn_branch)
 
 
 def _project(

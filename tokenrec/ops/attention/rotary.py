@@ -64,14 +64,14 @@ def rotation_by(positions: jax.Array, frequencies: jax.Array | np.ndarray) -> Ro
     """Compute the angles `p * frequency_i` of every token.
 
     Args:
-      positions: `[B, S]`, RoPE position p of each token.
+      positions: `[B, S]`, RoPE position p of each token; or `[B, C, K]`.
       frequencies: `[h / 2] float32`.
 
     Returns:
-      Cosines and signed sines, `[B, S, 1, h] float32` each.
+      Cosines and signed sines, `[B, S, 1, h] float32` each; or `[B, C, K, 1, h]`.
     """
     # In float32: bfloat16 cannot tell neighbouring positions above 256 apart.
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     # Without the barrier XLA fuses cosines and sines into every rotation of every layer,
     # and computes them anew in each.

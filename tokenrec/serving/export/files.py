@@ -110,6 +110,8 @@ def write_files(
         "schema": json.loads(json.dumps(schema.to_json())),
     }
     weights = served_weights(run.model, run.state)
+    # What training alone reads stays behind: vectors that score words.
+    weights["params"] = {n: weights["params"][n] for n in model.param_shapes()}
     if retrieval:
         items = dataset.known_items
         manifest |= {

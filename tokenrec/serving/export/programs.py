@@ -33,9 +33,10 @@ from tokenrec.models.backbones.ctr_inputs import (
     mean_pool_events,
     split_prefix,
 )
+from tokenrec.models.backbones.decoder import Decoder
+from tokenrec.models.backbones.decoder_extend import extend_decoder
 from tokenrec.models.backbones.folded_extend import extend_folded
-from tokenrec.models.backbones.rope_attention import KeysValues
-from tokenrec.models.backbones.tokenformer import PrefixCache, TokenFormer
+from tokenrec.models.backbones.tokenformer import TokenFormer
 from tokenrec.models.branch import mean_user
 from tokenrec.models.recommender import Recommender
 from tokenrec.models.stream_layout import served_layout
@@ -47,6 +48,10 @@ from tokenrec.serving.export.batches import (
     signal_shapes,
     signals_of,
     targets_alone,
+)
+from tokenrec.serving.export.cache_arrays import (
+    cache_from_arrays,
+    cache_to_arrays,
 )
 from tokenrec.serving.export.served_model import (
     Program,
@@ -72,8 +77,7 @@ def has_prefix(model: ModelSpec) -> bool:
     """Whether a request's history is computed once, whatever its candidates."""
     config = model.config.model
     spec = BACKBONES[config.kind]
-    # `extend_folded` computes TokenFormer's block: language models score whole streams.
-    return spec.generates and not spec.decoder and config.branch in ("none", "mean")
+    return spec.generates and config.branch in ("none", "mean")
 
 
 def fixed_candidates(model: ModelSpec) -> int:
@@ -153,10 +157,9 @@ class _Parts:
         batch = batch_of(inputs, target=query)
         entities = look_up(self._model, weights, batch)
         x = module.prefix_tokens(entities, batch)
-        cache, _ = backbone.prefill(x, self._layout, batch.valid)
-        kept = {VALID: batch.valid}
-        for layer, (keys, values) in enumerate(cache.layers):
-            kept |= {f"keys_{layer}": keys, f"values_{layer}": values}
+        present = module.present(entities, batch, self._layout, own=False)
+        cache, _ = backbone.prefill(x, self._layout, batch.valid, present)
+        kept = {VALID: batch.valid} | cache_to_arrays(cache)
         if module.branch is not None:
             kept |= self._branch_inputs(x, batch.valid)
         return kept
@@ -169,14 +172,12 @@ class _Parts:
         target = signals_of(inputs, "target")
         entities = look_up(self._model, weights, targets_alone(target))
         x = self._candidate_tokens(module, entities, target)
-        layers = self._model.config.model.layers
-        cache = PrefixCache(
-            tuple(
-                KeysValues(inputs[f"keys_{layer}"], inputs[f"values_{layer}"])
-                for layer in range(layers)
-            )
-        )
-        readouts = extend_folded(backbone, cache, x, self._layout, inputs[VALID])
+        cache = cache_from_arrays(inputs, self._model.config.model.layers)
+        if isinstance(backbone, Decoder):
+            present = self._present_in_candidates(module, entities, target)
+            readouts = extend_decoder(backbone, cache, x, self._layout, present)
+        else:
+            readouts = extend_folded(backbone, cache, x, self._layout, inputs[VALID])
         # Ranking reads the last token of a candidate.
         wide = readouts[:, :, 0].astype(jnp.float32)
         if module.branch is not None:
@@ -209,11 +210,28 @@ class _Parts:
         """Tokens of the candidates, `[B, C, K, d]`."""
         if self._uc:
             assert module.history.state is not None
-            dtype = jnp.dtype(self._model.config.model.dtype)
-            return module.history.state(*merge_entities(entities["target"]), dtype)
+            merged = merge_entities(module.with_words(entities)["target"])
+            return module.history.state(*merged, module.dtype)
         (flat,) = module.candidate_tokens(entities, targets_alone(target))
         own = int(np.sum(self._layout.candidate >= 0))
         return flat.reshape(*target.ids.shape[:2], own, flat.shape[2])
+
+    def _present_in_candidates(
+        self, module: Recommender, entities: dict[str, EntityFeatures], target: Signals
+    ) -> jax.Array | None:
+        """Tokens of the candidates that fill no text up, `[B, C, K] bool`; None: all."""
+        batch, candidates = target.ids.shape[:2]
+
+        def rows(x: jax.Array) -> jax.Array:
+            return jnp.reshape(x, (batch * candidates, 1, *x.shape[2:]))
+
+        # `present` reads streams: here each candidate has one to itself.
+        alone = targets_alone(Signals(*(rows(part) for part in target)))
+        ids = {name: rows(values) for name, values in entities["target"].ids.items()}
+        present = module.present(
+            {"target": EntityFeatures({}, ids)}, alone, self._layout, own=True
+        )
+        return None if present is None else present.reshape(batch, candidates, -1)
 
     def _branch_inputs(self, x: jax.Array, valid: jax.Array) -> Arrays:
         """What the branch reads of a request: mean of the user and of the events."""

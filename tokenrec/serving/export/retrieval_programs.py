@@ -33,12 +33,14 @@ from tokenrec.evaluation.catalogue import add_at_items
 from tokenrec.evaluation.generate import Prompt, read_prompt, search
 from tokenrec.evaluation.item_vectors import output_vectors
 from tokenrec.evaluation.trie import Level, Trie, build_trie
-from tokenrec.models.backbones.rope_attention import KeysValues
-from tokenrec.models.backbones.tokenformer import PrefixCache
 from tokenrec.models.copy_mixture import CopyMixture
 from tokenrec.models.heads import NextItemHead
 from tokenrec.ops.tables.lookup import expand_rows
 from tokenrec.serving.export.batches import VALID, Arrays, batch_of, signals_of
+from tokenrec.serving.export.cache_arrays import (
+    cache_from_arrays,
+    cache_to_arrays,
+)
 from tokenrec.serving.export.served_model import (
     Program,
     Weights,
@@ -58,7 +60,6 @@ _ITEMS = "items"
 _KEYS = "keys"
 _VECTORS = "vectors"
 _CODES = "codes"
-_PRESENT = "present"
 
 
 def catalogue_weights(run: OpenedRun) -> Arrays:
@@ -238,10 +239,7 @@ class _SemanticId(_Parts):
         entities = look_up(self._model, weights, batch)
         prompt = read_prompt(self._model, module, entities, batch)
         kept = {VALID: prompt.valid, "read_out": prompt.read_out}
-        for layer, (keys, values) in enumerate(prompt.cache.layers):
-            kept |= {f"keys_{layer}": keys, f"values_{layer}": values}
-        if prompt.cache.present is not None:
-            kept[_PRESENT] = prompt.cache.present
+        kept |= cache_to_arrays(prompt.cache)
         if prompt.copied is not None:
             items, log_copied, log_generated = prompt.copied
             kept |= {_ITEMS: items, "log_copied": log_copied[:, 0]}
@@ -269,13 +267,7 @@ class _SemanticId(_Parts):
         }
 
     def _prompt(self, inputs: Arrays) -> Prompt:
-        cache = PrefixCache(
-            tuple(
-                KeysValues(inputs[f"keys_{layer}"], inputs[f"values_{layer}"])
-                for layer in range(self._model.config.model.layers)
-            ),
-            inputs.get(_PRESENT),
-        )
+        cache = cache_from_arrays(inputs, self._model.config.model.layers)
         copied = None
         if "log_copied" in inputs:
             copied = CopyMixture(

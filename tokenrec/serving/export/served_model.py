@@ -51,10 +51,13 @@ def serving_model(model: ModelSpec) -> ModelSpec:
     """The model for one device: whole tables, and attention that any platform has.
 
     The output vectors of a sampled softmax are no tables of it: they are computed at
-    export, once for all items.
+    export, once for all items. Alignment tasks are trained only: without them, a language
+    model has no vectors that score its words.
     """
     config = dataclasses.replace(
-        model.config, model=dataclasses.replace(model.config.model, attention="auto")
+        model.config,
+        model=dataclasses.replace(model.config.model, attention="auto"),
+        head=dataclasses.replace(model.config.head, alignment={}),
     )
     embedder = model.embedder
     of_items = embedder.parts.get(CATALOGUE_PARTS[0], ())
@@ -70,7 +73,7 @@ def serving_model(model: ModelSpec) -> ModelSpec:
         if name not in CATALOGUE_PARTS
     }
     embedder = dataclasses.replace(embedder, stacks=stacks, parts=parts, item_ids=None)
-    return dataclasses.replace(model, config=config, embedder=embedder)
+    return dataclasses.replace(model, config=config, embedder=embedder, alignment=None)
 
 
 def _keep_tables(embedder: Embedder, stack: Stack, dropped: set[str]) -> Stack:
