@@ -18,10 +18,11 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 # Many tests compile the same programs: a folder for all of them, that of the first process, which starts the workers.
+# The small ones too: one takes some 50 ms to compile, and 10 ms to read.
 _COMPILED = "JAX_COMPILATION_CACHE_DIR"
 if _COMPILED not in os.environ:
     os.environ[_COMPILED] = tempfile.mkdtemp(prefix="tokenrec-tests-")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     atexit.register(shutil.rmtree, os.environ[_COMPILED], ignore_errors=True)
 
 # The processes that tests start import the same modules: without their bytecode each one compiles them again.
