@@ -17,7 +17,15 @@ from tests.walks import (
     save_codes,
     walking,
 )
-from tests.worlds import FEW_FEATURES, SCHEMA, TASKS, mesh_of, one_device, place, tiny
+from tests.worlds import (
+    FEW_FEATURES,
+    TASKS,
+    mesh_of,
+    one_device,
+    place,
+    schema_of,
+    tiny,
+)
 from tokenrec.debug.step_inspection import inspect_step
 from tokenrec.ops.tables.exchange import CollectedGradients
 from tokenrec.ops.tables.storage import to_storage_index
@@ -229,6 +237,8 @@ def test_abstract_state_says_what_a_state_is():
 
 # Two devices along fsdp, tensor and context.
 MESH = (1, 2, 2, 2)
+# A table of each kind of ids, and numbers.
+MIXED = schema_of("gender", "video", "tags", "picture", "code", "clicked")
 
 
 @functools.cache
@@ -247,7 +257,10 @@ def mesh_case():
         optim={"learning_rate": 1e-3},
         batch_size=16,
     )
-    return build_model(config, SCHEMA, TASKS), worlds.random_batch(config, 16)
+    return (
+        build_model(config, MIXED, TASKS),
+        worlds.random_batch(config, 16, schema=MIXED),
+    )
 
 
 def stepped(sizes):
