@@ -306,7 +306,8 @@ def test_work_of_a_kernel_is_by_tiles_and_that_of_the_model_by_pairs():
 
 
 def test_the_train_step_compiles_for_the_devices_at_hand_too():
-    model, shapes = model_and_shapes(two_layers("synthetic", **IMPRESSIONS))
+    quick = {"tokens.maker": "linear"}
+    model, shapes = model_and_shapes(two_layers("synthetic", **IMPRESSIONS | quick))
     mesh = mesh_of(2, 2, 2)
     compiled = compile_train_step(model, mesh, shapes)
     assert compiled.memory_analysis().argument_size_in_bytes > 0
