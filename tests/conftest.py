@@ -78,3 +78,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"tests/{name} is left out, because apache_beam is not installed: make test-beam"
         )
+
+
+@pytest.fixture(scope="module", name="lone_device")
+def runs_take_one_device() -> Iterator[None]:
+    """For modules in which devices are not the matter; see tests/lone_device.py."""
+    from tests.lone_device import lone_device
+
+    with lone_device():
+        yield

@@ -67,7 +67,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
     [
         "2>&1 | head -n 1",
         pytest.param("2> /dev/full > /dev/full", marks=pytest.mark.slow),
-        "2>&- >&-",
+        # tests/runtime/test_std_streams.py closes both streams of a shorter program.
+        pytest.param("2>&- >&-", marks=pytest.mark.slow),
     ],
 )
 def test_training_goes_on_when_nobody_reads_its_output(

@@ -19,6 +19,9 @@ from tokenrec.errors import InputError
 from tokenrec.evaluation.evaluate import evaluate_run
 from tokenrec.train_loop import train
 
+# Devices are not the matter here.
+pytestmark = pytest.mark.usefixtures("lone_device")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
