@@ -190,10 +190,8 @@ def test_the_loss_is_the_weighted_mean_of_the_known_labels_of_each_task(mesh):
 
 
 def test_dropout_depends_on_the_step_and_on_nothing_else(mesh):
-    config = small(model={"dropout": 0.5})
-    model = build_model(config, FEW_FEATURES, TASKS)
-    state = init_state(model, 0)
-    batch = place(random_batch(config), mesh)
+    model, host = mesh_case()  # whose dropout is above 0
+    state, batch = init_state(model, 0), place(host, mesh)
     first, again = (float(STEP(model, state, batch)[1].loss) for _ in range(2))
     later = jax.tree.map(lambda x: x, state)
     object.__setattr__(later, "step", state.step + 1)

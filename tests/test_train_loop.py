@@ -1,5 +1,6 @@
 """The loop on real files: resume, best checkpoint, early stop, bad steps, and that it learns."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from tests.counted import count_rows
+from tests.lone_device import lone_device
 from tokenrec import active_run, run_setup
 from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.checkpoint.run_folder import (
@@ -49,6 +51,19 @@ def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "synthetic"
     prepare(SyntheticSource(6_000, users=60, items=40), out)
     return out
+
+
+@pytest.fixture
+def all_devices():
+    """For tests that need more than one device."""
+
+
+@pytest.fixture(autouse=True)
+def devices(request):
+    """One device, whose programs compile in less time than those of eight."""
+    alone = "all_devices" not in request.fixturenames
+    with lone_device() if alone else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +146,9 @@ TABLE_OPTIONS = {
         pytest.param(TABLE_OPTIONS, id="tables"),
     ],
 )
-def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(options, data, tmp_path):
+def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(
+    options, data, tmp_path, all_devices
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(small(data, **options), whole, progress=False)
     train(small(data, train__stop_at=4, **options), parts, progress=False)
@@ -154,7 +171,7 @@ def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(options, data, tm
 # tests/test_elastic.py compares the rows of each step too, over fewer steps.
 @pytest.mark.slow
 def test_no_sample_is_lost_or_repeated_when_half_of_the_devices_go_on(
-    data, tmp_path, monkeypatch
+    data, tmp_path, monkeypatch, all_devices
 ):
     config = small(data, train__log_every=1)
     dataset = open_dataset(data)
@@ -398,7 +415,9 @@ def test_another_data_set_is_refused(data, tmp_path):
         evaluate_run(tmp_path / "run", "valid", "latest", other)
 
 
-def test_batch_sizes_that_the_devices_cannot_share_are_refused(data, tmp_path):
+def test_batch_sizes_that_the_devices_cannot_share_are_refused(
+    data, tmp_path, all_devices
+):
     with pytest.raises(InputError, match="8 devices"):
         train(small(data, data__batch_size=12), tmp_path, progress=False)
 
