@@ -28,6 +28,7 @@ from typing import Any
 import jax
 
 from benchmarks.language_model_transfer_arms import (
+    ALIGNED,
     CONTROLS,
     ORIGINS,
     RATES,
@@ -37,6 +38,7 @@ from benchmarks.language_model_transfer_arms import (
     Arm,
     Size,
     arm_config,
+    base_origin,
 )
 from benchmarks.language_model_transfer_pretrain import (
     LENGTH,
@@ -72,10 +74,14 @@ NOTES = (
     "`pretrained, LoRA`: they are frozen, with adapters of rank 16 beside them; makers, tables and head are trained. "
     "`pretrained, shuffled`: as `pretrained`, with the numbers of each tensor in random order.",
     "- `events as` `soft`: one token made of all features of an event, its title among them; `text`: the words of its "
-    "title alone. The rest of a prompt is the same. Beauty's streams are user-centric, which text does not allow.",
+    "title alone. The rest of a prompt is the same. In Beauty's streams every event is a goal, which text does not "
+    "allow: `one goal` compares the two where only the last event of a sample is one.",
+    "- `aligned`: with tasks of `head.alignment` in the loss, `Which item is{title}?{sid}` of weight 0.5 and "
+    "`Item{sid} is{title}` of weight 0.25. `title_to_sid nats` and `sid_to_title nats`: mean loss of an answer.",
     "- `train loss`: mean over the last fifth of the steps, of samples that are read for the first time, in nats an "
     "item for Beauty, a label for Complete Journey. The arms of a seed read the same samples in the same order.",
-    "- `rate`: the better of two by that loss, seed 0, soft tokens; text takes it over.",
+    "- `rate`: the better of two by that loss, seed 0, soft tokens; text, streams of one goal and aligned "
+    "arms take it over.",
     "- `tokens` and `forward MFLOP`, of a sample at its full length, are counted. `step ms` is the least disturbed "
     "stretch of a run beside other work on the same cores: trust the counts.",
     "- Complete Journey is ranked without `household_purchases` and `product_sales`, which count the past and would "
@@ -178,7 +184,10 @@ def quality(report: dict[str, Any]) -> dict[str, float]:
     """The metrics of the table, from an evaluation report."""
     if "retrieval" in report:
         found = report["retrieval"]
-        return {"Recall@10": found["recall@10"], "NDCG@10": found["ndcg@10"]}
+        asked = report.get("alignment", {})
+        return {"Recall@10": found["recall@10"], "NDCG@10": found["ndcg@10"]} | {
+            f"{name} nats": task["loss"] for name, task in asked.items()
+        }
     return {"AUC": report["macro_auc"], "GAUC": report["macro_gauc"]}
 
 
@@ -203,7 +212,9 @@ def run_arms(
       Arm -> record of each seed: that of `run`, `rate` and `metrics`.
     """
     rates = {
-        (arm.task, arm.origin): best_rate(arm.task, arm.origin, work, sizes[arm.task])
+        (arm.task, arm.origin): best_rate(
+            arm.task, base_origin(arm.origin), work, sizes[arm.task]
+        )
         for arm in seeds
     }
     records: dict[Arm, list[dict[str, Any]]] = {arm: [] for arm in seeds}
@@ -255,8 +266,10 @@ def table_row(arm: Arm, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "events as": arm.form,
         "seeds": len(records),
         "rate": records[0]["rate"],
-        "train loss": spread([record["loss"] for record in records]),
     }
+    # That of an aligned arm has other terms.
+    if arm.origin not in ALIGNED:
+        row["train loss"] = spread([record["loss"] for record in records])
     for metric in records[0]["metrics"]:
         row[metric] = spread([record["metrics"][metric] for record in records])
     return row
@@ -271,10 +284,11 @@ def difference_rows(records: dict[Arm, list[dict[str, Any]]]) -> list[dict[str, 
         if arm.origin == ORIGINS[0]:
             continue
         row = {"task": arm.task, "arm": arm.origin, "events as": arm.form}
-        row["train loss"] = spread(
-            [a["loss"] - b["loss"] for a, b in zip(own, scratch, strict=True)], "+"
-        )
-        for metric in own[0]["metrics"]:
+        if arm.origin not in ALIGNED:
+            row["train loss"] = spread(
+                [a["loss"] - b["loss"] for a, b in zip(own, scratch, strict=True)], "+"
+            )
+        for metric in scratch[0]["metrics"]:
             pairs = zip(own, scratch, strict=True)
             row[metric] = spread(
                 [a["metrics"][metric] - b["metrics"][metric] for a, b in pairs], "+"
@@ -299,7 +313,7 @@ def write_page(
                 fastest = {"step ms": min(record["step_ms"] for record in own)}
                 rows.append(table_row(arm, own) | cost(arm, work, size) | fastest)
         for arm in (*records, *CONTROLS):
-            if (arm.task, arm.form) != (task, "soft"):
+            if (arm.task, arm.form) != (task, "soft") or arm.origin in ALIGNED:
                 continue
             rates = RATES[:1] if arm in CONTROLS else RATES
             losses = {

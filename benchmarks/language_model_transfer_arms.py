@@ -34,7 +34,13 @@ ORIGINS = ("scratch", "pretrained", "pretrained, LoRA")
 # A control: the pretrained numbers of each tensor in random order, all trained. They
 # have the sizes of the pretrained weights and none of what these know.
 SHUFFLED = "pretrained, shuffled"
-FORMS = ("soft", "text")
+# The same with alignment tasks (`head.alignment`) in the loss, at the rate of the arm
+# without them.
+ALIGNED = ("scratch, aligned", "pretrained, aligned")
+ALIGNMENT = {"Which item is{title}?{sid}": 0.5, "Item{sid} is{title}": 0.25}
+# Every event of a stream is a goal, unless a form says that the last one alone is.
+ONE_GOAL = ("soft, one goal", "text, one goal")
+FORMS = ("soft", "text", *ONE_GOAL)
 TASKS = ("complete_journey", "beauty")
 # Counts of the past, which say most of what is bought next without any text or history.
 COUNTS = ("household_purchases", "product_sales")
@@ -46,7 +52,7 @@ class Arm:
 
     Attributes:
       task: in `TASKS`.
-      origin: in `ORIGINS`, or `SHUFFLED`.
+      origin: in `ORIGINS` or `ALIGNED`, or `SHUFFLED`.
       form: in `FORMS`.
     """
 
@@ -57,12 +63,14 @@ class Arm:
 
 # Runs that are compared by their loss alone, at the lower rate with seed 0.
 CONTROLS = (Arm("beauty", SHUFFLED, "soft"),)
-# Seeds of each arm. Beauty has no text: its streams are user-centric, where every event
-# is a goal, and `check_user_centric_tokens` refuses a history in words there.
+# Seeds of each arm. Beauty's streams are user-centric, where every event is a goal and
+# `check_user_centric_tokens` refuses a history in words: text has one goal a sample.
 SEEDS = {
     **{Arm("complete_journey", origin, "soft"): 3 for origin in ORIGINS},
-    **{Arm("beauty", origin, "soft"): 2 for origin in ORIGINS},
-    **{Arm("complete_journey", origin, "text"): 1 for origin in ORIGINS[:2]},
+    **{Arm("beauty", origin, "soft"): 3 for origin in ORIGINS},
+    **{Arm("beauty", origin, "soft"): 2 for origin in ALIGNED},
+    **{Arm("complete_journey", origin, "text"): 1 for origin in ORIGINS},
+    **{Arm("beauty", origin, form): 1 for form in ONE_GOAL for origin in ORIGINS[:2]},
 }
 
 
@@ -101,7 +109,7 @@ def arm_config(arm: Arm, work: Path, size: Size, rate: float, seed: int) -> Conf
     """
     model, untrained = work / "model", work / "untrained"
     source: dict[str, Any] = {"pretrained": str(model)}
-    if arm.origin == "scratch":
+    if arm.origin.startswith("scratch"):
         source = {"architecture": str(untrained / CONFIG_FILE)}
     if arm.origin == SHUFFLED:
         source = {"pretrained": str(work / "shuffled")}
@@ -110,13 +118,11 @@ def arm_config(arm: Arm, work: Path, size: Size, rate: float, seed: int) -> Conf
     return validate(
         Config(
             seed=seed,
-            data=_data(arm.task, work, size),
+            data=_data(arm, work, size),
             tokens=_tokens(arm),
             model=ModelConfig(kind=KIND, windows=(), **source),
             tuning=TuningConfig(method="lora") if lora else TuningConfig(),
-            head=HeadConfig(retrieval="semantic_id", beams=20, drop_seen=True)
-            if arm.task == "beauty"
-            else HeadConfig(),
+            head=_head(arm),
             optim=OptimConfig(
                 steps=size.steps,
                 warmup_steps=warm_up,
@@ -133,19 +139,35 @@ def arm_config(arm: Arm, work: Path, size: Size, rate: float, seed: int) -> Conf
     )
 
 
-def _data(task: str, work: Path, size: Size) -> DataConfig:
+def base_origin(origin: str) -> str:
+    """The origin whose rate an aligned one takes over, or itself."""
+    return origin.removesuffix(", aligned")
+
+
+def _head(arm: Arm) -> HeadConfig:
+    if arm.task != "beauty":
+        return HeadConfig()
+    return HeadConfig(
+        retrieval="semantic_id",
+        beams=20,
+        drop_seen=True,
+        alignment=dict(ALIGNMENT) if arm.origin in ALIGNED else {},
+    )
+
+
+def _data(arm: Arm, work: Path, size: Size) -> DataConfig:
     common: dict[str, Any] = {
-        "path": str(work / task),
+        "path": str(work / arm.task),
         "events": size.events,
         "batch_size": size.batch,
         "eval_batch_size": 64,
     }
-    if task == "beauty":
+    if arm.task == "beauty":
+        streams = {"paradigm": "uc", "overlap": size.events // 2}
         return DataConfig(
             objective="retrieval",
             semantic_ids=str(work / "beauty_ids"),
-            paradigm="uc",
-            overlap=size.events // 2,
+            **({} if arm.form in ONE_GOAL else streams),
             **common,
         )
     return DataConfig(candidates=8, exclude=COUNTS, **common)
@@ -157,7 +179,7 @@ def _tokens(arm: Arm) -> TokensConfig:
         template = "Household{user} bought{history} in this basket{query}||{candidate}"
     return TokensConfig(
         template=template,
-        text={"history": ("title",)} if arm.form == "text" else {},
+        text={"history": ("title",)} if arm.form.startswith("text") else {},
         fused=True,
         user_tokens=1,
         output_scale=True,

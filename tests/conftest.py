@@ -18,10 +18,11 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 # Many tests compile the same programs: a folder for all of them, that of the first process, which starts the workers.
+# The small ones too: one takes some 50 ms to compile, and 10 ms to read.
 _COMPILED = "JAX_COMPILATION_CACHE_DIR"
 if _COMPILED not in os.environ:
     os.environ[_COMPILED] = tempfile.mkdtemp(prefix="tokenrec-tests-")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     atexit.register(shutil.rmtree, os.environ[_COMPILED], ignore_errors=True)
 
 # The processes that tests start import the same modules: without their bytecode each one compiles them again.
@@ -77,3 +78,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(
             f"tests/{name} is left out, because apache_beam is not installed: make test-beam"
         )
+
+
+@pytest.fixture(scope="module", name="lone_device")
+def runs_take_one_device() -> Iterator[None]:
+    """For modules in which devices are not the matter; see tests/lone_device.py."""
+    from tests.lone_device import lone_device
+
+    with lone_device():
+        yield

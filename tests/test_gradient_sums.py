@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.worlds import FEW_FEATURES, TASKS, mesh_of, place, random_batch, tiny
+from tests.worlds import TASKS, mesh_of, place, random_batch, schema_of, tiny
 from tokenrec.state import abstract_state, build_model, in_shards, init_state
 from tokenrec.step import gradients, step_inputs
+
+# Matrices of the backbone are compared: it needs some input.
+FEATURES = schema_of("video", "clicked")
 
 
 def model_of(sums: str, kind: str = "tokenformer"):
@@ -23,7 +26,7 @@ def model_of(sums: str, kind: str = "tokenformer"):
         optim={"gradient_sums": sums},
         batch_size=16,
     )
-    return build_model(config, FEW_FEATURES, TASKS)
+    return build_model(config, FEATURES, TASKS)
 
 
 @functools.cache
@@ -31,7 +34,7 @@ def of_step(sums: str, kind: str = "tokenformer"):
     """Loss and gradients of the dense weights of a step on eight devices."""
     model, mesh = model_of(sums, kind), mesh_of(2, 4, 1)
     with jax.set_mesh(mesh):
-        batch = place(random_batch(model.config, 16, schema=FEW_FEATURES), mesh)
+        batch = place(random_batch(model.config, 16, schema=FEATURES), mesh)
 
         @jax.jit
         def step(state, batch):

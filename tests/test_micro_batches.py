@@ -75,6 +75,8 @@ def test_parts_that_keep_to_the_caches_change_nothing_but_rounding(monkeypatch, 
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=3e-5)
 
 
+# Parts that keep to the caches are drawn for likewise, above; accumulation multiplies their number, below.
+@pytest.mark.slow
 def test_accumulation_draws_the_dropout_of_the_whole_batch(monkeypatch):
     tokens_at_a_time(monkeypatch, 10**9)
     batch, mesh = random_batch(), one_device()

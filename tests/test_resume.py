@@ -19,6 +19,9 @@ from tokenrec.errors import InputError, Stopped
 from tokenrec.runtime.watchdog import Watchdog
 from tokenrec.train_loop import train
 
+# As in test_train_loop, so that its compiled programs serve here too.
+pytestmark = pytest.mark.usefixtures("lone_device")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

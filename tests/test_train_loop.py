@@ -1,10 +1,10 @@
 """The loop on real files: resume, best checkpoint, early stop, bad steps, and that it learns."""
 
+import contextlib
 import json
 import os
 import signal
 import threading
-import time
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from tests.counted import count_rows
+from tests.lone_device import lone_device
 from tokenrec import active_run, run_setup
 from tokenrec.checkpoint.reader import CheckpointReader
 from tokenrec.checkpoint.run_folder import (
@@ -50,6 +51,19 @@ def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "synthetic"
     prepare(SyntheticSource(6_000, users=60, items=40), out)
     return out
+
+
+@pytest.fixture
+def all_devices():
+    """For tests that need more than one device."""
+
+
+@pytest.fixture(autouse=True)
+def devices(request):
+    """One device, whose programs compile in less time than those of eight."""
+    alone = "all_devices" not in request.fixturenames
+    with lone_device() if alone else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +146,9 @@ TABLE_OPTIONS = {
         pytest.param(TABLE_OPTIONS, id="tables"),
     ],
 )
-def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(options, data, tmp_path):
+def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(
+    options, data, tmp_path, all_devices
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(small(data, **options), whole, progress=False)
     train(small(data, train__stop_at=4, **options), parts, progress=False)
@@ -155,7 +171,7 @@ def test_stop_and_resume_equals_an_undisturbed_run_bit_for_bit(options, data, tm
 # tests/test_elastic.py compares the rows of each step too, over fewer steps.
 @pytest.mark.slow
 def test_no_sample_is_lost_or_repeated_when_half_of_the_devices_go_on(
-    data, tmp_path, monkeypatch
+    data, tmp_path, monkeypatch, all_devices
 ):
     config = small(data, train__log_every=1)
     dataset = open_dataset(data)
@@ -184,34 +200,35 @@ def test_no_sample_is_lost_or_repeated_when_half_of_the_devices_go_on(
 
 
 def test_sigterm_stops_after_the_step_saved_and_the_run_goes_on_bit_for_bit(
-    data, tmp_path
+    data, tmp_path, monkeypatch
 ):
-    config = small(data, optim__steps=400, train__log_every=1)
     parts, whole = tmp_path / "parts", tmp_path / "whole"
+    taken = []
 
-    def send():
-        while not (parts / "metrics.jsonl").exists() or not steps_logged(parts):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def send_at_the_third(rows):
+        taken.append(rows)
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    sender = threading.Thread(target=send)
-    sender.start()
+    # The signal comes while the loop waits for the batch of its third step. With as many steps as the other tests have,
+    # the step is their compiled program.
+    monkeypatch.setattr(active_run, "train_batches", count_rows(send_at_the_third))
+    config = small(data, train__log_every=1)
     with pytest.raises(
-        Stopped, match=r"SIGTERM: stopped at step \d+; checkpoint saved; rerun"
+        Stopped, match=r"SIGTERM: stopped at step 3; checkpoint saved; rerun"
     ):
         train(config, parts, progress=False)
-    sender.join()
+    assert len(taken) == 3
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     with CheckpointReader(parts) as checkpoints:
-        (step,) = checkpoints.steps
-    assert step == steps_logged(parts)[-1] < 390
+        assert checkpoints.steps == [3]
+    assert steps_logged(parts) == [1, 2, 3]
+    monkeypatch.undo()
     for workdir in (parts, whole):
         train(
-            small(data, optim__steps=400, train__log_every=1, train__stop_at=step + 2),
-            workdir,
-            progress=False,
+            small(data, train__log_every=1, train__stop_at=5), workdir, progress=False
         )
-    assert steps_logged(parts) == list(range(1, step + 3))
+    assert steps_logged(parts) == [1, 2, 3, 4, 5]
     for a, b in zip(leaves(whole), leaves(parts), strict=True):
         assert np.array_equal(a, b)
 
@@ -398,7 +415,9 @@ def test_another_data_set_is_refused(data, tmp_path):
         evaluate_run(tmp_path / "run", "valid", "latest", other)
 
 
-def test_batch_sizes_that_the_devices_cannot_share_are_refused(data, tmp_path):
+def test_batch_sizes_that_the_devices_cannot_share_are_refused(
+    data, tmp_path, all_devices
+):
     with pytest.raises(InputError, match="8 devices"):
         train(small(data, data__batch_size=12), tmp_path, progress=False)
 
@@ -471,20 +490,19 @@ def test_a_line_of_skipped_steps_alone_says_how_many(data, tmp_path):
 
 
 def test_an_undefined_metric_is_said_once(tmp_path, capsys):
-    source = SyntheticSource(3_000, users=40, items=24)
-    batches = [
-        batch.set_column(
-            batch.schema.names.index("label_click"),
-            "label_click",
-            pa.array([1] * batch.num_rows, pa.int8()),
-        )
-        for batch in source.rows()
-    ]
+    # The source of the other tests, and all of its tasks: the step is their compiled program.
+    source = SyntheticSource(6_000, users=60, items=40)
+    batches = []
+    for batch in source.rows():
+        for at, name in enumerate(batch.schema.names):
+            if name.startswith("label_"):
+                ones = pa.array([1] * batch.num_rows, batch.schema.field(at).type)
+                batch = batch.set_column(at, name, ones)
+        batches.append(batch)
     source.rows = lambda: iter(batches)
     prepare(source, tmp_path / "data")
     capsys.readouterr()
-    config = small(tmp_path / "data", optim__steps=4, train__eval_every=2)
-    config.data.tasks = {"click": 1.0}
+    config = small(tmp_path / "data", train__eval_every=4)
     summary = train(config, tmp_path / "run", progress=False)
     assert summary["best_step"] == -1
     said = capsys.readouterr().err

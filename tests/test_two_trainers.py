@@ -34,7 +34,8 @@ ENDLESS = {"optim.steps": 1_000_000, "train.save_every": 5}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "set"
-    prepare(SyntheticSource(1_500, users=40, items=30), out)
+    # As in test_train_loop, so that its compiled programs serve here too.
+    prepare(SyntheticSource(6_000, users=60, items=40), out)
     return out
 
 
@@ -76,7 +77,8 @@ def test_a_second_trainer_is_refused_and_a_killed_one_resumes_at_once(
 ) -> None:
     workdir = tmp_path / "run"
     with trainer(tmp_path, "first", train_line(data, workdir, **ENDLESS)) as first:
-        wait_for(lambda: checkpoints(workdir), first)
+        # While the second one starts, the first one compiles: a loop would cost more.
+        wait_for((workdir / "config.json").exists, first)
         config = (workdir / "config.json").read_bytes()
         # With another config: the lease is looked at before config.json.
         other = train_line(data, workdir, **{"model.width": 8})
@@ -85,7 +87,7 @@ def test_a_second_trainer_is_refused_and_a_killed_one_resumes_at_once(
         error = (tmp_path / "second.err").read_text()
         assert f"--workdir '{workdir}' is in use: process {first.pid} on " in error
         assert (workdir / "config.json").read_bytes() == config
-        assert first.poll() is None
+        wait_for(lambda: checkpoints(workdir), first)
         first.send_signal(signal.SIGKILL)
     stop = checkpoints(workdir)[-1] + 10
     line = train_line(data, workdir, **ENDLESS | {"train.stop_at": stop})
@@ -134,6 +136,7 @@ def test_sigterm_ends_the_wait_for_a_lease_that_may_be_stale(
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.usefixtures("lone_device")
 @pytest.mark.parametrize("was_suspended", [False, True])
 def test_a_replaced_trainer_writes_no_more(
     was_suspended: bool,

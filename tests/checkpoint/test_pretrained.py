@@ -50,7 +50,12 @@ from tokenrec.state import build_model, init_state
 from tokenrec.train_loop import train
 from tokenrec.tuning import group_of, split_frozen
 
-LAYERS = 3
+LAYERS = 2
+# What carries no part of a test only takes time to compile.
+EXCLUDED = (
+    *("interests", "age", "load", "genre", "price", "vector", "code"),
+    *("place", "seconds", "reaction"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +66,7 @@ def data(tmp_path_factory):
 
 
 def tensors_of_model():
-    """Three layers of the model, which compile in less time than five."""
+    """Two layers of the model, which compile in less time than five."""
     left_out = tuple(f"model.layers.{layer}." for layer in range(LAYERS, L))
     tensors = random_tensors("qwen3")
     return {n: x for n, x in tensors.items() if not n.startswith(left_out)}
@@ -81,7 +86,13 @@ def folder(tmp_path_factory):
 def config_of(data, folder, **tuning):
     lora = {"rank": 2} if tuning.get("method", "lora") == "lora" else {}
     return Config(
-        data=DataConfig(path=str(data), events=4, batch_size=16, eval_batch_size=64),
+        data=DataConfig(
+            path=str(data),
+            events=4,
+            batch_size=16,
+            eval_batch_size=64,
+            exclude=EXCLUDED,
+        ),
         tokens=TokensConfig(
             embedding_dim=4,
             fused=True,
@@ -123,7 +134,7 @@ def params_of(workdir):
 
 def test_a_run_begins_with_the_weights_of_the_folder(data, folder):
     config = validate(config_of(data, folder))
-    dataset = open_dataset(data)
+    dataset = open_dataset(data, config.data.exclude)
     model = build_model(config, dataset.schema, ("click",))
     with jax.set_mesh(one_device()):
         drawn = init_state(model, 0)
@@ -132,13 +143,13 @@ def test_a_run_begins_with_the_weights_of_the_folder(data, folder):
     words = state.params["words/inputs"]
     np.testing.assert_array_equal(words[:V], tensors["model.embed_tokens.weight"])
     assert not words[V:].any()
-    query = state.params["backbone/blocks/2/attention/query"]
-    stored = tensors["model.layers.2.self_attn.q_proj.weight"]
+    query = state.params["backbone/blocks/1/attention/query"]
+    stored = tensors["model.layers.1.self_attn.q_proj.weight"]
     np.testing.assert_array_equal(query.reshape(D, -1), stored.T)
     # The scale of a maker is the size of a word, and an adapter changes nothing yet.
     size = np.sqrt(np.mean(np.square(tensors["model.embed_tokens.weight"])))
     np.testing.assert_allclose(state.params["user/scale"], size, rtol=1e-6)
-    assert not state.params["backbone/blocks/2/attention/query_adapter/up"].any()
+    assert not state.params["backbone/blocks/1/attention/query_adapter/up"].any()
     assert (state.params["separators"] != drawn.params["separators"]).any()
 
 

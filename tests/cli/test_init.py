@@ -13,6 +13,9 @@ from tests.data.schema_inference.logs import clicks, write_csv, write_parquet
 from tokenrec.cli.main import main
 from tokenrec.data.dataset import open_dataset
 
+# Devices are not the matter here.
+pytestmark = pytest.mark.usefixtures("lone_device")
+
 # Added to the printed command of `train`, to be fast: a small model, and one shape of
 # its batches.
 FAST = [

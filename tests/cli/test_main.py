@@ -521,6 +521,7 @@ def test_all_problems_of_a_command_line_are_reported_at_once(
     assert all(name in error for name in ("model.width", "seed='x'", "model.dropout"))
 
 
+@pytest.mark.usefixtures("lone_device")
 def test_verbs_work_together_from_log_to_scores(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,9 @@ from tokenrec.data.preparation.prepare import prepare
 from tokenrec.data.schema import Feature, Schema, Task
 from tokenrec.errors import InputError
 
+# Devices are not the matter here.
+pytestmark = pytest.mark.usefixtures("lone_device")
+
 BARE = Schema((Feature("item_id", "categorical", "item"),), ())
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 import matplotlib
 import pytest
 
+# Devices are not the matter here.
+pytestmark = pytest.mark.usefixtures("lone_device")
+
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "quickstart.ipynb"
 
 

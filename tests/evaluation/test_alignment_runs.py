@@ -34,6 +34,9 @@ from tokenrec.sharding import RULES, make_run_mesh
 from tokenrec.state import bind_params
 from tokenrec.train_loop import train
 
+# Devices are not the matter here.
+pytestmark = pytest.mark.usefixtures("lone_device")
+
 TASKS = {"Which is {title}? {sid}": 1.0, "{sid} is {title}": 0.5}
 TEXTS = [f"{kind} tea {n}" for kind in ("green", "black") for n in range(ITEMS // 2)]
 

@@ -19,6 +19,9 @@ from tokenrec.errors import InputError
 from tokenrec.evaluation.evaluate import evaluate_run
 from tokenrec.train_loop import train
 
+# Devices are not the matter here.
+pytestmark = pytest.mark.usefixtures("lone_device")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -47,10 +50,10 @@ def run(data, tmp_path_factory):
                 *("place", "clicked", "seconds"),
             ),
         ),
-        tokens=TokensConfig(embedding_dim=8),
-        model=ModelConfig(width=16, heads=2, layers=2, windows=()),
+        tokens=TokensConfig(embedding_dim=8, maker="linear"),
+        model=ModelConfig(width=16, heads=2, layers=1, windows=()),
         optim=OptimConfig(
-            steps=60, warmup_steps=5, learning_rate=1e-2, table_learning_rate=0.1
+            steps=120, warmup_steps=5, learning_rate=1e-2, table_learning_rate=0.1
         ),
         train=TrainConfig(best_metric="request_ndcg"),
     )

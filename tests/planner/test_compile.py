@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.worlds import SCHEMA, TABLES, TASKS, mesh_of
+from tests.worlds import FEW_FEATURES, SCHEMA, TABLES, TASKS, mesh_of
 from tokenrec.config import MeshConfig
 from tokenrec.config.load import load_config, shipped_configs
 from tokenrec.config.validate import validate
@@ -73,8 +73,8 @@ def two_layers(name, **fields):
     return validate(dataclasses.replace(config, data=data, model=model))
 
 
-def model_and_shapes(config):
-    schema = dataclasses.replace(SCHEMA, items=TABLES["video"], levels=(6, 5, 4))
+def model_and_shapes(config, features=SCHEMA):
+    schema = dataclasses.replace(features, items=TABLES["video"], levels=(6, 5, 4))
     model = build_model(config, schema, TASKS)
     return model, batch_shapes(schema, config.data, batch_size=config.data.batch_size)[
         config.data.events
@@ -93,7 +93,8 @@ SMALL = (
 @tpu_compiler
 def test_every_config_compiles_for_a_tpu_with_splash(name):
     config = two_layers(name, **{"tokens.maker": "linear"})
-    model, shapes = model_and_shapes(config)
+    # Attention is the matter here: fewer features compile in less time.
+    model, shapes = model_and_shapes(config, FEW_FEATURES)
     mesh = topology_mesh("v5e:2x2", MeshConfig(fsdp=2))
     work, layers = step_work(model, mesh, shapes)
     found = program_figures(compile_train_step(model, mesh, shapes), mesh, work)
@@ -306,7 +307,8 @@ def test_work_of_a_kernel_is_by_tiles_and_that_of_the_model_by_pairs():
 
 
 def test_the_train_step_compiles_for_the_devices_at_hand_too():
-    model, shapes = model_and_shapes(two_layers("synthetic", **IMPRESSIONS))
+    quick = {"tokens.maker": "linear"}
+    model, shapes = model_and_shapes(two_layers("synthetic", **IMPRESSIONS | quick))
     mesh = mesh_of(2, 2, 2)
     compiled = compile_train_step(model, mesh, shapes)
     assert compiled.memory_analysis().argument_size_in_bytes > 0

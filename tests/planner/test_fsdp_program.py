@@ -16,7 +16,7 @@ from tokenrec.planner.topology import topology_mesh
 from tokenrec.sharding import RULES, with_batch_sharding
 from tokenrec.state import build_model
 
-LAYERS = 4
+LAYERS = 3
 CONFIG = ModelConfig(
     width=512,
     heads=4,

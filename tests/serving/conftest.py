@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import tokenrec
+from tests.lone_device import lone_device
 from tests.shared_folder import shared_folder
 from tokenrec import (
     Config,
@@ -42,7 +43,8 @@ def export_tiny_run(folder: Path) -> None:
         optim=OptimConfig(steps=2, warmup_steps=1),
         train=TrainConfig(log_every=2, eval_samples=8),
     )
-    tokenrec.train(config, folder / "run", progress=False)
+    with lone_device():
+        tokenrec.train(config, folder / "run", progress=False)
     export_run(folder / "run", folder / "model", platforms=("cpu",))
 
 

@@ -28,11 +28,16 @@ from tokenrec.runtime.paths import list_files, list_names, remove_folder
 # Orbax writes it last.
 COMMIT_FILE = "commit_success.txt"
 _S3 = "s3://"
+# Copies of an array on several devices save a part each. Below so many bytes a part takes longer than it saves: it is
+# compiled as a program of its own, and is a chunk of its own in the files.
+_SMALLEST_PART = 1 << 20
 
 
 @contextlib.contextmanager
 def orbax_context(folder: Path) -> Iterator[None]:
     """Make Orbax save and load as the store of `folder` needs, inside the block.
+
+    Small arrays are saved whole, by the first of the devices that hold them.
 
     It holds for the calling thread.
 
@@ -40,6 +45,7 @@ def orbax_context(folder: Path) -> Iterator[None]:
       folder: folder of the checkpoints.
     """
     context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = _SMALLEST_PART
     if os.fspath(folder).startswith(_S3):
         enable_s3()
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
