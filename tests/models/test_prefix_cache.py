@@ -283,6 +283,8 @@ def test_what_does_not_fit_the_layout_is_named():
         backbone.prefill(x[:, :length], inside, events)
 
 
+# What it compares is compared above; this is a rehearsal of the benchmark.
+@pytest.mark.slow
 def test_the_benchmark_scores_alike_with_and_without_the_cache(tmp_path):
     sizes = [
         "--candidates",
