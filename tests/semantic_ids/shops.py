@@ -37,8 +37,9 @@ def prepare_shop(
 ) -> Path:
     """Prepare items 100 to 135, and users who buy a dozen of one aisle in train.
 
-    In valid they buy some items of the next aisle. With `title`, a format, all items but
-    the last have one, a feature of kind text.
+    In valid they buy some items of the next aisle. With `title`, a format of `word`,
+    `aisle`, `number`, `ounces` and `more`, which is not empty for even numbers, all items
+    but the last have a title, a feature of kind text.
     """
     random = np.random.default_rng(seed)
     user, item, time, split = [], [], [], []
@@ -70,7 +71,13 @@ def prepare_shop(
     if title:
         features.append(Feature("title", "text", "item", length=16, codes=300))
         titles = [
-            title.format(word=AISLES[n][i % 3], aisle=n, number=i, ounces=i % 4)
+            title.format(
+                word=AISLES[n][i % 3],
+                aisle=n,
+                number=i,
+                ounces=i % 4,
+                more="" if i % 2 else " new",
+            )
             for i, n in enumerate(names)
         ]
         items["title"] = [*titles[:-1], None]

@@ -208,6 +208,14 @@ def test_items_of_like_titles_are_near(tmp_path: Path) -> None:
     assert neighbours_agree(result, aisle, np.arange(items - 1)) > 0.9
 
 
+def test_a_title_counts_where_it_says_more(tmp_path: Path) -> None:
+    # Only items with an even number have a word that no other feature holds.
+    titles = "{word} {aisle}{more}"
+    mixed = open_dataset(prepare_shop(tmp_path / "mixed", title=titles))
+    texts = item_texts(mixed, np.array([0, 1]))
+    assert texts == ["fish | salmon | 0 oz | salmon fish new", "fish | tuna | 1 oz"]
+
+
 def test_a_data_set_without_strings_has_no_text(tmp_path: Path) -> None:
     plain = open_dataset(prepare_shop(tmp_path / "plain", text=False))
     assert item_texts(plain, np.array([0])) == [""]

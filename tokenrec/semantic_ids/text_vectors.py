@@ -1,8 +1,8 @@
 """Item vectors from text: the mean of static token vectors over the words of an item.
 
 The text of an item is its features of kind "text", as far as the data set keeps their
-words, and the values of its categorical and multi-valued features that are strings. A
-text that only repeats these values is left out. Token vectors come from the package
+words, and the values of its categorical and multi-valued features that are strings. The
+text of an item that only repeats these values is left out. Token vectors come from the package
 wordllama (extra `text`), as files: no network is used, and no model is run.
 
 A token that makes up the share p of all text weighs `a / (a + p)` with a = 0.001
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 # a: share of all tokens at which a token weighs a half.
 TEXT_FREQUENCY = 1e-3
-# Items that are asked whether a text repeats their other features.
-_ASKED = 1_000
 # Tokens whose vectors are in memory at a time: 1 GiB of float32 and float64 together.
 _TOGETHER = 1 << 18
 
@@ -87,7 +85,8 @@ def text_features(
         if is_text and not np.isin(vocabulary.astype(str), item_ids).all():
             features.append(TextFeature(feature.name, ids, vocabulary))
     decoded = [_decoded(dataset, feature, ids) for feature, ids in written]
-    return (*features, *(text for text in decoded if not _repeats(text, features)))
+    texts = [_without_repeats(text, features) for text in decoded]
+    return (*features, *(text for text in texts if (text.ids >= FIRST_KNOWN).any()))
 
 
 def _decoded(dataset: Dataset, feature: Feature, ids: np.ndarray) -> TextFeature:
@@ -104,19 +103,20 @@ def _decoded(dataset: Dataset, feature: Feature, ids: np.ndarray) -> TextFeature
     return TextFeature(feature.name, value[:, None], values)
 
 
-def _repeats(text: TextFeature, others: Sequence[TextFeature]) -> bool:
-    """Whether a text holds no word that the other features of an item do not hold.
+def _without_repeats(text: TextFeature, others: Sequence[TextFeature]) -> TextFeature:
+    """Leave out the texts of items whose other features hold all of their words.
 
-    Asked of `_ASKED` items, evenly spaced. A title may be made of the values of other
-    features, which would then count twice.
+    A title may be made of the values of other features, which would then count twice.
     """
-    count = len(text.ids)
-    rows = np.arange(min(count, _ASKED)) * count // min(count, _ASKED)
-    texts, known = _joined([text], rows), _joined(others, rows)
-    return all(
+    rows = np.arange(len(text.ids))
+    repeats = [
         all(word in held.lower() for word in words.lower().split())
-        for words, held in zip(texts, known, strict=True)
-    )
+        for words, held in zip(
+            _joined([text], rows), _joined(others, rows), strict=True
+        )
+    ]
+    ids = np.where(np.array(repeats, bool)[:, None], MISSING, text.ids)
+    return text._replace(ids=ids)
 
 
 def item_texts(dataset: Dataset, rows: np.ndarray) -> list[str]:

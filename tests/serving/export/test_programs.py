@@ -167,5 +167,5 @@ def check_predictions(model, weights, batch, expected):
         # Streams without an event read nothing.
         read = batch.valid[:, -1]
         got, expected = got[read], expected[read, -1:]
-    # float32 sums in another order. Measured: 1.3e-6.
+    # float32 sums in another order. Measured: 1.3e-6, 2.4e-7 for language models.
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)

@@ -17,10 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenrec.models.backbones.bfts import (
-    local_layers,
-    prefix_length,
-)
+from tokenrec.models.backbones.bfts import local_layers, prefix_length
 from tokenrec.models.backbones.decoder import Decoder, move_right
 from tokenrec.models.backbones.decoder_block import DecoderBlock, Rotate
 from tokenrec.models.backbones.folded_attention import (
@@ -40,7 +37,7 @@ from tokenrec.tokens.layout import Layout
 
 
 class _Candidates(NamedTuple):
-    """What the layers share.
+    """Positions and masks of the candidates, the same for all layers.
 
     Attributes:
       layout: layout of a stream with one candidate.
@@ -142,7 +139,7 @@ def _prepare_inputs(
 
 
 def _rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Reshape what is split over its first axis."""
+    """Reshape an array of which each device holds a part of the first axis."""
     spec = RULES("batch", *[None] * (len(shape) - 1))
     return jnp.reshape(x, shape, out_sharding=on_mesh(spec))
 
@@ -165,7 +162,7 @@ def _layer(
       inputs: `[n]`, stream positions of `x`.
       past: cached keys and values of the prefix, `[B, P, G, h]`.
       kept: `[P]`, their stream positions.
-      shared: what all layers share.
+      shared: positions and masks of the candidates.
     """
     attention = block.attention
     normed = block.attention_norm(x)
